@@ -1,0 +1,5 @@
+"""`python -m spikerl`."""
+
+from spikerl.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Learning rules. Each file reads like the paper; `update(batch)` returns detached tensors."""

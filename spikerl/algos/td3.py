@@ -1,0 +1,119 @@
+"""TD3: twin delayed deep deterministic policy gradient (Fujimoto et al., 2018, arXiv:1802.09477)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spikerl.algos.base import Guard, Stepper, flatten, polyak_, td_target
+from spikerl.networks import Actor, TwinCritic, check_sizes
+from spikerl.errors import BadRequest
+from spikerl.types import Batch
+
+
+@dataclass(kw_only=True)
+class TD3Config:
+    """Hyper-parameters; every count of steps is a total over all workers and environments."""
+
+    name: str
+    batch_size: int
+    gamma: float  # discount per step
+    tau: float  # target <- (1 - tau) target + tau online
+    critic_lr: float
+    critic_hidden_sizes: list[int]
+    policy_delay: int  # the actor and all targets move on updates 0, d, 2d, ...
+    explore_noise: float  # std of acting noise, in units of half the action range
+    target_noise: float  # std of target smoothing noise, same unit
+    noise_clip: float  # bound of target smoothing noise, same unit
+    replay_capacity: int  # transitions
+    random_steps: int  # the first steps act uniformly at random
+    learning_starts: int  # steps before the first update
+    update_interval: int  # steps between bursts of updates
+    updates_per_step: float  # a burst makes update_interval * updates_per_step updates
+    norm_interval: int  # steps between merges of the observation normaliser
+    norm_clip: float  # normalised observations are clipped to [-norm_clip, norm_clip]
+    max_grad_norm: float | None  # null: gradients are not clipped
+
+    def __post_init__(self) -> None:
+        check_sizes("algo.critic_hidden_sizes", self.critic_hidden_sizes)
+        for key in ("batch_size", "policy_delay", "replay_capacity", "update_interval"):
+            if getattr(self, key) < 1:
+                raise BadRequest(f"algo.{key}", getattr(self, key), "give at least 1")
+        if self.norm_interval < 1:
+            raise BadRequest("algo.norm_interval", self.norm_interval, "give at least 1")
+        for key in ("random_steps", "learning_starts", "explore_noise", "target_noise", "noise_clip"):
+            if getattr(self, key) < 0:
+                raise BadRequest(f"algo.{key}", getattr(self, key), "give 0 or more")
+        if not 0.0 <= self.gamma <= 1.0:
+            raise BadRequest("algo.gamma", self.gamma, "give a value in [0, 1]")
+        if not 0.0 < self.tau <= 1.0:
+            raise BadRequest("algo.tau", self.tau, "give a value in (0, 1]")
+        for key in ("critic_lr", "norm_clip", "updates_per_step"):
+            if not getattr(self, key) > 0.0:
+                raise BadRequest(f"algo.{key}", getattr(self, key), "give a value above 0")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0.0:
+            raise BadRequest("algo.max_grad_norm", self.max_grad_norm, "give a value above 0, or null")
+
+
+class TD3:
+    """Actor, twin critics, their targets, and one update of them all."""
+
+    def __init__(
+        self,
+        actor: Actor,
+        critic: TwinCritic,
+        config: TD3Config,
+        *,
+        actor_lr: float,
+        generator: torch.Generator,
+        scales_loss: bool = False,
+    ) -> None:
+        self.config, self.generator = config, generator
+        self.actor, self.critic = actor, critic
+        self.guard = Guard(generator.device, scales_loss=scales_loss)
+        clip = config.max_grad_norm
+        self.step_critic = Stepper(critic, config.critic_lr, self.guard, max_grad_norm=clip)
+        self.step_actor = Stepper(actor, actor_lr, self.guard, max_grad_norm=clip)
+        self.actor_target = copy.deepcopy(actor).requires_grad_(False)
+        self.critic_target = copy.deepcopy(critic).requires_grad_(False)
+        self.actor_target_flat = flatten(self.actor_target)
+        self.critic_target_flat = flatten(self.critic_target)
+        self.updates = 0
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of the critics, and on every `policy_delay`-th call of the actor and the targets."""
+        with torch.no_grad():
+            next_act = self.smooth(self.actor_target(batch.next_obs, self.generator))
+            next_q = self.critic_target(batch.next_obs, next_act).amin(0)
+            q_target = td_target(batch, next_q)
+        q = self.critic(batch.obs, batch.act)  # (2, B)
+        critic_loss = (q - q_target).square().mean(1).sum()
+        self.step_critic(critic_loss, self.updates)
+        metrics = {"critic_loss": critic_loss.detach(), "q_mean": q.detach().mean()}
+        if self.updates % self.config.policy_delay == 0:
+            act = self.actor(batch.obs, self.generator)
+            actor_loss = -self.critic.first(batch.obs, act).mean()
+            self.step_actor(actor_loss, self.updates)
+            metrics["actor_loss"] = actor_loss.detach()
+            tau, masked = self.config.tau, self.guard.masked
+            polyak_(self.critic_target_flat, self.step_critic.flat.detach(), tau, masked)
+            polyak_(self.actor_target_flat, self.step_actor.flat.detach(), tau, masked)
+        self.guard.close()
+        self.updates += 1
+        return metrics
+
+    def smooth(self, act: Tensor) -> Tensor:
+        """Target policy smoothing: clipped noise, then clipped to the action range."""
+        c = self.config
+        noise = torch.randn(act.shape, generator=self.generator, device=act.device)
+        return (act + (noise * c.target_noise).clamp(-c.noise_clip, c.noise_clip)).clamp(-1.0, 1.0)
+
+    @torch.no_grad()
+    def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
+        """Actions with Gaussian noise, one draw for every environment and entry, clipped."""
+        act = self.actor(obs, generator)
+        noise = torch.randn(act.shape, generator=generator, device=act.device)
+        return (act + self.config.explore_noise * noise).clamp(-1.0, 1.0)

@@ -1,0 +1,61 @@
+"""Replay: transitions as they were seen, raw and unnormalised.
+
+Shape legend   B batch, O observation entries, A action entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spikerl.types import Batch
+
+
+class Replay:
+    """Ring of transitions, one packed float32 row each: obs, next_obs, act, rew, terminated, discount.
+
+    Normalisation happens at sampling, with the moments of that moment, so that no stored row is
+    ever stale. Memory is touched only as rows arrive.
+    """
+
+    def __init__(
+        self, capacity: int, obs_dim: int, act_dim: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.capacity = capacity
+        self.size = 0
+        self.head = 0  # where the next row goes
+        self.obs_dim, self.act_dim = obs_dim, act_dim
+        self.rows = torch.empty(capacity, 2 * obs_dim + act_dim + 3, device=device)
+
+    def add(
+        self,
+        obs: np.ndarray,
+        act: np.ndarray,
+        rew: np.ndarray,
+        next_obs: np.ndarray,
+        terminated: np.ndarray,
+        discount: float,
+    ) -> None:
+        """Store B transitions: `obs` and `next_obs` (B, O), `act` (B, A), `rew` and `terminated` (B,)."""
+        tail = np.stack([rew, terminated, np.full(len(rew), discount)], 1)
+        rows = torch.from_numpy(np.concatenate([obs, next_obs, act, tail], 1).astype(np.float32))
+        rows = rows[-self.capacity :]
+        first = min(len(rows), self.capacity - self.head)
+        self.rows[self.head : self.head + first] = rows[:first]
+        self.rows[: len(rows) - first] = rows[first:]
+        self.head = (self.head + len(rows)) % self.capacity
+        self.size = min(self.size + len(rows), self.capacity)
+
+    def sample(
+        self, batch_size: int, generator: torch.Generator, normalize: Callable[[Tensor], Tensor]
+    ) -> Batch:
+        """Rows drawn with replacement, their observations normalised."""
+        index = torch.randint(self.size, (batch_size,), generator=generator)
+        rows = self.rows[index.to(self.rows.device)]
+        O, A = self.obs_dim, self.act_dim  # noqa: N806, E741
+        obs, next_obs = normalize(rows[:, : 2 * O].unflatten(1, (2, O))).unbind(1)
+        rew, terminated, discount = rows[:, 2 * O + A :].unbind(1)
+        return Batch(obs, rows[:, 2 * O : 2 * O + A], rew, next_obs, terminated > 0, discount)

@@ -1,0 +1,175 @@
+"""From what was typed to what Hydra composes, and from Hydra's complaints to one line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spikerl.errors import BadRequest
+
+COMMANDS = {
+    "train": "train a policy; leaves a run folder",
+    "eval": "evaluate a trained policy",
+    "import": "make a run folder from a policy of the public PopSAN code",
+    "doctor": "what this machine has, and why what is missing is missing",
+}
+# They would load somebody's Hydra settings, which can name code to run.
+REFUSED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn",
+                 "--experimental-rerun")  # fmt: skip
+# Where a run was started from or kept is not part of what it computes.
+NOT_CARRIED = ("run_dir", "resume", "config")
+
+
+def conf_folder() -> Path:
+    """conf/ beside the package in a checkout, inside it in an installed wheel."""
+    here = Path(__file__).resolve().parent
+    inside = here / "conf"
+    return inside if inside.is_dir() else here.parent / "conf"
+
+
+def usage() -> str:
+    lines = [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "spikerl COMMAND [group=option] [key=value] ...",
+            "",
+            *lines,
+            "",
+            "spikerl COMMAND --help lists its groups, options and keys.",
+            "spikerl train env=HalfCheetah total_steps=20000 trains for a first look.",
+        ]
+    )
+
+
+def expand(command: str, args: Sequence[str]) -> list[str]:
+    """Refuse what must not reach Hydra; replace config=FILE by the overrides that it stands for."""
+    for arg in args:
+        flag = arg.partition("=")[0]
+        if flag in REFUSED_FLAGS:
+            raise BadRequest(flag, "", "not accepted; config=FILE starts from a run's config.yaml")
+        if re.match(r"^[+~]*hydra[./].*_target_", arg):
+            raise BadRequest(flag, arg.partition("=")[2], "naming code to run is not accepted")
+    if "actor=mlp" in args:
+        for arg in args:
+            if re.match(r"^(encoder|neuron|decoder)[=.]", arg):
+                key, _, value = arg.partition("=")
+                raise BadRequest(key, value, "has no effect with actor=mlp; leave it out")
+    files = [arg for arg in args if arg.startswith("config=")]
+    if command != "train" or not files or files[-1] == "config=null":
+        return list(args)
+    typed = [arg for arg in args if not arg.startswith("config=")]
+    flags = [arg for arg in typed if arg.startswith("-")]
+    overrides = [arg for arg in typed if not arg.startswith("-")]
+    return [*flags, *overrides_of(Path(files[-1].partition("=")[2]), overrides), *overrides]
+
+
+def overrides_of(path: Path, typed: Sequence[str]) -> list[str]:
+    """The overrides that make Hydra compose what the config file `path` holds.
+
+    The file is data: no interpolation, no code, no Hydra settings. A group whose option the user
+    chooses anew takes that option's values, not the file's.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadRequest("config", path, f"cannot be read: {reason}") from None
+    if not isinstance(data, dict):
+        raise BadRequest("config", path, "holds no mapping; give a run's config.yaml")
+    groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
+    chosen = {arg.partition("=")[0] for arg in typed}
+    choices, values = [], []
+    for key, value in data.items():
+        if key == "hydra" or not isinstance(key, str):
+            raise BadRequest("config", path, f"the key {key} is not accepted in a config file")
+        if key in NOT_CARRIED:
+            continue
+        if key in groups:
+            if key in chosen:
+                continue
+            if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+                raise BadRequest("config", path, f"its group {key} has no name")
+            choices.append(f"{key}={_quoted(value['name'])}")
+            if key == "env" and value.get("id") == f"{value['name']}-{value.get('version')}":
+                value = {k: v for k, v in value.items() if k != "id"}
+        values += [f"{name}={_quoted(leaf)}" for name, leaf in _leaves(key, value, path)]
+    return [*choices, *values]
+
+
+def _leaves(prefix: str, value: Any, path: Path) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        if isinstance(value, str) and ("${" in value or ":" in value and prefix == "env.id"):
+            raise BadRequest(prefix, value, f"not accepted from {path}; type it on the command line")
+        yield prefix, value
+        return
+    for key, inner in value.items():
+        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", key):
+            raise BadRequest("config", path, f"the key {prefix}.{key} is not accepted")
+        yield from _leaves(f"{prefix}.{key}", inner, path)
+
+
+def _quoted(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return "[" + ",".join(_quoted(item) for item in value) + "]"
+    if isinstance(value, str):
+        escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
+        return f"'{escaped}'"
+    raise BadRequest("config", value, "not plain data")
+
+
+def explain(command: str, args: Sequence[str], error: Exception) -> str:
+    """Hydra's or OmegaConf's complaint as one line with key, value and remedy."""
+    text = str(error)
+    if isinstance(error, BadRequest):
+        return text
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group, option = found.groups()
+        options = group_options(group)
+        return f"{group}={option}: no such option; {_nearest(option, options)}"
+    if found := re.search(r"Could not override '([^']+)'", text):
+        key = found[1]
+        value = next((a.partition("=")[2] for a in args if a.startswith(f"{key}=")), "")
+        return f"{key}={value}: no such key; {_nearest(key, known_keys(command))}"
+    if found := re.search(r"(?:Missing mandatory value|missing mandatory value): ([\w.]+)", text):
+        return f"{found[1]}=???: it has no default; give it a value"
+    return f"config: {lines[0] if lines else type(error).__name__}"
+
+
+def group_options(group: str) -> list[str]:
+    folder = conf_folder() / group
+    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+
+
+def known_keys(command: str) -> list[str]:
+    """Every key that the command's default config has, and every group."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import DictConfig, OmegaConf
+
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose(command)
+
+    def walk(node: Mapping[Any, Any], prefix: str) -> Iterator[str]:
+        for key in node:
+            yield f"{prefix}{key}"
+            if not OmegaConf.is_missing(node, key) and isinstance(node.get(key), DictConfig):
+                yield from walk(node[key], f"{prefix}{key}.")
+
+    return [*walk(config, ""), *(["experiment"] if command == "train" else [])]
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, 3, 0.6)
+    if not near:
+        tail = word.rpartition(".")[2]
+        near = [name for name in known if name.rpartition(".")[2] == tail][:3]
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"

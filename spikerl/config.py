@@ -1,0 +1,143 @@
+"""The composed config, validated: plain values in, the dataclasses of the classes they configure out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spikerl.algos.td3 import TD3Config
+from spikerl.envs import EnvConfig
+from spikerl.hardware import resolve_device, resolve_threads
+from spikerl.networks import ActorConfig
+from spikerl.policy import parse_actor
+from spikerl.precision import PrecisionConfig, check_precision
+from spikerl.schema import choose, parse
+from spikerl.snn import kernels
+from spikerl.trainer import Training
+from spikerl.errors import BadRequest
+from spikerl.types import Resolved
+
+ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")
+ALGOS = {"td3": TD3Config}
+PRECISIONS = dict.fromkeys(("fp32", "bf16", "fp16"), PrecisionConfig)
+KERNELS = dict.fromkeys(("auto", "reference"), kernels.KernelConfig)
+
+
+@dataclass(kw_only=True)
+class Named:
+    """A group of which only the name matters so far."""
+
+    name: str
+
+
+BACKENDS = {"auto": Named}
+METERS = {"auto": Named, "none": Named}
+
+
+@dataclass(kw_only=True)
+class Scalars:
+    """The top-level keys."""
+
+    seed: int
+    total_steps: int  # environment steps over all workers
+    steps_per_epoch: int  # an evaluation, a row of metrics and a checkpoint after each epoch
+    eval_episodes: int  # deterministic episodes per evaluation
+    num_envs: int | None  # over all workers; null: one per worker
+    world_size: int
+    scaling: str
+    device: str
+    threads: int | None  # of each worker; null: cores over workers
+    deterministic: bool
+    max_restarts: int
+    nnodes: int
+    node_rank: int | None
+    rdzv: str | None
+    run_dir: str | None
+    init_from: str | None
+    resume: str | None
+    config: str | None
+
+    def __post_init__(self) -> None:
+        for key in ("total_steps", "steps_per_epoch", "eval_episodes", "world_size"):
+            if getattr(self, key) < 1:
+                raise BadRequest(key, getattr(self, key), "give at least 1")
+        for key in ("num_envs", "threads"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise BadRequest(key, getattr(self, key), "give at least 1, or null")
+        if not 0 <= self.seed < 2**63:
+            raise BadRequest("seed", self.seed, "give 0 to 2^63 - 1")
+        if self.scaling not in ("strong", "weak"):
+            raise BadRequest("scaling", self.scaling, "give strong or weak")
+        one = "this version trains with one worker on one machine; leave it out"
+        absent = {"world_size": 1, "max_restarts": 0, "nnodes": 1, "node_rank": None, "rdzv": None}
+        for key, value in absent.items():
+            if getattr(self, key) != value:
+                raise BadRequest(key, getattr(self, key), one)
+        if self.resume is not None:
+            remedy = "this version cannot resume; init_from=RUN starts from its weights"
+            raise BadRequest("resume", self.resume, remedy)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One run, validated; `raw` is the same as plain data, as config.yaml records it."""
+
+    scalars: Scalars
+    env: EnvConfig
+    actor: ActorConfig
+    algo: TD3Config
+    precision: PrecisionConfig
+    kernel: Resolved
+    backend: Resolved
+    energy: Resolved
+    device: Resolved
+    threads: Resolved
+    raw: dict[str, Any]
+
+    def training(self) -> Training:
+        s = self.scalars
+        return Training(
+            env=self.env,
+            actor=self.actor,
+            algo=self.algo,
+            precision=self.precision,
+            device=torch.device(self.device.choice),
+            seed=s.seed,
+            num_envs=s.num_envs or s.world_size,
+            total_steps=s.total_steps,
+            steps_per_epoch=s.steps_per_epoch,
+            eval_episodes=s.eval_episodes,
+        )
+
+
+def build(raw: Mapping[str, Any]) -> Config:
+    """Validate a composed config and decide everything that was left to "auto"."""
+    groups = ("env", *ACTOR_GROUPS, "algo", "precision", "kernel", "backend", "energy")
+    if missing := [group for group in groups if group not in raw]:
+        raise BadRequest(missing[0], None, "the config lacks this group")
+    scalars = parse(Scalars, {k: v for k, v in raw.items() if k not in groups})
+    env = parse(EnvConfig, raw["env"], key="env")
+    actor = parse_actor({group: raw[group] for group in ACTOR_GROUPS})
+    algo = choose(ALGOS, raw["algo"], key="algo")
+    precision = choose(PRECISIONS, raw["precision"], key="precision")
+    kernel = kernels.resolve(choose(KERNELS, raw["kernel"], key="kernel"))
+    choose(BACKENDS, raw["backend"], key="backend")
+    choose(METERS, raw["energy"], key="energy")
+    device = resolve_device(scalars.device)
+    check_precision(precision, torch.device(device.choice))
+    return Config(
+        scalars=scalars,
+        env=env,
+        actor=actor,
+        algo=algo,
+        precision=precision,
+        kernel=kernel,
+        backend=Resolved("none", "one worker exchanges nothing"),
+        energy=Resolved("none", "this version has no energy meter"),
+        device=device,
+        threads=resolve_threads(scalars.threads),
+        raw=dict(raw),
+    )

@@ -1,0 +1,218 @@
+"""Environments: any registered Gymnasium task with Box observations and bounded Box actions.
+
+Shape legend   N environments, O observation entries, A action entries.
+"""
+
+from __future__ import annotations
+
+import difflib
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from spikerl.errors import BadRequest, NonFinite
+from spikerl.types import Task
+
+# For an environment that sets no limit of its own, so that every episode ends.
+DEFAULT_EPISODE_STEPS = 1000
+
+
+@dataclass(kw_only=True)
+class EnvConfig:
+    name: str
+    version: str | None  # v5, v4: the id is NAME-VERSION; null where `id` is given whole
+    id: str
+    max_episode_steps: int | None  # null: the environment's own limit
+    vectorizer: str  # sync: all in this process; async: one process each, for slow environments
+
+    def __post_init__(self) -> None:
+        if self.vectorizer not in ("sync", "async"):
+            raise BadRequest("env.vectorizer", self.vectorizer, "give sync or async")
+        if self.max_episode_steps is not None and self.max_episode_steps < 1:
+            raise BadRequest("env.max_episode_steps", self.max_episode_steps, "give at least 1")
+
+
+class Plain(gym.Wrapper[np.ndarray, Any, Any, Any]):
+    """Observations as flat float64 arrays that are the caller's own, and no infos.
+
+    Environments may reuse their observation array; a copy keeps a final observation from being
+    overwritten by the reset that follows it.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        shape = env.observation_space.shape
+        assert shape is not None
+        self.size = int(np.prod(shape))
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.size,), np.float64)
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        return self._own(self.env.reset(**kwargs)[0]), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, rew, terminated, truncated, _ = self.env.step(action)
+        return self._own(obs), float(rew), bool(terminated), bool(truncated), {}
+
+    def _own(self, obs: Any) -> np.ndarray:
+        return np.array(obs, np.float64).reshape(self.size)
+
+
+def make_env(config: EnvConfig) -> Plain:
+    """One environment; what cannot be made or trained on is a BadRequest that names the remedy."""
+    _quiet_mujoco()
+    key = "env.version" if config.version else "env.id"
+    value = config.version or config.id
+    try:
+        env = gym.make(
+            config.id, max_episode_steps=config.max_episode_steps, disable_env_checker=True
+        )
+    except gym.error.UnregisteredEnv:
+        known = sorted(gym.registry)
+        near = difflib.get_close_matches(config.id, known, 3, 0.4)
+        hint = f"nearest: {', '.join(near)}" if near else f"{len(known)} are registered"
+        raise BadRequest(key, value, f"{config.id} is no registered environment; {hint}") from None
+    except (gym.error.Error, ImportError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadRequest(key, value, f"{config.id} cannot be made here: {reason}") from error
+    try:
+        _check_spaces(env, config.id)
+    except BadRequest:
+        env.close()
+        raise
+    if _step_limit(env) is None:
+        env = gym.wrappers.TimeLimit(env, DEFAULT_EPISODE_STEPS)
+    return Plain(env)
+
+
+def task_of(env: Plain) -> Task:
+    """What a policy must know of `env`."""
+    inner, space = env.env.observation_space, env.action_space
+    assert inner.shape is not None and isinstance(space, gym.spaces.Box) and env.spec is not None
+    low, high = (np.asarray(bound, np.float64).ravel() for bound in (space.low, space.high))
+    limit = _step_limit(env)
+    assert limit is not None
+    return Task(env.spec.id, tuple(inner.shape), tuple(space.shape), low, high, limit)
+
+
+def _step_limit(env: gym.Env[Any, Any]) -> int | None:
+    layer: Any = env
+    while isinstance(layer, gym.Wrapper):
+        if isinstance(layer, gym.wrappers.TimeLimit):
+            return int(layer._max_episode_steps)
+        layer = layer.env
+    return env.spec.max_episode_steps if env.spec else None
+
+
+def _check_spaces(env: gym.Env[Any, Any], env_id: str) -> None:
+    obs, act = env.observation_space, env.action_space
+    if not isinstance(obs, gym.spaces.Box) or not np.prod(obs.shape):
+        kind = type(obs).__name__
+        raise BadRequest("env.id", env_id, f"its observations are {kind}; a Box is needed")
+    if not isinstance(act, gym.spaces.Box) or not np.prod(act.shape):
+        kind = type(act).__name__
+        raise BadRequest("env.id", env_id, f"its actions are {kind}; a Box (continuous) is needed")
+    if not (np.isfinite(act.low).all() and np.isfinite(act.high).all()):
+        remedy = "its actions are unbounded; wrap it with gymnasium.wrappers.RescaleAction first"
+        raise BadRequest("env.id", env_id, remedy)
+    if not (act.low < act.high).all():
+        raise BadRequest("env.id", env_id, "an action entry has no room between its bounds")
+
+
+def _quiet_mujoco() -> None:
+    """MuJoCo otherwise writes warnings to MUJOCO_LOG.TXT in the working directory and to stderr."""
+    import mujoco
+
+    mujoco.set_mju_user_warning(_ignore)
+
+
+def _ignore(message: str) -> None:
+    pass
+
+
+class Steps(NamedTuple):
+    """True transitions of one vector step, M of them: M is N unless environments were resetting."""
+
+    obs: np.ndarray  # (M, O) float64
+    act: np.ndarray  # (M, A) in [-1, 1]
+    rew: np.ndarray  # (M,) float64
+    next_obs: np.ndarray  # (M, O) true successors, never reset observations
+    terminated: np.ndarray  # (M,) bool
+
+
+class Episode(NamedTuple):
+    ret: float
+    length: int
+
+
+class Envs:
+    """N environments stepped together, whatever their autoreset mode.
+
+    Under SAME_STEP the successor of a last step is found in `final_obs`. Under NEXT_STEP the step
+    after a last step only resets: it is no transition and yields no row.
+    """
+
+    def __init__(self, vector: VectorEnv[Any, Any, Any], task: Task) -> None:
+        self.vector, self.task = vector, task
+        self.same_step = vector.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+        self.obs = np.empty(0)
+        self.steps = 0
+        self.finished: list[Episode] = []  # since the caller last emptied it
+
+    def reset(self, seeds: Sequence[int]) -> None:
+        obs, _ = self.vector.reset(seed=list(seeds))
+        self.obs = np.array(obs)
+        self.resetting = np.zeros(len(obs), bool)
+        self.returns = np.zeros(len(obs))
+        self.lengths = np.zeros(len(obs), np.int64)
+        self._check("observation", self.obs)
+
+    def step(self, act: np.ndarray) -> Steps:
+        """Act with (N, A) in [-1, 1]."""
+        obs, rew, terminated, truncated, info = self.vector.step(self.task.to_env(act))
+        live = ~self.resetting
+        next_obs = np.array(obs)
+        done = (terminated | truncated) & live
+        if self.same_step:
+            for i in np.flatnonzero(done):
+                next_obs[i] = info["final_obs"][i]
+        self._check("reward", rew[live])
+        self._check("observation", next_obs)
+        self._check("observation", obs)
+        self.steps += int(live.sum())
+        self.returns += rew * live
+        self.lengths += live
+        for i in np.flatnonzero(done):
+            self.finished.append(Episode(float(self.returns[i]), int(self.lengths[i])))
+        self.returns[done] = 0.0
+        self.lengths[done] = 0
+        steps = Steps(self.obs[live], act[live], rew[live], next_obs[live], terminated[live])
+        self.obs = np.array(obs)
+        self.resetting = done & (not self.same_step)
+        return steps
+
+    def close(self) -> None:
+        self.vector.close()
+
+    def _check(self, what: str, values: np.ndarray) -> None:
+        if not np.isfinite(values).all():
+            raise NonFinite(
+                f"step {self.steps + 1}: {self.task.env_id} returned a NaN or infinite {what}"
+            )
+
+
+def make_envs(config: EnvConfig, num_envs: int, task: Task) -> Envs:
+    if config.vectorizer == "sync":
+        makers: list[Callable[[], Plain]] = [lambda: make_env(config)] * num_envs
+        return Envs(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), task)
+    makers = [lambda: _make_in_worker(config)] * num_envs
+    return Envs(AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), task)
+
+
+def _make_in_worker(config: EnvConfig) -> Plain:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    return make_env(config)

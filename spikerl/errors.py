@@ -1,0 +1,16 @@
+"""The two ways a run is refused or stopped by design."""
+
+
+class BadRequest(ValueError):
+    """The request was wrong: the program ends with status 2 and this one line, having created nothing."""
+
+    def __init__(self, key: str, value: object, remedy: str) -> None:
+        super().__init__(key, value, remedy)
+
+    def __str__(self) -> str:
+        key, value, remedy = self.args
+        return f"{key}={'null' if value is None else value}: {remedy}"
+
+
+class NonFinite(RuntimeError):
+    """A NaN or an infinity was met and stopped before it reached the weights."""

@@ -1,0 +1,100 @@
+"""Deterministic evaluation, on streams of its own.
+
+Shape legend   B environments side by side, O observation entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spikerl.envs import EnvConfig, make_env
+from spikerl.networks import Activity, SpikingActor
+from spikerl.policy import Policy
+from spikerl.seeding import generator_for, seed_for
+from spikerl.errors import NonFinite
+
+SIDE_BY_SIDE = 10  # episodes that run together, as one batch through the actor
+PROBED = 1024  # observations, evenly spaced over all episodes, that firing is measured on
+
+
+@dataclass
+class Evaluation:
+    """Undiscounted returns and lengths by episode, and how the actor fired (null if it is dense)."""
+
+    returns: list[float]
+    lengths: list[int]
+    activity: Activity | None
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.returns))
+
+    @property
+    def std(self) -> float:
+        return float(np.std(self.returns))
+
+    @property
+    def length(self) -> float:
+        return float(np.mean(self.lengths))
+
+
+class Evaluator:
+    """Runs episodes on environments that it keeps; training never sees them, nor the reverse."""
+
+    def __init__(self, config: EnvConfig, episodes: int, run_seed: int) -> None:
+        self.episodes, self.run_seed = episodes, run_seed
+        self.envs = [make_env(config) for _ in range(min(episodes, SIDE_BY_SIDE))]
+
+    def run(self, policy: Policy, evaluation: int) -> Evaluation:
+        """Evaluation number `evaluation`: episode i starts from seed (run seed, evaluation, i)."""
+        generator = generator_for(self.run_seed, "eval", evaluation, device=policy.device)
+        returns, lengths, seen = [], [], []
+        for first in range(0, self.episodes, SIDE_BY_SIDE):
+            last = min(first + SIDE_BY_SIDE, self.episodes)
+            seeds = [seed_for(self.run_seed, "eval", evaluation, i) for i in range(first, last)]
+            wave = self._wave(policy, seeds, generator)
+            returns += wave[0]
+            lengths += wave[1]
+            seen += wave[2]
+        return Evaluation(returns, lengths, self._activity(policy, seen, generator))
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+    def _wave(
+        self, policy: Policy, seeds: list[int], generator: torch.Generator
+    ) -> tuple[list[float], list[int], list[np.ndarray]]:
+        envs = self.envs[: len(seeds)]
+        obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)])
+        returns, lengths = [0.0] * len(envs), [0] * len(envs)
+        running = list(range(len(envs)))
+        seen = []
+        while running:
+            seen.append(obs[running])
+            # The batch keeps its size to the end: products of other sizes round differently.
+            act = policy.task.to_env(policy.act(obs, generator))
+            for i in list(running):
+                obs[i], rew, terminated, truncated, _ = envs[i].step(act[i])
+                if not (np.isfinite(rew) and np.isfinite(obs[i]).all()):
+                    step = lengths[i] + 1
+                    env_id = policy.task.env_id
+                    raise NonFinite(f"evaluation, step {step}: {env_id} gave a NaN or infinity")
+                returns[i] += rew
+                lengths[i] += 1
+                if terminated or truncated:
+                    running.remove(i)
+        return returns, lengths, seen
+
+    def _activity(
+        self, policy: Policy, seen: list[np.ndarray], generator: torch.Generator
+    ) -> Activity | None:
+        if not isinstance(policy.actor, SpikingActor):
+            return None
+        rows = np.concatenate(seen)
+        picked = rows[np.linspace(0, len(rows) - 1, min(len(rows), PROBED)).astype(int)]
+        obs = torch.from_numpy(picked.astype(np.float32)).to(policy.device)
+        return policy.actor.activity(policy.norm.normalize(obs), generator)

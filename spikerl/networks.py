@@ -1,0 +1,202 @@
+"""Actors and critics.
+
+Shape legend   B batch, O observation entries, A action entries, I inputs, N outputs, 2 critics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spikerl.snn.decoders import RateConfig, RateDecoder
+from spikerl.snn.encoders import PopulationConfig, PopulationEncoder
+from spikerl.snn.kernels import reference
+from spikerl.snn.neurons import CubaLIF, CubaLIFConfig
+from spikerl.snn.surrogates import inside_window
+from spikerl.errors import BadRequest
+
+
+def check_sizes(key: str, sizes: Iterable[int]) -> None:
+    sizes = list(sizes)
+    if not sizes or any(size < 1 for size in sizes):
+        raise BadRequest(key, sizes, "give a list of widths of at least 1, such as [256,256]")
+
+
+@dataclass(kw_only=True)
+class PopSANConfig:
+    """Population-coded spiking actor (Tang et al., CoRL 2020, arXiv:2010.09635)."""
+
+    name: str
+    hidden_sizes: list[int]
+    spike_steps: int  # T, spike steps per decision
+    lr: float  # of the actor's Adam
+
+    def __post_init__(self) -> None:
+        check_sizes("actor.hidden_sizes", self.hidden_sizes)
+        if not 1 <= self.spike_steps <= 32:
+            raise BadRequest("actor.spike_steps", self.spike_steps, "give 1 to 32")
+        if not self.lr > 0.0:
+            raise BadRequest("actor.lr", self.lr, "give a value above 0")
+
+
+@dataclass(kw_only=True)
+class MLPConfig:
+    """Dense baseline: ReLU layers and tanh."""
+
+    name: str
+    hidden_sizes: list[int]
+    lr: float
+
+    def __post_init__(self) -> None:
+        check_sizes("actor.hidden_sizes", self.hidden_sizes)
+        if not self.lr > 0.0:
+            raise BadRequest("actor.lr", self.lr, "give a value above 0")
+
+
+@dataclass(kw_only=True)
+class ActorConfig:
+    """Everything that an actor's shape and arithmetic depend on; a dense actor has no spiking parts."""
+
+    actor: PopSANConfig | MLPConfig
+    encoder: PopulationConfig | None
+    neuron: CubaLIFConfig | None
+    decoder: RateConfig | None
+
+    def shape(self) -> str:
+        """Whatever two actors must share for one to take the other's weights."""
+        text = f"{self.actor.name} {self.actor.hidden_sizes}"
+        if self.encoder and self.decoder and self.neuron:
+            sizes = f"populations {self.encoder.pop_size}, {self.decoder.pop_size}"
+            text += f" with {self.encoder.name}, {self.neuron.name}, {sizes}"
+        return text
+
+
+class Activity(NamedTuple):
+    """How a spiking actor fires over a batch of observations."""
+
+    firing_rate: float  # spikes per spike step, mean over all hidden and output neurons
+    window_fraction: float  # of their voltages that a gradient passes, mean over the same
+    layers: list[float]  # firing rate of the encoder, of each hidden layer, and of the output
+
+
+class SpikingActor(nn.Module):
+    """Population encoder, spiking layers, population decoder, tanh: (B, O) -> (B, A) in [-1, 1]."""
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        actor: PopSANConfig,
+        encoder: PopulationConfig,
+        neuron: CubaLIFConfig,
+        decoder: RateConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.spike_steps = actor.spike_steps
+        self.dtype = dtype  # of the layers' products; voltages and thresholds keep the weights' type
+        self.neuron = CubaLIF(neuron)
+        self.encoder = PopulationEncoder(obs_dim, encoder)
+        sizes = [obs_dim * encoder.pop_size, *actor.hidden_sizes, act_dim * decoder.pop_size]
+        self.layers = nn.ModuleList(nn.Linear(i, n) for i, n in zip(sizes, sizes[1:], strict=False))
+        self.decoder = RateDecoder(act_dim, decoder)
+
+    def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Actions; `generator` is drawn from only where the encoder is random."""
+        return torch.tanh(self.decoder(reference.rates(self, obs_BO, generator)))
+
+    def activity(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Activity:
+        """Firing rates over any number of observations, in pieces of bounded memory."""
+        fired, inside = torch.zeros(len(self.layers) + 1), torch.zeros(len(self.layers))
+        for piece in obs_BO.split(1024):
+            spikes, voltages = reference.record(self, piece, generator)
+            weight = len(piece) / len(obs_BO)
+            fired += weight * torch.stack([s.mean() for s in spikes]).cpu()
+            c = self.neuron.config
+            inside += weight * torch.stack(
+                [
+                    inside_window(v - c.threshold, c.surrogate_window).float().mean()
+                    for v in voltages
+                ]
+            ).cpu()
+        share = torch.tensor([float(layer.out_features) for layer in self.layers])
+        share /= share.sum()
+        return Activity(
+            float((fired[1:] * share).sum()), float((inside * share).sum()), fired.tolist()
+        )
+
+
+class MLPActor(nn.Module):
+    """Dense actor, (B, O) -> (B, A) in [-1, 1]."""
+
+    def __init__(
+        self, obs_dim: int, act_dim: int, actor: MLPConfig, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        sizes = [obs_dim, *actor.hidden_sizes, act_dim]
+        self.layers = nn.ModuleList(nn.Linear(i, n) for i, n in zip(sizes, sizes[1:], strict=False))
+
+    def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        x = obs_BO
+        for layer in self.layers[:-1]:
+            x = torch.relu(reference.product(x, layer, self.dtype))
+        return torch.tanh(reference.product(x, self.layers[-1], self.dtype))
+
+
+Actor = SpikingActor | MLPActor
+
+
+def build_actor(
+    config: ActorConfig, obs_dim: int, act_dim: int, *, dtype: torch.dtype = torch.float32
+) -> Actor:
+    if isinstance(config.actor, MLPConfig):
+        return MLPActor(obs_dim, act_dim, config.actor, dtype=dtype)
+    assert config.encoder and config.neuron and config.decoder
+    parts = config.encoder, config.neuron, config.decoder
+    return SpikingActor(obs_dim, act_dim, config.actor, *parts, dtype=dtype)
+
+
+class TwinCritic(nn.Module):
+    """Two Q networks with ReLU layers, side by side in one batched product per layer."""
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden_sizes: list[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        sizes = [obs_dim + act_dim, *hidden_sizes, 1]
+        self.weights_2IN, self.biases_21N = nn.ParameterList(), nn.ParameterList()
+        for i, n in zip(sizes, sizes[1:], strict=False):
+            bound = 1.0 / math.sqrt(i)  # what torch gives a linear layer
+            self.weights_2IN.append(nn.Parameter(torch.empty(2, i, n).uniform_(-bound, bound)))
+            self.biases_21N.append(nn.Parameter(torch.empty(2, 1, n).uniform_(-bound, bound)))
+
+    def forward(self, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
+        """Both values, (2, B)."""
+        x = torch.cat([obs_BO, act_BA], -1).expand(2, -1, -1)
+        return self._values(x, slice(None)).squeeze(-1)
+
+    def first(self, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
+        """The first critic's value, (B,)."""
+        x = torch.cat([obs_BO, act_BA], -1).unsqueeze(0)
+        return self._values(x, slice(0, 1)).squeeze(0).squeeze(-1)
+
+    def _values(self, x: Tensor, which: slice) -> Tensor:
+        x = x.to(self.dtype)
+        last = len(self.weights_2IN) - 1
+        for i, (weight, bias) in enumerate(zip(self.weights_2IN, self.biases_21N, strict=True)):
+            x = torch.baddbmm(bias[which].to(self.dtype), x, weight[which].to(self.dtype))
+            x = torch.relu(x) if i < last else x
+        return x.to(self.weights_2IN[0].dtype)

@@ -1,0 +1,68 @@
+"""Running z-score of observations.
+
+Shape legend   B batch, O observation entries.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EPS = float(np.finfo(np.float32).eps)  # added to the variance, as PopSAN's code does
+
+
+class RunningNorm:
+    """Float64 moments of all observations seen; identity until the first merge.
+
+    Observations wait in `pending` and are merged together (Chan et al., 1979), so that the moments
+    change only between updates and, with several workers, everywhere at once.
+    """
+
+    def __init__(self, obs_dim: int, clip: float) -> None:
+        self.clip = clip  # normalised observations lie in [-clip, clip]
+        self.count = 0
+        self.mean_O = np.zeros(obs_dim)
+        self.var_O = np.ones(obs_dim)
+        self.pending: list[np.ndarray] = []
+        self._refresh()
+
+    def add(self, obs_BO: np.ndarray) -> None:
+        self.pending.append(np.array(obs_BO, np.float64))  # a copy: environments reuse their arrays
+
+    def merge(self) -> None:
+        """Take what is pending into the moments."""
+        if not self.pending:
+            return
+        rows = np.concatenate(self.pending)
+        self.pending = []
+        count, mean, var = len(rows), rows.mean(0), rows.var(0)
+        total = self.count + count
+        delta = mean - self.mean_O
+        squares = self.var_O * self.count + var * count + delta**2 * (self.count * count / total)
+        self.mean_O = self.mean_O + delta * (count / total)
+        self.var_O = squares / total
+        self.count = total
+        self._refresh()
+
+    def normalize(self, obs_BO: Tensor) -> Tensor:
+        """clip((obs - mean) / sqrt(var + eps)), in float32 (B, O)."""
+        mean, std = self._mean_std.to(obs_BO.device)
+        return ((obs_BO - mean) / std).clamp(-self.clip, self.clip)
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            "count": torch.tensor(self.count),
+            "mean": torch.from_numpy(self.mean_O.copy()),
+            "var": torch.from_numpy(self.var_O.copy()),
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.count = int(state["count"])
+        self.mean_O = state["mean"].numpy().astype(np.float64)
+        self.var_O = state["var"].numpy().astype(np.float64)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        std = np.sqrt(self.var_O + EPS)
+        self._mean_std = torch.from_numpy(np.stack([self.mean_O, std]).astype(np.float32))

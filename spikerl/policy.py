@@ -1,0 +1,162 @@
+"""A trained policy as one artefact: actor, normaliser, action scaling, environment id, versions.
+
+`policy.json` holds the plain data and `policy.safetensors` the tensors; loading either executes
+nothing.
+
+Shape legend   B batch, O observation entries, A action entries.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from spikerl.files import write_atomic, write_json
+from spikerl.networks import Actor, ActorConfig, MLPConfig, PopSANConfig, build_actor
+from spikerl.normalize import RunningNorm
+from spikerl.schema import choose
+from spikerl.snn.decoders import RateConfig
+from spikerl.snn.encoders import PopulationConfig
+from spikerl.snn.neurons import CubaLIFConfig
+from spikerl.errors import BadRequest
+from spikerl.types import Task
+from spikerl.versions import versions
+
+SCHEMA = 1
+ACTORS: dict[str, type[Any]] = {"popsan": PopSANConfig, "mlp": MLPConfig}
+ENCODERS: dict[str, type[Any]] = {"population": PopulationConfig, "poisson": PopulationConfig}
+NEURONS: dict[str, type[Any]] = {"cuba_lif": CubaLIFConfig}
+DECODERS: dict[str, type[Any]] = {"rate": RateConfig}
+
+
+def parse_actor(data: dict[str, Any]) -> ActorConfig:
+    """The actor's part of a config: groups actor, encoder, neuron, decoder."""
+    actor = choose(ACTORS, data.get("actor"), key="actor")
+    if isinstance(actor, MLPConfig):
+        return ActorConfig(actor=actor, encoder=None, neuron=None, decoder=None)
+    return ActorConfig(
+        actor=actor,
+        encoder=choose(ENCODERS, data.get("encoder"), key="encoder"),
+        neuron=choose(NEURONS, data.get("neuron"), key="neuron"),
+        decoder=choose(DECODERS, data.get("decoder"), key="decoder"),
+    )
+
+
+class Policy:
+    """Acts on raw observations; deterministic (a Poisson encoder draws from its own generator)."""
+
+    def __init__(self, task: Task, config: ActorConfig, actor: Actor, norm: RunningNorm) -> None:
+        self.task, self.config, self.actor, self.norm = task, config, actor, norm
+        self.device = next(actor.parameters()).device
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.trained_with: dict[str, str] = {}  # versions, where it was loaded from a file
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """Actions in the environment's units for one raw observation or a batch of them.
+
+        Raises ValueError for another shape than (*obs_shape) or (B, *obs_shape), or a value that is
+        not finite.
+        """
+        obs = np.asarray(obs)
+        shape = self.task.obs_shape
+        single = obs.shape == shape
+        if not single and obs.shape[1:] != shape:
+            raise ValueError(f"obs has shape {obs.shape}; expected {shape} or (B, *{shape})")
+        if not np.isfinite(obs).all():
+            raise ValueError("obs holds a NaN or an infinity")
+        act = self.task.to_env(self.act(obs.reshape(-1, self.task.obs_dim), self.generator))
+        return act[0] if single else act
+
+    @torch.no_grad()
+    def act(self, obs_BO: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """Actions (B, A) in [-1, 1]."""
+        obs = torch.from_numpy(obs_BO.astype(np.float32)).to(self.device)
+        return self.actor(self.norm.normalize(obs), generator).cpu().numpy()
+
+    def save(self, folder: Path) -> None:
+        tensors = {f"actor.{k}": v.detach().clone() for k, v in self.actor.state_dict().items()}
+        tensors |= {f"norm.{k}": v for k, v in self.norm.state().items()}
+        t = self.task
+        data = {
+            "schema": SCHEMA,
+            "env_id": t.env_id,
+            "obs_shape": list(t.obs_shape),
+            "act_shape": list(t.act_shape),
+            "act_low": t.act_low.tolist(),
+            "act_high": t.act_high.tolist(),
+            "max_episode_steps": t.max_episode_steps,
+            "norm_clip": self.norm.clip,
+            **{k: v for k, v in asdict(self.config).items() if v is not None},
+            "versions": self.trained_with or versions(),
+        }
+        write_atomic(folder / "policy.safetensors", lambda p: save_file(tensors, p))
+        write_json(folder / "policy.json", data)
+
+
+def load_policy(run: str | Path, device: str = "cpu") -> Policy:
+    """The policy of a run folder: its final one, else that of its newest checkpoint.
+
+    Raises BadRequest, a ValueError, for what is missing, foreign, damaged or inconsistent.
+    """
+    return read_policy(find_policy(Path(run), key="run"), device, key="run")
+
+
+def find_policy(run: Path, *, key: str) -> Path:
+    """The folder below `run` that holds the policy to use."""
+    for folder in (run, run / "checkpoints" / "latest"):
+        if (folder / "policy.json").is_file():
+            return folder
+    remedy = "no policy there; give a run folder (it holds policy.json and policy.safetensors)"
+    raise BadRequest(key, run, remedy)
+
+
+def read_policy(folder: Path, device: str = "cpu", *, key: str) -> Policy:
+    try:
+        data = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "policy.safetensors")
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadRequest(key, folder, f"its policy cannot be read: {reason}") from None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else None
+        raise BadRequest(key, folder, f"policy.json has schema {found}; this version reads {SCHEMA}")
+    try:
+        task = Task(
+            str(data["env_id"]),
+            tuple(int(n) for n in data["obs_shape"]),
+            tuple(int(n) for n in data["act_shape"]),
+            np.array(data["act_low"], np.float64),
+            np.array(data["act_high"], np.float64),
+            int(data["max_episode_steps"]),
+        )
+        clip = float(data["norm_clip"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise BadRequest(key, folder, f"policy.json lacks or garbles {error}") from None
+    if task.act_low.shape != (task.act_dim,) or task.act_high.shape != (task.act_dim,):
+        raise BadRequest(key, folder, "policy.json: act_low and act_high do not fit act_shape")
+    config = parse_actor(data)
+    with torch.device("meta"):  # so that a hostile size in the JSON allocates nothing
+        actor = build_actor(config, task.obs_dim, task.act_dim)
+    weights = {k.removeprefix("actor."): v for k, v in tensors.items() if k.startswith("actor.")}
+    moments = {k.removeprefix("norm."): v for k, v in tensors.items() if k.startswith("norm.")}
+    expected = {name: (p.shape, p.dtype) for name, p in actor.state_dict().items()}
+    if {name: (p.shape, p.dtype) for name, p in weights.items()} != expected:
+        raise BadRequest(key, folder, "policy.safetensors does not fit the shapes in policy.json")
+    wanted = {"count": (), "mean": (task.obs_dim,), "var": (task.obs_dim,)}
+    if {name: tuple(v.shape) for name, v in moments.items()} != wanted:
+        raise BadRequest(key, folder, "the observation normaliser is missing or does not fit")
+    if not all(v.isfinite().all() for v in tensors.values()):
+        raise BadRequest(key, folder, "policy.safetensors holds a NaN or an infinity")
+    actor.load_state_dict(weights, assign=True)
+    norm = RunningNorm(task.obs_dim, clip)
+    norm.load(moments)
+    policy = Policy(task, config, actor.to(device), norm)
+    policy.trained_with = {str(k): str(v) for k, v in dict(data.get("versions") or {}).items()}
+    return policy

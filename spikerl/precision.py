@@ -1,0 +1,59 @@
+"""Which number formats the update computes in.
+
+Parameters, optimiser state, membranes, thresholds and losses are float32 under every precision;
+what varies is the operands of the dense products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from spikerl.errors import BadRequest
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(kw_only=True)
+class PrecisionConfig:
+    name: str
+    actor: str  # operands of the actor's products
+    critic: str  # operands of the critics' products
+
+    def __post_init__(self) -> None:
+        for key in ("actor", "critic"):
+            if getattr(self, key) not in DTYPES:
+                raise BadRequest(f"precision.{key}", getattr(self, key), f"one of {list(DTYPES)}")
+
+    @property
+    def actor_dtype(self) -> torch.dtype:
+        return DTYPES[self.actor]
+
+    @property
+    def critic_dtype(self) -> torch.dtype:
+        return DTYPES[self.critic]
+
+    @property
+    def scales_loss(self) -> bool:
+        """Gradients underflow in fp16 unless the loss is scaled up first; bf16 has fp32's range."""
+        return "fp16" in (self.actor, self.critic)
+
+
+def check_precision(config: PrecisionConfig, device: torch.device) -> None:
+    """Refuse a format that `device` computes wrongly or only by emulation."""
+    formats = {config.actor, config.critic}
+    if device.type == "cuda" and "bf16" in formats:
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            major, minor = torch.cuda.get_device_capability(device)
+            remedy = (
+                f"this GPU (compute capability {major}.{minor}) has no bfloat16 units; "
+                "use precision=fp16 or precision=fp32"
+            )
+            raise BadRequest("precision", config.name, remedy)
+    if device.type == "cpu" and "fp16" in formats:
+        raise BadRequest(
+            "precision",
+            config.name,
+            "float16 products are emulated on a CPU; use precision=bf16, precision=fp32, or device=cuda",
+        )

@@ -1,0 +1,51 @@
+"""Plain data in, validated dataclasses out; whatever does not fit is a BadRequest that names the key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import (
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from spikerl.errors import BadRequest
+
+T = TypeVar("T")
+
+
+def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
+    """An instance of the dataclass `schema`; `key` is where `data` stands in the whole config."""
+    prefix = f"{key}." if key else ""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), dict(data))
+        result = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        field = str(error).rsplit(": ", 1)[-1]
+        raise BadRequest(f"{prefix}{field}", "???", "give it a value") from None
+    except ConfigKeyError as error:
+        known = ", ".join(schema.__dataclass_fields__)  # type: ignore[attr-defined]
+        full = f"{prefix}{error.full_key}"
+        raise BadRequest(full, data.get(str(error.key)), f"no such key; known: {known}") from None
+    except ValidationError as error:
+        field = str(error.full_key)
+        value = OmegaConf.select(OmegaConf.create(dict(data)), field)
+        expected = schema.__annotations__.get(field.split("[")[0].split(".")[0], "another type")
+        raise BadRequest(f"{prefix}{field}", value, f"expected {expected}") from None
+    except OmegaConfBaseException as error:
+        line = str(error).splitlines()[0]
+        raise BadRequest(key or "config", dict(data), line) from None
+    assert isinstance(result, schema)
+    return result
+
+
+def choose(options: Mapping[str, type[Any]], data: Any, *, key: str) -> Any:
+    """Parse `data` with the schema that its `name` selects among `options`."""
+    name = data.get("name") if isinstance(data, Mapping) else data
+    if not isinstance(data, Mapping) or name not in options:
+        raise BadRequest(key, name, f"one of {', '.join(sorted(options))}")
+    return parse(options[name], data, key=key)

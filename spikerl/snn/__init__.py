@@ -1,0 +1,1 @@
+"""Spiking neurons, encoders, decoders, and the kernels that run them."""

@@ -1,0 +1,69 @@
+"""Words that every layer shares.
+
+Shape legend   B batch, O observation entries, A action entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+
+class Resolved(NamedTuple):
+    """What "auto" or a named choice came to, and why; written into the manifest."""
+
+    choice: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """Transitions as the losses see them; truncation is deliberately not a field."""
+
+    obs: Tensor  # (B, O) normalised
+    act: Tensor  # (B, A) in [-1, 1]
+    rew: Tensor  # (B,)
+    next_obs: Tensor  # (B, O) normalised; the true successor, never a reset observation
+    terminated: Tensor  # (B,) bool
+    discount: Tensor  # (B,) gamma ** (steps that the transition spans)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a policy must know of its environment.
+
+    Inside the program every action lies in [-1, 1]; `to_env` is the only place where it gets the
+    environment's units, each entry with its own bounds.
+    """
+
+    env_id: str
+    obs_shape: tuple[int, ...]
+    act_shape: tuple[int, ...]
+    act_low: np.ndarray  # (A,) float64
+    act_high: np.ndarray  # (A,) float64
+    max_episode_steps: int
+
+    @property
+    def obs_dim(self) -> int:
+        return int(np.prod(self.obs_shape))
+
+    @property
+    def act_dim(self) -> int:
+        return int(np.prod(self.act_shape))
+
+    def to_env(self, act: np.ndarray) -> np.ndarray:
+        """Map actions (..., A) in [-1, 1] to (..., *act_shape) in the environment's units."""
+        low, high = self.act_low, self.act_high
+        scaled = np.clip(low + (act + 1.0) * 0.5 * (high - low), low, high).astype(np.float32)
+        # A float64 bound may round to a float32 just outside the box.
+        scaled = np.clip(scaled, _inside(low, high), _inside(high, low))
+        return scaled.reshape(*act.shape[:-1], *self.act_shape)
+
+
+def _inside(bound: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The float32 nearest to `bound` that does not lie beyond it, seen from `other`."""
+    near = bound.astype(np.float32)
+    beyond = np.where(other > bound, near < bound, near > bound)
+    return np.where(beyond, np.nextafter(near, other.astype(np.float32)), near)

@@ -1,0 +1,114 @@
+"""What a person sees while a run goes on: a live panel on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Stage(Protocol):
+    """What the view reads of a training run between epochs."""
+
+    step: int
+    updates: int
+    epoch: int
+    losses: dict[str, float]
+    returns: list[float]
+
+
+def number(value: float | None) -> str:
+    """A number as short as it can be read; a dash for what was not measured."""
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def epoch_line(row: Mapping[str, Any], total_steps: int) -> str:
+    return (
+        f"epoch {row['epoch']}  step {row['step']}/{total_steps}"
+        f"  eval {number(row['eval_return'])} +- {number(row['eval_return_std'])}"
+        f"  train {number(row['train_return'])}  critic_loss {number(row['critic_loss'])}"
+        f"  q {number(row['q_mean'])}  firing {number(row['firing_rate'])}"
+        f"  {number(row['env_steps_per_s'])} steps/s  {row['wall_s']:.0f} s"
+    )
+
+
+class View:
+    """Shows one run. `progress` is cheap: it draws at most a few times a second."""
+
+    INTERVAL = 0.25  # seconds between redraws on a terminal
+    PLAIN_INTERVAL = 60.0  # seconds between progress lines elsewhere
+
+    def __init__(self, title: str, total_steps: int, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.total_steps = total_steps
+        self.started = self.shown = time.monotonic()
+        self.first_step: int | None = None
+        self.best: float | None = None
+        self.last: Mapping[str, Any] = {}
+        self.title = title
+        self.live: Live | None = None
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("step"), BarColumn(None), MofNCompleteColumn(),
+                TextColumn("{task.percentage:>3.0f}%"), TextColumn("left"), TimeRemainingColumn(),
+                console=self.console, expand=True, speed_estimate_period=600.0,
+            )  # fmt: skip
+            self.task = self.bar.add_task("", total=total_steps)
+            self.live = Live(self._panel(None), console=self.console, auto_refresh=False)
+            self.live.start()
+
+    def line(self, text: str) -> None:
+        """A line that stays, above the live panel."""
+        self.console.print(text, markup=False)
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        self.last = row
+        self.best = max(row["eval_return"], self.best if self.best is not None else -float("inf"))
+        self.line(epoch_line(row, self.total_steps))
+
+    def progress(self, stage: Stage) -> None:
+        now = time.monotonic()
+        if now - self.shown < (self.INTERVAL if self.live else self.PLAIN_INTERVAL):
+            return
+        self.shown = now
+        if self.live:
+            self.bar.update(self.task, completed=stage.step)
+            self.live.update(self._panel(stage), refresh=True)
+            return
+        rate = stage.step / (now - self.started)
+        left = (self.total_steps - stage.step) / rate if rate else float("inf")
+        self.line(
+            f"step {stage.step}/{self.total_steps}  {number(rate)} steps/s  {left:.0f} s left"
+            f"  critic_loss {number(stage.losses.get('critic_loss'))}"
+        )
+
+    def close(self) -> None:
+        if self.live:
+            self.live.stop()
+
+    def _panel(self, stage: Stage | None) -> Panel:
+        grid = Table.grid(padding=(0, 3))
+        losses = stage.losses if stage else {}
+        newest = stage.returns[-1] if stage and stage.returns else self.last.get("train_return")
+        rate = stage.step / max(time.monotonic() - self.started, 1e-9) if stage else None
+        rows = [
+            ("eval return", self.last.get("eval_return"), "best", self.best),
+            ("episode return", newest, "firing rate", self.last.get("firing_rate")),
+            ("critic loss", losses.get("critic_loss"), "actor loss", losses.get("actor_loss")),
+            ("steps/s", rate, "updates", float(stage.updates) if stage else None),
+        ]
+        for left, a, right, b in rows:
+            grid.add_row(left, number(a), right, number(b))
+        whole = Table.grid(expand=True)
+        whole.add_row(self.bar)
+        whole.add_row(grid)
+        return Panel(whole, title=self.title, title_align="left")
