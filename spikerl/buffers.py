@@ -15,7 +15,7 @@ from spikerl.types import Batch
 
 
 class Replay:
-    """Ring of transitions, one packed float32 row each: obs, next_obs, act, rew, terminated, discount.
+    """Ring of transitions, a packed float32 row each: obs next_obs act rew terminated discount.
 
     Normalisation happens at sampling, with the moments of that moment, so that no stored row is
     ever stale. Memory is touched only as rows arrive.
@@ -39,7 +39,7 @@ class Replay:
         terminated: np.ndarray,
         discount: float,
     ) -> None:
-        """Store B transitions: `obs` and `next_obs` (B, O), `act` (B, A), `rew` and `terminated` (B,)."""
+        """Store B transitions: obs and next_obs (B, O), act (B, A), rew and terminated (B,)."""
         tail = np.stack([rew, terminated, np.full(len(rew), discount)], 1)
         rows = torch.from_numpy(np.concatenate([obs, next_obs, act, tail], 1).astype(np.float32))
         rows = rows[-self.capacity :]
@@ -55,7 +55,7 @@ class Replay:
         """Rows drawn with replacement, their observations normalised."""
         index = torch.randint(self.size, (batch_size,), generator=generator)
         rows = self.rows[index.to(self.rows.device)]
-        O, A = self.obs_dim, self.act_dim  # noqa: N806, E741
+        O, A = self.obs_dim, self.act_dim  # noqa: E741
         obs, next_obs = normalize(rows[:, : 2 * O].unflatten(1, (2, O))).unbind(1)
         rew, terminated, discount = rows[:, 2 * O + A :].unbind(1)
         return Batch(obs, rows[:, 2 * O : 2 * O + A], rew, next_obs, terminated > 0, discount)

@@ -16,7 +16,7 @@ KEEP = 3
 
 
 def save_checkpoint(run: Path, policy: Policy, critic: TwinCritic, step: int) -> None:
-    """Write checkpoints/step_N beside its place, rename it, point `latest` at it, drop the oldest."""
+    """Write checkpoints/step_N, complete or not at all; point `latest` at it; drop the oldest."""
     root = run / "checkpoints"
     root.mkdir(exist_ok=True)
     name = f"step_{step:010d}"

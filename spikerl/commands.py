@@ -61,7 +61,9 @@ def evaluate(data: dict[str, Any]) -> int:
     probe.close()
     ours, theirs = (task.obs_shape, task.act_shape), (policy.task.obs_shape, policy.task.act_shape)
     if ours != theirs:
-        remedy = f"the policy maps {theirs[0]} to {theirs[1]}, {env_id} needs {ours[0]} to {ours[1]}"
+        remedy = (
+            f"the policy maps {theirs[0]} to {theirs[1]}, {env_id} needs {ours[0]} to {ours[1]}"
+        )
         raise BadRequest("run" if not data["env_id"] else "env_id", env_id, remedy)
     evaluator = Evaluator(env, data["episodes"], data["seed"])
     try:
@@ -91,7 +93,10 @@ def evaluate(data: dict[str, Any]) -> int:
         return 0
     for i, (ret, length) in enumerate(zip(result.returns, result.lengths, strict=True)):
         print(f"episode {i}  return {ret:.1f}  length {length}")
-    print(f"{env_id}: return {result.mean:.1f} +- {result.std:.1f} over {len(result.returns)} episodes")
+    print(
+        f"{env_id}: return {result.mean:.1f} +- {result.std:.1f}"
+        f" over {len(result.returns)} episodes"
+    )
     if result.activity:
         layers = ", ".join(f"{rate:.3f}" for rate in result.activity.layers)
         print(f"firing rate {result.activity.firing_rate:.3f} (encoder and layers: {layers})")

@@ -17,6 +17,8 @@ COMMANDS = {
     "import": "make a run folder from a policy of the public PopSAN code",
     "doctor": "what this machine has, and why what is missing is missing",
 }
+FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m",
+         "--info", "-i", "--hydra-help", "--run", "-r")  # fmt: skip
 # They would load somebody's Hydra settings, which can name code to run.
 REFUSED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn",
                  "--experimental-rerun")  # fmt: skip
@@ -49,6 +51,8 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
     """Refuse what must not reach Hydra; replace config=FILE by the overrides that it stands for."""
     for arg in args:
         flag = arg.partition("=")[0]
+        if arg.startswith("-") and flag not in (*FLAGS, *REFUSED_FLAGS):
+            raise BadRequest(flag, "", f"no such flag; {_nearest(flag, FLAGS)}")
         if flag in REFUSED_FLAGS:
             raise BadRequest(flag, "", "not accepted; config=FILE starts from a run's config.yaml")
         if re.match(r"^[+~]*hydra[./].*_target_", arg):
@@ -104,8 +108,10 @@ def overrides_of(path: Path, typed: Sequence[str]) -> list[str]:
 
 def _leaves(prefix: str, value: Any, path: Path) -> Iterator[tuple[str, Any]]:
     if not isinstance(value, dict):
-        if isinstance(value, str) and ("${" in value or ":" in value and prefix == "env.id"):
-            raise BadRequest(prefix, value, f"not accepted from {path}; type it on the command line")
+        if isinstance(value, str) and ("${" in value or (":" in value and prefix == "env.id")):
+            raise BadRequest(
+                prefix, value, f"not accepted from {path}; type it on the command line"
+            )
         yield prefix, value
         return
     for key, inner in value.items():
@@ -140,8 +146,11 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
         key = found[1]
         value = next((a.partition("=")[2] for a in args if a.startswith(f"{key}=")), "")
         return f"{key}={value}: no such key; {_nearest(key, known_keys(command))}"
-    if found := re.search(r"(?:Missing mandatory value|missing mandatory value): ([\w.]+)", text):
-        return f"{found[1]}=???: it has no default; give it a value"
+    if "issing mandatory value" in text:
+        key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
+        return f"{key}=???: it has no default; give it a value"
+    if found := re.search(r"Error parsing override '([^']*)'", text):
+        return f"{found[1]}: cannot be read; write key=value"
     return f"config: {lines[0] if lines else type(error).__name__}"
 
 
@@ -172,4 +181,6 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     if not near:
         tail = word.rpartition(".")[2]
         near = [name for name in known if name.rpartition(".")[2] == tail][:3]
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(known)}" if len(known) < 20 else "--help lists what there is"

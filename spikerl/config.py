@@ -1,4 +1,4 @@
-"""The composed config, validated: plain values in, the dataclasses of the classes they configure out."""
+"""The composed config, validated: plain data in, each class its own dataclass out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from spikerl.algos.td3 import TD3Config
 from spikerl.envs import EnvConfig
+from spikerl.errors import BadRequest
 from spikerl.hardware import resolve_device, resolve_threads
 from spikerl.networks import ActorConfig
 from spikerl.policy import parse_actor
@@ -17,7 +18,6 @@ from spikerl.precision import PrecisionConfig, check_precision
 from spikerl.schema import choose, parse
 from spikerl.snn import kernels
 from spikerl.trainer import Training
-from spikerl.errors import BadRequest
 from spikerl.types import Resolved
 
 ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")

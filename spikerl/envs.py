@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
@@ -65,8 +66,8 @@ class Plain(gym.Wrapper[np.ndarray, Any, Any, Any]):
 def make_env(config: EnvConfig) -> Plain:
     """One environment; what cannot be made or trained on is a BadRequest that names the remedy."""
     _quiet_mujoco()
-    key = "env.version" if config.version else "env.id"
-    value = config.version or config.id
+    named = config.id == f"{config.name}-{config.version}"
+    key, value = ("env.version", config.version) if named else ("env.id", config.id)
     try:
         env = gym.make(
             config.id, max_episode_steps=config.max_episode_steps, disable_env_checker=True
@@ -92,7 +93,9 @@ def make_env(config: EnvConfig) -> Plain:
 def task_of(env: Plain) -> Task:
     """What a policy must know of `env`."""
     inner, space = env.env.observation_space, env.action_space
-    assert inner.shape is not None and isinstance(space, gym.spaces.Box) and env.spec is not None
+    assert isinstance(inner, gym.spaces.Box)
+    assert isinstance(space, gym.spaces.Box)
+    assert env.spec is not None
     low, high = (np.asarray(bound, np.float64).ravel() for bound in (space.low, space.high))
     limit = _step_limit(env)
     assert limit is not None
@@ -125,9 +128,7 @@ def _check_spaces(env: gym.Env[Any, Any], env_id: str) -> None:
 
 def _quiet_mujoco() -> None:
     """MuJoCo otherwise writes warnings to MUJOCO_LOG.TXT in the working directory and to stderr."""
-    import mujoco
-
-    mujoco.set_mju_user_warning(_ignore)
+    mujoco.set_mju_user_warning(_ignore)  # type: ignore[attr-defined]
 
 
 def _ignore(message: str) -> None:
@@ -164,7 +165,7 @@ class Envs:
         self.finished: list[Episode] = []  # since the caller last emptied it
 
     def reset(self, seeds: Sequence[int]) -> None:
-        obs, _ = self.vector.reset(seed=list(seeds))
+        obs, _ = self.vector.reset(seed=list(seeds))  # type: ignore[arg-type]
         self.obs = np.array(obs)
         self.resetting = np.zeros(len(obs), bool)
         self.returns = np.zeros(len(obs))

@@ -2,7 +2,7 @@
 
 
 class BadRequest(ValueError):
-    """The request was wrong: the program ends with status 2 and this one line, having created nothing."""
+    """The request was wrong: the program ends with status 2 and this line, nothing created."""
 
     def __init__(self, key: str, value: object, remedy: str) -> None:
         super().__init__(key, value, remedy)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from spikerl.envs import EnvConfig, make_env
+from spikerl.errors import NonFinite
 from spikerl.networks import Activity, SpikingActor
 from spikerl.policy import Policy
 from spikerl.seeding import generator_for, seed_for
-from spikerl.errors import NonFinite
 
 SIDE_BY_SIDE = 10  # episodes that run together, as one batch through the actor
 PROBED = 1024  # observations, evenly spaced over all episodes, that firing is measured on
@@ -22,7 +22,7 @@ PROBED = 1024  # observations, evenly spaced over all episodes, that firing is m
 
 @dataclass
 class Evaluation:
-    """Undiscounted returns and lengths by episode, and how the actor fired (null if it is dense)."""
+    """Undiscounted returns and lengths by episode, and how the actor fired (None: it is dense)."""
 
     returns: list[float]
     lengths: list[int]

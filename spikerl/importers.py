@@ -110,7 +110,7 @@ def sizes_of(weights: dict[str, Tensor], model: Path) -> dict[str, Any]:
             "decoder.decoder.weight": (act, 1, decoder),
             "decoder.decoder.bias": (act,),
         }
-        for name, i, n in zip(names, widths, widths[1:], strict=False):
+        for name, i, n in zip(names, widths[:-1], widths[1:], strict=True):
             expected |= {f"{name}.weight": (n, i), f"{name}.bias": (n,)}
     except (KeyError, ValueError, IndexError):
         raise foreign from None
@@ -141,13 +141,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 class _ArraysOnly(pickle.Unpickler):
     """Admits what numpy arrays are pickled with, and nothing else."""
 
-    ALLOWED = {
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("_codecs", "encode"),
-    }
+    ALLOWED = frozenset(
+        {
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("_codecs", "encode"),
+        }
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:

@@ -6,19 +6,20 @@ Shape legend   B batch, O observation entries, A action entries, I inputs, N out
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from spikerl.errors import BadRequest
 from spikerl.snn.decoders import RateConfig, RateDecoder
 from spikerl.snn.encoders import PopulationConfig, PopulationEncoder
 from spikerl.snn.kernels import reference
 from spikerl.snn.neurons import CubaLIF, CubaLIFConfig
 from spikerl.snn.surrogates import inside_window
-from spikerl.errors import BadRequest
 
 
 def check_sizes(key: str, sizes: Iterable[int]) -> None:
@@ -60,7 +61,7 @@ class MLPConfig:
 
 @dataclass(kw_only=True)
 class ActorConfig:
-    """Everything that an actor's shape and arithmetic depend on; a dense actor has no spiking parts."""
+    """What an actor's shape and arithmetic depend on; a dense actor has no spiking parts."""
 
     actor: PopSANConfig | MLPConfig
     encoder: PopulationConfig | None
@@ -84,6 +85,16 @@ class Activity(NamedTuple):
     layers: list[float]  # firing rate of the encoder, of each hidden layer, and of the output
 
 
+class Linears(nn.ModuleList):
+    """Linear layers between widths that follow each other."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__(nn.Linear(i, n) for i, n in pairwise(sizes))
+
+    def __iter__(self) -> Iterator[nn.Linear]:
+        return super().__iter__()  # type: ignore[return-value]
+
+
 class SpikingActor(nn.Module):
     """Population encoder, spiking layers, population decoder, tanh: (B, O) -> (B, A) in [-1, 1]."""
 
@@ -100,11 +111,13 @@ class SpikingActor(nn.Module):
     ) -> None:
         super().__init__()
         self.spike_steps = actor.spike_steps
-        self.dtype = dtype  # of the layers' products; voltages and thresholds keep the weights' type
+        self.dtype = (
+            dtype  # of the layers' products; voltages and thresholds keep the weights' type
+        )
         self.neuron = CubaLIF(neuron)
         self.encoder = PopulationEncoder(obs_dim, encoder)
         sizes = [obs_dim * encoder.pop_size, *actor.hidden_sizes, act_dim * decoder.pop_size]
-        self.layers = nn.ModuleList(nn.Linear(i, n) for i, n in zip(sizes, sizes[1:], strict=False))
+        self.layers = Linears(sizes)
         self.decoder = RateDecoder(act_dim, decoder)
 
     def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -119,12 +132,15 @@ class SpikingActor(nn.Module):
             weight = len(piece) / len(obs_BO)
             fired += weight * torch.stack([s.mean() for s in spikes]).cpu()
             c = self.neuron.config
-            inside += weight * torch.stack(
-                [
-                    inside_window(v - c.threshold, c.surrogate_window).float().mean()
-                    for v in voltages
-                ]
-            ).cpu()
+            inside += (
+                weight
+                * torch.stack(
+                    [
+                        inside_window(v - c.threshold, c.surrogate_window).float().mean()
+                        for v in voltages
+                    ]
+                ).cpu()
+            )
         share = torch.tensor([float(layer.out_features) for layer in self.layers])
         share /= share.sum()
         return Activity(
@@ -141,13 +157,14 @@ class MLPActor(nn.Module):
         super().__init__()
         self.dtype = dtype
         sizes = [obs_dim, *actor.hidden_sizes, act_dim]
-        self.layers = nn.ModuleList(nn.Linear(i, n) for i, n in zip(sizes, sizes[1:], strict=False))
+        self.layers = Linears(sizes)
 
     def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
         x = obs_BO
-        for layer in self.layers[:-1]:
+        *hidden, last = self.layers
+        for layer in hidden:
             x = torch.relu(reference.product(x, layer, self.dtype))
-        return torch.tanh(reference.product(x, self.layers[-1], self.dtype))
+        return torch.tanh(reference.product(x, last, self.dtype))
 
 
 Actor = SpikingActor | MLPActor
@@ -158,9 +175,10 @@ def build_actor(
 ) -> Actor:
     if isinstance(config.actor, MLPConfig):
         return MLPActor(obs_dim, act_dim, config.actor, dtype=dtype)
-    assert config.encoder and config.neuron and config.decoder
-    parts = config.encoder, config.neuron, config.decoder
-    return SpikingActor(obs_dim, act_dim, config.actor, *parts, dtype=dtype)
+    encoder, neuron, decoder = config.encoder, config.neuron, config.decoder
+    if encoder is None or neuron is None or decoder is None:
+        raise ValueError("a spiking actor needs an encoder, a neuron and a decoder")
+    return SpikingActor(obs_dim, act_dim, config.actor, encoder, neuron, decoder, dtype=dtype)
 
 
 class TwinCritic(nn.Module):
@@ -178,7 +196,7 @@ class TwinCritic(nn.Module):
         self.dtype = dtype
         sizes = [obs_dim + act_dim, *hidden_sizes, 1]
         self.weights_2IN, self.biases_21N = nn.ParameterList(), nn.ParameterList()
-        for i, n in zip(sizes, sizes[1:], strict=False):
+        for i, n in pairwise(sizes):
             bound = 1.0 / math.sqrt(i)  # what torch gives a linear layer
             self.weights_2IN.append(nn.Parameter(torch.empty(2, i, n).uniform_(-bound, bound)))
             self.biases_21N.append(nn.Parameter(torch.empty(2, 1, n).uniform_(-bound, bound)))

@@ -18,6 +18,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
+from spikerl.errors import BadRequest
 from spikerl.files import write_atomic, write_json
 from spikerl.networks import Actor, ActorConfig, MLPConfig, PopSANConfig, build_actor
 from spikerl.normalize import RunningNorm
@@ -25,7 +26,6 @@ from spikerl.schema import choose
 from spikerl.snn.decoders import RateConfig
 from spikerl.snn.encoders import PopulationConfig
 from spikerl.snn.neurons import CubaLIFConfig
-from spikerl.errors import BadRequest
 from spikerl.types import Task
 from spikerl.versions import versions
 
@@ -126,7 +126,9 @@ def read_policy(folder: Path, device: str = "cpu", *, key: str) -> Policy:
         raise BadRequest(key, folder, f"its policy cannot be read: {reason}") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else None
-        raise BadRequest(key, folder, f"policy.json has schema {found}; this version reads {SCHEMA}")
+        raise BadRequest(
+            key, folder, f"policy.json has schema {found}; this version reads {SCHEMA}"
+        )
     try:
         task = Task(
             str(data["env_id"]),

@@ -41,19 +41,14 @@ class PrecisionConfig:
 
 
 def check_precision(config: PrecisionConfig, device: torch.device) -> None:
-    """Refuse a format that `device` computes wrongly or only by emulation."""
+    """Refuse a format that `device` has no units for."""
     formats = {config.actor, config.critic}
-    if device.type == "cuda" and "bf16" in formats:
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            major, minor = torch.cuda.get_device_capability(device)
-            remedy = (
-                f"this GPU (compute capability {major}.{minor}) has no bfloat16 units; "
-                "use precision=fp16 or precision=fp32"
-            )
-            raise BadRequest("precision", config.name, remedy)
     if device.type == "cpu" and "fp16" in formats:
-        raise BadRequest(
-            "precision",
-            config.name,
-            "float16 products are emulated on a CPU; use precision=bf16, precision=fp32, or device=cuda",
-        )
+        remedy = "a CPU only emulates float16; use precision=bf16, precision=fp32 or device=cuda"
+        raise BadRequest("precision", config.name, remedy)
+    if device.type != "cuda" or "bf16" not in formats:
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        major, minor = torch.cuda.get_device_capability(device)
+        remedy = f"a GPU of capability {major}.{minor} has no bfloat16; use precision=fp16 or fp32"
+        raise BadRequest("precision", config.name, remedy)

@@ -37,7 +37,7 @@ class RunLog:
 
         self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.log = (folder / "log.txt").open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(folder / "tb"))  # type: ignore[no-untyped-call]
+        self.tensorboard = SummaryWriter(str(folder / "tb"))
 
     def row(self, row: Mapping[str, Any]) -> None:
         self.metrics.write(json.dumps(row, allow_nan=False) + "\n")
@@ -45,8 +45,8 @@ class RunLog:
         os.fsync(self.metrics.fileno())
         for key, tag in TAGS.items():
             if (value := row.get(key)) is not None:
-                self.tensorboard.add_scalar(tag, value, row["step"])  # type: ignore[no-untyped-call]
-        self.tensorboard.flush()  # type: ignore[no-untyped-call]
+                self.tensorboard.add_scalar(tag, value, row["step"])
+        self.tensorboard.flush()
 
     def line(self, text: str) -> None:
         self.log.write(f"{datetime.now().isoformat(' ', 'seconds')} {text}\n")
@@ -55,7 +55,7 @@ class RunLog:
     def close(self) -> None:
         self.metrics.close()
         self.log.close()
-        self.tensorboard.close()  # type: ignore[no-untyped-call]
+        self.tensorboard.close()
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

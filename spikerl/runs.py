@@ -24,11 +24,11 @@ from spikerl import hardware
 from spikerl.checkpoint import save_checkpoint
 from spikerl.config import Config
 from spikerl.envs import make_env, task_of
+from spikerl.errors import BadRequest
 from spikerl.files import write_json, write_text
 from spikerl.policy import Policy, find_policy, read_policy
 from spikerl.runlog import RunLog, read_rows
 from spikerl.trainer import Row, Trainer
-from spikerl.errors import BadRequest
 from spikerl.types import Task
 from spikerl.versions import git_state, versions
 from spikerl.view import View, epoch_line

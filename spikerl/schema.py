@@ -1,4 +1,4 @@
-"""Plain data in, validated dataclasses out; whatever does not fit is a BadRequest that names the key."""
+"""Plain data in, validated dataclasses out; what does not fit is a BadRequest naming the key."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
 
 def choose(options: Mapping[str, type[Any]], data: Any, *, key: str) -> Any:
     """Parse `data` with the schema that its `name` selects among `options`."""
-    name = data.get("name") if isinstance(data, Mapping) else data
+    name = str(data.get("name") if isinstance(data, Mapping) else data)
     if not isinstance(data, Mapping) or name not in options:
         raise BadRequest(key, name, f"one of {', '.join(sorted(options))}")
     return parse(options[name], data, key=key)

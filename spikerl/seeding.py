@@ -27,7 +27,7 @@ def generator_for(
 
 @contextmanager
 def initialising(run_seed: int) -> Iterator[None]:
-    """Inside, torch's layers draw their first weights from the `init` stream, the same on every worker."""
+    """Inside, layers draw their first weights from the `init` stream, the same on every worker."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(run_seed, "init"))
         yield

@@ -50,7 +50,7 @@ class Sweep:
         except BadRequest as error:
             outcome |= {"status": 2, "error": str(error)}
             print(f"spikerl: {error}", file=sys.stderr)
-        except Exception as error:  # noqa: BLE001  a job's failure is reported, not propagated
+        except Exception as error:  # a job's failure is reported, not propagated
             outcome |= {"status": 1, "error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()
         with (self.root / "jobs.jsonl").open("a", encoding="utf-8") as f:

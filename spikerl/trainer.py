@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from spikerl.algos.td3 import TD3, TD3Config
+from spikerl.buffers import Replay
 from spikerl.envs import EnvConfig, Steps, make_envs
 from spikerl.evaluate import Evaluation, Evaluator
 from spikerl.networks import ActorConfig, TwinCritic, build_actor
 from spikerl.normalize import RunningNorm
 from spikerl.policy import Policy
 from spikerl.precision import PrecisionConfig
-from spikerl.buffers import Replay
 from spikerl.seeding import Streams, initialising, seed_for
 from spikerl.types import Task
 
@@ -76,9 +76,7 @@ class Trainer:
         self.t, self.task = training, task
         t, algo, device = training, training.algo, training.device
         with initialising(t.seed):
-            actor = build_actor(
-                t.actor, task.obs_dim, task.act_dim, dtype=t.precision.actor_dtype
-            )
+            actor = build_actor(t.actor, task.obs_dim, task.act_dim, dtype=t.precision.actor_dtype)
             critic = TwinCritic(
                 task.obs_dim,
                 task.act_dim,
@@ -166,7 +164,7 @@ class Trainer:
         self.progress.add(metrics)
 
     def updates_due(self, step: int) -> int:
-        """Updates that belong to the first `step` steps: a burst at each multiple of update_interval."""
+        """Updates that belong to the first `step` steps, a burst at each update_interval."""
         algo = self.t.algo
         first = -(-max(algo.learning_starts, 1) // algo.update_interval)  # the first burst's number
         bursts = max(step // algo.update_interval - first + 1, 0)

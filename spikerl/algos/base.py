@@ -1,4 +1,4 @@
-"""What every learning rule shares: the target value, and the one door from a loss to new weights."""
+"""What every learning rule shares: the target value, and the one door from loss to weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def flatten(module: nn.Module) -> Tensor:
 
 
 class Guard:
-    """Notices anything non-finite on the device and masks writes to weights, without asking the host.
+    """Notices what is not finite, on the device, and masks writes to weights.
 
     In fp32 and bf16 every write is masked from the first bad update on, and `check` (once per log
     interval) raises and names it. Under fp16 a bad gradient is ordinary: the loss scale was too

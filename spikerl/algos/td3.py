@@ -1,4 +1,4 @@
-"""TD3: twin delayed deep deterministic policy gradient (Fujimoto et al., 2018, arXiv:1802.09477)."""
+"""TD3, twin delayed DDPG (Fujimoto et al., 2018, arXiv:1802.09477)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from spikerl.algos.base import Guard, Stepper, flatten, polyak_, td_target
-from spikerl.networks import Actor, TwinCritic, check_sizes
 from spikerl.errors import BadRequest
+from spikerl.networks import Actor, TwinCritic, check_sizes
 from spikerl.types import Batch
 
 
@@ -44,7 +44,13 @@ class TD3Config:
                 raise BadRequest(f"algo.{key}", getattr(self, key), "give at least 1")
         if self.norm_interval < 1:
             raise BadRequest("algo.norm_interval", self.norm_interval, "give at least 1")
-        for key in ("random_steps", "learning_starts", "explore_noise", "target_noise", "noise_clip"):
+        for key in (
+            "random_steps",
+            "learning_starts",
+            "explore_noise",
+            "target_noise",
+            "noise_clip",
+        ):
             if getattr(self, key) < 0:
                 raise BadRequest(f"algo.{key}", getattr(self, key), "give 0 or more")
         if not 0.0 <= self.gamma <= 1.0:
@@ -55,7 +61,9 @@ class TD3Config:
             if not getattr(self, key) > 0.0:
                 raise BadRequest(f"algo.{key}", getattr(self, key), "give a value above 0")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0.0:
-            raise BadRequest("algo.max_grad_norm", self.max_grad_norm, "give a value above 0, or null")
+            raise BadRequest(
+                "algo.max_grad_norm", self.max_grad_norm, "give a value above 0, or null"
+            )
 
 
 class TD3:
@@ -84,7 +92,7 @@ class TD3:
         self.updates = 0
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One step of the critics, and on every `policy_delay`-th call of the actor and the targets."""
+        """One step of the critics; on updates 0, d, 2d, ... (d = policy_delay) of all the rest."""
         with torch.no_grad():
             next_act = self.smooth(self.actor_target(batch.next_obs, self.generator))
             next_q = self.critic_target(batch.next_obs, next_act).amin(0)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spikerl.snn.surrogates import straight_through
 from spikerl.errors import BadRequest
+from spikerl.snn.surrogates import straight_through
 
 
 @dataclass(kw_only=True)
@@ -36,7 +36,7 @@ class PopulationConfig:
 
 
 class PopulationEncoder(nn.Module):
-    """Each entry s drives P neurons with A = exp(-(s - mean)^2 / (2 std^2)); mean and std are learned.
+    """Each entry s drives P neurons with A = exp(-(s - mean)^2 / (2 std^2)), mean and std learned.
 
     Deterministic: v += A; o = [v > threshold]; v -= threshold * o.
     Poisson: o ~ Bernoulli(A), independently at each spike step.
@@ -60,7 +60,9 @@ class PopulationEncoder(nn.Module):
         distance = obs_BO.unsqueeze(-1) - self.mean_OP
         return torch.exp(-0.5 * distance.pow(2) / self.std_OP.pow(2)).flatten(1)
 
-    def forward(self, obs_BO: Tensor, spike_steps: int, generator: torch.Generator | None) -> Tensor:
+    def forward(
+        self, obs_BO: Tensor, spike_steps: int, generator: torch.Generator | None
+    ) -> Tensor:
         """Spikes (T, B, O * P); only the Poisson coder draws from `generator`."""
         drive = self.activity(obs_BO)
         spikes_T = []

@@ -2,9 +2,9 @@
 
 Shape legend   B batch, N neurons.
 
-| name here  | membrane                                                          | elsewhere |
-|------------|-------------------------------------------------------------------|-----------|
-| `cuba_lif` | c = dc c + x; v = dv v (1 - o) + c; o = [v > th] (hard reset to 0) | PopSAN "LIF", Proxy Target "CLIF", NIR `CubaLIF`, SpikingJelly `CUBALIFNode`, snnTorch `Synaptic` |
+`cuba_lif`   c = dc c + x;  v = dv v (1 - o) + c;  o = [v > th]      (hard reset to 0)
+    elsewhere: PopSAN "LIF", Proxy Target "CLIF", NIR `CubaLIF`, SpikingJelly `CUBALIFNode`,
+    snnTorch `Synaptic`
 
 "CLIF" also names the unrelated Complementary LIF (ICML 2024) and is therefore not used here.
 """
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spikerl.snn.surrogates import rect_spike
 from spikerl.errors import BadRequest
+from spikerl.snn.surrogates import rect_spike
 
 
 @dataclass(kw_only=True)

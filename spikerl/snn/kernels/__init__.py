@@ -1,8 +1,8 @@
 """Who runs the neuron dynamics: one operation, `rates`, with one module for each implementation.
 
-`rates(net, obs_BO, generator)` gives the output population's mean firing rates (B, N) of a spiking
-network `net` (its `encoder`, `layers`, `neuron`, `spike_steps`, `dtype`), with gradients where torch
-asks for them. `reference` is the definition that every other kernel is tested against.
+`rates(net, obs_BO, generator)` gives the mean firing rates (B, N) of a spiking network's output
+population, differentiable in its parameters; `net` has encoder, layers, neuron, spike_steps, dtype.
+`reference` is the definition that every other kernel is tested against.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def _states(net: SpikingActor, layer: nn.Linear, spikes_TBI: Tensor) -> list[Cub
 
 
 def product(x: Tensor, layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """W x + b with operands in `dtype`; the result and the gradients of W and b are in W's own type."""
+    """W x + b with operands in `dtype`; the result and the gradients are in W's own type."""
     if dtype == layer.weight.dtype:
         return layer(x)
     return nn.functional.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype)).to(

@@ -1,0 +1,120 @@
+"""What this machine has, and why what is missing is missing."""
+
+from __future__ import annotations
+
+import ctypes.util
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed
+from rich.console import Console
+from rich.table import Table
+
+from spikerl import hardware
+from spikerl.compose import group_options
+from spikerl.envs import EnvConfig, make_env
+from spikerl.errors import BadRequest
+from spikerl.precision import DTYPES, PrecisionConfig, check_precision
+from spikerl.versions import git_state, versions
+
+
+class Finding(NamedTuple):
+    part: str
+    name: str
+    there: bool
+    detail: str  # what it is, or why it is missing and what would bring it
+
+
+def main(*, as_json: bool) -> int:
+    """`spikerl doctor`: 0 if training can run here, 1 if not."""
+    found = list(examine())
+    usable = all(f.there for f in found if f.part in ("environment", "output"))
+    if as_json:
+        print(json.dumps({"usable": usable, "findings": [f._asdict() for f in found]}))
+        return 0 if usable else 1
+    table = Table("part", "name", "", "detail")
+    for f in found:
+        table.add_row(f.part, f.name, "yes" if f.there else "no", f.detail)
+    Console(soft_wrap=True).print(table)
+    print("training can run here" if usable else "training cannot run here: see the rows above")
+    return 0 if usable else 1
+
+
+def examine() -> Iterator[Finding]:
+    for name, version in versions().items():
+        yield Finding("version", name, version != "unknown", version)
+    commit, dirty = git_state().values()
+    detail = f"{commit}{', changed since' if dirty else ''}" if commit else "not a git checkout"
+    yield Finding("version", "git", commit is not None, detail)
+    yield from devices()
+    yield from backends()
+    yield Finding("kernel", "reference", True, "plain PyTorch, on every device")
+    yield Finding("energy", "meter", False, "this version has no energy meter; joules are null")
+    yield from environments()
+    yield from renderers()
+    yield outputs()
+
+
+def devices() -> Iterator[Finding]:
+    machine = hardware.describe()
+    flags = " ".join(machine["cpu_flags"]) or "no wide vectors"
+    yield Finding("device", "cpu", True, f"{machine['cpu']}, {machine['cores']} cores, {flags}")
+    for i, name in enumerate(machine["gpus"]):
+        yield Finding("device", f"cuda:{i}", True, name)
+    if not machine["gpus"]:
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        yield Finding("device", "cuda", False, f"torch sees no GPU; it is built {built}")
+    device = torch.device(hardware.resolve_device("auto").choice)
+    for name in DTYPES:
+        try:
+            check_precision(PrecisionConfig(name=name, actor="fp32", critic=name), device)
+            yield Finding("precision", name, True, f"on {device}")
+        except BadRequest as error:
+            yield Finding("precision", name, False, str(error))
+
+
+def backends() -> Iterator[Finding]:
+    d = torch.distributed
+    later = "; this version trains with one worker and uses none"
+    yield Finding("backend", "gloo", d.is_gloo_available(), "part of torch" + later)
+    nccl = d.is_nccl_available() and torch.cuda.is_available()
+    yield Finding("backend", "nccl", nccl, ("part of torch" if nccl else "needs CUDA") + later)
+    yield Finding("backend", "mpi", False, "not supported by this version")
+
+
+def environments() -> Iterator[Finding]:
+    for name in (n for n in group_options("env") if n != "gym"):
+        version = "v1" if name == "Pendulum" else "v5"
+        config = EnvConfig(
+            name=name,
+            version=version,
+            id=f"{name}-{version}",
+            max_episode_steps=None,
+            vectorizer="sync",
+        )
+        try:
+            env = make_env(config)
+            env.reset(seed=0)
+            env.close()
+            yield Finding("environment", config.id, True, f"{env.size} observations")
+        except Exception as error:  # whatever is wrong with an installation is what we report
+            yield Finding("environment", config.id, False, str(error))
+
+
+def renderers() -> Iterator[Finding]:
+    for name, library, package in (("egl", "EGL", "libegl1"), ("osmesa", "OSMesa", "libosmesa6")):
+        path = ctypes.util.find_library(library)
+        hint = f"lib{library} not found; Debian's package is {package}"
+        yield Finding("renderer", name, path is not None, path or hint)
+
+
+def outputs() -> Finding:
+    folder = Path("outputs").absolute()
+    while not folder.exists():
+        folder = folder.parent
+    there = os.access(folder, os.W_OK | os.X_OK)
+    return Finding("output", "outputs/", there, f"{folder} can{'' if there else 'not'} be written")
