@@ -1,0 +1,71 @@
+"""PopSAN's published settings, and small modules built from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from spikerl.algos.td3 import TD3Config
+from spikerl.networks import PopSANConfig, SpikingActor, TwinCritic
+from spikerl.snn.decoders import RateConfig
+from spikerl.snn.encoders import PopulationConfig
+from spikerl.snn.neurons import CubaLIFConfig
+
+POPULATION = PopulationConfig(
+    name="population", pop_size=10, mean_range=[-3.0, 3.0], var=0.15, threshold=0.999
+)
+POISSON = PopulationConfig(
+    name="poisson", pop_size=10, mean_range=[-3.0, 3.0], var=0.15, threshold=0.999
+)
+CUBA_LIF = CubaLIFConfig(
+    name="cuba_lif", current_decay=0.5, voltage_decay=0.75, threshold=0.5, surrogate_window=0.5
+)
+RATE = RateConfig(name="rate", pop_size=10)
+
+
+def popsan_config(hidden: list[int], spike_steps: int = 5) -> PopSANConfig:
+    return PopSANConfig(name="popsan", hidden_sizes=hidden, spike_steps=spike_steps, lr=1e-4)
+
+
+def popsan(
+    obs_dim: int,
+    act_dim: int,
+    hidden: list[int],
+    *,
+    spike_steps: int = 5,
+    encoder: PopulationConfig = POPULATION,
+    dtype: torch.dtype = torch.float32,
+) -> SpikingActor:
+    config = popsan_config(hidden, spike_steps)
+    return SpikingActor(obs_dim, act_dim, config, encoder, CUBA_LIF, RATE, dtype=dtype)
+
+
+def twin_critic(
+    obs_dim: int, act_dim: int, hidden: list[int], dtype: torch.dtype = torch.float32
+) -> TwinCritic:
+    return TwinCritic(obs_dim, act_dim, hidden, dtype=dtype)
+
+
+def td3_config(**changes: Any) -> TD3Config:
+    values: dict[str, Any] = {
+        "name": "td3",
+        "batch_size": 32,
+        "gamma": 0.99,
+        "tau": 0.005,
+        "critic_lr": 1e-3,
+        "critic_hidden_sizes": [64, 64],
+        "policy_delay": 2,
+        "explore_noise": 0.1,
+        "target_noise": 0.2,
+        "noise_clip": 0.5,
+        "replay_capacity": 1000,
+        "random_steps": 0,
+        "learning_starts": 0,
+        "update_interval": 1,
+        "updates_per_step": 1.0,
+        "norm_interval": 50,
+        "norm_clip": 3.0,
+        "max_grad_norm": None,
+    }
+    return TD3Config(**(values | changes))

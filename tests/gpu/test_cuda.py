@@ -1,0 +1,71 @@
+"""The same arithmetic on a GPU; skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import popsan, td3_config, twin_critic
+
+from spikerl.algos.td3 import TD3
+from spikerl.buffers import Replay
+from spikerl.normalize import RunningNorm
+from spikerl.precision import DTYPES
+from spikerl.types import Batch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
+]
+
+
+def td3_on(device: str, precision: str) -> TD3:
+    torch.manual_seed(0)
+    dtype = DTYPES[precision]
+    return TD3(
+        popsan(3, 1, [32, 32]).to(device),
+        twin_critic(3, 1, [32, 32], dtype).to(device),
+        td3_config(target_noise=0.0),
+        actor_lr=1e-3,
+        generator=torch.Generator(device).manual_seed(0),
+        scales_loss=precision == "fp16",
+    )
+
+
+def batch(device: str, seed: int) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    obs = torch.randn(64, 3, generator=g)
+    act = torch.rand(64, 1, generator=g)
+    done = torch.arange(64) % 5 == 0
+    rows = (obs, act, obs.sum(1), obs.roll(1, 0), done, torch.full((64,), 0.99))
+    return Batch(*(t.to(device) for t in rows))
+
+
+def test_updates_agree_with_the_cpu() -> None:
+    cpu, gpu = td3_on("cpu", "fp32"), td3_on("cuda", "fp32")
+    for i in range(5):
+        a, b = cpu.update(batch("cpu", i)), gpu.update(batch("cuda", i))
+        assert float(b["critic_loss"]) == pytest.approx(float(a["critic_loss"]), rel=1e-3)
+    gpu.guard.check()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_critics_fit_a_fixed_target(precision: str) -> None:
+    td3 = td3_on("cuda", precision)
+    b = batch("cuda", 0)._replace(terminated=torch.ones(64, dtype=torch.bool, device="cuda"))
+    first = float(td3.update(b)["critic_loss"])
+    for _ in range(200):
+        last = float(td3.update(b)["critic_loss"])
+    td3.guard.check()
+    assert last < 0.1 * first
+
+
+def test_replay_and_normaliser_live_on_the_device() -> None:
+    replay, norm = Replay(10, 3, 1, "cuda"), RunningNorm(3, 3.0)
+    rows = torch.arange(12.0).view(4, 3).numpy()
+    norm.add(rows)
+    norm.merge()
+    flags = rows[:, 0] > 3
+    replay.add(rows, rows[:, :1] / 12, rows[:, 0], rows, flags, discount=0.99)
+    sampled = replay.sample(64, torch.Generator().manual_seed(0), norm.normalize)
+    assert sampled.obs.device.type == "cuda"
+    assert set(sampled.rew.tolist()) == {0.0, 3.0, 6.0, 9.0}
