@@ -25,8 +25,8 @@ class Replay:
         self, capacity: int, obs_dim: int, act_dim: int, device: torch.device | str = "cpu"
     ) -> None:
         self.capacity = capacity
-        self.size = 0
-        self.head = 0  # where the next row goes
+        self.added = 0  # rows ever stored; row k lies at k modulo capacity
+        self.saved = 0  # rows that a checkpoint holds already
         self.obs_dim, self.act_dim = obs_dim, act_dim
         self.rows = torch.empty(capacity, 2 * obs_dim + act_dim + 3, device=device)
 
@@ -42,12 +42,25 @@ class Replay:
         """Store B transitions: obs and next_obs (B, O), act (B, A), rew and terminated (B,)."""
         tail = np.stack([rew, terminated, np.full(len(rew), discount)], 1)
         rows = torch.from_numpy(np.concatenate([obs, next_obs, act, tail], 1).astype(np.float32))
-        rows = rows[-self.capacity :]
-        first = min(len(rows), self.capacity - self.head)
-        self.rows[self.head : self.head + first] = rows[:first]
+        self.put(self.added, rows)
+        self.added += len(rows)
+
+    @property
+    def size(self) -> int:
+        return min(self.added, self.capacity)
+
+    def put(self, start: int, rows: Tensor) -> None:
+        """Write rows number `start` onwards; of more than the capacity, the last ones stay."""
+        start, rows = start + max(0, len(rows) - self.capacity), rows[-self.capacity :]
+        head = start % self.capacity
+        first = min(len(rows), self.capacity - head)
+        self.rows[head : head + first] = rows[:first]
         self.rows[: len(rows) - first] = rows[first:]
-        self.head = (self.head + len(rows)) % self.capacity
-        self.size = min(self.size + len(rows), self.capacity)
+
+    def between(self, start: int, stop: int) -> Tensor:
+        """Rows number `start` to `stop`, which it must still hold."""
+        index = torch.arange(start, stop, device=self.rows.device) % self.capacity
+        return self.rows[index]
 
     def sample(
         self, batch_size: int, generator: torch.Generator, normalize: Callable[[Tensor], Tensor]

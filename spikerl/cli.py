@@ -11,7 +11,10 @@ import sys
 from collections.abc import Sequence
 
 from spikerl.compose import COMMANDS, conf_folder, expand, explain, usage
+from spikerl.distributed.orphans import die_if_spawned
 from spikerl.errors import BadRequest
+
+die_if_spawned()
 
 WRONG = 2
 

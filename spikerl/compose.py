@@ -22,6 +22,8 @@ FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multi
 # They would load somebody's Hydra settings, which can name code to run.
 REFUSED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn",
                  "--experimental-rerun")  # fmt: skip
+# What `resume=RUN` may change: how far the run goes, and where.
+RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend")
 # Where a run was started from or kept is not part of what it computes.
 NOT_CARRIED = ("run_dir", "resume", "config")
 
@@ -62,13 +64,32 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
             if re.match(r"^(encoder|neuron|decoder)[=.]", arg):
                 key, _, value = arg.partition("=")
                 raise BadRequest(key, value, "has no effect with actor=mlp; leave it out")
-    files = [arg for arg in args if arg.startswith("config=")]
-    if command != "train" or not files or files[-1] == "config=null":
+    named = [a for a in args if re.match(r"^(config|resume)=(?!null$)", a)]
+    if command != "train" or not named:
         return list(args)
+    kind, _, value = named[-1].partition("=")
+    if kind == "resume":
+        path = Path(value) / "config.yaml"
+        check_resume(args, Path(value))
+    else:
+        path = Path(value)
     typed = [arg for arg in args if not arg.startswith("config=")]
     flags = [arg for arg in typed if arg.startswith("-")]
     overrides = [arg for arg in typed if not arg.startswith("-")]
-    return [*flags, *overrides_of(Path(files[-1].partition("=")[2]), overrides), *overrides]
+    return [*flags, *overrides_of(path, overrides), *overrides]
+
+
+def check_resume(args: Sequence[str], run: Path) -> None:
+    """Refuse what is no run folder, and to change what a resumed run computes."""
+    if not (run / "manifest.json").is_file():
+        raise BadRequest("resume", run, "is no run folder (it has no manifest.json)")
+    for arg in args:
+        key, _, value = arg.partition("=")
+        if key in ("-m", "--multirun"):
+            raise BadRequest("resume", run, "one run at a time; leave out -m")
+        if not key.startswith("-") and key not in RESUMABLE:
+            remedy = f"a resumed run keeps it; only {', '.join(RESUMABLE[1:])} can change"
+            raise BadRequest(key, value, remedy)
 
 
 def overrides_of(path: Path, typed: Sequence[str]) -> list[str]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from spikerl import energy as energies
 from spikerl.algos.td3 import TD3Config
+from spikerl.distributed.world import BackendConfig, resolve_backend, resolve_world_size
 from spikerl.envs import EnvConfig
 from spikerl.errors import BadRequest
 from spikerl.hardware import resolve_device, resolve_threads
@@ -26,15 +28,8 @@ PRECISIONS = dict.fromkeys(("fp32", "bf16", "fp16"), PrecisionConfig)
 KERNELS = dict.fromkeys(("auto", "reference"), kernels.KernelConfig)
 
 
-@dataclass(kw_only=True)
-class Named:
-    """A group of which only the name matters so far."""
-
-    name: str
-
-
-BACKENDS = {"auto": Named}
-METERS = {"auto": Named, "none": Named}
+BACKENDS = dict.fromkeys(("auto", "gloo", "nccl"), BackendConfig)
+METERS = dict.fromkeys(energies.NAMES, energies.EnergyConfig)
 
 
 @dataclass(kw_only=True)
@@ -46,7 +41,7 @@ class Scalars:
     steps_per_epoch: int  # an evaluation, a row of metrics and a checkpoint after each epoch
     eval_episodes: int  # deterministic episodes per evaluation
     num_envs: int | None  # over all workers; null: one per worker
-    world_size: int
+    world_size: int | None  # null: 1, or as many as the launcher (torchrun) started
     scaling: str
     device: str
     threads: int | None  # of each worker; null: cores over workers
@@ -61,24 +56,21 @@ class Scalars:
     config: str | None
 
     def __post_init__(self) -> None:
-        for key in ("total_steps", "steps_per_epoch", "eval_episodes", "world_size"):
+        for key in ("total_steps", "steps_per_epoch", "eval_episodes"):
             if getattr(self, key) < 1:
                 raise BadRequest(key, getattr(self, key), "give at least 1")
-        for key in ("num_envs", "threads"):
+        for key in ("num_envs", "threads", "world_size"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise BadRequest(key, getattr(self, key), "give at least 1, or null")
         if not 0 <= self.seed < 2**63:
             raise BadRequest("seed", self.seed, "give 0 to 2^63 - 1")
         if self.scaling not in ("strong", "weak"):
             raise BadRequest("scaling", self.scaling, "give strong or weak")
-        one = "this version trains with one worker on one machine; leave it out"
-        absent = {"world_size": 1, "max_restarts": 0, "nnodes": 1, "node_rank": None, "rdzv": None}
+        one = "this version trains on one machine, without restarts; leave it out"
+        absent = {"max_restarts": 0, "nnodes": 1, "node_rank": None, "rdzv": None}
         for key, value in absent.items():
             if getattr(self, key) != value:
                 raise BadRequest(key, getattr(self, key), one)
-        if self.resume is not None:
-            remedy = "this version cannot resume; init_from=RUN starts from its weights"
-            raise BadRequest("resume", self.resume, remedy)
 
 
 @dataclass(kw_only=True)
@@ -92,7 +84,9 @@ class Config:
     precision: PrecisionConfig
     kernel: Resolved
     backend: Resolved
-    energy: Resolved
+    energy: energies.EnergyConfig
+    meter: Resolved
+    world_size: int
     device: Resolved
     threads: Resolved
     raw: dict[str, Any]
@@ -106,7 +100,8 @@ class Config:
             precision=self.precision,
             device=torch.device(self.device.choice),
             seed=s.seed,
-            num_envs=s.num_envs or s.world_size,
+            num_envs=s.num_envs or self.world_size,
+            scaling=s.scaling,
             total_steps=s.total_steps,
             steps_per_epoch=s.steps_per_epoch,
             eval_episodes=s.eval_episodes,
@@ -124,9 +119,11 @@ def build(raw: Mapping[str, Any]) -> Config:
     algo = choose(ALGOS, raw["algo"], key="algo")
     precision = choose(PRECISIONS, raw["precision"], key="precision")
     kernel = kernels.resolve(choose(KERNELS, raw["kernel"], key="kernel"))
-    choose(BACKENDS, raw["backend"], key="backend")
-    choose(METERS, raw["energy"], key="energy")
+    backend = choose(BACKENDS, raw["backend"], key="backend")
+    energy = choose(METERS, raw["energy"], key="energy")
     device = resolve_device(scalars.device)
+    world_size = resolve_world_size(scalars.world_size)
+    check_shares(scalars, algo, world_size)
     check_precision(precision, torch.device(device.choice))
     return Config(
         scalars=scalars,
@@ -135,9 +132,23 @@ def build(raw: Mapping[str, Any]) -> Config:
         algo=algo,
         precision=precision,
         kernel=kernel,
-        backend=Resolved("none", "one worker exchanges nothing"),
-        energy=Resolved("none", "this version has no energy meter"),
+        backend=resolve_backend(backend, device.choice, world_size),
+        energy=energy,
+        meter=energies.resolve(energy, device=torch.device(device.choice)),
+        world_size=world_size,
         device=device,
-        threads=resolve_threads(scalars.threads),
+        threads=resolve_threads(scalars.threads, world_size),
         raw=dict(raw),
     )
+
+
+def check_shares(scalars: Scalars, algo: TD3Config, world_size: int) -> None:
+    """Refuse what cannot be shared out over the workers."""
+    if scalars.num_envs is not None and scalars.num_envs % world_size:
+        remedy = f"give a multiple of world_size={world_size}"
+        raise BadRequest("num_envs", scalars.num_envs, remedy)
+    if scalars.scaling == "strong" and algo.batch_size < world_size:
+        remedy = f"algo.batch_size={algo.batch_size} has fewer rows than that; use fewer workers"
+        raise BadRequest("world_size", world_size, remedy)
+    if algo.replay_capacity < world_size:
+        raise BadRequest("algo.replay_capacity", algo.replay_capacity, "give one row per worker")

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import mujoco
 import numpy as np
+import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from torch import Tensor
 
+from spikerl.distributed.orphans import die_with_parent
 from spikerl.errors import BadRequest, NonFinite
+from spikerl.snapshots import Snapshot, restore, snapshot
 from spikerl.types import Task
 
 # For an environment that sets no limit of its own, so that every episode ends.
@@ -58,6 +62,18 @@ class Plain(gym.Wrapper[np.ndarray, Any, Any, Any]):
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         obs, rew, terminated, truncated, _ = self.env.step(action)
         return self._own(obs), float(rew), bool(terminated), bool(truncated), {}
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """Its exact state, None where its kind is unknown; assigning one goes on from there.
+
+        A property, because `set_attr` is what gives each environment of a vector its own value.
+        """
+        return snapshot(self.env)
+
+    @snapshot.setter
+    def snapshot(self, state: Snapshot) -> None:
+        restore(self.env, state)
 
     def _own(self, obs: Any) -> np.ndarray:
         return np.array(obs, np.float64).reshape(self.size)
@@ -196,6 +212,32 @@ class Envs:
         self.resetting = done & (not self.same_step)
         return steps
 
+    def __len__(self) -> int:
+        return int(self.vector.num_envs)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on; empty where an environment cannot be saved."""
+        snapshots = self.vector.call("snapshot")  # type: ignore[attr-defined]
+        if any(one is None for one in snapshots) or not self.same_step:
+            return {}
+        state = {"obs": self.obs, "returns": self.returns, "lengths": self.lengths}
+        for i, one in enumerate(snapshots):
+            state |= {f"{i}.{name}": array for name, array in one.items()}
+        state["steps"] = np.array(self.steps)
+        return {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state` was taken, after any reset."""
+        arrays = {name: tensor.numpy().copy() for name, tensor in state.items()}
+        self.obs, self.returns = arrays.pop("obs"), arrays.pop("returns")
+        self.lengths = arrays.pop("lengths")
+        self.steps = int(arrays.pop("steps"))
+        snapshots: list[Snapshot] = [{} for _ in range(len(self))]
+        for name, array in arrays.items():
+            number, _, field = name.partition(".")
+            snapshots[int(number)][field] = array
+        self.vector.set_attr("snapshot", snapshots)  # type: ignore[attr-defined]
+
     def close(self) -> None:
         self.vector.close()
 
@@ -215,5 +257,7 @@ def make_envs(config: EnvConfig, num_envs: int, task: Task) -> Envs:
 
 
 def _make_in_worker(config: EnvConfig) -> Plain:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # they are the parent's to answer
+    die_with_parent()
     return make_env(config)

@@ -5,11 +5,13 @@ Shape legend   B environments side by side, O observation entries.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from spikerl.distributed.world import ALONE, World
 from spikerl.envs import EnvConfig, make_env
 from spikerl.errors import NonFinite
 from spikerl.networks import Activity, SpikingActor
@@ -42,24 +44,34 @@ class Evaluation:
 
 
 class Evaluator:
-    """Runs episodes on environments that it keeps; training never sees them, nor the reverse."""
+    """Runs episodes on environments that it keeps; training never sees them, nor the reverse.
 
-    def __init__(self, config: EnvConfig, episodes: int, run_seed: int) -> None:
-        self.episodes, self.run_seed = episodes, run_seed
-        self.envs = [make_env(config) for _ in range(min(episodes, SIDE_BY_SIDE))]
+    With several workers, worker i mod W runs episode i; all get the whole result, by index.
+    """
+
+    def __init__(
+        self, config: EnvConfig, episodes: int, run_seed: int, world: World = ALONE
+    ) -> None:
+        self.run_seed, self.world = run_seed, world
+        self.mine = range(world.rank, episodes, world.size)
+        self.envs = [make_env(config) for _ in self.mine[:SIDE_BY_SIDE]]
 
     def run(self, policy: Policy, evaluation: int) -> Evaluation:
         """Evaluation number `evaluation`: episode i starts from seed (run seed, evaluation, i)."""
-        generator = generator_for(self.run_seed, "eval", evaluation, device=policy.device)
-        returns, lengths, seen = [], [], []
-        for first in range(0, self.episodes, SIDE_BY_SIDE):
-            last = min(first + SIDE_BY_SIDE, self.episodes)
-            seeds = [seed_for(self.run_seed, "eval", evaluation, i) for i in range(first, last)]
-            wave = self._wave(policy, seeds, generator)
-            returns += wave[0]
-            lengths += wave[1]
-            seen += wave[2]
-        return Evaluation(returns, lengths, self._activity(policy, seen, generator))
+        key = (evaluation, self.world.rank, 0)  # longer than an episode's, so never the same
+        generator = generator_for(self.run_seed, "eval", *key, device=policy.device)
+        episodes, seen = [], []
+        for first in range(0, len(self.mine), SIDE_BY_SIDE):
+            numbers = self.mine[first : first + SIDE_BY_SIDE]
+            seeds = [seed_for(self.run_seed, "eval", evaluation, i) for i in numbers]
+            returns, lengths, observed = self._wave(policy, seeds, generator)
+            episodes += list(zip(numbers, returns, lengths, strict=True))
+            seen += observed
+        part = (episodes, sum(len(o) for o in seen), self._activity(policy, seen, generator))
+        parts = self.world.gather_objects(part)
+        merged = sorted(episode for episodes, _, _ in parts for episode in episodes)
+        activity = average([(count, a) for _, count, a in parts if a is not None])
+        return Evaluation([ret for _, ret, _ in merged], [n for _, _, n in merged], activity)
 
     def close(self) -> None:
         for env in self.envs:
@@ -92,9 +104,26 @@ class Evaluator:
     def _activity(
         self, policy: Policy, seen: list[np.ndarray], generator: torch.Generator
     ) -> Activity | None:
-        if not isinstance(policy.actor, SpikingActor):
+        if not isinstance(policy.actor, SpikingActor) or not seen:
             return None
         rows = np.concatenate(seen)
         picked = rows[np.linspace(0, len(rows) - 1, min(len(rows), PROBED)).astype(int)]
         obs = torch.from_numpy(picked.astype(np.float32)).to(policy.device)
         return policy.actor.activity(policy.norm.normalize(obs), generator)
+
+
+def average(parts: list[tuple[int, Activity]]) -> Activity | None:
+    """Mean of several workers' statistics, weighted by how many observations each saw."""
+    total = sum(count for count, _ in parts)
+    if not total:
+        return None
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(n * v for (n, _), v in zip(parts, values, strict=True)) / total
+
+    layers = zip(*(a.layers for _, a in parts), strict=True)
+    return Activity(
+        mean(a.firing_rate for _, a in parts),
+        mean(a.window_fraction for _, a in parts),
+        [mean(rates) for rates in layers],
+    )

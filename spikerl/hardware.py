@@ -37,10 +37,11 @@ def resolve_device(asked: str) -> Resolved:
     return Resolved(f"cuda:{int(index or 0)}", "requested")
 
 
-def resolve_threads(asked: int | None) -> Resolved:
+def resolve_threads(asked: int | None, workers: int) -> Resolved:
+    """Threads of each of this machine's workers: by default its share of the cores."""
     if asked is not None:
         return Resolved(str(asked), "requested")
-    return Resolved(str(cores()), "all cores, one worker")
+    return Resolved(str(max(cores() // workers, 1)), f"{cores()} cores over {workers} workers")
 
 
 def describe() -> dict[str, Any]:

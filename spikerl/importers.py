@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spikerl import config as configs
-from spikerl import runs
+from spikerl import runfolder, runs
 from spikerl.envs import make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.networks import ActorConfig, SpikingActor, build_actor
@@ -53,7 +53,12 @@ def import_popsan(data: dict[str, Any], command: Sequence[str]) -> int:
         remedy = "PopSAN scales every action entry by one symmetric bound, which this task has not"
         raise BadRequest("env", task.env_id, remedy)
     policy = popsan_policy(config.actor, task, weights, mean, var, config.algo.norm_clip)
-    folder = runs.write_imported(config, policy, command, [model, stats])
+    facts = {"status": "done", "imported_from": [str(model), str(stats)]}
+    target = config.scalars.run_dir or runs.default_folder(config)
+    named = config.scalars.run_dir is not None
+    runfolder.check_free(target, named=named)
+    record = runfolder.make_manifest(task.env_id, command, {}, facts)
+    folder = runfolder.create(target, config.raw, record, policy.save, named=named)
     print(f"{task.env_id}: {sizes['hidden']} hidden, populations {sizes['encoder']} and"
           f" {sizes['decoder']}; run folder: {folder}")  # fmt: skip
     return 0

@@ -5,6 +5,8 @@ Shape legend   B batch, O observation entries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,20 +32,33 @@ class RunningNorm:
     def add(self, obs_BO: np.ndarray) -> None:
         self.pending.append(np.array(obs_BO, np.float64))  # a copy: environments reuse their arrays
 
-    def merge(self) -> None:
-        """Take what is pending into the moments."""
-        if not self.pending:
+    def pending_rows(self) -> np.ndarray:
+        """What waits to be merged, (M, O)."""
+        return np.concatenate(self.pending) if self.pending else np.empty((0, len(self.mean_O)))
+
+    def collect(self) -> np.ndarray:
+        """Take what is pending: its count, mean and variance, (1 + 2 O,)."""
+        rows, self.pending = self.pending_rows(), []
+        if not len(rows):
+            return np.zeros(1 + 2 * len(self.mean_O))
+        return np.concatenate([[len(rows)], rows.mean(0), rows.var(0)])
+
+    def merge(self, collected: Sequence[np.ndarray]) -> None:
+        """Take the collected moments of every worker, in rank order, into these."""
+        O = len(self.mean_O)  # noqa: E741
+        for part in collected:
+            self._take(int(part[0]), part[1 : 1 + O], part[1 + O : 1 + 2 * O])
+        self._refresh()
+
+    def _take(self, count: int, mean: np.ndarray, var: np.ndarray) -> None:
+        if count == 0:
             return
-        rows = np.concatenate(self.pending)
-        self.pending = []
-        count, mean, var = len(rows), rows.mean(0), rows.var(0)
         total = self.count + count
         delta = mean - self.mean_O
         squares = self.var_O * self.count + var * count + delta**2 * (self.count * count / total)
         self.mean_O = self.mean_O + delta * (count / total)
         self.var_O = squares / total
         self.count = total
-        self._refresh()
 
     def normalize(self, obs_BO: Tensor) -> Tensor:
         """clip((obs - mean) / sqrt(var + eps)), in float32 (B, O)."""

@@ -32,12 +32,12 @@ TAGS = {
 class RunLog:
     """Appends rows and lines to the files of one run folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second to import
 
         self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.log = (folder / "log.txt").open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(folder / "tb"))
+        self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=step + 1)
 
     def row(self, row: Mapping[str, Any]) -> None:
         self.metrics.write(json.dumps(row, allow_nan=False) + "\n")
@@ -56,8 +56,3 @@ class RunLog:
         self.metrics.close()
         self.log.close()
         self.tensorboard.close()
-
-
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    with (folder / "metrics.jsonl").open(encoding="utf-8") as f:
-        return [json.loads(line) for line in f]

@@ -1,140 +1,341 @@
-"""One training run from a validated config to a complete run folder."""
+"""One training run: from a validated config to a complete run folder, with one worker or many."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
-from spikerl import hardware
-from spikerl.checkpoint import save_checkpoint
-from spikerl.config import Config
+from spikerl import runfolder
+from spikerl.checkpoint import Checkpoint, drop_later, save_checkpoint, verified
+from spikerl.config import Config, build
+from spikerl.distributed.launch import WorkerLost, launch
+from spikerl.distributed.world import ALONE, World, join, leave, ranked, share
+from spikerl.energy import joules_to_reach, open_meter, total_joules
 from spikerl.envs import make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.files import write_json, write_text
 from spikerl.policy import Policy, find_policy, read_policy
-from spikerl.runlog import RunLog, read_rows
+from spikerl.runlog import RunLog
 from spikerl.trainer import Row, Trainer
 from spikerl.types import Task
-from spikerl.versions import git_state, versions
+from spikerl.versions import versions
 from spikerl.view import View, epoch_line
 
 DONE, FAILED, STOPPED, INTERRUPTED = 0, 1, 75, 130
 
-# A row's energy keys while nothing measures them: absent is null, never 0.
-ENERGY_KEYS = ("energy_j", "energy_gpu_j", "energy_cpu_j", "power_w", "energy_train_j",
-               "energy_eval_j")  # fmt: skip
-
 
 def train(config: Config, command: Sequence[str]) -> int:
     """Train as `config` says; the exit status. BadRequest leaves nothing behind."""
-    settings, training = config.scalars, config.training()
+    settings = config.scalars
+    task = task_for(config)
+    if settings.init_from:
+        read_init(settings.init_from, config, task)
+    if settings.resume:
+        folder = Path(settings.resume)
+        if finished(folder, settings.total_steps):
+            return DONE
+        runfolder.lock(folder).close()
+        target = settings.resume
+    else:
+        target = settings.run_dir or default_folder(config)
+        runfolder.check_free(target, named=settings.run_dir is not None)
+    if config.world_size == 1 or ranked():
+        return run(config, task, target, command)
+    spec = {"raw": config.raw, "target": target, "command": list(command)}
+    try:
+        return launch(spec, config.world_size, int(config.threads.choice))
+    except WorkerLost as error:
+        return mourn(Path(target), str(error))
+
+
+def work(spec: Mapping[str, Any], earlier_stop: Callable[[], int | None]) -> int:
+    """A worker that `train` launched."""
+    config = build(spec["raw"])
+    return run(config, task_for(config), spec["target"], spec["command"], earlier_stop)
+
+
+def mourn(folder: Path, cause: str) -> int:
+    """Record that a worker was lost; what it had committed can be resumed."""
+    if (folder / "manifest.json").exists():
+        runfolder.update_manifest(folder, status="failed", ended=runfolder.now())
+        write_text(folder / "error.txt", cause + "\n")
+        cause += f" (spikerl train resume={folder} goes on from its last checkpoint)"
+    print(f"spikerl: {cause}", file=sys.stderr)
+    return FAILED
+
+
+def run(
+    config: Config,
+    task: Task,
+    target: str,
+    command: Sequence[str],
+    earlier_stop: Callable[[], int | None] = lambda: None,
+) -> int:
+    """One worker's part of a run; all of them return the same status."""
     torch.set_num_threads(int(config.threads.choice))
-    torch.use_deterministic_algorithms(settings.deterministic)
-    env = make_env(config.env)
-    task = task_of(env)
-    env.close()
-    init = read_init(settings.init_from, config, task) if settings.init_from else None
-    target = settings.run_dir or default_folder(config)
-    check_free(target, named=settings.run_dir is not None)
-    trainer = Trainer(training, task, init)
-    try:
-        record = manifest(config, task, command)
-        folder = create_folder(target, config, record, lambda f: checkpoint(f, trainer))
-        return _run(config, trainer, folder, announce(config, task, trainer, init))
-    finally:
-        trainer.close()
+    torch.use_deterministic_algorithms(config.scalars.deterministic)
+    device = own_device(config.device.choice)
+    world = join(config.backend.choice, device) if ranked() else ALONE
+    with stop_signals(earlier_stop) as stop:
+        trainer = None
+        try:
+            meter = open_meter(config.energy, device=device, local_rank=world.local_rank)
+            training = replace(config.training(), device=device)
+            init_from = config.scalars.init_from
+            init = read_init(init_from, config, task) if init_from else None
+            trainer = Trainer(training, task, init, world, meter)
+            session = Session(config, trainer, world, target, command)
+            return session.run(lambda: stop[0] if stop else 0)
+        finally:
+            if trainer is not None:
+                trainer.close()
+            leave()
 
 
-def write_imported(
-    config: Config, policy: Policy, command: Sequence[str], sources: Sequence[Path]
-) -> Path:
-    """A run folder for a policy that another program trained."""
-    target = config.scalars.run_dir or default_folder(config)
-    check_free(target, named=config.scalars.run_dir is not None)
-    record = manifest(config, policy.task, command)
-    record |= {"status": "done", "imported_from": [str(path) for path in sources]}
-    return create_folder(target, config, record, policy.save)
+class Session:
+    """A run while it runs: the folder, its record and view (rank 0's alone), and the commits."""
 
+    def __init__(
+        self, config: Config, trainer: Trainer, world: World, target: str, command: Sequence[str]
+    ) -> None:
+        self.config, self.trainer, self.world = config, trainer, world
+        self.first = world.rank == 0
+        self.wall_s = 0.0  # before this session
+        self.started = time.perf_counter()
+        self.committed = -1
+        notes = announce(config, trainer)
+        if config.scalars.resume:
+            self.folder = Path(config.scalars.resume)
+            notes += self.go_on(command)
+        else:
+            self.folder = self.start(target, command)
+        if self.first:
+            title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
+            self.log, self.view = (
+                RunLog(self.folder, trainer.step),
+                View(title, trainer.t.total_steps),
+            )
+            for text in [*notes, f"run folder: {self.folder}"]:
+                self.say(text)
 
-def _run(config: Config, trainer: Trainer, folder: Path, header: list[str]) -> int:
-    log = RunLog(folder)
-    view = View(f"{trainer.task.env_id}  {config.algo.name}  {folder}", trainer.t.total_steps)
-    started = time.perf_counter()
+    def start(self, target: str, command: Sequence[str]) -> Path:
+        """A new folder, which appears whole, with checkpoint 0 from all workers."""
+        named = self.config.scalars.run_dir is not None
+        partial = Path(self.world.broadcast(str(runfolder.partial_of(target))))
+        if self.first:
+            runfolder.begin(partial, target, self.config.raw, self.manifest(command))
+        try:
+            self.world.barrier()
+            self.commit(partial)
+            place = str(runfolder.appear(partial, target, named=named)) if self.first else ""
+        finally:
+            if self.first:
+                shutil.rmtree(partial, ignore_errors=True)
+        folder = Path(self.world.broadcast(place))
+        if self.first:
+            self.lock = runfolder.lock(folder)
+        return folder
 
-    def say(text: str) -> None:
-        view.line(text)
-        log.line(text)
+    def go_on(self, command: Sequence[str]) -> list[str]:
+        """Take the newest checkpoint that verifies, on all workers; what was restored."""
+        notes: list[str] = []
+        name = None
+        if self.first:
+            self.lock = runfolder.lock(self.folder)
+            name = verified(self.folder, notes.append).folder.name
+        name = self.world.broadcast(name)
+        checkpoint = Checkpoint.open(self.folder, name)
+        exact = all(self.world.gather_objects(self.trainer.load(checkpoint)))
+        self.wall_s, self.committed = float(checkpoint.manifest["wall_s"]), self.trainer.step
+        if not self.first:
+            return notes
+        drop_later(checkpoint)
+        lost = runfolder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
+        record = runfolder.read_manifest(self.folder, key="resume")
+        event = {"time": runfolder.now(), "step": self.trainer.step, "exact": exact,
+                 "discarded_rows": lost, "command": " ".join(command)}  # fmt: skip
+        resumed = [*record.get("resumed", []), event]
+        runfolder.update_manifest(self.folder, status="running", resumed=resumed)
+        total = self.trainer.t.total_steps
+        notes.append(
+            f"resumed at step {self.trainer.step} of {total}: weights, optimisers, normaliser,"
+            f" {self.trainer.replay.size} transitions, random streams,"
+            + (" environments" if exact else " environments from a reset (not exact)")
+            + (f"; {lost} later rows moved to discarded.jsonl" if lost else "")
+        )
+        return notes
 
-    try:
-        for text in [*header, f"run folder: {folder}"]:
-            say(text)
-        with stop_signals() as stop:
-            for row in trainer.epochs(view.progress, lambda: bool(stop)):
-                record = with_energy(row, config)
-                log.row(record)
-                checkpoint(folder, trainer)
-                view.epoch(record)
-                log.line(epoch_line(record, trainer.t.total_steps))
-        wall_s = time.perf_counter() - started
-        trainer.policy.save(folder)
-        if stop:
-            interrupted = stop[0] == signal.SIGINT
-            write_summary(folder, config, trainer, wall_s)
-            set_status(folder, "interrupted" if interrupted else "preempted", wall_s)
-            say(f"stopped at step {trainer.step} on {stop[0].name}; the policy so far is saved")
-            return INTERRUPTED if interrupted else STOPPED
-        write_summary(folder, config, trainer, wall_s)
-        set_status(folder, "done", wall_s)
-        say(f"done: {trainer.step} steps, {trainer.algo.updates} updates in {wall_s:.0f} s")
-        return DONE
-    except BaseException as error:
-        set_status(folder, "failed", time.perf_counter() - started)
-        write_text(folder / "error.txt", traceback.format_exc())
-        say(f"failed at step {trainer.step}: {type(error).__name__}: {error}")
-        if not isinstance(error, Exception):
+    def run(self, stop_signal: Callable[[], int]) -> int:
+        trainer = self.trainer
+        show = self.view.progress if self.first else (lambda progress: None)
+        try:
+            for row in trainer.epochs(show, stop_signal):
+                if self.first:
+                    self.record(row)
+                self.commit(self.folder)
+            if trainer.stopping and self.committed != trainer.step:
+                self.commit(self.folder)
+            return self.finish()
+        except BaseException as error:
+            if self.first:
+                self.fail(error)
             raise
-        print(f"spikerl: {error} (see {folder / 'error.txt'})", file=sys.stderr)
-        return FAILED
-    finally:
-        view.close()
-        log.close()
+        finally:
+            if self.first:
+                self.view.close()
+                self.log.close()
+                self.lock.close()
+
+    def record(self, row: Row) -> None:
+        row = {**row, "wall_s": self.wall()}
+        self.log.row(row)
+        self.view.epoch(row)
+        self.log.line(epoch_line(row, self.trainer.t.total_steps))
+
+    def commit(self, run: Path) -> None:
+        trainer = self.trainer
+        metrics = run / "metrics.jsonl"
+        facts = {
+            "step": trainer.step,
+            "epoch": trainer.progress.epoch,
+            "world_size": self.world.size,
+            "wall_s": self.wall(),
+            "metrics_bytes": metrics.stat().st_size if self.first else 0,
+        }
+        learner = trainer.learner_state()
+        save_checkpoint(run, self.world, trainer.shard(), learner, facts, trainer.policy.save)
+        self.committed = trainer.step
+
+    def finish(self) -> int:
+        number = self.trainer.stopping
+        status, code = "done", DONE
+        if number:
+            interrupted = number == signal.SIGINT
+            status = "interrupted" if interrupted else "preempted"
+            code = INTERRUPTED if interrupted else STOPPED
+        if self.first:
+            self.trainer.policy.save(self.folder)
+            self.summarise()
+            runfolder.update_manifest(
+                self.folder, status=status, ended=runfolder.now(), wall_s=self.wall()
+            )
+            if number:
+                name = signal.Signals(number).name
+                self.say(f"stopped at step {self.trainer.step} on {name};"
+                         f" spikerl train resume={self.folder} goes on")  # fmt: skip
+            else:
+                self.say(f"done: {self.trainer.step} steps, {self.trainer.algo.updates} updates"
+                         f" in {self.wall():.0f} s")  # fmt: skip
+        return code
+
+    def fail(self, error: BaseException) -> None:
+        status = {"status": "failed", "ended": runfolder.now(), "wall_s": self.wall()}
+        runfolder.update_manifest(self.folder, **status)
+        write_text(self.folder / "error.txt", traceback.format_exc())
+        self.say(f"failed at step {self.trainer.step}: {type(error).__name__}: {error}")
+
+    def summarise(self) -> None:
+        rows = runfolder.read_rows(self.folder / "metrics.jsonl")
+        discarded = runfolder.read_rows(self.folder / "discarded.jsonl")
+        returns = [row["eval_return"] for row in rows]
+        last_ten = returns[-10:]
+        summary = {
+            "env_id": self.trainer.task.env_id,
+            "seed": self.config.scalars.seed,
+            "world_size": self.world.size,
+            "steps": self.trainer.step,
+            "updates": self.trainer.algo.updates,
+            "evaluations": len(returns),
+            "last_eval_return": returns[-1] if returns else None,
+            "best_eval_return": max(returns) if returns else None,
+            "last_ten_mean_eval_return": sum(last_ten) / len(last_ten) if returns else None,
+            "wall_s": self.wall(),
+            "discarded_rows": len(discarded),
+            "energy_j": total_joules([*rows, *discarded]),
+            "energy_discarded_j": total_joules(discarded),
+            "energy_to_best_j": joules_to_reach(rows, max(returns)) if returns else None,
+            "energy_source": rows[-1]["energy_source"] if rows else self.trainer.meter.source,
+            "versions": versions(),
+        }
+        write_json(self.folder / "summary.json", summary)
+
+    def manifest(self, command: Sequence[str]) -> dict[str, Any]:
+        names = ("device", "threads", "kernel", "backend")
+        resolved = {name: getattr(self.config, name)._asdict() for name in names}
+        resolved["energy"] = self.config.meter._asdict()
+        facts = {"world_size": self.world.size, "precision": self.config.precision.name}
+        return runfolder.make_manifest(self.trainer.task.env_id, command, resolved, facts)
+
+    def wall(self) -> float:
+        return self.wall_s + time.perf_counter() - self.started
+
+    def say(self, text: str) -> None:
+        self.view.line(text)
+        self.log.line(text)
 
 
-def checkpoint(folder: Path, trainer: Trainer) -> None:
-    save_checkpoint(folder, trainer.policy, trainer.algo.critic, trainer.step)
+def task_for(config: Config) -> Task:
+    env = make_env(config.env)
+    env_task = task_of(env)
+    env.close()
+    return env_task
 
 
-def announce(config: Config, task: Task, trainer: Trainer, init: Policy | None) -> list[str]:
-    """What is about to run, with every choice that "auto" made."""
-    t = config.training()
-    resolved = {name: getattr(config, name) for name in ("device", "threads", "kernel", "energy")}
+def own_device(choice: str) -> torch.device:
+    """The device of the calling worker; several on CUDA take the devices in turn."""
+    if not choice.startswith("cuda") or not ranked():
+        return torch.device(choice)
+    index = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def announce(config: Config, trainer: Trainer) -> list[str]:
+    """What is about to run and what each worker has of it, with every choice that was made."""
+    t, size, algo = trainer.t, trainer.world.size, config.algo
+    rows = [share(algo.batch_size, rank, size) for rank in range(size)]
+    if t.scaling == "weak":
+        rows = [algo.batch_size] * size
+    each = str(rows[0]) if len(set(rows)) == 1 else f"{min(rows)} to {max(rows)}"
+    resolved = {name: getattr(config, name) for name in ("device", "threads", "kernel", "backend")}
+    resolved["energy"] = config.meter
+    task = trainer.task
     lines = [
         f"{task.env_id}: {task.obs_dim} observations, {task.act_dim} actions;"
-        f" {config.actor.actor.name} actor, {config.algo.name}, seed {t.seed}",
-        f"1 worker, {t.num_envs} environments, batch {config.algo.batch_size},"
-        f" {trainer.updates_due(t.total_steps)} updates in {t.total_steps} steps,"
+        f" {config.actor.actor.name} actor, {algo.name}, seed {t.seed},"
         f" precision {config.precision.name}",
+        f"{size} worker{'s' * (size > 1)} x {t.num_envs // size} environments;"
+        f" global batch {sum(rows)} ({each} per worker, {t.scaling} scaling);"
+        f" {trainer.updates_due(t.total_steps)} updates in {t.total_steps} steps",
         "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in resolved.items()),
     ]
-    if init is not None:
-        source = config.scalars.init_from
-        lines.append(f"init_from={source}: actor weights and normaliser ({trainer.norm.count} obs)")
+    if config.scalars.init_from:
+        norm = f"normaliser ({trainer.norm.count} observations)"
+        lines.append(f"init_from={config.scalars.init_from}: actor weights and {norm}")
     return lines
+
+
+def finished(folder: Path, total_steps: int) -> bool:
+    """Whether there is nothing left to do; says so."""
+    status = runfolder.read_manifest(folder, key="resume")["status"]
+    checkpoint = verified(folder, lambda text: None)
+    if checkpoint.step < total_steps:
+        return False
+    print(f"{folder} is {status} at step {checkpoint.step}; a larger total_steps goes on with it")
+    return True
 
 
 def read_init(source: str, config: Config, task: Task) -> Policy:
@@ -161,114 +362,20 @@ def default_folder(config: Config) -> str:
     return f"outputs/{safe}/{config.algo.name}/{stamp}_seed{config.scalars.seed}"
 
 
-def check_free(target: str, *, named: bool) -> None:
-    """Refuse early, before anything is built, what `create_folder` would refuse late."""
-    folder = Path(target)
-    if named and folder.exists():
-        remedy = "it exists already; give another run_dir, or leave it out for a dated one"
-        raise BadRequest("run_dir", target, remedy)
-    parent = folder.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise BadRequest("run_dir", target, f"{parent} cannot be written to; give another run_dir")
-
-
-def create_folder(
-    target: str, config: Config, record: dict[str, Any], fill: Callable[[Path], None]
-) -> Path:
-    """Make the run folder whole beside its place (config, manifest, policy), then rename it."""
-    folder = Path(target)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        write_text(partial / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.raw)))
-        write_json(partial / "manifest.json", record)
-        (partial / "metrics.jsonl").touch()
-        fill(partial)
-        return rename_free(partial, folder, named=config.scalars.run_dir is not None)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise BadRequest("run_dir", target, f"{reason}; give another run_dir") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def rename_free(partial: Path, folder: Path, *, named: bool) -> Path:
-    """Rename to a name that nobody has; a dated folder whose second is taken gets a number."""
-    for number in range(1, 1000):
-        place = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
-        try:
-            if not place.exists():  # a rename would replace an empty folder
-                os.rename(partial, place)
-                return place
-        except OSError:
-            if not place.exists():
-                raise
-        if named:
-            break
-    raise BadRequest("run_dir", folder, "it exists already; give another run_dir")
-
-
-def manifest(config: Config, task: Task, command: Sequence[str]) -> dict[str, Any]:
-    names = ("device", "threads", "kernel", "backend", "energy")
-    resolved = {name: getattr(config, name)._asdict() for name in names}
-    return {
-        "status": "running",
-        "command": shlex.join(command),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "env_id": task.env_id,
-        "world_size": config.scalars.world_size,
-        "precision": config.precision.name,
-        "resolved": resolved,
-        "git": git_state(),
-        "versions": versions(),
-        "hardware": hardware.describe(),
-    }
-
-
-def set_status(folder: Path, status: str, wall_s: float) -> None:
-    data = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    now = datetime.now().astimezone().isoformat(timespec="seconds")
-    write_json(folder / "manifest.json", {**data, "status": status, "ended": now, "wall_s": wall_s})
-
-
-def with_energy(row: Row, config: Config) -> Row:
-    reason = f"{config.energy.choice}: {config.energy.reason}"
-    return {**row, **dict.fromkeys(ENERGY_KEYS), "energy_source": reason}
-
-
-def write_summary(folder: Path, config: Config, trainer: Trainer, wall_s: float) -> None:
-    returns = [row["eval_return"] for row in read_rows(folder)]
-    summary = {
-        "env_id": trainer.task.env_id,
-        "seed": config.scalars.seed,
-        "steps": trainer.step,
-        "updates": trainer.algo.updates,
-        "evaluations": len(returns),
-        "last_eval_return": returns[-1] if returns else None,
-        "best_eval_return": max(returns) if returns else None,
-        "last_ten_mean_eval_return": sum(returns[-10:]) / len(returns[-10:]) if returns else None,
-        "wall_s": wall_s,
-        "energy_j": None,
-        "energy_source": f"{config.energy.choice}: {config.energy.reason}",
-        "versions": versions(),
-    }
-    write_json(folder / "summary.json", summary)
-
-
 @contextmanager
-def stop_signals() -> Iterator[list[signal.Signals]]:
+def stop_signals(earlier: Callable[[], int | None]) -> Iterator[list[int]]:
     """Collect SIGTERM, SIGUSR1 and Ctrl-C for the loop to see; a second Ctrl-C ends at once."""
-    received: list[signal.Signals] = []
+    received: list[int] = []
 
     def receive(number: int, frame: object) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        received.append(signal.Signals(number))
+        received.append(number)
 
     caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.signal(number, receive) for number in caught}
+    if (number := earlier()) is not None:
+        received.append(number)
     try:
         yield received
     finally:

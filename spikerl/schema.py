@@ -25,7 +25,7 @@ def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
         merged = OmegaConf.merge(OmegaConf.structured(schema), dict(data))
         result = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
-        field = str(error).rsplit(": ", 1)[-1]
+        field = str(error).splitlines()[0].rpartition(": ")[2]
         raise BadRequest(f"{prefix}{field}", "???", "give it a value") from None
     except ConfigKeyError as error:
         known = ", ".join(schema.__dataclass_fields__)  # type: ignore[attr-defined]

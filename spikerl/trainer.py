@@ -6,17 +6,21 @@ Shape legend   N environments, A action entries.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from spikerl.algos.td3 import TD3, TD3Config
 from spikerl.buffers import Replay
-from spikerl.envs import EnvConfig, Steps, make_envs
-from spikerl.evaluate import Evaluation, Evaluator
+from spikerl.checkpoint import Checkpoint, Shard
+from spikerl.distributed.world import ALONE, World, share
+from spikerl.energy import Meter, Reading, consecutive, energy_row, merge
+from spikerl.envs import EnvConfig, make_envs
+from spikerl.evaluate import Evaluator
 from spikerl.networks import ActorConfig, TwinCritic, build_actor
 from spikerl.normalize import RunningNorm
 from spikerl.policy import Policy
@@ -41,21 +45,36 @@ class Training:
     total_steps: int
     steps_per_epoch: int
     eval_episodes: int
+    scaling: str
+
+    def batch_share(self, world: World) -> tuple[int, float]:
+        """Rows that a worker draws for an update, and their share of the global batch."""
+        if self.scaling == "weak":
+            return self.algo.batch_size, 1.0 / world.size
+        rows = share(self.algo.batch_size, world.rank, world.size)
+        return rows, rows / self.algo.batch_size
 
 
+@dataclass
 class Progress:
-    """Sums since the last epoch, and the newest losses; what a live view shows between epochs."""
+    """How far training is, sums since the last epoch, the newest losses: plain numbers.
 
-    def __init__(self) -> None:
-        self.step = self.updates = self.epoch = 0
-        self.losses: dict[str, float] = {}
-        self.returns: list[float] = []
-        self.reset()
+    A live view shows it between epochs, and a checkpoint in the middle of one records it.
+    """
 
-    def reset(self) -> None:
-        self.sums: dict[str, tuple[float, int]] = {}
-        self.returns = []
-        self.started = time.perf_counter()
+    step: int = 0  # over all workers
+    updates: int = 0
+    epoch: int = 0
+    train_s: float = 0.0  # spent in this epoch before a resume
+    energy: list[Any] | None = None  # and its Reading, as plain data
+    first_step: int = 0  # of this epoch
+    first_update: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    returns: list[float] = field(default_factory=list)  # of this worker's finished episodes
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    def next_epoch(self) -> None:
+        self.sums, self.returns, self.train_s, self.energy = {}, [], 0.0, None
         self.first_step, self.first_update = self.step, self.updates
 
     def add(self, metrics: list[dict[str, torch.Tensor]]) -> None:
@@ -66,14 +85,27 @@ class Progress:
             self.sums[name] = (total + float(values.sum()), count + len(values))
             self.losses[name] = float(values[-1])
 
-    def mean(self, name: str) -> float | None:
-        total, count = self.sums.get(name, (0.0, 0))
-        return total / count if count else None
+
+def mean_of(sums: Sequence[Mapping[str, tuple[float, int]]], name: str) -> float | None:
+    """A metric's mean over all workers' updates; None where no update had it."""
+    parts = [part[name] for part in sums if name in part]
+    count = sum(n for _, n in parts)
+    return sum(total for total, _ in parts) / count if count else None
 
 
 class Trainer:
-    def __init__(self, training: Training, task: Task, init: Policy | None = None) -> None:
-        self.t, self.task = training, task
+    """One worker's training loop; with several, each steps its own share of the environments."""
+
+    def __init__(
+        self,
+        training: Training,
+        task: Task,
+        init: Policy | None = None,
+        world: World = ALONE,
+        meter: Meter | None = None,
+    ) -> None:
+        self.t, self.task, self.world = training, task, world
+        self.meter = meter or Meter("none: not asked for")
         t, algo, device = training, training.algo, training.device
         with initialising(t.seed):
             actor = build_actor(t.actor, task.obs_dim, task.act_dim, dtype=t.precision.actor_dtype)
@@ -87,7 +119,9 @@ class Trainer:
         if init is not None:
             actor.load_state_dict(init.actor.state_dict())
             self.norm.load(init.norm.state())
-        self.streams = Streams(t.seed, 0, device)
+        self.streams = Streams(t.seed, world.rank, device)
+        self.batch_size, weight = t.batch_share(world)
+        self.fewer = world.size if t.scaling == "weak" else 1  # updates, as the batch grows
         self.algo = TD3(
             actor.to(device),
             critic.to(device),
@@ -95,37 +129,53 @@ class Trainer:
             actor_lr=t.actor.actor.lr,
             generator=self.streams.update,
             scales_loss=t.precision.scales_loss,
+            world=world,
+            weight=weight,
         )
         self.policy = Policy(task, t.actor, actor, self.norm)
-        self.replay = Replay(algo.replay_capacity, task.obs_dim, task.act_dim, device)
-        self.envs = make_envs(t.env, t.num_envs, task)
-        self.envs.reset([seed_for(t.seed, "env", i) for i in range(t.num_envs)])
-        self.evaluator = Evaluator(t.env, t.eval_episodes, t.seed)
+        capacity = share(algo.replay_capacity, world.rank, world.size)
+        self.replay = Replay(capacity, task.obs_dim, task.act_dim, device)
+        self.envs = make_envs(t.env, t.num_envs // world.size, task)
+        self.reset_envs()
+        self.evaluator = Evaluator(t.env, t.eval_episodes, t.seed, world)
         self.progress = Progress()
+        self.clock = time.perf_counter()
+        self.stopping = 0  # the signal that all workers agreed to stop on
 
     @property
     def step(self) -> int:
         return self.progress.step
 
+    def reset_envs(self, *resumed_at: int) -> None:
+        first = self.world.rank * len(self.envs)
+        numbers = range(first, first + len(self.envs))
+        self.envs.reset([seed_for(self.t.seed, "env", i, *resumed_at) for i in numbers])
+
     def epochs(
         self,
         on_burst: Callable[[Progress], None] = lambda progress: None,
-        should_stop: Callable[[], bool] = lambda: False,
+        stop_signal: Callable[[], int] = lambda: 0,
     ) -> Iterator[Row]:
-        """Train to `total_steps`, yielding one row per epoch; ends early once `should_stop`."""
+        """Train to `total_steps`, yielding a row per epoch, the same on every worker.
+
+        Ends early, between bursts, once `stop_signal` gives a signal's number on any worker.
+        """
         t, p = self.t, self.progress
-        started = time.perf_counter()
-        p.reset()
-        while p.step < t.total_steps and not should_stop():
+        self.start_window()
+        while p.step < t.total_steps and not self.stopping:
             before = p.step
             self.act()
+            if crossed(before, p.step, t.algo.norm_interval):
+                self.synchronise(stop_signal())
             self.learn(before)
             on_burst(p)
-            end = min((before // t.steps_per_epoch + 1) * t.steps_per_epoch, t.total_steps)
-            if p.step >= end:
+            if crossed(before, p.step, t.steps_per_epoch) or p.step >= t.total_steps:
                 p.epoch += 1
-                yield self.row(time.perf_counter() - started)
-                p.reset()
+                row = self.row()
+                p.next_epoch()
+                self.start_window()
+                yield row
+        self.end_window()
 
     def act(self) -> None:
         """One step in every environment, stored with its true successors."""
@@ -137,27 +187,28 @@ class Trainer:
         else:
             obs = torch.from_numpy(obs_NO.astype(np.float32)).to(self.t.device)
             act = self.algo.explore(self.norm.normalize(obs), explore)
-        self.store(self.envs.step(act.cpu().numpy()))
-
-    def store(self, steps: Steps) -> None:
-        self.replay.add(*steps, discount=self.t.algo.gamma)
+        steps = self.envs.step(act.cpu().numpy())
+        self.replay.add(*steps, discount=algo.gamma)
         self.norm.add(steps.obs)
-        before, interval = self.step, self.t.algo.norm_interval
-        self.progress.step += len(steps.rew)
-        if self.step // interval > before // interval:
-            self.norm.merge()
+        self.progress.step += len(steps.rew) * self.world.size  # all have as many environments
         self.progress.returns += [episode.ret for episode in self.envs.finished]
         self.envs.finished.clear()
 
+    def synchronise(self, stop_signal: int) -> None:
+        """Merge the normaliser's moments and agree on stopping, in one exchange."""
+        mine = torch.from_numpy(np.append(self.norm.collect(), stop_signal))
+        everyone = [part.numpy() for part in self.world.gather(mine)]
+        self.norm.merge([part[:-1] for part in everyone])
+        self.stopping = int(max(part[-1] for part in everyone))
+
     def learn(self, before: int) -> None:
         """The bursts of updates that became due since step `before`."""
-        algo = self.t.algo
         due = self.updates_due(self.step) - self.updates_due(before)
         if due == 0:
             return
         metrics = []
         for _ in range(due):
-            batch = self.replay.sample(algo.batch_size, self.streams.sample, self.norm.normalize)
+            batch = self.replay.sample(self.batch_size, self.streams.sample, self.norm.normalize)
             metrics.append(self.algo.update(batch))
         self.algo.guard.check()
         self.progress.updates = self.algo.updates
@@ -168,41 +219,121 @@ class Trainer:
         algo = self.t.algo
         first = -(-max(algo.learning_starts, 1) // algo.update_interval)  # the first burst's number
         bursts = max(step // algo.update_interval - first + 1, 0)
-        return int(bursts * algo.update_interval * algo.updates_per_step)
+        return int(bursts * algo.update_interval * algo.updates_per_step / self.fewer)
 
-    def evaluate(self) -> Evaluation:
-        return self.evaluator.run(self.policy, self.progress.epoch)
-
-    def row(self, wall_s: float) -> Row:
+    def row(self) -> Row:
         """The epoch's line of metrics.jsonl: means over the epoch, and an evaluation."""
         p = self.progress
-        train_s = time.perf_counter() - p.started
-        evaluation = self.evaluate()
+        trained = self.end_window()
+        self.meter.begin("eval")
+        evaluation = self.evaluator.run(self.policy, p.epoch)
+        evaluated = self.meter.end("eval")
+        self.check_equal()
+        everyone = self.world.gather_objects((p.returns, p.sums, p.train_s, trained, evaluated))
+        returns = [ret for part in everyone for ret in part[0]]
+        sums = [part[1] for part in everyone]
+        train_s = max(part[2] for part in everyone)
+        joules = energy_row(
+            merge([Reading(*part[3]) for part in everyone]),
+            merge([Reading(*part[4]) for part in everyone]),
+            self.meter.source,
+        )
         activity = evaluation.activity
-        eval_s = time.perf_counter() - p.started - train_s
         row: Row = {
             "epoch": p.epoch,
             "step": p.step,
             "updates": p.updates,
-            "wall_s": wall_s + eval_s,
-            "train_return": float(np.mean(p.returns)) if p.returns else None,
-            "train_episodes": len(p.returns),
+            "train_return": float(np.mean(returns)) if returns else None,
+            "train_episodes": len(returns),
             "eval_return": evaluation.mean,
             "eval_return_std": evaluation.std,
             "eval_length": evaluation.length,
-            "critic_loss": p.mean("critic_loss"),
-            "actor_loss": p.mean("actor_loss"),
-            "q_mean": p.mean("q_mean"),
+            "critic_loss": mean_of(sums, "critic_loss"),
+            "actor_loss": mean_of(sums, "actor_loss"),
+            "q_mean": mean_of(sums, "q_mean"),
             "firing_rate": activity.firing_rate if activity else None,
             "window_fraction": activity.window_fraction if activity else None,
             "layer_firing_rates": activity.layers if activity else None,
             "env_steps_per_s": (p.step - p.first_step) / train_s,
             "updates_per_s": (p.updates - p.first_update) / train_s,
+            **joules,
         }
         if self.algo.guard.scales_loss:
             row["skipped_updates"] = int(self.algo.guard.skipped)
         return row
 
+    def start_window(self) -> None:
+        self.meter.begin("train")
+        self.clock = time.perf_counter()
+
+    def end_window(self) -> Reading:
+        """Count the time and the joules since `start_window`, and those before a resume."""
+        p = self.progress
+        p.train_s += time.perf_counter() - self.clock
+        reading = self.meter.end("train")
+        if p.energy is not None:
+            reading = consecutive(Reading(*p.energy), reading)
+        p.energy = list(reading)
+        return reading
+
+    def check_equal(self) -> None:
+        """Raise unless all workers have the same parameters and normaliser, to the bit."""
+        state = [*self.algo.state().values(), *self.norm.state().values()]
+        digest = torch.stack([fingerprint(tensor) for tensor in state])
+        for rank, other in enumerate(self.world.gather(digest)):
+            if not torch.equal(other, digest):
+                raise RuntimeError(f"workers 0 and {rank} have diverged at step {self.step}")
+
+    def learner_state(self) -> dict[str, Tensor]:
+        """Live tensors that are the same on every worker."""
+        norm = {f"norm.{name}": tensor for name, tensor in self.norm.state().items()}
+        return {**self.algo.state(), **norm}
+
+    def shard(self) -> Shard:
+        """The part of a checkpoint that is this worker's own."""
+        envs = self.envs.state()
+        tensors = {f"stream.{name}": tensor for name, tensor in self.streams.state().items()}
+        tensors |= {f"envs.{name}": tensor for name, tensor in envs.items()}
+        tensors["norm.pending"] = torch.from_numpy(self.norm.pending_rows())
+        notes = {"progress": asdict(self.progress), "exact": bool(envs)}
+        return Shard(tensors, notes, self.replay)
+
+    def load(self, checkpoint: Checkpoint) -> bool:
+        """Go on from `checkpoint`; False if the environments could only be reset."""
+        saved = checkpoint.learner()
+        for name, tensor in self.algo.state().items():
+            tensor.copy_(saved[name])
+        self.norm.load(under("norm.", saved))
+        tensors, notes = checkpoint.worker(self.world.rank)
+        self.progress = Progress(**notes["progress"])
+        self.algo.updates = self.progress.updates
+        self.streams.load(under("stream.", tensors))
+        self.norm.pending = [tensors["norm.pending"].numpy()]
+        checkpoint.fill_replay(self.world.rank, self.replay)
+        if notes["exact"]:
+            self.envs.load(under("envs.", tensors))
+        else:
+            self.reset_envs(self.step)
+        return bool(notes["exact"])
+
     def close(self) -> None:
         self.envs.close()
         self.evaluator.close()
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def crossed(before: int, now: int, interval: int) -> bool:
+    """Whether a multiple of `interval` lies in (before, now]."""
+    return now // interval > before // interval
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """An int64 that depends on every bit of `tensor`: its words, weighted by their places."""
+    words = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    words = torch.nn.functional.pad(words, (0, -len(words) % 8)).view(torch.int64)
+    places = torch.arange(1, len(words) + 1) * 2 - 1  # odd, so that no bit is lost
+    return (words * places).sum()

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 
 from spikerl.algos.td3 import TD3Config
-from spikerl.networks import PopSANConfig, SpikingActor, TwinCritic
+from spikerl.envs import EnvConfig
+from spikerl.networks import ActorConfig, PopSANConfig, SpikingActor, TwinCritic
+from spikerl.precision import PrecisionConfig
 from spikerl.snn.decoders import RateConfig
 from spikerl.snn.encoders import PopulationConfig
 from spikerl.snn.neurons import CubaLIFConfig
+from spikerl.trainer import Training
 
 POPULATION = PopulationConfig(
     name="population", pop_size=10, mean_range=[-3.0, 3.0], var=0.15, threshold=0.999
@@ -69,3 +72,50 @@ def td3_config(**changes: Any) -> TD3Config:
         "max_grad_norm": None,
     }
     return TD3Config(**(values | changes))
+
+
+INVERTED_PENDULUM = EnvConfig(
+    name="InvertedPendulum",
+    version="v5",
+    id="InvertedPendulum-v5",
+    max_episode_steps=50,
+    vectorizer="sync",
+)
+
+
+def small_training(
+    *,
+    env: EnvConfig = INVERTED_PENDULUM,
+    num_envs: int = 1,
+    total_steps: int = 200,
+    steps_per_epoch: int = 100,
+    eval_episodes: int = 3,
+    seed: int = 0,
+    scaling: str = "strong",
+    encoder: PopulationConfig = POPULATION,
+    **algo: Any,
+) -> Training:
+    """A run of seconds: small networks, and every interval short."""
+    settings = {
+        "batch_size": 10,
+        "critic_hidden_sizes": [16],
+        "random_steps": 50,
+        "learning_starts": 50,
+        "update_interval": 10,
+        "norm_interval": 10,
+    }
+    return Training(
+        env=env,
+        actor=ActorConfig(
+            actor=popsan_config([16]), encoder=encoder, neuron=CUBA_LIF, decoder=RATE
+        ),
+        algo=td3_config(**(settings | algo)),
+        precision=PrecisionConfig(name="fp32", actor="fp32", critic="fp32"),
+        device=torch.device("cpu"),
+        seed=seed,
+        num_envs=num_envs,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        eval_episodes=eval_episodes,
+        scaling=scaling,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spikerl.distributed.world import ALONE, World
 from spikerl.errors import NonFinite
 from spikerl.types import Batch
 
@@ -65,6 +66,9 @@ class Guard:
         self.scale.copy_(self.scale * torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0)))
         self.masked.zero_()
 
+    def state(self) -> dict[str, Tensor]:
+        return {"scale": self.scale, "streak": self.streak, "skipped": self.skipped}
+
     def check(self) -> None:
         """Raise if an update was bad; the weights still hold their last good values."""
         if (update := int(self.first_bad)) >= 0:
@@ -74,36 +78,60 @@ class Guard:
 
 
 class Stepper:
-    """The one door between a loss and changed weights: scale, backward, unscale, clip, step."""
+    """The one door from a loss to new weights: scale, backward, average, unscale, clip, step.
+
+    With several workers, `loss` is the mean over this worker's rows and `weight` their share of
+    the global batch: summed over workers, the gradient is that of the mean over the global batch.
+    One collective carries the network's whole gradient and, as its last entry, the loss.
+    """
 
     def __init__(
-        self, module: nn.Module, lr: float, guard: Guard, *, max_grad_norm: float | None = None
+        self,
+        module: nn.Module,
+        lr: float,
+        guard: Guard,
+        *,
+        max_grad_norm: float | None = None,
+        world: World = ALONE,
+        weight: float = 1.0,
     ) -> None:
         self.params = list(module.parameters())
-        self.flat = nn.Parameter(flatten(module))
-        self.flat.grad = torch.zeros_like(self.flat)
+        flat = flatten(module)
+        self.flat = nn.Parameter(flat)
+        self.summed = torch.cat([torch.zeros_like(flat), flat.new_zeros(1)])
+        self.flat.grad = self.summed[:-1]
         self.optimizer = torch.optim.Adam([self.flat], lr=lr, fused=True)
-        self.guard = guard
-        self.max_grad_norm = max_grad_norm
+        self.optimizer.state[self.flat] = {
+            "step": torch.zeros((), device=flat.device),
+            "exp_avg": torch.zeros_like(flat),
+            "exp_avg_sq": torch.zeros_like(flat),
+        }
+        self.guard, self.max_grad_norm = guard, max_grad_norm
+        self.world, self.weight = world, weight
 
-    def __call__(self, loss: Tensor, update: int) -> None:
-        grad = self.flat.grad
-        assert grad is not None
-        guard = self.guard
-        scaled = loss * guard.scale if guard.scales_loss else loss
-        pieces = torch.autograd.grad(scaled, self.params)
-        torch.cat([piece.flatten() for piece in pieces], out=grad)
+    def __call__(self, loss: Tensor, update: int) -> Tensor:
+        """Step, unless something was not finite; the loss over the global batch."""
+        guard, grad = self.guard, self.summed[:-1]
+        share = loss * self.weight
+        pieces = torch.autograd.grad(share * guard.scale, self.params)
+        torch.cat([*(p.flatten() for p in pieces), share.detach().view(1)], out=self.summed)
+        self.world.sum_(self.summed)
         if guard.scales_loss:
             grad /= guard.scale
-        norm = grad.norm()
-        guard.see(torch.isfinite(loss.detach()) & torch.isfinite(norm), update)
+        norm, mean_loss = grad.norm(), self.summed[-1].clone()
+        guard.see(torch.isfinite(mean_loss) & torch.isfinite(norm), update)
         if self.max_grad_norm is not None:
             grad *= (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         # A fused optimiser leaves weights, moments and its step count alone where this is 1.
         self.optimizer.found_inf = guard.masked  # type: ignore[attr-defined]
         self.optimizer.step()
+        return mean_loss
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors of weights and Adam's moments."""
+        return {"weights": self.flat.detach(), **self.optimizer.state[self.flat]}
 
 
 def polyak_(target: Tensor, online: Tensor, tau: float, masked: Tensor) -> None:
     """target <- (1 - tau) target + tau online, unless masked."""
-    target.lerp_(online, tau * (1.0 - masked))
+    target.lerp_(online, (tau * (1.0 - masked)).to(target.dtype))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from spikerl.algos.base import Guard, Stepper, flatten, polyak_, td_target
+from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest
 from spikerl.networks import Actor, TwinCritic, check_sizes
 from spikerl.types import Batch
@@ -78,13 +80,21 @@ class TD3:
         actor_lr: float,
         generator: torch.Generator,
         scales_loss: bool = False,
+        world: World = ALONE,
+        weight: float = 1.0,
     ) -> None:
         self.config, self.generator = config, generator
         self.actor, self.critic = actor, critic
         self.guard = Guard(generator.device, scales_loss=scales_loss)
-        clip = config.max_grad_norm
-        self.step_critic = Stepper(critic, config.critic_lr, self.guard, max_grad_norm=clip)
-        self.step_actor = Stepper(actor, actor_lr, self.guard, max_grad_norm=clip)
+        stepper = partial(
+            Stepper,
+            guard=self.guard,
+            max_grad_norm=config.max_grad_norm,
+            world=world,
+            weight=weight,
+        )
+        self.step_critic = stepper(critic, config.critic_lr)
+        self.step_actor = stepper(actor, actor_lr)
         self.actor_target = copy.deepcopy(actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(critic).requires_grad_(False)
         self.actor_target_flat = flatten(self.actor_target)
@@ -98,20 +108,28 @@ class TD3:
             next_q = self.critic_target(batch.next_obs, next_act).amin(0)
             q_target = td_target(batch, next_q)
         q = self.critic(batch.obs, batch.act)  # (2, B)
-        critic_loss = (q - q_target).square().mean(1).sum()
-        self.step_critic(critic_loss, self.updates)
-        metrics = {"critic_loss": critic_loss.detach(), "q_mean": q.detach().mean()}
+        critic_loss = self.step_critic((q - q_target).square().mean(1).sum(), self.updates)
+        metrics = {"critic_loss": critic_loss, "q_mean": q.detach().mean()}
         if self.updates % self.config.policy_delay == 0:
             act = self.actor(batch.obs, self.generator)
-            actor_loss = -self.critic.first(batch.obs, act).mean()
-            self.step_actor(actor_loss, self.updates)
-            metrics["actor_loss"] = actor_loss.detach()
+            actor_loss = self.step_actor(-self.critic.first(batch.obs, act).mean(), self.updates)
+            metrics["actor_loss"] = actor_loss
             tau, masked = self.config.tau, self.guard.masked
             polyak_(self.critic_target_flat, self.step_critic.flat.detach(), tau, masked)
             polyak_(self.actor_target_flat, self.step_actor.flat.detach(), tau, masked)
         self.guard.close()
         self.updates += 1
         return metrics
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors that an update depends on and changes, beside `updates`."""
+        parts = {
+            "critic": self.step_critic.state(),
+            "actor": self.step_actor.state(),
+            "guard": self.guard.state(),
+            "target": {"critic": self.critic_target_flat, "actor": self.actor_target_flat},
+        }
+        return {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
 
     def smooth(self, act: Tensor) -> Tensor:
         """Target policy smoothing: clipped noise, then clipped to the action range."""

@@ -1,0 +1,149 @@
+"""Workers as subprocesses under PyTorch's elastic agent, started and watched from the parent.
+
+Parent and workers share a mailbox, a temporary folder: `spec.json` (what to run), `pid.RANK`,
+`stop` (a signal that the parent got), `failure.RANK` (why a worker failed), `result` (rank 0's exit
+status). The agent puts workers into sessions of their own, so the parent passes signals on, and the
+workers ask the kernel to die with their parent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from spikerl.distributed.orphans import die_with_parent
+
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SHUTDOWN_S = 4  # how long survivors of a lost worker may take before they are killed
+
+
+class WorkerLost(RuntimeError):
+    """A worker failed or was killed; the message names its rank and the cause."""
+
+
+def launch(spec: dict[str, Any], world_size: int, threads: int) -> int:
+    """Run `world_size` workers on `spec`; rank 0's exit status. Raises WorkerLost."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        signals_to_handle="",  # they are passed on instead
+        shutdown_timeout=SHUTDOWN_S,
+    )
+    with tempfile.TemporaryDirectory(prefix="spikerl-") as name, passing_signals_on(Path(name)):
+        mailbox = Path(name)
+        config.logs_specs = DefaultLogsSpecs(log_dir=name)
+        (mailbox / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        try:
+            elastic_launch(config, sys.executable)("-m", "spikerl.worker", name, str(os.getpid()))
+        except ChildFailedError as error:
+            raise WorkerLost(blame(error.failures, mailbox, world_size)) from None
+        return int((mailbox / "result").read_text())
+
+
+def blame(failures: dict[int, Any], mailbox: Path, world_size: int) -> str:
+    """Rank and cause of what went wrong first.
+
+    A lost worker makes the others fail in a collective, and they may be noticed before it: so a
+    worker that was killed comes first, then one that failed on its own account.
+    """
+
+    def told(rank: int) -> dict[str, Any]:
+        path = mailbox / f"failure.{rank}"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+    def order(rank: int) -> tuple[bool, bool, float]:
+        killed = failures[rank].exitcode < 0 and failures[rank].exitcode != -signal.SIGTERM
+        reason = told(rank)
+        return not killed, reason.get("collective", not reason), reason.get("time", 0.0)
+
+    ranks = {*failures, *(int(p.suffix[1:]) for p in mailbox.glob("failure.*") if not failures)}
+    rank = min(ranks, key=order)
+    who = f"worker {rank} of {world_size}"
+    code = failures[rank].exitcode
+    if code < 0:
+        return f"{who} was killed by {signal.Signals(-code).name}"
+    reason = told(rank)
+    return f"{who}: {reason['error']}" if reason else f"{who} ended with status {code}"
+
+
+@contextmanager
+def passing_signals_on(mailbox: Path) -> Iterator[None]:
+    """Meanwhile SIGTERM, SIGUSR1 and Ctrl-C reach every worker; a second Ctrl-C ends at once."""
+    seen: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        seen.append(number)
+        (mailbox / "stop").write_text(str(number))
+        for path in mailbox.glob("pid.*"):
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(int(path.read_text()), number)
+
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def work(mailbox: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> int:
+    """A worker's life: die with the parent, run the spec, leave word of a failure."""
+    die_with_parent(parent)
+    rank = int(os.environ["RANK"])
+    partial = mailbox / f".pid.{rank}"
+    partial.write_text(str(os.getpid()))
+    partial.rename(mailbox / f"pid.{rank}")
+    spec = json.loads((mailbox / "spec.json").read_text(encoding="utf-8"))
+    try:
+        status = run(spec)
+    except Exception as error:
+        write_failure(mailbox, rank, error)
+        return 1
+    if rank == 0:
+        (mailbox / "result").write_text(str(status))
+    return 0
+
+
+def write_failure(mailbox: Path, rank: int, error: BaseException) -> None:
+    import time
+
+    import torch.distributed as dist
+
+    text = str(error).splitlines()
+    reason = {
+        "error": f"{type(error).__name__}: {text[0] if text else ''}",
+        "collective": isinstance(error, dist.DistError) or "Connection closed" in str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+        "time": time.time(),
+    }
+    (mailbox / f"failure.{rank}").write_text(json.dumps(reason), encoding="utf-8")
+
+
+def stop_requested(mailbox: Path) -> signal.Signals | None:
+    """A signal that the parent got before this worker could receive it."""
+    path = mailbox / "stop"
+    return signal.Signals(int(path.read_text())) if path.exists() else None

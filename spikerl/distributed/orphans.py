@@ -1,0 +1,32 @@
+"""No process outlives the one that started it, however that one ended."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_if_spawned() -> None:
+    """In a process that multiprocessing spawned, which imports its parent's main module anew.
+
+    Zeus starts one for each processor counter and would leave them behind if the run were killed.
+    """
+    if multiprocessing.parent_process() is not None:
+        die_with_parent()
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when its parent ends, even by SIGKILL (Linux only).
+
+    `parent` is the process that it should have: if that one ended before we could ask, we end too.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)

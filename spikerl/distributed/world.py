@@ -1,0 +1,126 @@
+"""The workers of one run, seen from inside one of them: every exchange between them is here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spikerl.errors import BadRequest
+from spikerl.types import Resolved
+
+# A collective that takes longer than this has lost a worker.
+TIMEOUT = timedelta(minutes=10)
+
+
+def share(total: int, rank: int, size: int) -> int:
+    """What worker `rank` gets of `total` things: as even as possible, the first get one more."""
+    return total // size + (rank < total % size)
+
+
+@dataclass(kw_only=True)
+class BackendConfig:
+    name: str
+
+
+def resolve_world_size(asked: int | None) -> int:
+    """What was asked for, or what a launcher started; the two must agree."""
+    started = int(os.environ["WORLD_SIZE"]) if ranked() else None
+    if asked is not None and started is not None and asked != started:
+        remedy = f"the launcher started {started} workers; leave world_size out"
+        raise BadRequest("world_size", asked, remedy)
+    return started or asked or 1
+
+
+def resolve_backend(config: BackendConfig, device: str, world_size: int) -> Resolved:
+    """What carries the collectives, and why."""
+    gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
+    if config.name == "nccl" and not gpus:
+        remedy = "nccl needs CUDA devices and this run uses the CPU; use backend=gloo"
+        raise BadRequest("backend", "nccl", remedy)
+    if config.name == "nccl" and world_size > gpus:
+        remedy = f"nccl needs a device per worker: {world_size} workers, {gpus} devices"
+        raise BadRequest("backend", "nccl", f"{remedy}; use backend=gloo or fewer workers")
+    if config.name != "auto":
+        return Resolved(config.name, "requested")
+    if world_size == 1:
+        return Resolved("none", "one worker exchanges nothing")
+    if world_size <= gpus:
+        return Resolved("nccl", "a CUDA device for each worker")
+    return Resolved("gloo", "workers share a device" if gpus else "workers on the CPU")
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank `rank` of `size` workers; alone, every exchange is the identity.
+
+    Results are the same bits on every worker: sums are made once and distributed, what is gathered
+    is in rank order.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    exchange: str = "cpu"  # the device on which the backend wants gathered tensors
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its sum over workers, in one collective."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every worker's `tensor` (all of one shape), in rank order."""
+        if self.size == 1:
+            return [tensor]
+        mine = tensor.to(self.exchange)
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(gathered, mine)
+        return [part.to(tensor.device) for part in gathered]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every worker's plain data, in rank order; for what happens once an epoch."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's plain data."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+ALONE = World()
+
+
+def ranked() -> bool:
+    """Whether a launcher (torchrun, or this program's own) has given this process a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join(backend: str, device: torch.device) -> World:
+    """Meet the other workers, as the launcher's environment variables say."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    exchange = str(device) if backend == "nccl" else "cpu"
+    if size > 1:
+        bound = device if backend == "nccl" else None
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
+    return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), exchange)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,48 @@
+"""Run a function in several gloo workers, with a deadline after which they are killed."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as mp
+
+
+def run_workers(
+    check: Callable[..., None], world_size: int, *args: Any, seconds: int = 120
+) -> None:
+    """Call `check(world, *args)` in each worker; an assertion that fails in one fails here."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.spawn(_enter, (check, world_size, port, args), world_size, join=False)
+    deadline = time.monotonic() + seconds
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, f"the workers hung for {seconds} s"
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
+def _enter(rank: int, check: Callable[..., None], size: int, port: int, args: Any) -> None:
+    import os
+
+    import torch
+
+    from spikerl.distributed.world import join, leave
+
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    world = join("gloo", torch.device("cpu"))
+    check(world, *args)
+    world.barrier()
+    leave()
