@@ -1,0 +1,169 @@
+"""The exact state of one environment as plain arrays, to be saved and restored without pickle.
+
+What a snapshot holds:
+- `kind`: the environment's class, as UTF-8.
+- `random`: the words of its random generator; resets draw from it.
+- `elapsed`: the steps that each time limit has counted.
+- MuJoCo: `model`, the compiler's signature; `integration`, MuJoCo's integration state (time,
+  positions, velocities, activations, controls, warm start of the solver, applied forces, ...);
+  `xpos` and `xipos`, where the bodies were before the last substep. Ant and Reacher-v4 (xpos) and
+  Humanoid (xipos) read these before they step, and no later state gives them back.
+- Pendulum: `state`, its angle and speed.
+
+Left out, because nothing reads it before it is computed anew: all else in MjData, goals (they are
+in the positions), the spaces' generators (nothing samples a space), what is only drawn.
+
+Arrays are numpy's, not tensors: between processes numpy sends bytes, torch a handle on shared
+memory that dies with its sender. Their types are those that torch and safetensors have too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
+from gymnasium.envs.mujoco import MujocoEnv
+from gymnasium.wrappers import OrderEnforcing, TimeLimit
+
+Snapshot = dict[str, np.ndarray]
+
+INTEGRATION = int(mujoco.mjtState.mjSTATE_INTEGRATION)  # type: ignore[attr-defined]
+SLEEP = int(mujoco.mjtEnableBit.mjENBL_SLEEP)  # type: ignore[attr-defined]
+READ_BEFORE_STEP = ("xpos", "xipos")
+WORD = (1 << 64) - 1
+
+
+def snapshot(env: gym.Env[Any, Any]) -> Snapshot | None:
+    """None where the kind is unknown, or before the first reset: then go on from a reset."""
+    layers = _layers(env)
+    if layers is None or not layers.started:
+        return None
+    random = _words(layers.base.np_random)
+    inner = _inner(layers.base)
+    if random is None or inner is None:
+        return None
+    elapsed = np.array([limit._elapsed_steps for limit in layers.limits], np.int64)
+    return {"kind": _kind(layers.base), "random": random, "elapsed": elapsed, **inner}
+
+
+def restore(env: gym.Env[Any, Any], state: Snapshot) -> None:
+    """Bring `env`, fresh or used, to where `snapshot` was taken; it may step without a reset.
+
+    A ValueError says why a state does not fit; `env` is then as it was.
+    """
+    layers = _layers(env)
+    inner = None if layers is None else _inner(layers.base)
+    if layers is None or inner is None:
+        raise ValueError(f"{env} is of a kind that cannot be restored")
+    base = layers.base
+    fresh = {"random": np.zeros(6, np.int64), "elapsed": np.zeros(len(layers.limits), np.int64)}
+    _check_fit(state, {"kind": _kind(base), **fresh, **inner})
+
+    for limit, steps in zip(layers.limits, state["elapsed"], strict=True):
+        limit._elapsed_steps = int(steps)
+    for order in layers.orders:
+        order._has_reset = True
+    base.np_random = _generator(state["random"])
+    if isinstance(base, PendulumEnv):
+        base.state = np.array(state["state"])
+        return
+    assert isinstance(base, MujocoEnv)
+    mujoco.mj_resetData(base.model, base.data)  # type: ignore[attr-defined]
+    whole = state["integration"]
+    mujoco.mj_setState(base.model, base.data, whole, INTEGRATION)  # type: ignore[attr-defined]
+    for name in READ_BEFORE_STEP:
+        getattr(base.data, name)[:] = state[name]
+
+
+class _Layers(NamedTuple):
+    base: gym.Env[Any, Any]
+    limits: list[Any]  # TimeLimit
+    orders: list[Any]  # OrderEnforcing
+
+    @property
+    def started(self) -> bool:
+        return all(limit._elapsed_steps is not None for limit in self.limits)
+
+
+def _layers(env: gym.Env[Any, Any]) -> _Layers | None:
+    """None where a wrapper may keep something that is not known here."""
+    limits, orders = [], []
+    while isinstance(env, gym.Wrapper):
+        if type(env) is TimeLimit:
+            limits.append(env)
+        elif type(env) is OrderEnforcing:
+            orders.append(env)
+        else:
+            return None
+        env = env.env
+    return _Layers(env, limits, orders) if limits else None
+
+
+def _inner(base: gym.Env[Any, Any]) -> Snapshot | None:
+    """What the environment itself keeps between steps; None where that is not known."""
+    if type(base) is PendulumEnv:
+        return {"state": np.array(getattr(base, "state", np.zeros(2)))}
+    ours = type(base).__module__.startswith("gymnasium.envs.mujoco.")
+    if not (isinstance(base, MujocoEnv) and ours):
+        return None
+    model, data = base.model, base.data
+    # Sleeping trees, flexes and plugins may keep more than the integration state.
+    if model.opt.enableflags & SLEEP or model.nflex or model.nplugin:
+        return None
+    integration = np.empty(mujoco.mj_stateSize(model, INTEGRATION))  # type: ignore[attr-defined]
+    mujoco.mj_getState(model, data, integration, INTEGRATION)  # type: ignore[attr-defined]
+    signature = np.array([model.signature], np.uint64).view(np.int64)
+    bodies = {name: np.array(getattr(data, name)) for name in READ_BEFORE_STEP}
+    return {"model": signature, "integration": integration, **bodies}
+
+
+def _kind(base: gym.Env[Any, Any]) -> np.ndarray:
+    name = f"{type(base).__module__}.{type(base).__qualname__}"
+    return np.frombuffer(name.encode(), np.uint8).copy()
+
+
+def _words(generator: np.random.Generator) -> np.ndarray | None:
+    """PCG64 as six words: two 128-bit numbers, low words first, and a kept 32-bit draw."""
+    if type(generator.bit_generator) is not np.random.PCG64:
+        return None
+    whole = generator.bit_generator.state
+    pcg = [whole["state"][name] >> shift & WORD for name in ("state", "inc") for shift in (0, 64)]
+    words = np.array([*pcg, whole["has_uint32"], whole["uinteger"]], np.uint64)
+    return words.view(np.int64)
+
+
+def _generator(words: np.ndarray) -> np.random.Generator:
+    low, high, inc_low, inc_high, kept, draw = (int(word) & WORD for word in words)
+    bits = np.random.PCG64(0)
+    bits.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": high << 64 | low, "inc": inc_high << 64 | inc_low},
+        "has_uint32": kept,
+        "uinteger": draw,
+    }
+    return np.random.Generator(bits)
+
+
+def _check_fit(state: Snapshot, own: Snapshot) -> None:
+    """`own` is what a snapshot of the same environment looks like."""
+    if "kind" in state and not np.array_equal(state["kind"], own["kind"]):
+        raise ValueError(f"the snapshot is of {_text(state)}, the environment is {_text(own)}")
+    if missing := sorted(own.keys() - state.keys()):
+        raise ValueError(f"the snapshot lacks {', '.join(missing)}")
+    if unknown := sorted(state.keys() - own.keys()):
+        raise ValueError(f"the snapshot has {', '.join(unknown)}, which {_text(own)} has not")
+    if "model" in own and not np.array_equal(state["model"], own["model"]):
+        raise ValueError("the snapshot is of another MuJoCo model")
+    for name, want in own.items():
+        got = state[name]
+        if (got.dtype, got.shape) != (want.dtype, want.shape):
+            raise ValueError(
+                f"the snapshot's {name} is {got.dtype} {got.shape}, not {want.dtype} {want.shape}"
+            )
+
+
+def _text(state: Snapshot) -> str:
+    return bytes(np.asarray(state["kind"], np.uint8)).decode(errors="replace")
