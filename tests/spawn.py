@@ -5,19 +5,16 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch.multiprocessing as mp
 
 
-def run_workers(
-    check: Callable[..., None], world_size: int, *args: Any, seconds: int = 120
-) -> None:
-    """Call `check(world, *args)` in each worker; an assertion that fails in one fails here."""
+def run_workers(check: Callable[..., None], world_size: int, seconds: int = 120) -> None:
+    """Call `check(world)` in each worker; an assertion that fails in one fails here."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = mp.spawn(_enter, (check, world_size, port, args), world_size, join=False)
+    context = mp.spawn(_enter, (check, world_size, port), world_size, join=False)
     deadline = time.monotonic() + seconds
     try:
         while not context.join(timeout=1):
@@ -27,7 +24,7 @@ def run_workers(
             process.kill()
 
 
-def _enter(rank: int, check: Callable[..., None], size: int, port: int, args: Any) -> None:
+def _enter(rank: int, check: Callable[..., None], size: int, port: int) -> None:
     import os
 
     import torch
@@ -43,6 +40,6 @@ def _enter(rank: int, check: Callable[..., None], size: int, port: int, args: An
         "MASTER_PORT": str(port),
     }
     world = join("gloo", torch.device("cpu"))
-    check(world, *args)
+    check(world)
     world.barrier()
     leave()

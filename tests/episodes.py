@@ -1,0 +1,50 @@
+"""Runs of one environment, row by row, in a form that compares bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from safetensors.torch import load, save
+
+from spikerl.envs import EnvConfig, Plain, make_env
+from spikerl.snapshots import Snapshot
+
+
+def make(env_id: str, max_episode_steps: int | None = None) -> Plain:
+    return make_env(
+        EnvConfig(
+            name="gym",
+            version=None,
+            id=env_id,
+            max_episode_steps=max_episode_steps,
+            vectorizer="sync",
+        )
+    )
+
+
+def random_actions(space: gym.Space[Any], count: int, seed: int) -> np.ndarray:
+    assert isinstance(space, gym.spaces.Box)
+    size = (count, *space.shape)
+    return np.random.default_rng(seed).uniform(space.low, space.high, size).astype(np.float32)
+
+
+def rows(env: Plain, actions: Iterable[np.ndarray]) -> list[tuple[bytes, bool, bool]]:
+    """One row a step: the observation, the one after a reset if there was one, the reward; ends."""
+    found = []
+    for action in actions:
+        obs, rew, terminated, truncated, _ = env.step(action)
+        seen = obs.tobytes() + np.float64(rew).tobytes()
+        if terminated or truncated:
+            seen += env.reset()[0].tobytes()
+        found.append((seen, terminated, truncated))
+    return found
+
+
+def through_file(state: Snapshot) -> Snapshot:
+    """What comes back from safetensors."""
+    tensors = {name: torch.from_numpy(array) for name, array in state.items()}
+    return {name: tensor.numpy() for name, tensor in load(save(tensors)).items()}
