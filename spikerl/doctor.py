@@ -14,7 +14,7 @@ import torch.distributed
 from rich.console import Console
 from rich.table import Table
 
-from spikerl import hardware
+from spikerl import energy, hardware
 from spikerl.compose import group_options
 from spikerl.envs import EnvConfig, make_env
 from spikerl.errors import BadRequest
@@ -53,7 +53,7 @@ def examine() -> Iterator[Finding]:
     yield from devices()
     yield from backends()
     yield Finding("kernel", "reference", True, "plain PyTorch, on every device")
-    yield Finding("energy", "meter", False, "this version has no energy meter; joules are null")
+    yield from meters()
     yield from environments()
     yield from renderers()
     yield outputs()
@@ -79,11 +79,19 @@ def devices() -> Iterator[Finding]:
 
 def backends() -> Iterator[Finding]:
     d = torch.distributed
-    later = "; this version trains with one worker and uses none"
-    yield Finding("backend", "gloo", d.is_gloo_available(), "part of torch" + later)
+    yield Finding("backend", "gloo", d.is_gloo_available(), "for workers on the CPU")
     nccl = d.is_nccl_available() and torch.cuda.is_available()
-    yield Finding("backend", "nccl", nccl, ("part of torch" if nccl else "needs CUDA") + later)
+    detail = "for a CUDA device per worker" if nccl else "needs CUDA devices"
+    yield Finding("backend", "nccl", nccl, detail)
     yield Finding("backend", "mpi", False, "not supported by this version")
+
+
+def meters() -> Iterator[Finding]:
+    device = torch.device(hardware.resolve_device("auto").choice)
+    meter = energy.resolve(energy.EnergyConfig(name="auto", file=None), device=device)
+    measured = meter.choice != "none"
+    detail = meter.reason if measured else f"joules will be null: {meter.reason}"
+    yield Finding("energy", meter.choice if measured else "zeus", measured, detail)
 
 
 def environments() -> Iterator[Finding]:

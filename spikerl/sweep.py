@@ -17,8 +17,9 @@ from spikerl.errors import BadRequest
 class Sweep:
     """The jobs of one `-m`; each writes its outcome to `jobs.jsonl` below the sweep's root."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, varied: Sequence[str] = ()) -> None:
         self.root = root
+        self.varied = set(varied)  # the keys that tell the jobs apart, and name their folders
 
     @classmethod
     def of(cls, command: str, args: Sequence[str]) -> Sweep | None:
@@ -28,7 +29,8 @@ class Sweep:
         if command != "train":
             return cls(Path(tempfile.mkdtemp(prefix="spikerl-sweep-")))
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        return cls(Path(typed[-1].strip("'\"") if typed else f"outputs/sweeps/{stamp}").absolute())
+        root = Path(typed[-1].strip("'\"") if typed else f"outputs/sweeps/{stamp}").absolute()
+        return cls(root, varied_keys(args))
 
     def hydra_args(self) -> list[str]:
         return [f"hydra.sweep.dir='{self.root}'"]
@@ -38,8 +40,8 @@ class Sweep:
         from hydra.core.hydra_config import HydraConfig
 
         info = HydraConfig.get().job
-        overrides = [o for o in info.override_dirname.split(",") if not o.startswith("run_dir=")]
-        name = ",".join(overrides) or str(info.num)
+        overrides = HydraConfig.get().overrides.task
+        name = ",".join(o for o in overrides if o.partition("=")[0] in self.varied) or str(info.num)
         print(f"\njob {info.num}: {name}")
         folder = self.root / name.replace("/", "_")
         if "run_dir" in config:
@@ -87,3 +89,17 @@ class Sweep:
                 job["error"] = lines[-1] if lines else "see its log.txt"
             jobs.append(job)
         return jobs
+
+
+def varied_keys(args: Sequence[str]) -> list[str]:
+    """The keys of the overrides that give several values."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(
+            [a for a in args if "=" in a and a[0] != "-"]
+        )
+    except HydraException:
+        return []  # Hydra will say what is wrong with it
+    return [override.key_or_group for override in parsed if override.is_sweep_override()]
