@@ -2,9 +2,9 @@
 
 A checkpoint is a folder `checkpoints/step_N`, complete or absent: every worker writes its shard
 into a hidden folder, then rank 0 adds `manifest.json` (each file with its checksum, the schema
-version, the length of metrics.jsonl) and renames the folder into place. Replay rows are written
-once, into segments below `replay/` that successive checkpoints share. All of it is plain data;
-loading it executes nothing.
+version, the length of metrics.jsonl, and a seal on all this) and renames the folder into place.
+Replay rows are written once, into segments below `replay/` that successive checkpoints share. All
+of it is plain data; loading it executes nothing.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def save_checkpoint(
     added = world.gather_objects(append_segment(run, world.rank, replay))
     oldest = world.gather_objects(replay.added - replay.capacity)
     if world.rank == 0:
-        previous = newest(run)
-        segments = dict(previous.manifest["segments"]) if previous else {}
+        before = _folders(run)[:1]  # the last commit; to guess without it would lose its replay
+        segments = dict(Checkpoint.open(run, before[0].name).manifest["segments"]) if before else {}
         for segment in added:
             segments |= segment
         manifest = {
@@ -77,14 +77,18 @@ def save_checkpoint(
             "files": {path.name: _checksum(path) for path in sorted(partial.iterdir())},
             "segments": {p: s for p, s in segments.items() if _reaches(p, oldest)},
         }
-        write_json(partial / "manifest.json", manifest)
+        write_json(partial / "manifest.json", {**manifest, "seal": _seal(manifest)})
         place = root / name
-        if place.exists():  # the same step again: a stop right after an epoch's commit
-            shutil.rmtree(place)
+        replaced = root / f".{name}.replaced.partial"
+        if place.exists():  # the same step again
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(place, replaced)
         os.rename(partial, place)
+        shutil.rmtree(replaced, ignore_errors=True)
         _point_latest(root, name)
         _drop_old(run, root)
     world.barrier()  # it is committed
+    replay.saved = replay.added
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def verified(run: Path, report: Callable[[str], None]) -> Checkpoint:
     for folder in _folders(run):
         manifest = _read_manifest(folder)
         if manifest is None:
-            report(f"checkpoint {folder.name} is incomplete; trying the one before")
+            report(f"checkpoint {folder.name} has no sound manifest.json; trying the one before")
             continue
         if manifest.get("schema") != SCHEMA:
             found = manifest.get("schema")
@@ -153,7 +157,12 @@ def verified(run: Path, report: Callable[[str], None]) -> Checkpoint:
 
 
 def drop_later(checkpoint: Checkpoint) -> None:
-    """Remove checkpoints newer than the one that a run goes on from."""
+    """Remove checkpoints newer than the one that a run goes on from, and what is half written."""
+    for path in list(checkpoint.run.rglob(".*.partial")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     for folder in _folders(checkpoint.run):
         if folder.name > checkpoint.folder.name:
             shutil.rmtree(folder)
@@ -169,7 +178,6 @@ def append_segment(run: Path, rank: int, replay: Replay) -> dict[str, Any]:
     (run / path).parent.mkdir(parents=True, exist_ok=True)
     rows = replay.between(start, replay.added).cpu().numpy()
     write_atomic(run / path, lambda partial: rows.tofile(partial))
-    replay.saved = replay.added
     return {str(path): _checksum(run / path)}
 
 
@@ -191,11 +199,18 @@ def _folders(run: Path) -> list[Path]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """None where it is missing or was damaged."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) else None
+    if not isinstance(manifest, dict):
+        return None
+    return manifest if manifest.pop("seal", None) == _seal(manifest) else None
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _damaged(run: Path, folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -231,6 +246,8 @@ def _drop_old(run: Path, root: Path) -> None:
     for folder in _folders(run)[KEEP:]:
         shutil.rmtree(folder)
     kept = [_read_manifest(folder) for folder in _folders(run)]
+    if None in kept:  # its segments are not known
+        return
     named = {path for manifest in kept if manifest for path in manifest["segments"]}
     for path in run.glob("replay/worker_*/rows_*.f32"):
         if str(path.relative_to(run)) not in named:

@@ -70,7 +70,7 @@ def compose_and_call(command: str, args: list[str]) -> int:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing and exiting
     sweep = Sweep.of(command, args)
-    sys.argv = ["spikerl", *args, *(sweep.hydra_args() if sweep else [])]
+    sys.argv = ["spikerl", *(sweep.hydra_args() if sweep else []), *args]
     statuses: list[int] = []
 
     def call(config: DictConfig) -> int:

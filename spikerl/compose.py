@@ -19,11 +19,13 @@ COMMANDS = {
 }
 FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m",
          "--info", "-i", "--hydra-help", "--run", "-r")  # fmt: skip
+VALUED = ("--cfg", "-c", "--package", "-p", "--info", "-i")
 # They would load somebody's Hydra settings, which can name code to run.
 REFUSED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn",
                  "--experimental-rerun")  # fmt: skip
 # What `resume=RUN` may change: how far the run goes, and where.
 RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend")
+NAME = r"[A-Za-z][A-Za-z0-9_]*"  # of a key in a config file
 # Where a run was started from or kept is not part of what it computes.
 NOT_CARRIED = ("run_dir", "resume", "config")
 
@@ -57,26 +59,56 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
             raise BadRequest(flag, "", f"no such flag; {_nearest(flag, FLAGS)}")
         if flag in REFUSED_FLAGS:
             raise BadRequest(flag, "", "not accepted; config=FILE starts from a run's config.yaml")
+        if re.match(r"^[+~]*hydra\.searchpath", arg):
+            raise BadRequest(flag, arg.partition("=")[2], "not accepted; conf/ is what is searched")
         if re.match(r"^[+~]*hydra[./].*_target_", arg):
             raise BadRequest(flag, arg.partition("=")[2], "naming code to run is not accepted")
+        _check_choice(flag, arg.partition("=")[2])
     if "actor=mlp" in args:
         for arg in args:
             if re.match(r"^(encoder|neuron|decoder)[=.]", arg):
                 key, _, value = arg.partition("=")
                 raise BadRequest(key, value, "has no effect with actor=mlp; leave it out")
     named = [a for a in args if re.match(r"^(config|resume)=(?!null$)", a)]
+    overrides, flags = split(args)
     if command != "train" or not named:
-        return list(args)
+        return [*overrides, *flags]
     kind, _, value = named[-1].partition("=")
     if kind == "resume":
         path = Path(value) / "config.yaml"
         check_resume(args, Path(value))
     else:
         path = Path(value)
-    typed = [arg for arg in args if not arg.startswith("config=")]
-    flags = [arg for arg in typed if arg.startswith("-")]
-    overrides = [arg for arg in typed if not arg.startswith("-")]
-    return [*flags, *overrides_of(path, overrides), *overrides]
+    typed = [arg for arg in overrides if not arg.startswith("config=")]
+    return [*overrides_of(path, typed), *typed, *flags]
+
+
+def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides, and flags with their values; Hydra wants them apart."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    for before, arg in zip(["", *args], args, strict=False):
+        takes = before in VALUED and "=" not in arg
+        (flags if arg.startswith("-") or takes else overrides).append(arg)
+    for i, flag in enumerate(flags):
+        name, _, given = flag.partition("=")
+        value = given or "".join(flags[i + 1 : i + 2])
+        if name in ("--cfg", "-c") and value not in ("job", "hydra", "all"):
+            raise BadRequest(name, value, "give job, hydra or all")
+    return overrides, flags
+
+
+def _check_choice(key: str, value: str) -> None:
+    """Refuse a choice that Hydra would trip over, or ignore, as it does for an optional group."""
+    if not key:
+        raise BadRequest(key, value, "cannot be read; write key=value")
+    if not (conf_folder() / key).is_dir() or "(" in value:  # choice(...), glob(...)
+        return
+    options = group_options(key)
+    for option in value.split(","):
+        number = re.fullmatch(r"[-+]?[0-9._]+", option)
+        if number or (key == "experiment" and option.strip("'\"") not in (*options, "null")):
+            raise BadRequest(key, option, f"no such option; {_nearest(option, options)}")
 
 
 def check_resume(args: Sequence[str], run: Path) -> None:
@@ -111,7 +143,7 @@ def overrides_of(path: Path, typed: Sequence[str]) -> list[str]:
     chosen = {arg.partition("=")[0] for arg in typed}
     choices, values = [], []
     for key, value in data.items():
-        if key == "hydra" or not isinstance(key, str):
+        if not isinstance(key, str) or key == "hydra" or not re.fullmatch(NAME, key):
             raise BadRequest("config", path, f"the key {key} is not accepted in a config file")
         if key in NOT_CARRIED:
             continue
@@ -136,7 +168,7 @@ def _leaves(prefix: str, value: Any, path: Path) -> Iterator[tuple[str, Any]]:
         yield prefix, value
         return
     for key, inner in value.items():
-        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", key):
+        if not isinstance(key, str) or not re.fullmatch(NAME, key):
             raise BadRequest("config", path, f"the key {prefix}.{key} is not accepted")
         yield from _leaves(f"{prefix}.{key}", inner, path)
 
@@ -170,9 +202,23 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     if "issing mandatory value" in text:
         key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
         return f"{key}=???: it has no default; give it a value"
-    if found := re.search(r"Error parsing override '([^']*)'", text):
-        return f"{found[1]}: cannot be read; write key=value"
+    if found := re.search(r"Ambiguous value for argument '(.*?)'\n", text):
+        return f"{found[1]}: several values; sweep over them with -m"
+    unread = [a for a in args if not a.startswith("-") and not _readable(a)]
+    if unread:
+        return f"{unread[0]}: cannot be read; write key=value"
     return f"config: {lines[0] if lines else type(error).__name__}"
+
+
+def _readable(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
 
 
 def group_options(group: str) -> list[str]:

@@ -135,6 +135,8 @@ def _check_spaces(env: gym.Env[Any, Any], env_id: str) -> None:
     if not isinstance(act, gym.spaces.Box) or not np.prod(act.shape):
         kind = type(act).__name__
         raise BadRequest("env.id", env_id, f"its actions are {kind}; a Box (continuous) is needed")
+    if not np.issubdtype(act.dtype, np.floating):
+        raise BadRequest("env.id", env_id, f"its actions are {act.dtype}; floats are needed")
     if not (np.isfinite(act.low).all() and np.isfinite(act.high).all()):
         remedy = "its actions are unbounded; wrap it with gymnasium.wrappers.RescaleAction first"
         raise BadRequest("env.id", env_id, remedy)

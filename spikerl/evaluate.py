@@ -82,6 +82,8 @@ class Evaluator:
     ) -> tuple[list[float], list[int], list[np.ndarray]]:
         envs = self.envs[: len(seeds)]
         obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)])
+        if not np.isfinite(obs).all():
+            raise NonFinite(f"evaluation, reset: {policy.task.env_id} gave a NaN or infinity")
         returns, lengths = [0.0] * len(envs), [0] * len(envs)
         running = list(range(len(envs)))
         seen = []

@@ -7,7 +7,7 @@ import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -140,26 +140,50 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(t, Tensor) for name, t in weights.items()
     ):
         raise BadRequest("popsan", path, "holds no state dict")
+    for t in weights.values():  # a stride of 0 makes a small file describe a tensor of any size
+        plain = t.layout == torch.strided and t.device.type == "cpu" and t.is_floating_point()
+        if not plain:
+            raise BadRequest("popsan", path, "holds other than plain tensors")
+        if t.nbytes > t.untyped_storage().nbytes():
+            raise BadRequest("popsan", path, "holds a tensor larger than its values")
     return {name: t.float() for name, t in weights.items()}
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Admits what numpy arrays are pickled with, and nothing else."""
+class _Array:
+    """Stands for numpy.ndarray in a pickle, where it is only ever an argument."""
 
-    ALLOWED = frozenset(
-        {
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("_codecs", "encode"),
-        }
-    )
+
+def _reconstruct(kind: object, shape: object, code: object) -> np.ndarray:
+    return np.empty(0, np.int8)  # what fills it brings its own shape, type and values
+
+
+def _dtype(code: object, *flags: object) -> np.dtype[Any]:
+    if code not in ("f2", "f4", "f8", "i4", "i8"):
+        raise pickle.UnpicklingError(f"holds an array of {code}; floats are needed")
+    return np.dtype(str(code), copy=True)
+
+
+def _encode(text: object, encoding: object = "latin1") -> bytes:
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("encodes other than an array's bytes")
+    return text.encode("latin1")
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Admits what numpy arrays are pickled with, and nothing else: each name is ours here."""
+
+    ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _dtype,
+        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+        ("_codecs", "encode"): _encode,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f"names {module}.{name}, which an array does not need")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return self.ALLOWED[module, name]
 
 
 def read_stats(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -167,12 +191,19 @@ def read_stats(path: Path) -> tuple[np.ndarray, np.ndarray]:
     _check_file("stats", path)
     try:
         stats = _ArraysOnly(io.BytesIO(path.read_bytes())).load()
-        mean, var = (np.asarray(a) for a in stats)
+        mean, var = stats
+        if not all(isinstance(a, np.ndarray) and a.dtype.kind in "fi" for a in (mean, var)):
+            raise pickle.UnpicklingError("something else is in it")
         mean, var = mean.astype(np.float64), var.astype(np.float64)
     except Exception as error:  # a damaged or hostile pickle raises almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadRequest("stats", path, f"cannot be read as two arrays: {reason}") from None
-    if mean.ndim != 1 or mean.shape != var.shape or not np.isfinite([mean, var]).all():
+    if (
+        mean.ndim != 1
+        or not len(mean)
+        or mean.shape != var.shape
+        or not np.isfinite([mean, var]).all()
+    ):
         raise BadRequest("stats", path, "holds no mean and variance of one length")
     if (var < 0).any():
         raise BadRequest("stats", path, "holds a negative variance")

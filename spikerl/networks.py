@@ -6,7 +6,7 @@ Shape legend   B batch, O observation entries, A action entries, I inputs, N out
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
+from spikerl.linear import Linears, product
 from spikerl.snn.decoders import RateConfig, RateDecoder
 from spikerl.snn.encoders import PopulationConfig, PopulationEncoder
 from spikerl.snn.kernels import reference
@@ -85,16 +86,6 @@ class Activity(NamedTuple):
     layers: list[float]  # firing rate of the encoder, of each hidden layer, and of the output
 
 
-class Linears(nn.ModuleList):
-    """Linear layers between widths that follow each other."""
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        super().__init__(nn.Linear(i, n) for i, n in pairwise(sizes))
-
-    def __iter__(self) -> Iterator[nn.Linear]:
-        return super().__iter__()  # type: ignore[return-value]
-
-
 class SpikingActor(nn.Module):
     """Population encoder, spiking layers, population decoder, tanh: (B, O) -> (B, A) in [-1, 1]."""
 
@@ -163,8 +154,8 @@ class MLPActor(nn.Module):
         x = obs_BO
         *hidden, last = self.layers
         for layer in hidden:
-            x = torch.relu(reference.product(x, layer, self.dtype))
-        return torch.tanh(reference.product(x, last, self.dtype))
+            x = torch.relu(product(x, layer, self.dtype))
+        return torch.tanh(product(x, last, self.dtype))
 
 
 Actor = SpikingActor | MLPActor

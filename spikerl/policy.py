@@ -139,13 +139,21 @@ def read_policy(folder: Path, device: str = "cpu", *, key: str) -> Policy:
             int(data["max_episode_steps"]),
         )
         clip = float(data["norm_clip"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise BadRequest(key, folder, f"policy.json lacks or garbles {error}") from None
-    if task.act_low.shape != (task.act_dim,) or task.act_high.shape != (task.act_dim,):
-        raise BadRequest(key, folder, "policy.json: act_low and act_high do not fit act_shape")
-    config = parse_actor(data)
-    with torch.device("meta"):  # so that a hostile size in the JSON allocates nothing
-        actor = build_actor(config, task.obs_dim, task.act_dim)
+        trained_with = {str(k): str(v) for k, v in dict(data.get("versions") or {}).items()}
+        if min(*task.obs_shape, *task.act_shape, task.max_episode_steps, 1) < 1 or not clip > 0.0:
+            raise ValueError("obs_shape, act_shape, max_episode_steps or norm_clip")
+        if task.act_low.shape != (task.act_dim,) or task.act_high.shape != (task.act_dim,):
+            raise ValueError("act_low and act_high, which do not fit act_shape")
+        if not (np.isfinite([task.act_low, task.act_high]).all() and np.isfinite(clip)):
+            raise ValueError("act_low, act_high or norm_clip, which are not finite")
+        if not (task.act_low < task.act_high).all():
+            raise ValueError("act_low and act_high, which leave no room")
+        config = parse_actor(data)
+        with torch.device("meta"):  # so that a hostile size in the JSON allocates nothing
+            actor = build_actor(config, task.obs_dim, task.act_dim)
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadRequest(key, folder, f"policy.json lacks or garbles {reason}") from None
     weights = {k.removeprefix("actor."): v for k, v in tensors.items() if k.startswith("actor.")}
     moments = {k.removeprefix("norm."): v for k, v in tensors.items() if k.startswith("norm.")}
     expected = {name: (p.shape, p.dtype) for name, p in actor.state_dict().items()}
@@ -154,11 +162,18 @@ def read_policy(folder: Path, device: str = "cpu", *, key: str) -> Policy:
     wanted = {"count": (), "mean": (task.obs_dim,), "var": (task.obs_dim,)}
     if {name: tuple(v.shape) for name, v in moments.items()} != wanted:
         raise BadRequest(key, folder, "the observation normaliser is missing or does not fit")
+    types = {"count": torch.int64, "mean": torch.float64, "var": torch.float64}
+    if {name: v.dtype for name, v in moments.items()} != types:
+        raise BadRequest(key, folder, "the observation normaliser has other number types")
+    if len(weights) + len(moments) != len(tensors):
+        raise BadRequest(key, folder, "policy.safetensors holds tensors of no policy")
     if not all(v.isfinite().all() for v in tensors.values()):
         raise BadRequest(key, folder, "policy.safetensors holds a NaN or an infinity")
+    if moments["count"] < 0 or (moments["var"] < 0).any():
+        raise BadRequest(key, folder, "the observation normaliser has a negative count or variance")
     actor.load_state_dict(weights, assign=True)
     norm = RunningNorm(task.obs_dim, clip)
     norm.load(moments)
     policy = Policy(task, config, actor.to(device), norm)
-    policy.trained_with = {str(k): str(v) for k, v in dict(data.get("versions") or {}).items()}
+    policy.trained_with = trained_with
     return policy

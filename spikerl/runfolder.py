@@ -141,13 +141,15 @@ def rewind(folder: Path, length: int) -> int:
     """Cut metrics.jsonl back to the commit; the rows beyond go to discarded.jsonl. How many."""
     path = folder / "metrics.jsonl"
     content = path.read_bytes()
+    if len(content) < length:
+        raise BadRequest("resume", folder, "its metrics.jsonl is shorter than its checkpoint says")
     beyond = content[length:].splitlines(keepends=True)
     whole = [line for line in beyond if line.endswith(b"\n")]
-    if whole:
-        with (folder / "discarded.jsonl").open("ab") as f:
-            f.writelines(whole)
-            f.flush()
-            os.fsync(f.fileno())
+    discarded = folder / "discarded.jsonl"
+    before = discarded.read_bytes() if discarded.exists() else b""
+    rows = b"".join(whole)
+    if not before.endswith(rows):  # else an earlier resume was killed before it cut
+        write_text(discarded, (before + rows).decode("utf-8"))
     if len(content) != length:
         with path.open("r+b") as f:
             f.truncate(length)

@@ -44,10 +44,8 @@ def train(config: Config, command: Sequence[str]) -> int:
     if settings.init_from:
         read_init(settings.init_from, config, task)
     if settings.resume:
-        folder = Path(settings.resume)
-        if finished(folder, settings.total_steps):
+        if finished(Path(settings.resume), config):
             return DONE
-        runfolder.lock(folder).close()
         target = settings.resume
     else:
         target = settings.run_dir or default_folder(config)
@@ -126,10 +124,11 @@ class Session:
             title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
             self.log, self.view = (
                 RunLog(self.folder, trainer.step),
-                View(title, trainer.t.total_steps),
+                View(title, trainer.t.total_steps, trainer.step),
             )
             for text in [*notes, f"run folder: {self.folder}"]:
                 self.say(text)
+        world.barrier()  # the first epoch, its seconds and its joules begin on all together
 
     def start(self, target: str, command: Sequence[str]) -> Path:
         """A new folder, which appears whole, with checkpoint 0 from all workers."""
@@ -328,14 +327,20 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
     return lines
 
 
-def finished(folder: Path, total_steps: int) -> bool:
-    """Whether there is nothing left to do; says so."""
+def finished(folder: Path, config: Config) -> bool:
+    """Whether there is nothing left to do; says so. Refuses what cannot go on."""
     status = runfolder.read_manifest(folder, key="resume")["status"]
+    if os.environ.get("RANK", "0") == "0":
+        runfolder.lock(folder).close()
     checkpoint = verified(folder, lambda text: None)
-    if checkpoint.step < total_steps:
-        return False
-    print(f"{folder} is {status} at step {checkpoint.step}; a larger total_steps goes on with it")
-    return True
+    if (had := checkpoint.manifest["world_size"]) != config.world_size:
+        remedy = f"the run had {had}, each with a replay of its own; resume it with as many"
+        raise BadRequest("world_size", config.world_size, remedy)
+    if status == "done" and checkpoint.step >= config.scalars.total_steps:
+        step = checkpoint.step
+        print(f"{folder} is done at step {step}; a larger total_steps goes on with it")
+        return True
+    return False
 
 
 def read_init(source: str, config: Config, task: Task) -> Policy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -40,6 +41,10 @@ def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
         line = str(error).splitlines()[0]
         raise BadRequest(key or "config", dict(data), line) from None
     assert isinstance(result, schema)
+    for field, value in vars(result).items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise BadRequest(f"{prefix}{field}", value, "give a finite number")
     return result
 
 

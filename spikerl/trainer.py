@@ -187,6 +187,7 @@ class Trainer:
         else:
             obs = torch.from_numpy(obs_NO.astype(np.float32)).to(self.t.device)
             act = self.algo.explore(self.norm.normalize(obs), explore)
+        self.envs.steps = self.step  # an error names the run's step, also after a resume
         steps = self.envs.step(act.cpu().numpy())
         self.replay.add(*steps, discount=algo.gamma)
         self.norm.add(steps.obs)
@@ -219,7 +220,8 @@ class Trainer:
         algo = self.t.algo
         first = -(-max(algo.learning_starts, 1) // algo.update_interval)  # the first burst's number
         bursts = max(step // algo.update_interval - first + 1, 0)
-        return int(bursts * algo.update_interval * algo.updates_per_step / self.fewer)
+        updates = bursts * algo.update_interval * algo.updates_per_step / self.fewer
+        return int(updates + 1e-6)  # 100 * 0.29 is 28.999...
 
     def row(self) -> Row:
         """The epoch's line of metrics.jsonl: means over the epoch, and an evaluation."""

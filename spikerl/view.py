@@ -28,6 +28,8 @@ def number(value: float | None) -> str:
     """A number as short as it can be read; a dash for what was not measured."""
     if value is None:
         return "-"
+    if isinstance(value, int):
+        return str(value)
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -47,11 +49,13 @@ class View:
     INTERVAL = 0.25  # seconds between redraws on a terminal
     PLAIN_INTERVAL = 60.0  # seconds between progress lines elsewhere
 
-    def __init__(self, title: str, total_steps: int, console: Console | None = None) -> None:
+    def __init__(
+        self, title: str, total_steps: int, first_step: int = 0, console: Console | None = None
+    ) -> None:
         self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.total_steps = total_steps
         self.started = self.shown = time.monotonic()
-        self.first_step: int | None = None
+        self.first_step = first_step  # where this session began: its speed counts from there
         self.best: float | None = None
         self.last: Mapping[str, Any] = {}
         self.title = title
@@ -84,7 +88,7 @@ class View:
             self.bar.update(self.task, completed=stage.step)
             self.live.update(self._panel(stage), refresh=True)
             return
-        rate = stage.step / (now - self.started)
+        rate = (stage.step - self.first_step) / (now - self.started)
         left = (self.total_steps - stage.step) / rate if rate else float("inf")
         self.line(
             f"step {stage.step}/{self.total_steps}  {number(rate)} steps/s  {left:.0f} s left"
@@ -99,12 +103,13 @@ class View:
         grid = Table.grid(padding=(0, 3))
         losses = stage.losses if stage else {}
         newest = stage.returns[-1] if stage and stage.returns else self.last.get("train_return")
-        rate = stage.step / max(time.monotonic() - self.started, 1e-9) if stage else None
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        rate = (stage.step - self.first_step) / elapsed if stage else None
         rows = [
             ("eval return", self.last.get("eval_return"), "best", self.best),
             ("episode return", newest, "firing rate", self.last.get("firing_rate")),
             ("critic loss", losses.get("critic_loss"), "actor loss", losses.get("actor_loss")),
-            ("steps/s", rate, "updates", float(stage.updates) if stage else None),
+            ("steps/s", rate, "updates", stage.updates if stage else None),
         ]
         for left, a, right, b in rows:
             grid.add_row(left, number(a), right, number(b))

@@ -25,6 +25,7 @@ from typing import Any
 from spikerl.distributed.orphans import die_with_parent
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+FAILED = 1  # a worker's exit status
 SHUTDOWN_S = 4  # how long survivors of a lost worker may take before they are killed
 
 
@@ -73,18 +74,20 @@ def blame(failures: dict[int, Any], mailbox: Path, world_size: int) -> str:
         path = mailbox / f"failure.{rank}"
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
+    def status(rank: int) -> int:
+        return int(failures[rank].exitcode) if rank in failures else FAILED
+
     def order(rank: int) -> tuple[bool, bool, float]:
-        killed = failures[rank].exitcode < 0 and failures[rank].exitcode != -signal.SIGTERM
+        killed = status(rank) < 0 and status(rank) != -signal.SIGTERM
         reason = told(rank)
         return not killed, reason.get("collective", not reason), reason.get("time", 0.0)
 
-    ranks = {*failures, *(int(p.suffix[1:]) for p in mailbox.glob("failure.*") if not failures)}
+    ranks = {*failures, *(int(path.suffix[1:]) for path in mailbox.glob("failure.*"))}
     rank = min(ranks, key=order)
     who = f"worker {rank} of {world_size}"
-    code = failures[rank].exitcode
-    if code < 0:
+    code, reason = status(rank), told(rank)
+    if code < 0 and not (reason and code == -signal.SIGTERM):
         return f"{who} was killed by {signal.Signals(-code).name}"
-    reason = told(rank)
     return f"{who}: {reason['error']}" if reason else f"{who} ended with status {code}"
 
 
@@ -113,6 +116,8 @@ def passing_signals_on(mailbox: Path) -> Iterator[None]:
 def work(mailbox: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> int:
     """A worker's life: die with the parent, run the spec, leave word of a failure."""
     die_with_parent(parent)
+    for number in PASSED_ON:  # until the run listens, and again while it leaves word of a failure
+        signal.signal(number, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
     partial = mailbox / f".pid.{rank}"
     partial.write_text(str(os.getpid()))
@@ -122,7 +127,7 @@ def work(mailbox: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> in
         status = run(spec)
     except Exception as error:
         write_failure(mailbox, rank, error)
-        return 1
+        return FAILED
     if rank == 0:
         (mailbox / "result").write_text(str(status))
     return 0

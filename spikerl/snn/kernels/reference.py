@@ -5,18 +5,15 @@ Shape legend   T spike steps, B batch, O observation entries, I inputs, N neuron
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
+from spikerl.linear import product
+from spikerl.snn.kernels import SpikingNet
 from spikerl.snn.neurons import CubaLIFState
 
-if TYPE_CHECKING:
-    from spikerl.networks import SpikingActor
 
-
-def rates(net: SpikingActor, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
+def rates(net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
     """Mean firing rates (B, N) of the output population, every neuron starting at rest."""
     spikes = net.encoder(obs_BO, net.spike_steps, generator)
     for layer in net.layers:
@@ -26,7 +23,7 @@ def rates(net: SpikingActor, obs_BO: Tensor, generator: torch.Generator | None) 
 
 @torch.no_grad()
 def record(
-    net: SpikingActor, obs_BO: Tensor, generator: torch.Generator | None
+    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Spikes (T, B, N) of the encoder and of each layer; voltages (T, B, N) of each layer."""
     spikes = [net.encoder(obs_BO, net.spike_steps, generator)]
@@ -38,7 +35,7 @@ def record(
     return spikes, voltages
 
 
-def _states(net: SpikingActor, layer: nn.Linear, spikes_TBI: Tensor) -> list[CubaLIFState]:
+def _states(net: SpikingNet, layer: nn.Linear, spikes_TBI: Tensor) -> list[CubaLIFState]:
     """One layer's states at every spike step, from rest."""
     steps = spikes_TBI.shape[0]
     drive_TBN = product(spikes_TBI.flatten(0, 1), layer, net.dtype).unflatten(0, (steps, -1))
@@ -46,12 +43,3 @@ def _states(net: SpikingActor, layer: nn.Linear, spikes_TBI: Tensor) -> list[Cub
     for drive_BN in drive_TBN[1:]:
         states.append(net.neuron.step(drive_BN, states[-1]))
     return states
-
-
-def product(x: Tensor, layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """W x + b with operands in `dtype`; the result and the gradients are in W's own type."""
-    if dtype == layer.weight.dtype:
-        return layer(x)
-    return nn.functional.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype)).to(
-        layer.weight.dtype
-    )

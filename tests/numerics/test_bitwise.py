@@ -1,0 +1,210 @@
+"""On a CPU a seed decides every bit, and nothing but training moves what is trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import INVERTED_PENDULUM, POISSON, POPULATION, small_training
+from torch import Tensor
+
+from spikerl.checkpoint import Shard
+from spikerl.envs import EnvConfig, make_env, task_of
+from spikerl.evaluate import Evaluator
+from spikerl.snn.encoders import PopulationConfig
+from spikerl.trainer import Trainer, Training
+
+HOPPER = EnvConfig(
+    name="Hopper", version="v5", id="Hopper-v5", max_episode_steps=40, vectorizer="sync"
+)
+ENVS = {"InvertedPendulum": INVERTED_PENDULUM, "Hopper": HOPPER}
+# Clocks and meters; all else in a row follows from the seed.
+MEASURED = ("env_steps_per_s", "updates_per_s", "power_w")
+
+
+@dataclass
+class Outcome:
+    learner: dict[str, Tensor]  # weights, targets, optimisers, normaliser
+    replay: Tensor
+    worker: dict[str, Tensor]  # streams, environments, observations waiting to be merged
+    rows: list[dict[str, Any]]
+
+
+def short(**settings: Any) -> Training:
+    return small_training(updates_per_step=0.25, **settings)
+
+
+def new_trainer(training: Training) -> Trainer:
+    with closing(make_env(training.env)) as env:
+        return Trainer(training, task_of(env))
+
+
+def state(trainer: Trainer) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    shard: Shard = trainer.shard()
+    assert shard.notes["exact"]
+    held = trainer.replay.between(trainer.replay.added - trainer.replay.size, trainer.replay.added)
+    return copy.deepcopy((trainer.learner_state(), held, shard.tensors))
+
+
+def train(training: Training, upto: int | None = None) -> Outcome:
+    """To the end, or through so many epochs."""
+    with closing(new_trainer(training)) as trainer:
+        rows = []
+        for row in trainer.epochs():
+            kept = {k for k in row if k not in MEASURED and not k.startswith("energy_")}
+            rows.append({k: v for k, v in row.items() if k in kept})
+            if len(rows) == upto:
+                break
+        return Outcome(*state(trainer), rows)
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+    assert one.keys() == other.keys()
+    return {name for name in one if not same_bits(one[name], other[name])}
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Not torch.equal: -0.0 equals 0.0 there."""
+    a, b = one.numpy(), other.numpy()
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and a.tobytes() == b.tobytes()
+
+
+def check_same_training(one: Outcome, other: Outcome) -> None:
+    assert differing(one.learner, other.learner) == set()
+    assert same_bits(one.replay, other.replay)
+    assert differing(one.worker, other.worker) == set()
+
+
+def disturb() -> None:
+    """Whatever the process drew before must not matter."""
+    torch.manual_seed(int(torch.randint(1 << 30, ())) + 1)
+    torch.rand(7)
+    np.random.seed(int(torch.randint(1 << 30, ())))
+
+
+@pytest.mark.parametrize("encoder", [POPULATION, POISSON], ids=lambda e: e.name)
+@pytest.mark.parametrize("env", ENVS.values(), ids=ENVS.keys())
+def test_a_seed_decides_every_bit(env: EnvConfig, encoder: PopulationConfig):
+    """Environments, random actions and noise included: "unseeded action_space", "never seeded"."""
+    training = small_training(
+        env=env,
+        encoder=encoder,
+        num_envs=2,
+        total_steps=150,
+        steps_per_epoch=100,
+        eval_episodes=2,
+        replay_capacity=100,  # it wraps
+    )
+    one = train(training)
+    disturb()
+    again = train(training)
+    check_same_training(one, again)
+    assert one.rows == again.rows
+    assert [row["step"] for row in one.rows] == [100, 150]
+    assert one.rows[-1]["updates"] > 50
+
+    other = train(replace(training, seed=1))
+    same = set(one.learner) - differing(one.learner, other.learner)
+    # What may be equal was never random: counts, fresh biases, fixed settings.
+    assert all(one.learner[name].numel() == 1 or "bias" in name for name in same), same
+    assert not (one.replay == other.replay)[:, : one.replay.shape[1] - 2].all(1).any()
+    assert one.rows[0]["eval_return"] != other.rows[0]["eval_return"]
+
+
+@pytest.mark.parametrize("encoder", [POPULATION, POISSON], ids=lambda e: e.name)
+@pytest.mark.parametrize(
+    "change",
+    [{"eval_episodes": 7}, {"eval_episodes": 13}, {"steps_per_epoch": 30}],
+    ids=lambda change: "-".join(map(str, *change.items())),
+)
+def test_how_often_and_how_long_it_evaluates_changes_no_weight(
+    change: dict[str, int], encoder: PopulationConfig
+):
+    """Bug 10."""
+    training = short(encoder=encoder, num_envs=2, total_steps=120, eval_episodes=1)
+    plain, changed = train(training), train(replace(training, **change))
+    check_same_training(plain, changed)
+    assert len(changed.rows) == (4 if "steps_per_epoch" in change else 2)
+    assert changed.rows[-1]["updates"] == plain.rows[-1]["updates"]
+
+
+@pytest.mark.parametrize("encoder", [POPULATION, POISSON], ids=lambda e: e.name)
+@pytest.mark.parametrize("env", ENVS.values(), ids=ENVS.keys())
+def test_an_evaluation_moves_nothing_and_repeats_itself(env: EnvConfig, encoder: PopulationConfig):
+    """Bug 10: normaliser, streams, environments, replay and the process's own randomness."""
+    training = small_training(env=env, encoder=encoder, num_envs=2, total_steps=95)
+    with closing(new_trainer(training)) as trainer:
+        while trainer.step < 86:  # amid a norm_interval, so that observations are pending
+            before = trainer.step
+            trainer.act()
+            if trainer.step // 10 > before // 10:
+                trainer.synchronise(0)
+            trainer.learn(before)
+        assert len(trainer.norm.pending_rows()) > 0
+
+        everything = [lambda: state(trainer), lambda: trainer.norm._mean_std.clone()]
+        everything += [torch.get_rng_state, lambda: trainer.policy.generator.get_state()]
+        before_it = [look() for look in everything]
+        numpy_before = np.random.get_state()[1].tolist()
+        first = trainer.evaluator.run(trainer.policy, 1)
+        second = trainer.evaluator.run(trainer.policy, 2)
+        again = trainer.evaluator.run(trainer.policy, 1)
+        after_it = [look() for look in everything]
+        assert differing(before_it[0][0], after_it[0][0]) == set()
+        assert same_bits(before_it[0][1], after_it[0][1])
+        assert differing(before_it[0][2], after_it[0][2]) == set()
+        assert all(same_bits(a, b) for a, b in zip(before_it[1:], after_it[1:], strict=True))
+        assert np.random.get_state()[1].tolist() == numpy_before
+        assert first == again
+        assert first.returns != second.returns
+        assert first.activity is not None
+
+        # The first episodes are the same ones however many follow, and however many run at once.
+        with closing(Evaluator(env, 2, training.seed)) as fewer:
+            few = fewer.run(trainer.policy, 1)
+        if encoder is POPULATION:  # Poisson's draws are shared between episodes that run together
+            np.testing.assert_allclose(few.returns, first.returns[:2], rtol=1e-4)
+            assert few.lengths == first.lengths[:2]
+
+
+@pytest.mark.parametrize("env", ENVS.values(), ids=ENVS.keys())
+def test_async_environments_train_to_the_same_bits(env: EnvConfig):
+    outcomes = []
+    for vectorizer in ("sync", "async"):
+        kind = replace(env, vectorizer=vectorizer)
+        outcomes.append(train(short(env=kind, num_envs=3, total_steps=120)))
+    check_same_training(*outcomes)
+    assert outcomes[0].rows == outcomes[1].rows
+
+
+def test_stopping_to_look_changes_nothing():
+    """A loop that its caller breaks off has trained as far as its last row says."""
+    training = short(total_steps=120, steps_per_epoch=40)
+    whole, part = train(training), train(training, upto=2)
+    assert part.rows == whole.rows[:2]
+    shorter = train(replace(training, total_steps=80))
+    check_same_training(part, shorter)
+
+
+def run_only(training: Training, look: Callable[[Trainer], None]) -> dict[str, Tensor]:
+    with closing(new_trainer(training)) as trainer:
+        list(trainer.epochs(on_burst=lambda progress: look(trainer)))
+        return copy.deepcopy(trainer.learner_state())
+
+
+def test_saving_and_showing_in_between_changes_no_bit():
+    """A live view and a checkpoint read what training is about to use."""
+    training = short(total_steps=100, encoder=POISSON)
+
+    def look(trainer: Trainer) -> None:
+        trainer.shard()
+        trainer.learner_state()
+        trainer.policy(np.zeros(4))
+
+    assert differing(run_only(training, lambda trainer: None), run_only(training, look)) == set()
