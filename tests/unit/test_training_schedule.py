@@ -275,9 +275,12 @@ def test_an_evaluation_does_not_average_over_infinities(what: str):
 
 def test_an_evaluation_notices_a_bad_reset():
     env = registered("Faulty", CounterEnv, limit=99, fault=("reset", 1, math.nan))
-    with trainer_of() as trainer, closing(Evaluator(env, 1, 0)) as evaluator:
-        with pytest.raises(NonFinite, match="evaluation, reset: "):
-            evaluator.run(trainer.policy, 1)
+    with (
+        trainer_of() as trainer,
+        closing(Evaluator(env, 1, 0)) as evaluator,
+        pytest.raises(NonFinite, match="evaluation, reset: "),
+    ):
+        evaluator.run(trainer.policy, 1)
 
 
 def test_a_decimal_fraction_of_updates_is_not_cut_short():

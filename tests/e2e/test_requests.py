@@ -1,0 +1,278 @@
+"""A bad request: one line that names key, value and remedy, status 2, and no file touched."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from spikerl import cli
+from spikerl.counters import Found
+
+Said = Callable[..., str]
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+
+
+class Odd(gym.Env[Any, Any]):
+    """Spaces that cannot be trained on, by name."""
+
+    def __init__(self, obs: gym.Space[Any] | None = None, act: gym.Space[Any] | None = None):
+        box = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.observation_space, self.action_space = obs or box, act or box
+
+
+ODD: dict[str, dict[str, gym.Space[Any]]] = {
+    "DictObs-v0": {"obs": gym.spaces.Dict(a=gym.spaces.Box(-1.0, 1.0, (2,)))},
+    "DiscreteAct-v0": {"act": gym.spaces.Discrete(3)},
+    "UnboundedAct-v0": {"act": gym.spaces.Box(-np.inf, np.inf, (2,))},
+}
+
+
+@pytest.fixture(autouse=True)
+def odd_environments() -> Iterator[None]:
+    for env_id, spaces in ODD.items():
+        gym.register(env_id, entry_point=Odd, kwargs=spaces)
+    yield
+    for env_id in ODD:
+        del gym.registry[env_id]
+
+
+def tree(folder: Path) -> list[tuple[str, bytes | None]]:
+    found = sorted(folder.rglob("*"))
+    return [(str(p), p.read_bytes() if p.is_file() else None) for p in found]
+
+
+@pytest.fixture
+def said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Said:
+    """Make a request that must be refused; the line that it got."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["spikerl"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # which the program sets
+    for started in ("run", "launch"):  # so that what is not refused fails here at once
+        monkeypatch.setattr(f"spikerl.runs.{started}", lambda *args: 0)
+
+    def ask(*args: str) -> str:
+        before = tree(tmp_path)
+        GlobalHydra.instance().clear()
+        status = cli.run(args)
+        out, err = capsys.readouterr()
+        assert status == 2, out + err
+        assert err.startswith("spikerl: "), err
+        assert err.endswith("\n"), err
+        assert err.count("\n") == 1, err
+        assert out == ""
+        assert tree(tmp_path) == before
+        return err.removeprefix("spikerl: ").rstrip("\n")
+
+    return ask
+
+
+# What is typed after `train`, how the line begins, and a word of its remedy.
+REFUSED = [
+    ("env=HalfCheeta", "env=HalfCheeta: ", "HalfCheetah"),
+    ("env=Hoper", "env=Hoper: ", "Hopper"),
+    ("algo=td4", "algo=td4: ", "td3"),
+    ("kernel=cpu", "kernel=cpu: ", "reference"),
+    ("backend=mpi", "backend=mpi: ", "gloo"),
+    ("experiment=popsan/td4", "experiment=popsan/td4: ", "popsan/td3"),
+    ("sedd=1", "sedd=1: no such key", "seed"),
+    ("algo.batchsize=1", "algo.batchsize=1: no such key", "algo.batch_size"),
+    ("gamma=0.9", "gamma=0.9: no such key", "algo.gamma"),
+    ("algorithm=td3", "algorithm=td3: no such key", "algo"),
+    ("+foo=1", "foo=1: no such key", "seed"),
+    ("++foo=1", "foo=1: no such key", "seed"),
+    ("+algo.foo=1", "algo.foo=1: no such key", "batch_size"),
+    ("~algo", "algo=null: ", "lacks this group"),
+    ("~algo.gamma", "algo.gamma=???: ", "give it a value"),
+    ("seed", "seed: ", "write key=value"),
+    ("a b", "a b: ", "write key=value"),
+    ("seed=[", "seed=[: ", "write key=value"),
+    ("=3", "=3: ", "write key=value"),
+    ("seed=1,2", "seed=1,2: ", "-m"),
+    ("seed=x", "seed=x: ", "expected int"),
+    ("seed=1.5", "seed=1.5: ", "expected int"),
+    ("seed=null", "seed=null: ", "expected int"),
+    ("seed=[1]", "seed=[1]: ", "expected int"),
+    ("deterministic=maybe", "deterministic=maybe: ", "expected bool"),
+    ("algo=3", "algo=3: ", "td3"),
+    ("algo.gamma=x", "algo.gamma=x: ", "expected float"),
+    ("actor.hidden_sizes=256", "actor.hidden_sizes=256: ", "expected list[int]"),
+    ("actor.hidden_sizes=[a]", "actor.hidden_sizes[0]=a: ", "expected list[int]"),
+    ("env.id={a:1}", "env.id={'a': 1}: ", "expected str"),
+    ("env=gym", "env.id=???: ", "give it a value"),
+    ("env.id=Nowhere-v0", "env.id=Nowhere-v0: ", "no registered environment"),
+    ("env.version=v9", "env.version=v9: ", "HalfCheetah-v5"),
+    ("env.vectorizer=both", "env.vectorizer=both: ", "sync or async"),
+    ("env.max_episode_steps=0", "env.max_episode_steps=0: ", "at least 1"),
+    ("scaling=huge", "scaling=huge: ", "strong or weak"),
+    ("device=tpu", "device=tpu: ", "auto, cpu, cuda"),
+    ("precision.actor=fp8", "precision.actor=fp8: ", "bf16"),
+    ("precision=fp16 device=cpu", "precision=fp16: ", "precision=bf16"),
+    ("world_size=3 num_envs=4", "num_envs=4: ", "multiple of world_size=3"),
+    ("world_size=4 algo.batch_size=3", "world_size=4: ", "fewer workers"),
+    ("world_size=4 algo.replay_capacity=3", "algo.replay_capacity=3: ", "one row per worker"),
+    ("nnodes=2", "nnodes=2: ", "leave it out"),
+    ("max_restarts=1", "max_restarts=1: ", "leave it out"),
+    ("node_rank=0", "node_rank=0: ", "leave it out"),
+    ("rdzv=host:1", "rdzv=host:1: ", "leave it out"),
+    ("energy=replay", "energy.file=???: ", "give it a value"),
+    ("energy=replay energy.file=none.csv", "energy.file=none.csv: ", "give a CSV"),
+    ("energy=none energy.file=a.csv", "energy.file=a.csv: ", "energy=replay"),
+    ("actor=mlp encoder=poisson", "encoder=poisson: ", "leave it out"),
+    ("resume=nowhere", "resume=nowhere: ", "no run folder"),
+    ("init_from=nowhere", "init_from=nowhere: ", "give a run folder"),
+    ("--config-dir=.", "--config-dir=: ", "config=FILE"),
+    ("--config-path .", "--config-path=: ", "config=FILE"),
+    ("-cn other", "-cn=: ", "config=FILE"),
+    ("--experimental-rerun=x", "--experimental-rerun=: ", "config=FILE"),
+    ("seed=1 --cfg jop", "--cfg=jop: ", "job"),
+    ("--mulitrun", "--mulitrun=: ", "--multirun"),
+    ("hydra.searchpath=[file:///tmp]", "hydra.searchpath=[file:///tmp]: ", "not accepted"),
+    ("+hydra.launcher._target_=os.system", "+hydra.launcher._target_=os.system: ", "code"),
+    ("+algo._target_=os.system", "algo._target_=os.system: no such key", "batch_size"),
+]
+
+
+@pytest.mark.parametrize(("typed", "begins", "remedy"), REFUSED, ids=[r[0] for r in REFUSED])
+def test_train(said: Said, typed: str, begins: str, remedy: str) -> None:
+    words = [typed] if typed == "a b" else typed.split()
+    line = said("train", *words)
+    assert line.startswith(begins)
+    assert remedy in line.removeprefix(begins) or remedy in begins
+
+
+@pytest.mark.parametrize("typed", ["total_steps=0", "algo.gamma=1.5", "algo.critic_lr=nan"])
+def test_out_of_range_typed(said: Said, typed: str) -> None:
+    assert said("train", typed).startswith(f"{typed}: give ")
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["tarin"], "tarin: no such command; did you mean train?"),
+        (["fly"], "fly: no such command; commands: train"),
+        (["eval"], "run=???: it has no default; give it a value"),
+        (["eval", "run=nowhere"], "run=nowhere: no policy there; give a run folder"),
+        (["eval", "run=nowhere", "video=true"], "video=True: this version writes no videos"),
+        (["eval", "run=nowhere", "episodes=0"], "episodes=0: give at least 1"),
+        (["eval", "run=nowhere", "episodes=x"], "episodes=x: give at least 1"),
+        (["eval", "run=nowhere", "seed=-1"], "seed=-1: give 0 or more"),
+        (["eval", "rum=nowhere"], "rum=nowhere: no such key; did you mean run?"),
+        (["import", "popsan=a.pt", "stats=b.p"], "popsan=a.pt: no such file"),
+        (["import", "popsan=a.pt"], "stats=???: it has no default; give it a value"),
+        (["doctor", "jsn=true"], "jsn=true: no such key; did you mean json?"),
+    ],
+    ids=" ".join,
+)
+def test_other_commands(said: Said, args: list[str], line: str) -> None:
+    assert said(*args).startswith(line)
+
+
+@NO_CUDA
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [("backend=nccl", "backend=nccl: nccl needs CUDA"), ("device=cuda", "device=cuda: 0 CUDA")],
+)
+def test_without_cuda(said: Said, typed: str, line: str) -> None:
+    assert said("train", typed).startswith(line)
+
+
+def test_no_meter(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spikerl.energy.find", lambda device: Found({}, {}, {"gpu": "gpu: none"}))
+    assert said("train", "energy=zeus") == (
+        "energy=zeus: gpu: none; use energy=auto to run without joules"
+    )
+
+
+@pytest.mark.parametrize("env_id", [*ODD, "CartPole-v1"])
+def test_unusable_environment(said: Said, env_id: str) -> None:
+    assert said("train", "env=gym", f"env.id={env_id}").startswith(f"env.id={env_id}: its ")
+
+
+def test_run_dir(said: Said, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "file").write_text("kept")
+    assert said("train", "run_dir=taken").startswith("run_dir=taken: it exists already; give")
+    assert said("train", "run_dir=file").startswith("run_dir=file: it exists already; give")
+    line = said("train", "run_dir=file/below/run")
+    assert line.startswith("run_dir=file/below/run: ")
+    assert "give another run_dir" in line
+
+
+def test_resume_keeps_what_a_run_computes(said: Said, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    assert "no run folder" in said("train", "resume=run")
+    (run / "manifest.json").write_text("{}")
+    assert said("train", "resume=run", "seed=1").startswith("seed=1: a resumed run keeps it")
+    assert said("train", "resume=run", "env=Ant").startswith("env=Ant: a resumed run keeps it")
+    assert said("train", "resume=run", "+x=1").startswith("+x=1: a resumed run keeps it")
+    assert said("train", "resume=run", "-m").startswith("resume=run: one run at a time")
+    assert said("train", "resume=run").startswith("config=run/config.yaml: cannot be read")
+
+
+CONFIGS = {
+    "hydra: {run: {dir: x}}": "the key hydra is not accepted",
+    "hydra/launcher: joblib": "the key hydra/launcher is not accepted",
+    "+seed: 1": "the key +seed is not accepted",
+    "seed: 1\n_target_: os.system": "_target_",
+    "algo: {name: td3, _target_: os.system}": "the key algo._target_ is not accepted",
+    "run_dir: null\nseed: ${oc.env:HOME}": "type it on the command line",
+    "env: {name: gym, id: 'os:x-v0'}": "type it on the command line",
+    "seed: !!python/object/apply:os.system [touch hit]": "cannot be read",
+    "seed: !!python/name:os.system": "cannot be read",
+    "sedd: 1": "no such key; did you mean seed",
+    "algo: {name: td3, gama: 0.9}": "no such key; did you mean algo.gamma",
+    "algo: {name: '../td3'}": "no such option",
+    "algo: {gamma: 0.9}": "its group algo has no name",
+    "algo: td3": "its group algo has no name",
+    "- 1\n- 2": "holds no mapping",
+    "": "holds no mapping",
+    "seed: [": "cannot be read",
+    "seed: 2020-01-01": "not plain data",
+    "seed: .inf": "expected int",
+    "algo: {name: td3, gamma: .nan}": "algo.gamma",
+    "1: 2": "the key 1 is not accepted",
+    "[" * 3000: "cannot be read",
+    "a: &a [x, x]\nb: &b [*a, *a]\nseed: [*b, *b]": "no such key",
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS, ids=lambda text: text[:40].replace("\n", "; "))
+def test_config_file(said: Said, tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    assert CONFIGS[text] in said("train", "config=c.yaml")
+
+
+def test_config_file_that_is_none(said: Said, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(b"\xff\x00\x01")
+    for name in ("c.yaml", "missing.yaml", "."):
+        assert said("train", f"config={name}").startswith(f"config={name}: cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["train", "env=HalfCheeta"], "env=HalfCheeta: no such option"),
+        (["train", "world_size=0"], "world_size=0: give at least 1"),
+        (["train", "env=gym", "env.id=CartPole-v1"], "env.id=CartPole-v1: its actions"),
+        (["frain"], "frain: no such command"),
+    ],
+)
+def test_process(tmp_path: Path, args: list[str], line: str) -> None:
+    command = [sys.executable, "-m", "spikerl", *args]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"spikerl: {line}")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,201 @@
+"""What is composed: defaults, experiments, a config file's way there and back, help, completion."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from spikerl.compose import COMMANDS, conf_folder, expand, group_options
+from spikerl.config import build
+from spikerl.errors import BadRequest
+
+GROUPS = sorted(folder.name for folder in conf_folder().iterdir() if folder.is_dir())
+# What an option needs beside it.
+NEEDS = {"env=gym": ["env.id=MountainCarContinuous-v0"], "energy=replay": ["energy.file=t.csv"]}
+# What only some machines can run; it composes on all.
+ELSEWHERE = ("backend=nccl", "precision=fp16", "energy=zeus", "energy=replay")
+OPTIONS = [f"{g}={o}" for g in GROUPS for o in group_options(g) if g != "experiment"]
+
+OUT_OF_RANGE = {
+    "-1": "seed algo.random_steps algo.learning_starts algo.explore_noise algo.target_noise"
+    " algo.noise_clip neuron.current_decay neuron.voltage_decay algo.gamma",
+    "0": "total_steps steps_per_epoch eval_episodes num_envs threads world_size algo.batch_size"
+    " algo.policy_delay algo.replay_capacity algo.update_interval algo.norm_interval algo.tau"
+    " algo.critic_lr algo.norm_clip algo.updates_per_step algo.max_grad_norm actor.spike_steps"
+    " actor.lr encoder.pop_size encoder.var encoder.threshold decoder.pop_size neuron.threshold"
+    " neuron.surrogate_window",
+    "1.5": "algo.gamma algo.tau neuron.current_decay neuron.voltage_decay",
+    "nan": "algo.gamma algo.explore_noise algo.critic_lr actor.lr neuron.threshold encoder.var",
+    "inf": "algo.noise_clip algo.norm_clip algo.critic_lr encoder.threshold",
+    "33": "actor.spike_steps",
+    "9223372036854775808": "seed",
+    "[]": "actor.hidden_sizes algo.critic_hidden_sizes encoder.mean_range",
+    "[0]": "actor.hidden_sizes algo.critic_hidden_sizes",
+    "[3.0,-3.0]": "encoder.mean_range",
+}
+RANGES = [(key, value) for value, keys in OUT_OF_RANGE.items() for key in keys.split()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra_at_conf() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def default() -> DictConfig:
+    return compose("train")
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    config = compose("train", overrides=expand("train", overrides))
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def saved(folder: Path, config: dict[str, Any]) -> str:
+    path = folder / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    return f"config={path}"
+
+
+def test_default_is_popsan() -> None:
+    published = composed("experiment=popsan/td3")
+    ours = composed()
+    assert ours.pop("num_envs") is None  # one per worker, and one worker
+    assert published.pop("num_envs") == 1
+    assert ours == published
+
+
+@pytest.mark.parametrize("name", group_options("experiment"))
+def test_experiments(name: str) -> None:
+    config = build(composed(f"experiment={name}"))
+    assert config.training().total_steps == config.raw["total_steps"]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_there_and_back(option: str, tmp_path: Path) -> None:
+    first = composed(option, *NEEDS.get(option, []), "seed=3", "algo.gamma=0.5")
+    again = composed(saved(tmp_path, first))
+    assert again == first
+    if option not in ELSEWHERE:
+        build(again)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("env.id", r"it's a \ 'quoted\' name, {x 1} [y] $z # =\\"),
+        ("rdzv", "host:29400"),
+        ("init_from", "outputs/a b/ü"),
+        ("algo.max_grad_norm", 0.5),
+        ("algo.critic_lr", 1e-12),
+        ("actor.hidden_sizes", [7]),
+        ("encoder.mean_range", [-1e-3, 2.5]),
+        ("threads", None),
+        ("deterministic", True),
+    ],
+)
+def test_values_survive(key: str, value: Any, tmp_path: Path) -> None:
+    first = composed("env=gym", "env.id=x")
+    OmegaConf.update(holder := OmegaConf.create(first), key, value)
+    changed = OmegaConf.to_container(holder)
+    assert isinstance(changed, dict)
+    assert composed(saved(tmp_path, changed)) == changed
+
+
+def test_typed_wins_over_config(tmp_path: Path) -> None:
+    file = saved(tmp_path, composed("actor.hidden_sizes=[9]", "neuron.threshold=0.7", "seed=5"))
+    new = composed(file, "actor=mlp", "seed=6", "env=Hopper")
+    assert new["actor"] == composed("actor=mlp")["actor"]
+    assert new["env"]["id"] == "Hopper-v5"
+    assert new["neuron"]["threshold"] == 0.7
+    assert new["seed"] == 6
+    assert composed("seed=6", "env=Hopper", file, "actor=mlp") == new
+
+
+def test_where_a_run_was_kept_is_not_carried(tmp_path: Path) -> None:
+    file = saved(tmp_path, {**composed(), "run_dir": "old", "resume": "old", "config": "old"})
+    new = composed(file)
+    assert [new[key] for key in ("run_dir", "resume", "config")] == [None, None, None]
+
+
+def test_version_makes_the_id(tmp_path: Path) -> None:
+    assert composed("env.version=v4")["env"]["id"] == "HalfCheetah-v4"
+    file = saved(tmp_path, composed("env=Ant", "env.version=v4"))
+    assert composed(file)["env"]["id"] == "Ant-v4"
+    assert composed(file, "env.version=v5")["env"]["id"] == "Ant-v5"
+
+
+@pytest.mark.parametrize(("key", "value"), RANGES)
+def test_out_of_range(default: DictConfig, key: str, value: str) -> None:
+    changed = OmegaConf.merge(default, OmegaConf.from_dotlist([f"{key}={value}"]))
+    with pytest.raises(BadRequest) as refused:
+        build(OmegaConf.to_container(changed, resolve=True))  # type: ignore[arg-type]
+    assert str(refused.value).startswith(f"{key}=")
+    assert ": give " in str(refused.value)
+
+
+def shell(*args: str, **environment: str) -> str:
+    """What the program prints, run as a shell runs it; it must not have imported torch."""
+    code = (
+        "import sys; from spikerl import cli; status = cli.run(sys.argv[1:]);"
+        " assert 'torch' not in sys.modules, 'torch'; sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help() -> None:
+    usage = shell("--help")
+    assert all(command in usage for command in COMMANDS)
+    text = shell("train", "--help")
+    for group in GROUPS:
+        assert f"\n{group}: " in text or f"\n{group}/" in text
+    assert "InvertedDoublePendulum" in text
+    assert "steps_per_epoch: 10000" in text
+
+
+def test_cfg_job() -> None:
+    printed = OmegaConf.create(shell("train", "--cfg", "job", "--resolve", "env=Ant", "seed=7"))
+    assert printed == composed("env=Ant", "seed=7")
+
+
+@pytest.mark.parametrize("args", [["{}", "--cfg", "job"], ["--cfg", "job", "{}", "seed=7"]])
+def test_flags_anywhere(args: list[str], tmp_path: Path) -> None:
+    file = saved(tmp_path, composed("seed=7"))
+    printed = shell("train", *(arg.format(file) for arg in args), "--resolve")
+    assert OmegaConf.create(printed) == composed("seed=7")
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("spikerl ", {"train", "eval", "import", "doctor"}),
+        ("spikerl tr", {"train"}),
+        ("spikerl train env=Half", {"env=HalfCheetah"}),
+        ("spikerl train env=Ant algo=", {"algo=td3"}),
+        ("spikerl train algo.gam", {"algo.gamma="}),
+        ("spikerl eval epi", {"episodes="}),
+        ("spikerl fly x", set()),
+    ],
+)
+def test_completion(line: str, offered: set[str]) -> None:
+    out = shell("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert set(out.split()) == offered
