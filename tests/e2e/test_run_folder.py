@@ -234,7 +234,7 @@ def test_failure_before_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("spikerl.runs.save_checkpoint", full)
+    monkeypatch.setattr("spikerl.session.save_checkpoint", full)
     assert outcome(lambda: train("run_dir=below/run")) != 0
     assert not [p for p in tmp_path.rglob("*") if p.name != "below"]
 

@@ -20,7 +20,7 @@ LEVELS = [
     " precision hardware energy counters files versions checkpoint runlog view",
     "algos algos.base algos.td3",
     "policy evaluate trainer",
-    "config runfolder runs importers doctor sweep compose completion",
+    "config runfolder session runs importers doctor sweep compose completion",
     "commands worker cli __main__ __init__",
 ]
 LEVEL = {f"spikerl.{name}": i for i, names in enumerate(LEVELS) for name in names.split()}

@@ -1,0 +1,232 @@
+"""A run while it runs: its folder, its record and view, and the commits."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from spikerl import runfolder
+from spikerl.checkpoint import Checkpoint, drop_later, save_checkpoint, verified
+from spikerl.config import Config
+from spikerl.distributed.world import World, share
+from spikerl.energy import joules_to_reach, total_joules
+from spikerl.files import write_json, write_text
+from spikerl.runlog import RunLog
+from spikerl.trainer import Row, Trainer
+from spikerl.versions import versions
+from spikerl.view import View, epoch_line
+
+DONE, FAILED, STOPPED, INTERRUPTED = 0, 1, 75, 130  # exit statuses
+
+
+class Session:
+    """A run while it runs: the folder, its record and view (rank 0's alone), and the commits."""
+
+    def __init__(
+        self, config: Config, trainer: Trainer, world: World, target: str, command: Sequence[str]
+    ) -> None:
+        self.config, self.trainer, self.world = config, trainer, world
+        self.first = world.rank == 0
+        self.wall_s = 0.0  # before this session
+        self.started = time.perf_counter()
+        self.committed = -1
+        notes = announce(config, trainer)
+        if config.scalars.resume:
+            self.folder = Path(config.scalars.resume)
+            notes += self.go_on(command)
+        else:
+            self.folder = self.start(target, command)
+        if self.first:
+            title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
+            self.log, self.view = (
+                RunLog(self.folder, trainer.step),
+                View(title, trainer.t.total_steps, trainer.step),
+            )
+            for text in [*notes, f"run folder: {self.folder}"]:
+                self.say(text)
+        world.barrier()  # the first epoch, its seconds and its joules begin on all together
+
+    def start(self, target: str, command: Sequence[str]) -> Path:
+        """A new folder, which appears whole, with checkpoint 0 from all workers."""
+        named = self.config.scalars.run_dir is not None
+        partial = Path(self.world.broadcast(str(runfolder.partial_of(target))))
+        if self.first:
+            runfolder.begin(partial, target, self.config.raw, self.manifest(command))
+        try:
+            self.world.barrier()
+            self.commit(partial)
+            place = str(runfolder.appear(partial, target, named=named)) if self.first else ""
+        finally:
+            if self.first:
+                shutil.rmtree(partial, ignore_errors=True)
+        folder = Path(self.world.broadcast(place))
+        if self.first:
+            self.lock = runfolder.lock(folder)
+        return folder
+
+    def go_on(self, command: Sequence[str]) -> list[str]:
+        """Take the newest checkpoint that verifies, on all workers; what was restored."""
+        notes: list[str] = []
+        name = None
+        if self.first:
+            self.lock = runfolder.lock(self.folder)
+            name = verified(self.folder, notes.append).folder.name
+        name = self.world.broadcast(name)
+        checkpoint = Checkpoint.open(self.folder, name)
+        exact = all(self.world.gather_objects(self.trainer.load(checkpoint)))
+        self.wall_s, self.committed = float(checkpoint.manifest["wall_s"]), self.trainer.step
+        if not self.first:
+            return notes
+        drop_later(checkpoint)
+        lost = runfolder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
+        record = runfolder.read_manifest(self.folder, key="resume")
+        event = {"time": runfolder.now(), "step": self.trainer.step, "exact": exact,
+                 "discarded_rows": lost, "command": " ".join(command)}  # fmt: skip
+        resumed = [*record.get("resumed", []), event]
+        runfolder.update_manifest(self.folder, status="running", resumed=resumed)
+        total = self.trainer.t.total_steps
+        notes.append(
+            f"resumed at step {self.trainer.step} of {total}: weights, optimisers, normaliser,"
+            f" {self.trainer.replay.size} transitions, random streams,"
+            + (" environments" if exact else " environments from a reset (not exact)")
+            + (f"; {lost} later rows moved to discarded.jsonl" if lost else "")
+        )
+        return notes
+
+    def run(self, stop_signal: Callable[[], int]) -> int:
+        trainer = self.trainer
+        show = self.view.progress if self.first else (lambda progress: None)
+        try:
+            for row in trainer.epochs(show, stop_signal):
+                if self.first:
+                    self.record(row)
+                self.commit(self.folder)
+            if trainer.stopping and self.committed != trainer.step:
+                self.commit(self.folder)
+            return self.finish()
+        except BaseException as error:
+            if self.first:
+                self.fail(error)
+            raise
+        finally:
+            if self.first:
+                self.view.close()
+                self.log.close()
+                self.lock.close()
+
+    def record(self, row: Row) -> None:
+        row = {**row, "wall_s": self.wall()}
+        self.log.row(row)
+        self.view.epoch(row)
+        self.log.line(epoch_line(row, self.trainer.t.total_steps))
+
+    def commit(self, run: Path) -> None:
+        trainer = self.trainer
+        metrics = run / "metrics.jsonl"
+        facts = {
+            "step": trainer.step,
+            "epoch": trainer.progress.epoch,
+            "world_size": self.world.size,
+            "wall_s": self.wall(),
+            "metrics_bytes": metrics.stat().st_size if self.first else 0,
+        }
+        learner = trainer.learner_state()
+        save_checkpoint(run, self.world, trainer.shard(), learner, facts, trainer.policy.save)
+        self.committed = trainer.step
+
+    def finish(self) -> int:
+        number = self.trainer.stopping
+        status, code = "done", DONE
+        if number:
+            interrupted = number == signal.SIGINT
+            status = "interrupted" if interrupted else "preempted"
+            code = INTERRUPTED if interrupted else STOPPED
+        if self.first:
+            self.trainer.policy.save(self.folder)
+            self.summarise()
+            runfolder.update_manifest(
+                self.folder, status=status, ended=runfolder.now(), wall_s=self.wall()
+            )
+            if number:
+                name = signal.Signals(number).name
+                self.say(f"stopped at step {self.trainer.step} on {name};"
+                         f" spikerl train resume={self.folder} goes on")  # fmt: skip
+            else:
+                self.say(f"done: {self.trainer.step} steps, {self.trainer.algo.updates} updates"
+                         f" in {self.wall():.0f} s")  # fmt: skip
+        return code
+
+    def fail(self, error: BaseException) -> None:
+        status = {"status": "failed", "ended": runfolder.now(), "wall_s": self.wall()}
+        runfolder.update_manifest(self.folder, **status)
+        write_text(self.folder / "error.txt", traceback.format_exc())
+        self.say(f"failed at step {self.trainer.step}: {type(error).__name__}: {error}")
+
+    def summarise(self) -> None:
+        rows = runfolder.read_rows(self.folder / "metrics.jsonl")
+        discarded = runfolder.read_rows(self.folder / "discarded.jsonl")
+        returns = [row["eval_return"] for row in rows]
+        last_ten = returns[-10:]
+        summary = {
+            "env_id": self.trainer.task.env_id,
+            "seed": self.config.scalars.seed,
+            "world_size": self.world.size,
+            "steps": self.trainer.step,
+            "updates": self.trainer.algo.updates,
+            "evaluations": len(returns),
+            "last_eval_return": returns[-1] if returns else None,
+            "best_eval_return": max(returns) if returns else None,
+            "last_ten_mean_eval_return": sum(last_ten) / len(last_ten) if returns else None,
+            "wall_s": self.wall(),
+            "discarded_rows": len(discarded),
+            "energy_j": total_joules([*rows, *discarded]),
+            "energy_discarded_j": total_joules(discarded),
+            "energy_to_best_j": joules_to_reach(rows, max(returns)) if returns else None,
+            "energy_source": rows[-1]["energy_source"] if rows else self.trainer.meter.source,
+            "versions": versions(),
+        }
+        write_json(self.folder / "summary.json", summary)
+
+    def manifest(self, command: Sequence[str]) -> dict[str, Any]:
+        names = ("device", "threads", "kernel", "backend")
+        resolved = {name: getattr(self.config, name)._asdict() for name in names}
+        resolved["energy"] = self.config.meter._asdict()
+        facts = {"world_size": self.world.size, "precision": self.config.precision.name}
+        return runfolder.make_manifest(self.trainer.task.env_id, command, resolved, facts)
+
+    def wall(self) -> float:
+        return self.wall_s + time.perf_counter() - self.started
+
+    def say(self, text: str) -> None:
+        self.view.line(text)
+        self.log.line(text)
+
+
+def announce(config: Config, trainer: Trainer) -> list[str]:
+    """What is about to run and what each worker has of it, with every choice that was made."""
+    t, size, algo = trainer.t, trainer.world.size, config.algo
+    rows = [share(algo.batch_size, rank, size) for rank in range(size)]
+    if t.scaling == "weak":
+        rows = [algo.batch_size] * size
+    each = str(rows[0]) if len(set(rows)) == 1 else f"{min(rows)} to {max(rows)}"
+    resolved = {name: getattr(config, name) for name in ("device", "threads", "kernel", "backend")}
+    resolved["energy"] = config.meter
+    task = trainer.task
+    lines = [
+        f"{task.env_id}: {task.obs_dim} observations, {task.act_dim} actions;"
+        f" {config.actor.actor.name} actor, {algo.name}, seed {t.seed},"
+        f" precision {config.precision.name}",
+        f"{size} worker{'s' * (size > 1)} x {t.num_envs // size} environments;"
+        f" global batch {sum(rows)} ({each} per worker, {t.scaling} scaling);"
+        f" {trainer.updates_due(t.total_steps)} updates in {t.total_steps} steps",
+        "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in resolved.items()),
+    ]
+    if config.scalars.init_from:
+        norm = f"normaliser ({trainer.norm.count} observations)"
+        lines.append(f"init_from={config.scalars.init_from}: actor weights and {norm}")
+    return lines
