@@ -21,6 +21,8 @@ WRONG = 2
 
 def main() -> None:
     """The console script."""
+    # Threads that spin while they wait make an update several times slower on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A reader that went away (spikerl ... | head) is no error of ours.
     try:
         status = run(sys.argv[1:])
@@ -40,29 +42,28 @@ def run(args: Sequence[str]) -> int:
 
         print(f"spikerl {version('spikerl')}")
         return 0
-    if args[0] in ("-sc", "--shell-completion") or args[0].startswith("--shell-completion="):
-        from spikerl.completion import complete
-
-        return complete(args)
-    command, *rest = args
-    if command not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(command, COMMANDS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
-        return wrong(f"{command}: no such command; {hint}")
+    command, *typed = args
     try:
-        return compose_and_call(command, expand(command, rest))
+        if command in ("-sc", "--shell-completion"):
+            from spikerl.completion import complete
+
+            return complete(args)
+        if command not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(command, COMMANDS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+            return wrong(f"{command}: no such command; {hint}")
+        return compose_and_call(command, expand(command, typed), typed)
     except BadRequest as error:
         return wrong(str(error))
     except KeyboardInterrupt:
         return 130
 
 
-def compose_and_call(command: str, args: list[str]) -> int:
+def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
     """Let Hydra compose the command's config and call it: once, or once per job of a sweep."""
     import hydra
-    from hydra.errors import HydraException
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
@@ -72,28 +73,43 @@ def compose_and_call(command: str, args: list[str]) -> int:
     sweep = Sweep.of(command, args)
     sys.argv = ["spikerl", *(sweep.hydra_args() if sweep else []), *args]
     statuses: list[int] = []
+    called = False
 
     def call(config: DictConfig) -> int:
+        nonlocal called
+        called = True
         from spikerl.commands import call_command
 
-        return call_command(command, config, args)
+        return call_command(command, config, typed)
 
     def job(config: DictConfig) -> None:
         if sweep:
-            sweep.job(config, call)
+            sweep.job(config, call, told)
             return
         try:
             statuses.append(call(config))
         except (BadRequest, OmegaConfBaseException) as error:  # Hydra would print around it
-            statuses.append(wrong(explain(command, args, error)))
+            statuses.append(wrong(told(error)))
+
+    def told(error: Exception) -> str:
+        return explain(command, args, error)
 
     try:
         hydra.main(str(conf_folder()), command, version_base="1.3")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        return wrong(explain(command, args, error))
-    return sweep.end() if sweep else max(statuses, default=0)
+    except SystemExit as ended:  # Hydra's way out of --help, and of a --package that is not there
+        statuses.append(WRONG if ended.code else 0)
+    except Exception as error:
+        if called or (sweep and sweep.noted()):
+            raise
+        statuses.append(wrong(told(error)))
+    finally:
+        if sweep and not sweep.noted():
+            sweep.discard()
+    return sweep.end() if sweep and not statuses else max(statuses, default=0)
 
 
 def wrong(line: str) -> int:
-    print(f"spikerl: {line}", file=sys.stderr)
+    """One line, whatever the text holds: some of it may be from somebody else's file."""
+    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+    print(f"spikerl: {shown}", file=sys.stderr)
     return WRONG

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from spikerl.errors import BadRequest
+from spikerl.schema import parse
 
 
 def call_command(command: str, composed: DictConfig, args: Sequence[str]) -> int:
@@ -26,11 +27,35 @@ def call_command(command: str, composed: DictConfig, args: Sequence[str]) -> int
     if command == "doctor":
         from spikerl import doctor
 
-        return doctor.main(as_json=bool(data["json"]))
-    return evaluate(data)
+        return doctor.main(as_json=parse(DoctorRequest, data).json)
+    return evaluate(parse(EvalRequest, data))
 
 
-def evaluate(data: dict[str, Any]) -> int:
+@dataclass(kw_only=True)
+class DoctorRequest:
+    json: bool
+
+
+@dataclass(kw_only=True)
+class EvalRequest:
+    run: str
+    episodes: int
+    seed: int
+    env_id: str | None
+    video: bool
+    json: bool
+    device: str
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise BadRequest("episodes", self.episodes, "give at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise BadRequest("seed", self.seed, "give 0 or more, below 2^63")
+        if self.video:
+            raise BadRequest("video", self.video, "this version writes no videos; leave it out")
+
+
+def evaluate(request: EvalRequest) -> int:
     """`spikerl eval`: deterministic episodes of a saved policy."""
     from spikerl.envs import EnvConfig, make_env, task_of
     from spikerl.evaluate import Evaluator
@@ -38,25 +63,27 @@ def evaluate(data: dict[str, Any]) -> int:
     from spikerl.policy import load_policy
     from spikerl.versions import versions
 
-    if not isinstance(data["episodes"], int) or data["episodes"] < 1:
-        raise BadRequest("episodes", data["episodes"], "give at least 1")
-    if not isinstance(data["seed"], int) or data["seed"] < 0:
-        raise BadRequest("seed", data["seed"], "give 0 or more")
-    if data["video"]:
-        raise BadRequest("video", data["video"], "this version writes no videos; leave it out")
-    policy = load_policy(Path(str(data["run"])), resolve_device(str(data["device"])).choice)
-    env_id = data["env_id"] or policy.task.env_id
-    if ":" in env_id and not data["env_id"]:
+    policy = load_policy(request.run, resolve_device(request.device).choice)
+    env_id = request.env_id or policy.task.env_id
+    if ":" in env_id and not request.env_id:
         remedy = f"its environment {env_id} names a module to import; confirm with env_id={env_id}"
-        raise BadRequest("run", data["run"], remedy)
+        raise BadRequest("run", request.run, remedy)
     env = EnvConfig(
         name="gym",
         version=None,
-        id=str(env_id),
+        id=env_id,
         max_episode_steps=policy.task.max_episode_steps,
         vectorizer="sync",
     )
-    probe = make_env(env)
+    key = "env_id" if request.env_id else "run"
+    value = request.env_id or request.run
+    try:
+        probe = make_env(env)
+    except BadRequest as error:
+        remedy = error.args[2]
+        if key == "run" and "is no registered environment" in remedy:
+            remedy += "; env_id=MODULE:NAME imports the module that registers it"
+        raise BadRequest(key, value, remedy) from error
     task = task_of(probe)
     probe.close()
     ours, theirs = (task.obs_shape, task.act_shape), (policy.task.obs_shape, policy.task.act_shape)
@@ -64,8 +91,8 @@ def evaluate(data: dict[str, Any]) -> int:
         remedy = (
             f"the policy maps {theirs[0]} to {theirs[1]}, {env_id} needs {ours[0]} to {ours[1]}"
         )
-        raise BadRequest("run" if not data["env_id"] else "env_id", env_id, remedy)
-    evaluator = Evaluator(env, data["episodes"], data["seed"])
+        raise BadRequest(key, value, remedy)
+    evaluator = Evaluator(env, request.episodes, request.seed)
     try:
         result = evaluator.run(policy, 0)
     finally:
@@ -76,7 +103,7 @@ def evaluate(data: dict[str, Any]) -> int:
         for name, version in policy.trained_with.items()
         if name in ("mujoco", "gymnasium") and now.get(name) != version
     ]
-    if data["json"]:
+    if request.json:
         answer = {
             "return_mean": result.mean,
             "return_std": result.std,
@@ -85,7 +112,7 @@ def evaluate(data: dict[str, Any]) -> int:
             "episodes": len(result.returns),
             "env_id": env_id,
             "firing_rate": result.activity.firing_rate if result.activity else None,
-            "seed": data["seed"],
+            "seed": request.seed,
             "versions": now,
             "trained_with": policy.trained_with,
         }

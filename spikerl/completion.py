@@ -6,13 +6,20 @@ import os
 import sys
 from collections.abc import Sequence
 
-from spikerl.compose import COMMANDS, conf_folder
+from spikerl.compose import COMMANDS, conf_folder, group_options
+from spikerl.errors import BadRequest
+
+SHELLS = ("bash", "fish", "zsh")
 
 
 def complete(args: Sequence[str]) -> int:
     """Answer `spikerl -sc install=SHELL` and, for the shell, `spikerl -sc query=SHELL`."""
     import hydra
 
+    asked = args[1].partition("=") if len(args) == 2 else ("", "", "")
+    if asked[0] not in ("install", "uninstall", "query") or asked[2] not in SHELLS:
+        remedy = f"give install=SHELL, with SHELL one of {', '.join(SHELLS)}"
+        raise BadRequest(args[0], " ".join(args[1:]), remedy)
     line = os.environ.get("COMP_LINE", "")
     words = line.split()
     command = words[1] if len(words) > 1 else ""
@@ -21,6 +28,11 @@ def complete(args: Sequence[str]) -> int:
         print("\n".join(name for name in COMMANDS if name.startswith(command)))
         return 0
     if query and command not in COMMANDS:
+        return 0
+    begun = line.rpartition(" ")[2]
+    if query and begun.startswith("experiment="):  # Hydra takes its folders for groups
+        offers = [f"experiment={name}" for name in group_options("experiment")]
+        print("\n".join(offer for offer in offers if offer.startswith(begun)))
         return 0
     if query:
         start = line.index(command, len(words[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,10 @@ COMMANDS = {
 }
 FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m",
          "--info", "-i", "--hydra-help", "--run", "-r")  # fmt: skip
-VALUED = ("--cfg", "-c", "--package", "-p", "--info", "-i")
+CFG = ("job", "hydra", "all")
+INFO = ("", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+FLAG_VALUES = {"--cfg": CFG, "-c": CFG, "--info": INFO, "-i": INFO}
+VALUED = (*FLAG_VALUES, "--package", "-p")
 # They would load somebody's Hydra settings, which can name code to run.
 REFUSED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn",
                  "--experimental-rerun")  # fmt: skip
@@ -28,6 +32,8 @@ RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend")
 NAME = r"[A-Za-z][A-Za-z0-9_]*"  # of a key in a config file
 # Where a run was started from or kept is not part of what it computes.
 NOT_CARRIED = ("run_dir", "resume", "config")
+# Values that are taken as they are typed: a sweep names its folders with '=' and ','.
+PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "stats", "energy.file")
 
 
 def conf_folder() -> Path:
@@ -53,6 +59,7 @@ def usage() -> str:
 
 def expand(command: str, args: Sequence[str]) -> list[str]:
     """Refuse what must not reach Hydra; replace config=FILE by the overrides that it stands for."""
+    args = [re.sub(r"^\+\+?(?=(config|resume)=)", "", arg) for arg in args]
     for arg in args:
         flag = arg.partition("=")[0]
         if arg.startswith("-") and flag not in (*FLAGS, *REFUSED_FLAGS):
@@ -69,18 +76,29 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
             if re.match(r"^(encoder|neuron|decoder)[=.]", arg):
                 key, _, value = arg.partition("=")
                 raise BadRequest(key, value, "has no effect with actor=mlp; leave it out")
-    named = [a for a in args if re.match(r"^(config|resume)=(?!null$)", a)]
+    named = {a.partition("=")[0]: a for a in args if re.match(r"^(config|resume)=(?!null$)", a)}
     overrides, flags = split(args)
+    sweeps = not {"-m", "--multirun"}.isdisjoint(flags)
+    overrides = [_literal(arg, sweeps) for arg in overrides]
     if command != "train" or not named:
         return [*overrides, *flags]
-    kind, _, value = named[-1].partition("=")
-    if kind == "resume":
-        path = Path(value) / "config.yaml"
-        check_resume(args, Path(value))
-    else:
-        path = Path(value)
+    source = named.get("resume") or named["config"]
+    path = Path(unquoted(source.partition("=")[2]))
+    if "resume" in named:
+        check_resume(args, path)
+        path = path / "config.yaml"
+        overrides = [*overrides, *chosen_threads(path.parent)]
     typed = [arg for arg in overrides if not arg.startswith("config=")]
     return [*overrides_of(path, typed), *typed, *flags]
+
+
+def chosen_threads(run: Path) -> list[str]:
+    """What the run chose at its start: a resume on another day must not choose anew."""
+    try:
+        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        return [f"threads={int(manifest['resolved']['threads']['choice'])}"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -93,9 +111,25 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     for i, flag in enumerate(flags):
         name, _, given = flag.partition("=")
         value = given or "".join(flags[i + 1 : i + 2])
-        if name in ("--cfg", "-c") and value not in ("job", "hydra", "all"):
-            raise BadRequest(name, value, "give job, hydra or all")
+        allowed = FLAG_VALUES.get(name, ())
+        if allowed and value not in allowed:
+            raise BadRequest(name, value, f"give {', '.join(filter(None, allowed))}")
+        if name in ("--package", "-p") and not value:
+            raise BadRequest(name, value, "give a group or a key")
     return overrides, flags
+
+
+def _literal(arg: str, sweeps: bool) -> str:
+    """A path with characters that Hydra's grammar gives a meaning, quoted for it."""
+    key, _, value = arg.partition("=")
+    several = sweeps and re.search(r"[,(]", value)
+    if key not in PATHS or several or value[:1] in ("'", '"') or re.fullmatch(r"[\w./-]*", value):
+        return arg
+    return f"{key}={quoted(value)}"
+
+
+def unquoted(value: str) -> str:
+    return value[1:-1] if re.fullmatch(r"(['\"]).*\1", value) else value
 
 
 def _check_choice(key: str, value: str) -> None:
@@ -106,17 +140,21 @@ def _check_choice(key: str, value: str) -> None:
         return
     options = group_options(key)
     for option in value.split(","):
-        number = re.fullmatch(r"[-+]?[0-9._]+", option)
-        if number or (key == "experiment" and option.strip("'\"") not in (*options, "null")):
+        known = key != "experiment" or unquoted(option) in options
+        if not known or re.fullmatch(r"[-+]?[0-9._]+|null|true|false", option):
             raise BadRequest(key, option, f"no such option; {_nearest(option, options)}")
 
 
 def check_resume(args: Sequence[str], run: Path) -> None:
     """Refuse what is no run folder, and to change what a resumed run computes."""
-    if not (run / "manifest.json").is_file():
+    if not os.path.isfile(run / "manifest.json"):
         raise BadRequest("resume", run, "is no run folder (it has no manifest.json)")
     for arg in args:
         key, _, value = arg.partition("=")
+        if key == "env.id":
+            env = read_config(run / "config.yaml").get("env")
+            if isinstance(env, dict) and env.get("id") == value:
+                continue  # it confirms a module to import
         if key in ("-m", "--multirun"):
             raise BadRequest("resume", run, "one run at a time; leave out -m")
         if not key.startswith("-") and key not in RESUMABLE:
@@ -124,12 +162,7 @@ def check_resume(args: Sequence[str], run: Path) -> None:
             raise BadRequest(key, value, remedy)
 
 
-def overrides_of(path: Path, typed: Sequence[str]) -> list[str]:
-    """The overrides that make Hydra compose what the config file `path` holds.
-
-    The file is data: no interpolation, no code, no Hydra settings. A group whose option the user
-    chooses anew takes that option's values, not the file's.
-    """
+def read_config(path: Path) -> dict[Any, Any]:
     import yaml
 
     try:
@@ -139,6 +172,16 @@ def overrides_of(path: Path, typed: Sequence[str]) -> list[str]:
         raise BadRequest("config", path, f"cannot be read: {reason}") from None
     if not isinstance(data, dict):
         raise BadRequest("config", path, "holds no mapping; give a run's config.yaml")
+    return data
+
+
+def overrides_of(path: Path, typed: Sequence[str]) -> list[str]:
+    """The overrides that make Hydra compose what the config file `path` holds.
+
+    The file is data: no interpolation, no code, no Hydra settings. A group whose option the user
+    chooses anew takes that option's values, not the file's.
+    """
+    data = read_config(path)
     groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
     chosen = {arg.partition("=")[0] for arg in typed}
     choices, values = [], []
@@ -152,33 +195,35 @@ def overrides_of(path: Path, typed: Sequence[str]) -> list[str]:
                 continue
             if not isinstance(value, dict) or not isinstance(value.get("name"), str):
                 raise BadRequest("config", path, f"its group {key} has no name")
-            choices.append(f"{key}={_quoted(value['name'])}")
+            choices.append(f"{key}={quoted(value['name'])}")
             if key == "env" and value.get("id") == f"{value['name']}-{value.get('version')}":
                 value = {k: v for k, v in value.items() if k != "id"}
-        values += [f"{name}={_quoted(leaf)}" for name, leaf in _leaves(key, value, path)]
+        leaves = _leaves(key, value, path, chosen)
+        values += [f"{name}={quoted(leaf)}" for name, leaf in leaves]
     return [*choices, *values]
 
 
-def _leaves(prefix: str, value: Any, path: Path) -> Iterator[tuple[str, Any]]:
+def _leaves(prefix: str, value: Any, path: Path, typed: set[str]) -> Iterator[tuple[str, Any]]:
+    if prefix in typed:
+        return
     if not isinstance(value, dict):
-        if isinstance(value, str) and ("${" in value or (":" in value and prefix == "env.id")):
-            raise BadRequest(
-                prefix, value, f"not accepted from {path}; type it on the command line"
-            )
+        if "${" in str(value) or (":" in str(value) and prefix == "env.id"):
+            remedy = f"not accepted from {path}; type {prefix}=... on the command line"
+            raise BadRequest(prefix, value, remedy)
         yield prefix, value
         return
     for key, inner in value.items():
         if not isinstance(key, str) or not re.fullmatch(NAME, key):
             raise BadRequest("config", path, f"the key {prefix}.{key} is not accepted")
-        yield from _leaves(f"{prefix}.{key}", inner, path)
+        yield from _leaves(f"{prefix}.{key}", inner, path, typed)
 
 
-def _quoted(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A value in Hydra's override grammar."""
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     if isinstance(value, list):
-        return "[" + ",".join(_quoted(item) for item in value) + "]"
+        return "[" + ",".join(quoted(item) for item in value) + "]"
     if isinstance(value, str):
         escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
         return f"'{escaped}'"
@@ -204,7 +249,7 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
         return f"{key}=???: it has no default; give it a value"
     if found := re.search(r"Ambiguous value for argument '(.*?)'\n", text):
         return f"{found[1]}: several values; sweep over them with -m"
-    unread = [a for a in args if not a.startswith("-") and not _readable(a)]
+    unread = [arg for arg in split(args)[0] if not _readable(arg)]
     if unread:
         return f"{unread[0]}: cannot be read; write key=value"
     return f"config: {lines[0] if lines else type(error).__name__}"

@@ -39,7 +39,7 @@ def main(*, as_json: bool) -> int:
     table = Table("part", "name", "", "detail")
     for f in found:
         table.add_row(f.part, f.name, "yes" if f.there else "no", f.detail)
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, markup=False, emoji=False).print(table)
     print("training can run here" if usable else "training cannot run here: see the rows above")
     return 0 if usable else 1
 

@@ -168,11 +168,14 @@ def merge(readings: Sequence[Reading]) -> Reading:
     """One window of all workers, in rank order: each device once, from the first that has it."""
     joules: dict[str, float] = {}
     missing: dict[str, str] = {}
+    counted = []  # the seconds of those whose joules are taken, so that power is theirs
     for reading in readings:
+        if reading.joules.keys() - joules.keys():
+            counted.append(reading.seconds)
         joules = {**reading.joules, **joules}
         missing = {**reading.missing, **missing}
     missing = {device: why for device, why in missing.items() if device not in joules}
-    return Reading(max((r.seconds for r in readings), default=0.0), joules, missing)
+    return Reading(max(counted or [r.seconds for r in readings], default=0.0), joules, missing)
 
 
 def consecutive(first: Reading, second: Reading) -> Reading:

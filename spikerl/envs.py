@@ -6,6 +6,7 @@ Shape legend   N environments, O observation entries, A action entries.
 from __future__ import annotations
 
 import difflib
+import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -254,12 +255,14 @@ def make_envs(config: EnvConfig, num_envs: int, task: Task) -> Envs:
     if config.vectorizer == "sync":
         makers: list[Callable[[], Plain]] = [lambda: make_env(config)] * num_envs
         return Envs(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), task)
-    makers = [lambda: _make_in_worker(config)] * num_envs
+    parent = os.getpid()
+    makers = [lambda: _make_in_worker(config, parent)] * num_envs
     return Envs(AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), task)
 
 
-def _make_in_worker(config: EnvConfig) -> Plain:
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they are the parent's to answer
-    die_with_parent()
+def _make_in_worker(config: EnvConfig, parent: int) -> Plain:
+    if os.getpid() != parent:  # the vector makes one in its own process too, to see the spaces
+        for number in (signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)  # they are the parent's to answer
+        die_with_parent()
     return make_env(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import re
 from collections.abc import Sequence
@@ -40,6 +41,11 @@ def import_popsan(data: dict[str, Any], command: Sequence[str]) -> int:
     data["encoder"]["pop_size"], data["decoder"]["pop_size"] = sizes["encoder"], sizes["decoder"]
     data["actor"]["hidden_sizes"] = sizes["hidden"]
     config = configs.build(data)
+    if (name := config.actor.actor.name) != "popsan":
+        raise BadRequest("actor", name, "the public PopSAN code trains actor=popsan; leave it out")
+    for key in ("resume", "init_from", "config"):
+        if (value := data[key]) is not None:
+            raise BadRequest(key, value, "has no effect on an import; leave it out")
     env = make_env(config.env)
     task = task_of(env)
     env.close()
@@ -211,7 +217,7 @@ def read_stats(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_file(key: str, path: Path) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise BadRequest(key, path, "no such file")
     if path.stat().st_size > MAX_BYTES:
         raise BadRequest(key, path, f"is larger than {MAX_BYTES} bytes")

@@ -9,6 +9,7 @@ Shape legend   B batch, O observation entries, A action entries.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from spikerl.types import Task
 from spikerl.versions import versions
 
 SCHEMA = 1
+MAX_BYTES = 1 << 20  # of a policy.json; action bounds take most of it
 ACTORS: dict[str, type[Any]] = {"popsan": PopSANConfig, "mlp": MLPConfig}
 ENCODERS: dict[str, type[Any]] = {"population": PopulationConfig, "poisson": PopulationConfig}
 NEURONS: dict[str, type[Any]] = {"cuba_lif": CubaLIFConfig}
@@ -111,7 +113,7 @@ def load_policy(run: str | Path, device: str = "cpu") -> Policy:
 def find_policy(run: Path, *, key: str) -> Path:
     """The folder below `run` that holds the policy to use."""
     for folder in (run, run / "checkpoints" / "latest"):
-        if (folder / "policy.json").is_file():
+        if os.path.isfile(folder / "policy.json"):  # False, too, for a name that is too long
             return folder
     remedy = "no policy there; give a run folder (it holds policy.json and policy.safetensors)"
     raise BadRequest(key, run, remedy)
@@ -119,7 +121,11 @@ def find_policy(run: Path, *, key: str) -> Path:
 
 def read_policy(folder: Path, device: str = "cpu", *, key: str) -> Policy:
     try:
+        if os.path.getsize(folder / "policy.json") > MAX_BYTES:
+            raise ValueError(f"policy.json is larger than {MAX_BYTES} bytes")
         data = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
+        if "${" in json.dumps(data):
+            raise ValueError("policy.json refers to something outside it")
         tensors = load_file(folder / "policy.safetensors")
     except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -140,6 +146,8 @@ def read_policy(folder: Path, device: str = "cpu", *, key: str) -> Policy:
         )
         clip = float(data["norm_clip"])
         trained_with = {str(k): str(v) for k, v in dict(data.get("versions") or {}).items()}
+        if not all(text.isprintable() for text in (task.env_id, *trained_with.values())):
+            raise ValueError("env_id or versions, which cannot be printed")
         if min(*task.obs_shape, *task.act_shape, task.max_episode_steps, 1) < 1 or not clip > 0.0:
             raise ValueError("obs_shape, act_shape, max_episode_steps or norm_clip")
         if task.act_low.shape != (task.act_dim,) or task.act_high.shape != (task.act_dim,):
@@ -148,6 +156,8 @@ def read_policy(folder: Path, device: str = "cpu", *, key: str) -> Policy:
             raise ValueError("act_low, act_high or norm_clip, which are not finite")
         if not (task.act_low < task.act_high).all():
             raise ValueError("act_low and act_high, which leave no room")
+        if len(data["actor"]["hidden_sizes"]) > len(tensors):
+            raise ValueError("hidden_sizes")
         config = parse_actor(data)
         with torch.device("meta"):  # so that a hostile size in the JSON allocates nothing
             actor = build_actor(config, task.obs_dim, task.act_dim)

@@ -9,6 +9,7 @@ import platform
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -24,11 +25,11 @@ from spikerl.versions import git_state, versions
 def check_free(target: str, *, named: bool) -> None:
     """Refuse early, before anything is built, what `create` would refuse late."""
     folder = Path(target)
-    if named and folder.exists():
+    if named and os.path.lexists(folder):
         remedy = "it exists already; give another run_dir, or leave it out for a dated one"
         raise BadRequest("run_dir", target, remedy)
     parent = folder.absolute().parent
-    while not parent.exists():
+    while not os.path.lexists(parent):
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise BadRequest("run_dir", target, f"{parent} cannot be written to; give another run_dir")
@@ -41,6 +42,7 @@ def partial_of(target: str) -> Path:
 
 def begin(partial: Path, target: str, raw: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     """Fill the hidden folder with what does not need the workers."""
+    made = [folder for folder in partial.parents if not os.path.lexists(folder)]
     try:
         partial.mkdir(parents=True)
         write_text(partial / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(raw))))
@@ -48,6 +50,9 @@ def begin(partial: Path, target: str, raw: Mapping[str, Any], manifest: Mapping[
         (partial / "metrics.jsonl").touch()
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
         reason = error.strerror or str(error)
         raise BadRequest("run_dir", target, f"{reason}; give another run_dir") from None
 
@@ -155,6 +160,16 @@ def rewind(folder: Path, length: int) -> int:
             f.truncate(length)
             os.fsync(f.fileno())
     return len(whole)
+
+
+def reopen(folder: Path) -> None:
+    """Remove what says how the run ended, which it goes beyond; log.txt keeps why it failed."""
+    error = folder / "error.txt"
+    if error.exists():
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(error.read_text(encoding="utf-8"))
+    for name in ("policy.json", "policy.safetensors", "summary.json", "error.txt"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -84,6 +84,7 @@ class Session:
             return notes
         drop_later(checkpoint)
         lost = runfolder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
+        runfolder.reopen(self.folder)
         record = runfolder.read_manifest(self.folder, key="resume")
         event = {"time": runfolder.now(), "step": self.trainer.step, "exact": exact,
                  "discarded_rows": lost, "command": " ".join(command)}  # fmt: skip

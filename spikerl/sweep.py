@@ -3,41 +3,60 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from spikerl.compose import quoted, unquoted
 from spikerl.errors import BadRequest
+
+REFUSED = 2
+STOPPED = {75: "preempted", 130: "interrupted"}
+KEEPS_FOLDERS = ("train", "import")
 
 
 class Sweep:
     """The jobs of one `-m`; each writes its outcome to `jobs.jsonl` below the sweep's root."""
 
-    def __init__(self, root: Path, varied: Sequence[str] = ()) -> None:
-        self.root = root
+    def __init__(self, root: Path, varied: Sequence[str] = (), *, keep: bool = True) -> None:
+        self.root, self.keep = root, keep
         self.varied = set(varied)  # the keys that tell the jobs apart, and name their folders
+        self.made = [folder for folder in (root, *root.parents) if not folder.exists()]
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            kept = {name: root / name for name in ("multirun.yaml", "jobs.jsonl")}
+            self.before = {n: p.read_bytes() if p.exists() else b"" for n, p in kept.items()}
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise BadRequest("run_dir", root, f"{reason}; give another run_dir") from None
 
     @classmethod
     def of(cls, command: str, args: Sequence[str]) -> Sweep | None:
         if not {"-m", "--multirun"} & set(args):
             return None
-        typed = [a.partition("=")[2] for a in args if a.startswith("run_dir=")]
-        if command != "train":
-            return cls(Path(tempfile.mkdtemp(prefix="spikerl-sweep-")))
+        varied = varied_keys(args)
+        if command not in KEEPS_FOLDERS:
+            return cls(Path(tempfile.mkdtemp(prefix="spikerl-sweep-")), varied, keep=False)
+        typed = [unquoted(a.partition("=")[2]) for a in args if a.startswith("run_dir=")]
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        root = Path(typed[-1].strip("'\"") if typed else f"outputs/sweeps/{stamp}").absolute()
-        return cls(root, varied_keys(args))
+        named = typed and typed[-1] not in ("", "null")
+        return cls(Path(typed[-1] if named else f"outputs/sweeps/{stamp}").absolute(), varied)
 
     def hydra_args(self) -> list[str]:
-        return [f"hydra.sweep.dir='{self.root}'"]
+        return [f"hydra.sweep.dir={quoted(str(self.root))}"]
 
-    def job(self, config: Any, call: Callable[[Any], int]) -> int:
+    def job(
+        self, config: Any, call: Callable[[Any], int], explain: Callable[[Exception], str]
+    ) -> int:
         """Run one job, whatever becomes of it, and note how it ended."""
         from hydra.core.hydra_config import HydraConfig
+        from omegaconf.errors import OmegaConfBaseException
 
         info = HydraConfig.get().job
         overrides = HydraConfig.get().overrides.task
@@ -47,11 +66,15 @@ class Sweep:
         if "run_dir" in config:
             config.run_dir = str(folder)
         outcome: dict[str, Any] = {"job": info.num, "name": name, "folder": str(folder)}
+        stopped = [o["status"] for o in self.noted() if o["status"] in STOPPED]
         try:
-            outcome["status"] = call(config)
-        except BadRequest as error:
-            outcome |= {"status": 2, "error": str(error)}
-            print(f"spikerl: {error}", file=sys.stderr)
+            if stopped:
+                outcome |= {"status": stopped[0], "error": "not started: the sweep was stopped"}
+            else:
+                outcome["status"] = call(config)
+        except (BadRequest, OmegaConfBaseException) as error:
+            outcome |= {"status": REFUSED, "error": explain(error)}
+            print(f"spikerl: {outcome['error']}", file=sys.stderr)
         except Exception as error:  # a job's failure is reported, not propagated
             outcome |= {"status": 1, "error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()
@@ -62,32 +85,59 @@ class Sweep:
     def end(self) -> int:
         """Print what ran, what failed and why, best first; 0 only if every job succeeded."""
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
         jobs = self.outcomes()
-        table = Table("job", "status", "eval return", "reason or folder")
+        words = ("job", "status", "eval return", "reason or folder")
+        table = Table(*(Column(word, overflow="fold") for word in words))
         for job in sorted(jobs, key=lambda j: (j["return"] is None, -(j["return"] or 0.0))):
             shown = "-" if job["return"] is None else f"{job['return']:.1f}"
-            state = {0: "done", 2: "refused"}.get(job["status"], f"failed ({job['status']})")
-            table.add_row(job["name"], state, shown, job.get("error") or job["folder"])
-        Console(soft_wrap=True).print(table)
-        failed = sum(job["status"] != 0 for job in jobs)
-        print(f"{len(jobs) - failed} of {len(jobs)} jobs done; {self.root}")
-        return 1 if failed or not jobs else 0
+            known = {0: "done", REFUSED: "refused", **STOPPED}
+            state = known.get(job["status"], f"failed ({job['status']})")
+            place = job["folder"] if self.keep else ""
+            table.add_row(job["name"], state, shown, job.get("error") or place)
+        width = None if sys.stdout.isatty() else 200  # a path that is cut cannot be copied
+        Console(width=width, markup=False, emoji=False).print(table)
+        statuses = [job["status"] for job in jobs]
+        root = f"; {self.root}" if self.keep else ""
+        print(f"{statuses.count(0)} of {len(jobs)} jobs done{root}")
+        if not jobs or set(statuses) == {REFUSED}:
+            self.discard()
+            return REFUSED
+        if not self.keep:
+            shutil.rmtree(self.root, ignore_errors=True)
+        stopped = [status for status in statuses if status in STOPPED]
+        return stopped[0] if stopped else int(any(statuses))
+
+    def discard(self) -> None:
+        """Leave things as they were: no job began."""
+        for name, content in self.before.items():
+            path = self.root / name
+            if content:
+                path.write_bytes(content)
+            else:
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else put something there
+            for folder in self.made if self.keep else [self.root]:
+                folder.rmdir()
+
+    def noted(self) -> list[dict[str, Any]]:
+        """What the jobs of this sweep have noted so far."""
+        path = self.root / "jobs.jsonl"
+        content = path.read_bytes() if path.exists() else b""
+        return [json.loads(line) for line in content[len(self.before["jobs.jsonl"]) :].splitlines()]
 
     def outcomes(self) -> list[dict[str, Any]]:
-        jobs = []
-        path = self.root / "jobs.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            job = json.loads(line)
+        jobs = self.noted()
+        for job in jobs:
             summary = Path(job["folder"]) / "summary.json"
-            known = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+            there = job["status"] != REFUSED and summary.exists()
+            known = json.loads(summary.read_text(encoding="utf-8")) if there else {}
             job["return"] = known.get("best_eval_return")
             if job["status"] == 1 and not job.get("error"):
                 error = Path(job["folder"]) / "error.txt"
                 lines = error.read_text(encoding="utf-8").splitlines() if error.exists() else []
                 job["error"] = lines[-1] if lines else "see its log.txt"
-            jobs.append(job)
         return jobs
 
 

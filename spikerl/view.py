@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 
 class Stage(Protocol):
@@ -72,7 +73,7 @@ class View:
 
     def line(self, text: str) -> None:
         """A line that stays, above the live panel."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, emoji=False)
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         self.last = row
@@ -116,4 +117,4 @@ class View:
         whole = Table.grid(expand=True)
         whole.add_row(self.bar)
         whole.add_row(grid)
-        return Panel(whole, title=self.title, title_align="left")
+        return Panel(whole, title=Text(self.title), title_align="left")

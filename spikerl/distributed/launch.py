@@ -25,6 +25,7 @@ from typing import Any
 from spikerl.distributed.orphans import die_with_parent
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
 FAILED = 1  # a worker's exit status
 SHUTDOWN_S = 4  # how long survivors of a lost worker may take before they are killed
 
@@ -141,7 +142,7 @@ def write_failure(mailbox: Path, rank: int, error: BaseException) -> None:
     text = str(error).splitlines()
     reason = {
         "error": f"{type(error).__name__}: {text[0] if text else ''}",
-        "collective": isinstance(error, dist.DistError) or "Connection closed" in str(error),
+        "collective": isinstance(error, dist.DistError) or any(w in str(error) for w in LOST_PEER),
         "traceback": "".join(traceback.format_exception(error)),
         "time": time.time(),
     }

@@ -1,0 +1,163 @@
+"""Runs of `spikerl train` as processes of their own, to be killed and resumed.
+
+They are forked from a process that has imported what a run needs, which saves seconds each. A run
+works in a folder of its own, by which every process that it starts can be found.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TINY = [
+    "total_steps=400",
+    "steps_per_epoch=100",
+    "algo.random_steps=60",
+    "algo.learning_starts=60",
+    "algo.update_interval=10",
+    "algo.norm_interval=20",
+    "algo.batch_size=16",
+    "eval_episodes=2",
+    "actor.hidden_sizes=[16]",
+    "algo.critic_hidden_sizes=[16]",
+    "algo.replay_capacity=150",
+    "env.max_episode_steps=37",
+    "threads=1",
+]
+# What two runs that computed the same may differ in.
+SPENT = ("env_steps_per_s", "updates_per_s", "wall_s", "power_w")
+
+SERVER = mp.get_context("forkserver")
+SERVER.set_forkserver_preload(["spikerl.runs", "spikerl.cli", "torch.utils.tensorboard", "hydra"])
+
+
+class Run:
+    """`spikerl train ARGS` in the folder `home`, started."""
+
+    def __init__(self, home: Path, *args: str, **environ: str) -> None:
+        self.home = home
+        home.mkdir(exist_ok=True)
+        self.out, self.err = home / "out.txt", home / "err.txt"
+        for file in (self.out, self.err):
+            file.write_text("")
+        self.process = SERVER.Process(target=_enter, args=(str(home), args, environ))
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def wait(self, seconds: float = 100) -> int:
+        """The exit status; negative: the signal that ended it."""
+        self.process.join(seconds)
+        status = self.process.exitcode
+        if status is None:
+            self.process.kill()
+            raise AssertionError(f"still running after {seconds} s: {self.said()}")
+        return status
+
+    def kill(self, number: int = signal.SIGKILL) -> int:
+        self.send(number)
+        return self.wait()
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def said(self) -> str:
+        return self.out.read_text() + self.err.read_text()
+
+    def begun(self) -> bool:
+        """Whether it trains: its folder is there, or what it resumes is restored."""
+        return "run folder:" in self.out.read_text()
+
+    def until(self, reached: Callable[[], object], seconds: float = 100) -> None:
+        """Wait for it while the run goes on."""
+        deadline = time.monotonic() + seconds
+        while not reached():
+            assert self.process.is_alive(), self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.005)
+
+
+def _enter(home: str, args: tuple[str, ...], environ: dict[str, str]) -> None:
+    os.chdir(home)
+    for name, descriptor in (("out.txt", 1), ("err.txt", 2)):
+        file = os.open(name, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, descriptor)
+    os.environ |= environ
+    sys.path.insert(0, environ.get("PYTHONPATH", ""))
+    import torch
+
+    from spikerl.cli import run
+
+    torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # as a command has it, not as this process was made
+    sys.exit(run(["train", *args]))
+
+
+def train(home: Path, *args: str, **environ: str) -> Run:
+    """A new run in home/run."""
+    return Run(home, *TINY, "run_dir=run", *args, **environ)
+
+
+def resume(home: Path, *args: str) -> Run:
+    return Run(home, "resume=run", *args)
+
+
+def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    path = run / name
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def computed(run: Path) -> tuple[list[dict[str, Any]], bytes]:
+    """All that a run computed: its rows, times and energies aside, and its policy."""
+    kept = [
+        {k: v for k, v in row.items() if k not in SPENT and not k.startswith("energy_")}
+        for row in rows(run)
+    ]
+    return kept, (run / "policy.safetensors").read_bytes()
+
+
+def record(run: Path, name: str = "manifest.json") -> dict[str, Any]:
+    return dict(json.loads((run / name).read_text()))
+
+
+def living(home: Path) -> list[int]:
+    """The processes that work in `home`; zombies do not."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if os.readlink(entry / "cwd") == str(home):
+                    found.append(int(entry.name))
+            except OSError:  # it has ended, or is somebody else's
+                continue
+    return found
+
+
+def gone(home: Path, within: float = 10) -> float:
+    """The seconds until no process of the run is left."""
+    begun = time.monotonic()
+    while left := living(home):
+        waited = time.monotonic() - begun
+        names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left]
+        assert waited < within, f"still there after {waited:.0f} s: {names}"
+        time.sleep(0.02)
+    return time.monotonic() - begun
+
+
+def rank_of(pid: int) -> str | None:
+    """The rank of a worker; None for any other process."""
+    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    ranks = [word[5:].decode() for word in words if word.startswith(b"RANK=")]
+    return ranks[0] if ranks and b"spikerl.worker" in command else None

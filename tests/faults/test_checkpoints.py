@@ -1,0 +1,295 @@
+"""A checkpoint is complete or absent, whatever happens to the disk while it is written."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import small_training
+
+from spikerl import checkpoint, policy
+from spikerl.checkpoint import KEEP, drop_later, newest, save_checkpoint, verified
+from spikerl.distributed.world import ALONE
+from spikerl.envs import make_env, task_of
+from spikerl.errors import BadRequest
+from spikerl.trainer import Trainer
+
+CAPACITY = 70  # each checkpoint adds 50 rows: the ring wraps around in every second one
+EPOCH = 50
+# Everything by which a checkpoint changes the disk.
+CALLS: list[tuple[Any, str]] = [
+    (io, "open"),
+    (checkpoint, "save_file"),
+    (policy, "save_file"),
+    *((os, name) for name in ("open", "fsync", "mkdir", "rename", "replace", "symlink")),
+    *((os, name) for name in ("unlink", "rmdir")),
+]
+
+
+def make_trainer() -> Trainer:
+    training = small_training(
+        total_steps=20 * EPOCH, steps_per_epoch=EPOCH, eval_episodes=1, replay_capacity=CAPACITY
+    )
+    return Trainer(training, task_of(make_env(training.env)))
+
+
+def save(trainer: Trainer, run: Path) -> None:
+    facts = {"step": trainer.step, "epoch": trainer.progress.epoch, "world_size": 1}
+    learner = trainer.learner_state()
+    save_checkpoint(run, ALONE, trainer.shard(), learner, facts, trainer.policy.save)
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All that training goes on from; the replay by row number."""
+    replay = trainer.replay
+    held = replay.between(replay.added - replay.size, replay.added)
+    shard = trainer.shard().tensors
+    return {k: t.clone() for k, t in {**trainer.learner_state(), **shard, "rows": held}.items()}
+
+
+def assert_same(trainer: Trainer, expected: dict[str, torch.Tensor]) -> None:
+    found = state_of(trainer)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+class Saved:
+    """A run of five checkpoints, a trainer one epoch further, and the state at each step."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.trainer, self.other = run, make_trainer(), make_trainer()
+        self.states = {}
+        self.epochs = self.trainer.epochs()
+        for _ in range(5):
+            next(self.epochs)
+            self.states[self.trainer.step] = state_of(self.trainer)
+            save(self.trainer, run)
+        self.last = self.trainer.step
+        self.saved = self.trainer.replay.saved
+        next(self.epochs)
+        self.states[self.trainer.step] = state_of(self.trainer)
+
+    def copy(self, to: Path) -> Path:
+        self.trainer.replay.saved = self.saved
+        return Path(shutil.copytree(self.run, to, symlinks=True))
+
+    def check(self, run: Path, *steps: int) -> int:
+        """The step that `run` goes on from, one of `steps`, exactly restored."""
+        reports: list[str] = []
+        found = verified(run, reports.append)
+        assert found.step in steps, reports
+        self.other.replay.rows.fill_(float("nan"))
+        assert self.other.load(found)
+        assert_same(self.other, self.states[found.step])
+        return found.step
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
+    saved = Saved(tmp_path_factory.mktemp("saved") / "run")
+    yield saved
+    saved.trainer.close()
+    saved.other.close()
+
+
+@contextmanager
+def before_each_call(act: Callable[[str], None]) -> Iterator[None]:
+    """Meanwhile `act` is called, and may raise, before each call that changes the disk."""
+    busy = False
+
+    def wrap(module: Any, name: str) -> Callable[..., Any]:
+        real = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal busy
+            if not busy:
+                busy = True
+                try:
+                    act(name)
+                finally:
+                    busy = False
+            return real(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in CALLS:
+            patch.setattr(module, name, wrap(module, name))
+        yield
+
+
+def test_a_full_disk_at_any_call(saved: Saved, tmp_path: Path) -> None:
+    """The one before stays whole, and once there is room again the next is whole too."""
+    new = saved.trainer.step
+    outcomes = []
+    for failing in range(1000):
+        run, seen = saved.copy(tmp_path / f"{failing}"), -1
+
+        def fail(name: str, failing: int = failing) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == failing:
+                raise OSError(errno.ENOSPC, "No space left on device", name)
+
+        try:
+            with before_each_call(fail):
+                save(saved.trainer, run)
+        except OSError:
+            outcomes.append(saved.check(run, saved.last, new))
+        else:  # a call that the checkpoint can do without
+            assert saved.check(run, new) == new
+        if seen < failing:
+            break
+        save(saved.trainer, run)
+        assert saved.check(run, new) == new
+        shutil.rmtree(run)
+    assert failing > 40
+    assert outcomes[0] == saved.last
+    assert outcomes == sorted(outcomes)  # once committed, it stays
+
+
+def test_killed_before_any_call(saved: Saved, tmp_path: Path) -> None:
+    """What is on the disk at each of those moments is what a killed run leaves."""
+    run = saved.copy(tmp_path / "run")
+    left: list[Path] = []
+
+    def look(name: str) -> None:
+        left.append(tmp_path / f"{len(left)}")
+        shutil.copytree(run, left[-1], symlinks=True)
+
+    with before_each_call(look):
+        save(saved.trainer, run)
+    assert len(left) > 40
+    steps = [saved.check(place, saved.last, saved.trainer.step) for place in left]
+    assert steps == sorted(steps)
+    assert {*steps} == {saved.last, saved.trainer.step}
+    for place in left[:: len(left) // 8]:  # such a run goes on, and nothing piles up
+        found = verified(place, print)
+        drop_later(found)
+        saved.other.load(found)
+        if found.step == saved.last:
+            next(saved.other.epochs())
+            assert_same(saved.other, saved.states[saved.trainer.step])
+        save(saved.other, place)
+        assert files_of(place) == files_of(run)
+
+
+def files_of(run: Path) -> list[str]:
+    return sorted(str(path.relative_to(run)) for path in run.rglob("*"))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+def test_damage_is_found_and_named(
+    saved: Saved, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    inside = [p.name for p in (saved.run / "checkpoints" / "latest").iterdir()]
+    assert {"learner.safetensors", "policy.safetensors", "worker_0.json"} < {*inside}
+    for name in inside:
+        run = saved.copy(tmp_path / name)
+        damage(run / "checkpoints" / f"step_{saved.last:010d}" / name)
+        reports: list[str] = []
+        found = verified(run, reports.append)
+        assert found.step == saved.last - EPOCH
+        assert len(reports) == 1
+        assert f"step_{saved.last:010d}" in reports[0]
+        assert name in reports[0]
+        saved.check(run, found.step)
+
+
+def test_every_bit_of_the_manifest_counts(saved: Saved, tmp_path: Path) -> None:
+    run = saved.copy(tmp_path / "run")
+    path = run / "checkpoints" / "latest" / "manifest.json"
+    whole = path.read_bytes()
+    intact = verified(run, print).manifest
+    for place in range(0, len(whole), 5):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 7
+        path.write_bytes(flipped)
+        found = verified(run, lambda text: None)
+        assert found.step == saved.last - EPOCH or found.manifest.items() >= intact.items()
+
+
+def test_damaged_replay_reaches_back(saved: Saved, tmp_path: Path) -> None:
+    """A segment that several checkpoints share spoils them all; with none left it is said."""
+    run = saved.copy(tmp_path / "run")
+    shared = f"rows_{saved.last - 2 * EPOCH:012d}_{saved.last - EPOCH:012d}.f32"
+    flip(run / "replay" / "worker_0" / shared)
+    reports: list[str] = []
+    saved.check(run, saved.last - 2 * EPOCH)
+    verified(run, reports.append)
+    assert len(reports) == 2
+    assert all(f"{shared} has changed" in report for report in reports)
+    shutil.rmtree(run / "replay")
+    with pytest.raises(BadRequest, match="holds no complete checkpoint"):
+        verified(run, reports.append)
+
+
+def test_segments_are_shared_and_pruned(saved: Saved) -> None:
+    """Written once, kept while a kept checkpoint can reach them."""
+    kept = sorted(int(p.name[5:]) for p in (saved.run / "checkpoints").glob("step_*"))
+    assert kept == [saved.last - EPOCH * k for k in reversed(range(KEEP))]
+    segments = sorted(p.name for p in saved.run.glob("replay/worker_0/*"))
+    first = kept[0] - CAPACITY - (kept[0] - CAPACITY) % EPOCH
+    expected = range(first, saved.last, EPOCH)
+    assert segments == [f"rows_{a:012d}_{a + EPOCH:012d}.f32" for a in expected]
+    found = newest(saved.run)
+    assert found is not None
+    assert len(found.manifest["segments"]) == 2
+
+
+def test_a_ring_that_turned_over_between_checkpoints(saved: Saved, tmp_path: Path) -> None:
+    """More rows than it holds came since the last checkpoint; only those it holds are written."""
+    trainer = make_trainer()
+    epochs = trainer.epochs()
+    for wait in (1, 2, 3, 1):
+        for _ in range(wait):
+            next(epochs)
+        save(trainer, tmp_path)
+        found = verified(tmp_path, print)
+        saved.other.load(found)
+        assert_same(saved.other, state_of(trainer))
+    assert trainer.replay.added == 7 * EPOCH > 4 * CAPACITY
+    trainer.close()
+
+
+def test_another_version_is_refused(saved: Saved, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "SCHEMA", checkpoint.SCHEMA + 1)
+        trainer = make_trainer()
+        save(trainer, run)
+        trainer.close()
+    with pytest.raises(BadRequest, match="schema 2, this version reads 1"):
+        verified(run, print)
+
+
+def test_nothing_is_unpickled(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("something was unpickled")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    saved.check(saved.run, saved.last)
+    kinds = {path.suffix for path in saved.run.rglob("*") if path.is_file()}
+    assert kinds == {".json", ".safetensors", ".f32"}

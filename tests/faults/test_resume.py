@@ -1,0 +1,169 @@
+"""A run that was killed or stopped, then resumed, equals the run that never was."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import Run, computed, gone, record, resume, rows, train
+
+from spikerl import runfolder
+from spikerl.errors import BadRequest
+
+CASES = {
+    "cheetah": ["env=HalfCheetah"],
+    "ant": ["env=Ant", "num_envs=3"],
+    "several_async": ["env=HalfCheetah", "num_envs=2", "env.vectorizer=async"],
+    "poisson": ["env=Hopper", "encoder=poisson"],
+    "workers": ["env=HalfCheetah", "world_size=2", "num_envs=4"],
+}
+
+AGAIN = ("cheetah", "several_async")  # the resumed run is killed too
+HOPPER = ["env=Hopper", "num_envs=2"]
+
+
+def done(run: Run) -> float:
+    """Let it finish; the seconds that an epoch took."""
+    assert run.wait() == 0, run.said()
+    return float(record(run.home / "run", "summary.json")["wall_s"]) / 4
+
+
+def kill_at(run: Run, epochs: float, epoch_s: float) -> bool:
+    """SIGKILL after this many more epochs, a fraction too; False if it had ended by then."""
+    folder = run.home / "run"
+    run.until(run.begun)
+    begun = len(rows(folder))
+    run.until(lambda: len(rows(folder)) >= min(begun + int(epochs), 3))
+    time.sleep(epochs % 1 * epoch_s)
+    return run.process.is_alive() and run.kill() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_a_random_instant(case: str, tmp_path: Path) -> None:
+    chance = random.Random(f"kill {case}")
+    epoch_s = done(train(tmp_path / "whole", *CASES[case]))
+    home = tmp_path / "killed"
+    kills = int(kill_at(train(home, *CASES[case]), chance.uniform(0, 2.9), epoch_s))
+    if case in AGAIN:
+        kills += kill_at(resume(home), chance.random(), epoch_s)
+    done(resume(home))
+    assert kills
+    assert computed(home / "run") == computed(tmp_path / "whole" / "run")
+    manifest, summary = record(home / "run"), record(home / "run", "summary.json")
+    assert [event["exact"] for event in manifest["resumed"]] == [True] * kills
+    lost = rows(home / "run", "discarded.jsonl")
+    assert summary["discarded_rows"] == len(lost)
+    assert sum(event["discarded_rows"] for event in manifest["resumed"]) == len(lost)
+    gone(home)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of a run that nothing disturbed."""
+    home = tmp_path_factory.mktemp("whole")
+    done(train(home, *HOPPER))
+    return home
+
+
+def test_signals_commit_within_an_epoch(whole: Path, tmp_path: Path) -> None:
+    """Each of the three in turn; the last resume has its checkpoint in the middle of an epoch."""
+    ends = {
+        signal.SIGTERM: (75, "preempted"),
+        signal.SIGUSR1: (75, "preempted"),
+        signal.SIGINT: (130, "interrupted"),
+    }
+    run = train(tmp_path, *HOPPER)
+    steps = []
+    for number, (status, word) in ends.items():
+        run.until(run.begun)
+        assert run.kill(number) == status, run.said()
+        manifest = record(tmp_path / "run")
+        assert manifest["status"] == word
+        stopped = record(tmp_path / "run" / "checkpoints" / "latest")
+        assert f"stopped at step {stopped['step']} on {number.name}" in run.said()
+        assert record(tmp_path / "run", "summary.json")["steps"] == stopped["step"]
+        steps.append(stopped["step"])
+        run = resume(tmp_path)
+    done(run)
+    assert steps == sorted(steps)
+    assert all(step % 20 == 0 for step in steps)  # where all workers can agree
+    assert any(step % 100 for step in steps)
+    assert computed(tmp_path / "run") == computed(whole / "run")
+    assert not rows(tmp_path / "run", "discarded.jsonl")
+    assert [event["step"] for event in record(tmp_path / "run")["resumed"]] == steps
+
+
+def test_a_finished_run_says_so_and_goes_on_with_more_steps(whole: Path, tmp_path: Path) -> None:
+    """The command as it is typed, then 200 steps more, as if they had been asked for at once."""
+    shutil.copytree(whole / "run", tmp_path / "run", symlinks=True)
+    before = computed(tmp_path / "run")
+    command = [sys.executable, "-m", "spikerl", "train", f"resume={tmp_path / 'run'}"]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert said.stdout.startswith(f"{tmp_path / 'run'} is done at step 400; a larger total_steps")
+    assert not said.stderr
+    assert computed(tmp_path / "run") == before
+    done(resume(tmp_path, "total_steps=600"))
+    done(train(tmp_path / "longer", *HOPPER, "total_steps=600"))
+    assert computed(tmp_path / "run") == computed(tmp_path / "longer" / "run")
+    assert len(rows(tmp_path / "run")) == 6
+
+
+def test_rows_beyond_the_commit_are_kept_and_counted(whole: Path, tmp_path: Path) -> None:
+    """Killed between the last row and its commit, and in the middle of writing another row."""
+    run = tmp_path / "run"
+    shutil.copytree(whole / "run", run, symlinks=True)
+    shutil.rmtree(run / "checkpoints" / "step_0000000400")
+    last = rows(run)[-1]
+    with (run / "metrics.jsonl").open("a") as f:
+        f.write('{"epoch": 5, "st')
+    done(resume(tmp_path))
+    assert computed(run) == computed(whole / "run")
+    assert rows(run, "discarded.jsonl") == [last]
+    assert (run / "discarded.jsonl").read_text().count("\n") == 1
+    assert record(run, "summary.json")["discarded_rows"] == 1
+    assert record(run)["resumed"][0]["discarded_rows"] == 1
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    first = train(tmp_path, *HOPPER, "total_steps=100000")
+    first.until(first.begun)
+    manifest = (tmp_path / "run" / "manifest.json").read_bytes()
+    home = tmp_path / "second"
+    second = Run(home, f"resume={tmp_path / 'run'}")
+    assert second.wait() == 2
+    (line,) = second.err.read_text().splitlines()
+    assert f"process {first.pid} on " in line
+    assert "is running it; stop that first" in line
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == manifest
+    assert first.kill(signal.SIGINT) == 130
+
+
+def test_another_number_of_workers_is_refused(whole: Path) -> None:
+    """Replay and environments belong to the workers that had them."""
+    run = resume(whole, "world_size=2")
+    assert run.wait() == 2
+    assert "world_size=2: " in run.err.read_text()
+
+
+def test_rewinding_can_be_interrupted(tmp_path: Path) -> None:
+    """Rows go to discarded.jsonl once, however often the rewind is begun anew."""
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
+    (tmp_path / "discarded.jsonl").write_text(json.dumps({"step": 9}) + "\n")
+    metrics.write_text("".join(lines) + '{"step"')
+    whole = metrics.read_bytes()
+    assert runfolder.rewind(tmp_path, len(lines[0])) == 2
+    metrics.write_bytes(whole)  # killed before it was cut
+    assert runfolder.rewind(tmp_path, len(lines[0])) == 2
+    assert [row["step"] for row in runfolder.read_rows(metrics)] == [1]
+    discarded = runfolder.read_rows(tmp_path / "discarded.jsonl")
+    assert [row["step"] for row in discarded] == [9, 2, 3]
+    with pytest.raises(BadRequest, match="shorter"):
+        runfolder.rewind(tmp_path, 1000)
