@@ -120,10 +120,10 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _literal(arg: str, sweeps: bool) -> str:
-    """A path with characters that Hydra's grammar gives a meaning, quoted for it."""
+    """A path in quotes, for to Hydra many characters mean something, and 1e3 is a number."""
     key, _, value = arg.partition("=")
     several = sweeps and re.search(r"[,(]", value)
-    if key not in PATHS or several or value[:1] in ("'", '"') or re.fullmatch(r"[\w./-]*", value):
+    if key not in PATHS or several or value in ("", "null") or value[0] in "'\"":
         return arg
     return f"{key}={quoted(value)}"
 
@@ -242,7 +242,7 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
         return f"{group}={option}: no such option; {_nearest(option, options)}"
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found[1]
-        value = next((a.partition("=")[2] for a in args if a.startswith(f"{key}=")), "")
+        value = next((unquoted(a.partition("=")[2]) for a in args if a.startswith(f"{key}=")), "")
         return f"{key}={value}: no such key; {_nearest(key, known_keys(command))}"
     if "issing mandatory value" in text:
         key = getattr(error, "full_key", None) or text.rpartition(" ")[2]

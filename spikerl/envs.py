@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import signal
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -86,16 +87,18 @@ def make_env(config: EnvConfig) -> Plain:
     named = config.id == f"{config.name}-{config.version}"
     key, value = ("env.version", config.version) if named else ("env.id", config.id)
     try:
-        env = gym.make(
-            config.id, max_episode_steps=config.max_episode_steps, disable_env_checker=True
-        )
+        with warnings.catch_warnings():  # its advice on versions, once for each environment
+            warnings.filterwarnings("ignore", module=r"gymnasium\.")
+            env = gym.make(
+                config.id, max_episode_steps=config.max_episode_steps, disable_env_checker=True
+            )
     except gym.error.UnregisteredEnv:
         known = sorted(gym.registry)
         near = difflib.get_close_matches(config.id, known, 3, 0.4)
         hint = f"nearest: {', '.join(near)}" if near else f"{len(known)} are registered"
         raise BadRequest(key, value, f"{config.id} is no registered environment; {hint}") from None
     except (gym.error.Error, ImportError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadRequest(key, value, f"{config.id} cannot be made here: {reason}") from error
     try:
         _check_spaces(env, config.id)

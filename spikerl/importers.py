@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -138,7 +139,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict; torch's reader admits tensors and plain containers only."""
     _check_file("popsan", path)
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of foreign files, which are refused below
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose text advises to run what the file holds
+        raise BadRequest("popsan", path, "cannot be read as tensors: it holds more") from None
     except Exception as error:  # torch raises many types on a damaged or hostile file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadRequest("popsan", path, f"cannot be read as tensors: {reason}") from None

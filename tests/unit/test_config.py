@@ -1,0 +1,194 @@
+"""Every number of a config has its bounds; what is built is what was asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from shell import refusal
+
+from spikerl import config as configs
+from spikerl.compose import conf_folder
+from spikerl.config import ACTOR_GROUPS, build
+from spikerl.envs import EnvConfig
+from spikerl.errors import BadRequest
+from spikerl.hardware import cores
+from spikerl.policy import ACTORS, DECODERS, ENCODERS, NEURONS
+
+TINY = 1e-300
+# For each number: values just inside its bounds, and just outside.
+BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
+    "seed": ([0, 2**63 - 1], [-1, 2**63]),
+    "total_steps": ([1], [0, -5]),
+    "steps_per_epoch": ([1], [0]),
+    "eval_episodes": ([1], [0]),
+    "num_envs": ([1, None], [0]),
+    "world_size": ([1, None], [0]),
+    "threads": ([1, None], [0]),
+    "max_restarts": ([0], [1]),
+    "nnodes": ([1], [2, 0]),
+    "node_rank": ([None], [0]),
+    "env.max_episode_steps": ([1, None], [0]),
+    "actor.hidden_sizes": ([[1], [1, 2, 3]], [[], [0], [4, -1]]),
+    "actor.spike_steps": ([1, 32], [0, 33]),
+    "actor.lr": ([TINY], [0.0, -1.0]),
+    "encoder.pop_size": ([1], [0]),
+    "encoder.mean_range": ([[1.0, 1.0], [-1.0, 0.5]], [[1.0], [1.0, 0.0], [0.0, 1.0, 2.0]]),
+    "encoder.var": ([TINY], [0.0]),
+    "encoder.threshold": ([TINY], [0.0]),
+    "decoder.pop_size": ([1], [0]),
+    "neuron.current_decay": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "neuron.voltage_decay": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "neuron.threshold": ([TINY], [0.0]),
+    "neuron.surrogate_window": ([TINY], [0.0]),
+    "algo.batch_size": ([1], [0]),
+    "algo.gamma": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "algo.tau": ([TINY, 1.0], [0.0, 1.0000001]),
+    "algo.critic_lr": ([TINY], [0.0]),
+    "algo.critic_hidden_sizes": ([[1]], [[], [0]]),
+    "algo.policy_delay": ([1], [0]),
+    "algo.explore_noise": ([0.0], [-TINY]),
+    "algo.target_noise": ([0.0], [-TINY]),
+    "algo.noise_clip": ([0.0], [-TINY]),
+    "algo.replay_capacity": ([1], [0]),
+    "algo.random_steps": ([0], [-1]),
+    "algo.learning_starts": ([0], [-1]),
+    "algo.update_interval": ([1], [0]),
+    "algo.updates_per_step": ([TINY], [0.0]),
+    "algo.norm_interval": ([1], [0]),
+    "algo.norm_clip": ([TINY], [0.0]),
+    "algo.max_grad_norm": ([TINY, None], [0.0]),
+}
+SCHEMAS: dict[str, list[type[Any]]] = {
+    "": [configs.Scalars],
+    "env.": [EnvConfig],
+    **{
+        f"{group}.": list(options.values())
+        for group, options in zip(
+            ("actor", "encoder", "neuron", "decoder", "algo", "precision", "kernel", "backend",
+             "energy"),
+            (ACTORS, ENCODERS, NEURONS, DECODERS, configs.ALGOS, configs.PRECISIONS,
+             configs.KERNELS, configs.BACKENDS, configs.METERS),
+            strict=True,
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def default() -> Iterator[dict[str, Any]]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        yield OmegaConf.to_container(compose("train"), resolve=True)  # type: ignore[misc]
+
+
+def changed(data: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """`data` with values at keys that have __ for a dot."""
+    data = copy.deepcopy(data)
+    for key, value in values.items():
+        *groups, last = key.split("__")
+        place = data
+        for group in groups:
+            place = place[group]
+        place[last] = value
+    return data
+
+
+def test_the_bounds_above_are_those_of_every_number() -> None:
+    numbers = {
+        f"{prefix}{field.name}"
+        for prefix, schemas in SCHEMAS.items()
+        for schema in schemas
+        for field in fields(schema)
+        if "int" in str(field.type) or "float" in str(field.type)
+    }
+    assert numbers == BOUNDS.keys()
+
+
+@pytest.mark.parametrize("key", BOUNDS)
+def test_bounds(default: dict[str, Any], key: str) -> None:
+    place = key.replace(".", "__")
+    inside, outside = BOUNDS[key]
+    for value in inside:
+        raw = build(changed(default, **{place: value})).raw
+        assert OmegaConf.select(OmegaConf.create(raw), key) == value
+    for value in outside:
+        with pytest.raises(BadRequest) as refused:
+            build(changed(default, **{place: value}))
+        assert refused.value.args[:2] == (key, value)
+        assert refused.value.args[2]
+
+
+def test_the_dense_actor_has_the_same_bounds(default: dict[str, Any]) -> None:
+    mlp = {"name": "mlp", "hidden_sizes": [8], "lr": 1e-3}
+    config = build(changed(default, actor=mlp))
+    assert [getattr(config.actor, g) for g in ACTOR_GROUPS[1:]] == [None] * 3
+    for key in ("hidden_sizes", "lr"):
+        for value in BOUNDS[f"actor.{key}"][1]:
+            with pytest.raises(BadRequest, match=rf"^actor\.{key}="):
+                build(changed(default, actor={**mlp, key: value}))
+
+
+def test_training_gets_what_was_asked_for(default: dict[str, Any]) -> None:
+    asked = {"seed": 11, "total_steps": 12, "steps_per_epoch": 13, "eval_episodes": 14,
+             "num_envs": 6, "scaling": "weak", "world_size": 2}  # fmt: skip
+    training = build(changed(default, **asked, device="cpu", algo__gamma=0.25)).training()
+    assert {key: getattr(training, key) for key in asked if key != "world_size"} == {
+        key: value for key, value in asked.items() if key != "world_size"
+    }
+    assert training.algo.gamma == 0.25
+    assert str(training.device) == "cpu"
+
+
+def test_one_environment_for_each_worker(default: dict[str, Any]) -> None:
+    assert build(default).training().num_envs == 1
+    assert build(changed(default, world_size=3)).training().num_envs == 3
+
+
+def test_what_auto_came_to(default: dict[str, Any]) -> None:
+    config = build(changed(default, device="cpu"))
+    assert config.device == ("cpu", "requested")
+    assert config.kernel.choice == "reference"
+    assert config.backend.choice == "none"
+    assert config.threads == (str(cores()), f"{cores()} cores over 1 workers")
+    assert build(changed(default, threads=3)).threads == ("3", "requested")
+    many = build(changed(default, device="cpu", world_size=10 * cores()))
+    assert many.threads.choice == "1"
+    assert many.backend.choice == "gloo"
+
+
+@pytest.mark.parametrize("group", ["env", "actor", "encoder", "algo", "precision", "energy"])
+def test_a_group_is_missing(default: dict[str, Any], group: str) -> None:
+    data = {key: value for key, value in default.items() if key != group}
+    assert str(refusal(build, data)).startswith(f"{group}=null: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"world_size": 2, "num_envs": 3}, "num_envs"),
+        ({"world_size": 3, "algo__batch_size": 2}, "world_size"),
+        ({"world_size": 3, "algo__replay_capacity": 2}, "algo.replay_capacity"),
+    ],
+)
+def test_what_cannot_be_shared_out(
+    default: dict[str, Any], values: dict[str, Any], key: str
+) -> None:
+    assert refusal(build, changed(default, **values)).args[0] == key
+    assert build(changed(default, world_size=3, algo__batch_size=3, num_envs=6)).world_size == 3
+
+
+def test_a_launcher_and_world_size_disagree(
+    default: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert build(default).world_size == 2
+    refused = refusal(build, changed(default, world_size=4))
+    assert str(refused).startswith("world_size=4: the launcher started 2 workers")
