@@ -122,10 +122,10 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 def _literal(arg: str, sweeps: bool) -> str:
     """A path in quotes, for to Hydra many characters mean something, and 1e3 is a number."""
     key, _, value = arg.partition("=")
-    several = sweeps and re.search(r"[,(]", value)
-    if key not in PATHS or several or value in ("", "null") or value[0] in "'\"":
+    if key not in PATHS or value in ("", "null") or value[0] in "'\"":
         return arg
-    return f"{key}={quoted(value)}"
+    several = sweeps and re.search(r"[,(]", value) and _readable(arg)
+    return arg if several else f"{key}={quoted(value)}"
 
 
 def unquoted(value: str) -> str:

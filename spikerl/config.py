@@ -64,6 +64,9 @@ class Scalars:
                 raise BadRequest(key, getattr(self, key), "give at least 1, or null")
         if not 0 <= self.seed < 2**63:
             raise BadRequest("seed", self.seed, "give 0 to 2^63 - 1")
+        for key in ("run_dir", "init_from"):
+            if getattr(self, key) == "":
+                raise BadRequest(key, "", "give a path, or null")
         if self.scaling not in ("strong", "weak"):
             raise BadRequest("scaling", self.scaling, "give strong or weak")
         one = "this version trains on one machine, without restarts; leave it out"

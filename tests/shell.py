@@ -14,7 +14,7 @@ import pytest
 from spikerl import cli
 from spikerl.errors import BadRequest
 
-# A training of a second, with 200 updates.
+# A training of a second, with 250 updates.
 SHORT = [
     "env=InvertedPendulum",
     "env.max_episode_steps=30",

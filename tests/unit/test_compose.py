@@ -51,7 +51,8 @@ def test_a_path_in_quotes_is_left_alone(typed: str) -> None:
 def test_a_sweep_over_paths_is_one() -> None:
     assert expand("eval", ["-m", "run=a,b"]) == ["run=a,b", "-m"]
     assert expand("eval", ["-m", "run=choice(a,b)"]) == ["run=choice(a,b)", "-m"]
-    assert expand("train", ["-m", "init_from=s/seed=0"]) == ["init_from='s/seed=0'", "-m"]
+    for name in ("s/seed=0", "s/seed=0,env=Ant"):  # a folder of an earlier sweep
+        assert expand("train", ["-m", f"init_from={name}"]) == [f"init_from='{name}'", "-m"]
 
 
 def test_other_values_are_hydras() -> None:

@@ -1,0 +1,221 @@
+"""Sweeps: a folder per job, a bad job among good ones, and an end that tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from shell import SHORT, Said, spikerl, tree
+
+from spikerl.sweep import Sweep, varied_keys
+
+FEW = [*SHORT, "total_steps=150"]
+
+
+class Ends(gym.Env[np.ndarray, np.ndarray]):
+    """Episodes of 10 steps; at step 60 it raises, or has its process told to stop."""
+
+    observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float64)
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def __init__(self, how: str) -> None:
+        self.how, self.steps = how, 0
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        return np.zeros(2), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        if self.steps == 60 and self.how == "RAISES":
+            raise ValueError("[/b] the robot fell over")
+        if self.steps == 60 and self.how != "NEVER":
+            os.kill(os.getpid(), getattr(signal, self.how))
+        return np.full(2, 0.5), 1.0, self.steps % 10 == 0, False, {}
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    names = ("RAISES", "SIGTERM", "SIGINT", "NEVER")
+    for how in names:
+        gym.register(f"{how}-v0", entry_point=Ends, kwargs={"how": how}, max_episode_steps=50)
+    yield
+    for how in names:
+        del gym.registry[f"{how}-v0"]
+
+
+def sweep(*args: str) -> Said:
+    return spikerl("train", "-m", *FEW, *args)
+
+
+def jobs(root: Path) -> list[tuple[str, int]]:
+    noted = [json.loads(line) for line in (root / "jobs.jsonl").read_text().splitlines()]
+    return [(job["name"], job["status"]) for job in noted]
+
+
+def test_all_good(tmp_path: Path) -> None:
+    said = sweep("seed=0,1", "neuron.threshold=0.5,0.6", "run_dir=s")
+    assert (said.status, said.err) == (0, "")
+    root = tmp_path / "s"
+    names = [f"seed={s},neuron.threshold={t}" for s in (0, 1) for t in (0.5, 0.6)]
+    assert sorted(name for name, _ in jobs(root)) == names
+    assert sorted(p.name for p in root.iterdir()) == ["jobs.jsonl", "multirun.yaml", *names]
+    for name in names:
+        config = (root / name / "config.yaml").read_text()
+        assert f"seed: {name[5]}\n" in config
+        assert f"run_dir: {root / name}\n" in config
+        assert json.loads((root / name / "manifest.json").read_text())["status"] == "done"
+    assert said.out.rstrip().endswith(f"4 of 4 jobs done; {root}")
+
+
+def test_a_jobs_folder_can_be_typed_as_it_is_shown(tmp_path: Path) -> None:
+    said = sweep("seed=0,1", "actor.hidden_sizes=[4],[5,6]", "run_dir=s")
+    folder = tmp_path / "s" / "actor.hidden_sizes=[5,6],seed=1"
+    assert str(folder) in said.out
+    for args in (
+        ["eval", f"run={folder}", "episodes=1"],
+        ["train", f"resume={folder}", "total_steps=200"],
+        ["train", f"config={folder}/config.yaml", "run_dir=a"],
+        ["train", *FEW, "actor.hidden_sizes=[5,6]", f"init_from={folder}", "run_dir=b"],
+        ["train", "-m", *FEW, "actor.hidden_sizes=[5,6]", f"init_from={folder}", "seed=1,2",
+         "run_dir=c"],
+    ):  # fmt: skip
+        said = spikerl(*args)
+        assert (said.status, said.err) == (0, ""), args
+    assert len(jobs(tmp_path / "c")) == 2
+
+
+def test_a_bad_job_stops_no_other(tmp_path: Path) -> None:
+    ids = "env.id=RAISES-v0,CartPole-v1,NEVER-v0"
+    said = sweep("env=gym", ids, "run_dir=s")
+    assert said.status == 1
+    assert [status for _, status in jobs(tmp_path / "s")] == [1, 2, 0]
+    assert "1 of 3 jobs done" in said.out
+    table = said.out[said.out.index("reason or folder") :]
+    lines = [line.split("│")[1:-1] for line in table.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    assert cells == [
+        ["env.id=NEVER-v0", "done", "10.0", str(tmp_path / "s" / "env.id=NEVER-v0")],
+        ["env.id=RAISES-v0", "failed (1)", "-", "ValueError: [/b] the robot fell over"],
+        ["env.id=CartPole-v1", "refused", "-",
+         "env.id=CartPole-v1: its actions are Discrete; a Box (continuous) is needed"],
+    ]  # fmt: skip
+    assert "spikerl: env.id=CartPole-v1: its actions" in said.err
+    failed = tmp_path / "s" / "env.id=RAISES-v0"
+    assert json.loads((failed / "manifest.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "s" / "env.id=CartPole-v1").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [("SIGTERM", 75, "preempted"), ("SIGINT", 130, "interrupted")]
+)
+def test_a_stopped_sweep_begins_no_other_job(
+    number: str, status: int, word: str, tmp_path: Path
+) -> None:
+    said = sweep("env=gym", f"env.id=NEVER-v0,{number}-v0", "seed=0,1", "run_dir=s")
+    assert said.status == status
+    names = [f"env.id={how}-v0,seed={s}" for how in ("NEVER", number) for s in (0, 1)]
+    assert jobs(tmp_path / "s") == list(zip(names, [0, 0, status, status], strict=True))
+    stopped = json.loads((tmp_path / "s" / names[2] / "manifest.json").read_text())
+    assert stopped["status"] == word
+    assert not (tmp_path / "s" / names[3]).exists()
+    assert said.out.count("not started: the sweep was stopped") == 1
+    assert "2 of 4 jobs done" in said.out
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["env=Nope,Ant"], "env=Nope: no such option"),
+        (["sedd=1,2"], "sedd=1,2: no such key; did you mean seed?"),
+        (["hydra/launcher=nope"], "hydra/launcher=nope: no such option"),
+        (["encoder=population,null"], "encoder=null: no such option"),
+        (["seed=1,2", "run_dir=file/s"], "run_dir="),
+        (["seed=1,2", "run_dir=/proc/spikerl/s"], "run_dir=/proc/spikerl/s: No such file"),
+        (["seed=1,2", "--cfg", "job"], "config: Only one of"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_refused_sweep_leaves_nothing(args: list[str], line: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    assert sweep(*args).line.startswith(line)
+    assert tree(tmp_path) == {"file": b"kept"}
+
+
+@pytest.mark.parametrize("root", [[], ["run_dir=new/s"]])
+def test_jobs_that_are_all_refused_leave_nothing(root: list[str], tmp_path: Path) -> None:
+    said = sweep("seed=-1,-2", *root)
+    assert said.status == 2
+    assert said.err.splitlines() == [
+        f"spikerl: seed={seed}: give 0 to 2^63 - 1" for seed in (-1, -2)
+    ]
+    assert tree(tmp_path) == {}
+
+
+def test_help_for_a_sweep_leaves_nothing(tmp_path: Path) -> None:
+    assert spikerl("train", "-m", "--help").status == 0
+    assert tree(tmp_path) == {}
+
+
+def test_a_second_sweep_in_the_same_root(tmp_path: Path) -> None:
+    """Jobs that are there are refused, new ones run, and the end counts its own."""
+    assert sweep("seed=0,1", "run_dir=s").status == 0
+    before = tree(tmp_path)
+    said = sweep("seed=0,1", "run_dir=s")
+    assert said.status == 2
+    assert said.err.count("it exists already") == 2
+    assert "0 of 2 jobs done" in said.out
+    assert tree(tmp_path) == before
+    said = sweep("seed=1,2", "run_dir=s")
+    assert said.status == 1
+    assert "1 of 2 jobs done" in said.out
+    assert jobs(tmp_path / "s") == [("seed=0", 0), ("seed=1", 0), ("seed=1", 2), ("seed=2", 0)]
+
+
+def test_a_dated_root(tmp_path: Path) -> None:
+    assert sweep("seed=3", "run_dir=null").status == 0
+    (root,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert jobs(root) == [("0", 0)]
+    assert (root / "0" / "summary.json").is_file()
+
+
+def test_other_commands_sweep_and_leave_no_folder(tmp_path: Path) -> None:
+    assert spikerl("train", *FEW, "run_dir=a").status == 0
+    temporary = set(Path(tempfile.gettempdir()).glob("spikerl-sweep-*"))
+    said = spikerl("eval", "-m", "run=a,b", "episodes=1")
+    assert said.status == 1
+    assert "1 of 2 jobs done\n" in said.out
+    assert "spikerl: run=b: no policy there" in said.err
+    assert set(Path(tempfile.gettempdir()).glob("spikerl-sweep-*")) == temporary
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_joblib(tmp_path: Path) -> None:
+    """Two processes at a time, of Hydra's local pool."""
+    said = sweep("seed=0,1,-2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "run_dir=s")
+    assert said.status == 1
+    assert sorted(jobs(tmp_path / "s")) == [("seed=-2", 2), ("seed=0", 0), ("seed=1", 0)]
+    assert "2 of 3 jobs done" in said.out
+    for seed in (0, 1):
+        summary = json.loads((tmp_path / "s" / f"seed={seed}" / "summary.json").read_text())
+        assert (summary["seed"], summary["updates"]) == (seed, 100)
+
+
+def test_varied_keys() -> None:
+    args = ["-m", "env=Ant,Hopper", "seed=range(0,3)", "algo.tau=0.1", "actor=choice(mlp,popsan)"]
+    assert varied_keys(args) == ["env", "seed", "actor"]
+    assert varied_keys(["actor.hidden_sizes=[4,5]", "run='a,b'"]) == []
+    assert varied_keys(["seed=["]) == []
+
+
+def test_only_multirun_makes_a_sweep(tmp_path: Path) -> None:
+    assert Sweep.of("train", ["seed=0,1"]) is None
+    assert tree(tmp_path) == {}
