@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a policy; leaves a run folder",
     "eval": "evaluate a trained policy",
     "import": "make a run folder from a policy of the public PopSAN code",
+    "bench": "how fast this machine acts, updates and trains",
     "doctor": "what this machine has, and why what is missing is missing",
 }
 FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m",
@@ -87,18 +88,27 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
     if "resume" in named:
         check_resume(args, path)
         path = path / "config.yaml"
-        overrides = [*overrides, *chosen_threads(path.parent)]
+        moved = any(arg.startswith("device=") for arg in overrides)
+        overrides = [*overrides, *chosen(path.parent, moved=moved)]
     typed = [arg for arg in overrides if not arg.startswith("config=")]
     return [*overrides_of(path, typed), *typed, *flags]
 
 
-def chosen_threads(run: Path) -> list[str]:
-    """What the run chose at its start: a resume on another day must not choose anew."""
+def chosen(run: Path, *, moved: bool) -> list[str]:
+    """What the run chose at its start: a resume on another day must not choose anew.
+
+    On another device, `moved`, another kernel has to run.
+    """
     try:
-        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        return [f"threads={int(manifest['resolved']['threads']['choice'])}"]
+        resolved = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["resolved"]
+        threads = int(resolved["threads"]["choice"])
+        kernel, _, instructions = str(resolved["kernel"]["choice"]).partition("/")
     except (OSError, ValueError, KeyError, TypeError):
         return []
+    if moved or kernel not in group_options("kernel") or not re.fullmatch(r"\w*", instructions):
+        return [f"threads={threads}"]
+    path = [f"kernel.path={instructions}"] if instructions else []
+    return [f"threads={threads}", f"kernel={kernel}", *path]
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -25,7 +25,7 @@ from spikerl.types import Resolved
 ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")
 ALGOS = {"td3": TD3Config}
 PRECISIONS = dict.fromkeys(("fp32", "bf16", "fp16"), PrecisionConfig)
-KERNELS = dict.fromkeys(("auto", "reference"), kernels.KernelConfig)
+KERNELS = dict.fromkeys(("auto", "reference", "cpu"), kernels.KernelConfig)
 
 
 BACKENDS = dict.fromkeys(("auto", "gloo", "nccl"), BackendConfig)
@@ -105,6 +105,7 @@ class Config:
             seed=s.seed,
             num_envs=s.num_envs or self.world_size,
             scaling=s.scaling,
+            kernel=self.kernel.choice,
             total_steps=s.total_steps,
             steps_per_epoch=s.steps_per_epoch,
             eval_episodes=s.eval_episodes,
@@ -121,7 +122,7 @@ def build(raw: Mapping[str, Any]) -> Config:
     actor = parse_actor({group: raw[group] for group in ACTOR_GROUPS})
     algo = choose(ALGOS, raw["algo"], key="algo")
     precision = choose(PRECISIONS, raw["precision"], key="precision")
-    kernel = kernels.resolve(choose(KERNELS, raw["kernel"], key="kernel"))
+    kernel = choose(KERNELS, raw["kernel"], key="kernel")
     backend = choose(BACKENDS, raw["backend"], key="backend")
     energy = choose(METERS, raw["energy"], key="energy")
     device = resolve_device(scalars.device)
@@ -134,7 +135,7 @@ def build(raw: Mapping[str, Any]) -> Config:
         actor=actor,
         algo=algo,
         precision=precision,
-        kernel=kernel,
+        kernel=kernels.resolve(kernel, device.choice, precision.actor_dtype),
         backend=resolve_backend(backend, device.choice, world_size),
         energy=energy,
         meter=energies.resolve(energy, device=torch.device(device.choice)),

@@ -97,8 +97,8 @@ def translate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         "decoder.bias_A": weights["decoder.decoder.bias"],
     }
     for i, layer in enumerate(layer_names(weights)):
-        for part in ("weight", "bias"):
-            ours[f"layers.{i}.{part}"] = weights[f"{layer}.{part}"]
+        ours[f"layers.{i}.weight_IN"] = weights[f"{layer}.weight"].T.contiguous()
+        ours[f"layers.{i}.bias_N"] = weights[f"{layer}.bias"]
     return ours
 
 

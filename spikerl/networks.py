@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
-from spikerl.linear import Linears, product
+from spikerl.linear import Linears, product, relu_values
+from spikerl.snn import kernels
 from spikerl.snn.decoders import RateConfig, RateDecoder
 from spikerl.snn.encoders import PopulationConfig, PopulationEncoder
 from spikerl.snn.kernels import reference
-from spikerl.snn.neurons import CubaLIF, CubaLIFConfig
+from spikerl.snn.neurons import CubaLIF, NeuronConfig
 from spikerl.snn.surrogates import inside_window
 
 
@@ -66,7 +67,7 @@ class ActorConfig:
 
     actor: PopSANConfig | MLPConfig
     encoder: PopulationConfig | None
-    neuron: CubaLIFConfig | None
+    neuron: NeuronConfig | None
     decoder: RateConfig | None
 
     def shape(self) -> str:
@@ -95,16 +96,16 @@ class SpikingActor(nn.Module):
         act_dim: int,
         actor: PopSANConfig,
         encoder: PopulationConfig,
-        neuron: CubaLIFConfig,
+        neuron: NeuronConfig,
         decoder: RateConfig,
         *,
         dtype: torch.dtype = torch.float32,
+        kernel: str = "reference",
     ) -> None:
         super().__init__()
-        self.spike_steps = actor.spike_steps
-        self.dtype = (
-            dtype  # of the layers' products; voltages and thresholds keep the weights' type
-        )
+        self.spike_steps, self.kernel = actor.spike_steps, kernel
+        # Of the layers' products; voltages and thresholds keep the weights' type.
+        self.dtype = dtype
         self.neuron = CubaLIF(neuron)
         self.encoder = PopulationEncoder(obs_dim, encoder)
         sizes = [obs_dim * encoder.pop_size, *actor.hidden_sizes, act_dim * decoder.pop_size]
@@ -113,7 +114,7 @@ class SpikingActor(nn.Module):
 
     def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Actions; `generator` is drawn from only where the encoder is random."""
-        return torch.tanh(self.decoder(reference.rates(self, obs_BO, generator)))
+        return kernels.actions(self.kernel)(self, obs_BO, generator)
 
     def activity(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Activity:
         """Firing rates over any number of observations, in pieces of bounded memory."""
@@ -132,7 +133,7 @@ class SpikingActor(nn.Module):
                     ]
                 ).cpu()
             )
-        share = torch.tensor([float(layer.out_features) for layer in self.layers])
+        share = torch.tensor([float(len(layer.bias_N)) for layer in self.layers])
         share /= share.sum()
         return Activity(
             float((fired[1:] * share).sum()), float((inside * share).sum()), fired.tolist()
@@ -162,14 +163,21 @@ Actor = SpikingActor | MLPActor
 
 
 def build_actor(
-    config: ActorConfig, obs_dim: int, act_dim: int, *, dtype: torch.dtype = torch.float32
+    config: ActorConfig,
+    obs_dim: int,
+    act_dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    kernel: str = "reference",
 ) -> Actor:
     if isinstance(config.actor, MLPConfig):
         return MLPActor(obs_dim, act_dim, config.actor, dtype=dtype)
     encoder, neuron, decoder = config.encoder, config.neuron, config.decoder
     if encoder is None or neuron is None or decoder is None:
         raise ValueError("a spiking actor needs an encoder, a neuron and a decoder")
-    return SpikingActor(obs_dim, act_dim, config.actor, encoder, neuron, decoder, dtype=dtype)
+    return SpikingActor(
+        obs_dim, act_dim, config.actor, encoder, neuron, decoder, dtype=dtype, kernel=kernel
+    )
 
 
 class TwinCritic(nn.Module):
@@ -194,18 +202,12 @@ class TwinCritic(nn.Module):
 
     def forward(self, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
         """Both values, (2, B)."""
-        x = torch.cat([obs_BO, act_BA], -1).expand(2, -1, -1)
-        return self._values(x, slice(None)).squeeze(-1)
+        x = torch.cat([obs_BO, act_BA], -1)
+        return relu_values(x, list(self.weights_2IN), list(self.biases_21N), self.dtype)
 
     def first(self, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
-        """The first critic's value, (B,)."""
-        x = torch.cat([obs_BO, act_BA], -1).unsqueeze(0)
-        return self._values(x, slice(0, 1)).squeeze(0).squeeze(-1)
-
-    def _values(self, x: Tensor, which: slice) -> Tensor:
-        x = x.to(self.dtype)
-        last = len(self.weights_2IN) - 1
-        for i, (weight, bias) in enumerate(zip(self.weights_2IN, self.biases_21N, strict=True)):
-            x = torch.baddbmm(bias[which].to(self.dtype), x, weight[which].to(self.dtype))
-            x = torch.relu(x) if i < last else x
-        return x.to(self.weights_2IN[0].dtype)
+        """The first critic's value, (B,), its weights held fixed: no gradient reaches them."""
+        x = torch.cat([obs_BO, act_BA], -1)
+        weights = [p.detach()[:1] for p in self.weights_2IN]
+        biases = [p.detach()[:1] for p in self.biases_21N]
+        return relu_values(x, weights, biases, self.dtype).squeeze(0)

@@ -62,7 +62,7 @@ class RunningNorm:
 
     def normalize(self, obs_BO: Tensor) -> Tensor:
         """clip((obs - mean) / sqrt(var + eps)), in float32 (B, O)."""
-        mean, std = self._mean_std.to(obs_BO.device)
+        mean, std = self.mean_std.to(obs_BO.device)
         return ((obs_BO - mean) / std).clamp(-self.clip, self.clip)
 
     def state(self) -> dict[str, Tensor]:
@@ -80,4 +80,4 @@ class RunningNorm:
 
     def _refresh(self) -> None:
         std = np.sqrt(self.var_O + EPS)
-        self._mean_std = torch.from_numpy(np.stack([self.mean_O, std]).astype(np.float32))
+        self.mean_std = torch.from_numpy(np.stack([self.mean_O, std]).astype(np.float32))

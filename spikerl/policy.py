@@ -21,20 +21,21 @@ from safetensors.torch import load_file, save_file
 
 from spikerl.errors import BadRequest
 from spikerl.files import write_atomic, write_json
-from spikerl.networks import Actor, ActorConfig, MLPConfig, PopSANConfig, build_actor
+from spikerl.networks import Actor, ActorConfig, MLPConfig, PopSANConfig, SpikingActor, build_actor
 from spikerl.normalize import RunningNorm
 from spikerl.schema import choose
+from spikerl.snn import kernels
 from spikerl.snn.decoders import RateConfig
 from spikerl.snn.encoders import PopulationConfig
-from spikerl.snn.neurons import CubaLIFConfig
+from spikerl.snn.neurons import CubaLIFConfig, LIFConfig
 from spikerl.types import Task
 from spikerl.versions import versions
 
-SCHEMA = 1
+SCHEMA = 2  # 2: weights are input-major
 MAX_BYTES = 1 << 20  # of a policy.json; action bounds take most of it
 ACTORS: dict[str, type[Any]] = {"popsan": PopSANConfig, "mlp": MLPConfig}
 ENCODERS: dict[str, type[Any]] = {"population": PopulationConfig, "poisson": PopulationConfig}
-NEURONS: dict[str, type[Any]] = {"cuba_lif": CubaLIFConfig}
+NEURONS: dict[str, type[Any]] = {"cuba_lif": CubaLIFConfig, "lif": LIFConfig}
 DECODERS: dict[str, type[Any]] = {"rate": RateConfig}
 
 
@@ -58,6 +59,9 @@ class Policy:
         self.task, self.config, self.actor, self.norm = task, config, actor, norm
         self.device = next(actor.parameters()).device
         self.generator = torch.Generator(self.device).manual_seed(0)
+        self.one_action = None
+        if isinstance(actor, SpikingActor):
+            self.one_action = kernels.one_action(actor.kernel, actor)
         self.trained_with: dict[str, str] = {}  # versions, where it was loaded from a file
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
@@ -66,13 +70,15 @@ class Policy:
         Raises ValueError for another shape than (*obs_shape) or (B, *obs_shape), or a value that is
         not finite.
         """
-        obs = np.asarray(obs)
+        obs = np.array(obs, np.float64)
         shape = self.task.obs_shape
         single = obs.shape == shape
         if not single and obs.shape[1:] != shape:
             raise ValueError(f"obs has shape {obs.shape}; expected {shape} or (B, *{shape})")
         if not np.isfinite(obs).all():
             raise ValueError("obs holds a NaN or an infinity")
+        if single and self.one_action is not None:
+            return self.task.to_env(self.one_action(obs, self.norm.mean_std, self.norm.clip))
         act = self.task.to_env(self.act(obs.reshape(-1, self.task.obs_dim), self.generator))
         return act[0] if single else act
 
@@ -107,7 +113,8 @@ def load_policy(run: str | Path, device: str = "cpu") -> Policy:
 
     Raises BadRequest, a ValueError, for what is missing, foreign, damaged or inconsistent.
     """
-    return read_policy(find_policy(Path(run), key="run"), device, key="run")
+    kernel = kernels.resolve(kernels.KernelConfig(name="auto", path=None), device).choice
+    return read_policy(find_policy(Path(run), key="run"), device, key="run", kernel=kernel)
 
 
 def find_policy(run: Path, *, key: str) -> Path:
@@ -119,7 +126,9 @@ def find_policy(run: Path, *, key: str) -> Path:
     raise BadRequest(key, run, remedy)
 
 
-def read_policy(folder: Path, device: str = "cpu", *, key: str) -> Policy:
+def read_policy(
+    folder: Path, device: str = "cpu", *, key: str, kernel: str = "reference"
+) -> Policy:
     try:
         if os.path.getsize(folder / "policy.json") > MAX_BYTES:
             raise ValueError(f"policy.json is larger than {MAX_BYTES} bytes")
@@ -160,7 +169,7 @@ def read_policy(folder: Path, device: str = "cpu", *, key: str) -> Policy:
             raise ValueError("hidden_sizes")
         config = parse_actor(data)
         with torch.device("meta"):  # so that a hostile size in the JSON allocates nothing
-            actor = build_actor(config, task.obs_dim, task.act_dim)
+            actor = build_actor(config, task.obs_dim, task.act_dim, kernel=kernel)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadRequest(key, folder, f"policy.json lacks or garbles {reason}") from None

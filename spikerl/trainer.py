@@ -46,6 +46,7 @@ class Training:
     steps_per_epoch: int
     eval_episodes: int
     scaling: str
+    kernel: str = "reference"  # as `kernels.resolve` names it
 
     def batch_share(self, world: World) -> tuple[int, float]:
         """Rows that a worker draws for an update, and their share of the global batch."""
@@ -108,7 +109,13 @@ class Trainer:
         self.meter = meter or Meter("none: not asked for")
         t, algo, device = training, training.algo, training.device
         with initialising(t.seed):
-            actor = build_actor(t.actor, task.obs_dim, task.act_dim, dtype=t.precision.actor_dtype)
+            actor = build_actor(
+                t.actor,
+                task.obs_dim,
+                task.act_dim,
+                dtype=t.precision.actor_dtype,
+                kernel=t.kernel,
+            )
             critic = TwinCritic(
                 task.obs_dim,
                 task.act_dim,
@@ -164,10 +171,7 @@ class Trainer:
         self.start_window()
         while p.step < t.total_steps and not self.stopping:
             before = p.step
-            self.act()
-            if crossed(before, p.step, t.algo.norm_interval):
-                self.synchronise(stop_signal())
-            self.learn(before)
+            self.advance(stop_signal)
             on_burst(p)
             if crossed(before, p.step, t.steps_per_epoch) or p.step >= t.total_steps:
                 p.epoch += 1
@@ -176,6 +180,14 @@ class Trainer:
                 self.start_window()
                 yield row
         self.end_window()
+
+    def advance(self, stop_signal: Callable[[], int] = lambda: 0) -> None:
+        """One step in every environment, and the updates that became due with it."""
+        before = self.step
+        self.act()
+        if crossed(before, self.step, self.t.algo.norm_interval):
+            self.synchronise(stop_signal())
+        self.learn(before)
 
     def act(self) -> None:
         """One step in every environment, stored with its true successors."""

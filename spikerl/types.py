@@ -6,6 +6,7 @@ Shape legend   B batch, O observation entries, A action entries.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -55,11 +56,19 @@ class Task:
 
     def to_env(self, act: np.ndarray) -> np.ndarray:
         """Map actions (..., A) in [-1, 1] to (..., *act_shape) in the environment's units."""
-        low, high = self.act_low, self.act_high
-        scaled = np.clip(low + (act + 1.0) * 0.5 * (high - low), low, high).astype(np.float32)
-        # A float64 bound may round to a float32 just outside the box.
-        scaled = np.clip(scaled, _inside(low, high), _inside(high, low))
+        scaled = self.act_low + (act + 1.0) * self._half_range
+        low, high = self._bounds
+        scaled = np.minimum(np.maximum(scaled.astype(np.float32), low), high)
         return scaled.reshape(*act.shape[:-1], *self.act_shape)
+
+    @cached_property
+    def _half_range(self) -> np.ndarray:
+        return 0.5 * (self.act_high - self.act_low)
+
+    @cached_property
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """A float64 bound may round to a float32 just outside the box; these lie inside."""
+        return _inside(self.act_low, self.act_high), _inside(self.act_high, self.act_low)
 
 
 def _inside(bound: np.ndarray, other: np.ndarray) -> np.ndarray:

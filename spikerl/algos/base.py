@@ -45,15 +45,14 @@ class Guard:
         self.scale = torch.tensor(65536.0 if scales_loss else 1.0, device=device)
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # good updates in a row
         self.masked = torch.zeros((), device=device)  # 1 while writes are masked
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self.seen: list[tuple[int, Tensor]] = []  # since the last check
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # updates, fp16 only
 
     def see(self, finite: Tensor, update: int) -> None:
         """Take notice of whether everything in this step of `update` was finite."""
-        bad = ~finite
+        self.masked.masked_fill_(~finite, 1.0)
         if not self.scales_loss:
-            self.first_bad.copy_(torch.where(bad & (self.first_bad < 0), update, self.first_bad))
-        self.masked.copy_(torch.maximum(self.masked, bad.to(self.masked.dtype)))
+            self.seen.append((update, finite))
 
     def close(self) -> None:
         """End an update: adapt the loss scale."""
@@ -71,8 +70,10 @@ class Guard:
 
     def check(self) -> None:
         """Raise if an update was bad; the weights still hold their last good values."""
-        if (update := int(self.first_bad)) >= 0:
+        if self.masked > 0:
+            update = next(update for update, finite in self.seen if not finite)
             raise NonFinite(f"update {update}: the loss or a gradient is NaN or infinite")
+        self.seen.clear()
         if float(self.scale) < 2.0**-14:
             raise NonFinite("fp16: gradients are not finite at any loss scale; use bf16 or fp32")
 
@@ -97,15 +98,11 @@ class Stepper:
     ) -> None:
         self.params = list(module.parameters())
         flat = flatten(module)
-        self.flat = nn.Parameter(flat)
+        self.flat = flat
         self.summed = torch.cat([torch.zeros_like(flat), flat.new_zeros(1)])
-        self.flat.grad = self.summed[:-1]
-        self.optimizer = torch.optim.Adam([self.flat], lr=lr, fused=True)
-        self.optimizer.state[self.flat] = {
-            "step": torch.zeros((), device=flat.device),
-            "exp_avg": torch.zeros_like(flat),
-            "exp_avg_sq": torch.zeros_like(flat),
-        }
+        self.lr = lr
+        self.step = torch.zeros((), device=flat.device)
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(flat), torch.zeros_like(flat)
         self.guard, self.max_grad_norm = guard, max_grad_norm
         self.world, self.weight = world, weight
 
@@ -118,18 +115,43 @@ class Stepper:
         self.world.sum_(self.summed)
         if guard.scales_loss:
             grad /= guard.scale
-        norm, mean_loss = grad.norm(), self.summed[-1].clone()
-        guard.see(torch.isfinite(mean_loss) & torch.isfinite(norm), update)
+        mean_loss = self.summed[-1].clone()
+        # The sum of squares is finite only if every entry is.
+        guard.see(torch.isfinite(torch.dot(self.summed, self.summed)), update)
         if self.max_grad_norm is not None:
-            grad *= (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        # A fused optimiser leaves weights, moments and its step count alone where this is 1.
-        self.optimizer.found_inf = guard.masked  # type: ignore[attr-defined]
-        self.optimizer.step()
+            grad *= (self.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
+        self.adam()
         return mean_loss
+
+    def adam(self) -> None:
+        """One step of Adam; it leaves weights, moments and its count alone where masked.
+
+        The function below torch.optim.Adam(fused=True), which spends longer on its own
+        bookkeeping than a step of these vectors takes.
+        """
+        self.step += 1.0
+        torch._fused_adam_(
+            [self.flat],
+            [self.summed[:-1]],
+            [self.exp_avg],
+            [self.exp_avg_sq],
+            [],
+            [self.step],
+            lr=self.lr,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=0.0,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+            found_inf=self.guard.masked,
+        )
+        self.step -= self.guard.masked
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors of weights and Adam's moments."""
-        return {"weights": self.flat.detach(), **self.optimizer.state[self.flat]}
+        moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {"weights": self.flat, "step": self.step, **moments}
 
 
 def polyak_(target: Tensor, online: Tensor, tau: float, masked: Tensor) -> None:

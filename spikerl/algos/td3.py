@@ -115,8 +115,8 @@ class TD3:
             actor_loss = self.step_actor(-self.critic.first(batch.obs, act).mean(), self.updates)
             metrics["actor_loss"] = actor_loss
             tau, masked = self.config.tau, self.guard.masked
-            polyak_(self.critic_target_flat, self.step_critic.flat.detach(), tau, masked)
-            polyak_(self.actor_target_flat, self.step_actor.flat.detach(), tau, masked)
+            polyak_(self.critic_target_flat, self.step_critic.flat, tau, masked)
+            polyak_(self.actor_target_flat, self.step_actor.flat, tau, masked)
         self.guard.close()
         self.updates += 1
         return metrics

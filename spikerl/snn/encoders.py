@@ -39,7 +39,7 @@ class PopulationEncoder(nn.Module):
     """Each entry s drives P neurons with A = exp(-(s - mean)^2 / (2 std^2)), mean and std learned.
 
     Deterministic: v += A; o = [v > threshold]; v -= threshold * o.
-    Poisson: o ~ Bernoulli(A), independently at each spike step.
+    Poisson: o = [u < A] with u ~ U[0, 1), independently at each spike step.
     Backward, a spike passes its gradient unchanged to what caused it (v, or A).
     """
 
@@ -60,19 +60,26 @@ class PopulationEncoder(nn.Module):
         distance = obs_BO.unsqueeze(-1) - self.mean_OP
         return torch.exp(-0.5 * distance.pow(2) / self.std_OP.pow(2)).flatten(1)
 
+    def uniform(
+        self, batch: int, spike_steps: int, generator: torch.Generator | None
+    ) -> Tensor | None:
+        """What the Poisson coder draws: (T, B, O * P) in [0, 1)."""
+        if not self.random:
+            return None
+        shape, mean = (spike_steps, batch, self.mean_OP.numel()), self.mean_OP
+        return torch.rand(shape, generator=generator, dtype=mean.dtype, device=mean.device)
+
     def forward(
         self, obs_BO: Tensor, spike_steps: int, generator: torch.Generator | None
     ) -> Tensor:
         """Spikes (T, B, O * P); only the Poisson coder draws from `generator`."""
         drive = self.activity(obs_BO)
-        spikes_T = []
-        if self.random:
-            for _ in range(spike_steps):
-                spikes = torch.bernoulli(drive.detach(), generator=generator)
-                spikes_T.append(straight_through(drive, spikes))
-            return torch.stack(spikes_T)
+        uniform = self.uniform(len(obs_BO), spike_steps, generator)
+        if uniform is not None:
+            spikes = (uniform < drive.detach()).to(drive.dtype)
+            return straight_through(drive.expand_as(spikes), spikes)
         threshold = self.config.threshold
-        voltage = torch.zeros_like(drive)
+        voltage, spikes_T = torch.zeros_like(drive), []
         for _ in range(spike_steps):
             voltage = voltage + drive
             spikes = straight_through(voltage, (voltage.detach() > threshold).to(drive.dtype))

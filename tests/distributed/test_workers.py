@@ -16,6 +16,7 @@ from spikerl.algos.base import Guard, Stepper
 from spikerl.algos.td3 import TD3
 from spikerl.distributed.world import World, share
 from spikerl.envs import make_env, task_of
+from spikerl.errors import NonFinite
 from spikerl.networks import MLPActor, MLPConfig
 from spikerl.normalize import RunningNorm
 from spikerl.trainer import Trainer, fingerprint
@@ -89,7 +90,8 @@ def a_bad_worker_masks_all(world: World) -> None:
     rows = global_batch(4)
     td3.update(rows._replace(rew=rows.rew * float("nan")) if world.rank == 1 else rows)
     assert torch.equal(td3.step_critic.flat.detach(), before)
-    assert int(td3.guard.first_bad) == 0
+    with pytest.raises(NonFinite, match="update 0:"):
+        td3.guard.check()
 
 
 def normaliser_merges_exactly(world: World) -> None:

@@ -185,7 +185,7 @@ def test_damaged_policies(home: Path, tmp_path: Path) -> None:
     """A handful of what the unit tests try, as the command sees it."""
     run = copy_of(home / "run", tmp_path / "run")
     tensors = load_file(run / "policy.safetensors")
-    first = next(name for name in tensors if name.endswith("weight"))
+    first = next(name for name in tensors if name.endswith("weight_IN"))
     for change in ({first: torch.full_like(tensors[first], torch.nan)}, {"norm.mean": None}):
         kept = {k: v for k, v in (tensors | change).items() if v is not None}
         save_file(kept, run / "policy.safetensors")

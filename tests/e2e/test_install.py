@@ -70,7 +70,8 @@ def test_what_is_in_it(wheel: Path) -> None:
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "spikerl").rglob("*.py")}
     options = {f"spikerl/{p.relative_to(ROOT)}" for p in (ROOT / "conf").rglob("*.yaml")}
     assert "spikerl/conf/experiment/popsan/td3.yaml" in options
-    assert names == modules | options
+    sources = {"spikerl/snn/csrc/spiking.cpp"}
+    assert names == modules | options | sources
 
 
 def test_what_it_asks_for(site: Path) -> None:

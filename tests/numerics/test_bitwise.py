@@ -148,7 +148,7 @@ def test_an_evaluation_moves_nothing_and_repeats_itself(env: EnvConfig, encoder:
             trainer.learn(before)
         assert len(trainer.norm.pending_rows()) > 0
 
-        everything = [lambda: state(trainer), lambda: trainer.norm._mean_std.clone()]
+        everything = [lambda: state(trainer), lambda: trainer.norm.mean_std.clone()]
         everything += [torch.get_rng_state, lambda: trainer.policy.generator.get_state()]
         before_it = [look() for look in everything]
         numpy_before = np.random.get_state()[1].tolist()
@@ -162,7 +162,7 @@ def test_an_evaluation_moves_nothing_and_repeats_itself(env: EnvConfig, encoder:
         assert all(same_bits(a, b) for a, b in zip(before_it[1:], after_it[1:], strict=True))
         assert np.random.get_state()[1].tolist() == numpy_before
         assert first == again
-        assert first.returns != second.returns
+        assert first != second  # other episodes
         assert first.activity is not None
 
         # The first episodes are the same ones however many follow, and however many run at once.

@@ -169,11 +169,11 @@ def public_actions(policy: Policy, obs: np.ndarray) -> tuple[np.ndarray, np.ndar
         inputs.append((voltage > 0.999).astype(float))
         voltage -= 0.999 * inputs[-1]
     for layer in range(3):
-        weight, bias = p[f"layers.{layer}.weight"], p[f"layers.{layer}.bias"]
+        weight, bias = p[f"layers.{layer}.weight_IN"], p[f"layers.{layer}.bias_N"]
         c = v = o = np.zeros((len(obs), len(bias)))
         outputs = []
         for spikes in inputs:
-            c = 0.5 * c + spikes @ weight.T + bias
+            c = 0.5 * c + spikes @ weight + bias
             v = 0.75 * v * (1 - o) + c
             o = (v > 0.5).astype(float)
             margin = np.minimum(margin, abs(v - 0.5).min(1))

@@ -229,3 +229,18 @@ def test_requests_follow_each_other_in_one_process() -> None:
     spikerl("train", "--help")
     assert first == "env=Ants: no such option; did you mean Ant?"
     assert spikerl("train", "env=Ants").line == first
+
+
+def test_a_resume_keeps_what_the_run_chose(tmp_path: Path) -> None:
+    """Threads and processor path; on another device another kernel has to run."""
+    chosen = {"threads": {"choice": "3"}, "kernel": {"choice": "cpu/avx2"}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"resolved": chosen}))
+    (tmp_path / "config.yaml").write_text("seed: 4\n")
+    kept = expand("train", [f"resume={tmp_path}"])
+    assert kept[-3:] == ["threads=3", "kernel=cpu", "kernel.path=avx2"]
+    moved = expand("train", [f"resume={tmp_path}", "device=cuda"])
+    assert "threads=3" in moved
+    assert not any(arg.startswith("kernel") for arg in moved)
+    chosen["kernel"]["choice"] = "cpu/${evil}"
+    (tmp_path / "manifest.json").write_text(json.dumps({"resolved": chosen}))
+    assert not any("evil" in arg for arg in expand("train", [f"resume={tmp_path}"]))

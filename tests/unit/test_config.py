@@ -20,6 +20,7 @@ from spikerl.envs import EnvConfig
 from spikerl.errors import BadRequest
 from spikerl.hardware import cores
 from spikerl.policy import ACTORS, DECODERS, ENCODERS, NEURONS
+from spikerl.snn.kernels import native
 
 TINY = 1e-300
 # For each number: values just inside its bounds, and just outside.
@@ -154,7 +155,7 @@ def test_one_environment_for_each_worker(default: dict[str, Any]) -> None:
 def test_what_auto_came_to(default: dict[str, Any]) -> None:
     config = build(changed(default, device="cpu"))
     assert config.device == ("cpu", "requested")
-    assert config.kernel.choice == "reference"
+    assert config.kernel.choice == f"cpu/{native.supported_paths()[0]}"
     assert config.backend.choice == "none"
     assert config.threads == (str(cores()), f"{cores()} cores over 1 workers")
     assert build(changed(default, threads=3)).threads == ("3", "requested")

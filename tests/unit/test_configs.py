@@ -187,7 +187,7 @@ def test_flags_anywhere(args: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("spikerl ", {"train", "eval", "import", "doctor"}),
+        ("spikerl ", {"train", "eval", "import", "bench", "doctor"}),
         ("spikerl tr", {"train"}),
         ("spikerl train env=Half", {"env=HalfCheetah"}),
         ("spikerl train env=Ant algo=", {"algo=td3"}),

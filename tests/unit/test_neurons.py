@@ -179,8 +179,8 @@ def test_spikes_are_binary_and_layers_see_this_steps_input() -> None:
     actor = popsan(1, 1, [3, 2], spike_steps=1)
     with torch.no_grad():
         for layer in actor.layers:
-            layer.weight.fill_(1.0)
-            layer.bias.zero_()
+            layer.weight_IN.fill_(1.0)
+            layer.bias_N.zero_()
     centre = actor.encoder.mean_OP[0, 4].detach().view(1, 1)
     spikes, voltages = reference.record(actor, centre, None)
     assert [s.sum().item() for s in spikes] == [1.0, 3.0, 2.0, 10.0]
@@ -192,8 +192,8 @@ def test_firing_statistics_by_hand() -> None:
     actor = popsan(1, 1, [2], spike_steps=5)
     with torch.no_grad():
         for layer, bias in zip(actor.layers, (0.0, 2.0), strict=True):
-            layer.weight.zero_()
-            layer.bias.fill_(bias)
+            layer.weight_IN.zero_()
+            layer.bias_N.fill_(bias)
     rates = reference.rates(actor, torch.full((3, 1), 50.0), None)
     assert torch.equal(rates, torch.ones(3, 10))
     activity = actor.activity(torch.full((1030, 1), 50.0))  # out of the encoder's reach
@@ -201,6 +201,6 @@ def test_firing_statistics_by_hand() -> None:
     assert activity.firing_rate == pytest.approx(10 / 12)
     assert activity.window_fraction == 0.0  # |0 - .5| and |2 - .5| are both outside (0, .5)
     with torch.no_grad():
-        actor.layers[0].bias.fill_(0.125)  # v: .125 .28125 .43 .557 | .24; all inside the window
+        actor.layers[0].bias_N.fill_(0.125)  # v: .125 .28125 .43 .557 | .24; all inside the window
     inside = actor.activity(torch.full((7, 1), 50.0)).window_fraction
     assert inside == pytest.approx(2 / 12)

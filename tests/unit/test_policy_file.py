@@ -19,6 +19,8 @@ from spikerl.errors import BadRequest
 from spikerl.networks import ActorConfig, MLPConfig, build_actor
 from spikerl.normalize import RunningNorm
 from spikerl.policy import Policy, find_policy, load_policy
+from spikerl.snn import kernels
+from spikerl.snn.kernels import KernelConfig
 from spikerl.types import Task
 
 LOW, HIGH = np.array([-1.0, 0.0, -3.0]), np.array([2.0, 0.4, -1.0])
@@ -47,7 +49,8 @@ def make(config: ActorConfig, obs_shape: tuple[int, ...] = (4,)) -> Policy:
     task = Task("Toy-v0", obs_shape, (3,), LOW, HIGH, 10)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        actor = build_actor(config, task.obs_dim, 3)
+        kernel = kernels.resolve(KernelConfig(name="auto", path=None), "cpu").choice
+        actor = build_actor(config, task.obs_dim, 3, kernel=kernel)
     norm = RunningNorm(task.obs_dim, 2.5)
     norm.add(np.random.default_rng(1).normal(3.0, 2.0, (50, task.obs_dim)))
     norm.merge([norm.collect()])
@@ -131,8 +134,8 @@ def test_actions_are_the_actors_in_the_environments_units(tmp_path: Path) -> Non
     obs = some_obs(6, 4)
     std = np.sqrt(tensors["norm.var"] + np.finfo(np.float32).eps)
     x = np.clip((obs - tensors["norm.mean"]) / std, -2.5, 2.5)
-    x = np.maximum(x @ tensors["actor.layers.0.weight"].T + tensors["actor.layers.0.bias"], 0)
-    x = np.tanh(x @ tensors["actor.layers.1.weight"].T + tensors["actor.layers.1.bias"])
+    x = np.maximum(x @ tensors["actor.layers.0.weight_IN"] + tensors["actor.layers.0.bias_N"], 0)
+    x = np.tanh(x @ tensors["actor.layers.1.weight_IN"] + tensors["actor.layers.1.bias_N"])
     wanted = LOW + (x + 1) / 2 * (HIGH - LOW)
     np.testing.assert_allclose(load_policy(tmp_path)(obs), wanted, rtol=0, atol=1e-6)
 

@@ -114,7 +114,7 @@ def deep(levels: int) -> Any:
 
 
 JSON: dict[str, Any] = {
-    "schema": [2, 0, None, "1", [1]],
+    "schema": [1, 0, None, "1", [1]],
     "obs_shape": [None, 2, [3], [-1, -2], [0], [10**30], [2**31, 2**31], ["a"], [[2]], deep(900)],
     "act_shape": [None, [2], [-1], [10**12]],
     "act_low": [None, [2.0], [0.0, 0.0], [float("nan")], [float("-inf")], ["x"], deep(90)],
@@ -167,11 +167,11 @@ TENSORS: dict[str, Callable[[Tensors], Any]] = {
     "nan mean": lambda t: t["norm.mean"].fill_(torch.nan),
     "negative variance": lambda t: t["norm.var"].fill_(-1.0),
     "negative count": lambda t: t["norm.count"].fill_(-1),
-    "no layer": lambda t: t.pop("actor.layers.0.weight"),
-    "another layer": lambda t: t.update({"actor.layers.2.weight": torch.zeros(2, 2)}),
-    "wide layer": lambda t: t.update({"actor.layers.0.weight": torch.zeros(5, 20)}),
+    "no layer": lambda t: t.pop("actor.layers.0.weight_IN"),
+    "another layer": lambda t: t.update({"actor.layers.2.weight_IN": torch.zeros(2, 2)}),
+    "wide layer": lambda t: t.update({"actor.layers.0.weight_IN": torch.zeros(5, 20)}),
     "double layer": lambda t: t.update({"actor.decoder.bias_A": torch.zeros(1).double()}),
-    "nan weight": lambda t: t["actor.layers.0.weight"].fill_(torch.nan),
+    "nan weight": lambda t: t["actor.layers.0.weight_IN"].fill_(torch.nan),
     "infinite weight": lambda t: t["actor.decoder.bias_A"].fill_(torch.inf),
     "stranger": lambda t: t.update({"x": torch.zeros(2)}),
     "strange type": lambda t: t.update({"x": torch.zeros(2).to(torch.float8_e4m3fn)}),

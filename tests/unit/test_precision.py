@@ -35,10 +35,9 @@ def test_spiking_products_round_and_membranes_do_not(dtype: torch.dtype) -> None
     spikes, voltages = reference.record(low, obs, None)
     assert all(t.dtype == torch.float32 for t in (*spikes, *voltages))
     layer = low.layers[0]
-    weight, bias = layer.weight.detach(), layer.bias.detach()
-    drive = rounded(
-        torch.nn.functional.linear(spikes[0].to(dtype), weight.to(dtype), bias.to(dtype)), dtype
-    )
+    weight, bias = layer.weight_IN.detach().to(dtype), layer.bias_N.detach().to(dtype)
+    products = spikes[0].flatten(0, 1).to(dtype)
+    drive = rounded(torch.addmm(bias, products, weight).unflatten(0, (5, -1)), dtype)
     c = v = o = torch.zeros_like(drive[0])
     for t in range(5):
         c = 0.5 * c + drive[t]
@@ -91,7 +90,7 @@ def test_updates_learn_in_low_precision(name: str, actor: str) -> None:
         td3.guard.check()
         losses[which] = last / first
         for stepper in (td3.step_actor, td3.step_critic):
-            state = stepper.optimizer.state[stepper.flat]
+            state = stepper.state()
             assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
             assert int(state["step"]) == (151 if stepper is td3.step_critic else 76)
     assert losses["fp32"] < 0.05

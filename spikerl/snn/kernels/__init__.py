@@ -1,43 +1,75 @@
-"""Who runs the neuron dynamics: one operation, `rates`, with one module for each implementation.
+"""Who runs a spiking actor: one operation, `actions`, with one module for each implementation.
 
-`rates(net, obs_BO, generator)` gives the mean firing rates (B, N) of a spiking network's output
-population, differentiable in its parameters.
-`reference` is the definition that every other kernel is tested against.
+`actions(net, obs_BO, generator)` gives actions (B, A) in [-1, 1], differentiable in the network's
+parameters. `reference` is the definition that every other kernel is tested against. A kernel's name
+is `reference` or `cpu/PATH`, PATH being a set of processor instructions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
-from spikerl.snn.encoders import PopulationEncoder
-from spikerl.snn.neurons import CubaLIF
+from spikerl.errors import BadRequest
+from spikerl.snn.kernels import cpu, native, reference
+from spikerl.snn.kernels.reference import SpikingNet
 from spikerl.types import Resolved
 
-
-class SpikingNet(Protocol):
-    """What a kernel reads of a network."""
-
-    spike_steps: int
-    dtype: torch.dtype  # of the layers' products
-    neuron: CubaLIF
-    encoder: PopulationEncoder
-
-    @property
-    def layers(self) -> Iterable[nn.Linear]: ...
+Actions = Callable[[SpikingNet, Tensor, torch.Generator | None], Tensor]
+OneAction = Callable[[np.ndarray, Tensor, float], np.ndarray]
 
 
 @dataclass(kw_only=True)
 class KernelConfig:
     name: str
+    path: str | None  # of kernel=cpu: avx512, avx2, portable; null: the best that is there
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            return
+        if self.name != "cpu":
+            raise BadRequest("kernel.path", self.path, "has a meaning with kernel=cpu only")
+        if self.path not in native.supported_paths():
+            here = ", ".join(native.supported_paths())
+            raise BadRequest("kernel.path", self.path, f"this processor runs {here}")
 
 
-def resolve(config: KernelConfig) -> Resolved:
-    """The kernel that runs, and why."""
-    if config.name == "auto":
-        return Resolved("reference", "the only kernel of this version")
-    return Resolved(config.name, "requested")
+def resolve(
+    config: KernelConfig, device: str, actor_dtype: torch.dtype = torch.float32
+) -> Resolved:
+    """The kernel that runs, and why; what it needs is built here, before any worker starts."""
+    if config.name == "reference":
+        return Resolved("reference", "requested")
+    if device != "cpu":
+        if config.name == "cpu":
+            raise BadRequest("kernel", "cpu", f"this run uses {device}; use kernel=auto")
+        return Resolved("reference", "the CPU kernels do not run on a GPU")
+    path = config.path or native.supported_paths()[0]
+    try:
+        cpu.kernel(path)
+    except native.Unbuilt as error:
+        if config.name == "cpu":
+            raise BadRequest("kernel", "cpu", f"{error}; use kernel=auto") from None
+        return Resolved("reference", str(error))
+    reason = "requested" if config.name == "cpu" else "a C++ compiler is there"
+    if actor_dtype != torch.float32:
+        reason += f"; layer by layer, for the actor's products are {actor_dtype}"
+    return Resolved(f"cpu/{path}", reason)
+
+
+def actions(name: str) -> Actions:
+    """The operation in the kernel that `resolve` chose."""
+    kind, _, path = name.partition("/")
+    return cpu.kernel(path).actions if kind == "cpu" else reference.actions
+
+
+def one_action(name: str, net: SpikingNet) -> OneAction | None:
+    """How `net` acts on one raw observation without a tensor; None where the kernel has no way."""
+    kind, _, path = name.partition("/")
+    alone = kind == "cpu" and cpu.fused(net) and not net.encoder.random
+    return partial(cpu.kernel(path).act, net) if alone else None

@@ -1,0 +1,436 @@
+"""How fast this machine acts, updates and trains: spiking beside dense, beside two yardsticks.
+
+Contenders take turns, once a round, so that whatever else the machine does meets all of them; what
+counts are ratios of medians.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from spikerl import config as configs
+from spikerl import hardware
+from spikerl.algos.td3 import TD3
+from spikerl.baselines import DenseActor, PopSANActor, as_trained, dense_loop, popsan_loop
+from spikerl.config import Config
+from spikerl.distributed.world import ALONE, World
+from spikerl.errors import BadRequest
+from spikerl.networks import Actor, MLPActor, MLPConfig, SpikingActor, TwinCritic, build_actor
+from spikerl.normalize import RunningNorm
+from spikerl.policy import Policy, load_policy
+from spikerl.runs import task_for
+from spikerl.schema import parse
+from spikerl.trainer import Trainer
+from spikerl.types import Batch
+from spikerl.versions import git_state, versions
+
+PARTS = ("acting", "update", "training", "workers", "start")
+# Of the encoder and of each layer, in the HalfCheetah policy that PopSAN's authors published, as
+# `spikerl eval` measures them.
+TRAINED_RATES = [0.196, 0.329, 0.509, 0.710]
+DENSE = MLPConfig(name="mlp", hidden_sizes=[256, 256], lr=1e-3)
+
+
+@dataclass(kw_only=True)
+class BenchRequest:
+    parts: list[str]
+    batches: list[int]
+    rounds: int
+    run: str | None
+    json: bool
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if part not in PARTS:
+                raise BadRequest("parts", part, f"give some of {', '.join(PARTS)}")
+        for key, values in (("batches", self.batches), ("rounds", [self.rounds])):
+            if any(value < 1 for value in values):
+                raise BadRequest(key, values, "give at least 1")
+
+
+@dataclass(kw_only=True)
+class Measurement:
+    """Times of one contender's repetitions, each in ms."""
+
+    what: str
+    kernel: str
+    precision: str
+    batch: int
+    world_size: int
+    threads: int
+    weights: str
+    median_ms: float
+    min_ms: float
+    per_second: float
+
+    @property
+    def name(self) -> str:
+        size = f" batch {self.batch}" if self.batch > 1 else ""
+        return f"{self.what} {self.kernel} {self.precision}{size}"
+
+
+@dataclass
+class Contender:
+    """`call` does the thing `times` times."""
+
+    what: str
+    kernel: str
+    precision: str
+    batch: int
+    weights: str
+    times: int
+    call: Callable[[], None]
+
+
+def main(data: dict[str, Any]) -> int:
+    """`spikerl bench`."""
+    own = BenchRequest.__dataclass_fields__
+    request = parse(BenchRequest, {key: data.pop(key) for key in own})
+    bench = Bench(configs.build(data), request)
+    answer = {
+        "machine": {**hardware.describe(), "versions": versions(), **git_state()},
+        "measurements": [asdict(m) for m in bench.measure()],
+        "ratios": bench.ratios,
+    }
+    if request.json:
+        print(json.dumps(answer))
+    else:
+        show(answer)
+    return 0
+
+
+class Bench:
+    def __init__(self, config: Config, request: BenchRequest) -> None:
+        if not isinstance(build_actor(config.actor, 1, 1), SpikingActor):
+            raise BadRequest("actor", config.actor.actor.name, "bench times a spiking actor")
+        self.config, self.request = config, request
+        self.task = task_for(config)
+        self.threads = int(config.threads.choice)
+        torch.set_num_threads(self.threads)
+        self.obs = torch.randn(4096, self.task.obs_dim).clamp(-3.0, 3.0)
+        self.actor, self.weights = self.timed_actor()
+        self.ratios: dict[str, dict[str, float]] = {}
+
+    def timed_actor(self) -> tuple[SpikingActor, str]:
+        """The actor whose speed is told, with the weights of a trained one or such as fire so."""
+        if self.request.run is not None:
+            policy = load_policy(self.request.run)
+            if policy.task.obs_dim != self.task.obs_dim or policy.task.act_dim != self.task.act_dim:
+                raise BadRequest("run", self.request.run, f"its task is not {self.task.env_id}")
+            if not isinstance(policy.actor, SpikingActor):
+                raise BadRequest("run", self.request.run, "its actor is dense")
+            return policy.actor, "run"
+        actor = build_actor(self.config.actor, self.task.obs_dim, self.task.act_dim)
+        assert isinstance(actor, SpikingActor)
+        hidden = len(actor.layers) - 1
+        inner = np.interp(np.linspace(0, 1, hidden), [0, 1], TRAINED_RATES[1:3]).tolist()
+        as_trained(actor, [TRAINED_RATES[0], *inner, TRAINED_RATES[-1]], self.obs[:256])
+        return actor, "trained rates"
+
+    def spiking(self, kernel: str) -> SpikingActor:
+        actor = build_actor(self.config.actor, self.task.obs_dim, self.task.act_dim, kernel=kernel)
+        actor.load_state_dict(self.actor.state_dict())
+        assert isinstance(actor, SpikingActor)
+        return actor
+
+    def measure(self) -> list[Measurement]:
+        found: list[Measurement] = []
+        for part in self.request.parts:
+            if part == "acting":
+                found += self.interleave(self.acting())
+            if part == "update":
+                for batch in self.request.batches:
+                    found += self.interleave(self.update(batch))
+            if part == "training":
+                found += self.interleave(self.training())
+            if part == "workers":
+                found += self.workers()
+            if part == "start":
+                found += self.interleave([
+                    Contender(what, "", "", 1, "", 1, partial(run_quietly, args))
+                    for what, args in COMMANDS.items()
+                ])  # fmt: skip
+        return found
+
+    def interleave(self, contenders: list[Contender]) -> list[Measurement]:
+        times: list[list[float]] = [[] for _ in contenders]
+        for c in contenders:
+            c.call()  # the first finds nothing in any cache
+        for _ in range(self.request.rounds):
+            for c, own in zip(contenders, times, strict=True):
+                begun = time.perf_counter()
+                c.call()
+                own.append((time.perf_counter() - begun) / c.times * 1e3)
+        found = [
+            measurement(c, own, self.threads) for c, own in zip(contenders, times, strict=True)
+        ]
+        self.compare(found)
+        return found
+
+    def compare(self, found: list[Measurement]) -> None:
+        """Every contender of this program over each yardstick."""
+        yardsticks = [m for m in found if m.kernel in ("popsan loop", "dense loop", "dense")]
+        for m in found:
+            for other in yardsticks:
+                if m is not other and m.kernel not in ("popsan loop", "dense loop"):
+                    self.ratios[f"{m.name} / {other.kernel}"] = {
+                        "ratio": m.median_ms / other.median_ms,
+                        "median_ms": m.median_ms,
+                        "other_median_ms": other.median_ms,
+                    }
+
+    # --- what is timed ----------------------------------------------------------------------------
+
+    def acting(self) -> list[Contender]:
+        """One action from one raw observation, or from one normalised one."""
+        row = self.obs[:1]
+        raw = row[0].double().numpy()
+        choice, task = self.config.kernel.choice, self.task
+        ours = self.policy(self.spiking(choice))
+        modules: dict[str, nn.Module] = {
+            "popsan loop": PopSANActor(self.actor),
+            "dense loop": DenseActor(task.obs_dim, task.act_dim),
+            choice: self.spiking(choice),
+        }
+
+        def forward(module: nn.Module, times: int) -> Callable[[], None]:
+            @torch.no_grad()
+            def call() -> None:
+                for _ in range(times):
+                    module(row)
+
+            return call
+
+        def policy() -> None:
+            for _ in range(200):
+                ours(raw)
+
+        found = [Contender("policy(obs)", choice, "fp32", 1, self.weights, 200, policy)]
+        for kernel, module in modules.items():
+            times = 20 if kernel == "popsan loop" else 200
+            call = forward(module, times)
+            found.append(Contender("actor", kernel, "fp32", 1, self.weights, times, call))
+        return found
+
+    def policy(self, actor: Actor) -> Policy:
+        return Policy(self.task, self.config.actor, actor, RunningNorm(self.task.obs_dim, 3.0))
+
+    def update(self, batch: int) -> list[Contender]:
+        """One TD3 update: a critic step, and every second time all the rest."""
+        O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
+        choice = self.config.kernel.choice
+        batches = [self.batch(batch) for _ in range(8)]
+
+        def contender(kernel: str, precision: str, learner: Any, times: int = 4) -> Contender:
+            turn = cycle(batches)
+
+            def call() -> None:
+                for _ in range(times):
+                    learner.update(next(turn))
+
+            weights = self.weights if "dense" not in kernel else "random"
+            return Contender("update", kernel, precision, batch, weights, times, call)
+
+        dense = MLPActor(O, A, DENSE)
+        return [
+            contender(choice, "fp32", self.td3(self.spiking(choice))),
+            contender(choice, "bf16", self.td3(self.spiking(choice), torch.bfloat16)),
+            contender("reference", "fp32", self.td3(self.spiking("reference"))),
+            contender("dense", "fp32", self.td3(dense)),
+            contender("popsan loop", "fp32", popsan_loop(self.actor, O, A)),
+            contender("dense loop", "fp32", dense_loop(O, A)),
+        ]
+
+    def td3(
+        self,
+        actor: Actor,
+        critic_dtype: torch.dtype = torch.float32,
+        world: World = ALONE,
+    ) -> TD3:
+        O, A, algo = self.task.obs_dim, self.task.act_dim, self.config.algo  # noqa: E741
+        critic = TwinCritic(O, A, algo.critic_hidden_sizes, dtype=critic_dtype)
+        generator = torch.Generator().manual_seed(0)
+        return TD3(
+            actor,
+            critic,
+            algo,
+            actor_lr=1e-4,
+            generator=generator,
+            world=world,
+            weight=1.0 / world.size,
+        )
+
+    def batch(self, size: int) -> Batch:
+        rows, following = (self.obs[torch.randint(len(self.obs), (size,))] for _ in range(2))
+        act = torch.rand(size, self.task.act_dim) * 2.0 - 1.0
+        live, discount = torch.zeros(size, dtype=torch.bool), torch.full((size,), 0.99)
+        return Batch(rows, act, torch.randn(size), following, live, discount)
+
+    def training(self) -> list[Contender]:
+        """Steps of a whole training loop, updates included, without evaluations."""
+        O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
+        algo, burst = self.config.algo, self.config.algo.update_interval
+        short = replace(algo, random_steps=0, learning_starts=burst, replay_capacity=100_000)
+        training = replace(self.config.training(), algo=short, num_envs=1)
+        dense = replace(training, actor=replace(training.actor, actor=DENSE))
+        start = self.policy(self.actor)
+        spiking = Trainer(training, self.task, start)
+        trainers = {training.kernel: spiking, "dense": Trainer(dense, self.task)}
+        loops = {"popsan loop": popsan_loop(self.actor, O, A), "dense loop": dense_loop(O, A)}
+        found = []
+
+        def contender(kernel: str, step: Callable[[], object]) -> Contender:
+            def call() -> None:
+                for _ in range(2 * burst):
+                    step()
+
+            for _ in range(4 * burst):
+                step()
+            weights = "random" if "dense" in kernel else self.weights
+            return Contender("training", kernel, "fp32", algo.batch_size, weights, 2 * burst, call)
+
+        for kernel, trainer in trainers.items():
+            found.append(contender(kernel, trainer.advance))
+        for kernel, loop in loops.items():
+            steps = loop.train(self.task.env_id, algo.batch_size, burst)
+            found.append(contender(kernel, partial(next, steps)))
+        return found
+
+    def workers(self) -> list[Measurement]:
+        """Updates of two workers, weak and strong, and of one alone, in turn."""
+        batch = self.request.batches[-1]
+        spec = json.dumps({"raw": self.config.raw, "batch": batch, "rounds": self.request.rounds})
+        with tempfile.TemporaryDirectory() as folder:
+            processes = [start_worker(rank, spec, folder) for rank in range(2)]
+            said = [process.communicate(timeout=600)[0] for process in processes]
+        if any(process.returncode for process in processes):
+            raise RuntimeError("a worker of the benchmark failed")
+        times: dict[str, list[float]] = json.loads(said[0])
+        found = []
+        for name, own in times.items():
+            each = batch // 2 if name == "strong" else batch
+            c = Contender(f"update, {name}", self.config.kernel.choice, "fp32", each, "", 1, exit)
+            m = replace(measurement(c, own, 1), weights=self.weights)
+            found.append(replace(m, world_size=1 if name == "alone" else 2))
+        alone = found[0].median_ms
+        for m in found[1:]:
+            self.ratios[f"updates per second of two workers, {m.what[8:]} / one alone"] = {
+                "ratio": alone / m.median_ms,
+                "median_ms": m.median_ms,
+                "other_median_ms": alone,
+            }
+        return found
+
+
+# --- other processes -----------------------------------------------------------------------------
+
+FIRST_STEP = ["train", "total_steps=1", "steps_per_epoch=1", "eval_episodes=1",
+              "env.max_episode_steps=1", "energy=none"]  # fmt: skip
+COMMANDS = {
+    "spikerl --help": ["--help"],
+    "spikerl train --cfg job": ["train", "--cfg", "job"],
+    "spikerl train, one step and its evaluation": FIRST_STEP,
+}
+
+
+def run_quietly(args: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "spikerl", *args]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+
+
+def start_worker(rank: int, spec: str, folder: str) -> subprocess.Popen[str]:
+    """Process `rank` of two, which meet through a file."""
+    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "spikerl.bench", spec, folder]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def worker(spec: dict[str, Any], folder: str) -> None:
+    """One of the two workers of `Bench.workers`; rank 0 prints its times."""
+    rank = int(os.environ.pop("RANK"))
+    del os.environ["WORLD_SIZE"]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    request = BenchRequest(
+        parts=[], batches=[spec["batch"]], rounds=spec["rounds"], run=None, json=True
+    )
+    bench = Bench(configs.build({**spec["raw"], "threads": 1}), request)
+    both, choice = World(rank, 2), bench.config.kernel.choice
+    learners = {
+        "alone": (bench.td3(bench.spiking(choice)), spec["batch"]),
+        "weak": (bench.td3(bench.spiking(choice), world=both), spec["batch"]),
+        "strong": (bench.td3(bench.spiking(choice), world=both), spec["batch"] // 2),
+    }
+    batches = {rows: [bench.batch(rows) for _ in range(4)] for _, rows in learners.values()}
+    times: dict[str, list[float]] = {name: [] for name in learners}
+    for _ in range(spec["rounds"] + 1):
+        for name, (learner, rows) in learners.items():
+            dist.barrier()
+            begun = time.perf_counter()
+            if name != "alone" or rank == 0:
+                for batch in batches[rows] * 2:
+                    learner.update(batch)
+            times[name].append((time.perf_counter() - begun) / 8 * 1e3)
+    dist.destroy_process_group()
+    if rank == 0:
+        print(json.dumps({name: own[1:] for name, own in times.items()}))
+
+
+# --- what is told --------------------------------------------------------------------------------
+
+
+def measurement(c: Contender, times: list[float], threads: int) -> Measurement:
+    median = statistics.median(times)
+    return Measurement(
+        what=c.what,
+        kernel=c.kernel,
+        precision=c.precision,
+        batch=c.batch,
+        world_size=1,
+        threads=threads,
+        weights=c.weights,
+        median_ms=median,
+        min_ms=min(times),
+        per_second=1e3 / median,
+    )
+
+
+def show(answer: dict[str, Any]) -> None:
+    machine = answer["machine"]
+    console = Console(soft_wrap=True, markup=False, emoji=False)
+    console.print(f"{machine['cpu']}, {machine['cores']} cores; commit {machine['commit']}")
+    table = Table("what", "kernel", "precision", "batch", "workers", "median ms", "least", "per s")
+    for m in answer["measurements"]:
+        table.add_row(
+            m["what"], m["kernel"], m["precision"], str(m["batch"]), str(m["world_size"]),
+            f"{m['median_ms']:.4g}", f"{m['min_ms']:.4g}", f"{m['per_second']:.4g}",
+        )  # fmt: skip
+    console.print(table)
+    table = Table("time of / time of", "ratio", "ms", "ms")
+    for name, r in answer["ratios"].items():
+        times = f"{r['median_ms']:.4g}", f"{r['other_median_ms']:.4g}"
+        table.add_row(name, f"{r['ratio']:.3f}", *times)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    worker(json.loads(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,219 @@
+"""The spiking actor on the CPU in C++, driven by events: the whole network in one call.
+
+What a call covers: encoders population and poisson, any number of layers up to 16 of any width,
+cuba_lif and lif neurons with the rectangular surrogate, the rate decoder, float32. Elsewhere (an
+actor whose products are bf16) layers run one after the other with one call for each layer's scan.
+
+Shape legend   T spike steps, B batch, O observation entries, K encoder neurons, N, M neurons,
+A actions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spikerl.snn.kernels import native, reference
+from spikerl.snn.kernels.native import Net, Pointer
+from spikerl.snn.kernels.reference import SpikingNet
+
+MAX_LAYERS = 16  # of the source
+
+
+class CPUKernel:
+    """The kernels of one processor path, as functions of tensors."""
+
+    def __init__(self, path: str) -> None:
+        self.lib = native.library(path)
+        self.prepared: WeakKeyDictionary[SpikingNet, Prepared] = WeakKeyDictionary()
+
+    def actions(self, net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Actions (B, A) in [-1, 1]."""
+        if not fused(net) or obs_BO.requires_grad:
+            return torch.tanh(net.decoder(reference.rates(net, obs_BO, generator, self.scan)))
+        obs_BO = obs_BO.contiguous()
+        uniform = net.encoder.uniform(len(obs_BO), net.spike_steps, generator)
+        if not torch.is_grad_enabled():
+            return self.forward(self.prepare(net), obs_BO, uniform, None)
+        params = list(net.parameters())
+        act: Tensor = _Actions.apply(self, net, obs_BO, uniform, *params)
+        return act
+
+    def prepare(self, net: SpikingNet) -> Prepared:
+        """The network as the library reads it, made again when its tensors have moved."""
+        ready = self.prepared.get(net)
+        if ready is None or ready.moved(net):
+            ready = self.prepared[net] = Prepared(net)
+        return ready
+
+    def forward(
+        self, ready: Prepared, obs_BO: Tensor, uniform_TBK: Tensor | None, saved: Tensor | None
+    ) -> Tensor:
+        batch = len(obs_BO)
+        act = obs_BO.new_empty(batch, ready.net.act_dim)
+        self.lib.spikerl_forward(
+            ready.net,
+            batch,
+            obs_BO.data_ptr(),
+            uniform_TBK.data_ptr() if uniform_TBK is not None else None,
+            act.data_ptr(),
+            saved.data_ptr() if saved is not None else None,
+            torch.get_num_threads(),
+        )
+        return act
+
+    def act(self, net: SpikingNet, obs_O: np.ndarray, norm_2O: Tensor, clip: float) -> np.ndarray:
+        """The action (A,) for one raw observation, float64: normalised, then through the network.
+
+        What `actions` computes, at a tenth of the cost of getting there through tensors.
+        """
+        ready = self.prepare(net)
+        act = np.empty(ready.net.act_dim, np.float32)
+        self.lib.spikerl_act(
+            ready.net, obs_O.ctypes.data, norm_2O.data_ptr(), clip, act.ctypes.data
+        )
+        return act
+
+    def scan(self, net: SpikingNet, drive_TBN: Tensor) -> Tensor:
+        """Spikes of one layer."""
+        if drive_TBN.dtype != torch.float32:
+            return reference.scan(net, drive_TBN)
+        neurons = drive_TBN[0].numel()
+        flat = nn.functional.pad(drive_TBN.flatten(1), (0, -neurons % 16))
+        spikes: Tensor = _Scan.apply(self, neuron_only(net, len(drive_TBN)), flat)
+        return spikes[:, :neurons].reshape(drive_TBN.shape)
+
+
+@cache
+def kernel(path: str) -> CPUKernel:
+    """Raises native.Unbuilt where it cannot be built or loaded."""
+    return CPUKernel(path)
+
+
+def fused(net: SpikingNet) -> bool:
+    """Whether one call covers the whole network."""
+    first = net.layers[0].weight_IN
+    plain = first.dtype == net.dtype == torch.float32 and first.device.type == "cpu"
+    return plain and len(net.layers) <= MAX_LAYERS
+
+
+class Prepared:
+    """Pointers to a network's parameters, in the order of `net.parameters()`."""
+
+    def __init__(self, net: SpikingNet) -> None:
+        self.params = list(net.parameters())
+        self.at = [p.data_ptr() for p in self.params]
+        encoder, c, layers = net.encoder, net.neuron.config, list(net.layers)
+        act_dim, out_pop = net.decoder.weight_AP.shape
+        widths = [layers[0].weight_IN.shape[0], *(len(layer.bias_N) for layer in layers)]
+        self.widths = np.array(widths, np.int32)
+        self.weights = pointers([layer.weight_IN for layer in layers])
+        self.biases = pointers([layer.bias_N for layer in layers])
+        self.net = Net(
+            len(encoder.mean_OP), encoder.config.pop_size, act_dim, out_pop, net.spike_steps,
+            len(layers), encoder.config.threshold, net.neuron.current_decay, c.voltage_decay,
+            c.threshold, c.surrogate_window, self.widths.ctypes.data, encoder.mean_OP.data_ptr(),
+            encoder.std_OP.data_ptr(), ctypes.addressof(self.weights),
+            ctypes.addressof(self.biases), net.decoder.weight_AP.data_ptr(),
+            net.decoder.bias_A.data_ptr(),
+        )  # fmt: skip
+
+    def moved(self, net: SpikingNet) -> bool:
+        same = net.encoder.mean_OP is self.params[0]
+        return not same or [p.data_ptr() for p in self.params] != self.at
+
+
+def pointers(tensors: list[Tensor]) -> ctypes.Array[Any]:
+    return (Pointer * len(tensors))(*(t.data_ptr() for t in tensors))
+
+
+def neuron_only(net: SpikingNet, spike_steps: int) -> Net:
+    c = net.neuron.config
+    return Net(
+        spike_steps=spike_steps, current_decay=net.neuron.current_decay,
+        voltage_decay=c.voltage_decay, threshold=c.threshold, window=c.surrogate_window,
+    )  # fmt: skip
+
+
+class _Actions(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: CPUKernel,
+        net: SpikingNet,
+        obs_BO: Tensor,
+        uniform_TBK: Tensor | None,
+        *params: Tensor,
+    ) -> Tensor:
+        ready = kernel.prepare(net)
+        size = kernel.lib.spikerl_saved_bytes(ready.net, len(obs_BO))
+        saved = _memory.take(size)
+        act = kernel.forward(ready, obs_BO, uniform_TBK, saved)
+        ctx.kernel, ctx.ready, ctx.poisson = kernel, ready, uniform_TBK is not None
+        ctx.saved = saved
+        ctx.save_for_backward(obs_BO, act, *params)
+        return act
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_BA: Tensor) -> tuple[Tensor | None, ...]:
+        obs_BO, act_BA, *params = ctx.saved_tensors
+        grads = [torch.empty_like(p) for p in params]
+        mean, std, *layers, out_weight, out_bias = grads
+        weights, biases = pointers(layers[0::2]), pointers(layers[1::2])
+        grad_BA = grad_BA.contiguous()
+        ctx.kernel.lib.spikerl_backward(
+            ctx.ready.net, len(obs_BO), obs_BO.data_ptr(), ctx.poisson, act_BA.data_ptr(),
+            grad_BA.data_ptr(), ctx.saved.data_ptr(), mean.data_ptr(), std.data_ptr(),
+            ctypes.addressof(weights), ctypes.addressof(biases), out_weight.data_ptr(),
+            out_bias.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        _memory.give(ctx.saved)
+        return None, None, None, None, *grads
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: CPUKernel, net: Net, drive_TM: Tensor) -> Tensor:
+        drive_TM = drive_TM.contiguous()
+        spikes, voltage = torch.empty_like(drive_TM), torch.empty_like(drive_TM)
+        places = (t.data_ptr() for t in (drive_TM, spikes, voltage))
+        kernel.lib.spikerl_scan(net, drive_TM.shape[1], *places, torch.get_num_threads())
+        ctx.kernel, ctx.net = kernel, net
+        ctx.save_for_backward(voltage)
+        return spikes
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
+        (voltage,) = ctx.saved_tensors
+        grad_TM, out = grad_TM.contiguous(), torch.empty_like(voltage)
+        places = (t.data_ptr() for t in (grad_TM, voltage, out))
+        threads = torch.get_num_threads()
+        ctx.kernel.lib.spikerl_scan_back(ctx.net, grad_TM.shape[1], *places, threads)
+        return None, None, out
+
+
+class _Memory:
+    """Blocks that one update leaves for the next: fresh ones cost a page fault every 4 kB."""
+
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
+
+    def take(self, size: int) -> Tensor:
+        for i, block in enumerate(self.free):
+            if len(block) == size:
+                return self.free.pop(i)
+        return torch.empty(size, dtype=torch.uint8)
+
+    def give(self, block: Tensor) -> None:
+        self.free = [block, *self.free[:1]]
+
+
+_memory = _Memory()

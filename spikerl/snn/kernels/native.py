@@ -1,0 +1,153 @@
+"""Builds, loads and describes the C++ kernels: `spikerl/snn/csrc/spiking.cpp` behind a C interface.
+
+The compiler runs once for each source, compiler and instruction set; the library is kept in the
+user's cache folder under a name made of all three.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "spiking.cpp"
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fopenmp")
+# What each path is compiled with, and what a processor must have for it; the best comes first.
+PATHS = {
+    "avx512": (
+        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mpopcnt"),
+        {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "popcnt"},
+    ),
+    "avx2": (("-mavx2", "-mfma", "-mpopcnt"), {"avx2", "fma", "popcnt"}),
+    "portable": ((), set[str]()),
+}
+Pointer = ctypes.c_void_p
+Count = ctypes.c_int64
+
+
+class Unbuilt(Exception):
+    """The kernels cannot be built or loaded here; the text says why, in a line."""
+
+
+class Net(ctypes.Structure):
+    """`struct Net` of the source."""
+
+    _fields_ = [
+        *((n, ctypes.c_int32) for n in ("obs_dim", "pop_size", "act_dim", "out_pop_size")),
+        *((n, ctypes.c_int32) for n in ("spike_steps", "layers")),
+        *((n, ctypes.c_float) for n in ("encoder_threshold", "current_decay", "voltage_decay")),
+        *((n, ctypes.c_float) for n in ("threshold", "window")),
+        *((n, Pointer) for n in ("widths", "mean", "std", "weights", "biases")),
+        *((n, Pointer) for n in ("out_weight", "out_bias")),
+    ]
+
+
+def supported_paths() -> list[str]:
+    """The paths that this processor can run, best first."""
+    return [path for path, (_, needed) in PATHS.items() if needed <= _processor_flags()]
+
+
+@cache
+def library(path: str) -> ctypes.CDLL:
+    """The kernels for one path, built if need be. Raises Unbuilt."""
+    compiler = _compiler()
+    command = [*compiler, *FLAGS, *PATHS[path][0]]
+    source = SOURCE.read_bytes()
+    version = _output([*compiler, "--version"])
+    digest = hashlib.sha256("\0".join([*command, version]).encode() + source).hexdigest()[:16]
+    built = _cache_folder() / f"spiking-{path}-{digest}.so"
+    if not built.exists():
+        with _lock(built.with_suffix(".lock")):
+            if not built.exists():
+                _build(command, built)
+    try:
+        lib = ctypes.CDLL(str(built))
+    except OSError as error:
+        raise Unbuilt(f"{built} cannot be loaded: {error}") from None
+    _declare(lib)
+    return lib
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    net, threads, p = ctypes.POINTER(Net), ctypes.c_int, Pointer
+    lib.spikerl_saved_bytes.argtypes = [net, Count]
+    lib.spikerl_saved_bytes.restype = Count
+    lib.spikerl_forward.argtypes = [net, Count, p, p, p, p, threads]
+    lib.spikerl_backward.argtypes = [net, Count, p, threads, *[p] * 9, threads]
+    lib.spikerl_scan.argtypes = [net, Count, p, p, p, threads]
+    lib.spikerl_scan_back.argtypes = [net, Count, p, p, p, threads]
+    lib.spikerl_act.argtypes = [net, p, p, ctypes.c_float, p]
+    for name in ("forward", "backward", "scan", "scan_back", "act"):
+        getattr(lib, f"spikerl_{name}").restype = None
+
+
+def _build(command: list[str], built: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        target = Path(folder) / "out.so"
+        done = _run([*command, str(SOURCE), "-o", str(target)])
+        if done.returncode:
+            line = next((s for s in done.stderr.splitlines() if "error" in s), done.stderr[:200])
+            raise Unbuilt(f"{shlex.join(command[:1])} failed: {line.strip()}")
+        target.replace(built)
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    for candidate in [named] if named else [["g++"], ["clang++"], ["c++"]]:
+        if shutil.which(candidate[0]):
+            return candidate
+    wanted = named[0] if named else "g++, clang++ or c++"
+    raise Unbuilt(f"no C++ compiler ({wanted})")
+
+
+def _cache_folder() -> Path:
+    """A folder that only this user can write to: what lies in it is code."""
+    root = os.environ.get("SPIKERL_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    folder = Path(root) if root else Path.home() / ".cache"
+    folder = folder / "spikerl"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise Unbuilt(f"no cache folder: {error}") from None
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise Unbuilt(f"{folder} can be written to by others")
+    if not os.access(folder, os.W_OK):
+        raise Unbuilt(f"{folder} cannot be written to; name another with SPIKERL_CACHE=FOLDER")
+    return folder
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _processor_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    lines = (line.partition(":") for line in text.splitlines())
+    return next((set(value.split()) for key, _, value in lines if key.strip() == "flags"), set())
+
+
+def _output(command: list[str]) -> str:
+    return _run(command).stdout
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Unbuilt(f"{command[0]} cannot be run: {error}") from None
