@@ -266,7 +266,8 @@ class Bench:
         world: World = ALONE,
     ) -> TD3:
         O, A, algo = self.task.obs_dim, self.task.act_dim, self.config.algo  # noqa: E741
-        critic = TwinCritic(O, A, algo.critic_hidden_sizes, dtype=critic_dtype)
+        kernel = actor.kernel if isinstance(actor, SpikingActor) else self.config.kernel.choice
+        critic = TwinCritic(O, A, algo.critic_hidden_sizes, dtype=critic_dtype, kernel=kernel)
         generator = torch.Generator().manual_seed(0)
         return TD3(
             actor,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
-from spikerl.linear import Linears, product, relu_values
+from spikerl.linear import Linears, product
 from spikerl.snn import kernels
 from spikerl.snn.decoders import RateConfig, RateDecoder
 from spikerl.snn.encoders import PopulationConfig, PopulationEncoder
@@ -190,9 +190,10 @@ class TwinCritic(nn.Module):
         hidden_sizes: list[int],
         *,
         dtype: torch.dtype = torch.float32,
+        kernel: str = "reference",
     ) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.kernel = dtype, kernel
         sizes = [obs_dim + act_dim, *hidden_sizes, 1]
         self.weights_2IN, self.biases_21N = nn.ParameterList(), nn.ParameterList()
         for i, n in pairwise(sizes):
@@ -203,11 +204,12 @@ class TwinCritic(nn.Module):
     def forward(self, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
         """Both values, (2, B)."""
         x = torch.cat([obs_BO, act_BA], -1)
-        return relu_values(x, list(self.weights_2IN), list(self.biases_21N), self.dtype)
+        weights, biases = list(self.weights_2IN), list(self.biases_21N)
+        return kernels.values(self.kernel)(x, weights, biases, self.dtype)
 
     def first(self, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
         """The first critic's value, (B,), its weights held fixed: no gradient reaches them."""
         x = torch.cat([obs_BO, act_BA], -1)
         weights = [p.detach()[:1] for p in self.weights_2IN]
         biases = [p.detach()[:1] for p in self.biases_21N]
-        return relu_values(x, weights, biases, self.dtype).squeeze(0)
+        return kernels.values(self.kernel)(x, weights, biases, self.dtype).squeeze(0)

@@ -121,6 +121,7 @@ class Trainer:
                 task.act_dim,
                 algo.critic_hidden_sizes,
                 dtype=t.precision.critic_dtype,
+                kernel=t.kernel,
             )
         self.norm = RunningNorm(task.obs_dim, algo.norm_clip)
         if init is not None:

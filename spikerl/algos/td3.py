@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from spikerl.algos.base import Guard, Stepper, flatten, polyak_, td_target
 from spikerl.distributed.world import ALONE, World
@@ -108,7 +109,8 @@ class TD3:
             next_q = self.critic_target(batch.next_obs, next_act).amin(0)
             q_target = td_target(batch, next_q)
         q = self.critic(batch.obs, batch.act)  # (2, B)
-        critic_loss = self.step_critic((q - q_target).square().mean(1).sum(), self.updates)
+        loss = 2.0 * mse_loss(q, q_target.expand_as(q))  # the sum of both critics' means
+        critic_loss = self.step_critic(loss, self.updates)
         metrics = {"critic_loss": critic_loss, "q_mean": q.detach().mean()}
         if self.updates % self.config.policy_delay == 0:
             act = self.actor(batch.obs, self.generator)

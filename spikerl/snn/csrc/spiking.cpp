@@ -13,43 +13,9 @@
 //          Weights are input-major (K, N). Rows of neurons are padded to whole vectors (Kp, Np).
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX2__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
-
-typedef float vec __attribute__((vector_size(W * 4)));
-typedef int32_t ivec __attribute__((vector_size(W * 4)));
-typedef float loose_vec __attribute__((vector_size(W * 4), aligned(4), may_alias));
-typedef int32_t loose_ivec __attribute__((vector_size(W * 4), aligned(4), may_alias));
-
-inline vec load(const float* p) { return *reinterpret_cast<const loose_vec*>(p); }
-inline void store(float* p, vec v) { *reinterpret_cast<loose_vec*>(p) = v; }
-inline ivec load(const int32_t* p) { return *reinterpret_cast<const loose_ivec*>(p); }
-inline void store(int32_t* p, ivec v) { *reinterpret_cast<loose_ivec*>(p) = v; }
-inline vec all(float x) { return x - vec{}; }
-
-constexpr int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
-
-// Memory of the calling thread; the contents are whatever they were.
-template <int USE>
-char* scratch(int64_t bytes) {
-    thread_local std::vector<char> memory;
-    if (int64_t(memory.size()) < bytes + 64) memory.resize(bytes + 64);
-    return memory.data() + 64 - reinterpret_cast<uintptr_t>(memory.data()) % 64;
-}
 
 // One bit for each lane of a comparison's result.
 inline uint32_t bits_of(ivec mask) {
@@ -552,14 +518,13 @@ void spread(int steps, const Live& live, const float* columns, int64_t Np, float
 
 // A layer's weights by neuron, blocks of inputs from k one after the other, (blocks, N, V W), zero beyond K.
 template <int V>
-int64_t transpose(const Layer& l, int64_t k, float* out) {
+int64_t by_blocks(const Layer& l, int64_t k, float* out) {
     const int64_t width = V * W;
-    for (; padded(l.K) - k >= width; k += width)
-        for (int64_t i = 0; i < width; i++) {
-            const float* row = l.weight + (k + i) * l.N;
-            float* place = out + k * l.N + i;
-            for (int64_t n = 0; n < l.N; n++) place[n * width] = k + i < l.K ? row[n] : 0.0f;
-        }
+    for (; padded(l.K) - k >= width; k += width) {
+        const int64_t there = l.K - k < width ? l.K - k : width;
+        if (there < width) std::memset(out + k * l.N, 0, l.N * width * sizeof(float));
+        transpose(l.weight + k * l.N, l.N, there, l.N, out + k * l.N, width);
+    }
     return k;
 }
 
@@ -713,7 +678,7 @@ void backward(const Net& net, int64_t B, const float* obs, bool poisson, const f
         }
         const int64_t Kp = padded(l.K), rows = layer == 0 ? 1 : T;
         float* by_neuron = reinterpret_cast<float*>(scratch<4>(Kp * l.N * sizeof(float)));
-        transpose<1>(l, transpose<BLOCK>(l, 0, by_neuron), by_neuron);
+        by_blocks<1>(l, by_blocks<BLOCK>(l, 0, by_neuron), by_neuron);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (tiles > 1)
         for (int64_t tile = 0; tile < tiles; tile++) {
             const int64_t first = tile * TILE, count = B - first < TILE ? B - first : TILE;

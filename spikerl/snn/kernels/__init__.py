@@ -1,8 +1,10 @@
-"""Who runs a spiking actor: one operation, `actions`, with one module for each implementation.
+"""Who runs actor and critics: two operations, with one module for each implementation.
 
-`actions(net, obs_BO, generator)` gives actions (B, A) in [-1, 1], differentiable in the network's
-parameters. `reference` is the definition that every other kernel is tested against. A kernel's name
-is `reference` or `cpu/PATH`, PATH being a set of processor instructions.
+`actions(net, obs_BO, generator)` of a spiking network: (B, A) in [-1, 1].
+`values(x_BI, weights_CIN, biases_C1N, dtype)` of C networks with ReLU layers: (C, B).
+Both are differentiable. `reference` and `linear.relu_values` are the definitions that every other
+kernel is tested against. A kernel's name is `reference` or `cpu/PATH`, PATH being a set of
+processor instructions.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import torch
 from torch import Tensor
 
 from spikerl.errors import BadRequest
+from spikerl.linear import relu_values
 from spikerl.snn.kernels import cpu, native, reference
 from spikerl.snn.kernels.reference import SpikingNet
 from spikerl.types import Resolved
 
 Actions = Callable[[SpikingNet, Tensor, torch.Generator | None], Tensor]
+Values = Callable[[Tensor, list[Tensor], list[Tensor], torch.dtype], Tensor]
 OneAction = Callable[[np.ndarray, Tensor, float], np.ndarray]
 
 
@@ -66,6 +70,11 @@ def actions(name: str) -> Actions:
     """The operation in the kernel that `resolve` chose."""
     kind, _, path = name.partition("/")
     return cpu.kernel(path).actions if kind == "cpu" else reference.actions
+
+
+def values(name: str) -> Values:
+    kind, _, path = name.partition("/")
+    return cpu.kernel(path).values if kind == "cpu" else relu_values
 
 
 def one_action(name: str, net: SpikingNet) -> OneAction | None:

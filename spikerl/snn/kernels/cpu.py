@@ -1,4 +1,4 @@
-"""The spiking actor on the CPU in C++, driven by events: the whole network in one call.
+"""Actor and critics on the CPU in C++: a spiking network in one call, driven by events; ReLU nets.
 
 What a call covers: encoders population and poisson, any number of layers up to 16 of any width,
 cuba_lif and lif neurons with the rectangular surrogate, the rate decoder, float32. Elsewhere (an
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spikerl.linear import relu_values
 from spikerl.snn.kernels import native, reference
 from spikerl.snn.kernels.native import Net, Pointer
 from spikerl.snn.kernels.reference import SpikingNet
@@ -79,6 +80,17 @@ class CPUKernel:
             ready.net, obs_O.ctypes.data, norm_2O.data_ptr(), clip, act.ctypes.data
         )
         return act
+
+    def values(
+        self, x_BI: Tensor, weights_CIN: list[Tensor], biases_C1N: list[Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """What `linear.relu_values` computes."""
+        params = [*weights_CIN, *biases_C1N]
+        plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in params)
+        if dtype != torch.float32 or not plain or x_BI.device.type != "cpu":
+            return relu_values(x_BI, weights_CIN, biases_C1N, dtype)
+        values: Tensor = _Values.apply(self, x_BI.contiguous(), *params)
+        return values
 
     def scan(self, net: SpikingNet, drive_TBN: Tensor) -> Tensor:
         """Spikes of one layer."""
@@ -153,7 +165,7 @@ class _Actions(torch.autograd.Function):
     ) -> Tensor:
         ready = kernel.prepare(net)
         size = kernel.lib.spikerl_saved_bytes(ready.net, len(obs_BO))
-        saved = _memory.take(size)
+        saved = _memory.take(-(-size // 4))
         act = kernel.forward(ready, obs_BO, uniform_TBK, saved)
         ctx.kernel, ctx.ready, ctx.poisson = kernel, ready, uniform_TBK is not None
         ctx.saved = saved
@@ -165,16 +177,17 @@ class _Actions(torch.autograd.Function):
     def backward(ctx: Any, grad_BA: Tensor) -> tuple[Tensor | None, ...]:
         obs_BO, act_BA, *params = ctx.saved_tensors
         grads = [torch.empty_like(p) for p in params]
+        saved, ctx.saved = ctx.saved, None  # a second backward pass finds nothing, and fails
         mean, std, *layers, out_weight, out_bias = grads
         weights, biases = pointers(layers[0::2]), pointers(layers[1::2])
         grad_BA = grad_BA.contiguous()
         ctx.kernel.lib.spikerl_backward(
             ctx.ready.net, len(obs_BO), obs_BO.data_ptr(), ctx.poisson, act_BA.data_ptr(),
-            grad_BA.data_ptr(), ctx.saved.data_ptr(), mean.data_ptr(), std.data_ptr(),
+            grad_BA.data_ptr(), saved.data_ptr(), mean.data_ptr(), std.data_ptr(),
             ctypes.addressof(weights), ctypes.addressof(biases), out_weight.data_ptr(),
             out_bias.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        _memory.give(ctx.saved)
+        _memory.give(saved)
         return None, None, None, None, *grads
 
 
@@ -200,20 +213,67 @@ class _Scan(torch.autograd.Function):
         return None, None, out
 
 
+class _Values(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: CPUKernel, x_BI: Tensor, *params: Tensor) -> Tensor:
+        layers, batch = len(params) // 2, len(x_BI)
+        weights, biases = list(params[:layers]), list(params[layers:])
+        nets = len(weights[0])
+        values = [_memory.take(nets * batch * w.shape[-1]) for w in weights]
+        widths = np.array([x_BI.shape[1], *(w.shape[-1] for w in weights)], np.int32)
+        kernel.lib.spikerl_mlp_forward(
+            nets, layers, widths.ctypes.data, batch, x_BI.data_ptr(), pointers(weights),
+            pointers(biases), pointers(values), torch.get_num_threads(),
+        )  # fmt: skip
+        *hidden, last = values
+        found = last.view(nets, batch).clone()
+        _memory.give(last)
+        if any(ctx.needs_input_grad):
+            ctx.kernel, ctx.widths, ctx.hidden = kernel, widths, hidden
+            ctx.save_for_backward(x_BI, *params)
+        else:
+            _memory.give(*hidden)
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_CB: Tensor) -> tuple[Tensor | None, ...]:
+        x_BI, *params = ctx.saved_tensors
+        layers = len(ctx.widths) - 1
+        nets, batch = grad_CB.shape
+        hidden, ctx.hidden = ctx.hidden, None  # a second backward pass finds nothing, and fails
+        _, wants_x, wants_params, *_ = ctx.needs_input_grad
+        x_grad = x_BI.new_empty(nets, *x_BI.shape) if wants_x else None
+        grads = [torch.empty_like(p) for p in params] if wants_params else []
+        grad_CB = grad_CB.contiguous()
+        ctx.kernel.lib.spikerl_mlp_backward(
+            nets, layers, ctx.widths.ctypes.data, batch, x_BI.data_ptr(),
+            pointers(params[:layers]), pointers(hidden), grad_CB.data_ptr(),
+            x_grad.data_ptr() if x_grad is not None else None,
+            pointers(grads[:layers]) if grads else None,
+            pointers(grads[layers:]) if grads else None, torch.get_num_threads(),
+        )  # fmt: skip
+        _memory.give(*hidden)
+        x_sum = x_grad.sum(0) if x_grad is not None else None
+        return (None, x_sum, *grads) if grads else (None, x_sum, *[None] * len(params))
+
+
 class _Memory:
-    """Blocks that one update leaves for the next: fresh ones cost a page fault every 4 kB."""
+    """Blocks that one update leaves for the next: what was used last still lies in a cache."""
+
+    KEPT = 16  # blocks
 
     def __init__(self) -> None:
-        self.free: list[Tensor] = []
+        self.free: list[Tensor] = []  # the one given last comes first
 
     def take(self, size: int) -> Tensor:
         for i, block in enumerate(self.free):
             if len(block) == size:
                 return self.free.pop(i)
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size)
 
-    def give(self, block: Tensor) -> None:
-        self.free = [block, *self.free[:1]]
+    def give(self, *blocks: Tensor) -> None:
+        self.free = [*blocks, *self.free][: self.KEPT]
 
 
 _memory = _Memory()

@@ -1,7 +1,7 @@
-"""Builds, loads and describes the C++ kernels: `spikerl/snn/csrc/spiking.cpp` behind a C interface.
+"""Builds, loads and describes the C++ kernels: `spikerl/snn/csrc` behind a C interface.
 
-The compiler runs once for each source, compiler and instruction set; the library is kept in the
-user's cache folder under a name made of all three.
+The compiler runs once for each state of the sources, compiler and instruction set; the library is
+kept in the user's cache folder under a name made of all three.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "spiking.cpp"
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fopenmp")
 # What each path is compiled with, and what a processor must have for it; the best comes first.
 PATHS = {
@@ -61,7 +61,7 @@ def library(path: str) -> ctypes.CDLL:
     """The kernels for one path, built if need be. Raises Unbuilt."""
     compiler = _compiler()
     command = [*compiler, *FLAGS, *PATHS[path][0]]
-    source = SOURCE.read_bytes()
+    source = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
     version = _output([*compiler, "--version"])
     digest = hashlib.sha256("\0".join([*command, version]).encode() + source).hexdigest()[:16]
     built = _cache_folder() / f"spiking-{path}-{digest}.so"
@@ -86,14 +86,16 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_scan.argtypes = [net, Count, p, p, p, threads]
     lib.spikerl_scan_back.argtypes = [net, Count, p, p, p, threads]
     lib.spikerl_act.argtypes = [net, p, p, ctypes.c_float, p]
-    for name in ("forward", "backward", "scan", "scan_back", "act"):
+    lib.spikerl_mlp_forward.argtypes = [Count, Count, p, Count, p, p, p, p, threads]
+    lib.spikerl_mlp_backward.argtypes = [Count, Count, p, Count, *[p] * 7, threads]
+    for name in ("forward", "backward", "scan", "scan_back", "act", "mlp_forward", "mlp_backward"):
         getattr(lib, f"spikerl_{name}").restype = None
 
 
 def _build(command: list[str], built: Path) -> None:
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         target = Path(folder) / "out.so"
-        done = _run([*command, str(SOURCE), "-o", str(target)])
+        done = _run([*command, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(target)])
         if done.returncode:
             line = next((s for s in done.stderr.splitlines() if "error" in s), done.stderr[:200])
             raise Unbuilt(f"{shlex.join(command[:1])} failed: {line.strip()}")
