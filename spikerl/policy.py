@@ -70,15 +70,17 @@ class Policy:
         Raises ValueError for another shape than (*obs_shape) or (B, *obs_shape), or a value that is
         not finite.
         """
-        obs = np.array(obs, np.float64)
+        obs = np.asarray(obs)
         shape = self.task.obs_shape
         single = obs.shape == shape
         if not single and obs.shape[1:] != shape:
             raise ValueError(f"obs has shape {obs.shape}; expected {shape} or (B, *{shape})")
+        if single and self.one_action is not None:
+            one = self.one_action(obs.reshape(-1), self.norm.mean_std, self.norm.clip)
+            if one is not None:
+                return self.task.to_env(one)
         if not np.isfinite(obs).all():
             raise ValueError("obs holds a NaN or an infinity")
-        if single and self.one_action is not None:
-            return self.task.to_env(self.one_action(obs, self.norm.mean_std, self.norm.clip))
         act = self.task.to_env(self.act(obs.reshape(-1, self.task.obs_dim), self.generator))
         return act[0] if single else act
 

@@ -59,6 +59,8 @@ class Task:
         scaled = self.act_low + (act + 1.0) * self._half_range
         low, high = self._bounds
         scaled = np.minimum(np.maximum(scaled.astype(np.float32), low), high)
+        if len(self.act_shape) == 1:
+            return scaled
         return scaled.reshape(*act.shape[:-1], *self.act_shape)
 
     @cached_property

@@ -158,7 +158,8 @@ struct Store {
 // Counting sort of the inputs that fired in a chunk, by their words. Two halves of them are counted and placed
 // side by side, because a counter's last value takes some cycles to come back from memory.
 void list_events(const int32_t* words, int64_t K, int first, int steps, Events events) {
-    int32_t place[2][1 << CHUNK] = {};
+    int32_t place[2][1 << CHUNK];
+    for (auto& half : place) std::memset(half, 0, sizeof(int32_t) << steps);
     int32_t* fired = reinterpret_cast<int32_t*>(scratch<7>((padded(K) + W) * sizeof(int32_t)));
     const int32_t mask = (1 << steps) - 1;
     const ivec lanes = counting_from(0);
@@ -733,14 +734,17 @@ void backward(const Net& net, int64_t B, const float* obs, bool poisson, const f
 extern "C" {
 
 // One action (A) from one raw observation (O): (obs - norm[0]) / norm[1], within [-clip, clip], then the network.
-void spikerl_act(const Net* net, const double* obs, const float* norm, float clip, float* act) {
+// False, and no action, where the observation is not finite.
+bool spikerl_act(const Net* net, const double* obs, const float* norm, float clip, float* act) {
     const int64_t O = net->obs_dim;
     float* normal = reinterpret_cast<float*>(scratch<8>(O * sizeof(float)));
     for (int64_t o = 0; o < O; o++) {
+        if (!std::isfinite(obs[o])) return false;
         const float z = (float(obs[o]) - norm[o]) / norm[O + o];
         normal[o] = z > clip ? clip : z < -clip ? -clip : z;
     }
     forward(*net, 1, normal, nullptr, act, nullptr, 1);
+    return true;
 }
 
 // Bytes that `forward` fills and `backward` reads for B samples.

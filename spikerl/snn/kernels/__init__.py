@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +23,6 @@ from spikerl.types import Resolved
 
 Actions = Callable[[SpikingNet, Tensor, torch.Generator | None], Tensor]
 Values = Callable[[Tensor, list[Tensor], list[Tensor], torch.dtype], Tensor]
-OneAction = Callable[[np.ndarray, Tensor, float], np.ndarray]
 
 
 @dataclass(kw_only=True)
@@ -77,8 +74,8 @@ def values(name: str) -> Values:
     return cpu.kernel(path).values if kind == "cpu" else relu_values
 
 
-def one_action(name: str, net: SpikingNet) -> OneAction | None:
+def one_action(name: str, net: SpikingNet) -> cpu.OneAction | None:
     """How `net` acts on one raw observation without a tensor; None where the kernel has no way."""
     kind, _, path = name.partition("/")
     alone = kind == "cpu" and cpu.fused(net) and not net.encoder.random
-    return partial(cpu.kernel(path).act, net) if alone else None
+    return cpu.OneAction(cpu.kernel(path), net) if alone else None

@@ -88,8 +88,9 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_act.argtypes = [net, p, p, ctypes.c_float, p]
     lib.spikerl_mlp_forward.argtypes = [Count, Count, p, Count, p, p, p, p, threads]
     lib.spikerl_mlp_backward.argtypes = [Count, Count, p, Count, *[p] * 7, threads]
-    for name in ("forward", "backward", "scan", "scan_back", "act", "mlp_forward", "mlp_backward"):
+    for name in ("forward", "backward", "scan", "scan_back", "mlp_forward", "mlp_backward"):
         getattr(lib, f"spikerl_{name}").restype = None
+    lib.spikerl_act.restype = ctypes.c_bool
 
 
 def _build(command: list[str], built: Path) -> None:
