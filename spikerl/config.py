@@ -25,7 +25,7 @@ from spikerl.types import Resolved
 ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")
 ALGOS = {"td3": TD3Config}
 PRECISIONS = dict.fromkeys(("fp32", "bf16", "fp16"), PrecisionConfig)
-KERNELS = dict.fromkeys(("auto", "reference", "cpu"), kernels.KernelConfig)
+KERNELS = dict.fromkeys(("auto", "reference", "cpu", "triton"), kernels.KernelConfig)
 
 
 BACKENDS = dict.fromkeys(("auto", "gloo", "nccl"), BackendConfig)

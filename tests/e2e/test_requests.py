@@ -82,7 +82,7 @@ REFUSED = [
     ("env=HalfCheeta", "env=HalfCheeta: ", "HalfCheetah"),
     ("env=Hoper", "env=Hoper: ", "Hopper"),
     ("algo=td4", "algo=td4: ", "td3"),
-    ("kernel=triton", "kernel=triton: ", "reference"),
+    ("kernel=triton", "kernel=triton: ", "CUDA"),
     ("kernel.path=avx512", "kernel.path=avx512: ", "kernel=cpu"),
     ("backend=mpi", "backend=mpi: ", "gloo"),
     ("experiment=popsan/td4", "experiment=popsan/td4: ", "popsan/td3"),

@@ -14,7 +14,7 @@ ROOT = Path(spikerl.__file__).parent
 LEVELS = [
     "types errors seeding schema",
     "linear snn snn.surrogates snn.neurons snn.encoders snn.decoders snn.kernels"
-    " snn.kernels.reference snn.kernels.native snn.kernels.cpu",
+    " snn.kernels.reference snn.kernels.native snn.kernels.cpu snn.kernels.triton",
     "networks normalize buffers",
     "envs snapshots distributed distributed.launch distributed.orphans distributed.world"
     " precision hardware energy counters files versions checkpoint runlog view",

@@ -3,8 +3,8 @@
 `actions(net, obs_BO, generator)` of a spiking network: (B, A) in [-1, 1].
 `values(x_BI, weights_CIN, biases_C1N, dtype)` of C networks with ReLU layers: (C, B).
 Both are differentiable. `reference` and `linear.relu_values` are the definitions that every other
-kernel is tested against. A kernel's name is `reference` or `cpu/PATH`, PATH being a set of
-processor instructions.
+kernel is tested against. A kernel's name is `reference`, `triton` or `cpu/PATH`, PATH being a set
+of processor instructions.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def resolve(
     if config.name == "reference":
         return Resolved("reference", "requested")
     if device != "cpu":
-        if config.name == "cpu":
-            raise BadRequest("kernel", "cpu", f"this run uses {device}; use kernel=auto")
-        return Resolved("reference", "the CPU kernels do not run on a GPU")
+        return _on_gpu(config, device)
+    if config.name == "triton":
+        raise BadRequest("kernel", "triton", f"this run uses {device}; it needs a CUDA device")
     path = config.path or native.supported_paths()[0]
     try:
         cpu.kernel(path)
@@ -63,9 +63,26 @@ def resolve(
     return Resolved(f"cpu/{path}", reason)
 
 
+def _on_gpu(config: KernelConfig, device: str) -> Resolved:
+    if config.name == "cpu":
+        raise BadRequest("kernel", "cpu", f"this run uses {device}; use kernel=auto")
+    try:
+        from spikerl.snn.kernels import triton  # noqa: F401
+    except ImportError:
+        if config.name == "triton":
+            remedy = "triton is not installed; use kernel=auto"
+            raise BadRequest("kernel", "triton", remedy) from None
+        return Resolved("reference", "triton is not installed")
+    return Resolved("triton", "requested" if config.name == "triton" else "a CUDA device")
+
+
 def actions(name: str) -> Actions:
     """The operation in the kernel that `resolve` chose."""
     kind, _, path = name.partition("/")
+    if kind == "triton":
+        from spikerl.snn.kernels import triton
+
+        return triton.actions
     return cpu.kernel(path).actions if kind == "cpu" else reference.actions
 
 

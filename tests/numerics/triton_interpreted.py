@@ -1,0 +1,60 @@
+"""Run by test_triton_kernel.py in a process of its own, under Triton's interpreter, on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import popsan
+
+from spikerl.snn.kernels import reference, triton
+from spikerl.snn.neurons import CubaLIF, LIFConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("neurons", [1, 255, 700])
+@pytest.mark.parametrize("steps", [1, 5, 32])
+@pytest.mark.parametrize("lif", [False, True], ids=["cuba_lif", "lif"])
+def test_scan(neurons: int, steps: int, lif: bool) -> None:
+    net = popsan(3, 2, [8], spike_steps=steps)
+    if lif:
+        net.neuron = CubaLIF(
+            LIFConfig(name="lif", voltage_decay=0.6, threshold=0.4, surrogate_window=0.3)
+        )
+    draw = torch.Generator().manual_seed(neurons + steps)
+    drive = torch.randn(steps, 2, neurons, generator=draw) * 0.6
+    if neurons > 1:
+        drive[:, 0, 0], drive[:, 1, -1] = -9.0, 9.0  # silent, saturated
+    weight = torch.randn(drive.shape, generator=draw)
+    found = []
+    for scan in (reference.scan, triton.scan):
+        x = drive.clone().to(DEVICE).requires_grad_()
+        spikes = scan(net, x)
+        (grad,) = torch.autograd.grad((spikes * weight.to(DEVICE)).sum(), x)
+        found.append((spikes.detach().cpu(), grad.cpu()))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=1e-6)
+    assert neurons == 1 or 0.0 < float(found[0][0].mean()) < 1.0
+    assert neurons == 1 or found[0][1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_membranes_do_not_round(dtype: torch.dtype) -> None:
+    """Of a rounded drive, the spikes are those that float32 membranes have."""
+    net = popsan(3, 2, [8])
+    drive = (torch.randn(5, 3, 90) * 0.6).to(dtype)
+    spikes = triton.scan(net, drive.to(DEVICE)).cpu()
+    assert spikes.dtype == dtype
+    assert torch.equal(spikes.float(), reference.scan(net, drive.float()))
+
+
+def test_a_whole_actor() -> None:
+    net = popsan(4, 2, [24, 17]).to(DEVICE)
+    obs, direction = torch.randn(9, 4).to(DEVICE), torch.randn(9, 2).to(DEVICE)
+    params = list(net.parameters())
+    results = []
+    for actions in (reference.actions, triton.actions):
+        act = actions(net, obs, None)
+        results.append([act, *torch.autograd.grad(act, params, direction)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
