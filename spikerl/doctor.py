@@ -19,6 +19,7 @@ from spikerl.compose import group_options
 from spikerl.envs import EnvConfig, make_env
 from spikerl.errors import BadRequest
 from spikerl.precision import DTYPES, PrecisionConfig, check_precision
+from spikerl.snn import kernels
 from spikerl.versions import git_state, versions
 
 
@@ -52,11 +53,22 @@ def examine() -> Iterator[Finding]:
     yield Finding("version", "git", commit is not None, detail)
     yield from devices()
     yield from backends()
-    yield Finding("kernel", "reference", True, "plain PyTorch, on every device")
+    yield from kernel_findings()
     yield from meters()
     yield from environments()
     yield from renderers()
     yield outputs()
+
+
+def kernel_findings() -> Iterator[Finding]:
+    yield Finding("kernel", "reference", True, "plain PyTorch, on every device")
+    for name, device in (("cpu", "cpu"), ("triton", hardware.resolve_device("auto").choice)):
+        try:
+            kernel = kernels.resolve(kernels.KernelConfig(name=name, path=None), device)
+        except BadRequest as error:
+            yield Finding("kernel", name, False, error.args[2])
+        else:
+            yield Finding("kernel", name, True, f"{kernel.choice}; spiking actors and critics")
 
 
 def devices() -> Iterator[Finding]:

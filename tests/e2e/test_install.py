@@ -70,7 +70,8 @@ def test_what_is_in_it(wheel: Path) -> None:
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "spikerl").rglob("*.py")}
     options = {f"spikerl/{p.relative_to(ROOT)}" for p in (ROOT / "conf").rglob("*.yaml")}
     assert "spikerl/conf/experiment/popsan/td3.yaml" in options
-    sources = {"spikerl/snn/csrc/spiking.cpp"}
+    names_of = ("spiking.cpp", "dense.cpp", "vectors.h")
+    sources = {f"spikerl/snn/csrc/{name}" for name in names_of}
     assert names == modules | options | sources
 
 
@@ -87,7 +88,7 @@ def test_what_it_asks_for(site: Path) -> None:
 
 def test_every_import_is_asked_for() -> None:
     """Directly, or, for two, as what a direct requirement cannot be without."""
-    through = {"yaml": "omegaconf", "pynvml": "zeus"}
+    through = {"yaml": "omegaconf", "pynvml": "zeus", "triton": "torch"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = {Requirement(line).name for line in project["dependencies"]}
     of_module = packages_distributions()
