@@ -78,15 +78,15 @@ class PopSANActor(nn.Module):
         distance = (obs.unsqueeze(-1) - self.mean).pow(2)
         drive = torch.exp(-0.5 * distance / self.std.pow(2)).flatten(1)
         voltage = torch.zeros_like(drive)
-        spikes = torch.zeros(*drive.shape, self.steps)
+        spikes = obs.new_zeros(*drive.shape, self.steps)
         for t in range(self.steps):
             voltage = voltage + drive
             spikes[:, :, t] = _EncoderSpike.apply(voltage)
             voltage = voltage - spikes[:, :, t] * 0.999
         states = [
-            [torch.zeros(len(obs), layer.out_features) for _ in range(3)] for layer in self.layers
+            [obs.new_zeros(len(obs), layer.out_features) for _ in range(3)] for layer in self.layers
         ]
-        total = torch.zeros(len(obs), self.act_dim * self.pop)
+        total = obs.new_zeros(len(obs), self.act_dim * self.pop)
         for t in range(self.steps):
             x = spikes[:, :, t]
             for i, layer in enumerate(self.layers):
@@ -101,11 +101,15 @@ class PopSANActor(nn.Module):
 
 
 class DenseActor(nn.Module):
+    action_scale: Tensor
+    action_bias: Tensor
+
     def __init__(self, obs_dim: int, act_dim: int) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(obs_dim, 256), nn.Linear(256, 256)
         self.fc_mu = nn.Linear(256, act_dim)
-        self.action_scale, self.action_bias = torch.ones(act_dim), torch.zeros(act_dim)
+        self.register_buffer("action_scale", torch.ones(act_dim))
+        self.register_buffer("action_bias", torch.zeros(act_dim))
 
     def forward(self, obs: Tensor) -> Tensor:
         x = torch.relu(self.fc2(torch.relu(self.fc1(obs))))
@@ -128,7 +132,8 @@ class Loop:
 
     def __init__(self, actor: nn.Module, obs_dim: int, act_dim: int, actor_lr: float) -> None:
         self.actor = actor
-        self.q1, self.q2 = QNetwork(obs_dim, act_dim), QNetwork(obs_dim, act_dim)
+        self.device = next(actor.parameters()).device
+        self.q1, self.q2 = (QNetwork(obs_dim, act_dim).to(self.device) for _ in range(2))
         self.actor_target = copy.deepcopy(actor)
         self.q1_target, self.q2_target = copy.deepcopy(self.q1), copy.deepcopy(self.q2)
         self.q_params = [*self.q1.parameters(), *self.q2.parameters()]
@@ -176,8 +181,8 @@ class Loop:
         rows = {name: np.zeros((100_000, n), np.float32) for name, n in widths.items()}
         for step in count():
             with torch.no_grad():
-                seen = torch.from_numpy(obs.astype(np.float32)).unsqueeze(0)
-                act = self.actor(seen)[0].numpy()
+                seen = torch.from_numpy(obs.astype(np.float32)).unsqueeze(0).to(self.device)
+                act = self.actor(seen)[0].cpu().numpy()
             act = np.clip(act + EXPLORE_NOISE * np.random.randn(A), -1.0, 1.0)
             next_obs, rew, terminated, truncated, _ = env.step(scale * act)
             for name, value in zip(rows, (obs, act, rew, next_obs, terminated), strict=True):
@@ -185,24 +190,25 @@ class Loop:
             obs = env.reset()[0] if terminated or truncated else next_obs
             if step % burst == burst - 1 and step >= batch_size:
                 for _ in range(burst):
-                    self.update(draw(rows, min(step, 100_000), batch_size))
+                    self.update(draw(rows, min(step, 100_000), batch_size, self.device))
             yield
 
 
-def draw(rows: dict[str, np.ndarray], filled: int, batch_size: int) -> Batch:
+def draw(rows: dict[str, np.ndarray], filled: int, batch_size: int, device: torch.device) -> Batch:
     index = np.random.randint(0, filled, batch_size)
-    parts = {name: torch.from_numpy(array[index]) for name, array in rows.items()}
-    done, discount = parts["done"].view(-1) > 0, torch.full((batch_size,), GAMMA)
+    parts = {name: torch.from_numpy(array[index]).to(device) for name, array in rows.items()}
+    done, discount = parts["done"].view(-1) > 0, torch.full((batch_size,), GAMMA, device=device)
     rew = parts["rew"].view(-1)
     return Batch(parts["obs"], parts["act"], rew, parts["next_obs"], done, discount)
 
 
 def popsan_loop(like: SpikingActor, obs_dim: int, act_dim: int) -> Loop:
-    return Loop(PopSANActor(like), obs_dim, act_dim, 1e-4)
+    """On the device of `like`, as is the other."""
+    return Loop(PopSANActor(like).to(like.encoder.mean_OP.device), obs_dim, act_dim, 1e-4)
 
 
-def dense_loop(obs_dim: int, act_dim: int) -> Loop:
-    return Loop(DenseActor(obs_dim, act_dim), obs_dim, act_dim, 1e-3)
+def dense_loop(obs_dim: int, act_dim: int, device: torch.device) -> Loop:
+    return Loop(DenseActor(obs_dim, act_dim).to(device), obs_dim, act_dim, 1e-3)
 
 
 # Of a trained layer's drive, in multiples of what makes its standard deviation 1 where inputs fire

@@ -125,8 +125,10 @@ class Bench:
         self.task = task_for(config)
         self.threads = int(config.threads.choice)
         torch.set_num_threads(self.threads)
+        self.device = torch.device(config.device.choice)
         self.obs = torch.randn(4096, self.task.obs_dim).clamp(-3.0, 3.0)
         self.actor, self.weights = self.timed_actor()
+        self.obs, self.actor = self.obs.to(self.device), self.actor.to(self.device)
         self.ratios: dict[str, dict[str, float]] = {}
 
     def timed_actor(self) -> tuple[SpikingActor, str]:
@@ -149,7 +151,7 @@ class Bench:
         actor = build_actor(self.config.actor, self.task.obs_dim, self.task.act_dim, kernel=kernel)
         actor.load_state_dict(self.actor.state_dict())
         assert isinstance(actor, SpikingActor)
-        return actor
+        return actor.to(self.device)
 
     def measure(self) -> list[Measurement]:
         found: list[Measurement] = []
@@ -178,6 +180,8 @@ class Bench:
             for c, own in zip(contenders, times, strict=True):
                 begun = time.perf_counter()
                 c.call()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
                 own.append((time.perf_counter() - begun) / c.times * 1e3)
         found = [
             measurement(c, own, self.threads) for c, own in zip(contenders, times, strict=True)
@@ -202,12 +206,12 @@ class Bench:
     def acting(self) -> list[Contender]:
         """One action from one raw observation, or from one normalised one."""
         row = self.obs[:1]
-        raw = row[0].double().numpy()
+        raw = row[0].double().cpu().numpy()
         choice, task = self.config.kernel.choice, self.task
         ours = self.policy(self.spiking(choice))
         modules: dict[str, nn.Module] = {
-            "popsan loop": PopSANActor(self.actor),
-            "dense loop": DenseActor(task.obs_dim, task.act_dim),
+            "popsan loop": PopSANActor(self.actor).to(self.device),
+            "dense loop": DenseActor(task.obs_dim, task.act_dim).to(self.device),
             choice: self.spiking(choice),
         }
 
@@ -249,14 +253,14 @@ class Bench:
             weights = self.weights if "dense" not in kernel else "random"
             return Contender("update", kernel, precision, batch, weights, times, call)
 
-        dense = MLPActor(O, A, DENSE)
+        dense = MLPActor(O, A, DENSE).to(self.device)
         return [
             contender(choice, "fp32", self.td3(self.spiking(choice))),
             contender(choice, "bf16", self.td3(self.spiking(choice), torch.bfloat16)),
             contender("reference", "fp32", self.td3(self.spiking("reference"))),
             contender("dense", "fp32", self.td3(dense)),
             contender("popsan loop", "fp32", popsan_loop(self.actor, O, A)),
-            contender("dense loop", "fp32", dense_loop(O, A)),
+            contender("dense loop", "fp32", dense_loop(O, A, self.device)),
         ]
 
     def td3(
@@ -268,10 +272,10 @@ class Bench:
         O, A, algo = self.task.obs_dim, self.task.act_dim, self.config.algo  # noqa: E741
         kernel = actor.kernel if isinstance(actor, SpikingActor) else self.config.kernel.choice
         critic = TwinCritic(O, A, algo.critic_hidden_sizes, dtype=critic_dtype, kernel=kernel)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
         return TD3(
             actor,
-            critic,
+            critic.to(self.device),
             algo,
             actor_lr=1e-4,
             generator=generator,
@@ -283,7 +287,8 @@ class Bench:
         rows, following = (self.obs[torch.randint(len(self.obs), (size,))] for _ in range(2))
         act = torch.rand(size, self.task.act_dim) * 2.0 - 1.0
         live, discount = torch.zeros(size, dtype=torch.bool), torch.full((size,), 0.99)
-        return Batch(rows, act, torch.randn(size), following, live, discount)
+        fields = (rows, act, torch.randn(size), following, live, discount)
+        return Batch(*(field.to(self.device) for field in fields))
 
     def training(self) -> list[Contender]:
         """Steps of a whole training loop, updates included, without evaluations."""
@@ -295,7 +300,8 @@ class Bench:
         start = self.policy(self.actor)
         spiking = Trainer(training, self.task, start)
         trainers = {training.kernel: spiking, "dense": Trainer(dense, self.task)}
-        loops = {"popsan loop": popsan_loop(self.actor, O, A), "dense loop": dense_loop(O, A)}
+        dense_one = dense_loop(O, A, self.device)
+        loops = {"popsan loop": popsan_loop(self.actor, O, A), "dense loop": dense_one}
         found = []
 
         def contender(kernel: str, step: Callable[[], object]) -> Contender:

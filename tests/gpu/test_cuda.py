@@ -63,7 +63,7 @@ def test_replay_and_normaliser_live_on_the_device() -> None:
     replay, norm = Replay(10, 3, 1, "cuda"), RunningNorm(3, 3.0)
     rows = torch.arange(12.0).view(4, 3).numpy()
     norm.add(rows)
-    norm.merge()
+    norm.merge([norm.collect()])
     flags = rows[:, 0] > 3
     replay.add(rows, rows[:, :1] / 12, rows[:, 0], rows, flags, discount=0.99)
     sampled = replay.sample(64, torch.Generator().manual_seed(0), norm.normalize)

@@ -79,7 +79,7 @@ def test_weights_that_fire_as_trained_ones_do() -> None:
 
 
 def test_training_with_a_yardstick() -> None:
-    loop = baselines.dense_loop(4, 1)
+    loop = baselines.dense_loop(4, 1, torch.device("cpu"))
     steps = loop.train("InvertedPendulum-v5", batch_size=8, burst=10)
     for _ in range(40):
         next(steps)
