@@ -22,7 +22,7 @@ GROUPS = sorted(folder.name for folder in conf_folder().iterdir() if folder.is_d
 # What an option needs beside it.
 NEEDS = {"env=gym": ["env.id=MountainCarContinuous-v0"], "energy=replay": ["energy.file=t.csv"]}
 # What only some machines can run; it composes on all.
-ELSEWHERE = ("backend=nccl", "precision=fp16", "energy=zeus", "energy=replay")
+ELSEWHERE = ("kernel=triton", "backend=nccl", "precision=fp16", "energy=zeus", "energy=replay")
 OPTIONS = [f"{g}={o}" for g in GROUPS for o in group_options(g) if g != "experiment"]
 
 OUT_OF_RANGE = {

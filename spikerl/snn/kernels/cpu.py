@@ -37,14 +37,14 @@ class CPUKernel:
 
     def actions(self, net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
         """Actions (B, A) in [-1, 1]."""
-        if not fused(net) or obs_BO.requires_grad:
+        ready = self.prepare(net)
+        if not ready.fused or obs_BO.requires_grad:
             return torch.tanh(net.decoder(reference.rates(net, obs_BO, generator, self.scan)))
         obs_BO = obs_BO.contiguous()
         uniform = net.encoder.uniform(len(obs_BO), net.spike_steps, generator)
         if not torch.is_grad_enabled():
-            return self.forward(self.prepare(net), obs_BO, uniform, None)
-        params = list(net.parameters())
-        act: Tensor = _Actions.apply(self, net, obs_BO, uniform, *params)
+            return self.forward(ready, obs_BO, uniform, None)
+        act: Tensor = _Actions.apply(self, ready, obs_BO, uniform, *ready.params)
         return act
 
     def prepare(self, net: SpikingNet) -> Prepared:
@@ -139,6 +139,7 @@ class Prepared:
     def __init__(self, net: SpikingNet) -> None:
         self.params = list(net.parameters())
         self.at = [p.data_ptr() for p in self.params]
+        self.fused = fused(net)
         encoder, c, layers = net.encoder, net.neuron.config, list(net.layers)
         act_dim, out_pop = net.decoder.weight_AP.shape
         widths = [layers[0].weight_IN.shape[0], *(len(layer.bias_N) for layer in layers)]
@@ -177,12 +178,11 @@ class _Actions(torch.autograd.Function):
     def forward(
         ctx: Any,
         kernel: CPUKernel,
-        net: SpikingNet,
+        ready: Prepared,
         obs_BO: Tensor,
         uniform_TBK: Tensor | None,
         *params: Tensor,
     ) -> Tensor:
-        ready = kernel.prepare(net)
         size = kernel.lib.spikerl_saved_bytes(ready.net, len(obs_BO))
         saved = _memory.take(-(-size // 4))
         act = kernel.forward(ready, obs_BO, uniform_TBK, saved)
