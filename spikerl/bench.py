@@ -247,8 +247,13 @@ class Bench:
             turn = cycle(batches)
 
             def call() -> None:
-                for _ in range(times):
-                    learner.update(next(turn))
+                some = [next(turn) for _ in range(times)]
+                if isinstance(learner, TD3):
+                    learner.learn(some)
+                    learner.guard.check()
+                    return
+                for batch in some:
+                    learner.update(batch)
 
             weights = self.weights if "dense" not in kernel else "random"
             return Contender("update", kernel, precision, batch, weights, times, call)
@@ -394,8 +399,8 @@ def worker(spec: dict[str, Any], folder: str) -> None:
             dist.barrier()
             begun = time.perf_counter()
             if name != "alone" or rank == 0:
-                for batch in batches[rows] * 2:
-                    learner.update(batch)
+                learner.learn(batches[rows] * 2)
+                learner.guard.check()
             times[name].append((time.perf_counter() - begun) / 8 * 1e3)
     dist.destroy_process_group()
     if rank == 0:

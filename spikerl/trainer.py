@@ -29,6 +29,7 @@ from spikerl.seeding import Streams, initialising, seed_for
 from spikerl.types import Task
 
 Row = dict[str, Any]
+DRAWN_TOGETHER = 64  # batches that are gathered and normalised at once, which bounds their memory
 
 
 @dataclass(kw_only=True)
@@ -221,9 +222,11 @@ class Trainer:
         if due == 0:
             return
         metrics = []
-        for _ in range(due):
-            batch = self.replay.sample(self.batch_size, self.streams.sample, self.norm.normalize)
-            metrics.append(self.algo.update(batch))
+        for first in range(0, due, DRAWN_TOGETHER):
+            count = min(due - first, DRAWN_TOGETHER)
+            metrics += self.algo.learn(
+                self.replay.sample(count, self.batch_size, self.streams.sample, self.norm.normalize)
+            )
         self.algo.guard.check()
         self.progress.updates = self.algo.updates
         self.progress.add(metrics)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -100,6 +102,12 @@ class Stepper:
         flat = flatten(module)
         self.flat = flat
         self.summed = torch.cat([torch.zeros_like(flat), flat.new_zeros(1)])
+        sizes = [p.numel() for p in self.params]
+        *pieces, loss = self.summed.split([*sizes, 1])
+        shapes = [p.shape for p in self.params]
+        self.slots = [piece.view(s) for piece, s in zip(pieces, shapes, strict=True)]
+        self.slots.append(loss.view(()))
+        self.whole = flat.new_tensor(weight)  # what a loss is multiplied with, unless it is scaled
         self.lr = lr
         self.step = torch.zeros((), device=flat.device)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(flat), torch.zeros_like(flat)
@@ -109,15 +117,16 @@ class Stepper:
     def __call__(self, loss: Tensor, update: int) -> Tensor:
         """Step, unless something was not finite; the loss over the global batch."""
         guard, grad = self.guard, self.summed[:-1]
-        share = loss * self.weight
-        pieces = torch.autograd.grad(share * guard.scale, self.params)
-        torch.cat([*(p.flatten() for p in pieces), share.detach().view(1)], out=self.summed)
+        share = loss.detach() * self.weight
+        scaled = guard.scale * self.weight if guard.scales_loss else self.whole
+        pieces = torch.autograd.grad(loss, self.params, scaled)
+        torch._foreach_copy_(self.slots, [*pieces, share])
         self.world.sum_(self.summed)
         if guard.scales_loss:
             grad /= guard.scale
         mean_loss = self.summed[-1].clone()
-        # The sum of squares is finite only if every entry is.
-        guard.see(torch.isfinite(torch.dot(self.summed, self.summed)), update)
+        # The sum of squares is finite only if every entry is; NaN is below nothing.
+        guard.see(torch.dot(self.summed, self.summed) < math.inf, update)
         if self.max_grad_norm is not None:
             grad *= (self.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
         self.adam()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -102,12 +103,33 @@ class TD3:
         self.critic_target_flat = flatten(self.critic_target)
         self.updates = 0
 
+    def learn(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+        """An update with each batch; what `update` says of it.
+
+        Targets stand still from one move to the next, so the values of all updates between are
+        found in one pass.
+        """
+        found = []
+        rest = list(batches)
+        while rest:
+            together = -self.updates % self.config.policy_delay + 1
+            now, rest = rest[:together], rest[together:]
+            pairs = zip(now, self.next_values([batch.next_obs for batch in now]), strict=True)
+            found += [self.step(batch, td_target(batch, next_q)) for batch, next_q in pairs]
+        return found
+
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One step of the critics; on updates 0, d, 2d, ... (d = policy_delay) of all the rest."""
-        with torch.no_grad():
-            next_act = self.smooth(self.actor_target(batch.next_obs, self.generator))
-            next_q = self.critic_target(batch.next_obs, next_act).amin(0)
-            q_target = td_target(batch, next_q)
+        return self.learn([batch])[0]
+
+    @torch.no_grad()
+    def next_values(self, next_obs: list[Tensor]) -> Sequence[Tensor]:
+        """The lower of both targets' values, (B,), for each batch of observations."""
+        obs = torch.cat(next_obs) if len(next_obs) > 1 else next_obs[0]
+        act = self.smooth(self.actor_target(obs, self.generator))
+        return self.critic_target(obs, act).amin(0).split([len(part) for part in next_obs])
+
+    def step(self, batch: Batch, q_target: Tensor) -> dict[str, Tensor]:
         q = self.critic(batch.obs, batch.act)  # (2, B)
         loss = 2.0 * mse_loss(q, q_target.expand_as(q))  # the sum of both critics' means
         critic_loss = self.step_critic(loss, self.updates)

@@ -299,3 +299,30 @@ def test_poisson_update_repeats_with_its_generator() -> None:
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
+
+
+def test_updates_between_two_moves_of_the_targets_share_one_pass() -> None:
+    """Learning from five batches at once is learning from one after the other."""
+    together, alone = learner(target_noise=0.0), learner(target_noise=0.0)
+    batches = [batch(seed=seed) for seed in range(5)]
+    passes = []
+    whole = together.next_values
+    together.next_values = lambda obs: passes.append(len(obs)) or whole(obs)  # type: ignore
+    found = together.learn(batches)
+    expected = [alone.update(b) for b in batches]
+    assert passes == [1, 2, 2]  # the targets move on updates 0, 2 and 4
+    assert [m.keys() for m in found] == [m.keys() for m in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for name, tensor in together.state().items():
+        torch.testing.assert_close(tensor, alone.state()[name], rtol=1e-4, atol=1e-6)
+    together.learn(batches[:1])
+    assert passes[3:] == [1]  # update 5, and 6 would have been with it
+
+
+def test_smoothing_noise_is_each_batchs_own() -> None:
+    td3 = learner(target_noise=0.2)
+    rows = batch(seed=0).next_obs
+    td3.update(batch(seed=0))
+    first, second = td3.next_values([rows, rows])
+    assert not torch.equal(first, second)
