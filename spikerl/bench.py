@@ -46,6 +46,7 @@ PARTS = ("acting", "update", "training", "workers", "start")
 # Of the encoder and of each layer, in the HalfCheetah policy that PopSAN's authors published, as
 # `spikerl eval` measures them.
 TRAINED_RATES = [0.196, 0.329, 0.509, 0.710]
+BURST = 20  # updates of a turn: they come in bursts, and the first of one finds cold caches
 DENSE = MLPConfig(name="mlp", hidden_sizes=[256, 256], lr=1e-3)
 
 
@@ -243,11 +244,11 @@ class Bench:
         choice = self.config.kernel.choice
         batches = [self.batch(batch) for _ in range(8)]
 
-        def contender(kernel: str, precision: str, learner: Any, times: int = 4) -> Contender:
+        def contender(kernel: str, precision: str, learner: Any) -> Contender:
             turn = cycle(batches)
 
             def call() -> None:
-                some = [next(turn) for _ in range(times)]
+                some = [next(turn) for _ in range(BURST)]
                 if isinstance(learner, TD3):
                     learner.learn(some)
                     learner.guard.check()
@@ -256,7 +257,7 @@ class Bench:
                     learner.update(batch)
 
             weights = self.weights if "dense" not in kernel else "random"
-            return Contender("update", kernel, precision, batch, weights, times, call)
+            return Contender("update", kernel, precision, batch, weights, BURST, call)
 
         dense = MLPActor(O, A, DENSE).to(self.device)
         return [
@@ -399,9 +400,9 @@ def worker(spec: dict[str, Any], folder: str) -> None:
             dist.barrier()
             begun = time.perf_counter()
             if name != "alone" or rank == 0:
-                learner.learn(batches[rows] * 2)
+                learner.learn(batches[rows] * (BURST // 4))
                 learner.guard.check()
-            times[name].append((time.perf_counter() - begun) / 8 * 1e3)
+            times[name].append((time.perf_counter() - begun) / BURST * 1e3)
     dist.destroy_process_group()
     if rank == 0:
         print(json.dumps({name: own[1:] for name, own in times.items()}))
