@@ -1,14 +1,9 @@
-"""How fast this machine acts, updates and trains: spiking beside dense, beside two yardsticks.
-
-Contenders take turns, once a round, so that whatever else the machine does meets all of them; what
-counts are ratios of medians.
-"""
+"""How fast this machine acts, updates and trains: spiking beside dense, beside two yardsticks."""
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,8 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from spikerl import config as configs
@@ -38,6 +31,16 @@ from spikerl.normalize import RunningNorm
 from spikerl.policy import Policy, load_policy
 from spikerl.runs import task_for
 from spikerl.schema import parse
+from spikerl.timing import (
+    Contender,
+    Measurement,
+    Ratios,
+    compare,
+    in_turn,
+    measurement,
+    ratio,
+    show,
+)
 from spikerl.trainer import Trainer
 from spikerl.types import Batch
 from spikerl.versions import git_state, versions
@@ -65,40 +68,6 @@ class BenchRequest:
         for key, values in (("batches", self.batches), ("rounds", [self.rounds])):
             if any(value < 1 for value in values):
                 raise BadRequest(key, values, "give at least 1")
-
-
-@dataclass(kw_only=True)
-class Measurement:
-    """Times of one contender's repetitions, each in ms."""
-
-    what: str
-    kernel: str
-    precision: str
-    batch: int
-    world_size: int
-    threads: int
-    weights: str
-    median_ms: float
-    min_ms: float
-    per_second: float
-
-    @property
-    def name(self) -> str:
-        size = f" batch {self.batch}" if self.batch > 1 else ""
-        return f"{self.what} {self.kernel} {self.precision}{size}"
-
-
-@dataclass
-class Contender:
-    """`call` does the thing `times` times."""
-
-    what: str
-    kernel: str
-    precision: str
-    batch: int
-    weights: str
-    times: int
-    call: Callable[[], None]
 
 
 def main(data: dict[str, Any]) -> int:
@@ -130,7 +99,7 @@ class Bench:
         self.obs = torch.randn(4096, self.task.obs_dim).clamp(-3.0, 3.0)
         self.actor, self.weights = self.timed_actor()
         self.obs, self.actor = self.obs.to(self.device), self.actor.to(self.device)
-        self.ratios: dict[str, dict[str, float]] = {}
+        self.ratios: Ratios = {}
 
     def timed_actor(self) -> tuple[SpikingActor, str]:
         """The actor whose speed is told, with the weights of a trained one or such as fire so."""
@@ -158,49 +127,25 @@ class Bench:
         found: list[Measurement] = []
         for part in self.request.parts:
             if part == "acting":
-                found += self.interleave(self.acting())
+                found += self.time(self.acting())
             if part == "update":
                 for batch in self.request.batches:
-                    found += self.interleave(self.update(batch))
+                    found += self.time(self.update(batch))
             if part == "training":
-                found += self.interleave(self.training())
+                found += self.time(self.training())
             if part == "workers":
                 found += self.workers()
             if part == "start":
-                found += self.interleave([
+                found += self.time([
                     Contender(what, "", "", 1, "", 1, partial(run_quietly, args))
                     for what, args in COMMANDS.items()
                 ])  # fmt: skip
         return found
 
-    def interleave(self, contenders: list[Contender]) -> list[Measurement]:
-        times: list[list[float]] = [[] for _ in contenders]
-        for c in contenders:
-            c.call()  # the first finds nothing in any cache
-        for _ in range(self.request.rounds):
-            for c, own in zip(contenders, times, strict=True):
-                begun = time.perf_counter()
-                c.call()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                own.append((time.perf_counter() - begun) / c.times * 1e3)
-        found = [
-            measurement(c, own, self.threads) for c, own in zip(contenders, times, strict=True)
-        ]
-        self.compare(found)
+    def time(self, contenders: list[Contender]) -> list[Measurement]:
+        found = in_turn(contenders, self.request.rounds, self.threads)
+        self.ratios |= compare(found)
         return found
-
-    def compare(self, found: list[Measurement]) -> None:
-        """Every contender of this program over each yardstick."""
-        yardsticks = [m for m in found if m.kernel in ("popsan loop", "dense loop", "dense")]
-        for m in found:
-            for other in yardsticks:
-                if m is not other and m.kernel not in ("popsan loop", "dense loop"):
-                    self.ratios[f"{m.name} / {other.kernel}"] = {
-                        "ratio": m.median_ms / other.median_ms,
-                        "median_ms": m.median_ms,
-                        "other_median_ms": other.median_ms,
-                    }
 
     # --- what is timed ----------------------------------------------------------------------------
 
@@ -345,11 +290,8 @@ class Bench:
             found.append(replace(m, world_size=1 if name == "alone" else 2))
         alone = found[0].median_ms
         for m in found[1:]:
-            self.ratios[f"updates per second of two workers, {m.what[8:]} / one alone"] = {
-                "ratio": alone / m.median_ms,
-                "median_ms": m.median_ms,
-                "other_median_ms": alone,
-            }
+            name = f"updates per second of two workers, {m.what[8:]} / one alone"
+            self.ratios[name] = ratio(alone, m.median_ms)
         return found
 
 
@@ -406,43 +348,6 @@ def worker(spec: dict[str, Any], folder: str) -> None:
     dist.destroy_process_group()
     if rank == 0:
         print(json.dumps({name: own[1:] for name, own in times.items()}))
-
-
-# --- what is told --------------------------------------------------------------------------------
-
-
-def measurement(c: Contender, times: list[float], threads: int) -> Measurement:
-    median = statistics.median(times)
-    return Measurement(
-        what=c.what,
-        kernel=c.kernel,
-        precision=c.precision,
-        batch=c.batch,
-        world_size=1,
-        threads=threads,
-        weights=c.weights,
-        median_ms=median,
-        min_ms=min(times),
-        per_second=1e3 / median,
-    )
-
-
-def show(answer: dict[str, Any]) -> None:
-    machine = answer["machine"]
-    console = Console(soft_wrap=True, markup=False, emoji=False)
-    console.print(f"{machine['cpu']}, {machine['cores']} cores; commit {machine['commit']}")
-    table = Table("what", "kernel", "precision", "batch", "workers", "median ms", "least", "per s")
-    for m in answer["measurements"]:
-        table.add_row(
-            m["what"], m["kernel"], m["precision"], str(m["batch"]), str(m["world_size"]),
-            f"{m['median_ms']:.4g}", f"{m['min_ms']:.4g}", f"{m['per_second']:.4g}",
-        )  # fmt: skip
-    console.print(table)
-    table = Table("time of / time of", "ratio", "ms", "ms")
-    for name, r in answer["ratios"].items():
-        times = f"{r['median_ms']:.4g}", f"{r['other_median_ms']:.4g}"
-        table.add_row(name, f"{r['ratio']:.3f}", *times)
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ LEVELS = [
     "envs snapshots distributed distributed.launch distributed.orphans distributed.world"
     " precision hardware energy counters files versions checkpoint runlog view",
     "algos algos.base algos.td3",
-    "policy evaluate trainer baselines",
+    "policy evaluate trainer baselines timing",
     "config runfolder session runs importers doctor bench sweep compose completion",
     "commands worker cli __main__ __init__",
 ]

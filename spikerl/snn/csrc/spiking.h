@@ -1,0 +1,149 @@
+// A population-coded spiking actor on the CPU, driven by events.
+//
+// The spikes of a neuron over the T spike steps of a decision are the bits of one word. Inputs whose
+// words agree are summed first; the sum is then added into the steps of that word: nothing is multiplied
+// by zero, and a weight is read once however often its input fires. Backward, a weight's gradient is read
+// from the same lists, and an input's gradient is formed only at the steps at which its voltage lay inside
+// the surrogate window.
+//
+// One translation unit, compiled once for each instruction set; the vector width follows from the flags.
+// Sums over a batch run in one order whatever the number of threads, so results are the same bits.
+//
+// Shapes   B samples, T spike steps, K inputs and N neurons of a layer, O observation entries, A actions.
+//          Weights are input-major (K, N). Rows of neurons are padded to whole vectors (Kp, Np).
+
+#pragma once
+#include "vectors.h"
+
+namespace {
+
+// One bit for each lane of a comparison's result.
+inline uint32_t bits_of(ivec mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(reinterpret_cast<__m256>(mask));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < W; i++) bits |= uint32_t(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+
+// Appends to `list` the lanes of `values` that `mask` marks; how many.
+inline int append(int32_t* list, ivec values, ivec mask) {
+#if defined(__AVX512F__)
+    const __mmask16 bits = __mmask16(bits_of(mask));
+    store(list, reinterpret_cast<ivec>(_mm512_maskz_compress_epi32(bits, reinterpret_cast<__m512i>(values))));
+    return __builtin_popcount(bits);
+#else
+    int count = 0;
+    for (uint32_t bits = bits_of(mask); bits; bits &= bits - 1) list[count++] = values[__builtin_ctz(bits)];
+    return count;
+#endif
+}
+
+inline ivec counting_from(int32_t first) {
+    ivec lanes;
+    for (int i = 0; i < W; i++) lanes[i] = first + i;
+    return lanes;
+}
+
+constexpr int CHUNK = 8;         // spike steps that one list of events covers, at most
+constexpr int MAX_STEPS = 32;    // spike steps, the bits of a word
+constexpr int MAX_LAYERS = 16;
+constexpr int BLOCK = 2;         // vectors of neurons that are computed together
+constexpr int64_t TILE = 16;     // samples that meet a block of weights while it lies in the first cache
+constexpr int64_t DIRECT = 4;    // up to so many samples, packing weights costs more than it gains
+
+// Of the steps of a chunk, 1.0 where a word has its bit set.
+struct Bits {
+    float of[1 << CHUNK][CHUNK];
+    constexpr Bits() : of() {
+        for (int word = 0; word < 1 << CHUNK; word++)
+            for (int t = 0; t < CHUNK; t++) of[word][t] = float(word >> t & 1);
+    }
+};
+constexpr Bits BITS;
+
+}  // namespace
+
+extern "C" {
+
+struct Net {
+    int32_t obs_dim, pop_size, act_dim, out_pop_size, spike_steps, layers;
+    float encoder_threshold, current_decay, voltage_decay, threshold, window;
+    const int32_t* widths;  // layers + 1: of the encoder and of every layer
+    const float *mean, *std;
+    const float* const* weights;
+    const float* const* biases;
+    const float *out_weight, *out_bias;
+};
+}
+
+namespace {
+
+struct Segment {
+    int32_t word, end;  // inputs up to `end` of the list have this word
+};
+
+// The inputs of one sample and chunk that fired, ordered by word.
+struct Events {
+    int32_t* count;  // of segments
+    Segment* segments;
+    int32_t* inputs;
+};
+
+// Where everything that backward needs lies in one block of memory, for `samples` samples.
+struct Store {
+    const Net* net;
+    int64_t samples, chunks;
+    bool keeps;  // voltages; else all samples write to one place, which nobody reads
+    float* activity;                  // (B, K0p)
+    int32_t* words[MAX_LAYERS + 1];   // (B, Kp) of the encoder and of every layer
+    float* voltage[MAX_LAYERS];       // (B, T, Np)
+    int32_t* counts[MAX_LAYERS];      // events of a layer's inputs: (B, chunks)
+    Segment* segments[MAX_LAYERS];    // (B, chunks, K + 1)
+    int32_t* inputs[MAX_LAYERS];      // (B, chunks, K)
+    int64_t bytes = 0;
+
+    Store(const Net* n, int64_t samples_, bool keeps_, char* base) : net(n), samples(samples_), keeps(keeps_) {
+        int64_t T = n->spike_steps;
+        chunks = (T + CHUNK - 1) / CHUNK;
+        activity = take<float>(base, samples * padded(n->widths[0]));
+        for (int l = 0; l <= n->layers; l++) {
+            int64_t K = n->widths[l];
+            words[l] = take<int32_t>(base, samples * padded(K));
+            if (l > 0) voltage[l - 1] = take<float>(base, (keeps ? samples : 1) * T * padded(K));
+            if (l == n->layers) break;
+            counts[l] = take<int32_t>(base, samples * chunks);
+            segments[l] = take<Segment>(base, samples * chunks * (K + 1));
+            inputs[l] = take<int32_t>(base, samples * chunks * K);
+        }
+    }
+
+    template <class X>
+    X* take(char* base, int64_t count) {
+        X* place = reinterpret_cast<X*>(base + bytes);
+        bytes += (count * int64_t(sizeof(X)) + 63) / 64 * 64;
+        return place;
+    }
+
+    Events events(int layer, int64_t b, int64_t chunk) const {
+        int64_t row = b * chunks + chunk, K = net->widths[layer];
+        return {counts[layer] + row, segments[layer] + row * (K + 1), inputs[layer] + row * K};
+    }
+
+    int64_t first_step(int64_t chunk) const { return net->spike_steps * chunk / chunks; }
+};
+
+// A layer's sizes and weights, and what the forward pass makes of them.
+struct Layer {
+    int64_t K, N, Np;
+    const float* weight;            // (K, N)
+    const float* bias = nullptr;    // (Np)
+    const float* last = nullptr;    // the last row of `weight`, padded: it alone may not be read beyond its end
+    const float* packed = nullptr;  // null: use the weights as they are
+};
+
+}  // namespace
