@@ -107,14 +107,20 @@ def show(answer: dict[str, Any]) -> None:
     machine = answer["machine"]
     console = Console(soft_wrap=True, markup=False, emoji=False)
     console.print(f"{machine['cpu']}, {machine['cores']} cores; commit {machine['commit']}")
-    table = Table("what", "kernel", "precision", "batch", "workers", "median ms", "least", "per s")
+    table = Table(
+        "what", "who", "batch", "workers", "median ms", "least ms", "per second", box=None
+    )
     for m in answer["measurements"]:
+        who = f"{m['kernel']} {m['precision']}".strip()
         table.add_row(
-            m["what"], m["kernel"], m["precision"], str(m["batch"]), str(m["world_size"]),
-            f"{m['median_ms']:.4g}", f"{m['min_ms']:.4g}", f"{m['per_second']:.4g}",
+            m["what"], who, str(m["batch"]), str(m["world_size"]), f"{m['median_ms']:.4g}",
+            f"{m['min_ms']:.4g}", f"{m['per_second']:,.0f}" if m["per_second"] >= 10 else "",
         )  # fmt: skip
     console.print(table)
-    table = Table("time of / time of", "ratio", "ms", "ms")
+    if not answer["ratios"]:
+        return
+    console.print()
+    table = Table("time of / time of", "ratio", "ms", "ms", box=None)
     for name, r in answer["ratios"].items():
         times = f"{r['median_ms']:.4g}", f"{r['other_median_ms']:.4g}"
         table.add_row(name, f"{r['ratio']:.3f}", *times)
