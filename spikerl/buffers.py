@@ -64,18 +64,16 @@ class Replay:
 
     def sample(
         self,
-        batches: int,
-        batch_size: int,
+        count: int,
         generator: torch.Generator,
         normalize: Callable[[Tensor], Tensor],
-    ) -> list[Batch]:
+    ) -> Batch:
         """Rows drawn with replacement, their observations normalised."""
-        index = torch.randint(self.size, (batches * batch_size,), generator=generator)
+        index = torch.randint(self.size, (count,), generator=generator)
         rows = self.rows[index.to(self.rows.device)]
         O, A = self.obs_dim, self.act_dim  # noqa: E741
         obs, next_obs = normalize(rows[:, : 2 * O].unflatten(1, (2, O))).unbind(1)
         rew, terminated, discount = rows[:, 2 * O + A :].unbind(1)
         act = rows[:, 2 * O : 2 * O + A]
         fields = (obs, act, rew, next_obs, terminated > 0, discount)
-        parts = (field.contiguous().split(batch_size) for field in fields)
-        return [Batch(*batch) for batch in zip(*parts, strict=True)]
+        return Batch(*(field.contiguous() for field in fields))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
+from spikerl.gradient import Gradient, Pullback, by_autograd
 from spikerl.linear import Linears, product
 from spikerl.snn import kernels
 from spikerl.snn.decoders import RateConfig, RateDecoder
@@ -114,7 +115,11 @@ class SpikingActor(nn.Module):
 
     def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Actions; `generator` is drawn from only where the encoder is random."""
-        return kernels.actions(self.kernel)(self, obs_BO, generator)
+        return kernels.named(self.kernel).actions(self, obs_BO, generator)
+
+    def vjp(self, obs_BO: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Pullback]:
+        """Actions, and the way back from their gradient to the parameters'."""
+        return kernels.named(self.kernel).vjp(self, obs_BO, generator)
 
     def activity(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Activity:
         """Firing rates over any number of observations, in pieces of bounded memory."""
@@ -157,6 +162,9 @@ class MLPActor(nn.Module):
         for layer in hidden:
             x = torch.relu(product(x, layer, self.dtype))
         return torch.tanh(product(x, last, self.dtype))
+
+    def vjp(self, obs_BO: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Pullback]:
+        return by_autograd(self(obs_BO, generator))
 
 
 Actor = SpikingActor | MLPActor
@@ -203,13 +211,12 @@ class TwinCritic(nn.Module):
 
     def forward(self, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
         """Both values, (2, B)."""
-        x = torch.cat([obs_BO, act_BA], -1)
-        weights, biases = list(self.weights_2IN), list(self.biases_21N)
-        return kernels.values(self.kernel)(x, weights, biases, self.dtype)
+        return kernels.named(self.kernel).values(self, obs_BO, act_BA)
 
-    def first(self, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
-        """The first critic's value, (B,), its weights held fixed: no gradient reaches them."""
-        x = torch.cat([obs_BO, act_BA], -1)
-        weights = [p.detach()[:1] for p in self.weights_2IN]
-        biases = [p.detach()[:1] for p in self.biases_21N]
-        return kernels.values(self.kernel)(x, weights, biases, self.dtype).squeeze(0)
+    def regress(self, obs_BO: Tensor, act_BA: Tensor, target_B: Tensor, into: Gradient) -> Tensor:
+        """Gradient of the sum of both networks' mean squared errors; the mean value."""
+        return kernels.named(self.kernel).regress(self, obs_BO, act_BA, target_B, into)
+
+    def ascent(self, obs_BO: Tensor, act_BA: Tensor, into: Gradient) -> Tensor:
+        """The loss -mean Q_1, its weights held fixed: its gradient by the actions, (B, A)."""
+        return kernels.named(self.kernel).ascent(self, obs_BO, act_BA, into)

@@ -224,9 +224,9 @@ class Trainer:
         metrics = []
         for first in range(0, due, DRAWN_TOGETHER):
             count = min(due - first, DRAWN_TOGETHER)
-            metrics += self.algo.learn(
-                self.replay.sample(count, self.batch_size, self.streams.sample, self.norm.normalize)
-            )
+            size = count * self.batch_size
+            rows = self.replay.sample(size, self.streams.sample, self.norm.normalize)
+            metrics += self.algo.learn(rows, count)
         self.algo.guard.check()
         self.progress.updates = self.algo.updates
         self.progress.add(metrics)

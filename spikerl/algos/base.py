@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import NonFinite
+from spikerl.gradient import Gradient, Moments
+from spikerl.snn import kernels
 from spikerl.types import Batch
 
 
@@ -47,12 +49,11 @@ class Guard:
         self.scale = torch.tensor(65536.0 if scales_loss else 1.0, device=device)
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # good updates in a row
         self.masked = torch.zeros((), device=device)  # 1 while writes are masked
-        self.seen: list[tuple[int, Tensor]] = []  # since the last check
+        self.seen: list[tuple[int, Tensor | bool]] = []  # since the last check
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # updates, fp16 only
 
-    def see(self, finite: Tensor, update: int) -> None:
+    def see(self, finite: Tensor | bool, update: int) -> None:
         """Take notice of whether everything in this step of `update` was finite."""
-        self.masked.masked_fill_(~finite, 1.0)
         if not self.scales_loss:
             self.seen.append((update, finite))
 
@@ -81,11 +82,9 @@ class Guard:
 
 
 class Stepper:
-    """The one door from a loss to new weights: scale, backward, average, unscale, clip, step.
+    """The one door from a gradient to new weights: sum over workers, unscale, check, clip, step.
 
-    With several workers, `loss` is the mean over this worker's rows and `weight` their share of
-    the global batch: summed over workers, the gradient is that of the mean over the global batch.
-    One collective carries the network's whole gradient and, as its last entry, the loss.
+    `gradient` is what the learning rule fills before each call.
     """
 
     def __init__(
@@ -97,72 +96,27 @@ class Stepper:
         max_grad_norm: float | None = None,
         world: World = ALONE,
         weight: float = 1.0,
+        kernel: str = "reference",
     ) -> None:
-        self.params = list(module.parameters())
-        flat = flatten(module)
-        self.flat = flat
-        self.summed = torch.cat([torch.zeros_like(flat), flat.new_zeros(1)])
-        sizes = [p.numel() for p in self.params]
-        *pieces, loss = self.summed.split([*sizes, 1])
-        shapes = [p.shape for p in self.params]
-        self.slots = [piece.view(s) for piece, s in zip(pieces, shapes, strict=True)]
-        self.slots.append(loss.view(()))
-        self.whole = flat.new_tensor(weight)  # what a loss is multiplied with, unless it is scaled
-        self.lr = lr
-        self.step = torch.zeros((), device=flat.device)
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(flat), torch.zeros_like(flat)
-        self.guard, self.max_grad_norm = guard, max_grad_norm
-        self.world, self.weight = world, weight
+        self.flat = flatten(module)
+        scale = guard.scale if guard.scales_loss else None
+        self.gradient = Gradient(list(module.parameters()), weight=weight, scale=scale)
+        self.lr, self.max_norm = lr, math.inf if max_grad_norm is None else max_grad_norm
+        step, zeros = torch.zeros((), device=self.flat.device), torch.zeros_like(self.flat)
+        self.moments = Moments(self.flat, step, zeros, zeros.clone())
+        self.guard, self.world, self.kernel = guard, world, kernel
 
-    def __call__(self, loss: Tensor, update: int) -> Tensor:
+    def __call__(self, update: int) -> Tensor:
         """Step, unless something was not finite; the loss over the global batch."""
-        guard, grad = self.guard, self.summed[:-1]
-        share = loss.detach() * self.weight
-        scaled = guard.scale * self.weight if guard.scales_loss else self.whole
-        pieces = torch.autograd.grad(loss, self.params, scaled)
-        torch._foreach_copy_(self.slots, [*pieces, share])
-        self.world.sum_(self.summed)
+        guard, vector = self.guard, self.gradient.vector
+        self.world.sum_(vector)
         if guard.scales_loss:
-            grad /= guard.scale
-        mean_loss = self.summed[-1].clone()
-        # The sum of squares is finite only if every entry is; NaN is below nothing.
-        guard.see(torch.dot(self.summed, self.summed) < math.inf, update)
-        if self.max_grad_norm is not None:
-            grad *= (self.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
-        self.adam()
-        return mean_loss
-
-    def adam(self) -> None:
-        """One step of Adam; it leaves weights, moments and its count alone where masked.
-
-        The function below torch.optim.Adam(fused=True), which spends longer on its own
-        bookkeeping than a step of these vectors takes.
-        """
-        self.step += 1.0
-        torch._fused_adam_(
-            [self.flat],
-            [self.summed[:-1]],
-            [self.exp_avg],
-            [self.exp_avg_sq],
-            [],
-            [self.step],
-            lr=self.lr,
-            beta1=0.9,
-            beta2=0.999,
-            weight_decay=0.0,
-            eps=1e-8,
-            amsgrad=False,
-            maximize=False,
-            found_inf=self.guard.masked,
-        )
-        self.step -= self.guard.masked
+            vector[:-1] /= guard.scale
+        loss = self.gradient.loss.clone()
+        adam = kernels.named(self.kernel).adam
+        guard.see(adam(self.moments, vector, self.lr, self.max_norm, guard.masked), update)
+        return loss
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors of weights and Adam's moments."""
-        moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return {"weights": self.flat, "step": self.step, **moments}
-
-
-def polyak_(target: Tensor, online: Tensor, tau: float, masked: Tensor) -> None:
-    """target <- (1 - tau) target + tau online, unless masked."""
-    target.lerp_(online, (tau * (1.0 - masked)).to(target.dtype))
+        return self.moments._asdict()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
-from spikerl.algos.base import Guard, Stepper, flatten, polyak_, td_target
+from spikerl.algos.base import Guard, Stepper, flatten, td_target
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest
 from spikerl.networks import Actor, TwinCritic, check_sizes
+from spikerl.snn import kernels
 from spikerl.types import Batch
 
 
@@ -94,6 +93,7 @@ class TD3:
             max_grad_norm=config.max_grad_norm,
             world=world,
             weight=weight,
+            kernel=critic.kernel,
         )
         self.step_critic = stepper(critic, config.critic_lr)
         self.step_actor = stepper(actor, actor_lr)
@@ -103,44 +103,45 @@ class TD3:
         self.critic_target_flat = flatten(self.critic_target)
         self.updates = 0
 
-    def learn(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-        """An update with each batch; what `update` says of it.
+    def learn(self, rows: Batch, updates: int) -> list[dict[str, Tensor]]:
+        """Updates with equal shares of the rows, in order; what each says of itself.
 
         Targets stand still from one move to the next, so the values of all updates between are
         found in one pass.
         """
-        found = []
-        rest = list(batches)
-        while rest:
-            together = -self.updates % self.config.policy_delay + 1
-            now, rest = rest[:together], rest[together:]
-            pairs = zip(now, self.next_values([batch.next_obs for batch in now]), strict=True)
-            found += [self.step(batch, td_target(batch, next_q)) for batch, next_q in pairs]
+        size = len(rows.rew) // updates
+        found: list[dict[str, Tensor]] = []
+        while len(found) < updates:
+            together = min(-self.updates % self.config.policy_delay + 1, updates - len(found))
+            first = len(found) * size
+            now = Batch(*(field[first : first + together * size] for field in rows))
+            q_target = td_target(now, self.next_value(now.next_obs))
+            parts = (field.split(size) for field in (now.obs, now.act, q_target))
+            found += [self.step(*part) for part in zip(*parts, strict=True)]
         return found
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One step of the critics; on updates 0, d, 2d, ... (d = policy_delay) of all the rest."""
-        return self.learn([batch])[0]
+        return self.learn(batch, 1)[0]
 
     @torch.no_grad()
-    def next_values(self, next_obs: list[Tensor]) -> Sequence[Tensor]:
-        """The lower of both targets' values, (B,), for each batch of observations."""
-        obs = torch.cat(next_obs) if len(next_obs) > 1 else next_obs[0]
-        act = self.smooth(self.actor_target(obs, self.generator))
-        return self.critic_target(obs, act).amin(0).split([len(part) for part in next_obs])
+    def next_value(self, next_obs: Tensor) -> Tensor:
+        """The lower of both targets' values, (B,)."""
+        act = self.smooth(self.actor_target(next_obs, self.generator))
+        return self.critic_target(next_obs, act).amin(0)
 
-    def step(self, batch: Batch, q_target: Tensor) -> dict[str, Tensor]:
-        q = self.critic(batch.obs, batch.act)  # (2, B)
-        loss = 2.0 * mse_loss(q, q_target.expand_as(q))  # the sum of both critics' means
-        critic_loss = self.step_critic(loss, self.updates)
-        metrics = {"critic_loss": critic_loss, "q_mean": q.detach().mean()}
+    def step(self, obs: Tensor, act: Tensor, q_target: Tensor) -> dict[str, Tensor]:
+        critic, actor = self.step_critic, self.step_actor
+        q_mean = self.critic.regress(obs, act, q_target, critic.gradient)
+        metrics = {"critic_loss": critic(self.updates), "q_mean": q_mean}
         if self.updates % self.config.policy_delay == 0:
-            act = self.actor(batch.obs, self.generator)
-            actor_loss = self.step_actor(-self.critic.first(batch.obs, act).mean(), self.updates)
-            metrics["actor_loss"] = actor_loss
+            act, pull = self.actor.vjp(obs, self.generator)
+            pull(self.critic.ascent(obs, act, actor.gradient), actor.gradient)
+            metrics["actor_loss"] = actor(self.updates)
             tau, masked = self.config.tau, self.guard.masked
-            polyak_(self.critic_target_flat, self.step_critic.flat, tau, masked)
-            polyak_(self.actor_target_flat, self.step_actor.flat, tau, masked)
+            polyak = kernels.named(self.critic.kernel).polyak
+            polyak(self.critic_target_flat, critic.flat, tau, masked)
+            polyak(self.actor_target_flat, actor.flat, tau, masked)
         self.guard.close()
         self.updates += 1
         return metrics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spikerl.distributed.sums import SharedSums, shared_sums
 from spikerl.errors import BadRequest
 from spikerl.types import Resolved
 
@@ -52,7 +53,9 @@ def resolve_backend(config: BackendConfig, device: str, world_size: int) -> Reso
         return Resolved("none", "one worker exchanges nothing")
     if world_size <= gpus:
         return Resolved("nccl", "a CUDA device for each worker")
-    return Resolved("gloo", "workers share a device" if gpus else "workers on the CPU")
+    if gpus:
+        return Resolved("gloo", "workers share a device")
+    return Resolved("gloo", "workers on the CPU; on one machine they sum in shared memory")
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,11 @@ class World:
     size: int = 1
     local_rank: int = 0
     exchange: str = "cpu"  # the device on which the backend wants gathered tensors
+    sums: SharedSums | None = None  # where all are on one machine and its CPU
 
     def sum_(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over workers, in one collective."""
-        if self.size > 1:
+        if self.size > 1 and not (self.sums and self.sums.sum_(tensor)):
             dist.all_reduce(tensor)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -118,7 +122,17 @@ def join(backend: str, device: torch.device) -> World:
     if size > 1:
         bound = device if backend == "nccl" else None
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
-    return World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), exchange)
+    world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), exchange)
+    return share_memory(world) if backend == "gloo" and device.type == "cpu" else world
+
+
+def share_memory(world: World) -> World:
+    """With sums in shared memory, if all workers are on one machine."""
+    if world.size == 1:
+        return world
+    timeout_s = TIMEOUT.total_seconds()
+    sums = shared_sums(world.rank, world.size, world.gather_objects, timeout_s)
+    return replace(world, sums=sums)
 
 
 def leave() -> None:

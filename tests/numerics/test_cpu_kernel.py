@@ -16,6 +16,7 @@ from spikerl.errors import BadRequest
 from spikerl.networks import SpikingActor
 from spikerl.snn import kernels
 from spikerl.snn.kernels import cpu, native, reference
+from spikerl.snn.kernels.prepared import fused
 from spikerl.snn.neurons import CubaLIF, CubaLIFConfig, LIFConfig
 
 PATHS = native.supported_paths()
@@ -225,7 +226,7 @@ def test_rounded_products_run_layer_by_layer() -> None:
     obs, direction = torch.randn(16, 4), torch.randn(16, 2)
     expected, grads = run(actor, "reference", obs, direction)
     act, ours = run(actor, f"cpu/{PATHS[0]}", obs, direction)
-    assert not cpu.fused(actor)
+    assert not fused(actor)
     assert torch.equal(act, expected)
     for grad, other in zip(ours, grads, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-6)

@@ -13,10 +13,12 @@ import spikerl
 ROOT = Path(spikerl.__file__).parent
 LEVELS = [
     "types errors seeding schema",
-    "linear snn snn.surrogates snn.neurons snn.encoders snn.decoders snn.kernels"
-    " snn.kernels.reference snn.kernels.native snn.kernels.cpu snn.kernels.triton",
+    "linear gradient snn snn.surrogates snn.neurons snn.encoders snn.decoders snn.kernels"
+    " snn.kernels.reference snn.kernels.native snn.kernels.prepared snn.kernels.cpu"
+    " snn.kernels.triton",
     "networks normalize buffers",
-    "envs snapshots distributed distributed.launch distributed.orphans distributed.world"
+    "envs snapshots distributed distributed.launch distributed.orphans distributed.sums"
+    " distributed.world"
     " precision hardware energy counters files versions checkpoint runlog view",
     "algos algos.base algos.td3",
     "policy evaluate trainer baselines timing",

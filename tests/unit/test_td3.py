@@ -9,7 +9,7 @@ import torch
 from builders import POISSON, popsan, td3_config, twin_critic
 from torch import Tensor, nn
 
-from spikerl.algos.base import Guard, Stepper, flatten, polyak_, td_target
+from spikerl.algos.base import Guard, Stepper, flatten, td_target
 from spikerl.algos.td3 import TD3
 from spikerl.errors import NonFinite
 from spikerl.networks import MLPActor, MLPConfig, TwinCritic
@@ -101,7 +101,7 @@ def test_first_adam_step_has_the_learning_rates_size() -> None:
     critic, actor = td3.step_critic.flat.detach().clone(), td3.step_actor.flat.detach().clone()
     td3.update(b)
     for stepper, before, lr in ((td3.step_critic, critic, 1e-3), (td3.step_actor, actor, 1e-3)):
-        grad = stepper.summed[:-1]
+        grad = stepper.gradient.vector[:-1]
         solid = grad.abs() > 1e-5
         assert solid.sum() > 10
         moved = (stepper.flat.detach() - before)[solid]
@@ -112,10 +112,13 @@ def test_actor_step_leaves_the_critic_alone() -> None:
     """The actor's loss passes through the critic, whose weights and gradient must not notice."""
     td3, b = learner(), batch()
     td3.update(b)
-    before, grad = td3.step_critic.flat.detach().clone(), td3.step_critic.summed
+    before, grad = td3.step_critic.flat.detach().clone(), td3.step_critic.gradient.vector
     assert grad is not None
     grad_before = grad.clone()
-    td3.step_actor(-td3.critic.first(b.obs, td3.actor(b.obs)).mean(), 1)
+    act, pull = td3.actor.vjp(b.obs, None)
+    into = td3.step_actor.gradient
+    pull(td3.critic.ascent(b.obs, act, into), into)
+    td3.step_actor(1)
     assert torch.equal(td3.step_critic.flat.detach(), before)
     assert torch.equal(grad, grad_before)
     assert all(p.grad is None for p in td3.critic.parameters())
@@ -142,14 +145,6 @@ def test_targets_move_by_exactly_tau() -> None:
     now = weights(td3)
     torch.testing.assert_close(now[2], 0.75 * before[2] + 0.25 * now[0])
     torch.testing.assert_close(now[3], 0.75 * before[3] + 0.25 * now[1])
-
-
-def test_polyak_when_masked() -> None:
-    target = torch.tensor([1.0, 2.0])
-    polyak_(target, torch.tensor([3.0, 6.0]), 0.5, torch.tensor(1.0))
-    assert target.tolist() == [1.0, 2.0]
-    polyak_(target, torch.tensor([3.0, 6.0]), 0.5, torch.tensor(0.0))
-    assert target.tolist() == [2.0, 4.0]
 
 
 def test_smoothing_noise_is_clipped_then_the_action_is() -> None:
@@ -196,10 +191,13 @@ def test_gradient_clipping_by_hand() -> None:
     module = nn.Linear(2, 1, bias=False)
     guard = Guard("cpu", scales_loss=False)
     step = Stepper(module, 0.1, guard, max_grad_norm=1.0)
-    step((module(torch.tensor([[3.0, 4.0]]))).sum(), 0)  # gradient (3, 4), norm 5
-    torch.testing.assert_close(step.summed[:-1], torch.tensor([0.6, 0.8]))
-    step((module(torch.tensor([[0.3, 0.4]]))).sum(), 1)  # within the bound: unchanged
-    torch.testing.assert_close(step.summed[:-1], torch.tensor([0.3, 0.4]))
+    gradient = step.gradient
+    gradient.take((module(torch.tensor([[3.0, 4.0]]))).sum())  # gradient (3, 4), norm 5
+    step(0)
+    torch.testing.assert_close(gradient.vector[:-1], torch.tensor([0.6, 0.8]))
+    gradient.take((module(torch.tensor([[0.3, 0.4]]))).sum())
+    step(1)  # within the bound: unchanged
+    torch.testing.assert_close(gradient.vector[:-1], torch.tensor([0.3, 0.4]))
 
 
 @pytest.mark.parametrize("field", ["rew", "obs", "next_obs", "act"])
@@ -225,7 +223,8 @@ def test_an_infinite_loss_is_bad_even_where_its_gradient_is_not() -> None:
     guard = Guard("cpu", scales_loss=False)
     step = Stepper(module, 0.1, guard)
     before = step.flat.detach().clone()
-    step(module(torch.ones(1, 2)).sum() + float("inf"), 4)
+    step.gradient.take(module(torch.ones(1, 2)).sum() + float("inf"))
+    step(4)
     assert torch.equal(step.flat.detach(), before)
     with pytest.raises(NonFinite, match="update 4:"):
         guard.check()
@@ -242,8 +241,8 @@ def test_fp16_scaling_leaves_gradients_as_they_are() -> None:
         plain.update(batch(seed=seed))
         scaled.update(batch(seed=seed))
     for a, b in (
-        (plain.step_critic.summed, scaled.step_critic.summed),
-        (plain.step_actor.summed, scaled.step_actor.summed),
+        (plain.step_critic.gradient.vector, scaled.step_critic.gradient.vector),
+        (plain.step_actor.gradient.vector, scaled.step_actor.gradient.vector),
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
     for a, b in zip(weights(plain), weights(scaled), strict=True):
@@ -272,7 +271,7 @@ def test_fp16_scale_grows_after_enough_good_updates(monkeypatch: pytest.MonkeyPa
     guard = Guard("cpu", scales_loss=True)
     scales = []
     for finite in (True, True, True, True, False, True, True, True):
-        guard.see(torch.tensor(finite), 0)
+        guard.masked.fill_(0.0 if finite else 1.0)
         guard.close()
         scales.append(float(guard.scale) / 65536.0)
     assert scales == [1.0, 1.0, 2.0, 2.0, 1.0, 1.0, 1.0, 2.0]
@@ -281,7 +280,7 @@ def test_fp16_scale_grows_after_enough_good_updates(monkeypatch: pytest.MonkeyPa
 def test_fp16_that_never_fits_is_an_error() -> None:
     guard = Guard("cpu", scales_loss=True)
     for _ in range(31):
-        guard.see(torch.tensor(False), 0)
+        guard.masked.fill_(1.0)
         guard.close()
     with pytest.raises(NonFinite, match="any loss scale"):
         guard.check()
@@ -306,9 +305,9 @@ def test_updates_between_two_moves_of_the_targets_share_one_pass() -> None:
     together, alone = learner(target_noise=0.0), learner(target_noise=0.0)
     batches = [batch(seed=seed) for seed in range(5)]
     passes = []
-    whole = together.next_values
-    together.next_values = lambda obs: passes.append(len(obs)) or whole(obs)  # type: ignore
-    found = together.learn(batches)
+    whole, rows = together.next_value, len(batches[0].rew)
+    together.next_value = lambda obs: passes.append(len(obs) // rows) or whole(obs)  # type: ignore
+    found = together.learn(Batch(*map(torch.cat, zip(*batches, strict=True))), 5)
     expected = [alone.update(b) for b in batches]
     assert passes == [1, 2, 2]  # the targets move on updates 0, 2 and 4
     assert [m.keys() for m in found] == [m.keys() for m in expected]
@@ -316,7 +315,7 @@ def test_updates_between_two_moves_of_the_targets_share_one_pass() -> None:
         torch.testing.assert_close(ours, theirs)
     for name, tensor in together.state().items():
         torch.testing.assert_close(tensor, alone.state()[name], rtol=1e-4, atol=1e-6)
-    together.learn(batches[:1])
+    together.update(batches[0])
     assert passes[3:] == [1]  # update 5, and 6 would have been with it
 
 
@@ -324,5 +323,5 @@ def test_smoothing_noise_is_each_batchs_own() -> None:
     td3 = learner(target_noise=0.2)
     rows = batch(seed=0).next_obs
     td3.update(batch(seed=0))
-    first, second = td3.next_values([rows, rows])
+    first, second = td3.next_value(torch.cat([rows, rows])).split(len(rows))
     assert not torch.equal(first, second)

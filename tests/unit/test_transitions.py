@@ -225,10 +225,10 @@ def test_samples_are_stored_rows_normalised_with_the_moments_of_now():
     replay, norm = Replay(50, 2, 1), RunningNorm(2, 3.0)
     replay.add(*numbered(0, 80), discount=GAMMA)
     before = replay.rows.clone()
-    fresh = replay.sample(1, 400, torch.Generator().manual_seed(1), lambda obs: obs)[0]
+    fresh = replay.sample(400, torch.Generator().manual_seed(1), lambda obs: obs)
     norm.add(numbered(0, 80)[0])
     norm.merge([norm.collect()])
-    batch = replay.sample(1, 400, torch.Generator().manual_seed(1), norm.normalize)[0]
+    batch = replay.sample(400, torch.Generator().manual_seed(1), norm.normalize)
 
     k = (fresh.rew / 2).long().tolist()
     assert set(k) == set(range(30, 80))  # all that it holds, and nothing that was overwritten

@@ -70,9 +70,9 @@ void pack(const float* weight, int64_t K, int64_t N, int64_t from, int64_t to, i
     }
 }
 
-// Columns of a layer's weights: row k begins at `first + k * stride`, but for the last at `last`, which may
-// be read to the end of a whole vector.
-struct Columns {
+// Columns of a layer's weights as they lie: row k begins at `first + k * stride`, but for the last at `last`, which
+// may be read to the end of a whole vector.
+struct InPlace {
     const float* first;
     int64_t stride;
     const float* last;
@@ -80,8 +80,15 @@ struct Columns {
     const float* row(int64_t k) const { return k == last_row ? last : first + k * stride; }
 };
 
+// V vectors of columns packed one row after the other.
+template <int V>
+struct Packed {
+    const float* first;
+    const float* row(int64_t k) const { return first + k * V * W; }
+};
+
 // drive[t] += the weights of all inputs that fired at step t, for the S steps of a chunk and V vectors.
-template <int S, int V>
+template <int S, int V, class Columns>
 inline void gather(Events events, const Columns& columns, float* drive) {
     vec sums[S][V];
     for (int t = 0; t < S; t++)
@@ -111,7 +118,7 @@ inline void gather(Events events, const Columns& columns, float* drive) {
         for (int j = 0; j < V; j++) store(drive + (t * V + j) * W, sums[t][j]);
 }
 
-template <int V>
+template <int V, class Columns>
 inline void gather(int steps, Events events, const Columns& columns, float* drive) {
     switch (steps) {
         case 1: return gather<1, V>(events, columns, drive);
@@ -140,7 +147,7 @@ inline ivec membranes(const Net& net, const float* drive, int64_t drive_step, fl
 }
 
 // One layer's neurons n0 to n0 + V W of one sample: drive, membranes, words and voltages.
-template <int V>
+template <int V, class Columns>
 void neurons(const Store& st, int layer, int64_t b, int64_t n0, const Columns& columns,
              const float* bias) {
     const Net& net = *st.net;
@@ -237,9 +244,11 @@ struct Layers {
 template <int V>
 int64_t run_blocks(const Store& st, int layer, const Layer& l, int64_t n, int64_t from, int64_t to) {
     for (; l.Np - n >= V * W; n += V * W) {
-        Columns columns = l.packed ? Columns{l.packed + n * l.K, V * W, nullptr, -1}
-                                   : Columns{l.weight + n, l.N, l.last + n, l.K - 1};
-        for (int64_t b = from; b < to; b++) neurons<V>(st, layer, b, n, columns, l.bias + n);
+        const Packed<V> packed{l.packed + n * l.K};
+        const InPlace in_place{l.weight + n, l.N, l.last + n, l.K - 1};
+        for (int64_t b = from; b < to; b++)
+            if (l.packed) neurons<V>(st, layer, b, n, packed, l.bias + n);
+            else neurons<V>(st, layer, b, n, in_place, l.bias + n);
     }
     return n;
 }

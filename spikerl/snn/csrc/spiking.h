@@ -17,38 +17,6 @@
 
 namespace {
 
-// One bit for each lane of a comparison's result.
-inline uint32_t bits_of(ivec mask) {
-#if defined(__AVX512F__)
-    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
-#elif defined(__AVX2__)
-    return _mm256_movemask_ps(reinterpret_cast<__m256>(mask));
-#else
-    uint32_t bits = 0;
-    for (int i = 0; i < W; i++) bits |= uint32_t(mask[i] & 1) << i;
-    return bits;
-#endif
-}
-
-// Appends to `list` the lanes of `values` that `mask` marks; how many.
-inline int append(int32_t* list, ivec values, ivec mask) {
-#if defined(__AVX512F__)
-    const __mmask16 bits = __mmask16(bits_of(mask));
-    store(list, reinterpret_cast<ivec>(_mm512_maskz_compress_epi32(bits, reinterpret_cast<__m512i>(values))));
-    return __builtin_popcount(bits);
-#else
-    int count = 0;
-    for (uint32_t bits = bits_of(mask); bits; bits &= bits - 1) list[count++] = values[__builtin_ctz(bits)];
-    return count;
-#endif
-}
-
-inline ivec counting_from(int32_t first) {
-    ivec lanes;
-    for (int i = 0; i < W; i++) lanes[i] = first + i;
-    return lanes;
-}
-
 constexpr int CHUNK = 8;         // spike steps that one list of events covers, at most
 constexpr int MAX_STEPS = 32;    // spike steps, the bits of a word
 constexpr int MAX_LAYERS = 16;

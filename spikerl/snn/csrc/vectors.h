@@ -39,6 +39,38 @@ char* scratch(int64_t bytes) {
     return memory.data() + 64 - reinterpret_cast<uintptr_t>(memory.data()) % 64;
 }
 
+// One bit for each lane of a comparison's result.
+inline uint32_t bits_of(ivec mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(reinterpret_cast<__m256>(mask));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < W; i++) bits |= uint32_t(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+
+// Appends to `list` the lanes of `values` that `mask` marks; how many.
+inline int append(int32_t* list, ivec values, ivec mask) {
+#if defined(__AVX512F__)
+    const __mmask16 bits = __mmask16(bits_of(mask));
+    store(list, reinterpret_cast<ivec>(_mm512_maskz_compress_epi32(bits, reinterpret_cast<__m512i>(values))));
+    return __builtin_popcount(bits);
+#else
+    int count = 0;
+    for (uint32_t bits = bits_of(mask); bits; bits &= bits - 1) list[count++] = values[__builtin_ctz(bits)];
+    return count;
+#endif
+}
+
+inline ivec counting_from(int32_t first) {
+    ivec lanes;
+    for (int i = 0; i < W; i++) lanes[i] = first + i;
+    return lanes;
+}
+
 #if defined(__AVX512F__)
 #define FIRST_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define LAST_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31

@@ -1,28 +1,50 @@
-"""Who runs actor and critics: two operations, with one module for each implementation.
+"""Who does the arithmetic of an update: one implementation of the same operations for each kernel.
 
-`actions(net, obs_BO, generator)` of a spiking network: (B, A) in [-1, 1].
-`values(x_BI, weights_CIN, biases_C1N, dtype)` of C networks with ReLU layers: (C, B).
-Both are differentiable. `reference` and `linear.relu_values` are the definitions that every other
-kernel is tested against. A kernel's name is `reference`, `triton` or `cpu/PATH`, PATH being a set
-of processor instructions.
+`reference` defines them, and every other kernel is tested against it. A kernel's name is
+`reference`, `triton` or `cpu/PATH`, PATH being a set of processor instructions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from spikerl.errors import BadRequest
-from spikerl.linear import relu_values
+from spikerl.gradient import Gradient, Moments, Pullback
 from spikerl.snn.kernels import cpu, native, reference
-from spikerl.snn.kernels.reference import SpikingNet
+from spikerl.snn.kernels.prepared import fused
+from spikerl.snn.kernels.reference import SpikingNet, ValueNet
 from spikerl.types import Resolved
 
-Actions = Callable[[SpikingNet, Tensor, torch.Generator | None], Tensor]
-Values = Callable[[Tensor, list[Tensor], list[Tensor], torch.dtype], Tensor]
+
+class Kernel(Protocol):
+    """Shapes: observations (B, O), actions (B, A) in [-1, 1], values (C, B)."""
+
+    def actions(
+        self, net: SpikingNet, obs: Tensor, generator: torch.Generator | None, /
+    ) -> Tensor: ...
+
+    def vjp(
+        self, net: SpikingNet, obs: Tensor, generator: torch.Generator | None, /
+    ) -> tuple[Tensor, Pullback]: ...
+
+    def values(self, critic: ValueNet, obs: Tensor, act: Tensor, /) -> Tensor: ...
+
+    def regress(
+        self, critic: ValueNet, obs: Tensor, act: Tensor, target: Tensor, into: Gradient, /
+    ) -> Tensor: ...
+
+    def ascent(self, critic: ValueNet, obs: Tensor, act: Tensor, into: Gradient, /) -> Tensor: ...
+
+    def adam(
+        self, moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor, /
+    ) -> Tensor | bool: ...
+
+    def polyak(self, target: Tensor, online: Tensor, tau: float, masked: Tensor, /) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -76,23 +98,21 @@ def _on_gpu(config: KernelConfig, device: str) -> Resolved:
     return Resolved("triton", "requested" if config.name == "triton" else "a CUDA device")
 
 
-def actions(name: str) -> Actions:
-    """The operation in the kernel that `resolve` chose."""
+@cache
+def named(name: str) -> Kernel:
+    """The kernel that `resolve` chose."""
     kind, _, path = name.partition("/")
+    if kind == "cpu":
+        return cpu.kernel(path)
     if kind == "triton":
         from spikerl.snn.kernels import triton
 
-        return triton.actions
-    return cpu.kernel(path).actions if kind == "cpu" else reference.actions
-
-
-def values(name: str) -> Values:
-    kind, _, path = name.partition("/")
-    return cpu.kernel(path).values if kind == "cpu" else relu_values
+        return triton
+    return reference
 
 
 def one_action(name: str, net: SpikingNet) -> cpu.OneAction | None:
     """How `net` acts on one raw observation without a tensor; None where the kernel has no way."""
     kind, _, path = name.partition("/")
-    alone = kind == "cpu" and cpu.fused(net) and not net.encoder.random
+    alone = kind == "cpu" and fused(net) and not net.encoder.random
     return cpu.OneAction(cpu.kernel(path), net) if alone else None

@@ -1,17 +1,19 @@
-"""Actor and critics on the CPU in C++: a spiking network in one call, driven by events; ReLU nets.
+"""Actor and critics on the CPU in C++: a spiking network in one call, driven by events.
 
 What a call covers: encoders population and poisson, any number of layers up to 16 of any width,
 cuba_lif and lif neurons with the rectangular surrogate, the rate decoder, float32. Elsewhere (an
 actor whose products are bf16) layers run one after the other with one call for each layer's scan.
+Critics in float32 are covered whole; others are PyTorch's.
 
 Shape legend   T spike steps, B batch, O observation entries, K encoder neurons, N, M neurons,
-A actions.
+A actions, C critics.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,12 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spikerl.linear import relu_values
+from spikerl.gradient import Gradient, Moments, Pullback, by_autograd
 from spikerl.snn.kernels import native, reference
 from spikerl.snn.kernels.native import Net, Pointer
-from spikerl.snn.kernels.reference import SpikingNet
-
-MAX_LAYERS = 16  # of the source
+from spikerl.snn.kernels.prepared import PreparedActor, PreparedCritic, neuron_only, pointers
+from spikerl.snn.kernels.reference import SpikingNet, ValueNet
 
 
 class CPUKernel:
@@ -33,7 +34,23 @@ class CPUKernel:
 
     def __init__(self, path: str) -> None:
         self.lib = native.library(path)
-        self.prepared: WeakKeyDictionary[SpikingNet, Prepared] = WeakKeyDictionary()
+        self.actors: WeakKeyDictionary[SpikingNet, PreparedActor] = WeakKeyDictionary()
+        self.critics: WeakKeyDictionary[ValueNet, PreparedCritic] = WeakKeyDictionary()
+
+    def prepare(self, net: SpikingNet) -> PreparedActor:
+        """The network as the library reads it, made again when its tensors have moved."""
+        ready = self.actors.get(net)
+        if ready is None or ready.moved(net):
+            ready = self.actors[net] = PreparedActor(net)
+        return ready
+
+    def prepare_critic(self, critic: ValueNet, act_dim: int) -> PreparedCritic:
+        ready = self.critics.get(critic)
+        if ready is None or ready.moved(critic):
+            ready = self.critics[critic] = PreparedCritic(critic, act_dim)
+        return ready
+
+    # --- the actor --------------------------------------------------------------------------------
 
     def actions(self, net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
         """Actions (B, A) in [-1, 1]."""
@@ -47,16 +64,14 @@ class CPUKernel:
         act: Tensor = _Actions.apply(self, ready, obs_BO, uniform, *ready.params)
         return act
 
-    def prepare(self, net: SpikingNet) -> Prepared:
-        """The network as the library reads it, made again when its tensors have moved."""
-        ready = self.prepared.get(net)
-        if ready is None or ready.moved(net):
-            ready = self.prepared[net] = Prepared(net)
-        return ready
-
     def forward(
-        self, ready: Prepared, obs_BO: Tensor, uniform_TBK: Tensor | None, saved: Tensor | None
+        self,
+        ready: PreparedActor,
+        obs_BO: Tensor,
+        uniform_TBK: Tensor | None,
+        saved: Tensor | None,
     ) -> Tensor:
+        """Actions; `saved` takes what `backward` needs."""
         batch = len(obs_BO)
         act = obs_BO.new_empty(batch, ready.net.act_dim)
         self.lib.spikerl_forward(
@@ -70,16 +85,28 @@ class CPUKernel:
         )
         return act
 
-    def values(
-        self, x_BI: Tensor, weights_CIN: list[Tensor], biases_C1N: list[Tensor], dtype: torch.dtype
-    ) -> Tensor:
-        """What `linear.relu_values` computes."""
-        params = [*weights_CIN, *biases_C1N]
-        plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in params)
-        if dtype != torch.float32 or not plain or x_BI.device.type != "cpu":
-            return relu_values(x_BI, weights_CIN, biases_C1N, dtype)
-        values: Tensor = _Values.apply(self, x_BI.contiguous(), *params)
-        return values
+    def backward(
+        self,
+        ready: PreparedActor,
+        obs_BO: Tensor,
+        poisson: bool,
+        act_BA: Tensor,
+        grad_BA: Tensor,
+        saved: Tensor,
+        at: Sequence[int],
+    ) -> None:
+        """Write each parameter's gradient to its address in `at`."""
+        mean, std, *between, out_weight, out_bias = at
+        weights, biases = pointers(between[0::2]), pointers(between[1::2])
+        self.lib.spikerl_backward(
+            ready.net, len(obs_BO), obs_BO.data_ptr(), poisson, act_BA.data_ptr(),
+            grad_BA.data_ptr(), saved.data_ptr(), mean, std, ctypes.addressof(weights),
+            ctypes.addressof(biases), out_weight, out_bias, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def room(self, ready: PreparedActor, batch: int) -> Tensor:
+        """For what `forward` saves."""
+        return _memory.take(-(-self.lib.spikerl_saved_bytes(ready.net, batch) // 4))
 
     def scan(self, net: SpikingNet, drive_TBN: Tensor) -> Tensor:
         """Spikes of one layer."""
@@ -89,6 +116,92 @@ class CPUKernel:
         flat = nn.functional.pad(drive_TBN.flatten(1), (0, -neurons % 16))
         spikes: Tensor = _Scan.apply(self, neuron_only(net, len(drive_TBN)), flat)
         return spikes[:, :neurons].reshape(drive_TBN.shape)
+
+    def vjp(
+        self, net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Pullback]:
+        """As `reference.vjp`, without autograd where one call covers the network."""
+        ready = self.prepare(net)
+        if not ready.fused:
+            return by_autograd(self.actions(net, obs_BO, generator))
+        obs_BO = obs_BO.contiguous()
+        uniform = net.encoder.uniform(len(obs_BO), net.spike_steps, generator)
+        saved = self.room(ready, len(obs_BO))
+        act = self.forward(ready, obs_BO, uniform, saved)
+
+        def pull(grad_BA: Tensor, into: Gradient) -> None:
+            poisson = uniform is not None
+            self.backward(ready, obs_BO, poisson, act, grad_BA.contiguous(), saved, into.at)
+            _memory.give(saved)
+
+        return act, pull
+
+    # --- critics ----------------------------------------------------------------------------------
+
+    def values(self, critic: ValueNet, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
+        """Values (C, B)."""
+        ready = self.prepare_critic(critic, act_BA.shape[1])
+        if not ready.fused or torch.is_grad_enabled():
+            return reference.values(critic, obs_BO, act_BA)
+        obs, act = obs_BO.contiguous(), act_BA.contiguous()
+        found = obs.new_empty(ready.all.networks, len(obs))
+        places = (obs.data_ptr(), act.data_ptr(), found.data_ptr())
+        self.lib.spikerl_values(ready.all, len(obs), *places, torch.get_num_threads())
+        return found
+
+    def regress(
+        self, critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, target_B: Tensor, into: Gradient
+    ) -> Tensor:
+        """As `reference.regress`."""
+        ready = self.prepare_critic(critic, act_BA.shape[1])
+        if not ready.fused:
+            return reference.regress(critic, obs_BO, act_BA, target_B, into)
+        obs, act, target = obs_BO.contiguous(), act_BA.contiguous(), target_B.contiguous()
+        weights, biases = pointers(into.at[: ready.layers]), pointers(into.at[ready.layers :])
+        mean = target.new_empty(())
+        self.lib.spikerl_regress(
+            ready.all, len(obs), obs.data_ptr(), act.data_ptr(), target.data_ptr(), into.weight,
+            ctypes.addressof(weights), ctypes.addressof(biases), into.loss.data_ptr(),
+            mean.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return mean
+
+    def ascent(self, critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, into: Gradient) -> Tensor:
+        """As `reference.ascent`."""
+        ready = self.prepare_critic(critic, act_BA.shape[1])
+        if not ready.fused:
+            return reference.ascent(critic, obs_BO, act_BA, into)
+        obs, act = obs_BO.contiguous(), act_BA.contiguous()
+        grad = torch.empty_like(act)
+        value = self.lib.spikerl_value_gradient(
+            ready.first, len(obs), obs.data_ptr(), act.data_ptr(), -into.weight, grad.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        into.loss.fill_(-into.weight * value)
+        return grad
+
+    # --- weights ----------------------------------------------------------------------------------
+
+    def adam(
+        self, moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor
+    ) -> bool | Tensor:
+        """As `reference.adam`, in one pass."""
+        if gradient.dtype != torch.float32:
+            return reference.adam(moments, gradient, lr, max_norm, masked)
+        weights, step, mean, square = (m.data_ptr() for m in moments)
+        places = (weights, gradient.data_ptr(), mean, square, step)
+        finite: bool = self.lib.spikerl_adam(
+            len(gradient) - 1, *places, lr, max_norm, masked.data_ptr()
+        )
+        return finite
+
+    def polyak(self, target: Tensor, online: Tensor, tau: float, masked: Tensor) -> None:
+        """As `reference.polyak`."""
+        if target.dtype != torch.float32:
+            return reference.polyak(target, online, tau, masked)
+        places = (target.data_ptr(), online.data_ptr(), tau, masked.data_ptr())
+        self.lib.spikerl_polyak(len(target), *places)
+        return None
 
 
 class OneAction:
@@ -126,65 +239,17 @@ def kernel(path: str) -> CPUKernel:
     return CPUKernel(path)
 
 
-def fused(net: SpikingNet) -> bool:
-    """Whether one call covers the whole network."""
-    first = net.layers[0].weight_IN
-    plain = first.dtype == net.dtype == torch.float32 and first.device.type == "cpu"
-    return plain and len(net.layers) <= MAX_LAYERS
-
-
-class Prepared:
-    """Pointers to a network's parameters, in the order of `net.parameters()`."""
-
-    def __init__(self, net: SpikingNet) -> None:
-        self.params = list(net.parameters())
-        self.at = [p.data_ptr() for p in self.params]
-        self.fused = fused(net)
-        encoder, c, layers = net.encoder, net.neuron.config, list(net.layers)
-        act_dim, out_pop = net.decoder.weight_AP.shape
-        widths = [layers[0].weight_IN.shape[0], *(len(layer.bias_N) for layer in layers)]
-        self.widths = np.array(widths, np.int32)
-        self.weights = pointers([layer.weight_IN for layer in layers])
-        self.biases = pointers([layer.bias_N for layer in layers])
-        self.net = Net(
-            len(encoder.mean_OP), encoder.config.pop_size, act_dim, out_pop, net.spike_steps,
-            len(layers), encoder.config.threshold, net.neuron.current_decay, c.voltage_decay,
-            c.threshold, c.surrogate_window, self.widths.ctypes.data, encoder.mean_OP.data_ptr(),
-            encoder.std_OP.data_ptr(), ctypes.addressof(self.weights),
-            ctypes.addressof(self.biases), net.decoder.weight_AP.data_ptr(),
-            net.decoder.bias_A.data_ptr(),
-        )  # fmt: skip
-
-    def moved(self, net: SpikingNet) -> bool:
-        """Whether its parameters lie elsewhere, or are others: `load_state_dict(assign=True)`."""
-        same = net.encoder._parameters["mean_OP"] is self.params[0]
-        return not same or [p.data_ptr() for p in self.params] != self.at
-
-
-def pointers(tensors: list[Tensor]) -> ctypes.Array[Any]:
-    return (Pointer * len(tensors))(*(t.data_ptr() for t in tensors))
-
-
-def neuron_only(net: SpikingNet, spike_steps: int) -> Net:
-    c = net.neuron.config
-    return Net(
-        spike_steps=spike_steps, current_decay=net.neuron.current_decay,
-        voltage_decay=c.voltage_decay, threshold=c.threshold, window=c.surrogate_window,
-    )  # fmt: skip
-
-
 class _Actions(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         kernel: CPUKernel,
-        ready: Prepared,
+        ready: PreparedActor,
         obs_BO: Tensor,
         uniform_TBK: Tensor | None,
         *params: Tensor,
     ) -> Tensor:
-        size = kernel.lib.spikerl_saved_bytes(ready.net, len(obs_BO))
-        saved = _memory.take(-(-size // 4))
+        saved = kernel.room(ready, len(obs_BO))
         act = kernel.forward(ready, obs_BO, uniform_TBK, saved)
         ctx.kernel, ctx.ready, ctx.poisson = kernel, ready, uniform_TBK is not None
         ctx.saved = saved
@@ -197,15 +262,8 @@ class _Actions(torch.autograd.Function):
         obs_BO, act_BA, *params = ctx.saved_tensors
         grads = [torch.empty_like(p) for p in params]
         saved, ctx.saved = ctx.saved, None  # a second backward pass finds nothing, and fails
-        mean, std, *layers, out_weight, out_bias = grads
-        weights, biases = pointers(layers[0::2]), pointers(layers[1::2])
-        grad_BA = grad_BA.contiguous()
-        ctx.kernel.lib.spikerl_backward(
-            ctx.ready.net, len(obs_BO), obs_BO.data_ptr(), ctx.poisson, act_BA.data_ptr(),
-            grad_BA.data_ptr(), saved.data_ptr(), mean.data_ptr(), std.data_ptr(),
-            ctypes.addressof(weights), ctypes.addressof(biases), out_weight.data_ptr(),
-            out_bias.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+        at, grad_BA = [grad.data_ptr() for grad in grads], grad_BA.contiguous()
+        ctx.kernel.backward(ctx.ready, obs_BO, ctx.poisson, act_BA, grad_BA, saved, at)
         _memory.give(saved)
         return None, None, None, None, *grads
 
@@ -230,51 +288,6 @@ class _Scan(torch.autograd.Function):
         threads = torch.get_num_threads()
         ctx.kernel.lib.spikerl_scan_back(ctx.net, grad_TM.shape[1], *places, threads)
         return None, None, out
-
-
-class _Values(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, kernel: CPUKernel, x_BI: Tensor, *params: Tensor) -> Tensor:
-        layers, batch = len(params) // 2, len(x_BI)
-        weights, biases = list(params[:layers]), list(params[layers:])
-        nets = len(weights[0])
-        values = [_memory.take(nets * batch * w.shape[-1]) for w in weights]
-        widths = np.array([x_BI.shape[1], *(w.shape[-1] for w in weights)], np.int32)
-        kernel.lib.spikerl_mlp_forward(
-            nets, layers, widths.ctypes.data, batch, x_BI.data_ptr(), pointers(weights),
-            pointers(biases), pointers(values), torch.get_num_threads(),
-        )  # fmt: skip
-        *hidden, last = values
-        found = last.view(nets, batch).clone()
-        _memory.give(last)
-        if any(ctx.needs_input_grad):
-            ctx.kernel, ctx.widths, ctx.hidden = kernel, widths, hidden
-            ctx.save_for_backward(x_BI, *params)
-        else:
-            _memory.give(*hidden)
-        return found
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_CB: Tensor) -> tuple[Tensor | None, ...]:
-        x_BI, *params = ctx.saved_tensors
-        layers = len(ctx.widths) - 1
-        nets, batch = grad_CB.shape
-        hidden, ctx.hidden = ctx.hidden, None  # a second backward pass finds nothing, and fails
-        _, wants_x, wants_params, *_ = ctx.needs_input_grad
-        x_grad = x_BI.new_empty(nets, *x_BI.shape) if wants_x else None
-        grads = [torch.empty_like(p) for p in params] if wants_params else []
-        grad_CB = grad_CB.contiguous()
-        ctx.kernel.lib.spikerl_mlp_backward(
-            nets, layers, ctx.widths.ctypes.data, batch, x_BI.data_ptr(),
-            pointers(params[:layers]), pointers(hidden), grad_CB.data_ptr(),
-            x_grad.data_ptr() if x_grad is not None else None,
-            pointers(grads[:layers]) if grads else None,
-            pointers(grads[layers:]) if grads else None, torch.get_num_threads(),
-        )  # fmt: skip
-        _memory.give(*hidden)
-        x_sum = x_grad.sum(0) if x_grad is not None else None
-        return (None, x_sum, *grads) if grads else (None, x_sum, *[None] * len(params))
 
 
 class _Memory:

@@ -51,6 +51,15 @@ class Net(ctypes.Structure):
     ]
 
 
+class Critic(ctypes.Structure):
+    """`struct Critic` of the source."""
+
+    _fields_ = [
+        *((n, ctypes.c_int32) for n in ("networks", "layers", "obs_dim", "act_dim")),
+        *((n, Pointer) for n in ("widths", "weights", "biases")),
+    ]
+
+
 def supported_paths() -> list[str]:
     """The paths that this processor can run, best first."""
     return [path for path, (_, needed) in PATHS.items() if needed <= _processor_flags()]
@@ -86,9 +95,22 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_scan.argtypes = [net, Count, p, p, p, threads]
     lib.spikerl_scan_back.argtypes = [net, Count, p, p, p, threads]
     lib.spikerl_act.argtypes = [net, p, p, ctypes.c_float, p]
-    lib.spikerl_mlp_forward.argtypes = [Count, Count, p, Count, p, p, p, p, threads]
-    lib.spikerl_mlp_backward.argtypes = [Count, Count, p, Count, *[p] * 7, threads]
-    for name in ("forward", "backward", "scan", "scan_back", "mlp_forward", "mlp_backward"):
+    critic, real = ctypes.POINTER(Critic), ctypes.c_float
+    lib.spikerl_values.argtypes = [critic, Count, p, p, p, threads]
+    lib.spikerl_regress.argtypes = [critic, Count, p, p, p, real, p, p, p, p, threads]
+    lib.spikerl_value_gradient.argtypes = [critic, Count, p, p, real, p, threads]
+    lib.spikerl_value_gradient.restype = real
+    lib.spikerl_adam.argtypes = [Count, p, p, p, p, p, real, real, p]
+    lib.spikerl_adam.restype = ctypes.c_bool
+    lib.spikerl_polyak.argtypes = [Count, p, p, real, p]
+    lib.spikerl_polyak.restype = None
+    lib.spikerl_sums_bytes.argtypes = [threads, Count]
+    lib.spikerl_sums_bytes.restype = Count
+    lib.spikerl_put.argtypes = [p, threads, threads, Count, ctypes.c_uint32, p]
+    lib.spikerl_put.restype = None
+    lib.spikerl_sum.argtypes = [p, threads, Count, ctypes.c_uint32, p, ctypes.c_bool]
+    lib.spikerl_sum.restype = ctypes.c_int
+    for name in ("forward", "backward", "scan", "scan_back", "values", "regress"):
         getattr(lib, f"spikerl_{name}").restype = None
     lib.spikerl_act.restype = ctypes.c_bool
 

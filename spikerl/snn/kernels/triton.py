@@ -15,8 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spikerl.gradient import Pullback, by_autograd
 from spikerl.snn.kernels import reference
-from spikerl.snn.kernels.reference import SpikingNet
+from spikerl.snn.kernels.reference import SpikingNet, adam, ascent, polyak, regress, values
+
+__all__ = ["actions", "adam", "ascent", "polyak", "regress", "values", "vjp"]
 
 BLOCK = 256  # neurons of one program
 
@@ -24,6 +27,13 @@ BLOCK = 256  # neurons of one program
 def actions(net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
     """Actions (B, A) in [-1, 1]."""
     return torch.tanh(net.decoder(reference.rates(net, obs_BO, generator, scan)))
+
+
+def vjp(
+    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Pullback]:
+    """As `reference.vjp`."""
+    return by_autograd(actions(net, obs_BO, generator))
 
 
 def scan(net: SpikingNet, drive_TBN: Tensor) -> Tensor:

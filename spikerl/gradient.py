@@ -1,0 +1,65 @@
+"""Where a learning rule's gradient goes, and what Adam keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Gradient:
+    """The gradient of a loss by a network's parameters, in one vector whose last entry is the loss.
+
+    One collective then carries both, and whoever computes it writes each part where it belongs.
+    With several workers a loss is the mean over this worker's rows, and what is written is
+    `weight`, their share of the global batch, times the loss and its gradient: summed over
+    workers, those of the mean over the global batch. `scale`, if any, multiplies the gradient
+    alone (fp16).
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], *, weight: float = 1.0, scale: Tensor | None = None
+    ) -> None:
+        self.params = list(params)
+        self.weight, self.scale = weight, scale
+        sizes = [p.numel() for p in self.params]
+        self.vector = self.params[0].detach().new_zeros(sum(sizes) + 1)
+        *pieces, last = self.vector.split([*sizes, 1])
+        self.slots = [piece.view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]
+        self.loss = last.view(())
+        self.whole = self.vector.new_tensor(weight)
+        self.at = [slot.data_ptr() for slot in self.slots]
+
+    @property
+    def factor(self) -> Tensor:
+        """What a loss is multiplied with before it is differentiated."""
+        return self.whole if self.scale is None else self.scale * self.weight
+
+    def take(self, loss: Tensor) -> None:
+        """Differentiate `loss`, which depends on the parameters."""
+        pieces = torch.autograd.grad(loss, self.params, self.factor)
+        torch._foreach_copy_([*self.slots, self.loss], [*pieces, loss.detach() * self.weight])
+
+
+# Of a network's output and its gradient, `pull(grad, into)` makes the gradient of the parameters.
+Pullback = Callable[[Tensor, Gradient], None]
+
+
+def by_autograd(output: Tensor) -> tuple[Tensor, Pullback]:
+    """A network's output, and the way back through its graph."""
+
+    def pull(grad: Tensor, into: Gradient) -> None:
+        torch._foreach_copy_(into.slots, torch.autograd.grad(output, into.params, grad))
+
+    return output.detach(), pull
+
+
+class Moments(NamedTuple):
+    """What Adam changes in a step: vectors of all parameters of a network, and its count."""
+
+    weights: Tensor
+    step: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor

@@ -1,0 +1,427 @@
+// ReLU networks with one output, several of one shape side by side: values of (observation, action), and their
+// gradients.
+//
+// A hidden unit that is 0 neither adds to the next layer nor has a gradient. Each sample lists the units that are
+// not; all products but the first layer's run over such lists, as a spiking layer runs over its events. A sum is
+// formed in one order whatever the number of threads.
+//
+// Shapes   C networks, B samples, O observation and A action entries, I inputs and N outputs of a layer. Weights are
+//          (C, I, N). Rows of units are padded to whole panels (Np).
+
+#include "vectors.h"
+
+extern "C" {
+
+struct Critic {
+    int32_t networks, layers, obs_dim, act_dim;
+    const int32_t* widths;  // layers + 1: of the input, of every hidden layer, and 1
+    const float* const* weights;
+    const float* const* biases;
+};
+}
+
+namespace {
+
+constexpr int64_t PANEL = 2 * W;             // columns that are computed together
+constexpr int ROWS = W == 16 ? 14 : 6;       // of a dense product: with PANEL columns, most of the registers
+
+constexpr int64_t whole_panels(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+// Units that are not 0, of each row: `counts` (B), `index` and `value` (B, Np).
+struct Lists {
+    int32_t *counts, *index;
+    float* value;
+    int64_t Np;
+
+    void add(int64_t b, int64_t n, vec v, ivec active) const {
+        const int64_t end = b * Np + counts[b];
+        append(index + end, counting_from(int32_t(n)), active);
+        counts[b] += append(reinterpret_cast<int32_t*>(value + end), reinterpret_cast<ivec>(v), active);
+    }
+};
+
+struct Layer {
+    int64_t I, N, Np;
+    const float *weight, *bias;
+};
+
+// Everything of one network that a call computes, in memory of the calling thread.
+struct Network {
+    const Critic* critic;
+    int64_t c, B;
+    const float* x;                  // (B, I)
+    std::vector<float*> hidden;      // (B, Np) of every hidden layer
+    std::vector<Lists> gradients;    // of the hidden layers' drives
+    float *values, *grad;            // (B), and of the values
+
+    Layer layer(int64_t l) const {
+        const int64_t I = critic->widths[l], N = critic->widths[l + 1];
+        return {I, N, whole_panels(N), critic->weights[l] + c * I * N, critic->biases[l] + c * N};
+    }
+    int64_t last() const { return critic->layers - 1; }
+};
+
+// Carves arrays out of a block; with no block, counts its bytes.
+struct Block {
+    char* base;
+    int64_t bytes = 0;
+
+    template <class X>
+    X* take(int64_t count) {
+        X* place = reinterpret_cast<X*>(base + bytes);
+        bytes += (count * int64_t(sizeof(X)) + 63) / 64 * 64;
+        return place;
+    }
+};
+
+Lists take_lists(Block& block, int64_t B, int64_t Np) {
+    // An append writes a whole vector, beyond the end of its row too.
+    return {block.take<int32_t>(B), block.take<int32_t>(B * Np + W), block.take<float>(B * Np + W), Np};
+}
+
+std::vector<Network> place(const Critic& critic, int64_t B, bool differentiates, Block& block) {
+    std::vector<Network> nets;
+    const float* x = block.take<float>(B * critic.widths[0]);
+    for (int64_t c = 0; c < critic.networks; c++) {
+        Network net{&critic, c, B, x, {}, {}, nullptr, nullptr};
+        for (int64_t l = 0; l < net.last(); l++) {
+            const int64_t Np = net.layer(l).Np;
+            net.hidden.push_back(block.take<float>(B * Np));
+            if (differentiates) net.gradients.push_back(take_lists(block, B, Np));
+        }
+        net.values = block.take<float>(B);
+        net.grad = block.take<float>(B);
+        nets.push_back(net);
+    }
+    return nets;
+}
+
+std::vector<Network> start(const Critic& critic, int64_t B, const float* obs, const float* act, bool differentiates) {
+    Block counted{nullptr};
+    place(critic, B, differentiates, counted);
+    Block block{scratch<20>(counted.bytes)};
+    std::vector<Network> nets = place(critic, B, differentiates, block);
+    const int64_t O = critic.obs_dim, A = critic.act_dim;
+    float* x = const_cast<float*>(nets[0].x);
+    for (int64_t b = 0; b < B; b++, x += O + A) {
+        std::memcpy(x, obs + b * O, O * sizeof(float));
+        std::memcpy(x + O, act + b * A, A * sizeof(float));
+    }
+    return nets;
+}
+
+// Columns n to n + PANEL of a layer's weights, (I, PANEL), zero beyond N.
+void pack(const Layer& l, int64_t n, float* panel) {
+    const int64_t there = l.N - n < PANEL ? l.N - n : PANEL;
+    for (int64_t i = 0; i < l.I; i++, panel += PANEL) {
+        if (there == PANEL) {
+            store(panel, load(l.weight + i * l.N + n));
+            store(panel + W, load(l.weight + i * l.N + n + W));
+        } else {
+            std::memcpy(panel, l.weight + i * l.N + n, there * sizeof(float));
+            std::memset(panel + there, 0, (PANEL - there) * sizeof(float));
+        }
+    }
+}
+
+// Weights of inputs i to i + `width` by output, (N, width), zero beyond I.
+void pack_by_output(const Layer& l, int64_t i, int64_t width, float* panel) {
+    const int64_t there = l.I - i < width ? l.I - i : width;
+    if (there < width) std::memset(panel, 0, l.N * width * sizeof(float));
+    transpose(l.weight + i * l.N, l.N, there, l.N, panel, width);
+}
+
+// sum += value[i] * panel[index[i]] over a list.
+template <int V>
+inline void add_rows(const int32_t* index, const float* value, int64_t count, const float* panel, vec (&sum)[V]) {
+    constexpr int WAYS = 4 / V;  // sums at once, for one would wait for itself
+    vec other[WAYS][V] = {};
+    int64_t i = 0;
+    for (; i + WAYS <= count; i += WAYS)
+        for (int u = 0; u < WAYS; u++)
+            for (int j = 0; j < V; j++) other[u][j] += load(panel + index[i + u] * V * W + j * W) * value[i + u];
+    for (; i < count; i++)
+        for (int j = 0; j < V; j++) sum[j] += load(panel + index[i] * V * W + j * W) * value[i];
+    for (int u = 0; u < WAYS; u++)
+        for (int j = 0; j < V; j++) sum[j] += other[u][j];
+}
+
+// R rows of ReLU(x W + b), for the columns of a panel.
+template <int R>
+void dense_rows(int64_t b, int64_t to, int64_t I, const float* x, const float* panel, const vec (&bias)[2], float* out,
+                int64_t Np) {
+    for (; to - b >= R; b += R) {
+        vec sums[R][2];
+#pragma GCC unroll 32
+        for (int r = 0; r < R; r++) sums[r][0] = bias[0], sums[r][1] = bias[1];
+        for (int64_t i = 0; i < I; i++) {
+            const vec one = load(panel + i * PANEL), two = load(panel + i * PANEL + W);
+#pragma GCC unroll 32
+            for (int r = 0; r < R; r++) {
+                const float a = x[(b + r) * I + i];
+                sums[r][0] += a * one, sums[r][1] += a * two;
+            }
+        }
+#pragma GCC unroll 32
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < 2; j++) {
+                const vec v = sums[r][j];
+                store(out + (b + r) * Np + j * W, v > 0.0f ? v : vec{});
+            }
+    }
+    if constexpr (R > 1) dense_rows<(R > 8 ? 8 : R / 2)>(b, to, I, x, panel, bias, out, Np);
+}
+
+// Rows `from` to `to` of all hidden layers and of the values.
+void forward(const Network& net, int64_t from, int64_t to) {
+    const int64_t rows = to - from;
+    for (int64_t l = 0; l < net.last(); l++) {
+        const Layer layer = net.layer(l);
+        float* panel = reinterpret_cast<float*>(scratch<21>(layer.I * PANEL * sizeof(float)));
+        float* out = net.hidden[l];
+        Lists inputs{};
+        if (l > 0) {
+            const int64_t Ip = whole_panels(layer.I);
+            Block counted{nullptr};
+            take_lists(counted, rows, Ip);
+            Block block{scratch<22>(counted.bytes)};
+            inputs = take_lists(block, rows, Ip);
+            std::memset(inputs.counts, 0, rows * sizeof(int32_t));
+            for (int64_t b = 0; b < rows; b++)
+                for (int64_t n = 0; n < Ip; n += W) {
+                    const vec v = load(net.hidden[l - 1] + (from + b) * Ip + n);
+                    inputs.add(b, n, v, v > 0.0f);
+                }
+        }
+        for (int64_t n = 0; n < layer.Np; n += PANEL) {
+            pack(layer, n, panel);
+            float padded_bias[PANEL] = {};
+            std::memcpy(padded_bias, layer.bias + n, (layer.N - n < PANEL ? layer.N - n : PANEL) * sizeof(float));
+            const vec bias[2] = {load(padded_bias), load(padded_bias + W)};
+            if (l == 0) {
+                dense_rows<ROWS>(from, to, layer.I, net.x, panel, bias, out + n, layer.Np);
+                continue;
+            }
+            for (int64_t b = 0; b < rows; b++) {
+                vec sum[2] = {bias[0], bias[1]};
+                const int64_t row = b * inputs.Np;
+                add_rows<2>(inputs.index + row, inputs.value + row, inputs.counts[b], panel, sum);
+                for (int j = 0; j < 2; j++)
+                    store(out + (from + b) * layer.Np + n + j * W, sum[j] > 0.0f ? sum[j] : vec{});
+            }
+        }
+    }
+    const Layer layer = net.layer(net.last());
+    const int64_t Ip = whole_panels(layer.I);
+    float* weight = reinterpret_cast<float*>(scratch<21>(Ip * sizeof(float)));
+    std::memset(weight, 0, Ip * sizeof(float));
+    std::memcpy(weight, layer.weight, layer.I * sizeof(float));
+    for (int64_t b = from; b < to; b++) {
+        vec sum = {};
+        for (int64_t i = 0; i < Ip; i += W) sum += load(net.hidden.back() + b * Ip + i) * load(weight + i);
+        float value = *layer.bias;
+        for (int i = 0; i < W; i++) value += sum[i];
+        net.values[b] = value;
+    }
+}
+
+// Rows `from` to `to` of the gradients of all hidden layers' drives, from those of the values.
+void backward(const Network& net, int64_t from, int64_t to) {
+    for (int64_t l = net.last(); l > 0; l--) {
+        const Layer layer = net.layer(l);
+        const int64_t Ip = whole_panels(layer.I);
+        const float* units = net.hidden[l - 1];
+        const Lists& below = net.gradients[l - 1];
+        std::memset(below.counts + from, 0, (to - from) * sizeof(int32_t));
+        float* panel = reinterpret_cast<float*>(scratch<21>(layer.N * PANEL * sizeof(float)));
+        for (int64_t i = 0; i < Ip; i += PANEL) {
+            pack_by_output(layer, i, PANEL, panel);
+            for (int64_t b = from; b < to; b++) {
+                vec sum[2] = {};
+                if (l == net.last()) {
+                    if (net.grad[b] == 0.0f) continue;
+                    for (int j = 0; j < 2; j++) sum[j] = load(panel + j * W) * net.grad[b];
+                } else {
+                    const Lists& above = net.gradients[l];
+                    const int64_t row = b * above.Np;
+                    add_rows<2>(above.index + row, above.value + row, above.counts[b], panel, sum);
+                }
+                for (int j = 0; j < 2; j++)
+                    below.add(b, i + j * W, sum[j], load(units + b * Ip + i + j * W) > 0.0f);
+            }
+        }
+    }
+}
+
+// Gradients of a hidden layer's weights and biases, for outputs `from` to `to`, `from` being a multiple of W.
+void weight_gradients(const Network& net, int64_t l, int64_t from, int64_t to, float* grad_weight, float* grad_bias) {
+    const Layer layer = net.layer(l);
+    const Lists& lists = net.gradients[l];
+    const int64_t B = net.B, outputs = to - from, input_step = l ? whole_panels(layer.I) : layer.I;
+    const float* input = l ? net.hidden[l - 1] : net.x;
+    // By output, the samples at which it has a gradient.
+    Block counted{nullptr};
+    counted.take<int32_t>(outputs), take_lists(counted, outputs, B), counted.take<float>(B * PANEL);
+    Block block{scratch<23>(counted.bytes)};
+    const Lists by_output = take_lists(block, outputs, B);
+    float* panel = block.take<float>(B * PANEL);
+    std::memset(by_output.counts, 0, outputs * sizeof(int32_t));
+    for (int64_t b = 0; b < B; b++) {
+        const int32_t* index = lists.index + b * lists.Np;
+        int32_t i = 0;
+        while (i < lists.counts[b] && index[i] < from) i++;
+        for (; i < lists.counts[b] && index[i] < to; i++) {
+            const int64_t n = index[i] - from, place = n * B + by_output.counts[n]++;
+            by_output.index[place] = int32_t(b);
+            by_output.value[place] = lists.value[b * lists.Np + i];
+        }
+    }
+    for (int64_t n = 0; n < outputs; n++) {
+        float sum = 0.0f;
+        for (int32_t i = 0; i < by_output.counts[n]; i++) sum += by_output.value[n * B + i];
+        grad_bias[from + n] = sum;
+    }
+    float rows[W * PANEL], columns[PANEL * W];
+    for (int64_t i = 0; i < layer.I; i += PANEL) {
+        const int64_t inputs = layer.I - i < PANEL ? layer.I - i : PANEL;
+        for (int64_t b = 0; b < B; b++) {
+            const float* row = input + b * input_step + i;
+            if (inputs == PANEL) {
+                store(panel + b * PANEL, load(row));
+                store(panel + b * PANEL + W, load(row + W));
+            } else {
+                std::memcpy(panel + b * PANEL, row, inputs * sizeof(float));
+                std::memset(panel + b * PANEL + inputs, 0, (PANEL - inputs) * sizeof(float));
+            }
+        }
+        for (int64_t n = 0; n < outputs; n += W) {
+            const int64_t some = outputs - n < W ? outputs - n : W;
+            for (int64_t k = 0; k < some; k++) {
+                vec sum[2] = {};
+                const int64_t row = (n + k) * B;
+                add_rows<2>(by_output.index + row, by_output.value + row, by_output.counts[n + k], panel, sum);
+                store(rows + k * PANEL, sum[0]);
+                store(rows + k * PANEL + W, sum[1]);
+            }
+            transpose(rows, PANEL, columns, W);
+            transpose(rows + W, PANEL, columns + W * W, W);
+            for (int64_t k = 0; k < inputs; k++)
+                std::memcpy(grad_weight + (i + k) * layer.N + from + n, columns + k * W, some * sizeof(float));
+        }
+    }
+}
+
+// Gradients of the last layer's weights and bias.
+void last_gradients(const Network& net, float* grad_weight, float* grad_bias) {
+    const Layer layer = net.layer(net.last());
+    const int64_t Ip = whole_panels(layer.I);
+    *grad_bias = 0.0f;
+    for (int64_t b = 0; b < net.B; b++) *grad_bias += net.grad[b];
+    for (int64_t i = 0; i < layer.I; i += W) {
+        vec sum = {};
+        for (int64_t b = 0; b < net.B; b++) sum += load(net.hidden.back() + b * Ip + i) * net.grad[b];
+        std::memcpy(grad_weight + i, &sum, (layer.I - i < W ? layer.I - i : W) * sizeof(float));
+    }
+}
+
+// What a thread takes at once: one network, and a share of something that counts `size`, in multiples of `unit`.
+struct Job {
+    int64_t network, from, to;
+    Job(int64_t i, int64_t networks, int64_t size, int64_t unit, int threads) {
+        const int64_t shares = count(networks, threads) / networks, units = (size + unit - 1) / unit;
+        network = i / shares;
+        from = units * (i % shares) / shares * unit;
+        to = units * (i % shares + 1) / shares * unit;
+        to = to < size ? to : size;
+    }
+    static int64_t count(int64_t networks, int threads) { return networks * ((threads + networks - 1) / networks); }
+};
+
+template <class F>
+void share_rows(const std::vector<Network>& nets, int threads, F work) {
+    const int64_t jobs = Job::count(int64_t(nets.size()), threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < jobs; i++) {
+        const Job job(i, int64_t(nets.size()), nets[0].B, 1, threads);
+        work(nets[job.network], job.from, job.to);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Values (C, B) of observations (B, O) and actions (B, A).
+void spikerl_values(const Critic* critic, int64_t B, const float* obs, const float* act, float* values, int threads) {
+    const auto nets = start(*critic, B, obs, act, false);
+    share_rows(nets, threads, forward);
+    for (const Network& net : nets) std::memcpy(values + net.c * B, net.values, B * sizeof(float));
+}
+
+// `weight` times the networks' mean squared errors, summed: `loss`, and its gradients; the mean of all values.
+void spikerl_regress(const Critic* critic, int64_t B, const float* obs, const float* act, const float* target,
+                     float weight, float* const* grad_weights, float* const* grad_biases, float* loss, float* mean,
+                     int threads) {
+    const auto nets = start(*critic, B, obs, act, true);
+    share_rows(nets, threads, [&](const Network& net, int64_t from, int64_t to) {
+        forward(net, from, to);
+        for (int64_t b = from; b < to; b++) net.grad[b] = 2.0f * weight * (net.values[b] - target[b]) / float(B);
+        backward(net, from, to);
+    });
+    const int64_t jobs = Job::count(int64_t(nets.size()), threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < jobs; i++)
+        for (int64_t l = 0; l < critic->layers; l++) {
+            const Job job(i, int64_t(nets.size()), critic->widths[l + 1], W, threads);
+            const Network& net = nets[job.network];
+            const Layer layer = net.layer(l);
+            float* grad_weight = grad_weights[l] + net.c * layer.I * layer.N;
+            float* grad_bias = grad_biases[l] + net.c * layer.N;
+            if (job.from == job.to) continue;
+            if (l == net.last()) last_gradients(net, grad_weight, grad_bias);
+            else weight_gradients(net, l, job.from, job.to, grad_weight, grad_bias);
+        }
+    double squares = 0.0, sum = 0.0;
+    for (const Network& net : nets)
+        for (int64_t b = 0; b < B; b++) {
+            const double error = double(net.values[b]) - double(target[b]);
+            squares += error * error, sum += net.values[b];
+        }
+    *loss = float(squares * weight / double(B));
+    *mean = float(sum / double(B * critic->networks));
+}
+
+// The mean over samples of the least of the networks' values, and `weight` times its gradient by the actions (B, A).
+float spikerl_value_gradient(const Critic* critic, int64_t B, const float* obs, const float* act, float weight,
+                             float* grad_act, int threads) {
+    const auto nets = start(*critic, B, obs, act, true);
+    share_rows(nets, threads, forward);
+    double sum = 0.0;
+    for (int64_t b = 0; b < B; b++) {
+        const Network* least = &nets[0];
+        for (const Network& net : nets) {
+            net.grad[b] = 0.0f;
+            if (net.values[b] < least->values[b]) least = &net;
+        }
+        least->grad[b] = weight / float(B);
+        sum += least->values[b];
+    }
+    share_rows(nets, threads, backward);
+    const int64_t O = critic->obs_dim, A = critic->act_dim;
+    std::memset(grad_act, 0, B * A * sizeof(float));
+    for (const Network& net : nets) {
+        const Layer layer = net.layer(0);
+        const Lists& lists = net.gradients[0];
+        float* panel = reinterpret_cast<float*>(scratch<21>(layer.N * W * sizeof(float)));
+        for (int64_t a = 0; a < A; a += W) {
+            pack_by_output(layer, O + a, W, panel);
+            for (int64_t b = 0; b < B; b++) {
+                vec total[1] = {};
+                add_rows<1>(lists.index + b * lists.Np, lists.value + b * lists.Np, lists.counts[b], panel, total);
+                for (int64_t k = 0; k < W && a + k < A; k++) grad_act[b * A + a + k] += total[0][k];
+            }
+        }
+    }
+    return float(sum / double(B));
+}
+}

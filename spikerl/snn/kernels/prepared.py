@@ -1,0 +1,83 @@
+"""Networks as the C++ library reads them: sizes, constants, and pointers to their parameters."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spikerl.snn.kernels.native import Critic, Net, Pointer
+from spikerl.snn.kernels.reference import SpikingNet, ValueNet
+
+MAX_LAYERS = 16  # of the source
+
+
+def fused(net: SpikingNet) -> bool:
+    """Whether one call covers the whole network."""
+    plain = net.dtype == torch.float32 and all(_plain(layer.weight_IN) for layer in net.layers)
+    return plain and len(net.layers) <= MAX_LAYERS
+
+
+class PreparedActor:
+    def __init__(self, net: SpikingNet) -> None:
+        self.params = list(net.parameters())
+        self.at = [p.data_ptr() for p in self.params]
+        self.fused = fused(net)
+        encoder, c, layers = net.encoder, net.neuron.config, list(net.layers)
+        act_dim, out_pop = net.decoder.weight_AP.shape
+        widths = [layers[0].weight_IN.shape[0], *(len(layer.bias_N) for layer in layers)]
+        self.widths = np.array(widths, np.int32)
+        mean, std, *between, out_weight, out_bias = self.at
+        self.weights, self.biases = pointers(between[0::2]), pointers(between[1::2])
+        self.net = Net(
+            len(encoder.mean_OP), encoder.config.pop_size, act_dim, out_pop, net.spike_steps,
+            len(layers), encoder.config.threshold, net.neuron.current_decay, c.voltage_decay,
+            c.threshold, c.surrogate_window, self.widths.ctypes.data, mean, std,
+            ctypes.addressof(self.weights), ctypes.addressof(self.biases), out_weight, out_bias,
+        )  # fmt: skip
+
+    def moved(self, net: SpikingNet) -> bool:
+        """Whether its parameters lie elsewhere, or are others: `load_state_dict(assign=True)`."""
+        same = net.encoder._parameters["mean_OP"] is self.params[0]
+        return not same or [p.data_ptr() for p in self.params] != self.at
+
+
+class PreparedCritic:
+    """`first` is the first of the networks alone."""
+
+    def __init__(self, net: ValueNet, act_dim: int) -> None:
+        self.params = [*net.weights_2IN, *net.biases_21N]
+        self.at = [p.data_ptr() for p in self.params]
+        self.fused = net.dtype == torch.float32 and all(map(_plain, self.params))
+        self.layers = len(self.params) // 2
+        weights = self.params[: self.layers]
+        networks, inputs, _ = weights[0].shape
+        self.widths = np.array([inputs, *(w.shape[-1] for w in weights)], np.int32)
+        self.places = pointers(self.at[: self.layers]), pointers(self.at[self.layers :])
+        where = (self.widths.ctypes.data, *map(ctypes.addressof, self.places))
+        sizes = (self.layers, inputs - act_dim, act_dim)
+        self.all, self.first = Critic(networks, *sizes, *where), Critic(1, *sizes, *where)
+
+    def moved(self, net: ValueNet) -> bool:
+        same = net.weights_2IN[0] is self.params[0]
+        return not same or [p.data_ptr() for p in self.params] != self.at
+
+
+def pointers(at: Sequence[int]) -> ctypes.Array[Any]:
+    return (Pointer * len(at))(*at)
+
+
+def neuron_only(net: SpikingNet, spike_steps: int) -> Net:
+    c = net.neuron.config
+    return Net(
+        spike_steps=spike_steps, current_decay=net.neuron.current_decay,
+        voltage_decay=c.voltage_decay, threshold=c.threshold, window=c.surrogate_window,
+    )  # fmt: skip
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()

@@ -1,0 +1,123 @@
+"""Sums in shared memory: the bits that gloo gives, and what happens when a worker is gone."""
+
+from __future__ import annotations
+
+import glob
+import os
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from spawn import run_workers
+
+from spikerl.distributed import sums as sums_module
+from spikerl.distributed.sums import FOLDER
+from spikerl.distributed.world import World, share_memory
+
+pytestmark = pytest.mark.skipif(not os.access(FOLDER, os.W_OK), reason=f"no {FOLDER}")
+
+
+def rows(world: World, count: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """Everybody's vectors, (count, ranks, length); the same on all."""
+    draw = torch.Generator().manual_seed(length)
+    return torch.randn(count, world.size, length, generator=draw, dtype=dtype)
+
+
+def sums_are_exact(world: World) -> None:
+    assert world.sums is not None
+    for dtype in (torch.float32, torch.float64):
+        for length in (1, 513, 144_000):
+            everyone = rows(world, 6, length, dtype)
+            for k in range(6):
+                if (k + world.rank) % 3 == 0:
+                    time.sleep(0.002 * world.rank)  # nobody waits for the same worker always
+                mine = everyone[k, world.rank].clone()
+                world.sum_(mine)
+                expected = everyone[k, 0].clone()
+                for rank in range(1, world.size):
+                    expected += everyone[k, rank]
+                assert torch.equal(mine, expected)
+    assert len(world.sums.rooms) == 6  # one for each size in bytes
+    assert not glob.glob(f"{FOLDER}/*spikerl*")
+
+
+def two_give_gloos_bits(world: World) -> None:
+    mine = rows(world, 1, 1000, torch.float32)[0, world.rank]
+    ours, gloos = mine.clone(), mine.clone()
+    world.sum_(ours)
+    dist.all_reduce(gloos)
+    assert torch.equal(ours, gloos)
+
+
+def what_has_no_room_takes_gloo(world: World) -> None:
+    assert world.sums is not None
+    counts = torch.ones(3, dtype=torch.int64)
+    assert not world.sums.sum_(counts)
+    assert not world.sums.sum_(torch.ones(4, 2)[:, 0])
+    world.sum_(counts)
+    assert counts.tolist() == [world.size] * 3
+
+
+def a_machine_without_room(world: World) -> None:
+    """One worker cannot have it: all of them take gloo, and none waits."""
+    if world.rank == 1:
+        sums_module._enter = lambda name, total, rank: None
+    fresh = share_memory(replace(world, sums=None))
+    assert fresh.sums is not None
+    mine = torch.ones(10)
+    fresh.sum_(mine)
+    assert mine.tolist() == [world.size] * 10
+    assert fresh.sums.rooms == {40: None}
+
+
+def another_machine(world: World) -> None:
+    """Workers that do not run under one kernel share nothing."""
+    if world.rank == 0:
+        sums_module.MACHINE = sums_module.Path("/proc/sys/kernel/ostype")
+    assert share_memory(replace(world, sums=None)).sums is None
+
+
+def everything(world: World) -> None:
+    for check in (sums_are_exact, two_give_gloos_bits, what_has_no_room_takes_gloo):
+        if check is not two_give_gloos_bits or world.size == 2:
+            check(world)
+    a_machine_without_room(world)
+    another_machine(world)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_sums(size: int) -> None:
+    run_workers(everything, size)
+
+
+def one_leaves(world: World) -> None:
+    world.sum_(torch.ones(10))
+    if world.rank == 1:
+        os._exit(0)  # without a word, as SIGKILL
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match="worker 1 is gone"):
+        world.sum_(torch.ones(10))
+    assert time.monotonic() - begun < 5
+    os._exit(0)  # there is nobody left to say goodbye to
+
+
+def test_a_worker_that_is_gone_is_noticed() -> None:
+    run_workers(one_leaves, 2, seconds=60)
+
+
+def one_is_late(world: World) -> None:
+    assert world.sums is not None
+    world.sum_(torch.ones(10))
+    world.sums.timeout_s = 0.2
+    if world.rank == 1:
+        time.sleep(1.0)
+        world.sum_(torch.ones(10))
+        return
+    with pytest.raises(RuntimeError, match=r"worker 1 did not come within 0\.2 s"):
+        world.sum_(torch.ones(10))
+
+
+def test_waiting_has_an_end() -> None:
+    run_workers(one_is_late, 2, seconds=60)

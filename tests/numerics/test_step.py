@@ -1,0 +1,122 @@
+"""From gradient to weights: Adam and Polyak averaging against torch's, on every kernel."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from builders import popsan, td3_config
+from torch import Tensor, nn
+
+from spikerl.algos.td3 import TD3
+from spikerl.gradient import Moments
+from spikerl.networks import Actor, MLPActor, MLPConfig, SpikingActor, TwinCritic
+from spikerl.snn import kernels
+from spikerl.snn.kernels import native
+from spikerl.types import Batch
+
+CPU = [f"cpu/{path}" for path in native.supported_paths()]
+KERNELS = ["reference", *CPU]
+
+
+def moments(size: int) -> Moments:
+    draw = torch.Generator().manual_seed(size)
+    weights = torch.randn(size, generator=draw)
+    return Moments(weights, torch.zeros(()), torch.zeros(size), torch.zeros(size))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("size", [1, 15, 16, 1000])
+@pytest.mark.parametrize("max_norm", [math.inf, 0.5])
+def test_adam_is_torchs(kernel: str, size: int, max_norm: float) -> None:
+    ours, masked = moments(size), torch.zeros(())
+    module = nn.Parameter(ours.weights.clone())
+    theirs = torch.optim.Adam([module], lr=0.01)
+    draw = torch.Generator().manual_seed(1)
+    for k in range(20):
+        gradient = torch.randn(size + 1, generator=draw) * 10.0 ** (k % 5 - 3)
+        module.grad = gradient[:-1].clone()
+        if max_norm < math.inf:
+            nn.utils.clip_grad_norm_([module], max_norm)
+        theirs.step()
+        assert kernels.named(kernel).adam(ours, gradient, 0.01, max_norm, masked)
+        torch.testing.assert_close(gradient[:-1], module.grad, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(ours.weights, module.detach(), rtol=1e-5, atol=1e-6)
+    state = theirs.state[module]
+    assert float(ours.step) == 20
+    assert float(masked) == 0
+    torch.testing.assert_close(ours.exp_avg, state["exp_avg"], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(ours.exp_avg_sq, state["exp_avg_sq"], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("where", [0, 20, 36, 37], ids=["first", "amid", "last", "loss"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_masks(kernel: str, where: int, bad: float) -> None:
+    ours, masked = moments(37), torch.zeros(())
+    adam = kernels.named(kernel).adam
+    assert adam(ours, torch.ones(38), 0.01, math.inf, masked)
+    before = [t.clone() for t in ours]
+    gradient = torch.ones(38)
+    gradient[where] = bad
+    assert not adam(ours, gradient, 0.01, math.inf, masked)
+    assert float(masked) == 1
+    assert adam(ours, torch.ones(38), 0.01, math.inf, masked)  # finite, and still masked
+    assert all(torch.equal(a, b) for a, b in zip(ours, before, strict=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_polyak(kernel: str) -> None:
+    polyak = kernels.named(kernel).polyak
+    target, online = torch.full((35,), 1.0), torch.full((35,), 3.0)
+    polyak(target, online, 0.25, torch.ones(()))
+    assert target.tolist() == [1.0] * 35  # masked
+    polyak(target, online, 0.25, torch.zeros(()))
+    assert target.tolist() == [1.5] * 35  # 0.75 1 + 0.25 3
+
+
+def learner(kernel: str, actor: Actor) -> TD3:
+    torch.manual_seed(3)
+    critic = TwinCritic(4, 2, [32, 24], kernel=kernel)
+    if isinstance(actor, SpikingActor):
+        actor.kernel = kernel
+    generator = torch.Generator().manual_seed(0)
+    return TD3(actor, critic, td3_config(batch_size=32), actor_lr=1e-3, generator=generator)
+
+
+def rows(updates: int) -> Batch:
+    draw = torch.Generator().manual_seed(9)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(32 * updates, *shape, generator=draw)
+
+    done, discount = torch.arange(32 * updates) % 7 == 0, torch.full((32 * updates,), 0.9)
+    return Batch(normal(4), normal(2).clamp(-1, 1), normal(), normal(4), done, discount)
+
+
+@pytest.mark.parametrize("kernel", CPU)
+@pytest.mark.parametrize("kind", ["spiking", "dense"])
+def test_a_whole_update_is_the_references(kernel: str, kind: str) -> None:
+    """Five updates: losses, gradients, weights, moments and targets."""
+    found = []
+    for name in ("reference", kernel):
+        torch.manual_seed(4)
+        dense = MLPConfig(name="mlp", hidden_sizes=[16], lr=1e-3)
+        actor = popsan(4, 2, [24, 16]) if kind == "spiking" else MLPActor(4, 2, dense)
+        td3 = learner(name, actor)
+        metrics = td3.learn(rows(5), 5)
+        found.append((metrics, td3))
+    (expected, theirs), (got, ours) = found
+    assert [m.keys() for m in got] == [m.keys() for m in expected]
+    for one, other in zip(got, expected, strict=True):
+        for key, value in other.items():
+            torch.testing.assert_close(one[key], value, rtol=1e-4, atol=1e-6)
+    for name, value in theirs.state().items():
+        error = float((ours.state()[name] - value).double().norm())
+        assert error <= 1e-4 * float(value.double().norm()), name
+    vectors = [
+        (t.step_critic.gradient.vector, t.step_actor.gradient.vector) for t in (ours, theirs)
+    ]
+    for one, other in zip(*vectors, strict=True):
+        assert float((one - other).norm()) <= 1e-3 * float(other.norm())
