@@ -203,7 +203,7 @@ class Bench:
             def call() -> None:
                 if isinstance(learner, TD3):
                     learner.learn(rows, BURST)
-                    learner.guard.check()
+                    learner.check()
                     return
                 for batch in batches:
                     learner.update(batch)
@@ -353,7 +353,7 @@ def worker(spec: dict[str, Any], folder: str) -> None:
             begun = time.perf_counter()
             if name != "alone" or rank == 0:
                 learner.learn(batches[rows], BURST)
-                learner.guard.check()
+                learner.check()
             times[name].append((time.perf_counter() - begun) / BURST * 1e3)
     dist.destroy_process_group()
     if rank == 0:

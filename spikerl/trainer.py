@@ -227,7 +227,7 @@ class Trainer:
             size = count * self.batch_size
             rows = self.replay.sample(size, self.streams.sample, self.norm.normalize)
             metrics += self.algo.learn(rows, count)
-        self.algo.guard.check()
+        self.algo.check()
         self.progress.updates = self.algo.updates
         self.progress.add(metrics)
 

@@ -49,17 +49,13 @@ class Guard:
         self.scale = torch.tensor(65536.0 if scales_loss else 1.0, device=device)
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # good updates in a row
         self.masked = torch.zeros((), device=device)  # 1 while writes are masked
-        self.seen: list[tuple[int, Tensor | bool]] = []  # since the last check
+        self.bad = torch.zeros((), device=device)  # updates that ended masked, since the last check
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # updates, fp16 only
 
-    def see(self, finite: Tensor | bool, update: int) -> None:
-        """Take notice of whether everything in this step of `update` was finite."""
-        if not self.scales_loss:
-            self.seen.append((update, finite))
-
     def close(self) -> None:
-        """End an update: adapt the loss scale."""
+        """End an update: count it, and adapt the loss scale."""
         if not self.scales_loss:
+            self.bad += self.masked
             return
         bad = self.masked > 0
         self.skipped += bad
@@ -71,12 +67,12 @@ class Guard:
     def state(self) -> dict[str, Tensor]:
         return {"scale": self.scale, "streak": self.streak, "skipped": self.skipped}
 
-    def check(self) -> None:
-        """Raise if an update was bad; the weights still hold their last good values."""
-        if self.masked > 0:
-            update = next(update for update, finite in self.seen if not finite)
-            raise NonFinite(f"update {update}: the loss or a gradient is NaN or infinite")
-        self.seen.clear()
+    def check(self, updates: int) -> None:
+        """Raise if one of the first `updates` was bad; the weights hold their last good values."""
+        bad = int(self.bad)
+        self.bad.zero_()
+        if bad:
+            raise NonFinite(f"update {updates - bad}: the loss or a gradient is NaN or infinite")
         if float(self.scale) < 2.0**-14:
             raise NonFinite("fp16: gradients are not finite at any loss scale; use bf16 or fp32")
 
@@ -106,7 +102,7 @@ class Stepper:
         self.moments = Moments(self.flat, step, zeros, zeros.clone())
         self.guard, self.world, self.kernel = guard, world, kernel
 
-    def __call__(self, update: int) -> Tensor:
+    def __call__(self) -> Tensor:
         """Step, unless something was not finite; the loss over the global batch."""
         guard, vector = self.guard, self.gradient.vector
         self.world.sum_(vector)
@@ -114,7 +110,7 @@ class Stepper:
             vector[:-1] /= guard.scale
         loss = self.gradient.loss.clone()
         adam = kernels.named(self.kernel).adam
-        guard.see(adam(self.moments, vector, self.lr, self.max_norm, guard.masked), update)
+        adam(self.moments, vector, self.lr, self.max_norm, guard.masked)
         return loss
 
     def state(self) -> dict[str, Tensor]:

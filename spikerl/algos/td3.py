@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spikerl.algos.base import Guard, Stepper, flatten, td_target
+from spikerl.algos.graphs import Graphed
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest
 from spikerl.networks import Actor, TwinCritic, check_sizes
@@ -102,6 +103,10 @@ class TD3:
         self.actor_target_flat = flatten(self.actor_target)
         self.critic_target_flat = flatten(self.critic_target)
         self.updates = 0
+        self.graph: Graphed | None = None
+        if critic.kernel == "triton/graphs":
+            delay = config.policy_delay
+            self.graph = Graphed(lambda rows: self.between_moves(rows, 1, delay), generator)
 
     def learn(self, rows: Batch, updates: int) -> list[dict[str, Tensor]]:
         """Updates with equal shares of the rows, in order; what each says of itself.
@@ -115,10 +120,22 @@ class TD3:
             together = min(-self.updates % self.config.policy_delay + 1, updates - len(found))
             first = len(found) * size
             now = Batch(*(field[first : first + together * size] for field in rows))
-            q_target = td_target(now, self.next_value(now.next_obs))
-            parts = (field.split(size) for field in (now.obs, now.act, q_target))
-            found += [self.step(*part) for part in zip(*parts, strict=True)]
+            # A whole round begins behind a move of the targets and ends with the next.
+            whole = self.updates > 0 and together == self.config.policy_delay
+            if self.graph is not None and whole:
+                found += self.graph(now)
+            else:
+                found += self.between_moves(now, self.updates, together)
+            self.updates += together
         return found
+
+    def between_moves(self, rows: Batch, update: int, updates: int) -> list[dict[str, Tensor]]:
+        """Updates number `update` and on, whose targets are the same."""
+        q_target = td_target(rows, self.next_value(rows.next_obs))
+        size = len(q_target) // updates
+        parts = zip(*(field.split(size) for field in (rows.obs, rows.act, q_target)), strict=True)
+        moves = self.config.policy_delay
+        return [self.step(*part, moves=(update + i) % moves == 0) for i, part in enumerate(parts)]
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One step of the critics; on updates 0, d, 2d, ... (d = policy_delay) of all the rest."""
@@ -130,21 +147,25 @@ class TD3:
         act = self.smooth(self.actor_target(next_obs, self.generator))
         return self.critic_target(next_obs, act).amin(0)
 
-    def step(self, obs: Tensor, act: Tensor, q_target: Tensor) -> dict[str, Tensor]:
+    def step(self, obs: Tensor, act: Tensor, q_target: Tensor, *, moves: bool) -> dict[str, Tensor]:
+        """A step of the critics; of the actor and the targets too where it `moves`."""
         critic, actor = self.step_critic, self.step_actor
         q_mean = self.critic.regress(obs, act, q_target, critic.gradient)
-        metrics = {"critic_loss": critic(self.updates), "q_mean": q_mean}
-        if self.updates % self.config.policy_delay == 0:
+        metrics = {"critic_loss": critic(), "q_mean": q_mean}
+        if moves:
             act, pull = self.actor.vjp(obs, self.generator)
             pull(self.critic.ascent(obs, act, actor.gradient), actor.gradient)
-            metrics["actor_loss"] = actor(self.updates)
+            metrics["actor_loss"] = actor()
             tau, masked = self.config.tau, self.guard.masked
             polyak = kernels.named(self.critic.kernel).polyak
             polyak(self.critic_target_flat, critic.flat, tau, masked)
             polyak(self.actor_target_flat, actor.flat, tau, masked)
         self.guard.close()
-        self.updates += 1
         return metrics
+
+    def check(self) -> None:
+        """Raise NonFinite if an update since the last check was bad."""
+        self.guard.check(self.updates)
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors that an update depends on and changes, beside `updates`."""

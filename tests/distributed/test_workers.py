@@ -81,7 +81,7 @@ def gradients_equal_ddp(world: World) -> None:
     guard = Guard("cpu", scales_loss=False)
     step = Stepper(module, 1e-3, guard, world=world, weight=1.0 / world.size)
     step.gradient.take((module(rows.obs[mine]).squeeze(1) - rows.rew[mine]).square().mean())
-    step(0)
+    step()
     torch.testing.assert_close(step.gradient.vector[:-1], expected, rtol=1e-12, atol=1e-14)
 
 
@@ -92,7 +92,7 @@ def a_bad_worker_masks_all(world: World) -> None:
     td3.update(rows._replace(rew=rows.rew * float("nan")) if world.rank == 1 else rows)
     assert torch.equal(td3.step_critic.flat.detach(), before)
     with pytest.raises(NonFinite, match="update 0:"):
-        td3.guard.check()
+        td3.check()
 
 
 def normaliser_merges_exactly(world: World) -> None:

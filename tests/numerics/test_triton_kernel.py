@@ -53,6 +53,7 @@ def test_without_a_gpu() -> None:
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "spikerl.snn.kernels.triton", raising=False)
+    monkeypatch.delattr(kernels, "triton", raising=False)  # where something has imported it before
     said = kernels.resolve(asked("auto"), "cuda:0")
     assert said == ("reference", "triton is not installed")
     with pytest.raises(BadRequest, match="kernel=triton: triton is not installed; use kernel=auto"):

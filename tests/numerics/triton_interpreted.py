@@ -41,11 +41,22 @@ def test_scan(neurons: int, steps: int, lif: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_membranes_do_not_round(dtype: torch.dtype) -> None:
     """Of a rounded drive, the spikes are those that float32 membranes have."""
-    net = popsan(3, 2, [8])
-    drive = (torch.randn(5, 3, 90) * 0.6).to(dtype)
-    spikes = triton.scan(net, drive.to(DEVICE)).cpu()
-    assert spikes.dtype == dtype
-    assert torch.equal(spikes.float(), reference.scan(net, drive.float()))
+    net, draw = popsan(3, 2, [8]), torch.Generator().manual_seed(0)
+    drive = (torch.randn(5, 3, 90, generator=draw) * 0.6).to(dtype).requires_grad_()
+    weight = torch.randn(drive.shape, generator=draw).to(dtype)
+    spikes = triton.scan(net, drive.to(DEVICE))
+    (grad,) = torch.autograd.grad(spikes, drive, weight.to(DEVICE))
+    assert spikes.dtype == grad.dtype == dtype
+    exact = drive.detach().float().requires_grad_()
+    expected = reference.scan(net, exact)
+    assert torch.equal(spikes.float().cpu(), expected)
+    (wanted,) = torch.autograd.grad(expected, exact, weight.float())
+    # A gradient is rounded once, when it is stored: to the nearest number, within half a unit of
+    # the last place; the interpreter cuts bfloat16 off instead, within a whole unit.
+    unit = torch.finfo(dtype).eps
+    cuts = dtype == torch.bfloat16 and DEVICE == "cpu"
+    rtol = (1.0 if cuts else 0.5) * unit * 1.001
+    torch.testing.assert_close(grad.float().cpu(), wanted, rtol=rtol, atol=1e-7)
 
 
 def test_a_whole_actor() -> None:

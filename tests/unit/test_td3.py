@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from builders import POISSON, popsan, td3_config, twin_critic
 from torch import Tensor, nn
 
 from spikerl.algos.base import Guard, Stepper, flatten, td_target
+from spikerl.algos.graphs import Graphed, Metrics
 from spikerl.algos.td3 import TD3
 from spikerl.errors import NonFinite
 from spikerl.networks import MLPActor, MLPConfig, TwinCritic
@@ -118,7 +121,7 @@ def test_actor_step_leaves_the_critic_alone() -> None:
     act, pull = td3.actor.vjp(b.obs, None)
     into = td3.step_actor.gradient
     pull(td3.critic.ascent(b.obs, act, into), into)
-    td3.step_actor(1)
+    td3.step_actor()
     assert torch.equal(td3.step_critic.flat.detach(), before)
     assert torch.equal(grad, grad_before)
     assert all(p.grad is None for p in td3.critic.parameters())
@@ -193,10 +196,10 @@ def test_gradient_clipping_by_hand() -> None:
     step = Stepper(module, 0.1, guard, max_grad_norm=1.0)
     gradient = step.gradient
     gradient.take((module(torch.tensor([[3.0, 4.0]]))).sum())  # gradient (3, 4), norm 5
-    step(0)
+    step()
     torch.testing.assert_close(gradient.vector[:-1], torch.tensor([0.6, 0.8]))
     gradient.take((module(torch.tensor([[0.3, 0.4]]))).sum())
-    step(1)  # within the bound: unchanged
+    step()  # within the bound: unchanged
     torch.testing.assert_close(gradient.vector[:-1], torch.tensor([0.3, 0.4]))
 
 
@@ -205,7 +208,7 @@ def test_gradient_clipping_by_hand() -> None:
 def test_non_finite_never_reaches_the_weights(field: str, bad: float) -> None:
     td3 = learner()
     td3.update(batch(seed=1))
-    td3.guard.check()
+    td3.check()
     before, moments = weights(td3), adam(td3)
     good = batch(seed=2)
     poisoned = getattr(good, field).clone()
@@ -215,7 +218,7 @@ def test_non_finite_never_reaches_the_weights(field: str, bad: float) -> None:
     assert all(same(before, weights(td3)))
     assert all(same(moments, adam(td3)))
     with pytest.raises(NonFinite, match="update 1:"):
-        td3.guard.check()
+        td3.check()
 
 
 def test_an_infinite_loss_is_bad_even_where_its_gradient_is_not() -> None:
@@ -224,10 +227,11 @@ def test_an_infinite_loss_is_bad_even_where_its_gradient_is_not() -> None:
     step = Stepper(module, 0.1, guard)
     before = step.flat.detach().clone()
     step.gradient.take(module(torch.ones(1, 2)).sum() + float("inf"))
-    step(4)
+    step()
+    guard.close()
     assert torch.equal(step.flat.detach(), before)
     with pytest.raises(NonFinite, match="update 4:"):
-        guard.check()
+        guard.check(5)
 
 
 def adam(td3: TD3) -> list[Tensor]:
@@ -260,7 +264,7 @@ def test_fp16_skips_a_bad_update_whole_and_halves_the_scale() -> None:
     assert all(same(moments, adam(td3)))
     assert int(td3.guard.skipped) == 1
     assert float(td3.guard.scale) == 32768.0
-    td3.guard.check()  # ordinary under fp16
+    td3.check()  # ordinary under fp16
     td3.update(batch(seed=2))
     assert not any(same(before, weights(td3)))
     assert int(td3.guard.skipped) == 1
@@ -283,7 +287,7 @@ def test_fp16_that_never_fits_is_an_error() -> None:
         guard.masked.fill_(1.0)
         guard.close()
     with pytest.raises(NonFinite, match="any loss scale"):
-        guard.check()
+        guard.check(31)
 
 
 def test_poisson_update_repeats_with_its_generator() -> None:
@@ -317,6 +321,50 @@ def test_updates_between_two_moves_of_the_targets_share_one_pass() -> None:
         torch.testing.assert_close(tensor, alone.state()[name], rtol=1e-4, atol=1e-6)
     together.update(batches[0])
     assert passes[3:] == [1]  # update 5, and 6 would have been with it
+
+
+@pytest.mark.parametrize("delay", [1, 2, 3])
+def test_a_recorded_update_is_the_update(delay: int) -> None:
+    """Everything that changes lies in fixed places: run again from them, it is the next update."""
+
+    def record(work: Callable[[], Metrics], generator: torch.Generator) -> Any:
+        found: Metrics = []
+        slots: list[dict[str, Tensor]] = [
+            {name: torch.zeros(()) for name in ("critic_loss", "q_mean", "actor_loss")}
+            for _ in range(delay)
+        ]
+        for k, slot in enumerate(slots):
+            if k < delay - 1:
+                del slot["actor_loss"]
+        found += slots
+
+        def launch() -> None:
+            for slot, m in zip(slots, work(), strict=True):
+                for name, value in m.items():
+                    slot[name].copy_(value)
+
+        return launch, found
+
+    recorded, plain = learner(policy_delay=delay), learner(policy_delay=delay)
+    for td3 in (recorded, plain):
+        td3.generator.manual_seed(5)
+    recorded.graph = Graphed(
+        lambda rows: recorded.between_moves(rows, 1, delay), recorded.generator, record
+    )
+    expected, found = [], []
+    for burst in range(6):  # of 4 updates: some rounds are cut in two
+        rows = Batch(
+            *map(torch.cat, zip(*(batch(seed=4 * burst + k) for k in range(4)), strict=False))
+        )
+        expected += plain.learn(rows, 4)
+        found += recorded.learn(rows, 4)
+    assert recorded.graph.calls == {1: 23, 2: 6, 3: 4}[delay]
+    assert recorded.updates == plain.updates == 24
+    assert [m.keys() for m in found] == [m.keys() for m in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for name, tensor in recorded.state().items():
+        assert torch.equal(tensor, plain.state()[name]), name
 
 
 def test_smoothing_noise_is_each_batchs_own() -> None:

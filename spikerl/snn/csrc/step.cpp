@@ -40,13 +40,12 @@ extern "C" {
 
 // One step of Adam (betas 0.9, 0.999; eps 1e-8) with a gradient (n) behind which lies its loss. The gradient is first
 // scaled to a norm of at most `max_norm`, if that is finite. If something is not finite, `masked` becomes 1; where it
-// is, nothing else changes. Whether everything was finite.
-bool spikerl_adam(int64_t n, float* weights, float* grad, float* mean, float* square, float* step, float lr,
+// is, nothing else changes.
+void spikerl_adam(int64_t n, float* weights, float* grad, float* mean, float* square, float* step, float lr,
                   float max_norm, float* masked) {
     const float sum = squares(grad, n), loss = grad[n];
-    const bool finite = sum + loss * loss < INFINITY;
-    if (!finite) *masked = 1.0f;
-    if (*masked > 0.0f) return finite;
+    if (!(sum + loss * loss < INFINITY)) *masked = 1.0f;
+    if (*masked > 0.0f) return;
     const float ratio = max_norm / (std::sqrt(sum) + 1e-6f), factor = ratio < 1.0f ? ratio : 1.0f;
     if (factor < 1.0f)
         for (int64_t i = 0; i < n; i++) grad[i] *= factor;
@@ -66,7 +65,6 @@ bool spikerl_adam(int64_t n, float* weights, float* grad, float* mean, float* sq
             store(mean + i, m), store(square + i, v), store(weights + i, w);
         },
         [&](int64_t i) { move(grad[i], mean[i], square[i], weights[i], [](float x) { return std::sqrt(x); }); });
-    return finite;
 }
 
 // target <- (1 - tau) target + tau online, unless masked.

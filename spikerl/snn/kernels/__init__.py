@@ -1,7 +1,7 @@
 """Who does the arithmetic of an update: one implementation of the same operations for each kernel.
 
 `reference` defines them, and every other kernel is tested against it. A kernel's name is
-`reference`, `triton` or `cpu/PATH`, PATH being a set of processor instructions.
+`reference`, `triton`, `triton/graphs` or `cpu/PATH`, PATH being a set of processor instructions.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Kernel(Protocol):
 
     def adam(
         self, moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor, /
-    ) -> Tensor | bool: ...
+    ) -> None: ...
 
     def polyak(self, target: Tensor, online: Tensor, tau: float, masked: Tensor, /) -> None: ...
 
@@ -50,13 +50,18 @@ class Kernel(Protocol):
 @dataclass(kw_only=True)
 class KernelConfig:
     name: str
-    path: str | None  # of kernel=cpu: avx512, avx2, portable; null: the best that is there
+    path: str | None  # of cpu: avx512, avx2, portable; null: the best. Of triton: graphs
 
     def __post_init__(self) -> None:
         if self.path is None:
             return
+        if self.name == "triton":
+            if self.path != "graphs":
+                raise BadRequest("kernel.path", self.path, "give graphs, or null")
+            return
         if self.name != "cpu":
-            raise BadRequest("kernel.path", self.path, "has a meaning with kernel=cpu only")
+            remedy = "has a meaning with kernel=cpu and kernel=triton only"
+            raise BadRequest("kernel.path", self.path, remedy)
         if self.path not in native.supported_paths():
             here = ", ".join(native.supported_paths())
             raise BadRequest("kernel.path", self.path, f"this processor runs {here}")
@@ -95,7 +100,8 @@ def _on_gpu(config: KernelConfig, device: str) -> Resolved:
             remedy = "triton is not installed; use kernel=auto"
             raise BadRequest("kernel", "triton", remedy) from None
         return Resolved("reference", "triton is not installed")
-    return Resolved("triton", "requested" if config.name == "triton" else "a CUDA device")
+    name = "triton/graphs" if config.path else "triton"
+    return Resolved(name, "requested" if config.name == "triton" else "a CUDA device")
 
 
 @cache

@@ -184,16 +184,14 @@ class CPUKernel:
 
     def adam(
         self, moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor
-    ) -> bool | Tensor:
+    ) -> None:
         """As `reference.adam`, in one pass."""
         if gradient.dtype != torch.float32:
             return reference.adam(moments, gradient, lr, max_norm, masked)
         weights, step, mean, square = (m.data_ptr() for m in moments)
         places = (weights, gradient.data_ptr(), mean, square, step)
-        finite: bool = self.lib.spikerl_adam(
-            len(gradient) - 1, *places, lr, max_norm, masked.data_ptr()
-        )
-        return finite
+        self.lib.spikerl_adam(len(gradient) - 1, *places, lr, max_norm, masked.data_ptr())
+        return None
 
     def polyak(self, target: Tensor, online: Tensor, tau: float, masked: Tensor) -> None:
         """As `reference.polyak`."""

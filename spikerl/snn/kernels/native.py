@@ -101,7 +101,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_value_gradient.argtypes = [critic, Count, p, p, real, p, threads]
     lib.spikerl_value_gradient.restype = real
     lib.spikerl_adam.argtypes = [Count, p, p, p, p, p, real, real, p]
-    lib.spikerl_adam.restype = ctypes.c_bool
+    lib.spikerl_adam.restype = None
     lib.spikerl_polyak.argtypes = [Count, p, p, real, p]
     lib.spikerl_polyak.restype = None
     lib.spikerl_sums_bytes.argtypes = [threads, Count]

@@ -112,8 +112,8 @@ def ascent(critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, into: Gradient) -> 
     return torch.autograd.grad(loss, act_BA, into.factor)[0]
 
 
-def adam(moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor) -> Tensor:
-    """One step of Adam with a gradient whose last entry is the loss; whether all was finite.
+def adam(moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor) -> None:
+    """One step of Adam with a gradient whose last entry is the loss.
 
     The gradient is first scaled to a norm of at most `max_norm`. If something is not finite,
     `masked` becomes 1; where it is, nothing else changes. The step is the function below
@@ -143,7 +143,6 @@ def adam(moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked:
         found_inf=masked,
     )
     step -= masked
-    return finite
 
 
 def polyak(target: Tensor, online: Tensor, tau: float, masked: Tensor) -> None:
