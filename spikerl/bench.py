@@ -35,6 +35,7 @@ from spikerl.errors import BadRequest
 from spikerl.networks import Actor, MLPActor, MLPConfig, SpikingActor, TwinCritic, build_actor
 from spikerl.normalize import RunningNorm
 from spikerl.policy import Policy, load_policy
+from spikerl.roofline import Roofline, roofline
 from spikerl.runs import task_for
 from spikerl.schema import parse
 from spikerl.timing import (
@@ -88,6 +89,7 @@ def main(data: dict[str, Any]) -> int:
         "machine": {**hardware.describe(), "versions": versions(), **git_state()},
         "measurements": [asdict(m) for m in bench.measure()],
         "ratios": bench.ratios,
+        "roofline": asdict(bench.roofline()) if "update" in request.parts else None,
     }
     if request.json:
         print(json.dumps(answer))
@@ -188,6 +190,11 @@ class Bench:
             call = forward(module, times)
             found.append(Contender("actor", kernel, "fp32", 1, self.weights, times, call))
         return found
+
+    def roofline(self) -> Roofline:
+        delay = self.config.algo.policy_delay
+        critic = self.td3(self.spiking("reference")).critic
+        return roofline(self.actor, critic, delay, self.request.batches, self.device)
 
     def policy(self, actor: Actor) -> Policy:
         return Policy(self.task, self.config.actor, actor, RunningNorm(self.task.obs_dim, 3.0))

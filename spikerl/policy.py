@@ -61,7 +61,7 @@ class Policy:
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.one_action = None
         if isinstance(actor, SpikingActor):
-            self.one_action = kernels.one_action(actor.kernel, actor)
+            self.one_action = kernels.one_action(actor.kernel, actor, task)
         self.trained_with: dict[str, str] = {}  # versions, where it was loaded from a file
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
@@ -78,7 +78,7 @@ class Policy:
         if single and self.one_action is not None:
             one = self.one_action(obs.reshape(-1), self.norm.mean_std, self.norm.clip)
             if one is not None:
-                return self.task.to_env(one)
+                return one.reshape(self.task.act_shape)
         if not np.isfinite(obs).all():
             raise ValueError("obs holds a NaN or an infinity")
         act = self.task.to_env(self.act(obs.reshape(-1, self.task.obs_dim), self.generator))

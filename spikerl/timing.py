@@ -117,6 +117,14 @@ def show(answer: dict[str, Any]) -> None:
             f"{m['min_ms']:.4g}", f"{m['per_second']:,.0f}" if m["per_second"] >= 10 else "",
         )  # fmt: skip
     console.print(table)
+    if roofline := answer["roofline"]:
+        rate = roofline["product_gflops"]
+        for batch, gflop in roofline["update_gflop"].items():
+            console.print(
+                f"roofline, batch {batch}: an update with dense products is {gflop:.3g} GFLOP,"
+                f" {gflop / rate * 1e3:.3g} ms at {rate:.3g} GFLOP/s;"
+                f" memory is copied at {roofline['copy_gb_s']:.3g} GB/s"
+            )
     if not answer["ratios"]:
         return
     console.print()

@@ -56,21 +56,21 @@ class Task:
 
     def to_env(self, act: np.ndarray) -> np.ndarray:
         """Map actions (..., A) in [-1, 1] to (..., *act_shape) in the environment's units."""
-        scaled = self.act_low + (act + 1.0) * self._half_range
-        low, high = self._bounds
-        scaled = np.minimum(np.maximum(scaled.astype(np.float32), low), high)
+        low, half_range, least, most = self.units
+        scaled = (low + (act + 1.0) * half_range).astype(np.float32)
+        scaled = np.minimum(np.maximum(scaled, least), most)
         if len(self.act_shape) == 1:
             return scaled
         return scaled.reshape(*act.shape[:-1], *self.act_shape)
 
     @cached_property
-    def _half_range(self) -> np.ndarray:
-        return 0.5 * (self.act_high - self.act_low)
+    def units(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The lower end, half the range, and the least and most of an action in float32.
 
-    @cached_property
-    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """A float64 bound may round to a float32 just outside the box; these lie inside."""
-        return _inside(self.act_low, self.act_high), _inside(self.act_high, self.act_low)
+        A float64 bound may round to a float32 just outside the box; these lie inside.
+        """
+        low, high = self.act_low, self.act_high
+        return low, 0.5 * (high - low), _inside(low, high), _inside(high, low)
 
 
 def _inside(bound: np.ndarray, other: np.ndarray) -> np.ndarray:

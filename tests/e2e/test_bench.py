@@ -31,7 +31,9 @@ def bench(*args: str) -> dict[str, Any]:
 
 def test_acting_updating_and_training() -> None:
     answer = bench("parts=[acting,update,training]")
-    assert answer.keys() == {"machine", "measurements", "ratios"}
+    assert answer.keys() == {"machine", "measurements", "ratios", "roofline"}
+    assert answer["roofline"]["update_gflop"].keys() == {"12"}
+    assert all(answer["roofline"][name] > 0.0 for name in ("product_gflops", "copy_gb_s"))
     assert {"cpu", "cores", "cpu_flags", "versions", "commit"} <= answer["machine"].keys()
     found = answer["measurements"]
     assert all(m.keys() == FIELDS for m in found)

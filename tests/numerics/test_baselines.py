@@ -84,3 +84,14 @@ def test_training_with_a_yardstick() -> None:
     for _ in range(40):
         next(steps)
     assert loop.updates == 40
+
+
+def test_critics_whose_units_are_active_as_trained_ones_are() -> None:
+    torch.manual_seed(0)
+    critic, obs = TwinCritic(17, 6, [128, 96]), torch.randn(256, 17)
+    baselines.critic_as_trained(critic, [0.4, 0.25], obs)
+    x = torch.cat([obs, torch.rand(256, 6) * 2 - 1], -1).expand(2, -1, -1)
+    for rate, weight, bias in zip([0.4, 0.25], critic.weights_2IN, critic.biases_21N, strict=False):
+        x = torch.relu(x @ weight + bias)
+        for one in x:
+            assert float((one > 0).float().mean()) == pytest.approx(rate, abs=0.02)

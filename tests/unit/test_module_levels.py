@@ -21,7 +21,7 @@ LEVELS = [
     " distributed.world"
     " precision hardware energy counters files versions checkpoint runlog view",
     "algos algos.base algos.graphs algos.td3",
-    "policy evaluate trainer baselines timing",
+    "policy evaluate trainer baselines timing roofline",
     "config runfolder session runs importers doctor bench sweep compose completion",
     "commands worker cli __main__ __init__",
 ]

@@ -289,9 +289,15 @@ void forward(const Net& net, int64_t B, const float* obs, const float* uniform, 
 
 extern "C" {
 
-// One action (A) from one raw observation (O): (obs - norm[0]) / norm[1], within [-clip, clip], then the network.
-// False, and no action, where the observation is not finite.
-bool spikerl_act(const Net* net, const double* obs, const float* norm, float clip, float* act) {
+// How an action gets its environment's units: low + (act + 1) half_range, between the bounds.
+struct Units {
+    const double *low, *half_range;
+    const float *least, *most;
+};
+
+// One action (A), in its environment's units, from one raw observation (O): (obs - norm[0]) / norm[1], within
+// [-clip, clip], then the network. False, and no action, where the observation is not finite.
+bool spikerl_act(const Net* net, const Units* units, const double* obs, const float* norm, float clip, float* act) {
     const int64_t O = net->obs_dim;
     float* normal = reinterpret_cast<float*>(scratch<8>(O * sizeof(float)));
     for (int64_t o = 0; o < O; o++) {
@@ -300,6 +306,10 @@ bool spikerl_act(const Net* net, const double* obs, const float* norm, float cli
         normal[o] = z > clip ? clip : z < -clip ? -clip : z;
     }
     forward(*net, 1, normal, nullptr, act, nullptr, 1);
+    for (int64_t a = 0; a < net->act_dim; a++) {
+        const float y = float(units->low[a] + double(act[a] + 1.0f) * units->half_range[a]);
+        act[a] = y < units->least[a] ? units->least[a] : y > units->most[a] ? units->most[a] : y;
+    }
     return true;
 }
 

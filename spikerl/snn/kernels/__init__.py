@@ -18,7 +18,7 @@ from spikerl.gradient import Gradient, Moments, Pullback
 from spikerl.snn.kernels import cpu, native, reference
 from spikerl.snn.kernels.prepared import fused
 from spikerl.snn.kernels.reference import SpikingNet, ValueNet
-from spikerl.types import Resolved
+from spikerl.types import Resolved, Task
 
 
 class Kernel(Protocol):
@@ -117,8 +117,8 @@ def named(name: str) -> Kernel:
     return reference
 
 
-def one_action(name: str, net: SpikingNet) -> cpu.OneAction | None:
+def one_action(name: str, net: SpikingNet, task: Task) -> cpu.OneAction | None:
     """How `net` acts on one raw observation without a tensor; None where the kernel has no way."""
     kind, _, path = name.partition("/")
     alone = kind == "cpu" and fused(net) and not net.encoder.random
-    return cpu.OneAction(cpu.kernel(path), net) if alone else None
+    return cpu.OneAction(cpu.kernel(path), net, task) if alone else None

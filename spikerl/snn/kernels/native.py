@@ -51,6 +51,12 @@ class Net(ctypes.Structure):
     ]
 
 
+class Units(ctypes.Structure):
+    """`struct Units` of the source."""
+
+    _fields_ = [(n, Pointer) for n in ("low", "half_range", "least", "most")]
+
+
 class Critic(ctypes.Structure):
     """`struct Critic` of the source."""
 
@@ -94,7 +100,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_backward.argtypes = [net, Count, p, threads, *[p] * 9, threads]
     lib.spikerl_scan.argtypes = [net, Count, p, p, p, threads]
     lib.spikerl_scan_back.argtypes = [net, Count, p, p, p, threads]
-    lib.spikerl_act.argtypes = [net, p, p, ctypes.c_float, p]
+    lib.spikerl_act.argtypes = [net, ctypes.POINTER(Units), p, p, ctypes.c_float, p]
     critic, real = ctypes.POINTER(Critic), ctypes.c_float
     lib.spikerl_values.argtypes = [critic, Count, p, p, p, threads]
     lib.spikerl_regress.argtypes = [critic, Count, p, p, p, real, p, p, p, p, threads]
