@@ -281,6 +281,7 @@ class Trainer:
         return row
 
     def start_window(self) -> None:
+        self.world.barrier()  # windows of all workers are of one span of time
         self.meter.begin("train")
         self.clock = time.perf_counter()
 

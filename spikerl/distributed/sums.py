@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import DistNetworkError
 
 from spikerl.snn.kernels import native
 
@@ -52,9 +53,9 @@ class SharedSums:
         while (late := self.lib.spikerl_sum(at, self.size, length, now, place, is_double)) >= 0:
             deadline = deadline or time.monotonic() + self.timeout_s
             if room.left(late):
-                raise RuntimeError(f"worker {late} is gone")
+                raise DistNetworkError(f"worker {late} is gone")
             if time.monotonic() > deadline:
-                raise RuntimeError(f"worker {late} did not come within {self.timeout_s:g} s")
+                raise DistNetworkError(f"worker {late} did not come within {self.timeout_s:g} s")
         return True
 
     def open(self, length: int) -> Room | None:
