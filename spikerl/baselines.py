@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spikerl.networks import SpikingActor, TwinCritic
+from spikerl.networks import Critics, SpikingActor
 from spikerl.snn.kernels import reference
 from spikerl.types import Batch
 
@@ -243,12 +243,12 @@ def as_trained(actor: SpikingActor, rates: list[float], obs_BO: Tensor) -> None:
 
 
 @torch.no_grad()
-def critic_as_trained(critic: TwinCritic, rates: list[float], obs_BO: Tensor) -> None:
+def critic_as_trained(critic: Critics, rates: list[float], obs_BO: Tensor) -> None:
     """Move biases so that of each hidden layer's units the share `rates` is not 0."""
-    act_dim = critic.weights_2IN[0].shape[1] - obs_BO.shape[1]
+    act_dim = critic.weights_CIN[0].shape[1] - obs_BO.shape[1]
     act = torch.rand(len(obs_BO), act_dim, device=obs_BO.device) * 2.0 - 1.0
     x = torch.cat([obs_BO, act], -1).expand(2, -1, -1)
-    for rate, weight, bias in zip(rates, critic.weights_2IN, critic.biases_21N, strict=False):
+    for rate, weight, bias in zip(rates, critic.weights_CIN, critic.biases_C1N, strict=False):
         drive = torch.bmm(x, weight)
         bias.copy_(bias - (drive + bias).flatten(1).quantile(1.0 - rate, dim=1).view(2, 1, 1))
         x = torch.relu(drive + bias)

@@ -20,7 +20,7 @@ from torch import nn
 
 from spikerl import config as configs
 from spikerl import hardware
-from spikerl.algos.td3 import TD3
+from spikerl.algos.td3 import TD3, TD3Config
 from spikerl.baselines import (
     DenseActor,
     PopSANActor,
@@ -32,7 +32,7 @@ from spikerl.baselines import (
 from spikerl.config import Config
 from spikerl.distributed.world import ALONE, World, share_memory
 from spikerl.errors import BadRequest
-from spikerl.networks import Actor, MLPActor, MLPConfig, SpikingActor, TwinCritic, build_actor
+from spikerl.networks import Actor, Critics, MLPActor, MLPConfig, SpikingActor, build_actor
 from spikerl.normalize import RunningNorm
 from spikerl.policy import Policy, load_policy
 from spikerl.roofline import Roofline, roofline
@@ -102,7 +102,9 @@ class Bench:
     def __init__(self, config: Config, request: BenchRequest) -> None:
         if not isinstance(build_actor(config.actor, 1, 1), SpikingActor):
             raise BadRequest("actor", config.actor.actor.name, "bench times a spiking actor")
-        self.config, self.request = config, request
+        if not isinstance(config.algo, TD3Config):
+            raise BadRequest("algo", config.algo.name, "bench times TD3; leave it out")
+        self.config, self.request, self.algo = config, request, config.algo
         self.task = task_for(config)
         self.threads = int(config.threads.choice)
         torch.set_num_threads(self.threads)
@@ -192,7 +194,7 @@ class Bench:
         return found
 
     def roofline(self) -> Roofline:
-        delay = self.config.algo.policy_delay
+        delay = self.algo.policy_delay
         critic = self.td3(self.spiking("reference")).critic
         return roofline(self.actor, critic, delay, self.request.batches, self.device)
 
@@ -234,9 +236,9 @@ class Bench:
         critic_dtype: torch.dtype = torch.float32,
         world: World = ALONE,
     ) -> TD3:
-        O, A, algo = self.task.obs_dim, self.task.act_dim, self.config.algo  # noqa: E741
+        O, A, algo = self.task.obs_dim, self.task.act_dim, self.algo  # noqa: E741
         kernel = actor.kernel if isinstance(actor, SpikingActor) else self.config.kernel.choice
-        critic = TwinCritic(O, A, algo.critic_hidden_sizes, dtype=critic_dtype, kernel=kernel)
+        critic = Critics(O, A, algo.critic_hidden_sizes, dtype=critic_dtype, kernel=kernel)
         hidden = len(algo.critic_hidden_sizes)
         units = np.interp(np.linspace(0, 1, hidden), [0, 1], TRAINED_UNITS).tolist()
         critic_as_trained(critic, units, self.obs[:256].cpu())
@@ -261,7 +263,7 @@ class Bench:
     def training(self) -> list[Contender]:
         """Steps of a whole training loop, updates included, without evaluations."""
         O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
-        algo, burst = self.config.algo, self.config.algo.update_interval
+        algo, burst = self.algo, self.algo.update_interval
         short = replace(algo, random_steps=0, learning_starts=burst, replay_capacity=100_000)
         training = replace(self.config.training(), algo=short, num_envs=1)
         dense = replace(training, actor=replace(training.actor, actor=DENSE))

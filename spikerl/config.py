@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from spikerl import energy as energies
+from spikerl.algos.ddpg import DDPGConfig
 from spikerl.algos.td3 import TD3Config
 from spikerl.distributed.world import BackendConfig, resolve_backend, resolve_world_size
 from spikerl.envs import EnvConfig
@@ -23,7 +24,7 @@ from spikerl.trainer import Training
 from spikerl.types import Resolved
 
 ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")
-ALGOS = {"td3": TD3Config}
+ALGOS = {"ddpg": DDPGConfig, "td3": TD3Config}
 PRECISIONS = dict.fromkeys(("fp32", "bf16", "fp16"), PrecisionConfig)
 KERNELS = dict.fromkeys(("auto", "reference", "cpu", "triton"), kernels.KernelConfig)
 
@@ -83,7 +84,7 @@ class Config:
     scalars: Scalars
     env: EnvConfig
     actor: ActorConfig
-    algo: TD3Config
+    algo: DDPGConfig
     precision: PrecisionConfig
     kernel: Resolved
     backend: Resolved
@@ -146,7 +147,7 @@ def build(raw: Mapping[str, Any]) -> Config:
     )
 
 
-def check_shares(scalars: Scalars, algo: TD3Config, world_size: int) -> None:
+def check_shares(scalars: Scalars, algo: DDPGConfig, world_size: int) -> None:
     """Refuse what cannot be shared out over the workers."""
     if scalars.num_envs is not None and scalars.num_envs % world_size:
         remedy = f"give a multiple of world_size={world_size}"

@@ -1,6 +1,6 @@
 """Actors and critics.
 
-Shape legend   B batch, O observation entries, A action entries, I inputs, N outputs, 2 critics.
+Shape legend   B batch, O observation entries, A action entries, I inputs, N outputs, C critics.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ def build_actor(
     )
 
 
-class TwinCritic(nn.Module):
-    """Two Q networks with ReLU layers, side by side in one batched product per layer."""
+class Critics(nn.Module):
+    """Q networks with ReLU layers, side by side in one batched product per layer."""
 
     def __init__(
         self,
@@ -197,24 +197,29 @@ class TwinCritic(nn.Module):
         act_dim: int,
         hidden_sizes: list[int],
         *,
+        networks: int = 2,
         dtype: torch.dtype = torch.float32,
         kernel: str = "reference",
     ) -> None:
         super().__init__()
         self.dtype, self.kernel = dtype, kernel
         sizes = [obs_dim + act_dim, *hidden_sizes, 1]
-        self.weights_2IN, self.biases_21N = nn.ParameterList(), nn.ParameterList()
+        self.weights_CIN, self.biases_C1N = nn.ParameterList(), nn.ParameterList()
         for i, n in pairwise(sizes):
             bound = 1.0 / math.sqrt(i)  # what torch gives a linear layer
-            self.weights_2IN.append(nn.Parameter(torch.empty(2, i, n).uniform_(-bound, bound)))
-            self.biases_21N.append(nn.Parameter(torch.empty(2, 1, n).uniform_(-bound, bound)))
+            self.weights_CIN.append(
+                nn.Parameter(torch.empty(networks, i, n).uniform_(-bound, bound))
+            )
+            self.biases_C1N.append(
+                nn.Parameter(torch.empty(networks, 1, n).uniform_(-bound, bound))
+            )
 
     def forward(self, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
-        """Both values, (2, B)."""
+        """Every network's values, (C, B)."""
         return kernels.named(self.kernel).values(self, obs_BO, act_BA)
 
     def regress(self, obs_BO: Tensor, act_BA: Tensor, target_B: Tensor, into: Gradient) -> Tensor:
-        """Gradient of the sum of both networks' mean squared errors; the mean value."""
+        """Gradient of the sum of the networks' mean squared errors; the mean value."""
         return kernels.named(self.kernel).regress(self, obs_BO, act_BA, target_B, into)
 
     def ascent(self, obs_BO: Tensor, act_BA: Tensor, into: Gradient) -> Tensor:

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from spikerl.networks import MLPActor, SpikingActor, TwinCritic
+from spikerl.networks import Critics, MLPActor, SpikingActor
 
 
 @dataclass(kw_only=True)
@@ -21,7 +21,7 @@ class Roofline:
 
 def roofline(
     actor: SpikingActor | MLPActor,
-    critic: TwinCritic,
+    critic: Critics,
     policy_delay: int,
     batches: list[int],
     device: torch.device,
@@ -38,7 +38,7 @@ def roofline(
     )
 
 
-def flops_per_row(actor: SpikingActor | MLPActor, critic: TwinCritic, policy_delay: int) -> float:
+def flops_per_row(actor: SpikingActor | MLPActor, critic: Critics, policy_delay: int) -> float:
     """Multiplications and additions of the products of one TD3 update, for each row of its batch.
 
     A pass back costs what the pass forward does for the inputs and once more for the weights; the
@@ -46,7 +46,7 @@ def flops_per_row(actor: SpikingActor | MLPActor, critic: TwinCritic, policy_del
     """
     steps = actor.spike_steps if isinstance(actor, SpikingActor) else 1
     layers = [layer.weight_IN.shape for layer in actor.layers]
-    widths = [critic.weights_2IN[0].shape[1], *(w.shape[2] for w in critic.weights_2IN)]
+    widths = [critic.weights_CIN[0].shape[1], *(w.shape[2] for w in critic.weights_CIN)]
     acting = steps * sum(2.0 * i * n for i, n in layers)
     values = [2.0 * i * n for i, n in pairwise(widths)]
     one, back = sum(values), sum(values[1:])

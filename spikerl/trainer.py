@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spikerl.algos.ddpg import DDPG, DDPGConfig
 from spikerl.algos.td3 import TD3, TD3Config
 from spikerl.buffers import Replay
 from spikerl.checkpoint import Checkpoint, Shard
@@ -21,7 +22,7 @@ from spikerl.distributed.world import ALONE, World, share
 from spikerl.energy import Meter, Reading, consecutive, energy_row, merge
 from spikerl.envs import EnvConfig, make_envs
 from spikerl.evaluate import Evaluator
-from spikerl.networks import ActorConfig, TwinCritic, build_actor
+from spikerl.networks import ActorConfig, Critics, build_actor
 from spikerl.normalize import RunningNorm
 from spikerl.policy import Policy
 from spikerl.precision import PrecisionConfig
@@ -38,7 +39,7 @@ class Training:
 
     env: EnvConfig
     actor: ActorConfig
-    algo: TD3Config
+    algo: DDPGConfig
     precision: PrecisionConfig
     device: torch.device
     seed: int
@@ -55,6 +56,9 @@ class Training:
             return self.algo.batch_size, 1.0 / world.size
         rows = share(self.algo.batch_size, world.rank, world.size)
         return rows, rows / self.algo.batch_size
+
+
+LEARNERS: dict[type[DDPGConfig], type[DDPG]] = {DDPGConfig: DDPG, TD3Config: TD3}
 
 
 @dataclass
@@ -117,10 +121,11 @@ class Trainer:
                 dtype=t.precision.actor_dtype,
                 kernel=t.kernel,
             )
-            critic = TwinCritic(
+            critic = Critics(
                 task.obs_dim,
                 task.act_dim,
                 algo.critic_hidden_sizes,
+                networks=algo.critics,
                 dtype=t.precision.critic_dtype,
                 kernel=t.kernel,
             )
@@ -131,7 +136,7 @@ class Trainer:
         self.streams = Streams(t.seed, world.rank, device)
         self.batch_size, weight = t.batch_share(world)
         self.fewer = world.size if t.scaling == "weak" else 1  # updates, as the batch grows
-        self.algo = TD3(
+        self.algo = LEARNERS[type(algo)](
             actor.to(device),
             critic.to(device),
             algo,

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from spikerl.algos.ddpg import DDPGConfig
 from spikerl.algos.td3 import TD3Config
 from spikerl.envs import EnvConfig
-from spikerl.networks import ActorConfig, PopSANConfig, SpikingActor, TwinCritic
+from spikerl.networks import ActorConfig, Critics, PopSANConfig, SpikingActor
 from spikerl.precision import PrecisionConfig
 from spikerl.snn.decoders import RateConfig
 from spikerl.snn.encoders import PopulationConfig
@@ -46,32 +47,35 @@ def popsan(
 
 def twin_critic(
     obs_dim: int, act_dim: int, hidden: list[int], dtype: torch.dtype = torch.float32
-) -> TwinCritic:
-    return TwinCritic(obs_dim, act_dim, hidden, dtype=dtype)
+) -> Critics:
+    return Critics(obs_dim, act_dim, hidden, dtype=dtype)
+
+
+def ddpg_config(**changes: Any) -> DDPGConfig:
+    return DDPGConfig(**({**COMMON, "name": "ddpg"} | changes))
 
 
 def td3_config(**changes: Any) -> TD3Config:
-    values: dict[str, Any] = {
-        "name": "td3",
-        "batch_size": 32,
-        "gamma": 0.99,
-        "tau": 0.005,
-        "critic_lr": 1e-3,
-        "critic_hidden_sizes": [64, 64],
-        "policy_delay": 2,
-        "explore_noise": 0.1,
-        "target_noise": 0.2,
-        "noise_clip": 0.5,
-        "replay_capacity": 1000,
-        "random_steps": 0,
-        "learning_starts": 0,
-        "update_interval": 1,
-        "updates_per_step": 1.0,
-        "norm_interval": 50,
-        "norm_clip": 3.0,
-        "max_grad_norm": None,
-    }
-    return TD3Config(**(values | changes))
+    own = {"name": "td3", "policy_delay": 2, "target_noise": 0.2, "noise_clip": 0.5}
+    return TD3Config(**(COMMON | own | changes))
+
+
+COMMON: dict[str, Any] = {
+    "batch_size": 32,
+    "gamma": 0.99,
+    "tau": 0.005,
+    "critic_lr": 1e-3,
+    "critic_hidden_sizes": [64, 64],
+    "explore_noise": 0.1,
+    "replay_capacity": 1000,
+    "random_steps": 0,
+    "learning_starts": 0,
+    "update_interval": 1,
+    "updates_per_step": 1.0,
+    "norm_interval": 50,
+    "norm_clip": 3.0,
+    "max_grad_norm": None,
+}
 
 
 INVERTED_PENDULUM = EnvConfig(

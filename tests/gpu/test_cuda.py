@@ -8,7 +8,7 @@ from builders import popsan, td3_config, twin_critic
 
 from spikerl.algos.td3 import TD3
 from spikerl.buffers import Replay
-from spikerl.networks import TwinCritic
+from spikerl.networks import Critics
 from spikerl.normalize import RunningNorm
 from spikerl.precision import DTYPES
 from spikerl.types import Batch
@@ -65,7 +65,7 @@ def test_graphs_agree_with_launches_one_by_one() -> None:
     made = []
     for kernel in ("triton", "triton/graphs"):
         torch.manual_seed(0)
-        critic = TwinCritic(3, 1, [32, 32], kernel=kernel).to("cuda")
+        critic = Critics(3, 1, [32, 32], kernel=kernel).to("cuda")
         actor = popsan(3, 1, [32, 32]).to("cuda")
         actor.kernel = kernel
         generator = torch.Generator("cuda").manual_seed(0)

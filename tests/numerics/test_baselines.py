@@ -11,7 +11,7 @@ from torch import nn
 
 from spikerl import baselines
 from spikerl.algos.td3 import TD3
-from spikerl.networks import TwinCritic
+from spikerl.networks import Critics
 from spikerl.snn.kernels import reference
 from spikerl.types import Batch
 
@@ -44,13 +44,13 @@ def test_its_update_is_td3s(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without target noise, four updates leave the same weights."""
     monkeypatch.setattr(baselines, "TARGET_NOISE", 0.0)
     torch.manual_seed(0)
-    actor, critic = popsan(11, 3, [32, 24]), TwinCritic(11, 3, [256, 256])
+    actor, critic = popsan(11, 3, [32, 24]), Critics(11, 3, [256, 256])
     loop = baselines.popsan_loop(actor, 11, 3)
     for i, q in enumerate((loop.q1, loop.q2)):
         for n, layer in enumerate((q.fc1, q.fc2, q.fc3)):
             with torch.no_grad():
-                layer.weight.copy_(critic.weights_2IN[n][i].T)
-                layer.bias.copy_(critic.biases_21N[n][i, 0])
+                layer.weight.copy_(critic.weights_CIN[n][i].T)
+                layer.bias.copy_(critic.biases_C1N[n][i, 0])
     loop.q1_target, loop.q2_target = copy.deepcopy(loop.q1), copy.deepcopy(loop.q2)
     config = td3_config(target_noise=0.0, critic_hidden_sizes=[256, 256])
     ours = TD3(actor, critic, config, actor_lr=1e-4, generator=torch.Generator())
@@ -59,7 +59,7 @@ def test_its_update_is_td3s(monkeypatch: pytest.MonkeyPatch) -> None:
         ours.update(batch)
         loop.update(batch)
     fc2 = torch.stack([loop.q1.fc2.weight.T, loop.q2.fc2.weight.T])
-    torch.testing.assert_close(fc2, critic.weights_2IN[1], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(fc2, critic.weights_CIN[1], rtol=1e-3, atol=1e-5)
     theirs = loop.actor.layers  # type: ignore[union-attr]
     assert isinstance(theirs[1], nn.Linear)
     torch.testing.assert_close(theirs[1].weight.T, actor.layers[1].weight_IN, rtol=1e-3, atol=1e-5)
@@ -88,10 +88,10 @@ def test_training_with_a_yardstick() -> None:
 
 def test_critics_whose_units_are_active_as_trained_ones_are() -> None:
     torch.manual_seed(0)
-    critic, obs = TwinCritic(17, 6, [128, 96]), torch.randn(256, 17)
+    critic, obs = Critics(17, 6, [128, 96]), torch.randn(256, 17)
     baselines.critic_as_trained(critic, [0.4, 0.25], obs)
     x = torch.cat([obs, torch.rand(256, 6) * 2 - 1], -1).expand(2, -1, -1)
-    for rate, weight, bias in zip([0.4, 0.25], critic.weights_2IN, critic.biases_21N, strict=False):
+    for rate, weight, bias in zip([0.4, 0.25], critic.weights_CIN, critic.biases_C1N, strict=False):
         x = torch.relu(x @ weight + bias)
         for one in x:
             assert float((one > 0).float().mean()) == pytest.approx(rate, abs=0.02)

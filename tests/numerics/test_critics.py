@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spikerl.gradient import Gradient
 from spikerl.linear import relu_values
-from spikerl.networks import TwinCritic
+from spikerl.networks import Critics
 from spikerl.snn import kernels
 from spikerl.snn.kernels import native
 
@@ -34,17 +34,17 @@ def as_before() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def made(obs_dim: int, act_dim: int, hidden: list[int], batch: int) -> tuple[TwinCritic, Tensor]:
+def made(obs_dim: int, act_dim: int, hidden: list[int], batch: int) -> tuple[Critics, Tensor]:
     """Critics, and rows of an observation, an action and a target."""
     draw = torch.Generator().manual_seed(obs_dim + batch)
-    critic = TwinCritic(obs_dim, act_dim, hidden)
+    critic = Critics(obs_dim, act_dim, hidden)
     with torch.no_grad():
         for p in critic.parameters():
             p.copy_(torch.randn(p.shape, generator=draw) / max(p.shape[1], 1) ** 0.5)
     return critic, torch.randn(batch, obs_dim + act_dim + 1, generator=draw)
 
 
-def results(kernel: str, critic: TwinCritic, rows: Tensor, obs_dim: int) -> list[Tensor]:
+def results(kernel: str, critic: Critics, rows: Tensor, obs_dim: int) -> list[Tensor]:
     """Values; loss, mean and gradients of a regression; loss and gradient of an ascent."""
     critic.kernel = kernel
     obs, act, target = rows[:, :obs_dim], rows[:, obs_dim:-1], rows[:, -1]
@@ -76,7 +76,7 @@ def test_layers_of_one_kind(path: str, shift: float) -> None:
     """Hidden units that are all 0, and units of which none is."""
     critic, rows = made(9, 2, [40, 24], 20)
     with torch.no_grad():
-        for bias in list(critic.biases_21N)[:-1]:
+        for bias in list(critic.biases_C1N)[:-1]:
             bias.fill_(shift)
     expected = results("reference", critic, rows, 9)
     ours = results(f"cpu/{path}", critic, rows, 9)
@@ -110,7 +110,7 @@ def test_exact_on_dyadic_numbers(path: str) -> None:
 def test_a_regression_by_hand() -> None:
     """One unit: h = relu(2 x + 1), q = 3 h - 1; x = 1 gives 8, x = -1 gives -1 and no gradient."""
     for kernel in ("reference", f"cpu/{PATHS[0]}"):
-        critic = TwinCritic(1, 1, [1], kernel=kernel)
+        critic = Critics(1, 1, [1], kernel=kernel)
         with torch.no_grad():
             for p, value in zip(critic.parameters(), ([2.0, 0.0], 3.0, 1.0, -1.0), strict=True):
                 p.copy_(torch.tensor(value).view(-1, 1))
@@ -163,7 +163,7 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
 @pytest.mark.parametrize("kernel", ["reference", f"cpu/{PATHS[0]}"])
 def test_an_ascent_is_of_the_first_critic_alone(kernel: str) -> None:
     torch.manual_seed(0)
-    critic = TwinCritic(3, 2, [8, 8], kernel=kernel)
+    critic = Critics(3, 2, [8, 8], kernel=kernel)
     obs, act = torch.randn(5, 3), torch.randn(5, 2, requires_grad=True)
     into = Gradient([torch.zeros(1)])
     found = critic.ascent(obs, act.detach(), into)
@@ -175,7 +175,7 @@ def test_an_ascent_is_of_the_first_critic_alone(kernel: str) -> None:
 
 def test_rounded_products_stay_with_pytorch() -> None:
     torch.manual_seed(0)
-    critic = TwinCritic(3, 2, [8], dtype=torch.bfloat16)
+    critic = Critics(3, 2, [8], dtype=torch.bfloat16)
     rows = torch.randn(5, 6)
     plain = results("reference", critic, rows, 3)
     for one, other in zip(results(f"cpu/{PATHS[0]}", critic, rows, 3), plain, strict=True):

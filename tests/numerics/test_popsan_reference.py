@@ -13,7 +13,7 @@ from spikerl.algos.td3 import TD3
 from spikerl.envs import EnvConfig, make_env, task_of
 from spikerl.evaluate import Evaluator
 from spikerl.importers import popsan_policy, read_stats, read_weights, translate
-from spikerl.networks import ActorConfig, SpikingActor, TwinCritic
+from spikerl.networks import ActorConfig, Critics, SpikingActor
 from spikerl.policy import Policy
 from spikerl.snn.kernels import reference
 from spikerl.types import Batch
@@ -32,13 +32,13 @@ def state(data: np.lib.npyio.NpzFile, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def critic_state(data: np.lib.npyio.NpzFile, prefix: str) -> dict[str, torch.Tensor]:
-    """The two critics' linear layers, stacked and transposed as TwinCritic holds them."""
+    """The two critics' linear layers, stacked and transposed as Critics holds them."""
     stacked = {}
     for layer in range(3):
         weights = [data[f"{prefix}q{i}/q.{2 * layer}.weight"].T for i in (1, 2)]
         biases = [data[f"{prefix}q{i}/q.{2 * layer}.bias"][None] for i in (1, 2)]
-        stacked[f"weights_2IN.{layer}"] = torch.from_numpy(np.stack(weights))
-        stacked[f"biases_21N.{layer}"] = torch.from_numpy(np.stack(biases))
+        stacked[f"weights_CIN.{layer}"] = torch.from_numpy(np.stack(weights))
+        stacked[f"biases_C1N.{layer}"] = torch.from_numpy(np.stack(biases))
     return stacked
 
 
@@ -185,9 +185,9 @@ def public_actions(policy: Policy, obs: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def test_critic_by_hand() -> None:
     """So that `critic_state` cannot be wrong in the same way as the critic."""
-    critic = TwinCritic(1, 1, [1])
+    critic = Critics(1, 1, [1])
     with torch.no_grad():
-        for i, (w, b) in enumerate(zip(critic.weights_2IN, critic.biases_21N, strict=True)):
+        for i, (w, b) in enumerate(zip(critic.weights_CIN, critic.biases_C1N, strict=True)):
             w.copy_(torch.arange(w.numel()).view_as(w) + 1.0 + i)
             b.copy_(torch.tensor([0.5, -0.5]).view_as(b))
     q = critic(torch.tensor([[2.0]]), torch.tensor([[3.0]]))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spikerl.algos.td3 import TD3
 from spikerl.gradient import Moments
-from spikerl.networks import Actor, MLPActor, MLPConfig, SpikingActor, TwinCritic
+from spikerl.networks import Actor, Critics, MLPActor, MLPConfig, SpikingActor
 from spikerl.snn import kernels
 from spikerl.snn.kernels import native
 from spikerl.types import Batch
@@ -79,7 +79,7 @@ def test_polyak(kernel: str) -> None:
 
 def learner(kernel: str, actor: Actor) -> TD3:
     torch.manual_seed(3)
-    critic = TwinCritic(4, 2, [32, 24], kernel=kernel)
+    critic = Critics(4, 2, [32, 24], kernel=kernel)
     if isinstance(actor, SpikingActor):
         actor.kernel = kernel
     generator = torch.Generator().manual_seed(0)

@@ -218,7 +218,7 @@ def test_known_keys() -> None:
 
 
 def test_group_options() -> None:
-    assert group_options("experiment") == ["popsan/td3"]
+    assert group_options("experiment") == ["popsan/ddpg", "popsan/td3"]
     assert group_options("actor") == ["mlp", "popsan"]
 
 

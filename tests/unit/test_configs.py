@@ -190,7 +190,7 @@ def test_flags_anywhere(args: list[str], tmp_path: Path) -> None:
         ("spikerl ", {"train", "eval", "import", "bench", "doctor"}),
         ("spikerl tr", {"train"}),
         ("spikerl train env=Half", {"env=HalfCheetah"}),
-        ("spikerl train env=Ant algo=", {"algo=td3"}),
+        ("spikerl train env=Ant algo=", {"algo=ddpg", "algo=td3"}),
         ("spikerl train algo.gam", {"algo.gamma="}),
         ("spikerl eval epi", {"episodes="}),
         ("spikerl fly x", set()),

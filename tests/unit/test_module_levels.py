@@ -20,7 +20,7 @@ LEVELS = [
     "envs snapshots distributed distributed.launch distributed.orphans distributed.sums"
     " distributed.world"
     " precision hardware energy counters files versions checkpoint runlog view",
-    "algos algos.base algos.graphs algos.td3",
+    "algos algos.base algos.graphs algos.ddpg algos.td3",
     "policy evaluate trainer baselines timing roofline",
     "config runfolder session runs importers doctor bench sweep compose completion",
     "commands worker cli __main__ __init__",

@@ -8,14 +8,14 @@ from builders import popsan, td3_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from spikerl.algos.td3 import TD3
-from spikerl.networks import MLPActor, MLPConfig, TwinCritic
+from spikerl.networks import Critics, MLPActor, MLPConfig
 from spikerl.roofline import flops_per_row
 from spikerl.types import Batch
 
 
 def test_by_hand() -> None:
     """Three inputs, of which one is the action, two hidden units; 2 spike steps of 20-3-10."""
-    critic = TwinCritic(2, 1, [2])
+    critic = Critics(2, 1, [2])
     one, back = 2 * (3 * 2 + 2), 2 * 2
     critics = 2 * one + 2 * (2 * one + back)
     dense = MLPActor(2, 1, MLPConfig(name="mlp", hidden_sizes=[3], lr=1e-3))
@@ -31,7 +31,7 @@ def test_by_hand() -> None:
 def test_as_pytorch_counts() -> None:
     """But for the critics' last layer, which is no product of matrices here."""
     actor = MLPActor(17, 6, MLPConfig(name="mlp", hidden_sizes=[64, 64], lr=1e-3))
-    critic = TwinCritic(17, 6, [64, 64])
+    critic = Critics(17, 6, [64, 64])
     generator = torch.Generator().manual_seed(0)
     td3 = TD3(actor, critic, td3_config(), actor_lr=1e-3, generator=generator)
     rows = torch.randn(2 * 32, 42)

@@ -15,7 +15,7 @@ from spikerl.algos.base import Guard, Stepper, flatten, td_target
 from spikerl.algos.graphs import Graphed, Metrics
 from spikerl.algos.td3 import TD3
 from spikerl.errors import NonFinite
-from spikerl.networks import MLPActor, MLPConfig, TwinCritic
+from spikerl.networks import Critics, MLPActor, MLPConfig
 from spikerl.types import Batch
 
 
@@ -294,7 +294,7 @@ def test_poisson_update_repeats_with_its_generator() -> None:
     def run(seed: int) -> Tensor:
         torch.manual_seed(0)
         actor = popsan(3, 2, [8], encoder=POISSON)
-        critic = TwinCritic(3, 2, [8])
+        critic = Critics(3, 2, [8])
         td3 = TD3(actor, critic, td3_config(), actor_lr=1e-3, generator=generator(seed))
         for i in range(3):
             td3.update(batch(seed=i))

@@ -50,7 +50,7 @@ class PreparedCritic:
     """`first` is the first of the networks alone."""
 
     def __init__(self, net: ValueNet, act_dim: int) -> None:
-        self.params = [*net.weights_2IN, *net.biases_21N]
+        self.params = [*net.weights_CIN, *net.biases_C1N]
         self.at = [p.data_ptr() for p in self.params]
         self.fused = net.dtype == torch.float32 and all(map(_plain, self.params))
         self.layers = len(self.params) // 2
@@ -63,7 +63,7 @@ class PreparedCritic:
         self.all, self.first = Critic(networks, *sizes, *where), Critic(1, *sizes, *where)
 
     def moved(self, net: ValueNet) -> bool:
-        same = net.weights_2IN[0] is self.params[0]
+        same = net.weights_CIN[0] is self.params[0]
         return not same or [p.data_ptr() for p in self.params] != self.at
 
 

@@ -38,8 +38,8 @@ class ValueNet(Protocol):
     """What a kernel reads of critics."""
 
     dtype: torch.dtype  # of the layers' products
-    weights_2IN: nn.ParameterList
-    biases_21N: nn.ParameterList
+    weights_CIN: nn.ParameterList
+    biases_C1N: nn.ParameterList
 
 
 Scan = Callable[[SpikingNet, Tensor], Tensor]
@@ -89,7 +89,7 @@ def record(
 def values(critic: ValueNet, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
     """Values (C, B)."""
     x_BI = torch.cat([obs_BO, act_BA], -1)
-    return relu_values(x_BI, list(critic.weights_2IN), list(critic.biases_21N), critic.dtype)
+    return relu_values(x_BI, list(critic.weights_CIN), list(critic.biases_C1N), critic.dtype)
 
 
 def regress(
@@ -105,8 +105,8 @@ def ascent(critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, into: Gradient) -> 
     """The loss -mean_b Q_1; its gradient by the actions, (B, A)."""
     act_BA = act_BA.detach().requires_grad_()
     x_BI = torch.cat([obs_BO, act_BA], -1)
-    weights = [w.detach()[:1] for w in critic.weights_2IN]
-    biases = [b.detach()[:1] for b in critic.biases_21N]
+    weights = [w.detach()[:1] for w in critic.weights_CIN]
+    biases = [b.detach()[:1] for b in critic.biases_C1N]
     loss = -relu_values(x_BI, weights, biases, critic.dtype).mean()
     into.loss.copy_(loss.detach() * into.weight)
     return torch.autograd.grad(loss, act_BA, into.factor)[0]

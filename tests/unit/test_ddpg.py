@@ -1,0 +1,111 @@
+"""DDPG against an independent one written the usual way."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from builders import ddpg_config, popsan
+from torch import Tensor, nn
+
+from spikerl.algos.ddpg import DDPG
+from spikerl.networks import Actor, Critics, MLPActor, MLPConfig
+from spikerl.snn.kernels import native
+from spikerl.types import Batch
+
+KERNELS = ["reference", f"cpu/{native.supported_paths()[0]}"]
+
+
+def rows(count: int) -> Batch:
+    draw = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(count, *shape, generator=draw)
+
+    done, discount = torch.arange(count) % 5 == 0, torch.full((count,), 0.9)
+    return Batch(normal(3), normal(2).clamp(-1, 1), normal(), normal(3), done, discount)
+
+
+def made(kind: str) -> Actor:
+    torch.manual_seed(0)
+    if kind == "spiking":
+        return popsan(3, 2, [16, 12])
+    return MLPActor(3, 2, MLPConfig(name="mlp", hidden_sizes=[16, 12], lr=1e-3))
+
+
+def learner(kind: str, kernel: str) -> DDPG:
+    torch.manual_seed(1)
+    actor, critic = made(kind), Critics(3, 2, [24, 16], networks=1, kernel=kernel)
+    generator = torch.Generator().manual_seed(0)
+    return DDPG(actor, critic, ddpg_config(tau=0.1), actor_lr=1e-3, generator=generator)
+
+
+def usual(ours: DDPG, batches: list[Batch]) -> tuple[list[float], list[float], list[Tensor]]:
+    """One module, one optimiser, one step after the other; losses, and the actor's weights."""
+    sizes, weights = (
+        [5, 24, 16, 1],
+        zip(ours.critic.weights_CIN, ours.critic.biases_C1N, strict=True),
+    )
+    layers: list[nn.Module] = []
+    for (i, n), (weight, bias) in zip(pairwise(sizes), weights, strict=True):
+        linear = nn.Linear(i, n)
+        with torch.no_grad():
+            linear.weight.copy_(weight[0].T)
+            linear.bias.copy_(bias[0, 0])
+        layers += [linear, nn.ReLU()]
+    q, pi = nn.Sequential(*layers[:-1]), copy.deepcopy(ours.actor)
+    q_target, pi_target = copy.deepcopy(q), copy.deepcopy(pi)
+    q_adam = torch.optim.Adam(q.parameters(), lr=1e-3)
+    pi_adam = torch.optim.Adam(pi.parameters(), lr=1e-3)
+
+    def value(net: nn.Module, obs: Tensor, act: Tensor) -> Tensor:
+        return net(torch.cat([obs, act], 1)).squeeze(1)
+
+    critic_losses, actor_losses = [], []
+    for b in batches:
+        with torch.no_grad():
+            following = value(q_target, b.next_obs, pi_target(b.next_obs))
+            y = b.rew + 0.9 * (1.0 - b.terminated.float()) * following
+        loss = nn.functional.mse_loss(value(q, b.obs, b.act), y)
+        q_adam.zero_grad()
+        loss.backward()
+        q_adam.step()
+        actor_loss = -value(q, b.obs, pi(b.obs)).mean()
+        pi_adam.zero_grad()
+        actor_loss.backward()
+        pi_adam.step()
+        for net, target in ((q, q_target), (pi, pi_target)):
+            for p, p_target in zip(net.parameters(), target.parameters(), strict=True):
+                p_target.data.copy_(0.9 * p_target.data + 0.1 * p.data)
+        critic_losses.append(loss.item())
+        actor_losses.append(actor_loss.item())
+    return critic_losses, actor_losses, list(pi.parameters())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["spiking", "dense"])
+def test_six_updates_are_the_usual_ones(kind: str, kernel: str) -> None:
+    ours = learner(kind, kernel)
+    if kind == "spiking":
+        ours.actor.kernel = ours.actor_target.kernel = kernel  # type: ignore[union-attr]
+    everything = rows(6 * 32)
+    batches = [Batch(*part) for part in zip(*(f.split(32) for f in everything), strict=True)]
+    critic_losses, actor_losses, weights = usual(ours, batches)
+    found = ours.learn(everything, 6)
+    assert ours.updates == 6
+    assert [float(m["critic_loss"]) for m in found] == pytest.approx(critic_losses, rel=1e-4)
+    assert [float(m["actor_loss"]) for m in found] == pytest.approx(actor_losses, rel=1e-3)
+    for p, other in zip(ours.actor.parameters(), weights, strict=True):
+        torch.testing.assert_close(p, other, rtol=1e-3, atol=1e-4)
+    ours.check()
+
+
+def test_its_targets_are_not_smoothed() -> None:
+    ours = learner("dense", "reference")
+    act = torch.tensor([[0.3, -0.7]])
+    assert torch.equal(ours.smooth(act), act)
+    before = ours.generator.get_state()
+    ours.update(rows(8))
+    assert torch.equal(ours.generator.get_state(), before)  # nothing was drawn
