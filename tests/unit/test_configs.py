@@ -6,17 +6,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from spikerl.compose import COMMANDS, conf_folder, expand, group_options
 from spikerl.config import build
+from spikerl.envs import make_env, task_of
 from spikerl.errors import BadRequest
+from spikerl.trainer import Trainer
 
 GROUPS = sorted(folder.name for folder in conf_folder().iterdir() if folder.is_dir())
 # What an option needs beside it.
@@ -78,8 +83,19 @@ def test_default_is_popsan() -> None:
 
 @pytest.mark.parametrize("name", group_options("experiment"))
 def test_experiments(name: str) -> None:
-    config = build(composed(f"experiment={name}"))
-    assert config.training().total_steps == config.raw["total_steps"]
+    """Each composes, builds, and makes real updates."""
+    config = build(composed(f"experiment={name}", "env=InvertedPendulum"))
+    training = config.training()
+    assert training.total_steps == config.raw["total_steps"]
+    algo = replace(training.algo, learning_starts=100, random_steps=50)
+    short = replace(training, algo=algo, total_steps=150, steps_per_epoch=150, eval_episodes=1)
+    trainer = Trainer(short, task_of(make_env(short.env)))
+    before = trainer.algo.step_actor.flat.clone()
+    (row,) = trainer.epochs()
+    trainer.close()
+    assert (row["step"], row["updates"]) == (150, 100)
+    assert np.isfinite([row["critic_loss"], row["actor_loss"]]).all()
+    assert not torch.equal(trainer.algo.step_actor.flat, before)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
