@@ -5,8 +5,8 @@ Shape legend   B environments side by side, O observation entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -67,10 +67,11 @@ class Evaluator:
             returns, lengths, observed = self._wave(policy, seeds, generator)
             episodes += list(zip(numbers, returns, lengths, strict=True))
             seen += observed
-        part = (episodes, sum(len(o) for o in seen), self._activity(policy, seen, generator))
+        part = (episodes, self._activity(policy, seen, generator))
         parts = self.world.gather_objects(part)
-        merged = sorted(episode for episodes, _, _ in parts for episode in episodes)
-        activity = average([(count, a) for _, count, a in parts if a is not None])
+        merged = sorted(episode for episodes, _ in parts for episode in episodes)
+        activities = [activity for _, activity in parts if activity is not None]
+        activity = reduce(Activity.__add__, activities) if activities else None
         return Evaluation([ret for _, ret, _ in merged], [n for _, _, n in merged], activity)
 
     def close(self) -> None:
@@ -112,20 +113,3 @@ class Evaluator:
         picked = rows[np.linspace(0, len(rows) - 1, min(len(rows), PROBED)).astype(int)]
         obs = torch.from_numpy(picked.astype(np.float32)).to(policy.device)
         return policy.actor.activity(policy.norm.normalize(obs), generator)
-
-
-def average(parts: list[tuple[int, Activity]]) -> Activity | None:
-    """Mean of several workers' statistics, weighted by how many observations each saw."""
-    total = sum(count for count, _ in parts)
-    if not total:
-        return None
-
-    def mean(values: Iterable[float]) -> float:
-        return sum(n * v for (n, _), v in zip(parts, values, strict=True)) / total
-
-    layers = zip(*(a.layers for _, a in parts), strict=True)
-    return Activity(
-        mean(a.firing_rate for _, a in parts),
-        mean(a.window_fraction for _, a in parts),
-        [mean(rates) for rates in layers],
-    )

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -80,12 +79,48 @@ class ActorConfig:
         return text
 
 
-class Activity(NamedTuple):
-    """How a spiking actor fires over a batch of observations."""
+@dataclass
+class Activity:
+    """How a spiking actor fires: counts of each neuron, over observations and spike steps."""
 
-    firing_rate: float  # spikes per spike step, mean over all hidden and output neurons
-    window_fraction: float  # of their voltages that a gradient passes, mean over the same
-    layers: list[float]  # firing rate of the encoder, of each hidden layer, and of the output
+    spikes: list[Tensor]  # of the encoder, of each hidden layer, of the output: (N,)
+    inside: list[Tensor]  # voltages inside the surrogate window, the same but for the encoder
+    samples: int  # observations times spike steps
+
+    def __add__(self, other: Activity) -> Activity:
+        spikes = [a + b for a, b in zip(self.spikes, other.spikes, strict=True)]
+        inside = [a + b for a, b in zip(self.inside, other.inside, strict=True)]
+        return Activity(spikes, inside, self.samples + other.samples)
+
+    @property
+    def firing_rate(self) -> float:
+        """Spikes per spike step, mean over all hidden and output neurons."""
+        return float(torch.cat(self.spikes[1:]).mean()) / self.samples
+
+    @property
+    def window_fraction(self) -> float:
+        """Of their voltages, those that a gradient passes."""
+        return float(torch.cat(self.inside).mean()) / self.samples
+
+    @property
+    def layers(self) -> list[float]:
+        """Firing rates of the encoder, of each hidden layer, and of the output."""
+        return [float(counts.mean()) / self.samples for counts in self.spikes]
+
+    @property
+    def layer_windows(self) -> list[float]:
+        """Window fractions, without the encoder's."""
+        return [float(counts.mean()) / self.samples for counts in self.inside]
+
+    @property
+    def silent(self) -> list[float]:
+        """Shares of neurons that never fired, without the encoder's."""
+        return [float((counts == 0).double().mean()) for counts in self.spikes[1:]]
+
+    @property
+    def saturated(self) -> list[float]:
+        """Shares of neurons that always fired, without the encoder's."""
+        return [float((counts == self.samples).double().mean()) for counts in self.spikes[1:]]
 
 
 class SpikingActor(nn.Module):
@@ -122,27 +157,20 @@ class SpikingActor(nn.Module):
         return kernels.named(self.kernel).vjp(self, obs_BO, generator)
 
     def activity(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Activity:
-        """Firing rates over any number of observations, in pieces of bounded memory."""
-        fired, inside = torch.zeros(len(self.layers) + 1), torch.zeros(len(self.layers))
+        """Over any number of observations, in pieces of bounded memory."""
+        c = self.neuron.config
+        found = None
         for piece in obs_BO.split(1024):
             spikes, voltages = reference.record(self, piece, generator)
-            weight = len(piece) / len(obs_BO)
-            fired += weight * torch.stack([s.mean() for s in spikes]).cpu()
-            c = self.neuron.config
-            inside += (
-                weight
-                * torch.stack(
-                    [
-                        inside_window(v - c.threshold, c.surrogate_window).float().mean()
-                        for v in voltages
-                    ]
-                ).cpu()
+            inside = [inside_window(v - c.threshold, c.surrogate_window) for v in voltages]
+            part = Activity(
+                [s.double().sum((0, 1)).cpu() for s in spikes],
+                [near.double().sum((0, 1)).cpu() for near in inside],
+                len(piece) * self.spike_steps,
             )
-        share = torch.tensor([float(len(layer.bias_N)) for layer in self.layers])
-        share /= share.sum()
-        return Activity(
-            float((fired[1:] * share).sum()), float((inside * share).sum()), fired.tolist()
-        )
+            found = found + part if found else part
+        assert found is not None
+        return found
 
 
 class MLPActor(nn.Module):

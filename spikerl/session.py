@@ -19,7 +19,7 @@ from spikerl.files import write_json, write_text
 from spikerl.runlog import RunLog
 from spikerl.trainer import Row, Trainer
 from spikerl.versions import versions
-from spikerl.view import View, epoch_line
+from spikerl.view import View, epoch_line, stuck_layers
 
 DONE, FAILED, STOPPED, INTERRUPTED = 0, 1, 75, 130  # exit statuses
 
@@ -35,6 +35,7 @@ class Session:
         self.wall_s = 0.0  # before this session
         self.started = time.perf_counter()
         self.committed = -1
+        self.stuck: set[int] = set()  # layers that were said to learn no more
         notes = announce(config, trainer)
         if config.scalars.resume:
             self.folder = Path(config.scalars.resume)
@@ -49,7 +50,6 @@ class Session:
             )
             for text in [*notes, f"run folder: {self.folder}"]:
                 self.say(text)
-        world.barrier()  # the first epoch, its seconds and its joules begin on all together
 
     def start(self, target: str, command: Sequence[str]) -> Path:
         """A new folder, which appears whole, with checkpoint 0 from all workers."""
@@ -125,6 +125,10 @@ class Session:
         self.log.row(row)
         self.view.epoch(row)
         self.log.line(epoch_line(row, self.trainer.t.total_steps))
+        stuck = stuck_layers(row)
+        for layer in stuck.keys() - self.stuck:  # what has been said is not said every epoch
+            self.say(stuck[layer])
+        self.stuck = set(stuck)
 
     def commit(self, run: Path) -> None:
         trainer = self.trainer

@@ -29,7 +29,8 @@ ROW = {
     "epoch", "step", "updates", "wall_s", "train_return", "eval_return", "eval_return_std",
     "eval_length", "critic_loss", "actor_loss", "q_mean", "firing_rate", "window_fraction",
     "env_steps_per_s", "updates_per_s", "energy_j", "energy_gpu_j", "energy_cpu_j",
-    "energy_source", "power_w", "energy_train_j", "energy_eval_j",
+    "energy_source", "power_w", "energy_train_j", "energy_eval_j", "layer_firing_rates",
+    "layer_window_fractions", "layer_silent", "layer_saturated",
 }  # fmt: skip
 
 
@@ -123,6 +124,19 @@ def test_rows(run: Path) -> None:
         assert 0.0 <= row["firing_rate"] <= 1.0
     assert [row["updates"] for row in rows] == [100, 200, 300]
     assert rows[0]["wall_s"] < rows[1]["wall_s"] < rows[2]["wall_s"]
+
+
+def test_layers_that_can_learn_no_more_are_named_once(tmp_path: Path) -> None:
+    assert train("energy=none", "neuron.surrogate_window=1e-9", f"run_dir={tmp_path}/run") == 0
+    log = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    warnings = [line.partition("warning: ")[2] for line in log if "warning: " in line]
+    assert sorted(text.partition(":")[0] for text in warnings) == [
+        f"spiking layer {layer} of 2 can learn no more" for layer in (1, 2)
+    ]
+    row = rows_of(tmp_path / "run")[-1]
+    assert row["layer_window_fractions"] == [0.0, 0.0]
+    assert len(row["layer_firing_rates"]) == 3  # the encoder's too
+    assert len(row["layer_silent"]) == len(row["layer_saturated"]) == 2
 
 
 def test_tensorboard_is_a_view(run: Path) -> None:

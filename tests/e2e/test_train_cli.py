@@ -314,7 +314,7 @@ def test_nothing_heavy_is_imported_to_answer(
 @pytest.mark.parametrize(
     ("line", "offers"),
     [
-        ("experiment=", ["experiment=popsan/td3"]),
+        ("experiment=popsan/t", ["experiment=popsan/td3"]),
         ("experiment=x", [""]),
         ("actor=m", ["actor=mlp"]),
     ],

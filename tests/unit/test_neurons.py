@@ -200,7 +200,17 @@ def test_firing_statistics_by_hand() -> None:
     assert activity.layers == [0.0, 0.0, pytest.approx(1.0)]
     assert activity.firing_rate == pytest.approx(10 / 12)
     assert activity.window_fraction == 0.0  # |0 - .5| and |2 - .5| are both outside (0, .5)
+    assert activity.samples == 1030 * 5
+    assert (activity.silent, activity.saturated) == ([1.0, 0.0], [0.0, 1.0])
+    assert activity.layer_windows == [0.0, 0.0]
     with torch.no_grad():
         actor.layers[0].bias_N.fill_(0.125)  # v: .125 .28125 .43 .557 | .24; all inside the window
-    inside = actor.activity(torch.full((7, 1), 50.0)).window_fraction
-    assert inside == pytest.approx(2 / 12)
+    other = actor.activity(torch.full((7, 1), 50.0))
+    assert other.window_fraction == pytest.approx(2 / 12)
+    assert other.layer_windows == [pytest.approx(1.0), 0.0]
+    assert other.silent == [0.0, 0.0]  # .557 fires
+    assert other.layers == [0.0, pytest.approx(1 / 5), pytest.approx(1.0)]
+    both = activity + other
+    assert both.samples == 1037 * 5
+    assert both.layers[1] == pytest.approx(7 / (1037 * 5))
+    assert (both.silent, both.saturated) == ([0.0, 0.0], [0.0, 1.0])

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from spikerl import view
-from spikerl.view import View, epoch_line, number
+from spikerl.view import View, epoch_line, number, stuck_layers
 
 ROW = {
     "epoch": 3,
@@ -75,6 +75,19 @@ def test_epoch_line() -> None:
         "epoch 3  step 3000/9000  eval 123.5 +- 0.0457  train -  critic_loss 1.5  q -0.25"
         "  firing 0.123  100 steps/s  62 s"
     )
+
+
+def test_a_layer_that_can_learn_no_more_is_named() -> None:
+    row = {
+        "layer_window_fractions": [0.2, 0.0005, 0.001],
+        "layer_silent": [0.0, 0.75, 0.0],
+        "layer_saturated": [0.0, 0.25, 0.0],
+    }
+    assert stuck_layers(row) == {
+        2: "warning: spiking layer 2 of 3 can learn no more: 0.05% of its voltages lie inside the"
+        " surrogate window (75% of its neurons never fire, 25% always)"
+    }
+    assert stuck_layers({"layer_window_fractions": None}) == {}  # a dense actor
 
 
 def test_lines_where_there_is_no_terminal(clock: Clock) -> None:
