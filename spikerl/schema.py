@@ -29,13 +29,15 @@ def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
         field = str(error).splitlines()[0].rpartition(": ")[2]
         raise BadRequest(f"{prefix}{field}", "???", "give it a value") from None
     except ConfigKeyError as error:
-        known = ", ".join(schema.__dataclass_fields__)  # type: ignore[attr-defined]
+        names = ", ".join(schema.__dataclass_fields__)  # type: ignore[attr-defined]
         full = f"{prefix}{error.full_key}"
-        raise BadRequest(full, data.get(str(error.key)), f"no such key; known: {known}") from None
+        raise BadRequest(full, data.get(str(error.key)), f"no such key; known: {names}") from None
     except ValidationError as error:
         field = str(error.full_key)
         value = OmegaConf.select(OmegaConf.create(dict(data)), field)
-        expected = schema.__annotations__.get(field.split("[")[0].split(".")[0], "another type")
+        known = schema.__dataclass_fields__  # type: ignore[attr-defined]
+        found = known.get(field.split("[")[0].split(".")[0])
+        expected = found.type if found else "another type"
         raise BadRequest(f"{prefix}{field}", value, f"expected {expected}") from None
     except OmegaConfBaseException as error:
         line = str(error).splitlines()[0]

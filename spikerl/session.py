@@ -222,13 +222,15 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
     resolved = {name: getattr(config, name) for name in ("device", "threads", "kernel", "backend")}
     resolved["energy"] = config.meter
     task = trainer.task
+    over = "in shared memory" if trainer.world.sums else f"over {config.backend.choice}"
+    exchange = f"; gradients are summed {over}" if size > 1 else ""
     lines = [
         f"{task.env_id}: {task.obs_dim} observations, {task.act_dim} actions;"
         f" {config.actor.actor.name} actor, {algo.name}, seed {t.seed},"
         f" precision {config.precision.name}",
         f"{size} worker{'s' * (size > 1)} x {t.num_envs // size} environments;"
         f" global batch {sum(rows)} ({each} per worker, {t.scaling} scaling);"
-        f" {trainer.updates_due(t.total_steps)} updates in {t.total_steps} steps",
+        f" {trainer.updates_due(t.total_steps)} updates in {t.total_steps} steps{exchange}",
         "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in resolved.items()),
     ]
     if config.scalars.init_from:

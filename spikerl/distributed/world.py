@@ -53,9 +53,7 @@ def resolve_backend(config: BackendConfig, device: str, world_size: int) -> Reso
         return Resolved("none", "one worker exchanges nothing")
     if world_size <= gpus:
         return Resolved("nccl", "a CUDA device for each worker")
-    if gpus:
-        return Resolved("gloo", "workers share a device")
-    return Resolved("gloo", "workers on the CPU; on one machine they sum in shared memory")
+    return Resolved("gloo", "workers share a device" if gpus else "workers on the CPU")
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,8 @@ REFUSED = [
     ("algo=td4", "algo=td4: ", "td3"),
     ("kernel=triton", "kernel=triton: ", "CUDA"),
     ("kernel.path=avx512", "kernel.path=avx512: ", "kernel=cpu"),
+    ("kernel=triton kernel.path=avx512", "kernel.path=avx512: ", "graphs"),
+    ("kernel=cpu kernel.path=graphs", "kernel.path=graphs: ", "this processor runs"),
     ("backend=mpi", "backend=mpi: ", "gloo"),
     ("experiment=popsan/td4", "experiment=popsan/td4: ", "popsan/td3"),
     ("sedd=1", "sedd=1: no such key", "seed"),
