@@ -79,7 +79,7 @@ class ActorConfig:
         return text
 
 
-@dataclass
+@dataclass(eq=False)
 class Activity:
     """How a spiking actor fires: counts of each neuron, over observations and spike steps."""
 
