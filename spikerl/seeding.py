@@ -36,8 +36,10 @@ def initialising(run_seed: int) -> Iterator[None]:
 class Streams:
     """The generators that one worker draws from while it trains."""
 
-    def __init__(self, run_seed: int, worker: int, device: torch.device) -> None:
-        self.explore = generator_for(run_seed, "explore", worker, device=device)
+    def __init__(
+        self, run_seed: int, worker: int, device: torch.device, acting_on: torch.device
+    ) -> None:
+        self.explore = generator_for(run_seed, "explore", worker, device=acting_on)
         self.sample = generator_for(run_seed, "sample", worker)
         self.update = generator_for(run_seed, "update", worker, device=device)
 

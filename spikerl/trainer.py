@@ -27,6 +27,7 @@ from spikerl.normalize import RunningNorm
 from spikerl.policy import Policy
 from spikerl.precision import PrecisionConfig
 from spikerl.seeding import Streams, initialising, seed_for
+from spikerl.snn import kernels
 from spikerl.types import Task
 
 Row = dict[str, Any]
@@ -58,6 +59,9 @@ class Training:
         return rows, rows / self.algo.batch_size
 
 
+# Up to so many environments a worker acts on the CPU, whatever device it learns on: a kernel call
+# there takes microseconds, and on a GPU every operation as many. Not measured on a GPU yet.
+FEW_ENVS = 64
 LEARNERS: dict[type[DDPGConfig], type[DDPG]] = {DDPGConfig: DDPG, TD3Config: TD3}
 
 
@@ -133,7 +137,9 @@ class Trainer:
         if init is not None:
             actor.load_state_dict(init.actor.state_dict())
             self.norm.load(init.norm.state())
-        self.streams = Streams(t.seed, world.rank, device)
+        each = t.num_envs // world.size
+        self.acting_on = torch.device("cpu") if each <= FEW_ENVS else device
+        self.streams = Streams(t.seed, world.rank, device, self.acting_on)
         self.batch_size, weight = t.batch_share(world)
         self.fewer = world.size if t.scaling == "weak" else 1  # updates, as the batch grows
         self.algo = LEARNERS[type(algo)](
@@ -146,10 +152,13 @@ class Trainer:
             world=world,
             weight=weight,
         )
+        if self.acting_on != device:
+            auto = kernels.KernelConfig(name="auto", path=None)
+            self.algo.act_on_cpu(kernels.resolve(auto, "cpu").choice)
         self.policy = Policy(task, t.actor, actor, self.norm)
         capacity = share(algo.replay_capacity, world.rank, world.size)
         self.replay = Replay(capacity, task.obs_dim, task.act_dim, device)
-        self.envs = make_envs(t.env, t.num_envs // world.size, task)
+        self.envs = make_envs(t.env, each, task)
         self.reset_envs()
         self.evaluator = Evaluator(t.env, t.eval_episodes, t.seed, world)
         self.progress = Progress()
@@ -204,7 +213,7 @@ class Trainer:
             shape = (len(obs_NO), self.task.act_dim)
             act = torch.rand(shape, generator=explore, device=explore.device) * 2.0 - 1.0
         else:
-            obs = torch.from_numpy(obs_NO.astype(np.float32)).to(self.t.device)
+            obs = torch.from_numpy(obs_NO.astype(np.float32)).to(self.acting_on)
             act = self.algo.explore(self.norm.normalize(obs), explore)
         self.envs.steps = self.step  # an error names the run's step, also after a resume
         steps = self.envs.step(act.cpu().numpy())
@@ -330,6 +339,7 @@ class Trainer:
         saved = checkpoint.learner()
         for name, tensor in self.algo.state().items():
             tensor.copy_(saved[name])
+        self.algo.refresh()
         self.norm.load(under("norm.", saved))
         tensors, notes = checkpoint.worker(self.world.rank)
         self.progress = Progress(**notes["progress"])

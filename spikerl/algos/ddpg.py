@@ -14,7 +14,7 @@ from spikerl.algos.base import Guard, Stepper, flatten, td_target
 from spikerl.algos.graphs import Graphed
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest
-from spikerl.networks import Actor, Critics, check_sizes
+from spikerl.networks import Actor, Critics, SpikingActor, check_sizes
 from spikerl.snn import kernels
 from spikerl.types import Batch
 
@@ -94,6 +94,8 @@ class DDPG:
         self.critic_target = copy.deepcopy(critic).requires_grad_(False)
         self.actor_target_flat = flatten(self.actor_target)
         self.critic_target_flat = flatten(self.critic_target)
+        self.acting: Actor = actor  # explores
+        self.acting_flat = self.step_actor.flat
         self.updates = 0
         self.graph: Graphed | None = None
         if critic.kernel == "triton/graphs":
@@ -122,6 +124,7 @@ class DDPG:
             else:
                 found += self.between_moves(now, self.updates, together)
             self.updates += together
+        self.refresh()
         return found
 
     def round(self, rows: Batch) -> list[dict[str, Tensor]]:
@@ -179,9 +182,21 @@ class DDPG:
         }
         return {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
 
+    def act_on_cpu(self, kernel: str) -> None:
+        """From now on a copy of the actor explores there, run by `kernel`."""
+        self.acting = copy.deepcopy(self.actor).cpu().requires_grad_(False)
+        if isinstance(self.acting, SpikingActor):
+            self.acting.kernel = kernel
+        self.acting_flat = flatten(self.acting)
+
+    def refresh(self) -> None:
+        """Give the copy that explores the actor's weights."""
+        if self.acting is not self.actor:
+            self.acting_flat.copy_(self.step_actor.flat)
+
     @torch.no_grad()
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         """Actions with Gaussian noise, one draw for every environment and entry, clipped."""
-        act = self.actor(obs, generator)
+        act = self.acting(obs, generator)
         noise = torch.randn(act.shape, generator=generator, device=act.device)
         return (act + self.config.explore_noise * noise).clamp(-1.0, 1.0)

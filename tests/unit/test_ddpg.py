@@ -109,3 +109,27 @@ def test_its_targets_are_not_smoothed() -> None:
     before = ours.generator.get_state()
     ours.update(rows(8))
     assert torch.equal(ours.generator.get_state(), before)  # nothing was drawn
+
+
+@pytest.mark.parametrize("kind", ["spiking", "dense"])
+def test_a_copy_that_explores_has_the_actors_weights(kind: str) -> None:
+    """As on a GPU, which learns while the CPU acts; here both are the CPU."""
+    ours, plain = learner(kind, "reference"), learner(kind, "reference")
+    ours.act_on_cpu(KERNELS[1])
+    assert ours.acting is not ours.actor
+    obs = rows(5).obs
+
+    def explored(ddpg: DDPG) -> Tensor:
+        return ddpg.explore(obs, torch.Generator().manual_seed(3))
+
+    first = explored(ours)
+    torch.testing.assert_close(first, explored(plain), rtol=0, atol=1e-6)
+    for ddpg in (ours, plain):
+        ddpg.learn(rows(4 * 32), 4)
+    torch.testing.assert_close(explored(ours), explored(plain), rtol=0, atol=1e-6)
+    assert not torch.equal(explored(ours), first)
+    assert torch.equal(ours.acting_flat, ours.step_actor.flat)
+    assert ours.acting_flat.data_ptr() != ours.step_actor.flat.data_ptr()
+    ours.step_actor.flat.zero_()  # as when a checkpoint is loaded
+    ours.refresh()
+    assert not ours.acting_flat.any()
