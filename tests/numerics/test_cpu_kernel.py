@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spikerl.algos.base import flatten
 from spikerl.errors import BadRequest
+from spikerl.gradient import Gradient
 from spikerl.networks import SpikingActor
 from spikerl.snn import kernels
 from spikerl.snn.kernels import cpu, native, reference
@@ -298,3 +299,22 @@ def test_damage_is_noticed(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_another_device() -> None:
     with pytest.raises(BadRequest, match="kernel=cpu: this run uses cuda:0"):
         kernels.resolve(CPU, "cuda:0")
+
+
+def test_the_way_back_is_walked_once() -> None:
+    """What it needs goes back to be used again."""
+    actor = made(4, 2, [8], 5)
+    actor.kernel = f"cpu/{PATHS[0]}"
+    act, pull = actor.vjp(torch.randn(6, 4), None)
+    into = Gradient(list(actor.parameters()))
+    pull(torch.ones_like(act), into)
+    assert into.vector.any()
+    with pytest.raises(IndexError):
+        pull(torch.ones_like(act), into)
+
+
+def test_observations_of_another_format_are_refused() -> None:
+    actor = made(4, 2, [8], 5)
+    actor.kernel = f"cpu/{PATHS[0]}"
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+        actor(torch.randn(6, 4, dtype=torch.float64))

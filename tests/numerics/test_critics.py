@@ -182,6 +182,15 @@ def test_rounded_products_stay_with_pytorch() -> None:
         assert torch.equal(one, other)
 
 
+def test_other_formats_are_not_read_as_if_they_were_float32() -> None:
+    critic, rows = made(3, 2, [8], 5)
+    expected = results("reference", critic, rows, 3)
+    for one, other in zip(
+        results(f"cpu/{PATHS[0]}", critic, rows.double(), 3), expected, strict=True
+    ):
+        torch.testing.assert_close(one.float(), other, rtol=1e-5, atol=1e-6)
+
+
 def test_values_that_somebody_will_differentiate() -> None:
     critic, rows = made(3, 2, [8], 5)
     critic.kernel = f"cpu/{PATHS[0]}"

@@ -56,7 +56,7 @@ class CPUKernel:
     def actions(self, net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
         """Actions (B, A) in [-1, 1]."""
         ready = self.prepare(net)
-        if not ready.fused or obs_BO.requires_grad:
+        if not covered(ready, obs_BO) or obs_BO.requires_grad:
             return torch.tanh(net.decoder(reference.rates(net, obs_BO, generator, self.scan)))
         obs_BO = obs_BO.contiguous()
         uniform = net.encoder.uniform(len(obs_BO), net.spike_steps, generator)
@@ -123,17 +123,18 @@ class CPUKernel:
     ) -> tuple[Tensor, Pullback]:
         """As `reference.vjp`, without autograd where one call covers the network."""
         ready = self.prepare(net)
-        if not ready.fused:
+        if not covered(ready, obs_BO):
             return by_autograd(self.actions(net, obs_BO, generator))
         obs_BO = obs_BO.contiguous()
         uniform = net.encoder.uniform(len(obs_BO), net.spike_steps, generator)
-        saved = self.room(ready, len(obs_BO))
-        act = self.forward(ready, obs_BO, uniform, saved)
+        saved = [self.room(ready, len(obs_BO))]
+        act = self.forward(ready, obs_BO, uniform, saved[0])
 
         def pull(grad_BA: Tensor, into: Gradient) -> None:
+            room = saved.pop()  # a second way back finds nothing, and fails
             poisson = uniform is not None
-            self.backward(ready, obs_BO, poisson, act, grad_BA.contiguous(), saved, into.at)
-            _memory.give(saved)
+            self.backward(ready, obs_BO, poisson, act, grad_BA.contiguous(), room, into.at)
+            _memory.give(room)
 
         return act, pull
 
@@ -142,7 +143,7 @@ class CPUKernel:
     def values(self, critic: ValueNet, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
         """Values (C, B)."""
         ready = self.prepare_critic(critic, act_BA.shape[1])
-        if not ready.fused or torch.is_grad_enabled():
+        if not covered(ready, obs_BO, act_BA) or torch.is_grad_enabled():
             return reference.values(critic, obs_BO, act_BA)
         obs, act = obs_BO.contiguous(), act_BA.contiguous()
         found = obs.new_empty(ready.all.networks, len(obs))
@@ -155,7 +156,7 @@ class CPUKernel:
     ) -> Tensor:
         """As `reference.regress`."""
         ready = self.prepare_critic(critic, act_BA.shape[1])
-        if not ready.fused:
+        if not covered(ready, obs_BO, act_BA, target_B):
             return reference.regress(critic, obs_BO, act_BA, target_B, into)
         obs, act, target = obs_BO.contiguous(), act_BA.contiguous(), target_B.contiguous()
         weights, biases = pointers(into.at[: ready.layers]), pointers(into.at[ready.layers :])
@@ -170,7 +171,7 @@ class CPUKernel:
     def ascent(self, critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, into: Gradient) -> Tensor:
         """As `reference.ascent`."""
         ready = self.prepare_critic(critic, act_BA.shape[1])
-        if not ready.fused:
+        if not covered(ready, obs_BO, act_BA):
             return reference.ascent(critic, obs_BO, act_BA, into)
         obs, act = obs_BO.contiguous(), act_BA.contiguous()
         grad = torch.empty_like(act)
@@ -231,6 +232,10 @@ class OneAction:
             net, norm = self.ready.net, norm_2O.data_ptr()
             finite = self.kernel.lib.spikerl_act(net, self.units, obs, norm, clip, act)
             return self.act_A.copy() if finite else None
+
+
+def covered(ready: PreparedActor | PreparedCritic, *inputs: Tensor) -> bool:
+    return ready.fused and all(x.dtype == torch.float32 for x in inputs)
 
 
 @cache
