@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.networks import Critics, SpikingActor
+from spikerl.snn.decoders import RateDecoder
+from spikerl.snn.encoders import PopulationEncoder
 from spikerl.snn.kernels import reference
 from spikerl.types import Batch
 
@@ -58,6 +60,8 @@ class PopSANActor(nn.Module):
     def __init__(self, like: SpikingActor) -> None:
         super().__init__()
         self.steps = like.spike_steps
+        assert isinstance(like.encoder, PopulationEncoder)
+        assert isinstance(like.decoder, RateDecoder)
         self.mean = nn.Parameter(like.encoder.mean_OP.detach().clone().unsqueeze(0))
         self.std = nn.Parameter(like.encoder.std_OP.detach().clone().unsqueeze(0))
         self.layers: list[nn.Linear] = []
@@ -204,7 +208,7 @@ def draw(rows: dict[str, np.ndarray], filled: int, batch_size: int, device: torc
 
 def popsan_loop(like: SpikingActor, obs_dim: int, act_dim: int) -> Loop:
     """On the device of `like`, as is the other."""
-    return Loop(PopSANActor(like).to(like.encoder.mean_OP.device), obs_dim, act_dim, 1e-4)
+    return Loop(PopSANActor(like).to(like.layers[0].weight_IN.device), obs_dim, act_dim, 1e-4)
 
 
 def dense_loop(obs_dim: int, act_dim: int, device: torch.device) -> Loop:
@@ -226,6 +230,7 @@ def as_trained(actor: SpikingActor, rates: list[float], obs_BO: Tensor) -> None:
     """
     draw = torch.Generator().manual_seed(0)
     encoder = actor.encoder
+    assert isinstance(encoder, PopulationEncoder)
 
     def bisect(low: float, high: float, layer: int, rate: float, put: Any) -> None:
         for _ in range(20):

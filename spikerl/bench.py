@@ -102,6 +102,9 @@ class Bench:
     def __init__(self, config: Config, request: BenchRequest) -> None:
         if not isinstance(build_actor(config.actor, 1, 1), SpikingActor):
             raise BadRequest("actor", config.actor.actor.name, "bench times a spiking actor")
+        if why := config.actor.layered(torch.float32):
+            remedy = f"bench times what a kernel covers in one call, and {why}"
+            raise BadRequest("actor", config.actor.shape(), remedy)
         if not isinstance(config.algo, TD3Config):
             raise BadRequest("algo", config.algo.name, "bench times TD3; leave it out")
         self.config, self.request, self.algo = config, request, config.algo

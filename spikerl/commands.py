@@ -129,7 +129,7 @@ def evaluate(request: EvalRequest) -> int:
         f" over {len(result.returns)} episodes"
     )
     if result.activity:
-        layers = ", ".join(f"{rate:.3f}" for rate in result.activity.layers)
+        layers = ", ".join("-" if r is None else f"{r:.3f}" for r in result.activity.layers)
         print(f"firing rate {result.activity.firing_rate:.3f} (encoder and layers: {layers})")
     if moved:
         print(f"note: trained with {', '.join(moved)}; physics differ between versions")

@@ -136,7 +136,7 @@ def build(raw: Mapping[str, Any]) -> Config:
         actor=actor,
         algo=algo,
         precision=precision,
-        kernel=kernels.resolve(kernel, device.choice, precision.actor_dtype),
+        kernel=kernels.resolve(kernel, device.choice, actor.layered(precision.actor_dtype)),
         backend=resolve_backend(backend, device.choice, world_size),
         energy=energy,
         meter=energies.resolve(energy, device=torch.device(device.choice)),

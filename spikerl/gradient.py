@@ -16,18 +16,19 @@ class Gradient:
     With several workers a loss is the mean over this worker's rows, and what is written is
     `weight`, their share of the global batch, times the loss and its gradient: summed over
     workers, those of the mean over the global batch. `scale`, if any, multiplies the gradient
-    alone (fp16).
+    alone (fp16). Parameters that are not learned keep entries of 0.
     """
 
     def __init__(
         self, params: Sequence[Tensor], *, weight: float = 1.0, scale: Tensor | None = None
     ) -> None:
-        self.params = list(params)
         self.weight, self.scale = weight, scale
-        sizes = [p.numel() for p in self.params]
-        self.vector = self.params[0].detach().new_zeros(sum(sizes) + 1)
+        sizes = [p.numel() for p in params]
+        self.vector = params[0].detach().new_zeros(sum(sizes) + 1)
         *pieces, last = self.vector.split([*sizes, 1])
-        self.slots = [piece.view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]
+        learned = [(p, at) for p, at in zip(params, pieces, strict=True) if p.requires_grad]
+        self.params = [p for p, _ in learned]
+        self.slots = [piece.view(p.shape) for p, piece in learned]
         self.loss = last.view(())
         self.whole = self.vector.new_tensor(weight)
         self.at = [slot.data_ptr() for slot in self.slots]

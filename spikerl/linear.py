@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,24 @@ class Linear(nn.Module):
         return torch.addmm(self.bias_N, x, self.weight_IN)
 
 
-class Linears(nn.ModuleList):
+M = TypeVar("M", bound=nn.Module)
+
+
+class ListOf(nn.ModuleList, Generic[M]):
+    """Modules of one kind."""
+
+    def __iter__(self) -> Iterator[M]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    def __getitem__(self, i: int) -> M:  # type: ignore[override]
+        return super().__getitem__(i)  # type: ignore[return-value]
+
+
+class Linears(ListOf[Linear]):
     """Linear layers between widths that follow each other."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__(Linear(i, n) for i, n in pairwise(sizes))
-
-    def __iter__(self) -> Iterator[Linear]:
-        return super().__iter__()  # type: ignore[return-value]
 
 
 def product(x: Tensor, layer: Linear, dtype: torch.dtype) -> Tensor:

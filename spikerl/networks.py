@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
 from spikerl.gradient import Gradient, Pullback, by_autograd
-from spikerl.linear import Linears, product
+from spikerl.linear import Linears, ListOf, product
 from spikerl.snn import kernels
-from spikerl.snn.decoders import RateConfig, RateDecoder
-from spikerl.snn.encoders import PopulationConfig, PopulationEncoder
+from spikerl.snn.batchnorm import RECALIBRATE, CaReBN
+from spikerl.snn.decoders import DecoderConfig, build_decoder, output_layer
+from spikerl.snn.encoders import EncoderConfig, PopulationConfig, build_encoder
 from spikerl.snn.kernels import reference
-from spikerl.snn.neurons import CubaLIF, NeuronConfig
-from spikerl.snn.surrogates import inside_window
+from spikerl.snn.kernels.prepared import MAX_LAYERS
+from spikerl.snn.neurons import CubaLIFConfig, LIFConfig, Neuron, NeuronConfig, build_neuron
 
 
 def check_sizes(key: str, sizes: Iterable[int]) -> None:
@@ -48,6 +49,23 @@ class PopSANConfig:
 
 
 @dataclass(kw_only=True)
+class CareBNConfig(PopSANConfig):
+    """The same with CaRe-BN between a layer's weights and its neurons (arXiv:2509.23791)."""
+
+    recalibration_interval: int | None  # steps; null: running moments are only followed
+    recalibration_batches: int  # of algo.batch_size observations
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recalibration_interval is not None and self.recalibration_interval < 1:
+            remedy = "give at least 1, or null"
+            raise BadRequest("actor.recalibration_interval", self.recalibration_interval, remedy)
+        if self.recalibration_batches < 1:
+            remedy = "give at least 1"
+            raise BadRequest("actor.recalibration_batches", self.recalibration_batches, remedy)
+
+
+@dataclass(kw_only=True)
 class MLPConfig:
     """Dense baseline: ReLU layers and tanh."""
 
@@ -66,17 +84,38 @@ class ActorConfig:
     """What an actor's shape and arithmetic depend on; a dense actor has no spiking parts."""
 
     actor: PopSANConfig | MLPConfig
-    encoder: PopulationConfig | None
+    encoder: EncoderConfig | None
     neuron: NeuronConfig | None
-    decoder: RateConfig | None
+    decoder: DecoderConfig | None
 
     def shape(self) -> str:
         """Whatever two actors must share for one to take the other's weights."""
         text = f"{self.actor.name} {self.actor.hidden_sizes}"
         if self.encoder and self.decoder and self.neuron:
-            sizes = f"populations {self.encoder.pop_size}, {self.decoder.pop_size}"
-            text += f" with {self.encoder.name}, {self.neuron.name}, {sizes}"
+            text += f" with {self.encoder.name}, {self.neuron.name}, {self.decoder.name}"
+            sizes = [getattr(part, "pop_size", None) for part in (self.encoder, self.decoder)]
+            text += f", populations {sizes[0]}, {sizes[1]}"
         return text
+
+    def layered(self, dtype: torch.dtype) -> str | None:
+        """Why no kernel covers the whole network in one call; None where one does."""
+        if not (self.encoder and self.neuron and self.decoder):
+            return None
+        if dtype != torch.float32:
+            return f"the actor's products are {str(dtype).removeprefix('torch.')}"
+        if not isinstance(self.encoder, PopulationConfig) or self.encoder.name == "analog":
+            return f"encoder={self.encoder.name} gives currents"
+        if isinstance(self.actor, CareBNConfig):
+            return "drives are normalised"
+        neuron = self.neuron
+        if type(neuron) not in (LIFConfig, CubaLIFConfig):
+            return f"of neuron={neuron.name}"
+        if neuron.reset != "hard" or neuron.surrogate != "rect":
+            return f"of neuron.reset={neuron.reset}, neuron.surrogate={neuron.surrogate}"
+        if self.decoder.name != "rate":
+            return f"of decoder={self.decoder.name}"
+        layers = len(self.actor.hidden_sizes) + 1
+        return f"there are more than {MAX_LAYERS} layers" if layers > MAX_LAYERS else None
 
 
 @dataclass(eq=False)
@@ -86,11 +125,13 @@ class Activity:
     spikes: list[Tensor]  # of the encoder, of each hidden layer, of the output: (N,)
     inside: list[Tensor]  # voltages inside the surrogate window, the same but for the encoder
     samples: int  # observations times spike steps
+    encoder_spikes: bool = True  # else it gives currents, whose sums have no meaning here
 
     def __add__(self, other: Activity) -> Activity:
         spikes = [a + b for a, b in zip(self.spikes, other.spikes, strict=True)]
         inside = [a + b for a, b in zip(self.inside, other.inside, strict=True)]
-        return Activity(spikes, inside, self.samples + other.samples)
+        samples = self.samples + other.samples
+        return Activity(spikes, inside, samples, self.encoder_spikes)
 
     @property
     def firing_rate(self) -> float:
@@ -103,9 +144,10 @@ class Activity:
         return float(torch.cat(self.inside).mean()) / self.samples
 
     @property
-    def layers(self) -> list[float]:
-        """Firing rates of the encoder, of each hidden layer, and of the output."""
-        return [float(counts.mean()) / self.samples for counts in self.spikes]
+    def layers(self) -> list[float | None]:
+        """Firing rates of the encoder (None where it gives currents) and of each layer."""
+        rates = [float(counts.mean()) / self.samples for counts in self.spikes]
+        return [rates[0] if self.encoder_spikes else None, *rates[1:]]
 
     @property
     def layer_windows(self) -> list[float]:
@@ -124,16 +166,16 @@ class Activity:
 
 
 class SpikingActor(nn.Module):
-    """Population encoder, spiking layers, population decoder, tanh: (B, O) -> (B, A) in [-1, 1]."""
+    """Encoder, spiking layers, decoder, tanh: (B, O) -> (B, A) in [-1, 1]."""
 
     def __init__(
         self,
         obs_dim: int,
         act_dim: int,
         actor: PopSANConfig,
-        encoder: PopulationConfig,
+        encoder: EncoderConfig,
         neuron: NeuronConfig,
-        decoder: RateConfig,
+        decoder: DecoderConfig,
         *,
         dtype: torch.dtype = torch.float32,
         kernel: str = "reference",
@@ -142,31 +184,59 @@ class SpikingActor(nn.Module):
         self.spike_steps, self.kernel = actor.spike_steps, kernel
         # Of the layers' products; voltages and thresholds keep the weights' type.
         self.dtype = dtype
-        self.neuron = CubaLIF(neuron)
-        self.encoder = PopulationEncoder(obs_dim, encoder)
-        sizes = [obs_dim * encoder.pop_size, *actor.hidden_sizes, act_dim * decoder.pop_size]
+        self.encoder = build_encoder(encoder, obs_dim, actor.spike_steps)
+        hidden = actor.hidden_sizes
+        sizes = [self.encoder.outputs, *hidden, *output_layer(decoder, act_dim)]
         self.layers = Linears(sizes)
-        self.decoder = RateDecoder(act_dim, decoder)
+        self.neurons = ListOf[Neuron](build_neuron(neuron) for _ in sizes[1:])
+        normed = sizes[1:] if isinstance(actor, CareBNConfig) else []
+        self.norms = ListOf[CaReBN](CaReBN(size, neuron.threshold) for size in normed)
+        self.decoder = build_decoder(decoder, act_dim, hidden[-1], actor.spike_steps)
+        self.encoder_spikes = isinstance(encoder, PopulationConfig) and encoder.name != "analog"
 
     def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Actions; `generator` is drawn from only where the encoder is random."""
         return kernels.named(self.kernel).actions(self, obs_BO, generator)
 
-    def vjp(self, obs_BO: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Pullback]:
-        """Actions, and the way back from their gradient to the parameters'."""
-        return kernels.named(self.kernel).vjp(self, obs_BO, generator)
+    def mean(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Actions before their tanh."""
+        return kernels.named(self.kernel).actions(self, obs_BO, generator, False)
+
+    def vjp(
+        self, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
+    ) -> tuple[Tensor, Pullback]:
+        """Actions, or what they are the tanh of, and the way back to the parameters' gradient."""
+        return kernels.named(self.kernel).vjp(self, obs_BO, generator, squash)
+
+    def schedule(self, share: float) -> None:
+        """Give the surrogates their slopes after this share of the run."""
+        for neuron in self.neurons:
+            neuron.schedule(share)
+
+    @torch.no_grad()
+    def recalibrate(self, batches: Iterable[Tensor], generator: torch.Generator | None) -> None:
+        """Measure the moments that drives are normalised with anew, on all these observations."""
+        for norm in self.norms:
+            norm.begin_recalibration()
+        for obs_BO in batches:
+            reference.spikes(self, obs_BO, generator, moments=RECALIBRATE)
+        for norm in self.norms:
+            norm.end_recalibration()
 
     def activity(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Activity:
         """Over any number of observations, in pieces of bounded memory."""
-        c = self.neuron.config
         found = None
         for piece in obs_BO.split(1024):
-            spikes, voltages = reference.record(self, piece, generator)
-            inside = [inside_window(v - c.threshold, c.surrogate_window) for v in voltages]
+            layers, states = reference.record(self, piece, generator)
+            inside = [
+                torch.stack([neuron.passes(state) for state in own])
+                for neuron, own in zip(self.neurons, states, strict=True)
+            ]
             part = Activity(
-                [s.double().sum((0, 1)).cpu() for s in spikes],
+                [s.double().sum((0, 1)).cpu() for s in layers],
                 [near.double().sum((0, 1)).cpu() for near in inside],
                 len(piece) * self.spike_steps,
+                self.encoder_spikes,
             )
             found = found + part if found else part
         assert found is not None
@@ -185,14 +255,21 @@ class MLPActor(nn.Module):
         self.layers = Linears(sizes)
 
     def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.tanh(self.mean(obs_BO))
+
+    def mean(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Actions before their tanh."""
         x = obs_BO
         *hidden, last = self.layers
         for layer in hidden:
             x = torch.relu(product(x, layer, self.dtype))
-        return torch.tanh(product(x, last, self.dtype))
+        return product(x, last, self.dtype)
 
-    def vjp(self, obs_BO: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Pullback]:
-        return by_autograd(self(obs_BO, generator))
+    def vjp(
+        self, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
+    ) -> tuple[Tensor, Pullback]:
+        """As `SpikingActor.vjp`."""
+        return by_autograd(self(obs_BO) if squash else self.mean(obs_BO))
 
 
 Actor = SpikingActor | MLPActor
@@ -214,6 +291,42 @@ def build_actor(
     return SpikingActor(
         obs_dim, act_dim, config.actor, encoder, neuron, decoder, dtype=dtype, kernel=kernel
     )
+
+
+def deployed(
+    config: ActorConfig, actor: Actor, obs_dim: int, act_dim: int
+) -> tuple[ActorConfig, Actor]:
+    """What acts once it is trained: the first `act_dim` outputs, normalisation in the weights.
+
+    The same two where that is what they are.
+    """
+    with torch.device("meta"):
+        small = build_actor(config, obs_dim, act_dim, dtype=actor.dtype)
+    own = small.state_dict()
+    wide = all(p.shape == own[name].shape for name, p in actor.state_dict().items())
+    if wide and not isinstance(config.actor, CareBNConfig):
+        return config, actor
+    first = {
+        name: p[tuple(slice(n) for n in own[name].shape)].clone()
+        for name, p in actor.state_dict().items()
+    }
+    if isinstance(config.actor, CareBNConfig):
+        small.load_state_dict(first, assign=True)
+        assert isinstance(small, SpikingActor)
+        for i, (layer, norm) in enumerate(zip(small.layers, small.norms, strict=True)):
+            weight, bias = norm.folded(layer.weight_IN, layer.bias_N)
+            first |= {f"layers.{i}.weight_IN": weight, f"layers.{i}.bias_N": bias}
+        first = {name: p for name, p in first.items() if not name.startswith("norms.")}
+        c = config.actor
+        plain = PopSANConfig(
+            name="popsan", hidden_sizes=c.hidden_sizes, spike_steps=c.spike_steps, lr=c.lr
+        )
+        config = replace(config, actor=plain)
+    kernel = actor.kernel if isinstance(actor, SpikingActor) else "reference"
+    with torch.device("meta"):
+        small = build_actor(config, obs_dim, act_dim, dtype=actor.dtype, kernel=kernel)
+    small.load_state_dict(first, assign=True)
+    return config, small
 
 
 class Critics(nn.Module):
@@ -250,6 +363,10 @@ class Critics(nn.Module):
         """Gradient of the sum of the networks' mean squared errors; the mean value."""
         return kernels.named(self.kernel).regress(self, obs_BO, act_BA, target_B, into)
 
-    def ascent(self, obs_BO: Tensor, act_BA: Tensor, into: Gradient) -> Tensor:
-        """The loss -mean Q_1, its weights held fixed: its gradient by the actions, (B, A)."""
-        return kernels.named(self.kernel).ascent(self, obs_BO, act_BA, into)
+    def ascent(
+        self, obs_BO: Tensor, act_BA: Tensor, into: Gradient, lowest: bool = False
+    ) -> Tensor:
+        """The loss -mean Q_1, or that of the lowest value, the weights held fixed: its gradient by
+        the actions, (B, A).
+        """
+        return kernels.named(self.kernel).ascent(self, obs_BO, act_BA, into, lowest)

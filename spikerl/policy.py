@@ -21,22 +21,44 @@ from safetensors.torch import load_file, save_file
 
 from spikerl.errors import BadRequest
 from spikerl.files import write_atomic, write_json
-from spikerl.networks import Actor, ActorConfig, MLPConfig, PopSANConfig, SpikingActor, build_actor
+from spikerl.networks import (
+    Actor,
+    ActorConfig,
+    CareBNConfig,
+    MLPConfig,
+    PopSANConfig,
+    SpikingActor,
+    build_actor,
+)
 from spikerl.normalize import RunningNorm
 from spikerl.schema import choose
 from spikerl.snn import kernels
-from spikerl.snn.decoders import RateConfig
-from spikerl.snn.encoders import PopulationConfig
-from spikerl.snn.neurons import CubaLIFConfig, LIFConfig
+from spikerl.snn.decoders import DecoderConfig, MembraneConfig, RateConfig
+from spikerl.snn.encoders import EncoderConfig, PopulationConfig
+from spikerl.snn.neurons import ALIFConfig, CubaLIFConfig, DynamicConfig, LIFConfig, PLIFConfig
 from spikerl.types import Task
 from spikerl.versions import versions
 
-SCHEMA = 2  # 2: weights are input-major
+SCHEMA = 3  # 2: weights are input-major; 3: neurons have a reset and a choice of surrogate
 MAX_BYTES = 1 << 20  # of a policy.json; action bounds take most of it
-ACTORS: dict[str, type[Any]] = {"popsan": PopSANConfig, "mlp": MLPConfig}
-ENCODERS: dict[str, type[Any]] = {"population": PopulationConfig, "poisson": PopulationConfig}
-NEURONS: dict[str, type[Any]] = {"cuba_lif": CubaLIFConfig, "lif": LIFConfig}
-DECODERS: dict[str, type[Any]] = {"rate": RateConfig}
+POPULATIONS = ("population", "poisson", "tanh_population", "analog")
+ACTORS: dict[str, type[Any]] = {"popsan": PopSANConfig, "care_bn": CareBNConfig, "mlp": MLPConfig}
+ENCODERS: dict[str, type[Any]] = {
+    **dict.fromkeys(POPULATIONS, PopulationConfig),
+    **dict.fromkeys(("direct", "learned"), EncoderConfig),
+}
+NEURONS: dict[str, type[Any]] = {
+    "lif": LIFConfig,
+    "cuba_lif": CubaLIFConfig,
+    "plif": PLIFConfig,
+    "alif": ALIFConfig,
+    "dynamic": DynamicConfig,
+}
+DECODERS: dict[str, type[Any]] = {
+    "rate": RateConfig,
+    **dict.fromkeys(("membrane", "ilc"), MembraneConfig),
+    **dict.fromkeys(("learned", "linear"), DecoderConfig),
+}
 
 
 def parse_actor(data: dict[str, Any]) -> ActorConfig:

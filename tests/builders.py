@@ -9,11 +9,12 @@ import torch
 from spikerl.algos.ddpg import DDPGConfig
 from spikerl.algos.td3 import TD3Config
 from spikerl.envs import EnvConfig
+from spikerl.linear import ListOf
 from spikerl.networks import ActorConfig, Critics, PopSANConfig, SpikingActor
 from spikerl.precision import PrecisionConfig
 from spikerl.snn.decoders import RateConfig
 from spikerl.snn.encoders import PopulationConfig
-from spikerl.snn.neurons import CubaLIFConfig
+from spikerl.snn.neurons import CubaLIFConfig, LIFConfig, NeuronConfig, build_neuron
 from spikerl.trainer import Training
 
 POPULATION = PopulationConfig(
@@ -22,9 +23,27 @@ POPULATION = PopulationConfig(
 POISSON = PopulationConfig(
     name="poisson", pop_size=10, mean_range=[-3.0, 3.0], var=0.15, threshold=0.999
 )
-CUBA_LIF = CubaLIFConfig(
-    name="cuba_lif", current_decay=0.5, voltage_decay=0.75, threshold=0.5, surrogate_window=0.5
-)
+NEURON: dict[str, Any] = {
+    "threshold": 0.5,
+    "reset": "hard",
+    "surrogate": "rect",
+    "surrogate_window": 0.5,
+    "surrogate_slope": 2.0,
+    "surrogate_slope_end": None,
+}
+CUBA_LIF = CubaLIFConfig(name="cuba_lif", current_decay=0.5, voltage_decay=0.75, **NEURON)
+
+
+def lif_config(**changes: Any) -> LIFConfig:
+    return LIFConfig(**({**NEURON, "name": "lif", "voltage_decay": 0.75} | changes))
+
+
+def with_neurons(actor: SpikingActor, config: NeuronConfig) -> SpikingActor:
+    """The same network with other neurons."""
+    actor.neurons = ListOf(build_neuron(config) for _ in actor.layers)
+    return actor
+
+
 RATE = RateConfig(name="rate", pop_size=10)
 
 

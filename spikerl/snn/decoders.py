@@ -1,6 +1,14 @@
-"""From the output population's spikes to actions.
+"""From the last layer's spikes to actions, before tanh.
 
-Shape legend   B batch, A action entries, P neurons of one population.
+Shape legend   T spike steps, B batch, N neurons of the last layer, A action entries, P neurons of
+one population.
+
+`rate`       an output population for each action entry; an affine map of its mean firing rate
+`membrane`   the same map at every spike step charges a membrane that never fires: its last, mean
+             or extreme value (ILC-SAN, DSQN)
+`ilc`        `membrane`, and connections within each output population (ILC-SAN)
+`learned`    a learned matrix over all spike steps of the last hidden layer (ACSF)
+`linear`     an affine map of the last hidden layer's mean firing rates (converted networks)
 """
 
 from __future__ import annotations
@@ -12,18 +20,40 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
+from spikerl.linear import Linear
 
 
 @dataclass(kw_only=True)
-class RateConfig:
-    """Decoder that reads the mean firing rate (arXiv:2010.09635)."""
+class DecoderConfig:
+    """Of a decoder without settings: `learned`, `linear`."""
 
     name: str
+
+
+@dataclass(kw_only=True)
+class RateConfig(DecoderConfig):
+    """Decoder that reads the mean firing rate (arXiv:2010.09635)."""
+
     pop_size: int  # P, output neurons per action entry
 
     def __post_init__(self) -> None:
         if self.pop_size < 1:
             raise BadRequest("decoder.pop_size", self.pop_size, "give at least 1")
+
+
+@dataclass(kw_only=True)
+class MembraneConfig(RateConfig):
+    """Decoder with a non-spiking membrane (arXiv:2401.05444)."""
+
+    voltage_decay: float  # share of the membrane kept from one spike step to the next
+    read: str  # last, mean, max (the value farthest from 0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.voltage_decay <= 1.0:
+            raise BadRequest("decoder.voltage_decay", self.voltage_decay, "give a value in [0, 1]")
+        if self.read not in ("last", "mean", "max"):
+            raise BadRequest("decoder.read", self.read, "give last, mean or max")
 
 
 class RateDecoder(nn.Module):
@@ -35,6 +65,95 @@ class RateDecoder(nn.Module):
         self.weight_AP = nn.Parameter(torch.empty(act_dim, config.pop_size).uniform_(-bound, bound))
         self.bias_A = nn.Parameter(torch.empty(act_dim).uniform_(-bound, bound))
 
-    def forward(self, rate_BN: Tensor) -> Tensor:
-        rate_BAP = rate_BN.unflatten(1, self.weight_AP.shape)
-        return (rate_BAP * self.weight_AP).sum(-1) + self.bias_A
+    def forward(self, spikes_TBN: Tensor) -> Tensor:
+        return self.affine(spikes_TBN.mean(0))
+
+    def affine(self, x: Tensor) -> Tensor:
+        """(..., N) to (..., A)."""
+        return (x.unflatten(-1, self.weight_AP.shape) * self.weight_AP).sum(-1) + self.bias_A
+
+
+class MembraneDecoder(RateDecoder):
+    """V = decay V + w_j . o_j + b_j at every spike step."""
+
+    def __init__(self, act_dim: int, config: MembraneConfig) -> None:
+        super().__init__(act_dim, config)
+        self.config = config
+
+    def forward(self, spikes_TBN: Tensor) -> Tensor:
+        voltages = []
+        voltage = torch.zeros((), dtype=spikes_TBN.dtype, device=spikes_TBN.device)
+        for charge_BA in self.affine(spikes_TBN):
+            voltage = self.config.voltage_decay * voltage + charge_BA
+            voltages.append(voltage)
+        if self.config.read == "last":
+            return voltages[-1]
+        voltages_TBA = torch.stack(voltages)
+        if self.config.read == "mean":
+            return voltages_TBA.mean(0)
+        high, low = voltages_TBA.amax(0), voltages_TBA.amin(0)
+        return torch.where(high.abs() > low.abs(), high, low)
+
+
+class ILCDecoder(MembraneDecoder):
+    """`lateral` is what an output neuron gets from its population's spikes one spike step ago."""
+
+    def __init__(self, act_dim: int, config: MembraneConfig) -> None:
+        super().__init__(act_dim, config)
+        size = config.pop_size
+        bound = 1.0 / math.sqrt(size)
+        self.lateral_APP = nn.Parameter(torch.empty(act_dim, size, size).uniform_(-bound, bound))
+        self.lateral_bias_N = nn.Parameter(torch.empty(act_dim * size).uniform_(-bound, bound))
+
+    def lateral(self, spikes_BN: Tensor) -> Tensor:
+        spikes_BAP = spikes_BN.unflatten(1, self.weight_AP.shape)
+        return (
+            torch.einsum("bap,apq->baq", spikes_BAP, self.lateral_APP).flatten(1)
+            + self.lateral_bias_N
+        )
+
+
+class LinearDecoder(nn.Module):
+    """An affine map of mean firing rates."""
+
+    def __init__(self, neurons: int, act_dim: int) -> None:
+        super().__init__()
+        self.map = Linear(neurons, act_dim)
+
+    def forward(self, spikes_TBN: Tensor) -> Tensor:
+        return self.map(spikes_TBN.mean(0))
+
+
+class LearnedDecoder(nn.Module):
+    """The learned matrix decoder of the adaptive coding framework (2211.11760), two affine maps.
+
+    The first takes the spikes of all spike steps to as many values as there are neurons.
+    """
+
+    def __init__(self, neurons: int, spike_steps: int, act_dim: int) -> None:
+        super().__init__()
+        self.over_time = Linear(spike_steps * neurons, neurons)
+        self.map = Linear(neurons, act_dim)
+
+    def forward(self, spikes_TBN: Tensor) -> Tensor:
+        return self.map(self.over_time(spikes_TBN.transpose(0, 1).flatten(1)))
+
+
+Decoder = RateDecoder | LearnedDecoder | LinearDecoder
+
+
+def output_layer(config: DecoderConfig, act_dim: int) -> list[int]:
+    """The width of the output population; none where the last hidden layer is read."""
+    return [act_dim * config.pop_size] if isinstance(config, RateConfig) else []
+
+
+def build_decoder(config: DecoderConfig, act_dim: int, hidden: int, spike_steps: int) -> Decoder:
+    """`hidden`: neurons of the last hidden layer."""
+    if isinstance(config, MembraneConfig):
+        kind = ILCDecoder if config.name == "ilc" else MembraneDecoder
+        return kind(act_dim, config)
+    if isinstance(config, RateConfig):
+        return RateDecoder(act_dim, config)
+    if config.name == "linear":
+        return LinearDecoder(hidden, act_dim)
+    return LearnedDecoder(hidden, spike_steps, act_dim)

@@ -2,88 +2,251 @@
 
 Shape legend   B batch, N neurons.
 
-`cuba_lif`   c = dc c + x;  v = dv v (1 - o) + c;  o = [v > th]      (hard reset to 0)
+With drive x, voltage v, spikes o = [v > th], and r(v, o) = v (1 - o) for reset=hard, v - th o for
+reset=soft (on the right-hand sides, values of the spike step before):
+
+`lif`        v = dv r(v, o) + x
+    elsewhere: Proxy Target "LIF"; snnTorch `Leaky` (soft), Norse `LIFCell` in other units
+`cuba_lif`   c = dc c + x;  v = dv r(v, o) + c
     elsewhere: PopSAN "LIF", Proxy Target "CLIF", NIR `CubaLIF`, SpikingJelly `CUBALIFNode`,
     snnTorch `Synaptic`
-`lif`        v = dv v (1 - o) + x;  o = [v > th]                     (hard reset to 0)
-    elsewhere: Proxy Target "LIF"
+`plif`       lif with dv = sigmoid(w), w learned, one for each layer
+    elsewhere: SpikingJelly `ParametricLIFNode(decay_input=False)`, whose 1/tau is 1 - dv
+`alif`       a = da a + o;  v = dv r(v, o) + x;  o = [v > th + beta a]
+    elsewhere: the adaptive neuron of LSNN (Bellec et al., 2018); Norse `LSNNCell` in other units
+`dynamic`    c = dc c + x;  v' = (1 - o) v + th_r o;  u' = u + th_s o;
+             v = v' + v'^2 - v' - u' + c;  u = u' + th_v v' - th_u u'
+    elsewhere: MDC-SAN's dynamic neuron, Proxy Target "DN" (whose code adds th_u u': theta_u < 0)
 
 "CLIF" also names the unrelated Complementary LIF (ICML 2024) and is therefore not used here.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
-from spikerl.snn.surrogates import rect_spike
+from spikerl.snn.surrogates import SURROGATES, reach, spike
 
 
 @dataclass(kw_only=True)
-class CubaLIFConfig:
-    """Current-based leaky integrate-and-fire neuron (Tang et al., 2020, arXiv:2010.09635)."""
+class NeuronConfig:
+    """What every neuron has."""
 
     name: str
-    current_decay: float  # share of the synaptic current kept from one spike step to the next
-    voltage_decay: float  # share of the membrane voltage kept by a neuron that did not fire
     threshold: float  # fires strictly above it
-    surrogate_window: float  # a gradient passes where |voltage - threshold| < this
+    reset: str  # hard: to 0 (dynamic: to theta_r); soft: by the threshold
+    surrogate: str  # what stands in for a spike's derivative: rect, triangle, sigmoid, atan
+    surrogate_window: float  # of rect: 1 where |voltage - threshold| < this
+    surrogate_slope: float  # of the others
+    surrogate_slope_end: float | None  # the slope moves evenly to this over the run; null: it stays
 
     def __post_init__(self) -> None:
-        check_neuron(self, "current_decay", "voltage_decay")
+        for key in ("threshold", "surrogate_window", "surrogate_slope"):
+            if not getattr(self, key) > 0.0:
+                raise BadRequest(f"neuron.{key}", getattr(self, key), "give a value above 0")
+        if self.surrogate_slope_end is not None and not self.surrogate_slope_end > 0.0:
+            remedy = "give a value above 0, or null"
+            raise BadRequest("neuron.surrogate_slope_end", self.surrogate_slope_end, remedy)
+        if self.reset not in ("hard", "soft"):
+            raise BadRequest("neuron.reset", self.reset, "give hard or soft")
+        if self.surrogate not in SURROGATES:
+            remedy = f"give one of {', '.join(SURROGATES)}"
+            raise BadRequest("neuron.surrogate", self.surrogate, remedy)
+        for key in ("voltage_decay", "current_decay", "adaptation_decay"):
+            if hasattr(self, key) and not 0.0 <= getattr(self, key) <= 1.0:
+                raise BadRequest(f"neuron.{key}", getattr(self, key), "give a value in [0, 1]")
 
 
 @dataclass(kw_only=True)
-class LIFConfig:
+class LIFConfig(NeuronConfig):
     """Leaky integrate-and-fire neuron without a current of its own (arXiv:2505.24161)."""
 
-    name: str
-    voltage_decay: float
-    threshold: float
-    surrogate_window: float
+    voltage_decay: float  # share of the membrane voltage kept by a neuron that did not fire
+
+
+@dataclass(kw_only=True)
+class CubaLIFConfig(LIFConfig):
+    """Current-based leaky integrate-and-fire neuron (Tang et al., 2020, arXiv:2010.09635)."""
+
+    current_decay: float  # share of the synaptic current kept from one spike step to the next
+
+
+@dataclass(kw_only=True)
+class PLIFConfig(LIFConfig):
+    """LIF whose `voltage_decay` is learned, one for each layer, from this value on."""
 
     def __post_init__(self) -> None:
-        check_neuron(self, "voltage_decay")
+        super().__post_init__()
+        if self.voltage_decay in (0.0, 1.0):
+            remedy = "a learned decay begins between 0 and 1; use neuron=lif for a fixed one"
+            raise BadRequest("neuron.voltage_decay", self.voltage_decay, remedy)
 
 
-NeuronConfig = CubaLIFConfig | LIFConfig
+@dataclass(kw_only=True)
+class ALIFConfig(LIFConfig):
+    """LIF whose threshold rises with its own spikes (Bellec et al., 2018, arXiv:1803.09574)."""
+
+    adaptation: float  # beta, by how much a spike raises the threshold
+    adaptation_decay: float  # share of that kept from one spike step to the next
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adaptation < 0.0:
+            raise BadRequest("neuron.adaptation", self.adaptation, "give 0 or more")
 
 
-def check_neuron(config: NeuronConfig, *decays: str) -> None:
-    for key in decays:
-        if not 0.0 <= getattr(config, key) <= 1.0:
-            raise BadRequest(f"neuron.{key}", getattr(config, key), "give a value in [0, 1]")
-    for key in ("threshold", "surrogate_window"):
-        if not getattr(config, key) > 0.0:
-            raise BadRequest(f"neuron.{key}", getattr(config, key), "give a value above 0")
+@dataclass(kw_only=True)
+class DynamicConfig(NeuronConfig):
+    """Second-order dynamic neuron (Zhang et al., AAAI 2022, MDC-SAN)."""
+
+    current_decay: float
+    theta_v: float  # of the voltage in the recovery variable's change
+    theta_u: float  # of the recovery variable in it, subtracted
+    theta_r: float  # voltage that a spike resets to
+    theta_s: float  # what a spike adds to the recovery variable
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reset != "hard":
+            remedy = "a dynamic neuron resets to theta_r; give hard"
+            raise BadRequest("neuron.reset", self.reset, remedy)
 
 
-class CubaLIFState(NamedTuple):
-    current_BN: Tensor
+class State(NamedTuple):
     voltage_BN: Tensor
     spikes_BN: Tensor
+    others: tuple[Tensor, ...] = ()  # what else this kind of neuron has
 
 
-class CubaLIF:
-    """Current-based LIF; its reset is applied on entry, so a neuron that fired starts from zero.
-
-    `lif` is the same with a current that keeps nothing.
-    """
+class Neuron(nn.Module):
+    """One layer's neurons. The reset is applied on entry: one that fired starts from there."""
 
     def __init__(self, config: NeuronConfig) -> None:
+        super().__init__()
         self.config = config
-        self.current_decay = 0.0 if isinstance(config, LIFConfig) else config.current_decay
+        self.scale = config.surrogate_slope  # of the surrogate
+        if config.surrogate == "rect":
+            self.scale = config.surrogate_window
 
-    def initial(self, drive_BN: Tensor) -> CubaLIFState:
-        zero = torch.zeros_like(drive_BN)
-        return CubaLIFState(zero, zero, zero)
-
-    def step(self, drive_BN: Tensor, state: CubaLIFState) -> CubaLIFState:
+    @property
+    def basic(self) -> bool:
+        """Whether it is of the kind that every kernel has: `lif` and `cuba_lif` as published."""
         c = self.config
-        current = self.current_decay * state.current_BN + drive_BN
-        voltage = c.voltage_decay * state.voltage_BN * (1.0 - state.spikes_BN) + current
-        return CubaLIFState(current, voltage, rect_spike(voltage - c.threshold, c.surrogate_window))
+        return isinstance(self, CubaLIF) and c.reset == "hard" and c.surrogate == "rect"
+
+    def initial(self, drive_BN: Tensor) -> State:
+        zero = torch.zeros_like(drive_BN)
+        return State(zero, zero)
+
+    def step(self, drive_BN: Tensor, state: State) -> State:
+        raise NotImplementedError
+
+    def excess(self, state: State) -> Tensor:
+        """How far a voltage lies above its threshold."""
+        return state.voltage_BN - self.config.threshold
+
+    def passes(self, state: State) -> Tensor:
+        """Where a gradient passes: the surrogate's window."""
+        return self.excess(state).abs() < reach(self.config.surrogate, self.scale)
+
+    def schedule(self, share: float) -> None:
+        """Give the surrogate its slope after this share of the run."""
+        c = self.config
+        if c.surrogate != "rect" and c.surrogate_slope_end is not None:
+            self.scale = c.surrogate_slope + share * (c.surrogate_slope_end - c.surrogate_slope)
+
+    def kept(self, state: State) -> Tensor:
+        """The voltage behind the reset."""
+        if self.config.reset == "hard":
+            return state.voltage_BN * (1.0 - state.spikes_BN)
+        return state.voltage_BN - self.config.threshold * state.spikes_BN
+
+    def fire(self, excess_BN: Tensor) -> Tensor:
+        return spike(excess_BN, self.config.surrogate, self.scale)
+
+
+class CubaLIF(Neuron):
+    """`cuba_lif`; `lif` is the same with a current that keeps nothing."""
+
+    config: LIFConfig
+
+    @property
+    def current_decay(self) -> float:
+        return self.config.current_decay if isinstance(self.config, CubaLIFConfig) else 0.0
+
+    def initial(self, drive_BN: Tensor) -> State:
+        zero = torch.zeros_like(drive_BN)
+        return State(zero, zero, (zero,))
+
+    def step(self, drive_BN: Tensor, state: State) -> State:
+        current = self.current_decay * state.others[0] + drive_BN
+        voltage = self.config.voltage_decay * self.kept(state) + current
+        return State(voltage, self.fire(voltage - self.config.threshold), (current,))
+
+
+class PLIF(Neuron):
+    config: PLIFConfig
+
+    def __init__(self, config: PLIFConfig) -> None:
+        super().__init__(config)
+        decay = config.voltage_decay
+        self.decay_logit = nn.Parameter(torch.tensor(math.log(decay / (1.0 - decay))))
+
+    def step(self, drive_BN: Tensor, state: State) -> State:
+        voltage = torch.sigmoid(self.decay_logit) * self.kept(state) + drive_BN
+        return State(voltage, self.fire(voltage - self.config.threshold))
+
+
+class ALIF(Neuron):
+    config: ALIFConfig
+
+    def initial(self, drive_BN: Tensor) -> State:
+        zero = torch.zeros_like(drive_BN)
+        return State(zero, zero, (zero,))
+
+    def excess(self, state: State) -> Tensor:
+        c = self.config
+        return state.voltage_BN - (c.threshold + c.adaptation * state.others[0])
+
+    def step(self, drive_BN: Tensor, state: State) -> State:
+        c = self.config
+        adapted = c.adaptation_decay * state.others[0] + state.spikes_BN
+        voltage = c.voltage_decay * self.kept(state) + drive_BN
+        excess = voltage - (c.threshold + c.adaptation * adapted)
+        return State(voltage, self.fire(excess), (adapted,))
+
+
+class Dynamic(Neuron):
+    config: DynamicConfig
+
+    def initial(self, drive_BN: Tensor) -> State:
+        zero = torch.zeros_like(drive_BN)
+        return State(zero, zero, (zero, zero))
+
+    def step(self, drive_BN: Tensor, state: State) -> State:
+        c, fired = self.config, state.spikes_BN
+        current = c.current_decay * state.others[0] + drive_BN
+        v = state.voltage_BN * (1.0 - fired) + c.theta_r * fired
+        u = state.others[1] + c.theta_s * fired
+        voltage = v + v.square() - v - u + current
+        recovery = u + c.theta_v * v - c.theta_u * u
+        return State(voltage, self.fire(voltage - c.threshold), (current, recovery))
+
+
+NEURONS: dict[type[NeuronConfig], type[Neuron]] = {
+    LIFConfig: CubaLIF,
+    CubaLIFConfig: CubaLIF,
+    PLIFConfig: PLIF,
+    ALIFConfig: ALIF,
+    DynamicConfig: Dynamic,
+}
+
+
+def build_neuron(config: NeuronConfig) -> Neuron:
+    return NEURONS[type(config)](config)

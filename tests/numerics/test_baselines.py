@@ -71,7 +71,8 @@ def test_weights_that_fire_as_trained_ones_do() -> None:
     actor, obs = popsan(17, 6, [64, 48]), torch.randn(200, 17).clamp(-3, 3)
     rates = [0.2, 0.33, 0.51, 0.71]
     baselines.as_trained(actor, rates, obs)
-    spikes, voltages = reference.record(actor, obs, None)
+    spikes, states = reference.record(actor, obs, None)
+    voltages = [torch.stack([state.voltage_BN for state in own]) for own in states]
     for layer, rate in zip(spikes, rates, strict=True):
         assert float(layer.mean()) == pytest.approx(rate, abs=0.01)
     for v in voltages:  # 0.22 to 0.32 in the published policy

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import POISSON, POPULATION, popsan
+from builders import CUBA_LIF, POISSON, POPULATION, lif_config, popsan, with_neurons
 from torch import Tensor
 
 from spikerl.algos.base import flatten
@@ -18,7 +18,6 @@ from spikerl.networks import SpikingActor
 from spikerl.snn import kernels
 from spikerl.snn.kernels import cpu, native, reference
 from spikerl.snn.kernels.prepared import fused
-from spikerl.snn.neurons import CubaLIF, CubaLIFConfig, LIFConfig
 
 PATHS = native.supported_paths()
 SIZES = [  # observations, actions, hidden widths, spike steps, samples
@@ -84,14 +83,14 @@ def test_actions_and_gradients(path: str, encoder: object, size: tuple) -> None:
 def test_exact_where_sums_are(path: str, batch: int) -> None:
     """Dyadic weights, and actions of 0: no sum rounds, so that order cannot matter."""
     actor = made(5, 3, [40, 23], 2)
-    actor.neuron.config = replace(actor.neuron.config, voltage_decay=0.5)
+    with_neurons(actor, replace(CUBA_LIF, voltage_decay=0.5))
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in actor.parameters():
             if p is not actor.encoder.mean_OP and p is not actor.encoder.std_OP:
                 p.copy_(torch.randint(-2, 3, p.shape, generator=draw) / 4.0)
         obs = torch.tensor([[0.3, -1.1, 2.0, 0.0, -0.6]]).expand(batch, -1)
-        pre_tanh = actor.decoder(reference.rates(actor, obs, None))
+        pre_tanh = reference.outputs(actor, obs, None)
         actor.decoder.bias_A -= pre_tanh[0]
     direction = torch.tensor([[0.5, -1.0, 0.25]]).expand(batch, -1)
     expected, grads = run(actor, "reference", obs, direction)
@@ -125,7 +124,7 @@ def test_layers_that_never_or_always_fire(path: str, bias: float) -> None:
 def test_lanes_that_are_no_neurons(path: str) -> None:
     """A window wider than the threshold holds a resting voltage, that of padding too."""
     actor = made(2, 1, [5, 3], 5)
-    actor.neuron.config = replace(actor.neuron.config, surrogate_window=0.8)
+    with_neurons(actor, replace(CUBA_LIF, surrogate_window=0.8))
     obs, direction = torch.randn(6, 2), torch.randn(6, 1)
     _, grads = run(actor, "reference", obs, direction)
     _, ours = run(actor, f"cpu/{path}", obs, direction)
@@ -136,14 +135,12 @@ def test_lanes_that_are_no_neurons(path: str) -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_neurons(decay: float) -> None:
     """`lif` is the other neuron with a decay of 0; constants that differ from all others."""
-    config = CubaLIFConfig(
-        name="cuba_lif", current_decay=decay, voltage_decay=0.6, threshold=0.7, surrogate_window=0.4
-    )
+    same = {"voltage_decay": 0.6, "threshold": 0.7, "surrogate_window": 0.4}
+    config = replace(CUBA_LIF, current_decay=decay, **same)
     actor = made(6, 2, [31, 18], 6)
-    lif = LIFConfig(name="lif", voltage_decay=0.6, threshold=0.7, surrogate_window=0.4)
     obs, direction = torch.randn(30, 6), torch.randn(30, 2)
-    for neuron in (CubaLIF(config), *([CubaLIF(lif)] if decay == 0.0 else [])):
-        actor.neuron = neuron
+    for neuron in (config, *([lif_config(**same)] if decay == 0.0 else [])):
+        with_neurons(actor, neuron)
         expected, grads = run(actor, "reference", obs, direction)
         act, ours = run(actor, f"cpu/{PATHS[0]}", obs, direction)
         torch.testing.assert_close(act, expected, rtol=0, atol=1e-6)
@@ -160,7 +157,8 @@ def test_spikes_that_differ_are_few() -> None:
         actor.kernel = f"cpu/{PATHS[0]}"
         act = actor(obs)
     flipped = ((act - expected).abs() > 1e-5).any(1)
-    _, voltages = reference.record(actor, obs, None)
+    _, states = reference.record(actor, obs, None)
+    voltages = [torch.stack([state.voltage_BN for state in own]) for own in states]
     margin = torch.stack([(v - 0.5).abs().amin((0, 2)) for v in voltages]).amin(0)
     assert float(flipped.float().mean()) < 0.01
     assert not (flipped & (margin > 1e-5)).any()
@@ -185,7 +183,7 @@ def test_weights_that_moved_are_found() -> None:
     obs = torch.randn(4, 3)
     actor(obs)
     actor.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, assign=True)
-    expected = torch.tanh(actor.decoder(reference.rates(actor, obs, None)))
+    expected = torch.tanh(reference.outputs(actor, obs, None))
     torch.testing.assert_close(actor(obs), expected, rtol=0, atol=1e-6)
     flatten(actor)
     torch.testing.assert_close(actor(obs), expected, rtol=0, atol=1e-6)
@@ -214,7 +212,7 @@ def test_one_layers_scan(path: str, steps: int) -> None:
     found = []
     for scan in (reference.scan, cpu.kernel(path).scan):
         x = drive.clone().requires_grad_()
-        spikes = scan(actor, x)
+        spikes = scan(actor.neurons[0], x)
         (grad,) = torch.autograd.grad((spikes * weight).sum(), x)
         found.append((spikes.detach(), grad))
     assert torch.equal(found[0][0], found[1][0])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import popsan
+from builders import lif_config, popsan, with_neurons
 
 from spikerl.snn.kernels import reference, triton
-from spikerl.snn.neurons import CubaLIF, LIFConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -18,9 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def test_scan(neurons: int, steps: int, lif: bool) -> None:
     net = popsan(3, 2, [8], spike_steps=steps)
     if lif:
-        net.neuron = CubaLIF(
-            LIFConfig(name="lif", voltage_decay=0.6, threshold=0.4, surrogate_window=0.3)
-        )
+        with_neurons(net, lif_config(voltage_decay=0.6, threshold=0.4, surrogate_window=0.3))
     draw = torch.Generator().manual_seed(neurons + steps)
     drive = torch.randn(steps, 2, neurons, generator=draw) * 0.6
     if neurons > 1:
@@ -29,7 +26,7 @@ def test_scan(neurons: int, steps: int, lif: bool) -> None:
     found = []
     for scan in (reference.scan, triton.scan):
         x = drive.clone().to(DEVICE).requires_grad_()
-        spikes = scan(net, x)
+        spikes = scan(net.neurons[0], x)
         (grad,) = torch.autograd.grad((spikes * weight.to(DEVICE)).sum(), x)
         found.append((spikes.detach().cpu(), grad.cpu()))
     assert torch.equal(found[0][0], found[1][0])
@@ -44,11 +41,11 @@ def test_membranes_do_not_round(dtype: torch.dtype) -> None:
     net, draw = popsan(3, 2, [8]), torch.Generator().manual_seed(0)
     drive = (torch.randn(5, 3, 90, generator=draw) * 0.6).to(dtype).requires_grad_()
     weight = torch.randn(drive.shape, generator=draw).to(dtype)
-    spikes = triton.scan(net, drive.to(DEVICE))
+    spikes = triton.scan(net.neurons[0], drive.to(DEVICE))
     (grad,) = torch.autograd.grad(spikes, drive, weight.to(DEVICE))
     assert spikes.dtype == grad.dtype == dtype
     exact = drive.detach().float().requires_grad_()
-    expected = reference.scan(net, exact)
+    expected = reference.scan(net.neurons[0], exact)
     assert torch.equal(spikes.float().cpu(), expected)
     (wanted,) = torch.autograd.grad(expected, exact, weight.float())
     # A gradient is rounded once, when it is stored: to the nearest number, within half a unit of

@@ -13,8 +13,8 @@ import spikerl
 ROOT = Path(spikerl.__file__).parent
 LEVELS = [
     "types errors seeding schema",
-    "linear gradient snn snn.surrogates snn.neurons snn.encoders snn.decoders snn.kernels"
-    " snn.kernels.reference snn.kernels.native snn.kernels.prepared snn.kernels.cpu"
+    "linear gradient snn snn.surrogates snn.neurons snn.encoders snn.decoders snn.batchnorm"
+    " snn.kernels snn.kernels.reference snn.kernels.native snn.kernels.prepared snn.kernels.cpu"
     " snn.kernels.triton",
     "networks normalize buffers",
     "envs snapshots distributed distributed.launch distributed.orphans distributed.sums"

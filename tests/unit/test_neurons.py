@@ -13,11 +13,11 @@ from torch import Tensor
 from spikerl.snn.decoders import RateDecoder
 from spikerl.snn.encoders import PopulationConfig, PopulationEncoder
 from spikerl.snn.kernels import reference
-from spikerl.snn.neurons import CubaLIF, CubaLIFState
-from spikerl.snn.surrogates import rect_spike
+from spikerl.snn.neurons import CubaLIF, State
+from spikerl.snn.surrogates import spike
 
 
-def run(drive_T: list[float]) -> list[CubaLIFState]:
+def run(drive_T: list[float]) -> list[State]:
     neuron = CubaLIF(CUBA_LIF)
     states = []
     state = neuron.initial(torch.zeros(1, 1, dtype=torch.float64))
@@ -27,7 +27,9 @@ def run(drive_T: list[float]) -> list[CubaLIFState]:
     return states
 
 
-def trace(states: list[CubaLIFState], field: str) -> list[float]:
+def trace(states: list[State], field: str) -> list[float]:
+    if field == "current_BN":
+        return [float(state.others[0]) for state in states]
     return [float(getattr(state, field)) for state in states]
 
 
@@ -50,12 +52,12 @@ def test_reset_clears_the_voltage_but_not_the_current() -> None:
 
 def test_tie_does_not_fire() -> None:
     assert trace(run([0.5]), "spikes_BN") == [0.0]
-    assert rect_spike(torch.tensor([0.0, 1e-7]), 0.5).tolist() == [0.0, 1.0]
+    assert spike(torch.tensor([0.0, 1e-7]), "rect", 0.5).tolist() == [0.0, 1.0]
 
 
 def test_surrogate_window_is_open_and_one_inside() -> None:
     excess = torch.tensor([-0.5, -0.4999, 0.0, 0.4999, 0.5], requires_grad=True)
-    rect_spike(excess, 0.5).backward(torch.full((5,), 3.0))
+    spike(excess, "rect", 0.5).backward(torch.full((5,), 3.0))
     assert excess.grad is not None
     assert excess.grad.tolist() == [0.0, 3.0, 3.0, 3.0, 0.0]
 
@@ -171,7 +173,7 @@ def test_decoder_reads_each_population_alone() -> None:
         decoder.bias_A.copy_(torch.tensor([0.5, -1.0]))
     rate = torch.zeros(1, 20)
     rate[0, 3], rate[0, 12] = 0.25, 0.5
-    assert decoder(rate).tolist() == [[0.5 + 3 * 0.25, -1.0 + 12 * 0.5]]
+    assert decoder(rate.unsqueeze(0)).tolist() == [[0.5 + 3 * 0.25, -1.0 + 12 * 0.5]]
 
 
 def test_spikes_are_binary_and_layers_see_this_steps_input() -> None:
@@ -182,8 +184,9 @@ def test_spikes_are_binary_and_layers_see_this_steps_input() -> None:
             layer.weight_IN.fill_(1.0)
             layer.bias_N.zero_()
     centre = actor.encoder.mean_OP[0, 4].detach().view(1, 1)
-    spikes, voltages = reference.record(actor, centre, None)
+    spikes, states = reference.record(actor, centre, None)
     assert [s.sum().item() for s in spikes] == [1.0, 3.0, 2.0, 10.0]
+    voltages = [torch.stack([s.voltage_BN for s in own]) for own in states]
     assert [v.unique().tolist() for v in voltages] == [[1.0], [3.0], [2.0]]
 
 
@@ -194,7 +197,7 @@ def test_firing_statistics_by_hand() -> None:
         for layer, bias in zip(actor.layers, (0.0, 2.0), strict=True):
             layer.weight_IN.zero_()
             layer.bias_N.fill_(bias)
-    rates = reference.rates(actor, torch.full((3, 1), 50.0), None)
+    rates = reference.spikes(actor, torch.full((3, 1), 50.0), None).mean(0)
     assert torch.equal(rates, torch.ones(3, 10))
     activity = actor.activity(torch.full((1030, 1), 50.0))  # out of the encoder's reach
     assert activity.layers == [0.0, 0.0, pytest.approx(1.0)]

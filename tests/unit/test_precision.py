@@ -32,7 +32,8 @@ def test_spiking_products_round_and_membranes_do_not(dtype: torch.dtype) -> None
     low, full = popsan(4, 2, [32], dtype=dtype), popsan(4, 2, [32])
     full.load_state_dict(low.state_dict())
     obs = torch.randn(16, 4)
-    spikes, voltages = reference.record(low, obs, None)
+    spikes, states = reference.record(low, obs, None)
+    voltages = [torch.stack([state.voltage_BN for state in own]) for own in states]
     assert all(t.dtype == torch.float32 for t in (*spikes, *voltages))
     layer = low.layers[0]
     weight, bias = layer.weight_IN.detach().to(dtype), layer.bias_N.detach().to(dtype)

@@ -239,7 +239,7 @@ void backward(const Net& net, int64_t B, const float* obs, bool poisson, const f
     for (int64_t b = 0; b < B; b++) {
         const int32_t* words = st.words[net.layers] + b * Np;
         for (int64_t a = 0, n = 0; a < net.act_dim; a++) {
-            const float y = act[b * net.act_dim + a], g = grad_act[b * net.act_dim + a] * (1.0f - y * y);
+            const float y = act ? act[b * net.act_dim + a] : 0.0f, g = grad_act[b * net.act_dim + a] * (1.0f - y * y);
             out.out_bias[a] += g;
             for (int64_t p = 0; p < net.out_pop_size; p++, n++) {
                 out.out_weight[n] += g * (float(__builtin_popcount(words[n])) / float(T));
@@ -324,7 +324,7 @@ void spikerl_scan_back(const Net* net, int64_t M, const float* grad, const float
     for (int64_t m = 0; m < M; m += 16) scan_back(*net, 16, M, grad + m, M, voltage + m, out + m, nullptr);
 }
 
-// Gradients of all parameters; `saved` as `spikerl_forward` left it.
+// Gradients of all parameters; `saved` as `spikerl_forward` left it; `act` is null where that did not squash.
 void spikerl_backward(const Net* net, int64_t B, const float* obs, int poisson, const float* act,
                       const float* grad_act, char* saved, float* mean, float* std, float* const* weights,
                       float* const* biases, float* out_weight, float* out_bias, int threads) {

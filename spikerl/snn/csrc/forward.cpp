@@ -203,7 +203,7 @@ void encode(const Store& st, int64_t b, const float* obs, const float* uniform, 
     }
 }
 
-void decode(const Store& st, int64_t b, float* act) {
+void decode(const Store& st, int64_t b, float* act, bool squash) {
     const Net& net = *st.net;
     const int32_t* words = st.words[net.layers] + b * padded(net.widths[net.layers]);
     const float* weight = net.out_weight;
@@ -211,7 +211,7 @@ void decode(const Store& st, int64_t b, float* act) {
         float sum = 0.0f;
         for (int64_t p = 0; p < net.out_pop_size; p++)
             sum += float(__builtin_popcount(*words++)) / float(net.spike_steps) * *weight++;
-        act[a] = std::tanh(sum + net.out_bias[a]);
+        act[a] = squash ? std::tanh(sum + net.out_bias[a]) : sum + net.out_bias[a];
     }
 }
 
@@ -265,7 +265,7 @@ void run_layer(const Store& st, int layer, const Layer& l, int64_t from, int64_t
 }
 
 void forward(const Net& net, int64_t B, const float* obs, const float* uniform, float* act, char* saved,
-             int threads) {
+             bool squash, int threads) {
     const Layers layers(net, B > DIRECT);
     const int64_t tiles = (B + TILE - 1) / TILE;
     const int64_t step = B * net.widths[0];
@@ -281,7 +281,7 @@ void forward(const Net& net, int64_t B, const float* obs, const float* uniform, 
             encode(st, from + i, obs + (first + i) * net.obs_dim, u, step);
         }
         for (int l = 0; l < net.layers; l++) run_layer(st, l, layers.of[l], from, from + count);
-        for (int64_t i = 0; i < count; i++) decode(st, from + i, act + (first + i) * net.act_dim);
+        for (int64_t i = 0; i < count; i++) decode(st, from + i, act + (first + i) * net.act_dim, squash);
     }
 }
 
@@ -303,9 +303,10 @@ bool spikerl_act(const Net* net, const Units* units, const double* obs, const fl
     for (int64_t o = 0; o < O; o++) {
         if (!std::isfinite(obs[o])) return false;
         const float z = (float(obs[o]) - norm[o]) / norm[O + o];
-        normal[o] = z > clip ? clip : z < -clip ? -clip : z;
+        const float within = z > clip ? clip : z < -clip ? -clip : z;
+        normal[o] = net->squashes ? std::tanh(within) : within;
     }
-    forward(*net, 1, normal, nullptr, act, nullptr, 1);
+    forward(*net, 1, normal, nullptr, act, nullptr, true, 1);
     for (int64_t a = 0; a < net->act_dim; a++) {
         const float y = float(units->low[a] + double(act[a] + 1.0f) * units->half_range[a]);
         act[a] = y < units->least[a] ? units->least[a] : y > units->most[a] ? units->most[a] : y;
@@ -317,10 +318,10 @@ bool spikerl_act(const Net* net, const Units* units, const double* obs, const fl
 int64_t spikerl_saved_bytes(const Net* net, int64_t B) { return Store(net, B, true, nullptr).bytes; }
 
 // act (B, A) from normalised observations (B, O); `uniform` (T, B, K0) makes the encoder a Poisson coder;
-// `saved` is null where no gradient is wanted.
+// `saved` is null where no gradient is wanted; without `squash`, act is before its tanh.
 void spikerl_forward(const Net* net, int64_t B, const float* obs, const float* uniform, float* act,
-                     char* saved, int threads) {
-    forward(*net, B, obs, uniform, act, saved, threads);
+                     char* saved, bool squash, int threads) {
+    forward(*net, B, obs, uniform, act, saved, squash, threads);
 }
 
 // One layer of M neurons (a multiple of 16) over T spike steps, from its drive (T, M): spikes and voltages (T, M).

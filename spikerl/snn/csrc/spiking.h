@@ -46,6 +46,7 @@ struct Net {
     const float* const* weights;
     const float* const* biases;
     const float *out_weight, *out_bias;
+    int32_t squashes;  // one action is of tanh(observation); elsewhere the caller has applied it
 };
 }
 

@@ -25,11 +25,11 @@ class Kernel(Protocol):
     """Shapes: observations (B, O), actions (B, A) in [-1, 1], values (C, B)."""
 
     def actions(
-        self, net: SpikingNet, obs: Tensor, generator: torch.Generator | None, /
+        self, net: SpikingNet, obs: Tensor, generator: torch.Generator | None, squash: bool = ..., /
     ) -> Tensor: ...
 
     def vjp(
-        self, net: SpikingNet, obs: Tensor, generator: torch.Generator | None, /
+        self, net: SpikingNet, obs: Tensor, generator: torch.Generator | None, squash: bool = ..., /
     ) -> tuple[Tensor, Pullback]: ...
 
     def values(self, critic: ValueNet, obs: Tensor, act: Tensor, /) -> Tensor: ...
@@ -38,7 +38,9 @@ class Kernel(Protocol):
         self, critic: ValueNet, obs: Tensor, act: Tensor, target: Tensor, into: Gradient, /
     ) -> Tensor: ...
 
-    def ascent(self, critic: ValueNet, obs: Tensor, act: Tensor, into: Gradient, /) -> Tensor: ...
+    def ascent(
+        self, critic: ValueNet, obs: Tensor, act: Tensor, into: Gradient, lowest: bool = ..., /
+    ) -> Tensor: ...
 
     def adam(
         self, moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor, /
@@ -67,10 +69,11 @@ class KernelConfig:
             raise BadRequest("kernel.path", self.path, f"this processor runs {here}")
 
 
-def resolve(
-    config: KernelConfig, device: str, actor_dtype: torch.dtype = torch.float32
-) -> Resolved:
-    """The kernel that runs, and why; what it needs is built here, before any worker starts."""
+def resolve(config: KernelConfig, device: str, layered: str | None = None) -> Resolved:
+    """The kernel that runs, and why; what it needs is built here, before any worker starts.
+
+    `layered`: why none covers the whole actor in one call.
+    """
     if config.name == "reference":
         return Resolved("reference", "requested")
     if device != "cpu":
@@ -85,8 +88,8 @@ def resolve(
             raise BadRequest("kernel", "cpu", f"{error}; use kernel=auto") from None
         return Resolved("reference", str(error))
     reason = "requested" if config.name == "cpu" else "a C++ compiler is there"
-    if actor_dtype != torch.float32:
-        reason += f"; layer by layer, for the actor's products are {actor_dtype}"
+    if layered:
+        reason += f"; layer by layer, for {layered}"
     return Resolved(f"cpu/{path}", reason)
 
 

@@ -1,8 +1,8 @@
 """Actor and critics on the CPU in C++: a spiking network in one call, driven by events.
 
-What a call covers: encoders population and poisson, any number of layers up to 16 of any width,
-cuba_lif and lif neurons with the rectangular surrogate, the rate decoder, float32. Elsewhere (an
-actor whose products are bf16) layers run one after the other with one call for each layer's scan.
+What a call covers: encoders population, poisson and tanh_population, up to 16 layers of any width,
+cuba_lif and lif neurons with hard reset and the rectangular surrogate, the rate decoder, float32.
+Elsewhere layers run one after the other, with one call for a layer's scan where neurons are such.
 Critics in float32 are covered whole; others are PyTorch's.
 
 Shape legend   T spike steps, B batch, O observation entries, K encoder neurons, N, M neurons,
@@ -23,10 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.gradient import Gradient, Moments, Pullback, by_autograd
+from spikerl.snn.batchnorm import BATCH
+from spikerl.snn.encoders import PopulationEncoder
 from spikerl.snn.kernels import native, reference
 from spikerl.snn.kernels.native import Net, Pointer, Units
 from spikerl.snn.kernels.prepared import PreparedActor, PreparedCritic, neuron_only, pointers
 from spikerl.snn.kernels.reference import SpikingNet, ValueNet
+from spikerl.snn.neurons import Neuron
 from spikerl.types import Task
 
 
@@ -53,17 +56,31 @@ class CPUKernel:
 
     # --- the actor --------------------------------------------------------------------------------
 
-    def actions(self, net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Actions (B, A) in [-1, 1]."""
+    def actions(
+        self,
+        net: SpikingNet,
+        obs_BO: Tensor,
+        generator: torch.Generator | None,
+        squash: bool = True,
+    ) -> Tensor:
+        """As `reference.actions`."""
         ready = self.prepare(net)
         if not covered(ready, obs_BO) or obs_BO.requires_grad:
-            return torch.tanh(net.decoder(reference.rates(net, obs_BO, generator, self.scan)))
-        obs_BO = obs_BO.contiguous()
-        uniform = net.encoder.uniform(len(obs_BO), net.spike_steps, generator)
+            return reference.act(reference.outputs(net, obs_BO, generator, self.scan), squash)
+        obs_BO, uniform = self.inputs(net, obs_BO, generator)
         if not torch.is_grad_enabled():
-            return self.forward(ready, obs_BO, uniform, None)
-        act: Tensor = _Actions.apply(self, ready, obs_BO, uniform, *ready.params)
+            return self.forward(ready, obs_BO, uniform, None, squash)
+        act: Tensor = _Actions.apply(self, ready, obs_BO, uniform, squash, *ready.params)
         return act
+
+    def inputs(
+        self, net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the receptive fields see, and what a random encoder draws."""
+        encoder = net.encoder
+        assert isinstance(encoder, PopulationEncoder)  # `fused` has looked
+        uniform = encoder.uniform(len(obs_BO), net.spike_steps, generator)
+        return encoder.squashed(obs_BO).contiguous(), uniform
 
     def forward(
         self,
@@ -71,6 +88,7 @@ class CPUKernel:
         obs_BO: Tensor,
         uniform_TBK: Tensor | None,
         saved: Tensor | None,
+        squash: bool,
     ) -> Tensor:
         """Actions; `saved` takes what `backward` needs."""
         batch = len(obs_BO)
@@ -82,6 +100,7 @@ class CPUKernel:
             uniform_TBK.data_ptr() if uniform_TBK is not None else None,
             act.data_ptr(),
             saved.data_ptr() if saved is not None else None,
+            squash,
             torch.get_num_threads(),
         )
         return act
@@ -91,49 +110,57 @@ class CPUKernel:
         ready: PreparedActor,
         obs_BO: Tensor,
         poisson: bool,
-        act_BA: Tensor,
+        act_BA: Tensor | None,
         grad_BA: Tensor,
         saved: Tensor,
         at: Sequence[int],
     ) -> None:
-        """Write each parameter's gradient to its address in `at`."""
+        """Write each parameter's gradient to its address in `at`.
+
+        `act_BA`: the actions, where they were squashed.
+        """
         mean, std, *between, out_weight, out_bias = at
         weights, biases = pointers(between[0::2]), pointers(between[1::2])
         self.lib.spikerl_backward(
-            ready.net, len(obs_BO), obs_BO.data_ptr(), poisson, act_BA.data_ptr(),
-            grad_BA.data_ptr(), saved.data_ptr(), mean, std, ctypes.addressof(weights),
-            ctypes.addressof(biases), out_weight, out_bias, torch.get_num_threads(),
+            ready.net, len(obs_BO), obs_BO.data_ptr(), poisson,
+            None if act_BA is None else act_BA.data_ptr(), grad_BA.data_ptr(), saved.data_ptr(),
+            mean, std, ctypes.addressof(weights), ctypes.addressof(biases), out_weight, out_bias,
+            torch.get_num_threads(),
         )  # fmt: skip
 
     def room(self, ready: PreparedActor, batch: int) -> Tensor:
         """For what `forward` saves."""
         return _memory.take(-(-self.lib.spikerl_saved_bytes(ready.net, batch) // 4))
 
-    def scan(self, net: SpikingNet, drive_TBN: Tensor) -> Tensor:
+    def scan(self, neuron: Neuron, drive_TBN: Tensor) -> Tensor:
         """Spikes of one layer."""
-        if drive_TBN.dtype != torch.float32:
-            return reference.scan(net, drive_TBN)
+        if drive_TBN.dtype != torch.float32 or not neuron.basic:
+            return reference.scan(neuron, drive_TBN)
         neurons = drive_TBN[0].numel()
         flat = nn.functional.pad(drive_TBN.flatten(1), (0, -neurons % 16))
-        spikes: Tensor = _Scan.apply(self, neuron_only(net, len(drive_TBN)), flat)
+        spikes: Tensor = _Scan.apply(self, neuron_only(neuron, len(drive_TBN)), flat)
         return spikes[:, :neurons].reshape(drive_TBN.shape)
 
     def vjp(
-        self, net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None
+        self,
+        net: SpikingNet,
+        obs_BO: Tensor,
+        generator: torch.Generator | None,
+        squash: bool = True,
     ) -> tuple[Tensor, Pullback]:
         """As `reference.vjp`, without autograd where one call covers the network."""
         ready = self.prepare(net)
         if not covered(ready, obs_BO):
-            return by_autograd(self.actions(net, obs_BO, generator))
-        obs_BO = obs_BO.contiguous()
-        uniform = net.encoder.uniform(len(obs_BO), net.spike_steps, generator)
+            output = reference.outputs(net, obs_BO, generator, self.scan, BATCH)
+            return by_autograd(reference.act(output, squash))
+        obs_BO, uniform = self.inputs(net, obs_BO, generator)
         saved = [self.room(ready, len(obs_BO))]
-        act = self.forward(ready, obs_BO, uniform, saved[0])
+        act = self.forward(ready, obs_BO, uniform, saved[0], squash)
 
         def pull(grad_BA: Tensor, into: Gradient) -> None:
             room = saved.pop()  # a second way back finds nothing, and fails
-            poisson = uniform is not None
-            self.backward(ready, obs_BO, poisson, act, grad_BA.contiguous(), room, into.at)
+            poisson, grad_BA = uniform is not None, grad_BA.contiguous()
+            self.backward(ready, obs_BO, poisson, act if squash else None, grad_BA, room, into.at)
             _memory.give(room)
 
         return act, pull
@@ -168,16 +195,23 @@ class CPUKernel:
         )  # fmt: skip
         return mean
 
-    def ascent(self, critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, into: Gradient) -> Tensor:
+    def ascent(
+        self,
+        critic: ValueNet,
+        obs_BO: Tensor,
+        act_BA: Tensor,
+        into: Gradient,
+        lowest: bool = False,
+    ) -> Tensor:
         """As `reference.ascent`."""
         ready = self.prepare_critic(critic, act_BA.shape[1])
         if not covered(ready, obs_BO, act_BA):
-            return reference.ascent(critic, obs_BO, act_BA, into)
+            return reference.ascent(critic, obs_BO, act_BA, into, lowest)
         obs, act = obs_BO.contiguous(), act_BA.contiguous()
         grad = torch.empty_like(act)
         value = self.lib.spikerl_value_gradient(
-            ready.first, len(obs), obs.data_ptr(), act.data_ptr(), -into.weight, grad.data_ptr(),
-            torch.get_num_threads(),
+            ready.all if lowest else ready.first, len(obs), obs.data_ptr(), act.data_ptr(),
+            -into.weight, grad.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         into.loss.fill_(-into.weight * value)
         return grad
@@ -252,12 +286,13 @@ class _Actions(torch.autograd.Function):
         ready: PreparedActor,
         obs_BO: Tensor,
         uniform_TBK: Tensor | None,
+        squash: bool,
         *params: Tensor,
     ) -> Tensor:
         saved = kernel.room(ready, len(obs_BO))
-        act = kernel.forward(ready, obs_BO, uniform_TBK, saved)
+        act = kernel.forward(ready, obs_BO, uniform_TBK, saved, squash)
         ctx.kernel, ctx.ready, ctx.poisson = kernel, ready, uniform_TBK is not None
-        ctx.saved = saved
+        ctx.saved, ctx.squash = saved, squash
         ctx.save_for_backward(obs_BO, act, *params)
         return act
 
@@ -268,9 +303,10 @@ class _Actions(torch.autograd.Function):
         grads = [torch.empty_like(p) for p in params]
         saved, ctx.saved = ctx.saved, None  # a second backward pass finds nothing, and fails
         at, grad_BA = [grad.data_ptr() for grad in grads], grad_BA.contiguous()
-        ctx.kernel.backward(ctx.ready, obs_BO, ctx.poisson, act_BA, grad_BA, saved, at)
+        act = act_BA if ctx.squash else None
+        ctx.kernel.backward(ctx.ready, obs_BO, ctx.poisson, act, grad_BA, saved, at)
         _memory.give(saved)
-        return None, None, None, None, *grads
+        return None, None, None, None, None, *grads
 
 
 class _Scan(torch.autograd.Function):

@@ -48,6 +48,7 @@ class Net(ctypes.Structure):
         *((n, ctypes.c_float) for n in ("threshold", "window")),
         *((n, Pointer) for n in ("widths", "mean", "std", "weights", "biases")),
         *((n, Pointer) for n in ("out_weight", "out_bias")),
+        ("squashes", ctypes.c_int32),
     ]
 
 
@@ -96,7 +97,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     net, threads, p = ctypes.POINTER(Net), ctypes.c_int, Pointer
     lib.spikerl_saved_bytes.argtypes = [net, Count]
     lib.spikerl_saved_bytes.restype = Count
-    lib.spikerl_forward.argtypes = [net, Count, p, p, p, p, threads]
+    lib.spikerl_forward.argtypes = [net, Count, p, p, p, p, ctypes.c_bool, threads]
     lib.spikerl_backward.argtypes = [net, Count, p, threads, *[p] * 9, threads]
     lib.spikerl_scan.argtypes = [net, Count, p, p, p, threads]
     lib.spikerl_scan_back.argtypes = [net, Count, p, p, p, threads]

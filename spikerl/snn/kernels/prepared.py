@@ -10,24 +10,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spikerl.snn.decoders import RateDecoder
+from spikerl.snn.encoders import PopulationEncoder
 from spikerl.snn.kernels.native import Critic, Net, Pointer
 from spikerl.snn.kernels.reference import SpikingNet, ValueNet
+from spikerl.snn.neurons import CubaLIF, Neuron
 
 MAX_LAYERS = 16  # of the source
 
 
 def fused(net: SpikingNet) -> bool:
     """Whether one call covers the whole network."""
+    spikes = isinstance(net.encoder, PopulationEncoder) and net.encoder.config.name != "analog"
     plain = net.dtype == torch.float32 and all(_plain(layer.weight_IN) for layer in net.layers)
-    return plain and len(net.layers) <= MAX_LAYERS
+    kinds = spikes and net.neurons[0].basic and type(net.decoder) is RateDecoder
+    return kinds and plain and not len(net.norms) and len(net.layers) <= MAX_LAYERS
 
 
 class PreparedActor:
+    """Where `fused` is false, all that is known is that, and when to look again."""
+
     def __init__(self, net: SpikingNet) -> None:
         self.params = list(net.parameters())
         self.at = [p.data_ptr() for p in self.params]
+        self.first = net.layers[0].weight_IN
         self.fused = fused(net)
-        encoder, c, layers = net.encoder, net.neuron.config, list(net.layers)
+        if not self.fused:
+            return
+        encoder, neuron, layers = net.encoder, net.neurons[0], list(net.layers)
+        assert isinstance(encoder, PopulationEncoder)
+        assert isinstance(neuron, CubaLIF)
+        assert isinstance(net.decoder, RateDecoder)
+        c = neuron.config
         act_dim, out_pop = net.decoder.weight_AP.shape
         widths = [layers[0].weight_IN.shape[0], *(len(layer.bias_N) for layer in layers)]
         self.widths = np.array(widths, np.int32)
@@ -35,14 +49,15 @@ class PreparedActor:
         self.weights, self.biases = pointers(between[0::2]), pointers(between[1::2])
         self.net = Net(
             len(encoder.mean_OP), encoder.config.pop_size, act_dim, out_pop, net.spike_steps,
-            len(layers), encoder.config.threshold, net.neuron.current_decay, c.voltage_decay,
+            len(layers), encoder.config.threshold, neuron.current_decay, c.voltage_decay,
             c.threshold, c.surrogate_window, self.widths.ctypes.data, mean, std,
             ctypes.addressof(self.weights), ctypes.addressof(self.biases), out_weight, out_bias,
+            encoder.squashes,
         )  # fmt: skip
 
     def moved(self, net: SpikingNet) -> bool:
         """Whether its parameters lie elsewhere, or are others: `load_state_dict(assign=True)`."""
-        same = net.encoder._parameters["mean_OP"] is self.params[0]
+        same = net.layers[0]._parameters["weight_IN"] is self.first
         return not same or [p.data_ptr() for p in self.params] != self.at
 
 
@@ -71,10 +86,11 @@ def pointers(at: Sequence[int]) -> ctypes.Array[Any]:
     return (Pointer * len(at))(*at)
 
 
-def neuron_only(net: SpikingNet, spike_steps: int) -> Net:
-    c = net.neuron.config
+def neuron_only(neuron: Neuron, spike_steps: int) -> Net:
+    assert isinstance(neuron, CubaLIF)
+    c = neuron.config
     return Net(
-        spike_steps=spike_steps, current_decay=net.neuron.current_decay,
+        spike_steps=spike_steps, current_decay=neuron.current_decay,
         voltage_decay=c.voltage_decay, threshold=c.threshold, window=c.surrogate_window,
     )  # fmt: skip
 

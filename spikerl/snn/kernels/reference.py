@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.gradient import Gradient, Moments, Pullback, by_autograd
-from spikerl.linear import Linear, Linears, product, relu_values
-from spikerl.snn.decoders import RateDecoder
-from spikerl.snn.encoders import PopulationEncoder
-from spikerl.snn.neurons import CubaLIF, CubaLIFState
+from spikerl.linear import Linears, ListOf, product, relu_values
+from spikerl.snn.batchnorm import BATCH, RUNNING, CaReBN
+from spikerl.snn.decoders import Decoder, ILCDecoder
+from spikerl.snn.encoders import Encoder
+from spikerl.snn.neurons import Neuron, State
 
 
 class SpikingNet(Protocol):
@@ -25,11 +26,11 @@ class SpikingNet(Protocol):
 
     spike_steps: int
     dtype: torch.dtype  # of the layers' products
-    neuron: CubaLIF
-    encoder: PopulationEncoder
-    decoder: RateDecoder
-
+    encoder: Encoder
     layers: Linears
+    neurons: ListOf[Neuron]  # of each layer
+    norms: ListOf[CaReBN]  # of each layer, or none
+    decoder: Decoder
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -42,48 +43,73 @@ class ValueNet(Protocol):
     biases_C1N: nn.ParameterList
 
 
-Scan = Callable[[SpikingNet, Tensor], Tensor]
+# Spikes (T, B, N) of one layer from its drive.
+Scan = Callable[[Neuron, Tensor], Tensor]
 
 
-def actions(net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Actions (B, A) in [-1, 1]."""
-    return torch.tanh(net.decoder(rates(net, obs_BO, generator, scan)))
+def actions(
+    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
+) -> Tensor:
+    """Actions (B, A) in [-1, 1]; before tanh, unless they are to be squashed."""
+    return act(outputs(net, obs_BO, generator, scan), squash)
 
 
 def vjp(
-    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None
+    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
 ) -> tuple[Tensor, Pullback]:
     """Actions, and the way back from their gradient to the parameters'."""
-    return by_autograd(actions(net, obs_BO, generator))
+    return by_autograd(act(outputs(net, obs_BO, generator, scan, BATCH), squash))
 
 
-def scan(net: SpikingNet, drive_TBN: Tensor) -> Tensor:
+def act(output_BA: Tensor, squash: bool) -> Tensor:
+    return torch.tanh(output_BA) if squash else output_BA
+
+
+def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
     """Spikes (T, B, N) of one layer, from rest."""
-    return torch.stack([state.spikes_BN for state in _states(net, drive_TBN)])
+    return _spikes(_states(neuron, drive_TBN))
 
 
-def rates(
-    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, scan: Scan = scan
+def outputs(
+    net: SpikingNet,
+    obs_BO: Tensor,
+    generator: torch.Generator | None,
+    scan: Scan = scan,
+    moments: str = RUNNING,
 ) -> Tensor:
-    """Mean firing rates (B, N) of the output population, `scan` running each layer's neurons."""
-    spikes = net.encoder(obs_BO, net.spike_steps, generator)
-    for layer in net.layers:
-        spikes = scan(net, _drive(net, layer, spikes))
-    return spikes.mean(0)
+    """What the decoder makes of the last layer's spikes, (B, A)."""
+    return net.decoder(spikes(net, obs_BO, generator, scan, moments))
+
+
+def spikes(
+    net: SpikingNet,
+    obs_BO: Tensor,
+    generator: torch.Generator | None,
+    scan: Scan = scan,
+    moments: str = RUNNING,
+) -> Tensor:
+    """The last layer's spikes (T, B, N), `scan` running each layer's neurons.
+
+    `moments`: which ones normalise a layer's drive, where one is normalised.
+    """
+    x = net.encoder(obs_BO, net.spike_steps, generator)
+    for i, neuron in enumerate(net.neurons):
+        drive, lateral = _drive(net, i, x, moments), _lateral(net, i)
+        x = _spikes(_states(neuron, drive, lateral)) if lateral else scan(neuron, drive)
+    return x
 
 
 @torch.no_grad()
 def record(
     net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Spikes (T, B, N) of the encoder and of each layer; voltages (T, B, N) of each layer."""
-    spikes = [net.encoder(obs_BO, net.spike_steps, generator)]
-    voltages = []
-    for layer in net.layers:
-        states = _states(net, _drive(net, layer, spikes[-1]))
-        spikes.append(torch.stack([state.spikes_BN for state in states]))
-        voltages.append(torch.stack([state.voltage_BN for state in states]))
-    return spikes, voltages
+) -> tuple[list[Tensor], list[list[State]]]:
+    """What the encoder gives, then the spikes (T, B, N) of each layer; each layer's states."""
+    layers = [net.encoder(obs_BO, net.spike_steps, generator)]
+    states = []
+    for i, neuron in enumerate(net.neurons):
+        states.append(_states(neuron, _drive(net, i, layers[-1], RUNNING), _lateral(net, i)))
+        layers.append(_spikes(states[-1]))
+    return layers, states
 
 
 def values(critic: ValueNet, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
@@ -101,13 +127,16 @@ def regress(
     return value_CB.detach().mean()
 
 
-def ascent(critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, into: Gradient) -> Tensor:
-    """The loss -mean_b Q_1; its gradient by the actions, (B, A)."""
+def ascent(
+    critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, into: Gradient, lowest: bool = False
+) -> Tensor:
+    """The loss -mean_b Q_1, or -mean_b min_c Q_c; its gradient by the actions, (B, A)."""
     act_BA = act_BA.detach().requires_grad_()
     x_BI = torch.cat([obs_BO, act_BA], -1)
-    weights = [w.detach()[:1] for w in critic.weights_CIN]
-    biases = [b.detach()[:1] for b in critic.biases_C1N]
-    loss = -relu_values(x_BI, weights, biases, critic.dtype).mean()
+    networks = None if lowest else 1
+    weights = [w.detach()[:networks] for w in critic.weights_CIN]
+    biases = [b.detach()[:networks] for b in critic.biases_C1N]
+    loss = -relu_values(x_BI, weights, biases, critic.dtype).amin(0).mean()
     into.loss.copy_(loss.detach() * into.weight)
     return torch.autograd.grad(loss, act_BA, into.factor)[0]
 
@@ -150,14 +179,33 @@ def polyak(target: Tensor, online: Tensor, tau: float, masked: Tensor) -> None:
     target.lerp_(online, (tau * (1.0 - masked)).to(target.dtype))
 
 
-def _drive(net: SpikingNet, layer: Linear, spikes_TBI: Tensor) -> Tensor:
-    steps = spikes_TBI.shape[0]
-    return product(spikes_TBI.flatten(0, 1), layer, net.dtype).unflatten(0, (steps, -1))
+def _drive(net: SpikingNet, i: int, x_TBI: Tensor, moments: str) -> Tensor:
+    """What layer `i` is driven with, (T, B, N)."""
+    steps = x_TBI.shape[0]  # 1 where all spike steps get the same
+    drive = product(x_TBI.flatten(0, 1), net.layers[i], net.dtype).unflatten(0, (steps, -1))
+    if len(net.norms):
+        drive = net.norms[i](drive, moments)
+    return drive.expand(net.spike_steps, -1, -1)
 
 
-def _states(net: SpikingNet, drive_TBN: Tensor) -> list[CubaLIFState]:
+def _lateral(net: SpikingNet, i: int) -> Callable[[Tensor], Tensor] | None:
+    """What the output layer's neurons get from its own spikes, where they are connected."""
+    last = i == len(net.neurons) - 1
+    return net.decoder.lateral if last and isinstance(net.decoder, ILCDecoder) else None
+
+
+def _states(
+    neuron: Neuron, drive_TBN: Tensor, lateral: Callable[[Tensor], Tensor] | None = None
+) -> list[State]:
     """One layer's states at every spike step."""
-    states = [net.neuron.step(drive_TBN[0], net.neuron.initial(drive_TBN[0]))]
-    for drive_BN in drive_TBN[1:]:
-        states.append(net.neuron.step(drive_BN, states[-1]))
+    state, states = neuron.initial(drive_TBN[0]), []
+    for drive_BN in drive_TBN:
+        if lateral is not None:
+            drive_BN = drive_BN + lateral(state.spikes_BN)
+        state = neuron.step(drive_BN, state)
+        states.append(state)
     return states
+
+
+def _spikes(states: list[State]) -> Tensor:
+    return torch.stack([state.spikes_BN for state in states])

@@ -16,30 +16,38 @@ import triton.language as tl
 from torch import Tensor
 
 from spikerl.gradient import Pullback, by_autograd
+from spikerl.snn.batchnorm import BATCH
 from spikerl.snn.kernels import reference
 from spikerl.snn.kernels.reference import SpikingNet, adam, ascent, polyak, regress, values
+from spikerl.snn.neurons import CubaLIF, Neuron
 
 __all__ = ["actions", "adam", "ascent", "polyak", "regress", "values", "vjp"]
 
 BLOCK = 256  # neurons of one program
 
 
-def actions(net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Actions (B, A) in [-1, 1]."""
-    return torch.tanh(net.decoder(reference.rates(net, obs_BO, generator, scan)))
+def actions(
+    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
+) -> Tensor:
+    """As `reference.actions`."""
+    return reference.act(reference.outputs(net, obs_BO, generator, scan), squash)
 
 
 def vjp(
-    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None
+    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
 ) -> tuple[Tensor, Pullback]:
     """As `reference.vjp`."""
-    return by_autograd(actions(net, obs_BO, generator))
+    output = reference.outputs(net, obs_BO, generator, scan, BATCH)
+    return by_autograd(reference.act(output, squash))
 
 
-def scan(net: SpikingNet, drive_TBN: Tensor) -> Tensor:
+def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
     """Spikes (T, B, N) of one layer, from rest, in the drive's type."""
-    c = net.neuron.config
-    constants = (net.neuron.current_decay, c.voltage_decay, c.threshold, c.surrogate_window)
+    if not neuron.basic:
+        return reference.scan(neuron, drive_TBN)
+    assert isinstance(neuron, CubaLIF)
+    c = neuron.config
+    constants = (neuron.current_decay, c.voltage_decay, c.threshold, c.surrogate_window)
     spikes: Tensor = _Scan.apply(drive_TBN.contiguous(), *constants)
     return spikes
 

@@ -1,0 +1,142 @@
+"""CaRe-BN: batch normalisation of a spiking layer's drive (Xu et al., ICLR 2026, arXiv:2509.23791).
+
+Moments are over the batch and all spike steps. What acts uses running moments: each update moves
+them by a Kalman gain, so that they follow quickly while the network changes and average while it
+stands still; now and then they are measured anew on many replayed observations (recalibration).
+With running moments it is an affine map, which folds into the layer's weights.
+
+Shape legend   T spike steps, B batch, N neurons, M = T B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EPS = 1e-5  # added to the variance
+MEMORY = 0.8  # share of the running moments' expected error that is kept from update to update
+
+RUNNING, BATCH, RECALIBRATE = "running", "batch", "recalibrate"  # which moments a pass uses
+
+
+def alone(total: Tensor) -> None:
+    """The sum over one worker."""
+
+
+class CaReBN(nn.Module):
+    """y = gamma (x - mean) / sqrt(var + eps) + beta.
+
+    The running moments are parameters that no gradient reaches, so that whatever copies, averages
+    or commits a network's parameters has them too.
+    """
+
+    def __init__(self, neurons: int, threshold: float) -> None:
+        super().__init__()
+        start = torch.full((neurons,), 0.5 * threshold)
+        self.gamma_N, self.beta_N = nn.Parameter(start), nn.Parameter(start.clone())
+
+        def fixed(value: Tensor) -> nn.Parameter:
+            return nn.Parameter(value, requires_grad=False)
+
+        zero = torch.zeros(neurons)
+        self.mean_N, self.var_N = fixed(zero.clone()), fixed(torch.ones(neurons))
+        # Expected squares of what the running moments are off by.
+        self.mean_error_N, self.var_error_N = fixed(zero.clone()), fixed(zero.clone())
+        self.sum_: Callable[[Tensor], None] = alone  # over workers, in place
+        self.measured = torch.zeros(1 + 2 * neurons, dtype=torch.float64)  # while recalibrating
+
+    def forward(self, drive_TBN: Tensor, moments: str = RUNNING) -> Tensor:
+        if moments == RUNNING:
+            return self.affine(drive_TBN, self.mean_N, self.var_N)
+        if moments == RECALIBRATE:
+            self.measured = self.measured.to(drive_TBN.device) + self.sums(drive_TBN)
+            return self.affine(drive_TBN, *self.moments_of(self.measured, drive_TBN))
+        sums = self.sums(drive_TBN)
+        mean, var = self.moments_of(sums, drive_TBN)
+        self.follow(mean, var, float(sums[0]) / len(drive_TBN))
+        y: Tensor = _Normalise.apply(drive_TBN, self.gamma_N, self.beta_N, mean, var, sums[0],
+                                     self.sum_)  # fmt: skip
+        return y
+
+    def affine(self, drive_TBN: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return (drive_TBN - mean) * (self.gamma_N * (var + EPS).rsqrt()) + self.beta_N
+
+    @torch.no_grad()
+    def sums(self, drive_TBN: Tensor) -> Tensor:
+        """Rows, sums and sums of squares over all workers, (1 + 2 N,) in float64."""
+        x = drive_TBN.flatten(0, 1).double()
+        total = torch.cat([x.new_tensor([len(x)]), x.sum(0), x.square().sum(0)])
+        self.sum_(total)
+        return total
+
+    def moments_of(self, sums: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        count, (total, squares) = sums[0], sums[1:].unflatten(0, (2, -1))
+        mean = total / count
+        var = (squares / count - mean.square()).clamp(min=0.0)
+        return mean.to(like.dtype), var.to(like.dtype)
+
+    @torch.no_grad()
+    def follow(self, mean: Tensor, var: Tensor, samples: float) -> None:
+        """Move the running moments towards those of a batch of so many samples."""
+        freedom = max(samples - 1.0, 1.0)
+        noise = var / freedom, 2.0 * var.square() / freedom  # variances of the batch's moments
+        for running, error, new, own in (
+            (self.mean_N, self.mean_error_N, mean, noise[0]),
+            (self.var_N, self.var_error_N, var, noise[1]),
+        ):
+            off = new - running
+            error.mul_(MEMORY).add_((1.0 - MEMORY) * off.square())
+            # Where neither is above 0 the feature is constant, and there is nothing to follow.
+            total = error + own
+            running.add_(torch.where(total > 0.0, error / total, 0.0) * off)
+
+    def begin_recalibration(self) -> None:
+        self.measured.zero_()
+
+    @torch.no_grad()
+    def end_recalibration(self) -> None:
+        mean, var = self.moments_of(self.measured, self.mean_N)
+        self.mean_N.copy_(mean)
+        self.var_N.copy_(var)
+
+    @torch.no_grad()
+    def folded(self, weight_IN: Tensor, bias_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's weights and biases with this map, by the running moments, in them."""
+        factor = self.gamma_N * (self.var_N + EPS).rsqrt()
+        return weight_IN * factor, (bias_N - self.mean_N) * factor + self.beta_N
+
+
+class _Normalise(torch.autograd.Function):
+    """With moments that depend on the rows of every worker."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TBN: Tensor,
+        gamma_N: Tensor,
+        beta_N: Tensor,
+        mean_N: Tensor,
+        var_N: Tensor,
+        rows: Tensor,
+        sum_: Callable[[Tensor], None],
+    ) -> Tensor:
+        inverse_N = (var_N + EPS).rsqrt()
+        normal = (x_TBN - mean_N) * inverse_N
+        ctx.save_for_backward(normal, gamma_N * inverse_N, rows)
+        ctx.sum_ = sum_
+        return normal * gamma_N + beta_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        normal, factor_N, rows = ctx.saved_tensors
+        (grad,) = grads
+        own = torch.stack([grad.sum((0, 1)), (grad * normal).sum((0, 1))])
+        beta, gamma = own.clone()  # of this worker's rows; the gradient is summed with the others
+        ctx.sum_(own)
+        mean = own / rows.to(own.dtype)
+        x = factor_N * (grad - mean[0] - normal * mean[1])
+        return x, gamma, beta, None, None, None, None
