@@ -15,20 +15,28 @@ from spikerl.types import Batch
 
 
 class Replay:
-    """Ring of transitions, a packed float32 row each: obs next_obs act rew terminated discount.
+    """Ring of transitions, a packed float32 row each:
+    obs next_obs act rew terminated last discount.
 
     Normalisation happens at sampling, with the moments of that moment, so that no stored row is
     ever stale. Memory is touched only as rows arrive.
     """
 
     def __init__(
-        self, capacity: int, obs_dim: int, act_dim: int, device: torch.device | str = "cpu"
+        self,
+        capacity: int,
+        obs_dim: int,
+        act_dim: int,
+        device: torch.device | str = "cpu",
+        *,
+        width: int = 1,
     ) -> None:
         self.capacity = capacity
         self.added = 0  # rows ever stored; row k lies at k modulo capacity
         self.saved = 0  # rows that a checkpoint holds already
+        self.width = width  # environments whose rows come together, in their order
         self.obs_dim, self.act_dim = obs_dim, act_dim
-        self.rows = torch.empty(capacity, 2 * obs_dim + act_dim + 3, device=device)
+        self.rows = torch.empty(capacity, 2 * obs_dim + act_dim + 4, device=device)
 
     def add(
         self,
@@ -37,10 +45,11 @@ class Replay:
         rew: np.ndarray,
         next_obs: np.ndarray,
         terminated: np.ndarray,
+        last: np.ndarray,
         discount: float,
     ) -> None:
-        """Store B transitions: obs and next_obs (B, O), act (B, A), rew and terminated (B,)."""
-        tail = np.stack([rew, terminated, np.full(len(rew), discount)], 1)
+        """Store B transitions: obs and next_obs (B, O), act (B, A), the others (B,)."""
+        tail = np.stack([rew, terminated, last, np.full(len(rew), discount)], 1)
         rows = torch.from_numpy(np.concatenate([obs, next_obs, act, tail], 1).astype(np.float32))
         self.put(self.added, rows)
         self.added += len(rows)
@@ -70,10 +79,18 @@ class Replay:
     ) -> Batch:
         """Rows drawn with replacement, their observations normalised."""
         index = torch.randint(self.size, (count,), generator=generator)
-        rows = self.rows[index.to(self.rows.device)]
+        return self._batch(self.rows[index.to(self.rows.device)], normalize)[0]
+
+    def newest(self, count: int, normalize: Callable[[Tensor], Tensor]) -> tuple[Batch, Tensor]:
+        """The newest rows as they came, step by step and environment by environment; of each,
+        whether it was its episode's last.
+        """
+        return self._batch(self.between(self.added - count, self.added), normalize)
+
+    def _batch(self, rows: Tensor, normalize: Callable[[Tensor], Tensor]) -> tuple[Batch, Tensor]:
         O, A = self.obs_dim, self.act_dim  # noqa: E741
         obs, next_obs = normalize(rows[:, : 2 * O].unflatten(1, (2, O))).unbind(1)
-        rew, terminated, discount = rows[:, 2 * O + A :].unbind(1)
+        rew, terminated, last, discount = rows[:, 2 * O + A :].unbind(1)
         act = rows[:, 2 * O : 2 * O + A]
         fields = (obs, act, rew, next_obs, terminated > 0, discount)
-        return Batch(*(field.contiguous() for field in fields))
+        return Batch(*(field.contiguous() for field in fields)), last > 0

@@ -29,7 +29,7 @@ from spikerl.distributed.world import World
 from spikerl.errors import BadRequest
 from spikerl.files import sync_folder, write_atomic, write_json
 
-SCHEMA = 1
+SCHEMA = 2  # 2: replayed rows tell the last of an episode
 KEEP = 3
 
 

@@ -9,13 +9,18 @@ from typing import Any
 import torch
 
 from spikerl import energy as energies
+from spikerl.algos.base import AlgoConfig
 from spikerl.algos.ddpg import DDPGConfig
+from spikerl.algos.offpolicy import OffPolicyConfig
+from spikerl.algos.ppo import PPOConfig
+from spikerl.algos.proxy_td3 import ProxyTD3Config
+from spikerl.algos.sac import SACConfig
 from spikerl.algos.td3 import TD3Config
 from spikerl.distributed.world import BackendConfig, resolve_backend, resolve_world_size
 from spikerl.envs import EnvConfig
 from spikerl.errors import BadRequest
 from spikerl.hardware import resolve_device, resolve_threads
-from spikerl.networks import ActorConfig
+from spikerl.networks import ActorConfig, CareBNConfig
 from spikerl.policy import parse_actor
 from spikerl.precision import PrecisionConfig, check_precision
 from spikerl.schema import choose, parse
@@ -24,7 +29,13 @@ from spikerl.trainer import Training
 from spikerl.types import Resolved
 
 ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")
-ALGOS = {"ddpg": DDPGConfig, "td3": TD3Config}
+ALGOS: dict[str, type[AlgoConfig]] = {
+    "ddpg": DDPGConfig,
+    "td3": TD3Config,
+    "proxy_td3": ProxyTD3Config,
+    "sac": SACConfig,
+    "ppo": PPOConfig,
+}
 PRECISIONS = dict.fromkeys(("fp32", "bf16", "fp16"), PrecisionConfig)
 KERNELS = dict.fromkeys(("auto", "reference", "cpu", "triton"), kernels.KernelConfig)
 
@@ -84,7 +95,7 @@ class Config:
     scalars: Scalars
     env: EnvConfig
     actor: ActorConfig
-    algo: DDPGConfig
+    algo: AlgoConfig
     precision: PrecisionConfig
     kernel: Resolved
     backend: Resolved
@@ -129,6 +140,7 @@ def build(raw: Mapping[str, Any]) -> Config:
     device = resolve_device(scalars.device)
     world_size = resolve_world_size(scalars.world_size)
     check_shares(scalars, algo, world_size)
+    check_together(algo, actor, kernel)
     check_precision(precision, torch.device(device.choice))
     return Config(
         scalars=scalars,
@@ -147,7 +159,7 @@ def build(raw: Mapping[str, Any]) -> Config:
     )
 
 
-def check_shares(scalars: Scalars, algo: DDPGConfig, world_size: int) -> None:
+def check_shares(scalars: Scalars, algo: AlgoConfig, world_size: int) -> None:
     """Refuse what cannot be shared out over the workers."""
     if scalars.num_envs is not None and scalars.num_envs % world_size:
         remedy = f"give a multiple of world_size={world_size}"
@@ -155,5 +167,23 @@ def check_shares(scalars: Scalars, algo: DDPGConfig, world_size: int) -> None:
     if scalars.scaling == "strong" and algo.batch_size < world_size:
         remedy = f"algo.batch_size={algo.batch_size} has fewer rows than that; use fewer workers"
         raise BadRequest("world_size", world_size, remedy)
-    if algo.replay_capacity < world_size:
+    if isinstance(algo, OffPolicyConfig) and algo.replay_capacity < world_size:
         raise BadRequest("algo.replay_capacity", algo.replay_capacity, "give one row per worker")
+    if isinstance(algo, PPOConfig):
+        num_envs = scalars.num_envs or world_size
+        if algo.rollout_steps % num_envs:
+            remedy = f"give a multiple of num_envs={num_envs}"
+            raise BadRequest("algo.rollout_steps", algo.rollout_steps, remedy)
+
+
+def check_together(algo: AlgoConfig, actor: ActorConfig, kernel: kernels.KernelConfig) -> None:
+    """Refuse what does not go together."""
+    if isinstance(algo, PPOConfig) and actor.encoder and actor.encoder.name == "poisson":
+        remedy = "ppo needs an action's probability, which random spikes hide; use population"
+        raise BadRequest("encoder", "poisson", remedy)
+    if isinstance(algo, PPOConfig) and isinstance(actor.actor, CareBNConfig):
+        remedy = "ppo compares two passes, which batch moments set apart; use actor=popsan"
+        raise BadRequest("actor", "care_bn", remedy)
+    if kernel.path == "graphs" and algo.name not in ("ddpg", "td3"):
+        remedy = f"graphs are of ddpg and td3, not of {algo.name}; use kernel=triton alone"
+        raise BadRequest("kernel.path", "graphs", remedy)

@@ -161,10 +161,11 @@ class Steps(NamedTuple):
     """True transitions of one vector step, M of them: M is N unless environments were resetting."""
 
     obs: np.ndarray  # (M, O) float64
-    act: np.ndarray  # (M, A) in [-1, 1]
+    act: np.ndarray  # (M, A) as it was asked for
     rew: np.ndarray  # (M,) float64
     next_obs: np.ndarray  # (M, O) true successors, never reset observations
     terminated: np.ndarray  # (M,) bool
+    last: np.ndarray  # (M,) bool, of its episode: terminated or truncated
 
 
 class Episode(NamedTuple):
@@ -195,7 +196,7 @@ class Envs:
         self._check("observation", self.obs)
 
     def step(self, act: np.ndarray) -> Steps:
-        """Act with (N, A) in [-1, 1]."""
+        """Act with (N, A); what lies outside [-1, 1] is clipped."""
         obs, rew, terminated, truncated, info = self.vector.step(self.task.to_env(act))
         live = ~self.resetting
         next_obs = np.array(obs)
@@ -213,7 +214,8 @@ class Envs:
             self.finished.append(Episode(float(self.returns[i]), int(self.lengths[i])))
         self.returns[done] = 0.0
         self.lengths[done] = 0
-        steps = Steps(self.obs[live], act[live], rew[live], next_obs[live], terminated[live])
+        ends = (terminated[live], done[live])
+        steps = Steps(self.obs[live], act[live], rew[live], next_obs[live], *ends)
         self.obs = np.array(obs)
         self.resetting = done & (not self.same_step)
         return steps

@@ -59,7 +59,10 @@ def import_popsan(data: dict[str, Any], command: Sequence[str]) -> int:
     if not (np.ptp(task.act_high) == 0.0 and (task.act_low == -task.act_high).all()):
         remedy = "PopSAN scales every action entry by one symmetric bound, which this task has not"
         raise BadRequest("env", task.env_id, remedy)
-    policy = popsan_policy(config.actor, task, weights, mean, var, config.algo.norm_clip)
+    clip = config.algo.norm_clip
+    if clip is None:
+        raise BadRequest("algo.norm_clip", None, "PopSAN's code clips observations; give 3.0")
+    policy = popsan_policy(config.actor, task, weights, mean, var, clip)
     facts = {"status": "done", "imported_from": [str(model), str(stats)]}
     target = config.scalars.run_dir or runs.default_folder(config)
     named = config.scalars.run_dir is not None

@@ -181,6 +181,7 @@ class SpikingActor(nn.Module):
         kernel: str = "reference",
     ) -> None:
         super().__init__()
+        self.obs_dim, self.act_dim = obs_dim, act_dim
         self.spike_steps, self.kernel = actor.spike_steps, kernel
         # Of the layers' products; voltages and thresholds keep the weights' type.
         self.dtype = dtype
@@ -250,7 +251,7 @@ class MLPActor(nn.Module):
         self, obs_dim: int, act_dim: int, actor: MLPConfig, *, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.obs_dim, self.act_dim, self.dtype = obs_dim, act_dim, dtype
         sizes = [obs_dim, *actor.hidden_sizes, act_dim]
         self.layers = Linears(sizes)
 
@@ -293,19 +294,16 @@ def build_actor(
     )
 
 
-def deployed(
-    config: ActorConfig, actor: Actor, obs_dim: int, act_dim: int
-) -> tuple[ActorConfig, Actor]:
+def deployed(config: ActorConfig, actor: Actor, act_dim: int) -> tuple[ActorConfig, Actor]:
     """What acts once it is trained: the first `act_dim` outputs, normalisation in the weights.
 
     The same two where that is what they are.
     """
-    with torch.device("meta"):
-        small = build_actor(config, obs_dim, act_dim, dtype=actor.dtype)
-    own = small.state_dict()
-    wide = all(p.shape == own[name].shape for name, p in actor.state_dict().items())
-    if wide and not isinstance(config.actor, CareBNConfig):
+    if actor.act_dim == act_dim and not isinstance(config.actor, CareBNConfig):
         return config, actor
+    with torch.device("meta"):
+        small = build_actor(config, actor.obs_dim, act_dim, dtype=actor.dtype)
+    own = small.state_dict()
     first = {
         name: p[tuple(slice(n) for n in own[name].shape)].clone()
         for name, p in actor.state_dict().items()
@@ -324,7 +322,7 @@ def deployed(
         config = replace(config, actor=plain)
     kernel = actor.kernel if isinstance(actor, SpikingActor) else "reference"
     with torch.device("meta"):
-        small = build_actor(config, obs_dim, act_dim, dtype=actor.dtype, kernel=kernel)
+        small = build_actor(config, actor.obs_dim, act_dim, dtype=actor.dtype, kernel=kernel)
     small.load_state_dict(first, assign=True)
     return config, small
 

@@ -21,8 +21,9 @@ class RunningNorm:
     change only between updates and, with several workers, everywhere at once.
     """
 
-    def __init__(self, obs_dim: int, clip: float) -> None:
-        self.clip = clip  # normalised observations lie in [-clip, clip]
+    def __init__(self, obs_dim: int, clip: float | None) -> None:
+        # Normalised observations lie in [-clip, clip]; a number, as files hold numbers.
+        self.clip = float(np.finfo(np.float32).max) if clip is None else clip
         self.count = 0
         self.mean_O = np.zeros(obs_dim)
         self.var_O = np.ones(obs_dim)

@@ -14,7 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spikerl.algos.base import AlgoConfig, Learner
 from spikerl.algos.ddpg import DDPG, DDPGConfig
+from spikerl.algos.ppo import PPO, PPOConfig
+from spikerl.algos.proxy_td3 import ProxyTD3, ProxyTD3Config
+from spikerl.algos.sac import SAC, SACConfig
 from spikerl.algos.td3 import TD3, TD3Config
 from spikerl.buffers import Replay
 from spikerl.checkpoint import Checkpoint, Shard
@@ -22,7 +26,14 @@ from spikerl.distributed.world import ALONE, World, share
 from spikerl.energy import Meter, Reading, consecutive, energy_row, merge
 from spikerl.envs import EnvConfig, make_envs
 from spikerl.evaluate import Evaluator
-from spikerl.networks import ActorConfig, Critics, build_actor
+from spikerl.networks import (
+    ActorConfig,
+    CareBNConfig,
+    Critics,
+    SpikingActor,
+    build_actor,
+    deployed,
+)
 from spikerl.normalize import RunningNorm
 from spikerl.policy import Policy
 from spikerl.precision import PrecisionConfig
@@ -31,7 +42,6 @@ from spikerl.snn import kernels
 from spikerl.types import Task
 
 Row = dict[str, Any]
-DRAWN_TOGETHER = 64  # batches that are gathered and normalised at once, which bounds their memory
 
 
 @dataclass(kw_only=True)
@@ -40,7 +50,7 @@ class Training:
 
     env: EnvConfig
     actor: ActorConfig
-    algo: DDPGConfig
+    algo: AlgoConfig
     precision: PrecisionConfig
     device: torch.device
     seed: int
@@ -62,7 +72,14 @@ class Training:
 # Up to so many environments a worker acts on the CPU, whatever device it learns on: a kernel call
 # there takes microseconds, and on a GPU every operation as many. Not measured on a GPU yet.
 FEW_ENVS = 64
-LEARNERS: dict[type[DDPGConfig], type[DDPG]] = {DDPGConfig: DDPG, TD3Config: TD3}
+LEARNERS: dict[type[AlgoConfig], type[Learner]] = {
+    DDPGConfig: DDPG,
+    TD3Config: TD3,
+    ProxyTD3Config: ProxyTD3,
+    SACConfig: SAC,
+    PPOConfig: PPO,
+}
+SYNCHRONISED = 50  # steps between exchanges where the normaliser sets no interval
 
 
 @dataclass
@@ -117,47 +134,50 @@ class Trainer:
         self.t, self.task, self.world = training, task, world
         self.meter = meter or Meter("none: not asked for")
         t, algo, device = training, training.algo, training.device
-        with initialising(t.seed):
-            actor = build_actor(
-                t.actor,
-                task.obs_dim,
-                task.act_dim,
-                dtype=t.precision.actor_dtype,
-                kernel=t.kernel,
-            )
-            critic = Critics(
-                task.obs_dim,
-                task.act_dim,
-                algo.critic_hidden_sizes,
-                networks=algo.critics,
-                dtype=t.precision.critic_dtype,
-                kernel=t.kernel,
-            )
-        self.norm = RunningNorm(task.obs_dim, algo.norm_clip)
-        if init is not None:
-            actor.load_state_dict(init.actor.state_dict())
-            self.norm.load(init.norm.state())
         each = t.num_envs // world.size
         self.acting_on = torch.device("cpu") if each <= FEW_ENVS else device
         self.streams = Streams(t.seed, world.rank, device, self.acting_on)
         self.batch_size, weight = t.batch_share(world)
         self.fewer = world.size if t.scaling == "weak" else 1  # updates, as the batch grows
-        self.algo = LEARNERS[type(algo)](
-            actor.to(device),
-            critic.to(device),
-            algo,
-            actor_lr=t.actor.actor.lr,
-            generator=self.streams.update,
-            scales_loss=t.precision.scales_loss,
-            world=world,
-            weight=weight,
-        )
+        with initialising(t.seed):
+            actor = build_actor(
+                t.actor,
+                task.obs_dim,
+                algo.outputs(task.act_dim),
+                dtype=t.precision.actor_dtype,
+                kernel=t.kernel,
+            )
+            critic = Critics(
+                task.obs_dim,
+                0 if LEARNERS[type(algo)].on_policy else task.act_dim,
+                algo.critic_hidden_sizes,
+                networks=algo.critics,
+                dtype=t.precision.critic_dtype,
+                kernel=t.kernel,
+            )
+            if init is not None:
+                actor.load_state_dict(init.actor.state_dict())
+            self.algo = LEARNERS[type(algo)](
+                actor.to(device),
+                critic.to(device),
+                algo,
+                actor_lr=t.actor.actor.lr,
+                generator=self.streams.update,
+                scales_loss=t.precision.scales_loss,
+                world=world,
+                weight=weight,
+            )
+        self.norm = RunningNorm(task.obs_dim, algo.norm_clip)
+        if init is not None:
+            self.norm.load(init.norm.state())
         if self.acting_on != device:
             auto = kernels.KernelConfig(name="auto", path=None)
             self.algo.act_on_cpu(kernels.resolve(auto, "cpu").choice)
-        self.policy = Policy(task, t.actor, actor, self.norm)
-        capacity = share(algo.replay_capacity, world.rank, world.size)
-        self.replay = Replay(capacity, task.obs_dim, task.act_dim, device)
+        if isinstance(self.algo.actor, SpikingActor):
+            for norm in self.algo.actor.norms:
+                norm.sum_ = world.sum_  # over the rows of all workers
+        capacity = share(algo.capacity(), world.rank, world.size)
+        self.replay = Replay(capacity, task.obs_dim, task.act_dim, device, width=each)
         self.envs = make_envs(t.env, each, task)
         self.reset_envs()
         self.evaluator = Evaluator(t.env, t.eval_episodes, t.seed, world)
@@ -168,6 +188,12 @@ class Trainer:
     @property
     def step(self) -> int:
         return self.progress.step
+
+    @property
+    def policy(self) -> Policy:
+        """What is evaluated and saved."""
+        config, actor = deployed(self.t.actor, self.algo.actor, self.task.act_dim)
+        return Policy(self.task, config, actor, self.norm)
 
     def reset_envs(self, *resumed_at: int) -> None:
         first = self.world.rank * len(self.envs)
@@ -199,17 +225,21 @@ class Trainer:
 
     def advance(self, stop_signal: Callable[[], int] = lambda: 0) -> None:
         """One step in every environment, and the updates that became due with it."""
-        before = self.step
+        before, algo = self.step, self.t.algo
         self.act()
-        if crossed(before, self.step, self.t.algo.norm_interval):
+        if self.algo.on_policy:  # from what it did, seen as it saw it
+            self.learn(before)
+        if crossed(before, self.step, algo.norm_interval or SYNCHRONISED):
             self.synchronise(stop_signal())
-        self.learn(before)
+        if not self.algo.on_policy:
+            self.learn(before)
+        self.recalibrate(before)
 
     def act(self) -> None:
         """One step in every environment, stored with its true successors."""
         algo, explore = self.t.algo, self.streams.explore
         obs_NO = self.envs.obs
-        if self.step < algo.random_steps:
+        if self.step < self.algo.random_steps:
             shape = (len(obs_NO), self.task.act_dim)
             act = torch.rand(shape, generator=explore, device=explore.device) * 2.0 - 1.0
         else:
@@ -218,7 +248,8 @@ class Trainer:
         self.envs.steps = self.step  # an error names the run's step, also after a resume
         steps = self.envs.step(act.cpu().numpy())
         self.replay.add(*steps, discount=algo.gamma)
-        self.norm.add(steps.obs)
+        if algo.norm_interval is not None:
+            self.norm.add(steps.obs)
         self.progress.step += len(steps.rew) * self.world.size  # all have as many environments
         self.progress.returns += [episode.ret for episode in self.envs.finished]
         self.envs.finished.clear()
@@ -235,23 +266,31 @@ class Trainer:
         due = self.updates_due(self.step) - self.updates_due(before)
         if due == 0:
             return
-        metrics = []
-        for first in range(0, due, DRAWN_TOGETHER):
-            count = min(due - first, DRAWN_TOGETHER)
-            size = count * self.batch_size
-            rows = self.replay.sample(size, self.streams.sample, self.norm.normalize)
-            metrics += self.algo.learn(rows, count)
+        actor = self.algo.actor
+        if isinstance(actor, SpikingActor):
+            actor.schedule(min(self.step / self.t.total_steps, 1.0))
+        normalize = self.norm.normalize
+        metrics = self.algo.burst(self.replay, due, self.batch_size, self.streams.sample, normalize)
         self.algo.check()
         self.progress.updates = self.algo.updates
         self.progress.add(metrics)
 
+    def recalibrate(self, before: int) -> None:
+        """Where drives are normalised, measure their moments anew when that is due."""
+        config, actor = self.t.actor.actor, self.algo.actor
+        if not isinstance(config, CareBNConfig) or config.recalibration_interval is None:
+            return
+        if self.algo.updates == 0 or not crossed(before, self.step, config.recalibration_interval):
+            return
+        assert isinstance(actor, SpikingActor)
+        count = config.recalibration_batches * self.batch_size
+        rows = self.replay.sample(count, self.streams.sample, self.norm.normalize)
+        actor.recalibrate(rows.obs.split(self.batch_size), self.streams.update)
+        self.algo.refresh()
+
     def updates_due(self, step: int) -> int:
-        """Updates that belong to the first `step` steps, a burst at each update_interval."""
-        algo = self.t.algo
-        first = -(-max(algo.learning_starts, 1) // algo.update_interval)  # the first burst's number
-        bursts = max(step // algo.update_interval - first + 1, 0)
-        updates = bursts * algo.update_interval * algo.updates_per_step / self.fewer
-        return int(updates + 1e-6)  # 100 * 0.29 is 28.999...
+        """Updates that belong to the first `step` steps."""
+        return self.t.algo.updates_due(step, self.fewer)
 
     def row(self) -> Row:
         """The epoch's line of metrics.jsonl: means over the epoch, and an evaluation."""
@@ -289,6 +328,7 @@ class Trainer:
             "layer_window_fractions": activity.layer_windows if activity else None,
             "layer_silent": activity.silent if activity else None,
             "layer_saturated": activity.saturated if activity else None,
+            **{name: mean_of(sums, name) for name in self.algo.metrics},
             "env_steps_per_s": (p.step - p.first_step) / train_s,
             "updates_per_s": (p.updates - p.first_update) / train_s,
             **joules,

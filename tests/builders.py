@@ -75,7 +75,13 @@ def ddpg_config(**changes: Any) -> DDPGConfig:
 
 
 def td3_config(**changes: Any) -> TD3Config:
-    own = {"name": "td3", "policy_delay": 2, "target_noise": 0.2, "noise_clip": 0.5}
+    own = {
+        "name": "td3",
+        "policy_delay": 2,
+        "first_policy_update": 0,
+        "target_noise": 0.2,
+        "noise_clip": 0.5,
+    }
     return TD3Config(**(COMMON | own | changes))
 
 

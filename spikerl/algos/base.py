@@ -2,16 +2,66 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from spikerl.buffers import Replay
 from spikerl.distributed.world import ALONE, World
-from spikerl.errors import NonFinite
+from spikerl.errors import BadRequest, NonFinite
 from spikerl.gradient import Gradient, Moments
+from spikerl.networks import Actor, Critics, SpikingActor, check_sizes
 from spikerl.snn import kernels
 from spikerl.types import Batch
+
+
+@dataclass(kw_only=True)
+class AlgoConfig:
+    """What every learning rule has; every count of steps is a total over all environments."""
+
+    critics: ClassVar[int]
+
+    name: str
+    batch_size: int
+    gamma: float  # discount per step
+    critic_lr: float
+    critic_hidden_sizes: list[int]
+    norm_interval: int | None  # steps between merges of the observation normaliser; null: none
+    norm_clip: float | None  # bound of normalised observations; null: they are not clipped
+    max_grad_norm: float | None  # of each network's gradient; null: gradients are not clipped
+
+    def __post_init__(self) -> None:
+        check_sizes("algo.critic_hidden_sizes", self.critic_hidden_sizes)
+        self.check("give at least 1", lambda x: x >= 1, "batch_size")
+        self.check("give a value in [0, 1]", lambda x: 0.0 <= x <= 1.0, "gamma")
+        self.check("give a value above 0", lambda x: x > 0.0, "critic_lr")
+        self.check("give at least 1, or null", lambda x: x is None or x >= 1, "norm_interval")
+        above = "give a value above 0, or null"
+        self.check(above, lambda x: x is None or x > 0.0, "norm_clip", "max_grad_norm")
+
+    def check(self, remedy: str, holds: Callable[[Any], bool], *keys: str) -> None:
+        """BadRequest for the first of `keys` whose value does not hold."""
+        for key in keys:
+            if not holds(getattr(self, key)):
+                raise BadRequest(f"algo.{key}", getattr(self, key), remedy)
+
+    def outputs(self, act_dim: int) -> int:
+        """Of the actor, for so many action entries."""
+        return act_dim
+
+    def updates_due(self, step: int, fewer: int) -> int:
+        """Updates that belong to the first `step` steps, each of `fewer` times the rows."""
+        raise NotImplementedError
+
+    def capacity(self) -> int:
+        """Transitions that are kept."""
+        raise NotImplementedError
 
 
 def td_target(batch: Batch, next_value: Tensor) -> Tensor:
@@ -116,3 +166,88 @@ class Stepper:
     def state(self) -> dict[str, Tensor]:
         """The live tensors of weights and Adam's moments."""
         return self.moments._asdict()
+
+
+Metrics = dict[str, Tensor]
+
+
+class Learner:
+    """An actor and critics, and how they learn; what learning rules share."""
+
+    config: AlgoConfig
+    on_policy = False
+    random_steps = 0  # the first steps act uniformly at random
+    metrics: tuple[str, ...] = ()  # of its updates, beside those that all have
+
+    def __init__(
+        self,
+        actor: Actor,
+        critic: Critics,
+        config: AlgoConfig,
+        *,
+        actor_lr: float,
+        generator: torch.Generator,
+        scales_loss: bool = False,
+        world: World = ALONE,
+        weight: float = 1.0,
+    ) -> None:
+        self.config, self.generator, self.world = config, generator, world
+        self.actor, self.critic = actor, critic
+        self.guard = Guard(generator.device, scales_loss=scales_loss)
+        self.stepper = partial(
+            Stepper,
+            guard=self.guard,
+            max_grad_norm=config.max_grad_norm,
+            world=world,
+            weight=weight,
+            kernel=critic.kernel,
+        )
+        self.step_critic = self.stepper(critic, config.critic_lr)
+        self.step_actor = self.stepper(actor, actor_lr)
+        self.acting: Actor = actor  # explores
+        self.acting_flat = self.step_actor.flat
+        self.updates = 0
+
+    def burst(
+        self,
+        replay: Replay,
+        updates: int,
+        size: int,
+        generator: torch.Generator,
+        normalize: Callable[[Tensor], Tensor],
+    ) -> list[Metrics]:
+        """The updates that are due, `size` rows of `replay` for each; what each says of itself."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
+        """Actions to learn from."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise NonFinite if an update since the last check was bad."""
+        self.guard.check(self.updates)
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors that an update depends on and changes, beside `updates`."""
+        parts = self.parts()
+        return {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            "critic": self.step_critic.state(),
+            "actor": self.step_actor.state(),
+            "guard": self.guard.state(),
+        }
+
+    def act_on_cpu(self, kernel: str) -> None:
+        """From now on a copy of the actor explores there, run by `kernel`."""
+        self.acting = copy.deepcopy(self.actor).cpu().requires_grad_(False)
+        if isinstance(self.acting, SpikingActor):
+            self.acting.kernel = kernel
+        self.acting_flat = flatten(self.acting)
+
+    def refresh(self) -> None:
+        """Give the copy that explores the actor's weights."""
+        if self.acting is not self.actor:
+            self.acting_flat.copy_(self.step_actor.flat)

@@ -16,17 +16,18 @@ from spikerl.errors import BadRequest
 class TD3Config(DDPGConfig):
     critics: ClassVar[int] = 2
 
-    policy_delay: int  # the actor and all targets move on updates 0, d, 2d, ...
+    policy_delay: int  # the actor and all targets move on one update of so many:
+    first_policy_update: int  # on this one first, counted from 0
     target_noise: float  # std of target smoothing noise, in units of half the action range
     noise_clip: float  # bound of target smoothing noise, same unit
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.policy_delay < 1:
-            raise BadRequest("algo.policy_delay", self.policy_delay, "give at least 1")
-        for key in ("target_noise", "noise_clip"):
-            if getattr(self, key) < 0:
-                raise BadRequest(f"algo.{key}", getattr(self, key), "give 0 or more")
+        self.check("give at least 1", lambda x: x >= 1, "policy_delay")
+        self.check("give 0 or more", lambda x: x >= 0, "target_noise", "noise_clip")
+        if not 0 <= self.first_policy_update < self.policy_delay:
+            remedy = f"give 0 or more, below algo.policy_delay={self.policy_delay}"
+            raise BadRequest("algo.first_policy_update", self.first_policy_update, remedy)
 
 
 class TD3(DDPG):
@@ -37,6 +38,9 @@ class TD3(DDPG):
     @property
     def policy_delay(self) -> int:
         return self.config.policy_delay
+
+    def moves(self, update: int) -> bool:
+        return (update - self.config.first_policy_update) % self.policy_delay == 0
 
     def smooth(self, act: Tensor) -> Tensor:
         """Target policy smoothing: clipped noise, then clipped to the action range."""

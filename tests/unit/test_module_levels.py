@@ -16,11 +16,12 @@ LEVELS = [
     "linear gradient snn snn.surrogates snn.neurons snn.encoders snn.decoders snn.batchnorm"
     " snn.kernels snn.kernels.reference snn.kernels.native snn.kernels.prepared snn.kernels.cpu"
     " snn.kernels.triton",
-    "networks normalize buffers",
+    "networks normalize buffers returns",
     "envs snapshots distributed distributed.launch distributed.orphans distributed.sums"
     " distributed.world"
     " precision hardware energy counters files versions checkpoint runlog view",
-    "algos algos.base algos.graphs algos.ddpg algos.td3",
+    "algos algos.base algos.graphs algos.offpolicy algos.ddpg algos.td3 algos.proxy_td3 algos.sac"
+    " algos.ppo",
     "policy evaluate trainer baselines timing roofline",
     "config runfolder session runs importers doctor bench sweep compose completion",
     "commands worker cli __main__ __init__",

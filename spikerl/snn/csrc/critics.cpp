@@ -1,12 +1,14 @@
-// ReLU networks with one output, several of one shape side by side: values of (observation, action), and their
-// gradients.
+// ReLU networks, several of one shape side by side, and their gradients: values of (observation, action), one output
+// each; or actions, the tanh of a network's outputs.
 //
 // A hidden unit that is 0 neither adds to the next layer nor has a gradient. Each sample lists the units that are
 // not; all products but the first layer's run over such lists, as a spiking layer runs over its events. A sum is
 // formed in one order whatever the number of threads.
 //
-// Shapes   C networks, B samples, O observation and A action entries, I inputs and N outputs of a layer. Weights are
-//          (C, I, N). Rows of units are padded to whole panels (Np).
+// Shapes   C networks, B samples, O observation and A action entries, I inputs and N outputs of a layer, M outputs of a
+//          network. Weights are (C, I, N). Rows of units are padded to whole panels (Np).
+
+#include <cmath>
 
 #include "vectors.h"
 
@@ -14,7 +16,7 @@ extern "C" {
 
 struct Critic {
     int32_t networks, layers, obs_dim, act_dim;
-    const int32_t* widths;  // layers + 1: of the input, of every hidden layer, and 1
+    const int32_t* widths;  // layers + 1: of the input, of every hidden layer, and of the outputs
     const float* const* weights;
     const float* const* biases;
 };
@@ -52,13 +54,14 @@ struct Network {
     const float* x;                  // (B, I)
     std::vector<float*> hidden;      // (B, Np) of every hidden layer
     std::vector<Lists> gradients;    // of the hidden layers' drives
-    float *values, *grad;            // (B), and of the values
+    float *values, *grad;            // (B, M), and of the values
 
     Layer layer(int64_t l) const {
         const int64_t I = critic->widths[l], N = critic->widths[l + 1];
         return {I, N, whole_panels(N), critic->weights[l] + c * I * N, critic->biases[l] + c * N};
     }
     int64_t last() const { return critic->layers - 1; }
+    int64_t outputs() const { return critic->widths[critic->layers]; }
 };
 
 // Carves arrays out of a block; with no block, counts its bytes.
@@ -89,8 +92,8 @@ std::vector<Network> place(const Critic& critic, int64_t B, bool differentiates,
             net.hidden.push_back(block.take<float>(B * Np));
             if (differentiates) net.gradients.push_back(take_lists(block, B, Np));
         }
-        net.values = block.take<float>(B);
-        net.grad = block.take<float>(B);
+        net.values = block.take<float>(B * net.outputs());
+        net.grad = block.take<float>(B * net.outputs());
         nets.push_back(net);
     }
     return nets;
@@ -105,7 +108,7 @@ std::vector<Network> start(const Critic& critic, int64_t B, const float* obs, co
     float* x = const_cast<float*>(nets[0].x);
     for (int64_t b = 0; b < B; b++, x += O + A) {
         std::memcpy(x, obs + b * O, O * sizeof(float));
-        std::memcpy(x + O, act + b * A, A * sizeof(float));
+        if (A > 0) std::memcpy(x + O, act + b * A, A * sizeof(float));
     }
     return nets;
 }
@@ -212,17 +215,19 @@ void forward(const Network& net, int64_t from, int64_t to) {
         }
     }
     const Layer layer = net.layer(net.last());
-    const int64_t Ip = whole_panels(layer.I);
-    float* weight = reinterpret_cast<float*>(scratch<21>(Ip * sizeof(float)));
-    std::memset(weight, 0, Ip * sizeof(float));
-    std::memcpy(weight, layer.weight, layer.I * sizeof(float));
-    for (int64_t b = from; b < to; b++) {
-        vec sum = {};
-        for (int64_t i = 0; i < Ip; i += W) sum += load(net.hidden.back() + b * Ip + i) * load(weight + i);
-        float value = *layer.bias;
-        for (int i = 0; i < W; i++) value += sum[i];
-        net.values[b] = value;
-    }
+    const int64_t Ip = whole_panels(layer.I), M = layer.N;
+    float* weight = reinterpret_cast<float*>(scratch<21>(M * Ip * sizeof(float)));  // by output
+    std::memset(weight, 0, M * Ip * sizeof(float));
+    for (int64_t k = 0; k < layer.I; k++)
+        for (int64_t m = 0; m < M; m++) weight[m * Ip + k] = layer.weight[k * M + m];
+    for (int64_t b = from; b < to; b++)
+        for (int64_t m = 0; m < M; m++) {
+            vec sum = {};
+            for (int64_t k = 0; k < Ip; k += W) sum += load(net.hidden.back() + b * Ip + k) * load(weight + m * Ip + k);
+            float value = layer.bias[m];
+            for (int k = 0; k < W; k++) value += sum[k];
+            net.values[b * M + m] = value;
+        }
 }
 
 // Rows `from` to `to` of the gradients of all hidden layers' drives, from those of the values.
@@ -239,8 +244,10 @@ void backward(const Network& net, int64_t from, int64_t to) {
             for (int64_t b = from; b < to; b++) {
                 vec sum[2] = {};
                 if (l == net.last()) {
-                    if (net.grad[b] == 0.0f) continue;
-                    for (int j = 0; j < 2; j++) sum[j] = load(panel + j * W) * net.grad[b];
+                    const float* grad = net.grad + b * layer.N;
+                    if (layer.N == 1 && grad[0] == 0.0f) continue;
+                    for (int64_t m = 0; m < layer.N; m++)
+                        for (int j = 0; j < 2; j++) sum[j] += load(panel + m * PANEL + j * W) * grad[m];
                 } else {
                     const Lists& above = net.gradients[l];
                     const int64_t row = b * above.Np;
@@ -311,16 +318,18 @@ void weight_gradients(const Network& net, int64_t l, int64_t from, int64_t to, f
     }
 }
 
-// Gradients of the last layer's weights and bias.
+// Gradients of the last layer's weights and biases.
 void last_gradients(const Network& net, float* grad_weight, float* grad_bias) {
     const Layer layer = net.layer(net.last());
-    const int64_t Ip = whole_panels(layer.I);
-    *grad_bias = 0.0f;
-    for (int64_t b = 0; b < net.B; b++) *grad_bias += net.grad[b];
-    for (int64_t i = 0; i < layer.I; i += W) {
-        vec sum = {};
-        for (int64_t b = 0; b < net.B; b++) sum += load(net.hidden.back() + b * Ip + i) * net.grad[b];
-        std::memcpy(grad_weight + i, &sum, (layer.I - i < W ? layer.I - i : W) * sizeof(float));
+    const int64_t Ip = whole_panels(layer.I), M = layer.N;
+    for (int64_t m = 0; m < M; m++) {
+        grad_bias[m] = 0.0f;
+        for (int64_t b = 0; b < net.B; b++) grad_bias[m] += net.grad[b * M + m];
+        for (int64_t i = 0; i < layer.I; i += W) {
+            vec sum = {};
+            for (int64_t b = 0; b < net.B; b++) sum += load(net.hidden.back() + b * Ip + i) * net.grad[b * M + m];
+            for (int64_t k = 0; k < W && i + k < layer.I; k++) grad_weight[(i + k) * M + m] = sum[k];
+        }
     }
 }
 
@@ -347,6 +356,26 @@ void share_rows(const std::vector<Network>& nets, int threads, F work) {
     }
 }
 
+// Gradients of all weights and biases, from those of the drives and of the outputs.
+void parameter_gradients(const std::vector<Network>& nets, float* const* grad_weights, float* const* grad_biases,
+                         int threads) {
+    const Critic& critic = *nets[0].critic;
+    const int64_t jobs = Job::count(int64_t(nets.size()), threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < jobs; i++)
+        for (int64_t l = 0; l < critic.layers; l++) {
+            const bool last = l == critic.layers - 1;  // it has few outputs, which one thread takes
+            const Job job(i, int64_t(nets.size()), last ? 1 : critic.widths[l + 1], W, threads);
+            const Network& net = nets[job.network];
+            const Layer layer = net.layer(l);
+            float* grad_weight = grad_weights[l] + net.c * layer.I * layer.N;
+            float* grad_bias = grad_biases[l] + net.c * layer.N;
+            if (job.from == job.to) continue;
+            if (last) last_gradients(net, grad_weight, grad_bias);
+            else weight_gradients(net, l, job.from, job.to, grad_weight, grad_bias);
+        }
+}
+
 }  // namespace
 
 extern "C" {
@@ -368,19 +397,7 @@ void spikerl_regress(const Critic* critic, int64_t B, const float* obs, const fl
         for (int64_t b = from; b < to; b++) net.grad[b] = 2.0f * weight * (net.values[b] - target[b]) / float(B);
         backward(net, from, to);
     });
-    const int64_t jobs = Job::count(int64_t(nets.size()), threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < jobs; i++)
-        for (int64_t l = 0; l < critic->layers; l++) {
-            const Job job(i, int64_t(nets.size()), critic->widths[l + 1], W, threads);
-            const Network& net = nets[job.network];
-            const Layer layer = net.layer(l);
-            float* grad_weight = grad_weights[l] + net.c * layer.I * layer.N;
-            float* grad_bias = grad_biases[l] + net.c * layer.N;
-            if (job.from == job.to) continue;
-            if (l == net.last()) last_gradients(net, grad_weight, grad_bias);
-            else weight_gradients(net, l, job.from, job.to, grad_weight, grad_bias);
-        }
+    parameter_gradients(nets, grad_weights, grad_biases, threads);
     double squares = 0.0, sum = 0.0;
     for (const Network& net : nets)
         for (int64_t b = 0; b < B; b++) {
@@ -423,5 +440,34 @@ float spikerl_value_gradient(const Critic* critic, int64_t B, const float* obs, 
         }
     }
     return float(sum / double(B));
+}
+
+// Actions (B, M) of observations (B, O) from one network: tanh of its outputs.
+void spikerl_dense_actions(const Critic* critic, int64_t B, const float* obs, float* act, int threads) {
+    const auto nets = start(*critic, B, obs, nullptr, false);
+    share_rows(nets, threads, forward);
+    for (int64_t i = 0; i < B * nets[0].outputs(); i++) act[i] = std::tanh(nets[0].values[i]);
+}
+
+// `weight` times the mean squared error of those actions from `goal` (B, M): `loss`, and its gradients.
+void spikerl_imitate(const Critic* critic, int64_t B, const float* obs, const float* goal, float weight,
+                     float* const* grad_weights, float* const* grad_biases, float* loss, int threads) {
+    const auto nets = start(*critic, B, obs, nullptr, true);
+    const int64_t M = nets[0].outputs();
+    share_rows(nets, threads, [&](const Network& net, int64_t from, int64_t to) {
+        forward(net, from, to);
+        for (int64_t i = from * M; i < to * M; i++) {
+            const float act = net.values[i] = std::tanh(net.values[i]);
+            net.grad[i] = 2.0f * weight * (act - goal[i]) * (1.0f - act * act) / float(B * M);
+        }
+        backward(net, from, to);
+    });
+    parameter_gradients(nets, grad_weights, grad_biases, threads);
+    double squares = 0.0;
+    for (int64_t i = 0; i < B * M; i++) {
+        const double error = double(nets[0].values[i]) - double(goal[i]);
+        squares += error * error;
+    }
+    *loss = float(squares * weight / double(B * M));
 }
 }

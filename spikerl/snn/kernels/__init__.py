@@ -17,7 +17,7 @@ from spikerl.errors import BadRequest
 from spikerl.gradient import Gradient, Moments, Pullback
 from spikerl.snn.kernels import cpu, native, reference
 from spikerl.snn.kernels.prepared import fused
-from spikerl.snn.kernels.reference import SpikingNet, ValueNet
+from spikerl.snn.kernels.reference import DenseNet, SpikingNet, ValueNet
 from spikerl.types import Resolved, Task
 
 
@@ -41,6 +41,10 @@ class Kernel(Protocol):
     def ascent(
         self, critic: ValueNet, obs: Tensor, act: Tensor, into: Gradient, lowest: bool = ..., /
     ) -> Tensor: ...
+
+    def dense_actions(self, net: DenseNet, obs: Tensor, /) -> Tensor: ...
+
+    def imitate(self, net: DenseNet, obs: Tensor, goal: Tensor, into: Gradient, /) -> None: ...
 
     def adam(
         self, moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor, /

@@ -27,8 +27,14 @@ from spikerl.snn.batchnorm import BATCH
 from spikerl.snn.encoders import PopulationEncoder
 from spikerl.snn.kernels import native, reference
 from spikerl.snn.kernels.native import Net, Pointer, Units
-from spikerl.snn.kernels.prepared import PreparedActor, PreparedCritic, neuron_only, pointers
-from spikerl.snn.kernels.reference import SpikingNet, ValueNet
+from spikerl.snn.kernels.prepared import (
+    PreparedActor,
+    PreparedCritic,
+    PreparedDense,
+    neuron_only,
+    pointers,
+)
+from spikerl.snn.kernels.reference import DenseNet, SpikingNet, ValueNet
 from spikerl.snn.neurons import Neuron
 from spikerl.types import Task
 
@@ -40,6 +46,7 @@ class CPUKernel:
         self.lib = native.library(path)
         self.actors: WeakKeyDictionary[SpikingNet, PreparedActor] = WeakKeyDictionary()
         self.critics: WeakKeyDictionary[ValueNet, PreparedCritic] = WeakKeyDictionary()
+        self.dense: WeakKeyDictionary[DenseNet, PreparedDense] = WeakKeyDictionary()
 
     def prepare(self, net: SpikingNet) -> PreparedActor:
         """The network as the library reads it, made again when its tensors have moved."""
@@ -52,6 +59,12 @@ class CPUKernel:
         ready = self.critics.get(critic)
         if ready is None or ready.moved(critic):
             ready = self.critics[critic] = PreparedCritic(critic, act_dim)
+        return ready
+
+    def prepare_dense(self, net: DenseNet) -> PreparedDense:
+        ready = self.dense.get(net)
+        if ready is None or ready.moved(net):
+            ready = self.dense[net] = PreparedDense(net)
         return ready
 
     # --- the actor --------------------------------------------------------------------------------
@@ -216,6 +229,33 @@ class CPUKernel:
         into.loss.fill_(-into.weight * value)
         return grad
 
+    # --- a dense actor ----------------------------------------------------------------------------
+
+    def dense_actions(self, net: DenseNet, obs_BO: Tensor) -> Tensor:
+        """As `reference.dense_actions`."""
+        ready = self.prepare_dense(net)
+        if not covered(ready, obs_BO) or torch.is_grad_enabled():
+            return reference.dense_actions(net, obs_BO)
+        obs = obs_BO.contiguous()
+        act = obs.new_empty(len(obs), ready.widths[-1])
+        places = (obs.data_ptr(), act.data_ptr())
+        self.lib.spikerl_dense_actions(ready.net, len(obs), *places, torch.get_num_threads())
+        return act
+
+    def imitate(self, net: DenseNet, obs_BO: Tensor, goal_BA: Tensor, into: Gradient) -> None:
+        """As `reference.imitate`."""
+        ready = self.prepare_dense(net)
+        if not covered(ready, obs_BO, goal_BA):
+            return reference.imitate(net, obs_BO, goal_BA, into)
+        obs, goal = obs_BO.contiguous(), goal_BA.contiguous()
+        weights, biases = pointers(into.at[0::2]), pointers(into.at[1::2])
+        self.lib.spikerl_imitate(
+            ready.net, len(obs), obs.data_ptr(), goal.data_ptr(), into.weight,
+            ctypes.addressof(weights), ctypes.addressof(biases), into.loss.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return None
+
     # --- weights ----------------------------------------------------------------------------------
 
     def adam(
@@ -268,7 +308,7 @@ class OneAction:
             return self.act_A.copy() if finite else None
 
 
-def covered(ready: PreparedActor | PreparedCritic, *inputs: Tensor) -> bool:
+def covered(ready: PreparedActor | PreparedCritic | PreparedDense, *inputs: Tensor) -> bool:
     return ready.fused and all(x.dtype == torch.float32 for x in inputs)
 
 

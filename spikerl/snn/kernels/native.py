@@ -107,6 +107,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_regress.argtypes = [critic, Count, p, p, p, real, p, p, p, p, threads]
     lib.spikerl_value_gradient.argtypes = [critic, Count, p, p, real, p, threads]
     lib.spikerl_value_gradient.restype = real
+    lib.spikerl_dense_actions.argtypes = [critic, Count, p, p, threads]
+    lib.spikerl_imitate.argtypes = [critic, Count, p, p, real, p, p, p, threads]
     lib.spikerl_adam.argtypes = [Count, p, p, p, p, p, real, real, p]
     lib.spikerl_adam.restype = None
     lib.spikerl_polyak.argtypes = [Count, p, p, real, p]
@@ -117,7 +119,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_put.restype = None
     lib.spikerl_sum.argtypes = [p, threads, Count, ctypes.c_uint32, p, ctypes.c_bool]
     lib.spikerl_sum.restype = ctypes.c_int
-    for name in ("forward", "backward", "scan", "scan_back", "values", "regress"):
+    outcomes = "forward backward scan scan_back values regress dense_actions imitate"
+    for name in outcomes.split():
         getattr(lib, f"spikerl_{name}").restype = None
     lib.spikerl_act.restype = ctypes.c_bool
 

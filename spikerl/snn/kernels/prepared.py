@@ -13,7 +13,7 @@ from torch import Tensor
 from spikerl.snn.decoders import RateDecoder
 from spikerl.snn.encoders import PopulationEncoder
 from spikerl.snn.kernels.native import Critic, Net, Pointer
-from spikerl.snn.kernels.reference import SpikingNet, ValueNet
+from spikerl.snn.kernels.reference import DenseNet, SpikingNet, ValueNet
 from spikerl.snn.neurons import CubaLIF, Neuron
 
 MAX_LAYERS = 16  # of the source
@@ -80,6 +80,23 @@ class PreparedCritic:
     def moved(self, net: ValueNet) -> bool:
         same = net.weights_CIN[0] is self.params[0]
         return not same or [p.data_ptr() for p in self.params] != self.at
+
+
+class PreparedDense:
+    """A dense network that maps observations to actions."""
+
+    def __init__(self, net: DenseNet) -> None:
+        self.params = [p for layer in net.layers for p in (layer.weight_IN, layer.bias_N)]
+        self.at = [p.data_ptr() for p in self.params]
+        self.fused = net.dtype == torch.float32 and all(map(_plain, self.params))
+        widths = [net.layers[0].weight_IN.shape[0], *(len(layer.bias_N) for layer in net.layers)]
+        self.widths = np.array(widths, np.int32)
+        self.places = pointers(self.at[0::2]), pointers(self.at[1::2])
+        where = (self.widths.ctypes.data, *map(ctypes.addressof, self.places))
+        self.net = Critic(1, len(widths) - 1, widths[0], 0, *where)
+
+    def moved(self, net: DenseNet) -> bool:
+        return [p.data_ptr() for p in self.params] != self.at
 
 
 def pointers(at: Sequence[int]) -> ctypes.Array[Any]:

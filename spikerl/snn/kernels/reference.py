@@ -43,6 +43,13 @@ class ValueNet(Protocol):
     biases_C1N: nn.ParameterList
 
 
+class DenseNet(Protocol):
+    """What a kernel reads of a dense actor."""
+
+    dtype: torch.dtype  # of the layers' products
+    layers: Linears
+
+
 # Spikes (T, B, N) of one layer from its drive.
 Scan = Callable[[Neuron, Tensor], Tensor]
 
@@ -139,6 +146,20 @@ def ascent(
     loss = -relu_values(x_BI, weights, biases, critic.dtype).amin(0).mean()
     into.loss.copy_(loss.detach() * into.weight)
     return torch.autograd.grad(loss, act_BA, into.factor)[0]
+
+
+def dense_actions(net: DenseNet, obs_BO: Tensor) -> Tensor:
+    """Actions (B, A): ReLU layers and tanh."""
+    x = obs_BO
+    *hidden, last = net.layers
+    for layer in hidden:
+        x = torch.relu(product(x, layer, net.dtype))
+    return torch.tanh(product(x, last, net.dtype))
+
+
+def imitate(net: DenseNet, obs_BO: Tensor, goal_BA: Tensor, into: Gradient) -> None:
+    """Gradient of the mean squared error of the actions from `goal`, over batch and entries."""
+    into.take((dense_actions(net, obs_BO) - goal_BA).square().mean())
 
 
 def adam(moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor) -> None:

@@ -18,10 +18,29 @@ from torch import Tensor
 from spikerl.gradient import Pullback, by_autograd
 from spikerl.snn.batchnorm import BATCH
 from spikerl.snn.kernels import reference
-from spikerl.snn.kernels.reference import SpikingNet, adam, ascent, polyak, regress, values
+from spikerl.snn.kernels.reference import (
+    SpikingNet,
+    adam,
+    ascent,
+    dense_actions,
+    imitate,
+    polyak,
+    regress,
+    values,
+)
 from spikerl.snn.neurons import CubaLIF, Neuron
 
-__all__ = ["actions", "adam", "ascent", "polyak", "regress", "values", "vjp"]
+__all__ = [
+    "actions",
+    "adam",
+    "ascent",
+    "dense_actions",
+    "imitate",
+    "polyak",
+    "regress",
+    "values",
+    "vjp",
+]
 
 BLOCK = 256  # neurons of one program
 

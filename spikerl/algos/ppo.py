@@ -1,0 +1,207 @@
+"""PPO, proximal policy optimisation (Schulman et al., 2017, arXiv:1707.06347).
+
+Shape legend   T steps, N environments, B rows, A action entries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spikerl.algos.base import AlgoConfig, Learner, Metrics
+from spikerl.buffers import Replay
+from spikerl.returns import gae
+from spikerl.types import Batch
+
+
+@dataclass(kw_only=True)
+class PPOConfig(AlgoConfig):
+    critics: ClassVar[int] = 1
+
+    rollout_steps: int  # steps, over all environments, that the policy is then updated with
+    epochs: int  # passes over them
+    clip_ratio: float  # the ratio of new to old probability counts up to 1 +- this
+    gae_lambda: float
+    entropy_coef: float
+    log_std: float  # what the learned log deviation of each action entry starts with
+    target_kl: float | None  # updates stop at 1.5 times this divergence; null: never
+    normalize_advantage: str  # over each minibatch, or over the rollout: minibatch, rollout
+    ratio: str  # joint: of the action; per_entry: of each of its entries, as in PopSAN's code
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("give at least 1", lambda x: x >= 1, "rollout_steps", "epochs")
+        self.check("give a value above 0", lambda x: x > 0.0, "clip_ratio")
+        self.check("give a value in [0, 1]", lambda x: 0.0 <= x <= 1.0, "gae_lambda")
+        self.check("give 0 or more", lambda x: x >= 0.0, "entropy_coef")
+        self.check("give a value above 0, or null", lambda x: x is None or x > 0.0, "target_kl")
+        known = ("minibatch", "rollout")
+        self.check("give minibatch or rollout", lambda x: x in known, "normalize_advantage")
+        self.check("give joint or per_entry", lambda x: x in ("joint", "per_entry"), "ratio")
+        if self.batch_size > self.rollout_steps:
+            remedy = f"at most algo.rollout_steps={self.rollout_steps}: give"
+            self.check(f"{remedy} less", lambda x: x <= self.rollout_steps, "batch_size")
+
+    def capacity(self) -> int:
+        return self.rollout_steps
+
+    def updates_due(self, step: int, fewer: int) -> int:
+        """Behind each rollout, unless the divergence stops them."""
+        minibatches = max(self.rollout_steps // (self.batch_size * fewer), 1)
+        return step // self.rollout_steps * self.epochs * minibatches
+
+
+class LogStd(nn.Module):
+    """The deviation of the policy, which does not depend on the observation."""
+
+    def __init__(self, act_dim: int, start: float) -> None:
+        super().__init__()
+        self.value_A = nn.Parameter(torch.full((act_dim,), start))
+
+
+class Rows(NamedTuple):
+    """What a minibatch is drawn from."""
+
+    obs: Tensor  # (B, O)
+    act: Tensor  # (B, A)
+    logp: Tensor  # (B, A) of the policy that acted, for each entry
+    advantage: Tensor  # (B,)
+    ret: Tensor  # (B,) what the critic is to say
+
+
+class PPO(Learner):
+    """A Gaussian around the actor's action, which moves within a clip of the policy that acted.
+
+    Every worker has rows of its own environments, and as many; advantages are normalised with
+    moments over all workers, and all stop together.
+    """
+
+    config: PPOConfig
+    metrics = ("entropy", "approx_kl", "clip_fraction")
+    on_policy = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.head = LogStd(self.actor.act_dim, self.config.log_std).to(self.generator.device)
+        self.step_head = self.stepper(self.head, self.step_actor.lr)
+
+    def burst(
+        self,
+        replay: Replay,
+        updates: int,
+        size: int,
+        generator: torch.Generator,
+        normalize: Callable[[Tensor], Tensor],
+    ) -> list[Metrics]:
+        batch, last = replay.newest(self.config.rollout_steps // self.world.size, normalize)
+        rows = self.prepare(batch, last, replay.width)
+        minibatches = updates // self.config.epochs
+        found: list[Metrics] = []
+        for _ in range(self.config.epochs):
+            order = torch.randperm(len(rows.ret), generator=generator).to(rows.ret.device)
+            for index in order.tensor_split(minibatches):
+                metrics = self.step(Rows(*(field[index] for field in rows)))
+                if metrics is None:
+                    self.refresh()
+                    return found
+                found.append(metrics)
+        self.refresh()
+        return found
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch, last: Tensor, envs: int) -> Rows:
+        """Values, probabilities and advantages under the networks that acted."""
+        c = self.config
+        value, next_value = self.value(batch.obs), self.value(batch.next_obs)
+        rew, values, next_values, terminated, ends = (
+            field.unflatten(0, (-1, envs))
+            for field in (batch.rew, value, next_value, batch.terminated, last)
+        )
+        trace = c.gae_lambda
+        advantage = gae(rew, values, next_values, terminated, ends, c.gamma, trace).flatten()
+        ret = advantage + value
+        if c.normalize_advantage == "rollout":
+            advantage = self.normalized(advantage)
+        logp = self.logp(self.actor(batch.obs), batch.act)
+        return Rows(batch.obs, batch.act, logp, advantage, ret)
+
+    def step(self, rows: Rows) -> Metrics | None:
+        """One update; None where the policy has moved far enough from the one that acted."""
+        c, actor, critic = self.config, self.step_actor, self.step_critic
+        advantage = rows.advantage
+        if c.normalize_advantage == "minibatch":
+            advantage = self.normalized(advantage)
+        act, pull = self.actor.vjp(rows.obs, self.generator)
+        act.requires_grad_()
+        change = self.logp(act, rows.act) - rows.logp
+        log_ratio = change.sum(-1, keepdim=True)
+        divergence = (log_ratio.detach().expm1() - log_ratio.detach()).mean()
+        if c.target_kl is not None and self.mean_over_workers(divergence) > 1.5 * c.target_kl:
+            return None
+        ratio = (log_ratio if c.ratio == "joint" else change).exp()
+        clipped = ratio.clamp(1.0 - c.clip_ratio, 1.0 + c.clip_ratio)
+        weighed = torch.min(ratio * advantage.unsqueeze(-1), clipped * advantage.unsqueeze(-1))
+        entries = self.head.value_A + 0.5 * math.log(2.0 * math.pi * math.e)
+        entropy = entries.sum() if c.ratio == "joint" else entries.mean()
+        loss = -weighed.mean() - c.entropy_coef * entropy
+        grads = torch.autograd.grad(loss, (act, self.head.value_A), actor.gradient.factor)
+        actor.gradient.loss.copy_(loss.detach() * actor.gradient.weight)
+        pull(grads[0], actor.gradient)
+        self.step_head.gradient.slots[0].copy_(grads[1])
+
+        q_mean = self.critic.regress(rows.obs, self.no_act(rows.obs), rows.ret, critic.gradient)
+        metrics = {
+            "critic_loss": critic(),
+            "q_mean": q_mean,
+            "actor_loss": actor(),
+            "entropy": entropy.detach(),
+            "approx_kl": divergence,
+            "clip_fraction": (ratio.detach() != clipped.detach()).to(loss.dtype).mean(),
+        }
+        self.step_head()
+        self.guard.close()
+        self.updates += 1
+        return metrics
+
+    def logp(self, mean_BA: Tensor, act_BA: Tensor) -> Tensor:
+        """log N(act; mean, std) of each entry, (B, A)."""
+        log_std = self.head.value_A
+        z = (act_BA - mean_BA) * torch.exp(-log_std)
+        return -0.5 * z.square() - log_std - 0.5 * math.log(2.0 * math.pi)
+
+    def value(self, obs: Tensor) -> Tensor:
+        return self.critic(obs, self.no_act(obs))[0]
+
+    def no_act(self, obs: Tensor) -> Tensor:
+        """A value is of the observation alone."""
+        return obs.new_empty(len(obs), 0)
+
+    def normalized(self, advantage: Tensor) -> Tensor:
+        """With mean 0 and deviation 1 over the rows of all workers."""
+        x = advantage.double()
+        sums = torch.stack([torch.ones_like(x).sum(), x.sum(), x.square().sum()])
+        self.world.sum_(sums)
+        count, total, squares = sums
+        mean = total / count
+        var = (squares - count * mean.square()).clamp(min=0.0) / (count - 1.0).clamp(min=1.0)
+        return ((x - mean) / (var.sqrt() + 1e-8)).to(advantage.dtype)
+
+    def mean_over_workers(self, value: Tensor) -> float:
+        total = value.clone()
+        self.world.sum_(total)
+        return float(total) / self.world.size
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        return {**super().parts(), "log_std": self.step_head.state()}
+
+    @torch.no_grad()
+    def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
+        """Actions drawn from the policy; they may leave [-1, 1], the environment clips them."""
+        act = self.acting(obs, generator)
+        noise = torch.randn(act.shape, generator=generator, device=act.device)
+        return act + self.head.value_A.exp().to(act.device) * noise
