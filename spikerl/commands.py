@@ -24,6 +24,10 @@ def call_command(command: str, composed: DictConfig, args: Sequence[str]) -> int
         from spikerl import importers
 
         return importers.import_popsan(data, ["spikerl", command, *args])
+    if command == "convert":
+        from spikerl import convert
+
+        return convert.main(data, ["spikerl", command, *args])
     if command == "bench":
         from spikerl import bench
 

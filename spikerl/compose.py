@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a policy; leaves a run folder",
     "eval": "evaluate a trained policy",
     "import": "make a run folder from a policy of the public PopSAN code",
+    "convert": "make a spiking policy from a trained dense one",
     "bench": "how fast this machine acts, updates and trains",
     "doctor": "what this machine has, and why what is missing is missing",
 }

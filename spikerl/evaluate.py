@@ -74,6 +74,16 @@ class Evaluator:
         activity = reduce(Activity.__add__, activities) if activities else None
         return Evaluation([ret for _, ret, _ in merged], [n for _, _, n in merged], activity)
 
+    def observations(self, policy: Policy) -> np.ndarray:
+        """Every raw observation (M, O) of this worker's episodes, those of evaluation 0."""
+        generator = generator_for(self.run_seed, "eval", 0, self.world.rank, 0)
+        seen = []
+        for first in range(0, len(self.mine), SIDE_BY_SIDE):
+            numbers = self.mine[first : first + SIDE_BY_SIDE]
+            seeds = [seed_for(self.run_seed, "eval", 0, i) for i in numbers]
+            seen += self._wave(policy, seeds, generator)[2]
+        return np.concatenate(seen)
+
     def close(self) -> None:
         for env in self.envs:
             env.close()

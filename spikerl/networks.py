@@ -21,7 +21,7 @@ from spikerl.snn.batchnorm import RECALIBRATE, CaReBN
 from spikerl.snn.decoders import DecoderConfig, build_decoder, output_layer
 from spikerl.snn.encoders import EncoderConfig, PopulationConfig, build_encoder
 from spikerl.snn.kernels import reference
-from spikerl.snn.kernels.prepared import MAX_LAYERS
+from spikerl.snn.kernels.prepared import MAX_LAYERS, MAX_STEPS
 from spikerl.snn.neurons import CubaLIFConfig, LIFConfig, Neuron, NeuronConfig, build_neuron
 
 
@@ -42,8 +42,8 @@ class PopSANConfig:
 
     def __post_init__(self) -> None:
         check_sizes("actor.hidden_sizes", self.hidden_sizes)
-        if not 1 <= self.spike_steps <= 32:
-            raise BadRequest("actor.spike_steps", self.spike_steps, "give 1 to 32")
+        if not 1 <= self.spike_steps <= 1000:
+            raise BadRequest("actor.spike_steps", self.spike_steps, "give 1 to 1000")
         if not self.lr > 0.0:
             raise BadRequest("actor.lr", self.lr, "give a value above 0")
 
@@ -114,6 +114,8 @@ class ActorConfig:
             return f"of neuron.reset={neuron.reset}, neuron.surrogate={neuron.surrogate}"
         if self.decoder.name != "rate":
             return f"of decoder={self.decoder.name}"
+        if isinstance(self.actor, PopSANConfig) and self.actor.spike_steps > MAX_STEPS:
+            return f"there are more than {MAX_STEPS} spike steps"
         layers = len(self.actor.hidden_sizes) + 1
         return f"there are more than {MAX_LAYERS} layers" if layers > MAX_LAYERS else None
 

@@ -150,6 +150,14 @@ def find_policy(run: Path, *, key: str) -> Path:
     raise BadRequest(key, run, remedy)
 
 
+def upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 2 as schema 3: all neurons were of one kind of reset and surrogate."""
+    if isinstance(neuron := data.get("neuron"), dict):
+        then = {"reset": "hard", "surrogate": "rect", "surrogate_slope": 2.0}
+        data = {**data, "neuron": {**neuron, **then, "surrogate_slope_end": None}}
+    return {**data, "schema": SCHEMA}
+
+
 def read_policy(
     folder: Path, device: str = "cpu", *, key: str, kernel: str = "reference"
 ) -> Policy:
@@ -163,6 +171,8 @@ def read_policy(
     except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadRequest(key, folder, f"its policy cannot be read: {reason}") from None
+    if isinstance(data, dict) and data.get("schema") == 2:
+        data = upgraded(data)
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else None
         raise BadRequest(

@@ -28,6 +28,7 @@ from spikerl.snn.encoders import PopulationEncoder
 from spikerl.snn.kernels import native, reference
 from spikerl.snn.kernels.native import Net, Pointer, Units
 from spikerl.snn.kernels.prepared import (
+    MAX_STEPS,
     PreparedActor,
     PreparedCritic,
     PreparedDense,
@@ -147,7 +148,8 @@ class CPUKernel:
 
     def scan(self, neuron: Neuron, drive_TBN: Tensor) -> Tensor:
         """Spikes of one layer."""
-        if drive_TBN.dtype != torch.float32 or not neuron.basic:
+        covers = neuron.basic and len(drive_TBN) <= MAX_STEPS
+        if drive_TBN.dtype != torch.float32 or not covers:
             return reference.scan(neuron, drive_TBN)
         neurons = drive_TBN[0].numel()
         flat = nn.functional.pad(drive_TBN.flatten(1), (0, -neurons % 16))

@@ -16,7 +16,7 @@ from spikerl.snn.kernels.native import Critic, Net, Pointer
 from spikerl.snn.kernels.reference import DenseNet, SpikingNet, ValueNet
 from spikerl.snn.neurons import CubaLIF, Neuron
 
-MAX_LAYERS = 16  # of the source
+MAX_LAYERS, MAX_STEPS = 16, 32  # of the source
 
 
 def fused(net: SpikingNet) -> bool:
@@ -24,7 +24,8 @@ def fused(net: SpikingNet) -> bool:
     spikes = isinstance(net.encoder, PopulationEncoder) and net.encoder.config.name != "analog"
     plain = net.dtype == torch.float32 and all(_plain(layer.weight_IN) for layer in net.layers)
     kinds = spikes and net.neurons[0].basic and type(net.decoder) is RateDecoder
-    return kinds and plain and not len(net.norms) and len(net.layers) <= MAX_LAYERS
+    few = len(net.layers) <= MAX_LAYERS and net.spike_steps <= MAX_STEPS
+    return kinds and plain and few and not len(net.norms)
 
 
 class PreparedActor:
