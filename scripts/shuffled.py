@@ -1,0 +1,39 @@
+"""Pendulum whose rewards come in random order: the control that nothing can learn from.
+
+`PYTHONPATH=scripts spikerl train env=gym env.id=shuffled:ShuffledPendulum-v0 ...` trains on it, and
+`spikerl eval run=RUN env_id=Pendulum-v1` says what came of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, SupportsFloat
+
+import gymnasium as gym
+
+HELD = 2000  # rewards, ten episodes of them
+
+
+class Shuffled(gym.Wrapper[Any, Any, Any, Any]):
+    """Each step gives one of the last `HELD` rewards, at random, and keeps its own for later."""
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self.held: list[SupportsFloat] = []
+
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        obs, rew, terminated, truncated, info = self.env.step(action)
+        self.held.append(rew)
+        if len(self.held) > HELD:
+            i = int(self.np_random.integers(HELD))
+            self.held[i], rew = self.held[-1], self.held[i]
+            self.held.pop()
+        else:
+            rew = self.held[int(self.np_random.integers(len(self.held)))]
+        return obs, rew, terminated, truncated, info
+
+
+def make(**kwargs: Any) -> gym.Env[Any, Any]:
+    return Shuffled(gym.make("Pendulum-v1", **kwargs))
+
+
+gym.register("ShuffledPendulum-v0", make, max_episode_steps=200)
