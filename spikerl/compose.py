@@ -254,7 +254,7 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found[1]
         value = next((unquoted(a.partition("=")[2]) for a in args if a.startswith(f"{key}=")), "")
-        return f"{key}={value}: no such key; {_nearest(key, known_keys(command))}"
+        return f"{key}={value}: no such key; {_having(key) or _nearest(key, known_keys(command))}"
     if "issing mandatory value" in text:
         key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
         return f"{key}=???: it has no default; give it a value"
@@ -297,6 +297,18 @@ def known_keys(command: str) -> list[str]:
                 yield from walk(node[key], f"{prefix}{key}.")
 
     return [*walk(config, ""), *(["experiment"] if command == "train" else [])]
+
+
+def _having(key: str) -> str:
+    """Which options of its group have a key that the chosen one lacks."""
+    group, _, name = key.rpartition(".")
+    line = re.compile(rf"^{re.escape(name)}:", re.MULTILINE)
+    options = [
+        option
+        for option in (group_options(group) if re.fullmatch(NAME, group) else [])
+        if line.search((conf_folder() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+    ]
+    return f"it goes with {group}={', '.join(options)}" if options else ""
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

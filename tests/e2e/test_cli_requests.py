@@ -59,7 +59,7 @@ REFUSED = [
     ("-sc query", "-sc=query: give install=SHELL"),
     ("--config-dir=.", "--config-dir=.: no such command"),
     # groups and keys
-    ("train encoder=null", "encoder=null: no such option; known: poisson, population"),
+    ("train encoder=null", "encoder=null: no such option; known: analog, direct, learned"),
     ("train experiment=nothing", "experiment=nothing: no such option"),
     ("train run=run", "run=run: no such key; did you mean run_dir?"),
     ("train init_from=run/file", "init_from=run/file: no policy there"),

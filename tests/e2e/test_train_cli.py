@@ -136,22 +136,24 @@ def test_config_with_overrides(run: Path) -> None:
     assert rows(Path("new"))[-1]["updates"] == 100
 
 
+# What makes runs of such rules short, and their updates.
+FEW = {
+    "ppo": (["algo.rollout_steps=60", "algo.batch_size=20", "algo.epochs=2"], 6),
+    "replaying": (
+        ["algo.random_steps=30", "algo.learning_starts=60", "algo.update_interval=4",
+         "algo.batch_size=8"], 4),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", group_options("experiment"))
 def test_experiments_learn(name: str) -> None:
-    """Each published setting as it stands, its networks too, for a few updates."""
-    few = [
-        "total_steps=60",
-        "steps_per_epoch=60",
-        "eval_episodes=1",
-        "algo.random_steps=30",
-        "algo.learning_starts=50",
-        "env.max_episode_steps=20",
-        "threads=1",
-        "energy=none",
-    ]
-    assert spikerl("train", f"experiment={name}", *few, "run_dir=run").status == 0
+    """Each published setting with the networks that it has, for a few updates."""
+    short, updates = FEW["ppo" if name.endswith("ppo") else "replaying"]
+    few = ["total_steps=60", "steps_per_epoch=60", "eval_episodes=1", "env.max_episode_steps=20",
+           "threads=1", "energy=none"]  # fmt: skip
+    assert spikerl("train", f"experiment={name}", *few, *short, "run_dir=run").status == 0
     (row,) = rows(Path("run"))
-    assert row["updates"] == 50
+    assert row["updates"] == updates
     assert np.isfinite([row["critic_loss"], row["actor_loss"]]).all()
     first, last = actor(Path("run/checkpoints/step_0000000000")), actor(Path("run"))
     assert not all(torch.equal(first[k], last[k]) for k in first)

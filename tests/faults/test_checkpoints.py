@@ -274,12 +274,13 @@ def test_a_ring_that_turned_over_between_checkpoints(saved: Saved, tmp_path: Pat
 
 def test_another_version_is_refused(saved: Saved, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    now = checkpoint.SCHEMA
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "SCHEMA", checkpoint.SCHEMA + 1)
+        patch.setattr(checkpoint, "SCHEMA", now + 1)
         trainer = make_trainer()
         save(trainer, run)
         trainer.close()
-    with pytest.raises(BadRequest, match="schema 2, this version reads 1"):
+    with pytest.raises(BadRequest, match=f"schema {now + 1}, this version reads {now}"):
         verified(run, print)
 
 

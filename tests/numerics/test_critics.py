@@ -217,6 +217,7 @@ def test_parameters_that_moved() -> None:
 
 def test_kernels_have_the_same_operations() -> None:
     names = [n for n in dir(kernels.Kernel) if not n.startswith("_")]
-    assert names == ["actions", "adam", "ascent", "polyak", "regress", "values", "vjp"]
+    assert names == ["actions", "adam", "ascent", "dense_actions", "imitate", "polyak", "regress",
+                     "values", "vjp"]  # fmt: skip
     for kernel in ("reference", f"cpu/{PATHS[0]}"):
         assert all(callable(getattr(kernels.named(kernel), name)) for name in names)

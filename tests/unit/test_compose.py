@@ -105,7 +105,8 @@ def test_flags_that_are_wrong(args: list[str], line: str) -> None:
 def test_each_refused_group_option_names_the_options() -> None:
     for value in ("null", "true", "3", "-1.5"):
         assert refused("train", f"encoder={value}") == (
-            f"encoder={value}: no such option; known: poisson, population"
+            f"encoder={value}: no such option; known: analog, direct, learned,"
+            " poisson, population, tanh_population"
         )
     for value in ("null", "popsan", "popsan/td3,x"):
         assert "popsan/td3" in refused("train", f"experiment={value}")
@@ -218,8 +219,8 @@ def test_known_keys() -> None:
 
 
 def test_group_options() -> None:
-    assert group_options("experiment") == ["popsan/ddpg", "popsan/td3"]
-    assert group_options("actor") == ["mlp", "popsan"]
+    assert group_options("actor") == ["care_bn", "mlp", "popsan"]
+    assert {"care_bn", "popsan/ddpg", "popsan/td3"} < set(group_options("experiment"))
 
 
 def test_requests_follow_each_other_in_one_process() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -37,17 +38,28 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "node_rank": ([None], [0]),
     "env.max_episode_steps": ([1, None], [0]),
     "actor.hidden_sizes": ([[1], [1, 2, 3]], [[], [0], [4, -1]]),
-    "actor.spike_steps": ([1, 32], [0, 33]),
+    "actor.spike_steps": ([1, 1000], [0, 1001]),
     "actor.lr": ([TINY], [0.0, -1.0]),
+    "actor.recalibration_interval": ([1, None], [0]),
+    "actor.recalibration_batches": ([1], [0]),
     "encoder.pop_size": ([1], [0]),
     "encoder.mean_range": ([[1.0, 1.0], [-1.0, 0.5]], [[1.0], [1.0, 0.0], [0.0, 1.0, 2.0]]),
     "encoder.var": ([TINY], [0.0]),
     "encoder.threshold": ([TINY], [0.0]),
     "decoder.pop_size": ([1], [0]),
+    "decoder.voltage_decay": ([0.0, 1.0], [-TINY, 1.0000001]),
     "neuron.current_decay": ([0.0, 1.0], [-TINY, 1.0000001]),
     "neuron.voltage_decay": ([0.0, 1.0], [-TINY, 1.0000001]),
     "neuron.threshold": ([TINY], [0.0]),
     "neuron.surrogate_window": ([TINY], [0.0]),
+    "neuron.surrogate_slope": ([TINY], [0.0]),
+    "neuron.surrogate_slope_end": ([TINY, None], [0.0]),
+    "neuron.adaptation": ([0.0], [-TINY]),
+    "neuron.adaptation_decay": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "neuron.theta_v": ([-1.0, 0.0], [math.nan]),
+    "neuron.theta_u": ([-1.0, 0.0], [math.nan]),
+    "neuron.theta_r": ([-1.0, 0.0], [math.nan]),
+    "neuron.theta_s": ([-1.0, 0.0], [math.nan]),
     "algo.batch_size": ([1], [0]),
     "algo.gamma": ([0.0, 1.0], [-TINY, 1.0000001]),
     "algo.tau": ([TINY, 1.0], [0.0, 1.0000001]),
@@ -62,24 +74,43 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "algo.learning_starts": ([0], [-1]),
     "algo.update_interval": ([1], [0]),
     "algo.updates_per_step": ([TINY], [0.0]),
-    "algo.norm_interval": ([1], [0]),
-    "algo.norm_clip": ([TINY], [0.0]),
+    "algo.norm_interval": ([1, None], [0]),
+    "algo.norm_clip": ([TINY, None], [0.0]),
     "algo.max_grad_norm": ([TINY, None], [0.0]),
+    "algo.first_policy_update": ([0, 1], [-1, 2]),
+    "algo.proxy_steps": ([1], [0]),
+    "algo.proxy_lr": ([TINY], [0.0]),
+    "algo.proxy_hidden_sizes": ([[1]], [[], [0]]),
+    "algo.temperature": ([TINY], [0.0]),
+    "algo.temperature_lr": ([TINY], [0.0]),
+    "algo.target_entropy": ([-1.0, 0.0, None], [math.nan]),
+    "algo.log_std_lr": ([TINY], [0.0]),
+    "algo.log_std_hidden_sizes": ([[1]], [[], [0]]),
+    "algo.log_std_range": ([[-1.0, -1.0]], [[1.0], [1.0, 0.0]]),
+    "algo.rollout_steps": ([64, 65], [0]),
+    "algo.epochs": ([1], [0]),
+    "algo.clip_ratio": ([TINY], [0.0]),
+    "algo.gae_lambda": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "algo.entropy_coef": ([0.0], [-TINY]),
+    "algo.log_std": ([-1.0, 0.5], [math.nan]),
+    "algo.target_kl": ([TINY, None], [0.0]),
+}
+OPTIONS: dict[str, dict[str, type[Any]]] = {
+    "actor": ACTORS,
+    "encoder": ENCODERS,
+    "neuron": NEURONS,
+    "decoder": DECODERS,
+    "algo": configs.ALGOS,
+    "precision": configs.PRECISIONS,
+    "kernel": configs.KERNELS,
+    "backend": configs.BACKENDS,
+    "energy": configs.METERS,
 }
 SCHEMAS: dict[str, list[type[Any]]] = {
     "": [configs.Scalars],
     "env.": [EnvConfig],
-    **{
-        f"{group}.": list(options.values())
-        for group, options in zip(
-            ("actor", "encoder", "neuron", "decoder", "algo", "precision", "kernel", "backend",
-             "energy"),
-            (ACTORS, ENCODERS, NEURONS, DECODERS, configs.ALGOS, configs.PRECISIONS,
-             configs.KERNELS, configs.BACKENDS, configs.METERS),
-            strict=True,
-        )
-    },
-}  # fmt: skip
+    **{f"{group}.": list(options.values()) for group, options in OPTIONS.items()},
+}
 
 
 @pytest.fixture(scope="module")
@@ -101,28 +132,48 @@ def changed(data: dict[str, Any], **values: Any) -> dict[str, Any]:
     return data
 
 
-def test_the_bounds_above_are_those_of_every_number() -> None:
-    numbers = {
-        f"{prefix}{field.name}"
-        for prefix, schemas in SCHEMAS.items()
-        for schema in schemas
+def numbers(schema: type[Any]) -> list[str]:
+    return [
+        field.name
         for field in fields(schema)
         if "int" in str(field.type) or "float" in str(field.type)
+    ]
+
+
+def test_the_bounds_above_are_those_of_every_number() -> None:
+    found = {
+        f"{prefix}{name}"
+        for prefix, schemas in SCHEMAS.items()
+        for schema in schemas
+        for name in numbers(schema)
     }
-    assert numbers == BOUNDS.keys()
+    assert found == BOUNDS.keys()
+
+
+def with_number(default: dict[str, Any], key: str) -> dict[str, Any]:
+    """The default config, or where it has no such number, with an option that does."""
+    group, _, name = key.rpartition(".")
+    options = OPTIONS.get(group, {})
+    if group == "" or group == "env" or name in numbers(options[default[group]["name"]]):
+        return default
+    option = next(option for option, schema in options.items() if name in numbers(schema))
+    data = OmegaConf.load(conf_folder() / group / f"{option}.yaml")
+    return changed(default, **{group: OmegaConf.to_container(data)})
 
 
 @pytest.mark.parametrize("key", BOUNDS)
 def test_bounds(default: dict[str, Any], key: str) -> None:
     place = key.replace(".", "__")
     inside, outside = BOUNDS[key]
+    default = with_number(default, key)
     for value in inside:
         raw = build(changed(default, **{place: value})).raw
         assert OmegaConf.select(OmegaConf.create(raw), key) == value
     for value in outside:
         with pytest.raises(BadRequest) as refused:
             build(changed(default, **{place: value}))
-        assert refused.value.args[:2] == (key, value)
+        assert refused.value.args[0] == key
+        assert repr(refused.value.args[1]) == repr(value)
         assert refused.value.args[2]
 
 

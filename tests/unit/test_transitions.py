@@ -42,6 +42,7 @@ class Row(NamedTuple):
     rew: float
     next_obs: tuple[int, int]
     terminated: bool
+    last: bool
 
 
 class Expected(NamedTuple):
@@ -76,7 +77,8 @@ def scalar_loop(scripts: list[str], actions: np.ndarray, *, same_step: bool) -> 
             obs, step[i], ret[i] = (step[i], episode[i]), step[i] + 1, ret[i] + rew
             last = step[i] == length
             terminated = last and end in ("t", "b")
-            expected.rows.append(Row(t, obs, (a, b), rew, (step[i], episode[i]), terminated))
+            following = step[i], episode[i]
+            expected.rows.append(Row(t, obs, (a, b), rew, following, terminated, last))
             if last:
                 expected.finished.append((ret[i], length))
                 step[i], episode[i], ret[i], waiting[i] = 0, episode[i] + 1, 0.0, not same_step
@@ -122,9 +124,9 @@ def test_every_transition_is_the_scalar_loop_s(kind: Any, mode: AutoresetMode, n
         [r.t for r in expected.rows], None, 60
     ).tolist()
     found = [
-        Row(t, tuple(obs), tuple(act), float(rew), tuple(next_obs), bool(terminated))
+        Row(t, tuple(obs), tuple(act), float(rew), tuple(next_obs), bool(terminated), bool(last))
         for t, steps in enumerate(kept)
-        for obs, act, rew, next_obs, terminated in zip(*steps, strict=True)
+        for obs, act, rew, next_obs, terminated, last in zip(*steps, strict=True)
     ]
     assert found == expected.rows
     assert all(s.terminated.dtype == bool and s.obs.dtype == np.float64 for s in kept)
@@ -134,7 +136,9 @@ def test_every_transition_is_the_scalar_loop_s(kind: Any, mode: AutoresetMode, n
         [s] + [None] * (n - 1) for s, n in zip(seeds, expected.resets, strict=True)
     ]
 
-    stored = [[*r.obs, *r.next_obs, *r.act, r.rew, r.terminated, GAMMA] for r in expected.rows]
+    stored = [
+        [*r.obs, *r.next_obs, *r.act, r.rew, r.terminated, r.last, GAMMA] for r in expected.rows
+    ]
     assert replay.between(0, replay.added).tolist() == stored
     check_moments(norm, [row.obs for row in expected.rows])
 
@@ -185,12 +189,13 @@ def numbered(start: int, count: int) -> tuple[np.ndarray, ...]:
     """Transitions that carry their own number k in every entry."""
     k = np.arange(start, start + count, dtype=np.float64)
     obs = np.stack([k, k + 0.25], 1)
-    return obs, np.stack([k / 1024], 1), k * 2, obs + 0.5, k % 3 == 0
+    return obs, np.stack([k / 1024], 1), k * 2, obs + 0.5, k % 3 == 0, k % 2 == 0
 
 
 def packed(numbers: list[int]) -> list[list[float]]:
     return [
-        [k, k + 0.25, k + 0.5, k + 0.75, k / 1024, k * 2, float(k % 3 == 0), GAMMA] for k in numbers
+        [k, k + 0.25, k + 0.5, k + 0.75, k / 1024, k * 2, k % 3 == 0, k % 2 == 0, GAMMA]
+        for k in numbers
     ]
 
 
@@ -212,9 +217,9 @@ def test_the_ring_keeps_the_newest_rows(bursts: list[int]):
 def test_put_writes_where_add_would_have(start: int, count: int):
     source, target = Replay(1000, 2, 1), Replay(7, 2, 1)
     source.add(*numbered(0, start + count), discount=GAMMA)
-    target.put(0, torch.full((7, 8), -1.0))
+    target.put(0, torch.full((7, 9), -1.0))
     target.put(start, source.between(start, start + count))
-    slots = [[-1.0] * 8] * 7
+    slots = [[-1.0] * 9] * 7
     for k in range(start, start + count):
         slots[k % 7] = packed([k])[0]
     assert target.rows.tolist() == slots
