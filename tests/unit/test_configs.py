@@ -6,22 +6,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from spikerl.compose import COMMANDS, conf_folder, expand, group_options
 from spikerl.config import build
-from spikerl.envs import make_env, task_of
 from spikerl.errors import BadRequest
-from spikerl.trainer import Trainer
 
 GROUPS = sorted(folder.name for folder in conf_folder().iterdir() if folder.is_dir())
 # What an option needs beside it.
@@ -189,7 +184,7 @@ def test_flags_anywhere(args: list[str], tmp_path: Path) -> None:
         ("spikerl ", {"train", "eval", "import", "convert", "bench", "doctor"}),
         ("spikerl tr", {"train"}),
         ("spikerl train env=Half", {"env=HalfCheetah"}),
-        ("spikerl train env=Ant algo=", {"algo=ddpg", "algo=ppo", "algo=proxy_td3", "algo=sac", "algo=td3"}),
+        ("spikerl train env=Ant actor=", {"actor=care_bn", "actor=mlp", "actor=popsan"}),
         ("spikerl train algo.gam", {"algo.gamma="}),
         ("spikerl eval epi", {"episodes="}),
         ("spikerl fly x", set()),
