@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import yaml
 from torch import nn
 
 from spikerl import config as configs
 from spikerl import hardware
+from spikerl.algos.proxy_td3 import ProxyTD3, ProxyTD3Config
 from spikerl.algos.td3 import TD3, TD3Config
 from spikerl.baselines import (
     DenseActor,
@@ -29,15 +31,25 @@ from spikerl.baselines import (
     dense_loop,
     popsan_loop,
 )
+from spikerl.compose import conf_folder
 from spikerl.config import Config
 from spikerl.distributed.world import ALONE, World, share_memory
 from spikerl.errors import BadRequest
-from spikerl.networks import Actor, Critics, MLPActor, MLPConfig, SpikingActor, build_actor
+from spikerl.networks import (
+    Actor,
+    ActorConfig,
+    Critics,
+    MLPActor,
+    MLPConfig,
+    SpikingActor,
+    build_actor,
+)
 from spikerl.normalize import RunningNorm
-from spikerl.policy import Policy, load_policy
+from spikerl.policy import NEURONS, Policy, load_policy
 from spikerl.roofline import Roofline, roofline
 from spikerl.runs import task_for
-from spikerl.schema import parse
+from spikerl.schema import choose, parse
+from spikerl.snn.neurons import NeuronConfig
 from spikerl.timing import (
     Contender,
     Measurement,
@@ -52,7 +64,7 @@ from spikerl.trainer import Trainer
 from spikerl.types import Batch
 from spikerl.versions import git_state, versions
 
-PARTS = ("acting", "update", "training", "workers", "start")
+PARTS = ("acting", "update", "training", "proxy", "workers", "start")
 # Of the encoder and of each layer, in the HalfCheetah policy that PopSAN's authors published, as
 # `spikerl eval` measures them.
 TRAINED_RATES = [0.196, 0.329, 0.509, 0.710]
@@ -61,6 +73,8 @@ TRAINED_RATES = [0.196, 0.329, 0.509, 0.710]
 TRAINED_UNITS = [0.41, 0.27]
 BURST = 20  # updates of a turn: they come in bursts, and the first of one finds cold caches
 DENSE = MLPConfig(name="mlp", hidden_sizes=[256, 256], lr=1e-3)
+# Proxy Target's neurons, steps of the proxy before each of the critics, the proxy's layers.
+PROXIES = (("lif", 3, [512, 512]), ("cuba_lif", 3, [800, 600]), ("lif", 1, [512, 512]))
 
 
 @dataclass(kw_only=True)
@@ -126,16 +140,24 @@ class Bench:
             if not isinstance(policy.actor, SpikingActor):
                 raise BadRequest("run", self.request.run, "its actor is dense")
             return policy.actor, "run"
-        actor = build_actor(self.config.actor, self.task.obs_dim, self.task.act_dim)
+        return self.firing(self.config.actor), "trained rates"
+
+    def firing(self, config: ActorConfig) -> SpikingActor:
+        """An actor that fires as a trained one does."""
+        actor = build_actor(config, self.task.obs_dim, self.task.act_dim)
         assert isinstance(actor, SpikingActor)
         hidden = len(actor.layers) - 1
         inner = np.interp(np.linspace(0, 1, hidden), [0, 1], TRAINED_RATES[1:3]).tolist()
         as_trained(actor, [TRAINED_RATES[0], *inner, TRAINED_RATES[-1]], self.obs[:256])
-        return actor, "trained rates"
+        return actor
 
-    def spiking(self, kernel: str) -> SpikingActor:
-        actor = build_actor(self.config.actor, self.task.obs_dim, self.task.act_dim, kernel=kernel)
-        actor.load_state_dict(self.actor.state_dict())
+    def spiking(self, kernel: str, neuron: str | None = None) -> SpikingActor:
+        """The timed actor; one of another kind of neuron, if named."""
+        config, source = self.config.actor, self.actor
+        if neuron is not None:
+            source = self.firing(config := replace(config, neuron=published(neuron)))
+        actor = build_actor(config, self.task.obs_dim, self.task.act_dim, kernel=kernel)
+        actor.load_state_dict(source.state_dict())
         assert isinstance(actor, SpikingActor)
         return actor.to(self.device)
 
@@ -149,6 +171,8 @@ class Bench:
                     found += self.time(self.update(batch))
             if part == "training":
                 found += self.time(self.training())
+            if part == "proxy":
+                found += self.proxies()
             if part == "workers":
                 found += self.workers()
             if part == "start":
@@ -233,20 +257,49 @@ class Bench:
             contender("dense loop", "fp32", dense_loop(O, A, self.device)),
         ]
 
+    def proxies(self) -> list[Measurement]:
+        """Updates of TD3 with a proxy target, and of TD3, in turn."""
+        choice, batch = self.config.kernel.choice, self.request.batches[-1]
+
+        def contender(name: str, learner: TD3) -> Contender:
+            rows = self.batch(BURST * learner.batches * batch)
+
+            def call() -> None:
+                learner.learn(rows, BURST)
+                learner.check()
+
+            return Contender(f"update, {name}", choice, "fp32", batch, self.weights, BURST, call)
+
+        contenders = [contender("td3", self.td3(self.spiking(choice)))]
+        for neuron, steps, widths in PROXIES:
+            fields = {**asdict(self.algo), "name": "proxy_td3"}
+            algo = ProxyTD3Config(
+                **fields, proxy_steps=steps, proxy_lr=1e-3, proxy_hidden_sizes=widths
+            )
+            learner = self.td3(self.spiking(choice, neuron), rule=ProxyTD3, algo=algo)
+            contenders.append(contender(f"proxy_td3 {neuron} K={steps}", learner))
+        found = self.time(contenders)
+        td3 = found[0].median_ms
+        for m in found[1:]:
+            self.ratios[f"{m.name} / td3"] = ratio(m.median_ms, td3)
+        return found
+
     def td3(
         self,
         actor: Actor,
         critic_dtype: torch.dtype = torch.float32,
         world: World = ALONE,
+        rule: type[TD3] = TD3,
+        algo: TD3Config | None = None,
     ) -> TD3:
-        O, A, algo = self.task.obs_dim, self.task.act_dim, self.algo  # noqa: E741
+        O, A, algo = self.task.obs_dim, self.task.act_dim, algo or self.algo  # noqa: E741
         kernel = actor.kernel if isinstance(actor, SpikingActor) else self.config.kernel.choice
         critic = Critics(O, A, algo.critic_hidden_sizes, dtype=critic_dtype, kernel=kernel)
         hidden = len(algo.critic_hidden_sizes)
         units = np.interp(np.linspace(0, 1, hidden), [0, 1], TRAINED_UNITS).tolist()
         critic_as_trained(critic, units, self.obs[:256].cpu())
         generator = torch.Generator(self.device).manual_seed(0)
-        return TD3(
+        return rule(
             actor,
             critic.to(self.device),
             algo,
@@ -315,6 +368,13 @@ class Bench:
             name = f"updates per second of two workers, {m.what[8:]} / one alone"
             self.ratios[name] = ratio(alone, m.median_ms)
         return found
+
+
+def published(neuron: str) -> NeuronConfig:
+    """A neuron with the settings of its file in conf/."""
+    data = yaml.safe_load((conf_folder() / "neuron" / f"{neuron}.yaml").read_text(encoding="utf-8"))
+    found: NeuronConfig = choose(NEURONS, data, key="neuron")
+    return found
 
 
 # --- other processes -----------------------------------------------------------------------------

@@ -57,6 +57,16 @@ def test_acting_updating_and_training() -> None:
     assert answer["ratios"][name]["ratio"] == pytest.approx(times[chosen] / times["popsan loop"])
 
 
+def test_proxies() -> None:
+    answer = bench("parts=[proxy]")
+    rules = ["td3", "proxy_td3 lif K=3", "proxy_td3 cuba_lif K=3", "proxy_td3 lif K=1"]
+    times = {m["what"]: m["median_ms"] for m in answer["measurements"]}
+    assert list(times) == [f"update, {rule}" for rule in rules]
+    (found,) = (r for name, r in answer["ratios"].items() if "K=1" in name)
+    expected = times["update, proxy_td3 lif K=1"] / times["update, td3"]
+    assert found["ratio"] == pytest.approx(expected)
+
+
 def test_two_workers() -> None:
     found = {m["what"]: m for m in bench("parts=[workers]")["measurements"]}
     sizes = {what: (m["world_size"], m["batch"]) for what, m in found.items()}
