@@ -40,7 +40,7 @@ PRECISIONS = dict.fromkeys(("fp32", "bf16", "fp16"), PrecisionConfig)
 KERNELS = dict.fromkeys(("auto", "reference", "cpu", "triton"), kernels.KernelConfig)
 
 
-BACKENDS = dict.fromkeys(("auto", "gloo", "nccl"), BackendConfig)
+BACKENDS = dict.fromkeys(("auto", "gloo", "nccl", "mpi"), BackendConfig)
 METERS = dict.fromkeys(energies.NAMES, energies.EnergyConfig)
 
 

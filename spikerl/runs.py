@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ import torch
 from spikerl import runfolder
 from spikerl.checkpoint import verified
 from spikerl.config import Config, build
+from spikerl.distributed import mpi
 from spikerl.distributed.launch import WorkerLost, launch
 from spikerl.distributed.world import ALONE, join, leave, ranked
 from spikerl.energy import open_meter
@@ -44,10 +46,17 @@ def train(config: Config, command: Sequence[str]) -> int:
         target = settings.run_dir or default_folder(config)
         runfolder.check_free(target, named=settings.run_dir is not None)
     if config.world_size == 1 or ranked():
-        return run(config, task, target, command)
+        try:
+            return run(config, task, target, command)
+        except Exception:
+            if mpi.joined():
+                traceback.print_exc()
+                mpi.abort()
+            raise
     spec = {"raw": config.raw, "target": target, "command": list(command)}
     try:
-        return launch(spec, config.world_size, int(config.threads.choice))
+        threads = int(config.threads.choice)
+        return launch(spec, config.world_size, threads, config.backend.choice)
     except WorkerLost as error:
         return mourn(Path(target), str(error))
 
@@ -89,7 +98,9 @@ def run(
             init = read_init(init_from, config, task) if init_from else None
             trainer = Trainer(training, task, init, world, meter)
             session = Session(config, trainer, world, target, command)
-            return session.run(lambda: stop[0] if stop else 0)
+            status = session.run(lambda: stop[0] if stop else 0)
+            mpi.part()
+            return status
         finally:
             if trainer is not None:
                 trainer.close()

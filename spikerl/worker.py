@@ -1,16 +1,23 @@
-"""One worker of a run, as the elastic agent starts it: python -m spikerl.worker MAILBOX PID."""
+"""One worker of a run: python -m spikerl.worker MAILBOX [PID].
+
+The elastic agent starts it, whose process it names, or mpiexec, which cannot know its own.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from spikerl.distributed.orphans import die_if_spawned
+from spikerl.distributed import mpi
+from spikerl.distributed.orphans import die_if_spawned, watched
 
 die_if_spawned()
 
 
-def main(mailbox: Path, parent: int) -> int:
+def main(mailbox: Path, parent: int | None = None) -> int:
+    if parent is None:
+        mpi.adopt()
+        parent = watched(mailbox)
     from spikerl import runs
     from spikerl.distributed import launch
 
@@ -21,4 +28,4 @@ def main(mailbox: Path, parent: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:])))

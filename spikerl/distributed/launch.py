@@ -1,9 +1,10 @@
-"""Workers as subprocesses under PyTorch's elastic agent, started and watched from the parent.
+"""Workers as subprocesses under PyTorch's elastic agent, or mpiexec, watched from the parent.
 
 Parent and workers share a mailbox, a temporary folder: `spec.json` (what to run), `pid.RANK`,
 `stop` (a signal that the parent got), `failure.RANK` (why a worker failed), `result` (rank 0's exit
-status). The agent puts workers into sessions of their own, so the parent passes signals on, and the
-workers ask the kernel to die with their parent.
+status), `signal.RANK` (what killed a
+worker under mpiexec). Workers are in sessions of their own, so the parent passes signals on,
+and all ask the kernel to die with their parents.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -22,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from spikerl.distributed import mpi
 from spikerl.distributed.orphans import die_with_parent
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -34,14 +37,25 @@ class WorkerLost(RuntimeError):
     """A worker failed or was killed; the message names its rank and the cause."""
 
 
-def launch(spec: dict[str, Any], world_size: int, threads: int) -> int:
+def launch(spec: dict[str, Any], world_size: int, threads: int, backend: str) -> int:
     """Run `world_size` workers on `spec`; rank 0's exit status. Raises WorkerLost."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    start = by_mpiexec if backend == "mpi" else by_agent
+    with tempfile.TemporaryDirectory(prefix="spikerl-") as name, passing_signals_on(Path(name)):
+        mailbox = Path(name)
+        (mailbox / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        if failures := start(mailbox, world_size):
+            raise WorkerLost(blame(failures, mailbox, world_size))
+        return int((mailbox / "result").read_text())
+
+
+def by_agent(mailbox: Path, world_size: int) -> dict[int, int]:
+    """Exit statuses of workers that failed, by rank."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -52,19 +66,54 @@ def launch(spec: dict[str, Any], world_size: int, threads: int) -> int:
         max_restarts=0,
         signals_to_handle="",  # they are passed on instead
         shutdown_timeout=SHUTDOWN_S,
+        logs_specs=DefaultLogsSpecs(log_dir=str(mailbox)),
     )
-    with tempfile.TemporaryDirectory(prefix="spikerl-") as name, passing_signals_on(Path(name)):
-        mailbox = Path(name)
-        config.logs_specs = DefaultLogsSpecs(log_dir=name)
-        (mailbox / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-        try:
-            elastic_launch(config, sys.executable)("-m", "spikerl.worker", name, str(os.getpid()))
-        except ChildFailedError as error:
-            raise WorkerLost(blame(error.failures, mailbox, world_size)) from None
-        return int((mailbox / "result").read_text())
+    worker = ("-m", "spikerl.worker", str(mailbox), str(os.getpid()))
+    try:
+        elastic_launch(config, sys.executable)(*worker)
+    except ChildFailedError as error:
+        return {rank: int(failure.exitcode) for rank, failure in error.failures.items()}
+    return {}
 
 
-def blame(failures: dict[int, Any], mailbox: Path, world_size: int) -> str:
+def by_mpiexec(mailbox: Path, world_size: int) -> dict[int, int]:
+    """The same under MPI, where one that fails ends all: only the one that did so is known."""
+    start = mpi.mpiexec(world_size)
+    assert start is not None  # the config was checked
+    command = [*start, sys.executable, "-m", "spikerl.worker", str(mailbox)]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+    assert process.stdout is not None
+    last_words: list[str] = []  # of mpiexec, about one that failed
+    for line in process.stdout:
+        if last_words or mpi.LAST_WORDS.match(line):
+            last_words.append(line)
+        else:
+            print(line, end="", flush=True)
+    status = process.wait()
+    if status == 0:
+        return {}
+    if killed := {rank_in(path): -int(path.read_text()) for path in mailbox.glob("signal.*")}:
+        return killed
+    if failures := {rank_in(path): FAILED for path in mailbox.glob("failure.*")}:
+        return failures
+    raise WorkerLost(f"mpiexec ended with status {status}: {''.join(last_words).strip()}")
+
+
+def rank_in(path: Path) -> int:
+    """The rank of the worker that wrote this file."""
+    return int(path.suffix[1:])
+
+
+def blame(failures: dict[int, int], mailbox: Path, world_size: int) -> str:
     """Rank and cause of what went wrong first.
 
     A lost worker makes the others fail in a collective, and they may be noticed before it: so a
@@ -76,14 +125,14 @@ def blame(failures: dict[int, Any], mailbox: Path, world_size: int) -> str:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
     def status(rank: int) -> int:
-        return int(failures[rank].exitcode) if rank in failures else FAILED
+        return failures.get(rank, FAILED)
 
     def order(rank: int) -> tuple[bool, bool, float]:
         killed = status(rank) < 0 and status(rank) != -signal.SIGTERM
         reason = told(rank)
         return not killed, reason.get("collective", not reason), reason.get("time", 0.0)
 
-    ranks = {*failures, *(int(path.suffix[1:]) for path in mailbox.glob("failure.*"))}
+    ranks = {*failures, *map(rank_in, mailbox.glob("failure.*"))}
     rank = min(ranks, key=order)
     who = f"worker {rank} of {world_size}"
     code, reason = status(rank), told(rank)
@@ -128,6 +177,7 @@ def work(mailbox: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> in
         status = run(spec)
     except Exception as error:
         write_failure(mailbox, rank, error)
+        mpi.abort()
         return FAILED
     if rank == 0:
         (mailbox / "result").write_text(str(status))

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 
@@ -30,3 +31,21 @@ def die_with_parent(parent: int | None = None) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
+
+
+def watched(mailbox: Path) -> int:
+    """Go on in a child, whose parent tells by which signal it ended; the parent's process id.
+
+    mpiexec kills all workers when one ends, and does not say which did.
+    """
+    parent, rank = os.getpid(), os.environ["RANK"]
+    child = os.fork()
+    if child == 0:
+        return parent
+    die_with_parent()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        partial = mailbox / f".signal.{rank}"
+        partial.write_text(str(os.WTERMSIG(status)))
+        partial.rename(mailbox / f"signal.{rank}")
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spikerl.distributed import mpi, mpi_group
 from spikerl.distributed.sums import SharedSums, shared_sums
 from spikerl.errors import BadRequest
 from spikerl.types import Resolved
@@ -47,10 +48,20 @@ def resolve_backend(config: BackendConfig, device: str, world_size: int) -> Reso
     if config.name == "nccl" and world_size > gpus:
         remedy = f"nccl needs a device per worker: {world_size} workers, {gpus} devices"
         raise BadRequest("backend", "nccl", f"{remedy}; use backend=gloo or fewer workers")
+    if config.name == "mpi":
+        if why := mpi.missing() or (None if mpi.mpiexec(1) else f"no mpiexec; {mpi.EXTRA}"):
+            raise BadRequest("backend", "mpi", why)
+        if ranked() and not mpi.launched():
+            remedy = "torchrun started the workers; start them with mpiexec, or use backend=gloo"
+            raise BadRequest("backend", "mpi", remedy)
+    elif config.name != "auto" and world_size > 1 and mpi.launched():
+        raise BadRequest("backend", config.name, "mpiexec started the workers; use backend=mpi")
     if config.name != "auto":
         return Resolved(config.name, "requested")
     if world_size == 1:
         return Resolved("none", "one worker exchanges nothing")
+    if mpi.launched():
+        return Resolved("mpi", "mpiexec started the workers")
     if world_size <= gpus:
         return Resolved("nccl", "a CUDA device for each worker")
     return Resolved("gloo", "workers share a device" if gpus else "workers on the CPU")
@@ -109,7 +120,8 @@ ALONE = World()
 
 
 def ranked() -> bool:
-    """Whether a launcher (torchrun, or this program's own) has given this process a rank."""
+    """Whether a launcher (torchrun, mpiexec, or this program) has given this process a rank."""
+    mpi.adopt()
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -117,7 +129,9 @@ def join(backend: str, device: torch.device) -> World:
     """Meet the other workers, as the launcher's environment variables say."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     exchange = str(device) if backend == "nccl" else "cpu"
-    if size > 1:
+    if size > 1 and backend == "mpi":
+        mpi_group.join(TIMEOUT)
+    elif size > 1:
         bound = device if backend == "nccl" else None
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), exchange)

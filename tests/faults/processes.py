@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
+import re
 import signal
 import sys
 import time
@@ -33,6 +34,8 @@ TINY = [
 ]
 # What two runs that computed the same may differ in.
 SPENT = ("env_steps_per_s", "updates_per_s", "wall_s", "power_w")
+
+RANK = re.compile(rb"(PMI_)?RANK=")  # from the elastic agent, or from mpiexec
 
 SERVER = mp.get_context("forkserver")
 SERVER.set_forkserver_preload(["spikerl.runs", "spikerl.cli", "torch.utils.tensorboard", "hydra"])
@@ -159,5 +162,5 @@ def rank_of(pid: int) -> str | None:
     """The rank of a worker; None for any other process."""
     command = Path(f"/proc/{pid}/cmdline").read_bytes()
     words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    ranks = [word[5:].decode() for word in words if word.startswith(b"RANK=")]
+    ranks = [word.partition(b"=")[2].decode() for word in words if RANK.match(word)]
     return ranks[0] if ranks and b"spikerl.worker" in command else None

@@ -17,8 +17,8 @@ LEVELS = [
     " snn.kernels snn.kernels.reference snn.kernels.native snn.kernels.prepared snn.kernels.cpu"
     " snn.kernels.triton",
     "networks normalize buffers returns",
-    "envs snapshots distributed distributed.launch distributed.orphans distributed.sums"
-    " distributed.world"
+    "envs snapshots distributed distributed.launch distributed.orphans distributed.mpi"
+    " distributed.mpi_group distributed.sums distributed.world"
     " precision hardware energy counters files versions checkpoint runlog view",
     "algos algos.base algos.graphs algos.offpolicy algos.ddpg algos.td3 algos.proxy_td3 algos.sac"
     " algos.ppo",

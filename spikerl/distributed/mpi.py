@@ -1,0 +1,85 @@
+"""What mpiexec says to a process, and how it is called; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+EXTRA = "pip install 'spikerl[mpi]' brings mpi4py and MPICH"
+
+# What the launchers of MPICH and of Open MPI tell a process: its rank, how many there are, and its
+# rank on its machine.
+LAUNCHERS = (
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
+# How they begin to speak of a worker that failed.
+LAST_WORDS = re.compile(r"={20}|-{20}|Abort\(\d+\)|application called MPI_Abort")
+
+
+def launched() -> tuple[str, str, str] | None:
+    """The names of what mpiexec told this process, if it started it."""
+    return next((names for names in LAUNCHERS if names[0] in os.environ), None)
+
+
+def adopt() -> None:
+    """Take the rank that mpiexec gave this process, if it did, as torchrun would give it."""
+    for key, name in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), launched() or (), strict=False):
+        os.environ.setdefault(key, os.environ[name])
+
+
+def missing() -> str | None:
+    """Why there is no MPI here, if so, and what brings it."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False  # the workers do that
+        from mpi4py import MPI  # noqa: F401
+    except ImportError:
+        return f"mpi4py is not installed; {EXTRA}"
+    except RuntimeError as error:
+        return f"no MPI library can be loaded ({str(error).splitlines()[0]}); {EXTRA}"
+    return None
+
+
+def mpiexec(workers: int) -> list[str] | None:
+    """The command that starts so many workers on this machine; None where there is none."""
+    beside = Path(sys.executable).parent / "mpiexec"
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if found is None:
+        return None
+    from mpi4py import MPI
+
+    # Open MPI refuses more workers than cores, and to run as root, unless told.
+    more = []
+    if MPI.Get_library_version().startswith("Open MPI"):
+        more = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+        os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return [found, "-n", str(workers), *more]
+
+
+def joined() -> bool:
+    """Whether this process met others over MPI."""
+    mpi = getattr(sys.modules.get("mpi4py"), "MPI", None)
+    return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
+
+
+def part() -> None:
+    """Leave the others, all together; mpiexec takes one that does not for a failed one."""
+    if joined():
+        from mpi4py import MPI
+
+        MPI.Finalize()
+
+
+def abort() -> None:
+    """End all workers, where they met over MPI: left alone, the others would wait for ever."""
+    if joined():
+        from mpi4py import MPI
+
+        sys.stdout.flush()
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
