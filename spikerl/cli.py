@@ -98,6 +98,8 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
         hydra.main(str(conf_folder()), command, version_base="1.3")(job)()
     except SystemExit as ended:  # Hydra's way out of --help, and of a --package that is not there
         statuses.append(WRONG if ended.code else 0)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if called or (sweep and sweep.noted()):
             raise

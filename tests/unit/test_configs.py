@@ -166,6 +166,14 @@ def test_help() -> None:
     assert "steps_per_epoch: 10000" in text
 
 
+def test_a_reader_that_went_away() -> None:
+    command = [sys.executable, "-m", "spikerl", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert (process.communicate(timeout=60)[1], process.returncode) == (b"", 1)
+
+
 def test_cfg_job() -> None:
     printed = OmegaConf.create(shell("train", "--cfg", "job", "--resolve", "env=Ant", "seed=7"))
     assert printed == composed("env=Ant", "seed=7")
