@@ -329,6 +329,14 @@ def deployed(config: ActorConfig, actor: Actor, act_dim: int) -> tuple[ActorConf
     return config, small
 
 
+@torch.no_grad()
+def take(actor: Actor, source: Actor) -> None:
+    """Give `actor` the weights of `source`, which may have only its first outputs."""
+    own = actor.state_dict()
+    for name, p in source.state_dict().items():
+        own[name][tuple(slice(n) for n in p.shape)] = p
+
+
 class Critics(nn.Module):
     """Q networks with ReLU layers, side by side in one batched product per layer."""
 

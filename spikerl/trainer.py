@@ -33,6 +33,7 @@ from spikerl.networks import (
     SpikingActor,
     build_actor,
     deployed,
+    take,
 )
 from spikerl.normalize import RunningNorm
 from spikerl.policy import Policy
@@ -156,7 +157,7 @@ class Trainer:
                 kernel=t.kernel,
             )
             if init is not None:
-                actor.load_state_dict(init.actor.state_dict())
+                take(actor, init.actor)
             self.algo = LEARNERS[type(algo)](
                 actor.to(device),
                 critic.to(device),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spikerl import cli, load_policy
@@ -200,6 +201,10 @@ VARIANTS = [
     ["env=Pendulum"],
     ["env=gym", "env.id=MountainCarContinuous-v0", "env.max_episode_steps=50"],
     ["num_envs=2", "algo.max_grad_norm=1.0", "deterministic=true"],
+    ["algo=sac", "algo.learn_temperature=true", "precision=bf16"],
+    ["actor=care_bn", "encoder=learned", "neuron=plif", "neuron.reset=soft", "decoder=learned"],
+    ["neuron=alif", "neuron.surrogate=triangle", "neuron.surrogate_slope_end=5.0", "decoder=ilc"],
+    ["algo=proxy_td3", "neuron=dynamic", "encoder=analog", "decoder=membrane"],
 ]
 
 
@@ -220,6 +225,17 @@ def test_init_from(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert train(f"init_from={run}", "run_dir=other", "env=Pendulum") == 2
     assert train(f"init_from={run}", "run_dir=other", "actor.hidden_sizes=[8]") == 2
     assert not (tmp_path / "other").exists()
+
+
+def test_init_from_a_policy_with_fewer_outputs(tmp_path: Path) -> None:
+    """A saved policy has the mean's outputs of a SAC actor that has deviations too."""
+    sac = ["algo=sac", "algo.log_std=shared"]
+    assert train(*sac, "total_steps=100", "run_dir=run") == 0
+    assert train(*sac, "total_steps=20", "init_from=run", "run_dir=again", "seed=1") == 0
+    files = [tmp_path / name / "policy.safetensors" for name in ("run", "again")]
+    first, second = ({k: v for k, v in load_file(f).items() if k[0] == "a"} for f in files)
+    assert len(first) == 8
+    assert all(torch.equal(first[k], second[k]) for k in first)
 
 
 def outcome(call: Callable[[], int]) -> int:
