@@ -5,16 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from spikerl.algos.ddpg import DDPGConfig
 from spikerl.algos.td3 import TD3Config
 from spikerl.envs import EnvConfig
 from spikerl.linear import ListOf
-from spikerl.networks import ActorConfig, Critics, PopSANConfig, SpikingActor
+from spikerl.networks import ActorConfig, CareBNConfig, Critics, PopSANConfig, SpikingActor
 from spikerl.precision import PrecisionConfig
-from spikerl.snn.decoders import RateConfig
-from spikerl.snn.encoders import PopulationConfig
-from spikerl.snn.neurons import CubaLIFConfig, LIFConfig, NeuronConfig, build_neuron
+from spikerl.snn.decoders import DecoderConfig, MembraneConfig, RateConfig
+from spikerl.snn.encoders import EncoderConfig, PopulationConfig
+from spikerl.snn.neurons import (
+    ALIFConfig,
+    CubaLIFConfig,
+    DynamicConfig,
+    LIFConfig,
+    NeuronConfig,
+    PLIFConfig,
+    build_neuron,
+)
 from spikerl.trainer import Training
 
 POPULATION = PopulationConfig(
@@ -38,17 +47,55 @@ def lif_config(**changes: Any) -> LIFConfig:
     return LIFConfig(**({**NEURON, "name": "lif", "voltage_decay": 0.75} | changes))
 
 
+def plif_config(**changes: Any) -> PLIFConfig:
+    return PLIFConfig(**({**NEURON, "name": "plif", "voltage_decay": 0.5} | changes))
+
+
+def alif_config(**changes: Any) -> ALIFConfig:
+    own = {"voltage_decay": 0.5, "adaptation": 0.5, "adaptation_decay": 0.5}
+    return ALIFConfig(**({**NEURON, "name": "alif"} | own | changes))
+
+
+def dynamic_config(**changes: Any) -> DynamicConfig:
+    """Not the published thetas, but binary fractions."""
+    own = {"theta_v": -0.25, "theta_u": 0.5, "theta_r": 0.125, "theta_s": 0.25}
+    return DynamicConfig(**({**NEURON, "name": "dynamic", "current_decay": 0.5} | own | changes))
+
+
 def with_neurons(actor: SpikingActor, config: NeuronConfig) -> SpikingActor:
     """The same network with other neurons."""
     actor.neurons = ListOf(build_neuron(config) for _ in actor.layers)
     return actor
 
 
+def fill(module: nn.Module, values: dict[str, Any]) -> None:
+    """Give some of its parameters these values."""
+    with torch.no_grad():
+        for name, value in values.items():
+            module.get_parameter(name).copy_(torch.tensor(value))
+
+
 RATE = RateConfig(name="rate", pop_size=10)
+
+
+def membrane_config(**changes: Any) -> MembraneConfig:
+    own = {"name": "membrane", "pop_size": 10, "voltage_decay": 1.0, "read": "last"}
+    return MembraneConfig(**(own | changes))
 
 
 def popsan_config(hidden: list[int], spike_steps: int = 5) -> PopSANConfig:
     return PopSANConfig(name="popsan", hidden_sizes=hidden, spike_steps=spike_steps, lr=1e-4)
+
+
+def care_bn_config(hidden: list[int], spike_steps: int = 5) -> CareBNConfig:
+    return CareBNConfig(
+        name="care_bn",
+        hidden_sizes=hidden,
+        spike_steps=spike_steps,
+        lr=1e-4,
+        recalibration_interval=None,
+        recalibration_batches=1,
+    )
 
 
 def popsan(
@@ -57,11 +104,13 @@ def popsan(
     hidden: list[int],
     *,
     spike_steps: int = 5,
-    encoder: PopulationConfig = POPULATION,
+    encoder: EncoderConfig = POPULATION,
+    neuron: NeuronConfig = CUBA_LIF,
+    decoder: DecoderConfig = RATE,
     dtype: torch.dtype = torch.float32,
 ) -> SpikingActor:
     config = popsan_config(hidden, spike_steps)
-    return SpikingActor(obs_dim, act_dim, config, encoder, CUBA_LIF, RATE, dtype=dtype)
+    return SpikingActor(obs_dim, act_dim, config, encoder, neuron, decoder, dtype=dtype)
 
 
 def twin_critic(
