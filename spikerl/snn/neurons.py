@@ -6,10 +6,11 @@ With drive x, voltage v, spikes o = [v > th], and r(v, o) = v (1 - o) for reset=
 reset=soft (on the right-hand sides, values of the spike step before):
 
 `lif`        v = dv r(v, o) + x
-    elsewhere: Proxy Target "LIF"; snnTorch `Leaky` (soft), Norse `LIFCell` in other units
+    elsewhere: Proxy Target "LIF"; snnTorch `Leaky(reset_delay=False)`, Norse `LIFCell` in other
+    units
 `cuba_lif`   c = dc c + x;  v = dv r(v, o) + c
     elsewhere: PopSAN "LIF", Proxy Target "CLIF", NIR `CubaLIF`, SpikingJelly `CUBALIFNode`,
-    snnTorch `Synaptic`
+    snnTorch `Synaptic(reset_delay=False)`
 `plif`       lif with dv = sigmoid(w), w learned, one for each layer
     elsewhere: SpikingJelly `ParametricLIFNode(decay_input=False)`, whose 1/tau is 1 - dv
 `alif`       a = da a + o;  v = dv r(v, o) + x;  o = [v > th + beta a]
