@@ -1,10 +1,9 @@
 """Workers as subprocesses under PyTorch's elastic agent, or mpiexec, watched from the parent.
 
 Parent and workers share a mailbox, a temporary folder: `spec.json` (what to run), `pid.RANK`,
-`stop` (a signal that the parent got), `failure.RANK` (why a worker failed), `result` (rank 0's exit
-status), `signal.RANK` (what killed a
-worker under mpiexec). Workers are in sessions of their own, so the parent passes signals on,
-and all ask the kernel to die with their parents.
+`stop` (a signal that the parent got), `failure.RANK` (why a worker failed), `ended.RANK` (how it
+ended, under mpiexec, if not well), `result` (rank 0's exit status). Workers are in sessions of
+their own, so the parent passes signals on, and all ask the kernel to die with their parents.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
@@ -91,6 +92,7 @@ def by_mpiexec(mailbox: Path, world_size: int) -> dict[int, int]:
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
+    threading.Thread(target=end_together, args=(process, mailbox), daemon=True).start()
     assert process.stdout is not None
     last_words: list[str] = []  # of mpiexec, about one that failed
     for line in process.stdout:
@@ -99,13 +101,28 @@ def by_mpiexec(mailbox: Path, world_size: int) -> dict[int, int]:
         else:
             print(line, end="", flush=True)
     status = process.wait()
-    if status == 0:
-        return {}
-    if killed := {rank_in(path): -int(path.read_text()) for path in mailbox.glob("signal.*")}:
-        return killed
+    if failures := {rank_in(path): int(path.read_text()) for path in mailbox.glob("ended.*")}:
+        return failures
     if failures := {rank_in(path): FAILED for path in mailbox.glob("failure.*")}:
         return failures
-    raise WorkerLost(f"mpiexec ended with status {status}: {''.join(last_words).strip()}")
+    if status != 0:
+        raise WorkerLost(f"mpiexec ended with status {status}: {''.join(last_words).strip()}")
+    return {}
+
+
+def end_together(process: subprocess.Popen[str], mailbox: Path) -> None:
+    """End mpiexec, and with it all workers, when one of them ended badly.
+
+    MPICH's does so itself only if it sees the worker's connection close before its output does, and
+    if the worker had joined the others.
+    """
+    while process.poll() is None:
+        time.sleep(0.1)
+        if any(mailbox.glob("ended.*")):
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(SHUTDOWN_S)
+            process.kill()
 
 
 def rank_in(path: Path) -> int:
@@ -185,8 +202,6 @@ def work(mailbox: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> in
 
 
 def write_failure(mailbox: Path, rank: int, error: BaseException) -> None:
-    import time
-
     import torch.distributed as dist
 
     text = str(error).splitlines()

@@ -34,9 +34,9 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def watched(mailbox: Path) -> int:
-    """Go on in a child, whose parent tells by which signal it ended; the parent's process id.
+    """Go on in a child, whose parent tells how it ended if not well; the parent's process id.
 
-    mpiexec kills all workers when one ends, and does not say which did.
+    mpiexec does not say which of the workers failed.
     """
     parent, rank = os.getpid(), os.environ["RANK"]
     child = os.fork()
@@ -44,8 +44,9 @@ def watched(mailbox: Path) -> int:
         return parent
     die_with_parent()
     _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        partial = mailbox / f".signal.{rank}"
-        partial.write_text(str(os.WTERMSIG(status)))
-        partial.rename(mailbox / f"signal.{rank}")
-    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    code = os.waitstatus_to_exitcode(status)
+    if code != 0:
+        partial = mailbox / f".ended.{rank}"
+        partial.write_text(str(code))
+        partial.rename(mailbox / f"ended.{rank}")
+    os._exit(code & 0xFF)

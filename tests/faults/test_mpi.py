@@ -65,12 +65,26 @@ def test_mpiexec_and_another_request(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def worker(run: Run, rank: str) -> int:
-    """The process of this rank: mpiexec started its parent, and it started its environments'."""
+def workers(run: Run, rank: str) -> list[int]:
+    """The process of this rank: mpiexec started its parent, and it starts its environments'."""
     ranked = [pid for pid in living(run.home) if rank_of(pid) == rank]
-    (top,) = (pid for pid in ranked if not any(is_child(pid, other) for other in ranked))
-    (found,) = (pid for pid in ranked if is_child(pid, top))
+    tops = [pid for pid in ranked if not any(is_child(pid, other) for other in ranked)]
+    return [pid for pid in ranked if any(is_child(pid, top) for top in tops)]
+
+
+def worker(run: Run, rank: str) -> int:
+    (found,) = workers(run, rank)
     return found
+
+
+def test_a_worker_killed_before_it_joined_the_others(tmp_path: Path) -> None:
+    run = train(tmp_path, *OVER_MPI)
+    run.until(lambda: workers(run, "1"))
+    os.kill(worker(run, "1"), signal.SIGKILL)
+    assert run.wait(2 * SECONDS) == 1
+    gone(tmp_path)
+    assert run.err.read_text() == "spikerl: worker 1 of 2 was killed by SIGKILL\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_killed_worker_ends_the_run_and_the_rest_can_be_resumed(
