@@ -30,10 +30,11 @@ VALUED = (*FLAG_VALUES, "--package", "-p")
 REFUSED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn",
                  "--experimental-rerun")  # fmt: skip
 # What `resume=RUN` may change: how far the run goes, and where.
-RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend")
+RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend", "backend.timeout_s",
+             "max_restarts", "nnodes", "node_rank", "rdzv")  # fmt: skip
 NAME = r"[A-Za-z][A-Za-z0-9_]*"  # of a key in a config file
 # Where a run was started from or kept is not part of what it computes.
-NOT_CARRIED = ("run_dir", "resume", "config")
+NOT_CARRIED = ("run_dir", "resume", "config", "nnodes", "node_rank", "rdzv")
 # Values that are taken as they are typed: a sweep names its folders with '=' and ','.
 PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "stats", "energy.file")
 

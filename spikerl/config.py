@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,11 +82,28 @@ class Scalars:
                 raise BadRequest(key, "", "give a path, or null")
         if self.scaling not in ("strong", "weak"):
             raise BadRequest("scaling", self.scaling, "give strong or weak")
-        one = "this version trains on one machine, without restarts; leave it out"
-        absent = {"max_restarts": 0, "nnodes": 1, "node_rank": None, "rdzv": None}
-        for key, value in absent.items():
-            if getattr(self, key) != value:
-                raise BadRequest(key, getattr(self, key), one)
+        if self.max_restarts < 0:
+            raise BadRequest("max_restarts", self.max_restarts, "give at least 0")
+        self.check_nodes()
+
+    def check_nodes(self) -> None:
+        """Several machines are named whole, one not at all."""
+        nodes = self.nnodes
+        if nodes < 1:
+            raise BadRequest("nnodes", nodes, "give at least 1")
+        if nodes == 1:
+            for key in ("node_rank", "rdzv"):
+                if getattr(self, key) is not None:
+                    raise BadRequest(key, getattr(self, key), "is for several machines: set nnodes")
+            return
+        if self.world_size is None or self.world_size % nodes:
+            remedy = f"give a multiple of nnodes={nodes}, the workers of all machines"
+            raise BadRequest("world_size", self.world_size, remedy)
+        if self.node_rank is None or not 0 <= self.node_rank < nodes:
+            raise BadRequest("node_rank", self.node_rank, f"give this machine's, 0 to {nodes - 1}")
+        if not re.fullmatch(r"\S+:\d{1,5}", self.rdzv or ""):
+            remedy = "give machine 0's address and a free port there, as host:29500"
+            raise BadRequest("rdzv", self.rdzv, remedy)
 
 
 @dataclass(kw_only=True)
@@ -99,6 +117,7 @@ class Config:
     precision: PrecisionConfig
     kernel: Resolved
     backend: Resolved
+    timeout_s: float  # of an exchange between workers
     energy: energies.EnergyConfig
     meter: Resolved
     world_size: int
@@ -150,6 +169,7 @@ def build(raw: Mapping[str, Any]) -> Config:
         precision=precision,
         kernel=kernels.resolve(kernel, device.choice, actor.layered(precision.actor_dtype)),
         backend=resolve_backend(backend, device.choice, world_size),
+        timeout_s=backend.timeout_s,
         energy=energy,
         meter=energies.resolve(energy, device=torch.device(device.choice)),
         world_size=world_size,

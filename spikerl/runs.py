@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -19,8 +19,7 @@ import torch
 from spikerl import runfolder
 from spikerl.checkpoint import verified
 from spikerl.config import Config, build
-from spikerl.distributed import mpi
-from spikerl.distributed.launch import WorkerLost, launch
+from spikerl.distributed import launch, mpi
 from spikerl.distributed.world import ALONE, join, leave, ranked
 from spikerl.energy import open_meter
 from spikerl.envs import make_env, task_of
@@ -45,7 +44,8 @@ def train(config: Config, command: Sequence[str]) -> int:
     else:
         target = settings.run_dir or default_folder(config)
         runfolder.check_free(target, named=settings.run_dir is not None)
-    if config.world_size == 1 or ranked():
+    check_launch(config)
+    if ranked() or (config.world_size == 1 and settings.max_restarts == 0):
         try:
             return run(config, task, target, command)
         except Exception:
@@ -53,23 +53,52 @@ def train(config: Config, command: Sequence[str]) -> int:
                 traceback.print_exc()
                 mpi.abort()
             raise
-    spec = {"raw": config.raw, "target": target, "command": list(command)}
-    try:
-        threads = int(config.threads.choice)
-        return launch(spec, config.world_size, threads, config.backend.choice)
-    except WorkerLost as error:
-        return mourn(Path(target), str(error))
+    workers = launch.Workers(
+        size=config.world_size,
+        threads=int(config.threads.choice),
+        backend=config.backend.choice,
+        timeout_s=config.timeout_s,
+        nnodes=settings.nnodes,
+        node_rank=settings.node_rank or 0,
+        rdzv=settings.rdzv or launch.Workers.rdzv,
+    )
+    spec = {"raw": config.raw, "target": target, "command": list(command), "after": None}
+    for left in range(settings.max_restarts, -1, -1):
+        try:
+            return launch.launch(spec, workers)
+        except launch.WorkerLost as lost:
+            if left == 0 or lost.stopping:
+                return mourn(lost)
+            spec["raw"] = {**config.raw, "resume": lost.folder or settings.resume}
+            spec["after"] = str(lost)
+            print(f"spikerl: {lost}; restarting all, {left - 1} more times", file=sys.stderr)
+    raise AssertionError
 
 
-def work(spec: Mapping[str, Any], earlier_stop: Callable[[], int | None]) -> int:
+def check_launch(config: Config) -> None:
+    """Refuse what belongs to the launcher that starts the workers."""
+    settings = config.scalars
+    if ranked():
+        remedy = "the workers have been started; give it to what started them"
+        for key, value in (("max_restarts", 0), ("nnodes", 1)):
+            if getattr(settings, key) != value:
+                raise BadRequest(key, getattr(settings, key), remedy)
+    elif config.backend.choice == "mpi" and settings.nnodes > 1:
+        remedy = "mpiexec starts workers on several machines: mpiexec -hosts A,B spikerl train ..."
+        raise BadRequest("nnodes", settings.nnodes, remedy)
+
+
+def work(spec: Mapping[str, Any], mailbox: Path) -> int:
     """A worker that `train` launched."""
     config = build(spec["raw"])
-    return run(config, task_for(config), spec["target"], spec["command"], earlier_stop)
+    return run(config, task_for(config), spec["target"], spec["command"], mailbox, spec["after"])
 
 
-def mourn(folder: Path, cause: str) -> int:
+def mourn(lost: launch.WorkerLost) -> int:
     """Record that a worker was lost; what it had committed can be resumed."""
-    if (folder / "manifest.json").exists():
+    cause = str(lost)
+    if lost.folder is not None:
+        folder = Path(lost.folder)
         runfolder.update_manifest(folder, status="failed", ended=runfolder.now())
         write_text(folder / "error.txt", cause + "\n")
         cause += f" (spikerl train resume={folder} goes on from its last checkpoint)"
@@ -82,14 +111,19 @@ def run(
     task: Task,
     target: str,
     command: Sequence[str],
-    earlier_stop: Callable[[], int | None] = lambda: None,
+    mailbox: Path | None = None,
+    after: str | None = None,
 ) -> int:
-    """One worker's part of a run; all of them return the same status."""
+    """One worker's part of a run; all of them return the same status.
+
+    `mailbox` is shared with the parent that launched it, if one did, `after` why it did so again.
+    """
     torch.set_num_threads(int(config.threads.choice))
     torch.use_deterministic_algorithms(config.scalars.deterministic)
     device = own_device(config.device.choice)
-    world = join(config.backend.choice, device) if ranked() else ALONE
-    with stop_signals(earlier_stop) as stop:
+    choice = config.backend.choice
+    world = join(choice, device, config.timeout_s) if ranked() else ALONE
+    with stop_signals(mailbox) as stop:
         trainer = None
         try:
             meter = open_meter(config.energy, device=device, local_rank=world.local_rank)
@@ -97,7 +131,9 @@ def run(
             init_from = config.scalars.init_from
             init = read_init(init_from, config, task) if init_from else None
             trainer = Trainer(training, task, init, world, meter)
-            session = Session(config, trainer, world, target, command)
+            session = Session(config, trainer, world, target, command, after)
+            if mailbox:
+                launch.begun(mailbox, session.folder)
             status = session.run(lambda: stop[0] if stop else 0)
             mpi.part()
             return status
@@ -164,7 +200,7 @@ def default_folder(config: Config) -> str:
 
 
 @contextmanager
-def stop_signals(earlier: Callable[[], int | None]) -> Iterator[list[int]]:
+def stop_signals(mailbox: Path | None) -> Iterator[list[int]]:
     """Collect SIGTERM, SIGUSR1 and Ctrl-C for the loop to see; a second Ctrl-C ends at once."""
     received: list[int] = []
 
@@ -175,8 +211,8 @@ def stop_signals(earlier: Callable[[], int | None]) -> Iterator[list[int]]:
 
     caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.signal(number, receive) for number in caught}
-    if (number := earlier()) is not None:
-        received.append(number)
+    if mailbox and (number := launch.stop_requested(mailbox)) is not None:
+        received.append(number)  # before this worker listened
     try:
         yield received
     finally:

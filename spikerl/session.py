@@ -28,8 +28,15 @@ class Session:
     """A run while it runs: the folder, its record and view (rank 0's alone), and the commits."""
 
     def __init__(
-        self, config: Config, trainer: Trainer, world: World, target: str, command: Sequence[str]
+        self,
+        config: Config,
+        trainer: Trainer,
+        world: World,
+        target: str,
+        command: Sequence[str],
+        after: str | None = None,
     ) -> None:
+        """`after` is why the program itself resumes the run, if it does."""
         self.config, self.trainer, self.world = config, trainer, world
         self.first = world.rank == 0
         self.wall_s = 0.0  # before this session
@@ -39,7 +46,7 @@ class Session:
         notes = announce(config, trainer)
         if config.scalars.resume:
             self.folder = Path(config.scalars.resume)
-            notes += self.go_on(command)
+            notes += self.go_on(command, after)
         else:
             self.folder = self.start(target, command)
         if self.first:
@@ -69,7 +76,7 @@ class Session:
             self.lock = runfolder.lock(folder)
         return folder
 
-    def go_on(self, command: Sequence[str]) -> list[str]:
+    def go_on(self, command: Sequence[str], after: str | None) -> list[str]:
         """Take the newest checkpoint that verifies, on all workers; what was restored."""
         notes: list[str] = []
         name = None
@@ -87,7 +94,7 @@ class Session:
         runfolder.reopen(self.folder)
         record = runfolder.read_manifest(self.folder, key="resume")
         event = {"time": runfolder.now(), "step": self.trainer.step, "exact": exact,
-                 "discarded_rows": lost, "command": " ".join(command)}  # fmt: skip
+                 "discarded_rows": lost, "command": " ".join(command), "after": after}  # fmt: skip
         resumed = [*record.get("resumed", []), event]
         runfolder.update_manifest(self.folder, status="running", resumed=resumed)
         total = self.trainer.t.total_steps

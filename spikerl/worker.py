@@ -21,10 +21,7 @@ def main(mailbox: Path, parent: int | None = None) -> int:
     from spikerl import runs
     from spikerl.distributed import launch
 
-    def earlier_stop() -> int | None:
-        return launch.stop_requested(mailbox)
-
-    return launch.work(mailbox, parent, lambda spec: runs.work(spec, earlier_stop))
+    return launch.work(mailbox, parent, lambda spec: runs.work(spec, mailbox))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Parent and workers share a mailbox, a temporary folder: `spec.json` (what to run), `pid.RANK`,
 `stop` (a signal that the parent got), `failure.RANK` (why a worker failed), `ended.RANK` (how it
-ended, under mpiexec, if not well), `result` (rank 0's exit status). Workers are in sessions of
-their own, so the parent passes signals on, and all ask the kernel to die with their parents.
+ended, under mpiexec, if not well), `folder` (the run's, once it trains), `result` (the exit
+status). Workers are in sessions of their own, so the parent passes signals on, and all ask the
+kernel to die with their parents.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,35 +37,64 @@ SHUTDOWN_S = 4  # how long survivors of a lost worker may take before they are k
 
 
 class WorkerLost(RuntimeError):
-    """A worker failed or was killed; the message names its rank and the cause."""
+    """A worker failed or was killed; the message names its rank and the cause.
+
+    `folder` is the run's, if it had begun to train; `stopping`, whether it had been told to stop.
+    """
+
+    folder: str | None = None
+    stopping = False
 
 
-def launch(spec: dict[str, Any], world_size: int, threads: int, backend: str) -> int:
-    """Run `world_size` workers on `spec`; rank 0's exit status. Raises WorkerLost."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    start = by_mpiexec if backend == "mpi" else by_agent
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """How many there are, of how many threads, and where: on this machine, number `node_rank` of
+    `nnodes`, which meet at `rdzv`, an address of machine 0's.
+    """
+
+    size: int
+    threads: int
+    backend: str
+    timeout_s: float
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv: str = "127.0.0.1:0"  # any port: there is nobody else to know it
+
+
+def launch(spec: dict[str, Any], workers: Workers) -> int:
+    """Run this machine's workers on `spec`; the run's exit status. Raises WorkerLost."""
+    os.environ["OMP_NUM_THREADS"] = str(workers.threads)
+    start = by_mpiexec if workers.backend == "mpi" else by_agent
     with tempfile.TemporaryDirectory(prefix="spikerl-") as name, passing_signals_on(Path(name)):
         mailbox = Path(name)
         (mailbox / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-        if failures := start(mailbox, world_size):
-            raise WorkerLost(blame(failures, mailbox, world_size))
-        return int((mailbox / "result").read_text())
+        try:
+            if failures := start(mailbox, workers):
+                raise WorkerLost(blame(failures, mailbox, workers.size))
+        except WorkerLost as lost:
+            lost.folder = read(mailbox / "folder") or None
+            lost.stopping = stop_requested(mailbox) is not None
+            raise
+        return int(read(mailbox / "result"))
 
 
-def by_agent(mailbox: Path, world_size: int) -> dict[int, int]:
+def by_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
     """Exit statuses of workers that failed, by rank."""
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    several = workers.nnodes > 1
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world_size,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
+        min_nodes=workers.nnodes,
+        max_nodes=workers.nnodes,
+        nproc_per_node=workers.size // workers.nnodes,
+        run_id="spikerl" if several else uuid.uuid4().hex,
+        rdzv_backend="static" if several else "c10d",
+        rdzv_endpoint=workers.rdzv,
+        rdzv_configs={"rank": workers.node_rank, "timeout": int(workers.timeout_s)},
         max_restarts=0,
         signals_to_handle="",  # they are passed on instead
         shutdown_timeout=SHUTDOWN_S,
@@ -74,12 +105,16 @@ def by_agent(mailbox: Path, world_size: int) -> dict[int, int]:
         elastic_launch(config, sys.executable)(*worker)
     except ChildFailedError as error:
         return {rank: int(failure.exitcode) for rank, failure in error.failures.items()}
+    except DistError as error:
+        reason = str(error).splitlines()[0]
+        text = f"rdzv={workers.rdzv}: the {workers.nnodes} machines did not meet: {reason}"
+        raise WorkerLost(text) from None
     return {}
 
 
-def by_mpiexec(mailbox: Path, world_size: int) -> dict[int, int]:
+def by_mpiexec(mailbox: Path, workers: Workers) -> dict[int, int]:
     """The same under MPI, where one that fails ends all: only the one that did so is known."""
-    start = mpi.mpiexec(world_size)
+    start = mpi.mpiexec(workers.size)
     assert start is not None  # the config was checked
     command = [*start, sys.executable, "-m", "spikerl.worker", str(mailbox)]
     process = subprocess.Popen(
@@ -101,7 +136,7 @@ def by_mpiexec(mailbox: Path, world_size: int) -> dict[int, int]:
         else:
             print(line, end="", flush=True)
     status = process.wait()
-    if failures := {rank_in(path): int(path.read_text()) for path in mailbox.glob("ended.*")}:
+    if failures := {rank_in(path): int(read(path)) for path in mailbox.glob("ended.*")}:
         return failures
     if failures := {rank_in(path): FAILED for path in mailbox.glob("failure.*")}:
         return failures
@@ -138,8 +173,7 @@ def blame(failures: dict[int, int], mailbox: Path, world_size: int) -> str:
     """
 
     def told(rank: int) -> dict[str, Any]:
-        path = mailbox / f"failure.{rank}"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        return dict(json.loads(read(mailbox / f"failure.{rank}") or "{}"))
 
     def status(rank: int) -> int:
         return failures.get(rank, FAILED)
@@ -167,10 +201,10 @@ def passing_signals_on(mailbox: Path) -> Iterator[None]:
         if seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         seen.append(number)
-        (mailbox / "stop").write_text(str(number))
+        write(mailbox / "stop", str(number))
         for path in mailbox.glob("pid.*"):
             with suppress(ProcessLookupError):  # it has just ended
-                os.kill(int(path.read_text()), number)
+                os.kill(int(read(path)), number)
 
     before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
@@ -180,24 +214,33 @@ def passing_signals_on(mailbox: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def write(path: Path, text: str) -> None:
+    """A message, whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
+
+
+def read(path: Path) -> str:
+    """Empty if there is none."""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
 def work(mailbox: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> int:
     """A worker's life: die with the parent, run the spec, leave word of a failure."""
     die_with_parent(parent)
     for number in PASSED_ON:  # until the run listens, and again while it leaves word of a failure
         signal.signal(number, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
-    partial = mailbox / f".pid.{rank}"
-    partial.write_text(str(os.getpid()))
-    partial.rename(mailbox / f"pid.{rank}")
-    spec = json.loads((mailbox / "spec.json").read_text(encoding="utf-8"))
+    write(mailbox / f"pid.{rank}", str(os.getpid()))
+    spec = json.loads(read(mailbox / "spec.json"))
     try:
         status = run(spec)
     except Exception as error:
         write_failure(mailbox, rank, error)
         mpi.abort()
         return FAILED
-    if rank == 0:
-        (mailbox / "result").write_text(str(status))
+    write(mailbox / "result", str(status))  # they all say the same
     return 0
 
 
@@ -211,10 +254,15 @@ def write_failure(mailbox: Path, rank: int, error: BaseException) -> None:
         "traceback": "".join(traceback.format_exception(error)),
         "time": time.time(),
     }
-    (mailbox / f"failure.{rank}").write_text(json.dumps(reason), encoding="utf-8")
+    write(mailbox / f"failure.{rank}", json.dumps(reason))
 
 
 def stop_requested(mailbox: Path) -> signal.Signals | None:
     """A signal that the parent got before this worker could receive it."""
-    path = mailbox / "stop"
-    return signal.Signals(int(path.read_text())) if path.exists() else None
+    number = read(mailbox / "stop")
+    return signal.Signals(int(number)) if number else None
+
+
+def begun(mailbox: Path, folder: Path) -> None:
+    """Tell the parent which folder to resume if a worker is lost."""
+    write(mailbox / "folder", str(folder))

@@ -16,8 +16,7 @@ from spikerl.distributed.sums import SharedSums, shared_sums
 from spikerl.errors import BadRequest
 from spikerl.types import Resolved
 
-# A collective that takes longer than this has lost a worker.
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT_S = 600.0
 
 
 def share(total: int, rank: int, size: int) -> int:
@@ -28,6 +27,11 @@ def share(total: int, rank: int, size: int) -> int:
 @dataclass(kw_only=True)
 class BackendConfig:
     name: str
+    timeout_s: float = TIMEOUT_S  # an exchange that takes longer has lost a worker
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.timeout_s <= 1e6:
+            raise BadRequest("backend.timeout_s", self.timeout_s, "give 1 to 1e6 seconds")
 
 
 def resolve_world_size(asked: int | None) -> int:
@@ -125,24 +129,24 @@ def ranked() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join(backend: str, device: torch.device) -> World:
+def join(backend: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> World:
     """Meet the other workers, as the launcher's environment variables say."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     exchange = str(device) if backend == "nccl" else "cpu"
     if size > 1 and backend == "mpi":
-        mpi_group.join(TIMEOUT)
+        mpi_group.join(timedelta(seconds=timeout_s))
     elif size > 1:
         bound = device if backend == "nccl" else None
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=bound)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=bound)
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), exchange)
-    return share_memory(world) if backend == "gloo" and device.type == "cpu" else world
+    alike = backend == "gloo" and device.type == "cpu"
+    return share_memory(world, timeout_s) if alike else world
 
 
-def share_memory(world: World) -> World:
+def share_memory(world: World, timeout_s: float = TIMEOUT_S) -> World:
     """With sums in shared memory, if all workers are on one machine."""
     if world.size == 1:
         return world
-    timeout_s = TIMEOUT.total_seconds()
     sums = shared_sums(world.rank, world.size, world.gather_objects, timeout_s)
     return replace(world, sums=sums)
 
