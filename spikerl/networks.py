@@ -109,11 +109,12 @@ class ActorConfig:
             return "drives are normalised"
         neuron = self.neuron
         if type(neuron) not in (LIFConfig, CubaLIFConfig):
-            return f"of neuron={neuron.name}"
+            return f"neuron={neuron.name} is PyTorch's"
         if neuron.reset != "hard" or neuron.surrogate != "rect":
-            return f"of neuron.reset={neuron.reset}, neuron.surrogate={neuron.surrogate}"
+            kind = f"neuron.reset={neuron.reset}, neuron.surrogate={neuron.surrogate}"
+            return f"{kind} are PyTorch's"
         if self.decoder.name != "rate":
-            return f"of decoder={self.decoder.name}"
+            return f"decoder={self.decoder.name} is PyTorch's"
         if isinstance(self.actor, PopSANConfig) and self.actor.spike_steps > MAX_STEPS:
             return f"there are more than {MAX_STEPS} spike steps"
         layers = len(self.actor.hidden_sizes) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -29,7 +30,7 @@ def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
         field = str(error).splitlines()[0].rpartition(": ")[2]
         raise BadRequest(f"{prefix}{field}", "???", "give it a value") from None
     except ConfigKeyError as error:
-        names = ", ".join(schema.__dataclass_fields__)  # type: ignore[attr-defined]
+        names = ", ".join(f.name for f in fields(schema))  # type: ignore[arg-type]
         full = f"{prefix}{error.full_key}"
         raise BadRequest(full, data.get(str(error.key)), f"no such key; known: {names}") from None
     except ValidationError as error:

@@ -6,15 +6,16 @@ With drive x, voltage v, spikes o = [v > th], and r(v, o) = v (1 - o) for reset=
 reset=soft (on the right-hand sides, values of the spike step before):
 
 `lif`        v = dv r(v, o) + x
-    elsewhere: Proxy Target "LIF"; snnTorch `Leaky(reset_delay=False)`, Norse `LIFCell` in other
-    units
+    elsewhere: Proxy Target "LIF"; snnTorch `Leaky(reset_delay=False)`, SpikingJelly
+    `LIFNode(decay_input=False)`, Norse `LIFBoxCell` in other units
 `cuba_lif`   c = dc c + x;  v = dv r(v, o) + c
     elsewhere: PopSAN "LIF", Proxy Target "CLIF", NIR `CubaLIF`, SpikingJelly `CUBALIFNode`,
-    snnTorch `Synaptic(reset_delay=False)`
+    snnTorch `Synaptic(reset_delay=False)`; Norse `LIFCell` in other units, a current acting one
+    spike step later
 `plif`       lif with dv = sigmoid(w), w learned, one for each layer
     elsewhere: SpikingJelly `ParametricLIFNode(decay_input=False)`, whose 1/tau is 1 - dv
 `alif`       a = da a + o;  v = dv r(v, o) + x;  o = [v > th + beta a]
-    elsewhere: the adaptive neuron of LSNN (Bellec et al., 2018); Norse `LSNNCell` in other units
+    elsewhere: the adaptive neuron of LSNN (Bellec et al., 2018); Norse `LSNNCell` has a current too
 `dynamic`    c = dc c + x;  v' = (1 - o) v + th_r o;  u' = u + th_s o;
              v = v' + v'^2 - v' - u' + c;  u = u' + th_v v' - th_u u'
     elsewhere: MDC-SAN's dynamic neuron, Proxy Target "DN" (whose code adds th_u u': theta_u < 0)

@@ -203,6 +203,19 @@ def test_one_environment_for_each_worker(default: dict[str, Any]) -> None:
     assert build(changed(default, world_size=3)).training().num_envs == 3
 
 
+def test_why_layer_by_layer(default: dict[str, Any]) -> None:
+    reasons = [
+        build(changed(default, device="cpu", **change)).kernel.reason
+        for change in ({}, {"neuron__reset": "soft"}, {"precision__actor": "bf16"})
+    ]
+    assert reasons == [
+        "a C++ compiler is there",
+        "a C++ compiler is there; layer by layer, for neuron.reset=soft, neuron.surrogate=rect are"
+        " PyTorch's",
+        "a C++ compiler is there; layer by layer, for the actor's products are bfloat16",
+    ]
+
+
 def test_what_auto_came_to(default: dict[str, Any]) -> None:
     config = build(changed(default, device="cpu"))
     assert config.device == ("cpu", "requested")

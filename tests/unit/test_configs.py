@@ -76,6 +76,10 @@ def test_default_is_popsan() -> None:
     assert ours == published
 
 
+def test_ilc_san_is_popsan_with_another_decoder() -> None:
+    assert composed("experiment=ilc_san") == composed("experiment=popsan/td3", "decoder=ilc")
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_there_and_back(option: str, tmp_path: Path) -> None:
     first = composed(option, *NEEDS.get(option, []), "seed=3", "algo.gamma=0.5")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from shell import refusal
@@ -14,6 +14,8 @@ from spikerl.schema import choose, parse
 
 @dataclass(kw_only=True)
 class Part:
+    parts: ClassVar[int] = 7  # no key
+
     name: str
     count: int
     rate: float
