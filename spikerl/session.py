@@ -42,7 +42,7 @@ class Session:
         self.wall_s = 0.0  # before this session
         self.started = time.perf_counter()
         self.committed = -1
-        self.stuck: set[int] = set()  # layers that were said to learn no more
+        self.stuck: set[int] = set()  # layers that were said to hardly learn
         notes = announce(config, trainer)
         if config.scalars.resume:
             self.folder = Path(config.scalars.resume)

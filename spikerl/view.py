@@ -49,13 +49,13 @@ STUCK = 1e-3
 
 
 def stuck_layers(row: Mapping[str, Any]) -> dict[int, str]:
-    """What to say of each layer, counted from 1, that can learn no more."""
+    """What to say of each layer, counted from 1, that hardly learns any more."""
     said = {}
     windows = row["layer_window_fractions"] or []
     for i, share in enumerate(windows):
         if share < STUCK:
             said[i + 1] = (
-                f"warning: spiking layer {i + 1} of {len(windows)} can learn no more:"
+                f"warning: spiking layer {i + 1} of {len(windows)} hardly learns any more:"
                 f" {share:.2%} of its voltages lie inside the surrogate window"
                 f" ({row['layer_silent'][i]:.0%} of its neurons never fire,"
                 f" {row['layer_saturated'][i]:.0%} always)"

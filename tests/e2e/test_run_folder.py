@@ -132,7 +132,7 @@ def test_layers_that_can_learn_no_more_are_named_once(tmp_path: Path) -> None:
     log = (tmp_path / "run" / "log.txt").read_text().splitlines()
     warnings = [line.partition("warning: ")[2] for line in log if "warning: " in line]
     assert sorted(text.partition(":")[0] for text in warnings) == [
-        f"spiking layer {layer} of 2 can learn no more" for layer in (1, 2)
+        f"spiking layer {layer} of 2 hardly learns any more" for layer in (1, 2)
     ]
     row = rows_of(tmp_path / "run")[-1]
     assert row["layer_window_fractions"] == [0.0, 0.0]

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from spikerl.compose import COMMANDS, conf_folder, expand, group_options
+from spikerl.compose import COMMANDS, NOT_CARRIED, conf_folder, expand, group_options
 from spikerl.config import build
 from spikerl.errors import BadRequest
 
@@ -93,7 +93,6 @@ def test_there_and_back(option: str, tmp_path: Path) -> None:
     ("key", "value"),
     [
         ("env.id", r"it's a \ 'quoted\' name, {x 1} [y] $z # =\\"),
-        ("rdzv", "host:29400"),
         ("init_from", "outputs/a b/ü"),
         ("algo.max_grad_norm", 0.5),
         ("algo.critic_lr", 1e-12),
@@ -122,9 +121,10 @@ def test_typed_wins_over_config(tmp_path: Path) -> None:
 
 
 def test_where_a_run_was_kept_is_not_carried(tmp_path: Path) -> None:
-    file = saved(tmp_path, {**composed(), "run_dir": "old", "resume": "old", "config": "old"})
-    new = composed(file)
-    assert [new[key] for key in ("run_dir", "resume", "config")] == [None, None, None]
+    """Nor which machine of how many this was."""
+    old = dict.fromkeys(NOT_CARRIED, "old")
+    new = composed(saved(tmp_path, {**composed(), **old}))
+    assert {key: new[key] for key in old} == {**dict.fromkeys(old), "nnodes": 1}
 
 
 def test_version_makes_the_id(tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def test_a_layer_that_can_learn_no_more_is_named() -> None:
         "layer_saturated": [0.0, 0.25, 0.0],
     }
     assert stuck_layers(row) == {
-        2: "warning: spiking layer 2 of 3 can learn no more: 0.05% of its voltages lie inside the"
-        " surrogate window (75% of its neurons never fire, 25% always)"
+        2: "warning: spiking layer 2 of 3 hardly learns any more: 0.05% of its voltages lie inside"
+        " the surrogate window (75% of its neurons never fire, 25% always)"
     }
     assert stuck_layers({"layer_window_fractions": None}) == {}  # a dense actor
 
