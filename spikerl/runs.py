@@ -53,15 +53,7 @@ def train(config: Config, command: Sequence[str]) -> int:
                 traceback.print_exc()
                 mpi.abort()
             raise
-    workers = launch.Workers(
-        size=config.world_size,
-        threads=int(config.threads.choice),
-        backend=config.backend.choice,
-        timeout_s=config.timeout_s,
-        nnodes=settings.nnodes,
-        node_rank=settings.node_rank or 0,
-        rdzv=settings.rdzv or launch.Workers.rdzv,
-    )
+    workers = workers_of(config)
     spec = {"raw": config.raw, "target": target, "command": list(command), "after": None}
     for left in range(settings.max_restarts, -1, -1):
         try:
@@ -71,8 +63,26 @@ def train(config: Config, command: Sequence[str]) -> int:
                 return mourn(lost)
             spec["raw"] = {**config.raw, "resume": lost.folder or settings.resume}
             spec["after"] = str(lost)
-            print(f"spikerl: {lost}; restarting all, {left - 1} more times", file=sys.stderr)
+            if workers.nnodes > 1:  # where nothing is left of those who met before
+                workers = replace(workers, port=workers.port + 1)
+            print(f"spikerl: {lost}; restarting all ({left} of {settings.max_restarts} restarts"
+                  " were left)", file=sys.stderr)  # fmt: skip
     raise AssertionError
+
+
+def workers_of(config: Config) -> launch.Workers:
+    s = config.scalars
+    workers = launch.Workers(
+        size=config.world_size,
+        threads=int(config.threads.choice),
+        backend=config.backend.choice,
+        timeout_s=config.timeout_s,
+    )
+    if s.rdzv is None:
+        return workers
+    host, _, port = s.rdzv.rpartition(":")
+    rank = s.node_rank or 0
+    return replace(workers, nnodes=s.nnodes, node_rank=rank, host=host, port=int(port))
 
 
 def check_launch(config: Config) -> None:

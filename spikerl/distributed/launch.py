@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,7 +50,7 @@ class WorkerLost(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class Workers:
     """How many there are, of how many threads, and where: on this machine, number `node_rank` of
-    `nnodes`, which meet at `rdzv`, an address of machine 0's.
+    `nnodes`, which meet at `host`, machine 0, and a `port` there (0: any, nobody else is to know).
     """
 
     size: int
@@ -58,7 +59,8 @@ class Workers:
     timeout_s: float
     nnodes: int = 1
     node_rank: int = 0
-    rdzv: str = "127.0.0.1:0"  # any port: there is nobody else to know it
+    host: str = "127.0.0.1"
+    port: int = 0
 
 
 def launch(spec: dict[str, Any], workers: Workers) -> int:
@@ -93,7 +95,7 @@ def by_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
         nproc_per_node=workers.size // workers.nnodes,
         run_id="spikerl" if several else uuid.uuid4().hex,
         rdzv_backend="static" if several else "c10d",
-        rdzv_endpoint=workers.rdzv,
+        rdzv_endpoint=f"{workers.host}:{workers.port}",
         rdzv_configs={"rank": workers.node_rank, "timeout": int(workers.timeout_s)},
         max_restarts=0,
         signals_to_handle="",  # they are passed on instead
@@ -107,7 +109,8 @@ def by_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
         return {rank: int(failure.exitcode) for rank, failure in error.failures.items()}
     except DistError as error:
         reason = str(error).splitlines()[0]
-        text = f"rdzv={workers.rdzv}: the {workers.nnodes} machines did not meet: {reason}"
+        where = f"{workers.host}:{workers.port}"
+        text = f"rdzv={where}: the {workers.nnodes} machines did not meet there: {reason}"
         raise WorkerLost(text) from None
     return {}
 
@@ -247,10 +250,14 @@ def work(mailbox: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> in
 def write_failure(mailbox: Path, rank: int, error: BaseException) -> None:
     import torch.distributed as dist
 
-    text = str(error).splitlines()
+    first = (str(error).splitlines() or [""])[0]
+    alone = isinstance(error, dist.DistError) or any(w in str(error) for w in LOST_PEER)
+    place = r"\[[^]]*\] "  # in PyTorch's sources
     reason = {
-        "error": f"{type(error).__name__}: {text[0] if text else ''}",
-        "collective": isinstance(error, dist.DistError) or any(w in str(error) for w in LOST_PEER),
+        "error": "lost the others: " + re.sub(place, "", first).partition(". ")[0]
+        if alone
+        else f"{type(error).__name__}: {first}",
+        "collective": alone,
         "traceback": "".join(traceback.format_exception(error)),
         "time": time.time(),
     }

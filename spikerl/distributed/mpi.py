@@ -28,7 +28,8 @@ def launched() -> tuple[str, str, str] | None:
 def adopt() -> None:
     """Take the rank that mpiexec gave this process, if it did, as torchrun would give it."""
     for key, name in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), launched() or (), strict=False):
-        os.environ.setdefault(key, os.environ[name])
+        if name in os.environ:  # Slurm's own MPI launcher says no local rank
+            os.environ.setdefault(key, os.environ[name])
 
 
 def missing() -> str | None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spikerl.distributed import mpi, mpi_group
+from spikerl.distributed import hosts, mpi, mpi_group
 from spikerl.distributed.sums import SharedSums, shared_sums
 from spikerl.errors import BadRequest
 from spikerl.types import Resolved
@@ -124,8 +124,9 @@ ALONE = World()
 
 
 def ranked() -> bool:
-    """Whether a launcher (torchrun, mpiexec, or this program) has given this process a rank."""
+    """Whether a launcher (torchrun, mpiexec, srun, this program) has given this process a rank."""
     mpi.adopt()
+    hosts.adopt()
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -137,6 +138,8 @@ def join(backend: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> Wo
         mpi_group.join(timedelta(seconds=timeout_s))
     elif size > 1:
         bound = device if backend == "nccl" else None
+        if hosts.several() and (interface := hosts.interface_to(os.environ["MASTER_ADDR"])):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=bound)
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), exchange)
     alike = backend == "gloo" and device.type == "cpu"
