@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from spikerl.algos.ddpg import DDPGConfig
+from spikerl.algos.ppo import PPOConfig
+from spikerl.algos.proxy_td3 import ProxyTD3Config
+from spikerl.algos.sac import SACConfig
 from spikerl.algos.td3 import TD3Config
 from spikerl.envs import EnvConfig
 from spikerl.linear import ListOf
@@ -120,35 +123,73 @@ def twin_critic(
 
 
 def ddpg_config(**changes: Any) -> DDPGConfig:
-    return DDPGConfig(**({**COMMON, "name": "ddpg"} | changes))
+    return DDPGConfig(**(COMMON | REPLAYING | NOISE | {"name": "ddpg"} | changes))
 
 
 def td3_config(**changes: Any) -> TD3Config:
+    return TD3Config(**(COMMON | REPLAYING | NOISE | DELAY | {"name": "td3"} | changes))
+
+
+def proxy_td3_config(**changes: Any) -> ProxyTD3Config:
+    own = {"name": "proxy_td3", "proxy_steps": 3, "proxy_lr": 1e-3, "proxy_hidden_sizes": [64, 64]}
+    return ProxyTD3Config(**(COMMON | REPLAYING | NOISE | DELAY | own | changes))
+
+
+def sac_config(**changes: Any) -> SACConfig:
     own = {
-        "name": "td3",
-        "policy_delay": 2,
-        "first_policy_update": 0,
-        "target_noise": 0.2,
-        "noise_clip": 0.5,
+        "name": "sac",
+        "temperature": 0.2,
+        "learn_temperature": False,
+        "target_entropy": None,
+        "temperature_lr": 3e-4,
+        "log_std": "separate",
+        "log_std_hidden_sizes": [64, 64],
+        "log_std_lr": 1e-3,
+        "log_std_range": [-20.0, 2.0],
     }
-    return TD3Config(**(COMMON | own | changes))
+    return SACConfig(**(COMMON | REPLAYING | own | changes))
+
+
+def ppo_config(**changes: Any) -> PPOConfig:
+    own = {
+        "name": "ppo",
+        "rollout_steps": 100,
+        "norm_interval": 100,
+        "epochs": 2,
+        "clip_ratio": 0.2,
+        "gae_lambda": 0.95,
+        "entropy_coef": 0.0,
+        "log_std": -0.5,
+        "target_kl": None,
+        "normalize_advantage": "minibatch",
+        "ratio": "joint",
+    }
+    return PPOConfig(**(COMMON | own | changes))
 
 
 COMMON: dict[str, Any] = {
     "batch_size": 32,
     "gamma": 0.99,
-    "tau": 0.005,
     "critic_lr": 1e-3,
     "critic_hidden_sizes": [64, 64],
-    "explore_noise": 0.1,
+    "norm_interval": 50,
+    "norm_clip": 3.0,
+    "max_grad_norm": None,
+}
+REPLAYING: dict[str, Any] = {
+    "tau": 0.005,
     "replay_capacity": 1000,
     "random_steps": 0,
     "learning_starts": 0,
     "update_interval": 1,
     "updates_per_step": 1.0,
-    "norm_interval": 50,
-    "norm_clip": 3.0,
-    "max_grad_norm": None,
+}
+NOISE: dict[str, Any] = {"explore_noise": 0.1}
+DELAY: dict[str, Any] = {
+    "policy_delay": 2,
+    "first_policy_update": 0,
+    "target_noise": 0.2,
+    "noise_clip": 0.5,
 }
 
 

@@ -98,7 +98,8 @@ class Guard:
         self.scales_loss = scales_loss
         self.scale = torch.tensor(65536.0 if scales_loss else 1.0, device=device)
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # good updates in a row
-        self.masked = torch.zeros((), device=device)  # 1 while writes are masked
+        # 1 while writes are masked; of the type that Adam's function demands
+        self.masked = torch.zeros((), dtype=torch.float32, device=device)
         self.bad = torch.zeros((), device=device)  # updates that ended masked, since the last check
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # updates, fp16 only
 
@@ -148,7 +149,8 @@ class Stepper:
         scale = guard.scale if guard.scales_loss else None
         self.gradient = Gradient(list(module.parameters()), weight=weight, scale=scale)
         self.lr, self.max_norm = lr, math.inf if max_grad_norm is None else max_grad_norm
-        step, zeros = torch.zeros((), device=self.flat.device), torch.zeros_like(self.flat)
+        step = torch.zeros((), dtype=torch.float32, device=self.flat.device)
+        zeros = torch.zeros_like(self.flat)
         self.moments = Moments(self.flat, step, zeros, zeros.clone())
         self.guard, self.world, self.kernel = guard, world, kernel
 

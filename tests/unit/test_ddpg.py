@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 
 import pytest
 import torch
 from builders import ddpg_config, popsan
+from plain import average, cut, descend, q_networks, transitions, values
 from torch import Tensor, nn
 
 from spikerl.algos.ddpg import DDPG
@@ -16,16 +16,6 @@ from spikerl.snn.kernels import native
 from spikerl.types import Batch
 
 KERNELS = ["reference", f"cpu/{native.supported_paths()[0]}"]
-
-
-def rows(count: int) -> Batch:
-    draw = torch.Generator().manual_seed(1)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(count, *shape, generator=draw)
-
-    done, discount = torch.arange(count) % 5 == 0, torch.full((count,), 0.9)
-    return Batch(normal(3), normal(2).clamp(-1, 1), normal(), normal(3), done, discount)
 
 
 def made(kind: str) -> Actor:
@@ -44,41 +34,21 @@ def learner(kind: str, kernel: str) -> DDPG:
 
 def usual(ours: DDPG, batches: list[Batch]) -> tuple[list[float], list[float], list[Tensor]]:
     """One module, one optimiser, one step after the other; losses, and the actor's weights."""
-    sizes, weights = (
-        [5, 24, 16, 1],
-        zip(ours.critic.weights_CIN, ours.critic.biases_C1N, strict=True),
-    )
-    layers: list[nn.Module] = []
-    for (i, n), (weight, bias) in zip(pairwise(sizes), weights, strict=True):
-        linear = nn.Linear(i, n)
-        with torch.no_grad():
-            linear.weight.copy_(weight[0].T)
-            linear.bias.copy_(bias[0, 0])
-        layers += [linear, nn.ReLU()]
-    q, pi = nn.Sequential(*layers[:-1]), copy.deepcopy(ours.actor)
+    q, pi = q_networks(ours.critic), copy.deepcopy(ours.actor)
     q_target, pi_target = copy.deepcopy(q), copy.deepcopy(pi)
     q_adam = torch.optim.Adam(q.parameters(), lr=1e-3)
     pi_adam = torch.optim.Adam(pi.parameters(), lr=1e-3)
-
-    def value(net: nn.Module, obs: Tensor, act: Tensor) -> Tensor:
-        return net(torch.cat([obs, act], 1)).squeeze(1)
-
     critic_losses, actor_losses = [], []
     for b in batches:
         with torch.no_grad():
-            following = value(q_target, b.next_obs, pi_target(b.next_obs))
+            (following,) = values(q_target, b.next_obs, pi_target(b.next_obs))
             y = b.rew + 0.9 * (1.0 - b.terminated.float()) * following
-        loss = nn.functional.mse_loss(value(q, b.obs, b.act), y)
-        q_adam.zero_grad()
-        loss.backward()
-        q_adam.step()
-        actor_loss = -value(q, b.obs, pi(b.obs)).mean()
-        pi_adam.zero_grad()
-        actor_loss.backward()
-        pi_adam.step()
-        for net, target in ((q, q_target), (pi, pi_target)):
-            for p, p_target in zip(net.parameters(), target.parameters(), strict=True):
-                p_target.data.copy_(0.9 * p_target.data + 0.1 * p.data)
+        loss = nn.functional.mse_loss(values(q, b.obs, b.act)[0], y)
+        descend(loss, q_adam)
+        actor_loss = -values(q, b.obs, pi(b.obs)).mean()
+        descend(actor_loss, pi_adam)
+        average(q_target, q, 0.1)
+        average(pi_target, pi, 0.1)
         critic_losses.append(loss.item())
         actor_losses.append(actor_loss.item())
     return critic_losses, actor_losses, list(pi.parameters())
@@ -90,9 +60,8 @@ def test_six_updates_are_the_usual_ones(kind: str, kernel: str) -> None:
     ours = learner(kind, kernel)
     if kind == "spiking":
         ours.actor.kernel = ours.actor_target.kernel = kernel  # type: ignore[union-attr]
-    everything = rows(6 * 32)
-    batches = [Batch(*part) for part in zip(*(f.split(32) for f in everything), strict=True)]
-    critic_losses, actor_losses, weights = usual(ours, batches)
+    everything = transitions(6 * 32, torch.float32)
+    critic_losses, actor_losses, weights = usual(ours, cut(everything, 32))
     found = ours.learn(everything, 6)
     assert ours.updates == 6
     assert [float(m["critic_loss"]) for m in found] == pytest.approx(critic_losses, rel=1e-4)
@@ -107,7 +76,7 @@ def test_its_targets_are_not_smoothed() -> None:
     act = torch.tensor([[0.3, -0.7]])
     assert torch.equal(ours.smooth(act), act)
     before = ours.generator.get_state()
-    ours.update(rows(8))
+    ours.update(transitions(8, torch.float32))
     assert torch.equal(ours.generator.get_state(), before)  # nothing was drawn
 
 
@@ -117,7 +86,7 @@ def test_a_copy_that_explores_has_the_actors_weights(kind: str) -> None:
     ours, plain = learner(kind, "reference"), learner(kind, "reference")
     ours.act_on_cpu(KERNELS[1])
     assert ours.acting is not ours.actor
-    obs = rows(5).obs
+    obs = transitions(5, torch.float32).obs
 
     def explored(ddpg: DDPG) -> Tensor:
         return ddpg.explore(obs, torch.Generator().manual_seed(3))
@@ -125,7 +94,7 @@ def test_a_copy_that_explores_has_the_actors_weights(kind: str) -> None:
     first = explored(ours)
     torch.testing.assert_close(first, explored(plain), rtol=0, atol=1e-6)
     for ddpg in (ours, plain):
-        ddpg.learn(rows(4 * 32), 4)
+        ddpg.learn(transitions(4 * 32, torch.float32), 4)
     torch.testing.assert_close(explored(ours), explored(plain), rtol=0, atol=1e-6)
     assert not torch.equal(explored(ours), first)
     assert torch.equal(ours.acting_flat, ours.step_actor.flat)
