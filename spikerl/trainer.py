@@ -67,7 +67,9 @@ class Training:
         if self.scaling == "weak":
             return self.algo.batch_size, 1.0 / world.size
         rows = share(self.algo.batch_size, world.rank, world.size)
-        return rows, rows / self.algo.batch_size
+        # What it just did is cut into minibatches, so that all have as many.
+        equal = LEARNERS[type(self.algo)].on_policy
+        return rows, 1.0 / world.size if equal else rows / self.algo.batch_size
 
 
 # Up to so many environments a worker acts on the CPU, whatever device it learns on: a kernel call
