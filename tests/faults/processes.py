@@ -17,21 +17,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TINY = [
+SHORT = [
     "total_steps=400",
     "steps_per_epoch=100",
-    "algo.random_steps=60",
-    "algo.learning_starts=60",
-    "algo.update_interval=10",
-    "algo.norm_interval=20",
     "algo.batch_size=16",
     "eval_episodes=2",
     "actor.hidden_sizes=[16]",
     "algo.critic_hidden_sizes=[16]",
-    "algo.replay_capacity=150",
     "env.max_episode_steps=37",
     "threads=1",
 ]
+TINY = [
+    *SHORT,
+    "algo.random_steps=60",
+    "algo.learning_starts=60",
+    "algo.update_interval=10",
+    "algo.norm_interval=20",
+    "algo.replay_capacity=150",
+]
+# An epoch ends amid a rollout.
+PPO = [*SHORT, "algo.rollout_steps=80", "algo.norm_interval=80", "algo.epochs=2"]
 # What two runs that computed the same may differ in.
 SPENT = ("env_steps_per_s", "updates_per_s", "wall_s", "power_w")
 
@@ -108,7 +113,7 @@ def _enter(home: str, args: tuple[str, ...], environ: dict[str, str]) -> None:
 
 def train(home: Path, *args: str, **environ: str) -> Run:
     """A new run in home/run."""
-    return Run(home, *TINY, "run_dir=run", *args, **environ)
+    return Run(home, *(PPO if "algo=ppo" in args else TINY), "run_dir=run", *args, **environ)
 
 
 def resume(home: Path, *args: str) -> Run:

@@ -23,7 +23,14 @@ CASES = {
     "several_async": ["env=HalfCheetah", "num_envs=2", "env.vectorizer=async"],
     "poisson": ["env=Hopper", "encoder=poisson"],
     "workers": ["env=HalfCheetah", "world_size=2", "num_envs=4"],
-}
+    "sac": ["env=Hopper", "algo=sac", "algo.learn_temperature=true"],
+    "ppo": ["env=Hopper", "algo=ppo", "num_envs=2"],
+    "proxy": [
+        "env=Hopper", "algo=proxy_td3", "algo.proxy_steps=2", "algo.updates_per_step=0.5",
+        "neuron=plif", "actor=care_bn", "actor.recalibration_interval=50",
+        "actor.recalibration_batches=2",
+    ],
+}  # fmt: skip
 
 AGAIN = ("cheetah", "several_async")  # the resumed run is killed too
 HOPPER = ["env=Hopper", "num_envs=2"]

@@ -6,15 +6,27 @@ import copy
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders import INVERTED_PENDULUM, POISSON, POPULATION, small_training
+from builders import (
+    INVERTED_PENDULUM,
+    POISSON,
+    POPULATION,
+    care_bn_config,
+    plif_config,
+    ppo_config,
+    proxy_td3_config,
+    sac_config,
+    small_training,
+)
 from torch import Tensor
 
-from spikerl.checkpoint import Shard
+from spikerl.checkpoint import Shard, save_checkpoint, verified
+from spikerl.distributed.world import ALONE
 from spikerl.envs import EnvConfig, make_env, task_of
 from spikerl.evaluate import Evaluation, Evaluator
 from spikerl.snn.encoders import PopulationConfig
@@ -55,13 +67,17 @@ def state(trainer: Trainer) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor
 def train(training: Training, upto: int | None = None) -> Outcome:
     """To the end, or through so many epochs."""
     with closing(new_trainer(training)) as trainer:
-        rows = []
-        for row in trainer.epochs():
-            kept = {k for k in row if k not in MEASURED and not k.startswith("energy_")}
-            rows.append({k: v for k, v in row.items() if k in kept})
-            if len(rows) == upto:
-                break
-        return Outcome(*state(trainer), rows)
+        return finish(trainer, upto)
+
+
+def finish(trainer: Trainer, upto: int | None = None) -> Outcome:
+    rows = []
+    for row in trainer.epochs():
+        kept = {k for k in row if k not in MEASURED and not k.startswith("energy_")}
+        rows.append({k: v for k, v in row.items() if k in kept})
+        if len(rows) == upto:
+            break
+    return Outcome(*state(trainer), rows)
 
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
@@ -115,6 +131,54 @@ def test_a_seed_decides_every_bit(env: EnvConfig, encoder: PopulationConfig):
     assert all(one.learner[name].numel() == 1 or "bias" in name for name in same), same
     assert not (one.replay == other.replay)[:, : one.replay.shape[1] - 2].all(1).any()
     assert one.rows[0]["eval_return"] != other.rows[0]["eval_return"]
+
+
+REPLAYING: dict[str, Any] = {
+    "batch_size": 10,
+    "critic_hidden_sizes": [16],
+    "random_steps": 40,
+    "learning_starts": 40,
+    "update_interval": 10,
+    "updates_per_step": 0.5,
+    "norm_interval": 10,
+    "replay_capacity": 80,
+}
+# Of Training, and of its actor.
+RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sac": ({"algo": sac_config(**REPLAYING, learn_temperature=True)}, {}),
+    "ppo": ({"algo": ppo_config(rollout_steps=60, norm_interval=60, batch_size=20)}, {}),
+    "proxy_td3": ({"algo": proxy_td3_config(**REPLAYING, proxy_hidden_sizes=[8])}, {}),
+    "plif": ({}, {"neuron": plif_config()}),
+    "care_bn": ({}, {"actor": replace(care_bn_config([16]), recalibration_interval=40)}),
+}
+
+
+def under(rule: str) -> Training:
+    """Two environments, 120 steps in epochs that end amid a rollout."""
+    own, parts = RULES[rule]
+    training = short(num_envs=2, total_steps=120, steps_per_epoch=50, eval_episodes=1)
+    return replace(training, actor=replace(training.actor, **parts), **own)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_each_rule_repeats_itself_and_resumes(rule: str, tmp_path: Path):
+    """From a checkpoint of the first epoch, which ends amid a rollout."""
+    training = under(rule)
+    whole = train(training)
+    disturb()
+    with closing(new_trainer(training)) as first:
+        part = finish(first, upto=1)
+        facts, save = {"step": first.step}, first.policy.save
+        save_checkpoint(tmp_path, ALONE, first.shard(), first.learner_state(), facts, save)
+    disturb()
+    with closing(new_trainer(training)) as second:
+        assert second.load(verified(tmp_path, lambda damage: None))
+        rest = finish(second)
+    check_same_training(whole, rest)
+    assert whole.rows == part.rows + rest.rows
+    assert [row["step"] for row in whole.rows] == [50, 100, 120]
+    assert whole.rows[-1]["updates"] > 10
+    assert {"actor.weights", "critic.weights"} <= differing(whole.learner, part.learner)
 
 
 @pytest.mark.parametrize("encoder", [POPULATION, POISSON], ids=lambda e: e.name)
