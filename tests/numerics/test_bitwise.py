@@ -162,12 +162,12 @@ def under(rule: str) -> Training:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_each_rule_repeats_itself_and_resumes(rule: str, tmp_path: Path):
-    """From a checkpoint of the first epoch, which ends amid a rollout."""
+    """From a checkpoint of the second epoch, which ends amid a rollout."""
     training = under(rule)
     whole = train(training)
     disturb()
     with closing(new_trainer(training)) as first:
-        part = finish(first, upto=1)
+        part = finish(first, upto=2)
         facts, save = {"step": first.step}, first.policy.save
         save_checkpoint(tmp_path, ALONE, first.shard(), first.learner_state(), facts, save)
     disturb()
