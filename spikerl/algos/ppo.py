@@ -43,6 +43,12 @@ class PPOConfig(AlgoConfig):
         known = ("minibatch", "rollout")
         self.check("give minibatch or rollout", lambda x: x in known, "normalize_advantage")
         self.check("give joint or per_entry", lambda x: x in ("joint", "per_entry"), "ratio")
+        if self.normalize_advantage == "minibatch":
+            self.check("one row has no deviation: give at least 2", lambda x: x >= 2, "batch_size")
+        # Else a rollout is acted on with moments that it is not learned from with.
+        steps = self.rollout_steps
+        whole = f"give a multiple of algo.rollout_steps={steps}, or null"
+        self.check(whole, lambda x: x is None or x % steps == 0, "norm_interval")
         if self.batch_size > self.rollout_steps:
             remedy = f"at most algo.rollout_steps={self.rollout_steps}: give"
             self.check(f"{remedy} less", lambda x: x <= self.rollout_steps, "batch_size")

@@ -138,7 +138,10 @@ def test_config_with_overrides(run: Path) -> None:
 
 # What makes runs of such rules short, and their updates.
 FEW = {
-    "ppo": (["algo.rollout_steps=60", "algo.batch_size=20", "algo.epochs=2"], 6),
+    "ppo": (
+        ["algo.rollout_steps=60", "algo.norm_interval=60", "algo.batch_size=20", "algo.epochs=2"],
+        6,
+    ),
     "replaying": (
         ["algo.random_steps=30", "algo.learning_starts=60", "algo.update_interval=4",
          "algo.batch_size=8"], 4),

@@ -88,7 +88,7 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "algo.log_std_lr": ([TINY], [0.0]),
     "algo.log_std_hidden_sizes": ([[1]], [[], [0]]),
     "algo.log_std_range": ([[-1.0, -1.0]], [[1.0], [1.0, 0.0]]),
-    "algo.rollout_steps": ([64, 65], [0]),
+    "algo.rollout_steps": ([80, 2000], [0]),
     "algo.epochs": ([1], [0]),
     "algo.clip_ratio": ([TINY], [0.0]),
     "algo.gae_lambda": ([0.0, 1.0], [-TINY, 1.0000001]),

@@ -23,6 +23,7 @@ from transitions_env import COUNTER
 from spikerl.algos.ppo import PPO, Rows
 from spikerl.buffers import Replay
 from spikerl.envs import make_env, task_of
+from spikerl.errors import BadRequest
 from spikerl.networks import Actor, Critics, MLPActor, MLPConfig
 from spikerl.trainer import Trainer
 from spikerl.types import Batch
@@ -223,6 +224,22 @@ def test_updates_stop_at_the_first_divergence_beyond_the_target() -> None:
             assert stopped.updates == int(stopped.step_actor.moments.step) == k
         generous = learner(target_kl=max(kl) / 1.5 * 1.01)
         assert len(burst(generous, Rollout(generous))) == 3 * EPOCHS
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"norm_interval": 150}, "algo.norm_interval"),  # it would move amid a rollout
+        ({"norm_interval": 50}, "algo.norm_interval"),
+        ({"batch_size": 1}, "algo.batch_size"),  # every advantage would be 0
+        ({"batch_size": 101}, "algo.batch_size"),
+    ],
+)
+def test_what_would_not_be_learned_from(given: dict[str, Any], key: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        ppo_config(**given)
+    assert refused.value.args[0] == key
+    ppo_config(batch_size=1, normalize_advantage="rollout", norm_interval=200)
 
 
 @contextmanager
