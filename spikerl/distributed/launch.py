@@ -33,6 +33,7 @@ from spikerl.distributed.orphans import die_with_parent
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
+LATE = ("did not come", "Timed out", "timeout")
 FAILED = 1  # a worker's exit status
 SHUTDOWN_S = 4  # how long survivors of a lost worker may take before they are killed
 
@@ -103,6 +104,8 @@ def by_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
         logs_specs=DefaultLogsSpecs(log_dir=str(mailbox)),
     )
     worker = ("-m", "spikerl.worker", str(mailbox), str(os.getpid()))
+    over = threading.Event()
+    threading.Thread(target=end_stragglers, args=(mailbox, over), daemon=True).start()
     try:
         elastic_launch(config, sys.executable)(*worker)
     except ChildFailedError as error:
@@ -112,7 +115,19 @@ def by_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
         where = f"{workers.host}:{workers.port}"
         text = f"rdzv={where}: the {workers.nnodes} machines did not meet there: {reason}"
         raise WorkerLost(text) from None
+    finally:
+        over.set()
     return {}
+
+
+def end_stragglers(mailbox: Path, over: threading.Event) -> None:
+    """Kill workers that outlive another's failure because they hang: the agent gives them 30 s."""
+    while not over.wait(0.2):
+        if any(mailbox.glob("failure.*")) and not over.wait(SHUTDOWN_S):
+            for path in mailbox.glob("pid.*"):
+                with suppress(ProcessLookupError):
+                    os.kill(int(read(path)), signal.SIGKILL)
+            return
 
 
 def by_mpiexec(mailbox: Path, workers: Workers) -> dict[int, int]:
@@ -172,7 +187,8 @@ def blame(failures: dict[int, int], mailbox: Path, world_size: int) -> str:
     """Rank and cause of what went wrong first.
 
     A lost worker makes the others fail in a collective, and they may be noticed before it: so a
-    worker that was killed comes first, then one that failed on its own account.
+    worker that was killed comes first, then one that failed on its own account. But one that the
+    others waited for in vain was killed after that.
     """
 
     def told(rank: int) -> dict[str, Any]:
@@ -181,10 +197,11 @@ def blame(failures: dict[int, int], mailbox: Path, world_size: int) -> str:
     def status(rank: int) -> int:
         return failures.get(rank, FAILED)
 
-    def order(rank: int) -> tuple[bool, bool, float]:
+    def order(rank: int) -> tuple[bool, bool, bool, float]:
         killed = status(rank) < 0 and status(rank) != -signal.SIGTERM
         reason = told(rank)
-        return not killed, reason.get("collective", not reason), reason.get("time", 0.0)
+        late = reason.get("late", False)
+        return not late, not killed, reason.get("collective", not reason), reason.get("time", 0.0)
 
     ranks = {*failures, *map(rank_in, mailbox.glob("failure.*"))}
     rank = min(ranks, key=order)
@@ -258,6 +275,7 @@ def write_failure(mailbox: Path, rank: int, error: BaseException) -> None:
         if alone
         else f"{type(error).__name__}: {first}",
         "collective": alone,
+        "late": alone and any(word in first for word in LATE),
         "traceback": "".join(traceback.format_exception(error)),
         "time": time.time(),
     }
