@@ -18,7 +18,7 @@ LEVELS = [
     " snn.kernels.triton",
     "networks normalize buffers returns",
     "envs snapshots distributed distributed.launch distributed.orphans distributed.mpi"
-    " distributed.mpi_group distributed.sums distributed.world"
+    " distributed.mpi_group distributed.hosts distributed.sums distributed.world"
     " precision hardware energy counters files versions checkpoint runlog view",
     "algos algos.base algos.graphs algos.offpolicy algos.ddpg algos.td3 algos.proxy_td3 algos.sac"
     " algos.ppo",
