@@ -319,4 +319,4 @@ def _nearest(word: str, known: Sequence[str]) -> str:
         near = [name for name in known if name.rpartition(".")[2] == tail][:3]
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return f"known: {', '.join(known)}" if len(known) < 20 else "--help lists what there is"
+    return f"known: {', '.join(known)}" if len(known) < 30 else "--help lists what there is"

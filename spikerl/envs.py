@@ -36,8 +36,13 @@ class EnvConfig:
     id: str
     max_episode_steps: int | None  # null: the environment's own limit
     vectorizer: str  # sync: all in this process; async: one process each, for slow environments
+    # each: every action entry has its own bounds; first: all have plus and minus the first one's
+    # upper bound, as in the code of PopSAN and SpikeRL
+    action_bounds: str = "each"
 
     def __post_init__(self) -> None:
+        if self.action_bounds not in ("each", "first"):
+            raise BadRequest("env.action_bounds", self.action_bounds, "give each or first")
         if self.vectorizer not in ("sync", "async"):
             raise BadRequest("env.vectorizer", self.vectorizer, "give sync or async")
         if self.max_episode_steps is not None and self.max_episode_steps < 1:
@@ -51,8 +56,12 @@ class Plain(gym.Wrapper[np.ndarray, Any, Any, Any]):
     overwritten by the reset that follows it.
     """
 
-    def __init__(self, env: gym.Env[Any, Any]) -> None:
+    def __init__(self, env: gym.Env[Any, Any], *, first_bound: bool = False) -> None:
         super().__init__(env)
+        if first_bound:
+            bounds: Any = env.action_space
+            most = bounds.high.flat[0]
+            self.action_space = gym.spaces.Box(-most, most, bounds.shape, bounds.dtype)
         shape = env.observation_space.shape
         assert shape is not None
         self.size = int(np.prod(shape))
@@ -101,13 +110,13 @@ def make_env(config: EnvConfig) -> Plain:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadRequest(key, value, f"{config.id} cannot be made here: {reason}") from error
     try:
-        _check_spaces(env, config.id)
+        _check_spaces(env, config)
     except BadRequest:
         env.close()
         raise
     if _step_limit(env) is None:
         env = gym.wrappers.TimeLimit(env, DEFAULT_EPISODE_STEPS)
-    return Plain(env)
+    return Plain(env, first_bound=config.action_bounds == "first")
 
 
 def task_of(env: Plain) -> Task:
@@ -131,8 +140,8 @@ def _step_limit(env: gym.Env[Any, Any]) -> int | None:
     return env.spec.max_episode_steps if env.spec else None
 
 
-def _check_spaces(env: gym.Env[Any, Any], env_id: str) -> None:
-    obs, act = env.observation_space, env.action_space
+def _check_spaces(env: gym.Env[Any, Any], config: EnvConfig) -> None:
+    obs, act, env_id = env.observation_space, env.action_space, config.id
     if not isinstance(obs, gym.spaces.Box) or not np.prod(obs.shape):
         kind = type(obs).__name__
         raise BadRequest("env.id", env_id, f"its observations are {kind}; a Box is needed")
@@ -146,6 +155,9 @@ def _check_spaces(env: gym.Env[Any, Any], env_id: str) -> None:
         raise BadRequest("env.id", env_id, remedy)
     if not (act.low < act.high).all():
         raise BadRequest("env.id", env_id, "an action entry has no room between its bounds")
+    if config.action_bounds == "first" and not act.high.flat[0] > 0:
+        remedy = f"the first entry's upper bound is {act.high.flat[0]:g}; give each"
+        raise BadRequest("env.action_bounds", config.action_bounds, remedy)
 
 
 def _quiet_mujoco() -> None:

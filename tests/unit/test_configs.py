@@ -73,7 +73,16 @@ def test_default_is_popsan() -> None:
     ours = composed()
     assert ours.pop("num_envs") is None  # one per worker, and one worker
     assert published.pop("num_envs") == 1
+    assert ours["env"].pop("action_bounds") == "each"
+    assert published["env"].pop("action_bounds") == "first"
     assert ours == published
+
+
+def test_quirks_of_published_code_are_named() -> None:
+    code = composed("experiment=popsan/ddpg_poisson", "env=Hopper")
+    assert code == composed("experiment=popsan/ddpg", "env=Hopper", "encoder=poisson")
+    for name in ("spikerl/td3_mpi", "dense/sac", "proxy_target/ann", "care_bn"):
+        assert composed(f"experiment={name}")["env"]["action_bounds"] == "first"
 
 
 def test_ilc_san_is_popsan_with_another_decoder() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from shell import refusal
 from transitions_env import BoxesEnv, registered
 
 from spikerl import envs as envs_module
@@ -63,6 +65,27 @@ def test_multi_dimensional_boxes_are_flat_inside_and_whole_outside():
 
 
 BOX = gym.spaces.Box(-1.0, 1.0, (2,))
+
+
+def test_one_bound_for_all_entries():
+    """As PopSAN's code has it; what lies beyond an entry's own is the environment's affair."""
+    act = gym.spaces.Box(np.float32([-1.0, 0.0]), np.float32([3.0, 9.0]))
+    config = registered("OneBound", BoxesEnv, limit=9, obs=BOX, act=act)
+    first = replace(config, action_bounds="first")
+    task = task_of(make_env(first))
+    assert (task.act_low.tolist(), task.act_high.tolist()) == ([-3.0, -3.0], [3.0, 3.0])
+    with closing(make_envs(first, 1, task)) as envs:
+        envs.reset([0])
+        envs.step(np.array([[-1.0, 0.5]], np.float32))
+        (received,) = envs.vector.get_attr("action")
+    assert received.tolist() == [-3.0, 1.5]
+    negative = gym.spaces.Box(np.float32([-2.0, 0.0]), np.float32([-1.0, 1.0]))
+    config = registered("Below", BoxesEnv, limit=9, obs=BOX, act=negative)
+    refused = refusal(make_env, replace(config, action_bounds="first"))
+    assert refused.args == ("env.action_bounds", "first",
+                            "the first entry's upper bound is -1; give each")  # fmt: skip
+
+
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "discrete actions": (BOX, gym.spaces.Discrete(3), "its actions are Discrete"),
     "discrete observations": (gym.spaces.Discrete(3), BOX, "its observations are Discrete"),
