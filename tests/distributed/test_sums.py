@@ -61,15 +61,17 @@ def what_has_no_room_takes_gloo(world: World) -> None:
 
 
 def a_machine_without_room(world: World) -> None:
-    """One worker cannot have it: all of them take gloo, and none waits."""
+    """One worker cannot have it, or no more of it: all of them take gloo, and none waits."""
+    enter, fresh = sums_module._enter, share_memory(replace(world, sums=None))
+    assert fresh.sums is not None
     if world.rank == 1:
         sums_module._enter = lambda name, total, rank: None
-    fresh = share_memory(replace(world, sums=None))
-    assert fresh.sums is not None
     mine = torch.ones(10)
     fresh.sum_(mine)
     assert mine.tolist() == [world.size] * 10
     assert fresh.sums.rooms == {40: None}
+    assert share_memory(replace(world, sums=None)).sums is None
+    sums_module._enter = enter
 
 
 def another_machine(world: World) -> None:

@@ -90,7 +90,8 @@ def test_every_import_is_asked_for() -> None:
     """Directly, or, for two, as what a direct requirement cannot be without."""
     through = {"yaml": "omegaconf", "pynvml": "zeus", "triton": "torch"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = {Requirement(line).name for line in project["dependencies"]}
+    lines = [*project["dependencies"], *project["optional-dependencies"]["mpi"]]
+    asked = {Requirement(line).name for line in lines}
     of_module = packages_distributions()
     trees = [ast.parse(path.read_text()) for path in (ROOT / "spikerl").rglob("*.py")]
     for node in (node for tree in trees for node in ast.walk(tree)):
