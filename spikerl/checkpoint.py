@@ -15,19 +15,27 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from spikerl.buffers import Replay
 from spikerl.distributed.world import World
-from spikerl.errors import BadRequest
-from spikerl.files import sync_folder, write_atomic, write_json
+from spikerl.errors import BadRequest, DiskError
+from spikerl.files import (
+    checksum_of,
+    json_bytes,
+    make_folder,
+    sync_folder,
+    write_atomic,
+    write_synced,
+)
 
 SCHEMA = 2  # 2: replayed rows tell the last of an episode
 KEEP = 3
@@ -48,46 +56,79 @@ def save_checkpoint(
     shard: Shard,
     learner: Mapping[str, Tensor],
     facts: Mapping[str, Any],
-    save_policy: Callable[[Path], None],
+    policy: Mapping[str, bytes],
 ) -> None:
-    """Commit, all workers together; `learner` and `facts` (with the `step`) are the same on all."""
+    """Commit, all workers together; `learner`, `facts` (with the `step`) and `policy`, the files of
+    one, are the same on all.
+
+    DiskError: a disk refused. What was there before stays, and the next call makes up for it.
+    """
     root = run / "checkpoints"
     name = f"step_{facts['step']:010d}"
     partial = root / f".{name}.partial"
-    if world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _save_tensors(partial / "learner.safetensors", learner)
-        save_policy(partial)
-    world.barrier()  # the folder is there
-    tensors, notes = f"worker_{world.rank}.safetensors", f"worker_{world.rank}.json"
-    _save_tensors(partial / tensors, shard.tensors)
     replay = shard.replay
-    write_json(partial / notes, {**shard.notes, "replay_added": replay.added})
-    added = world.gather_objects(append_segment(run, world.rank, replay))
-    oldest = world.gather_objects(replay.added - replay.capacity)
+    notes = {**shard.notes, "replay_added": replay.added}
+    mine = {
+        f"worker_{world.rank}.safetensors": _tensor_bytes(shard.tensors),
+        f"worker_{world.rank}.json": json_bytes(notes),
+    }
     if world.rank == 0:
-        before = _folders(run)[:1]  # the last commit; to guess without it would lose its replay
-        segments = dict(Checkpoint.open(run, before[0].name).manifest["segments"]) if before else {}
-        for segment in added:
-            segments |= segment
+        mine |= {"learner.safetensors": _tensor_bytes(learner), **policy}
+
+    def begin() -> dict[str, str] | None:
+        if world.rank > 0:
+            return None
+        make_folder(root)
+        tidy(run)
+        partial.mkdir()
+        return _last_segments(run)
+
+    def write() -> tuple[dict[str, str], dict[str, str], int]:
+        files = {name: write_synced(partial / name, content) for name, content in mine.items()}
+        return files, append_segment(run, world.rank, replay), replay.added - replay.capacity
+
+    def commit() -> None:
+        if world.rank > 0:
+            return
+        files = {name: sums for part in parts for name, sums in part[0].items()}
+        segments = dict(before or {})
+        for part in parts:
+            segments |= part[1]
+        oldest = [part[2] for part in parts]
         manifest = {
             "schema": SCHEMA,
             **facts,
-            "files": {path.name: _checksum(path) for path in sorted(partial.iterdir())},
+            "files": files,
             "segments": {p: s for p, s in segments.items() if _reaches(p, oldest)},
         }
-        write_json(partial / "manifest.json", {**manifest, "seal": _seal(manifest)})
+        write_synced(partial / "manifest.json", json_bytes({**manifest, "seal": _seal(manifest)}))
+        sync_folder(partial)
         place = root / name
         replaced = root / f".{name}.replaced.partial"
-        if place.exists():  # the same step again
-            shutil.rmtree(replaced, ignore_errors=True)
+        if again := place.exists():  # the same step
             os.rename(place, replaced)
-        os.rename(partial, place)
-        shutil.rmtree(replaced, ignore_errors=True)
+        try:
+            os.rename(partial, place)
+        except OSError:
+            if again:
+                os.rename(replaced, place)
+            raise
         _point_latest(root, name)
-        _drop_old(run, root)
-    world.barrier()  # it is committed
+        for folder in _folders(run)[KEEP:]:
+            shutil.rmtree(folder)
+        tidy(run)
+
+    try:
+        before = world.together(begin)[0]
+        if before is None:  # nothing to add to: all of the replay is written
+            replay.saved = 0
+        parts = world.together(write)
+        world.together(commit)
+    except DiskError:
+        if world.rank == 0:
+            with suppress(OSError):
+                tidy(run)  # room for the others
+        raise
     replay.saved = replay.added
 
 
@@ -158,27 +199,39 @@ def verified(run: Path, report: Callable[[str], None]) -> Checkpoint:
 
 def drop_later(checkpoint: Checkpoint) -> None:
     """Remove checkpoints newer than the one that a run goes on from, and what is half written."""
-    for path in list(checkpoint.run.rglob(".*.partial")):
+    for folder in _folders(checkpoint.run):
+        if folder.name > checkpoint.folder.name:
+            shutil.rmtree(folder)
+    tidy(checkpoint.run)
+    _point_latest(checkpoint.folder.parent, checkpoint.folder.name)
+
+
+def tidy(run: Path) -> None:
+    """Remove what is half written, and replay segments that no checkpoint names."""
+    for path in list(run.rglob(".*.partial")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    for folder in _folders(checkpoint.run):
-        if folder.name > checkpoint.folder.name:
-            shutil.rmtree(folder)
-    _point_latest(checkpoint.folder.parent, checkpoint.folder.name)
+    kept = [_read_manifest(folder) for folder in _folders(run)]
+    if None in kept:  # its segments are not known
+        return
+    named = {path for manifest in kept if manifest for path in manifest["segments"]}
+    for path in run.glob("replay/worker_*/rows_*.f32"):
+        if str(path.relative_to(run)) not in named:
+            path.unlink()
 
 
-def append_segment(run: Path, rank: int, replay: Replay) -> dict[str, Any]:
+def append_segment(run: Path, rank: int, replay: Replay) -> dict[str, str]:
     """Write the rows that came since the last segment; its path below the run, and checksum."""
     start = max(replay.saved, replay.added - replay.capacity)
     if start == replay.added:
         return {}
     path = Path("replay") / f"worker_{rank}" / f"rows_{start:012d}_{replay.added:012d}.f32"
-    (run / path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(run / "replay")
+    make_folder((run / path).parent)
     rows = replay.between(start, replay.added).cpu().numpy()
-    write_atomic(run / path, lambda partial: rows.tofile(partial))
-    return {str(path): _checksum(run / path)}
+    return {str(path): write_atomic(run / path, rows.reshape(-1).view(np.uint8).data)}
 
 
 def _parse(path: str) -> tuple[int, int, int]:
@@ -196,6 +249,14 @@ def _reaches(path: str, oldest: list[int]) -> bool:
 
 def _folders(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_*"), reverse=True)
+
+
+def _last_segments(run: Path) -> dict[str, str] | None:
+    """Those that the last commit names; None if it, or one of them, is not there."""
+    manifest = _read_manifest(folder) if (folder := next(iter(_folders(run)), None)) else None
+    if manifest is None or not all((run / path).is_file() for path in manifest["segments"]):
+        return None
+    return dict(manifest["segments"])
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -219,18 +280,12 @@ def _damaged(run: Path, folder: Path, manifest: Mapping[str, Any]) -> Iterator[s
     for path, sums in named:
         if not path.is_file():
             yield f"{path.name} is missing"
-        elif _checksum(path) != sums:
+        elif checksum_of(path) != sums:
             yield f"{path.name} has changed"
 
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    whole = {name: t.detach().cpu().clone() for name, t in tensors.items()}
-    write_atomic(path, lambda partial: save_file(whole, partial))
+def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    return save({name: t.detach().cpu().clone() for name, t in tensors.items()})
 
 
 def _point_latest(root: Path, name: str) -> None:
@@ -239,16 +294,3 @@ def _point_latest(root: Path, name: str) -> None:
     link.symlink_to(name)
     os.replace(link, root / "latest")
     sync_folder(root)
-
-
-def _drop_old(run: Path, root: Path) -> None:
-    """Keep the last few checkpoints, and the replay segments that one of them names."""
-    for folder in _folders(run)[KEEP:]:
-        shutil.rmtree(folder)
-    kept = [_read_manifest(folder) for folder in _folders(run)]
-    if None in kept:  # its segments are not known
-        return
-    named = {path for manifest in kept if manifest for path in manifest["segments"]}
-    for path in run.glob("replay/worker_*/rows_*.f32"):
-        if str(path.relative_to(run)) not in named:
-            path.unlink()

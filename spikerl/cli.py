@@ -23,13 +23,17 @@ def main() -> None:
     """The console script."""
     # Threads that spin while they wait make an update several times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # A reader that went away (spikerl ... | head) is no error of ours.
     try:
         status = run(sys.argv[1:])
-        sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # a reader that went away is no error of ours
+            print(f"spikerl: standard output: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = status or 1
     sys.exit(status)
 
 

@@ -1,4 +1,4 @@
-"""The two ways a run is refused or stopped by design."""
+"""The ways a run is refused, hindered or stopped by design."""
 
 
 class BadRequest(ValueError):
@@ -10,6 +10,10 @@ class BadRequest(ValueError):
     def __str__(self) -> str:
         key, value, remedy = self.args
         return f"{key}={'null' if value is None else value}: {remedy}"
+
+
+class DiskError(OSError):
+    """A disk refused what all workers needed; each of them raises the same."""
 
 
 class NonFinite(RuntimeError):

@@ -1,37 +1,57 @@
-"""Files that are either the old one or the new one, never half of one."""
+"""Files that are either the old one or the new one, never half of one; and files that grow."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place; on failure nothing is left."""
+def write_synced(path: Path, content: bytes | memoryview) -> str:
+    """A file in a folder that nobody reads yet; the checksum of its content."""
+    with path.open("wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    return checksum(content)
+
+
+def write_atomic(path: Path, content: bytes | memoryview) -> str:
+    """The same in place of what has this name; on failure nothing is left."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        write(partial)
-        with partial.open("rb") as f:
-            os.fsync(f.fileno())
+        found = write_synced(partial, content)
         os.replace(partial, path)
         sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    return found
 
 
 def write_text(path: Path, text: str) -> None:
-    def write(partial: Path) -> None:
-        partial.write_text(text, encoding="utf-8")
+    write_atomic(path, text.encode())
 
-    write_atomic(path, write)
+
+def json_bytes(data: Any) -> bytes:
+    """Strict JSON: a NaN is an error here rather than a file that others cannot read."""
+    return (json.dumps(data, indent=1, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Strict JSON: a NaN is an error here rather than a file that others cannot read."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    write_atomic(path, json_bytes(data))
+
+
+def make_folder(path: Path) -> None:
+    """Below one that exists: what went away is not begun anew."""
+    if not path.is_dir():
+        path.mkdir()
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -40,3 +60,40 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def checksum(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def checksum_of(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+class Journal:
+    """A file that grows. What the disk refuses is kept, and written in order with what follows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.length = path.stat().st_size if path.exists() else 0
+        self.pending = b""
+
+    def add(self, content: bytes) -> None:
+        self.pending += content
+
+    def write(self) -> None:
+        """Synced. A file that went away is not begun anew: it would lack what came before."""
+        if not self.pending:
+            return
+        new = os.O_CREAT if self.length == 0 else 0
+        with os.fdopen(os.open(self.path, os.O_WRONLY | new, 0o666), "wb") as f:
+            if os.fstat(f.fileno()).st_size < self.length:
+                raise OSError(errno.EIO, "it lost what it held", str(self.path))
+            f.seek(self.length)  # over what an earlier attempt left
+            f.write(self.pending)
+            f.truncate()
+            f.flush()
+            os.fsync(f.fileno())
+        self.length += len(self.pending)
+        self.pending = b""

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as tensor_bytes
 
 from spikerl.errors import BadRequest
-from spikerl.files import write_atomic, write_json
+from spikerl.files import json_bytes, write_atomic
 from spikerl.networks import (
     Actor,
     ActorConfig,
@@ -113,6 +114,11 @@ class Policy:
         return self.actor(self.norm.normalize(obs), generator).cpu().numpy()
 
     def save(self, folder: Path) -> None:
+        for name, content in self.files().items():
+            write_atomic(folder / name, content)
+
+    def files(self) -> dict[str, bytes]:
+        """What `save` writes, by name."""
         tensors = {f"actor.{k}": v.detach().clone() for k, v in self.actor.state_dict().items()}
         tensors |= {f"norm.{k}": v for k, v in self.norm.state().items()}
         t = self.task
@@ -128,8 +134,7 @@ class Policy:
             **{k: v for k, v in asdict(self.config).items() if v is not None},
             "versions": self.trained_with or versions(),
         }
-        write_atomic(folder / "policy.safetensors", lambda p: save_file(tensors, p))
-        write_json(folder / "policy.json", data)
+        return {"policy.safetensors": tensor_bytes(tensors), "policy.json": json_bytes(data)}
 
 
 def load_policy(run: str | Path, device: str = "cpu") -> Policy:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from spikerl import hardware
 from spikerl.errors import BadRequest
-from spikerl.files import write_json, write_text
+from spikerl.files import sync_folder, write_json, write_text
 from spikerl.versions import git_state, versions
 
 
@@ -65,6 +65,8 @@ def appear(partial: Path, target: str, *, named: bool) -> Path:
         try:
             if not place.exists():  # a rename would replace an empty folder
                 os.rename(partial, place)
+                with suppress(OSError):
+                    sync_folder(place.parent)
                 return place
         except OSError:
             if not place.exists():
@@ -128,7 +130,10 @@ def update_manifest(folder: Path, **changes: Any) -> None:
 
 def lock(folder: Path) -> IO[str]:
     """Hold the folder until the file is closed or the process ends; refuse if another holds it."""
-    file = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise BadRequest("resume", folder, f"cannot be written to: {error.strerror}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import platform
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from spikerl.files import Journal, make_folder
 
 # TensorBoard tag, as users of other libraries know it, by metrics.jsonl key.
 TAGS = {
@@ -30,29 +40,55 @@ TAGS = {
 
 
 class RunLog:
-    """Appends rows and lines to the files of one run folder."""
+    """The files of one run folder that grow; they are written by `write` alone."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second to import
-
-        self.metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.log = (folder / "log.txt").open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=step + 1)
+        self.metrics = Journal(folder / "metrics.jsonl")
+        self.log = Journal(folder / "log.txt")
+        self.tensorboard = Events(folder / "tb", step + 1)
 
     def row(self, row: Mapping[str, Any]) -> None:
-        self.metrics.write(json.dumps(row, allow_nan=False) + "\n")
-        self.metrics.flush()
-        os.fsync(self.metrics.fileno())
-        for key, tag in TAGS.items():
-            if (value := row.get(key)) is not None:
-                self.tensorboard.add_scalar(tag, value, row["step"])
-        self.tensorboard.flush()
+        self.metrics.add((json.dumps(row, allow_nan=False) + "\n").encode())
+        shown = {tag: row[key] for key, tag in TAGS.items() if row.get(key) is not None}
+        self.tensorboard.scalars(row["step"], shown)
 
     def line(self, text: str) -> None:
-        self.log.write(f"{datetime.now().isoformat(' ', 'seconds')} {text}\n")
-        self.log.flush()
+        self.log.add(f"{datetime.now().isoformat(' ', 'seconds')} {text}\n".encode())
 
-    def close(self) -> None:
-        self.metrics.close()
-        self.log.close()
-        self.tensorboard.close()
+    def write(self) -> int:
+        """What came since the last time; the length of metrics.jsonl. OSError: not yet, or not all
+        of it. What only views it waits for the next time where it cannot be written.
+        """
+        for view in (self.log, self.tensorboard):
+            with suppress(OSError):
+                view.write()
+        self.metrics.write()
+        return self.metrics.length
+
+
+class Events(Journal):
+    """A file of TensorBoard events.
+
+    Its own writer does this in a thread, which dies with the first write that fails.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}.{os.getpid()}.0"
+        super().__init__(folder / name)
+        self.event(file_version="brain.Event:2")
+        # Later steps in earlier files were discarded.
+        self.event(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def event(self, **content: Any) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(Event(wall_time=time.time(), **content).SerializeToString())
+        self.add(record.getvalue())
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for tag, value in values.items():
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            self.event(step=step, summary=summary)
+
+    def write(self) -> None:
+        make_folder(self.path.parent)
+        super().write()

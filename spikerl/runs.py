@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -109,8 +109,9 @@ def mourn(lost: launch.WorkerLost) -> int:
     cause = str(lost)
     if lost.folder is not None:
         folder = Path(lost.folder)
-        runfolder.update_manifest(folder, status="failed", ended=runfolder.now())
-        write_text(folder / "error.txt", cause + "\n")
+        with suppress(OSError):
+            runfolder.update_manifest(folder, status="failed", ended=runfolder.now())
+            write_text(folder / "error.txt", cause + "\n")
         cause += f" (spikerl train resume={folder} goes on from its last checkpoint)"
     print(f"spikerl: {cause}", file=sys.stderr)
     return FAILED

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from spikerl.checkpoint import Checkpoint, drop_later, save_checkpoint, verified
 from spikerl.config import Config
 from spikerl.distributed.world import World, share
 from spikerl.energy import joules_to_reach, total_joules
+from spikerl.errors import BadRequest, DiskError
 from spikerl.files import write_json, write_text
 from spikerl.runlog import RunLog
 from spikerl.trainer import Row, Trainer
@@ -42,53 +45,78 @@ class Session:
         self.wall_s = 0.0  # before this session
         self.started = time.perf_counter()
         self.committed = -1
+        self.unsaved: str | None = None  # why the last commit failed, if it did
+        self.log: RunLog | None = None
         self.stuck: set[int] = set()  # layers that were said to hardly learn
         notes = announce(config, trainer)
-        if config.scalars.resume:
-            self.folder = Path(config.scalars.resume)
-            notes += self.go_on(command, after)
-        else:
-            self.folder = self.start(target, command)
+        try:
+            if config.scalars.resume:
+                self.folder = Path(config.scalars.resume)
+                notes += self.go_on(command, after)
+            else:
+                self.folder = self.start(target, command)
+        except DiskError as error:
+            key = "resume" if config.scalars.resume else "run_dir"
+            raise BadRequest(key, target, f"{error}; nothing was begun") from None
         if self.first:
             title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
-            self.log, self.view = (
-                RunLog(self.folder, trainer.step),
-                View(title, trainer.t.total_steps, trainer.step),
-            )
+            self.log = RunLog(self.folder, trainer.step)
+            self.view = View(title, trainer.t.total_steps, trainer.step)
             for text in [*notes, f"run folder: {self.folder}"]:
                 self.say(text)
+        world.together(self.flush)
 
     def start(self, target: str, command: Sequence[str]) -> Path:
         """A new folder, which appears whole, with checkpoint 0 from all workers."""
         named = self.config.scalars.run_dir is not None
         partial = Path(self.world.broadcast(str(runfolder.partial_of(target))))
-        if self.first:
-            runfolder.begin(partial, target, self.config.raw, self.manifest(command))
+
+        def begin() -> None:
+            if self.first:
+                runfolder.begin(partial, target, self.config.raw, self.manifest(command))
+
+        def appear() -> Path:
+            if not self.first:
+                return partial
+            folder = runfolder.appear(partial, target, named=named)
+            self.lock = runfolder.lock(folder)
+            return folder
+
         try:
-            self.world.barrier()
-            self.commit(partial)
-            place = str(runfolder.appear(partial, target, named=named)) if self.first else ""
+            self.world.together(begin)
+            self.save(partial)
+            return self.world.together(appear)[0]
         finally:
             if self.first:
                 shutil.rmtree(partial, ignore_errors=True)
-        folder = Path(self.world.broadcast(place))
-        if self.first:
-            self.lock = runfolder.lock(folder)
-        return folder
 
     def go_on(self, command: Sequence[str], after: str | None) -> list[str]:
         """Take the newest checkpoint that verifies, on all workers; what was restored."""
         notes: list[str] = []
-        name = None
-        if self.first:
+
+        def choose() -> str:
+            if not self.first:
+                return ""
             self.lock = runfolder.lock(self.folder)
-            name = verified(self.folder, notes.append).folder.name
-        name = self.world.broadcast(name)
-        checkpoint = Checkpoint.open(self.folder, name)
+            return verified(self.folder, notes.append).folder.name
+
+        checkpoint = Checkpoint.open(self.folder, self.world.together(choose)[0])
         exact = all(self.world.gather_objects(self.trainer.load(checkpoint)))
         self.wall_s, self.committed = float(checkpoint.manifest["wall_s"]), self.trainer.step
+        self.world.together(lambda: self.take_over(checkpoint, exact, command, after, notes))
+        return notes
+
+    def take_over(
+        self,
+        checkpoint: Checkpoint,
+        exact: bool,
+        command: Sequence[str],
+        after: str | None,
+        notes: list[str],
+    ) -> None:
+        """Bring the folder to where `checkpoint` was committed."""
         if not self.first:
-            return notes
+            return
         drop_later(checkpoint)
         lost = runfolder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
         runfolder.reopen(self.folder)
@@ -104,7 +132,6 @@ class Session:
             + (" environments" if exact else " environments from a reset (not exact)")
             + (f"; {lost} later rows moved to discarded.jsonl" if lost else "")
         )
-        return notes
 
     def run(self, stop_signal: Callable[[], int]) -> int:
         trainer = self.trainer
@@ -114,7 +141,7 @@ class Session:
                 if self.first:
                     self.record(row)
                 self.commit(self.folder)
-            if trainer.stopping and self.committed != trainer.step:
+            if self.committed != trainer.step:  # stopped amid an epoch, or not saved at its end
                 self.commit(self.folder)
             return self.finish()
         except BaseException as error:
@@ -124,10 +151,10 @@ class Session:
         finally:
             if self.first:
                 self.view.close()
-                self.log.close()
                 self.lock.close()
 
     def record(self, row: Row) -> None:
+        assert self.log is not None
         row = {**row, "wall_s": self.wall()}
         self.log.row(row)
         self.view.epoch(row)
@@ -138,17 +165,33 @@ class Session:
         self.stuck = set(stuck)
 
     def commit(self, run: Path) -> None:
+        """Save what there is, or say why not: the next commit makes up for it."""
+        try:
+            self.save(run)
+        except DiskError as error:
+            if self.first and self.unsaved != str(error):
+                self.say(f"warning: step {self.trainer.step} could not be saved ({error});"
+                         " training goes on, and the next commit tries again")  # fmt: skip
+            self.unsaved = str(error)
+            return
+        if self.first and self.unsaved:
+            self.say(f"step {self.trainer.step} is saved, with all that could not be before")
+        self.unsaved = None
+
+    def save(self, run: Path) -> None:
+        """Write the rows that are due, then a checkpoint."""
         trainer = self.trainer
-        metrics = run / "metrics.jsonl"
+        lengths = self.world.together(lambda: self.log.write() if self.log else 0)
         facts = {
             "step": trainer.step,
             "epoch": trainer.progress.epoch,
             "world_size": self.world.size,
             "wall_s": self.wall(),
-            "metrics_bytes": metrics.stat().st_size if self.first else 0,
+            "metrics_bytes": lengths[0],
         }
         learner = trainer.learner_state()
-        save_checkpoint(run, self.world, trainer.shard(), learner, facts, trainer.policy.save)
+        policy = trainer.policy.files() if self.first else {}
+        save_checkpoint(run, self.world, trainer.shard(), learner, facts, policy)
         self.committed = trainer.step
 
     def finish(self) -> int:
@@ -158,12 +201,15 @@ class Session:
             interrupted = number == signal.SIGINT
             status = "interrupted" if interrupted else "preempted"
             code = INTERRUPTED if interrupted else STOPPED
+        try:
+            self.world.together(lambda: self.conclude(status))
+        except DiskError as error:
+            self.unsaved = self.unsaved or str(error)
+        if self.unsaved:
+            if self.first:
+                self.give_up(self.unsaved)
+            return FAILED
         if self.first:
-            self.trainer.policy.save(self.folder)
-            self.summarise()
-            runfolder.update_manifest(
-                self.folder, status=status, ended=runfolder.now(), wall_s=self.wall()
-            )
             if number:
                 name = signal.Signals(number).name
                 self.say(f"stopped at step {self.trainer.step} on {name};"
@@ -171,13 +217,44 @@ class Session:
             else:
                 self.say(f"done: {self.trainer.step} steps, {self.trainer.algo.updates} updates"
                          f" in {self.wall():.0f} s")  # fmt: skip
+            self.flush()
         return code
 
+    def conclude(self, status: str) -> None:
+        """The files that say how the run ended; a policy even where no checkpoint holds it."""
+        if not self.first:
+            return
+        self.trainer.policy.save(self.folder)
+        if not self.unsaved:
+            self.summarise()
+            self.end(status)
+
+    def end(self, status: str) -> None:
+        changes = {"status": status, "ended": runfolder.now(), "wall_s": self.wall()}
+        runfolder.update_manifest(self.folder, **changes)
+
     def fail(self, error: BaseException) -> None:
-        status = {"status": "failed", "ended": runfolder.now(), "wall_s": self.wall()}
-        runfolder.update_manifest(self.folder, **status)
-        write_text(self.folder / "error.txt", traceback.format_exc())
+        self.mourn(traceback.format_exc())
         self.say(f"failed at step {self.trainer.step}: {type(error).__name__}: {error}")
+        self.flush()
+
+    def give_up(self, reason: str) -> None:
+        """The training is done, but not all of it is on the disk."""
+        line = f"step {self.trainer.step} could not be saved: {reason}; spikerl train"
+        line += f" resume={self.folder} goes on from step {self.committed}"
+        self.mourn(line + "\n")
+        assert self.log is not None
+        self.log.line(line)
+        self.flush()
+        self.view.close()
+        print(f"spikerl: {line}", file=sys.stderr)
+
+    def mourn(self, text: str) -> None:
+        """Leave word of a failure, as far as the disk lets us."""
+        with suppress(OSError):
+            self.end("failed")
+        with suppress(OSError):
+            write_text(self.folder / "error.txt", text)
 
     def summarise(self) -> None:
         rows = runfolder.read_rows(self.folder / "metrics.jsonl")
@@ -215,8 +292,14 @@ class Session:
         return self.wall_s + time.perf_counter() - self.started
 
     def say(self, text: str) -> None:
+        assert self.log is not None
         self.view.line(text)
         self.log.line(text)
+
+    def flush(self) -> None:
+        if self.log:
+            with suppress(OSError):
+                self.log.write()
 
 
 def announce(config: Config, trainer: Trainer) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -63,8 +65,19 @@ def stuck_layers(row: Mapping[str, Any]) -> dict[int, str]:
     return said
 
 
+class Screen(Console):
+    """Standard output, whose reader may go away."""
+
+    def on_broken_pipe(self) -> None:  # which ends the program otherwise
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class View:
-    """Shows one run. `progress` is cheap: it draws at most a few times a second."""
+    """Shows one run. `progress` is cheap: it draws at most a few times a second.
+
+    An output that cannot be written to, as its disk is full, stops no run.
+    """
 
     INTERVAL = 0.25  # seconds between redraws on a terminal
     PLAIN_INTERVAL = 60.0  # seconds between progress lines elsewhere
@@ -72,7 +85,7 @@ class View:
     def __init__(
         self, title: str, total_steps: int, first_step: int = 0, console: Console | None = None
     ) -> None:
-        self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = console or Screen(file=sys.stdout, highlight=False, soft_wrap=True)
         self.total_steps = total_steps
         self.started = self.shown = time.monotonic()
         self.first_step = first_step  # where this session began: its speed counts from there
@@ -92,7 +105,8 @@ class View:
 
     def line(self, text: str) -> None:
         """A line that stays, above the live panel."""
-        self.console.print(text, markup=False, emoji=False)
+        with suppress(OSError):
+            self.console.print(text, markup=False, emoji=False)
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         self.last = row
@@ -106,7 +120,8 @@ class View:
         self.shown = now
         if self.live:
             self.bar.update(self.task, completed=stage.step)
-            self.live.update(self._panel(stage), refresh=True)
+            with suppress(OSError):
+                self.live.update(self._panel(stage), refresh=True)
             return
         rate = (stage.step - self.first_step) / (now - self.started)
         left = (self.total_steps - stage.step) / rate if rate else float("inf")
@@ -117,7 +132,8 @@ class View:
 
     def close(self) -> None:
         if self.live:
-            self.live.stop()
+            with suppress(OSError):
+                self.live.stop()
 
     def _panel(self, stage: Stage | None) -> Panel:
         grid = Table.grid(padding=(0, 3))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,10 +15,12 @@ from torch import Tensor
 
 from spikerl.distributed import hosts, mpi, mpi_group
 from spikerl.distributed.sums import SharedSums, shared_sums
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, DiskError
 from spikerl.types import Resolved
 
 TIMEOUT_S = 600.0
+PATIENCE_S = 0.2  # after which workers tell each other that a disk is slow
+T = TypeVar("T")
 
 
 def share(total: int, rank: int, size: int) -> int:
@@ -119,8 +123,44 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def together(self, act: Callable[[], T]) -> list[T]:
+        """Every worker's result of `act`, which uses the disk, in rank order.
+
+        Where one was refused, by the disk or as a BadRequest, all raise it. A slow one takes as
+        long as it likes: the others hear from it meanwhile, so that no exchange times out.
+        """
+
+        def tell() -> tuple[Any, Any, str | None]:
+            try:
+                return act(), None, None
+            except BadRequest as error:
+                return None, error.args, None
+            except OSError as error:
+                return None, None, reason(error)
+
+        if self.size == 1:
+            everyone = [tell()]
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                mine = pool.submit(tell)
+                while not all(self.gather_objects(bool(wait([mine], PATIENCE_S).done))):
+                    pass
+            everyone = self.gather_objects(mine.result())
+        for rank, (_, refused, failed) in enumerate(everyone):
+            if refused:
+                raise BadRequest(*refused)
+            if failed:
+                raise DiskError(f"worker {rank}: {failed}" if self.size > 1 else failed)
+        return [result for result, _, _ in everyone]
+
 
 ALONE = World()
+
+
+def reason(error: OSError) -> str:
+    """What the disk said, and of which file."""
+    said = error.strerror or str(error)
+    return f"{said}: {error.filename}" if error.filename else said
 
 
 def ranked() -> bool:

@@ -43,7 +43,7 @@ SPENT = ("env_steps_per_s", "updates_per_s", "wall_s", "power_w")
 RANK = re.compile(rb"(PMI_)?RANK=")  # from the elastic agent, or from mpiexec
 
 SERVER = mp.get_context("forkserver")
-SERVER.set_forkserver_preload(["spikerl.runs", "spikerl.cli", "torch.utils.tensorboard", "hydra"])
+SERVER.set_forkserver_preload(["spikerl.runs", "spikerl.cli", "spikerl.runlog", "hydra"])
 
 
 class Run:

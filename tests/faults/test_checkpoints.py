@@ -16,7 +16,7 @@ import pytest
 import torch
 from builders import small_training
 
-from spikerl import checkpoint, policy
+from spikerl import checkpoint
 from spikerl.checkpoint import KEEP, drop_later, newest, save_checkpoint, verified
 from spikerl.distributed.world import ALONE
 from spikerl.envs import make_env, task_of
@@ -28,8 +28,6 @@ EPOCH = 50
 # Everything by which a checkpoint changes the disk.
 CALLS: list[tuple[Any, str]] = [
     (io, "open"),
-    (checkpoint, "save_file"),
-    (policy, "save_file"),
     *((os, name) for name in ("open", "fsync", "mkdir", "rename", "replace", "symlink")),
     *((os, name) for name in ("unlink", "rmdir")),
 ]
@@ -43,9 +41,10 @@ def make_trainer() -> Trainer:
 
 
 def save(trainer: Trainer, run: Path) -> None:
+    run.mkdir(exist_ok=True)
     facts = {"step": trainer.step, "epoch": trainer.progress.epoch, "world_size": 1}
     learner = trainer.learner_state()
-    save_checkpoint(run, ALONE, trainer.shard(), learner, facts, trainer.policy.save)
+    save_checkpoint(run, ALONE, trainer.shard(), learner, facts, trainer.policy.files())
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:

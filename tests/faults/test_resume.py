@@ -8,67 +8,40 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from processes import Run, computed, gone, record, resume, rows, train
+from processes import Run, computed, record, resume, rows, train
+from soaks import CASES, Whole, soak
 
 from spikerl import runfolder
 from spikerl.errors import BadRequest
 
-CASES = {
-    "cheetah": ["env=HalfCheetah"],
-    "ant": ["env=Ant", "num_envs=3"],
-    "several_async": ["env=HalfCheetah", "num_envs=2", "env.vectorizer=async"],
-    "poisson": ["env=Hopper", "encoder=poisson"],
-    "workers": ["env=HalfCheetah", "world_size=2", "num_envs=4"],
-    "sac": ["env=Hopper", "algo=sac", "algo.learn_temperature=true"],
-    "ppo": ["env=Hopper", "algo=ppo", "num_envs=2"],
-    "proxy": [
-        "env=Hopper", "algo=proxy_td3", "algo.proxy_steps=2", "algo.updates_per_step=0.5",
-        "neuron=plif", "actor=care_bn", "actor.recalibration_interval=50",
-        "actor.recalibration_batches=2",
-    ],
-}  # fmt: skip
-
-AGAIN = ("cheetah", "several_async")  # the resumed run is killed too
+SHORT = (
+    "td3",
+    "proxy_td3",
+    "sac",
+    "ppo",
+    "poisson",
+    "async",
+    "workers",
+)  # the others: scripts/soak
 HOPPER = ["env=Hopper", "num_envs=2"]
 
 
-def done(run: Run) -> float:
-    """Let it finish; the seconds that an epoch took."""
+def done(run: Run) -> None:
     assert run.wait() == 0, run.said()
-    return float(record(run.home / "run", "summary.json")["wall_s"]) / 4
 
 
-def kill_at(run: Run, epochs: float, epoch_s: float) -> bool:
-    """SIGKILL after this many more epochs, a fraction too; False if it had ended by then."""
-    folder = run.home / "run"
-    run.until(run.begun)
-    begun = len(rows(folder))
-    run.until(lambda: len(rows(folder)) >= min(begun + int(epochs), 3))
-    time.sleep(epochs % 1 * epoch_s)
-    return run.process.is_alive() and run.kill() == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_killed_at_a_random_instant(case: str, tmp_path: Path) -> None:
-    chance = random.Random(f"kill {case}")
-    epoch_s = done(train(tmp_path / "whole", *CASES[case]))
-    home = tmp_path / "killed"
-    kills = int(kill_at(train(home, *CASES[case]), chance.uniform(0, 2.9), epoch_s))
-    if case in AGAIN:
-        kills += kill_at(resume(home), chance.random(), epoch_s)
-    done(resume(home))
-    assert kills
-    assert computed(home / "run") == computed(tmp_path / "whole" / "run")
-    manifest, summary = record(home / "run"), record(home / "run", "summary.json")
-    assert [event["exact"] for event in manifest["resumed"]] == [True] * kills
-    lost = rows(home / "run", "discarded.jsonl")
-    assert summary["discarded_rows"] == len(lost)
-    assert sum(event["discarded_rows"] for event in manifest["resumed"]) == len(lost)
-    gone(home)
+@pytest.mark.parametrize("case", SHORT)
+def test_killed_at_random_instants(case: str, tmp_path: Path) -> None:
+    whole = Whole(tmp_path / "whole", CASES[case])
+    outcome = soak(whole, tmp_path / "killed", random.Random(case), again=0.25)
+    assert outcome.kills
+    assert outcome.equal
+    events = record(tmp_path / "killed" / "run")["resumed"]
+    assert all(event["exact"] for event in events)
+    assert sum(event["discarded_rows"] for event in events) == outcome.discarded
 
 
 @pytest.fixture(scope="module")

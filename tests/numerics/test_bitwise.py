@@ -168,8 +168,8 @@ def test_each_rule_repeats_itself_and_resumes(rule: str, tmp_path: Path):
     disturb()
     with closing(new_trainer(training)) as first:
         part = finish(first, upto=2)
-        facts, save = {"step": first.step}, first.policy.save
-        save_checkpoint(tmp_path, ALONE, first.shard(), first.learner_state(), facts, save)
+        facts, files = {"step": first.step}, first.policy.files()
+        save_checkpoint(tmp_path, ALONE, first.shard(), first.learner_state(), facts, files)
     disturb()
     with closing(new_trainer(training)) as second:
         assert second.load(verified(tmp_path, lambda damage: None))
