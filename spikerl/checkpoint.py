@@ -181,10 +181,12 @@ def newest(run: Path) -> Checkpoint | None:
 
 def verified(run: Path, report: Callable[[str], None]) -> Checkpoint:
     """The newest checkpoint that verifies; each damaged one is named to `report`."""
+    said = "start anew"
     for folder in _folders(run):
         manifest = _read_manifest(folder)
         if manifest is None:
-            report(f"checkpoint {folder.name} has no sound manifest.json; trying the one before")
+            said = f"checkpoint {folder.name} has no sound manifest.json"
+            report(f"{said}; trying the one before")
             continue
         if manifest.get("schema") != SCHEMA:
             found = manifest.get("schema")
@@ -193,8 +195,9 @@ def verified(run: Path, report: Callable[[str], None]) -> Checkpoint:
         damaged = list(_damaged(run, folder, manifest))
         if not damaged:
             return Checkpoint(run, folder, manifest)
-        report(f"checkpoint {folder.name} is damaged ({damaged[0]}); trying the one before")
-    raise BadRequest("resume", run, "holds no complete checkpoint; start anew")
+        said = f"checkpoint {folder.name} is damaged ({damaged[0]})"
+        report(f"{said}; trying the one before")
+    raise BadRequest("resume", run, f"holds no complete checkpoint; {said}")
 
 
 def drop_later(checkpoint: Checkpoint) -> None:
@@ -275,6 +278,7 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def _damaged(run: Path, folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    yield from _damaged_rows(run / "metrics.jsonl", manifest.get("metrics_bytes", 0))
     named = [(folder / name, sums) for name, sums in manifest["files"].items()]
     named += [(run / path, sums) for path, sums in manifest["segments"].items()]
     for path, sums in named:
@@ -282,6 +286,17 @@ def _damaged(run: Path, folder: Path, manifest: Mapping[str, Any]) -> Iterator[s
             yield f"{path.name} is missing"
         elif checksum_of(path) != sums:
             yield f"{path.name} has changed"
+
+
+def _damaged_rows(path: Path, length: int) -> Iterator[str]:
+    rows = path.read_bytes()[:length] if path.exists() else b""
+    if len(rows) < length:
+        yield f"{path.name} is shorter than it says"
+    for number, line in enumerate(rows.splitlines()):
+        try:
+            json.loads(line)
+        except ValueError:
+            yield f"{path.name} has changed in line {number + 1}"
 
 
 def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:

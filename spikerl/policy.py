@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,12 @@ def load_policy(run: str | Path, device: str = "cpu") -> Policy:
 
 def find_policy(run: Path, *, key: str) -> Path:
     """The folder below `run` that holds the policy to use."""
-    for folder in (run, run / "checkpoints" / "latest"):
+    folders, root = [run], run / "checkpoints"
+    with suppress(OSError, ValueError):  # a name that cannot be one
+        # What the link points at, as it may move meanwhile; without it, the newest that is there.
+        folders.append(Path(os.path.realpath(root / "latest")))
+        folders += sorted(root.glob("step_*"), reverse=True)
+    for folder in folders:
         if os.path.isfile(folder / "policy.json"):  # False, too, for a name that is too long
             return folder
     remedy = "no policy there; give a run folder (it holds policy.json and policy.safetensors)"

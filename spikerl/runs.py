@@ -131,6 +131,8 @@ def run(
     """
     torch.set_num_threads(int(config.threads.choice))
     torch.use_deterministic_algorithms(config.scalars.deterministic)
+    if config.scalars.deterministic:  # what cuBLAS needs for it, read when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = own_device(config.device.choice)
     choice = config.backend.choice
     world = join(choice, device, config.timeout_s) if ranked() else ALONE

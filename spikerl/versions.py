@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "hydra-core", "omegaconf")
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Versions of python, spikerl and of every package that numbers depend on."""
+    """Versions of python, spikerl and of every package that numbers depend on, as first asked."""
     found = {"python": platform.python_version()}
     for package in ("spikerl", *PACKAGES):
         try:
