@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import errno
-import io
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from builders import small_training
+from disks import Failing, before_each_call
 
 from spikerl import checkpoint
 from spikerl.checkpoint import KEEP, drop_later, newest, save_checkpoint, verified
 from spikerl.distributed.world import ALONE
 from spikerl.envs import make_env, task_of
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, DiskError
+from spikerl.policy import find_policy
 from spikerl.trainer import Trainer
 
 CAPACITY = 70  # each checkpoint adds 50 rows: the ring wraps around in every second one
 EPOCH = 50
-# Everything by which a checkpoint changes the disk.
-CALLS: list[tuple[Any, str]] = [
-    (io, "open"),
-    *((os, name) for name in ("open", "fsync", "mkdir", "rename", "replace", "symlink")),
-    *((os, name) for name in ("unlink", "rmdir")),
-]
 
 
 def make_trainer() -> Trainer:
@@ -40,9 +32,13 @@ def make_trainer() -> Trainer:
     return Trainer(training, task_of(make_env(training.env)))
 
 
-def save(trainer: Trainer, run: Path) -> None:
+def save(trainer: Trainer, run: Path, **facts: int) -> None:
     run.mkdir(exist_ok=True)
-    facts = {"step": trainer.step, "epoch": trainer.progress.epoch, "world_size": 1}
+    save_into(trainer, run, **facts)
+
+
+def save_into(trainer: Trainer, run: Path, **facts: int) -> None:
+    facts |= {"step": trainer.step, "epoch": trainer.progress.epoch, "world_size": 1}
     learner = trainer.learner_state()
     save_checkpoint(run, ALONE, trainer.shard(), learner, facts, trainer.policy.files())
 
@@ -101,58 +97,31 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
     saved.other.close()
 
 
-@contextmanager
-def before_each_call(act: Callable[[str], None]) -> Iterator[None]:
-    """Meanwhile `act` is called, and may raise, before each call that changes the disk."""
-    busy = False
-
-    def wrap(module: Any, name: str) -> Callable[..., Any]:
-        real = getattr(module, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal busy
-            if not busy:
-                busy = True
-                try:
-                    act(name)
-                finally:
-                    busy = False
-            return real(*args, **kwargs)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name in CALLS:
-            patch.setattr(module, name, wrap(module, name))
-        yield
-
-
-def test_a_full_disk_at_any_call(saved: Saved, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "more"),
+    [(errno.ENOSPC, 0), (errno.EIO, 0), (errno.EACCES, 0), (errno.ENOSPC, 10**9)],
+    ids=["ENOSPC", "EIO", "EACCES", "ENOSPC from it on"],
+)
+def test_a_disk_that_refuses_any_call(saved: Saved, tmp_path: Path, number: int, more: int) -> None:
     """The one before stays whole, and once there is room again the next is whole too."""
     new = saved.trainer.step
     outcomes = []
-    for failing in range(1000):
-        run, seen = saved.copy(tmp_path / f"{failing}"), -1
-
-        def fail(name: str, failing: int = failing) -> None:
-            nonlocal seen
-            seen += 1
-            if seen == failing:
-                raise OSError(errno.ENOSPC, "No space left on device", name)
-
+    for first in range(1000):
+        run, failing = saved.copy(tmp_path / f"{first}"), Failing(number, first, first + more)
         try:
-            with before_each_call(fail):
+            with before_each_call(failing):
                 save(saved.trainer, run)
-        except OSError:
+        except DiskError:
             outcomes.append(saved.check(run, saved.last, new))
         else:  # a call that the checkpoint can do without
             assert saved.check(run, new) == new
-        if seen < failing:
+        if not failing.reached:
             break
         save(saved.trainer, run)
         assert saved.check(run, new) == new
+        assert not list(run.rglob(".*.partial"))
         shutil.rmtree(run)
-    assert failing > 40
+    assert first > 45
     assert outcomes[0] == saved.last
     assert outcomes == sorted(outcomes)  # once committed, it stays
 
@@ -293,3 +262,63 @@ def test_nothing_is_unpickled(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> 
     saved.check(saved.run, saved.last)
     kinds = {path.suffix for path in saved.run.rglob("*") if path.is_file()}
     assert kinds == {".json", ".safetensors", ".f32"}
+
+
+def test_what_went_missing_is_written_again(saved: Saved, tmp_path: Path) -> None:
+    """A segment or every checkpoint, under a run that goes on."""
+    new, segment = saved.trainer.step, f"rows_{saved.last - EPOCH:012d}_{saved.last:012d}.f32"
+    run = saved.copy(tmp_path / "segment")
+    (run / "replay" / "worker_0" / segment).unlink()
+    save(saved.trainer, run)
+    assert saved.check(run, new) == new
+    run = saved.copy(tmp_path / "checkpoints")
+    shutil.rmtree(run / "checkpoints")
+    save(saved.trainer, run)
+    assert saved.check(run, new) == new
+
+
+def test_a_run_that_went_away_is_not_begun_anew(saved: Saved, tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match="No such file or directory"):
+        save_into(saved.trainer, tmp_path / "gone")
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (b'{"a": 1}\n', "metrics.jsonl is shorter than it says"),
+        (b'{"a": 1}\n{"a"; 2}\n', "metrics.jsonl has changed in line 2"),
+    ],
+)
+def test_rows_that_a_checkpoint_counts(tmp_path: Path, rows: bytes, said: str) -> None:
+    """The one before, which counts fewer of them, is used."""
+    trainer = make_trainer()
+    for i, _ in zip(range(2), trainer.epochs(), strict=False):
+        save(trainer, tmp_path, metrics_bytes=9 * (i + 1))
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(b'{"a": 1}\n{"a": 2}\n')
+    assert verified(tmp_path, print).step == 2 * EPOCH
+    metrics.write_bytes(rows)
+    reports: list[str] = []
+    assert verified(tmp_path, reports.append).step == EPOCH
+    assert reports == [
+        f"checkpoint step_{2 * EPOCH:010d} is damaged ({said}); trying the one before"
+    ]
+    metrics.unlink()
+    with pytest.raises(BadRequest, match="no complete checkpoint; checkpoint step_"):
+        verified(tmp_path, print)
+    trainer.close()
+
+
+def test_a_policy_without_its_link(saved: Saved, tmp_path: Path) -> None:
+    """`latest` is for people; what is broken or missing there is found by name."""
+    run = saved.copy(tmp_path / "run")
+    newest_one = run / "checkpoints" / f"step_{saved.last:010d}"
+    assert find_policy(run, key="run") == newest_one
+    link = run / "checkpoints" / "latest"
+    for target in ("step_99", "latest"):
+        link.unlink()
+        link.symlink_to(target)
+        assert find_policy(run, key="run") == newest_one
+    link.unlink()
+    assert find_policy(run, key="run") == newest_one

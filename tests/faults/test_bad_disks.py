@@ -1,0 +1,177 @@
+"""Disks that are full, read-only, slow or gone: training goes on, and nothing there is damaged."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from disks import Failing, Undisturbed, attempt
+from processes import record, rows
+
+from spikerl import runfolder
+from spikerl.checkpoint import verified
+from spikerl.errors import BadRequest
+from spikerl.session import Session
+
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("first", range(0, 54, 6))
+def test_a_call_of_a_commit_that_fails(whole: Undisturbed, tmp_path: Path, first: int) -> None:
+    """A sample of what scripts/bad_disk tries."""
+    act = Failing(ERRORS[first // 6 % 3], first, first + (first % 4 == 0) * 10**9)
+    tried = attempt(whole, tmp_path / "run", act)
+    assert act.reached
+    assert tried.ended
+    assert tried.resumed
+    assert tried.clean
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk, and not everywhere")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(disk: Path) -> None:
+    with (disk / "ballast").open("ab", buffering=0) as f, suppress(OSError):
+        while f.write(b"x" * 4096):
+            pass
+
+
+def at_commits(monkeypatch: pytest.MonkeyPatch, *acts: Callable[[], object]) -> None:
+    """One before each commit, in turn."""
+    commit, left = Session.commit, list(acts)
+
+    def before(session: Session, run: Path) -> None:
+        if left:
+            left.pop(0)()
+        commit(session, run)
+
+    monkeypatch.setattr(Session, "commit", before)
+
+
+def nothing() -> None: ...
+
+
+def test_a_disk_that_is_full_for_a_while(
+    whole: Undisturbed, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small_disk / "run"
+    at_commits(monkeypatch, lambda: fill(small_disk), (small_disk / "ballast").unlink)
+    assert whole.train(run_dir=str(run)) == 0
+    assert whole.equals(run)
+    log = (run / "log.txt").read_text().splitlines()
+    warnings = [line for line in log if "step 20 could not be saved (No space left" in line]
+    assert len(warnings) == 1
+    assert sum("step 40 is saved, with all that could not be before" in line for line in log) == 1
+    assert record(run)["status"] == "done"
+
+
+def test_a_disk_that_stays_full(
+    whole: Undisturbed,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line says so, and the run goes on from its last checkpoint when there is room."""
+    run = small_disk / "run"
+    at_commits(monkeypatch, nothing, lambda: fill(small_disk))
+    assert whole.train(run_dir=str(run)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("spikerl: step 60 could not be saved: No space left on device")
+    assert line.endswith(f"; spikerl train resume={run} goes on from step 20")
+    assert verified(run, print).step == 20
+    monkeypatch.undo()
+    with pytest.raises(BadRequest, match="No space left on device"):
+        whole.train(resume=str(run))
+    assert verified(run, print).step == 20
+    (small_disk / "ballast").unlink()
+    assert whole.train(resume=str(run)) == 0
+    assert whole.equals(run)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    whole: Undisturbed, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume on a read-only disk; and a new run on a full one leaves nothing."""
+    fill(small_disk)
+    with pytest.raises(BadRequest, match=r"run_dir=.*No space left on device"):
+        whole.train(run_dir=str(small_disk / "run"))
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+    (small_disk / "ballast").unlink()
+    assert whole.train(run_dir=str(small_disk / "run")) == 0
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(BadRequest, match=r"resume=.*cannot be written to: Read-only file system"):
+        whole.train(resume=str(small_disk / "run"), total_steps=80)
+    assert whole.equals(small_disk / "run")
+
+
+def test_a_folder_that_vanishes(
+    whole: Undisturbed,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is not begun anew; when it is back the run makes up for all."""
+    run, aside = tmp_path / "run", tmp_path / "aside"
+    at_commits(monkeypatch, lambda: run.rename(aside), lambda: aside.rename(run))
+    assert whole.train(run_dir=str(run)) == 0
+    assert whole.equals(run)
+    assert [row["step"] for row in rows(run)] == [20, 40, 60]
+    monkeypatch.undo()
+    gone = tmp_path / "gone"
+    at_commits(monkeypatch, lambda: gone.rename(aside))
+    capsys.readouterr()
+    assert whole.train(run_dir=str(gone)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("spikerl: step 60 could not be saved: No such file or directory: ")
+    assert not gone.exists()
+    assert whole.train(resume=str(aside)) == 0
+    assert whole.equals(aside)
+
+
+def test_views_stop_nothing(
+    whole: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """log.txt and TensorBoard cannot be written, and nobody reads what is printed."""
+    run = tmp_path / "run"
+
+    def spoil() -> None:
+        for name in ("log.txt", "tb"):
+            (run / name).rename(run / f"old-{name}")
+        (run / "log.txt").mkdir()
+        (run / "tb").write_text("")
+
+    at_commits(monkeypatch, spoil)
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert whole.train(run_dir=str(run)) == 0
+        with suppress(OSError):
+            full.close()
+    assert whole.equals(run)
+    assert record(run)["status"] == "done"
+
+
+def test_a_lock_of_the_dead_is_no_lock(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("process 1 on here")
+    said = f"process {os.getpid()} on .* is running it"
+    with runfolder.lock(tmp_path), pytest.raises(BadRequest, match=said):
+        runfolder.lock(tmp_path)
+    runfolder.lock(tmp_path).close()
