@@ -7,71 +7,31 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-import yaml
 from torch import nn
 
+from spikerl import bench_workers, hardware
 from spikerl import config as configs
-from spikerl import hardware
 from spikerl.algos.proxy_td3 import ProxyTD3, ProxyTD3Config
-from spikerl.algos.td3 import TD3, TD3Config
-from spikerl.baselines import (
-    DenseActor,
-    PopSANActor,
-    as_trained,
-    critic_as_trained,
-    dense_loop,
-    popsan_loop,
-)
-from spikerl.compose import conf_folder
+from spikerl.algos.td3 import TD3
+from spikerl.baselines import DenseActor, PopSANActor, dense_loop, popsan_loop
 from spikerl.config import Config
-from spikerl.distributed.world import ALONE, World, share_memory
 from spikerl.errors import BadRequest
-from spikerl.networks import (
-    Actor,
-    ActorConfig,
-    Critics,
-    MLPActor,
-    MLPConfig,
-    SpikingActor,
-    build_actor,
-)
-from spikerl.normalize import RunningNorm
-from spikerl.policy import NEURONS, Policy, load_policy
+from spikerl.networks import MLPActor, MLPConfig
 from spikerl.roofline import Roofline, roofline
-from spikerl.runs import task_for
-from spikerl.schema import choose, parse
-from spikerl.snn.neurons import NeuronConfig
-from spikerl.timing import (
-    Contender,
-    Measurement,
-    Ratios,
-    compare,
-    in_turn,
-    measurement,
-    ratio,
-    show,
-)
+from spikerl.schema import parse
+from spikerl.subject import BURST, Subject
+from spikerl.timing import Contender, Measurement, Ratios, compare, in_turn, ratio, show
 from spikerl.trainer import Trainer
 from spikerl.types import Batch
 from spikerl.versions import git_state, versions
 
-PARTS = ("acting", "update", "training", "proxy", "workers", "start")
-# Of the encoder and of each layer, in the HalfCheetah policy that PopSAN's authors published, as
-# `spikerl eval` measures them.
-TRAINED_RATES = [0.196, 0.329, 0.509, 0.710]
-# Shares of the units of a critic's hidden layers that are not 0, after 80 000 steps of HalfCheetah:
-# 0.40 to 0.42 and 0.23 to 0.28, in four critics of two runs.
-TRAINED_UNITS = [0.41, 0.27]
-BURST = 20  # updates of a turn: they come in bursts, and the first of one finds cold caches
+PARTS = ("acting", "update", "training", "proxy", "workers", "exchange", "start")
 DENSE = MLPConfig(name="mlp", hidden_sizes=[256, 256], lr=1e-3)
 # Proxy Target's neurons, steps of the proxy before each of the critics, the proxy's layers.
 PROXIES = (("lif", 3, [512, 512]), ("cuba_lif", 3, [800, 600]), ("lif", 1, [512, 512]))
@@ -81,6 +41,7 @@ PROXIES = (("lif", 3, [512, 512]), ("cuba_lif", 3, [800, 600]), ("lif", 1, [512,
 class BenchRequest:
     parts: list[str]
     batches: list[int]
+    world_sizes: list[int]
     rounds: int
     run: str | None
     json: bool
@@ -92,17 +53,23 @@ class BenchRequest:
         for key, values in (("batches", self.batches), ("rounds", [self.rounds])):
             if any(value < 1 for value in values):
                 raise BadRequest(key, values, "give at least 1")
+        if any(size < 2 for size in self.world_sizes):
+            remedy = "give at least 2; one worker alone is measured beside them"
+            raise BadRequest("world_sizes", self.world_sizes, remedy)
 
 
 def main(data: dict[str, Any]) -> int:
     """`spikerl bench`."""
     own = BenchRequest.__dataclass_fields__
     request = parse(BenchRequest, {key: data.pop(key) for key in own})
+    if data["world_size"] is not None:
+        raise BadRequest("world_size", data["world_size"], "bench has a list: give world_sizes")
     bench = Bench(configs.build(data), request)
     answer = {
         "machine": {**hardware.describe(), "versions": versions(), **git_state()},
         "measurements": [asdict(m) for m in bench.measure()],
         "ratios": bench.ratios,
+        "left_out": bench.left_out,
         "roofline": asdict(bench.roofline()) if "update" in request.parts else None,
     }
     if request.json:
@@ -112,54 +79,12 @@ def main(data: dict[str, Any]) -> int:
     return 0
 
 
-class Bench:
+class Bench(Subject):
     def __init__(self, config: Config, request: BenchRequest) -> None:
-        if not isinstance(build_actor(config.actor, 1, 1), SpikingActor):
-            raise BadRequest("actor", config.actor.actor.name, "bench times a spiking actor")
-        if why := config.actor.layered(torch.float32):
-            remedy = f"bench times what a kernel covers in one call, and {why}"
-            raise BadRequest("actor", config.actor.shape(), remedy)
-        if not isinstance(config.algo, TD3Config):
-            raise BadRequest("algo", config.algo.name, "bench times TD3; leave it out")
-        self.config, self.request, self.algo = config, request, config.algo
-        self.task = task_for(config)
-        self.threads = int(config.threads.choice)
-        torch.set_num_threads(self.threads)
-        self.device = torch.device(config.device.choice)
-        self.obs = torch.randn(4096, self.task.obs_dim).clamp(-3.0, 3.0)
-        self.actor, self.weights = self.timed_actor()
-        self.obs, self.actor = self.obs.to(self.device), self.actor.to(self.device)
+        super().__init__(config, request.run)
+        self.request = request
         self.ratios: Ratios = {}
-
-    def timed_actor(self) -> tuple[SpikingActor, str]:
-        """The actor whose speed is told, with the weights of a trained one or such as fire so."""
-        if self.request.run is not None:
-            policy = load_policy(self.request.run)
-            if policy.task.obs_dim != self.task.obs_dim or policy.task.act_dim != self.task.act_dim:
-                raise BadRequest("run", self.request.run, f"its task is not {self.task.env_id}")
-            if not isinstance(policy.actor, SpikingActor):
-                raise BadRequest("run", self.request.run, "its actor is dense")
-            return policy.actor, "run"
-        return self.firing(self.config.actor), "trained rates"
-
-    def firing(self, config: ActorConfig) -> SpikingActor:
-        """An actor that fires as a trained one does."""
-        actor = build_actor(config, self.task.obs_dim, self.task.act_dim)
-        assert isinstance(actor, SpikingActor)
-        hidden = len(actor.layers) - 1
-        inner = np.interp(np.linspace(0, 1, hidden), [0, 1], TRAINED_RATES[1:3]).tolist()
-        as_trained(actor, [TRAINED_RATES[0], *inner, TRAINED_RATES[-1]], self.obs[:256])
-        return actor
-
-    def spiking(self, kernel: str, neuron: str | None = None) -> SpikingActor:
-        """The timed actor; one of another kind of neuron, if named."""
-        config, source = self.config.actor, self.actor
-        if neuron is not None:
-            source = self.firing(config := replace(config, neuron=published(neuron)))
-        actor = build_actor(config, self.task.obs_dim, self.task.act_dim, kernel=kernel)
-        actor.load_state_dict(source.state_dict())
-        assert isinstance(actor, SpikingActor)
-        return actor.to(self.device)
+        self.left_out: dict[str, str] = {}  # what could not be measured, and why
 
     def measure(self) -> list[Measurement]:
         found: list[Measurement] = []
@@ -173,8 +98,8 @@ class Bench:
                 found += self.time(self.training())
             if part == "proxy":
                 found += self.proxies()
-            if part == "workers":
-                found += self.workers()
+            if part in ("workers", "exchange"):
+                found += self.workers(part)
             if part == "start":
                 found += self.time([
                     Contender(what, "", "", 1, "", 1, partial(run_quietly, args))
@@ -224,9 +149,6 @@ class Bench:
         delay = self.algo.policy_delay
         critic = self.td3(self.spiking("reference")).critic
         return roofline(self.actor, critic, delay, self.request.batches, self.device)
-
-    def policy(self, actor: Actor) -> Policy:
-        return Policy(self.task, self.config.actor, actor, RunningNorm(self.task.obs_dim, 3.0))
 
     def update(self, batch: int) -> list[Contender]:
         """One TD3 update: a critic step, and every second time all the rest."""
@@ -284,38 +206,6 @@ class Bench:
             self.ratios[f"{m.name} / td3"] = ratio(m.median_ms, td3)
         return found
 
-    def td3(
-        self,
-        actor: Actor,
-        critic_dtype: torch.dtype = torch.float32,
-        world: World = ALONE,
-        rule: type[TD3] = TD3,
-        algo: TD3Config | None = None,
-    ) -> TD3:
-        O, A, algo = self.task.obs_dim, self.task.act_dim, algo or self.algo  # noqa: E741
-        kernel = actor.kernel if isinstance(actor, SpikingActor) else self.config.kernel.choice
-        critic = Critics(O, A, algo.critic_hidden_sizes, dtype=critic_dtype, kernel=kernel)
-        hidden = len(algo.critic_hidden_sizes)
-        units = np.interp(np.linspace(0, 1, hidden), [0, 1], TRAINED_UNITS).tolist()
-        critic_as_trained(critic, units, self.obs[:256].cpu())
-        generator = torch.Generator(self.device).manual_seed(0)
-        return rule(
-            actor,
-            critic.to(self.device),
-            algo,
-            actor_lr=1e-4,
-            generator=generator,
-            world=world,
-            weight=1.0 / world.size,
-        )
-
-    def batch(self, size: int) -> Batch:
-        rows, following = (self.obs[torch.randint(len(self.obs), (size,))] for _ in range(2))
-        act = torch.rand(size, self.task.act_dim) * 2.0 - 1.0
-        live, discount = torch.zeros(size, dtype=torch.bool), torch.full((size,), 0.99)
-        fields = (rows, act, torch.randn(size), following, live, discount)
-        return Batch(*(field.to(self.device) for field in fields))
-
     def training(self) -> list[Contender]:
         """Steps of a whole training loop, updates included, without evaluations."""
         O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
@@ -347,34 +237,14 @@ class Bench:
             found.append(contender(kernel, partial(next, steps)))
         return found
 
-    def workers(self) -> list[Measurement]:
-        """Updates of two workers, weak and strong, and of one alone, in turn."""
-        batch = self.request.batches[-1]
-        spec = json.dumps({"raw": self.config.raw, "batch": batch, "rounds": self.request.rounds})
-        with tempfile.TemporaryDirectory() as folder:
-            processes = [start_worker(rank, spec, folder) for rank in range(2)]
-            said = [process.communicate(timeout=600)[0] for process in processes]
-        if any(process.returncode for process in processes):
-            raise RuntimeError("a worker of the benchmark failed")
-        times: dict[str, list[float]] = json.loads(said[0])
-        found = []
-        for name, own in times.items():
-            each = batch // 2 if name == "strong" else batch
-            c = Contender(f"update, {name}", self.config.kernel.choice, "fp32", each, "", 1, exit)
-            m = replace(measurement(c, own, 1), weights=self.weights)
-            found.append(replace(m, world_size=1 if name == "alone" else 2))
-        alone = found[0].median_ms
-        for m in found[1:]:
-            name = f"updates per second of two workers, {m.what[8:]} / one alone"
-            self.ratios[name] = ratio(alone, m.median_ms)
-        return found
-
-
-def published(neuron: str) -> NeuronConfig:
-    """A neuron with the settings of its file in conf/."""
-    data = yaml.safe_load((conf_folder() / "neuron" / f"{neuron}.yaml").read_text(encoding="utf-8"))
-    found: NeuronConfig = choose(NEURONS, data, key="neuron")
-    return found
+    def workers(self, part: str) -> list[Measurement]:
+        """What takes several workers."""
+        r = self.request
+        job = bench_workers.Job(part=part, batch=r.batches[-1], rounds=r.rounds, run=r.run)
+        found = bench_workers.measure(self.config, job, r.world_sizes)
+        self.ratios |= found.ratios
+        self.left_out |= found.left_out
+        return found.measurements
 
 
 # --- other processes -----------------------------------------------------------------------------
@@ -393,44 +263,3 @@ def run_quietly(args: list[str]) -> None:
         command = [sys.executable, "-m", "spikerl", *args]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
-
-
-def start_worker(rank: int, spec: str, folder: str) -> subprocess.Popen[str]:
-    """Process `rank` of two, which meet through a file."""
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "spikerl.bench", spec, folder]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def worker(spec: dict[str, Any], folder: str) -> None:
-    """One of the two workers of `Bench.workers`; rank 0 prints its times."""
-    rank = int(os.environ.pop("RANK"))
-    del os.environ["WORLD_SIZE"]
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    request = BenchRequest(
-        parts=[], batches=[spec["batch"]], rounds=spec["rounds"], run=None, json=True
-    )
-    bench = Bench(configs.build({**spec["raw"], "threads": 1}), request)
-    both, choice = share_memory(World(rank, 2)), bench.config.kernel.choice
-    learners = {
-        "alone": (bench.td3(bench.spiking(choice)), spec["batch"]),
-        "weak": (bench.td3(bench.spiking(choice), world=both), spec["batch"]),
-        "strong": (bench.td3(bench.spiking(choice), world=both), spec["batch"] // 2),
-    }
-    batches = {rows: bench.batch(BURST * rows) for _, rows in learners.values()}
-    times: dict[str, list[float]] = {name: [] for name in learners}
-    for _ in range(spec["rounds"] + 1):
-        for name, (learner, rows) in learners.items():
-            dist.barrier()
-            begun = time.perf_counter()
-            if name != "alone" or rank == 0:
-                learner.learn(batches[rows], BURST)
-                learner.check()
-            times[name].append((time.perf_counter() - begun) / BURST * 1e3)
-    dist.destroy_process_group()
-    if rank == 0:
-        print(json.dumps({name: own[1:] for name, own in times.items()}))
-
-
-if __name__ == "__main__":
-    worker(json.loads(sys.argv[1]), sys.argv[2])

@@ -51,16 +51,26 @@ class Contender:
     batch: int
     weights: str
     times: int
-    call: Callable[[], None]
+    call: Callable[[], object]
 
 
-def in_turn(contenders: Sequence[Contender], rounds: int, threads: int) -> list[Measurement]:
-    """Time each contender once a round; the round before finds nothing in a cache and is free."""
+def in_turn(
+    contenders: Sequence[Contender],
+    rounds: int,
+    threads: int,
+    meet: Callable[[], object] = lambda: None,
+) -> list[Measurement]:
+    """Time each contender once a round; the round before finds nothing in a cache and is free.
+
+    `meet` comes before each turn.
+    """
     times: list[list[float]] = [[] for _ in contenders]
     for c in contenders:
+        meet()
         c.call()
     for _ in range(rounds):
         for c, own in zip(contenders, times, strict=True):
+            meet()
             begun = time.perf_counter()
             c.call()
             if torch.cuda.is_available():
@@ -125,6 +135,8 @@ def show(answer: dict[str, Any]) -> None:
                 f" {gflop / rate * 1e3:.3g} ms at {rate:.3g} GFLOP/s;"
                 f" memory is copied at {roofline['copy_gb_s']:.3g} GB/s"
             )
+    for what, why in answer["left_out"].items():
+        console.print(f"not measured: {what}: {why}")
     if not answer["ratios"]:
         return
     console.print()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from spikerl.distributed import mpi
 from spikerl.distributed.orphans import die_if_spawned, watched
@@ -18,10 +19,13 @@ def main(mailbox: Path, parent: int | None = None) -> int:
     if parent is None:
         mpi.adopt()
         parent = watched(mailbox)
-    from spikerl import runs
+    from spikerl import bench_workers, runs
     from spikerl.distributed import launch
 
-    return launch.work(mailbox, parent, lambda spec: runs.work(spec, mailbox))
+    def work(spec: dict[str, Any]) -> int:
+        return bench_workers.work(spec) if "bench" in spec else runs.work(spec, mailbox)
+
+    return launch.work(mailbox, parent, work)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ LEVELS = [
     "algos algos.base algos.graphs algos.offpolicy algos.ddpg algos.td3 algos.proxy_td3 algos.sac"
     " algos.ppo",
     "policy evaluate trainer baselines timing roofline",
-    "config runfolder session runs importers convert doctor bench sweep compose completion",
+    "config runfolder session runs importers convert doctor sweep compose completion"
+    " bench bench_workers subject",
     "commands worker cli __main__ __init__",
 ]
 LEVEL = {f"spikerl.{name}": i for i, names in enumerate(LEVELS) for name in names.split()}
