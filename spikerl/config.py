@@ -17,6 +17,7 @@ from spikerl.algos.ppo import PPOConfig
 from spikerl.algos.proxy_td3 import ProxyTD3Config
 from spikerl.algos.sac import SACConfig
 from spikerl.algos.td3 import TD3Config
+from spikerl.distributed import hosts
 from spikerl.distributed.world import BackendConfig, resolve_backend, resolve_world_size
 from spikerl.envs import EnvConfig
 from spikerl.errors import BadRequest
@@ -158,6 +159,7 @@ def build(raw: Mapping[str, Any]) -> Config:
     energy = choose(METERS, raw["energy"], key="energy")
     device = resolve_device(scalars.device)
     world_size = resolve_world_size(scalars.world_size)
+    sharers = 1 if hosts.has_own("cores") else hosts.workers_here(world_size, scalars.nnodes)
     check_shares(scalars, algo, world_size)
     check_together(algo, actor, kernel)
     check_precision(precision, torch.device(device.choice))
@@ -168,13 +170,13 @@ def build(raw: Mapping[str, Any]) -> Config:
         algo=algo,
         precision=precision,
         kernel=kernels.resolve(kernel, device.choice, actor.layered(precision.actor_dtype)),
-        backend=resolve_backend(backend, device.choice, world_size),
+        backend=resolve_backend(backend, device.choice, world_size, scalars.nnodes),
         timeout_s=backend.timeout_s,
         energy=energy,
         meter=energies.resolve(energy, device=torch.device(device.choice)),
         world_size=world_size,
         device=device,
-        threads=resolve_threads(scalars.threads, world_size),
+        threads=resolve_threads(scalars.threads, sharers),
         raw=dict(raw),
     )
 

@@ -38,7 +38,7 @@ def resolve_device(asked: str) -> Resolved:
 
 
 def resolve_threads(asked: int | None, workers: int) -> Resolved:
-    """Threads of each of this machine's workers: by default its share of the cores."""
+    """Threads of each of the workers that share this process's cores: by default its share."""
     if asked is not None:
         return Resolved(str(asked), "requested")
     return Resolved(str(max(cores() // workers, 1)), f"{cores()} cores over {workers} workers")

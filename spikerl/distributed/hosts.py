@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import struct
+import time
 
 SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
 
@@ -14,17 +15,17 @@ SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
 def adopt() -> None:
     """Take the rank that srun gave this process, if it did, as torchrun would give it."""
     step = os.environ
-    if "RANK" in step or int(step.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+    if int(step.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
-    # Steps of one job may run side by side; a port below those that systems give out.
-    place = 37 * int(step["SLURM_JOB_ID"]) + int(step["SLURM_STEP_ID"])
-    step |= {
-        "RANK": step["SLURM_PROCID"],
-        "WORLD_SIZE": step["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": step["SLURM_LOCALID"],
-    }
-    step.setdefault("MASTER_ADDR", first_host(step["SLURM_STEP_NODELIST"]))
-    step.setdefault("MASTER_PORT", str(20000 + place % 10000))
+    if "RANK" not in step:
+        # Steps of one job may run side by side; a port below those that systems give out.
+        place = 37 * int(step["SLURM_JOB_ID"]) + int(step["SLURM_STEP_ID"])
+        step.setdefault("MASTER_ADDR", first_host(step["SLURM_STEP_NODELIST"]))
+        step.setdefault("MASTER_PORT", str(20000 + place % 10000))
+        step |= {"RANK": step["SLURM_PROCID"], "WORLD_SIZE": step["SLURM_STEP_NUM_TASKS"]}
+    if "LOCAL_RANK" not in step:  # an MPI under srun says no more than the rank
+        here = tasks_per_node(step["SLURM_STEP_TASKS_PER_NODE"])[int(step["SLURM_NODEID"])]
+        step |= {"LOCAL_RANK": step["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": str(here)}
 
 
 def first_host(nodes: str) -> str:
@@ -34,10 +35,25 @@ def first_host(nodes: str) -> str:
     return found[1] + (found[2] or "")
 
 
-def several() -> bool:
-    """Whether the workers are on more than one machine, as far as their launcher said."""
-    here = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
-    return here != os.environ["WORLD_SIZE"] or os.environ.get("SLURM_STEP_NUM_NODES", "1") != "1"
+def tasks_per_node(counts: str) -> list[int]:
+    """How many each node has, from a list as Slurm writes it: 4(x2),3."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(count) for count, times in found for _ in range(int(times or 1))]
+
+
+def workers_here(world_size: int, nnodes: int = 1) -> int:
+    """How many of a run's workers are on this machine, as far as their launcher said."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size // nnodes))
+
+
+def has_own(share: str) -> bool:
+    """Whether Slurm gave this process alone the cores, or the GPUs, that it sees."""
+    step = os.environ
+    if "SLURM_STEP_NUM_TASKS" not in step:
+        return False
+    if share == "gpus":
+        return "SLURM_GPUS_PER_TASK" in step
+    return len(os.sched_getaffinity(0)) < int(step["SLURM_CPUS_ON_NODE"])
 
 
 def interface_to(host: str) -> str | None:
@@ -60,3 +76,28 @@ def interface_to(host: str) -> str | None:
             if socket.inet_ntoa(answer[20:24]) == mine:
                 return name
     return None
+
+
+def cannot_listen(host: str, port: int) -> str | None:
+    """Why the first machine cannot be met at `host`:`port`, if so."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port)[0]
+        with socket.socket(family) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        return f"{error.strerror}; give an address of machine 0 and a free port there"
+    return None
+
+
+def cannot_reach(host: str, port: int, within_s: float) -> str | None:
+    """Why nobody was met at `host`:`port`, if so."""
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            socket.create_connection((host, port), max(deadline - time.monotonic(), 0.1)).close()
+            return None
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                return f"nobody answered within {within_s:g} s ({error.strerror or error})"
+            time.sleep(0.1)

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from spikerl.distributed import mpi
+from spikerl.distributed import hosts, mpi
 from spikerl.distributed.orphans import die_with_parent
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -90,13 +90,17 @@ def by_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     several = workers.nnodes > 1
+    where = f"{workers.host}:{workers.port}"
+    apart = f"rdzv={where}: the {workers.nnodes} machines did not meet there"
+    if several and (why := cannot_meet(workers)):
+        raise WorkerLost(f"{apart}: {why}")
     config = LaunchConfig(
         min_nodes=workers.nnodes,
         max_nodes=workers.nnodes,
         nproc_per_node=workers.size // workers.nnodes,
         run_id="spikerl" if several else uuid.uuid4().hex,
         rdzv_backend="static" if several else "c10d",
-        rdzv_endpoint=f"{workers.host}:{workers.port}",
+        rdzv_endpoint=where,
         rdzv_configs={"rank": workers.node_rank, "timeout": int(workers.timeout_s)},
         max_restarts=0,
         signals_to_handle="",  # they are passed on instead
@@ -112,12 +116,17 @@ def by_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
         return {rank: int(failure.exitcode) for rank, failure in error.failures.items()}
     except DistError as error:
         reason = str(error).splitlines()[0]
-        where = f"{workers.host}:{workers.port}"
-        text = f"rdzv={where}: the {workers.nnodes} machines did not meet there: {reason}"
-        raise WorkerLost(text) from None
+        raise WorkerLost(f"{apart}: {reason}") from None
     finally:
         over.set()
     return {}
+
+
+def cannot_meet(workers: Workers) -> str | None:
+    """Why, if so; PyTorch's store would take longer and fill the screen."""
+    if workers.node_rank == 0:
+        return hosts.cannot_listen(workers.host, workers.port)
+    return hosts.cannot_reach(workers.host, workers.port, workers.timeout_s)
 
 
 def end_stragglers(mailbox: Path, over: threading.Event) -> None:

@@ -47,14 +47,17 @@ def resolve_world_size(asked: int | None) -> int:
     return started or asked or 1
 
 
-def resolve_backend(config: BackendConfig, device: str, world_size: int) -> Resolved:
+def resolve_backend(
+    config: BackendConfig, device: str, world_size: int, nnodes: int = 1
+) -> Resolved:
     """What carries the collectives, and why."""
+    here = 1 if hosts.has_own("gpus") else hosts.workers_here(world_size, nnodes)
     gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
     if config.name == "nccl" and not gpus:
         remedy = "nccl needs CUDA devices and this run uses the CPU; use backend=gloo"
         raise BadRequest("backend", "nccl", remedy)
-    if config.name == "nccl" and world_size > gpus:
-        remedy = f"nccl needs a device per worker: {world_size} workers, {gpus} devices"
+    if config.name == "nccl" and here > gpus:
+        remedy = f"nccl needs a device per worker: {here} workers here, {gpus} devices"
         raise BadRequest("backend", "nccl", f"{remedy}; use backend=gloo or fewer workers")
     if config.name == "mpi":
         if why := mpi.missing() or (None if mpi.mpiexec(1) else f"no mpiexec; {mpi.EXTRA}"):
@@ -70,7 +73,7 @@ def resolve_backend(config: BackendConfig, device: str, world_size: int) -> Reso
         return Resolved("none", "one worker exchanges nothing")
     if mpi.launched():
         return Resolved("mpi", "mpiexec started the workers")
-    if world_size <= gpus:
+    if here <= gpus:
         return Resolved("nccl", "a CUDA device for each worker")
     return Resolved("gloo", "workers share a device" if gpus else "workers on the CPU")
 
@@ -178,7 +181,8 @@ def join(backend: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> Wo
         mpi_group.join(timedelta(seconds=timeout_s))
     elif size > 1:
         bound = device if backend == "nccl" else None
-        if hosts.several() and (interface := hosts.interface_to(os.environ["MASTER_ADDR"])):
+        several = hosts.workers_here(size) < size
+        if several and (interface := hosts.interface_to(os.environ["MASTER_ADDR"])):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=bound)
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), exchange)

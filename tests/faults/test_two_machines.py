@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"),
     reason="network namespaces need root and iproute2",
 )
-NODES = ("spikerl-a", "spikerl-b")
+NODES = tuple(f"spikerl-{os.getpid()}-{name}" for name in "ab")
 TIMEOUT_S = 8
 TWO = ["env=HalfCheetah", "num_envs=2"]
 MEETING = ["nnodes=2", "world_size=2", "rdzv=10.77.0.1:29500", f"backend.timeout_s={TIMEOUT_S}"]
@@ -46,14 +46,23 @@ def link() -> Iterator[None]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def start(home: Path, rank: int, *args: str) -> subprocess.Popen[str]:
-    """spikerl train on one machine, which sees neither the other's network nor its processes."""
+def start(home: Path, rank: int, *command: str) -> subprocess.Popen[str]:
+    """One machine's part, which sees neither the other's network nor its processes."""
     alone = ["ip", "netns", "exec", NODES[rank], "unshare", "--pid", "--fork", "--kill-child",
-             "--mount-proc"]  # fmt: skip
-    command = [*alone, sys.executable, "-m", "spikerl", "train", *MEETING, f"node_rank={rank}"]
+             "--mount-proc", sys.executable, "-m"]  # fmt: skip
     home.mkdir(exist_ok=True)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *args], cwd=home, **pipes)  # type: ignore[call-overload]
+    return subprocess.Popen([*alone, *command], cwd=home, **pipes)  # type: ignore[call-overload]
+
+
+def spikerl(home: Path, rank: int, *args: str) -> subprocess.Popen[str]:
+    return start(home, rank, "spikerl", "train", *MEETING, f"node_rank={rank}", *args)
+
+
+def torchrun(home: Path, rank: int, *args: str) -> subprocess.Popen[str]:
+    there = ["--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}",
+             "--master_addr=10.77.0.1", "--master_port=29500"]  # fmt: skip
+    return start(home, rank, "torch.distributed.run", *there, "-m", "spikerl", "train", *args)
 
 
 def ended(machine: subprocess.Popen[str], status: int) -> tuple[str, str]:
@@ -68,7 +77,7 @@ def test_they_train_together_and_outlive_a_cut(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", *TWO, "world_size=2")
     assert whole.wait() == 0, whole.said()
     home = tmp_path / "home"
-    machines = [start(home, rank, *TINY, *TWO, "run_dir=run") for rank in (0, 1)]
+    machines = [spikerl(home, rank, *TINY, *TWO, "run_dir=run") for rank in (0, 1)]
     metrics = home / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.stat().st_size):
@@ -82,7 +91,7 @@ def test_they_train_together_and_outlive_a_cut(tmp_path: Path) -> None:
         assert said.endswith("(spikerl train resume=run goes on from its last checkpoint)\n")
     assert time.monotonic() - begun < TIMEOUT_S + 10
     ip("-n", NODES[0], "link", "set", "wire", "up")
-    machines = [start(home, rank, "resume=run") for rank in (0, 1)]
+    machines = [torchrun(home, rank, "resume=run") for rank in (0, 1)]
     out = [ended(machine, 0)[0] for machine in machines]
     assert "gradients are summed over gloo" in out[0]
     assert not out[1]
@@ -92,8 +101,17 @@ def test_they_train_together_and_outlive_a_cut(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("link")
 def test_nobody_there(tmp_path: Path) -> None:
-    out, err = ended(start(tmp_path, 1, *TINY, *TWO, "backend.timeout_s=2"), 1)
-    line = "spikerl: rdzv=10.77.0.1:29500: the 2 machines did not meet there: "
-    assert err.startswith(line)
-    assert not out
+    machines = [spikerl(tmp_path, 1, *TINY, *TWO, "backend.timeout_s=2"),
+                spikerl(tmp_path, 0, *TINY, *TWO, "rdzv=10.77.0.2:29500")]  # fmt: skip
+    for machine, host, why in zip(
+        machines,
+        ("10.77.0.1", "10.77.0.2"),
+        ("nobody answered within 2 s (", "Cannot assign requested address; give an address of"),
+        strict=True,
+    ):
+        out, err = ended(machine, 1)
+        line = f"spikerl: rdzv={host}:29500: the 2 machines did not meet there: {why}"
+        assert err.startswith(line)
+        assert err.count("\n") == 1
+        assert not out
     assert not list(tmp_path.iterdir())
