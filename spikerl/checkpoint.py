@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ from spikerl.files import (
     checksum_of,
     json_bytes,
     make_folder,
+    read_json,
     sync_folder,
     write_atomic,
     write_synced,
@@ -39,6 +41,7 @@ from spikerl.files import (
 
 SCHEMA = 2  # 2: replayed rows tell the last of an episode
 KEEP = 3
+MAX_BYTES = 1 << 26  # of a JSON file; a manifest names some hundred segments
 
 
 @dataclass
@@ -144,7 +147,7 @@ class Checkpoint:
     def open(cls, run: Path, name: str) -> Checkpoint:
         """One that `verified` chose."""
         folder = run / "checkpoints" / name
-        return cls(run, folder, json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+        return cls(run, folder, read_json(folder / "manifest.json", MAX_BYTES))
 
     @property
     def step(self) -> int:
@@ -154,12 +157,14 @@ class Checkpoint:
         return load_file(self.folder / "learner.safetensors")
 
     def worker(self, rank: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        notes = json.loads((self.folder / f"worker_{rank}.json").read_text(encoding="utf-8"))
+        notes = read_json(self.folder / f"worker_{rank}.json", MAX_BYTES)
         return load_file(self.folder / f"worker_{rank}.safetensors"), notes
 
     def fill_replay(self, rank: int, replay: Replay) -> None:
         """Put back what worker `rank`'s replay held."""
         added = int(self.worker(rank)[1]["replay_added"])
+        replay.added = replay.saved = added
+        replay.rows[: replay.size] = math.nan  # so that one that no segment holds is noticed
         oldest = max(0, added - replay.capacity)
         for path in self.manifest["segments"]:
             worker, start, stop = _parse(path)
@@ -167,7 +172,8 @@ class Checkpoint:
             if worker == rank and first < last:
                 rows = np.fromfile(self.run / path, np.float32).reshape(stop - start, -1)
                 replay.put(first, torch.from_numpy(rows[first - start : last - start]))
-        replay.added = replay.saved = added
+        if not replay.rows[: replay.size].isfinite().all():
+            raise ValueError("its replay lacks rows, or holds a NaN or an infinity")
 
 
 def newest(run: Path) -> Checkpoint | None:
@@ -265,12 +271,37 @@ def _last_segments(run: Path) -> dict[str, str] | None:
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """None where it is missing or was damaged."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json(folder / "manifest.json", MAX_BYTES)
+        if manifest.pop("seal", None) != _seal(manifest):
+            return None
+        if manifest["schema"] == SCHEMA:
+            _check(manifest)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    if not isinstance(manifest, dict):
-        return None
-    return manifest if manifest.pop("seal", None) == _seal(manifest) else None
+    return dict(manifest)
+
+
+def _check(manifest: Mapping[str, Any]) -> None:
+    """A ValueError unless it names only what lies in the run."""
+    if type(manifest["step"]) is not int or not 0 <= manifest["step"] < 1 << 63:
+        raise ValueError("step")
+    for name, sums in manifest["files"].items():
+        if not isinstance(sums, str) or not re.fullmatch(r"[a-z0-9_]+\.(safetensors|json)", name):
+            raise ValueError(f"{name} is no file of a checkpoint")
+    for path, _ in manifest["segments"].items():
+        _parse(path)
+
+
+def check_fit(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """A ValueError unless `saved` can take the place of `own`, and is finite."""
+    if odd := saved.keys() ^ own.keys():
+        raise ValueError(f"it lacks {min(odd)}, or this run does")
+    for name, tensor in own.items():
+        one = saved[name]
+        if (one.shape, one.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(f"its {name} is {one.dtype} {tuple(one.shape)}")
+        if not one.isfinite().all():
+            raise ValueError(f"its {name} holds a NaN or an infinity")
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

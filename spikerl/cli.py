@@ -10,13 +10,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from spikerl.compose import COMMANDS, conf_folder, expand, explain, usage
+from spikerl.compose import COMMANDS, expand, explain, usage
+from spikerl.configfile import conf_folder
 from spikerl.distributed.orphans import die_if_spawned
 from spikerl.errors import BadRequest
 
 die_if_spawned()
 
 WRONG = 2
+LONGEST = 1000  # characters of a refusal
 
 
 def main() -> None:
@@ -115,7 +117,8 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
 
 
 def wrong(line: str) -> int:
-    """One line, whatever the text holds: some of it may be from somebody else's file."""
-    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+    """One line of bounded length, whatever the text holds: some may be from a stranger's file."""
+    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line[:LONGEST])
+    shown += "..." * (len(line) > LONGEST)
     print(f"spikerl: {shown}", file=sys.stderr)
     return WRONG

@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from spikerl.compose import COMMANDS, conf_folder, group_options
+from spikerl.compose import COMMANDS, group_options
+from spikerl.configfile import conf_folder
 from spikerl.errors import BadRequest
 
 SHELLS = ("bash", "fish", "zsh")

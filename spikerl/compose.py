@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spikerl.configfile import NAME, conf_folder, overrides_of, quoted, read_config
 from spikerl.errors import BadRequest
+from spikerl.files import read_json
 
 COMMANDS = {
     "train": "train a policy; leaves a run folder",
@@ -32,18 +33,11 @@ REFUSED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name",
 # What `resume=RUN` may change: how far the run goes, and where.
 RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend", "backend.timeout_s",
              "max_restarts", "nnodes", "node_rank", "rdzv")  # fmt: skip
-NAME = r"[A-Za-z][A-Za-z0-9_]*"  # of a key in a config file
-# Where a run was started from or kept is not part of what it computes.
-NOT_CARRIED = ("run_dir", "resume", "config", "nnodes", "node_rank", "rdzv")
+# Its other settings can name code to run: callbacks, logging, the search path.
+HYDRA = r"\+{0,2}hydra(/(launcher|sweeper)|\.(launcher|sweeper)(\.\w+)+)"
+MAX_BYTES = 1 << 28  # of a manifest.json
 # Values that are taken as they are typed: a sweep names its folders with '=' and ','.
 PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "stats", "energy.file")
-
-
-def conf_folder() -> Path:
-    """conf/ beside the package in a checkout, inside it in an installed wheel."""
-    here = Path(__file__).resolve().parent
-    inside = here / "conf"
-    return inside if inside.is_dir() else here.parent / "conf"
 
 
 def usage() -> str:
@@ -71,8 +65,12 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
             raise BadRequest(flag, "", "not accepted; config=FILE starts from a run's config.yaml")
         if re.match(r"^[+~]*hydra\.searchpath", arg):
             raise BadRequest(flag, arg.partition("=")[2], "not accepted; conf/ is what is searched")
-        if re.match(r"^[+~]*hydra[./].*_target_", arg):
+        if "_target_" in arg:
             raise BadRequest(flag, arg.partition("=")[2], "naming code to run is not accepted")
+        settles = not arg.startswith("-") and "hydra" in flag
+        if settles and ("${" in arg or not re.fullmatch(HYDRA, flag)):
+            remedy = "not accepted; of Hydra, launcher and sweeper can be chosen and set"
+            raise BadRequest(flag, arg.partition("=")[2], remedy)
         _check_choice(flag, arg.partition("=")[2])
     if "actor=mlp" in args:
         for arg in args:
@@ -93,7 +91,7 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
         moved = any(arg.startswith("device=") for arg in overrides)
         overrides = [*overrides, *chosen(path.parent, moved=moved)]
     typed = [arg for arg in overrides if not arg.startswith("config=")]
-    return [*overrides_of(path, typed), *typed, *flags]
+    return [*overrides_of(path, typed, resumes="resume" in named), *typed, *flags]
 
 
 def chosen(run: Path, *, moved: bool) -> list[str]:
@@ -102,10 +100,10 @@ def chosen(run: Path, *, moved: bool) -> list[str]:
     On another device, `moved`, another kernel has to run.
     """
     try:
-        resolved = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["resolved"]
+        resolved = read_json(run / "manifest.json", MAX_BYTES)["resolved"]
         threads = int(resolved["threads"]["choice"])
         kernel, _, instructions = str(resolved["kernel"]["choice"]).partition("/")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return []
     if moved or kernel not in group_options("kernel") or not re.fullmatch(r"\w*", instructions):
         return [f"threads={threads}"]
@@ -174,74 +172,6 @@ def check_resume(args: Sequence[str], run: Path) -> None:
             raise BadRequest(key, value, remedy)
 
 
-def read_config(path: Path) -> dict[Any, Any]:
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadRequest("config", path, f"cannot be read: {reason}") from None
-    if not isinstance(data, dict):
-        raise BadRequest("config", path, "holds no mapping; give a run's config.yaml")
-    return data
-
-
-def overrides_of(path: Path, typed: Sequence[str]) -> list[str]:
-    """The overrides that make Hydra compose what the config file `path` holds.
-
-    The file is data: no interpolation, no code, no Hydra settings. A group whose option the user
-    chooses anew takes that option's values, not the file's.
-    """
-    data = read_config(path)
-    groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
-    chosen = {arg.partition("=")[0] for arg in typed}
-    choices, values = [], []
-    for key, value in data.items():
-        if not isinstance(key, str) or key == "hydra" or not re.fullmatch(NAME, key):
-            raise BadRequest("config", path, f"the key {key} is not accepted in a config file")
-        if key in NOT_CARRIED:
-            continue
-        if key in groups:
-            if key in chosen:
-                continue
-            if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-                raise BadRequest("config", path, f"its group {key} has no name")
-            choices.append(f"{key}={quoted(value['name'])}")
-            if key == "env" and value.get("id") == f"{value['name']}-{value.get('version')}":
-                value = {k: v for k, v in value.items() if k != "id"}
-        leaves = _leaves(key, value, path, chosen)
-        values += [f"{name}={quoted(leaf)}" for name, leaf in leaves]
-    return [*choices, *values]
-
-
-def _leaves(prefix: str, value: Any, path: Path, typed: set[str]) -> Iterator[tuple[str, Any]]:
-    if prefix in typed:
-        return
-    if not isinstance(value, dict):
-        if "${" in str(value) or (":" in str(value) and prefix == "env.id"):
-            remedy = f"not accepted from {path}; type {prefix}=... on the command line"
-            raise BadRequest(prefix, value, remedy)
-        yield prefix, value
-        return
-    for key, inner in value.items():
-        if not isinstance(key, str) or not re.fullmatch(NAME, key):
-            raise BadRequest("config", path, f"the key {prefix}.{key} is not accepted")
-        yield from _leaves(f"{prefix}.{key}", inner, path, typed)
-
-
-def quoted(value: Any) -> str:
-    """A value in Hydra's override grammar."""
-    if value is None or isinstance(value, bool | int | float):
-        return json.dumps(value)
-    if isinstance(value, list):
-        return "[" + ",".join(quoted(item) for item in value) + "]"
-    if isinstance(value, str):
-        escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
-        return f"'{escaped}'"
-    raise BadRequest("config", value, "not plain data")
-
-
 def explain(command: str, args: Sequence[str], error: Exception) -> str:
     """Hydra's or OmegaConf's complaint as one line with key, value and remedy."""
     text = str(error)
@@ -269,11 +199,10 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
 
 def _readable(override: str) -> bool:
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
 
     try:
         OverridesParser.create().parse_override(override)
-    except HydraException:
+    except Exception:  # its own, and those of a number or a nesting that is too much
         return False
     return True
 

@@ -30,6 +30,7 @@ from spikerl.snn import kernels
 from spikerl.trainer import Training
 from spikerl.types import Resolved
 
+MOST = 4096  # environments, workers, threads: a config file starts no more processes
 ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")
 ALGOS: dict[str, type[AlgoConfig]] = {
     "ddpg": DDPGConfig,
@@ -74,8 +75,8 @@ class Scalars:
             if getattr(self, key) < 1:
                 raise BadRequest(key, getattr(self, key), "give at least 1")
         for key in ("num_envs", "threads", "world_size"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise BadRequest(key, getattr(self, key), "give at least 1, or null")
+            if getattr(self, key) is not None and not 1 <= getattr(self, key) <= MOST:
+                raise BadRequest(key, getattr(self, key), f"give 1 to {MOST}, or null")
         if not 0 <= self.seed < 2**63:
             raise BadRequest("seed", self.seed, "give 0 to 2^63 - 1")
         for key in ("run_dir", "init_from"):

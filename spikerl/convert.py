@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from spikerl import config as configs
 from spikerl import runfolder
+from spikerl.configfile import overrides_of, read_config
 from spikerl.envs import task_of
 from spikerl.errors import BadRequest
 from spikerl.evaluate import Evaluator
@@ -40,6 +40,7 @@ class ConvertRequest:
     percentile: float
     episodes: int
     seed: int
+    env_id: str | None  # confirms an environment that names a module to import
 
     def __post_init__(self) -> None:
         if self.encoder != "direct":
@@ -87,17 +88,19 @@ def main(data: dict[str, Any], command: Sequence[str]) -> int:
 
 def spiking_config(run: Path, dense: Policy, request: ConvertRequest) -> dict[str, Any]:
     """The run's config with a spiking actor."""
-    try:
-        raw = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        raw["actor"] = {
-            "name": "popsan",
-            "hidden_sizes": dense.config.actor.hidden_sizes,
-            "spike_steps": request.spike_steps,
-            "lr": dense.config.actor.lr,
-        }
-    except (OSError, yaml.YAMLError, TypeError, ValueError):
-        remedy = "holds no config.yaml that can be read; give a run folder"
-        raise BadRequest("run", run, remedy) from None
+    path = run / "config.yaml"
+    raw = read_config(path)
+    env_id = str(raw["env"].get("id")) if isinstance(raw.get("env"), dict) else ""
+    if ":" in env_id and env_id != request.env_id:
+        remedy = f"its environment {env_id} names a module to import; confirm with env_id={env_id}"
+        raise BadRequest("run", run, remedy)
+    overrides_of(path, [f"env.id={env_id}"], resumes=True)  # which refuses what is no plain data
+    raw["actor"] = {
+        "name": "popsan",
+        "hidden_sizes": dense.config.actor.hidden_sizes,
+        "spike_steps": request.spike_steps,
+        "lr": dense.config.actor.lr,
+    }
     raw["encoder"], raw["decoder"] = {"name": "direct"}, {"name": "linear"}
     raw["neuron"] = {
         "name": "lif",

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of one; and files that grow."""
+"""Files that are whole or absent, files that grow, and files of strangers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,29 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         path.mkdir()
         sync_folder(path.parent)
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """A regular file of at most `most` bytes; an OSError says what else it is.
+
+    A pipe would make the reader wait for ever, a device or a sparse file fill its memory.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(descriptor, "rb") as f:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path.name} is no regular file")
+        if status.st_size > most:
+            raise OSError(f"{path.name} is larger than {most} bytes")
+        return f.read(most)
+
+
+def read_json(path: Path, most: int) -> Any:
+    """Plain data; an OSError or a ValueError where it cannot be read, however deep it nests."""
+    try:
+        return json.loads(read_bytes(path, most))
+    except RecursionError:
+        raise ValueError(f"{path.name} nests too deep") from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -27,8 +27,9 @@ from spikerl.snn.neurons import CubaLIFConfig, LIFConfig, Neuron, NeuronConfig, 
 
 def check_sizes(key: str, sizes: Iterable[int]) -> None:
     sizes = list(sizes)
-    if not sizes or any(size < 1 for size in sizes):
-        raise BadRequest(key, sizes, "give a list of widths of at least 1, such as [256,256]")
+    if not 1 <= len(sizes) <= 100 or any(size < 1 for size in sizes):
+        remedy = "give a list of 1 to 100 widths of at least 1, such as [256,256]"
+        raise BadRequest(key, sizes, remedy)
 
 
 @dataclass(kw_only=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import platform
 import shlex
 import shutil
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -18,8 +20,10 @@ from omegaconf import OmegaConf
 
 from spikerl import hardware
 from spikerl.errors import BadRequest
-from spikerl.files import sync_folder, write_json, write_text
+from spikerl.files import read_bytes, read_json, sync_folder, write_json, write_text
 from spikerl.versions import git_state, versions
+
+MAX_BYTES = 1 << 28  # of a file that is read whole; a record of 100 000 epochs has half of that
 
 
 def check_free(target: str, *, named: bool) -> None:
@@ -115,12 +119,30 @@ def make_manifest(
 
 def read_manifest(folder: Path, *, key: str) -> dict[str, Any]:
     try:
-        data = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        data = read_json(folder / "manifest.json", MAX_BYTES)
     except (OSError, ValueError):
         data = None
-    if not isinstance(data, dict) or "status" not in data:
+    sound = isinstance(data, dict) and isinstance(data.get("status"), str)
+    if not sound or not isinstance(data.get("resumed", []), list):
         raise BadRequest(key, folder, "is no run folder (it has no readable manifest.json)")
-    return data
+    return dict(data)
+
+
+def check_own(folder: Path) -> None:
+    """Refuse to write into a folder of which a part lies elsewhere, as one from a stranger may.
+
+    Through a link, a resume would add to somebody's file, cut it, or remove folders.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            mode = path.lstat().st_mode
+            if path == folder / "checkpoints" / "latest" and stat.S_ISLNK(mode):
+                continue  # which names one beside it, or is made anew
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                what = "a link" if stat.S_ISLNK(mode) else "neither file nor folder"
+                remedy = f"its {path.relative_to(folder)} is {what}; put there what it stands for"
+                raise BadRequest("resume", folder, remedy)
 
 
 def update_manifest(folder: Path, **changes: Any) -> None:
@@ -150,13 +172,13 @@ def lock(folder: Path) -> IO[str]:
 def rewind(folder: Path, length: int) -> int:
     """Cut metrics.jsonl back to the commit; the rows beyond go to discarded.jsonl. How many."""
     path = folder / "metrics.jsonl"
-    content = path.read_bytes()
+    content = read_bytes(path, MAX_BYTES)
     if len(content) < length:
         raise BadRequest("resume", folder, "its metrics.jsonl is shorter than its checkpoint says")
     beyond = content[length:].splitlines(keepends=True)
-    whole = [line for line in beyond if line.endswith(b"\n")]
+    whole = [line for line in beyond if line.endswith(b"\n") and _row(line) is not None]
     discarded = folder / "discarded.jsonl"
-    before = discarded.read_bytes() if discarded.exists() else b""
+    before = read_bytes(discarded, MAX_BYTES) if discarded.exists() else b""
     rows = b"".join(whole)
     if not before.endswith(rows):  # else an earlier resume was killed before it cut
         write_text(discarded, (before + rows).decode("utf-8"))
@@ -177,8 +199,48 @@ def reopen(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def check_record(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse a record that does not lead up to the commit which says these `facts`."""
+    step, length, wall_s = facts["step"], facts.get("metrics_bytes"), facts.get("wall_s")
+    try:
+        if type(length) is not int or length < 0 or not _finite(wall_s):
+            raise ValueError("its checkpoint does not say where it ends")
+        rows = _rows(read_bytes(folder / "metrics.jsonl", MAX_BYTES)[:length])
+        steps = [row["step"] for row in rows]
+        if steps != sorted(set(steps)) or not all(0 < n <= step for n in steps):
+            raise ValueError("its steps do not rise up to its checkpoint's")
+        sound = [
+            _finite(row.get("eval_return")) and isinstance(row.get("energy_source"), str)
+            for row in rows
+        ]
+        if not all(sound):
+            raise ValueError("a line lacks eval_return or energy_source")
+        read_rows(folder / "discarded.jsonl")
+    except (OSError, ValueError) as error:
+        raise BadRequest("resume", folder, f"its record cannot be read: {error}") from None
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+    return _rows(read_bytes(path, MAX_BYTES)) if path.exists() else []
+
+
+def _rows(content: bytes) -> list[dict[str, Any]]:
+    rows = [_row(line) for line in content.splitlines()]
+    if None in rows:
+        raise ValueError(f"line {rows.index(None) + 1} is no row")
+    return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """None where it is none, such as what a power cut leaves of one."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return row if row.get("energy_j") is None or _finite(row["energy_j"]) else None
+
+
+def _finite(value: object) -> bool:
+    return type(value) is float and math.isfinite(value)

@@ -25,6 +25,7 @@ from spikerl.energy import open_meter
 from spikerl.envs import make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.files import write_text
+from spikerl.footprint import check_memory
 from spikerl.policy import Policy, find_policy, read_policy
 from spikerl.session import DONE, FAILED, Session
 from spikerl.trainer import Trainer
@@ -35,6 +36,7 @@ def train(config: Config, command: Sequence[str]) -> int:
     """Train as `config` says; the exit status. BadRequest leaves nothing behind."""
     settings = config.scalars
     task = task_for(config)
+    check_memory(config, task)
     if settings.init_from:
         read_init(settings.init_from, config, task)
     if settings.resume:
@@ -175,10 +177,12 @@ def own_device(choice: str) -> torch.device:
 def finished(folder: Path, config: Config) -> bool:
     """Whether there is nothing left to do; says so. Refuses what cannot go on."""
     status = runfolder.read_manifest(folder, key="resume")["status"]
+    runfolder.check_own(folder)
     if os.environ.get("RANK", "0") == "0":
         runfolder.lock(folder).close()
     checkpoint = verified(folder, lambda text: None)
-    if (had := checkpoint.manifest["world_size"]) != config.world_size:
+    runfolder.check_record(folder, checkpoint.manifest)
+    if (had := checkpoint.manifest.get("world_size")) != config.world_size:
         remedy = f"the run had {had}, each with a replay of its own; resume it with as many"
         raise BadRequest("world_size", config.world_size, remedy)
     if status == "done" and checkpoint.step >= config.scalars.total_steps:

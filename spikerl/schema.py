@@ -48,6 +48,8 @@ def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise BadRequest(f"{prefix}{field}", value, "give a finite number")
+        if any(isinstance(number, int) and abs(number) >= 1 << 63 for number in numbers):
+            raise BadRequest(f"{prefix}{field}", value, "give a number below 2^63")
     return result
 
 

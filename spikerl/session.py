@@ -101,7 +101,7 @@ class Session:
             return verified(self.folder, notes.append).folder.name
 
         checkpoint = Checkpoint.open(self.folder, self.world.together(choose)[0])
-        exact = all(self.world.gather_objects(self.trainer.load(checkpoint)))
+        exact = all(self.world.together(lambda: self.restore(checkpoint)))
         self.wall_s, self.committed = float(checkpoint.manifest["wall_s"]), self.trainer.step
         self.world.together(lambda: self.take_over(checkpoint, exact, command, after, notes))
         return notes
@@ -132,6 +132,15 @@ class Session:
             + (" environments" if exact else " environments from a reset (not exact)")
             + (f"; {lost} later rows moved to discarded.jsonl" if lost else "")
         )
+
+    def restore(self, checkpoint: Checkpoint) -> bool:
+        """Whether all of it was; nothing in the folder has changed so far."""
+        try:
+            return self.trainer.load(checkpoint)
+        except Exception as error:  # a checkpoint of another run, or a stranger's, raises any
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            remedy = f"its {checkpoint.folder.name} does not fit this run ({reason})"
+            raise BadRequest("resume", self.folder, remedy) from error
 
     def run(self, stop_signal: Callable[[], int]) -> int:
         trainer = self.trainer

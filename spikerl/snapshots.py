@@ -157,6 +157,8 @@ def _check_fit(state: Snapshot, own: Snapshot) -> None:
         raise ValueError(f"the snapshot has {', '.join(unknown)}, which {_text(own)} has not")
     if "model" in own and not np.array_equal(state["model"], own["model"]):
         raise ValueError("the snapshot is of another MuJoCo model")
+    if (state["elapsed"] < 0).any():
+        raise ValueError("the snapshot counts steps below 0")
     for name, want in own.items():
         got = state[name]
         if (got.dtype, got.shape) != (want.dtype, want.shape):

@@ -10,8 +10,8 @@ import yaml
 
 from spikerl.algos.td3 import TD3, TD3Config
 from spikerl.baselines import as_trained, critic_as_trained
-from spikerl.compose import conf_folder
 from spikerl.config import Config
+from spikerl.configfile import conf_folder
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest
 from spikerl.networks import Actor, ActorConfig, Critics, SpikingActor, build_actor

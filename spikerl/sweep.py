@@ -13,7 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from spikerl.compose import quoted, unquoted
+from spikerl.compose import unquoted
+from spikerl.configfile import quoted
 from spikerl.errors import BadRequest
 
 REFUSED = 2

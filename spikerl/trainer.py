@@ -5,6 +5,7 @@ Shape legend   N environments, A action entries.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,7 @@ from spikerl.algos.proxy_td3 import ProxyTD3, ProxyTD3Config
 from spikerl.algos.sac import SAC, SACConfig
 from spikerl.algos.td3 import TD3, TD3Config
 from spikerl.buffers import Replay
-from spikerl.checkpoint import Checkpoint, Shard
+from spikerl.checkpoint import Checkpoint, Shard, check_fit
 from spikerl.distributed.world import ALONE, World, share
 from spikerl.energy import Meter, Reading, consecutive, energy_row, merge
 from spikerl.envs import EnvConfig, make_envs
@@ -378,20 +379,30 @@ class Trainer:
         return Shard(tensors, notes, self.replay)
 
     def load(self, checkpoint: Checkpoint) -> bool:
-        """Go on from `checkpoint`; False if the environments could only be reset."""
+        """Go on from `checkpoint`; False if the environments could only be reset.
+
+        A checkpoint that is none of this run raises almost anything.
+        """
         saved = checkpoint.learner()
+        check_fit(saved, self.learner_state())
         for name, tensor in self.algo.state().items():
             tensor.copy_(saved[name])
         self.algo.refresh()
         self.norm.load(under("norm.", saved))
         tensors, notes = checkpoint.worker(self.world.rank)
-        self.progress = Progress(**notes["progress"])
+        self.progress = progress_of(notes["progress"], checkpoint.step)
         self.algo.updates = self.progress.updates
-        self.streams.load(under("stream.", tensors))
-        self.norm.pending = [tensors["norm.pending"].numpy()]
+        streams, envs = under("stream.", tensors), under("envs.", tensors)
+        check_fit(streams, self.streams.state())
+        self.streams.load(streams)
+        pending = tensors["norm.pending"]
+        if (pending.dtype, pending.shape[1:]) != (torch.float64, (self.task.obs_dim,)):
+            raise ValueError(f"its norm.pending is {pending.dtype} {tuple(pending.shape)}")
+        self.norm.pending = [pending.numpy()]
         checkpoint.fill_replay(self.world.rank, self.replay)
         if notes["exact"]:
-            self.envs.load(under("envs.", tensors))
+            check_fit(envs, self.envs.state())
+            self.envs.load(envs)
         else:
             self.reset_envs(self.step)
         return bool(notes["exact"])
@@ -399,6 +410,21 @@ class Trainer:
     def close(self) -> None:
         self.envs.close()
         self.evaluator.close()
+
+
+def progress_of(data: Mapping[str, Any], step: int) -> Progress:
+    """What a checkpoint of that step holds of it; a ValueError unless each number is one."""
+    progress = Progress(**data)
+    sums = [number for pair in progress.sums.values() for number in pair]
+    seconds, joules, missing = Reading(*progress.energy or (0.0, {}, {}))
+    spent = [progress.train_s, seconds, *joules.values()]
+    numbers = [*progress.losses.values(), *progress.returns, *sums, *spent]
+    counts = (progress.updates, progress.epoch, progress.first_step, progress.first_update)
+    whole = all(type(n) is int and 0 <= n < 1 << 63 for n in counts)
+    words = all(isinstance(why, str) for why in missing.values())
+    if not (whole and words and progress.step == step and all(map(math.isfinite, numbers))):
+        raise ValueError("its progress is not that of its step")
+    return progress
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from shell import SHORT, spikerl, tree
 
 from spikerl import load_policy
-from spikerl.compose import conf_folder, group_options
+from spikerl.compose import group_options
+from spikerl.configfile import conf_folder
 from spikerl.seeding import seed_for
 from spikerl.trainer import Trainer
 

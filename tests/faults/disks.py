@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from processes import computed
 
 from spikerl import config, runs
-from spikerl.compose import conf_folder
+from spikerl.configfile import conf_folder
 from spikerl.session import Session
 
 TINY = [

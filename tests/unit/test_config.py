@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from shell import refusal
 
 from spikerl import config as configs
-from spikerl.compose import conf_folder
 from spikerl.config import ACTOR_GROUPS, build
+from spikerl.configfile import conf_folder
 from spikerl.envs import EnvConfig
 from spikerl.errors import BadRequest
 from spikerl.hardware import cores

@@ -14,8 +14,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from spikerl.compose import COMMANDS, NOT_CARRIED, conf_folder, expand, group_options
+from spikerl.compose import COMMANDS, expand, group_options
 from spikerl.config import build
+from spikerl.configfile import NOT_CARRIED, conf_folder
 from spikerl.errors import BadRequest
 
 GROUPS = sorted(folder.name for folder in conf_folder().iterdir() if folder.is_dir())
