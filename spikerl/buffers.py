@@ -68,8 +68,11 @@ class Replay:
 
     def between(self, start: int, stop: int) -> Tensor:
         """Rows number `start` to `stop`, which it must still hold."""
-        index = torch.arange(start, stop, device=self.rows.device) % self.capacity
-        return self.rows[index]
+        head, tail = start % self.capacity, start % self.capacity + stop - start
+        rows = self.rows[head:tail]
+        return (
+            rows if tail <= self.capacity else torch.cat([rows, self.rows[: tail % self.capacity]])
+        )
 
     def sample(
         self,

@@ -106,8 +106,8 @@ class Journal:
     def add(self, content: bytes) -> None:
         self.pending += content
 
-    def write(self) -> None:
-        """Synced. A file that went away is not begun anew: it would lack what came before."""
+    def write(self, *, sync: bool) -> None:
+        """A file that went away is not begun anew: it would lack what came before."""
         if not self.pending:
             return
         new = os.O_CREAT if self.length == 0 else 0
@@ -118,6 +118,7 @@ class Journal:
             f.write(self.pending)
             f.truncate()
             f.flush()
-            os.fsync(f.fileno())
+            if sync:
+                os.fsync(f.fileno())
         self.length += len(self.pending)
         self.pending = b""

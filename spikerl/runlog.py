@@ -61,8 +61,8 @@ class RunLog:
         """
         for view in (self.log, self.tensorboard):
             with suppress(OSError):
-                view.write()
-        self.metrics.write()
+                view.write(sync=False)
+        self.metrics.write(sync=True)
         return self.metrics.length
 
 
@@ -89,6 +89,6 @@ class Events(Journal):
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
             self.event(step=step, summary=summary)
 
-    def write(self) -> None:
+    def write(self, *, sync: bool) -> None:
         make_folder(self.path.parent)
-        super().write()
+        super().write(sync=sync)
