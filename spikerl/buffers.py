@@ -66,6 +66,10 @@ class Replay:
         self.rows[head : head + first] = rows[:first]
         self.rows[: len(rows) - first] = rows[first:]
 
+    def restore(self, numbers: Tensor, rows: Tensor) -> None:
+        """Write rows with these numbers, of which it holds as many at once."""
+        self.rows[(numbers % self.capacity).to(self.rows.device)] = rows.to(self.rows.device)
+
     def between(self, start: int, stop: int) -> Tensor:
         """Rows number `start` to `stop`, which it must still hold."""
         head, tail = start % self.capacity, start % self.capacity + stop - start

@@ -3,8 +3,9 @@
 A checkpoint is a folder `checkpoints/step_N`, complete or absent: every worker writes its shard
 into a hidden folder, then rank 0 adds `manifest.json` (each file with its checksum, the schema
 version, the length of metrics.jsonl, and a seal on all this) and renames the folder into place.
-Replay rows are written once, into segments below `replay/` that successive checkpoints share. All
-of it is plain data; loading it executes nothing.
+Replay rows are written once, into segments below `replay/` that successive checkpoints share; a
+segment's name says which worker of how many wrote it, hence whose environments' rows it holds, and
+which rows. All of it is plain data; loading it executes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from spikerl.files import (
     write_synced,
 )
 
-SCHEMA = 2  # 2: replayed rows tell the last of an episode
+SCHEMA = 3  # 3: segments are named by the number of workers too
 KEEP = 3
 MAX_BYTES = 1 << 26  # of a JSON file; a manifest names some hundred segments
 
@@ -86,9 +87,9 @@ def save_checkpoint(
         partial.mkdir()
         return _last_segments(run)
 
-    def write() -> tuple[dict[str, str], dict[str, str], int]:
+    def write() -> tuple[dict[str, str], dict[str, str]]:
         files = {name: write_synced(partial / name, content) for name, content in mine.items()}
-        return files, append_segment(run, world.rank, replay), replay.added - replay.capacity
+        return files, append_segment(run, world, replay)
 
     def commit() -> None:
         if world.rank > 0:
@@ -97,12 +98,11 @@ def save_checkpoint(
         segments = dict(before or {})
         for part in parts:
             segments |= part[1]
-        oldest = [part[2] for part in parts]
         manifest = {
             "schema": SCHEMA,
             **facts,
             "files": files,
-            "segments": {p: s for p, s in segments.items() if _reaches(p, oldest)},
+            "segments": {p: s for p, s in segments.items() if _reaches(p, world, replay)},
         }
         write_synced(partial / "manifest.json", json_bytes({**manifest, "seal": _seal(manifest)}))
         sync_folder(partial)
@@ -153,6 +153,11 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.manifest["step"])
 
+    @property
+    def workers(self) -> int:
+        """How many wrote it."""
+        return int(self.manifest["world_size"])
+
     def learner(self) -> dict[str, Tensor]:
         return load_file(self.folder / "learner.safetensors")
 
@@ -160,18 +165,29 @@ class Checkpoint:
         notes = read_json(self.folder / f"worker_{rank}.json", MAX_BYTES)
         return load_file(self.folder / f"worker_{rank}.safetensors"), notes
 
-    def fill_replay(self, rank: int, replay: Replay) -> None:
-        """Put back what worker `rank`'s replay held."""
-        added = int(self.worker(rank)[1]["replay_added"])
-        replay.added = replay.saved = added
+    def fill_replay(self, rank: int, size: int, replay: Replay) -> None:
+        """Put back the rows of the environments that worker `rank` of `size` has, as if there had
+        always been so many: row k is of vector step k // width.
+        """
+        width = replay.width  # environments of each worker
+        steps = int(self.worker(0)[1]["replay_added"]) * self.workers // (width * size)
+        replay.added = replay.saved = steps * width
         replay.rows[: replay.size] = math.nan  # so that one that no segment holds is noticed
-        oldest = max(0, added - replay.capacity)
+        oldest = max(0, replay.added - replay.capacity) // width
         for path in self.manifest["segments"]:
-            worker, start, stop = _parse(path)
-            first, last = max(start, oldest), min(stop, added)
-            if worker == rank and first < last:
-                rows = np.fromfile(self.run / path, np.float32).reshape(stop - start, -1)
-                replay.put(first, torch.from_numpy(rows[first - start : last - start]))
+            segment = _parse(path)
+            theirs = width * size // segment.workers
+            offset = rank * width - segment.worker * theirs  # of our first environment from theirs
+            mine = slice(max(offset, 0), max(min(offset + width, theirs), 0))
+            first, last = segment.start // theirs, segment.stop // theirs
+            if mine.start >= mine.stop or last <= oldest:
+                continue
+            rows_TNC = np.fromfile(self.run / path, np.float32).reshape(last - first, theirs, -1)
+            begin, end = max(first, oldest), min(last, steps)
+            number_T1 = torch.arange(begin, end).unsqueeze(1) * width - offset
+            number_TN = number_T1 + torch.arange(mine.start, mine.stop)
+            held = torch.from_numpy(rows_TNC[begin - first : end - first, mine])
+            replay.restore(number_TN, held)
         if not replay.rows[: replay.size].isfinite().all():
             raise ValueError("its replay lacks rows, or holds a NaN or an infinity")
 
@@ -231,29 +247,39 @@ def tidy(run: Path) -> None:
             path.unlink()
 
 
-def append_segment(run: Path, rank: int, replay: Replay) -> dict[str, str]:
+def append_segment(run: Path, world: World, replay: Replay) -> dict[str, str]:
     """Write the rows that came since the last segment; its path below the run, and checksum."""
     start = max(replay.saved, replay.added - replay.capacity)
     if start == replay.added:
         return {}
-    path = Path("replay") / f"worker_{rank}" / f"rows_{start:012d}_{replay.added:012d}.f32"
+    writer = f"worker_{world.rank}_of_{world.size}"
+    path = Path("replay") / writer / f"rows_{start:012d}_{replay.added:012d}.f32"
     make_folder(run / "replay")
     make_folder((run / path).parent)
     rows = replay.between(start, replay.added).cpu().numpy()
     return {str(path): write_atomic(run / path, rows.reshape(-1).view(np.uint8).data)}
 
 
-def _parse(path: str) -> tuple[int, int, int]:
-    found = re.fullmatch(r"replay/worker_(\d+)/rows_(\d+)_(\d+)\.f32", path)
+class _Segment(NamedTuple):
+    """Rows `start` to `stop` of those that a worker ever stored, of one among `workers`."""
+
+    worker: int
+    workers: int
+    start: int
+    stop: int
+
+
+def _parse(path: str) -> _Segment:
+    found = re.fullmatch(r"replay/worker_(\d+)_of_(\d+)/rows_(\d+)_(\d+)\.f32", path)
     if found is None:
         raise ValueError(f"{path} is no replay segment")
-    return int(found[1]), int(found[2]), int(found[3])
+    return _Segment(*map(int, found.groups()))
 
 
-def _reaches(path: str, oldest: list[int]) -> bool:
-    """Whether its worker's replay still holds a row of the segment."""
-    worker, _, stop = _parse(path)
-    return stop > oldest[worker]
+def _reaches(path: str, world: World, replay: Replay) -> bool:
+    """Whether a replay still holds a row of the segment; they all hold the same steps."""
+    segment = _parse(path)
+    return segment.stop * segment.workers > (replay.added - replay.capacity) * world.size
 
 
 def _folders(run: Path) -> list[Path]:
@@ -285,6 +311,8 @@ def _check(manifest: Mapping[str, Any]) -> None:
     """A ValueError unless it names only what lies in the run."""
     if type(manifest["step"]) is not int or not 0 <= manifest["step"] < 1 << 63:
         raise ValueError("step")
+    if type(manifest["world_size"]) is not int or manifest["world_size"] < 1:
+        raise ValueError("world_size")
     for name, sums in manifest["files"].items():
         if not isinstance(sums, str) or not re.fullmatch(r"[a-z0-9_]+\.(safetensors|json)", name):
             raise ValueError(f"{name} is no file of a checkpoint")

@@ -88,27 +88,34 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
     if "resume" in named:
         check_resume(args, path)
         path = path / "config.yaml"
-        moved = any(arg.startswith("device=") for arg in overrides)
-        overrides = [*overrides, *chosen(path.parent, moved=moved)]
+        overrides = [*overrides, *chosen(path.parent, overrides)]
     typed = [arg for arg in overrides if not arg.startswith("config=")]
     return [*overrides_of(path, typed, resumes="resume" in named), *typed, *flags]
 
 
-def chosen(run: Path, *, moved: bool) -> list[str]:
+def chosen(run: Path, typed: Sequence[str]) -> list[str]:
     """What the run chose at its start: a resume on another day must not choose anew.
 
-    On another device, `moved`, another kernel has to run.
+    On another device another kernel has to run; other workers have another share of the cores.
     """
+    from spikerl.distributed.world import ranked
+
+    given = dict(arg.partition("=")[::2] for arg in typed)
     try:
-        resolved = read_json(run / "manifest.json", MAX_BYTES)["resolved"]
-        threads = int(resolved["threads"]["choice"])
-        kernel, _, instructions = str(resolved["kernel"]["choice"]).partition("/")
+        manifest = read_json(run / "manifest.json", MAX_BYTES)
+        threads = int(manifest["resolved"]["threads"]["choice"])
+        kernel, _, path = str(manifest["resolved"]["kernel"]["choice"]).partition("/")
+        workers, found = str(int(manifest["world_size"])), [f"num_envs={int(manifest['num_envs'])}"]
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return []
-    if moved or kernel not in group_options("kernel") or not re.fullmatch(r"\w*", instructions):
-        return [f"threads={threads}"]
-    path = [f"kernel.path={instructions}"] if instructions else []
-    return [f"threads={threads}", f"kernel={kernel}", *path]
+    size = given.get("world_size", os.environ["WORLD_SIZE"] if ranked() else workers)
+    if "world_size" not in given:
+        found.append(f"world_size={size}")
+    if size == workers:
+        found.append(f"threads={threads}")
+    if "device" in given or kernel not in group_options("kernel") or not re.fullmatch(r"\w*", path):
+        return found
+    return [*found, f"kernel={kernel}", *([f"kernel.path={path}"] if path else [])]
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -184,19 +184,22 @@ def build(raw: Mapping[str, Any]) -> Config:
 
 def check_shares(scalars: Scalars, algo: AlgoConfig, world_size: int) -> None:
     """Refuse what cannot be shared out over the workers."""
-    if scalars.num_envs is not None and scalars.num_envs % world_size:
+    num_envs = scalars.num_envs or world_size
+    if num_envs % world_size and scalars.resume:
+        remedy = f"the run has {num_envs} environments, which so many workers cannot share evenly"
+        raise BadRequest("world_size", world_size, remedy)
+    if num_envs % world_size:
         remedy = f"give a multiple of world_size={world_size}"
-        raise BadRequest("num_envs", scalars.num_envs, remedy)
+        raise BadRequest("num_envs", num_envs, remedy)
     if scalars.scaling == "strong" and algo.batch_size < world_size:
         remedy = f"algo.batch_size={algo.batch_size} has fewer rows than that; use fewer workers"
         raise BadRequest("world_size", world_size, remedy)
-    if isinstance(algo, OffPolicyConfig) and algo.replay_capacity < world_size:
-        raise BadRequest("algo.replay_capacity", algo.replay_capacity, "give one row per worker")
-    if isinstance(algo, PPOConfig):
-        num_envs = scalars.num_envs or world_size
-        if algo.rollout_steps % num_envs:
-            remedy = f"give a multiple of num_envs={num_envs}"
-            raise BadRequest("algo.rollout_steps", algo.rollout_steps, remedy)
+    if isinstance(algo, OffPolicyConfig) and algo.replay_capacity < num_envs:
+        remedy = f"give at least num_envs={num_envs}, a row for each environment"
+        raise BadRequest("algo.replay_capacity", algo.replay_capacity, remedy)
+    if isinstance(algo, PPOConfig) and algo.rollout_steps % num_envs:
+        remedy = f"give a multiple of num_envs={num_envs}"
+        raise BadRequest("algo.rollout_steps", algo.rollout_steps, remedy)
 
 
 def check_together(algo: AlgoConfig, actor: ActorConfig, kernel: kernels.KernelConfig) -> None:

@@ -182,9 +182,6 @@ def finished(folder: Path, config: Config) -> bool:
         runfolder.lock(folder).close()
     checkpoint = verified(folder, lambda text: None)
     runfolder.check_record(folder, checkpoint.manifest)
-    if (had := checkpoint.manifest.get("world_size")) != config.world_size:
-        remedy = f"the run had {had}, each with a replay of its own; resume it with as many"
-        raise BadRequest("world_size", config.world_size, remedy)
     if status == "done" and checkpoint.step >= config.scalars.total_steps:
         step = checkpoint.step
         print(f"{folder} is done at step {step}; a larger total_steps goes on with it")

@@ -43,6 +43,11 @@ class Streams:
         self.sample = generator_for(run_seed, "sample", worker)
         self.update = generator_for(run_seed, "update", worker, device=device)
 
+    def restart(self, run_seed: int, worker: int, resumed_at: int) -> None:
+        """Streams that no worker has drawn from, for a run whose number of workers changed."""
+        for name, generator in vars(self).items():
+            generator.manual_seed(seed_for(run_seed, name, worker, resumed_at))
+
     def state(self) -> dict[str, Tensor]:
         return {name: generator.get_state() for name, generator in vars(self).items()}
 

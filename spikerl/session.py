@@ -48,11 +48,11 @@ class Session:
         self.unsaved: str | None = None  # why the last commit failed, if it did
         self.log: RunLog | None = None
         self.stuck: set[int] = set()  # layers that were said to hardly learn
-        notes = announce(config, trainer)
+        restored: list[str] = []
         try:
             if config.scalars.resume:
                 self.folder = Path(config.scalars.resume)
-                notes += self.go_on(command, after)
+                restored = self.go_on(command, after)
             else:
                 self.folder = self.start(target, command)
         except DiskError as error:
@@ -62,7 +62,7 @@ class Session:
             title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
             self.log = RunLog(self.folder, trainer.step)
             self.view = View(title, trainer.t.total_steps, trainer.step)
-            for text in [*notes, f"run folder: {self.folder}"]:
+            for text in [*announce(config, trainer), *restored, f"run folder: {self.folder}"]:
                 self.say(text)
         world.together(self.flush)
 
@@ -101,15 +101,15 @@ class Session:
             return verified(self.folder, notes.append).folder.name
 
         checkpoint = Checkpoint.open(self.folder, self.world.together(choose)[0])
-        exact = all(self.world.together(lambda: self.restore(checkpoint)))
+        restored = all(self.world.together(lambda: self.restore(checkpoint)))
         self.wall_s, self.committed = float(checkpoint.manifest["wall_s"]), self.trainer.step
-        self.world.together(lambda: self.take_over(checkpoint, exact, command, after, notes))
+        self.world.together(lambda: self.take_over(checkpoint, restored, command, after, notes))
         return notes
 
     def take_over(
         self,
         checkpoint: Checkpoint,
-        exact: bool,
+        restored: bool,
         command: Sequence[str],
         after: str | None,
         notes: list[str],
@@ -121,15 +121,24 @@ class Session:
         lost = runfolder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
         runfolder.reopen(self.folder)
         record = runfolder.read_manifest(self.folder, key="resume")
-        event = {"time": runfolder.now(), "step": self.trainer.step, "exact": exact,
-                 "discarded_rows": lost, "command": " ".join(command), "after": after}  # fmt: skip
-        resumed = [*record.get("resumed", []), event]
-        runfolder.update_manifest(self.folder, status="running", resumed=resumed)
-        total = self.trainer.t.total_steps
+        size, had = self.world.size, checkpoint.workers
+        moved = f"{had} workers became {size}: random streams and batches are others"
+        reset = "environments of this kind go on from a reset"
+        reasons = [moved] * (had != size) + [reset] * (not restored)
+        event = {"time": runfolder.now(), "step": self.trainer.step, "exact": not reasons,
+                 "not_exact_because": "; ".join(reasons) or None, "world_size": size,
+                 "world_size_before": had, "discarded_rows": lost, "command": " ".join(command),
+                 "after": after}  # fmt: skip
+        changes: dict[str, Any] = {"resumed": [*record.get("resumed", []), event]}
+        if had != size:
+            placed = {name: getattr(self.config, name)._asdict() for name in ("threads", "backend")}
+            changes |= {"world_size": size, "resolved": {**record["resolved"], **placed}}
+        runfolder.update_manifest(self.folder, status="running", **changes)
+        total, replay = self.trainer.t.total_steps, self.trainer.replay
         notes.append(
             f"resumed at step {self.trainer.step} of {total}: weights, optimisers, normaliser,"
-            f" {self.trainer.replay.size} transitions, random streams,"
-            + (" environments" if exact else " environments from a reset (not exact)")
+            f" {replay.size * size} transitions, random streams, environments"
+            + (f"; not exact: {'; '.join(reasons)}" if reasons else "")
             + (f"; {lost} later rows moved to discarded.jsonl" if lost else "")
         )
 
@@ -294,7 +303,8 @@ class Session:
         names = ("device", "threads", "kernel", "backend")
         resolved = {name: getattr(self.config, name)._asdict() for name in names}
         resolved["energy"] = self.config.meter._asdict()
-        facts = {"world_size": self.world.size, "precision": self.config.precision.name}
+        num_envs, precision = self.trainer.t.num_envs, self.config.precision.name
+        facts = {"world_size": self.world.size, "num_envs": num_envs, "precision": precision}
         return runfolder.make_manifest(self.trainer.task.env_id, command, resolved, facts)
 
     def wall(self) -> float:
@@ -329,7 +339,7 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
         f" precision {config.precision.name}",
         f"{size} worker{'s' * (size > 1)} x {t.num_envs // size} environments;"
         f" global batch {sum(rows)} ({each} per worker, {t.scaling} scaling);"
-        f" {trainer.updates_due(t.total_steps)} updates in {t.total_steps} steps{exchange}",
+        f" {trainer.updates_by(t.total_steps)} updates in {t.total_steps} steps{exchange}",
         "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in resolved.items()),
     ]
     if config.scalars.init_from:

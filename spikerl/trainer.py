@@ -39,6 +39,7 @@ from spikerl.networks import (
 from spikerl.normalize import RunningNorm
 from spikerl.policy import Policy
 from spikerl.precision import PrecisionConfig
+from spikerl.resize import share_of
 from spikerl.seeding import Streams, initialising, seed_for
 from spikerl.snn import kernels
 from spikerl.types import Task
@@ -180,7 +181,7 @@ class Trainer:
         if isinstance(self.algo.actor, SpikingActor):
             for norm in self.algo.actor.norms:
                 norm.sum_ = world.sum_  # over the rows of all workers
-        capacity = share(algo.capacity(), world.rank, world.size)
+        capacity = algo.capacity() // t.num_envs * each  # whole steps of all environments
         self.replay = Replay(capacity, task.obs_dim, task.act_dim, device, width=each)
         self.envs = make_envs(t.env, each, task)
         self.reset_envs()
@@ -296,6 +297,10 @@ class Trainer:
         """Updates that belong to the first `step` steps."""
         return self.t.algo.updates_due(step, self.fewer)
 
+    def updates_by(self, step: int) -> int:
+        """Updates that will have been made then; before a resize there were others."""
+        return self.algo.updates + self.updates_due(step) - self.updates_due(self.step)
+
     def row(self) -> Row:
         """The epoch's line of metrics.jsonl: means over the epoch, and an evaluation."""
         p = self.progress
@@ -381,7 +386,8 @@ class Trainer:
     def load(self, checkpoint: Checkpoint) -> bool:
         """Go on from `checkpoint`; False if the environments could only be reset.
 
-        A checkpoint that is none of this run raises almost anything.
+        With another number of workers than wrote it, each takes what is its environments', and the
+        random streams begin anew. One that is none of this run raises almost anything.
         """
         saved = checkpoint.learner()
         check_fit(saved, self.learner_state())
@@ -389,17 +395,23 @@ class Trainer:
             tensor.copy_(saved[name])
         self.algo.refresh()
         self.norm.load(under("norm.", saved))
-        tensors, notes = checkpoint.worker(self.world.rank)
+        rank, size = self.world.rank, self.world.size
+        if checkpoint.workers == size:
+            tensors, notes = checkpoint.worker(rank)
+            streams = under("stream.", tensors)
+            check_fit(streams, self.streams.state())
+            self.streams.load(streams)
+        else:
+            parts = [checkpoint.worker(old) for old in range(checkpoint.workers)]
+            tensors, notes = share_of(parts, rank, size, self.t.num_envs)
+            self.streams.restart(self.t.seed, rank, checkpoint.step)
         self.progress = progress_of(notes["progress"], checkpoint.step)
         self.algo.updates = self.progress.updates
-        streams, envs = under("stream.", tensors), under("envs.", tensors)
-        check_fit(streams, self.streams.state())
-        self.streams.load(streams)
-        pending = tensors["norm.pending"]
+        pending, envs = tensors["norm.pending"], under("envs.", tensors)
         if (pending.dtype, pending.shape[1:]) != (torch.float64, (self.task.obs_dim,)):
             raise ValueError(f"its norm.pending is {pending.dtype} {tuple(pending.shape)}")
         self.norm.pending = [pending.numpy()]
-        checkpoint.fill_replay(self.world.rank, self.replay)
+        checkpoint.fill_replay(rank, size, self.replay)
         if notes["exact"]:
             check_fit(envs, self.envs.state())
             self.envs.load(envs)

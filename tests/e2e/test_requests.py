@@ -123,7 +123,7 @@ REFUSED = [
     ("precision=fp16 device=cpu", "precision=fp16: ", "precision=bf16"),
     ("world_size=3 num_envs=4", "num_envs=4: ", "multiple of world_size=3"),
     ("world_size=4 algo.batch_size=3", "world_size=4: ", "fewer workers"),
-    ("world_size=4 algo.replay_capacity=3", "algo.replay_capacity=3: ", "one row per worker"),
+    ("world_size=4 algo.replay_capacity=3", "algo.replay_capacity=3: ", "at least num_envs=4"),
     ("max_restarts=-1", "max_restarts=-1: ", "at least 0"),
     ("backend.timeout_s=0", "backend.timeout_s=0.0: ", "1 to 1e6 seconds"),
     ("node_rank=0", "node_rank=0: ", "set nnodes"),

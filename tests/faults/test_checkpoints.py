@@ -201,7 +201,7 @@ def test_damaged_replay_reaches_back(saved: Saved, tmp_path: Path) -> None:
     """A segment that several checkpoints share spoils them all; with none left it is said."""
     run = saved.copy(tmp_path / "run")
     shared = f"rows_{saved.last - 2 * EPOCH:012d}_{saved.last - EPOCH:012d}.f32"
-    flip(run / "replay" / "worker_0" / shared)
+    flip(run / "replay" / "worker_0_of_1" / shared)
     reports: list[str] = []
     saved.check(run, saved.last - 2 * EPOCH)
     verified(run, reports.append)
@@ -216,7 +216,7 @@ def test_segments_are_shared_and_pruned(saved: Saved) -> None:
     """Written once, kept while a kept checkpoint can reach them."""
     kept = sorted(int(p.name[5:]) for p in (saved.run / "checkpoints").glob("step_*"))
     assert kept == [saved.last - EPOCH * k for k in reversed(range(KEEP))]
-    segments = sorted(p.name for p in saved.run.glob("replay/worker_0/*"))
+    segments = sorted(p.name for p in saved.run.glob("replay/worker_0_of_1/*"))
     first = kept[0] - CAPACITY - (kept[0] - CAPACITY) % EPOCH
     expected = range(first, saved.last, EPOCH)
     assert segments == [f"rows_{a:012d}_{a + EPOCH:012d}.f32" for a in expected]

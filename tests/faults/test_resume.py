@@ -125,13 +125,6 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     assert first.kill(signal.SIGINT) == 130
 
 
-def test_another_number_of_workers_is_refused(whole: Path) -> None:
-    """Replay and environments belong to the workers that had them."""
-    run = resume(whole, "world_size=2")
-    assert run.wait() == 2
-    assert "world_size=2: " in run.err.read_text()
-
-
 def test_rewinding_can_be_interrupted(tmp_path: Path) -> None:
     """Rows go to discarded.jsonl once, however often the rewind is begun anew."""
     metrics = tmp_path / "metrics.jsonl"

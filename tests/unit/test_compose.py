@@ -232,16 +232,26 @@ def test_requests_follow_each_other_in_one_process() -> None:
     assert spikerl("train", "env=Ants").line == first
 
 
-def test_a_resume_keeps_what_the_run_chose(tmp_path: Path) -> None:
-    """Threads and processor path; on another device another kernel has to run."""
+def test_a_resume_keeps_what_the_run_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another device another kernel has to run, other workers have other shares of the cores."""
     chosen = {"threads": {"choice": "3"}, "kernel": {"choice": "cpu/avx2"}}
-    (tmp_path / "manifest.json").write_text(json.dumps({"resolved": chosen}))
-    (tmp_path / "config.yaml").write_text("seed: 4\n")
-    kept = expand("train", [f"resume={tmp_path}"])
-    assert kept[-3:] == ["threads=3", "kernel=cpu", "kernel.path=avx2"]
-    moved = expand("train", [f"resume={tmp_path}", "device=cuda"])
-    assert "threads=3" in moved
-    assert not any(arg.startswith("kernel") for arg in moved)
+    manifest = {"resolved": chosen, "world_size": 2, "num_envs": 4}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "config.yaml").write_text("seed: 4\nworld_size: 8\nnum_envs: null\n")
+
+    def kept(*args: str) -> set[str]:
+        found = set(expand("train", [f"resume={tmp_path}", *args]))
+        return found - {"seed=4", f"resume='{tmp_path}'"}
+
+    kernel = {"kernel=cpu", "kernel.path=avx2"}
+    assert kept() == {"num_envs=4", "world_size=2", "threads=3", *kernel}
+    assert kept("device=cuda") == {"num_envs=4", "world_size=2", "threads=3", "device=cuda"}
+    assert kept("world_size=4") == {"num_envs=4", "world_size=4", *kernel}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # what torchrun started
+    assert kept() == {"num_envs=4", "world_size=1", *kernel}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert kept() == {"num_envs=4", "world_size=2", "threads=3", *kernel}
     chosen["kernel"]["choice"] = "cpu/${evil}"
-    (tmp_path / "manifest.json").write_text(json.dumps({"resolved": chosen}))
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert not any("evil" in arg for arg in expand("train", [f"resume={tmp_path}"]))

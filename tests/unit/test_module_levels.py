@@ -19,7 +19,7 @@ LEVELS = [
     "networks normalize buffers returns",
     "envs snapshots distributed distributed.launch distributed.orphans distributed.mpi"
     " distributed.mpi_group distributed.hosts distributed.sums distributed.world"
-    " precision hardware energy counters files versions checkpoint runlog view",
+    " precision hardware energy counters files versions checkpoint resize runlog view",
     "algos algos.base algos.graphs algos.offpolicy algos.ddpg algos.td3 algos.proxy_td3 algos.sac"
     " algos.ppo",
     "policy evaluate trainer baselines timing roofline",

@@ -1,0 +1,269 @@
+"""resume=RUN world_size=W: other workers take up every row, environment and moment, once each.
+
+Shape legend   N environments, T steps of each.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_mpi
+import torch
+from builders import ppo_config, small_training
+from processes import computed, gone, record, resume, rows, train
+from threads import together, worlds
+from torch import Tensor
+
+from spikerl.checkpoint import save_checkpoint, verified
+from spikerl.envs import make_env, task_of
+from spikerl.seeding import generator_for, seed_for
+from spikerl.trainer import Trainer, Training
+
+N = 4
+CAPACITY = 90  # 22 steps of each environment
+KEPT = 22 * N
+OFF_POLICY = small_training(
+    num_envs=N, total_steps=2000, steps_per_epoch=1000, replay_capacity=CAPACITY, norm_interval=60
+)
+
+
+class Workers:
+    """All of a run, as trainers that share one process."""
+
+    def __init__(self, training: Training, size: int) -> None:
+        with closing(make_env(training.env)) as env:
+            task = task_of(env)
+        self.trainers = [Trainer(training, task, world=world) for world in worlds(size)]
+        self.first = self.trainers[0]
+
+    def train(self, until: int) -> None:
+        while self.first.step < until:
+            together([trainer.advance for trainer in self.trainers])
+
+    def save(self, run: Path) -> None:
+        first = self.first
+        facts = {"step": first.step, "epoch": 0, "world_size": len(self.trainers)}
+        together(
+            [
+                partial(save_checkpoint, run, t.world, t.shard(), t.learner_state(), facts,
+                        t.policy.save) for t in self.trainers
+            ]
+        )  # fmt: skip
+
+    def load(self, run: Path) -> None:
+        found = verified(run, print)
+        for trainer in self.trainers:
+            trainer.replay.rows.fill_(float("nan"))
+            assert trainer.load(found)
+
+    def rows(self) -> Tensor:
+        """The replays' rows in the order of steps, and of environments within one."""
+        assert all(t.replay.added * len(self.trainers) == t.step for t in self.trainers)
+        held = [t.replay.between(t.replay.added - t.replay.size, t.replay.added).unflatten(
+            0, (-1, t.replay.width)) for t in self.trainers]  # fmt: skip
+        return torch.cat(held, 1).flatten(0, 1)
+
+    def envs(self) -> list[dict[str, Tensor]]:
+        """The state of each environment, by its index in the run."""
+        found = []
+        for trainer in self.trainers:
+            state = trainer.envs.state()
+            for i in range(len(trainer.envs)):
+                own = {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{i}.")}
+                own |= {name: state[name][i] for name in ("obs", "returns", "lengths")}
+                found.append(own)
+        return found
+
+    def pending(self) -> Tensor:
+        """Observations that wait for the normaliser, in the same order."""
+        waiting = [t.norm.pending_rows().reshape(-1, len(t.envs), 4) for t in self.trainers]
+        return torch.from_numpy(np.concatenate(waiting, 1))
+
+    def close(self) -> None:
+        for trainer in self.trainers:
+            trainer.close()
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def check_handed_over(run: Path, old: Workers, new: Workers) -> None:
+    """Through a checkpoint, to the bit."""
+    old.save(run)
+    new.load(run)
+    held = old.rows()
+    assert len(held) == len(held.unique(dim=0))
+    assert torch.equal(new.rows(), held)
+    assert torch.equal(new.pending(), old.pending())
+    assert all(map(same, new.envs(), old.envs()))
+    for trainer in new.trainers:
+        assert same(trainer.learner_state(), old.first.learner_state())
+        assert trainer.norm.count == old.first.norm.count
+        assert trainer.algo.updates == old.first.algo.updates
+        assert trainer.envs.steps == old.first.envs.steps
+    before, after = ([r for t in w.trainers for r in t.progress.returns] for w in (old, new))
+    assert after == before
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    """4, 2, 4, 1 workers, amid an epoch and between two merges; the ring wraps around."""
+    run, workers = tmp_path, Workers(OFF_POLICY, 4)
+    for size, until in ((2, 52), (4, 76), (1, 204), (2, 228), (4, 300)):
+        workers.train(until)
+        assert len(workers.rows()) == min(until, KEPT)
+        assert len(workers.pending().flatten(0, 1)) == until % 60
+        new = Workers(OFF_POLICY, size)
+        check_handed_over(run, workers, new)
+        workers.close()
+        workers = new
+    assert workers.first.algo.updates == 260  # bursts of ten at 50, 60, ..., 300
+    workers.close()
+
+
+def test_segments_are_those_that_the_replays_reach(tmp_path: Path) -> None:
+    """Whoever wrote them; one that no kept checkpoint reaches is gone."""
+    workers = Workers(OFF_POLICY, 4)
+    workers.train(40)
+    workers.save(tmp_path)
+    two = Workers(OFF_POLICY, 2)
+    two.load(tmp_path)
+    for until in (80, 120, 128, 132, 160, 200):
+        two.train(until)
+        two.save(tmp_path)
+        named = verified(tmp_path, print).manifest["segments"]
+        assert any("_of_4" in name for name in named) == (until < 40 + KEPT)
+        assert len(named) == 2 * sum(end > until - KEPT for end in (80, 120, 128, 132, 160, 200)
+                                     if end <= until) + 4 * (until < 40 + KEPT)  # fmt: skip
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.f32")}
+    assert not any("_of_4" in name for name in left)
+    workers.close()
+    two.close()
+
+
+def test_a_rollout_in_progress(tmp_path: Path) -> None:
+    """PPO's rows stay with their environments: the same advantages, up to sums."""
+    algo = ppo_config(rollout_steps=40, norm_interval=40, batch_size=10, critic_hidden_sizes=[16])
+    training = replace(OFF_POLICY, algo=algo)
+    old, new = Workers(training, 4), Workers(training, 2)
+    old.train(60)
+    check_handed_over(tmp_path, old, new)
+    assert len(new.rows()) == 40
+    new.train(80)
+    assert new.first.algo.updates == 16
+    old.close()
+    new.close()
+
+
+def test_streams_begin_anew(tmp_path: Path) -> None:
+    """None is another's, nor one that the run drew from before."""
+    old, new = Workers(OFF_POLICY, 2), Workers(OFF_POLICY, 4)
+    old.train(52)
+    check_handed_over(tmp_path, old, new)
+    for rank, trainer in enumerate(new.trainers):
+        for name, state in trainer.streams.state().items():
+            assert torch.equal(state, generator_for(0, name, rank, 52).get_state())
+    seen = [seed_for(0, "explore", *key) for key in ((0,), (1,), (0, 52), (1, 52), (1, 53))]
+    assert len({*seen}) == len(seen)
+    old.close()
+    new.close()
+
+
+def test_weak_scaling_goes_on_with_updates_of_the_new_size(tmp_path: Path) -> None:
+    """From then on one update in so many steps, on top of those that were made."""
+    training = replace(OFF_POLICY, scaling="weak")
+    old, new = Workers(training, 4), Workers(training, 2)
+    old.train(200)
+    made = (200 - 40) // 4  # bursts at 50, 60, ... for the steps since 40
+    assert old.first.algo.updates == made
+    check_handed_over(tmp_path, old, new)
+    assert new.first.updates_by(400) == made + 200 // 2
+    new.train(400)
+    assert new.first.algo.updates == made + 200 // 2
+    old.close()
+    new.close()
+
+
+def test_an_epoch_in_progress_weighs_every_update_alike(tmp_path: Path) -> None:
+    old, new = Workers(OFF_POLICY, 4), Workers(OFF_POLICY, 2)
+    old.train(100)
+    for trainer in old.trainers:  # 60 updates
+        trainer.progress.sums = {"critic_loss": (60.0 * (trainer.world.rank + 1), 60)}
+        trainer.progress.train_s = 1.0 + trainer.world.rank
+        trainer.progress.energy = [1.0, {f"gpu:{trainer.world.rank % 2}": 5.0}, {}]
+    check_handed_over(tmp_path, old, new)
+    first, second = (trainer.progress for trainer in new.trainers)
+    assert first.sums == {"critic_loss": (300.0, 120)}  # the mean of 1, 2, 3, 4; two workers' count
+    assert (first.train_s, second.train_s) == (4.0, 0.0)
+    assert first.energy == [1.0, {"gpu:0": 5.0, "gpu:1": 5.0}, {}]
+    assert (second.sums, second.returns, second.energy) == ({}, [], None)
+    old.close()
+    new.close()
+
+
+ARGS = ["env=HalfCheetah", "env.vectorizer=async"]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of a run of four workers, one environment each, stopped on request."""
+    home = tmp_path_factory.mktemp("stopped") / "home"
+    run = train(home, *ARGS, "world_size=4")
+    run.until(lambda: run.begun() and len(rows(home / "run")) >= 1)
+    assert run.kill(signal.SIGTERM) == 75, run.said()
+    return home
+
+
+def copy(stopped: Path, to: Path) -> Path:
+    to.mkdir()
+    shutil.copytree(stopped / "run", to / "run", symlinks=True)
+    return to
+
+
+def test_a_run_goes_on_with_fewer_workers(stopped: Path, tmp_path: Path) -> None:
+    """Also over MPI after a worker was killed, the same; then with as many as before."""
+    step = record(stopped / "run" / "checkpoints" / "latest")["step"]
+    whole = resume(copy(stopped, tmp_path / "whole"), "world_size=2")
+    assert whole.wait() == 0, whole.said()
+    said = "4 workers became 2: random streams and batches are others"
+    assert f"; not exact: {said}" in whole.out.read_text()
+    assert "2 workers x 2 environments" in whole.out.read_text()
+
+    home = copy(stopped, tmp_path / "home")
+    run = resume(home, "world_size=2", "backend=mpi", "max_restarts=1")
+    run.until(run.begun)
+    os.kill(test_mpi.worker(run, "1"), signal.SIGKILL)
+    assert run.wait() == 0, run.said()
+    gone(home)
+    assert computed(home / "run") == computed(tmp_path / "whole" / "run")
+    manifest = record(home / "run")
+    changes = [(e["world_size_before"], e["world_size"], e["exact"]) for e in manifest["resumed"]]
+    assert changes in ([(4, 2, False), (4, 2, False)], [(4, 2, False), (2, 2, True)])
+    assert manifest["resumed"][0]["not_exact_because"] == said
+    assert manifest["resumed"][0]["step"] == step
+    assert (manifest["world_size"], manifest["num_envs"]) == (2, 4)
+    assert manifest["resolved"]["backend"]["choice"] == "mpi"
+
+    run = resume(home, "world_size=4", "total_steps=600")
+    assert run.wait() == 0, run.said()
+    assert record(home / "run")["resumed"][-1]["world_size"] == 4
+    assert [row["step"] for row in rows(home / "run")] == list(range(100, 601, 100))
+    gone(home)
+
+
+def test_workers_that_cannot_share_the_environments(stopped: Path, tmp_path: Path) -> None:
+    home = copy(stopped, tmp_path / "home")
+    before = (home / "run" / "manifest.json").read_bytes()
+    run = resume(home, "world_size=3")
+    assert run.wait() == 2
+    line = "the run has 4 environments, which so many workers cannot share evenly"
+    assert run.err.read_text() == f"spikerl: world_size=3: {line}\n"
+    assert (home / "run" / "manifest.json").read_bytes() == before
