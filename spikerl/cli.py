@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from spikerl.compose import COMMANDS, expand, explain, usage
 from spikerl.configfile import conf_folder
-from spikerl.distributed.orphans import die_if_spawned
+from spikerl.distributed.orphans import die_if_spawned, die_with_launcher
 from spikerl.errors import BadRequest
 
 die_if_spawned()
@@ -23,6 +23,7 @@ LONGEST = 1000  # characters of a refusal
 
 def main() -> None:
     """The console script."""
+    die_with_launcher()
     # Threads that spin while they wait make an update several times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

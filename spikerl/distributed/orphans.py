@@ -9,6 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
+from spikerl.distributed import mpi
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -31,6 +33,15 @@ def die_with_parent(parent: int | None = None) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
+
+
+def die_with_launcher() -> None:
+    """In a process that torchrun or mpiexec started, which when killed would leave it behind.
+
+    What another parent starts may be meant to outlive it, and Slurm ends its own.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or mpi.launched():
+        die_with_parent()
 
 
 def watched(mailbox: Path) -> int:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from processes import TINY, Run, computed, gone, living, rank_of, record, resume, rows, train
 
+from spikerl.distributed import mpi
+
 WATTS = 125.0
 TOGETHER = (
     0.1  # steps per second go by the slowest worker's seconds, a shared device's joules by rank 0's
@@ -54,10 +56,12 @@ def spikerl(*args: str) -> list[str]:
     return ["-m", "spikerl", "train", *TINY, *args]
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
 def torchrun(home: Path, *args: str) -> subprocess.CompletedProcess[str]:
     home.mkdir()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, *spikerl("run_dir=run", *args)]
+    command = [*TORCHRUN, *spikerl("run_dir=run", *args)]
     return subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=120)
 
 
@@ -180,6 +184,28 @@ def test_an_environment_that_fails_in_one_worker(tmp_path: Path) -> None:
     (line,) = run.err.read_text().splitlines()
     assert line.startswith("spikerl: worker 1 of 2: ValueError: the motor burnt out (")
     assert record(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+def test_a_killed_launcher_leaves_nobody_behind(launcher: str, tmp_path: Path) -> None:
+    start = mpi.mpiexec(2)
+    assert start
+    started = TORCHRUN if launcher == "torchrun" else [*start, sys.executable]
+    alone = [arg for arg in TWO if not arg.startswith("world_size")]
+    with (tmp_path / "said").open("w") as said:
+        command = [*started, *spikerl("run_dir=run", "total_steps=100000", *alone)]
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said)
+    try:
+        deadline = time.monotonic() + 100
+        while not rows(tmp_path / "run"):
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert len(living(tmp_path)) >= 2 + 4  # workers and environments, at the least
+    finally:
+        process.kill()
+        process.wait()
+    gone(tmp_path)
 
 
 def test_torchrun_and_world_size_must_agree(tmp_path: Path) -> None:
