@@ -1,0 +1,87 @@
+"""The same 200 updates over any backend; what each worker then has, and how far that differs.
+
+As a program, one worker of them: backends.py OUT BACKEND, started by mpiexec, with any MPI, or with
+the variables that torchrun would set.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from builders import small_training
+
+from spikerl.distributed import mpi
+from spikerl.distributed.world import join, leave, ranked
+from spikerl.envs import make_env, task_of
+from spikerl.trainer import Trainer
+
+UPDATES = 200
+State = dict[str, Tensor]
+
+
+def states(out: Path, backend: str, size: int, start: list[str]) -> list[State]:
+    """What each of `size` workers has; `start` begins the command: mpiexec's, then Python."""
+    command = [*start, __file__, str(out), backend]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    several = [environ]
+    if backend == "gloo":
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+        several = [{**environ, **place, "RANK": str(rank), "WORLD_SIZE": str(size)}
+                   for rank in range(size)]  # fmt: skip
+    running = [subprocess.Popen(command, env=each) for each in several]
+    try:
+        assert [process.wait(100) for process in running] == [0] * len(running)
+    finally:
+        for process in running:
+            process.kill()
+    return [load_file(out / name_of(backend, rank, size)) for rank in range(size)]
+
+
+def differ(a: State, b: State) -> float:
+    """The largest difference of a tensor, relative to its largest entry."""
+    assert a.keys() == b.keys()
+    largest = [0.0]
+    for name in a:
+        scale = float(a[name].double().abs().max())
+        largest.append(float((a[name].double() - b[name].double()).abs().max()) / (scale or 1.0))
+    return max(largest)
+
+
+def name_of(backend: str, rank: int, size: int) -> str:
+    return f"{backend}_{rank}_of_{size}.safetensors"
+
+
+def main(out: Path, backend: str) -> None:
+    torch.set_num_threads(1)
+    assert ranked()
+    world = join(backend, torch.device("cpu"))
+    # Bursts of ten at 50, 60, ..., 240 steps.
+    training = small_training(num_envs=4, total_steps=240, steps_per_epoch=120, eval_episodes=4)
+    with closing(make_env(training.env)) as env:
+        task = task_of(env)
+    with closing(Trainer(training, task, world=world)) as trainer:
+        assert len(list(trainer.epochs())) == 2
+        assert trainer.algo.updates == UPDATES
+        state = {name: t.clone() for name, t in trainer.learner_state().items()}
+    save_file(state, out / name_of(backend, world.rank, world.size))
+    world.barrier()
+    mpi.part()
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

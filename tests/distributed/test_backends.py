@@ -1,0 +1,27 @@
+"""The same seed over gloo and over MPI: the same bits on every worker, and close to each other."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from backends import differ, states
+
+from spikerl.distributed import mpi
+
+CLOSE = 1e-3
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_same_after_200_updates(size: int, tmp_path: Path) -> None:
+    start = mpi.mpiexec(size)
+    assert start
+    gloo = states(tmp_path, "gloo", size, [sys.executable])
+    over_mpi = states(tmp_path, "mpi", size, [*start, sys.executable])
+    for own in (gloo, over_mpi):
+        for other in own[1:]:
+            assert all(torch.equal(other[name], own[0][name]) for name in own[0])
+    # Two summands have one sum; of four, rounding depends on the order.
+    assert differ(gloo[0], over_mpi[0]) <= (0.0 if size == 2 else CLOSE)
