@@ -203,6 +203,14 @@ void weight_gradients(const Store& st, int layer, const Layer& l, int64_t n, con
     vec bias[V] = {};
     for (int64_t b = 0; b < st.samples; b++) {
         const float* g = grad + b * T * l.Np + n;
+        if (b + 1 < st.samples) {  // the next one's; no processor foresees these strides
+            for (int64_t t = T; t < 2 * T; t++)
+                for (int j = 0; j < V; j++) __builtin_prefetch(g + t * l.Np + j * W);
+            const Events next = st.events(layer, b + 1, 0);
+            for (int64_t i = 0; i < 8; i++) __builtin_prefetch(next.inputs + i * 16);
+            for (int64_t i = 0; i < 3; i++) __builtin_prefetch(next.segments + i * 8);
+            __builtin_prefetch(next.count);
+        }
         for (int64_t c = 0; c < st.chunks; c++) {
             const int64_t first = st.first_step(c), steps = st.first_step(c + 1) - first;
             scatter<V>(int(steps), st.events(layer, b, c), g + first * l.Np, l.Np, block);
@@ -210,8 +218,12 @@ void weight_gradients(const Store& st, int layer, const Layer& l, int64_t n, con
         for (int64_t t = 0; t < T; t++)
             for (int j = 0; j < V; j++) bias[j] += load(g + t * l.Np + j * W);
     }
-    for (int64_t k = 0; k < l.K; k++)
-        std::memcpy(grad_weight + k * l.N + n, block + k * width, there * sizeof(float));
+    for (int64_t k = 0; k < l.K; k++) {
+        float* place = grad_weight + k * l.N + n;
+        if (there < width) std::memcpy(place, block + k * width, there * sizeof(float));
+        else
+            for (int j = 0; j < V; j++) store(place + j * W, load(block + k * width + j * W));
+    }
     std::memcpy(grad_bias + n, bias, there * sizeof(float));
 }
 

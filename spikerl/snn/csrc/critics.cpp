@@ -24,8 +24,10 @@ struct Critic {
 
 namespace {
 
-constexpr int64_t PANEL = 2 * W;             // columns that are computed together
-constexpr int ROWS = W == 16 ? 14 : 6;       // of a dense product: with PANEL columns, most of the registers
+constexpr int VECTORS = 4;
+constexpr int64_t PANEL = VECTORS * W;        // columns that are computed together
+constexpr int64_t PART = 128;                 // rows of a panel that are used together, out of the first cache
+constexpr int ROWS = W == 16 ? 14 : 6;        // of a dense product: with two vectors, most of the registers
 
 constexpr int64_t whole_panels(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
@@ -53,7 +55,8 @@ struct Network {
     int64_t c, B;
     const float* x;                  // (B, I)
     std::vector<float*> hidden;      // (B, Np) of every hidden layer
-    std::vector<Lists> gradients;    // of the hidden layers' drives
+    std::vector<Lists> gradients;    // of the hidden layers' drives, where inputs need theirs,
+    std::vector<float*> drives;      // and with zeros, (B, Np), where parameters do
     float *values, *grad;            // (B, M), and of the values
 
     Layer layer(int64_t l) const {
@@ -82,15 +85,19 @@ Lists take_lists(Block& block, int64_t B, int64_t Np) {
     return {block.take<int32_t>(B), block.take<int32_t>(B * Np + W), block.take<float>(B * Np + W), Np};
 }
 
-std::vector<Network> place(const Critic& critic, int64_t B, bool differentiates, Block& block) {
+// What a call differentiates by.
+enum By { NOTHING, INPUTS, PARAMETERS };
+
+std::vector<Network> place(const Critic& critic, int64_t B, By by, Block& block) {
     std::vector<Network> nets;
     const float* x = block.take<float>(B * critic.widths[0]);
     for (int64_t c = 0; c < critic.networks; c++) {
-        Network net{&critic, c, B, x, {}, {}, nullptr, nullptr};
+        Network net{&critic, c, B, x, {}, {}, {}, nullptr, nullptr};
         for (int64_t l = 0; l < net.last(); l++) {
             const int64_t Np = net.layer(l).Np;
             net.hidden.push_back(block.take<float>(B * Np));
-            if (differentiates) net.gradients.push_back(take_lists(block, B, Np));
+            if (by != NOTHING) net.gradients.push_back(take_lists(block, B, Np));
+            if (by == PARAMETERS) net.drives.push_back(block.take<float>((B + W) * Np));
         }
         net.values = block.take<float>(B * net.outputs());
         net.grad = block.take<float>(B * net.outputs());
@@ -99,11 +106,11 @@ std::vector<Network> place(const Critic& critic, int64_t B, bool differentiates,
     return nets;
 }
 
-std::vector<Network> start(const Critic& critic, int64_t B, const float* obs, const float* act, bool differentiates) {
+std::vector<Network> start(const Critic& critic, int64_t B, const float* obs, const float* act, By by) {
     Block counted{nullptr};
-    place(critic, B, differentiates, counted);
+    place(critic, B, by, counted);
     Block block{scratch<20>(counted.bytes)};
-    std::vector<Network> nets = place(critic, B, differentiates, block);
+    std::vector<Network> nets = place(critic, B, by, block);
     const int64_t O = critic.obs_dim, A = critic.act_dim;
     float* x = const_cast<float*>(nets[0].x);
     for (int64_t b = 0; b < B; b++, x += O + A) {
@@ -113,13 +120,12 @@ std::vector<Network> start(const Critic& critic, int64_t B, const float* obs, co
     return nets;
 }
 
-// Columns n to n + PANEL of a layer's weights, (I, PANEL), zero beyond N.
-void pack(const Layer& l, int64_t n, float* panel) {
+// Columns n to n + PANEL of a layer's weights, for inputs `from` to `to`, (to - from, PANEL), zero beyond N.
+void pack(const Layer& l, int64_t from, int64_t to, int64_t n, float* panel) {
     const int64_t there = l.N - n < PANEL ? l.N - n : PANEL;
-    for (int64_t i = 0; i < l.I; i++, panel += PANEL) {
+    for (int64_t i = from; i < to; i++, panel += PANEL) {
         if (there == PANEL) {
-            store(panel, load(l.weight + i * l.N + n));
-            store(panel + W, load(l.weight + i * l.N + n + W));
+            for (int j = 0; j < VECTORS; j++) store(panel + j * W, load(l.weight + i * l.N + n + j * W));
         } else {
             std::memcpy(panel, l.weight + i * l.N + n, there * sizeof(float));
             std::memset(panel + there, 0, (PANEL - there) * sizeof(float));
@@ -137,7 +143,7 @@ void pack_by_output(const Layer& l, int64_t i, int64_t width, float* panel) {
 // sum += value[i] * panel[index[i]] over a list.
 template <int V>
 inline void add_rows(const int32_t* index, const float* value, int64_t count, const float* panel, vec (&sum)[V]) {
-    constexpr int WAYS = 4 / V;  // sums at once, for one would wait for itself
+    constexpr int WAYS = V > 2 ? 2 : 4 / V;  // sums at once, for one would wait for itself
     vec other[WAYS][V] = {};
     int64_t i = 0;
     for (; i + WAYS <= count; i += WAYS)
@@ -149,9 +155,9 @@ inline void add_rows(const int32_t* index, const float* value, int64_t count, co
         for (int j = 0; j < V; j++) sum[j] += other[u][j];
 }
 
-// R rows of ReLU(x W + b), for the columns of a panel.
+// R rows of ReLU(x W + b), for two vectors of a panel's columns.
 template <int R>
-void dense_rows(int64_t b, int64_t to, int64_t I, const float* x, const float* panel, const vec (&bias)[2], float* out,
+void dense_rows(int64_t b, int64_t to, int64_t I, const float* x, const float* panel, const vec* bias, float* out,
                 int64_t Np) {
     for (; to - b >= R; b += R) {
         vec sums[R][2];
@@ -175,42 +181,55 @@ void dense_rows(int64_t b, int64_t to, int64_t I, const float* x, const float* p
     if constexpr (R > 1) dense_rows<(R > 8 ? 8 : R / 2)>(b, to, I, x, panel, bias, out, Np);
 }
 
+// Biases n to n + PANEL of a layer, zero beyond N.
+struct Bias {
+    vec of[VECTORS] = {};
+    Bias(const Layer& l, int64_t n) {
+        std::memcpy(of, l.bias + n, (l.N - n < PANEL ? l.N - n : PANEL) * sizeof(float));
+    }
+};
+
 // Rows `from` to `to` of all hidden layers and of the values.
 void forward(const Network& net, int64_t from, int64_t to) {
     const int64_t rows = to - from;
     for (int64_t l = 0; l < net.last(); l++) {
         const Layer layer = net.layer(l);
         float* panel = reinterpret_cast<float*>(scratch<21>(layer.I * PANEL * sizeof(float)));
-        float* out = net.hidden[l];
-        Lists inputs{};
-        if (l > 0) {
-            const int64_t Ip = whole_panels(layer.I);
-            Block counted{nullptr};
-            take_lists(counted, rows, Ip);
-            Block block{scratch<22>(counted.bytes)};
-            inputs = take_lists(block, rows, Ip);
+        float* out = net.hidden[l] + from * layer.Np;
+        if (l == 0) {
+            for (int64_t n = 0; n < layer.Np; n += PANEL) {
+                pack(layer, 0, layer.I, n, panel);
+                const Bias bias(layer, n);
+                for (int j = 0; j < VECTORS; j += 2)
+                    dense_rows<ROWS>(0, rows, layer.I, net.x + from * layer.I, panel + j * W, bias.of + j,
+                                     out + n + j * W, layer.Np);
+            }
+            continue;
+        }
+        Block counted{nullptr};
+        take_lists(counted, rows, PART);
+        Block block{scratch<22>(counted.bytes)};
+        const Lists inputs = take_lists(block, rows, PART);
+        const int64_t Ip = whole_panels(layer.I);
+        for (int64_t first = 0; first < layer.I; first += PART) {
+            const int64_t end = layer.I - first < PART ? layer.I : first + PART;
             std::memset(inputs.counts, 0, rows * sizeof(int32_t));
             for (int64_t b = 0; b < rows; b++)
-                for (int64_t n = 0; n < Ip; n += W) {
+                for (int64_t n = first; n < end; n += W) {
                     const vec v = load(net.hidden[l - 1] + (from + b) * Ip + n);
-                    inputs.add(b, n, v, v > 0.0f);
+                    inputs.add(b, n - first, v, v > 0.0f);
                 }
-        }
-        for (int64_t n = 0; n < layer.Np; n += PANEL) {
-            pack(layer, n, panel);
-            float padded_bias[PANEL] = {};
-            std::memcpy(padded_bias, layer.bias + n, (layer.N - n < PANEL ? layer.N - n : PANEL) * sizeof(float));
-            const vec bias[2] = {load(padded_bias), load(padded_bias + W)};
-            if (l == 0) {
-                dense_rows<ROWS>(from, to, layer.I, net.x, panel, bias, out + n, layer.Np);
-                continue;
-            }
-            for (int64_t b = 0; b < rows; b++) {
-                vec sum[2] = {bias[0], bias[1]};
-                const int64_t row = b * inputs.Np;
-                add_rows<2>(inputs.index + row, inputs.value + row, inputs.counts[b], panel, sum);
-                for (int j = 0; j < 2; j++)
-                    store(out + (from + b) * layer.Np + n + j * W, sum[j] > 0.0f ? sum[j] : vec{});
+            for (int64_t n = 0; n < layer.Np; n += PANEL) {
+                pack(layer, first, end, n, panel);
+                const Bias bias(layer, n);
+                for (int64_t b = 0; b < rows; b++) {
+                    float* sums = out + b * layer.Np + n;
+                    vec sum[VECTORS];
+                    for (int j = 0; j < VECTORS; j++) sum[j] = first ? load(sums + j * W) : bias.of[j];
+                    add_rows(inputs.index + b * PART, inputs.value + b * PART, inputs.counts[b], panel, sum);
+                    for (int j = 0; j < VECTORS; j++)
+                        store(sums + j * W, end < layer.I ? sum[j] : sum[j] > 0.0f ? sum[j] : vec{});
+                }
             }
         }
     }
@@ -237,24 +256,30 @@ void backward(const Network& net, int64_t from, int64_t to) {
         const int64_t Ip = whole_panels(layer.I);
         const float* units = net.hidden[l - 1];
         const Lists& below = net.gradients[l - 1];
+        float* drives = net.drives.empty() ? nullptr : net.drives[l - 1];
+        const bool lists = l > 1 || !drives;
         std::memset(below.counts + from, 0, (to - from) * sizeof(int32_t));
         float* panel = reinterpret_cast<float*>(scratch<21>(layer.N * PANEL * sizeof(float)));
         for (int64_t i = 0; i < Ip; i += PANEL) {
             pack_by_output(layer, i, PANEL, panel);
             for (int64_t b = from; b < to; b++) {
-                vec sum[2] = {};
+                vec sum[VECTORS] = {};
                 if (l == net.last()) {
                     const float* grad = net.grad + b * layer.N;
-                    if (layer.N == 1 && grad[0] == 0.0f) continue;
+                    if (layer.N == 1 && grad[0] == 0.0f && !drives) continue;
                     for (int64_t m = 0; m < layer.N; m++)
-                        for (int j = 0; j < 2; j++) sum[j] += load(panel + m * PANEL + j * W) * grad[m];
+                        for (int j = 0; j < VECTORS; j++) sum[j] += load(panel + m * PANEL + j * W) * grad[m];
                 } else {
                     const Lists& above = net.gradients[l];
                     const int64_t row = b * above.Np;
-                    add_rows<2>(above.index + row, above.value + row, above.counts[b], panel, sum);
+                    add_rows(above.index + row, above.value + row, above.counts[b], panel, sum);
                 }
-                for (int j = 0; j < 2; j++)
-                    below.add(b, i + j * W, sum[j], load(units + b * Ip + i + j * W) > 0.0f);
+                ivec active[VECTORS];
+                for (int j = 0; j < VECTORS; j++) active[j] = load(units + b * Ip + i + j * W) > 0.0f;
+                if (drives)
+                    for (int j = 0; j < VECTORS; j++) store(drives + b * Ip + i + j * W, active[j] ? sum[j] : vec{});
+                if (lists)
+                    for (int j = 0; j < VECTORS; j++) below.add(b, i + j * W, sum[j], active[j]);
             }
         }
     }
@@ -263,30 +288,32 @@ void backward(const Network& net, int64_t from, int64_t to) {
 // Gradients of a hidden layer's weights and biases, for outputs `from` to `to`, `from` being a multiple of W.
 void weight_gradients(const Network& net, int64_t l, int64_t from, int64_t to, float* grad_weight, float* grad_bias) {
     const Layer layer = net.layer(l);
-    const Lists& lists = net.gradients[l];
+    const float* drives = net.drives[l];
     const int64_t B = net.B, outputs = to - from, input_step = l ? whole_panels(layer.I) : layer.I;
     const float* input = l ? net.hidden[l - 1] : net.x;
-    // By output, the samples at which it has a gradient.
+    // By output, the samples at which it has a gradient; rows are filled side by side, and an append writes whole vectors.
+    const int64_t stride = padded(B) + W;
     Block counted{nullptr};
-    counted.take<int32_t>(outputs), take_lists(counted, outputs, B), counted.take<float>(B * PANEL);
+    take_lists(counted, padded(outputs), stride), counted.take<float>(B * PANEL);
     Block block{scratch<23>(counted.bytes)};
-    const Lists by_output = take_lists(block, outputs, B);
+    const Lists by_output = take_lists(block, padded(outputs), stride);
     float* panel = block.take<float>(B * PANEL);
-    std::memset(by_output.counts, 0, outputs * sizeof(int32_t));
-    for (int64_t b = 0; b < B; b++) {
-        const int32_t* index = lists.index + b * lists.Np;
-        int32_t i = 0;
-        while (i < lists.counts[b] && index[i] < from) i++;
-        for (; i < lists.counts[b] && index[i] < to; i++) {
-            const int64_t n = index[i] - from, place = n * B + by_output.counts[n]++;
-            by_output.index[place] = int32_t(b);
-            by_output.value[place] = lists.value[b * lists.Np + i];
+    std::memset(by_output.counts, 0, padded(outputs) * sizeof(int32_t));
+    for (int64_t n = 0; n < outputs; n += W) {
+        const float* own = drives + from + n;
+        float square[W * W], sums[W];
+        vec bias = {};
+        for (int64_t b = 0; b < B; b += W) {
+            const int64_t rows = B - b < W ? B - b : W;
+            transpose(own + b * layer.Np, layer.Np, square, W);  // of rows beyond the last too
+            for (int64_t r = 0; r < rows; r++) bias += load(own + (b + r) * layer.Np);
+            for (int64_t k = 0; k < W; k++) {
+                const vec v = load(square + k * W);
+                by_output.add(n + k, b, v, (v != 0.0f) & (counting_from(0) < int32_t(rows)));
+            }
         }
-    }
-    for (int64_t n = 0; n < outputs; n++) {
-        float sum = 0.0f;
-        for (int32_t i = 0; i < by_output.counts[n]; i++) sum += by_output.value[n * B + i];
-        grad_bias[from + n] = sum;
+        store(sums, bias);
+        std::memcpy(grad_bias + from + n, sums, (outputs - n < W ? outputs - n : W) * sizeof(float));
     }
     float rows[W * PANEL], columns[PANEL * W];
     for (int64_t i = 0; i < layer.I; i += PANEL) {
@@ -294,8 +321,7 @@ void weight_gradients(const Network& net, int64_t l, int64_t from, int64_t to, f
         for (int64_t b = 0; b < B; b++) {
             const float* row = input + b * input_step + i;
             if (inputs == PANEL) {
-                store(panel + b * PANEL, load(row));
-                store(panel + b * PANEL + W, load(row + W));
+                for (int j = 0; j < VECTORS; j++) store(panel + b * PANEL + j * W, load(row + j * W));
             } else {
                 std::memcpy(panel + b * PANEL, row, inputs * sizeof(float));
                 std::memset(panel + b * PANEL + inputs, 0, (PANEL - inputs) * sizeof(float));
@@ -304,16 +330,17 @@ void weight_gradients(const Network& net, int64_t l, int64_t from, int64_t to, f
         for (int64_t n = 0; n < outputs; n += W) {
             const int64_t some = outputs - n < W ? outputs - n : W;
             for (int64_t k = 0; k < some; k++) {
-                vec sum[2] = {};
-                const int64_t row = (n + k) * B;
-                add_rows<2>(by_output.index + row, by_output.value + row, by_output.counts[n + k], panel, sum);
-                store(rows + k * PANEL, sum[0]);
-                store(rows + k * PANEL + W, sum[1]);
+                vec sum[VECTORS] = {};
+                const int64_t row = (n + k) * stride;
+                add_rows(by_output.index + row, by_output.value + row, by_output.counts[n + k], panel, sum);
+                for (int j = 0; j < VECTORS; j++) store(rows + k * PANEL + j * W, sum[j]);
             }
-            transpose(rows, PANEL, columns, W);
-            transpose(rows + W, PANEL, columns + W * W, W);
-            for (int64_t k = 0; k < inputs; k++)
-                std::memcpy(grad_weight + (i + k) * layer.N + from + n, columns + k * W, some * sizeof(float));
+            for (int j = 0; j < VECTORS; j++) transpose(rows + j * W, PANEL, columns + j * W * W, W);
+            for (int64_t k = 0; k < inputs; k++) {
+                float* place = grad_weight + (i + k) * layer.N + from + n;
+                if (some == W) store(place, load(columns + k * W));
+                else std::memcpy(place, columns + k * W, some * sizeof(float));
+            }
         }
     }
 }
@@ -382,7 +409,7 @@ extern "C" {
 
 // Values (C, B) of observations (B, O) and actions (B, A).
 void spikerl_values(const Critic* critic, int64_t B, const float* obs, const float* act, float* values, int threads) {
-    const auto nets = start(*critic, B, obs, act, false);
+    const auto nets = start(*critic, B, obs, act, NOTHING);
     share_rows(nets, threads, forward);
     for (const Network& net : nets) std::memcpy(values + net.c * B, net.values, B * sizeof(float));
 }
@@ -391,7 +418,7 @@ void spikerl_values(const Critic* critic, int64_t B, const float* obs, const flo
 void spikerl_regress(const Critic* critic, int64_t B, const float* obs, const float* act, const float* target,
                      float weight, float* const* grad_weights, float* const* grad_biases, float* loss, float* mean,
                      int threads) {
-    const auto nets = start(*critic, B, obs, act, true);
+    const auto nets = start(*critic, B, obs, act, PARAMETERS);
     share_rows(nets, threads, [&](const Network& net, int64_t from, int64_t to) {
         forward(net, from, to);
         for (int64_t b = from; b < to; b++) net.grad[b] = 2.0f * weight * (net.values[b] - target[b]) / float(B);
@@ -411,7 +438,7 @@ void spikerl_regress(const Critic* critic, int64_t B, const float* obs, const fl
 // The mean over samples of the least of the networks' values, and `weight` times its gradient by the actions (B, A).
 float spikerl_value_gradient(const Critic* critic, int64_t B, const float* obs, const float* act, float weight,
                              float* grad_act, int threads) {
-    const auto nets = start(*critic, B, obs, act, true);
+    const auto nets = start(*critic, B, obs, act, INPUTS);
     share_rows(nets, threads, forward);
     double sum = 0.0;
     for (int64_t b = 0; b < B; b++) {
@@ -434,7 +461,7 @@ float spikerl_value_gradient(const Critic* critic, int64_t B, const float* obs, 
             pack_by_output(layer, O + a, W, panel);
             for (int64_t b = 0; b < B; b++) {
                 vec total[1] = {};
-                add_rows<1>(lists.index + b * lists.Np, lists.value + b * lists.Np, lists.counts[b], panel, total);
+                add_rows(lists.index + b * lists.Np, lists.value + b * lists.Np, lists.counts[b], panel, total);
                 for (int64_t k = 0; k < W && a + k < A; k++) grad_act[b * A + a + k] += total[0][k];
             }
         }
@@ -444,7 +471,7 @@ float spikerl_value_gradient(const Critic* critic, int64_t B, const float* obs, 
 
 // Actions (B, M) of observations (B, O) from one network: tanh of its outputs.
 void spikerl_dense_actions(const Critic* critic, int64_t B, const float* obs, float* act, int threads) {
-    const auto nets = start(*critic, B, obs, nullptr, false);
+    const auto nets = start(*critic, B, obs, nullptr, NOTHING);
     share_rows(nets, threads, forward);
     for (int64_t i = 0; i < B * nets[0].outputs(); i++) act[i] = std::tanh(nets[0].values[i]);
 }
@@ -452,7 +479,7 @@ void spikerl_dense_actions(const Critic* critic, int64_t B, const float* obs, fl
 // `weight` times the mean squared error of those actions from `goal` (B, M): `loss`, and its gradients.
 void spikerl_imitate(const Critic* critic, int64_t B, const float* obs, const float* goal, float weight,
                      float* const* grad_weights, float* const* grad_biases, float* loss, int threads) {
-    const auto nets = start(*critic, B, obs, nullptr, true);
+    const auto nets = start(*critic, B, obs, nullptr, PARAMETERS);
     const int64_t M = nets[0].outputs();
     share_rows(nets, threads, [&](const Network& net, int64_t from, int64_t to) {
         forward(net, from, to);

@@ -64,6 +64,10 @@ void pack(const float* weight, int64_t K, int64_t N, int64_t from, int64_t to, i
     for (int64_t n = from; n < to; n += width) {
         int64_t there = N - n < width ? N - n : width;
         for (int64_t k = 0; k < K; k++, out += width) {
+            if (there == width) {  // a call of memcpy takes longer
+                for (int64_t i = 0; i < width; i += W) store(out + i, load(weight + k * N + n + i));
+                continue;
+            }
             std::memcpy(out, weight + k * N + n, there * sizeof(float));
             std::memset(out + there, 0, (width - there) * sizeof(float));
         }
