@@ -89,14 +89,14 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
 
         return call_command(command, config, typed)
 
-    def job(config: DictConfig) -> None:
+    def job(config: DictConfig) -> float | None:
         if sweep:
-            sweep.job(config, call, told)
-            return
+            return sweep.job(config, call, told)
         try:
             statuses.append(call(config))
         except (BadRequest, OmegaConfBaseException) as error:  # Hydra would print around it
             statuses.append(wrong(told(error)))
+        return None
 
     def told(error: Exception) -> str:
         return explain(command, args, error)
@@ -108,9 +108,12 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        if called or (sweep and sweep.noted()):
+        if sweep and sweep.noted():  # a launcher lost a job, or a sweeper gave up
+            print(f"spikerl: {type(error).__name__}: {error}", file=sys.stderr)
+        elif called:
             raise
-        statuses.append(wrong(told(error)))
+        else:
+            statuses.append(wrong(told(error)))
     finally:
         if sweep and not sweep.noted():
             sweep.discard()

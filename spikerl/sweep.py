@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
+import os
 import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from spikerl.compose import unquoted
-from spikerl.configfile import quoted
+from spikerl.compose import RESUMABLE, chosen, unquoted
+from spikerl.configfile import NOT_CARRIED, quoted
+from spikerl.distributed import hosts
 from spikerl.errors import BadRequest
 
 REFUSED = 2
-STOPPED = {75: "preempted", 130: "interrupted"}
+PREEMPTED = 75
+STOPPED = {PREEMPTED: "preempted", 130: "interrupted"}
 KEEPS_FOLDERS = ("train", "import")
 
 
 class Sweep:
-    """The jobs of one `-m`; each writes its outcome to `jobs.jsonl` below the sweep's root."""
+    """The jobs of one `-m`; each notes its beginning and its outcome in the root's `jobs.jsonl`.
+
+    A launcher may run them in other processes, or on other machines, with copies of this object.
+    """
 
     def __init__(self, root: Path, varied: Sequence[str] = (), *, keep: bool = True) -> None:
         self.root, self.keep = root, keep
@@ -47,15 +55,22 @@ class Sweep:
         typed = [unquoted(a.partition("=")[2]) for a in args if a.startswith("run_dir=")]
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         named = typed and typed[-1] not in ("", "null")
-        return cls(Path(typed[-1] if named else f"outputs/sweeps/{stamp}").absolute(), varied)
+        sweep = cls(Path(typed[-1] if named else f"outputs/sweeps/{stamp}").absolute(), varied)
+        if any(arg.startswith("hydra/launcher=submitit") for arg in args):
+            os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # which a run knows
+            print(f"jobs are submitted; what they say: {sweep.root}/.submitit/*/*_log.out")
+        return sweep
 
     def hydra_args(self) -> list[str]:
         return [f"hydra.sweep.dir={quoted(str(self.root))}"]
 
     def job(
         self, config: Any, call: Callable[[Any], int], explain: Callable[[Exception], str]
-    ) -> int:
-        """Run one job, whatever becomes of it, and note how it ended."""
+    ) -> float:
+        """Run one job, whatever becomes of it, and note how it ended.
+
+        What a sweeper is to maximise: the best evaluation's return, NaN if there is none.
+        """
         from hydra.core.hydra_config import HydraConfig
         from omegaconf.errors import OmegaConfBaseException
 
@@ -68,9 +83,14 @@ class Sweep:
             config.run_dir = str(folder)
         outcome: dict[str, Any] = {"job": info.num, "name": name, "folder": str(folder)}
         stopped = [o["status"] for o in self.noted() if o["status"] in STOPPED]
+        self.note({**outcome, "status": None})
         try:
-            if stopped:
+            if stopped and not hosts.submitted():
                 outcome |= {"status": stopped[0], "error": "not started: the sweep was stopped"}
+            elif (
+                "resume" in config and (folder / "manifest.json").exists() and done(config, folder)
+            ):
+                outcome |= {"status": 0, "note": "done already"}
             else:
                 outcome["status"] = call(config)
         except (BadRequest, OmegaConfBaseException) as error:
@@ -79,9 +99,18 @@ class Sweep:
         except Exception as error:  # a job's failure is reported, not propagated
             outcome |= {"status": 1, "error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()
+        if outcome["status"] == PREEMPTED and hosts.requeued():
+            sys.exit(PREEMPTED)  # it is this job that goes on later, and notes how it ended
+        self.note(outcome)
+        best = best_return(outcome)
+        return math.nan if best is None else best
+
+    def note(self, outcome: dict[str, Any]) -> None:
+        if os.environ.get("RANK", "0") != "0":
+            return  # a launcher made several workers of this job
         with (self.root / "jobs.jsonl").open("a", encoding="utf-8") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)  # or machines would write over each other's lines
             f.write(json.dumps(outcome) + "\n")
-        return int(outcome["status"])
 
     def end(self) -> int:
         """Print what ran, what failed and why, best first; 0 only if every job succeeded."""
@@ -94,7 +123,7 @@ class Sweep:
         for job in sorted(jobs, key=lambda j: (j["return"] is None, -(j["return"] or 0.0))):
             shown = "-" if job["return"] is None else f"{job['return']:.1f}"
             known = {0: "done", REFUSED: "refused", **STOPPED}
-            state = known.get(job["status"], f"failed ({job['status']})")
+            state = job.get("note") or known.get(job["status"], f"failed ({job['status']})")
             place = job["folder"] if self.keep else ""
             table.add_row(job["name"], state, shown, job.get("error") or place)
         width = None if sys.stdout.isatty() else 200  # a path that is cut cannot be copied
@@ -108,7 +137,7 @@ class Sweep:
         if not self.keep:
             shutil.rmtree(self.root, ignore_errors=True)
         stopped = [status for status in statuses if status in STOPPED]
-        return stopped[0] if stopped else int(any(statuses))
+        return stopped[0] if stopped else int(set(statuses) != {0})
 
     def discard(self) -> None:
         """Leave things as they were: no job began."""
@@ -118,28 +147,77 @@ class Sweep:
                 path.write_bytes(content)
             else:
                 path.unlink(missing_ok=True)
+        if self.root in self.made:
+            shutil.rmtree(self.root / ".submitit", ignore_errors=True)
         with suppress(OSError):  # somebody else put something there
             for folder in self.made if self.keep else [self.root]:
                 folder.rmdir()
 
     def noted(self) -> list[dict[str, Any]]:
-        """What the jobs of this sweep have noted so far."""
+        """What the jobs of this sweep have noted so far, the last word of each."""
         path = self.root / "jobs.jsonl"
         content = path.read_bytes() if path.exists() else b""
-        return [json.loads(line) for line in content[len(self.before["jobs.jsonl"]) :].splitlines()]
+        lines = content[len(self.before["jobs.jsonl"]) :].splitlines()
+        last = {job["job"]: job for job in map(json.loads, lines)}
+        return list(last.values())
 
     def outcomes(self) -> list[dict[str, Any]]:
         jobs = self.noted()
         for job in jobs:
-            summary = Path(job["folder"]) / "summary.json"
-            there = job["status"] != REFUSED and summary.exists()
-            known = json.loads(summary.read_text(encoding="utf-8")) if there else {}
-            job["return"] = known.get("best_eval_return")
+            job["return"] = None if job["status"] == REFUSED else best_return(job)
+            if job["status"] is None:
+                job["note"] = "not ended"
+                job["error"] = "lost, or still running; the same command goes on with it"
             if job["status"] == 1 and not job.get("error"):
                 error = Path(job["folder"]) / "error.txt"
                 lines = error.read_text(encoding="utf-8").splitlines() if error.exists() else []
                 job["error"] = lines[-1] if lines else "see its log.txt"
         return jobs
+
+
+def best_return(job: dict[str, Any]) -> float | None:
+    summary = Path(job["folder"]) / "summary.json"
+    known = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+    return known.get("best_eval_return")
+
+
+def begun(folder: Path) -> bool:
+    return (folder / "manifest.json").exists()
+
+
+def done(config: Any, folder: Path) -> bool:
+    """Whether an earlier sweep has done this job; if it only began it, have `config` resume it."""
+    from omegaconf import OmegaConf
+
+    asked = dict(leaves(OmegaConf.to_container(config, resolve=True)))
+    had = dict(leaves(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
+    free = ("threads", *RESUMABLE, *NOT_CARRIED)
+    for key in [*asked, *had]:
+        within = [key == other or key.startswith(f"{other}.") for other in free]
+        if not any(within) and asked.get(key) != had.get(key):
+            remedy = f"{folder} was made with {had.get(key)}; give another run_dir"
+            raise BadRequest(key, asked.get(key), remedy)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["status"] == "done" and had["total_steps"] >= asked["total_steps"]:
+        return True
+    config.resume, config.run_dir = str(folder), None
+    typed = ["device="] if asked["device"] != had["device"] else []
+    if asked["world_size"] is not None:
+        typed.append(f"world_size={asked['world_size']}")
+    for override in chosen(folder, typed):
+        key, _, value = override.partition("=")
+        value = int(value) if value.isdecimal() else value
+        OmegaConf.update(config, "kernel.name" if key == "kernel" else key, value)
+    return False
+
+
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings by their dotted keys."""
+    if not isinstance(node, dict):
+        yield prefix, node
+        return
+    for key, inner in node.items():
+        yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
 
 
 def varied_keys(args: Sequence[str]) -> list[str]:

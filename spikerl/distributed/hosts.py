@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import struct
+import subprocess
 import time
 
 SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
@@ -76,6 +77,21 @@ def interface_to(host: str) -> str | None:
             if socket.inet_ntoa(answer[20:24]) == mine:
                 return name
     return None
+
+
+def submitted() -> bool:
+    """Whether this process is a job that submitit sent to a cluster."""
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
+def requeued() -> bool:
+    """Whether this job, told to stop, is back in Slurm's queue; not if it was cancelled."""
+    if not submitted():
+        return False
+    job = os.environ["SLURM_JOB_ID"]
+    asked = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    state = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    return state == "RUNNING" and subprocess.run(["scontrol", "requeue", job]).returncode == 0
 
 
 def cannot_listen(host: str, port: int) -> str | None:

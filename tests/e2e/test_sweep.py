@@ -58,7 +58,7 @@ def sweep(*args: str) -> Said:
 
 def jobs(root: Path) -> list[tuple[str, int]]:
     noted = [json.loads(line) for line in (root / "jobs.jsonl").read_text().splitlines()]
-    return [(job["name"], job["status"]) for job in noted]
+    return [(job["name"], job["status"]) for job in noted if job["status"] is not None]
 
 
 def test_all_good(tmp_path: Path) -> None:
@@ -99,10 +99,7 @@ def test_a_bad_job_stops_no_other(tmp_path: Path) -> None:
     assert said.status == 1
     assert [status for _, status in jobs(tmp_path / "s")] == [1, 2, 0]
     assert "1 of 3 jobs done" in said.out
-    table = said.out[said.out.index("reason or folder") :]
-    lines = [line.split("│")[1:-1] for line in table.splitlines() if line.startswith("│")]
-    cells = [[cell.strip() for cell in line] for line in lines]
-    assert cells == [
+    assert table(said) == [
         ["env.id=NEVER-v0", "done", "10.0", str(tmp_path / "s" / "env.id=NEVER-v0")],
         ["env.id=RAISES-v0", "failed (1)", "-", "ValueError: [/b] the robot fell over"],
         ["env.id=CartPole-v1", "refused", "-",
@@ -165,19 +162,52 @@ def test_help_for_a_sweep_leaves_nothing(tmp_path: Path) -> None:
     assert tree(tmp_path) == {}
 
 
-def test_a_second_sweep_in_the_same_root(tmp_path: Path) -> None:
-    """Jobs that are there are refused, new ones run, and the end counts its own."""
+def table(said: Said) -> list[list[str]]:
+    """The rows that a sweep ends with."""
+    shown = said.out[said.out.index("reason or folder") :]
+    lines = [line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+def test_the_same_sweep_again(tmp_path: Path) -> None:
+    """What is done is skipped and what is new runs, whoever did it; nothing is done twice."""
+    assert sweep("seed=0,1", "run_dir=s").status == 0
+    before = tree(tmp_path / "s" / "seed=1")
+    said = sweep("seed=1,2", "run_dir=s")
+    assert (said.status, said.err) == (0, "")
+    assert "2 of 2 jobs done" in said.out
+    assert sorted(row[:2] for row in table(said)) == [
+        ["seed=1", "done already"], ["seed=2", "done"]]  # fmt: skip
+    assert tree(tmp_path / "s" / "seed=1") == before
+    assert jobs(tmp_path / "s") == [(f"seed={seed}", 0) for seed in (0, 1, 1, 2)]
+
+
+def test_a_stopped_sweep_again(tmp_path: Path) -> None:
+    """The stopped job is resumed, with what it chose, and those that never began run."""
+    stopping = ["env=gym", "env.id=SIGTERM-v0,NEVER-v0", "run_dir=s"]
+    assert sweep(*stopping).status == 75
+    gym.registry["SIGTERM-v0"].kwargs["how"] = "NEVER"
+    said = sweep(*stopping)
+    assert (said.status, said.err) == (0, "")
+    assert [row[1] for row in table(said)] == ["done", "done"]
+    assert "resumed at step" in said.out
+    manifest = json.loads((tmp_path / "s" / "env.id=SIGTERM-v0" / "manifest.json").read_text())
+    assert (manifest["status"], len(manifest["resumed"])) == ("done", 1)
+    said = sweep(*stopping, "total_steps=160")
+    assert (said.status, said.out.count("resumed at step 150 of 160")) == (0, 2)
+
+
+def test_another_sweep_in_the_same_root(tmp_path: Path) -> None:
     assert sweep("seed=0,1", "run_dir=s").status == 0
     before = tree(tmp_path)
-    said = sweep("seed=0,1", "run_dir=s")
+    said = sweep("seed=0,1", "neuron.threshold=0.6", "run_dir=s")
     assert said.status == 2
-    assert said.err.count("it exists already") == 2
+    assert said.err.splitlines()[0] == (
+        f"spikerl: neuron.threshold=0.6: {tmp_path}/s/seed=0 was made with 0.5;"
+        " give another run_dir"
+    )
     assert "0 of 2 jobs done" in said.out
     assert tree(tmp_path) == before
-    said = sweep("seed=1,2", "run_dir=s")
-    assert said.status == 1
-    assert "1 of 2 jobs done" in said.out
-    assert jobs(tmp_path / "s") == [("seed=0", 0), ("seed=1", 0), ("seed=1", 2), ("seed=2", 0)]
 
 
 def test_a_dated_root(tmp_path: Path) -> None:
