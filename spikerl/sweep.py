@@ -206,8 +206,8 @@ def done(config: Any, folder: Path) -> bool:
         typed.append(f"world_size={asked['world_size']}")
     for override in chosen(folder, typed):
         key, _, value = override.partition("=")
-        value = int(value) if value.isdecimal() else value
-        OmegaConf.update(config, "kernel.name" if key == "kernel" else key, value)
+        plain = int(value) if value.isdecimal() else value
+        OmegaConf.update(config, "kernel.name" if key == "kernel" else key, plain)
     return False
 
 
