@@ -101,6 +101,23 @@ void spread(int steps, const Live& live, const float* columns, int64_t Np, float
     }
 }
 
+// out (samples, Kp) = grad (samples, Np) times N rows of V vectors of columns, R samples at once.
+template <int R, int V>
+void dense(int64_t from, int64_t to, int64_t N, const float* grad, int64_t Np, const float* columns, float* out,
+           int64_t Kp) {
+    for (; to - from >= R; from += R) {
+        vec sums[R][V] = {};
+        for (int64_t n = 0; n < N; n++)
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+                for (int j = 0; j < V; j++) sums[r][j] += load(columns + (n * V + j) * W) * grad[(from + r) * Np + n];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < V; j++) store(out + (from + r) * Kp + j * W, sums[r][j]);
+    }
+    if constexpr (R > 1) dense<R / 2, V>(from, to, N, grad, Np, columns, out, Kp);
+}
+
 // A layer's weights by neuron, blocks of inputs from k one after the other, (blocks, N, V W), zero beyond K.
 template <int V>
 int64_t by_blocks(const Layer& l, int64_t k, float* out) {
@@ -154,6 +171,15 @@ struct Spread {
     }
 
     void run(int64_t count) { blocks<1>(blocks<BLOCK>(0, count), count); }
+
+    // Of `collapsed`, in which few neurons have no gradient.
+    void run_dense(int64_t count) {
+        constexpr int R = W == 16 ? 8 : 4;
+        int64_t k = 0;
+        for (; Kp - k >= BLOCK * W; k += BLOCK * W)
+            dense<R, BLOCK>(0, count, l.N, collapsed, l.Np, by_neuron + k * l.N, out + k, Kp);
+        for (; k < Kp; k += W) dense<R, 1>(0, count, l.N, collapsed, l.Np, by_neuron + k * l.N, out + k, Kp);
+    }
 };
 
 // block (K, V W) += for every input of the events, the gradients of the steps at which it fired.
@@ -292,9 +318,9 @@ void backward(const Net& net, int64_t B, const float* obs, bool poisson, const f
                     for (int64_t t = 0; t < T; t++) s += weight[t] * load(drive + t * l.Np + n);
                     store(spread.collapsed + i * l.Np + n, s);
                 }
-                spread.take(i, spread.collapsed + i * l.Np, live);
             }
-            spread.run(count);
+            if (layer > 0) spread.run(count);
+            else spread.run_dense(count);
             for (int64_t i = 0; i < count; i++) {
                 const int64_t b = first + i;
                 const float* grad = spread.out + i * rows * Kp;
@@ -312,16 +338,19 @@ void backward(const Net& net, int64_t B, const float* obs, bool poisson, const f
     const int64_t K0p = padded(K0);
     std::memset(out.mean, 0, K0 * sizeof(float));
     std::memset(out.std, 0, K0 * sizeof(float));
+    float *inverse = reinterpret_cast<float*>(scratch<5>(2 * K0 * sizeof(float))), *seen = inverse + K0;
+    for (int64_t k = 0; k < K0; k++) inverse[k] = 1.0f / net.std[k];
     for (int64_t b = 0; b < B; b++) {
         const float *activity = st.activity + b * K0p, *grad = input + b * K0p;
         for (int64_t o = 0, k = 0; o < net.obs_dim; o++)
-            for (int64_t p = 0; p < net.pop_size; p++, k++) {
-                const float inverse = 1.0f / net.std[k];
-                const float z = (obs[b * net.obs_dim + o] - net.mean[k]) * inverse;
-                const float g = grad[k] * activity[k] * z * inverse;
-                out.mean[k] += g;
-                out.std[k] += g * z;
-            }
+            for (int64_t p = 0; p < net.pop_size; p++, k++) seen[k] = obs[b * net.obs_dim + o];
+#pragma GCC ivdep
+        for (int64_t k = 0; k < K0; k++) {
+            const float z = (seen[k] - net.mean[k]) * inverse[k];
+            const float g = grad[k] * activity[k] * z * inverse[k];
+            out.mean[k] += g;
+            out.std[k] += g * z;
+        }
     }
 }
 

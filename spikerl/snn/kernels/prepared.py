@@ -33,7 +33,7 @@ class PreparedActor:
 
     def __init__(self, net: SpikingNet) -> None:
         self.params = list(net.parameters())
-        self.at = [p.data_ptr() for p in self.params]
+        self.at = addresses(self.params)
         self.first = net.layers[0].weight_IN
         self.fused = fused(net)
         if not self.fused:
@@ -59,7 +59,7 @@ class PreparedActor:
     def moved(self, net: SpikingNet) -> bool:
         """Whether its parameters lie elsewhere, or are others: `load_state_dict(assign=True)`."""
         same = net.layers[0]._parameters["weight_IN"] is self.first
-        return not same or [p.data_ptr() for p in self.params] != self.at
+        return not same or addresses(self.params) != self.at
 
 
 class PreparedCritic:
@@ -67,7 +67,7 @@ class PreparedCritic:
 
     def __init__(self, net: ValueNet, act_dim: int) -> None:
         self.params = [*net.weights_CIN, *net.biases_C1N]
-        self.at = [p.data_ptr() for p in self.params]
+        self.at = addresses(self.params)
         self.fused = net.dtype == torch.float32 and all(map(_plain, self.params))
         self.layers = len(self.params) // 2
         weights = self.params[: self.layers]
@@ -80,7 +80,7 @@ class PreparedCritic:
 
     def moved(self, net: ValueNet) -> bool:
         same = net.weights_CIN[0] is self.params[0]
-        return not same or [p.data_ptr() for p in self.params] != self.at
+        return not same or addresses(self.params) != self.at
 
 
 class PreparedDense:
@@ -88,7 +88,7 @@ class PreparedDense:
 
     def __init__(self, net: DenseNet) -> None:
         self.params = [p for layer in net.layers for p in (layer.weight_IN, layer.bias_N)]
-        self.at = [p.data_ptr() for p in self.params]
+        self.at = addresses(self.params)
         self.fused = net.dtype == torch.float32 and all(map(_plain, self.params))
         widths = [net.layers[0].weight_IN.shape[0], *(len(layer.bias_N) for layer in net.layers)]
         self.widths = np.array(widths, np.int32)
@@ -97,7 +97,11 @@ class PreparedDense:
         self.net = Critic(1, len(widths) - 1, widths[0], 0, *where)
 
     def moved(self, net: DenseNet) -> bool:
-        return [p.data_ptr() for p in self.params] != self.at
+        return addresses(self.params) != self.at
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def pointers(at: Sequence[int]) -> ctypes.Array[Any]:
