@@ -44,11 +44,15 @@ def partial_of(target: str) -> Path:
     return folder.with_name(f".{folder.name}.{os.getpid()}.partial")
 
 
-def begin(partial: Path, target: str, raw: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """Fill the hidden folder with what does not need the workers."""
+def begin(
+    partial: Path, target: str, raw: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> IO[str]:
+    """Fill the hidden folder with what does not need the workers; its lock."""
+    sweep_up(partial.parent)
     made = [folder for folder in partial.parents if not os.path.lexists(folder)]
     try:
         partial.mkdir(parents=True)
+        held = lock(partial)
         write_text(partial / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(raw))))
         write_json(partial / "manifest.json", manifest)
         (partial / "metrics.jsonl").touch()
@@ -59,6 +63,16 @@ def begin(partial: Path, target: str, raw: Mapping[str, Any], manifest: Mapping[
                 folder.rmdir()
         reason = error.strerror or str(error)
         raise BadRequest("run_dir", target, f"{reason}; give another run_dir") from None
+    return held
+
+
+def sweep_up(folder: Path) -> None:
+    """Remove what runs left that were killed before theirs appeared: nobody holds its lock."""
+    for partial in folder.glob(".*.partial"):
+        with suppress(OSError), (partial / ".lock").open(encoding="utf-8") as file:
+            if file.read():  # else its owner is about to take it
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(partial)
 
 
 def appear(partial: Path, target: str, *, named: bool) -> Path:
@@ -88,12 +102,12 @@ def create(
 ) -> Path:
     """A whole folder at once, for a single process."""
     partial = partial_of(target)
-    begin(partial, target, raw, manifest)
-    try:
-        fill(partial)
-        return appear(partial, target, named=named)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with begin(partial, target, raw, manifest):
+        try:
+            fill(partial)
+            return appear(partial, target, named=named)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def now() -> str:

@@ -73,14 +73,13 @@ class Session:
 
         def begin() -> None:
             if self.first:
-                runfolder.begin(partial, target, self.config.raw, self.manifest(command))
+                raw, manifest = self.config.raw, self.manifest(command)
+                self.lock = runfolder.begin(partial, target, raw, manifest)
 
         def appear() -> Path:
             if not self.first:
                 return partial
-            folder = runfolder.appear(partial, target, named=named)
-            self.lock = runfolder.lock(folder)
-            return folder
+            return runfolder.appear(partial, target, named=named)
 
         try:
             self.world.together(begin)

@@ -54,7 +54,7 @@ class Workers:
         together(
             [
                 partial(save_checkpoint, run, t.world, t.shard(), t.learner_state(), facts,
-                        t.policy.save) for t in self.trainers
+                        t.policy.files()) for t in self.trainers
             ]
         )  # fmt: skip
 

@@ -140,3 +140,18 @@ def test_rewinding_can_be_interrupted(tmp_path: Path) -> None:
     assert [row["step"] for row in discarded] == [9, 2, 3]
     with pytest.raises(BadRequest, match="shorter"):
         runfolder.rewind(tmp_path, 1000)
+
+
+def test_what_a_run_left_that_was_killed_before_its_folder_appeared(tmp_path: Path) -> None:
+    """The next one beside it removes it, but not what one that lives is about to rename."""
+    raw = {"seed": 0}
+    partials = [tmp_path / f".run{i}.{100 + i}.partial" for i in range(2)]
+    held = [runfolder.begin(partial, "run", raw, {"status": "running"}) for partial in partials]
+    held[1].close()  # as its end would
+    strange = tmp_path / ".mine.partial"
+    strange.mkdir()
+    run = train(tmp_path, *HOPPER, "total_steps=20", "algo.learning_starts=20")
+    assert run.wait() == 0, run.said()
+    assert [path.exists() for path in (*partials, strange)] == [True, False, True]
+    assert record(partials[0])["status"] == "running"
+    held[0].close()
