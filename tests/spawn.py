@@ -8,13 +8,17 @@ from collections.abc import Callable
 
 import torch.multiprocessing as mp
 
+from spikerl.distributed.world import TIMEOUT_S
 
-def run_workers(check: Callable[..., None], world_size: int, seconds: int = 120) -> None:
+
+def run_workers(
+    check: Callable[..., None], world_size: int, seconds: int = 120, timeout_s: float = TIMEOUT_S
+) -> None:
     """Call `check(world)` in each worker; an assertion that fails in one fails here."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = mp.spawn(_enter, (check, world_size, port), world_size, join=False)
+    context = mp.spawn(_enter, (check, world_size, port, timeout_s), world_size, join=False)
     deadline = time.monotonic() + seconds
     try:
         while not context.join(timeout=1):
@@ -24,7 +28,7 @@ def run_workers(check: Callable[..., None], world_size: int, seconds: int = 120)
             process.kill()
 
 
-def _enter(rank: int, check: Callable[..., None], size: int, port: int) -> None:
+def _enter(rank: int, check: Callable[..., None], size: int, port: int, timeout_s: float) -> None:
     import os
 
     import torch
@@ -39,7 +43,7 @@ def _enter(rank: int, check: Callable[..., None], size: int, port: int) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    world = join("gloo", torch.device("cpu"))
+    world = join("gloo", torch.device("cpu"), timeout_s)
     check(world)
     world.barrier()
     leave()

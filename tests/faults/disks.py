@@ -110,8 +110,8 @@ class Failing:
 class Undisturbed:
     """A run of three epochs in this process, and what it computed."""
 
-    def __init__(self, home: Path) -> None:
-        composed = compose(TINY)
+    def __init__(self, home: Path, *args: str) -> None:
+        composed = compose([*TINY, *args])
         self.raw = {**composed, "run_dir": str(home / "whole")}
         assert self.train() == 0
         self.computed = computed(home / "whole")

@@ -5,18 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
-from disks import Failing, Undisturbed, attempt
+from builders import small_training
+from disks import Failing, Undisturbed, attempt, before_each_call
 from processes import record, rows
+from spawn import run_workers
 
 from spikerl import runfolder
-from spikerl.checkpoint import verified
-from spikerl.errors import BadRequest
+from spikerl.checkpoint import save_checkpoint, verified
+from spikerl.distributed.world import World
+from spikerl.envs import make_env, task_of
+from spikerl.errors import BadRequest, DiskError
 from spikerl.session import Session
+from spikerl.trainer import Trainer
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 
@@ -167,6 +174,40 @@ def test_views_stop_nothing(
             full.close()
     assert whole.equals(run)
     assert record(run)["status"] == "done"
+
+
+def disk_of_one_refuses_or_is_slow(world: World, run: str) -> None:
+    """Both workers hear of it, none waits in vain, and the next commit makes up for it."""
+
+    def slow() -> int:
+        time.sleep(5 * world.rank)  # longer than an exchange may take
+        return world.rank
+
+    def refused() -> None:
+        if world.rank == 1:
+            raise BadRequest("key", Path("value"), "remedy")
+
+    assert world.together(slow) == [0, 1]
+    with pytest.raises(BadRequest, match="key=value: remedy"):
+        world.together(refused)
+    training = small_training(num_envs=2, total_steps=80, steps_per_epoch=40, eval_episodes=2)
+    trainer = Trainer(training, task_of(make_env(training.env)), world=world)
+    epochs = trainer.epochs()
+    for step in (40, 80):
+        next(epochs)
+        parts = trainer.learner_state(), {"step": step, "world_size": 2}, trainer.policy.files()
+        for first in (0, 4) if step == 80 else ():
+            act = Failing(errno.EIO, first) if world.rank == 1 else Failing(0, 10**9)
+            with before_each_call(act), pytest.raises(DiskError, match=r"^worker 1: Input/output"):
+                save_checkpoint(Path(run), world, trainer.shard(), *parts)
+            assert verified(Path(run), print).step == 40
+        save_checkpoint(Path(run), world, trainer.shard(), *parts)
+        assert verified(Path(run), print).step == step
+    trainer.close()
+
+
+def test_workers_share_what_a_disk_does_to_one(tmp_path: Path) -> None:
+    run_workers(partial(disk_of_one_refuses_or_is_slow, run=str(tmp_path)), 2, timeout_s=3.0)
 
 
 def test_a_lock_of_the_dead_is_no_lock(tmp_path: Path) -> None:

@@ -9,13 +9,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from disks import Undisturbed, before_each_call
 from processes import Run, computed, record, resume, rows, train
 from soaks import CASES, Whole, soak
 
 from spikerl import runfolder
 from spikerl.errors import BadRequest
+from spikerl.session import Session
 
 SHORT = (
     "td3",
@@ -111,6 +115,17 @@ def test_rows_beyond_the_commit_are_kept_and_counted(whole: Path, tmp_path: Path
     assert record(run)["resumed"][0]["discarded_rows"] == 1
 
 
+# While a run commits five times a second, say.
+LOOK_ON = """
+import sys, time, numpy
+from spikerl import load_policy
+until = time.monotonic() + 1.5
+while time.monotonic() < until:
+    assert load_policy(sys.argv[1])(numpy.zeros(11)).shape == (3,)
+print("looked on")
+"""
+
+
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     first = train(tmp_path, *HOPPER, "total_steps=100000")
     first.until(first.begun)
@@ -122,6 +137,11 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     assert f"process {first.pid} on " in line
     assert "is running it; stop that first" in line
     assert (tmp_path / "run" / "manifest.json").read_bytes() == manifest
+    # To look on is allowed, while it writes.
+    answers = subprocess.run(
+        [sys.executable, "-c", LOOK_ON, str(tmp_path / "run")], capture_output=True, check=True
+    )
+    assert answers.stdout.split() == [b"looked", b"on"]
     assert first.kill(signal.SIGINT) == 130
 
 
@@ -155,3 +175,64 @@ def test_what_a_run_left_that_was_killed_before_its_folder_appeared(tmp_path: Pa
     assert [path.exists() for path in (*partials, strange)] == [True, False, True]
     assert record(partials[0])["status"] == "running"
     held[0].close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_killed_while_it_resumes(
+    undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any call by which it takes the folder over, one row beyond the commit in it."""
+    run, left = tmp_path / "run", []
+    shutil.copytree(undisturbed.raw["run_dir"], run, symlinks=True)
+    (run / "checkpoints" / "step_0000000060" / "learner.safetensors").write_bytes(b"")
+    take_over = Session.take_over
+
+    def look(name: str) -> None:
+        left.append(tmp_path / f"{len(left)}")
+        shutil.copytree(run, left[-1], symlinks=True)
+
+    def watched(*args: Any) -> None:
+        with before_each_call(look):
+            take_over(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "take_over", watched)
+        assert undisturbed.train(resume=str(run)) == 0
+    assert len(left) > 30
+    for folder in [run, *left[::5]]:
+        if folder != run:
+            assert undisturbed.train(resume=str(folder)) == 0
+        assert undisturbed.equals(folder)
+        assert [row["step"] for row in rows(folder, "discarded.jsonl")] == [60]
+
+
+def test_an_environment_of_unknown_kind_goes_on_from_a_reset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gym = ["env=gym", "env.id=MountainCarContinuous-v0"]
+    run = Undisturbed(tmp_path, *gym)
+    folder = tmp_path / "whole"
+    before = capsys.readouterr().out
+    assert run.train(resume=str(folder), total_steps=80) == 0
+    said = capsys.readouterr().out
+    assert "reset" in said
+    assert "not exact" in said
+    assert "not exact" not in before
+    assert [event["exact"] for event in record(folder)["resumed"]] == [False]
+    assert [row["step"] for row in rows(folder)] == [20, 40, 60, 80]
+
+
+def test_deterministic_runs_are_equal_bitwise(tmp_path: Path) -> None:
+    run = Undisturbed(tmp_path, "deterministic=true", "encoder=poisson", "num_envs=2")
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert run.train(run_dir=str(tmp_path / "again")) == 0
+        assert run.equals(tmp_path / "again")
+        assert run.train(run_dir=str(tmp_path / "other"), seed=1) == 0
+        assert not run.equals(tmp_path / "other")
+    finally:
+        torch.use_deterministic_algorithms(False)
