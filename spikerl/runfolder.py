@@ -147,11 +147,13 @@ def check_own(folder: Path) -> None:
 
     Through a link, a resume would add to somebody's file, cut it, or remove folders.
     """
+    # The second where a run was killed while it made the first.
+    links = [folder / "checkpoints" / name for name in ("latest", ".latest.partial")]
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(place, name)
             mode = path.lstat().st_mode
-            if path == folder / "checkpoints" / "latest" and stat.S_ISLNK(mode):
+            if path in links and stat.S_ISLNK(mode):
                 continue  # which names one beside it, or is made anew
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 what = "a link" if stat.S_ISLNK(mode) else "neither file nor folder"
