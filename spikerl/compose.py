@@ -65,9 +65,9 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
             raise BadRequest(flag, "", "not accepted; config=FILE starts from a run's config.yaml")
         if re.match(r"^[+~]*hydra\.searchpath", arg):
             raise BadRequest(flag, arg.partition("=")[2], "not accepted; conf/ is what is searched")
-        if "_target_" in arg:
-            raise BadRequest(flag, arg.partition("=")[2], "naming code to run is not accepted")
         settles = not arg.startswith("-") and "hydra" in flag
+        if settles and "_target_" in arg:
+            raise BadRequest(flag, arg.partition("=")[2], "naming code to run is not accepted")
         if settles and ("${" in arg or not re.fullmatch(HYDRA, flag)):
             remedy = "not accepted; of Hydra, launcher and sweeper can be chosen and set"
             raise BadRequest(flag, arg.partition("=")[2], remedy)
@@ -153,7 +153,7 @@ def _check_choice(key: str, value: str) -> None:
     """Refuse a choice that Hydra would trip over, or ignore, as it does for an optional group."""
     if not key:
         raise BadRequest(key, value, "cannot be read; write key=value")
-    if not (conf_folder() / key).is_dir() or "(" in value:  # choice(...), glob(...)
+    if not os.path.isdir(conf_folder() / key) or "(" in value:  # choice(...), glob(...)
         return
     options = group_options(key)
     for option in value.split(","):

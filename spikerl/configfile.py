@@ -39,6 +39,13 @@ def read_config(path: Path) -> dict[Any, Any]:
                 raise yaml.YAMLError("it holds an alias; write the value out")
             return super().compose_node(parent, index)
 
+        def construct_yaml_int(self, node: Any) -> int:
+            number = int(super().construct_yaml_int(node))
+            if abs(number) >= 1 << 63:
+                raise yaml.YAMLError("numbers have 63 bits")
+            return number
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
     try:
         data = yaml.load(read_bytes(path, MAX_BYTES).decode(), Loader)
     except Exception as error:  # its scalars raise almost anything: !!int x, 2020-13-45
@@ -107,8 +114,6 @@ def _refusal(key: str, value: Any, path: Path) -> BadRequest:
 
 def quoted(value: Any) -> str:
     """A value in Hydra's override grammar."""
-    if isinstance(value, int) and abs(value) >= 1 << 63:
-        raise BadRequest("config", hex(value)[:40], "numbers have 63 bits")
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     if isinstance(value, list):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 from contextlib import suppress
@@ -71,11 +72,22 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_json(path: Path, most: int) -> Any:
-    """Plain data; an OSError or a ValueError where it cannot be read, however deep it nests."""
+    """Plain data whose numbers are finite; an OSError or a ValueError where it is none."""
     try:
-        return json.loads(read_bytes(path, most))
+        return parse_json(read_bytes(path, most))
     except RecursionError:
         raise ValueError(f"{path.name} nests too deep") from None
+
+
+def parse_json(text: bytes) -> Any:
+    """As `json_bytes` wrote it: no NaN, no infinity, no 1e999."""
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from spikerl.envs import make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.networks import ActorConfig, SpikingActor, build_actor
 from spikerl.normalize import RunningNorm
+from spikerl.pickles import check_torch_file, read_arrays
 from spikerl.policy import Policy
 from spikerl.types import Task
 
@@ -142,6 +142,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict; torch's reader admits tensors and plain containers only."""
     _check_file("popsan", path)
     try:
+        check_torch_file(path)
         with warnings.catch_warnings(action="ignore"):  # of foreign files, which are refused below
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose text advises to run what the file holds
@@ -162,48 +163,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name: t.float() for name, t in weights.items()}
 
 
-class _Array:
-    """Stands for numpy.ndarray in a pickle, where it is only ever an argument."""
-
-
-def _reconstruct(kind: object, shape: object, code: object) -> np.ndarray:
-    return np.empty(0, np.int8)  # what fills it brings its own shape, type and values
-
-
-def _dtype(code: object, *flags: object) -> np.dtype[Any]:
-    if code not in ("f2", "f4", "f8", "i4", "i8"):
-        raise pickle.UnpicklingError(f"holds an array of {code}; floats are needed")
-    return np.dtype(str(code), copy=True)
-
-
-def _encode(text: object, encoding: object = "latin1") -> bytes:
-    if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError("encodes other than an array's bytes")
-    return text.encode("latin1")
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Admits what numpy arrays are pickled with, and nothing else: each name is ours here."""
-
-    ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _dtype,
-        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-        ("_codecs", "encode"): _encode,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"names {module}.{name}, which an array does not need")
-        return self.ALLOWED[module, name]
-
-
 def read_stats(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """PopSAN's pickled [mean, var] of the observations."""
     _check_file("stats", path)
     try:
-        stats = _ArraysOnly(io.BytesIO(path.read_bytes())).load()
+        stats = read_arrays(path.read_bytes())
         mean, var = stats
         if not all(isinstance(a, np.ndarray) and a.dtype.kind in "fi" for a in (mean, var)):
             raise pickle.UnpicklingError("something else is in it")

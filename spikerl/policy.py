@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as tensor_bytes
 
 from spikerl.errors import BadRequest
-from spikerl.files import json_bytes, write_atomic
+from spikerl.files import json_bytes, read_json, write_atomic
 from spikerl.networks import (
     Actor,
     ActorConfig,
@@ -173,9 +173,7 @@ def read_policy(
     folder: Path, device: str = "cpu", *, key: str, kernel: str = "reference"
 ) -> Policy:
     try:
-        if os.path.getsize(folder / "policy.json") > MAX_BYTES:
-            raise ValueError(f"policy.json is larger than {MAX_BYTES} bytes")
-        data = json.loads((folder / "policy.json").read_text(encoding="utf-8"))
+        data = read_json(folder / "policy.json", MAX_BYTES)
         if "${" in json.dumps(data):
             raise ValueError("policy.json refers to something outside it")
         tensors = load_file(folder / "policy.safetensors")
@@ -199,9 +197,11 @@ def read_policy(
             int(data["max_episode_steps"]),
         )
         clip = float(data["norm_clip"])
-        trained_with = {str(k): str(v) for k, v in dict(data.get("versions") or {}).items()}
+        trained_with = {str(k): str(v) for k, v in dict(data["versions"]).items()}
         if not all(text.isprintable() for text in (task.env_id, *trained_with.values())):
             raise ValueError("env_id or versions, which cannot be printed")
+        if not trained_with:
+            raise ValueError("versions")
         if min(*task.obs_shape, *task.act_shape, task.max_episode_steps, 1) < 1 or not clip > 0.0:
             raise ValueError("obs_shape, act_shape, max_episode_steps or norm_clip")
         if task.act_low.shape != (task.act_dim,) or task.act_high.shape != (task.act_dim,):

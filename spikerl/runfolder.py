@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from spikerl import hardware
 from spikerl.errors import BadRequest
-from spikerl.files import read_bytes, read_json, sync_folder, write_json, write_text
+from spikerl.files import parse_json, read_bytes, read_json, sync_folder, write_json, write_text
 from spikerl.versions import git_state, versions
 
 MAX_BYTES = 1 << 28  # of a file that is read whole; a record of 100 000 epochs has half of that
@@ -250,7 +250,7 @@ def _rows(content: bytes) -> list[dict[str, Any]]:
 def _row(line: bytes) -> dict[str, Any] | None:
     """None where it is none, such as what a power cut leaves of one."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:

@@ -5,6 +5,7 @@ Shape legend   B batch, O observation entries, A action entries.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -48,11 +49,11 @@ class Task:
 
     @property
     def obs_dim(self) -> int:
-        return int(np.prod(self.obs_shape))
+        return math.prod(self.obs_shape)  # exact, whatever a file claims
 
     @property
     def act_dim(self) -> int:
-        return int(np.prod(self.act_shape))
+        return math.prod(self.act_shape)
 
     def to_env(self, act: np.ndarray) -> np.ndarray:
         """Map actions (..., A) in [-1, 1] to (..., *act_shape) in the environment's units."""

@@ -254,7 +254,7 @@ CONFIGS = {
     "algo: {name: td3, gamma: .nan}": "algo.gamma",
     "1: 2": "the key 1 is not accepted",
     "[" * 3000: "cannot be read",
-    "a: &a [x, x]\nb: &b [*a, *a]\nseed: [*b, *b]": "no such key",
+    "a: &a [x, x]\nb: &b [*a, *a]\nseed: [*b, *b]": "it holds an alias",
 }
 
 
@@ -274,7 +274,7 @@ def test_config_file_that_is_none(said: Said, tmp_path: Path) -> None:
     ("args", "line"),
     [
         (["train", "env=HalfCheeta"], "env=HalfCheeta: no such option"),
-        (["train", "world_size=0"], "world_size=0: give at least 1"),
+        (["train", "world_size=0"], "world_size=0: give 1 to 4096"),
         (["train", "env=gym", "env.id=CartPole-v1"], "env.id=CartPole-v1: its actions"),
         (["frain"], "frain: no such command"),
     ],

@@ -24,7 +24,7 @@ LEVELS = [
     " algos.ppo",
     "policy evaluate trainer baselines timing roofline",
     "config runfolder session runs importers convert doctor sweep compose completion"
-    " bench bench_workers subject configfile footprint",
+    " bench bench_workers subject configfile footprint pickles",
     "commands worker cli __main__ __init__",
 ]
 LEVEL = {f"spikerl.{name}": i for i, names in enumerate(LEVELS) for name in names.split()}
