@@ -18,10 +18,10 @@ from spikerl.algos.proxy_td3 import ProxyTD3Config
 from spikerl.algos.sac import SACConfig
 from spikerl.algos.td3 import TD3Config
 from spikerl.distributed import hosts
-from spikerl.distributed.world import BackendConfig, resolve_backend, resolve_world_size
+from spikerl.distributed.world import BackendConfig, ranked, resolve_backend, resolve_world_size
 from spikerl.envs import EnvConfig
 from spikerl.errors import BadRequest
-from spikerl.hardware import resolve_device, resolve_threads
+from spikerl.hardware import cores, resolve_device, resolve_threads
 from spikerl.networks import ActorConfig, CareBNConfig
 from spikerl.policy import parse_actor
 from spikerl.precision import PrecisionConfig, check_precision
@@ -184,6 +184,9 @@ def build(raw: Mapping[str, Any]) -> Config:
 
 def check_shares(scalars: Scalars, algo: AlgoConfig, world_size: int) -> None:
     """Refuse what cannot be shared out over the workers."""
+    most = max(64, 4 * cores()) * scalars.nnodes
+    if world_size > most and not ranked():  # a stranger's file starts no thousands of processes
+        raise BadRequest("world_size", world_size, f"give at most {most} here")
     num_envs = scalars.num_envs or world_size
     if num_envs % world_size and scalars.resume:
         remedy = f"the run has {num_envs} environments, which so many workers cannot share evenly"

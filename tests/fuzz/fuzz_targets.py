@@ -191,6 +191,7 @@ def checkpoint(folder: Path) -> Case:
     kept = run / "checkpoints" / name
     shutil.copytree(honest / "checkpoints" / name, kept)
     shutil.copytree(honest / "replay", run / "replay")
+    shutil.copy(honest / "metrics.jsonl", run)
     files = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
     tensors = {path: load_file(path) for path in files if path.suffix == ".safetensors"}
 
@@ -237,7 +238,7 @@ def resumed(folder: Path) -> Case:
     names = ("manifest.json", "metrics.jsonl", "discarded.jsonl", "config.yaml")
     files = {name: (run / name).read_bytes() for name in names}
     config = configs.build(yaml.safe_load(files["config.yaml"]))
-    log, length = (run / "log.txt").read_bytes(), len(files["metrics.jsonl"])
+    log = (run / "log.txt").read_bytes()
 
     def spoil(chance: Random, name: str) -> bytes:
         if name == "config.yaml":
@@ -269,7 +270,7 @@ def resumed(folder: Path) -> Case:
         try:
             expand("train", [f"resume={run}"])
             runs.finished(run, config)
-            runfolder.rewind(run, length)
+            runfolder.rewind(run, verified(run, lambda text: None).manifest["metrics_bytes"])
             runfolder.reopen(run)
             record = runfolder.read_manifest(run, key="resume")
             runfolder.update_manifest(run, resumed=[*record.get("resumed", []), {}])
