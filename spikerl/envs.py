@@ -6,6 +6,7 @@ Shape legend   N environments, O observation entries, A action entries.
 from __future__ import annotations
 
 import difflib
+import multiprocessing
 import os
 import signal
 import warnings
@@ -21,12 +22,14 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from torch import Tensor
 
 from spikerl.distributed.orphans import die_with_parent
-from spikerl.errors import BadRequest, NonFinite
+from spikerl.errors import BadRequest, EnvironmentFailed, NonFinite
 from spikerl.snapshots import Snapshot, restore, snapshot
-from spikerl.types import Task
+from spikerl.types import MAX_EPISODE_STEPS, Task
 
 # For an environment that sets no limit of its own, so that every episode ends.
 DEFAULT_EPISODE_STEPS = 1000
+PATIENCE_S = 300.0  # for one step of environments in processes of their own
+FLOAT32_MAX = float(np.finfo(np.float32).max)  # replay and networks hold no larger number
 
 
 @dataclass(kw_only=True)
@@ -45,12 +48,16 @@ class EnvConfig:
             raise BadRequest("env.action_bounds", self.action_bounds, "give each or first")
         if self.vectorizer not in ("sync", "async"):
             raise BadRequest("env.vectorizer", self.vectorizer, "give sync or async")
-        if self.max_episode_steps is not None and self.max_episode_steps < 1:
-            raise BadRequest("env.max_episode_steps", self.max_episode_steps, "give at least 1")
+        limit = self.max_episode_steps
+        if limit is not None and not 1 <= limit <= MAX_EPISODE_STEPS:
+            remedy = f"give 1 to {MAX_EPISODE_STEPS}, or null"
+            raise BadRequest("env.max_episode_steps", limit, remedy)
 
 
 class Plain(gym.Wrapper[np.ndarray, Any, Any, Any]):
     """Observations as flat float64 arrays that are the caller's own, and no infos.
+
+    EnvironmentFailed: the environment returned what is no number, or of another shape than it said.
 
     Environments may reuse their observation array; a copy keeps a final observation from being
     overwritten by the reset that follows it.
@@ -64,7 +71,7 @@ class Plain(gym.Wrapper[np.ndarray, Any, Any, Any]):
             self.action_space = gym.spaces.Box(-most, most, bounds.shape, bounds.dtype)
         shape = env.observation_space.shape
         assert shape is not None
-        self.size = int(np.prod(shape))
+        self.shape, self.size = shape, int(np.prod(shape))
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.size,), np.float64)
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
@@ -72,7 +79,8 @@ class Plain(gym.Wrapper[np.ndarray, Any, Any, Any]):
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         obs, rew, terminated, truncated, _ = self.env.step(action)
-        return self._own(obs), float(rew), bool(terminated), bool(truncated), {}
+        ends = (_scalar("terminated", terminated, "b"), _scalar("truncated", truncated, "b"))
+        return self._own(obs), float(_scalar("reward", rew)), bool(ends[0]), bool(ends[1]), {}
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -87,7 +95,22 @@ class Plain(gym.Wrapper[np.ndarray, Any, Any, Any]):
         restore(self.env, state)
 
     def _own(self, obs: Any) -> np.ndarray:
-        return np.array(obs, np.float64).reshape(self.size)
+        given = np.asarray(obs)
+        if given.shape != self.shape or given.dtype.kind not in REAL:
+            what = f"an observation {given.shape} of {given.dtype}"
+            raise EnvironmentFailed(f"returned {what}; its space says {self.shape} of numbers")
+        return np.array(given, np.float64).reshape(self.size)
+
+
+REAL = "biuf"  # numpy's kinds of numbers
+
+
+def _scalar(what: str, value: Any, kinds: str = REAL) -> Any:
+    given = np.asarray(value)
+    if given.size != 1 or given.dtype.kind not in kinds:
+        kind = "number" if kinds == REAL else "bool"
+        raise EnvironmentFailed(f"returned {value!r:.40} as {what}, which is no {kind}")
+    return given.item()
 
 
 def make_env(config: EnvConfig) -> Plain:
@@ -106,7 +129,7 @@ def make_env(config: EnvConfig) -> Plain:
         near = difflib.get_close_matches(config.id, known, 3, 0.4)
         hint = f"nearest: {', '.join(near)}" if near else f"{len(known)} are registered"
         raise BadRequest(key, value, f"{config.id} is no registered environment; {hint}") from None
-    except (gym.error.Error, ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # its own code raises any
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadRequest(key, value, f"{config.id} cannot be made here: {reason}") from error
     try:
@@ -114,8 +137,13 @@ def make_env(config: EnvConfig) -> Plain:
     except BadRequest:
         env.close()
         raise
-    if _step_limit(env) is None:
+    limit = _step_limit(env)
+    if limit is None:
         env = gym.wrappers.TimeLimit(env, DEFAULT_EPISODE_STEPS)
+    elif limit > MAX_EPISODE_STEPS:
+        env.close()
+        remedy = f"its episodes last up to {limit} steps; set env.max_episode_steps"
+        raise BadRequest(key, value, remedy)
     return Plain(env, first_bound=config.action_bounds == "first")
 
 
@@ -137,7 +165,7 @@ def _step_limit(env: gym.Env[Any, Any]) -> int | None:
         if isinstance(layer, gym.wrappers.TimeLimit):
             return int(layer._max_episode_steps)
         layer = layer.env
-    return env.spec.max_episode_steps if env.spec else None
+    return None
 
 
 def _check_spaces(env: gym.Env[Any, Any], config: EnvConfig) -> None:
@@ -197,10 +225,11 @@ class Envs:
         self.same_step = vector.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
         self.obs = np.empty(0)
         self.steps = 0
+        self.failed = False
         self.finished: list[Episode] = []  # since the caller last emptied it
 
     def reset(self, seeds: Sequence[int]) -> None:
-        obs, _ = self.vector.reset(seed=list(seeds))  # type: ignore[arg-type]
+        obs, _ = self._ask(lambda: self.vector.reset(seed=list(seeds)))  # type: ignore[arg-type]
         self.obs = np.array(obs)
         self.resetting = np.zeros(len(obs), bool)
         self.returns = np.zeros(len(obs))
@@ -209,7 +238,8 @@ class Envs:
 
     def step(self, act: np.ndarray) -> Steps:
         """Act with (N, A); what lies outside [-1, 1] is clipped."""
-        obs, rew, terminated, truncated, info = self.vector.step(self.task.to_env(act))
+        actions = self.task.to_env(act)
+        obs, rew, terminated, truncated, info = self._ask(lambda: self._step(actions))
         live = ~self.resetting
         next_obs = np.array(obs)
         done = (terminated | truncated) & live
@@ -259,13 +289,45 @@ class Envs:
         self.vector.set_attr("snapshot", snapshots)  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        self.vector.close()
+        if self.failed and isinstance(self.vector, AsyncVectorEnv):
+            for process in self.vector.processes:  # one that hangs does not answer
+                process.kill()
+            self.vector.close(terminate=True)
+        else:
+            self.vector.close()
+
+    def _step(self, actions: np.ndarray) -> Any:
+        if not isinstance(self.vector, AsyncVectorEnv):
+            return self.vector.step(actions)
+        self.vector.step_async(actions)
+        return self.vector.step_wait(timeout=PATIENCE_S)
+
+    def _ask(self, act: Callable[[], Any]) -> Any:
+        """What the environments answer; EnvironmentFailed names the step, whatever they raise."""
+        try:
+            return act()
+        except Exception as error:
+            self.failed = True
+            said = told(error)
+            raise EnvironmentFailed(f"step {self.steps + 1}: {self.task.env_id} {said}") from error
 
     def _check(self, what: str, values: np.ndarray) -> None:
-        if not np.isfinite(values).all():
+        if not (np.abs(values) <= FLOAT32_MAX).all():
             raise NonFinite(
-                f"step {self.steps + 1}: {self.task.env_id} returned a NaN or infinite {what}"
+                f"step {self.steps + 1}: {self.task.env_id} returned a NaN or infinite {what},"
+                " or one beyond float32"
             )
+
+
+def told(error: Exception) -> str:
+    """What an environment did, after its name."""
+    if isinstance(error, EnvironmentFailed):
+        return str(error)
+    if isinstance(error, TimeoutError | multiprocessing.TimeoutError):
+        return f"did not answer within {PATIENCE_S:.0f} s"
+    if isinstance(error, EOFError | ConnectionError):
+        return "lost a process: it was killed or crashed"
+    return f"raised {type(error).__name__}: {error}"
 
 
 def make_envs(config: EnvConfig, num_envs: int, task: Task) -> Envs:

@@ -18,3 +18,7 @@ class DiskError(OSError):
 
 class NonFinite(RuntimeError):
     """A NaN or an infinity was met and stopped before it reached the weights."""
+
+
+class EnvironmentFailed(RuntimeError):
+    """An environment raised, died, hung, or returned what its spaces do not say."""

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from spikerl.distributed.world import ALONE, World
-from spikerl.envs import EnvConfig, make_env
-from spikerl.errors import NonFinite
+from spikerl.envs import FLOAT32_MAX, EnvConfig, make_env, told
+from spikerl.errors import EnvironmentFailed, NonFinite
 from spikerl.networks import Activity, SpikingActor
 from spikerl.policy import Policy
 from spikerl.seeding import generator_for, seed_for
@@ -92,9 +92,13 @@ class Evaluator:
         self, policy: Policy, seeds: list[int], generator: torch.Generator
     ) -> tuple[list[float], list[int], list[np.ndarray]]:
         envs = self.envs[: len(seeds)]
-        obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)])
-        if not np.isfinite(obs).all():
-            raise NonFinite(f"evaluation, reset: {policy.task.env_id} gave a NaN or infinity")
+        env_id = policy.task.env_id
+        try:
+            obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)])
+        except Exception as error:
+            raise EnvironmentFailed(f"evaluation, reset: {env_id} {told(error)}") from error
+        if not (np.abs(obs) <= FLOAT32_MAX).all():
+            raise NonFinite(f"evaluation, reset: {env_id} gave a NaN or infinity")
         returns, lengths = [0.0] * len(envs), [0] * len(envs)
         running = list(range(len(envs)))
         seen = []
@@ -103,11 +107,13 @@ class Evaluator:
             # The batch keeps its size to the end: products of other sizes round differently.
             act = policy.task.to_env(policy.act(obs, generator))
             for i in list(running):
-                obs[i], rew, terminated, truncated, _ = envs[i].step(act[i])
-                if not (np.isfinite(rew) and np.isfinite(obs[i]).all()):
-                    step = lengths[i] + 1
-                    env_id = policy.task.env_id
-                    raise NonFinite(f"evaluation, step {step}: {env_id} gave a NaN or infinity")
+                where = f"evaluation, step {lengths[i] + 1}: {env_id}"
+                try:
+                    obs[i], rew, terminated, truncated, _ = envs[i].step(act[i])
+                except Exception as error:
+                    raise EnvironmentFailed(f"{where} {told(error)}") from error
+                if not (abs(rew) <= FLOAT32_MAX and (np.abs(obs[i]) <= FLOAT32_MAX).all()):
+                    raise NonFinite(f"{where} gave a NaN or infinity")
                 returns[i] += rew
                 lengths[i] += 1
                 if terminated or truncated:

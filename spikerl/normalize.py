@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spikerl.errors import NonFinite
+
+MOST = 1 << 53  # observations: beyond, a float64 does not count by ones
 EPS = float(np.finfo(np.float32).eps)  # added to the variance, as PopSAN's code does
 
 
@@ -42,13 +45,25 @@ class RunningNorm:
         rows, self.pending = self.pending_rows(), []
         if not len(rows):
             return np.zeros(1 + 2 * len(self.mean_O))
-        return np.concatenate([[len(rows)], rows.mean(0), rows.var(0)])
+        with np.errstate(over="ignore", invalid="ignore"):  # `merge` looks
+            return np.concatenate([[len(rows)], rows.mean(0), rows.var(0)])
 
     def merge(self, collected: Sequence[np.ndarray]) -> None:
-        """Take the collected moments of every worker, in rank order, into these."""
+        """Take the collected moments of every worker, in rank order, into these.
+
+        NonFinite: they are no moments any more.
+        """
         O = len(self.mean_O)  # noqa: E741
-        for part in collected:
-            self._take(int(part[0]), part[1 : 1 + O], part[1 + O : 1 + 2 * O])
+        with np.errstate(over="ignore", invalid="ignore"):  # `merge` looks
+            for part in collected:
+                self._take(int(part[0]), part[1 : 1 + O], part[1 + O : 1 + 2 * O])
+        sound = np.isfinite(self.mean_O) & np.isfinite(self.var_O) & (self.var_O >= 0.0)
+        if not sound.all() or self.count >= MOST:
+            i = int(np.argmin(sound))
+            raise NonFinite(
+                f"the observation normaliser diverged: entry {i} has mean {self.mean_O[i]:.3g} and"
+                f" variance {self.var_O[i]:.3g} of {self.count:.3g} observations"
+            )
         self._refresh()
 
     def _take(self, count: int, mean: np.ndarray, var: np.ndarray) -> None:

@@ -38,7 +38,7 @@ from spikerl.snn import kernels
 from spikerl.snn.decoders import DecoderConfig, MembraneConfig, RateConfig
 from spikerl.snn.encoders import EncoderConfig, PopulationConfig
 from spikerl.snn.neurons import ALIFConfig, CubaLIFConfig, DynamicConfig, LIFConfig, PLIFConfig
-from spikerl.types import Task
+from spikerl.types import MAX_EPISODE_STEPS, Task
 from spikerl.versions import versions
 
 SCHEMA = 3  # 2: weights are input-major; 3: neurons have a reset and a choice of surrogate
@@ -204,6 +204,8 @@ def read_policy(
             raise ValueError("versions")
         if min(*task.obs_shape, *task.act_shape, task.max_episode_steps, 1) < 1 or not clip > 0.0:
             raise ValueError("obs_shape, act_shape, max_episode_steps or norm_clip")
+        if task.max_episode_steps > MAX_EPISODE_STEPS:
+            raise ValueError(f"max_episode_steps, which is above {MAX_EPISODE_STEPS}")
         if task.act_low.shape != (task.act_dim,) or task.act_high.shape != (task.act_dim,):
             raise ValueError("act_low and act_high, which do not fit act_shape")
         if not (np.isfinite([task.act_low, task.act_high]).all() and np.isfinite(clip)):

@@ -26,6 +26,7 @@ from spikerl.checkpoint import Checkpoint, Shard, check_fit
 from spikerl.distributed.world import ALONE, World, share
 from spikerl.energy import Meter, Reading, consecutive, energy_row, merge
 from spikerl.envs import EnvConfig, make_envs
+from spikerl.errors import NonFinite
 from spikerl.evaluate import Evaluator
 from spikerl.networks import (
     ActorConfig,
@@ -232,13 +233,16 @@ class Trainer:
         """One step in every environment, and the updates that became due with it."""
         before, algo = self.step, self.t.algo
         self.act()
-        if self.algo.on_policy:  # from what it did, seen as it saw it
-            self.learn(before)
-        if crossed(before, self.step, algo.norm_interval or SYNCHRONISED):
-            self.synchronise(stop_signal())
-        if not self.algo.on_policy:
-            self.learn(before)
-        self.recalibrate(before)
+        try:
+            if self.algo.on_policy:  # from what it did, seen as it saw it
+                self.learn(before)
+            if crossed(before, self.step, algo.norm_interval or SYNCHRONISED):
+                self.synchronise(stop_signal())
+            if not self.algo.on_policy:
+                self.learn(before)
+            self.recalibrate(before)
+        except NonFinite as error:
+            raise NonFinite(f"step {self.step}: {error}") from error
 
     def act(self) -> None:
         """One step in every environment, stored with its true successors."""

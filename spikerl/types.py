@@ -13,6 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+# Of an episode, so that each evaluation ends.
+MAX_EPISODE_STEPS = 1_000_000
+
 
 class Resolved(NamedTuple):
     """What "auto" or a named choice came to, and why; written into the manifest."""

@@ -182,7 +182,8 @@ def test_an_environment_that_fails_in_one_worker(tmp_path: Path) -> None:
     assert run.wait() == 1
     gone(tmp_path)
     (line,) = run.err.read_text().splitlines()
-    assert line.startswith("spikerl: worker 1 of 2: ValueError: the motor burnt out (")
+    failure = "EnvironmentFailed: step 59: Fails-v0 raised ValueError: the motor burnt out ("
+    assert line.startswith(f"spikerl: worker 1 of 2: {failure}")
     assert record(tmp_path / "run")["status"] == "failed"
 
 

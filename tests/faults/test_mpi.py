@@ -119,7 +119,8 @@ def test_an_environment_that_fails_in_one_worker(tmp_path: Path) -> None:
     assert run.wait(2 * SECONDS) == 1
     gone(tmp_path)
     (line,) = run.err.read_text().splitlines()
-    assert line.startswith("spikerl: worker 1 of 2: ValueError: the motor burnt out (")
+    failure = "EnvironmentFailed: step 59: Fails-v0 raised ValueError: the motor burnt out ("
+    assert line.startswith(f"spikerl: worker 1 of 2: {failure}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
         ended = mpiexec(tmp_path, *asked, "run_dir=other")

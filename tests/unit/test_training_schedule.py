@@ -284,6 +284,28 @@ def test_an_evaluation_notices_a_bad_reset():
         evaluator.run(trainer.policy, 1)
 
 
+@pytest.mark.parametrize(
+    ("count", "rows"), [(10, np.array([[0.0, 1e200]])), (2**53, np.zeros((1, 2)))]
+)
+def test_a_normaliser_that_diverged_stops_the_run(count: int, rows: np.ndarray):
+    with trainer_of(norm_interval=7, learning_starts=20) as trainer:
+        for _ in range(6):
+            trainer.advance()
+        trainer.norm.count = count
+        trainer.norm.add(rows)
+        with pytest.raises(NonFinite, match=r"^step 7: the observation normaliser diverged: entry"):
+            trainer.advance()
+
+
+def test_a_bad_update_names_the_step():
+    with trainer_of(learning_starts=20, update_interval=10) as trainer:
+        for _ in range(19):
+            trainer.advance()
+        trainer.replay.rows[:19] = math.nan
+        with pytest.raises(NonFinite, match=r"^step 20: update 0: the loss or a gradient"):
+            trainer.advance()
+
+
 def test_a_decimal_fraction_of_updates_is_not_cut_short():
     with trainer_of(learning_starts=0, update_interval=100, updates_per_step=0.29) as trainer:
         assert [trainer.updates_due(100 * k) for k in range(4)] == [0, 29, 58, 87]
