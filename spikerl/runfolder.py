@@ -105,6 +105,7 @@ def create(
     with begin(partial, target, raw, manifest):
         try:
             fill(partial)
+            (partial / ".lock").unlink()
             return appear(partial, target, named=named)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -268,7 +268,7 @@ def test_what_went_missing_is_written_again(saved: Saved, tmp_path: Path) -> Non
     """A segment or every checkpoint, under a run that goes on."""
     new, segment = saved.trainer.step, f"rows_{saved.last - EPOCH:012d}_{saved.last:012d}.f32"
     run = saved.copy(tmp_path / "segment")
-    (run / "replay" / "worker_0" / segment).unlink()
+    (run / "replay" / "worker_0_of_1" / segment).unlink()
     save(saved.trainer, run)
     assert saved.check(run, new) == new
     run = saved.copy(tmp_path / "checkpoints")

@@ -60,6 +60,14 @@ def test_a_worker_that_hangs(whole: Path, tmp_path: Path) -> None:
     check(run, whole, f"worker 0 of 2: lost the others: {where}")
 
 
+def test_a_worker_that_hangs_over_mpi(whole: Path, tmp_path: Path) -> None:
+    run = train(tmp_path, *TWO, RESTARTS, "backend=mpi", "backend.timeout_s=2")
+    run.until(lambda: run.begun() and rows(run.home / "run"))
+    os.kill(test_mpi.worker(run, "1"), signal.SIGSTOP)
+    late = "lost the others: a worker did not come to a collective within 2 s"
+    check(run, whole, f"worker 0 of 2: {late}")
+
+
 def test_one_worker_alone(tmp_path: Path) -> None:
     alone = ["env=HalfCheetah", "num_envs=2", "env.vectorizer=async"]
     undisturbed = train(tmp_path / "whole", *alone)
