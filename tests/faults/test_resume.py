@@ -21,15 +21,7 @@ from spikerl import runfolder
 from spikerl.errors import BadRequest
 from spikerl.session import Session
 
-SHORT = (
-    "td3",
-    "proxy_td3",
-    "sac",
-    "ppo",
-    "poisson",
-    "async",
-    "workers",
-)  # the others: scripts/soak
+SHORT = ("td3", "proxy_td3", "sac", "ppo", "async", "workers")  # all of them: scripts/soak
 HOPPER = ["env=Hopper", "num_envs=2"]
 
 
