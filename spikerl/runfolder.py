@@ -10,13 +10,14 @@ import platform
 import shlex
 import shutil
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from spikerl import hardware
 from spikerl.errors import BadRequest
@@ -261,3 +262,44 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def _finite(value: object) -> bool:
     return type(value) is float and math.isfinite(value)
+
+
+def differences(folders: Sequence[Path], varied: Set[str] | None = None) -> str | None:
+    """A line that says in what runs differ whose results stand side by side, or None: in code,
+    versions and machine, and in config beyond the `varied` keys (None: in any).
+    """
+    records = [_record(folder, configs=varied is not None) for folder in folders]
+    keys = sorted({key for record in records for key in record})
+    apart = [key for key in keys if len({record.get(key) for record in records}) > 1]
+    free = varied or set()
+    within = [any(key == v or key.startswith(f"{v}.") for v in free) for key in apart]
+    odd = [key for key, asked in zip(apart, within, strict=True) if not asked]
+    lacking = [str(folder) for folder, record in zip(folders, records, strict=True) if not record]
+    said = [f"these runs differ in {', '.join(odd)}"] * bool(odd)
+    said += [f"nothing is known of how {', '.join(lacking)} came about"] * bool(lacking)
+    return f"note: {'; '.join(said)}" if said else None
+
+
+# Of a config: what names a run, and what does not change what it computes.
+NAMES = ("run_dir", "resume", "config", "threads", "nnodes", "node_rank", "rdzv", "max_restarts")
+
+
+def _record(folder: Path, *, configs: bool) -> dict[str, str]:
+    """Code, versions, machine and config of a run, by dotted keys; empty where they are unknown."""
+    try:
+        manifest = read_json(folder / "manifest.json", MAX_BYTES)
+        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        known = {"git": manifest["git"], "versions": manifest["versions"],
+                 "hardware": {k: manifest["hardware"][k] for k in ("cpu", "gpus")}}  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, YAMLError):
+        return {}
+    assert isinstance(config, dict)
+    return flat({**known, **{k: v for k, v in config.items() if configs and k not in NAMES}})
+
+
+def flat(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in data.items():
+        inner = isinstance(value, Mapping)
+        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": str(value)}
+    return found

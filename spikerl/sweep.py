@@ -128,6 +128,8 @@ class Sweep:
             table.add_row(job["name"], state, shown, job.get("error") or place)
         width = None if sys.stdout.isatty() else 200  # a path that is cut cannot be copied
         Console(width=width, markup=False, emoji=False).print(table)
+        if note := self.mixed(jobs):
+            print(note)
         statuses = [job["status"] for job in jobs]
         root = f"; {self.root}" if self.keep else ""
         print(f"{statuses.count(0)} of {len(jobs)} jobs done{root}")
@@ -138,6 +140,14 @@ class Sweep:
             shutil.rmtree(self.root, ignore_errors=True)
         stopped = [status for status in statuses if status in STOPPED]
         return stopped[0] if stopped else int(set(statuses) != {0})
+
+    def mixed(self, jobs: Sequence[dict[str, Any]]) -> str | None:
+        """What the runs of the table differ in beside what the sweep varies."""
+        from spikerl.runfolder import differences
+
+        shown = [Path(job["folder"]) for job in jobs if job["return"] is not None]
+        # An experiment sets keys of every group.
+        return differences(shown, None if "experiment" in self.varied else self.varied)
 
     def discard(self) -> None:
         """Leave things as they were: no job began."""
