@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from safetensors.torch import save as tensor_bytes
 
 from spikerl.errors import BadRequest
-from spikerl.files import json_bytes, read_json, write_atomic
+from spikerl.files import json_bytes, read_bytes, read_json, write_atomic
 from spikerl.networks import (
     Actor,
     ActorConfig,
@@ -43,6 +43,7 @@ from spikerl.versions import versions
 
 SCHEMA = 3  # 2: weights are input-major; 3: neurons have a reset and a choice of surrogate
 MAX_BYTES = 1 << 20  # of a policy.json; action bounds take most of it
+MAX_TENSORS = 1 << 30
 POPULATIONS = ("population", "poisson", "tanh_population", "analog")
 ACTORS: dict[str, type[Any]] = {"popsan": PopSANConfig, "care_bn": CareBNConfig, "mlp": MLPConfig}
 ENCODERS: dict[str, type[Any]] = {
@@ -176,8 +177,9 @@ def read_policy(
         data = read_json(folder / "policy.json", MAX_BYTES)
         if "${" in json.dumps(data):
             raise ValueError("policy.json refers to something outside it")
-        tensors = load_file(folder / "policy.safetensors")
-    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        # Of its own: a file that is mapped ends the process if somebody writes over it.
+        tensors = load(read_bytes(folder / "policy.safetensors", MAX_TENSORS))
+    except (OSError, ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadRequest(key, folder, f"its policy cannot be read: {reason}") from None
     if isinstance(data, dict) and data.get("schema") == 2:

@@ -64,7 +64,7 @@ def value(chance: Random, depth: int = 0) -> Any:
     if depth > 3:
         return None
     if kind == 8:
-        return [value(chance, depth + 1) for _ in range(chance.choice((1, 2, 3, 300)))]
+        return [value(chance, depth + 1) for _ in range(chance.choice((1, 2, 3, 300 >> 3 * depth)))]
     if chance.random() < 0.3:
         nested: Any = 1
         for _ in range(chance.choice((5, 60, 200))):

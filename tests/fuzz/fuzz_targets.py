@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import yaml
 from builders import POPULATION, popsan_config, small_training
-from safetensors.torch import load_file
+from safetensors.torch import load
 from shell import spikerl
 
 from spikerl import config as configs
@@ -80,7 +80,7 @@ def policy_json(folder: Path) -> Case:
 
 def policy_tensors(folder: Path) -> Case:
     run = shutil.copytree(trained(folder), folder / "run", symlinks=True)
-    tensors = load_file(run / "policy.safetensors")
+    tensors = load((run / "policy.safetensors").read_bytes())
 
     def case(chance: Random) -> bool:
         (run / "policy.safetensors").write_bytes(odd.tensors_file(chance, tensors))
@@ -193,7 +193,7 @@ def checkpoint(folder: Path) -> Case:
     shutil.copytree(honest / "replay", run / "replay")
     shutil.copy(honest / "metrics.jsonl", run)
     files = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
-    tensors = {path: load_file(path) for path in files if path.suffix == ".safetensors"}
+    tensors = {path: load(data) for path, data in files.items() if path.suffix == ".safetensors"}
 
     def spoil(chance: Random, path: Path) -> bytes:
         if path in tensors and chance.random() < 0.8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +60,26 @@ def refused(run: Path) -> str:
 
 def test_sound(run: Path) -> None:
     assert load_policy(run)(np.zeros(2)).shape == (1,)
+
+
+def test_a_policy_outlives_its_files(run: Path) -> None:
+    policy = load_policy(run)
+    before = policy(np.ones(2))
+    for name in ("policy.json", "policy.safetensors"):
+        with (run / name).open("r+b") as f:
+            f.truncate(0)
+    assert policy(np.ones(2)) == before
+    assert policy.norm.count == 0
+
+
+@pytest.mark.parametrize("name", ["policy.json", "policy.safetensors"])
+def test_a_pipe_or_a_device(run: Path, name: str) -> None:
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    refused(run)
+    (run / name).unlink()
+    (run / name).symlink_to("/dev/zero")
+    refused(run)
 
 
 def test_missing(run: Path) -> None:
