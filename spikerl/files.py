@@ -68,7 +68,7 @@ def read_bytes(path: Path, most: int) -> bytes:
             raise OSError(f"{path.name} is no regular file")
         if status.st_size > most:
             raise OSError(f"{path.name} is larger than {most} bytes")
-        return f.read(most)
+        return f.read(status.st_size)  # not `most`, which would be reserved
 
 
 def read_json(path: Path, most: int) -> Any:

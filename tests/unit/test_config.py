@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from shell import refusal
 
@@ -112,13 +109,6 @@ SCHEMAS: dict[str, list[type[Any]]] = {
     "env.": [EnvConfig],
     **{f"{group}.": list(options.values()) for group, options in OPTIONS.items()},
 }
-
-
-@pytest.fixture(scope="module")
-def default() -> Iterator[dict[str, Any]]:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        yield OmegaConf.to_container(compose("train"), resolve=True)  # type: ignore[misc]
 
 
 def changed(data: dict[str, Any], **values: Any) -> dict[str, Any]:
