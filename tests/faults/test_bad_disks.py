@@ -22,6 +22,7 @@ from spikerl.checkpoint import save_checkpoint, verified
 from spikerl.distributed.world import World
 from spikerl.envs import make_env, task_of
 from spikerl.errors import BadRequest, DiskError
+from spikerl.files import Journal
 from spikerl.session import Session
 from spikerl.trainer import Trainer
 
@@ -216,3 +217,26 @@ def test_a_lock_of_the_dead_is_no_lock(tmp_path: Path) -> None:
     with runfolder.lock(tmp_path), pytest.raises(BadRequest, match=said):
         runfolder.lock(tmp_path)
     runfolder.lock(tmp_path).close()
+
+
+def test_a_journal_writes_all_in_order_over_what_a_failure_left(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    journal = Journal(path)
+    journal.add(b"one\n")
+    journal.write(sync=True)
+    journal.add(b"two\n")
+    with before_each_call(Failing(errno.ENOSPC, 2)), pytest.raises(OSError, match="write"):
+        journal.write(sync=True)  # after its two opens, half of it
+    path.write_bytes(path.read_bytes() + b"a long rest of an earlier attempt")
+    journal.add(b"three\n")
+    journal.write(sync=True)
+    assert path.read_bytes() == b"one\ntwo\nthree\n"
+    journal.add(b"four\n")
+    path.write_bytes(b"one\n")
+    with pytest.raises(OSError, match="lost what it held"):
+        journal.write(sync=True)
+    assert path.read_bytes() == b"one\n"
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        journal.write(sync=True)
+    assert not path.exists()
