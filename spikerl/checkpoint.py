@@ -34,6 +34,7 @@ from spikerl.files import (
     checksum_of,
     json_bytes,
     make_folder,
+    parse_json,
     read_json,
     sync_folder,
     write_atomic,
@@ -309,10 +310,9 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def _check(manifest: Mapping[str, Any]) -> None:
     """A ValueError unless it names only what lies in the run."""
-    if type(manifest["step"]) is not int or not 0 <= manifest["step"] < 1 << 63:
-        raise ValueError("step")
-    if type(manifest["world_size"]) is not int or manifest["world_size"] < 1:
-        raise ValueError("world_size")
+    counts = (manifest["step"], manifest["world_size"] - 1, manifest.get("metrics_bytes", 0))
+    if not all(type(count) is int and 0 <= count < 1 << 63 for count in counts):
+        raise ValueError("step, world_size or metrics_bytes")
     for name, sums in manifest["files"].items():
         if not isinstance(sums, str) or not re.fullmatch(r"[a-z0-9_]+\.(safetensors|json)", name):
             raise ValueError(f"{name} is no file of a checkpoint")
@@ -353,7 +353,7 @@ def _damaged_rows(path: Path, length: int) -> Iterator[str]:
         yield f"{path.name} is shorter than it says"
     for number, line in enumerate(rows.splitlines()):
         try:
-            json.loads(line)
+            parse_json(line)
         except ValueError:
             yield f"{path.name} has changed in line {number + 1}"
 

@@ -73,15 +73,15 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 def read_json(path: Path, most: int) -> Any:
     """Plain data whose numbers are finite; an OSError or a ValueError where it is none."""
-    try:
-        return parse_json(read_bytes(path, most))
-    except RecursionError:
-        raise ValueError(f"{path.name} nests too deep") from None
+    return parse_json(read_bytes(path, most))
 
 
 def parse_json(text: bytes) -> Any:
-    """As `json_bytes` wrote it: no NaN, no infinity, no 1e999."""
-    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    """As `json_bytes` wrote it: no NaN, no infinity, no 1e999, no nesting without end."""
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
 
 
 def _finite(text: str) -> float:

@@ -253,7 +253,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     """None where it is none, such as what a power cut leaves of one."""
     try:
         row = parse_json(line)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None

@@ -116,7 +116,7 @@ REFUSED = [
     ("env.version=v9", "env.version=v9: ", "HalfCheetah-v5"),
     ("env.vectorizer=both", "env.vectorizer=both: ", "sync or async"),
     ("env.action_bounds=one", "env.action_bounds=one: ", "each or first"),
-    ("env.max_episode_steps=0", "env.max_episode_steps=0: ", "at least 1"),
+    ("env.max_episode_steps=0", "env.max_episode_steps=0: ", "give 1 to 1000000"),
     ("scaling=huge", "scaling=huge: ", "strong or weak"),
     ("device=tpu", "device=tpu: ", "auto, cpu, cuda"),
     ("precision.actor=fp8", "precision.actor=fp8: ", "bf16"),
