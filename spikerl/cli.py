@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from spikerl.compose import COMMANDS, expand, explain, usage
 from spikerl.configfile import conf_folder
+from spikerl.distributed import hosts, mpi
 from spikerl.distributed.orphans import die_if_spawned, die_with_launcher
 from spikerl.errors import BadRequest
 
@@ -124,5 +125,8 @@ def wrong(line: str) -> int:
     """One line of bounded length, whatever the text holds: some may be from a stranger's file."""
     shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line[:LONGEST])
     shown += "..." * (len(line) > LONGEST)
-    print(f"spikerl: {shown}", file=sys.stderr)
+    mpi.adopt()
+    hosts.adopt()
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other workers of a machine would repeat it
+        print(f"spikerl: {shown}", file=sys.stderr)
     return WRONG

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import shutil
 import sys
@@ -13,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,15 @@ class Sweep:
         varied = varied_keys(args)
         if command not in KEEPS_FOLDERS:
             return cls(Path(tempfile.mkdtemp(prefix="spikerl-sweep-")), varied, keep=False)
+        submitted = [arg for arg in args if arg.startswith("hydra/launcher=submitit")]
+        if submitted and find_spec("submitit") is None:
+            remedy = "pip install 'spikerl[slurm]' brings hydra-submitit-launcher"
+            raise BadRequest("hydra/launcher", submitted[-1].partition("=")[2], remedy)
         typed = [unquoted(a.partition("=")[2]) for a in args if a.startswith("run_dir=")]
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         named = typed and typed[-1] not in ("", "null")
         sweep = cls(Path(typed[-1] if named else f"outputs/sweeps/{stamp}").absolute(), varied)
-        if any(arg.startswith("hydra/launcher=submitit") for arg in args):
+        if submitted:
             os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # which a run knows
             print(f"jobs are submitted; what they say: {sweep.root}/.submitit/*/*_log.out")
         return sweep
@@ -66,10 +70,10 @@ class Sweep:
 
     def job(
         self, config: Any, call: Callable[[Any], int], explain: Callable[[Exception], str]
-    ) -> float:
+    ) -> float | None:
         """Run one job, whatever becomes of it, and note how it ended.
 
-        What a sweeper is to maximise: the best evaluation's return, NaN if there is none.
+        What a sweeper is to maximise: the best evaluation's return; None if the job failed.
         """
         from hydra.core.hydra_config import HydraConfig
         from omegaconf.errors import OmegaConfBaseException
@@ -102,8 +106,7 @@ class Sweep:
         if outcome["status"] == PREEMPTED and hosts.requeued():
             sys.exit(PREEMPTED)  # it is this job that goes on later, and notes how it ended
         self.note(outcome)
-        best = best_return(outcome)
-        return math.nan if best is None else best
+        return best_return(outcome) if outcome["status"] == 0 else None
 
     def note(self, outcome: dict[str, Any]) -> None:
         if os.environ.get("RANK", "0") != "0":

@@ -101,7 +101,8 @@ def test_a_bad_job_stops_no_other(tmp_path: Path) -> None:
     assert "1 of 3 jobs done" in said.out
     assert table(said) == [
         ["env.id=NEVER-v0", "done", "10.0", str(tmp_path / "s" / "env.id=NEVER-v0")],
-        ["env.id=RAISES-v0", "failed (1)", "-", "ValueError: [/b] the robot fell over"],
+        ["env.id=RAISES-v0", "failed (1)", "-",
+         "EnvironmentFailed: step 60: RAISES-v0 raised ValueError: [/b] the robot fell over"],
         ["env.id=CartPole-v1", "refused", "-",
          "env.id=CartPole-v1: its actions are Discrete; a Box (continuous) is needed"],
     ]  # fmt: skip
@@ -237,6 +238,13 @@ def test_joblib(tmp_path: Path) -> None:
     for seed in (0, 1):
         summary = json.loads((tmp_path / "s" / f"seed={seed}" / "summary.json").read_text())
         assert (summary["seed"], summary["updates"]) == (seed, 100)
+
+
+def test_a_launcher_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spikerl.sweep.find_spec", lambda name: None)
+    said = sweep("seed=0,1", "hydra/launcher=submitit_slurm")
+    assert said.line.startswith("hydra/launcher=submitit_slurm: pip install 'spikerl[slurm]'")
+    assert tree(tmp_path) == {}
 
 
 def test_varied_keys() -> None:
