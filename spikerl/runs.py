@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,8 @@ def run(
             init_from = config.scalars.init_from
             init = read_init(init_from, config, task) if init_from else None
             trainer = Trainer(training, task, init, world, meter)
-            session = Session(config, trainer, world, target, command, after)
-            if mailbox:
-                launch.begun(mailbox, session.folder)
+            begun = partial(launch.begun, mailbox) if mailbox else None
+            session = Session(config, trainer, world, target, command, after, begun)
             status = session.run(lambda: stop[0] if stop else 0)
             mpi.part()
             return status

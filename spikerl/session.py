@@ -38,8 +38,11 @@ class Session:
         target: str,
         command: Sequence[str],
         after: str | None = None,
+        begun: Callable[[Path], None] | None = None,
     ) -> None:
-        """`after` is why the program itself resumes the run, if it does."""
+        """`after` is why the program itself resumes the run, if it does; `begun` is told the folder,
+        before anybody else is.
+        """
         self.config, self.trainer, self.world = config, trainer, world
         self.first = world.rank == 0
         self.wall_s = 0.0  # before this session
@@ -58,6 +61,8 @@ class Session:
         except DiskError as error:
             key = "resume" if config.scalars.resume else "run_dir"
             raise BadRequest(key, target, f"{error}; nothing was begun") from None
+        if begun:
+            begun(self.folder)
         if self.first:
             title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
             self.log = RunLog(self.folder, trainer.step)
