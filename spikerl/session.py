@@ -40,8 +40,8 @@ class Session:
         after: str | None = None,
         begun: Callable[[Path], None] | None = None,
     ) -> None:
-        """`after` is why the program itself resumes the run, if it does; `begun` is told the folder,
-        before anybody else is.
+        """`after` is why the program itself resumes the run, if it does; `begun` is told the
+        folder before anybody else is.
         """
         self.config, self.trainer, self.world = config, trainer, world
         self.first = world.rank == 0
