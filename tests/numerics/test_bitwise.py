@@ -168,7 +168,7 @@ def test_each_rule_repeats_itself_and_resumes(rule: str, tmp_path: Path):
     disturb()
     with closing(new_trainer(training)) as first:
         part = finish(first, upto=2)
-        facts, files = {"step": first.step}, first.policy.files()
+        facts, files = {"step": first.step, "world_size": 1}, first.policy.files()
         save_checkpoint(tmp_path, ALONE, first.shard(), first.learner_state(), facts, files)
     disturb()
     with closing(new_trainer(training)) as second:
