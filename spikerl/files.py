@@ -50,9 +50,9 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Below one that exists: what went away is not begun anew."""
+    """Below one that exists: what went away is not begun anew. Several may make it at once."""
     if not path.is_dir():
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         sync_folder(path.parent)
 
 

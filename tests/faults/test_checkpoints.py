@@ -18,6 +18,7 @@ from spikerl.checkpoint import KEEP, drop_later, newest, save_checkpoint, verifi
 from spikerl.distributed.world import ALONE
 from spikerl.envs import make_env, task_of
 from spikerl.errors import BadRequest, DiskError
+from spikerl.files import make_folder
 from spikerl.policy import find_policy
 from spikerl.trainer import Trainer
 
@@ -322,3 +323,18 @@ def test_a_policy_without_its_link(saved: Saved, tmp_path: Path) -> None:
         assert find_policy(run, key="run") == newest_one
     link.unlink()
     assert find_policy(run, key="run") == newest_one
+
+
+def test_workers_make_a_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another makes it between the look and the making."""
+    is_dir = Path.is_dir
+
+    def look(path: Path) -> bool:
+        found = is_dir(path)
+        if not found:
+            path.mkdir()
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", look)
+    make_folder(tmp_path / "replay")
+    assert is_dir(tmp_path / "replay")
