@@ -24,6 +24,8 @@ SIZES = [  # observation and action entries, hidden layers, samples
     (39, 1, [15], 15),
     (105, 8, [400, 300], 7),
     (20, 17, [40, 32, 5], 33),
+    (17, 6, [256, 256], 150),
+    (5, 18, [33, 70, 16], 141),
 ]
 
 
@@ -173,13 +175,67 @@ def test_an_ascent_is_of_the_first_critic_alone(kernel: str) -> None:
     assert all(p.grad is None for p in critic.parameters())
 
 
-def test_rounded_products_stay_with_pytorch() -> None:
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "amx"])
+def test_rounded_products_stay_with_pytorch(path: str) -> None:
     torch.manual_seed(0)
     critic = Critics(3, 2, [8], dtype=torch.bfloat16)
     rows = torch.randn(5, 6)
     plain = results("reference", critic, rows, 3)
-    for one, other in zip(results(f"cpu/{PATHS[0]}", critic, rows, 3), plain, strict=True):
+    for one, other in zip(results(f"cpu/{path}", critic, rows, 3), plain, strict=True):
         assert torch.equal(one, other)
+
+
+def rounded_by_hand(critic: Critics, rows: Tensor, obs_dim: int) -> list[Tensor]:
+    """What `results` are if operands of the hidden layers' products are rounded to bf16, and nothing
+    else is: in float64.
+    """
+
+    def low(x: Tensor) -> Tensor:
+        return x.detach().bfloat16().double()
+
+    weights, biases = (
+        [p.detach().double() for p in ps] for ps in (critic.weights_CIN, critic.biases_C1N)
+    )
+    batch = len(rows)
+    inputs = [rows[:, :-1].double().expand(len(weights[0]), -1, -1)]
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        inputs.append((low(inputs[-1].float()) @ low(weight) + bias).relu())
+    values = (inputs[-1] @ weights[-1] + biases[-1]).squeeze(-1)
+
+    def back(grad: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        grads_w, grads_b = [inputs[-1].mT @ grad], [grad.sum(1, keepdim=True)]
+        drive = grad @ weights[-1].mT * (inputs[-1] > 0)
+        for i in reversed(range(len(weights) - 1)):
+            grads_w.insert(0, low(inputs[i].float()).mT @ low(drive.float()))
+            grads_b.insert(0, drive.sum(1, keepdim=True))
+            below = low(drive.float()) @ low(weights[i]).mT
+            drive = below * (inputs[i] > 0)
+        return grads_w, grads_b, below
+
+    errors = values - rows[:, -1].double()
+    grads_w, grads_b, _ = back(1.4 / batch * errors.unsqueeze(-1))
+    first = torch.zeros_like(errors)
+    first[0] = -0.3 / batch
+    towards = back(first.unsqueeze(-1))[2].sum(0)[:, obs_dim:]
+    loss, ascent = 0.7 * errors.square().mean(1).sum(), -0.3 * values[0].mean()
+    found = [values, values.mean(), loss, *grads_w, *grads_b, ascent, towards]
+    return [x.float() for x in found]
+
+
+@pytest.mark.skipif("amx" not in PATHS, reason="needs a processor with bf16 matrix units")
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_rounded_products_on_matrix_units(size: tuple) -> None:  # type: ignore[type-arg]
+    critic, rows = made(*size)
+    critic.dtype = torch.bfloat16
+    expected = rounded_by_hand(critic, rows, size[0])
+    ours = results("cpu/amx", critic, rows, size[0])
+    for one, other in zip(ours, expected, strict=True):
+        # A number that lies between two of bf16 may be rounded to the other one of them.
+        assert float((one - other).norm()) <= 2e-3 * float(other.norm()) + 1e-7
+    if size[3] == 100:
+        full = results("reference", made(*size)[0], rows, size[0])
+        assert float((full[0] - ours[0]).norm()) > 1e-3 * float(ours[0].norm())
+        assert float((ours[0] - expected[0]).norm()) < 2e-5 * float(ours[0].norm())
 
 
 def test_other_formats_are_not_read_as_if_they_were_float32() -> None:

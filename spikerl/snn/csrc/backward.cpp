@@ -1,38 +1,9 @@
 // Backward: gradients of all parameters.
 
-#include "spiking.h"
+#include "backward.h"
+#include "backward_tiles.h"
 
 namespace {
-
-struct Gradients {
-    float *mean, *std, *out_weight, *out_bias;
-    float* const* weights;
-    float* const* biases;
-};
-
-// Gradients of the drive of `count` neurons, `out` (T, Np), from those of their spikes, `grad`: (T, Np), or,
-// where `step` is 0, (Np) for every t. Beyond the last step at which a voltage lies inside the surrogate window,
-// its neuron has no gradient: `live` (Np) is the number of steps that have one.
-//   gv = [|v - threshold| < window] (grad - kept v) + kept (1 - o);  kept = voltage_decay gv_next
-//   out = current_decay out_next + gv
-void scan_back(const Net& net, int64_t count, int64_t Np, const float* grad, int64_t step,
-               const float* voltage, float* out, int32_t* live) {
-    for (int64_t n = 0; n < count; n += W) {
-        vec gc = {}, gv = {};
-        ivec steps = {};
-        for (int32_t t = net.spike_steps - 1; t >= 0; t--) {
-            vec v = load(voltage + t * Np + n), excess = v - net.threshold;
-            ivec inside = (excess < net.window) & (excess > -net.window);
-            steps = steps == 0 ? inside & (t + 1) : steps;
-            vec kept = gv * net.voltage_decay;
-            vec spike = load(grad + t * step + n) - kept * v;
-            gv = (inside ? spike : vec{}) + (excess > 0.0f ? vec{} : kept);
-            gc = gc * net.current_decay + gv;
-            store(out + t * Np + n, gc);
-        }
-        if (live) store(live + n, steps);
-    }
-}
 
 // Neurons ordered by how many steps of a chunk have a gradient, most first: those with at least s of them
 // are the first `upto[s]`.
@@ -253,40 +224,22 @@ void weight_gradients(const Store& st, int layer, const Layer& l, int64_t n, con
     std::memcpy(grad_bias + n, bias, there * sizeof(float));
 }
 
-void backward(const Net& net, int64_t B, const float* obs, bool poisson, const float* act,
-              const float* grad_act, char* saved, const Gradients& out, int threads) {
-    const Store st(&net, B, true, saved);
-    const int64_t T = net.spike_steps, tiles = (B + TILE - 1) / TILE, K0 = net.widths[0];
+// Gradients of the encoder's activities, (B, K0p), and of all layers' weights, from those of the actions.
+const float* through_events(const Store& st, const float* encoder_weight, const Decoded& decoded, const Gradients& out,
+                            int threads) {
+    const Net& net = *st.net;
+    const int64_t B = st.samples, T = net.spike_steps, tiles = (B + TILE - 1) / TILE;
     int64_t widest = 0;
     for (int l = 0; l <= net.layers; l++) widest = padded(net.widths[l]) > widest ? padded(net.widths[l]) : widest;
     // Gradients of the drives of two neighbouring layers, and of one sample's spikes for each thread.
     float* memory = reinterpret_cast<float*>(scratch<3>(2 * B * T * widest * sizeof(float)));
     float *above = memory, *below = memory + B * T * widest;
     int32_t* lives = reinterpret_cast<int32_t*>(scratch<8>(B * widest * sizeof(int32_t)));
-    // The encoder's spikes pass their gradients on: dA = sum over t of d(spike t) times w_t, where w_t =
-    // dv_t / dA = sum over i <= t of (1 - threshold)^i for the deterministic coder, and 1 for Poisson.
-    float weight[MAX_STEPS], power = 1.0f, total = 0.0f;
-    for (int64_t t = 0; t < T; t++, power *= 1.0f - net.encoder_threshold)
-        weight[t] = poisson ? 1.0f : total += power;
-
-    const int64_t N = net.widths[net.layers], Np = padded(N);
-    std::memset(out.out_weight, 0, N * sizeof(float));
-    std::memset(out.out_bias, 0, net.act_dim * sizeof(float));
-    float* top = reinterpret_cast<float*>(scratch<5>(Np * sizeof(float)));
-    std::memset(top, 0, Np * sizeof(float));
-    for (int64_t b = 0; b < B; b++) {
-        const int32_t* words = st.words[net.layers] + b * Np;
-        for (int64_t a = 0, n = 0; a < net.act_dim; a++) {
-            const float y = act ? act[b * net.act_dim + a] : 0.0f, g = grad_act[b * net.act_dim + a] * (1.0f - y * y);
-            out.out_bias[a] += g;
-            for (int64_t p = 0; p < net.out_pop_size; p++, n++) {
-                out.out_weight[n] += g * (float(__builtin_popcount(words[n])) / float(T));
-                top[n] = g * net.out_weight[n] / float(T);
-            }
-        }
+    const int64_t Np = padded(net.widths[net.layers]);
+    decoded.each(st, out, [&](int64_t b, const float* top) {
         scan_back(net, Np, Np, top, 0, st.voltage[net.layers - 1] + b * T * Np, above + b * T * Np,
                   lives + b * widest);
-    }
+    });
     for (int layer = net.layers - 1; layer >= 0; layer--) {
         const int64_t outputs = net.widths[layer + 1];
         const Layer l{net.widths[layer], outputs, padded(outputs), net.weights[layer]};
@@ -314,9 +267,9 @@ void backward(const Net& net, int64_t B, const float* obs, bool poisson, const f
                     continue;
                 }
                 for (int64_t n = 0; n < l.Np; n += W) {
-                    vec s = {};
-                    for (int64_t t = 0; t < T; t++) s += weight[t] * load(drive + t * l.Np + n);
-                    store(spread.collapsed + i * l.Np + n, s);
+                    vec sum = {};
+                    for (int64_t t = 0; t < T; t++) sum += encoder_weight[t] * load(drive + t * l.Np + n);
+                    store(spread.collapsed + i * l.Np + n, sum);
                 }
             }
             if (layer > 0) spread.run(count);
@@ -331,10 +284,27 @@ void backward(const Net& net, int64_t B, const float* obs, bool poisson, const f
                     std::memcpy(below + b * Kp, grad, Kp * sizeof(float));
             }
         }
-        float* other = above;
-        above = below, below = other;
+        std::swap(above, below);
     }
-    const float* input = above;  // (B, K0p) now
+    return above;
+}
+
+void backward(const Net& net, int64_t B, const float* obs, bool poisson, const float* act,
+              const float* grad_act, char* saved, const Gradients& out, int threads) {
+    const Store st(&net, B, true, by_events(B), saved);
+    const int64_t T = net.spike_steps, K0 = net.widths[0];
+    // The encoder's spikes pass their gradients on: dA = sum over t of d(spike t) times w_t, where w_t =
+    // dv_t / dA = sum over i <= t of (1 - threshold)^i for the deterministic coder, and 1 for Poisson.
+    float weight[MAX_STEPS], power = 1.0f, total = 0.0f;
+    for (int64_t t = 0; t < T; t++, power *= 1.0f - net.encoder_threshold)
+        weight[t] = poisson ? 1.0f : total += power;
+    const Decoded decoded{act, grad_act};
+#if HAS_TILES
+    const float* input = by_events(B) ? through_events(st, weight, decoded, out, threads)
+                                      : through_tiles(st, weight, decoded, out, threads);
+#else
+    const float* input = through_events(st, weight, decoded, out, threads);
+#endif
     const int64_t K0p = padded(K0);
     std::memset(out.mean, 0, K0 * sizeof(float));
     std::memset(out.std, 0, K0 * sizeof(float));

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "spiking.h"
+#include "forward_tiles.h"
 
 namespace {
 
@@ -136,20 +136,6 @@ inline void gather(int steps, Events events, const Columns& columns, float* driv
     }
 }
 
-// The words of W neurons, and their voltages, from their drives.
-inline ivec membranes(const Net& net, const float* drive, int64_t drive_step, float* voltage, int64_t step) {
-    vec c = {}, v = {};
-    ivec fired = {}, word = {};
-    for (int t = 0; t < net.spike_steps; t++) {
-        c = c * net.current_decay + load(drive + t * drive_step);
-        v = (fired ? vec{} : v) * net.voltage_decay + c;
-        fired = v > net.threshold;
-        word |= fired & int32_t(1u << t);
-        store(voltage + t * step, v);
-    }
-    return word;
-}
-
 // One layer's neurons n0 to n0 + V W of one sample: drive, membranes, words and voltages.
 template <int V, class Columns>
 void neurons(const Store& st, int layer, int64_t b, int64_t n0, const Columns& columns,
@@ -268,25 +254,45 @@ void run_layer(const Store& st, int layer, const Layer& l, int64_t from, int64_t
     run_blocks<1>(st, layer, l, n, from, to);
 }
 
-void forward(const Net& net, int64_t B, const float* obs, const float* uniform, float* act, char* saved,
-             bool squash, int threads) {
-    const Layers layers(net, B > DIRECT);
-    const int64_t tiles = (B + TILE - 1) / TILE;
+// `run(store, from, to)` all layers of some samples, tile after tile.
+template <class Run>
+void each_tile(const Net& net, int64_t B, const float* obs, const float* uniform, float* act, char* saved,
+               bool squash, int threads, Run run) {
+    const bool lists = by_events(B);
+    const int64_t size = lists ? TILE : PASS, tiles = (B + size - 1) / size, most = B < size ? B : size;
     const int64_t step = B * net.widths[0];
-    const int64_t bytes = saved ? 0 : Store(&net, B < TILE ? B : TILE, false, nullptr).bytes;
+    const int64_t bytes = saved ? 0 : Store(&net, most, false, lists, nullptr).bytes;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (tiles > 1)
     for (int64_t tile = 0; tile < tiles; tile++) {
-        const int64_t first = tile * TILE, count = B - first < TILE ? B - first : TILE;
-        const Store st = saved ? Store(&net, B, true, saved)
-                               : Store(&net, B < TILE ? B : TILE, false, scratch<1>(bytes));
+        const int64_t first = tile * size, count = B - first < size ? B - first : size;
+        const Store st = saved ? Store(&net, B, true, lists, saved)
+                               : Store(&net, most, false, lists, scratch<1>(bytes));
         const int64_t from = saved ? first : 0;
         for (int64_t i = 0; i < count; i++) {
             const float* u = uniform ? uniform + (first + i) * net.widths[0] : nullptr;
             encode(st, from + i, obs + (first + i) * net.obs_dim, u, step);
         }
-        for (int l = 0; l < net.layers; l++) run_layer(st, l, layers.of[l], from, from + count);
+        run(st, from, from + count);
         for (int64_t i = 0; i < count; i++) decode(st, from + i, act + (first + i) * net.act_dim, squash);
     }
+}
+
+void forward(const Net& net, int64_t B, const float* obs, const float* uniform, float* act, char* saved,
+             bool squash, int threads) {
+#if HAS_TILES
+    if (!by_events(B)) {
+        const TileLayers layers(net);
+        each_tile(net, B, obs, uniform, act, saved, squash, threads, [&](const Store& st, int64_t from, int64_t to) {
+            const Tiles tiles;
+            for (int l = 0; l < net.layers; l++) run_layer(st, l, layers.of[l], from, to);
+        });
+        return;
+    }
+#endif
+    const Layers layers(net, B > DIRECT);
+    each_tile(net, B, obs, uniform, act, saved, squash, threads, [&](const Store& st, int64_t from, int64_t to) {
+        for (int l = 0; l < net.layers; l++) run_layer(st, l, layers.of[l], from, to);
+    });
 }
 
 }  // namespace
@@ -319,7 +325,7 @@ bool spikerl_act(const Net* net, const Units* units, const double* obs, const fl
 }
 
 // Bytes that `forward` fills and `backward` reads for B samples.
-int64_t spikerl_saved_bytes(const Net* net, int64_t B) { return Store(net, B, true, nullptr).bytes; }
+int64_t spikerl_saved_bytes(const Net* net, int64_t B) { return Store(net, B, true, by_events(B), nullptr).bytes; }
 
 // act (B, A) from normalised observations (B, O); `uniform` (T, B, K0) makes the encoder a Poisson coder;
 // `saved` is null where no gradient is wanted; without `squash`, act is before its tanh.

@@ -13,7 +13,7 @@
 //          Weights are input-major (K, N). Rows of neurons are padded to whole vectors (Kp, Np).
 
 #pragma once
-#include "vectors.h"
+#include "tiles.h"
 
 namespace {
 
@@ -22,7 +22,11 @@ constexpr int MAX_STEPS = 32;    // spike steps, the bits of a word
 constexpr int MAX_LAYERS = 16;
 constexpr int BLOCK = 2;         // vectors of neurons that are computed together
 constexpr int64_t TILE = 16;     // samples that meet a block of weights while it lies in the first cache
+constexpr int64_t PASS = 32;     // samples that meet a matrix unit's weights while those lie in the second cache
 constexpr int64_t DIRECT = 4;    // up to so many samples, packing weights costs more than it gains
+
+// Whether so many samples go by lists of events; else on the processor's matrix units.
+constexpr bool by_events(int64_t B) { return !HAS_TILES || B <= DIRECT; }
 
 // Of the steps of a chunk, 1.0 where a word has its bit set.
 struct Bits {
@@ -68,23 +72,26 @@ struct Store {
     const Net* net;
     int64_t samples, chunks;
     bool keeps;  // voltages; else all samples write to one place, which nobody reads
+    bool lists;  // of events
     float* activity;                  // (B, K0p)
     int32_t* words[MAX_LAYERS + 1];   // (B, Kp) of the encoder and of every layer
-    float* voltage[MAX_LAYERS];       // (B, T, Np)
+    float* voltage[MAX_LAYERS];       // (B, T, Np); on matrix units squares, see `square`
     int32_t* counts[MAX_LAYERS];      // events of a layer's inputs: (B, chunks)
     Segment* segments[MAX_LAYERS];    // (B, chunks, K + 1)
     int32_t* inputs[MAX_LAYERS];      // (B, chunks, K)
     int64_t bytes = 0;
 
-    Store(const Net* n, int64_t samples_, bool keeps_, char* base) : net(n), samples(samples_), keeps(keeps_) {
+    Store(const Net* n, int64_t samples_, bool keeps_, bool lists_, char* base)
+        : net(n), samples(samples_), keeps(keeps_), lists(lists_) {
         int64_t T = n->spike_steps;
         chunks = (T + CHUNK - 1) / CHUNK;
         activity = take<float>(base, samples * padded(n->widths[0]));
         for (int l = 0; l <= n->layers; l++) {
             int64_t K = n->widths[l];
             words[l] = take<int32_t>(base, samples * padded(K));
-            if (l > 0) voltage[l - 1] = take<float>(base, (keeps ? samples : 1) * T * padded(K));
-            if (l == n->layers) break;
+            const int64_t kept = lists ? (keeps ? samples : 1) : (keeps ? (samples + W - 1) / W * W : W);
+            if (l > 0) voltage[l - 1] = take<float>(base, kept * T * padded(K));
+            if (l == n->layers || !lists) continue;
             counts[l] = take<int32_t>(base, samples * chunks);
             segments[l] = take<Segment>(base, samples * chunks * (K + 1));
             inputs[l] = take<int32_t>(base, samples * chunks * K);
@@ -103,6 +110,12 @@ struct Store {
         return {counts[layer] + row, segments[layer] + row * (K + 1), inputs[layer] + row * K};
     }
 
+    // On matrix units W neurons of W samples lie together at all steps, (T, W, W).
+    int64_t square(int layer, int64_t b, int64_t n) const {
+        const int64_t Np = padded(net->widths[layer + 1]);
+        return ((b / W * (Np / W) + n / W) * net->spike_steps * W + b % W) * W;
+    }
+
     int64_t first_step(int64_t chunk) const { return net->spike_steps * chunk / chunks; }
 };
 
@@ -114,5 +127,43 @@ struct Layer {
     const float* last = nullptr;    // the last row of `weight`, padded: it alone may not be read beyond its end
     const float* packed = nullptr;  // null: use the weights as they are
 };
+
+// The words of W neurons, and their voltages, from their drives.
+inline ivec membranes(const Net& net, const float* drive, int64_t drive_step, float* voltage, int64_t step) {
+    vec c = {}, v = {};
+    ivec fired = {}, word = {};
+    for (int t = 0; t < net.spike_steps; t++) {
+        c = c * net.current_decay + load(drive + t * drive_step);
+        v = (fired ? vec{} : v) * net.voltage_decay + c;
+        fired = v > net.threshold;
+        word |= fired & int32_t(1u << t);
+        store(voltage + t * step, v);
+    }
+    return word;
+}
+
+// Gradients of the drive of `count` neurons, `out` (T, Np), from those of their spikes, `grad`: (T, Np), or,
+// where `step` is 0, (Np) for every t. Beyond the last step at which a voltage lies inside the surrogate window,
+// its neuron has no gradient: `live` (Np) is the number of steps that have one.
+//   gv = [|v - threshold| < window] (grad - kept v) + kept (1 - o);  kept = voltage_decay gv_next
+//   out = current_decay out_next + gv
+inline void scan_back(const Net& net, int64_t count, int64_t Np, const float* grad, int64_t step,
+               const float* voltage, float* out, int32_t* live) {
+    for (int64_t n = 0; n < count; n += W) {
+        vec gc = {}, gv = {};
+        ivec steps = {};
+        for (int32_t t = net.spike_steps - 1; t >= 0; t--) {
+            vec v = load(voltage + t * Np + n), excess = v - net.threshold;
+            ivec inside = (excess < net.window) & (excess > -net.window);
+            steps = steps == 0 ? inside & (t + 1) : steps;
+            vec kept = gv * net.voltage_decay;
+            vec spike = load(grad + t * step + n) - kept * v;
+            gv = (inside ? spike : vec{}) + (excess > 0.0f ? vec{} : kept);
+            gc = gc * net.current_decay + gv;
+            store(out + t * Np + n, gc);
+        }
+        if (live) store(live + n, steps);
+    }
+}
 
 }  // namespace

@@ -56,7 +56,7 @@ class Kernel(Protocol):
 @dataclass(kw_only=True)
 class KernelConfig:
     name: str
-    path: str | None  # of cpu: avx512, avx2, portable; null: the best. Of triton: graphs
+    path: str | None  # of cpu: amx, avx512, avx2, portable; null: the best. Of triton: graphs
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -84,17 +84,31 @@ def resolve(config: KernelConfig, device: str, layered: str | None = None) -> Re
         return _on_gpu(config, device)
     if config.name == "triton":
         raise BadRequest("kernel", "triton", f"this run uses {device}; it needs a CUDA device")
-    path = config.path or native.supported_paths()[0]
-    try:
-        cpu.kernel(path)
-    except native.Unbuilt as error:
+    paths = [config.path] if config.path else native.supported_paths()
+    path, unbuilt = _first_built(paths)
+    if path is None:
         if config.name == "cpu":
-            raise BadRequest("kernel", "cpu", f"{error}; use kernel=auto") from None
-        return Resolved("reference", str(error))
+            raise BadRequest("kernel", "cpu", f"{unbuilt}; use kernel=auto")
+        return Resolved("reference", unbuilt)
     reason = "requested" if config.name == "cpu" else "a C++ compiler is there"
+    if unbuilt:  # a compiler older than the processor
+        reason += f"; not {paths[0]}: {unbuilt}"
     if layered:
         reason += f"; layer by layer, for {layered}"
     return Resolved(f"cpu/{path}", reason)
+
+
+def _first_built(paths: list[str]) -> tuple[str | None, str]:
+    """The first that can be built here, if any; why the best one could not, if so."""
+    why = ""
+    for path in paths:
+        try:
+            cpu.kernel(path)
+        except native.Unbuilt as error:
+            why = why or str(error)
+        else:
+            return path, why
+    return None, why
 
 
 def _on_gpu(config: KernelConfig, device: str) -> Resolved:

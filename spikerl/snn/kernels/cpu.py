@@ -45,6 +45,7 @@ class CPUKernel:
 
     def __init__(self, path: str) -> None:
         self.lib = native.library(path)
+        self.tiles = path == "amx"
         self.actors: WeakKeyDictionary[SpikingNet, PreparedActor] = WeakKeyDictionary()
         self.critics: WeakKeyDictionary[ValueNet, PreparedCritic] = WeakKeyDictionary()
         self.dense: WeakKeyDictionary[DenseNet, PreparedDense] = WeakKeyDictionary()
@@ -59,7 +60,7 @@ class CPUKernel:
     def prepare_critic(self, critic: ValueNet, act_dim: int) -> PreparedCritic:
         ready = self.critics.get(critic)
         if ready is None or ready.moved(critic):
-            ready = self.critics[critic] = PreparedCritic(critic, act_dim)
+            ready = self.critics[critic] = PreparedCritic(critic, act_dim, self.tiles)
         return ready
 
     def prepare_dense(self, net: DenseNet) -> PreparedDense:

@@ -21,12 +21,14 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fopenmp")
+AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "popcnt")
 # What each path is compiled with, and what a processor must have for it; the best comes first.
 PATHS = {
-    "avx512": (
-        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mpopcnt"),
-        {"avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "popcnt"},
+    "amx": (
+        tuple(f"-m{x}" for x in (*AVX512, "avx512bf16", "amx-tile", "amx-bf16")),
+        {*AVX512, "avx512_bf16", "amx_tile", "amx_bf16"},
     ),
+    "avx512": (tuple(f"-m{x}" for x in AVX512), set(AVX512)),
     "avx2": (("-mavx2", "-mfma", "-mpopcnt"), {"avx2", "fma", "popcnt"}),
     "portable": ((), set[str]()),
 }
@@ -64,12 +66,15 @@ class Critic(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int32) for n in ("networks", "layers", "obs_dim", "act_dim")),
         *((n, Pointer) for n in ("widths", "weights", "biases")),
+        ("planes", ctypes.c_int32),
     ]
 
 
+@cache
 def supported_paths() -> list[str]:
     """The paths that this processor can run, best first."""
-    return [path for path, (_, needed) in PATHS.items() if needed <= _processor_flags()]
+    runs = [path for path, (_, needed) in PATHS.items() if needed <= _processor_flags()]
+    return [path for path in runs if path != "amx" or _may_use_tiles()]
 
 
 @cache
@@ -85,6 +90,8 @@ def library(path: str) -> ctypes.CDLL:
         with _lock(built.with_suffix(".lock")):
             if not built.exists():
                 _build(command, built)
+    if path == "amx" and not _may_use_tiles():
+        raise Unbuilt("the operating system does not give out AMX tiles")
     try:
         lib = ctypes.CDLL(str(built))
     except OSError as error:
@@ -175,6 +182,15 @@ def _processor_flags() -> set[str]:
         return set()
     lines = (line.partition(":") for line in text.splitlines())
     return next((set(value.split()) for key, _, value in lines if key.strip() == "flags"), set())
+
+
+def _may_use_tiles() -> bool:
+    """Ask for the matrix units' registers, which Linux gives a process on request only."""
+    arch_prctl, request, tiles = 158, 0x1023, 18  # of x86-64
+    try:
+        return bool(ctypes.CDLL(None).syscall(arch_prctl, request, tiles) == 0)
+    except (AttributeError, OSError):
+        return False
 
 
 def _output(command: list[str]) -> str:

@@ -63,12 +63,13 @@ class PreparedActor:
 
 
 class PreparedCritic:
-    """`first` is the first of the networks alone."""
+    """`first` is the first of the networks alone; products of bf16 take matrix units."""
 
-    def __init__(self, net: ValueNet, act_dim: int) -> None:
+    def __init__(self, net: ValueNet, act_dim: int, tiles: bool) -> None:
         self.params = [*net.weights_CIN, *net.biases_C1N]
         self.at = addresses(self.params)
-        self.fused = net.dtype == torch.float32 and all(map(_plain, self.params))
+        planes = {torch.float32: 3, **({torch.bfloat16: 1} if tiles else {})}.get(net.dtype)
+        self.fused = planes is not None and all(map(_plain, self.params))
         self.layers = len(self.params) // 2
         weights = self.params[: self.layers]
         networks, inputs, _ = weights[0].shape
@@ -76,7 +77,7 @@ class PreparedCritic:
         self.places = pointers(self.at[: self.layers]), pointers(self.at[self.layers :])
         where = (self.widths.ctypes.data, *map(ctypes.addressof, self.places))
         sizes = (self.layers, inputs - act_dim, act_dim)
-        self.all, self.first = Critic(networks, *sizes, *where), Critic(1, *sizes, *where)
+        self.all, self.first = (Critic(n, *sizes, *where, planes or 0) for n in (networks, 1))
 
     def moved(self, net: ValueNet) -> bool:
         same = net.weights_CIN[0] is self.params[0]
@@ -94,7 +95,7 @@ class PreparedDense:
         self.widths = np.array(widths, np.int32)
         self.places = pointers(self.at[0::2]), pointers(self.at[1::2])
         where = (self.widths.ctypes.data, *map(ctypes.addressof, self.places))
-        self.net = Critic(1, len(widths) - 1, widths[0], 0, *where)
+        self.net = Critic(1, len(widths) - 1, widths[0], 0, *where, 3)
 
     def moved(self, net: DenseNet) -> bool:
         return addresses(self.params) != self.at

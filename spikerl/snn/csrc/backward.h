@@ -1,0 +1,44 @@
+// What both ways back share.
+
+#pragma once
+#include <utility>
+
+#include "spiking.h"
+
+namespace {
+
+struct Gradients {
+    float *mean, *std, *out_weight, *out_bias;
+    float* const* weights;
+    float* const* biases;
+};
+
+// Actions (null where they are not squashed) and their gradient, (B, A).
+struct Decoded {
+    const float *act, *grad;
+
+    // The decoder's gradients; calls `use(b, top)` with the gradient of a sample's spikes, (Np), at each step.
+    template <class F>
+    void each(const Store& st, const Gradients& out, F use) const {
+        const Net& net = *st.net;
+        const int64_t A = net.act_dim, T = net.spike_steps, N = net.widths[net.layers], Np = padded(N);
+        std::memset(out.out_weight, 0, N * sizeof(float));
+        std::memset(out.out_bias, 0, A * sizeof(float));
+        float* top = reinterpret_cast<float*>(scratch<5>(Np * sizeof(float)));
+        std::memset(top, 0, Np * sizeof(float));
+        for (int64_t b = 0; b < st.samples; b++) {
+            const int32_t* words = st.words[net.layers] + b * Np;
+            for (int64_t a = 0, n = 0; a < A; a++) {
+                const float y = act ? act[b * A + a] : 0.0f, g = grad[b * A + a] * (1.0f - y * y);
+                out.out_bias[a] += g;
+                for (int64_t p = 0; p < net.out_pop_size; p++, n++) {
+                    out.out_weight[n] += g * (float(__builtin_popcount(words[n])) / float(T));
+                    top[n] = g * net.out_weight[n] / float(T);
+                }
+            }
+            use(b, top);
+        }
+    }
+};
+
+}  // namespace
