@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,9 @@ class Gradient:
         self.slots = [piece.view(p.shape) for p, piece in learned]
         self.loss = last.view(())
         self.whole = self.vector.new_tensor(weight)
-        self.at = [slot.data_ptr() for slot in self.slots]
+        # Where each slot lies, for code that is not Python.
+        self.places = (ctypes.c_void_p * len(learned))(*(slot.data_ptr() for slot in self.slots))
+        self.at = ctypes.addressof(self.places)
 
     @property
     def factor(self) -> Tensor:

@@ -34,6 +34,10 @@ class Batch(NamedTuple):
     terminated: Tensor  # (B,) bool
     discount: Tensor  # (B,) gamma ** (steps that the transition spans)
 
+    def td_target(self, next_value: Tensor) -> Tensor:
+        """rew + discount * next_value, without the second term where the episode terminated."""
+        return self.rew + self.discount * (~self.terminated) * next_value
+
 
 @dataclass(frozen=True)
 class Task:

@@ -1,4 +1,4 @@
-"""What every learning rule shares: the target value, and the one door from loss to weights."""
+"""What every learning rule shares: the one door from loss to weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from spikerl.errors import BadRequest, NonFinite
 from spikerl.gradient import Gradient, Moments
 from spikerl.networks import Actor, Critics, SpikingActor, check_sizes
 from spikerl.snn import kernels
-from spikerl.types import Batch
 
 
 @dataclass(kw_only=True)
@@ -62,11 +61,6 @@ class AlgoConfig:
     def capacity(self) -> int:
         """Transitions that are kept."""
         raise NotImplementedError
-
-
-def td_target(batch: Batch, next_value: Tensor) -> Tensor:
-    """rew + discount * next_value, without the second term where the episode terminated."""
-    return batch.rew + batch.discount * (~batch.terminated) * next_value
 
 
 def flatten(module: nn.Module) -> Tensor:

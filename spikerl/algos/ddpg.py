@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from spikerl.algos.base import Metrics, flatten, td_target
+from spikerl.algos.base import Metrics, flatten
 from spikerl.algos.offpolicy import OffPolicy, OffPolicyConfig
+from spikerl.snn import kernels
 from spikerl.types import Batch
 
 
@@ -36,16 +37,19 @@ class DDPG(OffPolicy):
         self.actor_target_flat = flatten(self.actor_target)
 
     def between_moves(self, rows: Batch, update: int, updates: int) -> list[Metrics]:
-        q_target = td_target(rows, self.next_value(rows.next_obs))
+        q_target = self.q_target(rows)
         size = len(q_target) // updates
         parts = zip(*(field.split(size) for field in (rows.obs, rows.act, q_target)), strict=True)
         return [self.step(*part, moves=self.moves(update + i)) for i, part in enumerate(parts)]
 
     @torch.no_grad()
-    def next_value(self, next_obs: Tensor) -> Tensor:
-        """The target critics' least value of the target's action, (B,)."""
-        act = self.smooth(self.actor_target(next_obs, self.generator))
-        return self.critic_target(next_obs, act).amin(0)
+    def q_target(self, rows: Batch) -> Tensor:
+        """The reward and the target critics' least value of the target's action, (B,)."""
+        act = self.smooth(self.target_act(rows.next_obs))
+        return kernels.named(self.critic.kernel).bellman(self.critic_target, rows, act)
+
+    def target_act(self, next_obs: Tensor) -> Tensor:
+        return self.actor_target(next_obs, self.generator)
 
     def smooth(self, act: Tensor) -> Tensor:
         """What a target is valued at."""

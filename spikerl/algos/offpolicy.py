@@ -95,13 +95,13 @@ class OffPolicy(Learner):
         found in one pass.
         """
         size = len(rows.rew) // updates
+        numbers = range(self.updates, self.updates + updates)
+        ends = [i + 1 for i in range(updates) if self.moves(numbers[i]) or i + 1 == updates]
+        rounds = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+        sizes = [together * size for together in rounds]
         found: list[Metrics] = []
-        while len(found) < updates:
-            together = 1
-            while not self.moves(self.updates + together - 1) and len(found) + together < updates:
-                together += 1
-            first = len(found) * size
-            now = Batch(*(field[first : first + together * size] for field in rows))
+        for together, *fields in zip(rounds, *(field.split(sizes) for field in rows), strict=True):
+            now = Batch(*fields)
             # A whole round begins behind a move of the targets and ends with the next.
             if self.graph is not None and self.updates > 0 and together == self.policy_delay:
                 found += self.graph(now)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikerl.algos.base import Metrics, td_target
+from spikerl.algos.base import Metrics
 from spikerl.algos.offpolicy import OffPolicy
 from spikerl.algos.td3 import TD3, TD3Config
 from spikerl.networks import MLPActor, MLPConfig, check_sizes
@@ -59,7 +59,7 @@ class ProxyTD3(TD3):
             losses.append(self.imitate(batch.obs, now))
             if (i + 1) % self.batches:
                 continue
-            q_target = td_target(batch, self.next_value(batch.next_obs))
+            q_target = self.q_target(batch)
             moves = self.moves(update + len(found))
             metrics = self.step(batch.obs, batch.act, q_target, moves=moves)
             found.append({**metrics, "proxy_loss": torch.stack(losses).mean()})
@@ -72,11 +72,8 @@ class ProxyTD3(TD3):
         kernel.imitate(self.proxy, obs, goal, self.step_proxy.gradient)
         return self.step_proxy()
 
-    @torch.no_grad()
-    def next_value(self, next_obs: Tensor) -> Tensor:
-        act = kernels.named(self.critic.kernel).dense_actions(self.proxy, next_obs)
-        act = self.smooth(act)
-        return self.critic_target(next_obs, act).amin(0)
+    def target_act(self, next_obs: Tensor) -> Tensor:
+        return kernels.named(self.critic.kernel).dense_actions(self.proxy, next_obs)
 
     def move_targets(self) -> None:
         self.polyak(self.critic_target_flat, self.step_critic.flat)

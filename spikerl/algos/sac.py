@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikerl.algos.base import Metrics, flatten, td_target
+from spikerl.algos.base import Metrics, flatten
 from spikerl.algos.offpolicy import OffPolicy, OffPolicyConfig
 from spikerl.errors import BadRequest
 from spikerl.networks import Actor, MLPActor, MLPConfig, check_sizes
@@ -84,7 +84,7 @@ class SAC(OffPolicy):
         self.target_entropy = float(-entries) if given is None else given
 
     def between_moves(self, rows: Batch, update: int, updates: int) -> list[Metrics]:
-        q_target = td_target(rows, self.next_value(rows.next_obs))
+        q_target = rows.td_target(self.next_value(rows.next_obs))
         return [self.step(rows.obs, rows.act, q_target)]
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spikerl.algos.ddpg import DDPG, DDPGConfig
 from spikerl.errors import BadRequest
+from spikerl.snn import kernels
 
 
 @dataclass(kw_only=True)
@@ -46,4 +47,5 @@ class TD3(DDPG):
         """Target policy smoothing: clipped noise, then clipped to the action range."""
         c = self.config
         noise = torch.randn(act.shape, generator=self.generator, device=act.device)
-        return (act + (noise * c.target_noise).clamp(-c.noise_clip, c.noise_clip)).clamp(-1.0, 1.0)
+        smooth = kernels.named(self.critic.kernel).smooth
+        return smooth(act, noise, c.target_noise, c.noise_clip)

@@ -13,7 +13,8 @@ from spikerl.gradient import Gradient
 from spikerl.linear import relu_values
 from spikerl.networks import Critics
 from spikerl.snn import kernels
-from spikerl.snn.kernels import native
+from spikerl.snn.kernels import native, reference
+from spikerl.types import Batch
 
 PATHS = native.supported_paths()
 SIZES = [  # observation and action entries, hidden layers, samples
@@ -70,6 +71,33 @@ def test_values_losses_and_gradients(path: str, size: tuple) -> None:  # type: i
     for one, other in zip(ours, expected, strict=True):
         assert one.shape == other.shape
         assert float((one - other).norm()) <= 1e-5 * float(other.norm()) + 1e-7
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_target_values(path: str, size: tuple) -> None:  # type: ignore[type-arg]
+    critic, rows = made(*size)
+    obs, act, rew = rows[:, : size[0]], rows[:, size[0] : -1], rows[:, -1]
+    ends, discount = torch.arange(size[3]) % 3 == 1, torch.linspace(0.5, 1.0, size[3])
+    batch = Batch(obs, act, rew, obs, ends, discount)
+    with torch.no_grad():
+        lowest = reference.values(critic, obs, act).amin(0)
+        found = kernels.named(f"cpu/{path}").bellman(critic, batch, act)
+        torch.testing.assert_close(found, torch.where(ends, rew, rew + discount * lowest))
+        for c in range(2):  # a critic that went wrong is not passed over
+            critic.biases_C1N[-1].zero_()[c] = float("nan")
+            found = kernels.named(f"cpu/{path}").bellman(critic, batch, act)
+            assert torch.equal(found.isnan(), ~ends)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_smoothed_actions(path: str) -> None:
+    act, noise = torch.rand(37, 3) * 2.0 - 1.0, torch.randn(37, 3) * 3.0
+    act[0, 0], noise[1, 1] = float("nan"), float("nan")
+    expected = (act + (noise * 0.2).clamp(-0.5, 0.5)).clamp(-1.0, 1.0)
+    assert 10 < int((expected.abs() == 1.0).sum()) < 100
+    found = kernels.named(f"cpu/{path}").smooth(act, noise, 0.2, 0.5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -186,9 +214,7 @@ def test_rounded_products_stay_with_pytorch(path: str) -> None:
 
 
 def rounded_by_hand(critic: Critics, rows: Tensor, obs_dim: int) -> list[Tensor]:
-    """What `results` are if operands of the hidden layers' products are rounded to bf16, and nothing
-    else is: in float64.
-    """
+    """What `results` are in float64 if only operands of hidden layers' products are rounded."""
 
     def low(x: Tensor) -> Tensor:
         return x.detach().bfloat16().double()
@@ -273,7 +299,7 @@ def test_parameters_that_moved() -> None:
 
 def test_kernels_have_the_same_operations() -> None:
     names = [n for n in dir(kernels.Kernel) if not n.startswith("_")]
-    assert names == ["actions", "adam", "ascent", "dense_actions", "imitate", "polyak", "regress",
-                     "values", "vjp"]  # fmt: skip
+    assert names == ["actions", "adam", "ascent", "bellman", "dense_actions", "imitate", "polyak",
+                     "regress", "smooth", "values", "vjp"]  # fmt: skip
     for kernel in ("reference", f"cpu/{PATHS[0]}"):
         assert all(callable(getattr(kernels.named(kernel), name)) for name in names)

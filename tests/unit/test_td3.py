@@ -11,7 +11,7 @@ import torch
 from builders import POISSON, popsan, td3_config, twin_critic
 from torch import Tensor, nn
 
-from spikerl.algos.base import Guard, Stepper, flatten, td_target
+from spikerl.algos.base import Guard, Stepper, flatten
 from spikerl.algos.graphs import Graphed, Metrics
 from spikerl.algos.td3 import TD3
 from spikerl.errors import NonFinite
@@ -72,12 +72,11 @@ def test_target_value_bootstraps_unless_terminated() -> None:
         torch.tensor([False, True]),
         torch.tensor([0.5, 0.5]),
     )
-    assert td_target(b, torch.tensor([4.0, 4.0])).tolist() == [3.0, 1.0]
+    assert b.td_target(torch.tensor([4.0, 4.0])).tolist() == [3.0, 1.0]
 
 
 def test_critic_loss_is_the_textbook_formula() -> None:
-    td3, b = learner(target_noise=0.0), batch()
-    before = copy.deepcopy(td3)
+    td3, before, b = learner(target_noise=0.0), learner(target_noise=0.0), batch()
     with torch.no_grad():
         next_act = before.actor_target(b.next_obs)
         q1, q2 = before.critic_target(b.next_obs, next_act)
@@ -309,8 +308,8 @@ def test_updates_between_two_moves_of_the_targets_share_one_pass() -> None:
     together, alone = learner(target_noise=0.0), learner(target_noise=0.0)
     batches = [batch(seed=seed) for seed in range(5)]
     passes = []
-    whole, rows = together.next_value, len(batches[0].rew)
-    together.next_value = lambda obs: passes.append(len(obs) // rows) or whole(obs)  # type: ignore
+    whole, size = together.q_target, len(batches[0].rew)
+    together.q_target = lambda rows: passes.append(len(rows.rew) // size) or whole(rows)  # type: ignore
     found = together.learn(Batch(*map(torch.cat, zip(*batches, strict=True))), 5)
     expected = [alone.update(b) for b in batches]
     assert passes == [1, 2, 2]  # the targets move on updates 0, 2 and 4
@@ -369,7 +368,8 @@ def test_a_recorded_update_is_the_update(delay: int) -> None:
 
 def test_smoothing_noise_is_each_batchs_own() -> None:
     td3 = learner(target_noise=0.2)
-    rows = batch(seed=0).next_obs
-    td3.update(batch(seed=0))
-    first, second = td3.next_value(torch.cat([rows, rows])).split(len(rows))
+    rows = batch(seed=0)
+    td3.update(rows)
+    twice = Batch(*(torch.cat([field, field]) for field in rows))
+    first, second = td3.q_target(twice).split(len(rows.rew))
     assert not torch.equal(first, second)

@@ -248,9 +248,9 @@ const float* through_events(const Store& st, const float* encoder_weight, const 
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t n = block * BLOCK * W;
             if (l.Np - n >= BLOCK * W)
-                weight_gradients<BLOCK>(st, layer, l, n, above, out.weights[layer], out.biases[layer]);
+                weight_gradients<BLOCK>(st, layer, l, n, above, out.weight(layer), out.bias(layer));
             else
-                weight_gradients<1>(st, layer, l, n, above, out.weights[layer], out.biases[layer]);
+                weight_gradients<1>(st, layer, l, n, above, out.weight(layer), out.bias(layer));
         }
         const int64_t Kp = padded(l.K), rows = layer == 0 ? 1 : T;
         float* by_neuron = reinterpret_cast<float*>(scratch<4>(Kp * l.N * sizeof(float)));
@@ -335,11 +335,10 @@ void spikerl_scan_back(const Net* net, int64_t M, const float* grad, const float
     for (int64_t m = 0; m < M; m += 16) scan_back(*net, 16, M, grad + m, M, voltage + m, out + m, nullptr);
 }
 
-// Gradients of all parameters; `saved` as `spikerl_forward` left it; `act` is null where that did not squash.
+// Gradients of all parameters, `grads`: the encoder's means and deviations, each layer's weights and biases, the
+// decoder's; `saved` as `spikerl_forward` left it; `act` is null where that did not squash.
 void spikerl_backward(const Net* net, int64_t B, const float* obs, int poisson, const float* act,
-                      const float* grad_act, char* saved, float* mean, float* std, float* const* weights,
-                      float* const* biases, float* out_weight, float* out_bias, int threads) {
-    Gradients out{mean, std, out_weight, out_bias, weights, biases};
-    backward(*net, B, obs, poisson, act, grad_act, saved, out, threads);
+                      const float* grad_act, char* saved, float* const* grads, int threads) {
+    backward(*net, B, obs, poisson, act, grad_act, saved, Gradients(*net, grads), threads);
 }
 }

@@ -8,9 +8,16 @@
 namespace {
 
 struct Gradients {
+    float* const* all;
     float *mean, *std, *out_weight, *out_bias;
-    float* const* weights;
-    float* const* biases;
+    Gradients(const Net& net, float* const* grads)
+        : all(grads),
+          mean(grads[0]),
+          std(grads[1]),
+          out_weight(grads[2 + 2 * net.layers]),
+          out_bias(grads[3 + 2 * net.layers]) {}
+    float* weight(int layer) const { return all[2 + 2 * layer]; }
+    float* bias(int layer) const { return all[3 + 2 * layer]; }
 };
 
 // Actions (null where they are not squashed) and their gradient, (B, A).

@@ -164,7 +164,7 @@ const float* through_tiles(const Store& st, const float* encoder_weight, const D
         const int64_t outputs = net.widths[layer + 1];
         const Layer l{net.widths[layer], outputs, padded(outputs), net.weights[layer]};
         const Squares grad{above, T, tiles_of(outputs)};
-        weight_gradients(st, layer, l, grad, out.weights[layer], out.biases[layer], threads);
+        weight_gradients(st, layer, l, grad, out.weight(layer), out.bias(layer), threads);
         if (layer > 0) {
             drive_gradients(st, layer, l, grad, {below, T, tiles_of(l.K)}, threads);
         } else {

@@ -59,10 +59,11 @@ void share_rows(const std::vector<Network>& nets, int64_t unit, int threads, F w
     }
 }
 
-// Gradients of all weights and biases, from those of the drives and of the outputs.
+// Gradients of all weights and biases, from those of the drives and of the outputs. Layer l's weights are number
+// `step` l of `grads`, its biases `bias` further.
 template <class Way>
-void parameter_gradients(Way way, const std::vector<Network>& nets, float* const* grad_weights,
-                         float* const* grad_biases, int threads) {
+void parameter_gradients(Way way, const std::vector<Network>& nets, float* const* grads, int step, int bias,
+                         int threads) {
     const Critic& critic = *nets[0].critic;
     const int64_t jobs = Job::count(int64_t(nets.size()), threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -72,8 +73,8 @@ void parameter_gradients(Way way, const std::vector<Network>& nets, float* const
             const Job job(i, int64_t(nets.size()), last ? 1 : critic.widths[l + 1], W, threads);
             const Network& net = nets[job.network];
             const Layer layer = net.layer(l);
-            float* grad_weight = grad_weights[l] + net.c * layer.I * layer.N;
-            float* grad_bias = grad_biases[l] + net.c * layer.N;
+            float* grad_weight = grads[step * l] + net.c * layer.I * layer.N;
+            float* grad_bias = grads[step * l + bias] + net.c * layer.N;
             if (job.from == job.to) continue;
             if (last) last_gradients(net, grad_weight, grad_bias);
             else way.weight_gradients(net, l, job.from, job.to, grad_weight, grad_bias);
@@ -93,10 +94,27 @@ void spikerl_values(const Critic* critic, int64_t B, const float* obs, const flo
     });
 }
 
-// `weight` times the networks' mean squared errors, summed: `loss`, and its gradients; the mean of all values.
+// target (B): the reward, and the discounted least value of observations and actions where `terminated` is 0.
+void spikerl_bellman(const Critic* critic, int64_t B, const float* obs, const float* act, const float* rew,
+                     const float* discount, const uint8_t* terminated, float* target, int threads) {
+    choose(*critic, B, [&](auto way) {
+        const auto nets = start(*critic, B, obs, act, NOTHING, way.lists);
+        share_rows(nets, way.share, threads, way.forward);
+        for (int64_t b = 0; b < B; b++) {
+            float least = nets[0].values[b];
+            for (const Network& net : nets) {
+                const float value = net.values[b];
+                if (value < least || value != value) least = value;  // NaN is the least
+            }
+            target[b] = terminated[b] ? rew[b] : rew[b] + discount[b] * least;
+        }
+    });
+}
+
+// `weight` times the networks' mean squared errors, summed: `loss`, and its gradients, of all layers' weights and then
+// of all biases; the mean of all values.
 void spikerl_regress(const Critic* critic, int64_t B, const float* obs, const float* act, const float* target,
-                     float weight, float* const* grad_weights, float* const* grad_biases, float* loss, float* mean,
-                     int threads) {
+                     float weight, float* const* grads, float* loss, float* mean, int threads) {
     choose(*critic, B, [&](auto way) {
         const auto nets = start(*critic, B, obs, act, PARAMETERS, way.lists);
         share_rows(nets, way.share, threads, [&](const Network& net, int64_t from, int64_t to) {
@@ -104,7 +122,7 @@ void spikerl_regress(const Critic* critic, int64_t B, const float* obs, const fl
             for (int64_t b = from; b < to; b++) net.grad[b] = 2.0f * weight * (net.values[b] - target[b]) / float(B);
             way.backward(net, from, to);
         });
-        parameter_gradients(way, nets, grad_weights, grad_biases, threads);
+        parameter_gradients(way, nets, grads, 1, critic->layers, threads);
         double squares = 0.0, sum = 0.0;
         for (const Network& net : nets)
             for (int64_t b = 0; b < B; b++) {
@@ -148,9 +166,10 @@ void spikerl_dense_actions(const Critic* critic, int64_t B, const float* obs, fl
     });
 }
 
-// `weight` times the mean squared error of those actions from `goal` (B, M): `loss`, and its gradients.
+// `weight` times the mean squared error of those actions from `goal` (B, M): `loss`, and its gradients, of each layer's
+// weights and biases.
 void spikerl_imitate(const Critic* critic, int64_t B, const float* obs, const float* goal, float weight,
-                     float* const* grad_weights, float* const* grad_biases, float* loss, int threads) {
+                     float* const* grads, float* loss, int threads) {
     choose(*critic, B, [&](auto way) {
         const auto nets = start(*critic, B, obs, nullptr, PARAMETERS, way.lists);
         const int64_t M = nets[0].outputs();
@@ -162,7 +181,7 @@ void spikerl_imitate(const Critic* critic, int64_t B, const float* obs, const fl
             }
             way.backward(net, from, to);
         });
-        parameter_gradients(way, nets, grad_weights, grad_biases, threads);
+        parameter_gradients(way, nets, grads, 2, 1, threads);
         double squares = 0.0;
         for (int64_t i = 0; i < B * M; i++) {
             const double error = double(nets[0].values[i]) - double(goal[i]);

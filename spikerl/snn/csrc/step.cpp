@@ -67,6 +67,14 @@ void spikerl_adam(int64_t n, float* weights, float* grad, float* mean, float* sq
         [&](int64_t i) { move(grad[i], mean[i], square[i], weights[i], [](float x) { return std::sqrt(x); }); });
 }
 
+// noise (n) <- act + noise times std, within the bound, and all that within [-1, 1]. NaN stays.
+void spikerl_smooth(int64_t n, const float* act, float* noise, float std, float bound) {
+    for (int64_t i = 0; i < n; i++) {
+        const float z = noise[i] * std, y = act[i] + (z > bound ? bound : z < -bound ? -bound : z);
+        noise[i] = y > 1.0f ? 1.0f : y < -1.0f ? -1.0f : y;
+    }
+}
+
 // target <- (1 - tau) target + tau online, unless masked.
 void spikerl_polyak(int64_t n, float* target, const float* online, float tau, const float* masked) {
     if (*masked > 0.0f) return;

@@ -18,7 +18,7 @@ from spikerl.gradient import Gradient, Moments, Pullback
 from spikerl.snn.kernels import cpu, native, reference
 from spikerl.snn.kernels.prepared import fused
 from spikerl.snn.kernels.reference import DenseNet, SpikingNet, ValueNet
-from spikerl.types import Resolved, Task
+from spikerl.types import Batch, Resolved, Task
 
 
 class Kernel(Protocol):
@@ -33,6 +33,10 @@ class Kernel(Protocol):
     ) -> tuple[Tensor, Pullback]: ...
 
     def values(self, critic: ValueNet, obs: Tensor, act: Tensor, /) -> Tensor: ...
+
+    def bellman(self, critic: ValueNet, rows: Batch, act: Tensor, /) -> Tensor: ...
+
+    def smooth(self, act: Tensor, noise: Tensor, std: float, bound: float, /) -> Tensor: ...
 
     def regress(
         self, critic: ValueNet, obs: Tensor, act: Tensor, target: Tensor, into: Gradient, /

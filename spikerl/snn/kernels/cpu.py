@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,12 +31,13 @@ from spikerl.snn.kernels.prepared import (
     PreparedActor,
     PreparedCritic,
     PreparedDense,
+    addresses,
     neuron_only,
     pointers,
 )
 from spikerl.snn.kernels.reference import DenseNet, SpikingNet, ValueNet
 from spikerl.snn.neurons import Neuron
-from spikerl.types import Task
+from spikerl.types import Batch, Task
 
 
 class CPUKernel:
@@ -128,19 +128,16 @@ class CPUKernel:
         act_BA: Tensor | None,
         grad_BA: Tensor,
         saved: Tensor,
-        at: Sequence[int],
+        at: int,
     ) -> None:
-        """Write each parameter's gradient to its address in `at`.
+        """Write each parameter's gradient to its address in the list at `at`.
 
         `act_BA`: the actions, where they were squashed.
         """
-        mean, std, *between, out_weight, out_bias = at
-        weights, biases = pointers(between[0::2]), pointers(between[1::2])
         self.lib.spikerl_backward(
             ready.net, len(obs_BO), obs_BO.data_ptr(), poisson,
             None if act_BA is None else act_BA.data_ptr(), grad_BA.data_ptr(), saved.data_ptr(),
-            mean, std, ctypes.addressof(weights), ctypes.addressof(biases), out_weight, out_bias,
-            torch.get_num_threads(),
+            at, torch.get_num_threads(),
         )  # fmt: skip
 
     def room(self, ready: PreparedActor, batch: int) -> Tensor:
@@ -194,6 +191,25 @@ class CPUKernel:
         self.lib.spikerl_values(ready.all, len(obs), *places, torch.get_num_threads())
         return found
 
+    def bellman(self, critic: ValueNet, rows: Batch, act_BA: Tensor) -> Tensor:
+        """As `reference.bellman`."""
+        ready = self.prepare_critic(critic, act_BA.shape[1])
+        obs, rew, discount = rows.next_obs, rows.rew, rows.discount
+        if not covered(ready, obs, act_BA, rew, discount) or torch.is_grad_enabled():
+            return reference.bellman(critic, rows, act_BA)
+        fields = [x.contiguous() for x in (obs, act_BA, rew, discount, rows.terminated)]
+        target = torch.empty_like(fields[2])
+        places = (x.data_ptr() for x in (*fields, target))
+        self.lib.spikerl_bellman(ready.all, len(obs), *places, torch.get_num_threads())
+        return target
+
+    def smooth(self, act_BA: Tensor, noise_BA: Tensor, std: float, bound: float) -> Tensor:
+        """As `reference.smooth`."""
+        if not act_BA.dtype == noise_BA.dtype == torch.float32 or not act_BA.is_contiguous():
+            return reference.smooth(act_BA, noise_BA, std, bound)
+        self.lib.spikerl_smooth(act_BA.numel(), act_BA.data_ptr(), noise_BA.data_ptr(), std, bound)
+        return noise_BA
+
     def regress(
         self, critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, target_B: Tensor, into: Gradient
     ) -> Tensor:
@@ -202,12 +218,10 @@ class CPUKernel:
         if not covered(ready, obs_BO, act_BA, target_B):
             return reference.regress(critic, obs_BO, act_BA, target_B, into)
         obs, act, target = obs_BO.contiguous(), act_BA.contiguous(), target_B.contiguous()
-        weights, biases = pointers(into.at[: ready.layers]), pointers(into.at[ready.layers :])
         mean = target.new_empty(())
         self.lib.spikerl_regress(
             ready.all, len(obs), obs.data_ptr(), act.data_ptr(), target.data_ptr(), into.weight,
-            ctypes.addressof(weights), ctypes.addressof(biases), into.loss.data_ptr(),
-            mean.data_ptr(), torch.get_num_threads(),
+            into.at, into.loss.data_ptr(), mean.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return mean
 
@@ -251,11 +265,9 @@ class CPUKernel:
         if not covered(ready, obs_BO, goal_BA):
             return reference.imitate(net, obs_BO, goal_BA, into)
         obs, goal = obs_BO.contiguous(), goal_BA.contiguous()
-        weights, biases = pointers(into.at[0::2]), pointers(into.at[1::2])
         self.lib.spikerl_imitate(
-            ready.net, len(obs), obs.data_ptr(), goal.data_ptr(), into.weight,
-            ctypes.addressof(weights), ctypes.addressof(biases), into.loss.data_ptr(),
-            torch.get_num_threads(),
+            ready.net, len(obs), obs.data_ptr(), goal.data_ptr(), into.weight, into.at,
+            into.loss.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return None
 
@@ -345,8 +357,8 @@ class _Actions(torch.autograd.Function):
         obs_BO, act_BA, *params = ctx.saved_tensors
         grads = [torch.empty_like(p) for p in params]
         saved, ctx.saved = ctx.saved, None  # a second backward pass finds nothing, and fails
-        at, grad_BA = [grad.data_ptr() for grad in grads], grad_BA.contiguous()
-        act = act_BA if ctx.squash else None
+        places, grad_BA = pointers(addresses(grads)), grad_BA.contiguous()
+        act, at = act_BA if ctx.squash else None, ctypes.addressof(places)
         ctx.kernel.backward(ctx.ready, obs_BO, ctx.poisson, act, grad_BA, saved, at)
         _memory.give(saved)
         return None, None, None, None, None, *grads

@@ -105,17 +105,19 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_saved_bytes.argtypes = [net, Count]
     lib.spikerl_saved_bytes.restype = Count
     lib.spikerl_forward.argtypes = [net, Count, p, p, p, p, ctypes.c_bool, threads]
-    lib.spikerl_backward.argtypes = [net, Count, p, threads, *[p] * 9, threads]
+    lib.spikerl_backward.argtypes = [net, Count, p, threads, p, p, p, p, threads]
     lib.spikerl_scan.argtypes = [net, Count, p, p, p, threads]
     lib.spikerl_scan_back.argtypes = [net, Count, p, p, p, threads]
     lib.spikerl_act.argtypes = [net, ctypes.POINTER(Units), p, p, ctypes.c_float, p]
     critic, real = ctypes.POINTER(Critic), ctypes.c_float
     lib.spikerl_values.argtypes = [critic, Count, p, p, p, threads]
-    lib.spikerl_regress.argtypes = [critic, Count, p, p, p, real, p, p, p, p, threads]
+    lib.spikerl_bellman.argtypes = [critic, Count, *[p] * 6, threads]
+    lib.spikerl_smooth.argtypes = [Count, p, p, real, real]
+    lib.spikerl_regress.argtypes = [critic, Count, p, p, p, real, p, p, p, threads]
     lib.spikerl_value_gradient.argtypes = [critic, Count, p, p, real, p, threads]
     lib.spikerl_value_gradient.restype = real
     lib.spikerl_dense_actions.argtypes = [critic, Count, p, p, threads]
-    lib.spikerl_imitate.argtypes = [critic, Count, p, p, real, p, p, p, threads]
+    lib.spikerl_imitate.argtypes = [critic, Count, p, p, real, p, p, threads]
     lib.spikerl_adam.argtypes = [Count, p, p, p, p, p, real, real, p]
     lib.spikerl_adam.restype = None
     lib.spikerl_polyak.argtypes = [Count, p, p, real, p]
@@ -126,7 +128,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_put.restype = None
     lib.spikerl_sum.argtypes = [p, threads, Count, ctypes.c_uint32, p, ctypes.c_bool]
     lib.spikerl_sum.restype = ctypes.c_int
-    outcomes = "forward backward scan scan_back values regress dense_actions imitate"
+    outcomes = "forward backward scan scan_back values bellman smooth regress dense_actions imitate"
     for name in outcomes.split():
         getattr(lib, f"spikerl_{name}").restype = None
     lib.spikerl_act.restype = ctypes.c_bool

@@ -19,6 +19,7 @@ from spikerl.snn.batchnorm import BATCH, RUNNING, CaReBN
 from spikerl.snn.decoders import Decoder, ILCDecoder
 from spikerl.snn.encoders import Encoder
 from spikerl.snn.neurons import Neuron, State
+from spikerl.types import Batch
 
 
 class SpikingNet(Protocol):
@@ -123,6 +124,16 @@ def values(critic: ValueNet, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
     """Values (C, B)."""
     x_BI = torch.cat([obs_BO, act_BA], -1)
     return relu_values(x_BI, list(critic.weights_CIN), list(critic.biases_C1N), critic.dtype)
+
+
+def bellman(critic: ValueNet, rows: Batch, act_BA: Tensor) -> Tensor:
+    """Target values (B,): the lowest critic's value of the next observations and `act`."""
+    return rows.td_target(values(critic, rows.next_obs, act_BA).amin(0))
+
+
+def smooth(act_BA: Tensor, noise_BA: Tensor, std: float, bound: float) -> Tensor:
+    """act + clip(std noise, -bound, bound), clipped to [-1, 1]; it may overwrite the noise."""
+    return (act_BA + (noise_BA * std).clamp(-bound, bound)).clamp(-1.0, 1.0)
 
 
 def regress(

@@ -22,10 +22,12 @@ from spikerl.snn.kernels.reference import (
     SpikingNet,
     adam,
     ascent,
+    bellman,
     dense_actions,
     imitate,
     polyak,
     regress,
+    smooth,
     values,
 )
 from spikerl.snn.neurons import CubaLIF, Neuron
@@ -34,10 +36,12 @@ __all__ = [
     "actions",
     "adam",
     "ascent",
+    "bellman",
     "dense_actions",
     "imitate",
     "polyak",
     "regress",
+    "smooth",
     "values",
     "vjp",
 ]
