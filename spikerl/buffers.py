@@ -49,9 +49,12 @@ class Replay:
         discount: float,
     ) -> None:
         """Store B transitions: obs and next_obs (B, O), act (B, A), the others (B,)."""
-        tail = np.stack([rew, terminated, last, np.full(len(rew), discount)], 1)
-        rows = torch.from_numpy(np.concatenate([obs, next_obs, act, tail], 1).astype(np.float32))
-        self.put(self.added, rows)
+        rows = np.empty((len(rew), self.rows.shape[1]), np.float32)
+        O, end = self.obs_dim, 2 * self.obs_dim + self.act_dim  # noqa: E741
+        rows[:, :O], rows[:, O : 2 * O], rows[:, 2 * O : end] = obs, next_obs, act
+        rows[:, end], rows[:, end + 1], rows[:, end + 2] = rew, terminated, last
+        rows[:, end + 3] = discount
+        self.put(self.added, torch.from_numpy(rows))
         self.added += len(rows)
 
     @property
@@ -64,7 +67,8 @@ class Replay:
         head = start % self.capacity
         first = min(len(rows), self.capacity - head)
         self.rows[head : head + first] = rows[:first]
-        self.rows[: len(rows) - first] = rows[first:]
+        if first < len(rows):
+            self.rows[: len(rows) - first] = rows[first:]
 
     def restore(self, numbers: Tensor, rows: Tensor) -> None:
         """Write rows with these numbers, of which it holds as many at once."""

@@ -248,7 +248,8 @@ class Envs:
                 next_obs[i] = info["final_obs"][i]
         self._check("reward", rew[live])
         self._check("observation", next_obs)
-        self._check("observation", obs)
+        if done.any():
+            self._check("observation", obs)
         self.steps += int(live.sum())
         self.returns += rew * live
         self.lengths += live
@@ -331,12 +332,13 @@ def told(error: Exception) -> str:
 
 
 def make_envs(config: EnvConfig, num_envs: int, task: Task) -> Envs:
+    settings: Any = {"autoreset_mode": AutoresetMode.SAME_STEP, "copy": False}  # `Envs` copies
     if config.vectorizer == "sync":
         makers: list[Callable[[], Plain]] = [lambda: make_env(config)] * num_envs
-        return Envs(SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), task)
+        return Envs(SyncVectorEnv(makers, **settings), task)
     parent = os.getpid()
     makers = [lambda: _make_in_worker(config, parent)] * num_envs
-    return Envs(AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP), task)
+    return Envs(AsyncVectorEnv(makers, **settings), task)
 
 
 def _make_in_worker(config: EnvConfig, parent: int) -> Plain:

@@ -121,3 +121,15 @@ def test_a_whole_update_is_the_references(kernel: str, kind: str) -> None:
     ]
     for one, other in zip(*vectors, strict=True):
         assert float((one - other).norm()) <= 1e-3 * float(other.norm())
+
+
+@pytest.mark.parametrize("kernel", CPU)
+def test_a_mean_that_shrinks_does_not_become_denormal(kernel: str) -> None:
+    """Such a number costs hundreds of cycles, and rounding would keep it for ever."""
+    ours, masked, none = moments(40), torch.zeros(()), torch.zeros(41)
+    ours.exp_avg.fill_(1e-37)
+    for _ in range(30):
+        kernels.named(kernel).adam(ours, none, 0.01, math.inf, masked)
+    smallest = torch.finfo(torch.float32).smallest_normal
+    assert all(mean == 0.0 or mean >= smallest for mean in ours.exp_avg.tolist())
+    assert torch.tensor([1e-38]).mul(0.1).item() > 0.0  # the mode is the caller's again
