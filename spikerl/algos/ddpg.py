@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -82,4 +83,5 @@ class DDPG(OffPolicy):
         """Actions with Gaussian noise, one draw for every environment and entry, clipped."""
         act = self.acting(obs, generator)
         noise = torch.randn(act.shape, generator=generator, device=act.device)
-        return (act + self.config.explore_noise * noise).clamp(-1.0, 1.0)
+        smooth = kernels.named(self.critic.kernel).smooth
+        return smooth(act, noise, self.config.explore_noise, math.inf)

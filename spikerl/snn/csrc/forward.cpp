@@ -259,7 +259,9 @@ template <class Run>
 void each_tile(const Net& net, int64_t B, const float* obs, const float* uniform, float* act, char* saved,
                bool squash, int threads, Run run) {
     const bool lists = by_events(B);
-    const int64_t size = lists ? TILE : PASS, tiles = (B + size - 1) / size, most = B < size ? B : size;
+    const int64_t share = (B + threads - 1) / threads, whole = (share + TILE - 1) / TILE * TILE;
+    const int64_t size = lists ? TILE : whole < PASS ? whole : PASS, most = B < size ? B : size;
+    const int64_t tiles = (B + size - 1) / size;
     const int64_t step = B * net.widths[0];
     const int64_t bytes = saved ? 0 : Store(&net, most, false, lists, nullptr).bytes;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (tiles > 1)

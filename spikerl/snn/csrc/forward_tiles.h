@@ -6,6 +6,9 @@
 #if HAS_TILES
 namespace {
 
+constexpr int64_t PART = 6;   // depth blocks of 16 samples' spikes that stay in the first cache with their weights
+constexpr int64_t WIDE = 12;  // of more blocks, many samples meet one column of weights in the second cache instead
+
 struct TileLayer {
     int64_t K, N;
     Operand<PLANES> weight;
@@ -51,22 +54,34 @@ void spikes_by_sample(const int32_t* words, int64_t K, int64_t count, int T, Ope
         }
 }
 
-inline void run_layer(const Store& st, int layer, const TileLayer& l, int64_t from, int64_t to) {
+// One layer of samples `from` to `to`, by parts of at most so many blocks.
+inline void run_layer(const Store& st, int layer, const TileLayer& l, int64_t from, int64_t to, int64_t part) {
     const Net& net = *st.net;
     const int T = net.spike_steps;
-    const int64_t blocks = blocks_of(l.K), Np = padded(l.N), tiles = tiles_of(to - from), square = SIDE * SIDE;
-    const Operand<1> spikes{reinterpret_cast<bf16*>(scratch<2>(Operand<1>::bytes(tiles * T, blocks))), blocks};
-    for (int64_t b = from, tile = 0; b < to; b += SIDE, tile++)
-        spikes_by_sample(st.words[layer] + b * padded(l.K), l.K, to - b, T, {spikes.tile(tile * T), blocks});
-    float* drive = reinterpret_cast<float*>(scratch<3>(tiles * T * square * sizeof(float)));
-    for (int64_t n = 0; n < Np; n += SIDE) {
-        product(spikes, tiles * T, l.weight, n / SIDE, {l.bias + n, 0, 0, drive, square, SIDE});
-        for (int64_t b = from; b < to; b++) {
-            float* voltage = st.voltage[layer] + (st.keeps ? st.square(layer, b, n) : 0);
-            const float* own = drive + (b - from) / SIDE * T * square + (b - from) % SIDE * SIDE;
-            store(st.words[layer + 1] + b * Np + n, membranes(net, own, square, voltage, square));
+    const int64_t blocks = blocks_of(l.K), Np = padded(l.N), rows = tiles_of(to - from) * T, square = SIDE * SIDE;
+    const Operand<1> spikes{reinterpret_cast<bf16*>(scratch<2>(Operand<1>::bytes(rows, blocks))), blocks};
+    for (int64_t b = from, row = 0; b < to; b += SIDE, row += T)
+        spikes_by_sample(st.words[layer] + b * padded(l.K), l.K, to - b, T, {spikes.tile(row), blocks});
+    float* drives = reinterpret_cast<float*>(scratch<3>(Np / SIDE * rows * square * sizeof(float)));
+    const int64_t parts = (blocks + part - 1) / part;
+    for (int64_t p = 0; p < parts; p++)
+        for (int64_t n = 0; n < Np; n += SIDE) {
+            float* drive = drives + n / SIDE * rows * square;
+            const Sums first{l.bias + n, 0, 0, drive, square, SIDE}, later{drive, square, SIDE, drive, square, SIDE};
+            product(spikes, rows, l.weight, n / SIDE, blocks * p / parts, blocks * (p + 1) / parts, p ? later : first);
+            if (p < parts - 1) continue;
+            for (int64_t b = from; b < to; b++) {
+                float* voltage = st.voltage[layer] + (st.keeps ? st.square(layer, b, n) : 0);
+                const float* own = drive + (b - from) / SIDE * T * square + (b - from) % SIDE * SIDE;
+                store(st.words[layer + 1] + b * Np + n, membranes(net, own, square, voltage, square));
+            }
         }
-    }
+}
+
+inline void run_layer(const Store& st, int layer, const TileLayer& l, int64_t from, int64_t to) {
+    const int64_t blocks = blocks_of(l.K);
+    if (blocks > WIDE) return run_layer(st, layer, l, from, to, blocks);
+    for (int64_t b = from; b < to; b += SIDE) run_layer(st, layer, l, b, to - b < SIDE ? to : b + SIDE, PART);
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ constexpr int MAX_STEPS = 32;    // spike steps, the bits of a word
 constexpr int MAX_LAYERS = 16;
 constexpr int BLOCK = 2;         // vectors of neurons that are computed together
 constexpr int64_t TILE = 16;     // samples that meet a block of weights while it lies in the first cache
-constexpr int64_t PASS = 32;     // samples that meet a matrix unit's weights while those lie in the second cache
+constexpr int64_t PASS = 64;     // samples that meet a matrix unit's weights while those lie in the second cache
 constexpr int64_t DIRECT = 4;    // up to so many samples, packing weights costs more than it gains
 
 // Whether so many samples go by lists of events; else on the processor's matrix units.

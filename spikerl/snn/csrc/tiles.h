@@ -200,9 +200,9 @@ inline void multiply(const bf16* left, int64_t left_step, const bf16* right, int
 
 alignas(64) constexpr float ZEROS[SIDE] = {};
 
-// `rows` row tiles of left times one column tile of right.
+// `rows` row tiles of left times one column tile of right, over blocks `from` to `to`.
 template <int PL, int PR>
-void product(Operand<PL> left, int64_t rows, Operand<PR> right, int64_t column, Sums s) {
+void product(Operand<PL> left, int64_t rows, Operand<PR> right, int64_t column, int64_t from, int64_t to, Sums s) {
     constexpr int64_t MOST = 6;  // row tiles whose sums are kept in registers
     const int64_t groups = (rows + MOST - 1) / MOST;
     for (int64_t g = 0; g < groups; g++) {
@@ -210,7 +210,7 @@ void product(Operand<PL> left, int64_t rows, Operand<PR> right, int64_t column, 
         const Sums here{s.from + first * s.from_tile, s.from_tile, s.from_row,
                         s.to + first * s.to_tile,     s.to_tile,   s.to_row};
         auto run = [&](auto multiply) {
-            multiply(left.tile(first), left.step(), right.tile(column), left.blocks, here);
+            multiply(left.tile(first, from), left.step(), right.tile(column, from), to - from, here);
         };
         switch (count) {
             case 1: run(multiply<1, PL, PR>); break;
@@ -221,6 +221,11 @@ void product(Operand<PL> left, int64_t rows, Operand<PR> right, int64_t column, 
             case 6: run(multiply<6, PL, PR>); break;
         }
     }
+}
+
+template <int PL, int PR>
+void product(Operand<PL> left, int64_t rows, Operand<PR> right, int64_t column, Sums s) {
+    product(left, rows, right, column, 0, left.blocks, s);
 }
 
 }  // namespace
