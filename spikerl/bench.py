@@ -25,6 +25,8 @@ from spikerl.errors import BadRequest
 from spikerl.networks import MLPActor, MLPConfig
 from spikerl.roofline import Roofline, roofline
 from spikerl.schema import parse
+from spikerl.snn import kernels
+from spikerl.snn.kernels.cpu import OneAction
 from spikerl.subject import BURST, Subject
 from spikerl.timing import Contender, Measurement, Ratios, compare, in_turn, ratio, show
 from spikerl.trainer import Trainer
@@ -139,6 +141,14 @@ class Bench(Subject):
                 ours(raw)
 
         found = [Contender("policy(obs)", choice, "fp32", 1, self.weights, 200, policy)]
+        if one := kernels.one_action(choice, self.spiking(choice), task):
+            norm = ours.norm.mean_std.data_ptr()
+
+            def bare(one: OneAction = one) -> None:
+                for _ in range(200):
+                    one.run(norm, ours.norm.clip)
+
+            found.append(Contender("its library call", choice, "fp32", 1, self.weights, 200, bare))
         for kernel, module in modules.items():
             times = 20 if kernel == "popsan loop" else 200
             call = forward(module, times)

@@ -29,6 +29,7 @@ SIZES = [  # observations, actions, hidden widths, spike steps, samples
     (11, 3, [48, 31], 9, 5),
     (4, 1, [65], 32, 37),
     (2, 5, [300, 17], 17, 3),
+    (41, 2, [33], 7, 130),
 ]
 
 
@@ -268,6 +269,32 @@ def test_a_compiler_that_fails(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert said.choice == "reference"
     assert said.reason.endswith("failed: x.cpp:1: error: no")
     assert not list((fresh / "cache" / "spikerl").glob("*.so"))
+
+
+@pytest.mark.skipif("avx512" not in PATHS, reason="needs a processor with AVX-512")
+def test_a_compiler_older_than_the_processor(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next best path is taken, and it is said; a path that was named is no other."""
+    script = fresh / "cxx"
+    script.write_text(
+        '#!/bin/sh\ncase "$*" in *-m$OLD*) echo \'error: -m?\' >&2; exit 1;; esac\nexec g++ "$@"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("OLD", "amx" if PATHS[0] == "amx" else "avx512")
+    said = kernels.resolve(AUTO, "cpu")
+    assert said.choice == f"cpu/{PATHS[1]}"
+    assert said.reason.endswith(f"; not {PATHS[0]}: {script} failed: error: -m?")
+    with pytest.raises(BadRequest, match=r"kernel=cpu: .*error: -m\?"):
+        kernels.resolve(replace(CPU, path=PATHS[0]), "cpu")
+
+
+def test_matrix_units_that_the_system_does_not_give_out(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_may_use_tiles", lambda: False)
+    assert native.supported_paths.__wrapped__() == [path for path in PATHS if path != "amx"]
+    with pytest.raises(native.Unbuilt, match="does not give out AMX tiles"):
+        native.library.__wrapped__("amx")
 
 
 def test_a_cache_that_others_can_write_to(fresh: Path) -> None:

@@ -313,14 +313,17 @@ class OneAction:
 
         `norm_2O`: mean and standard deviation that the observation is normalised with.
         """
-        obs, act = self.places
         with self.lock:
             self.obs_O[:] = obs_O
             if self.ready.moved(self.net):
                 self.ready = self.kernel.prepare(self.net)
-            net, norm = self.ready.net, norm_2O.data_ptr()
-            finite = self.kernel.lib.spikerl_act(net, self.units, obs, norm, clip, act)
-            return self.act_A.copy() if finite else None
+            return self.act_A.copy() if self.run(norm_2O.data_ptr(), clip) else None
+
+    def run(self, norm: int, clip: float) -> bool:
+        """The library's call, from array to array; False: the observation is not finite."""
+        obs, act = self.places
+        net, units = self.ready.net, self.units
+        return bool(self.kernel.lib.spikerl_act(net, units, obs, norm, clip, act))
 
 
 def covered(ready: PreparedActor | PreparedCritic | PreparedDense, *inputs: Tensor) -> bool:

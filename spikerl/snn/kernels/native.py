@@ -80,6 +80,8 @@ def supported_paths() -> list[str]:
 @cache
 def library(path: str) -> ctypes.CDLL:
     """The kernels for one path, built if need be. Raises Unbuilt."""
+    if path == "amx" and not _may_use_tiles():
+        raise Unbuilt("the operating system does not give out AMX tiles")
     compiler = _compiler()
     command = [*compiler, *FLAGS, *PATHS[path][0]]
     source = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
@@ -90,8 +92,6 @@ def library(path: str) -> ctypes.CDLL:
         with _lock(built.with_suffix(".lock")):
             if not built.exists():
                 _build(command, built)
-    if path == "amx" and not _may_use_tiles():
-        raise Unbuilt("the operating system does not give out AMX tiles")
     try:
         lib = ctypes.CDLL(str(built))
     except OSError as error:
