@@ -50,7 +50,8 @@ class SharedSums:
         room.round = (now + 1) % 2**32
         self.lib.spikerl_put(at, self.rank, self.size, length, now, place)
         is_double, deadline = tensor.dtype == torch.float64, 0.0
-        while (late := self.lib.spikerl_sum(at, self.size, length, now, place, is_double)) >= 0:
+        where = (at, self.rank, self.size, length, now, place, is_double)
+        while (late := self.lib.spikerl_sum(*where)) >= 0:
             deadline = deadline or time.monotonic() + self.timeout_s
             if room.left(late):
                 raise DistNetworkError(f"worker {late} is gone")

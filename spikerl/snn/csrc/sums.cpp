@@ -41,10 +41,15 @@ char* slot(char* base, int ranks, int64_t bytes, uint32_t round, int rank) {
 }
 
 template <class X>
-void add(char* base, int ranks, int64_t bytes, uint32_t round, char* out) {
+void add(char* base, int ranks, int64_t bytes, uint32_t round, int own, char* out) {
     constexpr int64_t PART = 512;  // what stays in registers and the first cache
     X* sums = reinterpret_cast<X*>(out);
     const int64_t n = bytes / int64_t(sizeof(X));
+    if (ranks == 2) {  // the order of two does not matter, and `out` is what lies in the own slot
+        const X* other = reinterpret_cast<const X*>(slot(base, ranks, bytes, round, 1 - own));
+        for (int64_t i = 0; i < n; i++) sums[i] += other[i];
+        return;
+    }
     for (int64_t first = 0; first < n; first += PART) {
         const int64_t count = n - first < PART ? n - first : PART;
         std::memcpy(sums + first, slot(base, ranks, bytes, round, 0) + first * sizeof(X), count * sizeof(X));
@@ -69,8 +74,9 @@ void spikerl_put(char* base, int rank, int ranks, int64_t bytes, uint32_t round,
     wake(&lines[rank].put);
 }
 
-// The sum over all processes into `out`; -1, or else the rank of a process that has not put its vector for a while.
-int spikerl_sum(char* base, int ranks, int64_t bytes, uint32_t round, char* out, bool is_double) {
+// `out`, the vector that this process has put, becomes the sum over all; -1, or else the rank of a process that has not
+// put its vector for a while.
+int spikerl_sum(char* base, int own, int ranks, int64_t bytes, uint32_t round, char* out, bool is_double) {
     Line* lines = reinterpret_cast<Line*>(base);
     for (int rank = 0; rank < ranks; rank++) {
         std::atomic<uint32_t>& put = lines[rank].put;
@@ -84,8 +90,8 @@ int spikerl_sum(char* base, int ranks, int64_t bytes, uint32_t round, char* out,
         wait_for(&put, seen, PATIENCE);
         if (int32_t(put.load(std::memory_order_acquire) - round) <= 0) return rank;
     }
-    if (is_double) add<double>(base, ranks, bytes, round, out);
-    else add<float>(base, ranks, bytes, round, out);
+    if (is_double) add<double>(base, ranks, bytes, round, own, out);
+    else add<float>(base, ranks, bytes, round, own, out);
     return -1;
 }
 }

@@ -126,7 +126,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_sums_bytes.restype = Count
     lib.spikerl_put.argtypes = [p, threads, threads, Count, ctypes.c_uint32, p]
     lib.spikerl_put.restype = None
-    lib.spikerl_sum.argtypes = [p, threads, Count, ctypes.c_uint32, p, ctypes.c_bool]
+    lib.spikerl_sum.argtypes = [p, threads, threads, Count, ctypes.c_uint32, p, ctypes.c_bool]
     lib.spikerl_sum.restype = ctypes.c_int
     outcomes = "forward backward scan scan_back values bellman smooth regress dense_actions imitate"
     for name in outcomes.split():
