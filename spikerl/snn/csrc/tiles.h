@@ -1,9 +1,9 @@
 // Products on the matrix units of a processor (AMX): tiles of 16 x 32 bf16 numbers, sums in float32.
 //
-// A float32 number is the sum of three bf16 numbers, its planes: the upper 8, the next 8 and the last 8 bits of
-// its significand. A spike is one. A product of spikes and weights is therefore exact in 3 products of tiles, as if it
-// were of float32 numbers; one of float32 numbers takes 6, whose error is that of float32: what is left out is below
-// 2^-24 of each product. With one plane, rounded to nearest, a product is one of bf16 numbers.
+// A float32 number is the sum of three bf16 numbers, its planes: itself rounded to 8 bits, what that left rounded to 8
+// bits, and the last 8. A spike is one. A product of spikes and weights is therefore exact in 3 products of tiles, as
+// if it were of float32 numbers; one of float32 numbers takes 6: what is left out is below 2^-25 of each product, the
+// planes being below 2^-9 and 2^-18 of a number. With one plane, rounded to nearest, a product is one of bf16 numbers.
 //
 // Left operands lie as tiles of 16 rows and 32 columns, (row tiles, depth blocks, planes, 16, 32), right ones as pairs
 // of neighbouring rows, (column tiles, depth blocks, planes, 16, 16, 2); both are zero beyond the matrix.
@@ -60,9 +60,9 @@ inline void split(__m512 x, __m512i (&planes)[P]) {
         const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
         planes[0] = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
     } else {
-        const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
+        const __m512i upper = _mm512_set1_epi32(int(0xffff0000)), half = _mm512_set1_epi32(0x8000);
         for (int p = 0; p < P; p++) {
-            planes[p] = _mm512_and_si512(_mm512_castps_si512(x), upper);
+            planes[p] = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), half), upper);
             x = _mm512_sub_ps(x, _mm512_castsi512_ps(planes[p]));
         }
     }
