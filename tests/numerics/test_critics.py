@@ -103,7 +103,30 @@ def test_target_values(path: str, size: tuple) -> None:  # type: ignore[type-arg
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("batch", [5, 150])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_seen(path: str, batch: int, bad: float) -> None:
+    """No layer makes a 0 of it, and what one network leaves behind is not the next one's."""
+    critic, rows = made(6, 2, [20], batch)
+    rows[1, 0] = bad
+    kernel = kernels.named(f"cpu/{path}")
+    with torch.no_grad():
+        found = kernel.values(critic, rows[:, :6], rows[:, 6:8])
+        assert found[:, 1].isnan().any() or not found[:, 1].isfinite().any()
+        assert found[:, 2:].isfinite().all()
+        wide, wide_rows = made(6, 2, [64], batch)
+        wide.biases_C1N[0].fill_(float("inf"))
+        kernel.values(wide, wide_rows[:, :6], wide_rows[:, 6:8])
+        assert torch.equal(kernel.values(critic, rows[:, :6], rows[:, 6:8])[:, 2:], found[:, 2:])
+        critic.biases_C1N[-1].zero_()[1] = float("nan")  # of two, the second
+    towards = Gradient([torch.zeros(1)])
+    kernel.ascent(critic, rows[:, :6], rows[:, 6:8], towards, True)
+    assert towards.loss.isnan()
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_smoothed_actions(path: str) -> None:
+    torch.manual_seed(0)
     act, noise = torch.rand(37, 3) * 2.0 - 1.0, torch.randn(37, 3) * 3.0
     act[0, 0], noise[1, 1] = float("nan"), float("nan")
     expected = (act + (noise * 0.2).clamp(-0.5, 0.5)).clamp(-1.0, 1.0)

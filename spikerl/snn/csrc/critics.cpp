@@ -145,7 +145,7 @@ float spikerl_value_gradient(const Critic* critic, int64_t B, const float* obs, 
             const Network* least = &nets[0];
             for (const Network& net : nets) {
                 net.grad[b] = 0.0f;
-                if (net.values[b] < least->values[b]) least = &net;
+                if (net.values[b] < least->values[b] || net.values[b] != net.values[b]) least = &net;
             }
             least->grad[b] = weight / float(B);
             sum += least->values[b];

@@ -137,7 +137,8 @@ inline void last_values(const Network& net, int64_t from, int64_t to) {
     for (int64_t b = from; b < to; b++)
         for (int64_t m = 0; m < M; m++) {
             vec sum = {};
-            for (int64_t k = 0; k < Ip; k += W) sum += load(net.hidden.back() + b * Ip + k) * load(weight + m * Ip + k);
+            for (int64_t k = 0; k < layer.I; k += W)  // nobody wrote what lies further
+                sum += load(net.hidden.back() + b * Ip + k) * load(weight + m * Ip + k);
             float value = layer.bias[m];
             for (int k = 0; k < W; k++) value += sum[k];
             net.values[b * M + m] = value;

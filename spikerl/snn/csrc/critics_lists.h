@@ -67,7 +67,7 @@ void dense_rows(int64_t b, int64_t to, int64_t I, const float* x, const float* p
         for (int r = 0; r < R; r++)
             for (int j = 0; j < 2; j++) {
                 const vec v = sums[r][j];
-                store(out + (b + r) * Np + j * W, v > 0.0f ? v : vec{});
+                store(out + (b + r) * Np + j * W, v <= 0.0f ? vec{} : v);  // NaN stays
             }
     }
     if constexpr (R > 1) dense_rows<(R > 8 ? 8 : R / 2)>(b, to, I, x, panel, bias, out, Np);
@@ -109,7 +109,7 @@ void forward(const Network& net, int64_t from, int64_t to) {
             for (int64_t b = 0; b < rows; b++)
                 for (int64_t n = first; n < end; n += W) {
                     const vec v = load(net.hidden[l - 1] + (from + b) * Ip + n);
-                    inputs.add(b, n - first, v, v > 0.0f);
+                    inputs.add(b, n - first, v, ~(v <= 0.0f));
                 }
             for (int64_t n = 0; n < layer.Np; n += PANEL) {
                 pack(layer, first, end, n, panel);
@@ -120,7 +120,7 @@ void forward(const Network& net, int64_t from, int64_t to) {
                     for (int j = 0; j < VECTORS; j++) sum[j] = first ? load(sums + j * W) : bias.of[j];
                     add_rows(inputs.index + b * PART, inputs.value + b * PART, inputs.counts[b], panel, sum);
                     for (int j = 0; j < VECTORS; j++)
-                        store(sums + j * W, end < layer.I ? sum[j] : sum[j] > 0.0f ? sum[j] : vec{});
+                        store(sums + j * W, end < layer.I ? sum[j] : sum[j] <= 0.0f ? vec{} : sum[j]);
                 }
             }
         }

@@ -50,7 +50,7 @@ void forward(const Network& net, int64_t from, int64_t to) {
         });
         for (int64_t i = 0; i < rows * Np; i += W) {
             const vec v = load(out + i);
-            store(out + i, v > 0.0f ? v : vec{});
+            store(out + i, v <= 0.0f ? vec{} : v);  // NaN stays
         }
     }
     last_values(net, from, to);

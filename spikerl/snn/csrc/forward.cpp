@@ -209,12 +209,15 @@ void decode(const Store& st, int64_t b, float* act, bool squash) {
 // All layers' weights as a call needs them.
 struct Layers {
     Layer of[MAX_LAYERS];
-    Layers(const Net& net, bool packs) {
+    Layers(const Net& net, bool packs_all) {
+        // Of few columns, a vector from a row before the last reaches beyond the end too.
+        auto packs_layer = [&](int l) { return packs_all || 2 * net.widths[l + 1] < padded(net.widths[l + 1]); };
         int64_t floats = 0;
         for (int l = 0; l < net.layers; l++)
-            floats += padded(net.widths[l + 1]) * (2 + (packs ? net.widths[l] : 0)) + W;
+            floats += padded(net.widths[l + 1]) * (2 + (packs_layer(l) ? net.widths[l] : 0)) + W;
         float* place = reinterpret_cast<float*>(scratch<0>(floats * sizeof(float)));
         for (int l = 0; l < net.layers; l++) {
+            const bool packs = packs_layer(l);
             int64_t K = net.widths[l], N = net.widths[l + 1], Np = padded(N);
             float *bias = place, *last = place + Np, *packed = packs ? last + Np : nullptr;
             place = last + Np + (packs ? K * Np : 0);

@@ -28,12 +28,14 @@ constexpr int64_t blocks_of(int64_t n) { return (n + DEPTH - 1) / DEPTH; }
 
 // While it lives, the calling thread's tiles are 16 rows of 64 bytes.
 struct Tiles {
+    struct Config {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
     Tiles() {
-        alignas(64) struct {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } config;
+        // Constant, for GCC believes that the instruction reads 8 bytes and may leave out stores of the others.
+        alignas(64) static constexpr Config config{};
         _tile_loadconfig(&config);
     }
     ~Tiles() { _tile_release(); }
@@ -182,6 +184,7 @@ inline void multiply(const bf16* left, int64_t left_step, const bf16* right, int
         _tile_loadd(6, row + r * left_step, 64); \
         _tile_dpbf16ps(r, 6, 7);                 \
     }
+    asm volatile("" ::: "memory");  // loads of tiles name no memory that they read
     EACH_ROW(BEGIN)
     for (int64_t block = 0; block < blocks; block++, left += PL * SIZE, right += PR * SIZE)
         for (int r = 0; r < PR; r++) {
