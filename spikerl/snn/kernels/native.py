@@ -15,12 +15,13 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fopenmp")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fopenmp")
 AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "popcnt")
 # What each path is compiled with, and what a processor must have for it; the best comes first.
 PATHS = {
@@ -135,13 +136,25 @@ def _declare(lib: ctypes.CDLL) -> None:
 
 
 def _build(command: list[str], built: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+    """Each source by itself, as many at once as there are cores; then all together."""
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder, ThreadPoolExecutor() as pool:
+        sources = sorted(SOURCES.glob("*.cpp"))
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
         target = Path(folder) / "out.so"
-        done = _run([*command, *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(target)])
-        if done.returncode:
-            line = next((s for s in done.stderr.splitlines() if "error" in s), done.stderr[:200])
-            raise Unbuilt(f"{shlex.join(command[:1])} failed: {line.strip()}")
+
+        def compiled(source: Path, to: str) -> None:
+            _succeed([*command, "-c", str(source), "-o", to])
+
+        list(pool.map(compiled, sources, objects))
+        _succeed([*command, "-shared", *objects, "-o", str(target)])
         target.replace(built)
+
+
+def _succeed(command: list[str]) -> None:
+    done = _run(command)
+    if done.returncode:
+        line = next((s for s in done.stderr.splitlines() if "error" in s), done.stderr[:200])
+        raise Unbuilt(f"{shlex.join(command[:1])} failed: {line.strip()}")
 
 
 def _compiler() -> list[str]:
