@@ -31,7 +31,10 @@ class SharedSums:
     """One room in shared memory for each size of vector, made when first needed."""
 
     def __init__(self, rank: int, size: int, gather: Gather, timeout_s: float) -> None:
-        self.lib = native.library(native.supported_paths()[0])
+        path, why = native.first_built(native.supported_paths())
+        if path is None:
+            raise native.Unbuilt(why)
+        self.lib = native.library(path)
         self.rank, self.size, self.gather, self.timeout_s = rank, size, gather, timeout_s
         self.rooms: dict[int, Room | None] = {}
 

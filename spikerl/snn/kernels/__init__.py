@@ -89,7 +89,7 @@ def resolve(config: KernelConfig, device: str, layered: str | None = None) -> Re
     if config.name == "triton":
         raise BadRequest("kernel", "triton", f"this run uses {device}; it needs a CUDA device")
     paths = [config.path] if config.path else native.supported_paths()
-    path, unbuilt = _first_built(paths)
+    path, unbuilt = native.first_built(paths)
     if path is None:
         if config.name == "cpu":
             raise BadRequest("kernel", "cpu", f"{unbuilt}; use kernel=auto")
@@ -100,19 +100,6 @@ def resolve(config: KernelConfig, device: str, layered: str | None = None) -> Re
     if layered:
         reason += f"; layer by layer, for {layered}"
     return Resolved(f"cpu/{path}", reason)
-
-
-def _first_built(paths: list[str]) -> tuple[str | None, str]:
-    """The first that can be built here, if any; why the best one could not, if so."""
-    why = ""
-    for path in paths:
-        try:
-            cpu.kernel(path)
-        except native.Unbuilt as error:
-            why = why or str(error)
-        else:
-            return path, why
-    return None, why
 
 
 def _on_gpu(config: KernelConfig, device: str) -> Resolved:

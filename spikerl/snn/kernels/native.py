@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -99,6 +99,19 @@ def library(path: str) -> ctypes.CDLL:
         raise Unbuilt(f"{built} cannot be loaded: {error}") from None
     _declare(lib)
     return lib
+
+
+def first_built(paths: Sequence[str]) -> tuple[str | None, str]:
+    """The first that can be built here, if any; why the best one could not, if so."""
+    why = ""
+    for path in paths:
+        try:
+            library(path)
+        except Unbuilt as error:
+            why = why or str(error)
+        else:
+            return path, why
+    return None, why
 
 
 def _declare(lib: ctypes.CDLL) -> None:
