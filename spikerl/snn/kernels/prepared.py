@@ -70,13 +70,13 @@ class PreparedCritic:
         self.at = addresses(self.params)
         planes = {torch.float32: 3, **({torch.bfloat16: 1} if tiles else {})}.get(net.dtype)
         self.fused = planes is not None and all(map(_plain, self.params))
-        self.layers = len(self.params) // 2
-        weights = self.params[: self.layers]
+        layers = len(self.params) // 2
+        weights = self.params[:layers]
         networks, inputs, _ = weights[0].shape
         self.widths = np.array([inputs, *(w.shape[-1] for w in weights)], np.int32)
-        self.places = pointers(self.at[: self.layers]), pointers(self.at[self.layers :])
+        self.places = pointers(self.at[:layers]), pointers(self.at[layers:])
         where = (self.widths.ctypes.data, *map(ctypes.addressof, self.places))
-        sizes = (self.layers, inputs - act_dim, act_dim)
+        sizes = (layers, inputs - act_dim, act_dim)
         self.all, self.first = (Critic(n, *sizes, *where, planes or 0) for n in (networks, 1))
 
     def moved(self, net: ValueNet) -> bool:
