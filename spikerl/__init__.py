@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spikerl.policy import Policy, load_policy
+    from spikerl.models.policy import Policy, load_policy
 
 __all__ = ["Policy", "load_policy"]
 
@@ -14,6 +14,6 @@ def __getattr__(name: str) -> Any:
     # Lazily, so that the command line composes and explains configs without importing torch.
     if name not in __all__:
         raise AttributeError(f"module 'spikerl' has no attribute {name!r}")
-    from spikerl import policy
+    from spikerl.models import policy
 
     return getattr(policy, name)

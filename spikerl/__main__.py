@@ -1,5 +1,5 @@
 """`python -m spikerl`."""
 
-from spikerl.cli import main
+from spikerl.cli.main import main
 
 main()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -59,3 +59,10 @@ def choose(options: Mapping[str, type[Any]], data: Any, *, key: str) -> Any:
     if not isinstance(data, Mapping) or name not in options:
         raise BadRequest(key, name, f"one of {', '.join(sorted(options))}")
     return parse(options[name], data, key=key)
+
+
+def check_sizes(key: str, sizes: Iterable[int]) -> None:
+    sizes = list(sizes)
+    if not 1 <= len(sizes) <= 100 or any(size < 1 for size in sizes):
+        remedy = "give a list of 1 to 100 widths of at least 1, such as [256,256]"
+        raise BadRequest(key, sizes, remedy)

@@ -12,12 +12,13 @@ from spikerl.algos.ppo import PPOConfig
 from spikerl.algos.proxy_td3 import ProxyTD3Config
 from spikerl.algos.sac import SACConfig
 from spikerl.algos.td3 import TD3Config
-from spikerl.envs import EnvConfig
-from spikerl.linear import ListOf
-from spikerl.networks import ActorConfig, CareBNConfig, Critics, PopSANConfig, SpikingActor
-from spikerl.precision import PrecisionConfig
+from spikerl.envs.make import EnvConfig
+from spikerl.models.actor import ActorConfig, CareBNConfig, PopSANConfig, SpikingActor
+from spikerl.models.critic import Critics
+from spikerl.models.precision import PrecisionConfig
 from spikerl.snn.decoders import DecoderConfig, MembraneConfig, RateConfig
 from spikerl.snn.encoders import EncoderConfig, PopulationConfig
+from spikerl.snn.linear import ListOf
 from spikerl.snn.neurons import (
     ALIFConfig,
     CubaLIFConfig,
@@ -27,7 +28,7 @@ from spikerl.snn.neurons import (
     PLIFConfig,
     build_neuron,
 )
-from spikerl.trainer import Training
+from spikerl.training.trainer import Training
 
 POPULATION = PopulationConfig(
     name="population", pop_size=10, mean_range=[-3.0, 3.0], var=0.15, threshold=0.999

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spikerl.energy import Meter, Reading
+from spikerl.energy.meter import Meter, Reading
 
 
 class Clock:

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from safetensors.torch import load, save
 
-from spikerl.envs import EnvConfig, Plain, make_env
-from spikerl.snapshots import Snapshot
+from spikerl.envs.make import CheckedEnv, EnvConfig, make_env
+from spikerl.envs.snapshot import Snapshot
 
 
-def make(env_id: str, max_episode_steps: int | None = None) -> Plain:
+def make(env_id: str, max_episode_steps: int | None = None) -> CheckedEnv:
     return make_env(
         EnvConfig(
             name="gym",
@@ -32,7 +32,7 @@ def random_actions(space: gym.Space[Any], count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).uniform(space.low, space.high, size).astype(np.float32)
 
 
-def rows(env: Plain, actions: Iterable[np.ndarray]) -> list[tuple[bytes, bool, bool]]:
+def rows(env: CheckedEnv, actions: Iterable[np.ndarray]) -> list[tuple[bytes, bool, bool]]:
     """One row a step: the observation, the one after a reset if there was one, the reward; ends."""
     found = []
     for action in actions:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from spikerl.networks import Critics, MLPActor
+from spikerl.models.actor import MLPActor
+from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from spikerl import cli
+from spikerl.cli import main as cli
 from spikerl.errors import BadRequest
 
 # A training of a second, with 250 updates.

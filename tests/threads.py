@@ -55,7 +55,7 @@ def worlds(size: int) -> list[World]:
     return [ThreadWorld(rank, size, rank, table=table) for rank in range(size)]
 
 
-def together(calls: list[Callable[[], Result]]) -> list[Result]:
+def run_in_threads(calls: list[Callable[[], Result]]) -> list[Result]:
     """Each in a thread of its own; an error of one leaves none waiting for long."""
     with ThreadPoolExecutor(len(calls)) as pool:
         return [done.result() for done in [pool.submit(call) for call in calls]]

@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from spikerl.envs import EnvConfig
+from spikerl.envs.make import EnvConfig
 
 # Each dimension has bounds of its own, neither alike nor symmetric.
 LOW = np.array([-1.0, 0.0], np.float32)

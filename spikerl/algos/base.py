@@ -12,12 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from spikerl.buffers import Replay
+from spikerl import kernels
+from spikerl.algos.replay import Replay
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest, NonFinite
-from spikerl.gradient import Gradient, Moments
-from spikerl.networks import Actor, Critics, SpikingActor, check_sizes
-from spikerl.snn import kernels
+from spikerl.kernels.gradient import Gradient, Moments
+from spikerl.models.actor import Actor, SpikingActor
+from spikerl.models.critic import Critics
+from spikerl.schema import check_sizes
 
 
 @dataclass(kw_only=True)

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from spikerl import kernels
 from spikerl.algos.base import Metrics, flatten
 from spikerl.algos.offpolicy import OffPolicy, OffPolicyConfig
-from spikerl.snn import kernels
 from spikerl.types import Batch
 
 
@@ -47,7 +47,7 @@ class DDPG(OffPolicy):
     def q_target(self, rows: Batch) -> Tensor:
         """The reward and the target critics' least value of the target's action, (B,)."""
         act = self.smooth(self.target_act(rows.next_obs))
-        return kernels.named(self.critic.kernel).bellman(self.critic_target, rows, act)
+        return kernels.named(self.critic.kernel).td_target(self.critic_target, rows, act)
 
     def target_act(self, next_obs: Tensor) -> Tensor:
         return self.actor_target(next_obs, self.generator)
@@ -59,11 +59,11 @@ class DDPG(OffPolicy):
     def step(self, obs: Tensor, act: Tensor, q_target: Tensor, *, moves: bool) -> Metrics:
         """A step of the critics; of the actor and the targets too where it `moves`."""
         critic, actor = self.step_critic, self.step_actor
-        q_mean = self.critic.regress(obs, act, q_target, critic.gradient)
+        q_mean = self.critic.critic_backward(obs, act, q_target, critic.gradient)
         metrics = {"critic_loss": critic(), "q_mean": q_mean}
         if moves:
             act, pull = self.actor.vjp(obs, self.generator)
-            pull(self.critic.ascent(obs, act, actor.gradient), actor.gradient)
+            pull(self.critic.dq_da(obs, act, actor.gradient), actor.gradient)
             metrics["actor_loss"] = actor()
             self.move_targets()
         self.guard.close()
@@ -83,5 +83,5 @@ class DDPG(OffPolicy):
         """Actions with Gaussian noise, one draw for every environment and entry, clipped."""
         act = self.acting(obs, generator)
         noise = torch.randn(act.shape, generator=generator, device=act.device)
-        smooth = kernels.named(self.critic.kernel).smooth
-        return smooth(act, noise, self.config.explore_noise, math.inf)
+        add_clipped_noise = kernels.named(self.critic.kernel).add_clipped_noise
+        return add_clipped_noise(act, noise, self.config.explore_noise, math.inf)

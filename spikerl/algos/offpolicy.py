@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from spikerl import kernels
 from spikerl.algos.base import AlgoConfig, Learner, Metrics, flatten
 from spikerl.algos.graphs import Graphed
-from spikerl.buffers import Replay
-from spikerl.snn import kernels
+from spikerl.algos.replay import Replay
 from spikerl.types import Batch
 
 DRAWN_TOGETHER = 64  # batches that are gathered and normalised at once, which bounds their memory

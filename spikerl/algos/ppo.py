@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.algos.base import AlgoConfig, Learner, Metrics
-from spikerl.buffers import Replay
-from spikerl.returns import gae
+from spikerl.algos.replay import Replay
+from spikerl.algos.returns import gae
 from spikerl.types import Batch
 
 
@@ -160,7 +160,9 @@ class PPO(Learner):
         pull(grads[0], actor.gradient)
         self.step_head.gradient.slots[0].copy_(grads[1])
 
-        q_mean = self.critic.regress(rows.obs, self.no_act(rows.obs), rows.ret, critic.gradient)
+        q_mean = self.critic.critic_backward(
+            rows.obs, self.no_act(rows.obs), rows.ret, critic.gradient
+        )
         metrics = {
             "critic_loss": critic(),
             "q_mean": q_mean,

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikerl import kernels
 from spikerl.algos.base import Metrics
 from spikerl.algos.offpolicy import OffPolicy
 from spikerl.algos.td3 import TD3, TD3Config
-from spikerl.networks import MLPActor, MLPConfig, check_sizes
-from spikerl.snn import kernels
+from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.schema import check_sizes
 from spikerl.types import Batch
 
 
@@ -56,7 +57,7 @@ class ProxyTD3(TD3):
         found: list[Metrics] = []
         losses: list[Tensor] = []
         for i, (batch, now) in enumerate(zip(map(Batch._make, batches), goals, strict=True)):
-            losses.append(self.imitate(batch.obs, now))
+            losses.append(self.mse_backward(batch.obs, now))
             if (i + 1) % self.batches:
                 continue
             q_target = self.q_target(batch)
@@ -66,10 +67,10 @@ class ProxyTD3(TD3):
             losses.clear()
         return found
 
-    def imitate(self, obs: Tensor, goal: Tensor) -> Tensor:
+    def mse_backward(self, obs: Tensor, goal: Tensor) -> Tensor:
         """A step of the proxy; its mean squared error over the batch and the action's entries."""
         kernel = kernels.named(self.critic.kernel)
-        kernel.imitate(self.proxy, obs, goal, self.step_proxy.gradient)
+        kernel.mse_backward(self.proxy, obs, goal, self.step_proxy.gradient)
         return self.step_proxy()
 
     def target_act(self, next_obs: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from spikerl.algos.base import Metrics, flatten
 from spikerl.algos.offpolicy import OffPolicy, OffPolicyConfig
 from spikerl.errors import BadRequest
-from spikerl.networks import Actor, MLPActor, MLPConfig, check_sizes
+from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.schema import check_sizes
 from spikerl.types import Batch
 
 
@@ -101,7 +102,7 @@ class SAC(OffPolicy):
 
     def step(self, obs: Tensor, act: Tensor, q_target: Tensor) -> Metrics:
         critic, actor = self.step_critic, self.step_actor
-        q_mean = self.critic.regress(obs, act, q_target, critic.gradient)
+        q_mean = self.critic.critic_backward(obs, act, q_target, critic.gradient)
         metrics = {"critic_loss": critic(), "q_mean": q_mean}
 
         output, pull = self.actor.vjp(obs, self.generator, False)
@@ -112,7 +113,7 @@ class SAC(OffPolicy):
         mean, raw = output.detach().requires_grad_(), raw.detach().requires_grad_()
         act, logp = squashed(mean, raw.clamp(*self.config.log_std_range), self.noise(mean))
         # The loss is mean(alpha log pi(a) - min Q(s, a)); the critics tell its slope by a.
-        by_act = self.critic.ascent(obs, act.detach(), actor.gradient, True)
+        by_act = self.critic.dq_da(obs, act.detach(), actor.gradient, True)
         by_logp = (self.temperature * actor.gradient.factor / len(obs)).expand_as(logp)
         by_mean, by_raw = torch.autograd.grad((act, logp), (mean, raw), (by_act, by_logp))
         entropy = -logp.detach().mean()

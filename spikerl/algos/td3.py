@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from spikerl import kernels
 from spikerl.algos.ddpg import DDPG, DDPGConfig
 from spikerl.errors import BadRequest
-from spikerl.snn import kernels
 
 
 @dataclass(kw_only=True)
@@ -47,5 +47,5 @@ class TD3(DDPG):
         """Target policy smoothing: clipped noise, then clipped to the action range."""
         c = self.config
         noise = torch.randn(act.shape, generator=self.generator, device=act.device)
-        smooth = kernels.named(self.critic.kernel).smooth
-        return smooth(act, noise, c.target_noise, c.noise_clip)
+        add_clipped_noise = kernels.named(self.critic.kernel).add_clipped_noise
+        return add_clipped_noise(act, noise, c.target_noise, c.noise_clip)

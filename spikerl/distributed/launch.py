@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 from spikerl.distributed import hosts, mpi
-from spikerl.distributed.orphans import die_with_parent
+from spikerl.distributed.process_lifetime import die_with_parent
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
@@ -107,7 +107,7 @@ def by_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
         shutdown_timeout=SHUTDOWN_S,
         logs_specs=DefaultLogsSpecs(log_dir=str(mailbox)),
     )
-    worker = ("-m", "spikerl.worker", str(mailbox), str(os.getpid()))
+    worker = ("-m", "spikerl.commands.worker", str(mailbox), str(os.getpid()))
     over = threading.Event()
     threading.Thread(target=end_stragglers, args=(mailbox, over), daemon=True).start()
     try:
@@ -143,7 +143,7 @@ def by_mpiexec(mailbox: Path, workers: Workers) -> dict[int, int]:
     """The same under MPI, where one that fails ends all: only the one that did so is known."""
     start = mpi.mpiexec(workers.size)
     assert start is not None  # the config was checked
-    command = [*start, sys.executable, "-m", "spikerl.worker", str(mailbox)]
+    command = [*start, sys.executable, "-m", "spikerl.commands.worker", str(mailbox)]
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

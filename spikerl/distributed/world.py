@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spikerl.distributed import hosts, mpi, mpi_group
-from spikerl.distributed.sums import SharedSums, shared_sums
+from spikerl.distributed.shm_allreduce import ShmAllReduce, open_shm_allreduce
 from spikerl.errors import BadRequest, DiskError
 from spikerl.types import Resolved
 
@@ -90,11 +90,11 @@ class World:
     size: int = 1
     local_rank: int = 0
     exchange: str = "cpu"  # the device on which the backend wants gathered tensors
-    sums: SharedSums | None = None  # where all are on one machine and its CPU
+    shm: ShmAllReduce | None = None  # where all are on one machine and its CPU
 
     def sum_(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over workers, in one collective."""
-        if self.size > 1 and not (self.sums and self.sums.sum_(tensor)):
+        if self.size > 1 and not (self.shm and self.shm.sum_(tensor)):
             dist.all_reduce(tensor)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -126,7 +126,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def together(self, act: Callable[[], T]) -> list[T]:
+    def run_on_all(self, act: Callable[[], T]) -> list[T]:
         """Every worker's result of `act`, which uses the disk, in rank order.
 
         Where one was refused, by the disk or as a BadRequest, all raise it. A slow one takes as
@@ -194,8 +194,8 @@ def share_memory(world: World, timeout_s: float = TIMEOUT_S) -> World:
     """With sums in shared memory, if all workers are on one machine."""
     if world.size == 1:
         return world
-    sums = shared_sums(world.rank, world.size, world.gather_objects, timeout_s)
-    return replace(world, sums=sums)
+    shm = open_shm_allreduce(world.rank, world.size, world.gather_objects, timeout_s)
+    return replace(world, shm=shm)
 
 
 def leave() -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
-from spikerl.linear import Linear
+from spikerl.snn.linear import Linear
 
 
 @dataclass(kw_only=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
-from spikerl.linear import Linear
+from spikerl.snn.linear import Linear
 from spikerl.snn.surrogates import straight_through
 
 

@@ -24,8 +24,8 @@ from builders import small_training
 
 from spikerl.distributed import mpi
 from spikerl.distributed.world import join, leave, ranked
-from spikerl.envs import make_env, task_of
-from spikerl.trainer import Trainer
+from spikerl.envs.make import make_env, task_of
+from spikerl.training.trainer import Trainer
 
 UPDATES = 200
 State = dict[str, Tensor]

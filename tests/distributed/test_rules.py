@@ -33,9 +33,10 @@ from spikerl.algos.proxy_td3 import ProxyTD3
 from spikerl.algos.sac import SAC
 from spikerl.algos.td3 import TD3
 from spikerl.distributed.world import ALONE, World
-from spikerl.envs import make_env, task_of
-from spikerl.networks import ActorConfig, Critics, MLPActor, MLPConfig, SpikingActor, build_actor
-from spikerl.trainer import Trainer, fingerprint
+from spikerl.envs.make import make_env, task_of
+from spikerl.models.actor import ActorConfig, MLPActor, MLPConfig, SpikingActor, build_actor
+from spikerl.models.critic import Critics
+from spikerl.training.trainer import Trainer, fingerprint
 from spikerl.types import Batch
 
 ROWS = 20  # of a batch, shared out unevenly: 11 and 9

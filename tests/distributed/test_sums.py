@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from spawn import run_workers
 
-from spikerl.distributed import sums as sums_module
-from spikerl.distributed.sums import FOLDER
+from spikerl.distributed import shm_allreduce as sums_module
+from spikerl.distributed.shm_allreduce import FOLDER
 from spikerl.distributed.world import World, share_memory
 
 pytestmark = pytest.mark.skipif(not os.access(FOLDER, os.W_OK), reason=f"no {FOLDER}")
@@ -26,7 +26,7 @@ def rows(world: World, count: int, length: int, dtype: torch.dtype) -> torch.Ten
 
 
 def sums_are_exact(world: World) -> None:
-    assert world.sums is not None
+    assert world.shm is not None
     for dtype in (torch.float32, torch.float64):
         for length in (1, 513, 144_000):
             everyone = rows(world, 6, length, dtype)
@@ -39,7 +39,7 @@ def sums_are_exact(world: World) -> None:
                 for rank in range(1, world.size):
                     expected += everyone[k, rank]
                 assert torch.equal(mine, expected)
-    assert len(world.sums.rooms) == 6  # one for each size in bytes
+    assert len(world.shm.rooms) == 6  # one for each size in bytes
     assert not glob.glob(f"{FOLDER}/*spikerl*")
 
 
@@ -52,25 +52,25 @@ def two_give_gloos_bits(world: World) -> None:
 
 
 def what_has_no_room_takes_gloo(world: World) -> None:
-    assert world.sums is not None
+    assert world.shm is not None
     counts = torch.ones(3, dtype=torch.int64)
-    assert not world.sums.sum_(counts)
-    assert not world.sums.sum_(torch.ones(4, 2)[:, 0])
+    assert not world.shm.sum_(counts)
+    assert not world.shm.sum_(torch.ones(4, 2)[:, 0])
     world.sum_(counts)
     assert counts.tolist() == [world.size] * 3
 
 
 def a_machine_without_room(world: World) -> None:
     """One worker cannot have it, or no more of it: all of them take gloo, and none waits."""
-    enter, fresh = sums_module._enter, share_memory(replace(world, sums=None))
-    assert fresh.sums is not None
+    enter, fresh = sums_module._enter, share_memory(replace(world, shm=None))
+    assert fresh.shm is not None
     if world.rank == 1:
         sums_module._enter = lambda name, total, rank: None
     mine = torch.ones(10)
     fresh.sum_(mine)
     assert mine.tolist() == [world.size] * 10
-    assert fresh.sums.rooms == {40: None}
-    assert share_memory(replace(world, sums=None)).sums is None
+    assert fresh.shm.rooms == {40: None}
+    assert share_memory(replace(world, shm=None)).shm is None
     sums_module._enter = enter
 
 
@@ -78,7 +78,7 @@ def another_machine(world: World) -> None:
     """Workers that do not run under one kernel share nothing."""
     if world.rank == 0:
         sums_module.MACHINE = sums_module.Path("/proc/sys/kernel/ostype")
-    assert share_memory(replace(world, sums=None)).sums is None
+    assert share_memory(replace(world, shm=None)).shm is None
 
 
 def everything(world: World) -> None:
@@ -110,9 +110,9 @@ def test_a_worker_that_is_gone_is_noticed() -> None:
 
 
 def one_is_late(world: World) -> None:
-    assert world.sums is not None
+    assert world.shm is not None
     world.sum_(torch.ones(10))
-    world.sums.timeout_s = 0.2
+    world.shm.timeout_s = 0.2
     if world.rank == 1:
         time.sleep(1.0)
         world.sum_(torch.ones(10))

@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from spikerl.algos.base import Guard, Stepper
 from spikerl.algos.td3 import TD3
 from spikerl.distributed.world import World, share
-from spikerl.envs import make_env, task_of
+from spikerl.envs.make import make_env, task_of
 from spikerl.errors import NonFinite
-from spikerl.networks import MLPActor, MLPConfig
-from spikerl.normalize import RunningNorm
-from spikerl.trainer import Trainer, fingerprint
+from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.normalizer import RunningNorm
+from spikerl.training.trainer import Trainer, fingerprint
 from spikerl.types import Batch
 
 

@@ -52,7 +52,7 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(site: Path, home: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """The unpacked program in the folder `home`; it comes before any other on the path."""
     code = (
-        "import sys, spikerl; from spikerl.cli import main\n"
+        "import sys, spikerl; from spikerl.cli.main import main\n"
         f"assert spikerl.__file__.startswith({str(site)!r}), spikerl.__file__\nmain()"
     )
     return subprocess.run(
@@ -79,7 +79,7 @@ def test_what_it_asks_for(site: Path) -> None:
     (info,) = site.glob("spikerl-*.dist-info")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     entry = (info / "entry_points.txt").read_text()
-    assert entry.split() == ["[console_scripts]", "spikerl", "=", "spikerl.cli:main"]
+    assert entry.split() == ["[console_scripts]", "spikerl", "=", "spikerl.cli.main:main"]
     metadata = (info / "METADATA").read_text().splitlines()
     needed = [line.partition(": ")[2] for line in metadata if line.startswith("Requires-Dist")]
     always = {r for r in map(Requirement, needed) if not r.marker}

@@ -14,8 +14,8 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-from spikerl import cli
-from spikerl.counters import Found
+from spikerl.cli import main as cli
+from spikerl.energy.counters import Found
 
 Said = Callable[..., str]
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -59,7 +59,7 @@ def said(
     monkeypatch.setattr(sys, "argv", ["spikerl"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # which the program sets
     for started in ("run", "launch"):  # so that what is not refused fails here at once
-        monkeypatch.setattr(f"spikerl.runs.{started}", lambda *args: 0)
+        monkeypatch.setattr(f"spikerl.commands.train.{started}", lambda *args: 0)
 
     def ask(*args: str) -> str:
         before = tree(tmp_path)
@@ -198,7 +198,9 @@ def test_without_cuda(said: Said, typed: str, line: str) -> None:
 
 
 def test_no_meter(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spikerl.energy.find", lambda device: Found({}, {}, {"gpu": "gpu: none"}))
+    monkeypatch.setattr(
+        "spikerl.energy.meter.find", lambda device: Found({}, {}, {"gpu": "gpu: none"})
+    )
     assert said("train", "energy=zeus") == (
         "energy=zeus: gpu: none; use energy=auto to run without joules"
     )

@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spikerl import cli, load_policy
-from spikerl.runlog import TAGS
+from spikerl import load_policy
+from spikerl.cli import main as cli
+from spikerl.runs.record import TAGS
 
 SMALL = [
     "env=InvertedPendulum", "total_steps=300", "steps_per_epoch=100", "algo.random_steps=50",
@@ -264,7 +265,7 @@ def test_failure_before_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("spikerl.session.save_checkpoint", full)
+    monkeypatch.setattr("spikerl.training.session.save_checkpoint", full)
     assert outcome(lambda: train("run_dir=below/run")) != 0
     assert not [p for p in tmp_path.rglob("*") if p.name != "below"]
 

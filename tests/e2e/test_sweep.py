@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from shell import SHORT, Said, spikerl, tree
 
-from spikerl.sweep import Sweep, varied_keys
+from spikerl.cli.sweep import Sweep, varied_keys
 
 FEW = [*SHORT, "total_steps=150"]
 
@@ -241,7 +241,7 @@ def test_joblib(tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spikerl.sweep.find_spec", lambda name: None)
+    monkeypatch.setattr("spikerl.cli.sweep.find_spec", lambda name: None)
     said = sweep("seed=0,1", "hydra/launcher=submitit_slurm")
     assert said.line.startswith("hydra/launcher=submitit_slurm: pip install 'spikerl[slurm]'")
     assert tree(tmp_path) == {}

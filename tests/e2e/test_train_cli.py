@@ -22,10 +22,9 @@ from omegaconf import OmegaConf
 from shell import SHORT, spikerl, tree
 
 from spikerl import load_policy
-from spikerl.compose import group_options
-from spikerl.configfile import conf_folder
+from spikerl.config.yaml_file import conf_folder, group_options
 from spikerl.seeding import seed_for
-from spikerl.trainer import Trainer
+from spikerl.training.trainer import Trainer
 
 TIMES = ("wall_s", "env_steps_per_s", "updates_per_s")
 
@@ -69,7 +68,7 @@ def test_dated_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def now(cls, tz: Any = None) -> Noon:
             return cls(2026, 1, 2, 12, 0, 5)
 
-    monkeypatch.setattr("spikerl.runs.datetime", Noon)
+    monkeypatch.setattr("spikerl.commands.train.datetime", Noon)
     few = [*SHORT, "total_steps=10", "steps_per_epoch=10", "seed=7"]
     for name in ("2026-01-02_12-00-05_seed7", "2026-01-02_12-00-05_seed7_2"):
         assert spikerl("train", *few).status == 0
@@ -89,7 +88,7 @@ def test_the_command_is_recorded_as_it_was_typed(run: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("where", ["runfolder.write_text", "session.save_checkpoint", "os.rename"])
+@pytest.mark.parametrize("where", ["run_folder.write_text", "session.save_checkpoint", "os.rename"])
 def test_a_folder_that_cannot_be_made_is_not_there(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,7 +274,7 @@ def test_doctor_where_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(config: Any) -> None:
         raise OSError(f"{config.id} [/is] broken")
 
-    monkeypatch.setattr("spikerl.doctor.make_env", breaks)
+    monkeypatch.setattr("spikerl.commands.doctor.make_env", breaks)
     said = spikerl("doctor")
     assert said.status == 1
     assert "Ant-v5 [/is] broken" in said.out

@@ -17,9 +17,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from processes import computed
 
-from spikerl import config, runs
-from spikerl.configfile import conf_folder
-from spikerl.session import Session
+from spikerl.commands import train
+from spikerl.config import build as config
+from spikerl.config.yaml_file import conf_folder
+from spikerl.training.session import Session
 
 TINY = [
     "env=Pendulum", "total_steps=60", "steps_per_epoch=20", "env.max_episode_steps=10",
@@ -117,7 +118,7 @@ class Undisturbed:
         self.computed = computed(home / "whole")
 
     def train(self, **changes: Any) -> int:
-        return runs.train(config.build({**self.raw, **changes}), ["spikerl", "train"])
+        return train.train(config.build({**self.raw, **changes}), ["spikerl", "train"])
 
     def equals(self, run: Path) -> bool:
         return computed(run) == self.computed

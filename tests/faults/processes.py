@@ -43,7 +43,9 @@ SPENT = ("env_steps_per_s", "updates_per_s", "wall_s", "power_w")
 RANK = re.compile(rb"(PMI_)?RANK=")  # from the elastic agent, or from mpiexec
 
 SERVER = mp.get_context("forkserver")
-SERVER.set_forkserver_preload(["spikerl.runs", "spikerl.cli", "spikerl.runlog", "hydra"])
+SERVER.set_forkserver_preload(
+    ["spikerl.commands.train", "spikerl.cli.main", "spikerl.runs.record", "hydra"]
+)
 
 
 class Run:
@@ -104,7 +106,7 @@ def _enter(home: str, args: tuple[str, ...], environ: dict[str, str]) -> None:
     sys.path.insert(0, environ.get("PYTHONPATH", ""))
     import torch
 
-    from spikerl.cli import run
+    from spikerl.cli.main import run
 
     torch.set_num_threads(1)
     mp.set_start_method("fork", force=True)  # as a command has it, not as this process was made
@@ -168,4 +170,4 @@ def rank_of(pid: int) -> str | None:
     command = Path(f"/proc/{pid}/cmdline").read_bytes()
     words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     ranks = [word.partition(b"=")[2].decode() for word in words if RANK.match(word)]
-    return ranks[0] if ranks and b"spikerl.worker" in command else None
+    return ranks[0] if ranks and b"spikerl.commands.worker" in command else None

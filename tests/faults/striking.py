@@ -15,15 +15,15 @@ from pathlib import Path
 
 from processes import Run, computed, gone, record, resume, rows, train
 
-from spikerl.checkpoint import verified
+from spikerl.runs.checkpoint import verified
 
 # Where a worker stays, by phase: before what it does there, and behind it.
 PLACES = {
-    "acting": "spikerl.envs Envs.step",
+    "acting": "spikerl.envs.vector Envs.step",
     "update": "spikerl.algos.td3 TD3.between_moves",
     "collective": "spikerl.distributed.world World.sum_",
-    "evaluation": "spikerl.evaluate Evaluator._wave",
-    "checkpoint": "spikerl.checkpoint append_segment",
+    "evaluation": "spikerl.training.evaluator Evaluator._wave",
+    "checkpoint": "spikerl.runs.checkpoint append_segment",
 }
 STAYING = """
 import os, sys, time

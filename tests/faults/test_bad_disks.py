@@ -17,14 +17,14 @@ from disks import Failing, Undisturbed, attempt, before_each_call
 from processes import record, rows
 from spawn import run_workers
 
-from spikerl import runfolder
-from spikerl.checkpoint import save_checkpoint, verified
 from spikerl.distributed.world import World
-from spikerl.envs import make_env, task_of
+from spikerl.envs.make import make_env, task_of
 from spikerl.errors import BadRequest, DiskError
 from spikerl.files import Journal
-from spikerl.session import Session
-from spikerl.trainer import Trainer
+from spikerl.runs import folder as run_folder
+from spikerl.runs.checkpoint import save_checkpoint, verified
+from spikerl.training.session import Session
+from spikerl.training.trainer import Trainer
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 
@@ -188,9 +188,9 @@ def disk_of_one_refuses_or_is_slow(world: World, run: str) -> None:
         if world.rank == 1:
             raise BadRequest("key", Path("value"), "remedy")
 
-    assert world.together(slow) == [0, 1]
+    assert world.run_on_all(slow) == [0, 1]
     with pytest.raises(BadRequest, match="key=value: remedy"):
-        world.together(refused)
+        world.run_on_all(refused)
     training = small_training(num_envs=2, total_steps=80, steps_per_epoch=40, eval_episodes=2)
     trainer = Trainer(training, task_of(make_env(training.env)), world=world)
     epochs = trainer.epochs()
@@ -214,9 +214,9 @@ def test_workers_share_what_a_disk_does_to_one(tmp_path: Path) -> None:
 def test_a_lock_of_the_dead_is_no_lock(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("process 1 on here")
     said = f"process {os.getpid()} on .* is running it"
-    with runfolder.lock(tmp_path), pytest.raises(BadRequest, match=said):
-        runfolder.lock(tmp_path)
-    runfolder.lock(tmp_path).close()
+    with run_folder.lock(tmp_path), pytest.raises(BadRequest, match=said):
+        run_folder.lock(tmp_path)
+    run_folder.lock(tmp_path).close()
 
 
 def test_a_journal_writes_all_in_order_over_what_a_failure_left(tmp_path: Path) -> None:

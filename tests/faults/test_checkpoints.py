@@ -13,14 +13,14 @@ import torch
 from builders import small_training
 from disks import Failing, before_each_call
 
-from spikerl import checkpoint
-from spikerl.checkpoint import KEEP, drop_later, newest, save_checkpoint, verified
+from spikerl.commands.train import checkpoint
 from spikerl.distributed.world import ALONE
-from spikerl.envs import make_env, task_of
+from spikerl.envs.make import make_env, task_of
 from spikerl.errors import BadRequest, DiskError
 from spikerl.files import make_folder
-from spikerl.policy import find_policy
-from spikerl.trainer import Trainer
+from spikerl.models.policy import find_policy
+from spikerl.runs.checkpoint import KEEP, drop_later, newest, save_checkpoint, verified
+from spikerl.training.trainer import Trainer
 
 CAPACITY = 70  # each checkpoint adds 50 rows: the ring wraps around in every second one
 EPOCH = 50

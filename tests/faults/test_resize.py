@@ -19,13 +19,13 @@ import test_mpi
 import torch
 from builders import ppo_config, small_training
 from processes import computed, gone, record, resume, rows, train
-from threads import together, worlds
+from threads import run_in_threads, worlds
 from torch import Tensor
 
-from spikerl.checkpoint import save_checkpoint, verified
-from spikerl.envs import make_env, task_of
+from spikerl.envs.make import make_env, task_of
+from spikerl.runs.checkpoint import save_checkpoint, verified
 from spikerl.seeding import generator_for, seed_for
-from spikerl.trainer import Trainer, Training
+from spikerl.training.trainer import Trainer, Training
 
 N = 4
 CAPACITY = 90  # 22 steps of each environment
@@ -46,12 +46,12 @@ class Workers:
 
     def train(self, until: int) -> None:
         while self.first.step < until:
-            together([trainer.advance for trainer in self.trainers])
+            run_in_threads([trainer.advance for trainer in self.trainers])
 
     def save(self, run: Path) -> None:
         first = self.first
         facts = {"step": first.step, "epoch": 0, "world_size": len(self.trainers)}
-        together(
+        run_in_threads(
             [
                 partial(save_checkpoint, run, t.world, t.shard(), t.learner_state(), facts,
                         t.policy.files()) for t in self.trainers

@@ -17,9 +17,9 @@ from disks import Undisturbed, before_each_call
 from processes import Run, computed, record, resume, rows, train
 from soaks import CASES, Whole, soak
 
-from spikerl import runfolder
 from spikerl.errors import BadRequest
-from spikerl.session import Session
+from spikerl.runs import folder as run_folder
+from spikerl.training.session import Session
 
 SHORT = ("td3", "proxy_td3", "sac", "ppo", "async", "workers")  # all of them: scripts/soak
 HOPPER = ["env=Hopper", "num_envs=2"]
@@ -144,21 +144,21 @@ def test_rewinding_can_be_interrupted(tmp_path: Path) -> None:
     (tmp_path / "discarded.jsonl").write_text(json.dumps({"step": 9}) + "\n")
     metrics.write_text("".join(lines) + '{"step"')
     whole = metrics.read_bytes()
-    assert runfolder.rewind(tmp_path, len(lines[0])) == 2
+    assert run_folder.rewind(tmp_path, len(lines[0])) == 2
     metrics.write_bytes(whole)  # killed before it was cut
-    assert runfolder.rewind(tmp_path, len(lines[0])) == 2
-    assert [row["step"] for row in runfolder.read_rows(metrics)] == [1]
-    discarded = runfolder.read_rows(tmp_path / "discarded.jsonl")
+    assert run_folder.rewind(tmp_path, len(lines[0])) == 2
+    assert [row["step"] for row in run_folder.read_rows(metrics)] == [1]
+    discarded = run_folder.read_rows(tmp_path / "discarded.jsonl")
     assert [row["step"] for row in discarded] == [9, 2, 3]
     with pytest.raises(BadRequest, match="shorter"):
-        runfolder.rewind(tmp_path, 1000)
+        run_folder.rewind(tmp_path, 1000)
 
 
 def test_what_a_run_left_that_was_killed_before_its_folder_appeared(tmp_path: Path) -> None:
     """The next one beside it removes it, but not what one that lives is about to rename."""
     raw = {"seed": 0}
     partials = [tmp_path / f".run{i}.{100 + i}.partial" for i in range(2)]
-    held = [runfolder.begin(partial, "run", raw, {"status": "running"}) for partial in partials]
+    held = [run_folder.begin(partial, "run", raw, {"status": "running"}) for partial in partials]
     held[1].close()  # as its end would
     strange = tmp_path / ".mine.partial"
     strange.mkdir()

@@ -25,17 +25,18 @@ from builders import POPULATION, popsan_config, small_training
 from safetensors.torch import load
 from shell import spikerl
 
-from spikerl import config as configs
-from spikerl import runfolder, runs
-from spikerl.checkpoint import newest, verified
-from spikerl.compose import expand
+from spikerl.cli.compose import expand
+from spikerl.commands import train
+from spikerl.commands.import_popsan import read_stats, read_weights, sizes_of
+from spikerl.config import build as configs
 from spikerl.distributed import launch
-from spikerl.envs import make_env, task_of
+from spikerl.envs.make import make_env, task_of
 from spikerl.errors import BadRequest
-from spikerl.importers import read_stats, read_weights, sizes_of
-from spikerl.policy import load_policy
-from spikerl.session import Session
-from spikerl.trainer import Trainer
+from spikerl.models.policy import load_policy
+from spikerl.runs import folder as run_folder
+from spikerl.runs.checkpoint import newest, verified
+from spikerl.training.session import Session
+from spikerl.training.trainer import Trainer
 
 Case = Callable[[Random], bool]  # whether it was loaded; a BadRequest: it was refused
 TINY = [
@@ -269,13 +270,13 @@ def resumed(folder: Path) -> Case:
             (run / name).write_bytes(spoil(chance, name))
         try:
             expand("train", [f"resume={run}"])
-            runs.finished(run, config)
-            runfolder.rewind(run, verified(run, lambda text: None).manifest["metrics_bytes"])
-            runfolder.reopen(run)
-            record = runfolder.read_manifest(run, key="resume")
-            runfolder.update_manifest(run, resumed=[*record.get("resumed", []), {}])
-            runfolder.read_rows(run / "metrics.jsonl")
-            runfolder.read_rows(run / "discarded.jsonl")
+            train.finished(run, config)
+            run_folder.rewind(run, verified(run, lambda text: None).manifest["metrics_bytes"])
+            run_folder.reopen(run)
+            record = run_folder.read_manifest(run, key="resume")
+            run_folder.update_manifest(run, resumed=[*record.get("resumed", []), {}])
+            run_folder.read_rows(run / "metrics.jsonl")
+            run_folder.read_rows(run / "discarded.jsonl")
         finally:
             if (run / name).is_symlink():
                 (run / name).unlink()
@@ -379,7 +380,7 @@ def overrides(folder: Path) -> Case:
 
 def stand_in() -> None:
     """In place of the training itself: what is fuzzed is what comes before."""
-    runs.run = lambda *args: 0
+    train.run = lambda *args: 0
     launch.launch = lambda *args: 0
 
 

@@ -13,7 +13,7 @@ from fuzz_guard import bounded, outcome
 from fuzz_run import fuzz
 from fuzz_targets import TARGETS
 
-from spikerl import runs
+from spikerl.commands import train
 from spikerl.distributed import launch
 from spikerl.errors import BadRequest
 
@@ -22,7 +22,7 @@ CASES = {"run to resume": 60, "checkpoint": 60, "config=FILE": 25, "overrides": 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_odd_files(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "run", runs.run)  # what a target exchanges is put back
+    monkeypatch.setattr(train, "run", train.run)  # what a target exchanges is put back
     monkeypatch.setattr(launch, "launch", launch.launch)
     monkeypatch.chdir(tmp_path)
     number = CASES.get(target, 150)

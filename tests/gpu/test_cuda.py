@@ -6,11 +6,11 @@ import pytest
 import torch
 from builders import popsan, td3_config, twin_critic
 
+from spikerl.algos.replay import Replay
 from spikerl.algos.td3 import TD3
-from spikerl.buffers import Replay
-from spikerl.networks import Critics
-from spikerl.normalize import RunningNorm
-from spikerl.precision import DTYPES
+from spikerl.models.critic import Critics
+from spikerl.models.normalizer import RunningNorm
+from spikerl.models.precision import DTYPES
 from spikerl.types import Batch
 
 pytestmark = [

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from spikerl.energy import EnergyConfig, Reading, energy_row, open_meter
+from spikerl.energy.meter import EnergyConfig, Reading, energy_row, open_meter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +20,7 @@ pytestmark = [
 
 PROGRAM = """
 import json, time, torch
-from spikerl.energy import EnergyConfig, open_meter
+from spikerl.energy.meter import EnergyConfig, open_meter
 device = torch.device("cuda:0")
 meter = open_meter(EnergyConfig(name="zeus", file=None), device=device, local_rank=1)
 meter.begin("w")

@@ -9,10 +9,10 @@ import torch
 from builders import popsan, td3_config
 from torch import nn
 
-from spikerl import baselines
 from spikerl.algos.td3 import TD3
-from spikerl.networks import Critics
-from spikerl.snn.kernels import reference
+from spikerl.commands.bench import baselines
+from spikerl.kernels import reference
+from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
 

@@ -25,12 +25,12 @@ from builders import (
 )
 from torch import Tensor
 
-from spikerl.checkpoint import Shard, save_checkpoint, verified
 from spikerl.distributed.world import ALONE
-from spikerl.envs import EnvConfig, make_env, task_of
-from spikerl.evaluate import Evaluation, Evaluator
+from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.runs.checkpoint import Shard, save_checkpoint, verified
 from spikerl.snn.encoders import PopulationConfig
-from spikerl.trainer import Trainer, Training
+from spikerl.training.evaluator import Evaluation, Evaluator
+from spikerl.training.trainer import Trainer, Training
 
 HOPPER = EnvConfig(
     name="Hopper", version="v5", id="Hopper-v5", max_episode_steps=40, vectorizer="sync"

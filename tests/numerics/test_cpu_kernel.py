@@ -11,13 +11,14 @@ import torch
 from builders import CUBA_LIF, POISSON, POPULATION, lif_config, popsan, with_neurons
 from torch import Tensor
 
+from spikerl import kernels
 from spikerl.algos.base import flatten
 from spikerl.errors import BadRequest
-from spikerl.gradient import Gradient
-from spikerl.networks import SpikingActor
-from spikerl.snn import kernels
-from spikerl.snn.kernels import cpu, native, reference
-from spikerl.snn.kernels.prepared import fused
+from spikerl.kernels import build as native
+from spikerl.kernels import cpu, reference
+from spikerl.kernels.gradient import Gradient
+from spikerl.kernels.prepared import fused
+from spikerl.models.actor import SpikingActor
 
 PATHS = native.supported_paths()
 SIZES = [  # observations, actions, hidden widths, spike steps, samples

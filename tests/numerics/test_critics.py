@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from spikerl.gradient import Gradient
-from spikerl.linear import relu_values
-from spikerl.networks import Critics
-from spikerl.snn import kernels
-from spikerl.snn.kernels import native, reference
+from spikerl import kernels
+from spikerl.kernels import build as native
+from spikerl.kernels import reference
+from spikerl.kernels.dense import relu_values
+from spikerl.kernels.gradient import Gradient
+from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
 PATHS = native.supported_paths()
@@ -56,9 +57,9 @@ def results(kernel: str, critic: Critics, rows: Tensor, obs_dim: int) -> list[Te
         values = critic(obs, act)
     into = Gradient(list(critic.parameters()), weight=0.7)
     into.vector.fill_(float("nan"))
-    mean = critic.regress(obs, act, target, into)
+    mean = critic.critic_backward(obs, act, target, into)
     towards = Gradient([torch.zeros(1)], weight=0.3)
-    ascent = critic.ascent(obs, act, towards)
+    ascent = critic.dq_da(obs, act, towards)
     return [values, mean, into.loss, *into.slots, towards.loss, ascent]
 
 
@@ -94,11 +95,11 @@ def test_target_values(path: str, size: tuple) -> None:  # type: ignore[type-arg
     batch = Batch(obs, act, rew, obs, ends, discount)
     with torch.no_grad():
         lowest = reference.values(critic, obs, act).amin(0)
-        found = kernels.named(f"cpu/{path}").bellman(critic, batch, act)
+        found = kernels.named(f"cpu/{path}").td_target(critic, batch, act)
         torch.testing.assert_close(found, torch.where(ends, rew, rew + discount * lowest))
         for c in range(2):  # a critic that went wrong is not passed over
             critic.biases_C1N[-1].zero_()[c] = float("nan")
-            found = kernels.named(f"cpu/{path}").bellman(critic, batch, act)
+            found = kernels.named(f"cpu/{path}").td_target(critic, batch, act)
             assert torch.equal(found.isnan(), ~ends)
 
 
@@ -120,7 +121,7 @@ def test_what_is_not_finite_is_seen(path: str, batch: int, bad: float) -> None:
         assert torch.equal(kernel.values(critic, rows[:, :6], rows[:, 6:8])[:, 2:], found[:, 2:])
         critic.biases_C1N[-1].zero_()[1] = float("nan")  # of two, the second
     towards = Gradient([torch.zeros(1)])
-    kernel.ascent(critic, rows[:, :6], rows[:, 6:8], towards, True)
+    kernel.dq_da(critic, rows[:, :6], rows[:, 6:8], towards, True)
     assert towards.loss.isnan()
 
 
@@ -131,7 +132,7 @@ def test_smoothed_actions(path: str) -> None:
     act[0, 0], noise[1, 1] = float("nan"), float("nan")
     expected = (act + (noise * 0.2).clamp(-0.5, 0.5)).clamp(-1.0, 1.0)
     assert 10 < int((expected.abs() == 1.0).sum()) < 100
-    found = kernels.named(f"cpu/{path}").smooth(act, noise, 0.2, 0.5)
+    found = kernels.named(f"cpu/{path}").add_clipped_noise(act, noise, 0.2, 0.5)
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -165,8 +166,8 @@ def test_exact_on_dyadic_numbers(path: str) -> None:
     for kernel in ("reference", f"cpu/{path}"):
         critic.kernel = kernel
         into = Gradient(list(critic.parameters()), weight=0.5)
-        mean = critic.regress(rows[:, :5], rows[:, 5:8], rows[:, 8], into)
-        ascent = critic.ascent(rows[:, :5], rows[:, 5:8], Gradient([torch.zeros(1)]))
+        mean = critic.critic_backward(rows[:, :5], rows[:, 5:8], rows[:, 8], into)
+        ascent = critic.dq_da(rows[:, :5], rows[:, 5:8], Gradient([torch.zeros(1)]))
         found.append([mean, into.vector, ascent])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
@@ -181,7 +182,7 @@ def test_a_regression_by_hand() -> None:
                 p.copy_(torch.tensor(value).view(-1, 1))
         obs, act = torch.tensor([[1.0], [-1.0]]), torch.zeros(2, 1)
         into = Gradient(list(critic.parameters()))
-        mean = critic.regress(obs, act, torch.tensor([7.0, 1.0]), into)
+        mean = critic.critic_backward(obs, act, torch.tensor([7.0, 1.0]), into)
         # Errors 1 and -2: each critic's loss is (1 + 4) / 2, and dq is 1 and -2.
         assert float(mean) == 3.5
         assert float(into.loss) == 5.0
@@ -231,7 +232,7 @@ def test_an_ascent_is_of_the_first_critic_alone(kernel: str) -> None:
     critic = Critics(3, 2, [8, 8], kernel=kernel)
     obs, act = torch.randn(5, 3), torch.randn(5, 2, requires_grad=True)
     into = Gradient([torch.zeros(1)])
-    found = critic.ascent(obs, act.detach(), into)
+    found = critic.dq_da(obs, act.detach(), into)
     loss = -critic(obs, act)[0].mean()
     torch.testing.assert_close(found, torch.autograd.grad(loss, act)[0])
     torch.testing.assert_close(into.loss, loss.detach())
@@ -334,7 +335,9 @@ def test_parameters_that_moved() -> None:
 
 def test_kernels_have_the_same_operations() -> None:
     names = [n for n in dir(kernels.Kernel) if not n.startswith("_")]
-    assert names == ["actions", "adam", "ascent", "bellman", "dense_actions", "imitate", "polyak",
-                     "regress", "smooth", "values", "vjp"]  # fmt: skip
+    assert sorted(names) == [
+        "actions", "adam", "add_clipped_noise", "critic_backward", "dense_actions", "dq_da",
+        "mse_backward", "polyak", "td_target", "values", "vjp",
+    ]  # fmt: skip
     for kernel in ("reference", f"cpu/{PATHS[0]}"):
         assert all(callable(getattr(kernels.named(kernel), name)) for name in names)

@@ -10,12 +10,13 @@ import torch
 from builders import CUBA_LIF, POPULATION, RATE, popsan, popsan_config, td3_config, twin_critic
 
 from spikerl.algos.td3 import TD3
-from spikerl.envs import EnvConfig, make_env, task_of
-from spikerl.evaluate import Evaluator
-from spikerl.importers import popsan_policy, read_stats, read_weights, translate
-from spikerl.networks import ActorConfig, Critics, SpikingActor
-from spikerl.policy import Policy
-from spikerl.snn.kernels import reference
+from spikerl.commands.import_popsan import popsan_policy, read_stats, read_weights, translate
+from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.kernels import reference
+from spikerl.models.actor import ActorConfig, SpikingActor
+from spikerl.models.critic import Critics
+from spikerl.models.policy import Policy
+from spikerl.training.evaluator import Evaluator
 from spikerl.types import Batch
 
 REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference"

@@ -10,8 +10,8 @@ import pytest
 from episodes import make, random_actions, rows, through_file
 from gymnasium.envs.mujoco import MujocoEnv
 
-from spikerl.envs import Plain
-from spikerl.snapshots import INTEGRATION, READ_BEFORE_STEP, restore, snapshot
+from spikerl.envs.make import CheckedEnv
+from spikerl.envs.snapshot import INTEGRATION, READ_BEFORE_STEP, restore, snapshot
 
 NAMES = [
     "Ant",
@@ -51,7 +51,7 @@ class Run:
         # In the middle of an episode, before its last step, after the reset, and one step on.
         self.states = {step: states[step] for step in (anywhere, end, end + 1, end + 2)}
 
-    def differs(self, env: Plain, step: int) -> bool:
+    def differs(self, env: CheckedEnv, step: int) -> bool:
         """Whether `env`, brought to just before `step`, goes on otherwise than this run did."""
         told = self.rows[step : step + AHEAD]
         return rows(env, self.actions[step : step + AHEAD]) != told
@@ -70,7 +70,7 @@ def test_goes_on_bit_for_bit(env_id: str) -> None:
                 assert not run.differs(env, step), (seed, step)
 
 
-def inner(env: Plain) -> tuple[Any, Any]:
+def inner(env: CheckedEnv) -> tuple[Any, Any]:
     base = env.unwrapped
     assert isinstance(base, MujocoEnv)
     return base.model, base.data
@@ -117,7 +117,7 @@ def test_nothing_else_in_python_changes(env_id: str) -> None:
     assert base.observation_space._np_random is None
 
 
-def without(part: str, env: Plain) -> None:
+def without(part: str, env: CheckedEnv) -> None:
     """Undo what was restored of `part`."""
     base, state = env.unwrapped, snapshot(env.env)
     assert state is not None

@@ -24,10 +24,11 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor, nn
 
 from spikerl.algos.ppo import PPO
+from spikerl.algos.replay import Replay
+from spikerl.algos.returns import gae
 from spikerl.algos.sac import SAC, squashed
-from spikerl.buffers import Replay
-from spikerl.networks import Critics, MLPActor, MLPConfig
-from spikerl.returns import gae
+from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.critic import Critics
 
 OBS = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
 ACT = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)

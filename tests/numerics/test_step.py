@@ -9,11 +9,12 @@ import torch
 from builders import popsan, td3_config
 from torch import Tensor, nn
 
+from spikerl import kernels
 from spikerl.algos.td3 import TD3
-from spikerl.gradient import Moments
-from spikerl.networks import Actor, Critics, MLPActor, MLPConfig, SpikingActor
-from spikerl.snn import kernels
-from spikerl.snn.kernels import native
+from spikerl.kernels import build as native
+from spikerl.kernels.gradient import Moments
+from spikerl.models.actor import Actor, MLPActor, MLPConfig, SpikingActor
+from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
 CPU = [f"cpu/{path}" for path in native.supported_paths()]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from spikerl import kernels
 from spikerl.errors import BadRequest
-from spikerl.snn import kernels
 
 HERE = Path(__file__).parent
 CHECKS = HERE / "triton_interpreted.py"
@@ -52,7 +52,7 @@ def test_without_a_gpu() -> None:
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "spikerl.snn.kernels.triton", raising=False)
+    monkeypatch.delitem(sys.modules, "spikerl.kernels.triton", raising=False)
     monkeypatch.delattr(kernels, "triton", raising=False)  # where something has imported it before
     said = kernels.resolve(asked("auto"), "cuda:0")
     assert said == ("reference", "triton is not installed")

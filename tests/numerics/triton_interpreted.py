@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import lif_config, popsan, with_neurons
 
-from spikerl.snn.kernels import reference, triton
+from spikerl.kernels import reference, triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

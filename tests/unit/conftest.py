@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from spikerl.configfile import conf_folder
+from spikerl.config.yaml_file import conf_folder
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from builders import (
 )
 from torch import Tensor
 
-from spikerl.networks import ActorConfig, SpikingActor, build_actor, deployed
+from spikerl.kernels import reference
+from spikerl.models.actor import ActorConfig, SpikingActor, build_actor, deployed
 from spikerl.snn.batchnorm import BATCH, RECALIBRATE, CaReBN
-from spikerl.snn.kernels import reference
 
 # Two spike steps of three samples: mean 3, variance 12/6 = 2.
 DRIVE = torch.tensor([[1.0, 5.0, 2.0], [4.0, 2.0, 4.0]], dtype=torch.float64).unsqueeze(-1)

@@ -9,7 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from shell import refusal, spikerl
 
-from spikerl.compose import (
+from spikerl.cli.compose import (
     expand,
     explain,
     group_options,

@@ -11,14 +11,14 @@ import pytest
 from omegaconf import OmegaConf
 from shell import refusal
 
-from spikerl import config as configs
-from spikerl.config import ACTOR_GROUPS, build
-from spikerl.configfile import conf_folder
-from spikerl.envs import EnvConfig
+from spikerl.config import build as configs
+from spikerl.config.build import ACTOR_GROUPS, build
+from spikerl.config.yaml_file import conf_folder
+from spikerl.envs.make import EnvConfig
 from spikerl.errors import BadRequest
-from spikerl.hardware import cores
-from spikerl.policy import ACTORS, DECODERS, ENCODERS, NEURONS
-from spikerl.snn.kernels import native
+from spikerl.kernels import build as native
+from spikerl.machine import cores
+from spikerl.models.policy import ACTORS, DECODERS, ENCODERS, NEURONS
 
 TINY = 1e-300
 # For each number: values just inside its bounds, and just outside.

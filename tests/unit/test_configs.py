@@ -14,9 +14,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from spikerl.compose import COMMANDS, expand, group_options
-from spikerl.config import build
-from spikerl.configfile import NOT_CARRIED, conf_folder
+from spikerl.cli.compose import commands, expand
+from spikerl.config.build import build
+from spikerl.config.yaml_file import NOT_CARRIED, conf_folder, group_options
 from spikerl.errors import BadRequest
 
 GROUPS = sorted(folder.name for folder in conf_folder().iterdir() if folder.is_dir())
@@ -172,7 +172,7 @@ def shell(*args: str, **environment: str) -> str:
 
 def test_help() -> None:
     usage = shell("--help")
-    assert all(command in usage for command in COMMANDS)
+    assert all(command in usage for command in commands())
     text = shell("train", "--help")
     for group in GROUPS:
         assert f"\n{group}: " in text or f"\n{group}/" in text

@@ -11,8 +11,9 @@ from plain import average, cut, descend, q_networks, transitions, values
 from torch import Tensor, nn
 
 from spikerl.algos.ddpg import DDPG
-from spikerl.networks import Actor, Critics, MLPActor, MLPConfig
-from spikerl.snn.kernels import native
+from spikerl.kernels import build as native
+from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
 KERNELS = ["reference", f"cpu/{native.supported_paths()[0]}"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import POPULATION, RATE, fill, lif_config, membrane_config, popsan
 
+from spikerl.kernels import reference
 from spikerl.snn.decoders import (
     Decoder,
     DecoderConfig,
@@ -17,7 +18,6 @@ from spikerl.snn.decoders import (
     build_decoder,
 )
 from spikerl.snn.encoders import EncoderConfig
-from spikerl.snn.kernels import reference
 
 
 def test_rate_decoder_reads_each_population_alone() -> None:

@@ -10,8 +10,8 @@ import torch
 from builders import POISSON, POPULATION, fill, lif_config, popsan
 from torch import Tensor
 
+from spikerl.kernels import reference
 from spikerl.snn.encoders import EncoderConfig, PopulationConfig, PopulationEncoder, build_encoder
-from spikerl.snn.kernels import reference
 
 
 def encoder(obs_dim: int, config: PopulationConfig) -> PopulationEncoder:

@@ -17,8 +17,8 @@ import torch
 from clock import Clock, window
 from omegaconf import OmegaConf
 
-from spikerl import counters
-from spikerl.energy import (
+from spikerl.energy import counters
+from spikerl.energy.meter import (
     EnergyConfig,
     Reading,
     energy_row,
@@ -227,8 +227,8 @@ def test_zeus_by_name_without_counters_is_refused() -> None:
 PROGRAM = """
 import json, sys, time, torch
 from pathlib import Path
-from spikerl import counters
-from spikerl.energy import EnergyConfig, open_meter
+from spikerl.energy.meter import counters
+from spikerl.energy.meter import EnergyConfig, open_meter
 
 def opened(name):
     config = EnergyConfig(name=name, file=None)

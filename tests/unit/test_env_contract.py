@@ -15,11 +15,11 @@ import pytest
 from builders import small_training
 from transitions_env import COUNTER, CounterEnv, registered
 
-from spikerl import envs
-from spikerl.envs import DEFAULT_EPISODE_STEPS, EnvConfig, make_env, task_of
+from spikerl.envs import vector as envs
+from spikerl.envs.make import DEFAULT_EPISODE_STEPS, EnvConfig, make_env, task_of
 from spikerl.errors import BadRequest, EnvironmentFailed, NonFinite
-from spikerl.evaluate import Evaluator
-from spikerl.trainer import Trainer
+from spikerl.training.evaluator import Evaluator
+from spikerl.training.trainer import Trainer
 
 AT = 23
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from spikerl.commands.import_popsan import read_stats, read_weights, sizes_of
 from spikerl.errors import BadRequest
-from spikerl.importers import read_stats, read_weights, sizes_of
 
 HUGE = 10**11
 ROOM = 4 << 30

@@ -11,7 +11,7 @@ import torch
 
 from spikerl.distributed import hosts
 from spikerl.distributed.world import BackendConfig, ranked, resolve_backend, resolve_world_size
-from spikerl.hardware import cores
+from spikerl.machine import cores
 
 # Task 4 of 5, the second on the second of two nodes, as srun of Slurm 22.05 says it.
 STEP = {

@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from shell import SHORT, Said, spikerl, tree
 
 from spikerl import load_policy
-from spikerl.envs import EnvConfig, make_env, task_of
-from spikerl.importers import POPSAN_OBSERVATIONS
+from spikerl.commands.import_popsan import POPSAN_OBSERVATIONS
+from spikerl.envs.make import EnvConfig, make_env, task_of
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "popsan_halfcheetah"
 Weights = dict[str, np.ndarray]
@@ -239,5 +239,5 @@ def test_one_bound_for_all_actions(files: Path, monkeypatch: pytest.MonkeyPatch)
     for low, high in ((-1.0, 2.0), (0.0, 2.0)):
         odd = task.__class__(**{**vars(task), "act_low": np.array([low]),
                                 "act_high": np.array([high])})  # fmt: skip
-        monkeypatch.setattr("spikerl.importers.task_of", lambda env, odd=odd: odd)
+        monkeypatch.setattr("spikerl.commands.import_popsan.task_of", lambda env, odd=odd: odd)
         assert "one symmetric bound" in bring().line

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from spikerl.runfolder import differences
-from spikerl.sweep import Sweep
+from spikerl.cli.sweep import Sweep
+from spikerl.runs.folder import differences
 
 CURVES = Path(__file__).resolve().parents[2] / "scripts" / "curves"
 

@@ -18,8 +18,8 @@ from builders import (
 from torch import Tensor
 
 from spikerl.errors import BadRequest
+from spikerl.kernels import reference
 from spikerl.snn.encoders import PopulationEncoder
-from spikerl.snn.kernels import reference
 from spikerl.snn.neurons import CubaLIFConfig, NeuronConfig, State, build_neuron
 
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from shell import refusal
 
 import spikerl
+from spikerl import kernels
 from spikerl.errors import BadRequest
-from spikerl.networks import ActorConfig, MLPConfig, build_actor
-from spikerl.normalize import RunningNorm
-from spikerl.policy import Policy, find_policy, load_policy
-from spikerl.snn import kernels
-from spikerl.snn.kernels import KernelConfig
+from spikerl.kernels import KernelConfig
+from spikerl.models.actor import ActorConfig, MLPConfig, build_actor
+from spikerl.models.normalizer import RunningNorm
+from spikerl.models.policy import Policy, find_policy, load_policy
 from spikerl.types import Task
 
 LOW, HIGH = np.array([-1.0, 0.0, -3.0]), np.array([2.0, 0.4, -1.0])

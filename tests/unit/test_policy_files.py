@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from spikerl import load_policy
 from spikerl.errors import BadRequest
-from spikerl.networks import ActorConfig, build_actor
-from spikerl.normalize import RunningNorm
-from spikerl.policy import Policy
+from spikerl.models.actor import ActorConfig, build_actor
+from spikerl.models.normalizer import RunningNorm
+from spikerl.models.policy import Policy
 from spikerl.types import Task
 
 ROOM = 4 << 30

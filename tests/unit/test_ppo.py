@@ -21,11 +21,12 @@ from torch.distributions import Normal
 from transitions_env import COUNTER
 
 from spikerl.algos.ppo import PPO, Rows
-from spikerl.buffers import Replay
-from spikerl.envs import make_env, task_of
+from spikerl.algos.replay import Replay
+from spikerl.envs.make import make_env, task_of
 from spikerl.errors import BadRequest
-from spikerl.networks import Actor, Critics, MLPActor, MLPConfig
-from spikerl.trainer import Trainer
+from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.critic import Critics
+from spikerl.training.trainer import Trainer
 from spikerl.types import Batch
 
 STEPS, ENVS, EPOCHS = 25, 4, 3  # rollouts of 100 rows

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from spikerl.algos.td3 import TD3
 from spikerl.errors import BadRequest
-from spikerl.networks import MLPActor, MLPConfig
-from spikerl.precision import PrecisionConfig, check_precision
-from spikerl.snn.kernels import reference
+from spikerl.kernels import reference
+from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.precision import PrecisionConfig, check_precision
 from spikerl.types import Batch
 
 CPU = torch.device("cpu")

@@ -23,9 +23,10 @@ from plain import (
 from torch import Tensor, nn
 
 from spikerl.algos.proxy_td3 import ProxyTD3
-from spikerl.buffers import Replay
-from spikerl.networks import Actor, ActorConfig, Critics, MLPActor, MLPConfig, build_actor
-from spikerl.snn.kernels import native
+from spikerl.algos.replay import Replay
+from spikerl.kernels import build as native
+from spikerl.models.actor import Actor, ActorConfig, MLPActor, MLPConfig, build_actor
+from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
 CPU = f"cpu/{native.supported_paths()[0]}"
@@ -162,8 +163,10 @@ def test_it_imitates_what_acts(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         expected = actor(rows.obs)
     goals: list[Tensor] = []
-    imitate = td3.imitate
-    monkeypatch.setattr(td3, "imitate", lambda obs, now: goals.append(now) or imitate(obs, now))
+    imitate = td3.mse_backward
+    monkeypatch.setattr(
+        td3, "mse_backward", lambda obs, now: goals.append(now) or imitate(obs, now)
+    )
     td3.update(rows)
     assert torch.equal(torch.cat(goals), expected)
 

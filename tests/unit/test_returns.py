@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spikerl.returns import gae
+from spikerl.algos.returns import gae
 
 # One environment's episode terminates, the next is truncated, the third goes on; the other's never
 # ends. What follows a termination is worth nothing, whatever the critic says.

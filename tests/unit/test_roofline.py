@@ -8,8 +8,9 @@ from builders import popsan, td3_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from spikerl.algos.td3 import TD3
-from spikerl.networks import Critics, MLPActor, MLPConfig
-from spikerl.roofline import flops_per_row
+from spikerl.commands.bench.roofline import flops_per_row
+from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
 

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from spikerl.algos.sac import SAC, squashed
-from spikerl.networks import Actor, Critics, MLPActor, MLPConfig
-from spikerl.snn.kernels import native
+from spikerl.kernels import build as native
+from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
 CPU = f"cpu/{native.supported_paths()[0]}"

@@ -1,4 +1,4 @@
-"""Plain data into dataclasses: what fits comes out typed, what does not is named."""
+"""CheckedEnv data into dataclasses: what fits comes out typed, what does not is named."""
 
 from __future__ import annotations
 

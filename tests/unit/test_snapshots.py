@@ -13,27 +13,27 @@ from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from spikerl.envs import Plain
-from spikerl.snapshots import SLEEP, Snapshot, restore, snapshot
+from spikerl.envs.make import CheckedEnv
+from spikerl.envs.snapshot import SLEEP, Snapshot, restore, snapshot
 
 TASKS = ["Hopper-v5", "Ant-v5", "Pendulum-v1"]
 LIMIT = 30
 
 
-def started(env_id: str, steps: int = 17, seed: int = 5) -> Plain:
+def started(env_id: str, steps: int = 17, seed: int = 5) -> CheckedEnv:
     env = make(env_id, LIMIT)
     env.reset(seed=seed)
     rows(env, random_actions(env.action_space, steps, seed))
     return env
 
 
-def taken(env: Plain) -> Snapshot:
+def taken(env: CheckedEnv) -> Snapshot:
     state = snapshot(env.env)
     assert state is not None
     return state
 
 
-def ahead(env: Plain, steps: int = 80) -> list[tuple[bytes, bool, bool]]:
+def ahead(env: CheckedEnv, steps: int = 80) -> list[tuple[bytes, bool, bool]]:
     return rows(env, random_actions(env.action_space, steps, seed=9))
 
 
@@ -246,7 +246,7 @@ def test_another_model_of_the_same_class_does_not_fit(tmp_path: Path) -> None:
         restore(make("InvertedPendulum-v5").env, state)
 
 
-class Restorable(Plain):
+class Restorable(CheckedEnv):
     """A property, because only `set_attr` gives each environment of a vector its own value."""
 
     @property

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from shell import refusal
 from transitions_env import BoxesEnv, registered
 
-from spikerl import envs as envs_module
-from spikerl.envs import make_env, make_envs, task_of
+from spikerl.envs import make as envs_module
+from spikerl.envs.make import make_env, task_of
+from spikerl.envs.vector import make_envs
 from spikerl.errors import BadRequest
 from spikerl.types import Task
 

@@ -15,7 +15,8 @@ from spikerl.algos.base import Guard, Stepper, flatten
 from spikerl.algos.graphs import Graphed, Metrics
 from spikerl.algos.td3 import TD3
 from spikerl.errors import NonFinite
-from spikerl.networks import Critics, MLPActor, MLPConfig
+from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
 
@@ -119,7 +120,7 @@ def test_actor_step_leaves_the_critic_alone() -> None:
     grad_before = grad.clone()
     act, pull = td3.actor.vjp(b.obs, None)
     into = td3.step_actor.gradient
-    pull(td3.critic.ascent(b.obs, act, into), into)
+    pull(td3.critic.dq_da(b.obs, act, into), into)
     td3.step_actor()
     assert torch.equal(td3.step_critic.flat.detach(), before)
     assert torch.equal(grad, grad_before)

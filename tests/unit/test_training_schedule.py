@@ -17,12 +17,12 @@ import torch
 from builders import small_training
 from transitions_env import COUNTER, HIGH, LOW, CounterEnv, Fault, registered
 
-from spikerl.envs import EnvConfig, make_env, task_of
+from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.errors import NonFinite
-from spikerl.evaluate import Evaluator
-from spikerl.normalize import RunningNorm
+from spikerl.models.normalizer import RunningNorm
 from spikerl.seeding import seed_for
-from spikerl.trainer import Trainer
+from spikerl.training.evaluator import Evaluator
+from spikerl.training.trainer import Trainer
 
 # learning_starts, update_interval, updates_per_step, num_envs, total_steps
 SCHEDULES = [

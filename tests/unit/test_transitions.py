@@ -18,9 +18,10 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from transitions_env import COUNTER, HIGH, LOW, SCRIPT, CounterEnv, parse
 
-from spikerl.buffers import Replay
-from spikerl.envs import Envs, Plain, Steps, make_env, make_envs, task_of
-from spikerl.normalize import RunningNorm
+from spikerl.algos.replay import Replay
+from spikerl.envs.make import CheckedEnv, make_env, task_of
+from spikerl.envs.vector import Envs, Steps, make_envs
+from spikerl.models.normalizer import RunningNorm
 from spikerl.types import Task
 
 SCRIPTS = {
@@ -88,13 +89,13 @@ def scalar_loop(scripts: list[str], actions: np.ndarray, *, same_step: bool) -> 
 
 @contextmanager
 def counters(scripts: list[str], kind: Any, mode: AutoresetMode) -> Iterator[Envs]:
-    makers: list[Callable[[], Plain]] = [partial(plain_counter, script) for script in scripts]
+    makers: list[Callable[[], CheckedEnv]] = [partial(plain_counter, script) for script in scripts]
     with closing(Envs(kind(makers, autoreset_mode=mode), TASK)) as envs:
         yield envs
 
 
-def plain_counter(script: str) -> Plain:
-    return Plain(CounterEnv(script))
+def plain_counter(script: str) -> CheckedEnv:
+    return CheckedEnv(CounterEnv(script))
 
 
 @pytest.mark.parametrize("num_envs", SCRIPTS)

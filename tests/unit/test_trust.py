@@ -14,17 +14,17 @@ from builders import small_training
 from shell import refusal, spikerl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spikerl import runfolder
-from spikerl.checkpoint import check_fit
-from spikerl.compose import expand
-from spikerl.config import build
-from spikerl.configfile import overrides_of
-from spikerl.envs import make_env, task_of
+from spikerl.cli.compose import expand
+from spikerl.config.build import build
+from spikerl.config.memory import least_bytes
+from spikerl.config.yaml_file import overrides_of
+from spikerl.envs.make import make_env, task_of
 from spikerl.files import read_bytes, read_json
-from spikerl.footprint import least_bytes
-from spikerl.runlog import RunLog
-from spikerl.session import Session
-from spikerl.trainer import Trainer, progress_of
+from spikerl.runs import folder as run_folder
+from spikerl.runs.checkpoint import check_fit
+from spikerl.runs.record import RunLog
+from spikerl.training.session import Session
+from spikerl.training.trainer import Trainer, progress_of
 
 
 @pytest.mark.parametrize(
@@ -34,12 +34,12 @@ def test_a_resume_writes_through_no_link(name: str, tmp_path: Path) -> None:
     run, theirs = tmp_path / "run", tmp_path / "mine"
     run.mkdir()
     theirs.mkdir() if "." not in name else theirs.write_text("kept")
-    runfolder.check_own(run)
+    run_folder.check_own(run)
     (run / name).symlink_to(theirs)
-    assert f"its {name} is a link" in str(refusal(runfolder.check_own, run))
+    assert f"its {name} is a link" in str(refusal(run_folder.check_own, run))
     (run / name).unlink()
     os.mkfifo(run / name)
-    assert "neither file nor folder" in str(refusal(runfolder.check_own, run))
+    assert "neither file nor folder" in str(refusal(run_folder.check_own, run))
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
@@ -164,8 +164,8 @@ def test_steps_of_the_views_never_go_back(tmp_path: Path) -> None:
 
 
 def test_replay_rows_that_no_segment_holds(tmp_path: Path) -> None:
-    from spikerl.checkpoint import save_checkpoint, verified
     from spikerl.distributed.world import ALONE
+    from spikerl.runs.checkpoint import save_checkpoint, verified
 
     training = small_training(total_steps=60, steps_per_epoch=60, eval_episodes=1)
     with closing(make_env(training.env)) as env:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spikerl import view
-from spikerl.view import View, epoch_line, number, stuck_layers
+from spikerl.commands.train import display as view
+from spikerl.runs.display import View, epoch_line, number, stuck_layers
 
 ROW = {
     "epoch": 3,

@@ -1,0 +1,1 @@
+"""The command line: what was typed, what Hydra composes of it, sweeps, errors as one line."""

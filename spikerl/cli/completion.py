@@ -1,0 +1,46 @@
+"""Shell completion: Hydra's, with the command word taken out of the line it sees."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from spikerl.cli.compose import commands
+from spikerl.config.yaml_file import conf_folder, group_options
+from spikerl.errors import BadRequest
+
+SHELLS = ("bash", "fish", "zsh")
+
+
+def complete(args: Sequence[str]) -> int:
+    """Answer `spikerl -sc install=SHELL` and, for the shell, `spikerl -sc query=SHELL`."""
+    import hydra
+
+    asked = args[1].partition("=") if len(args) == 2 else ("", "", "")
+    if asked[0] not in ("install", "uninstall", "query") or asked[2] not in SHELLS:
+        remedy = f"give install=SHELL, with SHELL one of {', '.join(SHELLS)}"
+        raise BadRequest(args[0], " ".join(args[1:]), remedy)
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    command = words[1] if len(words) > 1 else ""
+    query = any(arg.startswith("query=") for arg in args)
+    if query and (len(words) < 2 or (len(words) == 2 and not line.endswith(" "))):
+        print("\n".join(name for name in commands() if name.startswith(command)))
+        return 0
+    if query and command not in commands():
+        return 0
+    begun = line.rpartition(" ")[2]
+    if query and begun.startswith("experiment="):  # Hydra takes its folders for groups
+        offers = [f"experiment={name}" for name in group_options("experiment")]
+        print("\n".join(offer for offer in offers if offer.startswith(begun)))
+        return 0
+    if query:
+        start = line.index(command, len(words[0]))
+        shorter = line[:start] + line[start + len(command) :].lstrip()
+        point = int(os.environ.get("COMP_POINT", len(line)))
+        os.environ["COMP_LINE"] = shorter
+        os.environ["COMP_POINT"] = str(point - (len(line) - len(shorter)))
+    sys.argv = ["spikerl", *args]
+    hydra.main(str(conf_folder()), command or "train", version_base="1.3")(lambda config: None)()
+    return 0

@@ -1,0 +1,272 @@
+"""From what was typed to what Hydra composes, and from Hydra's complaints to one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from spikerl.config.yaml_file import (
+    NAME,
+    conf_folder,
+    group_options,
+    overrides_of,
+    quoted,
+    read_config,
+)
+from spikerl.errors import BadRequest
+from spikerl.files import read_json
+
+# What a word's module is called, where it is not called so.
+MODULES = {"import": "import_popsan", "bench": "bench.command"}
+FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m",
+         "--info", "-i", "--hydra-help", "--run", "-r")  # fmt: skip
+CFG = ("job", "hydra", "all")
+INFO = ("", "all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+FLAG_VALUES = {"--cfg": CFG, "-c": CFG, "--info": INFO, "-i": INFO}
+VALUED = (*FLAG_VALUES, "--package", "-p")
+# They would load somebody's Hydra settings, which can name code to run.
+REFUSED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn",
+                 "--experimental-rerun")  # fmt: skip
+# What `resume=RUN` may change: how far the run goes, and where.
+RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend", "backend.timeout_s",
+             "max_restarts", "nnodes", "node_rank", "rdzv")  # fmt: skip
+# Its other settings can name code to run: callbacks, logging, the search path.
+HYDRA = r"\+{0,2}hydra(/(launcher|sweeper)|\.(launcher|sweeper)(\.\w+)+)"
+MAX_BYTES = 1 << 28  # of a manifest.json
+# Values that are taken as they are typed: a sweep names its folders with '=' and ','.
+PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "stats", "energy.file")
+
+
+@cache
+def commands() -> dict[str, str]:
+    """What each command does: the first line of its config, conf/WORD.yaml."""
+    lines = {path.stem: _first_line(path) for path in conf_folder().glob("*.yaml")}
+    return dict(sorted(lines.items(), key=lambda item: (item[0] != "train", item)))
+
+
+def _first_line(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.readline().removeprefix("# ").rstrip()
+
+
+def module_of(command: str) -> str:
+    """Whose `main(data, argv)` does it."""
+    return f"spikerl.commands.{MODULES.get(command, command)}"
+
+
+def usage() -> str:
+    lines = [f"  {name:<9} {text}" for name, text in commands().items()]
+    return "\n".join(
+        [
+            "spikerl COMMAND [group=option] [key=value] ...",
+            "",
+            *lines,
+            "",
+            "spikerl COMMAND --help lists its groups, options and keys.",
+            "spikerl train env=HalfCheetah total_steps=20000 trains for a first look.",
+        ]
+    )
+
+
+def expand(command: str, args: Sequence[str]) -> list[str]:
+    """Refuse what must not reach Hydra; replace config=FILE by the overrides that it stands for."""
+    args = [re.sub(r"^\+\+?(?=(config|resume)=)", "", arg) for arg in args]
+    for arg in args:
+        flag = arg.partition("=")[0]
+        if arg.startswith("-") and flag not in (*FLAGS, *REFUSED_FLAGS):
+            raise BadRequest(flag, "", f"no such flag; {_nearest(flag, FLAGS)}")
+        if flag in REFUSED_FLAGS:
+            raise BadRequest(flag, "", "not accepted; config=FILE starts from a run's config.yaml")
+        if re.match(r"^[+~]*hydra\.searchpath", arg):
+            raise BadRequest(flag, arg.partition("=")[2], "not accepted; conf/ is what is searched")
+        settles = not arg.startswith("-") and "hydra" in flag
+        if settles and "_target_" in arg:
+            raise BadRequest(flag, arg.partition("=")[2], "naming code to run is not accepted")
+        if settles and ("${" in arg or not re.fullmatch(HYDRA, flag)):
+            remedy = "not accepted; of Hydra, launcher and sweeper can be chosen and set"
+            raise BadRequest(flag, arg.partition("=")[2], remedy)
+        _check_choice(flag, arg.partition("=")[2])
+    if "actor=mlp" in args:
+        for arg in args:
+            if re.match(r"^(encoder|neuron|decoder)[=.]", arg):
+                key, _, value = arg.partition("=")
+                raise BadRequest(key, value, "has no effect with actor=mlp; leave it out")
+    named = {a.partition("=")[0]: a for a in args if re.match(r"^(config|resume)=(?!null$)", a)}
+    overrides, flags = split(args)
+    sweeps = not {"-m", "--multirun"}.isdisjoint(flags)
+    overrides = [_literal(arg, sweeps) for arg in overrides]
+    if command != "train" or not named:
+        return [*overrides, *flags]
+    source = named.get("resume") or named["config"]
+    path = Path(unquoted(source.partition("=")[2]))
+    if "resume" in named:
+        check_resume(args, path)
+        path = path / "config.yaml"
+        overrides = [*overrides, *chosen(path.parent, overrides)]
+    typed = [arg for arg in overrides if not arg.startswith("config=")]
+    return [*overrides_of(path, typed, resumes="resume" in named), *typed, *flags]
+
+
+def chosen(run: Path, typed: Sequence[str]) -> list[str]:
+    """What the run chose at its start: a resume on another day must not choose anew.
+
+    On another device another kernel has to run; other workers have another share of the cores.
+    """
+    from spikerl.distributed.world import ranked
+
+    given = dict(arg.partition("=")[::2] for arg in typed)
+    try:
+        manifest = read_json(run / "manifest.json", MAX_BYTES)
+        threads = int(manifest["resolved"]["threads"]["choice"])
+        kernel, _, path = str(manifest["resolved"]["kernel"]["choice"]).partition("/")
+        workers, found = str(int(manifest["world_size"])), [f"num_envs={int(manifest['num_envs'])}"]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return []
+    size = given.get("world_size", os.environ["WORLD_SIZE"] if ranked() else workers)
+    if "world_size" not in given:
+        found.append(f"world_size={size}")
+    if size == workers:
+        found.append(f"threads={threads}")
+    if "device" in given or kernel not in group_options("kernel") or not re.fullmatch(r"\w*", path):
+        return found
+    return [*found, f"kernel={kernel}", *([f"kernel.path={path}"] if path else [])]
+
+
+def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides, and flags with their values; Hydra wants them apart."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    for before, arg in zip(["", *args], args, strict=False):
+        takes = before in VALUED and "=" not in arg
+        (flags if arg.startswith("-") or takes else overrides).append(arg)
+    for i, flag in enumerate(flags):
+        name, _, given = flag.partition("=")
+        value = given or "".join(flags[i + 1 : i + 2])
+        allowed = FLAG_VALUES.get(name, ())
+        if allowed and value not in allowed:
+            raise BadRequest(name, value, f"give {', '.join(filter(None, allowed))}")
+        if name in ("--package", "-p") and not value:
+            raise BadRequest(name, value, "give a group or a key")
+    return overrides, flags
+
+
+def _literal(arg: str, sweeps: bool) -> str:
+    """A path in quotes, for to Hydra many characters mean something, and 1e3 is a number."""
+    key, _, value = arg.partition("=")
+    if key not in PATHS or value in ("", "null") or value[0] in "'\"":
+        return arg
+    several = sweeps and re.search(r"[,(]", value) and _readable(arg)
+    return arg if several else f"{key}={quoted(value)}"
+
+
+def unquoted(value: str) -> str:
+    return value[1:-1] if re.fullmatch(r"(['\"]).*\1", value) else value
+
+
+def _check_choice(key: str, value: str) -> None:
+    """Refuse a choice that Hydra would trip over, or ignore, as it does for an optional group."""
+    if not key:
+        raise BadRequest(key, value, "cannot be read; write key=value")
+    if not os.path.isdir(conf_folder() / key) or "(" in value:  # choice(...), glob(...)
+        return
+    options = group_options(key)
+    for option in value.split(","):
+        known = key != "experiment" or unquoted(option) in options
+        if not known or re.fullmatch(r"[-+]?[0-9._]+|null|true|false", option):
+            raise BadRequest(key, option, f"no such option; {_nearest(option, options)}")
+
+
+def check_resume(args: Sequence[str], run: Path) -> None:
+    """Refuse what is no run folder, and to change what a resumed run computes."""
+    if not os.path.isfile(run / "manifest.json"):
+        raise BadRequest("resume", run, "is no run folder (it has no manifest.json)")
+    for arg in args:
+        key, _, value = arg.partition("=")
+        if key == "env.id":
+            env = read_config(run / "config.yaml").get("env")
+            if isinstance(env, dict) and env.get("id") == value:
+                continue  # it confirms a module to import
+        if key in ("-m", "--multirun"):
+            raise BadRequest("resume", run, "one run at a time; leave out -m")
+        if not key.startswith("-") and key not in RESUMABLE:
+            remedy = f"a resumed run keeps it; only {', '.join(RESUMABLE[1:])} can change"
+            raise BadRequest(key, value, remedy)
+
+
+def explain(command: str, args: Sequence[str], error: Exception) -> str:
+    """Hydra's or OmegaConf's complaint as one line with key, value and remedy."""
+    text = str(error)
+    if isinstance(error, BadRequest):
+        return text
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group, option = found.groups()
+        options = group_options(group)
+        return f"{group}={option}: no such option; {_nearest(option, options)}"
+    if found := re.search(r"Could not override '([^']+)'", text):
+        key = found[1]
+        value = next((unquoted(a.partition("=")[2]) for a in args if a.startswith(f"{key}=")), "")
+        return f"{key}={value}: no such key; {_having(key) or _nearest(key, known_keys(command))}"
+    if "issing mandatory value" in text:
+        key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
+        return f"{key}=???: it has no default; give it a value"
+    if found := re.search(r"Ambiguous value for argument '(.*?)'\n", text):
+        return f"{found[1]}: several values; sweep over them with -m"
+    unread = [arg for arg in split(args)[0] if not _readable(arg)]
+    if unread:
+        return f"{unread[0]}: cannot be read; write key=value"
+    return f"config: {lines[0] if lines else type(error).__name__}"
+
+
+def _readable(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        OverridesParser.create().parse_override(override)
+    except Exception:  # its own, and those of a number or a nesting that is too much
+        return False
+    return True
+
+
+def known_keys(command: str) -> list[str]:
+    """Every key that the command's default config has, and every group."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import DictConfig, OmegaConf
+
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose(command)
+
+    def walk(node: Mapping[Any, Any], prefix: str) -> Iterator[str]:
+        for key in node:
+            yield f"{prefix}{key}"
+            if not OmegaConf.is_missing(node, key) and isinstance(node.get(key), DictConfig):
+                yield from walk(node[key], f"{prefix}{key}.")
+
+    return [*walk(config, ""), *(["experiment"] if command == "train" else [])]
+
+
+def _having(key: str) -> str:
+    """Which options of its group have a key that the chosen one lacks."""
+    group, _, name = key.rpartition(".")
+    line = re.compile(rf"^{re.escape(name)}:", re.MULTILINE)
+    options = [
+        option
+        for option in (group_options(group) if re.fullmatch(NAME, group) else [])
+        if line.search((conf_folder() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+    ]
+    return f"it goes with {group}={', '.join(options)}" if options else ""
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, 3, 0.6)
+    if not near:
+        tail = word.rpartition(".")[2]
+        near = [name for name in known if name.rpartition(".")[2] == tail][:3]
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(known)}" if len(known) < 30 else "--help lists what there is"

@@ -1,0 +1,1 @@
+"""`spikerl bench`: how fast this machine acts, updates and trains."""

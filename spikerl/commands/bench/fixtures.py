@@ -1,0 +1,124 @@
+"""What is timed: an actor that fires as a trained one does, and learners around it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import yaml
+
+from spikerl.algos.td3 import TD3, TD3Config
+from spikerl.commands.bench.baselines import as_trained, critic_as_trained
+from spikerl.commands.train import task_for
+from spikerl.config.build import Config
+from spikerl.config.yaml_file import conf_folder
+from spikerl.distributed.world import ALONE, World
+from spikerl.errors import BadRequest
+from spikerl.models.actor import Actor, ActorConfig, SpikingActor, build_actor
+from spikerl.models.critic import Critics
+from spikerl.models.normalizer import RunningNorm
+from spikerl.models.policy import NEURONS, Policy, load_policy
+from spikerl.schema import choose
+from spikerl.snn.neurons import NeuronConfig
+from spikerl.types import Batch
+
+# Of the encoder and of each layer, in the HalfCheetah policy that PopSAN's authors published, as
+# `spikerl eval` measures them.
+TRAINED_RATES = [0.196, 0.329, 0.509, 0.710]
+# Shares of the units of a critic's hidden layers that are not 0, after 80 000 steps of HalfCheetah:
+# 0.40 to 0.42 and 0.23 to 0.28, in four critics of two runs.
+TRAINED_UNITS = [0.41, 0.27]
+BURST = 20  # updates of a turn: they come in bursts, and the first of one finds cold caches
+
+
+class Subject:
+    def __init__(self, config: Config, run: str | None = None) -> None:
+        if not isinstance(build_actor(config.actor, 1, 1), SpikingActor):
+            raise BadRequest("actor", config.actor.actor.name, "bench times a spiking actor")
+        if why := config.actor.layered(torch.float32):
+            remedy = f"bench times what a kernel covers in one call, and {why}"
+            raise BadRequest("actor", config.actor.shape(), remedy)
+        if not isinstance(config.algo, TD3Config):
+            raise BadRequest("algo", config.algo.name, "bench times TD3; leave it out")
+        self.config, self.run, self.algo = config, run, config.algo
+        self.kernel = config.kernel.choice
+        self.task = task_for(config)
+        self.threads = int(config.threads.choice)
+        torch.set_num_threads(self.threads)
+        self.device = torch.device(config.device.choice)
+        self.obs = torch.randn(4096, self.task.obs_dim).clamp(-3.0, 3.0)
+        self.actor, self.weights = self.timed_actor()
+        self.obs, self.actor = self.obs.to(self.device), self.actor.to(self.device)
+
+    def timed_actor(self) -> tuple[SpikingActor, str]:
+        """The actor whose speed is told, with the weights of a trained one or such as fire so."""
+        if self.run is not None:
+            policy = load_policy(self.run)
+            if policy.task.obs_dim != self.task.obs_dim or policy.task.act_dim != self.task.act_dim:
+                raise BadRequest("run", self.run, f"its task is not {self.task.env_id}")
+            if not isinstance(policy.actor, SpikingActor):
+                raise BadRequest("run", self.run, "its actor is dense")
+            return policy.actor, "run"
+        return self.firing(self.config.actor), "trained rates"
+
+    def firing(self, config: ActorConfig) -> SpikingActor:
+        """An actor that fires as a trained one does."""
+        actor = build_actor(config, self.task.obs_dim, self.task.act_dim)
+        assert isinstance(actor, SpikingActor)
+        hidden = len(actor.layers) - 1
+        inner = np.interp(np.linspace(0, 1, hidden), [0, 1], TRAINED_RATES[1:3]).tolist()
+        as_trained(actor, [TRAINED_RATES[0], *inner, TRAINED_RATES[-1]], self.obs[:256])
+        return actor
+
+    def spiking(self, kernel: str, neuron: str | None = None) -> SpikingActor:
+        """The timed actor; one of another kind of neuron, if named."""
+        config, source = self.config.actor, self.actor
+        if neuron is not None:
+            source = self.firing(config := replace(config, neuron=published(neuron)))
+        actor = build_actor(config, self.task.obs_dim, self.task.act_dim, kernel=kernel)
+        actor.load_state_dict(source.state_dict())
+        assert isinstance(actor, SpikingActor)
+        return actor.to(self.device)
+
+    def policy(self, actor: Actor) -> Policy:
+        return Policy(self.task, self.config.actor, actor, RunningNorm(self.task.obs_dim, 3.0))
+
+    def td3(
+        self,
+        actor: Actor,
+        critic_dtype: torch.dtype = torch.float32,
+        world: World = ALONE,
+        rule: type[TD3] = TD3,
+        algo: TD3Config | None = None,
+    ) -> TD3:
+        O, A, algo = self.task.obs_dim, self.task.act_dim, algo or self.algo  # noqa: E741
+        kernel = actor.kernel if isinstance(actor, SpikingActor) else self.kernel
+        critic = Critics(O, A, algo.critic_hidden_sizes, dtype=critic_dtype, kernel=kernel)
+        hidden = len(algo.critic_hidden_sizes)
+        units = np.interp(np.linspace(0, 1, hidden), [0, 1], TRAINED_UNITS).tolist()
+        critic_as_trained(critic, units, self.obs[:256].cpu())
+        generator = torch.Generator(self.device).manual_seed(0)
+        return rule(
+            actor,
+            critic.to(self.device),
+            algo,
+            actor_lr=1e-4,
+            generator=generator,
+            world=world,
+            weight=1.0 / world.size,
+        )
+
+    def batch(self, size: int) -> Batch:
+        rows, following = (self.obs[torch.randint(len(self.obs), (size,))] for _ in range(2))
+        act = torch.rand(size, self.task.act_dim) * 2.0 - 1.0
+        live, discount = torch.zeros(size, dtype=torch.bool), torch.full((size,), 0.99)
+        fields = (rows, act, torch.randn(size), following, live, discount)
+        return Batch(*(field.to(self.device) for field in fields))
+
+
+def published(neuron: str) -> NeuronConfig:
+    """A neuron with the settings of its file in conf/."""
+    data = yaml.safe_load((conf_folder() / "neuron" / f"{neuron}.yaml").read_text(encoding="utf-8"))
+    found: NeuronConfig = choose(NEURONS, data, key="neuron")
+    return found

@@ -1,0 +1,103 @@
+"""`spikerl eval`: deterministic episodes of a saved policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.errors import BadRequest
+from spikerl.machine import resolve_device, versions
+from spikerl.models.policy import load_policy
+from spikerl.schema import parse
+from spikerl.training.evaluator import Evaluator
+
+
+@dataclass(kw_only=True)
+class EvalRequest:
+    run: str
+    episodes: int
+    seed: int
+    env_id: str | None
+    json: bool
+    device: str
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise BadRequest("episodes", self.episodes, "give at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise BadRequest("seed", self.seed, "give 0 or more, below 2^63")
+
+
+def main(data: dict[str, Any], argv: Sequence[str]) -> int:
+    """`spikerl eval`."""
+    request = parse(EvalRequest, data)
+    policy = load_policy(request.run, resolve_device(request.device).choice)
+    env_id = request.env_id or policy.task.env_id
+    if ":" in env_id and not request.env_id:
+        remedy = f"its environment {env_id} names a module to import; confirm with env_id={env_id}"
+        raise BadRequest("run", request.run, remedy)
+    env = EnvConfig(
+        name="gym",
+        version=None,
+        id=env_id,
+        max_episode_steps=policy.task.max_episode_steps,
+        vectorizer="sync",
+    )
+    key = "env_id" if request.env_id else "run"
+    value = request.env_id or request.run
+    try:
+        probe = make_env(env)
+    except BadRequest as error:
+        remedy = error.args[2]
+        if key == "run" and "is no registered environment" in remedy:
+            remedy += "; env_id=MODULE:NAME imports the module that registers it"
+        raise BadRequest(key, value, remedy) from error
+    task = task_of(probe)
+    probe.close()
+    ours, theirs = (task.obs_shape, task.act_shape), (policy.task.obs_shape, policy.task.act_shape)
+    if ours != theirs:
+        remedy = (
+            f"the policy maps {theirs[0]} to {theirs[1]}, {env_id} needs {ours[0]} to {ours[1]}"
+        )
+        raise BadRequest(key, value, remedy)
+    evaluator = Evaluator(env, request.episodes, request.seed)
+    try:
+        result = evaluator.run(policy, 0)
+    finally:
+        evaluator.close()
+    now = versions()
+    moved = [
+        f"{name} {version} (here {now[name]})"
+        for name, version in policy.trained_with.items()
+        if name in ("mujoco", "gymnasium") and now.get(name) != version
+    ]
+    if request.json:
+        answer = {
+            "return_mean": result.mean,
+            "return_std": result.std,
+            "returns": result.returns,
+            "lengths": result.lengths,
+            "episodes": len(result.returns),
+            "env_id": env_id,
+            "firing_rate": result.activity.firing_rate if result.activity else None,
+            "seed": request.seed,
+            "versions": now,
+            "trained_with": policy.trained_with,
+        }
+        print(json.dumps(answer, allow_nan=False))
+        return 0
+    for i, (ret, length) in enumerate(zip(result.returns, result.lengths, strict=True)):
+        print(f"episode {i}  return {ret:.1f}  length {length}")
+    print(
+        f"{env_id}: return {result.mean:.1f} +- {result.std:.1f}"
+        f" over {len(result.returns)} episodes"
+    )
+    if result.activity:
+        layers = ", ".join("-" if r is None else f"{r:.3f}" for r in result.activity.layers)
+        print(f"firing rate {result.activity.firing_rate:.3f} (encoder and layers: {layers})")
+    if moved:
+        print(f"note: trained with {', '.join(moved)}; physics differ between versions")
+    return 0

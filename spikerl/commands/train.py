@@ -1,0 +1,235 @@
+"""One training run, from a validated config to its exit status, with one worker or many."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spikerl.config.build import Config, build
+from spikerl.config.memory import check_memory
+from spikerl.distributed import launch, mpi
+from spikerl.distributed.world import ALONE, join, leave, ranked
+from spikerl.energy.meter import open_meter
+from spikerl.envs.make import make_env, task_of
+from spikerl.errors import BadRequest
+from spikerl.files import write_text
+from spikerl.models.policy import Policy, find_policy, read_policy
+from spikerl.runs import folder as run_folder
+from spikerl.runs.checkpoint import verified
+from spikerl.training.session import DONE, FAILED, Session
+from spikerl.training.trainer import Trainer
+from spikerl.types import Task
+
+
+def main(data: dict[str, Any], argv: Sequence[str]) -> int:
+    """`spikerl train`: the exit status. BadRequest leaves nothing behind."""
+    config = build(data)
+    settings = config.scalars
+    task = task_for(config)
+    check_memory(config, task)
+    if settings.init_from:
+        read_init(settings.init_from, config, task)
+    if settings.resume:
+        if finished(Path(settings.resume), config):
+            return DONE
+        target = settings.resume
+    else:
+        target = settings.run_dir or default_folder(config)
+        run_folder.check_free(target, named=settings.run_dir is not None)
+    check_launch(config)
+    if ranked() or (config.world_size == 1 and settings.max_restarts == 0):
+        try:
+            return run(config, task, target, argv)
+        except Exception:
+            if mpi.joined():
+                traceback.print_exc()
+                mpi.abort()
+            raise
+    workers = workers_of(config)
+    spec = {"raw": config.raw, "target": target, "command": list(argv), "after": None}
+    for left in range(settings.max_restarts, -1, -1):
+        try:
+            return launch.launch(spec, workers)
+        except launch.WorkerLost as lost:
+            if left == 0 or lost.stopping:
+                return mourn(lost)
+            spec["raw"] = {**config.raw, "resume": lost.folder or settings.resume}
+            spec["after"] = str(lost)
+            if workers.nnodes > 1:  # where nothing is left of those who met before
+                workers = replace(workers, port=workers.port + 1)
+            print(f"spikerl: {lost}; restarting all ({left} of {settings.max_restarts} restarts"
+                  " were left)", file=sys.stderr)  # fmt: skip
+    raise AssertionError
+
+
+def workers_of(config: Config) -> launch.Workers:
+    s = config.scalars
+    workers = launch.Workers(
+        size=config.world_size,
+        threads=int(config.threads.choice),
+        backend=config.backend.choice,
+        timeout_s=config.timeout_s,
+    )
+    if s.rdzv is None:
+        return workers
+    host, _, port = s.rdzv.rpartition(":")
+    rank = s.node_rank or 0
+    return replace(workers, nnodes=s.nnodes, node_rank=rank, host=host, port=int(port))
+
+
+def check_launch(config: Config) -> None:
+    """Refuse what belongs to the launcher that starts the workers."""
+    settings = config.scalars
+    if ranked():
+        remedy = "the workers have been started; give it to what started them"
+        for key, value in (("max_restarts", 0), ("nnodes", 1)):
+            if getattr(settings, key) != value:
+                raise BadRequest(key, getattr(settings, key), remedy)
+    elif config.backend.choice == "mpi" and settings.nnodes > 1:
+        remedy = "mpiexec starts workers on several machines: mpiexec -hosts A,B spikerl train ..."
+        raise BadRequest("nnodes", settings.nnodes, remedy)
+
+
+def work(spec: Mapping[str, Any], mailbox: Path) -> int:
+    """A worker that `train` launched."""
+    config = build(spec["raw"])
+    return run(config, task_for(config), spec["target"], spec["command"], mailbox, spec["after"])
+
+
+def mourn(lost: launch.WorkerLost) -> int:
+    """Record that a worker was lost; what it had committed can be resumed."""
+    cause = str(lost)
+    if lost.folder is not None:
+        folder = Path(lost.folder)
+        with suppress(OSError):
+            run_folder.update_manifest(folder, status="failed", ended=run_folder.now())
+            write_text(folder / "error.txt", cause + "\n")
+        cause += f" (spikerl train resume={folder} goes on from its last checkpoint)"
+    print(f"spikerl: {cause}", file=sys.stderr)
+    return FAILED
+
+
+def run(
+    config: Config,
+    task: Task,
+    target: str,
+    command: Sequence[str],
+    mailbox: Path | None = None,
+    after: str | None = None,
+) -> int:
+    """One worker's part of a run; all of them return the same status.
+
+    `mailbox` is shared with the parent that launched it, if one did, `after` why it did so again.
+    """
+    torch.set_num_threads(int(config.threads.choice))
+    torch.use_deterministic_algorithms(config.scalars.deterministic)
+    if config.scalars.deterministic:  # what cuBLAS needs for it, read when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = own_device(config.device.choice)
+    choice = config.backend.choice
+    world = join(choice, device, config.timeout_s) if ranked() else ALONE
+    with stop_signals(mailbox) as stop:
+        trainer = None
+        try:
+            meter = open_meter(config.energy, device=device, local_rank=world.local_rank)
+            training = replace(config.training(), device=device)
+            init_from = config.scalars.init_from
+            init = read_init(init_from, config, task) if init_from else None
+            trainer = Trainer(training, task, init, world, meter)
+            begun = partial(launch.begun, mailbox) if mailbox else None
+            session = Session(config, trainer, world, target, command, after, begun)
+            status = session.run(lambda: stop[0] if stop else 0)
+            mpi.part()
+            return status
+        finally:
+            if trainer is not None:
+                trainer.close()
+            leave()
+
+
+def task_for(config: Config) -> Task:
+    env = make_env(config.env)
+    env_task = task_of(env)
+    env.close()
+    return env_task
+
+
+def own_device(choice: str) -> torch.device:
+    """The device of the calling worker; several on CUDA take the devices in turn."""
+    if not choice.startswith("cuda") or not ranked():
+        return torch.device(choice)
+    index = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def finished(folder: Path, config: Config) -> bool:
+    """Whether there is nothing left to do; says so. Refuses what cannot go on."""
+    status = run_folder.read_manifest(folder, key="resume")["status"]
+    run_folder.check_own(folder)
+    if os.environ.get("RANK", "0") == "0":
+        run_folder.lock(folder).close()
+    checkpoint = verified(folder, lambda text: None)
+    run_folder.check_record(folder, checkpoint.manifest)
+    if status == "done" and checkpoint.step >= config.scalars.total_steps:
+        step = checkpoint.step
+        print(f"{folder} is done at step {step}; a larger total_steps goes on with it")
+        return True
+    return False
+
+
+def read_init(source: str, config: Config, task: Task) -> Policy:
+    """The policy that training starts from; it must have the shapes that this run has."""
+    policy = read_policy(find_policy(Path(source), key="init_from"), key="init_from")
+    ours = (task.obs_shape, task.act_shape)
+    theirs = (policy.task.obs_shape, policy.task.act_shape)
+    if ours != theirs:
+        remedy = (
+            f"its policy maps {theirs[0]} to {theirs[1]} ({policy.task.env_id}),"
+            f" but {task.env_id} needs {ours[0]} to {ours[1]}"
+        )
+        raise BadRequest("init_from", source, remedy)
+    if policy.config.shape() != config.actor.shape():
+        remedy = f"its actor is {policy.config.shape()}, this run's is {config.actor.shape()}"
+        raise BadRequest("init_from", source, remedy)
+    return policy
+
+
+def default_folder(config: Config) -> str:
+    name = config.env.id if config.env.name == "gym" else config.env.name
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)
+    return f"outputs/{safe}/{config.algo.name}/{stamp}_seed{config.scalars.seed}"
+
+
+@contextmanager
+def stop_signals(mailbox: Path | None) -> Iterator[list[int]]:
+    """Collect SIGTERM, SIGUSR1 and Ctrl-C for the loop to see; a second Ctrl-C ends at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.signal(number, receive) for number in caught}
+    if mailbox and (number := launch.stop_requested(mailbox)) is not None:
+        received.append(number)  # before this worker listened
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,33 @@
+"""One worker of a run: python -m spikerl.commands.worker MAILBOX [PID].
+
+The elastic agent starts it, whose process it names, or mpiexec, which cannot know its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from spikerl.distributed import mpi
+from spikerl.distributed.process_lifetime import die_if_spawned, watched
+
+die_if_spawned()
+
+
+def main(mailbox: Path, parent: int | None = None) -> int:
+    if parent is None:
+        mpi.adopt()
+        parent = watched(mailbox)
+    from spikerl.commands import train
+    from spikerl.commands.bench import workers as bench_workers
+    from spikerl.distributed import launch
+
+    def work(spec: dict[str, Any]) -> int:
+        return bench_workers.work(spec) if "bench" in spec else train.work(spec, mailbox)
+
+    return launch.work(mailbox, parent, work)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:])))

@@ -1,0 +1,1 @@
+"""A composed config as validated dataclasses."""

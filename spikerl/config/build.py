@@ -1,0 +1,218 @@
+"""The composed config, validated: plain data in, each class its own dataclass out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spikerl import kernels
+from spikerl.algos.base import AlgoConfig
+from spikerl.algos.ddpg import DDPGConfig
+from spikerl.algos.offpolicy import OffPolicyConfig
+from spikerl.algos.ppo import PPOConfig
+from spikerl.algos.proxy_td3 import ProxyTD3Config
+from spikerl.algos.sac import SACConfig
+from spikerl.algos.td3 import TD3Config
+from spikerl.distributed import hosts
+from spikerl.distributed.world import BackendConfig, ranked, resolve_backend, resolve_world_size
+from spikerl.energy import meter as energies
+from spikerl.envs.make import EnvConfig
+from spikerl.errors import BadRequest
+from spikerl.machine import cores, resolve_device, resolve_threads
+from spikerl.models.actor import ActorConfig, CareBNConfig
+from spikerl.models.policy import parse_actor
+from spikerl.models.precision import PrecisionConfig, check_precision
+from spikerl.schema import choose, parse
+from spikerl.training.trainer import Training
+from spikerl.types import Resolved
+
+MOST = 4096  # environments, workers, threads: a config file starts no more processes
+ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")
+ALGOS: dict[str, type[AlgoConfig]] = {
+    "ddpg": DDPGConfig,
+    "td3": TD3Config,
+    "proxy_td3": ProxyTD3Config,
+    "sac": SACConfig,
+    "ppo": PPOConfig,
+}
+PRECISIONS = dict.fromkeys(("fp32", "bf16", "fp16"), PrecisionConfig)
+KERNELS = dict.fromkeys(("auto", "reference", "cpu", "triton"), kernels.KernelConfig)
+
+
+BACKENDS = dict.fromkeys(("auto", "gloo", "nccl", "mpi"), BackendConfig)
+METERS = dict.fromkeys(energies.NAMES, energies.EnergyConfig)
+
+
+@dataclass(kw_only=True)
+class Scalars:
+    """The top-level keys."""
+
+    seed: int
+    total_steps: int  # environment steps over all workers
+    steps_per_epoch: int  # an evaluation, a row of metrics and a checkpoint after each epoch
+    eval_episodes: int  # deterministic episodes per evaluation
+    num_envs: int | None  # over all workers; null: one per worker
+    world_size: int | None  # null: 1, or as many as the launcher (torchrun) started
+    scaling: str
+    device: str
+    threads: int | None  # of each worker; null: cores over workers
+    deterministic: bool
+    max_restarts: int
+    nnodes: int
+    node_rank: int | None
+    rdzv: str | None
+    run_dir: str | None
+    init_from: str | None
+    resume: str | None
+    config: str | None
+
+    def __post_init__(self) -> None:
+        for key in ("total_steps", "steps_per_epoch", "eval_episodes"):
+            if getattr(self, key) < 1:
+                raise BadRequest(key, getattr(self, key), "give at least 1")
+        for key in ("num_envs", "threads", "world_size"):
+            if getattr(self, key) is not None and not 1 <= getattr(self, key) <= MOST:
+                raise BadRequest(key, getattr(self, key), f"give 1 to {MOST}, or null")
+        if not 0 <= self.seed < 2**63:
+            raise BadRequest("seed", self.seed, "give 0 to 2^63 - 1")
+        for key in ("run_dir", "init_from"):
+            if getattr(self, key) == "":
+                raise BadRequest(key, "", "give a path, or null")
+        if self.scaling not in ("strong", "weak"):
+            raise BadRequest("scaling", self.scaling, "give strong or weak")
+        if self.max_restarts < 0:
+            raise BadRequest("max_restarts", self.max_restarts, "give at least 0")
+        self.check_nodes()
+
+    def check_nodes(self) -> None:
+        """Several machines are named whole, one not at all."""
+        nodes = self.nnodes
+        if nodes < 1:
+            raise BadRequest("nnodes", nodes, "give at least 1")
+        if nodes == 1:
+            for key in ("node_rank", "rdzv"):
+                if getattr(self, key) is not None:
+                    raise BadRequest(key, getattr(self, key), "is for several machines: set nnodes")
+            return
+        if self.world_size is None or self.world_size % nodes:
+            remedy = f"give a multiple of nnodes={nodes}, the workers of all machines"
+            raise BadRequest("world_size", self.world_size, remedy)
+        if self.node_rank is None or not 0 <= self.node_rank < nodes:
+            raise BadRequest("node_rank", self.node_rank, f"give this machine's, 0 to {nodes - 1}")
+        if not re.fullmatch(r"\S+:\d{1,5}", self.rdzv or ""):
+            remedy = "give machine 0's address and a free port there, as host:29500"
+            raise BadRequest("rdzv", self.rdzv, remedy)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One run, validated; `raw` is the same as plain data, as config.yaml records it."""
+
+    scalars: Scalars
+    env: EnvConfig
+    actor: ActorConfig
+    algo: AlgoConfig
+    precision: PrecisionConfig
+    kernel: Resolved
+    backend: Resolved
+    timeout_s: float  # of an exchange between workers
+    energy: energies.EnergyConfig
+    meter: Resolved
+    world_size: int
+    device: Resolved
+    threads: Resolved
+    raw: dict[str, Any]
+
+    def training(self) -> Training:
+        s = self.scalars
+        return Training(
+            env=self.env,
+            actor=self.actor,
+            algo=self.algo,
+            precision=self.precision,
+            device=torch.device(self.device.choice),
+            seed=s.seed,
+            num_envs=s.num_envs or self.world_size,
+            scaling=s.scaling,
+            kernel=self.kernel.choice,
+            total_steps=s.total_steps,
+            steps_per_epoch=s.steps_per_epoch,
+            eval_episodes=s.eval_episodes,
+        )
+
+
+def build(raw: Mapping[str, Any]) -> Config:
+    """Validate a composed config and decide everything that was left to "auto"."""
+    groups = ("env", *ACTOR_GROUPS, "algo", "precision", "kernel", "backend", "energy")
+    if missing := [group for group in groups if group not in raw]:
+        raise BadRequest(missing[0], None, "the config lacks this group")
+    scalars = parse(Scalars, {k: v for k, v in raw.items() if k not in groups})
+    env = parse(EnvConfig, raw["env"], key="env")
+    actor = parse_actor({group: raw[group] for group in ACTOR_GROUPS})
+    algo = choose(ALGOS, raw["algo"], key="algo")
+    precision = choose(PRECISIONS, raw["precision"], key="precision")
+    kernel = choose(KERNELS, raw["kernel"], key="kernel")
+    backend = choose(BACKENDS, raw["backend"], key="backend")
+    energy = choose(METERS, raw["energy"], key="energy")
+    device = resolve_device(scalars.device)
+    world_size = resolve_world_size(scalars.world_size)
+    sharers = 1 if hosts.has_own("cores") else hosts.workers_here(world_size, scalars.nnodes)
+    check_shares(scalars, algo, world_size)
+    check_together(algo, actor, kernel)
+    check_precision(precision, torch.device(device.choice))
+    return Config(
+        scalars=scalars,
+        env=env,
+        actor=actor,
+        algo=algo,
+        precision=precision,
+        kernel=kernels.resolve(kernel, device.choice, actor.layered(precision.actor_dtype)),
+        backend=resolve_backend(backend, device.choice, world_size, scalars.nnodes),
+        timeout_s=backend.timeout_s,
+        energy=energy,
+        meter=energies.resolve(energy, device=torch.device(device.choice)),
+        world_size=world_size,
+        device=device,
+        threads=resolve_threads(scalars.threads, sharers),
+        raw=dict(raw),
+    )
+
+
+def check_shares(scalars: Scalars, algo: AlgoConfig, world_size: int) -> None:
+    """Refuse what cannot be shared out over the workers."""
+    most = max(64, 4 * cores()) * scalars.nnodes
+    if world_size > most and not ranked():  # a stranger's file starts no thousands of processes
+        raise BadRequest("world_size", world_size, f"give at most {most} here")
+    num_envs = scalars.num_envs or world_size
+    if num_envs % world_size and scalars.resume:
+        remedy = f"the run has {num_envs} environments, which so many workers cannot share evenly"
+        raise BadRequest("world_size", world_size, remedy)
+    if num_envs % world_size:
+        remedy = f"give a multiple of world_size={world_size}"
+        raise BadRequest("num_envs", num_envs, remedy)
+    if scalars.scaling == "strong" and algo.batch_size < world_size:
+        remedy = f"algo.batch_size={algo.batch_size} has fewer rows than that; use fewer workers"
+        raise BadRequest("world_size", world_size, remedy)
+    if isinstance(algo, OffPolicyConfig) and algo.replay_capacity < num_envs:
+        remedy = f"give at least num_envs={num_envs}, a row for each environment"
+        raise BadRequest("algo.replay_capacity", algo.replay_capacity, remedy)
+    if isinstance(algo, PPOConfig) and algo.rollout_steps % num_envs:
+        remedy = f"give a multiple of num_envs={num_envs}"
+        raise BadRequest("algo.rollout_steps", algo.rollout_steps, remedy)
+
+
+def check_together(algo: AlgoConfig, actor: ActorConfig, kernel: kernels.KernelConfig) -> None:
+    """Refuse what does not go together."""
+    if isinstance(algo, PPOConfig) and actor.encoder and actor.encoder.name == "poisson":
+        remedy = "ppo needs an action's probability, which random spikes hide; use population"
+        raise BadRequest("encoder", "poisson", remedy)
+    if isinstance(algo, PPOConfig) and isinstance(actor.actor, CareBNConfig):
+        remedy = "ppo compares two passes, which batch moments set apart; use actor=popsan"
+        raise BadRequest("actor", "care_bn", remedy)
+    if kernel.path == "graphs" and algo.name not in ("ddpg", "td3"):
+        remedy = f"graphs are of ddpg and td3, not of {algo.name}; use kernel=triton alone"
+        raise BadRequest("kernel.path", "graphs", remedy)

@@ -1,0 +1,54 @@
+"""What a run needs of memory at the least, so that a size that cannot be is refused by name.
+
+Shape legend   O observation entries, A action entries.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+
+from spikerl.config.build import Config
+from spikerl.errors import BadRequest
+from spikerl.models.actor import PopSANConfig
+from spikerl.types import Task
+
+NUMBER = 4  # bytes
+COPIES = 4  # of a weight: itself, its gradient, Adam's two moments
+
+
+def check_memory(config: Config, task: Task) -> None:
+    """Refuse what is larger than this machine's memory, before any of it is allocated."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needs = least_bytes(config, task)
+    if sum(needs.values()) > there:
+        key = max(needs, key=lambda key: needs[key])
+        group, _, name = key.partition(".")
+        remedy = (
+            f"the run needs {sum(needs.values()) / 2**30:.3g} GiB at the least, most of it for"
+            f" this; this machine has {there / 2**30:.3g}"
+        )
+        raise BadRequest(key, config.raw[group][name], remedy)
+
+
+def least_bytes(config: Config, task: Task) -> dict[str, int]:
+    """By the key that it grows with."""
+    algo, actor = config.algo, config.actor.actor
+    O, A = task.obs_dim, task.act_dim  # noqa: E741
+    first = O * getattr(config.actor.encoder, "pop_size", 1)
+    last = A * getattr(config.actor.decoder, "pop_size", 1)
+    widths = [first, *actor.hidden_sizes, last]
+    steps = actor.spike_steps if isinstance(actor, PopSANConfig) else 1
+    rows = min(algo.capacity(), config.scalars.total_steps)
+    rollout = "rollout_steps" if hasattr(algo, "rollout_steps") else "replay_capacity"
+    needs = {
+        f"algo.{rollout}": rows * (2 * O + A + 4) * NUMBER,
+        "algo.batch_size": algo.batch_size * (sum(widths) * steps + 2 * O) * NUMBER,
+        "actor.hidden_sizes": weights(widths),
+    }
+    own = [name for name in vars(algo) if name.endswith("hidden_sizes")]
+    return needs | {f"algo.{name}": weights([O, *getattr(algo, name), 1]) for name in own}
+
+
+def weights(widths: list[int]) -> int:
+    return sum(a * b for a, b in pairwise(widths)) * NUMBER * COPIES

@@ -1,0 +1,129 @@
+"""A config file as plain data, and the overrides that make Hydra compose the same.
+
+The file may be a stranger's: it is only ever values.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from spikerl.errors import BadRequest
+from spikerl.files import read_bytes
+
+MAX_BYTES = 1 << 17  # some forty times a run's config.yaml
+NAME = r"[A-Za-z][A-Za-z0-9_]*"  # of a key
+# Where a run was started from or kept is not part of what it computes.
+NOT_CARRIED = ("run_dir", "resume", "config", "nnodes", "node_rank", "rdzv")
+READ = ("init_from", "energy.file")  # paths that a run reads
+
+
+def conf_folder() -> Path:
+    """conf/ beside the package in a checkout, inside it in an installed wheel."""
+    here = Path(__file__).resolve().parents[1]
+    inside = here / "conf"
+    return inside if inside.is_dir() else here.parent / "conf"
+
+
+def group_options(group: str) -> list[str]:
+    folder = conf_folder() / group
+    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+
+
+def read_config(path: Path) -> dict[Any, Any]:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Without aliases, by which a small file can stand for a huge one."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it holds an alias; write the value out")
+            return super().compose_node(parent, index)
+
+        def construct_yaml_int(self, node: Any) -> int:
+            number = int(super().construct_yaml_int(node))
+            if abs(number) >= 1 << 63:
+                raise yaml.YAMLError("numbers have 63 bits")
+            return number
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+    try:
+        data = yaml.load(read_bytes(path, MAX_BYTES).decode(), Loader)
+    except Exception as error:  # its scalars raise almost anything: !!int x, 2020-13-45
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadRequest("config", path, f"cannot be read: {reason}") from None
+    if not isinstance(data, dict):
+        raise BadRequest("config", path, "holds no mapping; give a run's config.yaml")
+    return data
+
+
+def overrides_of(path: Path, typed: Sequence[str], *, resumes: bool = False) -> list[str]:
+    """The overrides that make Hydra compose what the config file `path` holds.
+
+    The file is data: no interpolation, no code, no Hydra settings, no path that leads out of the
+    working folder. A group whose option the user chooses anew takes that option's values, not the
+    file's. A run that `resumes` has its weights, and does not read what it was started from.
+    """
+    data = read_config(path)
+    groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
+    chosen = {arg.partition("=")[0] for arg in typed}
+    choices, values = [], []
+    for key, value in data.items():
+        if not isinstance(key, str) or key == "hydra" or not re.fullmatch(NAME, key):
+            raise BadRequest("config", path, f"the key {key} is not accepted in a config file")
+        if key in NOT_CARRIED or (resumes and key == "init_from"):
+            continue
+        if key in groups:
+            if key in chosen:
+                continue
+            if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+                raise BadRequest("config", path, f"its group {key} has no name")
+            choices.append(f"{key}={quoted(value['name'])}")
+            if key == "env" and value.get("id") == f"{value['name']}-{value.get('version')}":
+                value = {k: v for k, v in value.items() if k != "id"}
+        leaves = list(_leaves(key, value, path, chosen))
+        if not resumes:
+            _check_paths(leaves, path)
+        values += [f"{name}={quoted(leaf)}" for name, leaf in leaves]
+    return [*choices, *values]
+
+
+def _leaves(prefix: str, value: Any, path: Path, typed: set[str]) -> Iterator[tuple[str, Any]]:
+    if prefix in typed:
+        return
+    if not isinstance(value, dict):
+        if "${" in str(value) or (":" in str(value) and prefix == "env.id"):
+            raise _refusal(prefix, value, path)
+        yield prefix, value
+        return
+    for key, inner in value.items():
+        if not isinstance(key, str) or not re.fullmatch(NAME, key):
+            raise BadRequest("config", path, f"the key {prefix}.{key} is not accepted")
+        yield from _leaves(f"{prefix}.{key}", inner, path, typed)
+
+
+def _check_paths(leaves: Sequence[tuple[str, Any]], path: Path) -> None:
+    for key, value in leaves:
+        place = Path(str(value))
+        if key in READ and (place.is_absolute() or ".." in place.parts):
+            raise _refusal(key, value, path)
+
+
+def _refusal(key: str, value: Any, path: Path) -> BadRequest:
+    return BadRequest(key, value, f"not accepted from {path}; type {key}=... on the command line")
+
+
+def quoted(value: Any) -> str:
+    """A value in Hydra's override grammar."""
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return "[" + ",".join(quoted(item) for item in value) + "]"
+    if isinstance(value, str):
+        escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
+        return f"'{escaped}'"
+    raise BadRequest("config", value, "not plain data")

@@ -1,0 +1,130 @@
+"""Sums over the workers of one machine, in memory that they share.
+
+An all-reduce over gloo on one machine costs 0.4 to 1.8 ms whatever its size, up to half an update;
+here it costs two copies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import DistNetworkError
+
+from spikerl.kernels import build as native
+
+FOLDER = "/dev/shm"
+MACHINE = Path("/proc/sys/kernel/random/boot_id")
+
+Gather = Callable[[Any], list[Any]]  # everybody's plain data in rank order, by other means
+
+
+class ShmAllReduce:
+    """One room in shared memory for each size of vector, made when first needed."""
+
+    def __init__(self, rank: int, size: int, gather: Gather, timeout_s: float) -> None:
+        path, why = native.first_built(native.supported_paths())
+        if path is None:
+            raise native.Unbuilt(why)
+        self.lib = native.library(path)
+        self.rank, self.size, self.gather, self.timeout_s = rank, size, gather, timeout_s
+        self.rooms: dict[int, SharedBuffer | None] = {}
+
+    def sum_(self, tensor: Tensor) -> bool:
+        """Replace a tensor by its sum over workers; False, and nothing, where there is no room."""
+        plain = tensor.device.type == "cpu" and tensor.is_contiguous()
+        if not plain or tensor.dtype not in (torch.float32, torch.float64):
+            return False
+        length = tensor.numel() * tensor.element_size()
+        if length not in self.rooms:
+            self.rooms[length] = self.open(length)
+        room = self.rooms[length]
+        if room is None:
+            return False
+        at, place, now = room.at, tensor.data_ptr(), room.round
+        room.round = (now + 1) % 2**32
+        self.lib.spikerl_shm_write(at, self.rank, self.size, length, now, place)
+        is_double, deadline = tensor.dtype == torch.float64, 0.0
+        where = (at, self.rank, self.size, length, now, place, is_double)
+        while (late := self.lib.spikerl_shm_sum(*where)) >= 0:
+            deadline = deadline or time.monotonic() + self.timeout_s
+            if room.left(late):
+                raise DistNetworkError(f"worker {late} is gone")
+            if time.monotonic() > deadline:
+                raise DistNetworkError(f"worker {late} did not come within {self.timeout_s:g} s")
+        return True
+
+    def open(self, length: int) -> SharedBuffer | None:
+        """None, for all, where one of them cannot have it."""
+        total = self.lib.spikerl_shm_bytes(self.size, length)
+        room = _make(total, self.rank) if self.rank == 0 else None
+        name = self.gather(room.name if room else None)[0]
+        if name and self.rank > 0:
+            room = _enter(name, total, self.rank)
+        return room if all(self.gather(room is not None)) else None
+
+
+class SharedBuffer:
+    """A file without a name that all map; each holds a lock on its byte as long as it lives.
+
+    So that the others notice, whatever ended it, that they wait in vain.
+    """
+
+    def __init__(self, handle: int, total: int, rank: int) -> None:
+        self.handle, self.rank, self.round = handle, rank, 0
+        fcntl.lockf(handle, fcntl.LOCK_EX, 1, rank)
+        self.memory = mmap.mmap(handle, total)
+        self.at = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.name = (f"/proc/{os.getpid()}/fd/{handle}", os.fstat(handle).st_ino)
+
+    def left(self, rank: int) -> bool:
+        """Whether the worker of this rank holds its lock no more."""
+        try:
+            fcntl.lockf(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        except OSError:
+            return False
+        fcntl.lockf(self.handle, fcntl.LOCK_UN, 1, rank)
+        return True
+
+
+def open_shm_allreduce(
+    rank: int, size: int, gather: Gather, timeout_s: float
+) -> ShmAllReduce | None:
+    """None, for all, where they are not on one machine or it has not what this needs."""
+    machine, sums = None, None
+    try:
+        machine = MACHINE.read_text()
+        sums = ShmAllReduce(rank, size, gather, timeout_s)
+    except (OSError, native.Unbuilt):
+        pass
+    everyone = gather((machine, sums is not None))
+    agreed = all(each == (everyone[0][0], True) for each in everyone)
+    # In containers of one machine they may not reach each other's memory.
+    return sums if agreed and sums and sums.open(8) else None
+
+
+def _make(total: int, rank: int) -> SharedBuffer | None:
+    try:
+        handle = os.open(FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
+        os.posix_fallocate(handle, 0, total)  # now, rather than SIGBUS when memory is short later
+    except OSError:
+        return None
+    return SharedBuffer(handle, total, rank)
+
+
+def _enter(name: tuple[str, int], total: int, rank: int) -> SharedBuffer | None:
+    path, inode = name
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    # In another container the path may lead elsewhere.
+    return SharedBuffer(handle, total, rank) if os.fstat(handle).st_ino == inode else None

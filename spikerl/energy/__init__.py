@@ -1,0 +1,1 @@
+"""Joules: measured, or missing with a reason."""

@@ -1,0 +1,251 @@
+"""Joules of a window of work by device: measured, or missing with a reason; never 0 or a guess.
+
+Each worker opens a meter for its own CUDA device; local rank 0's also reads its host's processor
+packages and their memory. `merge` puts the workers' readings together, and `energy_row` makes of
+them the energy keys of a row of metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from spikerl.energy.counters import (
+    KINDS,
+    Counters,
+    Found,
+    ReplayCounters,
+    ZeusCounters,
+    find,
+    one_line,
+    read_trace,
+)
+from spikerl.errors import BadRequest
+from spikerl.types import Resolved
+
+NAMES = ("auto", "zeus", "none", "replay")
+
+
+@dataclass(kw_only=True)
+class EnergyConfig:
+    name: str
+    file: str | None  # the recorded trace of energy=replay
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise BadRequest("energy", self.name, f"one of {', '.join(NAMES)}")
+        if self.name == "replay" and not self.file:
+            raise BadRequest("energy.file", self.file, "energy=replay needs a recorded trace")
+        if self.name != "replay" and self.file is not None:
+            raise BadRequest("energy.file", self.file, "only energy=replay reads a file")
+
+
+class Reading(NamedTuple):
+    """One window. A device is in `joules`, or in `missing`, or was never to be measured."""
+
+    seconds: float
+    joules: dict[str, float]  # by device, each above 0
+    missing: dict[str, str]  # by device, why this window lacks it
+
+
+class Meter:
+    """Windows by name, which may overlap; whatever goes wrong in one, it only lacks devices."""
+
+    def __init__(
+        self,
+        source: str,
+        counters: Sequence[Counters] = (),
+        *,
+        reasons: Mapping[str, str] | None = None,
+        settle: Callable[[], object] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.source = source
+        self.reasons = dict(reasons or {})  # why `source` lacks gpu or cpu
+        self.gaps: dict[str, str] = {}  # devices that work but have no counter
+        self._counters = list(counters)
+        self._settle = settle  # waits for the work that was handed to the device
+        self._clock = clock
+        self._begun: dict[str, tuple[float, dict[int, str]]] = {}
+
+    def begin(self, window: str) -> None:
+        now = self._settled()
+        trouble = {}
+        for i, counters in enumerate(self._counters):
+            try:
+                counters.begin(window, now)
+            except Exception as error:
+                trouble[i] = one_line(error)
+        self._begun[window] = now, trouble
+
+    def end(self, window: str) -> Reading:
+        now = self._settled()
+        never = now, dict.fromkeys(range(len(self._counters)), "the window was not begun")
+        began, trouble = self._begun.pop(window, never)
+        joules: dict[str, float] = {}
+        missing = dict(self.gaps)
+        for i, counters in enumerate(self._counters):
+            read: dict[str, float] = {}
+            try:
+                if i not in trouble:
+                    read = {d: float(j) for d, j in counters.end(window, now).items()}
+            except Exception as error:
+                trouble[i] = one_line(error)
+            # A counter that stands still gives 0, one that wraps a negative difference.
+            good = {d: j for d, j in read.items() if math.isfinite(j) and j > 0}
+            counters.devices |= good.keys()
+            joules |= good
+            for device in sorted(counters.devices - good.keys()):
+                said = f"gave {read[device]:g} J" if device in read else "gave nothing"
+                missing[device] = trouble.get(i, f"{said} in {now - began:.3g} s")
+        return Reading(now - began, joules, missing)
+
+    def close(self) -> None:
+        """Let go of the counters; Zeus ends its helper processes when the program exits."""
+        self._counters = []
+
+    def _settled(self) -> float:
+        with suppress(Exception):  # an error of the device's own shows in the training
+            self._settle()
+        return self._clock()
+
+
+def resolve(config: EnergyConfig, *, device: torch.device) -> Resolved:
+    """What a host's local rank 0 will measure and why not more, without starting Zeus."""
+    if config.name == "none":
+        return Resolved("none", "requested")
+    if config.name == "replay":
+        read_trace(str(config.file))
+        return Resolved(f"replay:{config.file}", "requested")
+    reasons = _find(config, device).reasons
+    return Resolved(_source(reasons), "; ".join(reasons.values()) or "every counter was found")
+
+
+def open_meter(
+    config: EnergyConfig,
+    *,
+    device: torch.device,
+    local_rank: int,
+    clock: Callable[[], float] = time.monotonic,
+) -> Meter:
+    """One worker's meter; BadRequest where energy=zeus or energy=replay cannot be had."""
+    if config.name == "none":
+        return Meter("none: requested", clock=clock)
+    if config.name == "replay":
+        replay = ReplayCounters(read_trace(str(config.file)), local_rank, clock())
+        return Meter(f"replay:{config.file}", [replay], clock=clock)
+    gpus, packages, reasons = _find(config, device)
+    if local_rank and packages:
+        packages, reasons["cpu"] = {}, "local rank 0 measures this host's processors"
+    counters: list[Counters] = []
+    for kind, names in (("gpu", gpus), ("cpu", packages)):
+        try:
+            if names:  # a monitor of its own: the failure of one kind is not the other's
+                counters.append(ZeusCounters(kind, names))
+        except Exception as error:
+            reasons[kind] = f"{kind}: Zeus could not start: {one_line(error)}"
+    if config.name == "zeus" and (gpus or packages) and not counters:
+        raise _refusal(reasons)
+    source = _source(reasons) if counters else f"none: {'; '.join(reasons.values())}"
+    if device.type != "cuda":
+        return Meter(source, counters, reasons=reasons, clock=clock)
+    settle = partial(torch.cuda.synchronize, device)
+    meter = Meter(source, counters, reasons=reasons, settle=settle, clock=clock)
+    if "gpu" in reasons:  # it works uncounted: the processors must not pass for the whole
+        meter.gaps[f"gpu:{platform.node()}:{device}"] = reasons["gpu"]
+    return meter
+
+
+def merge(readings: Sequence[Reading]) -> Reading:
+    """One window of all workers, in rank order: each device once, from the first that has it."""
+    joules: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    counted = []  # the seconds of those whose joules are taken, so that power is theirs
+    for reading in readings:
+        if reading.joules.keys() - joules.keys():
+            counted.append(reading.seconds)
+        joules = {**reading.joules, **joules}
+        missing = {**reading.missing, **missing}
+    missing = {device: why for device, why in missing.items() if device not in joules}
+    return Reading(max(counted or [r.seconds for r in readings], default=0.0), joules, missing)
+
+
+def consecutive(first: Reading, second: Reading) -> Reading:
+    """Two windows, one after the other, as one; a device that either lacks is missing."""
+    joules = {d: j + second.joules[d] for d, j in first.joules.items() if d in second.joules}
+    missing = {**first.missing, **second.missing}
+    for device in {*first.joules, *second.joules} - joules.keys():
+        missing.setdefault(device, "only one part of the window has it")
+    return Reading(first.seconds + second.seconds, joules, missing)
+
+
+def energy_row(train: Reading, evaluation: Reading, source: str) -> dict[str, Any]:
+    """The energy keys of an epoch's row, of merged readings.
+
+    `energy_cpu_j` is processors and their memory. A sum is null if one of its devices, known from
+    either window, is not in a window that it covers: no part passes for the whole. `energy_source`
+    says where `energy_j` comes from, or why it is null; `power_w` is its mean power.
+    """
+    missing = {**evaluation.missing, **train.missing}
+    devices = list(dict.fromkeys([*train.joules, *evaluation.joules, *missing]))
+
+    def total(*windows: Reading, kinds: tuple[str, ...] = KINDS) -> float | None:
+        chosen = [device for device in devices if device.startswith(kinds)]
+        if not chosen or any(d not in w.joules for d in chosen for w in windows):
+            return None
+        return math.fsum(w.joules[d] for d in chosen for w in windows)
+
+    joules = total(train, evaluation)
+    if joules is None and not source.startswith("none"):
+        why = "; ".join(f"{device}: {reason}" for device, reason in missing.items())
+        source = f"none: {why or 'no device was read in both windows'}"
+    seconds = train.seconds + evaluation.seconds
+    return {
+        "energy_j": joules,
+        "energy_gpu_j": total(train, evaluation, kinds=("gpu:",)),
+        "energy_cpu_j": total(train, evaluation, kinds=("cpu:", "dram:")),
+        "energy_source": source,
+        "power_w": None if joules is None or seconds <= 0 else joules / seconds,
+        "energy_train_j": total(train),
+        "energy_eval_j": total(evaluation),
+    }
+
+
+def total_joules(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Of all these rows of metrics.jsonl; null unless each was measured."""
+    joules = [row.get("energy_j") for row in rows]
+    measured = [j for j in joules if j is not None]
+    return math.fsum(measured) if measured and len(measured) == len(joules) else None
+
+
+def joules_to_reach(rows: Sequence[Mapping[str, Any]], eval_return: float) -> float | None:
+    """Up to the first row whose evaluation returned `eval_return` or more, that row included."""
+    for i, row in enumerate(rows):
+        if row.get("eval_return") is not None and row["eval_return"] >= eval_return:
+            return total_joules(rows[: i + 1])
+    return None
+
+
+def _find(config: EnergyConfig, device: torch.device) -> Found:
+    found = find(device)
+    if config.name == "zeus" and not found.gpus and not found.packages:
+        raise _refusal(found.reasons)
+    return found
+
+
+def _refusal(reasons: Mapping[str, str]) -> BadRequest:
+    why = "; ".join(reasons.values())
+    return BadRequest("energy", "zeus", f"{why}; use energy=auto to run without joules")
+
+
+def _source(reasons: Mapping[str, str]) -> str:
+    parts = [name for kind, name in (("gpu", "nvml"), ("cpu", "rapl")) if kind not in reasons]
+    return f"zeus:{'+'.join(parts)}" if parts else "none"

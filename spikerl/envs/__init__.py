@@ -1,0 +1,1 @@
+"""Environments: vectors of them with true successors, and their exact state."""

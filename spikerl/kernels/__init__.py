@@ -1,0 +1,139 @@
+"""Who does the arithmetic of an update: one implementation of the same operations for each kernel.
+
+`reference` defines them, and every other kernel is tested against it. A kernel's name is
+`reference`, `triton`, `triton/graphs` or `cpu/PATH`, PATH being a set of processor instructions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from spikerl.errors import BadRequest
+from spikerl.kernels import build as native
+from spikerl.kernels import cpu, reference
+from spikerl.kernels.gradient import Gradient, Moments, Pullback
+from spikerl.kernels.prepared import fused
+from spikerl.kernels.reference import DenseNet, SpikingNet, ValueNet
+from spikerl.types import Batch, Resolved, Task
+
+
+class Kernel(Protocol):
+    """Shapes: observations (B, O), actions (B, A) in [-1, 1], values (C, B)."""
+
+    def actions(
+        self, net: SpikingNet, obs: Tensor, generator: torch.Generator | None, squash: bool = ..., /
+    ) -> Tensor: ...
+
+    def vjp(
+        self, net: SpikingNet, obs: Tensor, generator: torch.Generator | None, squash: bool = ..., /
+    ) -> tuple[Tensor, Pullback]: ...
+
+    def values(self, critic: ValueNet, obs: Tensor, act: Tensor, /) -> Tensor: ...
+
+    def td_target(self, critic: ValueNet, rows: Batch, act: Tensor, /) -> Tensor: ...
+
+    def add_clipped_noise(
+        self, act: Tensor, noise: Tensor, std: float, bound: float, /
+    ) -> Tensor: ...
+
+    def critic_backward(
+        self, critic: ValueNet, obs: Tensor, act: Tensor, target: Tensor, into: Gradient, /
+    ) -> Tensor: ...
+
+    def dq_da(
+        self, critic: ValueNet, obs: Tensor, act: Tensor, into: Gradient, lowest: bool = ..., /
+    ) -> Tensor: ...
+
+    def dense_actions(self, net: DenseNet, obs: Tensor, /) -> Tensor: ...
+
+    def mse_backward(self, net: DenseNet, obs: Tensor, goal: Tensor, into: Gradient, /) -> None: ...
+
+    def adam(
+        self, moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor, /
+    ) -> None: ...
+
+    def polyak(self, target: Tensor, online: Tensor, tau: float, masked: Tensor, /) -> None: ...
+
+
+@dataclass(kw_only=True)
+class KernelConfig:
+    name: str
+    path: str | None  # of cpu: amx, avx512, avx2, portable; null: the best. Of triton: graphs
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            return
+        if self.name == "triton":
+            if self.path != "graphs":
+                raise BadRequest("kernel.path", self.path, "give graphs, or null")
+            return
+        if self.name != "cpu":
+            remedy = "has a meaning with kernel=cpu and kernel=triton only"
+            raise BadRequest("kernel.path", self.path, remedy)
+        if self.path not in native.supported_paths():
+            here = ", ".join(native.supported_paths())
+            raise BadRequest("kernel.path", self.path, f"this processor runs {here}")
+
+
+def resolve(config: KernelConfig, device: str, layered: str | None = None) -> Resolved:
+    """The kernel that runs, and why; what it needs is built here, before any worker starts.
+
+    `layered`: why none covers the whole actor in one call.
+    """
+    if config.name == "reference":
+        return Resolved("reference", "requested")
+    if device != "cpu":
+        return _on_gpu(config, device)
+    if config.name == "triton":
+        raise BadRequest("kernel", "triton", f"this run uses {device}; it needs a CUDA device")
+    paths = [config.path] if config.path else native.supported_paths()
+    path, unbuilt = native.first_built(paths)
+    if path is None:
+        if config.name == "cpu":
+            raise BadRequest("kernel", "cpu", f"{unbuilt}; use kernel=auto")
+        return Resolved("reference", unbuilt)
+    reason = "requested" if config.name == "cpu" else "a C++ compiler is there"
+    if unbuilt:  # a compiler older than the processor
+        reason += f"; not {paths[0]}: {unbuilt}"
+    if layered:
+        reason += f"; layer by layer, for {layered}"
+    return Resolved(f"cpu/{path}", reason)
+
+
+def _on_gpu(config: KernelConfig, device: str) -> Resolved:
+    if config.name == "cpu":
+        raise BadRequest("kernel", "cpu", f"this run uses {device}; use kernel=auto")
+    try:
+        from spikerl.kernels import triton  # noqa: F401
+    except ImportError:
+        if config.name == "triton":
+            remedy = "triton is not installed; use kernel=auto"
+            raise BadRequest("kernel", "triton", remedy) from None
+        return Resolved("reference", "triton is not installed")
+    name = "triton/graphs" if config.path else "triton"
+    return Resolved(name, "requested" if config.name == "triton" else "a CUDA device")
+
+
+@cache
+def named(name: str) -> Kernel:
+    """The kernel that `resolve` chose."""
+    kind, _, path = name.partition("/")
+    if kind == "cpu":
+        return cpu.kernel(path)
+    if kind == "triton":
+        from spikerl.kernels import triton
+
+        return triton
+    return reference
+
+
+def one_action(name: str, net: SpikingNet, task: Task) -> cpu.OneAction | None:
+    """How `net` acts on one raw observation without a tensor; None where the kernel has no way."""
+    kind, _, path = name.partition("/")
+    alone = kind == "cpu" and fused(net) and not net.encoder.random
+    return cpu.OneAction(cpu.kernel(path), net, task) if alone else None

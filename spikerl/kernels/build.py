@@ -1,0 +1,234 @@
+"""Builds, loads and describes the C++ kernels: `spikerl/snn/csrc` behind a C interface.
+
+The compiler runs once for each state of the sources, compiler and instruction set; the library is
+kept in the user's cache folder under a name made of all three.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent / "csrc"
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fopenmp")
+AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "popcnt")
+# What each path is compiled with, and what a processor must have for it; the best comes first.
+PATHS = {
+    "amx": (
+        tuple(f"-m{x}" for x in (*AVX512, "avx512bf16", "amx-tile", "amx-bf16")),
+        {*AVX512, "avx512_bf16", "amx_tile", "amx_bf16"},
+    ),
+    "avx512": (tuple(f"-m{x}" for x in AVX512), set(AVX512)),
+    "avx2": (("-mavx2", "-mfma", "-mpopcnt"), {"avx2", "fma", "popcnt"}),
+    "portable": ((), set[str]()),
+}
+Pointer = ctypes.c_void_p
+Count = ctypes.c_int64
+
+
+class Unbuilt(Exception):
+    """The kernels cannot be built or loaded here; the text says why, in a line."""
+
+
+class Net(ctypes.Structure):
+    """`struct Net` of the source."""
+
+    _fields_ = [
+        *((n, ctypes.c_int32) for n in ("obs_dim", "pop_size", "act_dim", "out_pop_size")),
+        *((n, ctypes.c_int32) for n in ("spike_steps", "layers")),
+        *((n, ctypes.c_float) for n in ("encoder_threshold", "current_decay", "voltage_decay")),
+        *((n, ctypes.c_float) for n in ("threshold", "window")),
+        *((n, Pointer) for n in ("widths", "mean", "std", "weights", "biases")),
+        *((n, Pointer) for n in ("out_weight", "out_bias")),
+        ("squashes", ctypes.c_int32),
+    ]
+
+
+class Units(ctypes.Structure):
+    """`struct Units` of the source."""
+
+    _fields_ = [(n, Pointer) for n in ("low", "half_range", "least", "most")]
+
+
+class Critic(ctypes.Structure):
+    """`struct Critic` of the source."""
+
+    _fields_ = [
+        *((n, ctypes.c_int32) for n in ("networks", "layers", "obs_dim", "act_dim")),
+        *((n, Pointer) for n in ("widths", "weights", "biases")),
+        ("planes", ctypes.c_int32),
+    ]
+
+
+@cache
+def supported_paths() -> list[str]:
+    """The paths that this processor can run, best first."""
+    runs = [path for path, (_, needed) in PATHS.items() if needed <= _processor_flags()]
+    return [path for path in runs if path != "amx" or _may_use_tiles()]
+
+
+@cache
+def library(path: str) -> ctypes.CDLL:
+    """The kernels for one path, built if need be. Raises Unbuilt."""
+    if path == "amx" and not _may_use_tiles():
+        raise Unbuilt("the operating system does not give out AMX tiles")
+    compiler = _compiler()
+    command = [*compiler, *FLAGS, *PATHS[path][0]]
+    source = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
+    version = _output([*compiler, "--version"])
+    digest = hashlib.sha256("\0".join([*command, version]).encode() + source).hexdigest()[:16]
+    built = _cache_folder() / f"spiking-{path}-{digest}.so"
+    if not built.exists():
+        with _lock(built.with_suffix(".lock")):
+            if not built.exists():
+                _build(command, built)
+    try:
+        lib = ctypes.CDLL(str(built))
+    except OSError as error:
+        raise Unbuilt(f"{built} cannot be loaded: {error}") from None
+    _declare(lib)
+    return lib
+
+
+def first_built(paths: Sequence[str]) -> tuple[str | None, str]:
+    """The first that can be built here, if any; why the best one could not, if so."""
+    why = ""
+    for path in paths:
+        try:
+            library(path)
+        except Unbuilt as error:
+            why = why or str(error)
+        else:
+            return path, why
+    return None, why
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    net, threads, p = ctypes.POINTER(Net), ctypes.c_int, Pointer
+    lib.spikerl_saved_bytes.argtypes = [net, Count]
+    lib.spikerl_saved_bytes.restype = Count
+    lib.spikerl_forward.argtypes = [net, Count, p, p, p, p, ctypes.c_bool, threads]
+    lib.spikerl_backward.argtypes = [net, Count, p, threads, p, p, p, p, threads]
+    lib.spikerl_scan.argtypes = [net, Count, p, p, p, threads]
+    lib.spikerl_scan_back.argtypes = [net, Count, p, p, p, threads]
+    lib.spikerl_act.argtypes = [net, ctypes.POINTER(Units), p, p, ctypes.c_float, p]
+    critic, real = ctypes.POINTER(Critic), ctypes.c_float
+    lib.spikerl_values.argtypes = [critic, Count, p, p, p, threads]
+    lib.spikerl_td_target.argtypes = [critic, Count, *[p] * 6, threads]
+    lib.spikerl_add_clipped_noise.argtypes = [Count, p, p, real, real]
+    lib.spikerl_critic_backward.argtypes = [critic, Count, p, p, p, real, p, p, p, threads]
+    lib.spikerl_dq_da.argtypes = [critic, Count, p, p, real, p, threads]
+    lib.spikerl_dq_da.restype = real
+    lib.spikerl_dense_actions.argtypes = [critic, Count, p, p, threads]
+    lib.spikerl_mse_backward.argtypes = [critic, Count, p, p, real, p, p, threads]
+    lib.spikerl_adam.argtypes = [Count, p, p, p, p, p, real, real, p]
+    lib.spikerl_adam.restype = None
+    lib.spikerl_polyak.argtypes = [Count, p, p, real, p]
+    lib.spikerl_polyak.restype = None
+    lib.spikerl_shm_bytes.argtypes = [threads, Count]
+    lib.spikerl_shm_bytes.restype = Count
+    lib.spikerl_shm_write.argtypes = [p, threads, threads, Count, ctypes.c_uint32, p]
+    lib.spikerl_shm_write.restype = None
+    lib.spikerl_shm_sum.argtypes = [p, threads, threads, Count, ctypes.c_uint32, p, ctypes.c_bool]
+    lib.spikerl_shm_sum.restype = ctypes.c_int
+    for name in (
+        "forward", "backward", "scan", "scan_back", "values", "td_target", "add_clipped_noise",
+        "critic_backward", "dense_actions", "mse_backward",
+    ):  # fmt: skip
+        getattr(lib, f"spikerl_{name}").restype = None
+    lib.spikerl_act.restype = ctypes.c_bool
+
+
+def _build(command: list[str], built: Path) -> None:
+    """Each source by itself, as many at once as there are cores; then all together."""
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder, ThreadPoolExecutor() as pool:
+        sources = sorted(SOURCES.glob("*.cpp"))
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        target = Path(folder) / "out.so"
+
+        def compiled(source: Path, to: str) -> None:
+            _succeed([*command, "-c", str(source), "-o", to])
+
+        list(pool.map(compiled, sources, objects))
+        _succeed([*command, "-shared", *objects, "-o", str(target)])
+        target.replace(built)
+
+
+def _succeed(command: list[str]) -> None:
+    done = _run(command)
+    if done.returncode:
+        line = next((s for s in done.stderr.splitlines() if "error" in s), done.stderr[:200])
+        raise Unbuilt(f"{shlex.join(command[:1])} failed: {line.strip()}")
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    for candidate in [named] if named else [["g++"], ["clang++"], ["c++"]]:
+        if shutil.which(candidate[0]):
+            return candidate
+    wanted = named[0] if named else "g++, clang++ or c++"
+    raise Unbuilt(f"no C++ compiler ({wanted})")
+
+
+def _cache_folder() -> Path:
+    """A folder that only this user can write to: what lies in it is code."""
+    root = os.environ.get("SPIKERL_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    folder = Path(root) if root else Path.home() / ".cache"
+    folder = folder / "spikerl"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise Unbuilt(f"no cache folder: {error}") from None
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise Unbuilt(f"{folder} can be written to by others")
+    if not os.access(folder, os.W_OK):
+        raise Unbuilt(f"{folder} cannot be written to; name another with SPIKERL_CACHE=FOLDER")
+    return folder
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _processor_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    lines = (line.partition(":") for line in text.splitlines())
+    return next((set(value.split()) for key, _, value in lines if key.strip() == "flags"), set())
+
+
+def _may_use_tiles() -> bool:
+    """Ask for the matrix units' registers, which Linux gives a process on request only."""
+    arch_prctl, request, tiles = 158, 0x1023, 18  # of x86-64
+    try:
+        return bool(ctypes.CDLL(None).syscall(arch_prctl, request, tiles) == 0)
+    except (AttributeError, OSError):
+        return False
+
+
+def _output(command: list[str]) -> str:
+    return _run(command).stdout
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Unbuilt(f"{command[0]} cannot be run: {error}") from None

@@ -1,0 +1,122 @@
+"""Networks as the C++ library reads them: sizes, constants, and pointers to their parameters."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spikerl.kernels.build import Critic, Net, Pointer
+from spikerl.kernels.reference import DenseNet, SpikingNet, ValueNet
+from spikerl.snn.decoders import RateDecoder
+from spikerl.snn.encoders import PopulationEncoder
+from spikerl.snn.neurons import CubaLIF, Neuron
+
+MAX_LAYERS, MAX_STEPS = 16, 32  # of the source
+
+
+def fused(net: SpikingNet) -> bool:
+    """Whether one call covers the whole network."""
+    spikes = isinstance(net.encoder, PopulationEncoder) and net.encoder.config.name != "analog"
+    plain = net.dtype == torch.float32 and all(_plain(layer.weight_IN) for layer in net.layers)
+    kinds = spikes and net.neurons[0].basic and type(net.decoder) is RateDecoder
+    few = len(net.layers) <= MAX_LAYERS and net.spike_steps <= MAX_STEPS
+    return kinds and plain and few and not len(net.norms)
+
+
+class PreparedActor:
+    """Where `fused` is false, all that is known is that, and when to look again."""
+
+    def __init__(self, net: SpikingNet) -> None:
+        self.params = list(net.parameters())
+        self.at = addresses(self.params)
+        self.first = net.layers[0].weight_IN
+        self.fused = fused(net)
+        if not self.fused:
+            return
+        encoder, neuron, layers = net.encoder, net.neurons[0], list(net.layers)
+        assert isinstance(encoder, PopulationEncoder)
+        assert isinstance(neuron, CubaLIF)
+        assert isinstance(net.decoder, RateDecoder)
+        c = neuron.config
+        act_dim, out_pop = net.decoder.weight_AP.shape
+        widths = [layers[0].weight_IN.shape[0], *(len(layer.bias_N) for layer in layers)]
+        self.widths = np.array(widths, np.int32)
+        mean, std, *between, out_weight, out_bias = self.at
+        self.weights, self.biases = pointers(between[0::2]), pointers(between[1::2])
+        self.net = Net(
+            len(encoder.mean_OP), encoder.config.pop_size, act_dim, out_pop, net.spike_steps,
+            len(layers), encoder.config.threshold, neuron.current_decay, c.voltage_decay,
+            c.threshold, c.surrogate_window, self.widths.ctypes.data, mean, std,
+            ctypes.addressof(self.weights), ctypes.addressof(self.biases), out_weight, out_bias,
+            encoder.squashes,
+        )  # fmt: skip
+
+    def moved(self, net: SpikingNet) -> bool:
+        """Whether its parameters lie elsewhere, or are others: `load_state_dict(assign=True)`."""
+        same = net.layers[0]._parameters["weight_IN"] is self.first
+        return not same or addresses(self.params) != self.at
+
+
+class PreparedCritic:
+    """`first` is the first of the networks alone; products of bf16 take matrix units."""
+
+    def __init__(self, net: ValueNet, act_dim: int, tiles: bool) -> None:
+        self.params = [*net.weights_CIN, *net.biases_C1N]
+        self.at = addresses(self.params)
+        planes = {torch.float32: 3, **({torch.bfloat16: 1} if tiles else {})}.get(net.dtype)
+        self.fused = planes is not None and all(map(_plain, self.params))
+        layers = len(self.params) // 2
+        weights = self.params[:layers]
+        networks, inputs, _ = weights[0].shape
+        self.widths = np.array([inputs, *(w.shape[-1] for w in weights)], np.int32)
+        self.places = pointers(self.at[:layers]), pointers(self.at[layers:])
+        where = (self.widths.ctypes.data, *map(ctypes.addressof, self.places))
+        sizes = (layers, inputs - act_dim, act_dim)
+        self.all, self.first = (Critic(n, *sizes, *where, planes or 0) for n in (networks, 1))
+
+    def moved(self, net: ValueNet) -> bool:
+        same = net.weights_CIN[0] is self.params[0]
+        return not same or addresses(self.params) != self.at
+
+
+class PreparedDense:
+    """A dense network that maps observations to actions."""
+
+    def __init__(self, net: DenseNet) -> None:
+        self.params = [p for layer in net.layers for p in (layer.weight_IN, layer.bias_N)]
+        self.at = addresses(self.params)
+        self.fused = net.dtype == torch.float32 and all(map(_plain, self.params))
+        widths = [net.layers[0].weight_IN.shape[0], *(len(layer.bias_N) for layer in net.layers)]
+        self.widths = np.array(widths, np.int32)
+        self.places = pointers(self.at[0::2]), pointers(self.at[1::2])
+        where = (self.widths.ctypes.data, *map(ctypes.addressof, self.places))
+        self.net = Critic(1, len(widths) - 1, widths[0], 0, *where, 3)
+
+    def moved(self, net: DenseNet) -> bool:
+        return addresses(self.params) != self.at
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def pointers(at: Sequence[int]) -> ctypes.Array[Any]:
+    return (Pointer * len(at))(*at)
+
+
+def neuron_only(neuron: Neuron, spike_steps: int) -> Net:
+    assert isinstance(neuron, CubaLIF)
+    c = neuron.config
+    return Net(
+        spike_steps=spike_steps, current_decay=neuron.current_decay,
+        voltage_decay=c.voltage_decay, threshold=c.threshold, window=c.surrogate_window,
+    )  # fmt: skip
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()

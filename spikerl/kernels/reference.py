@@ -1,0 +1,244 @@
+"""The definition in plain PyTorch: layer by layer, one matrix product for all spike steps.
+
+Shape legend   T spike steps, B batch, O observation entries, I inputs, N neurons, A actions,
+C critics side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spikerl.kernels.dense import relu_values
+from spikerl.kernels.gradient import Gradient, Moments, Pullback, by_autograd
+from spikerl.snn.batchnorm import BATCH, RUNNING, CaReBN
+from spikerl.snn.decoders import Decoder, ILCDecoder
+from spikerl.snn.encoders import Encoder
+from spikerl.snn.linear import Linears, ListOf, product
+from spikerl.snn.neurons import Neuron, State
+from spikerl.types import Batch
+
+
+class SpikingNet(Protocol):
+    """What a kernel reads of a network."""
+
+    spike_steps: int
+    dtype: torch.dtype  # of the layers' products
+    encoder: Encoder
+    layers: Linears
+    neurons: ListOf[Neuron]  # of each layer
+    norms: ListOf[CaReBN]  # of each layer, or none
+    decoder: Decoder
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class ValueNet(Protocol):
+    """What a kernel reads of critics."""
+
+    dtype: torch.dtype  # of the layers' products
+    weights_CIN: nn.ParameterList
+    biases_C1N: nn.ParameterList
+
+
+class DenseNet(Protocol):
+    """What a kernel reads of a dense actor."""
+
+    dtype: torch.dtype  # of the layers' products
+    layers: Linears
+
+
+# Spikes (T, B, N) of one layer from its drive.
+Scan = Callable[[Neuron, Tensor], Tensor]
+
+
+def actions(
+    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
+) -> Tensor:
+    """Actions (B, A) in [-1, 1]; before tanh, unless they are to be squashed."""
+    return act(outputs(net, obs_BO, generator, scan), squash)
+
+
+def vjp(
+    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
+) -> tuple[Tensor, Pullback]:
+    """Actions, and the way back from their gradient to the parameters'."""
+    return by_autograd(act(outputs(net, obs_BO, generator, scan, BATCH), squash))
+
+
+def act(output_BA: Tensor, squash: bool) -> Tensor:
+    return torch.tanh(output_BA) if squash else output_BA
+
+
+def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
+    """Spikes (T, B, N) of one layer, from rest."""
+    return _spikes(_states(neuron, drive_TBN))
+
+
+def outputs(
+    net: SpikingNet,
+    obs_BO: Tensor,
+    generator: torch.Generator | None,
+    scan: Scan = scan,
+    moments: str = RUNNING,
+) -> Tensor:
+    """What the decoder makes of the last layer's spikes, (B, A)."""
+    return net.decoder(spikes(net, obs_BO, generator, scan, moments))
+
+
+def spikes(
+    net: SpikingNet,
+    obs_BO: Tensor,
+    generator: torch.Generator | None,
+    scan: Scan = scan,
+    moments: str = RUNNING,
+) -> Tensor:
+    """The last layer's spikes (T, B, N), `scan` running each layer's neurons.
+
+    `moments`: which ones normalise a layer's drive, where one is normalised.
+    """
+    x = net.encoder(obs_BO, net.spike_steps, generator)
+    for i, neuron in enumerate(net.neurons):
+        drive, lateral = _drive(net, i, x, moments), _lateral(net, i)
+        x = _spikes(_states(neuron, drive, lateral)) if lateral else scan(neuron, drive)
+    return x
+
+
+@torch.no_grad()
+def record(
+    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None
+) -> tuple[list[Tensor], list[list[State]]]:
+    """What the encoder gives, then the spikes (T, B, N) of each layer; each layer's states."""
+    layers = [net.encoder(obs_BO, net.spike_steps, generator)]
+    states = []
+    for i, neuron in enumerate(net.neurons):
+        states.append(_states(neuron, _drive(net, i, layers[-1], RUNNING), _lateral(net, i)))
+        layers.append(_spikes(states[-1]))
+    return layers, states
+
+
+def values(critic: ValueNet, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
+    """Values (C, B)."""
+    x_BI = torch.cat([obs_BO, act_BA], -1)
+    return relu_values(x_BI, list(critic.weights_CIN), list(critic.biases_C1N), critic.dtype)
+
+
+def td_target(critic: ValueNet, rows: Batch, act_BA: Tensor) -> Tensor:
+    """Target values (B,): the lowest critic's value of the next observations and `act`."""
+    return rows.td_target(values(critic, rows.next_obs, act_BA).amin(0))
+
+
+def add_clipped_noise(act_BA: Tensor, noise_BA: Tensor, std: float, bound: float) -> Tensor:
+    """act + clip(std noise, -bound, bound), clipped to [-1, 1]; it may overwrite the noise."""
+    return (act_BA + (noise_BA * std).clamp(-bound, bound)).clamp(-1.0, 1.0)
+
+
+def critic_backward(
+    critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, target_B: Tensor, into: Gradient
+) -> Tensor:
+    """Gradient of sum_c mean_b (Q_c - target)^2; the mean of all values."""
+    value_CB = values(critic, obs_BO, act_BA)
+    into.take((value_CB - target_B).square().mean(1).sum())
+    return value_CB.detach().mean()
+
+
+def dq_da(
+    critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, into: Gradient, lowest: bool = False
+) -> Tensor:
+    """The loss -mean_b Q_1, or -mean_b min_c Q_c; its gradient by the actions, (B, A)."""
+    act_BA = act_BA.detach().requires_grad_()
+    x_BI = torch.cat([obs_BO, act_BA], -1)
+    networks = None if lowest else 1
+    weights = [w.detach()[:networks] for w in critic.weights_CIN]
+    biases = [b.detach()[:networks] for b in critic.biases_C1N]
+    loss = -relu_values(x_BI, weights, biases, critic.dtype).amin(0).mean()
+    into.loss.copy_(loss.detach() * into.weight)
+    return torch.autograd.grad(loss, act_BA, into.factor)[0]
+
+
+def dense_actions(net: DenseNet, obs_BO: Tensor) -> Tensor:
+    """Actions (B, A): ReLU layers and tanh."""
+    x = obs_BO
+    *hidden, last = net.layers
+    for layer in hidden:
+        x = torch.relu(product(x, layer, net.dtype))
+    return torch.tanh(product(x, last, net.dtype))
+
+
+def mse_backward(net: DenseNet, obs_BO: Tensor, goal_BA: Tensor, into: Gradient) -> None:
+    """Gradient of the mean squared error of the actions from `goal`, over batch and entries."""
+    into.take((dense_actions(net, obs_BO) - goal_BA).square().mean())
+
+
+def adam(moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor) -> None:
+    """One step of Adam with a gradient whose last entry is the loss.
+
+    The gradient is first scaled to a norm of at most `max_norm`. If something is not finite,
+    `masked` becomes 1; where it is, nothing else changes. The step is the function below
+    torch.optim.Adam(fused=True), whose own bookkeeping takes longer than that.
+    """
+    grad, step = gradient[:-1], moments.step
+    # The sum of squares is finite only if every entry is; NaN is below nothing.
+    finite = torch.dot(gradient, gradient) < math.inf
+    masked.masked_fill_(~finite, 1.0)
+    if max_norm < math.inf:
+        grad *= (max_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
+    step += 1.0
+    torch._fused_adam_(
+        [moments.weights],
+        [grad],
+        [moments.exp_avg],
+        [moments.exp_avg_sq],
+        [],
+        [step],
+        lr=lr,
+        beta1=0.9,
+        beta2=0.999,
+        weight_decay=0.0,
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+        found_inf=masked,
+    )
+    step -= masked
+
+
+def polyak(target: Tensor, online: Tensor, tau: float, masked: Tensor) -> None:
+    """target <- (1 - tau) target + tau online, unless masked."""
+    target.lerp_(online, (tau * (1.0 - masked)).to(target.dtype))
+
+
+def _drive(net: SpikingNet, i: int, x_TBI: Tensor, moments: str) -> Tensor:
+    """What layer `i` is driven with, (T, B, N)."""
+    steps = x_TBI.shape[0]  # 1 where all spike steps get the same
+    drive = product(x_TBI.flatten(0, 1), net.layers[i], net.dtype).unflatten(0, (steps, -1))
+    if len(net.norms):
+        drive = net.norms[i](drive, moments)
+    return drive.expand(net.spike_steps, -1, -1)
+
+
+def _lateral(net: SpikingNet, i: int) -> Callable[[Tensor], Tensor] | None:
+    """What the output layer's neurons get from its own spikes, where they are connected."""
+    last = i == len(net.neurons) - 1
+    return net.decoder.lateral if last and isinstance(net.decoder, ILCDecoder) else None
+
+
+def _states(
+    neuron: Neuron, drive_TBN: Tensor, lateral: Callable[[Tensor], Tensor] | None = None
+) -> list[State]:
+    """One layer's states at every spike step."""
+    state, states = neuron.initial(drive_TBN[0]), []
+    for drive_BN in drive_TBN:
+        if lateral is not None:
+            drive_BN = drive_BN + lateral(state.spikes_BN)
+        state = neuron.step(drive_BN, state)
+        states.append(state)
+    return states
+
+
+def _spikes(states: list[State]) -> Tensor:
+    return torch.stack([state.spikes_BN for state in states])

@@ -1,0 +1,102 @@
+"""The machine: its device, its cores, what of them a run uses; and the versions of what runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spikerl.errors import BadRequest
+from spikerl.types import Resolved
+
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolve_device(asked: str) -> Resolved:
+    """`auto`, `cpu`, `cuda` or `cuda:N` to a device that exists here."""
+    if asked == "auto":
+        if torch.cuda.is_available():
+            return Resolved("cuda:0", "a CUDA device is there")
+        return Resolved("cpu", "no CUDA device")
+    kind, _, index = asked.partition(":")
+    if kind == "cpu" and not index:
+        return Resolved("cpu", "requested")
+    if kind != "cuda" or not (index.isdecimal() or not index):
+        raise BadRequest("device", asked, "give auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        raise BadRequest("device", asked, f"{count} CUDA devices are visible here; use device=cpu")
+    return Resolved(f"cuda:{int(index or 0)}", "requested")
+
+
+def resolve_threads(asked: int | None, workers: int) -> Resolved:
+    """Threads of each of the workers that share this process's cores: by default its share."""
+    if asked is not None:
+        return Resolved(str(asked), "requested")
+    return Resolved(str(max(cores() // workers, 1)), f"{cores()} cores over {workers} workers")
+
+
+def describe() -> dict[str, Any]:
+    """Hardware facts that a result is recorded with."""
+    flags: list[str] = []
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        text = cpuinfo.read_text()
+        fields = dict(
+            (name.strip(), value.strip())
+            for name, _, value in (line.partition(":") for line in text.splitlines())
+            if name.strip()
+        )
+        model = fields.get("model name", model)
+        present = set(fields.get("flags", fields.get("Features", "")).split())
+        flags = [flag for flag in FLAGS if flag in present]
+    gpus = []
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": model, "cores": cores(), "cpu_flags": flags, "gpus": gpus,
+            "platform": platform.platform()}  # fmt: skip
+
+
+PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "hydra-core", "omegaconf")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of python, spikerl and of every package that numbers depend on, as first asked."""
+    found = {"python": platform.python_version()}
+    for package in ("spikerl", *PACKAGES):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def git_state() -> dict[str, str | bool | None]:
+    """Commit and dirty flag of spikerl's own checkout; null where it is installed without one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return {"commit": None, "dirty": None}
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def _git(root: Path, *args: str) -> str:
+    command = ["git", "-C", str(root), *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()

@@ -1,0 +1,1 @@
+"""Actors, critics, the observation normaliser, and a policy as one artefact."""

@@ -1,0 +1,331 @@
+"""Actors: spiking, and dense.
+
+Shape legend   B batch, O observation entries, A action entries, N neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from spikerl import kernels
+from spikerl.errors import BadRequest
+from spikerl.kernels import reference
+from spikerl.kernels.gradient import Pullback, by_autograd
+from spikerl.kernels.prepared import MAX_LAYERS, MAX_STEPS
+from spikerl.schema import check_sizes
+from spikerl.snn.batchnorm import RECALIBRATE, CaReBN
+from spikerl.snn.decoders import DecoderConfig, build_decoder, output_layer
+from spikerl.snn.encoders import EncoderConfig, PopulationConfig, build_encoder
+from spikerl.snn.linear import Linears, ListOf, product
+from spikerl.snn.neurons import CubaLIFConfig, LIFConfig, Neuron, NeuronConfig, build_neuron
+
+
+@dataclass(kw_only=True)
+class PopSANConfig:
+    """Population-coded spiking actor (Tang et al., CoRL 2020, arXiv:2010.09635)."""
+
+    name: str
+    hidden_sizes: list[int]
+    spike_steps: int  # T, spike steps per decision
+    lr: float  # of the actor's Adam
+
+    def __post_init__(self) -> None:
+        check_sizes("actor.hidden_sizes", self.hidden_sizes)
+        if not 1 <= self.spike_steps <= 1000:
+            raise BadRequest("actor.spike_steps", self.spike_steps, "give 1 to 1000")
+        if not self.lr > 0.0:
+            raise BadRequest("actor.lr", self.lr, "give a value above 0")
+
+
+@dataclass(kw_only=True)
+class CareBNConfig(PopSANConfig):
+    """The same with CaRe-BN between a layer's weights and its neurons (arXiv:2509.23791)."""
+
+    recalibration_interval: int | None  # steps; null: running moments are only followed
+    recalibration_batches: int  # of algo.batch_size observations
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recalibration_interval is not None and self.recalibration_interval < 1:
+            remedy = "give at least 1, or null"
+            raise BadRequest("actor.recalibration_interval", self.recalibration_interval, remedy)
+        if self.recalibration_batches < 1:
+            remedy = "give at least 1"
+            raise BadRequest("actor.recalibration_batches", self.recalibration_batches, remedy)
+
+
+@dataclass(kw_only=True)
+class MLPConfig:
+    """Dense baseline: ReLU layers and tanh."""
+
+    name: str
+    hidden_sizes: list[int]
+    lr: float
+
+    def __post_init__(self) -> None:
+        check_sizes("actor.hidden_sizes", self.hidden_sizes)
+        if not self.lr > 0.0:
+            raise BadRequest("actor.lr", self.lr, "give a value above 0")
+
+
+@dataclass(kw_only=True)
+class ActorConfig:
+    """What an actor's shape and arithmetic depend on; a dense actor has no spiking parts."""
+
+    actor: PopSANConfig | MLPConfig
+    encoder: EncoderConfig | None
+    neuron: NeuronConfig | None
+    decoder: DecoderConfig | None
+
+    def shape(self) -> str:
+        """Whatever two actors must share for one to take the other's weights."""
+        text = f"{self.actor.name} {self.actor.hidden_sizes}"
+        if self.encoder and self.decoder and self.neuron:
+            text += f" with {self.encoder.name}, {self.neuron.name}, {self.decoder.name}"
+            sizes = [getattr(part, "pop_size", None) for part in (self.encoder, self.decoder)]
+            text += f", populations {sizes[0]}, {sizes[1]}"
+        return text
+
+    def layered(self, dtype: torch.dtype) -> str | None:
+        """Why no kernel covers the whole network in one call; None where one does."""
+        if not (self.encoder and self.neuron and self.decoder):
+            return None
+        if dtype != torch.float32:
+            return f"the actor's products are {str(dtype).removeprefix('torch.')}"
+        if not isinstance(self.encoder, PopulationConfig) or self.encoder.name == "analog":
+            return f"encoder={self.encoder.name} gives currents"
+        if isinstance(self.actor, CareBNConfig):
+            return "drives are normalised"
+        neuron = self.neuron
+        if type(neuron) not in (LIFConfig, CubaLIFConfig):
+            return f"neuron={neuron.name} is PyTorch's"
+        if neuron.reset != "hard" or neuron.surrogate != "rect":
+            kind = f"neuron.reset={neuron.reset}, neuron.surrogate={neuron.surrogate}"
+            return f"{kind} are PyTorch's"
+        if self.decoder.name != "rate":
+            return f"decoder={self.decoder.name} is PyTorch's"
+        if isinstance(self.actor, PopSANConfig) and self.actor.spike_steps > MAX_STEPS:
+            return f"there are more than {MAX_STEPS} spike steps"
+        layers = len(self.actor.hidden_sizes) + 1
+        return f"there are more than {MAX_LAYERS} layers" if layers > MAX_LAYERS else None
+
+
+@dataclass(eq=False)
+class Activity:
+    """How a spiking actor fires: counts of each neuron, over observations and spike steps."""
+
+    spikes: list[Tensor]  # of the encoder, of each hidden layer, of the output: (N,)
+    inside: list[Tensor]  # voltages inside the surrogate window, the same but for the encoder
+    samples: int  # observations times spike steps
+    encoder_spikes: bool = True  # else it gives currents, whose sums have no meaning here
+
+    def __add__(self, other: Activity) -> Activity:
+        spikes = [a + b for a, b in zip(self.spikes, other.spikes, strict=True)]
+        inside = [a + b for a, b in zip(self.inside, other.inside, strict=True)]
+        samples = self.samples + other.samples
+        return Activity(spikes, inside, samples, self.encoder_spikes)
+
+    @property
+    def firing_rate(self) -> float:
+        """Spikes per spike step, mean over all hidden and output neurons."""
+        return float(torch.cat(self.spikes[1:]).mean()) / self.samples
+
+    @property
+    def window_fraction(self) -> float:
+        """Of their voltages, those that a gradient passes."""
+        return float(torch.cat(self.inside).mean()) / self.samples
+
+    @property
+    def layers(self) -> list[float | None]:
+        """Firing rates of the encoder (None where it gives currents) and of each layer."""
+        rates = [float(counts.mean()) / self.samples for counts in self.spikes]
+        return [rates[0] if self.encoder_spikes else None, *rates[1:]]
+
+    @property
+    def layer_windows(self) -> list[float]:
+        """Window fractions, without the encoder's."""
+        return [float(counts.mean()) / self.samples for counts in self.inside]
+
+    @property
+    def silent(self) -> list[float]:
+        """Shares of neurons that never fired, without the encoder's."""
+        return [float((counts == 0).double().mean()) for counts in self.spikes[1:]]
+
+    @property
+    def saturated(self) -> list[float]:
+        """Shares of neurons that always fired, without the encoder's."""
+        return [float((counts == self.samples).double().mean()) for counts in self.spikes[1:]]
+
+
+class SpikingActor(nn.Module):
+    """Encoder, spiking layers, decoder, tanh: (B, O) -> (B, A) in [-1, 1]."""
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        actor: PopSANConfig,
+        encoder: EncoderConfig,
+        neuron: NeuronConfig,
+        decoder: DecoderConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        kernel: str = "reference",
+    ) -> None:
+        super().__init__()
+        self.obs_dim, self.act_dim = obs_dim, act_dim
+        self.spike_steps, self.kernel = actor.spike_steps, kernel
+        # Of the layers' products; voltages and thresholds keep the weights' type.
+        self.dtype = dtype
+        self.encoder = build_encoder(encoder, obs_dim, actor.spike_steps)
+        hidden = actor.hidden_sizes
+        sizes = [self.encoder.outputs, *hidden, *output_layer(decoder, act_dim)]
+        self.layers = Linears(sizes)
+        self.neurons = ListOf[Neuron](build_neuron(neuron) for _ in sizes[1:])
+        normed = sizes[1:] if isinstance(actor, CareBNConfig) else []
+        self.norms = ListOf[CaReBN](CaReBN(size, neuron.threshold) for size in normed)
+        self.decoder = build_decoder(decoder, act_dim, hidden[-1], actor.spike_steps)
+        self.encoder_spikes = isinstance(encoder, PopulationConfig) and encoder.name != "analog"
+
+    def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Actions; `generator` is drawn from only where the encoder is random."""
+        return kernels.named(self.kernel).actions(self, obs_BO, generator)
+
+    def mean(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Actions before their tanh."""
+        return kernels.named(self.kernel).actions(self, obs_BO, generator, False)
+
+    def vjp(
+        self, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
+    ) -> tuple[Tensor, Pullback]:
+        """Actions, or what they are the tanh of, and the way back to the parameters' gradient."""
+        return kernels.named(self.kernel).vjp(self, obs_BO, generator, squash)
+
+    def schedule(self, share: float) -> None:
+        """Give the surrogates their slopes after this share of the run."""
+        for neuron in self.neurons:
+            neuron.schedule(share)
+
+    @torch.no_grad()
+    def recalibrate(self, batches: Iterable[Tensor], generator: torch.Generator | None) -> None:
+        """Measure the moments that drives are normalised with anew, on all these observations."""
+        for norm in self.norms:
+            norm.begin_recalibration()
+        for obs_BO in batches:
+            reference.spikes(self, obs_BO, generator, moments=RECALIBRATE)
+        for norm in self.norms:
+            norm.end_recalibration()
+
+    def activity(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Activity:
+        """Over any number of observations, in pieces of bounded memory."""
+        found = None
+        for piece in obs_BO.split(1024):
+            layers, states = reference.record(self, piece, generator)
+            inside = [
+                torch.stack([neuron.passes(state) for state in own])
+                for neuron, own in zip(self.neurons, states, strict=True)
+            ]
+            part = Activity(
+                [s.double().sum((0, 1)).cpu() for s in layers],
+                [near.double().sum((0, 1)).cpu() for near in inside],
+                len(piece) * self.spike_steps,
+                self.encoder_spikes,
+            )
+            found = found + part if found else part
+        assert found is not None
+        return found
+
+
+class MLPActor(nn.Module):
+    """Dense actor, (B, O) -> (B, A) in [-1, 1]."""
+
+    def __init__(
+        self, obs_dim: int, act_dim: int, actor: MLPConfig, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.obs_dim, self.act_dim, self.dtype = obs_dim, act_dim, dtype
+        sizes = [obs_dim, *actor.hidden_sizes, act_dim]
+        self.layers = Linears(sizes)
+
+    def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.tanh(self.mean(obs_BO))
+
+    def mean(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Actions before their tanh."""
+        x = obs_BO
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = torch.relu(product(x, layer, self.dtype))
+        return product(x, last, self.dtype)
+
+    def vjp(
+        self, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
+    ) -> tuple[Tensor, Pullback]:
+        """As `SpikingActor.vjp`."""
+        return by_autograd(self(obs_BO) if squash else self.mean(obs_BO))
+
+
+Actor = SpikingActor | MLPActor
+
+
+def build_actor(
+    config: ActorConfig,
+    obs_dim: int,
+    act_dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    kernel: str = "reference",
+) -> Actor:
+    if isinstance(config.actor, MLPConfig):
+        return MLPActor(obs_dim, act_dim, config.actor, dtype=dtype)
+    encoder, neuron, decoder = config.encoder, config.neuron, config.decoder
+    if encoder is None or neuron is None or decoder is None:
+        raise ValueError("a spiking actor needs an encoder, a neuron and a decoder")
+    return SpikingActor(
+        obs_dim, act_dim, config.actor, encoder, neuron, decoder, dtype=dtype, kernel=kernel
+    )
+
+
+def deployed(config: ActorConfig, actor: Actor, act_dim: int) -> tuple[ActorConfig, Actor]:
+    """What acts once it is trained: the first `act_dim` outputs, normalisation in the weights.
+
+    The same two where that is what they are.
+    """
+    if actor.act_dim == act_dim and not isinstance(config.actor, CareBNConfig):
+        return config, actor
+    with torch.device("meta"):
+        small = build_actor(config, actor.obs_dim, act_dim, dtype=actor.dtype)
+    own = small.state_dict()
+    first = {
+        name: p[tuple(slice(n) for n in own[name].shape)].clone()
+        for name, p in actor.state_dict().items()
+    }
+    if isinstance(config.actor, CareBNConfig):
+        small.load_state_dict(first, assign=True)
+        assert isinstance(small, SpikingActor)
+        for i, (layer, norm) in enumerate(zip(small.layers, small.norms, strict=True)):
+            weight, bias = norm.folded(layer.weight_IN, layer.bias_N)
+            first |= {f"layers.{i}.weight_IN": weight, f"layers.{i}.bias_N": bias}
+        first = {name: p for name, p in first.items() if not name.startswith("norms.")}
+        c = config.actor
+        plain = PopSANConfig(
+            name="popsan", hidden_sizes=c.hidden_sizes, spike_steps=c.spike_steps, lr=c.lr
+        )
+        config = replace(config, actor=plain)
+    kernel = actor.kernel if isinstance(actor, SpikingActor) else "reference"
+    with torch.device("meta"):
+        small = build_actor(config, actor.obs_dim, act_dim, dtype=actor.dtype, kernel=kernel)
+    small.load_state_dict(first, assign=True)
+    return config, small
+
+
+@torch.no_grad()
+def take(actor: Actor, source: Actor) -> None:
+    """Give `actor` the weights of `source`, which may have only its first outputs."""
+    own = actor.state_dict()
+    for name, p in source.state_dict().items():
+        own[name][tuple(slice(n) for n in p.shape)] = p

@@ -1,0 +1,58 @@
+"""Critics.
+
+Shape legend   B batch, O observation entries, A action entries, I inputs, N outputs, C critics.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from spikerl import kernels
+from spikerl.kernels.gradient import Gradient
+
+
+class Critics(nn.Module):
+    """Q networks with ReLU layers, side by side in one batched product per layer."""
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden_sizes: list[int],
+        *,
+        networks: int = 2,
+        dtype: torch.dtype = torch.float32,
+        kernel: str = "reference",
+    ) -> None:
+        super().__init__()
+        self.dtype, self.kernel = dtype, kernel
+        sizes = [obs_dim + act_dim, *hidden_sizes, 1]
+        self.weights_CIN, self.biases_C1N = nn.ParameterList(), nn.ParameterList()
+        for i, n in pairwise(sizes):
+            bound = 1.0 / math.sqrt(i)  # what torch gives a linear layer
+            self.weights_CIN.append(
+                nn.Parameter(torch.empty(networks, i, n).uniform_(-bound, bound))
+            )
+            self.biases_C1N.append(
+                nn.Parameter(torch.empty(networks, 1, n).uniform_(-bound, bound))
+            )
+
+    def forward(self, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
+        """Every network's values, (C, B)."""
+        return kernels.named(self.kernel).values(self, obs_BO, act_BA)
+
+    def critic_backward(
+        self, obs_BO: Tensor, act_BA: Tensor, target_B: Tensor, into: Gradient
+    ) -> Tensor:
+        """Gradient of the sum of the networks' mean squared errors; the mean value."""
+        return kernels.named(self.kernel).critic_backward(self, obs_BO, act_BA, target_B, into)
+
+    def dq_da(self, obs_BO: Tensor, act_BA: Tensor, into: Gradient, lowest: bool = False) -> Tensor:
+        """The loss -mean Q_1, or that of the lowest value, the weights held fixed: its gradient by
+        the actions, (B, A).
+        """
+        return kernels.named(self.kernel).dq_da(self, obs_BO, act_BA, into, lowest)

@@ -1,0 +1,247 @@
+"""A trained policy as one artefact: actor, normaliser, action scaling, environment id, versions.
+
+`policy.json` holds the plain data and `policy.safetensors` the tensors; loading either executes
+nothing.
+
+Shape legend   B batch, O observation entries, A action entries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load
+from safetensors.torch import save as tensor_bytes
+
+from spikerl import kernels
+from spikerl.errors import BadRequest
+from spikerl.files import json_bytes, read_bytes, read_json, write_atomic
+from spikerl.machine import versions
+from spikerl.models.actor import (
+    Actor,
+    ActorConfig,
+    CareBNConfig,
+    MLPConfig,
+    PopSANConfig,
+    SpikingActor,
+    build_actor,
+)
+from spikerl.models.normalizer import RunningNorm
+from spikerl.schema import choose
+from spikerl.snn.decoders import DecoderConfig, MembraneConfig, RateConfig
+from spikerl.snn.encoders import EncoderConfig, PopulationConfig
+from spikerl.snn.neurons import ALIFConfig, CubaLIFConfig, DynamicConfig, LIFConfig, PLIFConfig
+from spikerl.types import MAX_EPISODE_STEPS, Task
+
+SCHEMA = 3  # 2: weights are input-major; 3: neurons have a reset and a choice of surrogate
+MAX_BYTES = 1 << 20  # of a policy.json; action bounds take most of it
+MAX_TENSORS = 1 << 30
+POPULATIONS = ("population", "poisson", "tanh_population", "analog")
+ACTORS: dict[str, type[Any]] = {"popsan": PopSANConfig, "care_bn": CareBNConfig, "mlp": MLPConfig}
+ENCODERS: dict[str, type[Any]] = {
+    **dict.fromkeys(POPULATIONS, PopulationConfig),
+    **dict.fromkeys(("direct", "learned"), EncoderConfig),
+}
+NEURONS: dict[str, type[Any]] = {
+    "lif": LIFConfig,
+    "cuba_lif": CubaLIFConfig,
+    "plif": PLIFConfig,
+    "alif": ALIFConfig,
+    "dynamic": DynamicConfig,
+}
+DECODERS: dict[str, type[Any]] = {
+    "rate": RateConfig,
+    **dict.fromkeys(("membrane", "ilc"), MembraneConfig),
+    **dict.fromkeys(("learned", "linear"), DecoderConfig),
+}
+
+
+def parse_actor(data: dict[str, Any]) -> ActorConfig:
+    """The actor's part of a config: groups actor, encoder, neuron, decoder."""
+    actor = choose(ACTORS, data.get("actor"), key="actor")
+    if isinstance(actor, MLPConfig):
+        return ActorConfig(actor=actor, encoder=None, neuron=None, decoder=None)
+    return ActorConfig(
+        actor=actor,
+        encoder=choose(ENCODERS, data.get("encoder"), key="encoder"),
+        neuron=choose(NEURONS, data.get("neuron"), key="neuron"),
+        decoder=choose(DECODERS, data.get("decoder"), key="decoder"),
+    )
+
+
+class Policy:
+    """Acts on raw observations; deterministic (a Poisson encoder draws from its own generator)."""
+
+    def __init__(self, task: Task, config: ActorConfig, actor: Actor, norm: RunningNorm) -> None:
+        self.task, self.config, self.actor, self.norm = task, config, actor, norm
+        self.device = next(actor.parameters()).device
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.one_action = None
+        if isinstance(actor, SpikingActor):
+            self.one_action = kernels.one_action(actor.kernel, actor, task)
+        self.trained_with: dict[str, str] = {}  # versions, where it was loaded from a file
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """Actions in the environment's units for one raw observation or a batch of them.
+
+        Raises ValueError for another shape than (*obs_shape) or (B, *obs_shape), or a value that is
+        not finite.
+        """
+        obs = np.asarray(obs)
+        shape = self.task.obs_shape
+        single = obs.shape == shape
+        if not single and obs.shape[1:] != shape:
+            raise ValueError(f"obs has shape {obs.shape}; expected {shape} or (B, *{shape})")
+        if single and self.one_action is not None:
+            one = self.one_action(obs.reshape(-1), self.norm.mean_std, self.norm.clip)
+            if one is not None:
+                return one.reshape(self.task.act_shape)
+        if not np.isfinite(obs).all():
+            raise ValueError("obs holds a NaN or an infinity")
+        act = self.task.to_env(self.act(obs.reshape(-1, self.task.obs_dim), self.generator))
+        return act[0] if single else act
+
+    @torch.no_grad()
+    def act(self, obs_BO: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """Actions (B, A) in [-1, 1]."""
+        obs = torch.from_numpy(obs_BO.astype(np.float32)).to(self.device)
+        return self.actor(self.norm.normalize(obs), generator).cpu().numpy()
+
+    def save(self, folder: Path) -> None:
+        for name, content in self.files().items():
+            write_atomic(folder / name, content)
+
+    def files(self) -> dict[str, bytes]:
+        """What `save` writes, by name."""
+        tensors = {f"actor.{k}": v.detach().clone() for k, v in self.actor.state_dict().items()}
+        tensors |= {f"norm.{k}": v for k, v in self.norm.state().items()}
+        t = self.task
+        data = {
+            "schema": SCHEMA,
+            "env_id": t.env_id,
+            "obs_shape": list(t.obs_shape),
+            "act_shape": list(t.act_shape),
+            "act_low": t.act_low.tolist(),
+            "act_high": t.act_high.tolist(),
+            "max_episode_steps": t.max_episode_steps,
+            "norm_clip": self.norm.clip,
+            **{k: v for k, v in asdict(self.config).items() if v is not None},
+            "versions": self.trained_with or versions(),
+        }
+        return {"policy.safetensors": tensor_bytes(tensors), "policy.json": json_bytes(data)}
+
+
+def load_policy(run: str | Path, device: str = "cpu") -> Policy:
+    """The policy of a run folder: its final one, else that of its newest checkpoint.
+
+    Raises BadRequest, a ValueError, for what is missing, foreign, damaged or inconsistent.
+    """
+    kernel = kernels.resolve(kernels.KernelConfig(name="auto", path=None), device).choice
+    return read_policy(find_policy(Path(run), key="run"), device, key="run", kernel=kernel)
+
+
+def find_policy(run: Path, *, key: str) -> Path:
+    """The folder below `run` that holds the policy to use."""
+    folders, root = [run], run / "checkpoints"
+    with suppress(OSError, ValueError):  # a name that cannot be one
+        # What the link points at, as it may move meanwhile; without it, the newest that is there.
+        folders.append(Path(os.path.realpath(root / "latest")))
+        folders += sorted(root.glob("step_*"), reverse=True)
+    for folder in folders:
+        if os.path.isfile(folder / "policy.json"):  # False, too, for a name that is too long
+            return folder
+    remedy = "no policy there; give a run folder (it holds policy.json and policy.safetensors)"
+    raise BadRequest(key, run, remedy)
+
+
+def upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 2 as schema 3: all neurons were of one kind of reset and surrogate."""
+    if isinstance(neuron := data.get("neuron"), dict):
+        then = {"reset": "hard", "surrogate": "rect", "surrogate_slope": 2.0}
+        data = {**data, "neuron": {**neuron, **then, "surrogate_slope_end": None}}
+    return {**data, "schema": SCHEMA}
+
+
+def read_policy(
+    folder: Path, device: str = "cpu", *, key: str, kernel: str = "reference"
+) -> Policy:
+    try:
+        data = read_json(folder / "policy.json", MAX_BYTES)
+        if "${" in json.dumps(data):
+            raise ValueError("policy.json refers to something outside it")
+        # Of its own: a file that is mapped ends the process if somebody writes over it.
+        tensors = load(read_bytes(folder / "policy.safetensors", MAX_TENSORS))
+    except (OSError, ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadRequest(key, folder, f"its policy cannot be read: {reason}") from None
+    if isinstance(data, dict) and data.get("schema") == 2:
+        data = upgraded(data)
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else None
+        raise BadRequest(
+            key, folder, f"policy.json has schema {found}; this version reads {SCHEMA}"
+        )
+    try:
+        task = Task(
+            str(data["env_id"]),
+            tuple(int(n) for n in data["obs_shape"]),
+            tuple(int(n) for n in data["act_shape"]),
+            np.array(data["act_low"], np.float64),
+            np.array(data["act_high"], np.float64),
+            int(data["max_episode_steps"]),
+        )
+        clip = float(data["norm_clip"])
+        trained_with = {str(k): str(v) for k, v in dict(data["versions"]).items()}
+        if not all(text.isprintable() for text in (task.env_id, *trained_with.values())):
+            raise ValueError("env_id or versions, which cannot be printed")
+        if not trained_with:
+            raise ValueError("versions")
+        if min(*task.obs_shape, *task.act_shape, task.max_episode_steps, 1) < 1 or not clip > 0.0:
+            raise ValueError("obs_shape, act_shape, max_episode_steps or norm_clip")
+        if task.max_episode_steps > MAX_EPISODE_STEPS:
+            raise ValueError(f"max_episode_steps, which is above {MAX_EPISODE_STEPS}")
+        if task.act_low.shape != (task.act_dim,) or task.act_high.shape != (task.act_dim,):
+            raise ValueError("act_low and act_high, which do not fit act_shape")
+        if not (np.isfinite([task.act_low, task.act_high]).all() and np.isfinite(clip)):
+            raise ValueError("act_low, act_high or norm_clip, which are not finite")
+        if not (task.act_low < task.act_high).all():
+            raise ValueError("act_low and act_high, which leave no room")
+        if len(data["actor"]["hidden_sizes"]) > len(tensors):
+            raise ValueError("hidden_sizes")
+        config = parse_actor(data)
+        with torch.device("meta"):  # so that a hostile size in the JSON allocates nothing
+            actor = build_actor(config, task.obs_dim, task.act_dim, kernel=kernel)
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadRequest(key, folder, f"policy.json lacks or garbles {reason}") from None
+    weights = {k.removeprefix("actor."): v for k, v in tensors.items() if k.startswith("actor.")}
+    moments = {k.removeprefix("norm."): v for k, v in tensors.items() if k.startswith("norm.")}
+    expected = {name: (p.shape, p.dtype) for name, p in actor.state_dict().items()}
+    if {name: (p.shape, p.dtype) for name, p in weights.items()} != expected:
+        raise BadRequest(key, folder, "policy.safetensors does not fit the shapes in policy.json")
+    wanted = {"count": (), "mean": (task.obs_dim,), "var": (task.obs_dim,)}
+    if {name: tuple(v.shape) for name, v in moments.items()} != wanted:
+        raise BadRequest(key, folder, "the observation normaliser is missing or does not fit")
+    types = {"count": torch.int64, "mean": torch.float64, "var": torch.float64}
+    if {name: v.dtype for name, v in moments.items()} != types:
+        raise BadRequest(key, folder, "the observation normaliser has other number types")
+    if len(weights) + len(moments) != len(tensors):
+        raise BadRequest(key, folder, "policy.safetensors holds tensors of no policy")
+    if not all(v.isfinite().all() for v in tensors.values()):
+        raise BadRequest(key, folder, "policy.safetensors holds a NaN or an infinity")
+    if moments["count"] < 0 or (moments["var"] < 0).any():
+        raise BadRequest(key, folder, "the observation normaliser has a negative count or variance")
+    actor.load_state_dict(weights, assign=True)
+    norm = RunningNorm(task.obs_dim, clip)
+    norm.load(moments)
+    policy = Policy(task, config, actor.to(device), norm)
+    policy.trained_with = trained_with
+    return policy

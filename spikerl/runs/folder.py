@@ -1,0 +1,305 @@
+"""A run folder on disk: how it appears, its manifest and lock, and what a resume does to it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import stat
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from spikerl import machine
+from spikerl.errors import BadRequest
+from spikerl.files import parse_json, read_bytes, read_json, sync_folder, write_json, write_text
+from spikerl.machine import git_state, versions
+
+MAX_BYTES = 1 << 28  # of a file that is read whole; a record of 100 000 epochs has half of that
+
+
+def check_free(target: str, *, named: bool) -> None:
+    """Refuse early, before anything is built, what `create` would refuse late."""
+    folder = Path(target)
+    if named and os.path.lexists(folder):
+        remedy = "it exists already; give another run_dir, or leave it out for a dated one"
+        raise BadRequest("run_dir", target, remedy)
+    parent = folder.absolute().parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise BadRequest("run_dir", target, f"{parent} cannot be written to; give another run_dir")
+
+
+def partial_of(target: str) -> Path:
+    folder = Path(target)
+    return folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+
+
+def begin(
+    partial: Path, target: str, raw: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> IO[str]:
+    """Fill the hidden folder with what does not need the workers; its lock."""
+    sweep_up(partial.parent)
+    made = [folder for folder in partial.parents if not os.path.lexists(folder)]
+    try:
+        partial.mkdir(parents=True)
+        held = lock(partial)
+        write_text(partial / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(raw))))
+        write_json(partial / "manifest.json", manifest)
+        (partial / "metrics.jsonl").touch()
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        reason = error.strerror or str(error)
+        raise BadRequest("run_dir", target, f"{reason}; give another run_dir") from None
+    return held
+
+
+def sweep_up(folder: Path) -> None:
+    """Remove what runs left that were killed before theirs appeared: nobody holds its lock."""
+    for partial in folder.glob(".*.partial"):
+        with suppress(OSError), (partial / ".lock").open(encoding="utf-8") as file:
+            if file.read():  # else its owner is about to take it
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(partial)
+
+
+def appear(partial: Path, target: str, *, named: bool) -> Path:
+    """Rename to a name that nobody has; a dated folder whose second is taken gets a number."""
+    folder = Path(target)
+    for number in range(1, 2 if named else 1000):
+        place = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        try:
+            if not place.exists():  # a rename would replace an empty folder
+                os.rename(partial, place)
+                with suppress(OSError):
+                    sync_folder(place.parent)
+                return place
+        except OSError:
+            if not place.exists():
+                raise
+    raise BadRequest("run_dir", target, "it exists already; give another run_dir")
+
+
+def create(
+    target: str,
+    raw: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    fill: Callable[[Path], None],
+    *,
+    named: bool,
+) -> Path:
+    """A whole folder at once, for a single process."""
+    partial = partial_of(target)
+    with begin(partial, target, raw, manifest):
+        try:
+            fill(partial)
+            (partial / ".lock").unlink()
+            return appear(partial, target, named=named)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def make_manifest(
+    env_id: str, command: Sequence[str], resolved: Mapping[str, Any], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "status": "running",
+        "command": shlex.join(command),
+        "started": now(),
+        "env_id": env_id,
+        **facts,
+        "resolved": dict(resolved),
+        "git": git_state(),
+        "versions": versions(),
+        "hardware": machine.describe(),
+        "resumed": [],
+    }
+
+
+def read_manifest(folder: Path, *, key: str) -> dict[str, Any]:
+    try:
+        data = read_json(folder / "manifest.json", MAX_BYTES)
+    except (OSError, ValueError):
+        data = None
+    sound = isinstance(data, dict) and isinstance(data.get("status"), str)
+    if not sound or not isinstance(data.get("resumed", []), list):
+        raise BadRequest(key, folder, "is no run folder (it has no readable manifest.json)")
+    return dict(data)
+
+
+def check_own(folder: Path) -> None:
+    """Refuse to write into a folder of which a part lies elsewhere, as one from a stranger may.
+
+    Through a link, a resume would add to somebody's file, cut it, or remove folders.
+    """
+    # The second where a run was killed while it made the first.
+    links = [folder / "checkpoints" / name for name in ("latest", ".latest.partial")]
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            mode = path.lstat().st_mode
+            if path in links and stat.S_ISLNK(mode):
+                continue  # which names one beside it, or is made anew
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                what = "a link" if stat.S_ISLNK(mode) else "neither file nor folder"
+                remedy = f"its {path.relative_to(folder)} is {what}; put there what it stands for"
+                raise BadRequest("resume", folder, remedy)
+
+
+def update_manifest(folder: Path, **changes: Any) -> None:
+    path = folder / "manifest.json"
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **changes})
+
+
+def lock(folder: Path) -> IO[str]:
+    """Hold the folder until the file is closed or the process ends; refuse if another holds it."""
+    try:
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise BadRequest("resume", folder, f"cannot be written to: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise BadRequest("resume", folder, f"{owner} is running it; stop that first") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def rewind(folder: Path, length: int) -> int:
+    """Cut metrics.jsonl back to the commit; the rows beyond go to discarded.jsonl. How many."""
+    path = folder / "metrics.jsonl"
+    content = read_bytes(path, MAX_BYTES)
+    if len(content) < length:
+        raise BadRequest("resume", folder, "its metrics.jsonl is shorter than its checkpoint says")
+    beyond = content[length:].splitlines(keepends=True)
+    whole = [line for line in beyond if line.endswith(b"\n") and _row(line) is not None]
+    discarded = folder / "discarded.jsonl"
+    before = read_bytes(discarded, MAX_BYTES) if discarded.exists() else b""
+    rows = b"".join(whole)
+    if not before.endswith(rows):  # else an earlier resume was killed before it cut
+        write_text(discarded, (before + rows).decode("utf-8"))
+    if len(content) != length:
+        with path.open("r+b") as f:
+            f.truncate(length)
+            os.fsync(f.fileno())
+    return len(whole)
+
+
+def reopen(folder: Path) -> None:
+    """Remove what says how the run ended, which it goes beyond; log.txt keeps why it failed."""
+    error = folder / "error.txt"
+    if error.exists():
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(error.read_text(encoding="utf-8"))
+    for name in ("policy.json", "policy.safetensors", "summary.json", "error.txt"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def check_record(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse a record that does not lead up to the commit which says these `facts`."""
+    step, length, wall_s = facts["step"], facts.get("metrics_bytes"), facts.get("wall_s")
+    try:
+        if type(length) is not int or length < 0 or not _finite(wall_s):
+            raise ValueError("its checkpoint does not say where it ends")
+        rows = _rows(read_bytes(folder / "metrics.jsonl", MAX_BYTES)[:length])
+        steps = [row["step"] for row in rows]
+        if steps != sorted(set(steps)) or not all(0 < n <= step for n in steps):
+            raise ValueError("its steps do not rise up to its checkpoint's")
+        sound = [
+            _finite(row.get("eval_return")) and isinstance(row.get("energy_source"), str)
+            for row in rows
+        ]
+        if not all(sound):
+            raise ValueError("a line lacks eval_return or energy_source")
+        read_rows(folder / "discarded.jsonl")
+    except (OSError, ValueError) as error:
+        raise BadRequest("resume", folder, f"its record cannot be read: {error}") from None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return _rows(read_bytes(path, MAX_BYTES)) if path.exists() else []
+
+
+def _rows(content: bytes) -> list[dict[str, Any]]:
+    rows = [_row(line) for line in content.splitlines()]
+    if None in rows:
+        raise ValueError(f"line {rows.index(None) + 1} is no row")
+    return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """None where it is none, such as what a power cut leaves of one."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return row if row.get("energy_j") is None or _finite(row["energy_j"]) else None
+
+
+def _finite(value: object) -> bool:
+    return type(value) is float and math.isfinite(value)
+
+
+def differences(folders: Sequence[Path], varied: Set[str] | None = None) -> str | None:
+    """A line that says in what runs differ whose results stand side by side, or None: in code,
+    versions and machine, and in config beyond the `varied` keys (None: in any).
+    """
+    records = [_record(folder, configs=varied is not None) for folder in folders]
+    keys = sorted({key for record in records for key in record})
+    apart = [key for key in keys if len({record.get(key) for record in records}) > 1]
+    free = varied or set()
+    within = [any(key == v or key.startswith(f"{v}.") for v in free) for key in apart]
+    odd = [key for key, asked in zip(apart, within, strict=True) if not asked]
+    lacking = [str(folder) for folder, record in zip(folders, records, strict=True) if not record]
+    said = [f"these runs differ in {', '.join(odd)}"] * bool(odd)
+    said += [f"nothing is known of how {', '.join(lacking)} came about"] * bool(lacking)
+    return f"note: {'; '.join(said)}" if said else None
+
+
+# Of a config: what names a run, and what does not change what it computes.
+NAMES = ("run_dir", "resume", "config", "threads", "nnodes", "node_rank", "rdzv", "max_restarts")
+
+
+def _record(folder: Path, *, configs: bool) -> dict[str, str]:
+    """Code, versions, machine and config of a run, by dotted keys; empty where they are unknown."""
+    try:
+        manifest = read_json(folder / "manifest.json", MAX_BYTES)
+        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        known = {"git": manifest["git"], "versions": manifest["versions"],
+                 "hardware": {k: manifest["hardware"][k] for k in ("cpu", "gpus")}}  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, YAMLError):
+        return {}
+    assert isinstance(config, dict)
+    return flat({**known, **{k: v for k, v in config.items() if configs and k not in NAMES}})
+
+
+def flat(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in data.items():
+        inner = isinstance(value, Mapping)
+        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": str(value)}
+    return found

@@ -1,0 +1,56 @@
+"""Linear layers whose products may use a narrower number format than their parameters.
+
+Shape legend   B batch, I inputs, N outputs, C networks side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """x W + b. A row of W belongs to one input, so that an input that fires adds one row."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = 1.0 / math.sqrt(inputs)  # as torch's own linear layer
+        self.weight_IN = nn.Parameter(torch.empty(inputs, outputs).uniform_(-bound, bound))
+        self.bias_N = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias_N, x, self.weight_IN)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class ListOf(nn.ModuleList, Generic[M]):
+    """Modules of one kind."""
+
+    def __iter__(self) -> Iterator[M]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    def __getitem__(self, i: int) -> M:  # type: ignore[override]
+        return super().__getitem__(i)  # type: ignore[return-value]
+
+
+class Linears(ListOf[Linear]):
+    """Linear layers between widths that follow each other."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__(Linear(i, n) for i, n in pairwise(sizes))
+
+
+def product(x: Tensor, layer: Linear, dtype: torch.dtype) -> Tensor:
+    """x W + b with operands in `dtype`; the result and the gradients are in W's own type."""
+    own = layer.weight_IN.dtype
+    if dtype == own:
+        return layer(x)
+    rounded = (layer.bias_N.to(dtype), x.to(dtype), layer.weight_IN.to(dtype))
+    return torch.addmm(*rounded).to(own)

@@ -1,0 +1,1 @@
+"""How a run trains: the loop, its evaluations, its session around them."""

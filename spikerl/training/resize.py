@@ -1,0 +1,61 @@
+"""A run that goes on with another number of workers: who takes what of the old workers' shards.
+
+Environment i of N is worker i // (N / W)'s, however many workers W there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spikerl.energy.meter import Reading, merge
+
+Part = tuple[dict[str, Tensor], dict[str, Any]]  # of a worker: tensors, plain numbers
+
+
+def share_of(parts: Sequence[Part], rank: int, size: int, num_envs: int) -> Part:
+    """What worker `rank` of `size` goes on from: the states of its environments and their
+    observations that wait for the normaliser; of the epoch in progress, worker 0 takes all.
+
+    Random streams are left out: they begin anew.
+    """
+    theirs, ours = num_envs // len(parts), num_envs // size
+    mine = slice(rank * ours, (rank + 1) * ours)
+    pending = [part["norm.pending"] for part, _ in parts]
+    steps = len(pending[0]) // theirs
+    waiting_TNO = torch.cat([rows.unflatten(0, (steps, theirs)) for rows in pending], 1)
+    tensors = {"norm.pending": waiting_TNO[:, mine].flatten(0, 1).contiguous()}
+    exact = all(notes["exact"] for _, notes in parts)
+    if exact:
+        tensors["envs.steps"] = parts[0][0]["envs.steps"]
+        for name in ("envs.obs", "envs.returns", "envs.lengths"):
+            tensors[name] = torch.cat([part[name] for part, _ in parts])[mine]
+        for i in range(mine.start, mine.stop):
+            old, new = f"envs.{i % theirs}.", f"envs.{i - mine.start}."
+            source = parts[i // theirs][0]
+            tensors |= {
+                new + k.removeprefix(old): v for k, v in source.items() if k.startswith(old)
+            }
+    progress = merge_progress([notes["progress"] for _, notes in parts], size)
+    if rank > 0:
+        progress |= {"train_s": 0.0, "energy": None, "returns": [], "sums": {}}
+    return tensors, {"progress": progress, "exact": exact}
+
+
+def merge_progress(parts: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:
+    """The workers' progress as one; sums of updates weigh as if `size` workers had made them."""
+    sums = {}
+    for name in parts[0]["sums"]:
+        totals, counts = zip(*(part["sums"][name] for part in parts), strict=True)
+        sums[name] = (sum(totals) * size / len(parts), sum(counts) * size // len(parts))
+    readings = [Reading(*part["energy"]) for part in parts if part["energy"] is not None]
+    return {
+        **parts[0],
+        "train_s": max(part["train_s"] for part in parts),
+        "energy": list(merge(readings)) if readings else None,
+        "returns": [ret for part in parts for ret in part["returns"]],
+        "sums": sums,
+    }

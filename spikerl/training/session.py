@@ -1,0 +1,352 @@
+"""A run while it runs: its folder, its record and view, and the commits."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from spikerl.config.build import Config
+from spikerl.distributed.world import World, share
+from spikerl.energy.meter import joules_to_reach, total_joules
+from spikerl.errors import BadRequest, DiskError
+from spikerl.files import write_json, write_text
+from spikerl.machine import versions
+from spikerl.runs import folder as run_folder
+from spikerl.runs.checkpoint import Checkpoint, drop_later, save_checkpoint, verified
+from spikerl.runs.display import View, epoch_line, stuck_layers
+from spikerl.runs.record import RunLog
+from spikerl.training.trainer import Row, Trainer
+
+DONE, FAILED, STOPPED, INTERRUPTED = 0, 1, 75, 130  # exit statuses
+
+
+class Session:
+    """A run while it runs: the folder, its record and view (rank 0's alone), and the commits."""
+
+    def __init__(
+        self,
+        config: Config,
+        trainer: Trainer,
+        world: World,
+        target: str,
+        command: Sequence[str],
+        after: str | None = None,
+        begun: Callable[[Path], None] | None = None,
+    ) -> None:
+        """`after` is why the program itself resumes the run, if it does; `begun` is told the
+        folder before anybody else is.
+        """
+        self.config, self.trainer, self.world = config, trainer, world
+        self.first = world.rank == 0
+        self.wall_s = 0.0  # before this session
+        self.started = time.perf_counter()
+        self.committed = -1
+        self.unsaved: str | None = None  # why the last commit failed, if it did
+        self.log: RunLog | None = None
+        self.stuck: set[int] = set()  # layers that were said to hardly learn
+        restored: list[str] = []
+        try:
+            if config.scalars.resume:
+                self.folder = Path(config.scalars.resume)
+                restored = self.go_on(command, after)
+            else:
+                self.folder = self.start(target, command)
+        except DiskError as error:
+            key = "resume" if config.scalars.resume else "run_dir"
+            raise BadRequest(key, target, f"{error}; nothing was begun") from None
+        if begun:
+            begun(self.folder)
+        if self.first:
+            title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
+            self.log = RunLog(self.folder, trainer.step)
+            self.view = View(title, trainer.t.total_steps, trainer.step)
+            for text in [*announce(config, trainer), *restored, f"run folder: {self.folder}"]:
+                self.say(text)
+        world.run_on_all(self.flush)
+
+    def start(self, target: str, command: Sequence[str]) -> Path:
+        """A new folder, which appears whole, with checkpoint 0 from all workers."""
+        named = self.config.scalars.run_dir is not None
+        partial = Path(self.world.broadcast(str(run_folder.partial_of(target))))
+
+        def begin() -> None:
+            if self.first:
+                raw, manifest = self.config.raw, self.manifest(command)
+                self.lock = run_folder.begin(partial, target, raw, manifest)
+
+        def appear() -> Path:
+            if not self.first:
+                return partial
+            return run_folder.appear(partial, target, named=named)
+
+        try:
+            self.world.run_on_all(begin)
+            self.save(partial)
+            return self.world.run_on_all(appear)[0]
+        finally:
+            if self.first:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def go_on(self, command: Sequence[str], after: str | None) -> list[str]:
+        """Take the newest checkpoint that verifies, on all workers; what was restored."""
+        notes: list[str] = []
+
+        def choose() -> str:
+            if not self.first:
+                return ""
+            self.lock = run_folder.lock(self.folder)
+            return verified(self.folder, notes.append).folder.name
+
+        checkpoint = Checkpoint.open(self.folder, self.world.run_on_all(choose)[0])
+        restored = all(self.world.run_on_all(lambda: self.restore(checkpoint)))
+        self.wall_s, self.committed = float(checkpoint.manifest["wall_s"]), self.trainer.step
+        self.world.run_on_all(lambda: self.take_over(checkpoint, restored, command, after, notes))
+        return notes
+
+    def take_over(
+        self,
+        checkpoint: Checkpoint,
+        restored: bool,
+        command: Sequence[str],
+        after: str | None,
+        notes: list[str],
+    ) -> None:
+        """Bring the folder to where `checkpoint` was committed."""
+        if not self.first:
+            return
+        drop_later(checkpoint)
+        lost = run_folder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
+        run_folder.reopen(self.folder)
+        record = run_folder.read_manifest(self.folder, key="resume")
+        size, had = self.world.size, checkpoint.workers
+        moved = f"{had} workers became {size}: random streams and batches are others"
+        reset = "environments of this kind go on from a reset"
+        reasons = [moved] * (had != size) + [reset] * (not restored)
+        event = {"time": run_folder.now(), "step": self.trainer.step, "exact": not reasons,
+                 "not_exact_because": "; ".join(reasons) or None, "world_size": size,
+                 "world_size_before": had, "discarded_rows": lost, "command": " ".join(command),
+                 "after": after}  # fmt: skip
+        changes: dict[str, Any] = {"resumed": [*record.get("resumed", []), event]}
+        if had != size:
+            placed = {name: getattr(self.config, name)._asdict() for name in ("threads", "backend")}
+            changes |= {"world_size": size, "resolved": {**record["resolved"], **placed}}
+        run_folder.update_manifest(self.folder, status="running", **changes)
+        total, replay = self.trainer.t.total_steps, self.trainer.replay
+        notes.append(
+            f"resumed at step {self.trainer.step} of {total}: weights, optimisers, normaliser,"
+            f" {replay.size * size} transitions, random streams, environments"
+            + (f"; not exact: {'; '.join(reasons)}" if reasons else "")
+            + (f"; {lost} later rows moved to discarded.jsonl" if lost else "")
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> bool:
+        """Whether all of it was; nothing in the folder has changed so far."""
+        try:
+            return self.trainer.load(checkpoint)
+        except Exception as error:  # a checkpoint of another run, or a stranger's, raises any
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            remedy = f"its {checkpoint.folder.name} does not fit this run ({reason})"
+            raise BadRequest("resume", self.folder, remedy) from error
+
+    def run(self, stop_signal: Callable[[], int]) -> int:
+        trainer = self.trainer
+        show = self.view.progress if self.first else (lambda progress: None)
+        try:
+            for row in trainer.epochs(show, stop_signal):
+                if self.first:
+                    self.record(row)
+                self.commit(self.folder)
+            if self.committed != trainer.step:  # stopped amid an epoch, or not saved at its end
+                self.commit(self.folder)
+            return self.finish()
+        except BaseException as error:
+            if self.first:
+                self.fail(error)
+            raise
+        finally:
+            if self.first:
+                self.view.close()
+                self.lock.close()
+
+    def record(self, row: Row) -> None:
+        assert self.log is not None
+        row = {**row, "wall_s": self.wall()}
+        self.log.row(row)
+        self.view.epoch(row)
+        self.log.line(epoch_line(row, self.trainer.t.total_steps))
+        stuck = stuck_layers(row)
+        for layer in stuck.keys() - self.stuck:  # what has been said is not said every epoch
+            self.say(stuck[layer])
+        self.stuck = set(stuck)
+
+    def commit(self, run: Path) -> None:
+        """Save what there is, or say why not: the next commit makes up for it."""
+        try:
+            self.save(run)
+        except DiskError as error:
+            if self.first and self.unsaved != str(error):
+                self.say(f"warning: step {self.trainer.step} could not be saved ({error});"
+                         " training goes on, and the next commit tries again")  # fmt: skip
+            self.unsaved = str(error)
+            return
+        if self.first and self.unsaved:
+            self.say(f"step {self.trainer.step} is saved, with all that could not be before")
+        self.unsaved = None
+
+    def save(self, run: Path) -> None:
+        """Write the rows that are due, then a checkpoint."""
+        trainer = self.trainer
+        lengths = self.world.run_on_all(lambda: self.log.write() if self.log else 0)
+        facts = {
+            "step": trainer.step,
+            "epoch": trainer.progress.epoch,
+            "world_size": self.world.size,
+            "wall_s": self.wall(),
+            "metrics_bytes": lengths[0],
+        }
+        learner = trainer.learner_state()
+        policy = trainer.policy.files() if self.first else {}
+        save_checkpoint(run, self.world, trainer.shard(), learner, facts, policy)
+        self.committed = trainer.step
+
+    def finish(self) -> int:
+        number = self.trainer.stopping
+        status, code = "done", DONE
+        if number:
+            interrupted = number == signal.SIGINT
+            status = "interrupted" if interrupted else "preempted"
+            code = INTERRUPTED if interrupted else STOPPED
+        try:
+            self.world.run_on_all(lambda: self.conclude(status))
+        except DiskError as error:
+            self.unsaved = self.unsaved or str(error)
+        if self.unsaved:
+            if self.first:
+                self.give_up(self.unsaved)
+            return FAILED
+        if self.first:
+            if number:
+                name = signal.Signals(number).name
+                self.say(f"stopped at step {self.trainer.step} on {name};"
+                         f" spikerl train resume={self.folder} goes on")  # fmt: skip
+            else:
+                self.say(f"done: {self.trainer.step} steps, {self.trainer.algo.updates} updates"
+                         f" in {self.wall():.0f} s")  # fmt: skip
+            self.flush()
+        return code
+
+    def conclude(self, status: str) -> None:
+        """The files that say how the run ended; a policy even where no checkpoint holds it."""
+        if not self.first:
+            return
+        self.trainer.policy.save(self.folder)
+        if not self.unsaved:
+            self.summarise()
+            self.end(status)
+
+    def end(self, status: str) -> None:
+        changes = {"status": status, "ended": run_folder.now(), "wall_s": self.wall()}
+        run_folder.update_manifest(self.folder, **changes)
+
+    def fail(self, error: BaseException) -> None:
+        self.mourn(traceback.format_exc())
+        self.say(f"failed at step {self.trainer.step}: {type(error).__name__}: {error}")
+        self.flush()
+
+    def give_up(self, reason: str) -> None:
+        """The training is done, but not all of it is on the disk."""
+        line = f"step {self.trainer.step} could not be saved: {reason}; spikerl train"
+        line += f" resume={self.folder} goes on from step {self.committed}"
+        self.mourn(line + "\n")
+        assert self.log is not None
+        self.log.line(line)
+        self.flush()
+        self.view.close()
+        print(f"spikerl: {line}", file=sys.stderr)
+
+    def mourn(self, text: str) -> None:
+        """Leave word of a failure, as far as the disk lets us."""
+        with suppress(OSError):
+            self.end("failed")
+        with suppress(OSError):
+            write_text(self.folder / "error.txt", text)
+
+    def summarise(self) -> None:
+        rows = run_folder.read_rows(self.folder / "metrics.jsonl")
+        discarded = run_folder.read_rows(self.folder / "discarded.jsonl")
+        returns = [row["eval_return"] for row in rows]
+        last_ten = returns[-10:]
+        summary = {
+            "env_id": self.trainer.task.env_id,
+            "seed": self.config.scalars.seed,
+            "world_size": self.world.size,
+            "steps": self.trainer.step,
+            "updates": self.trainer.algo.updates,
+            "evaluations": len(returns),
+            "last_eval_return": returns[-1] if returns else None,
+            "best_eval_return": max(returns) if returns else None,
+            "last_ten_mean_eval_return": sum(last_ten) / len(last_ten) if returns else None,
+            "wall_s": self.wall(),
+            "discarded_rows": len(discarded),
+            "energy_j": total_joules([*rows, *discarded]),
+            "energy_discarded_j": total_joules(discarded),
+            "energy_to_best_j": joules_to_reach(rows, max(returns)) if returns else None,
+            "energy_source": rows[-1]["energy_source"] if rows else self.trainer.meter.source,
+            "versions": versions(),
+        }
+        write_json(self.folder / "summary.json", summary)
+
+    def manifest(self, command: Sequence[str]) -> dict[str, Any]:
+        names = ("device", "threads", "kernel", "backend")
+        resolved = {name: getattr(self.config, name)._asdict() for name in names}
+        resolved["energy"] = self.config.meter._asdict()
+        num_envs, precision = self.trainer.t.num_envs, self.config.precision.name
+        facts = {"world_size": self.world.size, "num_envs": num_envs, "precision": precision}
+        return run_folder.make_manifest(self.trainer.task.env_id, command, resolved, facts)
+
+    def wall(self) -> float:
+        return self.wall_s + time.perf_counter() - self.started
+
+    def say(self, text: str) -> None:
+        assert self.log is not None
+        self.view.line(text)
+        self.log.line(text)
+
+    def flush(self) -> None:
+        if self.log:
+            with suppress(OSError):
+                self.log.write()
+
+
+def announce(config: Config, trainer: Trainer) -> list[str]:
+    """What is about to run and what each worker has of it, with every choice that was made."""
+    t, size, algo = trainer.t, trainer.world.size, config.algo
+    rows = [share(algo.batch_size, rank, size) for rank in range(size)]
+    if t.scaling == "weak":
+        rows = [algo.batch_size] * size
+    each = str(rows[0]) if len(set(rows)) == 1 else f"{min(rows)} to {max(rows)}"
+    resolved = {name: getattr(config, name) for name in ("device", "threads", "kernel", "backend")}
+    resolved["energy"] = config.meter
+    task = trainer.task
+    over = "in shared memory" if trainer.world.shm else f"over {config.backend.choice}"
+    exchange = f"; gradients are summed {over}" if size > 1 else ""
+    lines = [
+        f"{task.env_id}: {task.obs_dim} observations, {task.act_dim} actions;"
+        f" {config.actor.actor.name} actor, {algo.name}, seed {t.seed},"
+        f" precision {config.precision.name}",
+        f"{size} worker{'s' * (size > 1)} x {t.num_envs // size} environments;"
+        f" global batch {sum(rows)} ({each} per worker, {t.scaling} scaling);"
+        f" {trainer.updates_by(t.total_steps)} updates in {t.total_steps} steps{exchange}",
+        "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in resolved.items()),
+    ]
+    if config.scalars.init_from:
+        norm = f"normaliser ({trainer.norm.count} observations)"
+        lines.append(f"init_from={config.scalars.init_from}: actor weights and {norm}")
+    return lines

@@ -1,0 +1,462 @@
+"""The training loop: act, store, update, evaluate. It holds no file and no terminal.
+
+Shape legend   N environments, A action entries.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spikerl import kernels
+from spikerl.algos.base import AlgoConfig, Learner
+from spikerl.algos.ddpg import DDPG, DDPGConfig
+from spikerl.algos.ppo import PPO, PPOConfig
+from spikerl.algos.proxy_td3 import ProxyTD3, ProxyTD3Config
+from spikerl.algos.replay import Replay
+from spikerl.algos.sac import SAC, SACConfig
+from spikerl.algos.td3 import TD3, TD3Config
+from spikerl.distributed.world import ALONE, World, share
+from spikerl.energy.meter import Meter, Reading, consecutive, energy_row, merge
+from spikerl.envs.make import EnvConfig
+from spikerl.envs.vector import make_envs
+from spikerl.errors import NonFinite
+from spikerl.models.actor import (
+    ActorConfig,
+    CareBNConfig,
+    SpikingActor,
+    build_actor,
+    deployed,
+    take,
+)
+from spikerl.models.critic import Critics
+from spikerl.models.normalizer import RunningNorm
+from spikerl.models.policy import Policy
+from spikerl.models.precision import PrecisionConfig
+from spikerl.runs.checkpoint import Checkpoint, Shard, check_fit
+from spikerl.seeding import Streams, initialising, seed_for
+from spikerl.training.evaluator import Evaluator
+from spikerl.training.resize import share_of
+from spikerl.types import Task
+
+Row = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Training:
+    """What a run is made of, validated and resolved."""
+
+    env: EnvConfig
+    actor: ActorConfig
+    algo: AlgoConfig
+    precision: PrecisionConfig
+    device: torch.device
+    seed: int
+    num_envs: int
+    total_steps: int
+    steps_per_epoch: int
+    eval_episodes: int
+    scaling: str
+    kernel: str = "reference"  # as `kernels.resolve` names it
+
+    def batch_share(self, world: World) -> tuple[int, float]:
+        """Rows that a worker draws for an update, and their share of the global batch."""
+        if self.scaling == "weak":
+            return self.algo.batch_size, 1.0 / world.size
+        rows = share(self.algo.batch_size, world.rank, world.size)
+        # What it just did is cut into minibatches, so that all have as many.
+        equal = LEARNERS[type(self.algo)].on_policy
+        return rows, 1.0 / world.size if equal else rows / self.algo.batch_size
+
+
+# Up to so many environments a worker acts on the CPU, whatever device it learns on: a kernel call
+# there takes microseconds, and on a GPU every operation as many. Not measured on a GPU yet.
+FEW_ENVS = 64
+LEARNERS: dict[type[AlgoConfig], type[Learner]] = {
+    DDPGConfig: DDPG,
+    TD3Config: TD3,
+    ProxyTD3Config: ProxyTD3,
+    SACConfig: SAC,
+    PPOConfig: PPO,
+}
+SYNCHRONISED = 50  # steps between exchanges where the normaliser sets no interval
+
+
+@dataclass
+class Progress:
+    """How far training is, sums since the last epoch, the newest losses: plain numbers.
+
+    A live view shows it between epochs, and a checkpoint in the middle of one records it.
+    """
+
+    step: int = 0  # over all workers
+    updates: int = 0
+    epoch: int = 0
+    train_s: float = 0.0  # spent in this epoch before a resume
+    energy: list[Any] | None = None  # and its Reading, as plain data
+    first_step: int = 0  # of this epoch
+    first_update: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    returns: list[float] = field(default_factory=list)  # of this worker's finished episodes
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    def next_epoch(self) -> None:
+        self.sums, self.returns, self.train_s, self.energy = {}, [], 0.0, None
+        self.first_step, self.first_update = self.step, self.updates
+
+    def add(self, metrics: list[dict[str, torch.Tensor]]) -> None:
+        """Take in a burst of updates; here the host waits for the device, once."""
+        for name in dict.fromkeys(key for m in metrics for key in m):
+            values = torch.stack([m[name] for m in metrics if name in m]).double()
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + float(values.sum()), count + len(values))
+            self.losses[name] = float(values[-1])
+
+
+def mean_of(sums: Sequence[Mapping[str, tuple[float, int]]], name: str) -> float | None:
+    """A metric's mean over all workers' updates; None where no update had it."""
+    parts = [part[name] for part in sums if name in part]
+    count = sum(n for _, n in parts)
+    return sum(total for total, _ in parts) / count if count else None
+
+
+class Trainer:
+    """One worker's training loop; with several, each steps its own share of the environments."""
+
+    def __init__(
+        self,
+        training: Training,
+        task: Task,
+        init: Policy | None = None,
+        world: World = ALONE,
+        meter: Meter | None = None,
+    ) -> None:
+        self.t, self.task, self.world = training, task, world
+        self.meter = meter or Meter("none: not asked for")
+        t, algo, device = training, training.algo, training.device
+        each = t.num_envs // world.size
+        self.acting_on = torch.device("cpu") if each <= FEW_ENVS else device
+        self.streams = Streams(t.seed, world.rank, device, self.acting_on)
+        self.batch_size, weight = t.batch_share(world)
+        self.fewer = world.size if t.scaling == "weak" else 1  # updates, as the batch grows
+        with initialising(t.seed):
+            actor = build_actor(
+                t.actor,
+                task.obs_dim,
+                algo.outputs(task.act_dim),
+                dtype=t.precision.actor_dtype,
+                kernel=t.kernel,
+            )
+            critic = Critics(
+                task.obs_dim,
+                0 if LEARNERS[type(algo)].on_policy else task.act_dim,
+                algo.critic_hidden_sizes,
+                networks=algo.critics,
+                dtype=t.precision.critic_dtype,
+                kernel=t.kernel,
+            )
+            if init is not None:
+                take(actor, init.actor)
+            self.algo = LEARNERS[type(algo)](
+                actor.to(device),
+                critic.to(device),
+                algo,
+                actor_lr=t.actor.actor.lr,
+                generator=self.streams.update,
+                scales_loss=t.precision.scales_loss,
+                world=world,
+                weight=weight,
+            )
+        self.norm = RunningNorm(task.obs_dim, algo.norm_clip)
+        if init is not None:
+            self.norm.load(init.norm.state())
+        if self.acting_on != device:
+            auto = kernels.KernelConfig(name="auto", path=None)
+            self.algo.act_on_cpu(kernels.resolve(auto, "cpu").choice)
+        if isinstance(self.algo.actor, SpikingActor):
+            for norm in self.algo.actor.norms:
+                norm.sum_ = world.sum_  # over the rows of all workers
+        capacity = algo.capacity() // t.num_envs * each  # whole steps of all environments
+        self.replay = Replay(capacity, task.obs_dim, task.act_dim, device, width=each)
+        self.envs = make_envs(t.env, each, task)
+        self.reset_envs()
+        self.evaluator = Evaluator(t.env, t.eval_episodes, t.seed, world)
+        self.progress = Progress()
+        self.clock = time.perf_counter()
+        self.stopping = 0  # the signal that all workers agreed to stop on
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    @property
+    def policy(self) -> Policy:
+        """What is evaluated and saved."""
+        config, actor = deployed(self.t.actor, self.algo.actor, self.task.act_dim)
+        return Policy(self.task, config, actor, self.norm)
+
+    def reset_envs(self, *resumed_at: int) -> None:
+        first = self.world.rank * len(self.envs)
+        numbers = range(first, first + len(self.envs))
+        self.envs.reset([seed_for(self.t.seed, "env", i, *resumed_at) for i in numbers])
+
+    def epochs(
+        self,
+        on_burst: Callable[[Progress], None] = lambda progress: None,
+        stop_signal: Callable[[], int] = lambda: 0,
+    ) -> Iterator[Row]:
+        """Train to `total_steps`, yielding a row per epoch, the same on every worker.
+
+        Ends early, between bursts, once `stop_signal` gives a signal's number on any worker.
+        """
+        t, p = self.t, self.progress
+        self.start_window()
+        while p.step < t.total_steps and not self.stopping:
+            before = p.step
+            self.advance(stop_signal)
+            on_burst(p)
+            if crossed(before, p.step, t.steps_per_epoch) or p.step >= t.total_steps:
+                p.epoch += 1
+                row = self.row()
+                p.next_epoch()
+                self.start_window()
+                yield row
+        self.end_window()
+
+    def advance(self, stop_signal: Callable[[], int] = lambda: 0) -> None:
+        """One step in every environment, and the updates that became due with it."""
+        before, algo = self.step, self.t.algo
+        self.act()
+        try:
+            if self.algo.on_policy:  # from what it did, seen as it saw it
+                self.learn(before)
+            if crossed(before, self.step, algo.norm_interval or SYNCHRONISED):
+                self.synchronise(stop_signal())
+            if not self.algo.on_policy:
+                self.learn(before)
+            self.recalibrate(before)
+        except NonFinite as error:
+            raise NonFinite(f"step {self.step}: {error}") from error
+
+    def act(self) -> None:
+        """One step in every environment, stored with its true successors."""
+        algo, explore = self.t.algo, self.streams.explore
+        obs_NO = self.envs.obs
+        if self.step < self.algo.random_steps:
+            shape = (len(obs_NO), self.task.act_dim)
+            act = torch.rand(shape, generator=explore, device=explore.device) * 2.0 - 1.0
+        else:
+            obs = torch.from_numpy(obs_NO.astype(np.float32)).to(self.acting_on)
+            act = self.algo.explore(self.norm.normalize(obs), explore)
+        self.envs.steps = self.step  # an error names the run's step, also after a resume
+        steps = self.envs.step(act.cpu().numpy())
+        self.replay.add(*steps, discount=algo.gamma)
+        if algo.norm_interval is not None:
+            self.norm.add(steps.obs)
+        self.progress.step += len(steps.rew) * self.world.size  # all have as many environments
+        self.progress.returns += [episode.ret for episode in self.envs.finished]
+        self.envs.finished.clear()
+
+    def synchronise(self, stop_signal: int) -> None:
+        """Merge the normaliser's moments and agree on stopping, in one exchange."""
+        mine = torch.from_numpy(np.append(self.norm.collect(), stop_signal))
+        everyone = [part.numpy() for part in self.world.gather(mine)]
+        self.norm.merge([part[:-1] for part in everyone])
+        self.stopping = int(max(part[-1] for part in everyone))
+
+    def learn(self, before: int) -> None:
+        """The bursts of updates that became due since step `before`."""
+        due = self.updates_due(self.step) - self.updates_due(before)
+        if due == 0:
+            return
+        actor = self.algo.actor
+        if isinstance(actor, SpikingActor):
+            actor.schedule(min(self.step / self.t.total_steps, 1.0))
+        normalize = self.norm.normalize
+        metrics = self.algo.burst(self.replay, due, self.batch_size, self.streams.sample, normalize)
+        self.algo.check()
+        self.progress.updates = self.algo.updates
+        self.progress.add(metrics)
+
+    def recalibrate(self, before: int) -> None:
+        """Where drives are normalised, measure their moments anew when that is due."""
+        config, actor = self.t.actor.actor, self.algo.actor
+        if not isinstance(config, CareBNConfig) or config.recalibration_interval is None:
+            return
+        if self.algo.updates == 0 or not crossed(before, self.step, config.recalibration_interval):
+            return
+        assert isinstance(actor, SpikingActor)
+        count = config.recalibration_batches * self.batch_size
+        rows = self.replay.sample(count, self.streams.sample, self.norm.normalize)
+        actor.recalibrate(rows.obs.split(self.batch_size), self.streams.update)
+        self.algo.refresh()
+
+    def updates_due(self, step: int) -> int:
+        """Updates that belong to the first `step` steps."""
+        return self.t.algo.updates_due(step, self.fewer)
+
+    def updates_by(self, step: int) -> int:
+        """Updates that will have been made then; before a resize there were others."""
+        return self.algo.updates + self.updates_due(step) - self.updates_due(self.step)
+
+    def row(self) -> Row:
+        """The epoch's line of metrics.jsonl: means over the epoch, and an evaluation."""
+        p = self.progress
+        trained = self.end_window()
+        self.meter.begin("eval")
+        evaluation = self.evaluator.run(self.policy, p.epoch)
+        evaluated = self.meter.end("eval")
+        self.check_equal()
+        everyone = self.world.gather_objects((p.returns, p.sums, p.train_s, trained, evaluated))
+        returns = [ret for part in everyone for ret in part[0]]
+        sums = [part[1] for part in everyone]
+        train_s = max(part[2] for part in everyone)
+        joules = energy_row(
+            merge([Reading(*part[3]) for part in everyone]),
+            merge([Reading(*part[4]) for part in everyone]),
+            self.meter.source,
+        )
+        activity = evaluation.activity
+        row: Row = {
+            "epoch": p.epoch,
+            "step": p.step,
+            "updates": p.updates,
+            "train_return": float(np.mean(returns)) if returns else None,
+            "train_episodes": len(returns),
+            "eval_return": evaluation.mean,
+            "eval_return_std": evaluation.std,
+            "eval_length": evaluation.length,
+            "critic_loss": mean_of(sums, "critic_loss"),
+            "actor_loss": mean_of(sums, "actor_loss"),
+            "q_mean": mean_of(sums, "q_mean"),
+            "firing_rate": activity.firing_rate if activity else None,
+            "window_fraction": activity.window_fraction if activity else None,
+            "layer_firing_rates": activity.layers if activity else None,
+            "layer_window_fractions": activity.layer_windows if activity else None,
+            "layer_silent": activity.silent if activity else None,
+            "layer_saturated": activity.saturated if activity else None,
+            **{name: mean_of(sums, name) for name in self.algo.metrics},
+            "env_steps_per_s": (p.step - p.first_step) / train_s,
+            "updates_per_s": (p.updates - p.first_update) / train_s,
+            **joules,
+        }
+        if self.algo.guard.scales_loss:
+            row["skipped_updates"] = int(self.algo.guard.skipped)
+        return row
+
+    def start_window(self) -> None:
+        self.world.barrier()  # windows of all workers are of one span of time
+        self.meter.begin("train")
+        self.clock = time.perf_counter()
+
+    def end_window(self) -> Reading:
+        """Count the time and the joules since `start_window`, and those before a resume."""
+        p = self.progress
+        p.train_s += time.perf_counter() - self.clock
+        reading = self.meter.end("train")
+        if p.energy is not None:
+            reading = consecutive(Reading(*p.energy), reading)
+        p.energy = list(reading)
+        return reading
+
+    def check_equal(self) -> None:
+        """Raise unless all workers have the same parameters and normaliser, to the bit."""
+        state = [*self.algo.state().values(), *self.norm.state().values()]
+        digest = torch.stack([fingerprint(tensor) for tensor in state])
+        for rank, other in enumerate(self.world.gather(digest)):
+            if not torch.equal(other, digest):
+                raise RuntimeError(f"workers 0 and {rank} have diverged at step {self.step}")
+
+    def learner_state(self) -> dict[str, Tensor]:
+        """Live tensors that are the same on every worker."""
+        norm = {f"norm.{name}": tensor for name, tensor in self.norm.state().items()}
+        return {**self.algo.state(), **norm}
+
+    def shard(self) -> Shard:
+        """The part of a checkpoint that is this worker's own."""
+        envs = self.envs.state()
+        tensors = {f"stream.{name}": tensor for name, tensor in self.streams.state().items()}
+        tensors |= {f"envs.{name}": tensor for name, tensor in envs.items()}
+        tensors["norm.pending"] = torch.from_numpy(self.norm.pending_rows())
+        notes = {"progress": asdict(self.progress), "exact": bool(envs)}
+        return Shard(tensors, notes, self.replay)
+
+    def load(self, checkpoint: Checkpoint) -> bool:
+        """Go on from `checkpoint`; False if the environments could only be reset.
+
+        With another number of workers than wrote it, each takes what is its environments', and the
+        random streams begin anew. One that is none of this run raises almost anything.
+        """
+        saved = checkpoint.learner()
+        check_fit(saved, self.learner_state())
+        for name, tensor in self.algo.state().items():
+            tensor.copy_(saved[name])
+        self.algo.refresh()
+        self.norm.load(under("norm.", saved))
+        rank, size = self.world.rank, self.world.size
+        if checkpoint.workers == size:
+            tensors, notes = checkpoint.worker(rank)
+            streams = under("stream.", tensors)
+            check_fit(streams, self.streams.state())
+            self.streams.load(streams)
+        else:
+            parts = [checkpoint.worker(old) for old in range(checkpoint.workers)]
+            tensors, notes = share_of(parts, rank, size, self.t.num_envs)
+            self.streams.restart(self.t.seed, rank, checkpoint.step)
+        self.progress = progress_of(notes["progress"], checkpoint.step)
+        self.algo.updates = self.progress.updates
+        pending, envs = tensors["norm.pending"], under("envs.", tensors)
+        if (pending.dtype, pending.shape[1:]) != (torch.float64, (self.task.obs_dim,)):
+            raise ValueError(f"its norm.pending is {pending.dtype} {tuple(pending.shape)}")
+        self.norm.pending = [pending.numpy()]
+        checkpoint.fill_replay(rank, size, self.replay)
+        if notes["exact"]:
+            check_fit(envs, self.envs.state())
+            self.envs.load(envs)
+        else:
+            self.reset_envs(self.step)
+        return bool(notes["exact"])
+
+    def close(self) -> None:
+        self.envs.close()
+        self.evaluator.close()
+
+
+def progress_of(data: Mapping[str, Any], step: int) -> Progress:
+    """What a checkpoint of that step holds of it; a ValueError unless each number is one."""
+    progress = Progress(**data)
+    sums = [number for pair in progress.sums.values() for number in pair]
+    seconds, joules, missing = Reading(*progress.energy or (0.0, {}, {}))
+    spent = [progress.train_s, seconds, *joules.values()]
+    numbers = [*progress.losses.values(), *progress.returns, *sums, *spent]
+    counts = (progress.updates, progress.epoch, progress.first_step, progress.first_update)
+    whole = all(type(n) is int and 0 <= n < 1 << 63 for n in counts)
+    words = all(isinstance(why, str) for why in missing.values())
+    if not (whole and words and progress.step == step and all(map(math.isfinite, numbers))):
+        raise ValueError("its progress is not that of its step")
+    return progress
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def crossed(before: int, now: int, interval: int) -> bool:
+    """Whether a multiple of `interval` lies in (before, now]."""
+    return now // interval > before // interval
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """An int64 that depends on every bit of `tensor`: its words, weighted by their places."""
+    words = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    words = torch.nn.functional.pad(words, (0, -len(words) % 8)).view(torch.int64)
+    places = torch.arange(1, len(words) + 1) * 2 - 1  # odd, so that no bit is lost
+    return (words * places).sum()
