@@ -29,9 +29,8 @@ from spikerl.energy.counters import (
     read_trace,
 )
 from spikerl.errors import BadRequest
+from spikerl.schema import Registry
 from spikerl.types import Resolved
-
-NAMES = ("auto", "zeus", "none", "replay")
 
 
 @dataclass(kw_only=True)
@@ -40,12 +39,15 @@ class EnergyConfig:
     file: str | None  # the recorded trace of energy=replay
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise BadRequest("energy", self.name, f"one of {', '.join(NAMES)}")
         if self.name == "replay" and not self.file:
             raise BadRequest("energy.file", self.file, "energy=replay needs a recorded trace")
         if self.name != "replay" and self.file is not None:
             raise BadRequest("energy.file", self.file, "only energy=replay reads a file")
+
+
+METERS: Registry[EnergyConfig, None] = Registry(
+    "energy", **dict.fromkeys(("auto", "zeus", "none", "replay"), (EnergyConfig, type(None)))
+)
 
 
 class Reading(NamedTuple):

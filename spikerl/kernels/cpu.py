@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from spikerl.kernels import build as native
 from spikerl.kernels import reference
 from spikerl.kernels.build import Net, Pointer, Units
+from spikerl.kernels.coverage import MAX_STEPS, why_no_scan
 from spikerl.kernels.gradient import Gradient, Moments, Pullback, by_autograd
 from spikerl.kernels.prepared import (
-    MAX_STEPS,
     PreparedActor,
     PreparedCritic,
     PreparedDense,
@@ -36,7 +36,7 @@ from spikerl.kernels.prepared import (
 )
 from spikerl.kernels.reference import DenseNet, SpikingNet, ValueNet
 from spikerl.snn.batchnorm import BATCH
-from spikerl.snn.encoders import PopulationEncoder
+from spikerl.snn.encoders import PoissonEncoder, PopulationEncoder
 from spikerl.snn.neurons import Neuron
 from spikerl.types import Batch, Task
 
@@ -95,8 +95,10 @@ class CPUKernel:
         """What the receptive fields see, and what a random encoder draws."""
         encoder = net.encoder
         assert isinstance(encoder, PopulationEncoder)  # `fused` has looked
-        uniform = encoder.uniform(len(obs_BO), net.spike_steps, generator)
-        return encoder.squashed(obs_BO).contiguous(), uniform
+        uniform = None
+        if isinstance(encoder, PoissonEncoder):
+            uniform = encoder.uniform(len(obs_BO), net.spike_steps, generator)
+        return encoder.squash(obs_BO).contiguous(), uniform
 
     def forward(
         self,
@@ -147,7 +149,7 @@ class CPUKernel:
 
     def scan(self, neuron: Neuron, drive_TBN: Tensor) -> Tensor:
         """Spikes of one layer."""
-        covers = neuron.basic and len(drive_TBN) <= MAX_STEPS
+        covers = why_no_scan(neuron) is None and len(drive_TBN) <= MAX_STEPS
         if drive_TBN.dtype != torch.float32 or not covers:
             return reference.scan(neuron, drive_TBN)
         neurons = drive_TBN[0].numel()

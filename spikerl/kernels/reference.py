@@ -160,13 +160,13 @@ def dq_da(
     return torch.autograd.grad(loss, act_BA, into.factor)[0]
 
 
-def dense_actions(net: DenseNet, obs_BO: Tensor) -> Tensor:
-    """Actions (B, A): ReLU layers and tanh."""
+def dense_actions(net: DenseNet, obs_BO: Tensor, squash: bool = True) -> Tensor:
+    """Actions (B, A): ReLU layers and tanh; before tanh, unless they are to be squashed."""
     x = obs_BO
     *hidden, last = net.layers
     for layer in hidden:
         x = torch.relu(product(x, layer, net.dtype))
-    return torch.tanh(product(x, last, net.dtype))
+    return act(product(x, last, net.dtype), squash)
 
 
 def mse_backward(net: DenseNet, obs_BO: Tensor, goal_BA: Tensor, into: Gradient) -> None:

@@ -25,55 +25,29 @@ from spikerl import kernels
 from spikerl.errors import BadRequest
 from spikerl.files import json_bytes, read_bytes, read_json, write_atomic
 from spikerl.machine import versions
-from spikerl.models.actor import (
-    Actor,
-    ActorConfig,
-    CareBNConfig,
-    MLPConfig,
-    PopSANConfig,
-    SpikingActor,
-    build_actor,
-)
+from spikerl.models.actor import ACTORS, Actor, ActorConfig, PopSANConfig, SpikingActor, build_actor
 from spikerl.models.normalizer import RunningNorm
-from spikerl.schema import choose
-from spikerl.snn.decoders import DecoderConfig, MembraneConfig, RateConfig
-from spikerl.snn.encoders import EncoderConfig, PopulationConfig
-from spikerl.snn.neurons import ALIFConfig, CubaLIFConfig, DynamicConfig, LIFConfig, PLIFConfig
+from spikerl.snn.decoders import DECODERS
+from spikerl.snn.encoders import ENCODERS
+from spikerl.snn.neurons import NEURONS
 from spikerl.types import MAX_EPISODE_STEPS, Task
 
 SCHEMA = 3  # 2: weights are input-major; 3: neurons have a reset and a choice of surrogate
 MAX_BYTES = 1 << 20  # of a policy.json; action bounds take most of it
 MAX_TENSORS = 1 << 30
-POPULATIONS = ("population", "poisson", "tanh_population", "analog")
-ACTORS: dict[str, type[Any]] = {"popsan": PopSANConfig, "care_bn": CareBNConfig, "mlp": MLPConfig}
-ENCODERS: dict[str, type[Any]] = {
-    **dict.fromkeys(POPULATIONS, PopulationConfig),
-    **dict.fromkeys(("direct", "learned"), EncoderConfig),
-}
-NEURONS: dict[str, type[Any]] = {
-    "lif": LIFConfig,
-    "cuba_lif": CubaLIFConfig,
-    "plif": PLIFConfig,
-    "alif": ALIFConfig,
-    "dynamic": DynamicConfig,
-}
-DECODERS: dict[str, type[Any]] = {
-    "rate": RateConfig,
-    **dict.fromkeys(("membrane", "ilc"), MembraneConfig),
-    **dict.fromkeys(("learned", "linear"), DecoderConfig),
-}
+ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")
 
 
 def parse_actor(data: dict[str, Any]) -> ActorConfig:
-    """The actor's part of a config: groups actor, encoder, neuron, decoder."""
-    actor = choose(ACTORS, data.get("actor"), key="actor")
-    if isinstance(actor, MLPConfig):
+    """The actor's part of a config; a dense one has no spiking parts."""
+    actor = ACTORS.parse(data.get("actor"))
+    if not isinstance(actor, PopSANConfig):
         return ActorConfig(actor=actor, encoder=None, neuron=None, decoder=None)
     return ActorConfig(
         actor=actor,
-        encoder=choose(ENCODERS, data.get("encoder"), key="encoder"),
-        neuron=choose(NEURONS, data.get("neuron"), key="neuron"),
-        decoder=choose(DECODERS, data.get("decoder"), key="decoder"),
+        encoder=ENCODERS.parse(data.get("encoder")),
+        neuron=NEURONS.parse(data.get("neuron")),
+        decoder=DECODERS.parse(data.get("decoder")),
     )
 
 

@@ -53,27 +53,27 @@ class Session:
         self.stuck: set[int] = set()  # layers that were said to hardly learn
         restored: list[str] = []
         try:
-            if config.scalars.resume:
-                self.folder = Path(config.scalars.resume)
+            if config.run.resume:
+                self.folder = Path(config.run.resume)
                 restored = self.go_on(command, after)
             else:
                 self.folder = self.start(target, command)
         except DiskError as error:
-            key = "resume" if config.scalars.resume else "run_dir"
+            key = "resume" if config.run.resume else "run_dir"
             raise BadRequest(key, target, f"{error}; nothing was begun") from None
         if begun:
             begun(self.folder)
         if self.first:
             title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
             self.log = RunLog(self.folder, trainer.step)
-            self.view = View(title, trainer.t.total_steps, trainer.step)
+            self.view = View(title, config.run.total_steps, trainer.step)
             for text in [*announce(config, trainer), *restored, f"run folder: {self.folder}"]:
                 self.say(text)
         world.run_on_all(self.flush)
 
     def start(self, target: str, command: Sequence[str]) -> Path:
         """A new folder, which appears whole, with checkpoint 0 from all workers."""
-        named = self.config.scalars.run_dir is not None
+        named = self.config.run.run_dir is not None
         partial = Path(self.world.broadcast(str(run_folder.partial_of(target))))
 
         def begin() -> None:
@@ -135,10 +135,11 @@ class Session:
                  "after": after}  # fmt: skip
         changes: dict[str, Any] = {"resumed": [*record.get("resumed", []), event]}
         if had != size:
-            placed = {name: getattr(self.config, name)._asdict() for name in ("threads", "backend")}
+            choices = vars(self.config.resolved)
+            placed = {name: choices[name]._asdict() for name in ("threads", "backend")}
             changes |= {"world_size": size, "resolved": {**record["resolved"], **placed}}
         run_folder.update_manifest(self.folder, status="running", **changes)
-        total, replay = self.trainer.t.total_steps, self.trainer.replay
+        total, replay = self.config.run.total_steps, self.trainer.replay
         notes.append(
             f"resumed at step {self.trainer.step} of {total}: weights, optimisers, normaliser,"
             f" {replay.size * size} transitions, random streams, environments"
@@ -180,7 +181,7 @@ class Session:
         row = {**row, "wall_s": self.wall()}
         self.log.row(row)
         self.view.epoch(row)
-        self.log.line(epoch_line(row, self.trainer.t.total_steps))
+        self.log.line(epoch_line(row, self.config.run.total_steps))
         stuck = stuck_layers(row)
         for layer in stuck.keys() - self.stuck:  # what has been said is not said every epoch
             self.say(stuck[layer])
@@ -285,7 +286,7 @@ class Session:
         last_ten = returns[-10:]
         summary = {
             "env_id": self.trainer.task.env_id,
-            "seed": self.config.scalars.seed,
+            "seed": self.config.run.seed,
             "world_size": self.world.size,
             "steps": self.trainer.step,
             "updates": self.trainer.algo.updates,
@@ -304,10 +305,8 @@ class Session:
         write_json(self.folder / "summary.json", summary)
 
     def manifest(self, command: Sequence[str]) -> dict[str, Any]:
-        names = ("device", "threads", "kernel", "backend")
-        resolved = {name: getattr(self.config, name)._asdict() for name in names}
-        resolved["energy"] = self.config.meter._asdict()
-        num_envs, precision = self.trainer.t.num_envs, self.config.precision.name
+        resolved = {name: r._asdict() for name, r in vars(self.config.resolved).items()}
+        num_envs, precision = self.config.num_envs, self.config.precision.name
         facts = {"world_size": self.world.size, "num_envs": num_envs, "precision": precision}
         return run_folder.make_manifest(self.trainer.task.env_id, command, resolved, facts)
 
@@ -327,26 +326,24 @@ class Session:
 
 def announce(config: Config, trainer: Trainer) -> list[str]:
     """What is about to run and what each worker has of it, with every choice that was made."""
-    t, size, algo = trainer.t, trainer.world.size, config.algo
+    run, size, algo = config.run, trainer.world.size, config.algo
     rows = [share(algo.batch_size, rank, size) for rank in range(size)]
-    if t.scaling == "weak":
+    if run.scaling == "weak":
         rows = [algo.batch_size] * size
     each = str(rows[0]) if len(set(rows)) == 1 else f"{min(rows)} to {max(rows)}"
-    resolved = {name: getattr(config, name) for name in ("device", "threads", "kernel", "backend")}
-    resolved["energy"] = config.meter
     task = trainer.task
-    over = "in shared memory" if trainer.world.shm else f"over {config.backend.choice}"
+    over = "in shared memory" if trainer.world.shm else f"over {config.resolved.backend.choice}"
     exchange = f"; gradients are summed {over}" if size > 1 else ""
     lines = [
         f"{task.env_id}: {task.obs_dim} observations, {task.act_dim} actions;"
-        f" {config.actor.actor.name} actor, {algo.name}, seed {t.seed},"
+        f" {config.actor.actor.name} actor, {algo.name}, seed {run.seed},"
         f" precision {config.precision.name}",
-        f"{size} worker{'s' * (size > 1)} x {t.num_envs // size} environments;"
-        f" global batch {sum(rows)} ({each} per worker, {t.scaling} scaling);"
-        f" {trainer.updates_by(t.total_steps)} updates in {t.total_steps} steps{exchange}",
-        "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in resolved.items()),
+        f"{size} worker{'s' * (size > 1)} x {config.num_envs // size} environments;"
+        f" global batch {sum(rows)} ({each} per worker, {run.scaling} scaling);"
+        f" {trainer.updates_by(run.total_steps)} updates in {run.total_steps} steps{exchange}",
+        "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in vars(config.resolved).items()),
     ]
-    if config.scalars.init_from:
+    if config.run.init_from:
         norm = f"normaliser ({trainer.norm.count} observations)"
-        lines.append(f"init_from={config.scalars.init_from}: actor weights and {norm}")
+        lines.append(f"init_from={config.run.init_from}: actor weights and {norm}")
     return lines

@@ -227,7 +227,7 @@ def test_zeus_by_name_without_counters_is_refused() -> None:
 PROGRAM = """
 import json, sys, time, torch
 from pathlib import Path
-from spikerl.energy.meter import counters
+from spikerl.energy import counters
 from spikerl.energy.meter import EnergyConfig, open_meter
 
 def opened(name):

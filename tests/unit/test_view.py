@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spikerl.commands.train import display as view
+from spikerl.runs import display as view
 from spikerl.runs.display import View, epoch_line, number, stuck_layers
 
 ROW = {

@@ -128,7 +128,7 @@ class Bench(Subject):
         """One action from one raw observation, or from one normalised one."""
         row = self.obs[:1]
         raw = row[0].double().cpu().numpy()
-        choice, task = self.config.kernel.choice, self.task
+        choice, task = self.config.resolved.kernel.choice, self.task
         ours = self.policy(self.spiking(choice))
         modules: dict[str, nn.Module] = {
             "popsan loop": PopSANActor(self.actor).to(self.device),
@@ -171,7 +171,7 @@ class Bench(Subject):
     def update(self, batch: int) -> list[Benchmark]:
         """One TD3 update: a critic step, and every second time all the rest."""
         O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
-        choice = self.config.kernel.choice
+        choice = self.config.resolved.kernel.choice
         rows = self.batch(BURST * batch)
         batches = [Batch(*each) for each in zip(*(f.split(batch) for f in rows), strict=True)]
 
@@ -199,7 +199,7 @@ class Bench(Subject):
 
     def proxies(self) -> list[Measurement]:
         """Updates of TD3 with a proxy target, and of TD3, in turn."""
-        choice, batch = self.config.kernel.choice, self.request.batches[-1]
+        choice, batch = self.config.resolved.kernel.choice, self.request.batches[-1]
 
         def benchmark(name: str, learner: TD3) -> Benchmark:
             rows = self.batch(BURST * learner.batches * batch)
@@ -229,11 +229,12 @@ class Bench(Subject):
         O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
         algo, burst = self.algo, self.algo.update_interval
         short = replace(algo, random_steps=0, learning_starts=burst, replay_capacity=100_000)
-        training = replace(self.config.training(), algo=short, num_envs=1)
-        dense = replace(training, actor=replace(training.actor, actor=DENSE))
+        run = replace(self.config.run, num_envs=1)
+        config = replace(self.config, run=run, algo=short)
+        dense = replace(config, actor=replace(config.actor, actor=DENSE))
         start = self.policy(self.actor)
-        spiking = Trainer(training, self.task, start)
-        trainers = {training.kernel: spiking, "dense": Trainer(dense, self.task)}
+        spiking = Trainer(config, self.task, start)
+        trainers = {self.kernel: spiking, "dense": Trainer(dense, self.task)}
         dense_one = dense_loop(O, A, self.device)
         loops = {"popsan loop": popsan_loop(self.actor, O, A), "dense loop": dense_one}
         found = []

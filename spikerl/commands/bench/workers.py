@@ -79,7 +79,7 @@ class Watched(World):
 
 def measure(config: Config, job: Job, sizes: list[int]) -> Found:
     """Each number of workers over each backend that there is for them."""
-    found, device = Found(), config.device.choice
+    found, device = Found(), config.resolved.device.choice
     for size in sizes:
         for backend in ("nccl", "gloo", "mpi") if device != "cpu" else ("gloo", "mpi"):
             try:
@@ -100,7 +100,9 @@ def launch_workers(config: Config, job: Job, backend: str, size: int) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         spec = {"bench": asdict(job), "raw": raw, "answer": str(answer)}
-        workers = launch.Workers(size=size, threads=1, backend=backend, timeout_s=config.timeout_s)
+        workers = launch.Workers(
+            size=size, threads=1, backend=backend, timeout_s=config.backend.timeout_s
+        )
         launch.launch(spec, workers)
         return dict(json.loads(answer.read_text(encoding="utf-8")))
 
@@ -111,8 +113,8 @@ def launch_workers(config: Config, job: Job, backend: str, size: int) -> dict[st
 def work(spec: Mapping[str, Any]) -> int:
     """A worker that `measure` launched."""
     config, job = configs.build(spec["raw"]), Job(**spec["bench"])
-    device = own_device(config.device.choice)
-    world = join(config.backend.choice, device, config.timeout_s)
+    device = own_device(config.resolved.device.choice)
+    world = join(config.resolved.backend.choice, device, config.backend.timeout_s)
     try:
         worker = Worker(config, job, world, device)
         if job.part == "workers":
@@ -136,7 +138,7 @@ class Worker:
 
     def ways(self, lengths: list[int]) -> dict[str, World]:
         """Through what vectors of these lengths can be summed."""
-        backend, sums = self.config.backend.choice, self.world.shm
+        backend, sums = self.config.resolved.backend.choice, self.world.shm
         plain = {backend: replace(self.world, shm=None)}
         if sums and all([sums.sum_(torch.zeros(length)) for length in lengths]):
             return {SHARED: self.world, **plain}
