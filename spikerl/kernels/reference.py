@@ -142,7 +142,7 @@ def critic_backward(
 ) -> Tensor:
     """Gradient of sum_c mean_b (Q_c - target)^2; the mean of all values."""
     value_CB = values(critic, obs_BO, act_BA)
-    into.take((value_CB - target_B).square().mean(1).sum())
+    into.differentiate((value_CB - target_B).square().mean(1).sum())
     return value_CB.detach().mean()
 
 
@@ -171,7 +171,7 @@ def dense_actions(net: DenseNet, obs_BO: Tensor, squash: bool = True) -> Tensor:
 
 def mse_backward(net: DenseNet, obs_BO: Tensor, goal_BA: Tensor, into: Gradient) -> None:
     """Gradient of the mean squared error of the actions from `goal`, over batch and entries."""
-    into.take((dense_actions(net, obs_BO) - goal_BA).square().mean())
+    into.differentiate((dense_actions(net, obs_BO) - goal_BA).square().mean())
 
 
 def adam(moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor) -> None:

@@ -305,7 +305,7 @@ def deployed(config: ActorConfig, actor: Actor, act_dim: int) -> tuple[ActorConf
 
 
 @torch.no_grad()
-def take(actor: Actor, source: Actor) -> None:
+def copy_weights(actor: Actor, source: Actor) -> None:
     """Give `actor` the weights of `source`, which may have only its first outputs."""
     own = actor.state_dict()
     for name, p in source.state_dict().items():

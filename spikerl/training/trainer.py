@@ -27,8 +27,8 @@ from spikerl.models.actor import (
     CareBNConfig,
     SpikingActor,
     build_actor,
+    copy_weights,
     deployed,
-    take,
 )
 from spikerl.models.critic import Critics
 from spikerl.models.normalizer import RunningNorm
@@ -119,7 +119,8 @@ class Trainer:
         self.acting_on = torch.device("cpu") if each <= FEW_ENVS else device
         self.streams = Streams(run.seed, world.rank, device, self.acting_on)
         self.batch_size, weight = batch_share(c, world)
-        self.fewer = world.size if run.scaling == "weak" else 1  # updates, as the batch grows
+        # Batches of an update: with weak scaling each worker has one of the whole size.
+        self.batches = world.size if run.scaling == "weak" else 1
         with initialising(run.seed):
             actor = build_actor(
                 c.actor,
@@ -137,7 +138,7 @@ class Trainer:
                 kernel=kernel,
             )
             if init is not None:
-                take(actor, init.actor)
+                copy_weights(actor, init.actor)
             self.algo = learner(
                 actor.to(device),
                 critic.to(device),
@@ -183,7 +184,7 @@ class Trainer:
 
     def epochs(
         self,
-        on_burst: Callable[[Progress], None] = lambda progress: None,
+        on_updates: Callable[[Progress], None] = lambda progress: None,
         stop_signal: Callable[[], int] = lambda: 0,
     ) -> Iterator[Row]:
         """Train to `total_steps`, yielding a row per epoch, the same on every worker.
@@ -195,7 +196,7 @@ class Trainer:
         while p.step < run.total_steps and not self.stopping:
             before = p.step
             self.advance(stop_signal)
-            on_burst(p)
+            on_updates(p)
             if crossed(before, p.step, run.steps_per_epoch) or p.step >= run.total_steps:
                 p.epoch += 1
                 row = self.row()
@@ -246,7 +247,7 @@ class Trainer:
         self.stopping = int(max(part[-1] for part in everyone))
 
     def learn(self, before: int) -> None:
-        """The bursts of updates that became due since step `before`."""
+        """The updates that became due since step `before`."""
         due = self.updates_due(self.step) - self.updates_due(before)
         if due == 0:
             return
@@ -254,7 +255,7 @@ class Trainer:
         if isinstance(actor, SpikingActor):
             actor.schedule(min(self.step / self.run.total_steps, 1.0))
         normalize = self.norm.normalize
-        metrics = self.algo.burst(self.replay, due, self.batch_size, self.streams.sample, normalize)
+        metrics = self.algo.train(self.replay, due, self.batch_size, self.streams.sample, normalize)
         self.algo.check()
         self.progress.updates = self.algo.updates
         self.progress.add(metrics)
@@ -274,7 +275,7 @@ class Trainer:
 
     def updates_due(self, step: int) -> int:
         """Updates that belong to the first `step` steps."""
-        return self.config.algo.updates_due(step, self.fewer)
+        return self.config.algo.updates_due(step, self.batches)
 
     def updates_by(self, step: int) -> int:
         """Updates that will have been made then; before a resize there were others."""

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 import yaml
 
-from spikerl.algos.td3 import TD3, TD3Config
+from spikerl.algos import ALGOS
+from spikerl.algos.offpolicy import OffPolicy
+from spikerl.algos.td3 import TD3Config
 from spikerl.commands.bench.baselines import as_trained, critic_as_trained
 from spikerl.commands.train import task_for
 from spikerl.config.build import Config, why_layered
@@ -83,14 +85,14 @@ class Subject:
     def policy(self, actor: Actor) -> Policy:
         return Policy(self.task, self.config.actor, actor, RunningNorm(self.task.obs_dim, 3.0))
 
-    def td3(
+    def learner(
         self,
         actor: Actor,
         critic_dtype: torch.dtype = torch.float32,
         world: World = ALONE,
-        rule: type[TD3] = TD3,
         algo: TD3Config | None = None,
-    ) -> TD3:
+    ) -> OffPolicy:
+        """TD3 with this actor, or what `algo` configures."""
         O, A, algo = self.task.obs_dim, self.task.act_dim, algo or self.algo  # noqa: E741
         kernel = actor.kernel if isinstance(actor, SpikingActor) else self.kernel
         critic = Critics(O, A, algo.critic_hidden_sizes, dtype=critic_dtype, kernel=kernel)
@@ -98,7 +100,7 @@ class Subject:
         units = np.interp(np.linspace(0, 1, hidden), [0, 1], TRAINED_UNITS).tolist()
         critic_as_trained(critic, units, self.obs[:256].cpu())
         generator = torch.Generator(self.device).manual_seed(0)
-        return rule(
+        learner = ALGOS.part(algo)(
             actor,
             critic.to(self.device),
             algo,
@@ -107,6 +109,8 @@ class Subject:
             world=world,
             weight=1.0 / world.size,
         )
+        assert isinstance(learner, OffPolicy)
+        return learner
 
     def batch(self, size: int) -> Batch:
         rows, following = (self.obs[torch.randint(len(self.obs), (size,))] for _ in range(2))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikerl.algos.td3 import TD3
+from spikerl.algos.offpolicy import OffPolicy
 from spikerl.commands.bench.fixtures import BURST, Subject
 from spikerl.commands.bench.timing import (
     Benchmark,
@@ -167,13 +167,16 @@ class Worker:
         """Updates, weak and strong; what they exchange, on its own; and an update of one worker."""
         subject, job, size = Subject(self.config, self.job.run), self.job, self.world.size
         kernel, weights, delay = subject.kernel, subject.weights, subject.algo.policy_delay
-        alone = subject.td3(subject.spiking(kernel))
-        critic, actor = alone.step_critic.gradient.vector, alone.step_actor.gradient.vector
+        alone = subject.learner(subject.spiking(kernel))
+        critic, actor = (
+            alone.critic_optimizer.gradient.vector,
+            alone.actor_optimizer.gradient.vector,
+        )
         pending = torch.zeros(2 * subject.task.obs_dim + 2, dtype=torch.float64)
         rows = {"weak": job.batch, "strong": share(job.batch, self.world.rank, size)}
         watched: dict[str, list[float]] = {}
 
-        def update(name: str, batch: int, learner: TD3) -> Benchmark:
+        def update(name: str, batch: int, learner: OffPolicy) -> Benchmark:
             sample, world = subject.batch(BURST * batch), learner.world
 
             def call() -> None:
@@ -201,7 +204,7 @@ class Worker:
         for way, world in ways.items():
             for scaling, batch in rows.items():
                 own = Watched(world.rank, size, world.local_rank, world.exchange, world.shm)
-                learner = subject.td3(subject.spiking(kernel), world=own)
+                learner = subject.learner(subject.spiking(kernel), world=own)
                 benchmarks.append(update(f"{scaling} over {way}", batch, learner))
             call = partial(exchanges, world)
             benchmarks.append(plain(f"exchanges of an update alone, over {way}", call))
