@@ -37,8 +37,8 @@ def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
         field = str(error.full_key)
         value = OmegaConf.select(OmegaConf.create(dict(data)), field)
         known = schema.__dataclass_fields__  # type: ignore[attr-defined]
-        found = known.get(field.split("[")[0].split(".")[0])
-        expected = found.type if found else "another type"
+        declared = known.get(field.split("[")[0].split(".")[0])
+        expected = declared.type if declared else "another type"
         raise BadRequest(f"{prefix}{field}", value, f"expected {expected}") from None
     except OmegaConfBaseException as error:
         line = str(error).splitlines()[0]

@@ -124,17 +124,18 @@ def chosen(run: Path, typed: Sequence[str]) -> list[str]:
         manifest = read_json(run / "manifest.json", MAX_BYTES)
         threads = int(manifest["resolved"]["threads"]["choice"])
         kernel, _, path = str(manifest["resolved"]["kernel"]["choice"]).partition("/")
-        workers, found = str(int(manifest["world_size"])), [f"num_envs={int(manifest['num_envs'])}"]
+        workers = str(int(manifest["world_size"]))
+        overrides = [f"num_envs={int(manifest['num_envs'])}"]
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return []
     size = given.get("world_size", os.environ["WORLD_SIZE"] if ranked() else workers)
     if "world_size" not in given:
-        found.append(f"world_size={size}")
+        overrides.append(f"world_size={size}")
     if size == workers:
-        found.append(f"threads={threads}")
+        overrides.append(f"threads={threads}")
     if "device" in given or kernel not in group_options("kernel") or not re.fullmatch(r"\w*", path):
-        return found
-    return [*found, f"kernel={kernel}", *([f"kernel.path={path}"] if path else [])]
+        return overrides
+    return [*overrides, f"kernel={kernel}", *([f"kernel.path={path}"] if path else [])]
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -204,19 +205,19 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     if isinstance(error, BadRequest):
         return text
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        group, option = found.groups()
+    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group, option = match.groups()
         options = group_options(group)
         return f"{group}={option}: no such option; {_nearest(option, options)}"
-    if found := re.search(r"Could not override '([^']+)'", text):
-        key = found[1]
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match[1]
         value = next((unquoted(a.partition("=")[2]) for a in args if a.startswith(f"{key}=")), "")
         return f"{key}={value}: no such key; {_having(key) or _nearest(key, known_keys(command))}"
     if "issing mandatory value" in text:
         key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
         return f"{key}=???: it has no default; give it a value"
-    if found := re.search(r"Ambiguous value for argument '(.*?)'\n", text):
-        return f"{found[1]}: several values; sweep over them with -m"
+    if match := re.search(r"Ambiguous value for argument '(.*?)'\n", text):
+        return f"{match[1]}: several values; sweep over them with -m"
     unread = [arg for arg in split(args)[0] if not _readable(arg)]
     if unread:
         return f"{unread[0]}: cannot be read; write key=value"

@@ -93,14 +93,14 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
 
     def job(config: DictConfig) -> float | None:
         if sweep:
-            return sweep.job(config, call, told)
+            return sweep.job(config, call, explained)
         try:
             statuses.append(call(config))
         except (BadRequest, OmegaConfBaseException) as error:  # Hydra would print around it
-            statuses.append(wrong(told(error)))
+            statuses.append(wrong(explained(error)))
         return None
 
-    def told(error: Exception) -> str:
+    def explained(error: Exception) -> str:
         return explain(command, args, error)
 
     try:
@@ -115,7 +115,7 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
         elif called:
             raise
         else:
-            statuses.append(wrong(told(error)))
+            statuses.append(wrong(explained(error)))
     finally:
         if sweep and not sweep.noted():
             sweep.discard()

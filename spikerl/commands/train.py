@@ -64,7 +64,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             return launch.launch(spec, workers)
         except launch.WorkerLost as lost:
             if left == 0 or lost.stopping:
-                return mourn(lost)
+                return record_lost_worker(lost)
             spec["raw"] = {**config.raw, "resume": lost.folder or settings.resume}
             spec["after"] = str(lost)
             if workers.nnodes > 1:  # where nothing is left of those who met before
@@ -108,7 +108,7 @@ def work(spec: Mapping[str, Any], mailbox: Path) -> int:
     return run(config, task_for(config), spec["target"], spec["command"], mailbox, spec["after"])
 
 
-def mourn(lost: launch.WorkerLost) -> int:
+def record_lost_worker(lost: launch.WorkerLost) -> int:
     """Record that a worker was lost; what it had committed can be resumed."""
     cause = str(lost)
     if lost.folder is not None:
@@ -147,10 +147,10 @@ def run(
             init_from = config.run.init_from
             init = read_init(init_from, config, task) if init_from else None
             trainer = Trainer(config, task, init, world, meter, device)
-            begun = partial(launch.begun, mailbox) if mailbox else None
+            begun = partial(launch.announce_folder, mailbox) if mailbox else None
             session = Session(config, trainer, world, target, command, after, begun)
             status = session.run(lambda: stop[0] if stop else 0)
-            mpi.part()
+            mpi.leave()
             return status
         finally:
             if trainer is not None:

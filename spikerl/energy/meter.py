@@ -21,7 +21,7 @@ import torch
 from spikerl.energy.counters import (
     KINDS,
     Counters,
-    Found,
+    Measurable,
     ReplayCounters,
     ZeusCounters,
     find,
@@ -236,11 +236,11 @@ def joules_to_reach(rows: Sequence[Mapping[str, Any]], eval_return: float) -> fl
     return None
 
 
-def _find(config: EnergyConfig, device: torch.device) -> Found:
-    found = find(device)
-    if config.name == "zeus" and not found.gpus and not found.packages:
-        raise _refusal(found.reasons)
-    return found
+def _find(config: EnergyConfig, device: torch.device) -> Measurable:
+    counters = find(device)
+    if config.name == "zeus" and not counters.gpus and not counters.packages:
+        raise _refusal(counters.reasons)
+    return counters
 
 
 def _refusal(reasons: Mapping[str, str]) -> BadRequest:

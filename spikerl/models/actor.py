@@ -200,7 +200,7 @@ class SpikingActor(nn.Module):
 
     def activity(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Activity:
         """Over any number of observations, in pieces of bounded memory."""
-        found = None
+        activity = None
         for piece in obs_BO.split(1024):
             layers, states = reference.record(self, piece, generator)
             inside = [
@@ -213,9 +213,9 @@ class SpikingActor(nn.Module):
                 len(piece) * self.spike_steps,
                 self.encoder.spikes,
             )
-            found = found + part if found else part
-        assert found is not None
-        return found
+            activity = activity + part if activity else part
+        assert activity is not None
+        return activity
 
 
 class MLPActor(nn.Module):

@@ -159,9 +159,9 @@ def read_policy(
     if isinstance(data, dict) and data.get("schema") == 2:
         data = upgraded(data)
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        found = data.get("schema") if isinstance(data, dict) else None
+        schema = data.get("schema") if isinstance(data, dict) else None
         raise BadRequest(
-            key, folder, f"policy.json has schema {found}; this version reads {SCHEMA}"
+            key, folder, f"policy.json has schema {schema}; this version reads {SCHEMA}"
         )
     try:
         task = Task(
