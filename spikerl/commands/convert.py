@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spikerl.config import build as configs
 from spikerl.config.yaml_file import overrides_of, read_config
-from spikerl.envs.make import task_of
+from spikerl.envs.make import check_confirmed, task_of
 from spikerl.errors import BadRequest
 from spikerl.models.actor import MLPActor, SpikingActor, build_actor
 from spikerl.models.policy import Policy, load_policy
@@ -91,9 +91,7 @@ def spiking_config(run: Path, dense: Policy, request: ConvertRequest) -> dict[st
     path = run / "config.yaml"
     raw = read_config(path)
     env_id = str(raw["env"].get("id")) if isinstance(raw.get("env"), dict) else ""
-    if ":" in env_id and env_id != request.env_id:
-        remedy = f"its environment {env_id} names a module to import; confirm with env_id={env_id}"
-        raise BadRequest("run", run, remedy)
+    check_confirmed("run", run, env_id, request.env_id)
     overrides_of(path, [f"env.id={env_id}"], resumes=True)  # which refuses what is no plain data
     raw["actor"] = {
         "name": "popsan",

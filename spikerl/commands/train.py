@@ -23,12 +23,12 @@ from spikerl.distributed import launch, mpi
 from spikerl.distributed.world import ALONE, join, leave, ranked
 from spikerl.energy.meter import open_meter
 from spikerl.envs.make import make_env, task_of
-from spikerl.errors import BadRequest
+from spikerl.errors import DONE, FAILED, BadRequest
 from spikerl.files import write_text
-from spikerl.models.policy import Policy, find_policy, read_policy
+from spikerl.models.policy import Policy, check_shapes, find_policy, read_policy
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
-from spikerl.training.session import DONE, FAILED, Session
+from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
 from spikerl.types import Task
 
@@ -192,14 +192,7 @@ def finished(folder: Path, config: Config) -> bool:
 def read_init(source: str, config: Config, task: Task) -> Policy:
     """The policy that training starts from; it must have the shapes that this run has."""
     policy = read_policy(find_policy(Path(source), key="init_from"), key="init_from")
-    ours = (task.obs_shape, task.act_shape)
-    theirs = (policy.task.obs_shape, policy.task.act_shape)
-    if ours != theirs:
-        remedy = (
-            f"its policy maps {theirs[0]} to {theirs[1]} ({policy.task.env_id}),"
-            f" but {task.env_id} needs {ours[0]} to {ours[1]}"
-        )
-        raise BadRequest("init_from", source, remedy)
+    check_shapes("init_from", source, policy.task, task)
     if policy.config.shape() != config.actor.shape():
         remedy = f"its actor is {policy.config.shape()}, this run's is {config.actor.shape()}"
         raise BadRequest("init_from", source, remedy)

@@ -113,6 +113,14 @@ class Policy:
         return {"policy.safetensors": tensor_bytes(tensors), "policy.json": json_bytes(data)}
 
 
+def check_shapes(key: str, value: object, policy: Task, task: Task) -> None:
+    """Refuse a policy whose observations or actions have other shapes than the task's."""
+    theirs, ours = (policy.obs_shape, policy.act_shape), (task.obs_shape, task.act_shape)
+    if theirs != ours:
+        remedy = f"its policy maps {theirs[0]} to {theirs[1]} ({policy.env_id}),"
+        raise BadRequest(key, value, f"{remedy} {task.env_id} needs {ours[0]} to {ours[1]}")
+
+
 def load_policy(run: str | Path, device: str = "cpu") -> Policy:
     """The policy of a run folder: its final one, else that of its newest checkpoint.
 

@@ -15,7 +15,7 @@ from typing import Any
 from spikerl.config.build import Config
 from spikerl.distributed.world import World, share
 from spikerl.energy.meter import joules_to_reach, total_joules
-from spikerl.errors import BadRequest, DiskError
+from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest, DiskError
 from spikerl.files import write_json, write_text
 from spikerl.machine import versions
 from spikerl.runs import folder as run_folder
@@ -23,8 +23,6 @@ from spikerl.runs.checkpoint import Checkpoint, drop_later, save_checkpoint, ver
 from spikerl.runs.display import View, epoch_line, stuck_layers
 from spikerl.runs.record import RunLog
 from spikerl.training.trainer import Row, Trainer
-
-DONE, FAILED, STOPPED, INTERRUPTED = 0, 1, 75, 130  # exit statuses
 
 
 class Session:
@@ -223,7 +221,7 @@ class Session:
         if number:
             interrupted = number == signal.SIGINT
             status = "interrupted" if interrupted else "preempted"
-            code = INTERRUPTED if interrupted else STOPPED
+            code = INTERRUPTED if interrupted else PREEMPTED
         try:
             self.world.run_on_all(lambda: self.write_results(status))
         except DiskError as error:
