@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from spikerl.cli.compose import commands, expand, explain, module_of, usage
+from spikerl.cli.compose import commands, expand, explain, module_of, searchpath, usage
 from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_if_spawned, die_with_launcher
@@ -79,7 +79,8 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing and exiting
     sweep = Sweep.of(command, args)
-    sys.argv = ["spikerl", *(sweep.hydra_args() if sweep else []), *args]
+    own = [*searchpath(), *(sweep.hydra_args() if sweep else [])]
+    sys.argv = ["spikerl", *own, *args]
     statuses: list[int] = []
     called = False
 

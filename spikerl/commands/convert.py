@@ -40,6 +40,7 @@ class ConvertRequest:
     percentile: float
     episodes: int
     seed: int
+    plugins: list[str]
     env_id: str | None  # confirms an environment that names a module to import
 
     def __post_init__(self) -> None:
@@ -92,7 +93,8 @@ def spiking_config(run: Path, dense: Policy, request: ConvertRequest) -> dict[st
     raw = read_config(path)
     env_id = str(raw["env"].get("id")) if isinstance(raw.get("env"), dict) else ""
     check_confirmed("run", run, env_id, request.env_id)
-    overrides_of(path, [f"env.id={env_id}"], resumes=True)  # which refuses what is no plain data
+    typed = [f"env.id={env_id}", f"plugins=[{','.join(request.plugins)}]"]
+    overrides_of(path, typed, resumes=True)  # which refuses what is no plain data
     raw["actor"] = {
         "name": "popsan",
         "hidden_sizes": dense.config.actor.hidden_sizes,
@@ -110,7 +112,8 @@ def spiking_config(run: Path, dense: Policy, request: ConvertRequest) -> dict[st
         "surrogate_slope": 2.0,
         "surrogate_slope_end": None,
     }
-    return {**raw, "run_dir": request.run_dir, "resume": None, "init_from": None, "config": None}
+    own = {"run_dir": request.run_dir, "resume": None, "init_from": None, "config": None}
+    return {**raw, **own, "plugins": request.plugins}
 
 
 @torch.no_grad()

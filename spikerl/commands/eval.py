@@ -23,6 +23,7 @@ class EvalRequest:
     env_id: str | None
     json: bool
     device: str
+    plugins: list[str]
 
     def __post_init__(self) -> None:
         if self.episodes < 1:

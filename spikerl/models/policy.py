@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load
 from safetensors.torch import save as tensor_bytes
 
-from spikerl import kernels
+from spikerl import kernels, plugins
 from spikerl.errors import BadRequest
 from spikerl.files import json_bytes, read_bytes, read_json, write_atomic
 from spikerl.machine import versions
@@ -110,6 +110,8 @@ class Policy:
             **{k: v for k, v in asdict(self.config).items() if v is not None},
             "versions": self.trained_with or versions(),
         }
+        if needed := plugins.versions_of(self.config.parts()):
+            data["plugins"] = needed
         return {"policy.safetensors": tensor_bytes(tensors), "policy.json": json_bytes(data)}
 
 
@@ -171,6 +173,10 @@ def read_policy(
         raise BadRequest(
             key, folder, f"policy.json has schema {schema}; this version reads {SCHEMA}"
         )
+    needed = data.get("plugins", {})
+    if not isinstance(needed, dict):
+        raise BadRequest(key, folder, "policy.json garbles plugins")
+    plugins.check_there(key, folder, needed)
     try:
         task = Task(
             str(data["env_id"]),
