@@ -33,7 +33,8 @@ from spikerl.schema import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "outputs" / "reproduced").rglob("*.md"))]
+OTHERS = [*(ROOT / "outputs" / "reproduced").rglob("*.md"), *(ROOT / "tests").rglob("*.md")]
+PAGES = [ROOT / "README.md", *DOCS, *sorted(OTHERS)]
 WIDTH = 100
 
 LAUNCHER = r"(?:(?:srun|mpiexec|torchrun)\b.*? )?"
@@ -167,6 +168,28 @@ def test_links_lead_to_files(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s#]+)[^)]*\)", page.read_text(encoding="utf-8"))
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_are_there(page: Path) -> None:
+    spans = re.findall(r"`([\w./-]+)`", page.read_text(encoding="utf-8"))
+    names = {span for span in spans if "NAME" not in span}
+    assert [name for name in sorted(names) if names_file(name) and not places(name)] == []
+
+
+def names_file(span: str) -> bool:
+    """Whether it is written as the name of a source, test or script of this repository."""
+    first, slash, _ = span.partition("/")
+    ours = first in ("tests", "spikerl", "conf") or (ROOT / "spikerl" / first).is_dir()
+    source = re.search(r"\.(py|cpp|h|yaml)$", span) and (ours or first.startswith("test_"))
+    return bool(source) or (first == "scripts" and slash == "/")
+
+
+def places(name: str) -> list[Path]:
+    """Where a file is that is named from the root, from spikerl/, or alone if it is a test."""
+    if name.startswith("test_"):
+        return list((ROOT / "tests").rglob(name))
+    return [path for path in (ROOT / name, ROOT / "spikerl" / name) if path.exists()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
