@@ -68,10 +68,10 @@ def commands_in(text: str) -> list[str]:
     for kind, line in lines(text):
         (code if kind == "code" else rest).append(line)
     spans = re.findall(r"`([^`]+)`", "\n".join(rest))
-    found = [COMMAND.fullmatch(line.strip()) for line in code]
-    found += [COMMAND.fullmatch(" ".join(span.split())) for span in spans]
-    jobs = [SBATCH.fullmatch(line.strip()) for line in [*code, *spans]]
-    return [m[1] for m in found if m] + [f"train {m[1]}" for m in jobs if m]
+    code = re.sub(r"\\\n\s*", "", "\n".join(code)).splitlines()
+    written = [" ".join(text.split()) for text in [*code, *spans]]
+    typed = [m[1] for text in written if (m := COMMAND.fullmatch(text))]
+    return typed + [f"train {m[1]}" for text in written if (m := SBATCH.fullmatch(text))]
 
 
 def variants(command: str) -> Iterator[list[str]]:
@@ -207,7 +207,8 @@ PAGE = """\
 Prose with `spikerl train env=Ant
 seed=1` and `spikerl --help`.
 
-    $ srun -n2 spikerl train env=Hopper ...
+    $ srun -n2 spikerl train env=Hopper \\
+        seed=3 ...
     spikerl: rdzv=a:1: refused
     stopped; spikerl train resume=run goes on
 
@@ -225,7 +226,7 @@ scripts/spikerl eval run=RUN
 
 def test_commands_are_seen() -> None:
     assert commands_in(PAGE) == [
-        "train env=Hopper ...",
+        "train env=Hopper seed=3 ...",
         "bench rounds=5 json=true > out.json",
         "eval run=RUN",
         "train env=Ant seed=1",
@@ -236,7 +237,7 @@ def test_commands_are_seen() -> None:
 
 def test_kinds_of_lines() -> None:
     kinds = "".join(kind[0] for kind, _ in lines(PAGE))
-    assert kinds == "ppb" + "cccb" + "ccccb" + "tb" + "pp"
+    assert kinds == "ppb" + "ccccb" + "ccccb" + "tb" + "pp"
 
 
 def test_variants() -> None:
