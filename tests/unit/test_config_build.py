@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from shell import refusal
 
@@ -151,8 +152,10 @@ def with_number(default: dict[str, Any], key: str) -> dict[str, Any]:
     if group == "" or group == "env" or name in numbers(options[default[group]["name"]]):
         return default
     option = next(option for option, schema in options.items() if name in numbers(schema))
-    data = OmegaConf.load(conf_folder() / group / f"{option}.yaml")
-    return changed(default, **{group: OmegaConf.to_container(data)})
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        composed = compose("train", [f"{group}={option}"])
+    data: Any = OmegaConf.to_container(composed, resolve=True)
+    return changed(default, **{group: data[group]})
 
 
 @pytest.mark.parametrize("key", BOUNDS)
