@@ -8,13 +8,12 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from omegaconf import OmegaConf
 from shell import refusal
 
 from spikerl.algos import ALGOS
 from spikerl.config.build import RunConfig, build
-from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.world import BACKENDS
 from spikerl.energy.meter import METERS
 from spikerl.envs.make import EnvConfig
@@ -152,8 +151,7 @@ def with_number(default: dict[str, Any], key: str) -> dict[str, Any]:
     if group == "" or group == "env" or name in numbers(options[default[group]["name"]]):
         return default
     option = next(option for option, schema in options.items() if name in numbers(schema))
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        composed = compose("train", [f"{group}={option}"])
+    composed = compose("train", [f"{group}={option}"])
     data: Any = OmegaConf.to_container(composed, resolve=True)
     return changed(default, **{group: data[group]})
 
