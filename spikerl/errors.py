@@ -1,5 +1,8 @@
 """The ways a run is refused, hindered or stopped by design."""
 
+import difflib
+from collections.abc import Sequence
+
 
 class BadRequest(ValueError):
     """The request was wrong: the program ends with status 2 and this line, nothing created."""
@@ -22,3 +25,14 @@ class NonFinite(RuntimeError):
 
 class EnvironmentFailed(RuntimeError):
     """An environment raised, died, hung, or returned what its spaces do not say."""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The remedy for a name that is none of the known ones."""
+    near = difflib.get_close_matches(word, known, 3, 0.6)
+    if not near:
+        tail = word.rpartition(".")[2]
+        near = [name for name in known if name.rpartition(".")[2] == tail][:3]
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(known)}" if len(known) < 30 else "--help lists what there is"
