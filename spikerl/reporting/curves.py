@@ -41,8 +41,8 @@ def band(lines: Sequence[Line], *, shared: bool) -> tuple[Array, Array, Array, A
     if shared:
         x = np.unique(np.concatenate([line[0] for line in lines]))
     else:
-        first = max(line[0][0] for line in lines)
-        x = np.linspace(first, max(first, min(line[0][-1] for line in lines)), POINTS)
+        first, last = max(line[0][0] for line in lines), min(line[0][-1] for line in lines)
+        x = np.linspace(first, last, POINTS) if last > first else np.array([first])
     values_SE = np.full((len(lines), len(x)), math.nan)
     for row, (own, y) in zip(values_SE, lines, strict=True):
         if shared:
@@ -109,6 +109,7 @@ def profiles(scores: Mapping[str, Sequence[Array]]) -> Figure | None:
 
 def _grid(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     across = min(len(titles), PER_LINE)
     down = math.ceil(len(titles) / across)
@@ -121,6 +122,7 @@ def _grid(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
         ax.grid(color="#dddddd", linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure, axes[: len(titles)]
 
 

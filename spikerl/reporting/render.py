@@ -38,7 +38,7 @@ def render_table(table: Table, total_steps: int) -> list[str]:
     folder = ROOT / table.name
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(table, total_steps)
-    named = [(table.rows[r.row].label, s.run) for r in results.all for s in r.seeds if s.run]
+    named = [(r.row, s.run) for r in results.all for s in r.seeds if s.run]
     texts = {
         "table.md": tables.markdown(results),
         "table.csv": tables.table_csv(results),

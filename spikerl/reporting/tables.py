@@ -37,9 +37,13 @@ def rounded(value: float | None) -> str:
 
 
 def spread(mean: float | None, sd: float | None) -> str:
+    """Both with as many digits as the larger one has."""
     if mean is None:
         return "-"
-    return rounded(mean) if sd is None else f"{rounded(mean)} {PM} {rounded(sd)}"
+    if sd is None:
+        return rounded(mean)
+    digits = 0 if max(abs(mean), sd) >= 100 else 1
+    return f"{mean:.{digits}f} {PM} {sd:.{digits}f}"
 
 
 def percent(value: float | None) -> str:
@@ -96,7 +100,7 @@ def grid(results: Results, metric: str) -> Grid:
     primary = metric == table.protocol.metric
     for name, row in table.rows.items():
         printed = [""] * bool(table.aggregate)
-        if row.experiment or row.same_as or row.convert:
+        if _has_place(results, name, metric):
             own = gained.get(name, (None, None)) if primary else (None, None)
             ours = [percent(gain) for gain in own[: len(gains)]]
             cells = [cell_text(result, metric) for result in results.of(name)]
@@ -110,6 +114,14 @@ def grid(results: Results, metric: str) -> Grid:
                 printed = ["-" if given is None else f"{given:g}"]
             lines.append([published_label(results, name), *values, *theirs, *printed])
     return lines
+
+
+def _has_place(results: Results, row: str, metric: str) -> bool:
+    """The main table has every row that can be run, the others those that were."""
+    r = results.table.rows[row]
+    runs = bool(r.experiment or r.same_as or r.convert)
+    main = metric == results.table.protocol.metric
+    return runs and (main or any(len(result.scores(metric)) for result in results.of(row)))
 
 
 def aggregate_grid(results: Results) -> Grid:
@@ -180,16 +192,17 @@ def notes(results: Results) -> list[str]:
             f" {NAMES[table.protocol.metric]}; it is given where every task has a value"
         )
     here = sorted({c.version for c in table.columns.values()})
+    for version in dict.fromkeys(r.published.version for r in table.rows.values() if r.published):
+        if [version] != here:
+            said.append(
+                f"published values are of {version} tasks, the runs here of {', '.join(here)}:"
+                " these are other tasks, and no differences are given"
+            )
     for row in table.rows.values():
         p = row.published
         if p is None:
             continue
-        said.append(f"{row.label}, published: {table.source}, {p.source}")
-        if [p.version] != here:
-            said.append(
-                f"{row.label}: published on {p.version} tasks, run here on {', '.join(here)};"
-                " these are other tasks"
-            )
+        said.append(f"{row.label}, published: {p.source}")
         if p.metric != table.protocol.metric:
             said.append(f"{row.label}, published: the {NAMES.get(p.metric, p.metric)}")
         if p.figure:
@@ -216,10 +229,9 @@ def markdown(results: Results) -> str:
 
 def asked(results: Results) -> str:
     p = results.table.protocol
-    return (
-        f"{steps(results.total_steps)} steps, evaluations of {p.eval_episodes}"
-        " deterministic episodes."
-    )
+    asked, whole = steps(results.total_steps), steps(p.total_steps)
+    of = "" if asked == whole else f" (the protocol has {whole})"
+    return f"{asked} steps{of}, evaluations of {p.eval_episodes} deterministic episodes."
 
 
 def markdown_grid(lines: Grid) -> str:
