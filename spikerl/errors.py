@@ -1,7 +1,10 @@
-"""The ways a run is refused, hindered or stopped by design."""
+"""The ways a run is refused, hindered or stopped by design, and the statuses it exits with."""
 
 import difflib
 from collections.abc import Sequence
+
+# 75 and 130: stopped on request before the end; resume goes on.
+DONE, FAILED, WRONG, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 class BadRequest(ValueError):

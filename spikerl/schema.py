@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import (
@@ -37,8 +37,8 @@ def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
         field = str(error.full_key)
         value = OmegaConf.select(OmegaConf.create(dict(data)), field)
         known = schema.__dataclass_fields__  # type: ignore[attr-defined]
-        found = known.get(field.split("[")[0].split(".")[0])
-        expected = found.type if found else "another type"
+        declared = known.get(field.split("[")[0].split(".")[0])
+        expected = declared.type if declared else "another type"
         raise BadRequest(f"{prefix}{field}", value, f"expected {expected}") from None
     except OmegaConfBaseException as error:
         line = str(error).splitlines()[0]
@@ -53,12 +53,45 @@ def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
     return result
 
 
-def choose(options: Mapping[str, type[Any]], data: Any, *, key: str) -> Any:
-    """Parse `data` with the schema that its `name` selects among `options`."""
-    name = str(data.get("name") if isinstance(data, Mapping) else data)
-    if not isinstance(data, Mapping) or name not in options:
-        raise BadRequest(key, name, f"one of {', '.join(sorted(options))}")
-    return parse(options[name], data, key=key)
+C = TypeVar("C")
+P = TypeVar("P")
+
+
+class Registry(Generic[C, P]):
+    """The options of one config group: name to (config class, class that it configures).
+
+    Whatever lists the group's options, validates them or builds from them reads this.
+    """
+
+    def __init__(self, group: str, **options: tuple[type[C], type[P]]) -> None:
+        self.group = group
+        self.options: dict[str, tuple[type[C], type[P]]] = dict(options)
+
+    def register(self, name: str, config: type[C], part: type[P]) -> None:
+        """Add an option. A plugin calls this when it is imported; its conf/ has the values."""
+        if self.options.get(name, (config, part)) != (config, part):
+            raise ValueError(f"{self.group}={name} is registered already")
+        self.options[name] = (config, part)
+
+    def parse(self, data: Any) -> C:
+        """The validated config of the option that `data` names."""
+        name = str(data.get("name") if isinstance(data, Mapping) else data)
+        if not isinstance(data, Mapping) or name not in self.options:
+            raise BadRequest(self.group, name, f"one of {', '.join(sorted(self.options))}")
+        return parse(self.options[name][0], data, key=self.group)
+
+    def part(self, config: Any) -> type[P]:
+        """The class that `config` configures."""
+        return self.options[config.name][1]
+
+
+def dotted(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings by their dotted keys."""
+    if not isinstance(data, Mapping):
+        yield prefix, data
+        return
+    for key, value in data.items():
+        yield from dotted(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def check_sizes(key: str, sizes: Iterable[int]) -> None:

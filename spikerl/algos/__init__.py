@@ -1,1 +1,22 @@
-"""Learning rules. Each file reads like the paper; `update(batch)` returns detached tensors."""
+"""Learning algorithms: each file reads like its paper."""
+
+from __future__ import annotations
+
+from spikerl.algos.base import AlgoConfig, Learner
+from spikerl.algos.ddpg import DDPG, DDPGConfig
+from spikerl.algos.ppo import PPO, PPOConfig
+from spikerl.algos.proxy_td3 import ProxyTD3, ProxyTD3Config
+from spikerl.algos.sac import SAC, SACConfig
+from spikerl.algos.td3 import TD3, TD3Config
+from spikerl.schema import Registry
+
+ALGOS: Registry[AlgoConfig, Learner] = Registry(
+    "algo",
+    ddpg=(DDPGConfig, DDPG),
+    td3=(TD3Config, TD3),
+    proxy_td3=(ProxyTD3Config, ProxyTD3),
+    sac=(SACConfig, SAC),
+    ppo=(PPOConfig, PPO),
+)
+
+__all__ = ["ALGOS", "AlgoConfig", "Learner"]

@@ -1,4 +1,4 @@
-"""What every learning rule shares: the one door from loss to weights."""
+"""What every algorithm shares: the one door from a gradient to new weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spikerl.schema import check_sizes
 
 @dataclass(kw_only=True)
 class AlgoConfig:
-    """What every learning rule has; every count of steps is a total over all environments."""
+    """What every algorithm has; every count of steps is a total over all environments."""
 
     critics: ClassVar[int]
 
@@ -56,8 +56,8 @@ class AlgoConfig:
         """Of the actor, for so many action entries."""
         return act_dim
 
-    def updates_due(self, step: int, fewer: int) -> int:
-        """Updates that belong to the first `step` steps, each of `fewer` times the rows."""
+    def updates_due(self, step: int, batches: int) -> int:
+        """Updates that belong to the first `step` steps, each of so many batches."""
         raise NotImplementedError
 
     def capacity(self) -> int:
@@ -124,10 +124,10 @@ class Guard:
             raise NonFinite("fp16: gradients are not finite at any loss scale; use bf16 or fp32")
 
 
-class Stepper:
-    """The one door from a gradient to new weights: sum over workers, unscale, check, clip, step.
+class Optimizer:
+    """The one door from a gradient to new weights: sum over workers, unscale, check, clip, Adam.
 
-    `gradient` is what the learning rule fills before each call.
+    `gradient` is what an algorithm fills before each step.
     """
 
     def __init__(
@@ -148,17 +148,16 @@ class Stepper:
         step = torch.zeros((), dtype=torch.float32, device=self.flat.device)
         zeros = torch.zeros_like(self.flat)
         self.moments = Moments(self.flat, step, zeros, zeros.clone())
-        self.guard, self.world, self.kernel = guard, world, kernel
+        self.guard, self.world, self.kernel = guard, world, kernels.named(kernel)
 
-    def __call__(self) -> Tensor:
+    def step(self) -> Tensor:
         """Step, unless something was not finite; the loss over the global batch."""
         guard, vector = self.guard, self.gradient.vector
         self.world.sum_(vector)
         if guard.scales_loss:
             vector[:-1] /= guard.scale
         loss = self.gradient.loss.clone()
-        adam = kernels.named(self.kernel).adam
-        adam(self.moments, vector, self.lr, self.max_norm, guard.masked)
+        self.kernel.adam(self.moments, vector, self.lr, self.max_norm, guard.masked)
         return loss
 
     def state(self) -> dict[str, Tensor]:
@@ -170,7 +169,7 @@ Metrics = dict[str, Tensor]
 
 
 class Learner:
-    """An actor and critics, and how they learn; what learning rules share."""
+    """An actor and critics, and how they learn; what algorithms share."""
 
     config: AlgoConfig
     on_policy = False
@@ -190,31 +189,34 @@ class Learner:
         weight: float = 1.0,
     ) -> None:
         self.config, self.generator, self.world = config, generator, world
-        self.actor, self.critic = actor, critic
+        self.actor, self.critic, self.kernel = actor, critic, kernels.named(critic.kernel)
         self.guard = Guard(generator.device, scales_loss=scales_loss)
-        self.stepper = partial(
-            Stepper,
+        self.optimizer = partial(
+            Optimizer,
             guard=self.guard,
             max_grad_norm=config.max_grad_norm,
             world=world,
             weight=weight,
             kernel=critic.kernel,
         )
-        self.step_critic = self.stepper(critic, config.critic_lr)
-        self.step_actor = self.stepper(actor, actor_lr)
+        self.critic_optimizer = self.optimizer(critic, config.critic_lr)
+        self.actor_optimizer = self.optimizer(actor, actor_lr)
+        # What an update depends on and changes, by the names that checkpoints have for it.
+        self.optimizers = {"critic": self.critic_optimizer, "actor": self.actor_optimizer}
+        self.targets: dict[str, Tensor] = {}
         self.acting: Actor = actor  # explores
-        self.acting_flat = self.step_actor.flat
+        self.acting_flat = self.actor_optimizer.flat
         self.updates = 0
 
-    def burst(
+    def train(
         self,
         replay: Replay,
-        updates: int,
-        size: int,
+        gradient_steps: int,
+        batch_size: int,
         generator: torch.Generator,
         normalize: Callable[[Tensor], Tensor],
     ) -> list[Metrics]:
-        """The updates that are due, `size` rows of `replay` for each; what each says of itself."""
+        """The updates that are due, `batch_size` rows of `replay` for each; metrics of each."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -228,15 +230,9 @@ class Learner:
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors that an update depends on and changes, beside `updates`."""
-        parts = self.parts()
+        parts = {name: optimizer.state() for name, optimizer in self.optimizers.items()}
+        parts |= {"guard": self.guard.state(), "target": self.targets}
         return {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
-
-    def parts(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            "critic": self.step_critic.state(),
-            "actor": self.step_actor.state(),
-            "guard": self.guard.state(),
-        }
 
     def act_on_cpu(self, kernel: str) -> None:
         """From now on a copy of the actor explores there, run by `kernel`."""
@@ -248,4 +244,4 @@ class Learner:
     def refresh(self) -> None:
         """Give the copy that explores the actor's weights."""
         if self.acting is not self.actor:
-            self.acting_flat.copy_(self.step_actor.flat)
+            self.acting_flat.copy_(self.actor_optimizer.flat)

@@ -31,8 +31,8 @@ def record_on_gpu(
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
-        found = work()
-    return graph.replay, found
+        metrics = work()
+    return graph.replay, metrics
 
 
 class Graphed:
@@ -45,7 +45,7 @@ class Graphed:
         self.calls = 0
         self.rows: Batch | None = None
         self.launch: Callable[[], None] = lambda: None
-        self.found: Metrics = []
+        self.metrics: Metrics = []
 
     def __call__(self, rows: Batch) -> Metrics:
         self.calls += 1
@@ -53,11 +53,11 @@ class Graphed:
             return self._aside(rows)
         if self.rows is None:
             fixed = self.rows = Batch(*(field.clone() for field in rows))
-            self.launch, self.found = self.record(lambda: self.work(fixed), self.generator)
+            self.launch, self.metrics = self.record(lambda: self.work(fixed), self.generator)
         for mine, new in zip(self.rows, rows, strict=True):
             mine.copy_(new)
         self.launch()
-        return [{name: value.clone() for name, value in m.items()} for m in self.found]
+        return [{name: value.clone() for name, value in m.items()} for m in self.metrics]
 
     def _aside(self, rows: Batch) -> Metrics:
         if rows.obs.device.type != "cuda":
@@ -65,6 +65,6 @@ class Graphed:
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            found = self.work(rows)
+            metrics = self.work(rows)
         current.wait_stream(stream)
-        return found
+        return metrics

@@ -1,22 +1,26 @@
-"""What learning rules that replay transitions share."""
+"""What algorithms that replay transitions share: when updates are due, and their batches."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from spikerl import kernels
 from spikerl.algos.base import AlgoConfig, Learner, Metrics, flatten
 from spikerl.algos.graphs import Graphed
 from spikerl.algos.replay import Replay
+from spikerl.models.actor import Actor
+from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
-DRAWN_TOGETHER = 64  # batches that are gathered and normalised at once, which bounds their memory
+BATCHES_AT_ONCE = 64  # gathered and normalised in one pass; bounds its memory
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(kw_only=True)
@@ -27,8 +31,8 @@ class OffPolicyConfig(AlgoConfig):
     replay_capacity: int  # transitions
     random_steps: int  # the first steps act uniformly at random
     learning_starts: int  # steps before the first update
-    update_interval: int  # steps between bursts of updates
-    updates_per_step: float  # a burst makes update_interval * updates_per_step updates
+    update_interval: int  # steps, after which update_interval * updates_per_step updates are due
+    updates_per_step: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,94 +44,104 @@ class OffPolicyConfig(AlgoConfig):
     def capacity(self) -> int:
         return self.replay_capacity
 
-    def updates_due(self, step: int, fewer: int) -> int:
-        """A burst at each update_interval, from learning_starts on."""
-        first = -(-max(self.learning_starts, 1) // self.update_interval)  # the first burst's number
-        bursts = max(step // self.update_interval - first + 1, 0)
-        updates = bursts * self.update_interval * self.updates_per_step / fewer
+    def updates_due(self, step: int, batches: int) -> int:
+        """Those of every update_interval steps, from learning_starts on."""
+        first = -(-max(self.learning_starts, 1) // self.update_interval)  # interval with updates
+        intervals = max(step // self.update_interval - first + 1, 0)
+        updates = intervals * self.update_interval * self.updates_per_step / batches
         return int(updates + 1e-6)  # 100 * 0.29 is 28.999...
 
 
 class OffPolicy(Learner):
-    """An actor, critics and their targets, and updates from replayed rows."""
+    """Updates from replayed rows, with target networks.
+
+    Target networks change with policy updates alone. The updates up to the next of them are a
+    round: they have the same targets, whose values are then computed in one pass.
+    """
 
     config: OffPolicyConfig
-    batches = 1  # that an update takes
+    batches_per_update = 1
+    policy_delay = 1  # actor and targets change on one update of so many:
+    first_policy_update = 0  # on this one first, counted from 0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.random_steps = self.config.random_steps
-        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.critic_target_flat = flatten(self.critic_target)
+    def __init__(
+        self, actor: Actor, critic: Critics, config: OffPolicyConfig, **settings: Any
+    ) -> None:
+        super().__init__(actor, critic, config, **settings)
+        self.random_steps = config.random_steps
+        self.critic_target = self.add_target("critic", critic)
         self.graph: Graphed | None = None
-        if self.critic.kernel == "triton/graphs":
-            self.graph = Graphed(self.round, self.generator)
+        if critic.kernel == "triton/graphs":
+            self.graph = Graphed(self.whole_round, self.generator)
 
-    @property
-    def policy_delay(self) -> int:
-        """The actor and all targets move once in so many updates."""
-        return 1
+    def add_target(self, name: str, module: M) -> M:
+        """A target network of a module, which `update_targets` averages."""
+        target = copy.deepcopy(module).requires_grad_(False)
+        self.targets[name] = flatten(target)
+        return target
 
-    def moves(self, update: int) -> bool:
-        """Whether they move on this one."""
-        return True
+    def update(self, rows: Batch, numbers: range) -> list[Metrics]:
+        """Updates number `numbers`, a round or a part of one, each on its share of the rows."""
+        raise NotImplementedError
 
-    def burst(
+    def is_policy_update(self, number: int) -> bool:
+        return (number - self.first_policy_update) % self.policy_delay == 0
+
+    def update_targets(self) -> None:
+        """Target <- (1 - tau) target + tau online."""
+        for name, target in self.targets.items():
+            online = self.optimizers[name].flat
+            self.kernel.polyak(target, online, self.config.tau, self.guard.masked)
+
+    def train(
         self,
         replay: Replay,
-        updates: int,
-        size: int,
+        gradient_steps: int,
+        batch_size: int,
         generator: torch.Generator,
         normalize: Callable[[Tensor], Tensor],
     ) -> list[Metrics]:
-        """As `Learner.burst`, from rows that are drawn here."""
-        found: list[Metrics] = []
-        while len(found) < updates:
-            count = min(updates - len(found), max(DRAWN_TOGETHER // self.batches, 1))
-            rows = replay.sample(count * self.batches * size, generator, normalize)
-            found += self.learn(rows, count)
-        return found
+        metrics: list[Metrics] = []
+        most = max(BATCHES_AT_ONCE // self.batches_per_update, 1)
+        while len(metrics) < gradient_steps:
+            count = min(gradient_steps - len(metrics), most)
+            rows = replay.sample(count * self.batches_per_update * batch_size, generator, normalize)
+            metrics += self.learn(rows, count)
+        return metrics
 
-    def learn(self, rows: Batch, updates: int) -> list[Metrics]:
-        """Updates with equal shares of the rows, in order; what each says of itself.
-
-        Targets stand still from one move to the next, so the values of all updates between are
-        found in one pass.
-        """
-        size = len(rows.rew) // updates
-        numbers = range(self.updates, self.updates + updates)
-        ends = [i + 1 for i in range(updates) if self.moves(numbers[i]) or i + 1 == updates]
-        rounds = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-        sizes = [together * size for together in rounds]
-        found: list[Metrics] = []
-        for together, *fields in zip(rounds, *(field.split(sizes) for field in rows), strict=True):
-            now = Batch(*fields)
-            # A whole round begins behind a move of the targets and ends with the next.
-            if self.graph is not None and self.updates > 0 and together == self.policy_delay:
-                found += self.graph(now)
+    def learn(self, rows: Batch, gradient_steps: int) -> list[Metrics]:
+        """So many updates with equal shares of the rows, in order, round by round."""
+        first, metrics = self.updates, []
+        last = first + gradient_steps
+        ends = [n + 1 for n in range(first, last) if self.is_policy_update(n) or n + 1 == last]
+        rounds = [range(begin, end) for begin, end in zip([first, *ends], ends, strict=False)]
+        size = len(rows.rew) // gradient_steps
+        sizes = [len(numbers) * size for numbers in rounds]
+        for numbers, *fields in zip(rounds, *(field.split(sizes) for field in rows), strict=True):
+            own = Batch(*fields)
+            # A whole round begins behind a policy update.
+            if self.graph is not None and self.updates > 0 and len(numbers) == self.policy_delay:
+                metrics += self.graph(own)
             else:
-                found += self.between_moves(now, self.updates, together)
-            self.updates += together
+                metrics += self.update(own, numbers)
+            self.updates = numbers.stop
         self.refresh()
-        return found
+        return metrics
 
-    def round(self, rows: Batch) -> list[Metrics]:
-        """The updates of one graph: up to a move, from the one behind the last."""
+    def whole_round(self, rows: Batch) -> list[Metrics]:
+        """What one CUDA graph makes."""
         delay = self.policy_delay
-        first = next(i for i in range(1, delay + 1) if self.moves(i + delay - 1))
-        return self.between_moves(rows, first, delay)
+        first = next(n for n in range(1, delay + 1) if self.is_policy_update(n + delay - 1))
+        return self.update(rows, range(first, first + delay))
 
-    def between_moves(self, rows: Batch, update: int, updates: int) -> list[Metrics]:
-        """Updates number `update` and on, whose targets are the same."""
-        raise NotImplementedError
+    def explore_with_noise(self, obs: Tensor, generator: torch.Generator, std: float) -> Tensor:
+        """Actions with Gaussian noise, one draw for every environment and entry, clipped."""
+        act = self.acting(obs, generator)
+        noise = torch.randn(act.shape, generator=generator, device=act.device)
+        return self.kernel.add_clipped_noise(act, noise, std, math.inf)
 
-    def update(self, batch: Batch) -> Metrics:
-        """One update."""
-        return self.learn(batch, 1)[0]
 
-    def parts(self) -> dict[str, dict[str, Tensor]]:
-        return {**super().parts(), "target": {"critic": self.critic_target_flat}}
-
-    def polyak(self, target: Tensor, online: Tensor) -> None:
-        polyak = kernels.named(self.critic.kernel).polyak
-        polyak(target, online, self.config.tau, self.guard.masked)
+def batches(count: int, *fields: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Equal shares of the rows of each field."""
+    size = len(fields[0]) // count
+    return zip(*(field.split(size) for field in fields), strict=True)

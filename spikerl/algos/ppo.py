@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from spikerl.algos.base import AlgoConfig, Learner, Metrics
 from spikerl.algos.replay import Replay
 from spikerl.algos.returns import gae
+from spikerl.models.actor import Actor
+from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
 
@@ -56,9 +58,9 @@ class PPOConfig(AlgoConfig):
     def capacity(self) -> int:
         return self.rollout_steps
 
-    def updates_due(self, step: int, fewer: int) -> int:
+    def updates_due(self, step: int, batches: int) -> int:
         """Behind each rollout, unless the divergence stops them."""
-        minibatches = max(self.rollout_steps // (self.batch_size * fewer), 1)
+        minibatches = max(self.rollout_steps // (self.batch_size * batches), 1)
         return step // self.rollout_steps * self.epochs * minibatches
 
 
@@ -75,7 +77,7 @@ class Rows(NamedTuple):
 
     obs: Tensor  # (B, O)
     act: Tensor  # (B, A)
-    logp: Tensor  # (B, A) of the policy that acted, for each entry
+    log_prob: Tensor  # (B, A) of the policy that acted, for each entry
     advantage: Tensor  # (B,)
     ret: Tensor  # (B,) what the critic is to say
 
@@ -91,33 +93,35 @@ class PPO(Learner):
     metrics = ("entropy", "approx_kl", "clip_fraction")
     on_policy = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.head = LogStd(self.actor.act_dim, self.config.log_std).to(self.generator.device)
-        self.step_head = self.stepper(self.head, self.step_actor.lr)
+    def __init__(self, actor: Actor, critic: Critics, config: PPOConfig, **settings: Any) -> None:
+        super().__init__(actor, critic, config, **settings)
+        self.log_std = LogStd(actor.act_dim, config.log_std).to(self.generator.device)
+        lr = self.actor_optimizer.lr
+        self.optimizers["log_std"] = self.optimizer(self.log_std, lr)
 
-    def burst(
+    def train(
         self,
         replay: Replay,
-        updates: int,
-        size: int,
+        gradient_steps: int,
+        batch_size: int,
         generator: torch.Generator,
         normalize: Callable[[Tensor], Tensor],
     ) -> list[Metrics]:
+        """`epochs` passes over the newest rollout, in minibatches."""
         batch, last = replay.newest(self.config.rollout_steps // self.world.size, normalize)
         rows = self.prepare(batch, last, replay.width)
-        minibatches = updates // self.config.epochs
-        found: list[Metrics] = []
+        minibatches = gradient_steps // self.config.epochs
+        metrics: list[Metrics] = []
         for _ in range(self.config.epochs):
             order = torch.randperm(len(rows.ret), generator=generator).to(rows.ret.device)
             for index in order.tensor_split(minibatches):
-                metrics = self.step(Rows(*(field[index] for field in rows)))
-                if metrics is None:
+                own = self.update(Rows(*(field[index] for field in rows)))
+                if own is None:
                     self.refresh()
-                    return found
-                found.append(metrics)
+                    return metrics
+                metrics.append(own)
         self.refresh()
-        return found
+        return metrics
 
     @torch.no_grad()
     def prepare(self, batch: Batch, last: Tensor, envs: int) -> Rows:
@@ -133,52 +137,58 @@ class PPO(Learner):
         ret = advantage + value
         if c.normalize_advantage == "rollout":
             advantage = self.normalized(advantage)
-        logp = self.logp(self.actor(batch.obs), batch.act)
-        return Rows(batch.obs, batch.act, logp, advantage, ret)
+        log_prob = self.log_prob(self.actor(batch.obs), batch.act)
+        return Rows(batch.obs, batch.act, log_prob, advantage, ret)
 
-    def step(self, rows: Rows) -> Metrics | None:
-        """One update; None where the policy has moved far enough from the one that acted."""
-        c, actor, critic = self.config, self.step_actor, self.step_critic
+    def update(self, rows: Rows) -> Metrics | None:
+        """One minibatch; None where the policy is too far from the one that acted."""
+        c, actor, critic = self.config, self.actor_optimizer, self.critic_optimizer
+        log_std = self.optimizers["log_std"]
         advantage = rows.advantage
         if c.normalize_advantage == "minibatch":
             advantage = self.normalized(advantage)
-        act, pull = self.actor.vjp(rows.obs, self.generator)
+
+        # Ratio of new to old probability, and the divergence KL = E[ratio - 1 - log ratio].
+        act, backward = self.actor.vjp(rows.obs, self.generator)
         act.requires_grad_()
-        change = self.logp(act, rows.act) - rows.logp
+        change = self.log_prob(act, rows.act) - rows.log_prob
         log_ratio = change.sum(-1, keepdim=True)
-        divergence = (log_ratio.detach().expm1() - log_ratio.detach()).mean()
-        if c.target_kl is not None and self.mean_over_workers(divergence) > 1.5 * c.target_kl:
+        approx_kl = (log_ratio.detach().expm1() - log_ratio.detach()).mean()
+        if c.target_kl is not None and self.mean_over_workers(approx_kl) > 1.5 * c.target_kl:
             return None
+
+        # Actor: minimise -mean min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) - coef entropy.
         ratio = (log_ratio if c.ratio == "joint" else change).exp()
         clipped = ratio.clamp(1.0 - c.clip_ratio, 1.0 + c.clip_ratio)
-        weighed = torch.min(ratio * advantage.unsqueeze(-1), clipped * advantage.unsqueeze(-1))
-        entries = self.head.value_A + 0.5 * math.log(2.0 * math.pi * math.e)
+        surrogate = torch.min(ratio * advantage.unsqueeze(-1), clipped * advantage.unsqueeze(-1))
+        entries = self.log_std.value_A + 0.5 * math.log(2.0 * math.pi * math.e)
         entropy = entries.sum() if c.ratio == "joint" else entries.mean()
-        loss = -weighed.mean() - c.entropy_coef * entropy
-        grads = torch.autograd.grad(loss, (act, self.head.value_A), actor.gradient.factor)
+        loss = -surrogate.mean() - c.entropy_coef * entropy
+        grads = torch.autograd.grad(loss, (act, self.log_std.value_A), actor.gradient.factor)
         actor.gradient.loss.copy_(loss.detach() * actor.gradient.weight)
-        pull(grads[0], actor.gradient)
-        self.step_head.gradient.slots[0].copy_(grads[1])
+        backward(grads[0], actor.gradient)
+        log_std.gradient.slots[0].copy_(grads[1])
 
-        q_mean = self.critic.critic_backward(
-            rows.obs, self.no_act(rows.obs), rows.ret, critic.gradient
-        )
+        # Critic: minimise mean (V(s) - return)^2.
+        no_act = self.no_act(rows.obs)
+        q_mean = self.critic.critic_backward(rows.obs, no_act, rows.ret, critic.gradient)
+
         metrics = {
-            "critic_loss": critic(),
+            "critic_loss": critic.step(),
             "q_mean": q_mean,
-            "actor_loss": actor(),
+            "actor_loss": actor.step(),
             "entropy": entropy.detach(),
-            "approx_kl": divergence,
+            "approx_kl": approx_kl,
             "clip_fraction": (ratio.detach() != clipped.detach()).to(loss.dtype).mean(),
         }
-        self.step_head()
+        log_std.step()
         self.guard.close()
         self.updates += 1
         return metrics
 
-    def logp(self, mean_BA: Tensor, act_BA: Tensor) -> Tensor:
+    def log_prob(self, mean_BA: Tensor, act_BA: Tensor) -> Tensor:
         """log N(act; mean, std) of each entry, (B, A)."""
-        log_std = self.head.value_A
+        log_std = self.log_std.value_A
         z = (act_BA - mean_BA) * torch.exp(-log_std)
         return -0.5 * z.square() - log_std - 0.5 * math.log(2.0 * math.pi)
 
@@ -204,12 +214,9 @@ class PPO(Learner):
         self.world.sum_(total)
         return float(total) / self.world.size
 
-    def parts(self) -> dict[str, dict[str, Tensor]]:
-        return {**super().parts(), "log_std": self.step_head.state()}
-
     @torch.no_grad()
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         """Actions drawn from the policy; they may leave [-1, 1], the environment clips them."""
         act = self.acting(obs, generator)
         noise = torch.randn(act.shape, generator=generator, device=act.device)
-        return act + self.head.value_A.exp().to(act.device) * noise
+        return act + self.log_std.value_A.exp().to(act.device) * noise

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikerl import kernels
 from spikerl.algos.base import Metrics
-from spikerl.algos.offpolicy import OffPolicy
-from spikerl.algos.td3 import TD3, TD3Config
-from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.algos.offpolicy import OffPolicy, batches
+from spikerl.algos.td3 import TD3Config
+from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.critic import Critics
 from spikerl.schema import check_sizes
 from spikerl.types import Batch
 
 
 @dataclass(kw_only=True)
 class ProxyTD3Config(TD3Config):
-    proxy_steps: int  # K, steps of the proxy before each of the critics, a batch each
+    proxy_steps: int  # K, steps of the proxy before each critic step, with a batch each
     proxy_lr: float
     proxy_hidden_sizes: list[int]
 
@@ -34,50 +34,66 @@ class ProxyTD3Config(TD3Config):
         self.check("give a value above 0", lambda x: x > 0.0, "proxy_lr")
 
 
-class ProxyTD3(TD3):
-    """TD3 whose target actor is a proxy."""
-
+class ProxyTD3(OffPolicy):
     config: ProxyTD3Config
     metrics = ("proxy_loss",)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        OffPolicy.__init__(self, *args, **kwargs)  # there is no target actor
-        c, actor = self.config, self.actor
-        dense = MLPConfig(name="mlp", hidden_sizes=c.proxy_hidden_sizes, lr=c.proxy_lr)
+    def __init__(
+        self, actor: Actor, critic: Critics, config: ProxyTD3Config, **settings: Any
+    ) -> None:
+        self.policy_delay = config.policy_delay
+        self.first_policy_update = config.first_policy_update
+        self.batches_per_update = config.proxy_steps
+        super().__init__(actor, critic, config, **settings)
+        dense = MLPConfig(name="mlp", hidden_sizes=config.proxy_hidden_sizes, lr=config.proxy_lr)
         self.proxy = MLPActor(actor.obs_dim, actor.act_dim, dense).to(self.generator.device)
-        self.step_proxy = self.stepper(self.proxy, c.proxy_lr)
-        self.batches = c.proxy_steps
+        self.optimizers["proxy"] = self.optimizer(self.proxy, config.proxy_lr)
 
-    def between_moves(self, rows: Batch, update: int, updates: int) -> list[Metrics]:
-        """The critics, and the actor, learn from the last of the proxy's batches."""
-        with torch.no_grad():  # the actor stands still until the last update has imitated it
-            goal = self.actor(rows.obs, self.generator)
-        size = len(goal) // (updates * self.batches)
-        goals, batches = goal.split(size), zip(*(f.split(size) for f in rows), strict=True)
-        found: list[Metrics] = []
-        losses: list[Tensor] = []
-        for i, (batch, now) in enumerate(zip(map(Batch._make, batches), goals, strict=True)):
-            losses.append(self.mse_backward(batch.obs, now))
-            if (i + 1) % self.batches:
-                continue
-            q_target = self.q_target(batch)
-            moves = self.moves(update + len(found))
-            metrics = self.step(batch.obs, batch.act, q_target, moves=moves)
-            found.append({**metrics, "proxy_loss": torch.stack(losses).mean()})
-            losses.clear()
-        return found
+    def update(self, rows: Batch, numbers: range) -> list[Metrics]:
+        """K batches for each update; critics and actor learn from the last of them."""
+        c, kernel, proxy = self.config, self.kernel, self.optimizers["proxy"]
+        critic, actor = self.critic_optimizer, self.actor_optimizer
 
-    def mse_backward(self, obs: Tensor, goal: Tensor) -> Tensor:
-        """A step of the proxy; its mean squared error over the batch and the action's entries."""
-        kernel = kernels.named(self.critic.kernel)
-        kernel.mse_backward(self.proxy, obs, goal, self.step_proxy.gradient)
-        return self.step_proxy()
+        # What the proxy imitates. The actor changes with the last of these updates at the earliest.
+        with torch.no_grad():
+            actor_act = self.actor(rows.obs, self.generator)
 
-    def target_act(self, next_obs: Tensor) -> Tensor:
-        return kernels.named(self.critic.kernel).dense_actions(self.proxy, next_obs)
+        metrics = []
+        shares = batches(len(numbers) * c.proxy_steps, *rows, actor_act)
+        for number in numbers:
+            # Proxy: K steps that minimise mean (proxy(s) - pi(s))^2, over action entries too.
+            losses = []
+            for _ in range(c.proxy_steps):
+                *fields, goal = next(shares)
+                batch = Batch(*fields)
+                kernel.mse_backward(self.proxy, batch.obs, goal, proxy.gradient)
+                losses.append(proxy.step())
 
-    def move_targets(self) -> None:
-        self.polyak(self.critic_target_flat, self.step_critic.flat)
+            with torch.no_grad():
+                # Target policy smoothing: a' = clip(proxy(s') + clip(noise, -c, c), -1, 1).
+                next_act = kernel.dense_actions(self.proxy, batch.next_obs)
+                noise = torch.randn(
+                    next_act.shape, generator=self.generator, device=next_act.device
+                )
+                next_act = kernel.add_clipped_noise(next_act, noise, c.target_noise, c.noise_clip)
+                # Clipped double Q-learning: y = r + gamma (1 - terminated) min_i Q_i'(s', a').
+                q_target = self.critic_target.td_target(batch, next_act)
 
-    def parts(self) -> dict[str, dict[str, Tensor]]:
-        return {**OffPolicy.parts(self), "proxy": self.step_proxy.state()}
+            # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
+            q_mean = self.critic.critic_backward(batch.obs, batch.act, q_target, critic.gradient)
+            own = {"critic_loss": critic.step(), "q_mean": q_mean}
+
+            # Delayed policy update: minimise -mean Q_1(s, pi(s)), by the chain rule through dQ/da.
+            if self.is_policy_update(number):
+                act, backward = self.actor.vjp(batch.obs, self.generator)
+                backward(self.critic.dq_da(batch.obs, act, actor.gradient), actor.gradient)
+                own["actor_loss"] = actor.step()
+                self.update_targets()
+
+            self.guard.close()
+            metrics.append({**own, "proxy_loss": torch.stack(losses).mean()})
+        return metrics
+
+    @torch.no_grad()
+    def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
+        return self.explore_with_noise(obs, generator, self.config.explore_noise)

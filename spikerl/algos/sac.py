@@ -17,6 +17,7 @@ from spikerl.algos.base import Metrics, flatten
 from spikerl.algos.offpolicy import OffPolicy, OffPolicyConfig
 from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.critic import Critics
 from spikerl.schema import check_sizes
 from spikerl.types import Batch
 
@@ -64,110 +65,110 @@ def squashed(mean_BA: Tensor, log_std_BA: Tensor, noise_BA: Tensor) -> tuple[Ten
 
 
 class SAC(OffPolicy):
-    """A squashed Gaussian whose mean is the actor's; two critics; entropy has a price."""
+    """A squashed Gaussian whose mean is the actor's; its log deviation is a dense network's, or
+    comes from more outputs of the actor.
+    """
 
     config: SACConfig
     metrics = ("entropy", "temperature")
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        c, actor, device = self.config, self.actor, self.generator.device
-        self.head: MLPActor | None = None
-        if c.log_std == "separate":
-            dense = MLPConfig(name="mlp", hidden_sizes=c.log_std_hidden_sizes, lr=c.log_std_lr)
-            self.head = MLPActor(actor.obs_dim, actor.act_dim, dense).to(device)
-            self.step_head = self.stepper(self.head, c.log_std_lr)
-        self.acting_head = self.head
-        self.log_temperature = LogTemperature(c.temperature).to(device)
-        self.step_temperature = self.stepper(self.log_temperature, c.temperature_lr)
-        entries = actor.act_dim if self.head else actor.act_dim // 2
-        given = c.target_entropy
+    def __init__(self, actor: Actor, critic: Critics, config: SACConfig, **settings: Any) -> None:
+        super().__init__(actor, critic, config, **settings)
+        device = self.generator.device
+        self.log_std: MLPActor | None = None
+        if config.log_std == "separate":
+            sizes, lr = config.log_std_hidden_sizes, config.log_std_lr
+            dense = MLPConfig(name="mlp", hidden_sizes=sizes, lr=lr)
+            self.log_std = MLPActor(actor.obs_dim, actor.act_dim, dense).to(device)
+            self.optimizers["log_std"] = self.optimizer(self.log_std, lr)
+        self.acting_log_std = self.log_std
+        self.log_temperature = LogTemperature(config.temperature).to(device)
+        learned = self.optimizer(self.log_temperature, config.temperature_lr)
+        self.optimizers["temperature"] = learned
+        entries = actor.act_dim if self.log_std else actor.act_dim // 2
+        given = config.target_entropy
         self.target_entropy = float(-entries) if given is None else given
-
-    def between_moves(self, rows: Batch, update: int, updates: int) -> list[Metrics]:
-        q_target = rows.td_target(self.next_value(rows.next_obs))
-        return [self.step(rows.obs, rows.act, q_target)]
 
     @property
     def temperature(self) -> Tensor:
         """alpha, without a gradient."""
-        return self.step_temperature.flat.exp().squeeze(0)
+        return self.optimizers["temperature"].flat.exp().squeeze(0)
 
-    @torch.no_grad()
-    def next_value(self, next_obs: Tensor) -> Tensor:
-        """Soft value of what the present policy does: the lower target critic and the entropy."""
-        mean, log_std = self.gaussian(self.actor, self.head, next_obs, self.generator)
-        act, logp = squashed(mean, log_std, self.noise(mean))
-        return self.critic_target(next_obs, act).amin(0) - self.temperature * logp
+    def update(self, rows: Batch, numbers: range) -> list[Metrics]:
+        c, critic, actor = self.config, self.critic_optimizer, self.actor_optimizer
+        obs = rows.obs
 
-    def step(self, obs: Tensor, act: Tensor, q_target: Tensor) -> Metrics:
-        critic, actor = self.step_critic, self.step_actor
-        q_mean = self.critic.critic_backward(obs, act, q_target, critic.gradient)
-        metrics = {"critic_loss": critic(), "q_mean": q_mean}
+        # y = r + gamma (1 - terminated) (min_i Q_i'(s', a') - alpha log pi(a' | s')), a' ~ pi(s')
+        with torch.no_grad():
+            mean, log_std = self.gaussian(self.actor, self.log_std, rows.next_obs, self.generator)
+            next_act, log_prob = squashed(mean, log_std, self.noise(mean))
+            next_q = self.critic_target(rows.next_obs, next_act).amin(0)
+            q_target = rows.td_target(next_q - self.temperature * log_prob)
 
-        output, pull = self.actor.vjp(obs, self.generator, False)
-        if self.head:
-            raw, pull_head = self.head.vjp(obs, None, False)
+        # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
+        q_mean = self.critic.critic_backward(obs, rows.act, q_target, critic.gradient)
+        metrics = {"critic_loss": critic.step(), "q_mean": q_mean}
+
+        # Actor: minimise mean (alpha log pi(a | s) - min_i Q_i(s, a)), a = tanh(mean + std noise).
+        output, mean_backward = self.actor.vjp(obs, self.generator, False)
+        if self.log_std:
+            raw, log_std_backward = self.log_std.vjp(obs, None, False)
         else:
             output, raw = output.chunk(2, -1)
         mean, raw = output.detach().requires_grad_(), raw.detach().requires_grad_()
-        act, logp = squashed(mean, raw.clamp(*self.config.log_std_range), self.noise(mean))
-        # The loss is mean(alpha log pi(a) - min Q(s, a)); the critics tell its slope by a.
+        act, log_prob = squashed(mean, raw.clamp(*c.log_std_range), self.noise(mean))
         by_act = self.critic.dq_da(obs, act.detach(), actor.gradient, True)
-        by_logp = (self.temperature * actor.gradient.factor / len(obs)).expand_as(logp)
-        by_mean, by_raw = torch.autograd.grad((act, logp), (mean, raw), (by_act, by_logp))
-        entropy = -logp.detach().mean()
+        by_log_prob = (self.temperature * actor.gradient.factor / len(obs)).expand_as(log_prob)
+        by_mean, by_raw = torch.autograd.grad((act, log_prob), (mean, raw), (by_act, by_log_prob))
+        entropy = -log_prob.detach().mean()
         actor.gradient.loss -= self.temperature * entropy * actor.gradient.weight
-        if self.head:
-            pull(by_mean, actor.gradient)
-            pull_head(by_raw, self.step_head.gradient)
-            self.step_head()
+        if self.log_std:
+            mean_backward(by_mean, actor.gradient)
+            log_std_backward(by_raw, self.optimizers["log_std"].gradient)
+            self.optimizers["log_std"].step()
         else:
-            pull(torch.cat([by_mean, by_raw], -1), actor.gradient)
-        metrics |= {"actor_loss": actor(), "entropy": entropy, "temperature": self.temperature}
-        if self.config.learn_temperature:
-            self.price(entropy)
-        self.polyak(self.critic_target_flat, critic.flat)
-        self.guard.close()
-        return metrics
+            mean_backward(torch.cat([by_mean, by_raw], -1), actor.gradient)
+        actor_loss = actor.step()
+        metrics |= {"actor_loss": actor_loss, "entropy": entropy, "temperature": self.temperature}
 
-    def price(self, entropy: Tensor) -> None:
-        """A step of the temperature, whose loss is log alpha (entropy - target entropy)."""
-        gradient = self.step_temperature.gradient
-        excess = entropy - self.target_entropy
-        gradient.slots[0].copy_(excess * gradient.factor)
-        gradient.loss.copy_((self.step_temperature.flat * excess).squeeze(0) * gradient.weight)
-        self.step_temperature()
+        # Temperature: minimise log alpha (entropy - target entropy).
+        if c.learn_temperature:
+            learned = self.optimizers["temperature"]
+            excess = entropy - self.target_entropy
+            learned.gradient.slots[0].copy_(excess * learned.gradient.factor)
+            loss = (learned.flat * excess).squeeze(0)
+            learned.gradient.loss.copy_(loss * learned.gradient.weight)
+            learned.step()
+
+        self.update_targets()
+        self.guard.close()
+        return [metrics]
 
     def gaussian(
-        self, actor: Actor, head: MLPActor | None, obs: Tensor, generator: torch.Generator
+        self, actor: Actor, log_std: MLPActor | None, obs: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Mean and log deviation before tanh."""
         mean = actor.mean(obs, generator)
-        mean, raw = (mean, head.mean(obs)) if head else mean.chunk(2, -1)
+        mean, raw = (mean, log_std.mean(obs)) if log_std else mean.chunk(2, -1)
         return mean, raw.clamp(*self.config.log_std_range)
 
     def noise(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.generator, device=like.device)
 
-    def parts(self) -> dict[str, dict[str, Tensor]]:
-        parts = {**super().parts(), "temperature": self.step_temperature.state()}
-        return {**parts, "log_std": self.step_head.state()} if self.head else parts
-
     @torch.no_grad()
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         """Actions drawn from the policy."""
-        mean, log_std = self.gaussian(self.acting, self.acting_head, obs, generator)
+        mean, log_std = self.gaussian(self.acting, self.acting_log_std, obs, generator)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         return squashed(mean, log_std, noise)[0]
 
     def act_on_cpu(self, kernel: str) -> None:
         super().act_on_cpu(kernel)
-        if self.head:
-            self.acting_head = copy.deepcopy(self.head).cpu().requires_grad_(False)
-            self.acting_head_flat = flatten(self.acting_head)
+        if self.log_std:
+            self.acting_log_std = copy.deepcopy(self.log_std).cpu().requires_grad_(False)
+            self.acting_log_std_flat = flatten(self.acting_log_std)
 
     def refresh(self) -> None:
         super().refresh()
-        if self.acting_head is not self.head:
-            self.acting_head_flat.copy_(self.step_head.flat)
+        if self.acting_log_std is not self.log_std:
+            self.acting_log_std_flat.copy_(self.optimizers["log_std"].flat)

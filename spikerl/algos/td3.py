@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spikerl import kernels
-from spikerl.algos.ddpg import DDPG, DDPGConfig
+from spikerl.algos.base import Metrics
+from spikerl.algos.offpolicy import OffPolicy, OffPolicyConfig, batches
 from spikerl.errors import BadRequest
+from spikerl.models.actor import Actor
+from spikerl.models.critic import Critics
+from spikerl.types import Batch
 
 
 @dataclass(kw_only=True)
-class TD3Config(DDPGConfig):
-    critics: ClassVar[int] = 2
-
-    policy_delay: int  # the actor and all targets move on one update of so many:
+class TD3Config(OffPolicyConfig):
+    policy_delay: int  # the actor and all targets change on one update of so many:
     first_policy_update: int  # on this one first, counted from 0
-    target_noise: float  # std of target smoothing noise, in units of half the action range
+    explore_noise: float  # std of acting noise, in units of half the action range
+    target_noise: float  # std of target smoothing noise, same unit
     noise_clip: float  # bound of target smoothing noise, same unit
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check("give 0 or more", lambda x: x >= 0, "explore_noise")
         self.check("give at least 1", lambda x: x >= 1, "policy_delay")
         self.check("give 0 or more", lambda x: x >= 0, "target_noise", "noise_clip")
         if not 0 <= self.first_policy_update < self.policy_delay:
@@ -31,21 +34,48 @@ class TD3Config(DDPGConfig):
             raise BadRequest("algo.first_policy_update", self.first_policy_update, remedy)
 
 
-class TD3(DDPG):
-    """DDPG with the lower of two critics, smoothed targets, and an actor that moves less often."""
-
+class TD3(OffPolicy):
     config: TD3Config
 
-    @property
-    def policy_delay(self) -> int:
-        return self.config.policy_delay
+    def __init__(self, actor: Actor, critic: Critics, config: TD3Config, **settings: Any) -> None:
+        self.policy_delay = config.policy_delay
+        self.first_policy_update = config.first_policy_update
+        super().__init__(actor, critic, config, **settings)
+        self.actor_target = self.add_target("actor", actor)
 
-    def moves(self, update: int) -> bool:
-        return (update - self.config.first_policy_update) % self.policy_delay == 0
+    def update(self, rows: Batch, numbers: range) -> list[Metrics]:
+        """The target networks change with the last of these updates at the earliest, so target
+        values of all are computed first, in one pass.
+        """
+        c, critic, actor = self.config, self.critic_optimizer, self.actor_optimizer
 
-    def smooth(self, act: Tensor) -> Tensor:
-        """Target policy smoothing: clipped noise, then clipped to the action range."""
-        c = self.config
-        noise = torch.randn(act.shape, generator=self.generator, device=act.device)
-        add_clipped_noise = kernels.named(self.critic.kernel).add_clipped_noise
-        return add_clipped_noise(act, noise, c.target_noise, c.noise_clip)
+        with torch.no_grad():
+            # Target policy smoothing: a' = clip(pi'(s') + clip(noise, -c, c), -1, 1).
+            next_act = self.actor_target(rows.next_obs, self.generator)
+            noise = torch.randn(next_act.shape, generator=self.generator, device=next_act.device)
+            next_act = self.kernel.add_clipped_noise(next_act, noise, c.target_noise, c.noise_clip)
+            # Clipped double Q-learning: y = r + gamma (1 - terminated) min_i Q_i'(s', a').
+            q_target = self.critic_target.td_target(rows, next_act)
+
+        metrics = []
+        for number, (obs, act, y) in zip(
+            numbers, batches(len(numbers), rows.obs, rows.act, q_target), strict=True
+        ):
+            # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
+            q_mean = self.critic.critic_backward(obs, act, y, critic.gradient)
+            own = {"critic_loss": critic.step(), "q_mean": q_mean}
+
+            # Delayed policy update: minimise -mean Q_1(s, pi(s)), by the chain rule through dQ/da.
+            if self.is_policy_update(number):
+                act, backward = self.actor.vjp(obs, self.generator)
+                backward(self.critic.dq_da(obs, act, actor.gradient), actor.gradient)
+                own["actor_loss"] = actor.step()
+                self.update_targets()
+
+            self.guard.close()
+            metrics.append(own)
+        return metrics
+
+    @torch.no_grad()
+    def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
+        return self.explore_with_noise(obs, generator, self.config.explore_noise)

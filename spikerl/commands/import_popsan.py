@@ -65,8 +65,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         raise BadRequest("algo.norm_clip", None, "PopSAN's code clips observations; give 3.0")
     policy = popsan_policy(config.actor, task, weights, mean, var, clip)
     facts = {"status": "done", "imported_from": [str(model), str(stats)]}
-    target = config.scalars.run_dir or train.default_folder(config)
-    named = config.scalars.run_dir is not None
+    target = config.run.run_dir or train.default_folder(config)
+    named = config.run.run_dir is not None
     run_folder.check_free(target, named=named)
     record = run_folder.make_manifest(task.env_id, argv, {}, facts)
     folder = run_folder.create(target, config.raw, record, policy.save, named=named)

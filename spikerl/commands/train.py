@@ -23,12 +23,12 @@ from spikerl.distributed import launch, mpi
 from spikerl.distributed.world import ALONE, join, leave, ranked
 from spikerl.energy.meter import open_meter
 from spikerl.envs.make import make_env, task_of
-from spikerl.errors import BadRequest
+from spikerl.errors import DONE, FAILED, BadRequest
 from spikerl.files import write_text
-from spikerl.models.policy import Policy, find_policy, read_policy
+from spikerl.models.policy import Policy, check_shapes, find_policy, read_policy
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
-from spikerl.training.session import DONE, FAILED, Session
+from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
 from spikerl.types import Task
 
@@ -36,7 +36,7 @@ from spikerl.types import Task
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl train`: the exit status. BadRequest leaves nothing behind."""
     config = build(data)
-    settings = config.scalars
+    settings = config.run
     task = task_for(config)
     check_memory(config, task)
     if settings.init_from:
@@ -64,7 +64,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             return launch.launch(spec, workers)
         except launch.WorkerLost as lost:
             if left == 0 or lost.stopping:
-                return mourn(lost)
+                return record_lost_worker(lost)
             spec["raw"] = {**config.raw, "resume": lost.folder or settings.resume}
             spec["after"] = str(lost)
             if workers.nnodes > 1:  # where nothing is left of those who met before
@@ -75,12 +75,12 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
 
 
 def workers_of(config: Config) -> launch.Workers:
-    s = config.scalars
+    s = config.run
     workers = launch.Workers(
         size=config.world_size,
-        threads=int(config.threads.choice),
-        backend=config.backend.choice,
-        timeout_s=config.timeout_s,
+        threads=int(config.resolved.threads.choice),
+        backend=config.resolved.backend.choice,
+        timeout_s=config.backend.timeout_s,
     )
     if s.rdzv is None:
         return workers
@@ -91,13 +91,13 @@ def workers_of(config: Config) -> launch.Workers:
 
 def check_launch(config: Config) -> None:
     """Refuse what belongs to the launcher that starts the workers."""
-    settings = config.scalars
+    settings = config.run
     if ranked():
         remedy = "the workers have been started; give it to what started them"
         for key, value in (("max_restarts", 0), ("nnodes", 1)):
             if getattr(settings, key) != value:
                 raise BadRequest(key, getattr(settings, key), remedy)
-    elif config.backend.choice == "mpi" and settings.nnodes > 1:
+    elif config.resolved.backend.choice == "mpi" and settings.nnodes > 1:
         remedy = "mpiexec starts workers on several machines: mpiexec -hosts A,B spikerl train ..."
         raise BadRequest("nnodes", settings.nnodes, remedy)
 
@@ -108,7 +108,7 @@ def work(spec: Mapping[str, Any], mailbox: Path) -> int:
     return run(config, task_for(config), spec["target"], spec["command"], mailbox, spec["after"])
 
 
-def mourn(lost: launch.WorkerLost) -> int:
+def record_lost_worker(lost: launch.WorkerLost) -> int:
     """Record that a worker was lost; what it had committed can be resumed."""
     cause = str(lost)
     if lost.folder is not None:
@@ -133,25 +133,24 @@ def run(
 
     `mailbox` is shared with the parent that launched it, if one did, `after` why it did so again.
     """
-    torch.set_num_threads(int(config.threads.choice))
-    torch.use_deterministic_algorithms(config.scalars.deterministic)
-    if config.scalars.deterministic:  # what cuBLAS needs for it, read when it is first used
+    torch.set_num_threads(int(config.resolved.threads.choice))
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    if config.run.deterministic:  # what cuBLAS needs for it, read when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    device = own_device(config.device.choice)
-    choice = config.backend.choice
-    world = join(choice, device, config.timeout_s) if ranked() else ALONE
+    device = own_device(config.resolved.device.choice)
+    choice = config.resolved.backend.choice
+    world = join(choice, device, config.backend.timeout_s) if ranked() else ALONE
     with stop_signals(mailbox) as stop:
         trainer = None
         try:
             meter = open_meter(config.energy, device=device, local_rank=world.local_rank)
-            training = replace(config.training(), device=device)
-            init_from = config.scalars.init_from
+            init_from = config.run.init_from
             init = read_init(init_from, config, task) if init_from else None
-            trainer = Trainer(training, task, init, world, meter)
-            begun = partial(launch.begun, mailbox) if mailbox else None
+            trainer = Trainer(config, task, init, world, meter, device)
+            begun = partial(launch.announce_folder, mailbox) if mailbox else None
             session = Session(config, trainer, world, target, command, after, begun)
             status = session.run(lambda: stop[0] if stop else 0)
-            mpi.part()
+            mpi.leave()
             return status
         finally:
             if trainer is not None:
@@ -183,7 +182,7 @@ def finished(folder: Path, config: Config) -> bool:
         run_folder.lock(folder).close()
     checkpoint = verified(folder, lambda text: None)
     run_folder.check_record(folder, checkpoint.manifest)
-    if status == "done" and checkpoint.step >= config.scalars.total_steps:
+    if status == "done" and checkpoint.step >= config.run.total_steps:
         step = checkpoint.step
         print(f"{folder} is done at step {step}; a larger total_steps goes on with it")
         return True
@@ -193,14 +192,7 @@ def finished(folder: Path, config: Config) -> bool:
 def read_init(source: str, config: Config, task: Task) -> Policy:
     """The policy that training starts from; it must have the shapes that this run has."""
     policy = read_policy(find_policy(Path(source), key="init_from"), key="init_from")
-    ours = (task.obs_shape, task.act_shape)
-    theirs = (policy.task.obs_shape, policy.task.act_shape)
-    if ours != theirs:
-        remedy = (
-            f"its policy maps {theirs[0]} to {theirs[1]} ({policy.task.env_id}),"
-            f" but {task.env_id} needs {ours[0]} to {ours[1]}"
-        )
-        raise BadRequest("init_from", source, remedy)
+    check_shapes("init_from", source, policy.task, task)
     if policy.config.shape() != config.actor.shape():
         remedy = f"its actor is {policy.config.shape()}, this run's is {config.actor.shape()}"
         raise BadRequest("init_from", source, remedy)
@@ -211,7 +203,7 @@ def default_folder(config: Config) -> str:
     name = config.env.id if config.env.name == "gym" else config.env.name
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)
-    return f"outputs/{safe}/{config.algo.name}/{stamp}_seed{config.scalars.seed}"
+    return f"outputs/{safe}/{config.algo.name}/{stamp}_seed{config.run.seed}"
 
 
 @contextmanager

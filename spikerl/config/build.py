@@ -1,4 +1,4 @@
-"""The composed config, validated: plain data in, each class its own dataclass out."""
+"""The composed config, validated: plain data in, each group's own dataclass out."""
 
 from __future__ import annotations
 
@@ -9,47 +9,37 @@ from typing import Any
 
 import torch
 
-from spikerl import kernels
-from spikerl.algos.base import AlgoConfig
-from spikerl.algos.ddpg import DDPGConfig
+from spikerl import kernels, plugins
+from spikerl.algos import ALGOS, AlgoConfig
 from spikerl.algos.offpolicy import OffPolicyConfig
 from spikerl.algos.ppo import PPOConfig
-from spikerl.algos.proxy_td3 import ProxyTD3Config
-from spikerl.algos.sac import SACConfig
-from spikerl.algos.td3 import TD3Config
 from spikerl.distributed import hosts
-from spikerl.distributed.world import BackendConfig, ranked, resolve_backend, resolve_world_size
-from spikerl.energy import meter as energies
+from spikerl.distributed.world import (
+    BACKENDS,
+    BackendConfig,
+    ranked,
+    resolve_backend,
+    resolve_world_size,
+)
+from spikerl.energy import meter
+from spikerl.energy.meter import METERS, EnergyConfig
 from spikerl.envs.make import EnvConfig
 from spikerl.errors import BadRequest
+from spikerl.kernels import KERNELS, coverage
 from spikerl.machine import cores, resolve_device, resolve_threads
-from spikerl.models.actor import ActorConfig, CareBNConfig
-from spikerl.models.policy import parse_actor
-from spikerl.models.precision import PrecisionConfig, check_precision
-from spikerl.schema import choose, parse
-from spikerl.training.trainer import Training
+from spikerl.models.actor import ActorConfig, CareBNConfig, SpikingActor, build_actor
+from spikerl.models.policy import ACTOR_GROUPS, parse_actor
+from spikerl.models.precision import PRECISIONS, PrecisionConfig, check_precision
+from spikerl.schema import parse
 from spikerl.types import Resolved
 
 MOST = 4096  # environments, workers, threads: a config file starts no more processes
-ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")
-ALGOS: dict[str, type[AlgoConfig]] = {
-    "ddpg": DDPGConfig,
-    "td3": TD3Config,
-    "proxy_td3": ProxyTD3Config,
-    "sac": SACConfig,
-    "ppo": PPOConfig,
-}
-PRECISIONS = dict.fromkeys(("fp32", "bf16", "fp16"), PrecisionConfig)
-KERNELS = dict.fromkeys(("auto", "reference", "cpu", "triton"), kernels.KernelConfig)
-
-
-BACKENDS = dict.fromkeys(("auto", "gloo", "nccl", "mpi"), BackendConfig)
-METERS = dict.fromkeys(energies.NAMES, energies.EnergyConfig)
+GROUPS = ("env", *ACTOR_GROUPS, "algo", "precision", "kernel", "backend", "energy")
 
 
 @dataclass(kw_only=True)
-class Scalars:
-    """The top-level keys."""
+class RunConfig:
+    """The keys at the top level."""
 
     seed: int
     total_steps: int  # environment steps over all workers
@@ -69,6 +59,7 @@ class Scalars:
     init_from: str | None
     resume: str | None
     config: str | None
+    plugins: list[str]  # packages that register parts of one's own
 
     def __post_init__(self) -> None:
         for key in ("total_steps", "steps_per_epoch", "eval_episodes"):
@@ -109,92 +100,97 @@ class Scalars:
 
 
 @dataclass(kw_only=True)
+class Choices:
+    """What every "auto" came to, and why; written into the manifest."""
+
+    device: Resolved
+    threads: Resolved
+    kernel: Resolved
+    backend: Resolved
+    energy: Resolved
+
+
+@dataclass(kw_only=True)
 class Config:
     """One run, validated; `raw` is the same as plain data, as config.yaml records it."""
 
-    scalars: Scalars
+    run: RunConfig
     env: EnvConfig
     actor: ActorConfig
     algo: AlgoConfig
     precision: PrecisionConfig
-    kernel: Resolved
-    backend: Resolved
-    timeout_s: float  # of an exchange between workers
-    energy: energies.EnergyConfig
-    meter: Resolved
+    backend: BackendConfig
+    energy: EnergyConfig
+    resolved: Choices
     world_size: int
-    device: Resolved
-    threads: Resolved
     raw: dict[str, Any]
 
-    def training(self) -> Training:
-        s = self.scalars
-        return Training(
-            env=self.env,
-            actor=self.actor,
-            algo=self.algo,
-            precision=self.precision,
-            device=torch.device(self.device.choice),
-            seed=s.seed,
-            num_envs=s.num_envs or self.world_size,
-            scaling=s.scaling,
-            kernel=self.kernel.choice,
-            total_steps=s.total_steps,
-            steps_per_epoch=s.steps_per_epoch,
-            eval_episodes=s.eval_episodes,
-        )
+    @property
+    def num_envs(self) -> int:
+        """Over all workers; by default one each."""
+        return self.run.num_envs or self.world_size
 
 
 def build(raw: Mapping[str, Any]) -> Config:
     """Validate a composed config and decide everything that was left to "auto"."""
-    groups = ("env", *ACTOR_GROUPS, "algo", "precision", "kernel", "backend", "energy")
-    if missing := [group for group in groups if group not in raw]:
+    if missing := [group for group in GROUPS if group not in raw]:
         raise BadRequest(missing[0], None, "the config lacks this group")
-    scalars = parse(Scalars, {k: v for k, v in raw.items() if k not in groups})
+    run = parse(RunConfig, {k: v for k, v in raw.items() if k not in GROUPS})
+    plugins.load(run.plugins)
     env = parse(EnvConfig, raw["env"], key="env")
     actor = parse_actor({group: raw[group] for group in ACTOR_GROUPS})
-    algo = choose(ALGOS, raw["algo"], key="algo")
-    precision = choose(PRECISIONS, raw["precision"], key="precision")
-    kernel = choose(KERNELS, raw["kernel"], key="kernel")
-    backend = choose(BACKENDS, raw["backend"], key="backend")
-    energy = choose(METERS, raw["energy"], key="energy")
-    device = resolve_device(scalars.device)
-    world_size = resolve_world_size(scalars.world_size)
-    sharers = 1 if hosts.has_own("cores") else hosts.workers_here(world_size, scalars.nnodes)
-    check_shares(scalars, algo, world_size)
+    algo = ALGOS.parse(raw["algo"])
+    precision = PRECISIONS.parse(raw["precision"])
+    kernel = KERNELS.parse(raw["kernel"])
+    backend = BACKENDS.parse(raw["backend"])
+    energy = METERS.parse(raw["energy"])
+    device = resolve_device(run.device)
+    world_size = resolve_world_size(run.world_size)
+    sharers = 1 if hosts.has_own("cores") else hosts.workers_here(world_size, run.nnodes)
+    check_shares(run, algo, world_size)
     check_together(algo, actor, kernel)
     check_precision(precision, torch.device(device.choice))
+    resolved = Choices(
+        device=device,
+        threads=resolve_threads(run.threads, sharers),
+        kernel=kernels.resolve(kernel, device.choice, why_layered(actor, precision.actor_dtype)),
+        backend=resolve_backend(backend, device.choice, world_size, run.nnodes),
+        energy=meter.resolve(energy, device=torch.device(device.choice)),
+    )
     return Config(
-        scalars=scalars,
+        run=run,
         env=env,
         actor=actor,
         algo=algo,
         precision=precision,
-        kernel=kernels.resolve(kernel, device.choice, actor.layered(precision.actor_dtype)),
-        backend=resolve_backend(backend, device.choice, world_size, scalars.nnodes),
-        timeout_s=backend.timeout_s,
+        backend=backend,
         energy=energy,
-        meter=energies.resolve(energy, device=torch.device(device.choice)),
+        resolved=resolved,
         world_size=world_size,
-        device=device,
-        threads=resolve_threads(scalars.threads, sharers),
         raw=dict(raw),
     )
 
 
-def check_shares(scalars: Scalars, algo: AlgoConfig, world_size: int) -> None:
+def why_layered(actor: ActorConfig, dtype: torch.dtype) -> str | None:
+    """Why kernel=cpu runs such an actor layer by layer; None where one call runs all of it."""
+    with torch.device("meta"):
+        net = build_actor(actor, 1, 1, dtype=dtype)
+    return coverage.why_layered(net) if isinstance(net, SpikingActor) else None
+
+
+def check_shares(run: RunConfig, algo: AlgoConfig, world_size: int) -> None:
     """Refuse what cannot be shared out over the workers."""
-    most = max(64, 4 * cores()) * scalars.nnodes
+    most = max(64, 4 * cores()) * run.nnodes
     if world_size > most and not ranked():  # a stranger's file starts no thousands of processes
         raise BadRequest("world_size", world_size, f"give at most {most} here")
-    num_envs = scalars.num_envs or world_size
-    if num_envs % world_size and scalars.resume:
+    num_envs = run.num_envs or world_size
+    if num_envs % world_size and run.resume:
         remedy = f"the run has {num_envs} environments, which so many workers cannot share evenly"
         raise BadRequest("world_size", world_size, remedy)
     if num_envs % world_size:
         remedy = f"give a multiple of world_size={world_size}"
         raise BadRequest("num_envs", num_envs, remedy)
-    if scalars.scaling == "strong" and algo.batch_size < world_size:
+    if run.scaling == "strong" and algo.batch_size < world_size:
         remedy = f"algo.batch_size={algo.batch_size} has fewer rows than that; use fewer workers"
         raise BadRequest("world_size", world_size, remedy)
     if isinstance(algo, OffPolicyConfig) and algo.replay_capacity < num_envs:

@@ -39,7 +39,7 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
     last = A * getattr(config.actor.decoder, "pop_size", 1)
     widths = [first, *actor.hidden_sizes, last]
     steps = actor.spike_steps if isinstance(actor, PopSANConfig) else 1
-    rows = min(algo.capacity(), config.scalars.total_steps)
+    rows = min(algo.capacity(), config.run.total_steps)
     rollout = "rollout_steps" if hasattr(algo, "rollout_steps") else "replay_capacity"
     needs = {
         f"algo.{rollout}": rows * (2 * O + A + 4) * NUMBER,

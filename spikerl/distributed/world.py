@@ -16,6 +16,7 @@ from torch import Tensor
 from spikerl.distributed import hosts, mpi, mpi_group
 from spikerl.distributed.shm_allreduce import ShmAllReduce, open_shm_allreduce
 from spikerl.errors import BadRequest, DiskError
+from spikerl.schema import Registry
 from spikerl.types import Resolved
 
 TIMEOUT_S = 600.0
@@ -36,6 +37,11 @@ class BackendConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.timeout_s <= 1e6:
             raise BadRequest("backend.timeout_s", self.timeout_s, "give 1 to 1e6 seconds")
+
+
+BACKENDS: Registry[BackendConfig, None] = Registry(
+    "backend", **dict.fromkeys(("auto", "gloo", "nccl", "mpi"), (BackendConfig, type(None)))
+)
 
 
 def resolve_world_size(asked: int | None) -> int:

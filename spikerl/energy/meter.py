@@ -21,7 +21,7 @@ import torch
 from spikerl.energy.counters import (
     KINDS,
     Counters,
-    Found,
+    Measurable,
     ReplayCounters,
     ZeusCounters,
     find,
@@ -29,9 +29,8 @@ from spikerl.energy.counters import (
     read_trace,
 )
 from spikerl.errors import BadRequest
+from spikerl.schema import Registry
 from spikerl.types import Resolved
-
-NAMES = ("auto", "zeus", "none", "replay")
 
 
 @dataclass(kw_only=True)
@@ -40,12 +39,15 @@ class EnergyConfig:
     file: str | None  # the recorded trace of energy=replay
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise BadRequest("energy", self.name, f"one of {', '.join(NAMES)}")
         if self.name == "replay" and not self.file:
             raise BadRequest("energy.file", self.file, "energy=replay needs a recorded trace")
         if self.name != "replay" and self.file is not None:
             raise BadRequest("energy.file", self.file, "only energy=replay reads a file")
+
+
+METERS: Registry[EnergyConfig, None] = Registry(
+    "energy", **dict.fromkeys(("auto", "zeus", "none", "replay"), (EnergyConfig, type(None)))
+)
 
 
 class Reading(NamedTuple):
@@ -234,11 +236,11 @@ def joules_to_reach(rows: Sequence[Mapping[str, Any]], eval_return: float) -> fl
     return None
 
 
-def _find(config: EnergyConfig, device: torch.device) -> Found:
-    found = find(device)
-    if config.name == "zeus" and not found.gpus and not found.packages:
-        raise _refusal(found.reasons)
-    return found
+def _find(config: EnergyConfig, device: torch.device) -> Measurable:
+    counters = find(device)
+    if config.name == "zeus" and not counters.gpus and not counters.packages:
+        raise _refusal(counters.reasons)
+    return counters
 
 
 def _refusal(reasons: Mapping[str, str]) -> BadRequest:

@@ -19,6 +19,7 @@ from spikerl.kernels import cpu, reference
 from spikerl.kernels.gradient import Gradient, Moments, Pullback
 from spikerl.kernels.prepared import fused
 from spikerl.kernels.reference import DenseNet, SpikingNet, ValueNet
+from spikerl.schema import Registry
 from spikerl.types import Batch, Resolved, Task
 
 
@@ -80,10 +81,16 @@ class KernelConfig:
             raise BadRequest("kernel.path", self.path, f"this processor runs {here}")
 
 
+KERNELS: Registry[KernelConfig, None] = Registry(
+    "kernel",
+    **dict.fromkeys(("auto", "reference", "cpu", "triton"), (KernelConfig, type(None))),
+)
+
+
 def resolve(config: KernelConfig, device: str, layered: str | None = None) -> Resolved:
     """The kernel that runs, and why; what it needs is built here, before any worker starts.
 
-    `layered`: why none covers the whole actor in one call.
+    `layered`: why no call covers the whole actor.
     """
     if config.name == "reference":
         return Resolved("reference", "requested")
@@ -101,7 +108,7 @@ def resolve(config: KernelConfig, device: str, layered: str | None = None) -> Re
     if unbuilt:  # a compiler older than the processor
         reason += f"; not {paths[0]}: {unbuilt}"
     if layered:
-        reason += f"; layer by layer, for {layered}"
+        reason += f"; layer by layer because of {layered}"
     return Resolved(f"cpu/{path}", reason)
 
 

@@ -41,7 +41,7 @@ class Gradient:
         """What a loss is multiplied with before it is differentiated."""
         return self.whole if self.scale is None else self.scale * self.weight
 
-    def take(self, loss: Tensor) -> None:
+    def differentiate(self, loss: Tensor) -> None:
         """Differentiate `loss`, which depends on the parameters."""
         pieces = torch.autograd.grad(loss, self.params, self.factor)
         torch._foreach_copy_([*self.slots, self.loss], [*pieces, loss.detach() * self.weight])

@@ -11,21 +11,16 @@ import torch
 from torch import Tensor
 
 from spikerl.kernels.build import Critic, Net, Pointer
+from spikerl.kernels.coverage import why_layered
 from spikerl.kernels.reference import DenseNet, SpikingNet, ValueNet
 from spikerl.snn.decoders import RateDecoder
-from spikerl.snn.encoders import PopulationEncoder
+from spikerl.snn.encoders import PopulationEncoder, TanhPopulationEncoder
 from spikerl.snn.neurons import CubaLIF, Neuron
-
-MAX_LAYERS, MAX_STEPS = 16, 32  # of the source
 
 
 def fused(net: SpikingNet) -> bool:
-    """Whether one call covers the whole network."""
-    spikes = isinstance(net.encoder, PopulationEncoder) and net.encoder.config.name != "analog"
-    plain = net.dtype == torch.float32 and all(_plain(layer.weight_IN) for layer in net.layers)
-    kinds = spikes and net.neurons[0].basic and type(net.decoder) is RateDecoder
-    few = len(net.layers) <= MAX_LAYERS and net.spike_steps <= MAX_STEPS
-    return kinds and plain and few and not len(net.norms)
+    """Whether one call runs the whole network."""
+    return why_layered(net) is None and all(_plain(layer.weight_IN) for layer in net.layers)
 
 
 class PreparedActor:
@@ -53,7 +48,7 @@ class PreparedActor:
             len(layers), encoder.config.threshold, neuron.current_decay, c.voltage_decay,
             c.threshold, c.surrogate_window, self.widths.ctypes.data, mean, std,
             ctypes.addressof(self.weights), ctypes.addressof(self.biases), out_weight, out_bias,
-            encoder.squashes,
+            isinstance(encoder, TanhPopulationEncoder),
         )  # fmt: skip
 
     def moved(self, net: SpikingNet) -> bool:

@@ -142,7 +142,7 @@ def critic_backward(
 ) -> Tensor:
     """Gradient of sum_c mean_b (Q_c - target)^2; the mean of all values."""
     value_CB = values(critic, obs_BO, act_BA)
-    into.take((value_CB - target_B).square().mean(1).sum())
+    into.differentiate((value_CB - target_B).square().mean(1).sum())
     return value_CB.detach().mean()
 
 
@@ -160,18 +160,18 @@ def dq_da(
     return torch.autograd.grad(loss, act_BA, into.factor)[0]
 
 
-def dense_actions(net: DenseNet, obs_BO: Tensor) -> Tensor:
-    """Actions (B, A): ReLU layers and tanh."""
+def dense_actions(net: DenseNet, obs_BO: Tensor, squash: bool = True) -> Tensor:
+    """Actions (B, A): ReLU layers and tanh; before tanh, unless they are to be squashed."""
     x = obs_BO
     *hidden, last = net.layers
     for layer in hidden:
         x = torch.relu(product(x, layer, net.dtype))
-    return torch.tanh(product(x, last, net.dtype))
+    return act(product(x, last, net.dtype), squash)
 
 
 def mse_backward(net: DenseNet, obs_BO: Tensor, goal_BA: Tensor, into: Gradient) -> None:
     """Gradient of the mean squared error of the actions from `goal`, over batch and entries."""
-    into.take((dense_actions(net, obs_BO) - goal_BA).square().mean())
+    into.differentiate((dense_actions(net, obs_BO) - goal_BA).square().mean())
 
 
 def adam(moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor) -> None:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spikerl.kernels import reference
+from spikerl.kernels.coverage import why_no_scan
 from spikerl.kernels.gradient import Pullback, by_autograd
 from spikerl.kernels.reference import (
     SpikingNet,
@@ -66,7 +67,7 @@ def vjp(
 
 def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
     """Spikes (T, B, N) of one layer, from rest, in the drive's type."""
-    if not neuron.basic:
+    if why_no_scan(neuron):
         return reference.scan(neuron, drive_TBN)
     assert isinstance(neuron, CubaLIF)
     c = neuron.config

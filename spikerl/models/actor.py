@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,12 @@ from spikerl import kernels
 from spikerl.errors import BadRequest
 from spikerl.kernels import reference
 from spikerl.kernels.gradient import Pullback, by_autograd
-from spikerl.kernels.prepared import MAX_LAYERS, MAX_STEPS
-from spikerl.schema import check_sizes
+from spikerl.schema import Registry, check_sizes
 from spikerl.snn.batchnorm import RECALIBRATE, CaReBN
-from spikerl.snn.decoders import DecoderConfig, build_decoder, output_layer
-from spikerl.snn.encoders import EncoderConfig, PopulationConfig, build_encoder
-from spikerl.snn.linear import Linears, ListOf, product
-from spikerl.snn.neurons import CubaLIFConfig, LIFConfig, Neuron, NeuronConfig, build_neuron
+from spikerl.snn.decoders import DECODERS, DecoderConfig
+from spikerl.snn.encoders import ENCODERS, EncoderConfig
+from spikerl.snn.linear import Linears, ListOf
+from spikerl.snn.neurons import NEURONS, Neuron, NeuronConfig
 
 
 @dataclass(kw_only=True)
@@ -81,6 +81,14 @@ class ActorConfig:
     neuron: NeuronConfig | None
     decoder: DecoderConfig | None
 
+    def parts(self) -> list[type[Any]]:
+        """The classes that it configures."""
+        parts: list[type[Any]] = [ACTORS.part(self.actor)]
+        if self.encoder and self.neuron and self.decoder:
+            parts += [ENCODERS.part(self.encoder), NEURONS.part(self.neuron)]
+            parts.append(DECODERS.part(self.decoder))
+        return parts
+
     def shape(self) -> str:
         """Whatever two actors must share for one to take the other's weights."""
         text = f"{self.actor.name} {self.actor.hidden_sizes}"
@@ -89,29 +97,6 @@ class ActorConfig:
             sizes = [getattr(part, "pop_size", None) for part in (self.encoder, self.decoder)]
             text += f", populations {sizes[0]}, {sizes[1]}"
         return text
-
-    def layered(self, dtype: torch.dtype) -> str | None:
-        """Why no kernel covers the whole network in one call; None where one does."""
-        if not (self.encoder and self.neuron and self.decoder):
-            return None
-        if dtype != torch.float32:
-            return f"the actor's products are {str(dtype).removeprefix('torch.')}"
-        if not isinstance(self.encoder, PopulationConfig) or self.encoder.name == "analog":
-            return f"encoder={self.encoder.name} gives currents"
-        if isinstance(self.actor, CareBNConfig):
-            return "drives are normalised"
-        neuron = self.neuron
-        if type(neuron) not in (LIFConfig, CubaLIFConfig):
-            return f"neuron={neuron.name} is PyTorch's"
-        if neuron.reset != "hard" or neuron.surrogate != "rect":
-            kind = f"neuron.reset={neuron.reset}, neuron.surrogate={neuron.surrogate}"
-            return f"{kind} are PyTorch's"
-        if self.decoder.name != "rate":
-            return f"decoder={self.decoder.name} is PyTorch's"
-        if isinstance(self.actor, PopSANConfig) and self.actor.spike_steps > MAX_STEPS:
-            return f"there are more than {MAX_STEPS} spike steps"
-        layers = len(self.actor.hidden_sizes) + 1
-        return f"there are more than {MAX_LAYERS} layers" if layers > MAX_LAYERS else None
 
 
 @dataclass(eq=False)
@@ -181,15 +166,16 @@ class SpikingActor(nn.Module):
         self.spike_steps, self.kernel = actor.spike_steps, kernel
         # Of the layers' products; voltages and thresholds keep the weights' type.
         self.dtype = dtype
-        self.encoder = build_encoder(encoder, obs_dim, actor.spike_steps)
+        self.encoder = ENCODERS.part(encoder)(encoder, obs_dim, actor.spike_steps)
         hidden = actor.hidden_sizes
-        sizes = [self.encoder.outputs, *hidden, *output_layer(decoder, act_dim)]
+        decodes = DECODERS.part(decoder)
+        population = decodes.population(decoder, act_dim)
+        sizes = [self.encoder.outputs, *hidden, *([population] if population else [])]
         self.layers = Linears(sizes)
-        self.neurons = ListOf[Neuron](build_neuron(neuron) for _ in sizes[1:])
+        self.neurons = ListOf[Neuron](NEURONS.part(neuron)(neuron) for _ in sizes[1:])
         normed = sizes[1:] if isinstance(actor, CareBNConfig) else []
         self.norms = ListOf[CaReBN](CaReBN(size, neuron.threshold) for size in normed)
-        self.decoder = build_decoder(decoder, act_dim, hidden[-1], actor.spike_steps)
-        self.encoder_spikes = isinstance(encoder, PopulationConfig) and encoder.name != "analog"
+        self.decoder = decodes(decoder, act_dim, hidden[-1], actor.spike_steps)
 
     def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Actions; `generator` is drawn from only where the encoder is random."""
@@ -222,7 +208,7 @@ class SpikingActor(nn.Module):
 
     def activity(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Activity:
         """Over any number of observations, in pieces of bounded memory."""
-        found = None
+        activity = None
         for piece in obs_BO.split(1024):
             layers, states = reference.record(self, piece, generator)
             inside = [
@@ -233,11 +219,11 @@ class SpikingActor(nn.Module):
                 [s.double().sum((0, 1)).cpu() for s in layers],
                 [near.double().sum((0, 1)).cpu() for near in inside],
                 len(piece) * self.spike_steps,
-                self.encoder_spikes,
+                self.encoder.spikes,
             )
-            found = found + part if found else part
-        assert found is not None
-        return found
+            activity = activity + part if activity else part
+        assert activity is not None
+        return activity
 
 
 class MLPActor(nn.Module):
@@ -252,15 +238,11 @@ class MLPActor(nn.Module):
         self.layers = Linears(sizes)
 
     def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.tanh(self.mean(obs_BO))
+        return reference.dense_actions(self, obs_BO)
 
     def mean(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Actions before their tanh."""
-        x = obs_BO
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = torch.relu(product(x, layer, self.dtype))
-        return product(x, last, self.dtype)
+        return reference.dense_actions(self, obs_BO, False)
 
     def vjp(
         self, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
@@ -270,6 +252,13 @@ class MLPActor(nn.Module):
 
 
 Actor = SpikingActor | MLPActor
+
+ACTORS: Registry[Any, Actor] = Registry(
+    "actor",
+    popsan=(PopSANConfig, SpikingActor),
+    care_bn=(CareBNConfig, SpikingActor),
+    mlp=(MLPConfig, MLPActor),
+)
 
 
 def build_actor(
@@ -324,7 +313,7 @@ def deployed(config: ActorConfig, actor: Actor, act_dim: int) -> tuple[ActorConf
 
 
 @torch.no_grad()
-def take(actor: Actor, source: Actor) -> None:
+def copy_weights(actor: Actor, source: Actor) -> None:
     """Give `actor` the weights of `source`, which may have only its first outputs."""
     own = actor.state_dict()
     for name, p in source.state_dict().items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spikerl import kernels
 from spikerl.kernels.gradient import Gradient
+from spikerl.types import Batch
 
 
 class Critics(nn.Module):
@@ -44,6 +45,10 @@ class Critics(nn.Module):
     def forward(self, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
         """Every network's values, (C, B)."""
         return kernels.named(self.kernel).values(self, obs_BO, act_BA)
+
+    def td_target(self, rows: Batch, next_act: Tensor) -> Tensor:
+        """rew + discount (1 - terminated) min_c Q_c(next_obs, next_act), (B,)."""
+        return kernels.named(self.kernel).td_target(self, rows, next_act)
 
     def critic_backward(
         self, obs_BO: Tensor, act_BA: Tensor, target_B: Tensor, into: Gradient

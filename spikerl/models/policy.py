@@ -21,59 +21,33 @@ import torch
 from safetensors.torch import load
 from safetensors.torch import save as tensor_bytes
 
-from spikerl import kernels
+from spikerl import kernels, plugins
 from spikerl.errors import BadRequest
 from spikerl.files import json_bytes, read_bytes, read_json, write_atomic
 from spikerl.machine import versions
-from spikerl.models.actor import (
-    Actor,
-    ActorConfig,
-    CareBNConfig,
-    MLPConfig,
-    PopSANConfig,
-    SpikingActor,
-    build_actor,
-)
+from spikerl.models.actor import ACTORS, Actor, ActorConfig, PopSANConfig, SpikingActor, build_actor
 from spikerl.models.normalizer import RunningNorm
-from spikerl.schema import choose
-from spikerl.snn.decoders import DecoderConfig, MembraneConfig, RateConfig
-from spikerl.snn.encoders import EncoderConfig, PopulationConfig
-from spikerl.snn.neurons import ALIFConfig, CubaLIFConfig, DynamicConfig, LIFConfig, PLIFConfig
+from spikerl.snn.decoders import DECODERS
+from spikerl.snn.encoders import ENCODERS
+from spikerl.snn.neurons import NEURONS
 from spikerl.types import MAX_EPISODE_STEPS, Task
 
 SCHEMA = 3  # 2: weights are input-major; 3: neurons have a reset and a choice of surrogate
 MAX_BYTES = 1 << 20  # of a policy.json; action bounds take most of it
 MAX_TENSORS = 1 << 30
-POPULATIONS = ("population", "poisson", "tanh_population", "analog")
-ACTORS: dict[str, type[Any]] = {"popsan": PopSANConfig, "care_bn": CareBNConfig, "mlp": MLPConfig}
-ENCODERS: dict[str, type[Any]] = {
-    **dict.fromkeys(POPULATIONS, PopulationConfig),
-    **dict.fromkeys(("direct", "learned"), EncoderConfig),
-}
-NEURONS: dict[str, type[Any]] = {
-    "lif": LIFConfig,
-    "cuba_lif": CubaLIFConfig,
-    "plif": PLIFConfig,
-    "alif": ALIFConfig,
-    "dynamic": DynamicConfig,
-}
-DECODERS: dict[str, type[Any]] = {
-    "rate": RateConfig,
-    **dict.fromkeys(("membrane", "ilc"), MembraneConfig),
-    **dict.fromkeys(("learned", "linear"), DecoderConfig),
-}
+ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")
 
 
 def parse_actor(data: dict[str, Any]) -> ActorConfig:
-    """The actor's part of a config: groups actor, encoder, neuron, decoder."""
-    actor = choose(ACTORS, data.get("actor"), key="actor")
-    if isinstance(actor, MLPConfig):
+    """The actor's part of a config; a dense one has no spiking parts."""
+    actor = ACTORS.parse(data.get("actor"))
+    if not isinstance(actor, PopSANConfig):
         return ActorConfig(actor=actor, encoder=None, neuron=None, decoder=None)
     return ActorConfig(
         actor=actor,
-        encoder=choose(ENCODERS, data.get("encoder"), key="encoder"),
-        neuron=choose(NEURONS, data.get("neuron"), key="neuron"),
-        decoder=choose(DECODERS, data.get("decoder"), key="decoder"),
+        encoder=ENCODERS.parse(data.get("encoder")),
+        neuron=NEURONS.parse(data.get("neuron")),
+        decoder=DECODERS.parse(data.get("decoder")),
     )
 
 
@@ -136,7 +110,17 @@ class Policy:
             **{k: v for k, v in asdict(self.config).items() if v is not None},
             "versions": self.trained_with or versions(),
         }
+        if needed := plugins.versions_of(self.config.parts()):
+            data["plugins"] = needed
         return {"policy.safetensors": tensor_bytes(tensors), "policy.json": json_bytes(data)}
+
+
+def check_shapes(key: str, value: object, policy: Task, task: Task) -> None:
+    """Refuse a policy whose observations or actions have other shapes than the task's."""
+    theirs, ours = (policy.obs_shape, policy.act_shape), (task.obs_shape, task.act_shape)
+    if theirs != ours:
+        remedy = f"its policy maps {theirs[0]} to {theirs[1]} ({policy.env_id}),"
+        raise BadRequest(key, value, f"{remedy} {task.env_id} needs {ours[0]} to {ours[1]}")
 
 
 def load_policy(run: str | Path, device: str = "cpu") -> Policy:
@@ -185,10 +169,14 @@ def read_policy(
     if isinstance(data, dict) and data.get("schema") == 2:
         data = upgraded(data)
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        found = data.get("schema") if isinstance(data, dict) else None
+        schema = data.get("schema") if isinstance(data, dict) else None
         raise BadRequest(
-            key, folder, f"policy.json has schema {found}; this version reads {SCHEMA}"
+            key, folder, f"policy.json has schema {schema}; this version reads {SCHEMA}"
         )
+    needed = data.get("plugins", {})
+    if not isinstance(needed, dict):
+        raise BadRequest(key, folder, "policy.json garbles plugins")
+    plugins.check_there(key, folder, needed)
     try:
         task = Task(
             str(data["env_id"]),

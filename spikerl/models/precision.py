@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from spikerl.errors import BadRequest
+from spikerl.schema import Registry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,6 +39,11 @@ class PrecisionConfig:
     def scales_loss(self) -> bool:
         """Gradients underflow in fp16 unless the loss is scaled up first; bf16 has fp32's range."""
         return "fp16" in (self.actor, self.critic)
+
+
+PRECISIONS: Registry[PrecisionConfig, None] = Registry(
+    "precision", **dict.fromkeys(DTYPES, (PrecisionConfig, type(None)))
+)
 
 
 def check_precision(config: PrecisionConfig, device: torch.device) -> None:

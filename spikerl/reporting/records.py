@@ -18,7 +18,8 @@ from spikerl.errors import BadRequest
 from spikerl.files import parse_json, read_bytes
 from spikerl.reporting import statistics
 from spikerl.reporting.statistics import Array
-from spikerl.runs.folder import MAX_BYTES, NAMES, flat, read_manifest
+from spikerl.runs.folder import MAX_BYTES, NAMES, read_manifest
+from spikerl.schema import dotted
 
 METRICS = {
     "max_average": statistics.max_average,
@@ -93,7 +94,8 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, str]:
         """Its config by dotted keys, without what names it or does not change its numbers."""
-        return flat({key: value for key, value in self.config.items() if key not in NAMES})
+        own = {key: value for key, value in self.config.items() if key not in NAMES}
+        return {key: str(value) for key, value in dotted(own)}
 
     def curve(self, key: str, across: str = "step") -> tuple[Array, Array]:
         """`key` over steps, hours ("wall") or joules ("joules"), where both are known."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spikerl.config.yaml_file import conf_folder, group_options, read_config
+from spikerl.config.yaml_file import group_options, option_file, read_config
 from spikerl.errors import BadRequest, nearest
 from spikerl.reporting.records import METRICS, number
 from spikerl.schema import parse
@@ -139,7 +139,7 @@ def read_table(name: str) -> Table:
     known = group_options("table")
     if name not in known:
         raise BadRequest("table", name, f"no such table; {nearest(name, known)}")
-    return table_of(read_config(conf_folder() / "table" / f"{name}.yaml"))
+    return table_of(read_config(option_file("table", name)))
 
 
 def table_of(data: Mapping[str, Any]) -> Table:

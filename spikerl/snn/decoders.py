@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
+from spikerl.schema import Registry
 from spikerl.snn.linear import Linear
 
 
@@ -56,14 +58,36 @@ class MembraneConfig(RateConfig):
             raise BadRequest("decoder.read", self.read, "give last, mean or max")
 
 
-class RateDecoder(nn.Module):
+class Decoder(nn.Module):
+    """Reads `hidden` neurons of the last hidden layer, or an output population of its own."""
+
+    def __init__(self, config: DecoderConfig, act_dim: int, hidden: int, spike_steps: int) -> None:
+        super().__init__()
+        self.config = config
+
+    @staticmethod
+    def population(config: Any, act_dim: int) -> int:
+        """Neurons of the output population; 0 where the last hidden layer is read."""
+        return 0
+
+    def forward(self, spikes_TBN: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class RateDecoder(Decoder):
     """Each action entry is an affine map of its own population's rates: a_j = w_j . r_j + b_j."""
 
-    def __init__(self, act_dim: int, config: RateConfig) -> None:
-        super().__init__()
+    config: RateConfig
+
+    def __init__(self, config: RateConfig, act_dim: int, hidden: int, spike_steps: int) -> None:
+        super().__init__(config, act_dim, hidden, spike_steps)
         bound = 1.0 / math.sqrt(config.pop_size)
         self.weight_AP = nn.Parameter(torch.empty(act_dim, config.pop_size).uniform_(-bound, bound))
         self.bias_A = nn.Parameter(torch.empty(act_dim).uniform_(-bound, bound))
+
+    @staticmethod
+    def population(config: RateConfig, act_dim: int) -> int:
+        return act_dim * config.pop_size
 
     def forward(self, spikes_TBN: Tensor) -> Tensor:
         return self.affine(spikes_TBN.mean(0))
@@ -76,9 +100,7 @@ class RateDecoder(nn.Module):
 class MembraneDecoder(RateDecoder):
     """V = decay V + w_j . o_j + b_j at every spike step."""
 
-    def __init__(self, act_dim: int, config: MembraneConfig) -> None:
-        super().__init__(act_dim, config)
-        self.config = config
+    config: MembraneConfig
 
     def forward(self, spikes_TBN: Tensor) -> Tensor:
         voltages = []
@@ -98,8 +120,8 @@ class MembraneDecoder(RateDecoder):
 class ILCDecoder(MembraneDecoder):
     """`lateral` is what an output neuron gets from its population's spikes one spike step ago."""
 
-    def __init__(self, act_dim: int, config: MembraneConfig) -> None:
-        super().__init__(act_dim, config)
+    def __init__(self, config: MembraneConfig, act_dim: int, hidden: int, spike_steps: int) -> None:
+        super().__init__(config, act_dim, hidden, spike_steps)
         size = config.pop_size
         bound = 1.0 / math.sqrt(size)
         self.lateral_APP = nn.Parameter(torch.empty(act_dim, size, size).uniform_(-bound, bound))
@@ -113,47 +135,37 @@ class ILCDecoder(MembraneDecoder):
         )
 
 
-class LinearDecoder(nn.Module):
+class LinearDecoder(Decoder):
     """An affine map of mean firing rates."""
 
-    def __init__(self, neurons: int, act_dim: int) -> None:
-        super().__init__()
-        self.map = Linear(neurons, act_dim)
+    def __init__(self, config: DecoderConfig, act_dim: int, hidden: int, spike_steps: int) -> None:
+        super().__init__(config, act_dim, hidden, spike_steps)
+        self.map = Linear(hidden, act_dim)
 
     def forward(self, spikes_TBN: Tensor) -> Tensor:
         return self.map(spikes_TBN.mean(0))
 
 
-class LearnedDecoder(nn.Module):
+class LearnedDecoder(Decoder):
     """The learned matrix decoder of the adaptive coding framework (2211.11760), two affine maps.
 
     The first takes the spikes of all spike steps to as many values as there are neurons.
     """
 
-    def __init__(self, neurons: int, spike_steps: int, act_dim: int) -> None:
-        super().__init__()
-        self.over_time = Linear(spike_steps * neurons, neurons)
-        self.map = Linear(neurons, act_dim)
+    def __init__(self, config: DecoderConfig, act_dim: int, hidden: int, spike_steps: int) -> None:
+        super().__init__(config, act_dim, hidden, spike_steps)
+        self.over_time = Linear(spike_steps * hidden, hidden)
+        self.map = Linear(hidden, act_dim)
 
     def forward(self, spikes_TBN: Tensor) -> Tensor:
         return self.map(self.over_time(spikes_TBN.transpose(0, 1).flatten(1)))
 
 
-Decoder = RateDecoder | LearnedDecoder | LinearDecoder
-
-
-def output_layer(config: DecoderConfig, act_dim: int) -> list[int]:
-    """The width of the output population; none where the last hidden layer is read."""
-    return [act_dim * config.pop_size] if isinstance(config, RateConfig) else []
-
-
-def build_decoder(config: DecoderConfig, act_dim: int, hidden: int, spike_steps: int) -> Decoder:
-    """`hidden`: neurons of the last hidden layer."""
-    if isinstance(config, MembraneConfig):
-        kind = ILCDecoder if config.name == "ilc" else MembraneDecoder
-        return kind(act_dim, config)
-    if isinstance(config, RateConfig):
-        return RateDecoder(act_dim, config)
-    if config.name == "linear":
-        return LinearDecoder(hidden, act_dim)
-    return LearnedDecoder(hidden, spike_steps, act_dim)
+DECODERS: Registry[DecoderConfig, Decoder] = Registry(
+    "decoder",
+    rate=(RateConfig, RateDecoder),
+    membrane=(MembraneConfig, MembraneDecoder),
+    ilc=(MembraneConfig, ILCDecoder),
+    linear=(DecoderConfig, LinearDecoder),
+    learned=(DecoderConfig, LearnedDecoder),
+)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
+from spikerl.schema import Registry
 from spikerl.snn.linear import Linear
 from spikerl.snn.surrogates import straight_through
 
@@ -51,63 +52,54 @@ class PopulationConfig(EncoderConfig):
                 raise BadRequest(f"encoder.{key}", getattr(self, key), "give a value above 0")
 
 
-class PopulationEncoder(nn.Module):
-    """Each entry s drives P neurons with A = exp(-(s - mean)^2 / (2 std^2)), mean and std learned.
+class Encoder(nn.Module):
+    """Gives `outputs` inputs of the first layer for `obs_dim` entries."""
 
-    Deterministic: v += A; o = [v > threshold]; v -= threshold * o.
-    Poisson: o = [u < A] with u ~ U[0, 1), independently at each spike step.
-    Backward, a spike passes its gradient unchanged to what caused it (v, or A).
-    """
+    spikes = False  # else currents
+    random = False  # draws from the generator
+    outputs: int
 
-    def __init__(self, obs_dim: int, config: PopulationConfig) -> None:
+    def __init__(self, config: EncoderConfig, obs_dim: int, spike_steps: int) -> None:
         super().__init__()
         self.config = config
-        low, high = config.mean_range
-        centres = torch.linspace(low, high, config.pop_size)
-        self.mean_OP = nn.Parameter(centres.repeat(obs_dim, 1))
-        self.std_OP = nn.Parameter(torch.full_like(self.mean_OP, math.sqrt(config.var)))
-
-    @property
-    def outputs(self) -> int:
-        return self.mean_OP.numel()
-
-    @property
-    def random(self) -> bool:
-        return self.config.name == "poisson"
-
-    @property
-    def squashes(self) -> bool:
-        return self.config.name == "tanh_population"
-
-    def squashed(self, obs_BO: Tensor) -> Tensor:
-        """What the receptive fields see."""
-        return torch.tanh(obs_BO) if self.squashes else obs_BO
-
-    def activity(self, obs_BO: Tensor) -> Tensor:
-        """A, (B, K)."""
-        distance = self.squashed(obs_BO).unsqueeze(-1) - self.mean_OP
-        return torch.exp(-0.5 * distance.pow(2) / self.std_OP.pow(2)).flatten(1)
-
-    def uniform(
-        self, batch: int, spike_steps: int, generator: torch.Generator | None
-    ) -> Tensor | None:
-        """What the Poisson coder draws: (T, B, K) in [0, 1)."""
-        if not self.random:
-            return None
-        shape, mean = (spike_steps, batch, self.mean_OP.numel()), self.mean_OP
-        return torch.rand(shape, generator=generator, dtype=mean.dtype, device=mean.device)
 
     def forward(
         self, obs_BO: Tensor, spike_steps: int, generator: torch.Generator | None
     ) -> Tensor:
-        """Only the Poisson coder draws from `generator`."""
+        raise NotImplementedError
+
+
+class PopulationEncoder(Encoder):
+    """Each entry s drives P neurons with A = exp(-(s - mean)^2 / (2 std^2)), mean and std learned.
+
+    v += A; o = [v > threshold]; v -= threshold * o.
+    Backward, a spike passes its gradient unchanged to v.
+    """
+
+    config: PopulationConfig
+    spikes = True
+
+    def __init__(self, config: PopulationConfig, obs_dim: int, spike_steps: int) -> None:
+        super().__init__(config, obs_dim, spike_steps)
+        low, high = config.mean_range
+        centres = torch.linspace(low, high, config.pop_size)
+        self.mean_OP = nn.Parameter(centres.repeat(obs_dim, 1))
+        self.std_OP = nn.Parameter(torch.full_like(self.mean_OP, math.sqrt(config.var)))
+        self.outputs = self.mean_OP.numel()
+
+    def squash(self, obs_BO: Tensor) -> Tensor:
+        """What the receptive fields see."""
+        return obs_BO
+
+    def activity(self, obs_BO: Tensor) -> Tensor:
+        """A, (B, K)."""
+        distance = self.squash(obs_BO).unsqueeze(-1) - self.mean_OP
+        return torch.exp(-0.5 * distance.pow(2) / self.std_OP.pow(2)).flatten(1)
+
+    def forward(
+        self, obs_BO: Tensor, spike_steps: int, generator: torch.Generator | None
+    ) -> Tensor:
         drive = self.activity(obs_BO)
-        if self.config.name == "analog":
-            return drive.unsqueeze(0)
-        uniform = self.uniform(len(obs_BO), spike_steps, generator)
-        if uniform is not None:
-            spikes = (uniform < drive.detach()).to(drive.dtype)
-            return straight_through(drive.expand_as(spikes), spikes)
         threshold = self.config.threshold
         voltage, spikes_T = torch.zeros_like(drive), []
         for _ in range(spike_steps):
@@ -118,13 +110,51 @@ class PopulationEncoder(nn.Module):
         return torch.stack(spikes_T)
 
 
-class DirectEncoder(nn.Module):
+class TanhPopulationEncoder(PopulationEncoder):
+    """`population` of tanh(obs)."""
+
+    def squash(self, obs_BO: Tensor) -> Tensor:
+        return torch.tanh(obs_BO)
+
+
+class PoissonEncoder(PopulationEncoder):
+    """o = [u < A] with u ~ U[0, 1), independently at each spike step.
+
+    Backward, a spike passes its gradient unchanged to A.
+    """
+
+    random = True
+
+    def uniform(self, batch: int, spike_steps: int, generator: torch.Generator | None) -> Tensor:
+        """u, (T, B, K)."""
+        shape, mean = (spike_steps, batch, self.mean_OP.numel()), self.mean_OP
+        return torch.rand(shape, generator=generator, dtype=mean.dtype, device=mean.device)
+
+    def forward(
+        self, obs_BO: Tensor, spike_steps: int, generator: torch.Generator | None
+    ) -> Tensor:
+        drive = self.activity(obs_BO)
+        uniform = self.uniform(len(obs_BO), spike_steps, generator)
+        spikes = (uniform < drive.detach()).to(drive.dtype)
+        return straight_through(drive.expand_as(spikes), spikes)
+
+
+class AnalogEncoder(PopulationEncoder):
+    """A itself, at every spike step."""
+
+    spikes = False
+
+    def forward(
+        self, obs_BO: Tensor, spike_steps: int, generator: torch.Generator | None
+    ) -> Tensor:
+        return self.activity(obs_BO).unsqueeze(0)
+
+
+class DirectEncoder(Encoder):
     """Every entry of the observation is a current."""
 
-    random = False
-
-    def __init__(self, obs_dim: int) -> None:
-        super().__init__()
+    def __init__(self, config: EncoderConfig, obs_dim: int, spike_steps: int) -> None:
+        super().__init__(config, obs_dim, spike_steps)
         self.outputs = obs_dim
 
     def forward(
@@ -133,16 +163,14 @@ class DirectEncoder(nn.Module):
         return obs_BO.unsqueeze(0)
 
 
-class LearnedEncoder(nn.Module):
+class LearnedEncoder(Encoder):
     """The learned matrix coder of the adaptive coding framework (Qin, IJCAI 2023, 2211.11760).
 
     One affine map of the observation gives O currents for each spike step.
     """
 
-    random = False
-
-    def __init__(self, obs_dim: int, spike_steps: int) -> None:
-        super().__init__()
+    def __init__(self, config: EncoderConfig, obs_dim: int, spike_steps: int) -> None:
+        super().__init__(config, obs_dim, spike_steps)
         self.outputs = obs_dim
         self.map = Linear(obs_dim, obs_dim * spike_steps)
 
@@ -152,12 +180,12 @@ class LearnedEncoder(nn.Module):
         return self.map(obs_BO).unflatten(1, (spike_steps, self.outputs)).transpose(0, 1)
 
 
-Encoder = PopulationEncoder | DirectEncoder | LearnedEncoder
-
-
-def build_encoder(config: EncoderConfig, obs_dim: int, spike_steps: int) -> Encoder:
-    if isinstance(config, PopulationConfig):
-        return PopulationEncoder(obs_dim, config)
-    if config.name == "direct":
-        return DirectEncoder(obs_dim)
-    return LearnedEncoder(obs_dim, spike_steps)
+ENCODERS: Registry[EncoderConfig, Encoder] = Registry(
+    "encoder",
+    population=(PopulationConfig, PopulationEncoder),
+    poisson=(PopulationConfig, PoissonEncoder),
+    tanh_population=(PopulationConfig, TanhPopulationEncoder),
+    analog=(PopulationConfig, AnalogEncoder),
+    direct=(EncoderConfig, DirectEncoder),
+    learned=(EncoderConfig, LearnedEncoder),
+)

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
+from spikerl.schema import Registry
 from spikerl.snn.surrogates import SURROGATES, reach, spike
 
 
@@ -136,12 +137,6 @@ class Neuron(nn.Module):
         if config.surrogate == "rect":
             self.scale = config.surrogate_window
 
-    @property
-    def basic(self) -> bool:
-        """Whether it is of the kind that every kernel has: `lif` and `cuba_lif` as published."""
-        c = self.config
-        return isinstance(self, CubaLIF) and c.reset == "hard" and c.surrogate == "rect"
-
     def initial(self, drive_BN: Tensor) -> State:
         zero = torch.zeros_like(drive_BN)
         return State(zero, zero)
@@ -241,14 +236,11 @@ class Dynamic(Neuron):
         return State(voltage, self.fire(voltage - c.threshold), (current, recovery))
 
 
-NEURONS: dict[type[NeuronConfig], type[Neuron]] = {
-    LIFConfig: CubaLIF,
-    CubaLIFConfig: CubaLIF,
-    PLIFConfig: PLIF,
-    ALIFConfig: ALIF,
-    DynamicConfig: Dynamic,
-}
-
-
-def build_neuron(config: NeuronConfig) -> Neuron:
-    return NEURONS[type(config)](config)
+NEURONS: Registry[NeuronConfig, Neuron] = Registry(
+    "neuron",
+    lif=(LIFConfig, CubaLIF),
+    cuba_lif=(CubaLIFConfig, CubaLIF),
+    plif=(PLIFConfig, PLIF),
+    alif=(ALIFConfig, ALIF),
+    dynamic=(DynamicConfig, Dynamic),
+)

@@ -15,7 +15,7 @@ from typing import Any
 from spikerl.config.build import Config
 from spikerl.distributed.world import World, share
 from spikerl.energy.meter import joules_to_reach, total_joules
-from spikerl.errors import BadRequest, DiskError
+from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest, DiskError
 from spikerl.files import write_json, write_text
 from spikerl.machine import versions
 from spikerl.runs import folder as run_folder
@@ -23,8 +23,6 @@ from spikerl.runs.checkpoint import Checkpoint, drop_later, save_checkpoint, ver
 from spikerl.runs.display import View, epoch_line, stuck_layers
 from spikerl.runs.record import RunLog
 from spikerl.training.trainer import Row, Trainer
-
-DONE, FAILED, STOPPED, INTERRUPTED = 0, 1, 75, 130  # exit statuses
 
 
 class Session:
@@ -53,38 +51,38 @@ class Session:
         self.stuck: set[int] = set()  # layers that were said to hardly learn
         restored: list[str] = []
         try:
-            if config.scalars.resume:
-                self.folder = Path(config.scalars.resume)
-                restored = self.go_on(command, after)
+            if config.run.resume:
+                self.folder = Path(config.run.resume)
+                restored = self.resume(command, after)
             else:
                 self.folder = self.start(target, command)
         except DiskError as error:
-            key = "resume" if config.scalars.resume else "run_dir"
+            key = "resume" if config.run.resume else "run_dir"
             raise BadRequest(key, target, f"{error}; nothing was begun") from None
         if begun:
             begun(self.folder)
         if self.first:
             title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
             self.log = RunLog(self.folder, trainer.step)
-            self.view = View(title, trainer.t.total_steps, trainer.step)
+            self.view = View(title, config.run.total_steps, trainer.step)
             for text in [*announce(config, trainer), *restored, f"run folder: {self.folder}"]:
                 self.say(text)
         world.run_on_all(self.flush)
 
     def start(self, target: str, command: Sequence[str]) -> Path:
         """A new folder, which appears whole, with checkpoint 0 from all workers."""
-        named = self.config.scalars.run_dir is not None
+        named = self.config.run.run_dir is not None
         partial = Path(self.world.broadcast(str(run_folder.partial_of(target))))
 
         def begin() -> None:
             if self.first:
                 raw, manifest = self.config.raw, self.manifest(command)
-                self.lock = run_folder.begin(partial, target, raw, manifest)
+                self.lock = run_folder.fill_partial(partial, target, raw, manifest)
 
         def appear() -> Path:
             if not self.first:
                 return partial
-            return run_folder.appear(partial, target, named=named)
+            return run_folder.move_into_place(partial, target, named=named)
 
         try:
             self.world.run_on_all(begin)
@@ -94,7 +92,7 @@ class Session:
             if self.first:
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def go_on(self, command: Sequence[str], after: str | None) -> list[str]:
+    def resume(self, command: Sequence[str], after: str | None) -> list[str]:
         """Take the newest checkpoint that verifies, on all workers; what was restored."""
         notes: list[str] = []
 
@@ -107,10 +105,10 @@ class Session:
         checkpoint = Checkpoint.open(self.folder, self.world.run_on_all(choose)[0])
         restored = all(self.world.run_on_all(lambda: self.restore(checkpoint)))
         self.wall_s, self.committed = float(checkpoint.manifest["wall_s"]), self.trainer.step
-        self.world.run_on_all(lambda: self.take_over(checkpoint, restored, command, after, notes))
+        self.world.run_on_all(lambda: self.rewind(checkpoint, restored, command, after, notes))
         return notes
 
-    def take_over(
+    def rewind(
         self,
         checkpoint: Checkpoint,
         restored: bool,
@@ -123,7 +121,7 @@ class Session:
             return
         drop_later(checkpoint)
         lost = run_folder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
-        run_folder.reopen(self.folder)
+        run_folder.remove_results(self.folder)
         record = run_folder.read_manifest(self.folder, key="resume")
         size, had = self.world.size, checkpoint.workers
         moved = f"{had} workers became {size}: random streams and batches are others"
@@ -135,10 +133,11 @@ class Session:
                  "after": after}  # fmt: skip
         changes: dict[str, Any] = {"resumed": [*record.get("resumed", []), event]}
         if had != size:
-            placed = {name: getattr(self.config, name)._asdict() for name in ("threads", "backend")}
+            choices = vars(self.config.resolved)
+            placed = {name: choices[name]._asdict() for name in ("threads", "backend")}
             changes |= {"world_size": size, "resolved": {**record["resolved"], **placed}}
         run_folder.update_manifest(self.folder, status="running", **changes)
-        total, replay = self.trainer.t.total_steps, self.trainer.replay
+        total, replay = self.config.run.total_steps, self.trainer.replay
         notes.append(
             f"resumed at step {self.trainer.step} of {total}: weights, optimisers, normaliser,"
             f" {replay.size * size} transitions, random streams, environments"
@@ -180,7 +179,7 @@ class Session:
         row = {**row, "wall_s": self.wall()}
         self.log.row(row)
         self.view.epoch(row)
-        self.log.line(epoch_line(row, self.trainer.t.total_steps))
+        self.log.line(epoch_line(row, self.config.run.total_steps))
         stuck = stuck_layers(row)
         for layer in stuck.keys() - self.stuck:  # what has been said is not said every epoch
             self.say(stuck[layer])
@@ -222,14 +221,14 @@ class Session:
         if number:
             interrupted = number == signal.SIGINT
             status = "interrupted" if interrupted else "preempted"
-            code = INTERRUPTED if interrupted else STOPPED
+            code = INTERRUPTED if interrupted else PREEMPTED
         try:
-            self.world.run_on_all(lambda: self.conclude(status))
+            self.world.run_on_all(lambda: self.write_results(status))
         except DiskError as error:
             self.unsaved = self.unsaved or str(error)
         if self.unsaved:
             if self.first:
-                self.give_up(self.unsaved)
+                self.report_unsaved(self.unsaved)
             return FAILED
         if self.first:
             if number:
@@ -242,7 +241,7 @@ class Session:
             self.flush()
         return code
 
-    def conclude(self, status: str) -> None:
+    def write_results(self, status: str) -> None:
         """The files that say how the run ended; a policy even where no checkpoint holds it."""
         if not self.first:
             return
@@ -256,22 +255,22 @@ class Session:
         run_folder.update_manifest(self.folder, **changes)
 
     def fail(self, error: BaseException) -> None:
-        self.mourn(traceback.format_exc())
+        self.record_failure(traceback.format_exc())
         self.say(f"failed at step {self.trainer.step}: {type(error).__name__}: {error}")
         self.flush()
 
-    def give_up(self, reason: str) -> None:
+    def report_unsaved(self, reason: str) -> None:
         """The training is done, but not all of it is on the disk."""
         line = f"step {self.trainer.step} could not be saved: {reason}; spikerl train"
         line += f" resume={self.folder} goes on from step {self.committed}"
-        self.mourn(line + "\n")
+        self.record_failure(line + "\n")
         assert self.log is not None
         self.log.line(line)
         self.flush()
         self.view.close()
         print(f"spikerl: {line}", file=sys.stderr)
 
-    def mourn(self, text: str) -> None:
+    def record_failure(self, text: str) -> None:
         """Leave word of a failure, as far as the disk lets us."""
         with suppress(OSError):
             self.end("failed")
@@ -285,7 +284,7 @@ class Session:
         last_ten = returns[-10:]
         summary = {
             "env_id": self.trainer.task.env_id,
-            "seed": self.config.scalars.seed,
+            "seed": self.config.run.seed,
             "world_size": self.world.size,
             "steps": self.trainer.step,
             "updates": self.trainer.algo.updates,
@@ -304,10 +303,8 @@ class Session:
         write_json(self.folder / "summary.json", summary)
 
     def manifest(self, command: Sequence[str]) -> dict[str, Any]:
-        names = ("device", "threads", "kernel", "backend")
-        resolved = {name: getattr(self.config, name)._asdict() for name in names}
-        resolved["energy"] = self.config.meter._asdict()
-        num_envs, precision = self.trainer.t.num_envs, self.config.precision.name
+        resolved = {name: r._asdict() for name, r in vars(self.config.resolved).items()}
+        num_envs, precision = self.config.num_envs, self.config.precision.name
         facts = {"world_size": self.world.size, "num_envs": num_envs, "precision": precision}
         return run_folder.make_manifest(self.trainer.task.env_id, command, resolved, facts)
 
@@ -327,26 +324,24 @@ class Session:
 
 def announce(config: Config, trainer: Trainer) -> list[str]:
     """What is about to run and what each worker has of it, with every choice that was made."""
-    t, size, algo = trainer.t, trainer.world.size, config.algo
+    run, size, algo = config.run, trainer.world.size, config.algo
     rows = [share(algo.batch_size, rank, size) for rank in range(size)]
-    if t.scaling == "weak":
+    if run.scaling == "weak":
         rows = [algo.batch_size] * size
     each = str(rows[0]) if len(set(rows)) == 1 else f"{min(rows)} to {max(rows)}"
-    resolved = {name: getattr(config, name) for name in ("device", "threads", "kernel", "backend")}
-    resolved["energy"] = config.meter
     task = trainer.task
-    over = "in shared memory" if trainer.world.shm else f"over {config.backend.choice}"
+    over = "in shared memory" if trainer.world.shm else f"over {config.resolved.backend.choice}"
     exchange = f"; gradients are summed {over}" if size > 1 else ""
     lines = [
         f"{task.env_id}: {task.obs_dim} observations, {task.act_dim} actions;"
-        f" {config.actor.actor.name} actor, {algo.name}, seed {t.seed},"
+        f" {config.actor.actor.name} actor, {algo.name}, seed {run.seed},"
         f" precision {config.precision.name}",
-        f"{size} worker{'s' * (size > 1)} x {t.num_envs // size} environments;"
-        f" global batch {sum(rows)} ({each} per worker, {t.scaling} scaling);"
-        f" {trainer.updates_by(t.total_steps)} updates in {t.total_steps} steps{exchange}",
-        "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in resolved.items()),
+        f"{size} worker{'s' * (size > 1)} x {config.num_envs // size} environments;"
+        f" global batch {sum(rows)} ({each} per worker, {run.scaling} scaling);"
+        f" {trainer.updates_by(run.total_steps)} updates in {run.total_steps} steps{exchange}",
+        "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in vars(config.resolved).items()),
     ]
-    if config.scalars.init_from:
+    if config.run.init_from:
         norm = f"normaliser ({trainer.norm.count} observations)"
-        lines.append(f"init_from={config.scalars.init_from}: actor weights and {norm}")
+        lines.append(f"init_from={config.run.init_from}: actor weights and {norm}")
     return lines

@@ -16,30 +16,23 @@ import torch
 from torch import Tensor
 
 from spikerl import kernels
-from spikerl.algos.base import AlgoConfig, Learner
-from spikerl.algos.ddpg import DDPG, DDPGConfig
-from spikerl.algos.ppo import PPO, PPOConfig
-from spikerl.algos.proxy_td3 import ProxyTD3, ProxyTD3Config
+from spikerl.algos import ALGOS
 from spikerl.algos.replay import Replay
-from spikerl.algos.sac import SAC, SACConfig
-from spikerl.algos.td3 import TD3, TD3Config
+from spikerl.config.build import Config
 from spikerl.distributed.world import ALONE, World, share
 from spikerl.energy.meter import Meter, Reading, consecutive, energy_row, merge
-from spikerl.envs.make import EnvConfig
 from spikerl.envs.vector import make_envs
 from spikerl.errors import NonFinite
 from spikerl.models.actor import (
-    ActorConfig,
     CareBNConfig,
     SpikingActor,
     build_actor,
+    copy_weights,
     deployed,
-    take,
 )
 from spikerl.models.critic import Critics
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
-from spikerl.models.precision import PrecisionConfig
 from spikerl.runs.checkpoint import Checkpoint, Shard, check_fit
 from spikerl.seeding import Streams, initialising, seed_for
 from spikerl.training.evaluator import Evaluator
@@ -49,43 +42,9 @@ from spikerl.types import Task
 Row = dict[str, Any]
 
 
-@dataclass(kw_only=True)
-class Training:
-    """What a run is made of, validated and resolved."""
-
-    env: EnvConfig
-    actor: ActorConfig
-    algo: AlgoConfig
-    precision: PrecisionConfig
-    device: torch.device
-    seed: int
-    num_envs: int
-    total_steps: int
-    steps_per_epoch: int
-    eval_episodes: int
-    scaling: str
-    kernel: str = "reference"  # as `kernels.resolve` names it
-
-    def batch_share(self, world: World) -> tuple[int, float]:
-        """Rows that a worker draws for an update, and their share of the global batch."""
-        if self.scaling == "weak":
-            return self.algo.batch_size, 1.0 / world.size
-        rows = share(self.algo.batch_size, world.rank, world.size)
-        # What it just did is cut into minibatches, so that all have as many.
-        equal = LEARNERS[type(self.algo)].on_policy
-        return rows, 1.0 / world.size if equal else rows / self.algo.batch_size
-
-
 # Up to so many environments a worker acts on the CPU, whatever device it learns on: a kernel call
 # there takes microseconds, and on a GPU every operation as many. Not measured on a GPU yet.
 FEW_ENVS = 64
-LEARNERS: dict[type[AlgoConfig], type[Learner]] = {
-    DDPGConfig: DDPG,
-    TD3Config: TD3,
-    ProxyTD3Config: ProxyTD3,
-    SACConfig: SAC,
-    PPOConfig: PPO,
-}
 SYNCHRONISED = 50  # steps between exchanges where the normaliser sets no interval
 
 
@@ -127,50 +86,66 @@ def mean_of(sums: Sequence[Mapping[str, tuple[float, int]]], name: str) -> float
     return sum(total for total, _ in parts) / count if count else None
 
 
+def batch_share(config: Config, world: World) -> tuple[int, float]:
+    """Rows that a worker draws for an update, and their share of the global batch."""
+    size = config.algo.batch_size
+    if config.run.scaling == "weak":
+        return size, 1.0 / world.size
+    rows = share(size, world.rank, world.size)
+    # A rollout is cut into minibatches, so that all have as many.
+    equal = ALGOS.part(config.algo).on_policy
+    return rows, 1.0 / world.size if equal else rows / size
+
+
 class Trainer:
     """One worker's training loop; with several, each steps its own share of the environments."""
 
     def __init__(
         self,
-        training: Training,
+        config: Config,
         task: Task,
         init: Policy | None = None,
         world: World = ALONE,
         meter: Meter | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self.t, self.task, self.world = training, task, world
+        """`device`: this worker's own, where several share what was resolved."""
+        self.config, self.run, self.task, self.world = config, config.run, task, world
         self.meter = meter or Meter("none: not asked for")
-        t, algo, device = training, training.algo, training.device
-        each = t.num_envs // world.size
+        c, run, algo = config, config.run, config.algo
+        device = device or torch.device(c.resolved.device.choice)
+        learner, kernel = ALGOS.part(algo), c.resolved.kernel.choice
+        each = c.num_envs // world.size
         self.acting_on = torch.device("cpu") if each <= FEW_ENVS else device
-        self.streams = Streams(t.seed, world.rank, device, self.acting_on)
-        self.batch_size, weight = t.batch_share(world)
-        self.fewer = world.size if t.scaling == "weak" else 1  # updates, as the batch grows
-        with initialising(t.seed):
+        self.streams = Streams(run.seed, world.rank, device, self.acting_on)
+        self.batch_size, weight = batch_share(c, world)
+        # Batches of an update: with weak scaling each worker has one of the whole size.
+        self.batches = world.size if run.scaling == "weak" else 1
+        with initialising(run.seed):
             actor = build_actor(
-                t.actor,
+                c.actor,
                 task.obs_dim,
                 algo.outputs(task.act_dim),
-                dtype=t.precision.actor_dtype,
-                kernel=t.kernel,
+                dtype=c.precision.actor_dtype,
+                kernel=kernel,
             )
             critic = Critics(
                 task.obs_dim,
-                0 if LEARNERS[type(algo)].on_policy else task.act_dim,
+                0 if learner.on_policy else task.act_dim,
                 algo.critic_hidden_sizes,
                 networks=algo.critics,
-                dtype=t.precision.critic_dtype,
-                kernel=t.kernel,
+                dtype=c.precision.critic_dtype,
+                kernel=kernel,
             )
             if init is not None:
-                take(actor, init.actor)
-            self.algo = LEARNERS[type(algo)](
+                copy_weights(actor, init.actor)
+            self.algo = learner(
                 actor.to(device),
                 critic.to(device),
                 algo,
-                actor_lr=t.actor.actor.lr,
+                actor_lr=c.actor.actor.lr,
                 generator=self.streams.update,
-                scales_loss=t.precision.scales_loss,
+                scales_loss=c.precision.scales_loss,
                 world=world,
                 weight=weight,
             )
@@ -183,11 +158,11 @@ class Trainer:
         if isinstance(self.algo.actor, SpikingActor):
             for norm in self.algo.actor.norms:
                 norm.sum_ = world.sum_  # over the rows of all workers
-        capacity = algo.capacity() // t.num_envs * each  # whole steps of all environments
+        capacity = algo.capacity() // c.num_envs * each  # whole steps of all environments
         self.replay = Replay(capacity, task.obs_dim, task.act_dim, device, width=each)
-        self.envs = make_envs(t.env, each, task)
+        self.envs = make_envs(c.env, each, task)
         self.reset_envs()
-        self.evaluator = Evaluator(t.env, t.eval_episodes, t.seed, world)
+        self.evaluator = Evaluator(c.env, run.eval_episodes, run.seed, world)
         self.progress = Progress()
         self.clock = time.perf_counter()
         self.stopping = 0  # the signal that all workers agreed to stop on
@@ -199,30 +174,30 @@ class Trainer:
     @property
     def policy(self) -> Policy:
         """What is evaluated and saved."""
-        config, actor = deployed(self.t.actor, self.algo.actor, self.task.act_dim)
+        config, actor = deployed(self.config.actor, self.algo.actor, self.task.act_dim)
         return Policy(self.task, config, actor, self.norm)
 
     def reset_envs(self, *resumed_at: int) -> None:
         first = self.world.rank * len(self.envs)
         numbers = range(first, first + len(self.envs))
-        self.envs.reset([seed_for(self.t.seed, "env", i, *resumed_at) for i in numbers])
+        self.envs.reset([seed_for(self.run.seed, "env", i, *resumed_at) for i in numbers])
 
     def epochs(
         self,
-        on_burst: Callable[[Progress], None] = lambda progress: None,
+        on_updates: Callable[[Progress], None] = lambda progress: None,
         stop_signal: Callable[[], int] = lambda: 0,
     ) -> Iterator[Row]:
         """Train to `total_steps`, yielding a row per epoch, the same on every worker.
 
         Ends early, between bursts, once `stop_signal` gives a signal's number on any worker.
         """
-        t, p = self.t, self.progress
+        run, p = self.run, self.progress
         self.start_window()
-        while p.step < t.total_steps and not self.stopping:
+        while p.step < run.total_steps and not self.stopping:
             before = p.step
             self.advance(stop_signal)
-            on_burst(p)
-            if crossed(before, p.step, t.steps_per_epoch) or p.step >= t.total_steps:
+            on_updates(p)
+            if crossed(before, p.step, run.steps_per_epoch) or p.step >= run.total_steps:
                 p.epoch += 1
                 row = self.row()
                 p.next_epoch()
@@ -232,7 +207,7 @@ class Trainer:
 
     def advance(self, stop_signal: Callable[[], int] = lambda: 0) -> None:
         """One step in every environment, and the updates that became due with it."""
-        before, algo = self.step, self.t.algo
+        before, algo = self.step, self.config.algo
         self.act()
         try:
             if self.algo.on_policy:  # from what it did, seen as it saw it
@@ -247,7 +222,7 @@ class Trainer:
 
     def act(self) -> None:
         """One step in every environment, stored with its true successors."""
-        algo, explore = self.t.algo, self.streams.explore
+        algo, explore = self.config.algo, self.streams.explore
         obs_NO = self.envs.obs
         if self.step < self.algo.random_steps:
             shape = (len(obs_NO), self.task.act_dim)
@@ -272,22 +247,22 @@ class Trainer:
         self.stopping = int(max(part[-1] for part in everyone))
 
     def learn(self, before: int) -> None:
-        """The bursts of updates that became due since step `before`."""
+        """The updates that became due since step `before`."""
         due = self.updates_due(self.step) - self.updates_due(before)
         if due == 0:
             return
         actor = self.algo.actor
         if isinstance(actor, SpikingActor):
-            actor.schedule(min(self.step / self.t.total_steps, 1.0))
+            actor.schedule(min(self.step / self.run.total_steps, 1.0))
         normalize = self.norm.normalize
-        metrics = self.algo.burst(self.replay, due, self.batch_size, self.streams.sample, normalize)
+        metrics = self.algo.train(self.replay, due, self.batch_size, self.streams.sample, normalize)
         self.algo.check()
         self.progress.updates = self.algo.updates
         self.progress.add(metrics)
 
     def recalibrate(self, before: int) -> None:
         """Where drives are normalised, measure their moments anew when that is due."""
-        config, actor = self.t.actor.actor, self.algo.actor
+        config, actor = self.config.actor.actor, self.algo.actor
         if not isinstance(config, CareBNConfig) or config.recalibration_interval is None:
             return
         if self.algo.updates == 0 or not crossed(before, self.step, config.recalibration_interval):
@@ -300,7 +275,7 @@ class Trainer:
 
     def updates_due(self, step: int) -> int:
         """Updates that belong to the first `step` steps."""
-        return self.t.algo.updates_due(step, self.fewer)
+        return self.config.algo.updates_due(step, self.batches)
 
     def updates_by(self, step: int) -> int:
         """Updates that will have been made then; before a resize there were others."""
@@ -408,8 +383,8 @@ class Trainer:
             self.streams.load(streams)
         else:
             parts = [checkpoint.worker(old) for old in range(checkpoint.workers)]
-            tensors, notes = share_of(parts, rank, size, self.t.num_envs)
-            self.streams.restart(self.t.seed, rank, checkpoint.step)
+            tensors, notes = share_of(parts, rank, size, self.config.num_envs)
+            self.streams.restart(self.run.seed, rank, checkpoint.step)
         self.progress = progress_of(notes["progress"], checkpoint.step)
         self.algo.updates = self.progress.updates
         pending, envs = tensors["norm.pending"], under("envs.", tensors)

@@ -13,12 +13,12 @@ import torch
 from builders import small_training
 from disks import Failing, before_each_call
 
-from spikerl.commands.train import checkpoint
 from spikerl.distributed.world import ALONE
 from spikerl.envs.make import make_env, task_of
 from spikerl.errors import BadRequest, DiskError
 from spikerl.files import make_folder
 from spikerl.models.policy import find_policy
+from spikerl.runs import checkpoint
 from spikerl.runs.checkpoint import KEEP, drop_later, newest, save_checkpoint, verified
 from spikerl.training.trainer import Trainer
 

@@ -272,7 +272,7 @@ def resumed(folder: Path) -> Case:
             expand("train", [f"resume={run}"])
             train.finished(run, config)
             run_folder.rewind(run, verified(run, lambda text: None).manifest["metrics_bytes"])
-            run_folder.reopen(run)
+            run_folder.remove_results(run)
             record = run_folder.read_manifest(run, key="resume")
             run_folder.update_manifest(run, resumed=[*record.get("resumed", []), {}])
             run_folder.read_rows(run / "metrics.jsonl")

@@ -104,7 +104,7 @@ class FakeNVML(ModuleType):
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
         if uuid != f"GPU-{UUID}":
-            raise self.NVMLError("Not Found")
+            raise self.NVMLError("Not Measurable")
         return "handle"
 
     def nvmlDeviceGetMigMode(self, handle: str) -> list[bool]:
@@ -227,7 +227,7 @@ def test_zeus_by_name_without_counters_is_refused() -> None:
 PROGRAM = """
 import json, sys, time, torch
 from pathlib import Path
-from spikerl.energy.meter import counters
+from spikerl.energy import counters
 from spikerl.energy.meter import EnergyConfig, open_meter
 
 def opened(name):
@@ -520,7 +520,9 @@ def test_a_gpu_that_knows_no_mig_is_measured(zeus: FakeZeus, nvml: FakeNVML) -> 
 
 def test_a_gpu_that_nvml_does_not_know(zeus: FakeZeus, nvml: FakeNVML) -> None:
     reason = resolve(AUTO, device=torch.device("cuda:0")).reason
-    assert reason.startswith("no energy counter for GPU-other (MIG has none): Not Found; no RAPL")
+    assert reason.startswith(
+        "no energy counter for GPU-other (MIG has none): Not Measurable; no RAPL"
+    )
 
 
 def test_a_cpu_run_beside_a_gpu_does_not_claim_there_is_none(nvml: FakeNVML) -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from clock import Clock, window
 
+from spikerl.energy import counters
 from spikerl.energy.meter import (
     EnergyConfig,
     Reading,
-    counters,
     energy_row,
     joules_to_reach,
     merge,

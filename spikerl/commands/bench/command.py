@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from spikerl import kernels, machine
-from spikerl.algos.proxy_td3 import ProxyTD3, ProxyTD3Config
-from spikerl.algos.td3 import TD3
+from spikerl.algos.offpolicy import OffPolicy
+from spikerl.algos.proxy_td3 import ProxyTD3Config
 from spikerl.commands.bench import workers as bench_workers
 from spikerl.commands.bench.baselines import DenseActor, PopSANActor, dense_loop, popsan_loop
 from spikerl.commands.bench.fixtures import BURST, Subject
@@ -128,7 +128,7 @@ class Bench(Subject):
         """One action from one raw observation, or from one normalised one."""
         row = self.obs[:1]
         raw = row[0].double().cpu().numpy()
-        choice, task = self.config.kernel.choice, self.task
+        choice, task = self.config.resolved.kernel.choice, self.task
         ours = self.policy(self.spiking(choice))
         modules: dict[str, nn.Module] = {
             "popsan loop": PopSANActor(self.actor).to(self.device),
@@ -165,19 +165,19 @@ class Bench(Subject):
 
     def roofline(self) -> Roofline:
         delay = self.algo.policy_delay
-        critic = self.td3(self.spiking("reference")).critic
+        critic = self.learner(self.spiking("reference")).critic
         return roofline(self.actor, critic, delay, self.request.batches, self.device)
 
     def update(self, batch: int) -> list[Benchmark]:
         """One TD3 update: a critic step, and every second time all the rest."""
         O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
-        choice = self.config.kernel.choice
+        choice = self.config.resolved.kernel.choice
         rows = self.batch(BURST * batch)
         batches = [Batch(*each) for each in zip(*(f.split(batch) for f in rows), strict=True)]
 
         def benchmark(kernel: str, precision: str, learner: Any) -> Benchmark:
             def call() -> None:
-                if isinstance(learner, TD3):
+                if isinstance(learner, OffPolicy):
                     learner.learn(rows, BURST)
                     learner.check()
                     return
@@ -189,20 +189,20 @@ class Bench(Subject):
 
         dense = MLPActor(O, A, DENSE).to(self.device)
         return [
-            benchmark(choice, "fp32", self.td3(self.spiking(choice))),
-            benchmark(choice, "bf16", self.td3(self.spiking(choice), torch.bfloat16)),
-            benchmark("reference", "fp32", self.td3(self.spiking("reference"))),
-            benchmark("dense", "fp32", self.td3(dense)),
+            benchmark(choice, "fp32", self.learner(self.spiking(choice))),
+            benchmark(choice, "bf16", self.learner(self.spiking(choice), torch.bfloat16)),
+            benchmark("reference", "fp32", self.learner(self.spiking("reference"))),
+            benchmark("dense", "fp32", self.learner(dense)),
             benchmark("popsan loop", "fp32", popsan_loop(self.actor, O, A)),
             benchmark("dense loop", "fp32", dense_loop(O, A, self.device)),
         ]
 
     def proxies(self) -> list[Measurement]:
         """Updates of TD3 with a proxy target, and of TD3, in turn."""
-        choice, batch = self.config.kernel.choice, self.request.batches[-1]
+        choice, batch = self.config.resolved.kernel.choice, self.request.batches[-1]
 
-        def benchmark(name: str, learner: TD3) -> Benchmark:
-            rows = self.batch(BURST * learner.batches * batch)
+        def benchmark(name: str, learner: OffPolicy) -> Benchmark:
+            rows = self.batch(BURST * learner.batches_per_update * batch)
 
             def call() -> None:
                 learner.learn(rows, BURST)
@@ -210,13 +210,13 @@ class Bench(Subject):
 
             return Benchmark(f"update, {name}", choice, "fp32", batch, self.weights, BURST, call)
 
-        benchmarks = [benchmark("td3", self.td3(self.spiking(choice)))]
+        benchmarks = [benchmark("td3", self.learner(self.spiking(choice)))]
         for neuron, steps, widths in PROXIES:
             fields = {**asdict(self.algo), "name": "proxy_td3"}
             algo = ProxyTD3Config(
                 **fields, proxy_steps=steps, proxy_lr=1e-3, proxy_hidden_sizes=widths
             )
-            learner = self.td3(self.spiking(choice, neuron), rule=ProxyTD3, algo=algo)
+            learner = self.learner(self.spiking(choice, neuron), algo=algo)
             benchmarks.append(benchmark(f"proxy_td3 {neuron} K={steps}", learner))
         found = self.time(benchmarks)
         td3 = found[0].median_ms
@@ -229,11 +229,12 @@ class Bench(Subject):
         O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
         algo, burst = self.algo, self.algo.update_interval
         short = replace(algo, random_steps=0, learning_starts=burst, replay_capacity=100_000)
-        training = replace(self.config.training(), algo=short, num_envs=1)
-        dense = replace(training, actor=replace(training.actor, actor=DENSE))
+        run = replace(self.config.run, num_envs=1)
+        config = replace(self.config, run=run, algo=short)
+        dense = replace(config, actor=replace(config.actor, actor=DENSE))
         start = self.policy(self.actor)
-        spiking = Trainer(training, self.task, start)
-        trainers = {training.kernel: spiking, "dense": Trainer(dense, self.task)}
+        spiking = Trainer(config, self.task, start)
+        trainers = {self.kernel: spiking, "dense": Trainer(dense, self.task)}
         dense_one = dense_loop(O, A, self.device)
         loops = {"popsan loop": popsan_loop(self.actor, O, A), "dense loop": dense_one}
         found = []

@@ -8,19 +8,20 @@ import numpy as np
 import torch
 import yaml
 
-from spikerl.algos.td3 import TD3, TD3Config
+from spikerl.algos import ALGOS
+from spikerl.algos.offpolicy import OffPolicy
+from spikerl.algos.td3 import TD3Config
 from spikerl.commands.bench.baselines import as_trained, critic_as_trained
 from spikerl.commands.train import task_for
-from spikerl.config.build import Config
+from spikerl.config.build import Config, why_layered
 from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor, ActorConfig, SpikingActor, build_actor
 from spikerl.models.critic import Critics
 from spikerl.models.normalizer import RunningNorm
-from spikerl.models.policy import NEURONS, Policy, load_policy
-from spikerl.schema import choose
-from spikerl.snn.neurons import NeuronConfig
+from spikerl.models.policy import Policy, load_policy
+from spikerl.snn.neurons import NEURONS, NeuronConfig
 from spikerl.types import Batch
 
 # Of the encoder and of each layer, in the HalfCheetah policy that PopSAN's authors published, as
@@ -36,17 +37,17 @@ class Subject:
     def __init__(self, config: Config, run: str | None = None) -> None:
         if not isinstance(build_actor(config.actor, 1, 1), SpikingActor):
             raise BadRequest("actor", config.actor.actor.name, "bench times a spiking actor")
-        if why := config.actor.layered(torch.float32):
-            remedy = f"bench times what a kernel covers in one call, and {why}"
+        if why := why_layered(config.actor, torch.float32):
+            remedy = f"bench times actors that run in one call of kernel=cpu; this one has {why}"
             raise BadRequest("actor", config.actor.shape(), remedy)
         if not isinstance(config.algo, TD3Config):
             raise BadRequest("algo", config.algo.name, "bench times TD3; leave it out")
         self.config, self.run, self.algo = config, run, config.algo
-        self.kernel = config.kernel.choice
+        self.kernel = config.resolved.kernel.choice
         self.task = task_for(config)
-        self.threads = int(config.threads.choice)
+        self.threads = int(config.resolved.threads.choice)
         torch.set_num_threads(self.threads)
-        self.device = torch.device(config.device.choice)
+        self.device = torch.device(config.resolved.device.choice)
         self.obs = torch.randn(4096, self.task.obs_dim).clamp(-3.0, 3.0)
         self.actor, self.weights = self.timed_actor()
         self.obs, self.actor = self.obs.to(self.device), self.actor.to(self.device)
@@ -84,14 +85,14 @@ class Subject:
     def policy(self, actor: Actor) -> Policy:
         return Policy(self.task, self.config.actor, actor, RunningNorm(self.task.obs_dim, 3.0))
 
-    def td3(
+    def learner(
         self,
         actor: Actor,
         critic_dtype: torch.dtype = torch.float32,
         world: World = ALONE,
-        rule: type[TD3] = TD3,
         algo: TD3Config | None = None,
-    ) -> TD3:
+    ) -> OffPolicy:
+        """TD3 with this actor, or what `algo` configures."""
         O, A, algo = self.task.obs_dim, self.task.act_dim, algo or self.algo  # noqa: E741
         kernel = actor.kernel if isinstance(actor, SpikingActor) else self.kernel
         critic = Critics(O, A, algo.critic_hidden_sizes, dtype=critic_dtype, kernel=kernel)
@@ -99,7 +100,7 @@ class Subject:
         units = np.interp(np.linspace(0, 1, hidden), [0, 1], TRAINED_UNITS).tolist()
         critic_as_trained(critic, units, self.obs[:256].cpu())
         generator = torch.Generator(self.device).manual_seed(0)
-        return rule(
+        learner = ALGOS.part(algo)(
             actor,
             critic.to(self.device),
             algo,
@@ -108,6 +109,8 @@ class Subject:
             world=world,
             weight=1.0 / world.size,
         )
+        assert isinstance(learner, OffPolicy)
+        return learner
 
     def batch(self, size: int) -> Batch:
         rows, following = (self.obs[torch.randint(len(self.obs), (size,))] for _ in range(2))
@@ -120,5 +123,4 @@ class Subject:
 def published(neuron: str) -> NeuronConfig:
     """A neuron with the settings of its file in conf/."""
     data = yaml.safe_load((conf_folder() / "neuron" / f"{neuron}.yaml").read_text(encoding="utf-8"))
-    found: NeuronConfig = choose(NEURONS, data, key="neuron")
-    return found
+    return NEURONS.parse(data)

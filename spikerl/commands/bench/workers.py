@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikerl.algos.td3 import TD3
+from spikerl.algos.offpolicy import OffPolicy
 from spikerl.commands.bench.fixtures import BURST, Subject
 from spikerl.commands.bench.timing import (
     Benchmark,
@@ -79,7 +79,7 @@ class Watched(World):
 
 def measure(config: Config, job: Job, sizes: list[int]) -> Found:
     """Each number of workers over each backend that there is for them."""
-    found, device = Found(), config.device.choice
+    found, device = Found(), config.resolved.device.choice
     for size in sizes:
         for backend in ("nccl", "gloo", "mpi") if device != "cpu" else ("gloo", "mpi"):
             try:
@@ -100,7 +100,9 @@ def launch_workers(config: Config, job: Job, backend: str, size: int) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         spec = {"bench": asdict(job), "raw": raw, "answer": str(answer)}
-        workers = launch.Workers(size=size, threads=1, backend=backend, timeout_s=config.timeout_s)
+        workers = launch.Workers(
+            size=size, threads=1, backend=backend, timeout_s=config.backend.timeout_s
+        )
         launch.launch(spec, workers)
         return dict(json.loads(answer.read_text(encoding="utf-8")))
 
@@ -111,8 +113,8 @@ def launch_workers(config: Config, job: Job, backend: str, size: int) -> dict[st
 def work(spec: Mapping[str, Any]) -> int:
     """A worker that `measure` launched."""
     config, job = configs.build(spec["raw"]), Job(**spec["bench"])
-    device = own_device(config.device.choice)
-    world = join(config.backend.choice, device, config.timeout_s)
+    device = own_device(config.resolved.device.choice)
+    world = join(config.resolved.backend.choice, device, config.backend.timeout_s)
     try:
         worker = Worker(config, job, world, device)
         if job.part == "workers":
@@ -121,7 +123,7 @@ def work(spec: Mapping[str, Any]) -> int:
             worker.sums()
         if world.rank == 0:
             Path(spec["answer"]).write_text(json.dumps(asdict(worker.found)), encoding="utf-8")
-        mpi.part()
+        mpi.leave()
     finally:
         leave()
     return 0
@@ -136,7 +138,7 @@ class Worker:
 
     def ways(self, lengths: list[int]) -> dict[str, World]:
         """Through what vectors of these lengths can be summed."""
-        backend, sums = self.config.backend.choice, self.world.shm
+        backend, sums = self.config.resolved.backend.choice, self.world.shm
         plain = {backend: replace(self.world, shm=None)}
         if sums and all([sums.sum_(torch.zeros(length)) for length in lengths]):
             return {SHARED: self.world, **plain}
@@ -165,13 +167,16 @@ class Worker:
         """Updates, weak and strong; what they exchange, on its own; and an update of one worker."""
         subject, job, size = Subject(self.config, self.job.run), self.job, self.world.size
         kernel, weights, delay = subject.kernel, subject.weights, subject.algo.policy_delay
-        alone = subject.td3(subject.spiking(kernel))
-        critic, actor = alone.step_critic.gradient.vector, alone.step_actor.gradient.vector
+        alone = subject.learner(subject.spiking(kernel))
+        critic, actor = (
+            alone.critic_optimizer.gradient.vector,
+            alone.actor_optimizer.gradient.vector,
+        )
         pending = torch.zeros(2 * subject.task.obs_dim + 2, dtype=torch.float64)
         rows = {"weak": job.batch, "strong": share(job.batch, self.world.rank, size)}
         watched: dict[str, list[float]] = {}
 
-        def update(name: str, batch: int, learner: TD3) -> Benchmark:
+        def update(name: str, batch: int, learner: OffPolicy) -> Benchmark:
             sample, world = subject.batch(BURST * batch), learner.world
 
             def call() -> None:
@@ -199,7 +204,7 @@ class Worker:
         for way, world in ways.items():
             for scaling, batch in rows.items():
                 own = Watched(world.rank, size, world.local_rank, world.exchange, world.shm)
-                learner = subject.td3(subject.spiking(kernel), world=own)
+                learner = subject.learner(subject.spiking(kernel), world=own)
                 benchmarks.append(update(f"{scaling} over {way}", batch, learner))
             call = partial(exchanges, world)
             benchmarks.append(plain(f"exchanges of an update alone, over {way}", call))

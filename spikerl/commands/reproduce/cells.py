@@ -26,7 +26,7 @@ from spikerl.errors import BadRequest
 from spikerl.files import parse_json, read_bytes, write_json
 from spikerl.reporting.records import Run
 from spikerl.reporting.table_file import Cell, Table
-from spikerl.runs.folder import flat
+from spikerl.schema import dotted
 
 PROGRAM = [sys.executable, "-m", "spikerl"]
 EPISODES = 20  # of the final policy, from its file
@@ -188,7 +188,7 @@ def check(table: Table, cells: Sequence[Cell], total_steps: int) -> None:
             typed = shlex.split(str(run.manifest.get("command")))
             apart = [override for override in cell.overrides if override not in typed]
         else:
-            apart = differing(config, flat(run.config))
+            apart = differing(config, run.settings)
         if apart:
             remedy = f"{cell.folder} was made with other settings: {', '.join(apart)}"
             raise BadRequest("table", table.name, f"{remedy}; move that folder away")
@@ -238,4 +238,4 @@ def composed(overrides: tuple[str, ...]) -> Mapping[str, str]:
     except (HydraException, OmegaConfBaseException) as error:
         line = str(error).splitlines()[0]
         raise BadRequest("table", " ".join(overrides), f"cannot be composed: {line}") from None
-    return flat(config)
+    return {key: str(value) for key, value in dotted(config)}

@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from spikerl.commands.reproduce import cells as steps
 from spikerl.commands.reproduce.cells import Job
 from spikerl.commands.reproduce.screen import Screen, State
-from spikerl.errors import BadRequest
+from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest
 from spikerl.reporting.table_file import Cell
 
 POLL = 0.2  # seconds
-STOPPED, INTERRUPTED = 75, 130
 
 
 class Work:
@@ -48,11 +47,11 @@ class Work:
                 self.draw()
                 self.screen.close()
         if self.stopping:
-            return INTERRUPTED if self.stopping == signal.SIGINT else STOPPED
+            return INTERRUPTED if self.stopping == signal.SIGINT else PREEMPTED
         words = {state.word for state in self.states.values()}
         if words & {"failed", "waiting"}:
-            return 1
-        return STOPPED if "stopped" in words else 0
+            return FAILED
+        return PREEMPTED if "stopped" in words else DONE
 
     def step(self) -> bool:
         """Look at every job and place once; whether anything is left to wait for."""
@@ -111,7 +110,7 @@ class Work:
 
     def ended(self, job: Job, status: int) -> None:
         """Go on with the cell whose process ended with `status`, if it went well."""
-        if status in (STOPPED, INTERRUPTED) or (self.stopping and status < 0):
+        if status in (PREEMPTED, INTERRUPTED) or (self.stopping and status < 0):
             self.end(job, "stopped")
             return
         try:
