@@ -146,7 +146,8 @@ class Results:
         cells = [cell_of(self.table, row, column, n) for n in self._seeds(row, column)]
         read = [Seed.read(cell) for cell in cells if cell]
         there = tuple(seed for seed in read if seed.run)
-        return Result(self.table, row, column, self.total_steps, there)
+        times = there[0].cell.times_steps if there else 1
+        return Result(self.table, row, column, times * self.total_steps, there)
 
     def _seeds(self, row: str, column: str) -> list[int]:
         """Those that have a folder, whichever were asked for."""

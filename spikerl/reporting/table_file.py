@@ -56,6 +56,7 @@ class Row:
     same_as: str | None = None  # TABLE/ROW: they are that table's
     convert: str | None = None  # they are made by `spikerl convert` from this row's
     overrides: list[str] = field(default_factory=list)
+    times_steps: int = 1  # its runs have so many times the protocol's steps
     published: Published | None = None
 
 
@@ -103,6 +104,7 @@ class Cell:
     folder: Path
     command: str  # train or convert
     overrides: tuple[str, ...]  # what that command is given, but for its folder and its length
+    times_steps: int
     source: Path | None = None  # what is converted
 
     @property
@@ -119,7 +121,7 @@ def cell_of(table: Table, row: str, column: str, seed: int) -> Cell | None:
     if r.convert is not None:
         source = cell_of(owner, r.convert, column, seed)
         assert source is not None
-        return Cell(row, column, seed, folder, "convert", own, source.folder)
+        return Cell(row, column, seed, folder, "convert", own, 1, source.folder)
     if r.experiment is None:
         return None
     overrides = (
@@ -131,7 +133,7 @@ def cell_of(table: Table, row: str, column: str, seed: int) -> Cell | None:
         *protocol.overrides,
         f"seed={seed}",
     )
-    return Cell(row, column, seed, folder, "train", overrides)
+    return Cell(row, column, seed, folder, "train", overrides, r.times_steps)
 
 
 def read_table(name: str) -> Table:
@@ -236,6 +238,8 @@ def _check_row(table: Table, name: str, row: Row) -> None:
         remedy = f"no such option; {nearest(row.experiment, known)}"
         raise BadRequest(f"{key}.experiment", row.experiment, remedy)
     _check_overrides(f"{key}.overrides", row.overrides)
+    if row.times_steps < 1:
+        raise BadRequest(f"{key}.times_steps", row.times_steps, "give at least 1")
     if row.convert is not None:
         source = table.rows.get(row.convert)
         if source is None or source.experiment is None:

@@ -49,7 +49,7 @@ def trained(cell: Cell, total_steps: int) -> bool:
     run = read(cell)
     if run is None or run.status != "done":
         return False
-    return cell.command == "convert" or run.step >= total_steps
+    return cell.command == "convert" or run.step >= cell.times_steps * total_steps
 
 
 def evaluation_of(cell: Cell) -> Path:
@@ -67,13 +67,13 @@ def next_command(cell: Cell, total_steps: int) -> list[str] | None:
             return None
         seed = f"seed={cell.seed}"
         return ["eval", f"run={cell.folder}", f"episodes={EPISODES}", seed, "json=true"]
+    length = f"total_steps={cell.times_steps * total_steps}"
     if cell.source is not None:
         return ["convert", f"run={cell.source}", f"run_dir={cell.folder}", *cell.overrides]
     if read(cell) is None:
-        length = f"total_steps={total_steps}"
         return ["train", *cell.overrides, length, "threads=1", f"run_dir={cell.folder}"]
     evaluation_of(cell).unlink(missing_ok=True)  # of the policy before
-    return ["train", f"resume={cell.folder}", f"total_steps={total_steps}"]
+    return ["train", f"resume={cell.folder}", length]
 
 
 def claim(cell: Cell) -> IO[str] | None:
@@ -193,7 +193,7 @@ def check(table: Table, cells: Sequence[Cell], total_steps: int) -> None:
             remedy = f"{cell.folder} was made with other settings: {', '.join(apart)}"
             raise BadRequest("table", table.name, f"{remedy}; move that folder away")
         if cell.command == "train":
-            _check_steps(run, total_steps)
+            _check_steps(run, cell.times_steps * total_steps)
 
 
 def _check_steps(run: Run, total_steps: int) -> None:

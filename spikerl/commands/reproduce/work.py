@@ -156,13 +156,14 @@ def ready(cell: Cell) -> bool:
 
 def look(cell: Cell, word: str, total_steps: int, note: str = "") -> State:
     """The cell's state as its folder has it."""
+    total = cell.times_steps * total_steps
     try:
         run = steps.read(cell)
     except BadRequest:  # as it is while it appears
         run = None
     if run is None:
-        return State(word, 0, total_steps, None, None, note)
-    return State(word, run.step, total_steps, run.score("max_average"), run.wall_s, note)
+        return State(word, 0, total, None, None, note)
+    return State(word, run.step, total, run.score("max_average"), run.wall_s, note)
 
 
 def states_of(cells: Sequence[Cell], total_steps: int) -> dict[Cell, State]:
