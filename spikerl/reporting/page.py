@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
 
 from spikerl.reporting import statistics
-from spikerl.reporting.records import Run, number
-from spikerl.reporting.tables import Grid, rounded, steps
+from spikerl.reporting.records import Run, number, values
+from spikerl.reporting.tables import Grid, rounded, spread, steps
 
 OVERVIEW = ("run", "task", "status", "seed", "steps", "maximum", "last ten", "firing rate",
             "steps/s", "hours", "joules")  # fmt: skip
@@ -49,7 +48,7 @@ class Card(NamedTuple):
     manifest: str
 
     @classmethod
-    def of(cls, name: str, index: int, run: Run, evaluation: Mapping[str, Any] | None) -> Card:
+    def of(cls, name: str, index: int, run: Run) -> Card:
         speed = number(run.last("env_steps_per_s"))
         hours = None if run.wall_s is None else run.wall_s / 3600.0
         overview = (
@@ -62,7 +61,7 @@ class Card(NamedTuple):
             name=name,
             anchor=f"run{index}",
             overview=overview,
-            facts=facts(run, evaluation),
+            facts=facts(run),
             layers=layers(run),
             command=str(run.manifest.get("command")),
             config=yaml.safe_dump(run.config, sort_keys=False),
@@ -75,7 +74,7 @@ def fraction(value: Any) -> str:
     return "-" if known is None else f"{known:.3f}"
 
 
-def facts(run: Run, evaluation: Mapping[str, Any] | None) -> Grid:
+def facts(run: Run) -> Grid:
     """What the last epoch's row says of the run, and its policy's file."""
     git = run.manifest.get("git")
     commit = git.get("commit") if isinstance(git, dict) else None
@@ -88,14 +87,12 @@ def facts(run: Run, evaluation: Mapping[str, Any] | None) -> Grid:
         ["commit", str(commit)],
         ["folder", str(run.folder)],
     ]
-    if evaluation:
-        returns = evaluation.get("returns")
-        mean = number(evaluation.get("return_mean"))
-        count = len(returns) if isinstance(returns, list) else 0
-        spread = statistics.sd(np.array(returns)) if count else None
-        text = f"{rounded(mean)} +- {rounded(spread)} over {count} episodes"
-        lines.insert(0, ["return of the policy's file", text])
-        lines.insert(1, ["its firing rate", fraction(evaluation.get("firing_rate"))])
+    if run.evaluation:
+        returns = run.evaluation.get("returns")
+        known = values([number(r) for r in returns] if isinstance(returns, list) else [])
+        text = spread(number(run.evaluation.get("return_mean")), statistics.sd(known))
+        lines.insert(0, ["return of the policy's file", f"{text} over {len(known)} episodes"])
+        lines.insert(1, ["its firing rate", fraction(run.evaluation.get("firing_rate"))])
     return [["", "last epoch"], *lines]
 
 

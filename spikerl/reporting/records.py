@@ -15,7 +15,7 @@ import numpy as np
 
 from spikerl.config.yaml_file import read_config
 from spikerl.errors import BadRequest
-from spikerl.files import parse_json, read_bytes
+from spikerl.files import parse_json, read_bytes, read_json
 from spikerl.reporting import statistics
 from spikerl.reporting.statistics import Array
 from spikerl.runs.folder import MAX_BYTES, NAMES, read_manifest
@@ -35,6 +35,7 @@ class Run:
     config: dict[str, Any]
     manifest: dict[str, Any]
     rows: list[dict[str, Any]]
+    evaluation: dict[str, Any]  # of the final policy, from its file; empty where there is none
 
     @classmethod
     def read(cls, folder: Path, *, key: str = "runs") -> Run:
@@ -43,10 +44,14 @@ class Run:
         try:
             config = read_config(folder / "config.yaml")
             rows = read_record(folder / "metrics.jsonl")
+            path = folder / "evaluation.json"
+            evaluation = read_json(path, MAX_BYTES) if path.exists() else {}
+            if not isinstance(evaluation, dict):
+                raise ValueError(f"{path.name} holds no mapping")
         except (BadRequest, OSError, ValueError) as error:
             reason = error.args[2] if isinstance(error, BadRequest) else error
             raise BadRequest(key, folder, f"its record or config: {reason}") from None
-        return cls(folder, config, manifest, rows)
+        return cls(folder, config, manifest, rows, evaluation)
 
     @property
     def status(self) -> str:

@@ -38,7 +38,7 @@ def render_table(table: Table, total_steps: int) -> list[str]:
     folder = ROOT / table.name
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(table, total_steps)
-    named = [(r.row, s.run) for r in results.all for s in r.seeds if s.run]
+    named = [(r.row, s.run) for r in results.all for s in r.seeds]
     texts = {
         "table.md": tables.markdown(results),
         "table.csv": tables.table_csv(results),
@@ -87,7 +87,7 @@ def runs_by_task(results: Results) -> dict[str, dict[str, list[Run]]]:
     table = results.table
     return {
         table.label(column): {
-            row.label: [s.run for s in results.by_cell[name, column].seeds if s.run]
+            row.label: [s.run for s in results.by_cell[name, column].seeds]
             for name, row in table.rows.items()
         }
         for column in table.columns
@@ -104,7 +104,9 @@ def table_page(results: Results, pictures: Sequence[Picture]) -> str:
     aggregates = tables.aggregate_grid(results)
     if len(aggregates) > 1:
         sections.append(Section("Over all columns", aggregates))
-    seeds = [(s.cell.name, s.run, s.evaluation) for r in results.all for s in r.seeds if s.run]
+    if len(spent := tables.spent_grid(results)) > 1:
+        sections.append(Section("A run's time and measured energy", spent))
+    seeds = [(s.cell.name, s.run) for r in results.all for s in r.seeds]
     return page.page(
         table.title,
         lines=[f"{table.source}. {tables.asked(results)}"],
@@ -112,5 +114,5 @@ def table_page(results: Results, pictures: Sequence[Picture]) -> str:
         pictures=pictures,
         notes=tables.notes(results),
         provenance=tables.provenance(results.runs),
-        cards=[Card.of(name, i, run, ev) for i, (name, run, ev) in enumerate(seeds)],
+        cards=[Card.of(name, i, run) for i, (name, run) in enumerate(seeds)],
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,42 +10,25 @@ from typing import Any
 import numpy as np
 
 from spikerl.errors import BadRequest
-from spikerl.files import read_json
 from spikerl.reporting import statistics
 from spikerl.reporting.records import Run, number, values
 from spikerl.reporting.statistics import Array, Interval
 from spikerl.reporting.table_file import Cell, Published, Table, cell_of
 
 EASY = "InvertedDoublePendulum"  # a baseline that fails there makes every gain look large
-MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Seed:
-    """A cell's run, if it was begun, and the evaluation of its policy's file, if there is one."""
+    """A cell's run."""
 
     cell: Cell
-    run: Run | None
-    evaluation: dict[str, Any] | None
-
-    @classmethod
-    def read(cls, cell: Cell) -> Seed:
-        run, evaluation = None, None
-        if cell.folder.is_dir():
-            with suppress(BadRequest):
-                run = Run.read(cell.folder)
-            with suppress(OSError, ValueError):
-                evaluation = read_json(cell.folder / "evaluation.json", MAX_BYTES)
-        return cls(cell, run, evaluation)
+    run: Run
 
     def score(self, metric: str) -> float | None:
         if self.cell.command == "convert":  # it has no training to take a maximum over
-            return number((self.evaluation or {}).get("return_mean"))
-        return self.run.score(metric) if self.run else None
-
-    @property
-    def step(self) -> int:
-        return self.run.step if self.run else 0
+            return number(self.run.evaluation.get("return_mean"))
+        return self.run.score(metric)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +55,7 @@ class Result:
 
     @property
     def failed(self) -> int:
-        return sum(s.run is not None and s.run.status == "failed" for s in self.seeds)
+        return sum(seed.run.status == "failed" for seed in self.seeds)
 
     @property
     def trains(self) -> bool:
@@ -82,7 +64,7 @@ class Result:
     @property
     def steps(self) -> tuple[int, int]:
         """The fewest and the most that its seeds reached."""
-        reached = [seed.step for seed in self.begun] or [0]
+        reached = [seed.run.step for seed in self.begun] or [0]
         return min(reached), max(reached)
 
     @property
@@ -115,7 +97,7 @@ class Result:
 
     def spent(self, name: str) -> float | None:
         """Mean over seeds of wall_s or joules; None unless all have it."""
-        each = [getattr(seed.run, name) for seed in self.begun if seed.run]
+        each = [getattr(seed.run, name) for seed in self.begun]
         return None if None in each or not each else float(np.mean(each))
 
 
@@ -144,8 +126,8 @@ class Results:
 
     def _read(self, row: str, column: str) -> Result:
         cells = [cell_of(self.table, row, column, n) for n in self._seeds(row, column)]
-        read = [Seed.read(cell) for cell in cells if cell]
-        there = tuple(seed for seed in read if seed.run)
+        read = [(cell, _run_of(cell)) for cell in cells if cell]
+        there = tuple(Seed(cell, run) for cell, run in read if run)
         times = there[0].cell.times_steps if there else 1
         return Result(self.table, row, column, times * self.total_steps, there)
 
@@ -162,7 +144,7 @@ class Results:
 
     @cached_property
     def runs(self) -> list[Run]:
-        return [seed.run for result in self.all for seed in result.seeds if seed.run]
+        return [seed.run for result in self.all for seed in result.seeds]
 
     def of(self, row: str) -> list[Result]:
         return [self.by_cell[row, column] for column in self.table.columns]
@@ -234,6 +216,14 @@ class Results:
                 statistics.improvement_interval(ours, theirs) if improves else None
             ),
         )
+
+
+def _run_of(cell: Cell) -> Run | None:
+    """None of what cannot be read, as a folder that is only there in part."""
+    try:
+        return Run.read(cell.folder)
+    except BadRequest:
+        return None
 
 
 def seeds_of(asked: Any, protocol_seeds: int) -> list[int]:

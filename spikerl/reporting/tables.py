@@ -135,6 +135,24 @@ def aggregate_grid(results: Results) -> Grid:
     return lines
 
 
+def spent_grid(results: Results) -> Grid:
+    """Hours of a run and the joules that it was measured to take; means over seeds."""
+    table = results.table
+    lines = [["", *(table.label(column) for column in table.columns)]]
+    for name, row in table.rows.items():
+        cells = [spent_text(r.spent("wall_s"), r.spent("joules")) for r in results.of(name)]
+        if any(cell != "-" for cell in cells):
+            lines.append([row.label, *cells])
+    return lines
+
+
+def spent_text(wall_s: float | None, joules: float | None) -> str:
+    if wall_s is None:
+        return "-"
+    energy = "" if joules is None else f", {joules / 1000.0:.1f} kJ"
+    return f"{wall_s / 3600.0:.2f} h{energy}"
+
+
 def _aggregate_texts(a: Aggregate) -> list[str]:
     numbers = [("-" if v is None else f"{v:.2f}") for v in (a.iqm, a.improvement)]
     return [numbers[0], interval(a.iqm_interval), numbers[1], interval(a.improvement_interval)]
@@ -222,6 +240,8 @@ def markdown(results: Results) -> str:
     aggregates = aggregate_grid(results)
     if len(aggregates) > 1:
         parts += ["## Over all columns", markdown_grid(aggregates)]
+    if len(spent := spent_grid(results)) > 1:
+        parts += ["## A run's time and measured energy", markdown_grid(spent)]
     parts += ["## Notes", "\n".join(f"- {line}" for line in notes(results))]
     parts += ["## Made by", "\n".join(f"- {line}" for line in provenance(results.runs))]
     return "\n\n".join(parts) + "\n"
@@ -250,13 +270,18 @@ TEX = str.maketrans(
 
 
 def tex(results: Results) -> str:
-    """A tabular between the rules of the package booktabs."""
     table = results.table
-    head, *body = grid(results, table.protocol.metric)
+    what = f"{table.title}; {table.source}; {NAMES[table.protocol.metric]}"
+    lines = grid(results, table.protocol.metric)
+    return tex_grid(lines, [what, *provenance(results.runs)])
+
+
+def tex_grid(lines: Grid, comments: Sequence[str]) -> str:
+    """A tabular between the rules of the package booktabs."""
+    head, *body = lines
     columns = "l" + "r" * (len(head) - 1)
-    lines = [
-        f"% {table.title}; {table.source}; {NAMES[table.protocol.metric]}",
-        *(f"% {line}" for line in provenance(results.runs)),
+    written = [
+        *(f"% {comment}" for comment in comments),
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
         _tex_line(head),
@@ -265,7 +290,7 @@ def tex(results: Results) -> str:
         r"\bottomrule",
         r"\end{tabular}",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(written) + "\n"
 
 
 def _tex_line(cells: Sequence[str]) -> str:
