@@ -24,6 +24,7 @@ REPETITIONS = 2_000  # of a band's bootstrap, at each of its points
 POINTS = 100  # of a curve over time or joules, whose runs share no points
 ACROSS = {"step": "environment steps", "wall": "hours", "joules": "joules"}
 WIDE, HIGH, PER_LINE = 3.4, 2.7, 5  # inches of a panel, panels side by side
+LETTERS = 15  # of a legend in an inch
 
 Line = tuple[Array, Array]  # x and y of one run
 Panel = Mapping[str, Sequence[Line]]  # by label, a line for each seed
@@ -65,7 +66,9 @@ def lines_of(runs: Sequence[Run], key: str, across: str) -> list[Line]:
 
 
 def curves(panels: Mapping[str, Panel], across: str, ylabel: str) -> Figure | None:
-    """A panel for each task, in it a line for each label; None where there is nothing to draw."""
+    """A panel for each name, in it a line for each label; None where there is nothing to draw."""
+    from matplotlib.ticker import EngFormatter
+
     panels = {name: panel for name, panel in panels.items() if any(panel.values())}
     if not panels:
         return None
@@ -76,7 +79,8 @@ def curves(panels: Mapping[str, Panel], across: str, ylabel: str) -> Figure | No
             if lines:
                 _draw(ax, label, COLOURS[labels.index(label) % len(COLOURS)], lines, across)
         ax.set_xlabel(ACROSS[across])
-        ax.margins(x=0.02)
+        if across != "wall":
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
     axes[0].set_ylabel(ylabel)
     _legend(figure, axes)
     return figure
@@ -109,7 +113,6 @@ def profiles(scores: Mapping[str, Sequence[Array]]) -> Figure | None:
 
 def _grid(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
 
     across = min(len(titles), PER_LINE)
     down = math.ceil(len(titles) / across)
@@ -122,7 +125,6 @@ def _grid(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
         ax.grid(color="#dddddd", linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure, axes[: len(titles)]
 
 
@@ -132,10 +134,11 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label.partition(" (n=")[0], (handle, label))
-    shown = [(h, label) for h, label in handles.values()]
-    if shown:
-        figure.legend(*zip(*shown, strict=True), loc="outside lower center", fontsize=8,
-                      ncols=min(len(shown), 3 * max(1, round(figure.get_figwidth() / 9))),
+    if handles:
+        shown, labels = zip(*handles.values(), strict=True)
+        fit = int(figure.get_figwidth() * LETTERS / (max(map(len, labels)) + 8))
+        ncols = max(1, min(len(labels), fit))
+        figure.legend(shown, labels, loc="outside lower center", fontsize=8, ncols=ncols,
                       frameon=False)  # fmt: skip
 
 

@@ -103,7 +103,11 @@ class Run:
         return {key: str(value) for key, value in dotted(own)}
 
     def curve(self, key: str, across: str = "step") -> tuple[Array, Array]:
-        """`key` over steps, hours ("wall") or joules ("joules"), where both are known."""
+        """`key` over steps, hours ("wall") or joules ("joules"), where both are known.
+
+        Of a list, such as what a row has for each layer, `key.i` is an entry.
+        """
+        name, _, index = key.partition(".")
         spent, points = 0.0, []
         for row in self.rows:
             joules = number(row.get("energy_j"))
@@ -114,11 +118,17 @@ class Run:
                 "wall": math.nan if wall_s is None else wall_s / 3600.0,
                 "joules": spent,
             }[across]
-            y = number(row.get(key))
+            y = number(_entry(row.get(name), index))
             if y is not None and math.isfinite(x):
                 points.append((x, y))
         array = np.array(points, dtype=np.float64).reshape(-1, 2)
         return array[:, 0], array[:, 1]
+
+
+def _entry(value: Any, index: str) -> Any:
+    if not index:
+        return value
+    return value[int(index)] if isinstance(value, list) and int(index) < len(value) else None
 
 
 def number(value: object) -> float | None:

@@ -68,18 +68,26 @@ def render_table(table: Table, total_steps: int) -> list[str]:
 
 
 def keep(
-    folder: Path, name: str, title: str, figure: Figure | None, pictures: list[Picture]
+    folder: Path,
+    name: str,
+    title: str,
+    figure: Figure | None,
+    pictures: list[Picture],
+    kinds: Sequence[str] = ("svg", "png"),
 ) -> list[str]:
-    """Write a picture as svg and png; without one, remove what an earlier rendering left."""
-    files = {kind: folder / f"{name}.{kind}" for kind in ("svg", "png")}
+    """Write a picture, and add it to the page's; the names of its files.
+
+    Where there is none, what an earlier rendering left is removed.
+    """
+    files = {kind: folder / f"{name}.{kind}" for kind in kinds}
     if figure is None:
         for path in files.values():
             path.unlink(missing_ok=True)
         return []
-    svg = curves.encoded(figure, "svg")
-    write_atomic(files["svg"], svg)
-    write_atomic(files["png"], curves.encoded(figure, "png"))
-    pictures.append(Picture.of(title, svg))
+    drawn = {kind: curves.encoded(figure, kind) for kind in kinds}
+    for kind, path in files.items():
+        write_atomic(path, drawn[kind])
+    pictures.append(Picture.of(title, drawn["svg"]))
     return [path.name for path in files.values()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from spikerl.reporting.records import METRICS, Run, values
 from spikerl.reporting.render import OVER, keep
 from spikerl.reporting.tables import Grid
 
+IN_WINDOW = "in the surrogate window"
 # Of each epoch, what is drawn over steps, with its title.
 INSIDE = {
     "train_return": "return of training episodes",
@@ -22,7 +24,7 @@ INSIDE = {
     "actor_loss": "actor loss",
     "q_mean": "mean Q",
     "firing_rate": "firing rate",
-    "window_fraction": "share inside the surrogate window",
+    "window_fraction": IN_WINDOW,
     "env_steps_per_s": "steps/s",
     "power_w": "watts",
 }
@@ -198,17 +200,26 @@ def draw(report: SideBySide, folder: Path) -> tuple[list[Picture], list[str]]:
         }  # fmt: skip
         figure = curves.curves(panels, across, "evaluation return")
         written += keep(folder, name, title, figure, pictures)
-    inside = {
-        title: {
-            group if len(report.tasks) == 1 else f"{group}, {task}":
-            curves.lines_of(report.of(group, task), key, "step")
-            for group in report.groups for task in report.tasks
-        }
-        for key, title in INSIDE.items()
-    }  # fmt: skip
-    figure = curves.curves(inside, "step", "")
-    written += keep(folder, "inside", "Losses, firing, speed", figure, pictures)
+    layers = max(_count(run.last("layer_firing_rates")) for run in report.runs)
+    keys = INSIDE | {f"layer_firing_rates.{i}": f"firing rate, layer {i}" for i in range(1, layers)}
+    keys |= {
+        f"layer_window_fractions.{i}": f"{IN_WINDOW}, layer {i + 1}" for i in range(layers - 1)
+    }
+    for task in report.tasks:
+        panels = {
+            title: {group: curves.lines_of(report.of(group, task), key, "step")
+                    for group in report.groups}
+            for key, title in keys.items()
+        }  # fmt: skip
+        name = "inside_" + re.sub(r"[^A-Za-z0-9_-]", "_", task)
+        figure = curves.curves(panels, "step", "")
+        title = f"{task}: losses, firing, speed"
+        written += keep(folder, name, title, figure, pictures, kinds=("svg",))
     return pictures, written
+
+
+def _count(values: Any) -> int:
+    return len(values) if isinstance(values, list) else 0
 
 
 def markdown(
