@@ -193,10 +193,6 @@ def best_return(job: dict[str, Any]) -> float | None:
     return known.get("best_eval_return")
 
 
-def begun(folder: Path) -> bool:
-    return (folder / "manifest.json").exists()
-
-
 def done(config: Any, folder: Path) -> bool:
     """Whether an earlier sweep has done this job; if it only began it, have `config` resume it."""
     from omegaconf import OmegaConf

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +139,11 @@ def run(
     device = own_device(config.resolved.device.choice)
     choice = config.resolved.backend.choice
     world = join(choice, device, config.backend.timeout_s) if ranked() else ALONE
+
+    def announce_folder(folder: Path) -> None:
+        if mailbox:
+            launch.announce_folder(mailbox, folder)
+
     with stop_signals(mailbox) as stop:
         trainer = None
         try:
@@ -147,8 +151,7 @@ def run(
             init_from = config.run.init_from
             init = read_init(init_from, config, task) if init_from else None
             trainer = Trainer(config, task, init, world, meter, device)
-            begun = partial(launch.announce_folder, mailbox) if mailbox else None
-            session = Session(config, trainer, world, target, command, after, begun)
+            session = Session(config, trainer, world, target, command, after, announce_folder)
             status = session.run(lambda: stop[0] if stop else 0)
             mpi.leave()
             return status

@@ -36,10 +36,10 @@ class Session:
         target: str,
         command: Sequence[str],
         after: str | None = None,
-        begun: Callable[[Path], None] | None = None,
+        announce_folder: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """`after` is why the program itself resumes the run, if it does; `begun` is told the
-        folder before anybody else is.
+        """`after` is why the program itself resumes the run, if it does; `announce_folder` gets
+        the folder before anything is printed.
         """
         self.config, self.trainer, self.world = config, trainer, world
         self.first = world.rank == 0
@@ -58,9 +58,8 @@ class Session:
                 self.folder = self.start(target, command)
         except DiskError as error:
             key = "resume" if config.run.resume else "run_dir"
-            raise BadRequest(key, target, f"{error}; nothing was begun") from None
-        if begun:
-            begun(self.folder)
+            raise BadRequest(key, target, f"{error}; nothing was started") from None
+        announce_folder(self.folder)
         if self.first:
             title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
             self.log = RunLog(self.folder, trainer.step)
