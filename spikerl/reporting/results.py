@@ -150,12 +150,15 @@ class Results:
         return [self.by_cell[row, column] for column in self.table.columns]
 
     def published_gain(self, row: str, *, easy: bool = True) -> float | None:
-        """APG of the published values over the published baseline."""
+        """APG of the published values over the published baseline, where both mean the same."""
         base = self.table.rows.get(self.table.baseline or "")
         ours = self.table.rows[row].published
         theirs = base.published if base else None
         columns = self._columns(easy)
         if not ours or not theirs or not all(c in ours.values for c in columns):
+            return None
+        kinds = [(p.version, p.metric, p.figure) for p in (ours, theirs)]
+        if kinds[0] != kinds[1] or ours.figure:
             return None
         if not columns or not all(c in theirs.values for c in columns):
             return None

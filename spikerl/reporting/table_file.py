@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def cell_of(table: Table, row: str, column: str, seed: int) -> Cell | None:
     return Cell(row, column, seed, folder, "train", overrides, r.times_steps)
 
 
+@cache
 def read_table(name: str) -> Table:
     """A table of conf/table by its name."""
     known = group_options("table")
