@@ -214,7 +214,7 @@ def verified(run: Path, report: Callable[[str], None]) -> Checkpoint:
     raise BadRequest("resume", run, f"holds no complete checkpoint; {said}")
 
 
-def drop_later(checkpoint: Checkpoint) -> None:
+def remove_newer(checkpoint: Checkpoint) -> None:
     """Remove checkpoints newer than the one that a run goes on from, and what is half written."""
     for folder in _folders(checkpoint.run):
         if folder.name > checkpoint.folder.name:
