@@ -29,6 +29,7 @@ class ReproduceRequest:
     nice: int
     plan: bool
     render: bool
+    plugins: list[str]
 
     def __post_init__(self) -> None:
         for key in ("total_steps", "jobs"):
@@ -65,6 +66,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         slots=slots,
         nice=request.nice,
         keep=total_steps < table.protocol.total_steps,
+        plugins=request.plugins,
     )
     status = work.run()
     tell_rest(work.states)
