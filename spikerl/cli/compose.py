@@ -23,12 +23,6 @@ from spikerl.config.yaml_file import (
 from spikerl.errors import BadRequest, nearest
 from spikerl.files import read_json
 
-# What a word's module is called, where it is not called so.
-MODULES = {
-    "import": "import_popsan",
-    "bench": "bench.command",
-    "reproduce": "reproduce.command",
-}
 FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m",
          "--info", "-i", "--hydra-help", "--run", "-r")  # fmt: skip
 CFG = ("job", "hydra", "all")
@@ -63,8 +57,10 @@ def _first_line(path: Path) -> str:
 
 
 def module_of(command: str) -> str:
-    """Whose `main(data, argv)` does it."""
-    return f"spikerl.commands.{MODULES.get(command, command)}"
+    """Whose `main(data, argv)` does it: WORD.py, or command.py in a folder WORD."""
+    name = "import_popsan" if command == "import" else command  # the word is Python's
+    folder = (Path(__file__).parents[1] / "commands" / name).is_dir()
+    return f"spikerl.commands.{name}.command" if folder else f"spikerl.commands.{name}"
 
 
 def usage() -> str:
