@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from multiprocessing import get_context
@@ -166,6 +167,22 @@ def test_a_conversion_waits_for_a_policy_that_is_done() -> None:
         (source / "config.yaml").write_text("seed: 0\n")
         (source / "manifest.json").write_text(json.dumps({"status": word}))
         assert ready(converted) == is_ready
+
+
+def test_a_cell_is_held_by_what_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when who started it is gone: else another would start the same beside it."""
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, "-c", "import time; time.sleep(60)"])
+    lock = cells.claim(cell())
+    assert lock is not None
+    assert cells.claim(cell()) is None
+    job = cells.Job(cell(), lock, 0, None)
+    job.start(["eval"])
+    lock.close()
+    assert cells.claim(cell()) is None
+    assert job.process is not None
+    job.process.kill()
+    job.process.wait()
+    assert cells.claim(cell()) is not None
 
 
 def write_run(config: str, status: str, step: int) -> Path:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from shell import refusal, spikerl
 
+from spikerl.commands.reproduce.screen import Screen, State, summary
+from spikerl.commands.reproduce.work import cell_left_s, left_s
 from spikerl.reporting import curves, render
 from spikerl.reporting.records import Run, run_folders
 from spikerl.reporting.side_by_side import SideBySide, names_of
+from spikerl.reporting.table_file import Cell
 
 
 def write(folder: Path, *, algo: str = "td3", seed: int = 0, **facts: Any) -> Path:
@@ -238,3 +245,43 @@ def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "  popsan_td3: 2 runs, 18.0 h",
         "1800 steps to go, 2 runs side by side: 9.0 h",
     ]
+
+
+def test_libraries_for_pictures_wait_until_one_is_drawn() -> None:
+    code = (
+        "import sys, spikerl.commands.report, spikerl.commands.reproduce.command;"
+        " sys.exit(' '.join({'matplotlib', 'jinja2'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def state(word: str, step: int, wall_s: float | None) -> State:
+    return State(word, step, 100, 5.0 if step else None, wall_s)
+
+
+def test_a_screen() -> None:
+    out = io.StringIO()
+    screen = Screen("a table", Console(file=out, force_terminal=True, width=120))
+    named = {
+        Cell("row", "column", 0, Path("a"), "train", (), 1): state("done", 100, 50.0),
+        Cell("row", "column", 1, Path("b"), "train", (), 1): state("running", 50, 30.0),
+        Cell("other", "column", 0, Path("c"), "train", (), 1): state("failed", 0, None),
+    }
+    assert screen.due
+    screen.draw(named, left_s(named, 2))
+    screen.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "row/column/seed1" in shown
+    assert "##########.........." in shown
+    # 80 s for the 150 steps of this row: 26.7 s for 50 more, by two at a time 13 s.
+    assert "3 cells: 1 running, 1 failed, 1 done; time left: 13 s" in shown
+    assert shown.index("row/column/seed1") < shown.index("other/column") < shown.index("seed0 ")
+
+
+def test_time_left_is_unknown_where_nothing_was_run() -> None:
+    cells = [Cell(row, "column", 0, Path(row), "train", (), 1) for row in ("a", "b")]
+    states = {cells[0]: state("running", 50, 30.0), cells[1]: state("waiting", 0, None)}
+    assert left_s(states, 1) is None
+    assert cell_left_s(states, cells[0]) == 30.0
+    assert "time left: unknown" in summary(states, None)
