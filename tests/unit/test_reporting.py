@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 from shell import refusal, spikerl
 
+from spikerl.commands import report
 from spikerl.commands.reproduce.screen import Screen, State, summary
 from spikerl.commands.reproduce.work import cell_left_s, left_s
 from spikerl.reporting import curves, render
@@ -132,12 +133,12 @@ def test_pictures_are_the_same_bytes() -> None:
 def test_groups(tmp_path: Path) -> None:
     specs = [("td3", 0), ("td3", 1), ("sac", 0)]
     runs = [Run.read(write(tmp_path / f"{a}{s}", algo=a, seed=s)) for a, s in specs]
-    report = SideBySide(runs, None)
-    assert report.varied == ["seed", "algo.name"]
-    assert {name: len(group) for name, group in report.groups.items()} == {
+    groups = SideBySide(runs, None)
+    assert groups.varied == ["seed", "algo.name"]
+    assert {name: len(group) for name, group in groups.groups.items()} == {
         "algo.name=td3": 2, "algo.name=sac": 1,
     }  # fmt: skip
-    assert report.returns("max_average")[1:] == [
+    assert groups.returns("max_average")[1:] == [
         ["algo.name=td3", "2000 \u00b1 1 (n=2, 200 steps)"],
         ["algo.name=sac", "2000 (n=1, 200 steps)"],
     ]
@@ -173,6 +174,25 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "out" / "runs.csv").read_text().count("\n") == 5
     for name in ("curves.svg", "curves.png", "curves_joules.png", "inside_Ant-v5.svg"):
         assert (tmp_path / "out" / name).stat().st_size > 1000
+
+
+def test_watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is rendered again once a run has gone on, and for the last time when none does."""
+    monkeypatch.chdir(tmp_path)
+    folder = write(tmp_path / "a", status="running")
+    looks: list[float] = []
+
+    def go_on(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            text = (folder / "manifest.json").read_text()
+            (folder / "manifest.json").write_text(text.replace("running", "done"))
+
+    monkeypatch.setattr(report.time, "sleep", go_on)
+    said = spikerl("report", "runs=a", "watch=true")
+    assert said.status == 0
+    assert said.out.count("1 runs; ") == 2
+    assert looks == [report.WATCH_S] * 2
 
 
 ASKED: list[tuple[list[str], str]] = [
