@@ -21,6 +21,7 @@ from spikerl.config.yaml_file import (
     read_config,
     typed_plugins,
 )
+from spikerl.distributed.launchers import ranked
 from spikerl.errors import BadRequest
 from spikerl.files import read_json
 
@@ -127,8 +128,6 @@ def chosen(run: Path, typed: Sequence[str]) -> list[str]:
 
     On another device another kernel has to run; other workers have another share of the cores.
     """
-    from spikerl.distributed.world import ranked
-
     given = dict(arg.partition("=")[::2] for arg in typed)
     try:
         manifest = read_json(run / "manifest.json", MAX_BYTES)

@@ -13,7 +13,7 @@ from importlib import import_module
 
 from spikerl.cli.compose import commands, expand, explain, module_of, searchpath, usage
 from spikerl.config.yaml_file import conf_folder
-from spikerl.distributed import hosts, mpi
+from spikerl.distributed.launchers import adopt
 from spikerl.distributed.process_lifetime import die_if_spawned, die_with_launcher
 from spikerl.errors import DONE, WRONG, BadRequest
 
@@ -52,6 +52,7 @@ def run(args: Sequence[str]) -> int:
         return 0
     command, *typed = args
     try:
+        adopt()
         if command in ("-sc", "--shell-completion"):
             from spikerl.cli.completion import complete
 
@@ -126,8 +127,6 @@ def wrong(line: str) -> int:
     """One line of bounded length, whatever the text holds: some may be from a stranger's file."""
     shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line[:LONGEST])
     shown += "..." * (len(line) > LONGEST)
-    mpi.adopt()
-    hosts.adopt()
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the other workers of a machine would repeat it
         print(f"spikerl: {shown}", file=sys.stderr)
     return WRONG

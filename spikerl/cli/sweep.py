@@ -18,7 +18,7 @@ from typing import Any
 
 from spikerl.cli.compose import RESUMABLE, chosen, unquoted
 from spikerl.config.yaml_file import NOT_CARRIED, quoted
-from spikerl.distributed import hosts
+from spikerl.distributed import hosts, launchers
 from spikerl.errors import INTERRUPTED, PREEMPTED, WRONG, BadRequest
 from spikerl.schema import dotted
 
@@ -48,6 +48,9 @@ class Sweep:
     def of(cls, command: str, args: Sequence[str]) -> Sweep | None:
         if not {"-m", "--multirun"} & set(args):
             return None
+        if launchers.several():
+            remedy = "a launcher started several workers; leave it out and give world_size"
+            raise BadRequest("-m", os.environ["WORLD_SIZE"], remedy)
         varied = varied_keys(args)
         if command not in KEEPS_FOLDERS:
             return cls(Path(tempfile.mkdtemp(prefix="spikerl-sweep-")), varied, keep=False)
@@ -77,6 +80,7 @@ class Sweep:
         from hydra.core.hydra_config import HydraConfig
         from omegaconf.errors import OmegaConfBaseException
 
+        launchers.adopt()
         info = HydraConfig.get().job
         overrides = HydraConfig.get().overrides.task
         name = ",".join(o for o in overrides if o.partition("=")[0] in self.varied) or str(info.num)

@@ -19,7 +19,8 @@ import torch
 from spikerl.config.build import Config, build
 from spikerl.config.memory import check_memory
 from spikerl.distributed import launch, mpi
-from spikerl.distributed.world import ALONE, join, leave, ranked
+from spikerl.distributed.launchers import ranked
+from spikerl.distributed.world import ALONE, join, leave
 from spikerl.energy.meter import open_meter
 from spikerl.envs.make import make_env, task_of
 from spikerl.errors import DONE, FAILED, BadRequest

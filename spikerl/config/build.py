@@ -14,10 +14,10 @@ from spikerl.algos import ALGOS, AlgoConfig
 from spikerl.algos.offpolicy import OffPolicyConfig
 from spikerl.algos.ppo import PPOConfig
 from spikerl.distributed import hosts
+from spikerl.distributed.launchers import ranked
 from spikerl.distributed.world import (
     BACKENDS,
     BackendConfig,
-    ranked,
     resolve_backend,
     resolve_world_size,
 )

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spikerl.distributed import hosts, mpi, mpi_group
+from spikerl.distributed.launchers import mpi_set, ranked
 from spikerl.distributed.shm_allreduce import ShmAllReduce, open_shm_allreduce
 from spikerl.errors import BadRequest, DiskError
 from spikerl.schema import Registry
@@ -68,16 +69,16 @@ def resolve_backend(
     if config.name == "mpi":
         if why := mpi.missing() or (None if mpi.mpiexec(1) else f"no mpiexec; {mpi.EXTRA}"):
             raise BadRequest("backend", "mpi", why)
-        if ranked() and not mpi.launched():
+        if ranked() and not mpi_set():
             remedy = "torchrun started the workers; start them with mpiexec, or use backend=gloo"
             raise BadRequest("backend", "mpi", remedy)
-    elif config.name != "auto" and world_size > 1 and mpi.launched():
+    elif config.name != "auto" and world_size > 1 and mpi_set():
         raise BadRequest("backend", config.name, "mpiexec started the workers; use backend=mpi")
     if config.name != "auto":
         return Resolved(config.name, "requested")
     if world_size == 1:
         return Resolved("none", "one worker exchanges nothing")
-    if mpi.launched():
+    if mpi_set():
         return Resolved("mpi", "mpiexec started the workers")
     if here <= gpus:
         return Resolved("nccl", "a CUDA device for each worker")
@@ -170,13 +171,6 @@ def reason(error: OSError) -> str:
     """What the disk said, and of which file."""
     said = error.strerror or str(error)
     return f"{said}: {error.filename}" if error.filename else said
-
-
-def ranked() -> bool:
-    """Whether a launcher (torchrun, mpiexec, srun, this program) has given this process a rank."""
-    mpi.adopt()
-    hosts.adopt()
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def join(backend: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> World:
