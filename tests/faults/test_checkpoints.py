@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import small_training
+from builders import small_config
 from disks import Failing, before_each_call
 
 from spikerl.distributed.world import ALONE
@@ -27,7 +27,7 @@ EPOCH = 50
 
 
 def make_trainer() -> Trainer:
-    training = small_training(
+    training = small_config(
         total_steps=20 * EPOCH, steps_per_epoch=EPOCH, eval_episodes=1, replay_capacity=CAPACITY
     )
     return Trainer(training, task_of(make_env(training.env)))

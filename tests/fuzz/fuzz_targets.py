@@ -21,7 +21,7 @@ import fuzz_inputs as odd
 import numpy as np
 import torch
 import yaml
-from builders import POPULATION, popsan_config, small_training
+from builders import POPULATION, popsan_config, small_config
 from safetensors.torch import load
 from shell import spikerl
 
@@ -176,7 +176,7 @@ def repacked(chance: Random, whole: bytes) -> bytes:
 def checkpoint(folder: Path) -> Case:
     """Spoilt, and mostly sealed again: a stranger can do that, too."""
     honest = trained(folder)
-    training = small_training(
+    training = small_config(
         total_steps=40, steps_per_epoch=20, eval_episodes=1, replay_capacity=30, batch_size=4,
         critic_hidden_sizes=[4],
     )  # fmt: skip
