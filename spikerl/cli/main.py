@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 
+from spikerl.children import safe_path
 from spikerl.cli.compose import commands, expand, explain, module_of, searchpath, usage
 from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.launchers import adopt
@@ -102,10 +104,11 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
         return None
 
     def explained(error: Exception) -> str:
-        return explain(command, args, error)
+        return explain(command, args, error) + beside(error)
 
     try:
-        hydra.main(str(conf_folder()), command, version_base="1.3")(job)()
+        with safe_path() if sweep else nullcontext():  # for the processes of Hydra's launchers
+            hydra.main(str(conf_folder()), command, version_base="1.3")(job)()
     except SystemExit as ended:  # Hydra's way out of --help, and of a --package that is not there
         statuses.append(WRONG if ended.code else DONE)
     except BrokenPipeError:
@@ -121,6 +124,17 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
         if sweep and not sweep.noted():
             sweep.discard()
     return sweep.end() if sweep and not statuses else max(statuses, default=0)
+
+
+def beside(error: BaseException | None) -> str:
+    """A hint, if what could not be imported lies in the current folder."""
+    while error and not (isinstance(error, ModuleNotFoundError) and error.name):
+        error = error.__cause__
+    name = getattr(error, "name", None) or ""
+    top = name.partition(".")[0]
+    if not top or not (os.path.isfile(f"{top}.py") or os.path.isdir(top)):
+        return ""
+    return f"; {top} lies in this folder, from which nothing is imported: PYTHONPATH=. spikerl ..."
 
 
 def wrong(line: str) -> int:

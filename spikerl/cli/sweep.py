@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from spikerl.children import SAFE, safe_path
 from spikerl.cli.compose import RESUMABLE, chosen, unquoted
 from spikerl.config.yaml_file import NOT_CARRIED, quoted
 from spikerl.distributed import hosts, launchers
@@ -33,7 +34,7 @@ class Sweep:
     """
 
     def __init__(self, root: Path, varied: Sequence[str] = (), *, keep: bool = True) -> None:
-        self.root, self.keep = root, keep
+        self.root, self.keep, self.safe = root, keep, os.environ.get(SAFE)
         self.varied = set(varied)  # the keys that tell the jobs apart, and name their folders
         self.made = [folder for folder in (root, *root.parents) if not folder.exists()]
         try:
@@ -99,7 +100,8 @@ class Sweep:
             ):
                 outcome |= {"status": 0, "note": "done already"}
             else:
-                outcome["status"] = call(config)
+                with safe_path(self.safe):
+                    outcome["status"] = call(config)
         except (BadRequest, OmegaConfBaseException) as error:
             outcome |= {"status": WRONG, "error": explain(error)}
             print(f"spikerl: {outcome['error']}", file=sys.stderr)

@@ -181,8 +181,10 @@ def join(backend: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> Wo
         mpi_group.join(timedelta(seconds=timeout_s))
     elif size > 1:
         bound = device if backend == "nccl" else None
-        several = hosts.workers_here(size) < size
-        if several and (interface := hosts.interface_to(os.environ["MASTER_ADDR"])):
+        # gloo would look up this machine's own name, which may lead elsewhere, or nowhere.
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+        other = "127.0.0.1" if alone else os.environ["MASTER_ADDR"]
+        if interface := hosts.interface_to(other):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=bound)
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), exchange)

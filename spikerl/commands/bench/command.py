@@ -18,6 +18,7 @@ from torch import nn
 from spikerl import kernels, machine
 from spikerl.algos.offpolicy import OffPolicy
 from spikerl.algos.proxy_td3 import ProxyTD3Config
+from spikerl.children import PYTHON
 from spikerl.commands.bench import workers as bench_workers
 from spikerl.commands.bench.baselines import DenseActor, PopSANActor, dense_loop, popsan_loop
 from spikerl.commands.bench.fixtures import BURST, Subject
@@ -279,6 +280,6 @@ COMMANDS = {
 
 def run_quietly(args: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "spikerl", *args]
+        command = [*PYTHON, "-m", "spikerl", *args]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
