@@ -19,6 +19,15 @@ from typing import IO, Any
 LACKING = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOLCK}
 
 
+def absolute(path: str) -> Path:
+    """A path as the user means it, wherever an environment's code will go; `~` is a home.
+
+    zsh, cron and YAML leave a `~` behind a `=` as it is.
+    """
+    place = os.path.abspath(os.path.expanduser(path))
+    return Path(place)
+
+
 def write_synced(path: Path, content: bytes | memoryview) -> str:
     """A file in a folder that nobody reads yet; the checksum of its content."""
     with path.open("wb") as f:

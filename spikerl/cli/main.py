@@ -87,6 +87,13 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
     statuses: list[int] = []
     called = False
 
+    def explained(error: Exception) -> str:
+        return explain(command, args, error) + beside(error)
+
+    if sweep and command == "train" and (refused := sweep.refusals(args, explained)):
+        sweep.discard()
+        return max(map(wrong, refused))
+
     def call(config: DictConfig) -> int:
         nonlocal called
         called = True
@@ -102,9 +109,6 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
         except (BadRequest, OmegaConfBaseException) as error:  # Hydra would print around it
             statuses.append(wrong(explained(error)))
         return None
-
-    def explained(error: Exception) -> str:
-        return explain(command, args, error) + beside(error)
 
     try:
         with safe_path() if sweep else nullcontext():  # for the processes of Hydra's launchers
