@@ -96,7 +96,7 @@ def library(path: str) -> ctypes.CDLL:
                 if not built.exists():
                     _build(command, built)
     except OSError as error:
-        raise Unbuilt(f"{built.parent}: {error.strerror or error}") from None
+        raise Unbuilt(f"{built.parent} cannot be used: {error.strerror or error}") from None
     try:
         lib = ctypes.CDLL(str(built))
     except OSError as error:

@@ -18,6 +18,7 @@ from spikerl.energy.meter import joules_to_reach, total_joules
 from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest, DiskError
 from spikerl.files import write_json, write_text
 from spikerl.machine import versions
+from spikerl.models.precision import why_slow
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, drop_later, save_checkpoint, verified
 from spikerl.runs.display import View, epoch_line, stuck_layers
@@ -340,6 +341,8 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
         f" {trainer.updates_by(run.total_steps)} updates in {run.total_steps} steps{exchange}",
         "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in vars(config.resolved).items()),
     ]
+    if slow := why_slow(config.precision, config.resolved.device.choice):
+        lines.append(f"note: {slow}")
     if config.run.init_from:
         norm = f"normaliser ({trainer.norm.count} observations)"
         lines.append(f"init_from={config.run.init_from}: actor weights and {norm}")
