@@ -24,8 +24,15 @@ def absolute(path: str) -> Path:
 
     zsh, cron and YAML leave a `~` behind a `=` as it is.
     """
-    place = os.path.abspath(os.path.expanduser(path))
-    return Path(place)
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def shown(path: Path) -> str:
+    """As short as it can be typed: from the current folder on, if it lies below that."""
+    with suppress(OSError):  # of a folder that was removed
+        if path.is_relative_to(here := os.getcwd()) and path != Path(here):
+            return str(path.relative_to(here))
+    return str(path)
 
 
 def write_synced(path: Path, content: bytes | memoryview) -> str:

@@ -25,21 +25,12 @@ from spikerl.cli.compose import RESUMABLE, chosen, unquoted
 from spikerl.cli.jobs import choices, count, folder_name, refusals, varied_keys
 from spikerl.config.yaml_file import NOT_CARRIED, quoted
 from spikerl.distributed import hosts, launchers
-from spikerl.errors import (
-    INTERRUPTED,
-    PREEMPTED,
-    WRONG,
-    BadRequest,
-    DiskError,
-    EnvironmentFailed,
-    NonFinite,
-)
+from spikerl.errors import BY_DESIGN, INTERRUPTED, PREEMPTED, WRONG, BadRequest
 from spikerl.files import absolute, lock_file
 from spikerl.schema import dotted
 
 STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 KEEPS_FOLDERS = ("train", "import")
-BY_DESIGN = (DiskError, EnvironmentFailed, NonFinite)  # their message says all
 
 
 class Sweep:
@@ -143,6 +134,8 @@ class Sweep:
                 outcome |= {"status": 0, "note": "done already"}
             else:
                 with safe_path(self.safe):
+                    if os.getpid() != self.pid and not hosts.submitted():
+                        os.environ["SPIKERL_JOB"] = name  # which its lines begin with
                     outcome["status"] = call(config)
         except (BadRequest, OmegaConfBaseException) as error:
             outcome |= {"status": WRONG, "error": explain(error)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes.util
-import json
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from spikerl.envs.make import EnvConfig, make_env
 from spikerl.errors import DONE, FAILED, BadRequest
 from spikerl.machine import git_state, versions
 from spikerl.models.precision import DTYPES, PrecisionConfig, check_precision, why_slow
+from spikerl.output import answer
 from spikerl.runs.display import Screen
 from spikerl.schema import parse
 
@@ -48,8 +48,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     usable = all(f.there for f in findings if f.part in ("environment", "output"))
     console = Screen(markup=False, emoji=False, highlight=False)
     if request.json:
-        answer = {"usable": usable, "findings": [f._asdict() for f in findings]}
-        console.out(json.dumps(answer), highlight=False)
+        answer({"usable": usable, "findings": [f._asdict() for f in findings]})
         return DONE if usable else FAILED
     table = Table("part", "name", "", "detail", box=None, pad_edge=False)
     for f in findings:

@@ -25,6 +25,7 @@ from spikerl.energy import meter
 from spikerl.energy.meter import METERS, EnergyConfig
 from spikerl.envs.make import EnvConfig
 from spikerl.errors import BadRequest
+from spikerl.files import absolute
 from spikerl.kernels import KERNELS, coverage
 from spikerl.machine import cores, resolve_device, resolve_threads
 from spikerl.models.actor import ActorConfig, CareBNConfig, SpikingActor, build_actor
@@ -73,6 +74,9 @@ class RunConfig:
         for key in ("run_dir", "init_from"):
             if getattr(self, key) == "":
                 raise BadRequest(key, "", "give a path, or null")
+            if getattr(self, key):
+                setattr(self, key, str(absolute(getattr(self, key))))
+        self.resume = str(absolute(self.resume)) if self.resume else self.resume
         if self.scaling not in ("strong", "weak"):
             raise BadRequest("scaling", self.scaling, "give strong or weak")
         if self.max_restarts < 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -40,7 +39,7 @@ from spikerl.kernels.cpu import OneAction
 from spikerl.machine import git_state, versions
 from spikerl.models.actor import MLPActor, MLPConfig
 from spikerl.models.precision import DTYPES
-from spikerl.runs.display import Screen
+from spikerl.output import answer
 from spikerl.schema import parse
 from spikerl.snn.neurons import CubaLIFConfig, LIFConfig
 from spikerl.training.trainer import Trainer
@@ -88,15 +87,15 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     with BenchProgress() as progress:
         bench = Bench(configs.build(data), request, progress)
         results = bench.measure()
-        answer = {
+        facts = {
             "machine": {**machine.describe(), "versions": versions(), **git_state()},
             **asdict(results),
             "roofline": asdict(bench.roofline()) if "update" in request.parts else None,
         }
     if request.json:
-        Screen().out(json.dumps(answer), highlight=False)
+        answer(facts)
     else:
-        show(answer)
+        show(facts)
     return DONE
 
 
