@@ -32,7 +32,7 @@ class Stream(io.TextIOWrapper):
         try:
             return act()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            discard(self)
             return otherwise
 
 
@@ -53,9 +53,14 @@ def finish(status: int) -> int:
         sys.stdout.flush()
     except OSError as error:
         print(f"spikerl: standard output: {error.strerror}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard(sys.stdout)
         return status or 1
     return status
+
+
+def discard(stream: IO[str]) -> None:
+    """Nobody reads it any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
@@ -79,4 +84,8 @@ def only_answers() -> Iterator[None]:
 
 def answer(data: Any) -> None:
     """One JSON object, to standard output."""
-    print(json.dumps(data, allow_nan=False), file=_answers or sys.stdout, flush=True)
+    stream = _answers or sys.stdout
+    try:
+        print(json.dumps(data, allow_nan=False), file=stream, flush=True)
+    except BrokenPipeError:
+        discard(stream)

@@ -115,7 +115,7 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
     if command != "train" or not named:
         return [*overrides, *flags]
     source = named.get("resume") or named["config"]
-    path = absolute(unquoted(source.partition("=")[2]))
+    path = Path(os.path.expanduser(unquoted(source.partition("=")[2])))
     if "resume" in named:
         check_resume(args, path)
         path = path / "config.yaml"

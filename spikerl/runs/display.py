@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from spikerl.output import discard
+
 
 class Stage(Protocol):
     """What the view reads of a training run between epochs."""
@@ -77,7 +79,7 @@ class Screen(Console):
 
     def on_broken_pipe(self) -> None:  # which ends the program otherwise
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
 
 
 class View:
