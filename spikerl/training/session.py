@@ -16,7 +16,7 @@ from spikerl.config.build import Config
 from spikerl.distributed.world import World, share
 from spikerl.energy.meter import joules_to_reach, total_joules
 from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest, DiskError
-from spikerl.files import write_json, write_text
+from spikerl.files import shown, write_json, write_text
 from spikerl.machine import versions
 from spikerl.models.precision import why_slow
 from spikerl.runs import folder as run_folder
@@ -63,10 +63,14 @@ class Session:
             raise BadRequest(key, run_dir, f"{error}; nothing was started") from None
         announce_folder(self.folder)
         if self.is_rank0:
-            title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
+            title = f"{trainer.task.env_id}  {config.algo.name}  {shown(self.folder)}"
             self.log = RunLog(self.folder, trainer.step)
             self.view = View(title, config.run.total_steps, trainer.step)
-            for text in [*announce(config, trainer), *restored, f"run folder: {self.folder}"]:
+            for text in [
+                *announce(config, trainer),
+                *restored,
+                f"run folder: {shown(self.folder)}",
+            ]:
                 self.say(text)
         world.run_on_all(self.flush)
 
@@ -237,7 +241,7 @@ class Session:
             if number:
                 name = signal.Signals(number).name
                 self.say(f"stopped at step {self.trainer.step} on {name};"
-                         f" spikerl train resume={self.folder} goes on")  # fmt: skip
+                         f" spikerl train resume={shown(self.folder)} goes on")  # fmt: skip
             else:
                 self.say(f"done: {self.trainer.step} steps, {self.trainer.algo.updates} updates"
                          f" in {self.wall():.0f} s")  # fmt: skip
@@ -265,7 +269,7 @@ class Session:
     def report_unsaved(self, reason: str) -> None:
         """The training is done, but not all of it is on the disk."""
         line = f"step {self.trainer.step} could not be saved: {reason}; spikerl train"
-        line += f" resume={self.folder} goes on from step {self.committed}"
+        line += f" resume={shown(self.folder)} goes on from step {self.committed}"
         self.record_failure(line + "\n")
         assert self.log is not None
         self.log.line(line)
