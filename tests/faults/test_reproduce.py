@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from multiprocessing import get_context
@@ -15,11 +16,12 @@ from typing import Any
 
 import pytest
 import table_runs
+import torch
 from shell import refusal
 
-from spikerl.commands.reproduce import cells
+from spikerl.commands.reproduce import cells, command
 from spikerl.commands.reproduce.work import ready
-from spikerl.reporting.table_file import Cell, cell_of, table_of
+from spikerl.reporting.table_file import Cell, cell_of, read_table, table_of
 
 FORK = get_context("fork")
 ROOT = Path("outputs/reproduced/small")
@@ -167,6 +169,63 @@ def test_a_conversion_waits_for_a_policy_that_is_done() -> None:
         (source / "config.yaml").write_text("seed: 0\n")
         (source / "manifest.json").write_text(json.dumps({"status": word}))
         assert ready(converted) == is_ready
+
+
+def test_a_cell_is_held_by_what_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when who started it is gone: else another would start the same beside it."""
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, "-c", "import time; time.sleep(60)"])
+    lock = cells.claim(cell())
+    assert lock is not None
+    assert cells.claim(cell()) is None
+    job = cells.Job(cell(), lock, 0, None)
+    job.start(["eval"])
+    lock.close()
+    assert cells.claim(cell()) is None
+    assert job.process is not None
+    job.process.kill()
+    job.process.wait()
+    assert cells.claim(cell()) is not None
+
+
+def test_priority_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os; print(os.getpriority(0, 0), os.environ['CUDA_VISIBLE_DEVICES'])"
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, "-c", code])
+    lock = cells.claim(cell())
+    assert lock is not None
+    job = cells.Job(cell(), lock, 19, "3")
+    job.start(["eval"])
+    assert job.process is not None
+    assert job.process.wait(60) == 0
+    assert job.output("out").read_text() == "19 3\n"
+    job.close()
+    assert not job.output("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "named", "jobs", "expected"),
+    [
+        (0, "", 3, [None] * 3),
+        (2, "", None, ["0", "1"]),
+        (2, "5,7", 3, ["5", "7", "5"]),
+    ],
+)
+def test_places(
+    gpus: int, named: str, jobs: int | None, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert command.places(jobs, [cell()]) == expected
+
+
+def test_one_place_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divided by the workers that a run of the table has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(command, "cores", lambda: 16)
+    assert len(command.places(None, [cell()])) == 16
+    table = read_table("spikerl")
+    both = [cell_of(table, row, "Ant", 0) for row in ("popsan_td3", "spikerl")]
+    assert len(command.places(None, [c for c in both if c])) == 2
 
 
 def write_run(config: str, status: str, step: int) -> Path:

@@ -74,9 +74,8 @@ def test_advantages(trace: float) -> None:
 
     rows = Rollout(lambda obs, act: (value(obs), torch.zeros(ENVS)), trace)
     ends = torch.from_numpy(rows.terminated), torch.from_numpy(rows.last)
-    ours = gae(
-        torch.from_numpy(rows.rew), value(rows.obs[:-1]), value(rows.next_obs), *ends, 0.9, trace
-    )
+    seen = torch.from_numpy(rows.rew), value(rows.obs[:-1]), value(rows.next_obs), *ends
+    ours = gae(*seen, gamma=0.9, gae_lambda=trace)
     assert rows.terminated.sum() > 4
     assert rows.last.sum() > rows.terminated.sum() + 4
     np.testing.assert_allclose(ours.numpy(), rows.buffer.advantages, rtol=1e-4, atol=1e-5)

@@ -23,7 +23,7 @@ from builders import (
 from torch import Tensor
 
 from spikerl.kernels import reference
-from spikerl.models.actor import ActorConfig, SpikingActor, build_actor, deployed
+from spikerl.models.actor import ActorConfig, SpikingActor, build_actor, inference_actor
 from spikerl.snn.batchnorm import BATCH, RECALIBRATE, CaReBN
 
 # Two spike steps of three samples: mean 3, variance 12/6 = 2.
@@ -266,11 +266,11 @@ def test_what_is_deployed_acts_the_same(parts: dict[str, Any]) -> None:
     torch.manual_seed(0)
     actor, config = actor_and_config(3, **parts)
     actor.recalibrate(observations(64).split(32), None)
-    small_config, small = deployed(config, actor, 2)
+    small_config, small = inference_actor(config, actor, 2)
     obs = observations(100)
     expected = actor(obs)[:, :2]
     assert expected.std(0).min() > 0.01
     torch.testing.assert_close(small(obs), expected, rtol=1e-9, atol=1e-12)
     assert small_config.actor.name == "popsan"
     assert not [name for name in small.state_dict() if "norm" in name]
-    assert deployed(small_config, small, 2) == (small_config, small)
+    assert inference_actor(small_config, small, 2) == (small_config, small)

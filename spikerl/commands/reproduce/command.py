@@ -29,6 +29,7 @@ class ReproduceRequest:
     nice: int
     plan: bool
     render: bool
+    plugins: list[str]
 
     def __post_init__(self) -> None:
         for key in ("total_steps", "jobs"):
@@ -54,7 +55,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         render(table, total_steps)
         return 0
     steps.check(table, cells, total_steps)
-    slots = places(request.jobs, table, cells)
+    slots = places(request.jobs, cells)
     if request.plan:
         tell_plan(table, states_of(cells, total_steps), len(slots))
         return 0
@@ -65,6 +66,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         slots=slots,
         nice=request.nice,
         keep=total_steps < table.protocol.total_steps,
+        plugins=request.plugins,
     )
     status = work.run()
     tell_rest(work.states)
@@ -84,7 +86,7 @@ def selected(table: Table, request: ReproduceRequest) -> list[Cell]:
     return cells
 
 
-def places(jobs: int | None, table: Table, cells: Sequence[Cell]) -> list[str | None]:
+def places(jobs: int | None, cells: Sequence[Cell]) -> list[str | None]:
     """A place for each run that goes on at a time: the name of its GPU, or None on processors."""
     import torch
 
