@@ -83,7 +83,7 @@ class RunningNorm:
 
     def state(self) -> dict[str, Tensor]:
         return {
-            "count": torch.tensor(self.count),
+            "count": torch.tensor(self.count, dtype=torch.int64),
             "mean": torch.from_numpy(self.mean_O.copy()),
             "var": torch.from_numpy(self.var_O.copy()),
         }

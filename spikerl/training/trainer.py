@@ -226,7 +226,10 @@ class Trainer:
         obs_NO = self.envs.obs
         if self.step < self.algo.random_steps:
             shape = (len(obs_NO), self.task.act_dim)
-            act = torch.rand(shape, generator=explore, device=explore.device) * 2.0 - 1.0
+            uniform = torch.rand(
+                shape, generator=explore, dtype=torch.float32, device=explore.device
+            )
+            act = uniform * 2.0 - 1.0
         else:
             obs = torch.from_numpy(obs_NO.astype(np.float32)).to(self.acting_on)
             act = self.algo.explore(self.norm.normalize(obs), explore)
@@ -433,5 +436,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     """An int64 that depends on every bit of `tensor`: its words, weighted by their places."""
     words = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     words = torch.nn.functional.pad(words, (0, -len(words) % 8)).view(torch.int64)
-    places = torch.arange(1, len(words) + 1) * 2 - 1  # odd, so that no bit is lost
+    places = (
+        torch.arange(1, len(words) + 1, dtype=torch.int64) * 2 - 1
+    )  # odd, so that no bit is lost
     return (words * places).sum()
