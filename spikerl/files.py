@@ -26,14 +26,14 @@ def write_atomic(path: Path, content: bytes | memoryview) -> str:
     """The same in place of what has this name; on failure nothing is left."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        found = write_synced(partial, content)
+        digest = write_synced(partial, content)
         os.replace(partial, path)
         sync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    return found
+    return digest
 
 
 def write_text(path: Path, text: str) -> None:

@@ -75,13 +75,13 @@ PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "hydra-core", "omegaconf")
 @cache
 def versions() -> dict[str, str]:
     """Versions of python, spikerl and of every package that numbers depend on, as first asked."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in ("spikerl", *PACKAGES):
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+            installed[package] = "unknown"
+    return installed
 
 
 def git_state() -> dict[str, str | bool | None]:

@@ -10,13 +10,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from spikerl import plugins
 from spikerl.config.yaml_file import (
     NAME,
     conf_folder,
     group_options,
+    option_file,
     overrides_of,
     quoted,
     read_config,
+    typed_plugins,
 )
 from spikerl.errors import BadRequest
 from spikerl.files import read_json
@@ -34,7 +37,7 @@ REFUSED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name",
                  "--experimental-rerun")  # fmt: skip
 # What `resume=RUN` may change: how far the run goes, and where.
 RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend", "backend.timeout_s",
-             "max_restarts", "nnodes", "node_rank", "rdzv")  # fmt: skip
+             "max_restarts", "nnodes", "node_rank", "rdzv", "plugins")  # fmt: skip
 # Its other settings can name code to run: callbacks, logging, the search path.
 HYDRA = r"\+{0,2}hydra(/(launcher|sweeper)|\.(launcher|sweeper)(\.\w+)+)"
 MAX_BYTES = 1 << 28  # of a manifest.json
@@ -73,9 +76,16 @@ def usage() -> str:
     )
 
 
+def searchpath() -> list[str]:
+    """What makes Hydra search the conf/ folders of plugins, too."""
+    places = [quoted(folder.as_uri()) for folder in plugins.conf_folders()]
+    return [f"hydra.searchpath=[{','.join(places)}]"] if places else []
+
+
 def expand(command: str, args: Sequence[str]) -> list[str]:
     """Refuse what must not reach Hydra; replace config=FILE by the overrides that it stands for."""
     args = [re.sub(r"^\+\+?(?=(config|resume)=)", "", arg) for arg in args]
+    plugins.load(typed_plugins(args))
     for arg in args:
         flag = arg.partition("=")[0]
         if arg.startswith("-") and flag not in (*FLAGS, *REFUSED_FLAGS):
@@ -124,17 +134,18 @@ def chosen(run: Path, typed: Sequence[str]) -> list[str]:
         manifest = read_json(run / "manifest.json", MAX_BYTES)
         threads = int(manifest["resolved"]["threads"]["choice"])
         kernel, _, path = str(manifest["resolved"]["kernel"]["choice"]).partition("/")
-        workers, found = str(int(manifest["world_size"])), [f"num_envs={int(manifest['num_envs'])}"]
+        workers = str(int(manifest["world_size"]))
+        overrides = [f"num_envs={int(manifest['num_envs'])}"]
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return []
     size = given.get("world_size", os.environ["WORLD_SIZE"] if ranked() else workers)
     if "world_size" not in given:
-        found.append(f"world_size={size}")
+        overrides.append(f"world_size={size}")
     if size == workers:
-        found.append(f"threads={threads}")
+        overrides.append(f"threads={threads}")
     if "device" in given or kernel not in group_options("kernel") or not re.fullmatch(r"\w*", path):
-        return found
-    return [*found, f"kernel={kernel}", *([f"kernel.path={path}"] if path else [])]
+        return overrides
+    return [*overrides, f"kernel={kernel}", *([f"kernel.path={path}"] if path else [])]
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -204,19 +215,19 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     if isinstance(error, BadRequest):
         return text
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        group, option = found.groups()
+    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group, option = match.groups()
         options = group_options(group)
         return f"{group}={option}: no such option; {_nearest(option, options)}"
-    if found := re.search(r"Could not override '([^']+)'", text):
-        key = found[1]
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match[1]
         value = next((unquoted(a.partition("=")[2]) for a in args if a.startswith(f"{key}=")), "")
         return f"{key}={value}: no such key; {_having(key) or _nearest(key, known_keys(command))}"
     if "issing mandatory value" in text:
         key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
         return f"{key}=???: it has no default; give it a value"
-    if found := re.search(r"Ambiguous value for argument '(.*?)'\n", text):
-        return f"{found[1]}: several values; sweep over them with -m"
+    if match := re.search(r"Ambiguous value for argument '(.*?)'\n", text):
+        return f"{match[1]}: several values; sweep over them with -m"
     unread = [arg for arg in split(args)[0] if not _readable(arg)]
     if unread:
         return f"{unread[0]}: cannot be read; write key=value"
@@ -257,7 +268,7 @@ def _having(key: str) -> str:
     options = [
         option
         for option in (group_options(group) if re.fullmatch(NAME, group) else [])
-        if line.search((conf_folder() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+        if line.search(option_file(group, option).read_text(encoding="utf-8"))
     ]
     return f"it goes with {group}={', '.join(options)}" if options else ""
 

@@ -31,15 +31,15 @@ def adopt() -> None:
 
 def first_host(nodes: str) -> str:
     """Of a list as Slurm writes it: node[07-12],gpu3."""
-    found = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
-    assert found is not None
-    return found[1] + (found[2] or "")
+    match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
+    assert match is not None
+    return match[1] + (match[2] or "")
 
 
 def tasks_per_node(counts: str) -> list[int]:
     """How many each node has, from a list as Slurm writes it: 4(x2),3."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
-    return [int(count) for count, times in found for _ in range(int(times or 1))]
+    counts_and_times = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(count) for count, times in counts_and_times for _ in range(int(times or 1))]
 
 
 def workers_here(world_size: int, nnodes: int = 1) -> int:

@@ -30,11 +30,11 @@ from typing import Any
 
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_with_parent
+from spikerl.errors import FAILED
 
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
 LATE = ("did not come", "Timed out", "timeout")
-FAILED = 1  # a worker's exit status
 SHUTDOWN_S = 4  # how long survivors of a lost worker may take before they are killed
 
 
@@ -67,13 +67,13 @@ class Workers:
 def launch(spec: dict[str, Any], workers: Workers) -> int:
     """Run this machine's workers on `spec`; the run's exit status. Raises WorkerLost."""
     os.environ["OMP_NUM_THREADS"] = str(workers.threads)
-    start = by_mpiexec if workers.backend == "mpi" else by_agent
-    with tempfile.TemporaryDirectory(prefix="spikerl-") as name, passing_signals_on(Path(name)):
+    start = run_under_mpiexec if workers.backend == "mpi" else run_under_agent
+    with tempfile.TemporaryDirectory(prefix="spikerl-") as name, forward_signals(Path(name)):
         mailbox = Path(name)
         (mailbox / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         try:
             if failures := start(mailbox, workers):
-                raise WorkerLost(blame(failures, mailbox, workers.size))
+                raise WorkerLost(first_failure(failures, mailbox, workers.size))
         except WorkerLost as lost:
             lost.folder = read(mailbox / "folder") or None
             lost.stopping = stop_requested(mailbox) is not None
@@ -81,7 +81,7 @@ def launch(spec: dict[str, Any], workers: Workers) -> int:
         return int(read(mailbox / "result"))
 
 
-def by_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
+def run_under_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
     """Exit statuses of workers that failed, by rank."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -109,7 +109,7 @@ def by_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
     )
     worker = ("-m", "spikerl.commands.worker", str(mailbox), str(os.getpid()))
     over = threading.Event()
-    threading.Thread(target=end_stragglers, args=(mailbox, over), daemon=True).start()
+    threading.Thread(target=kill_hung_workers, args=(mailbox, over), daemon=True).start()
     try:
         elastic_launch(config, sys.executable)(*worker)
     except ChildFailedError as error:
@@ -129,7 +129,7 @@ def cannot_meet(workers: Workers) -> str | None:
     return hosts.cannot_reach(workers.host, workers.port, workers.timeout_s)
 
 
-def end_stragglers(mailbox: Path, over: threading.Event) -> None:
+def kill_hung_workers(mailbox: Path, over: threading.Event) -> None:
     """Kill workers that outlive another's failure because they hang: the agent gives them 30 s."""
     while not over.wait(0.2):
         if any(mailbox.glob("failure.*")) and not over.wait(SHUTDOWN_S):
@@ -139,7 +139,7 @@ def end_stragglers(mailbox: Path, over: threading.Event) -> None:
             return
 
 
-def by_mpiexec(mailbox: Path, workers: Workers) -> dict[int, int]:
+def run_under_mpiexec(mailbox: Path, workers: Workers) -> dict[int, int]:
     """The same under MPI, where one that fails ends all: only the one that did so is known."""
     start = mpi.mpiexec(workers.size)
     assert start is not None  # the config was checked
@@ -154,7 +154,7 @@ def by_mpiexec(mailbox: Path, workers: Workers) -> dict[int, int]:
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
-    threading.Thread(target=end_together, args=(process, mailbox), daemon=True).start()
+    threading.Thread(target=end_all_with_one, args=(process, mailbox), daemon=True).start()
     assert process.stdout is not None
     last_words: list[str] = []  # of mpiexec, about one that failed
     for line in process.stdout:
@@ -172,7 +172,7 @@ def by_mpiexec(mailbox: Path, workers: Workers) -> dict[int, int]:
     return {}
 
 
-def end_together(process: subprocess.Popen[str], mailbox: Path) -> None:
+def end_all_with_one(process: subprocess.Popen[str], mailbox: Path) -> None:
     """End mpiexec, and with it all workers, when one of them ended badly.
 
     MPICH's does so itself only if it sees the worker's connection close before its output does, and
@@ -192,7 +192,7 @@ def rank_in(path: Path) -> int:
     return int(path.suffix[1:])
 
 
-def blame(failures: dict[int, int], mailbox: Path, world_size: int) -> str:
+def first_failure(failures: dict[int, int], mailbox: Path, world_size: int) -> str:
     """Rank and cause of what went wrong first.
 
     A lost worker makes the others fail in a collective, and they may be noticed before it: so a
@@ -200,7 +200,7 @@ def blame(failures: dict[int, int], mailbox: Path, world_size: int) -> str:
     others waited for in vain was killed after that.
     """
 
-    def told(rank: int) -> dict[str, Any]:
+    def report(rank: int) -> dict[str, Any]:
         return dict(json.loads(read(mailbox / f"failure.{rank}") or "{}"))
 
     def status(rank: int) -> int:
@@ -208,21 +208,21 @@ def blame(failures: dict[int, int], mailbox: Path, world_size: int) -> str:
 
     def order(rank: int) -> tuple[bool, bool, bool, float]:
         killed = status(rank) < 0 and status(rank) != -signal.SIGTERM
-        reason = told(rank)
+        reason = report(rank)
         late = reason.get("late", False)
         return not late, not killed, reason.get("collective", not reason), reason.get("time", 0.0)
 
     ranks = {*failures, *map(rank_in, mailbox.glob("failure.*"))}
     rank = min(ranks, key=order)
     who = f"worker {rank} of {world_size}"
-    code, reason = status(rank), told(rank)
+    code, reason = status(rank), report(rank)
     if code < 0 and not (reason and code == -signal.SIGTERM):
         return f"{who} was killed by {signal.Signals(-code).name}"
     return f"{who}: {reason['error']}" if reason else f"{who} ended with status {code}"
 
 
 @contextmanager
-def passing_signals_on(mailbox: Path) -> Iterator[None]:
+def forward_signals(mailbox: Path) -> Iterator[None]:
     """Meanwhile SIGTERM, SIGUSR1 and Ctrl-C reach every worker; a second Ctrl-C ends at once."""
     seen: list[int] = []
 
@@ -235,7 +235,7 @@ def passing_signals_on(mailbox: Path) -> Iterator[None]:
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(int(read(path)), number)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    before = {number: signal.signal(number, pass_on) for number in FORWARDED}
     try:
         yield
     finally:
@@ -258,7 +258,7 @@ def read(path: Path) -> str:
 def work(mailbox: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> int:
     """A worker's life: die with the parent, run the spec, leave word of a failure."""
     die_with_parent(parent)
-    for number in PASSED_ON:  # until the run listens, and again while it leaves word of a failure
+    for number in FORWARDED:  # until the run listens, and again while it leaves word of a failure
         signal.signal(number, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
     write(mailbox / f"pid.{rank}", str(os.getpid()))
@@ -297,6 +297,6 @@ def stop_requested(mailbox: Path) -> signal.Signals | None:
     return signal.Signals(int(number)) if number else None
 
 
-def begun(mailbox: Path, folder: Path) -> None:
+def announce_folder(mailbox: Path, folder: Path) -> None:
     """Tell the parent which folder to resume if a worker is lost."""
     write(mailbox / "folder", str(folder))

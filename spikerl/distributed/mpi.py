@@ -49,8 +49,8 @@ def missing() -> str | None:
 def mpiexec(workers: int) -> list[str] | None:
     """The command that starts so many workers on this machine; None where there is none."""
     beside = Path(sys.executable).parent / "mpiexec"
-    found = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if found is None:
+    executable = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if executable is None:
         return None
     from mpi4py import MPI
 
@@ -59,7 +59,7 @@ def mpiexec(workers: int) -> list[str] | None:
     if MPI.Get_library_version().startswith("Open MPI"):
         more = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
         os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return [found, "-n", str(workers), *more]
+    return [executable, "-n", str(workers), *more]
 
 
 def joined() -> bool:
@@ -68,7 +68,7 @@ def joined() -> bool:
     return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
 
 
-def part() -> None:
+def leave() -> None:
     """Leave the others, all together; mpiexec takes one that does not for a failed one."""
     if joined():
         from mpi4py import MPI

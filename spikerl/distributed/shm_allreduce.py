@@ -28,7 +28,7 @@ Gather = Callable[[Any], list[Any]]  # everybody's plain data in rank order, by 
 
 
 class ShmAllReduce:
-    """One room in shared memory for each size of vector, made when first needed."""
+    """A buffer in shared memory for each size of vector, made when first needed."""
 
     def __init__(self, rank: int, size: int, gather: Gather, timeout_s: float) -> None:
         path, why = native.first_built(native.supported_paths())
@@ -36,27 +36,27 @@ class ShmAllReduce:
             raise native.Unbuilt(why)
         self.lib = native.library(path)
         self.rank, self.size, self.gather, self.timeout_s = rank, size, gather, timeout_s
-        self.rooms: dict[int, SharedBuffer | None] = {}
+        self.buffers: dict[int, SharedBuffer | None] = {}
 
     def sum_(self, tensor: Tensor) -> bool:
-        """Replace a tensor by its sum over workers; False, and nothing, where there is no room."""
+        """Replace a tensor by its sum over workers; False, and nothing, where that cannot be."""
         plain = tensor.device.type == "cpu" and tensor.is_contiguous()
         if not plain or tensor.dtype not in (torch.float32, torch.float64):
             return False
         length = tensor.numel() * tensor.element_size()
-        if length not in self.rooms:
-            self.rooms[length] = self.open(length)
-        room = self.rooms[length]
-        if room is None:
+        if length not in self.buffers:
+            self.buffers[length] = self.open(length)
+        buffer = self.buffers[length]
+        if buffer is None:
             return False
-        at, place, now = room.at, tensor.data_ptr(), room.round
-        room.round = (now + 1) % 2**32
+        at, place, now = buffer.at, tensor.data_ptr(), buffer.round
+        buffer.round = (now + 1) % 2**32
         self.lib.spikerl_shm_write(at, self.rank, self.size, length, now, place)
         is_double, deadline = tensor.dtype == torch.float64, 0.0
         where = (at, self.rank, self.size, length, now, place, is_double)
         while (late := self.lib.spikerl_shm_sum(*where)) >= 0:
             deadline = deadline or time.monotonic() + self.timeout_s
-            if room.left(late):
+            if buffer.is_gone(late):
                 raise DistNetworkError(f"worker {late} is gone")
             if time.monotonic() > deadline:
                 raise DistNetworkError(f"worker {late} did not come within {self.timeout_s:g} s")
@@ -65,11 +65,11 @@ class ShmAllReduce:
     def open(self, length: int) -> SharedBuffer | None:
         """None, for all, where one of them cannot have it."""
         total = self.lib.spikerl_shm_bytes(self.size, length)
-        room = _make(total, self.rank) if self.rank == 0 else None
-        name = self.gather(room.name if room else None)[0]
+        buffer = _create(total, self.rank) if self.rank == 0 else None
+        name = self.gather(buffer.name if buffer else None)[0]
         if name and self.rank > 0:
-            room = _enter(name, total, self.rank)
-        return room if all(self.gather(room is not None)) else None
+            buffer = _open(name, total, self.rank)
+        return buffer if all(self.gather(buffer is not None)) else None
 
 
 class SharedBuffer:
@@ -85,7 +85,7 @@ class SharedBuffer:
         self.at = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.name = (f"/proc/{os.getpid()}/fd/{handle}", os.fstat(handle).st_ino)
 
-    def left(self, rank: int) -> bool:
+    def is_gone(self, rank: int) -> bool:
         """Whether the worker of this rank holds its lock no more."""
         try:
             fcntl.lockf(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
@@ -111,7 +111,7 @@ def open_shm_allreduce(
     return sums if agreed and sums and sums.open(8) else None
 
 
-def _make(total: int, rank: int) -> SharedBuffer | None:
+def _create(total: int, rank: int) -> SharedBuffer | None:
     try:
         handle = os.open(FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
         os.posix_fallocate(handle, 0, total)  # now, rather than SIGBUS when memory is short later
@@ -120,7 +120,7 @@ def _make(total: int, rank: int) -> SharedBuffer | None:
     return SharedBuffer(handle, total, rank)
 
 
-def _enter(name: tuple[str, int], total: int, rank: int) -> SharedBuffer | None:
+def _open(name: tuple[str, int], total: int, rank: int) -> SharedBuffer | None:
     path, inode = name
     try:
         handle = os.open(path, os.O_RDWR)

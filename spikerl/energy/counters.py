@@ -39,7 +39,7 @@ class Counters(Protocol):
     def end(self, window: str, now: float) -> Mapping[str, float]: ...
 
 
-class Found(NamedTuple):
+class Measurable(NamedTuple):
     gpus: dict[int, str]  # Zeus's index to UUID; the one GPU or none
     packages: dict[int, str]  # Zeus's index to host:package
     reasons: dict[str, str]  # why "gpu" or "cpu" is empty
@@ -49,18 +49,18 @@ class NoCounter(Exception):
     """Why a kind of device cannot be measured here."""
 
 
-def find(device: torch.device) -> Found:
+def find(device: torch.device) -> Measurable:
     """The counters of a worker on `device` that is its host's local rank 0."""
-    found: dict[str, dict[int, str]] = {"gpu": {}, "cpu": {}}
+    devices: dict[str, dict[int, str]] = {"gpu": {}, "cpu": {}}
     reasons = {}
     for kind, look in (("gpu", partial(_gpu, device)), ("cpu", _packages)):
         try:
-            found[kind] = look()
+            devices[kind] = look()
         except NoCounter as error:
             reasons[kind] = str(error)
         except Exception as error:
             reasons[kind] = f"{kind}: {one_line(error)}"
-    return Found(found["gpu"], found["cpu"], reasons)
+    return Measurable(devices["gpu"], devices["cpu"], reasons)
 
 
 def _gpu(device: torch.device) -> dict[int, str]:

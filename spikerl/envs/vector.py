@@ -135,7 +135,7 @@ class Envs:
             return act()
         except Exception as error:
             self.failed = True
-            said = told(error)
+            said = describe_error(error)
             raise EnvironmentFailed(f"step {self.steps + 1}: {self.task.env_id} {said}") from error
 
     def _check(self, what: str, values: np.ndarray) -> None:
@@ -146,7 +146,7 @@ class Envs:
             )
 
 
-def told(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """What an environment did, after its name."""
     if isinstance(error, EnvironmentFailed):
         return str(error)

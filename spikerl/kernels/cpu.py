@@ -143,9 +143,9 @@ class CPUKernel:
             at, torch.get_num_threads(),
         )  # fmt: skip
 
-    def room(self, ready: PreparedActor, batch: int) -> Tensor:
+    def saved_block(self, ready: PreparedActor, batch: int) -> Tensor:
         """For what `forward` saves."""
-        return _memory.take(-(-self.lib.spikerl_saved_bytes(ready.net, batch) // 4))
+        return _blocks.acquire(-(-self.lib.spikerl_saved_bytes(ready.net, batch) // 4))
 
     def scan(self, neuron: Neuron, drive_TBN: Tensor) -> Tensor:
         """Spikes of one layer."""
@@ -170,14 +170,14 @@ class CPUKernel:
             output = reference.outputs(net, obs_BO, generator, self.scan, BATCH)
             return by_autograd(reference.act(output, squash))
         obs_BO, uniform = self.inputs(net, obs_BO, generator)
-        saved = [self.room(ready, len(obs_BO))]
+        saved = [self.saved_block(ready, len(obs_BO))]
         act = self.forward(ready, obs_BO, uniform, saved[0], squash)
 
         def pull(grad_BA: Tensor, into: Gradient) -> None:
             room = saved.pop()  # a second way back finds nothing, and fails
             poisson, grad_BA = uniform is not None, grad_BA.contiguous()
             self.backward(ready, obs_BO, poisson, act if squash else None, grad_BA, room, into.at)
-            _memory.give(room)
+            _blocks.release(room)
 
         return act, pull
 
@@ -189,10 +189,10 @@ class CPUKernel:
         if not covered(ready, obs_BO, act_BA) or torch.is_grad_enabled():
             return reference.values(critic, obs_BO, act_BA)
         obs, act = obs_BO.contiguous(), act_BA.contiguous()
-        found = obs.new_empty(ready.all.networks, len(obs))
-        places = (obs.data_ptr(), act.data_ptr(), found.data_ptr())
+        values = obs.new_empty(ready.all.networks, len(obs))
+        places = (obs.data_ptr(), act.data_ptr(), values.data_ptr())
         self.lib.spikerl_values(ready.all, len(obs), *places, torch.get_num_threads())
-        return found
+        return values
 
     def td_target(self, critic: ValueNet, rows: Batch, act_BA: Tensor) -> Tensor:
         """As `reference.td_target`."""
@@ -354,7 +354,7 @@ class _Actions(torch.autograd.Function):
         squash: bool,
         *params: Tensor,
     ) -> Tensor:
-        saved = kernel.room(ready, len(obs_BO))
+        saved = kernel.saved_block(ready, len(obs_BO))
         act = kernel.forward(ready, obs_BO, uniform_TBK, saved, squash)
         ctx.kernel, ctx.ready, ctx.poisson = kernel, ready, uniform_TBK is not None
         ctx.saved, ctx.squash = saved, squash
@@ -370,7 +370,7 @@ class _Actions(torch.autograd.Function):
         places, grad_BA = pointers(addresses(grads)), grad_BA.contiguous()
         act, at = act_BA if ctx.squash else None, ctypes.addressof(places)
         ctx.kernel.backward(ctx.ready, obs_BO, ctx.poisson, act, grad_BA, saved, at)
-        _memory.give(saved)
+        _blocks.release(saved)
         return None, None, None, None, None, *grads
 
 
@@ -396,7 +396,7 @@ class _Scan(torch.autograd.Function):
         return None, None, out
 
 
-class _Memory:
+class _BlockCache:
     """Blocks that one update leaves for the next: what was used last still lies in a cache."""
 
     KEPT = 16  # blocks
@@ -404,14 +404,14 @@ class _Memory:
     def __init__(self) -> None:
         self.free: list[Tensor] = []  # the one given last comes first
 
-    def take(self, size: int) -> Tensor:
+    def acquire(self, size: int) -> Tensor:
         for i, block in enumerate(self.free):
             if len(block) == size:
                 return self.free.pop(i)
         return torch.empty(size, dtype=torch.float32)
 
-    def give(self, *blocks: Tensor) -> None:
+    def release(self, *blocks: Tensor) -> None:
         self.free = [*blocks, *self.free][: self.KEPT]
 
 
-_memory = _Memory()
+_blocks = _BlockCache()

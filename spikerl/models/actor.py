@@ -81,6 +81,14 @@ class ActorConfig:
     neuron: NeuronConfig | None
     decoder: DecoderConfig | None
 
+    def parts(self) -> list[type[Any]]:
+        """The classes that it configures."""
+        parts: list[type[Any]] = [ACTORS.part(self.actor)]
+        if self.encoder and self.neuron and self.decoder:
+            parts += [ENCODERS.part(self.encoder), NEURONS.part(self.neuron)]
+            parts.append(DECODERS.part(self.decoder))
+        return parts
+
     def shape(self) -> str:
         """Whatever two actors must share for one to take the other's weights."""
         text = f"{self.actor.name} {self.actor.hidden_sizes}"
@@ -200,7 +208,7 @@ class SpikingActor(nn.Module):
 
     def activity(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Activity:
         """Over any number of observations, in pieces of bounded memory."""
-        found = None
+        activity = None
         for piece in obs_BO.split(1024):
             layers, states = reference.record(self, piece, generator)
             inside = [
@@ -213,9 +221,9 @@ class SpikingActor(nn.Module):
                 len(piece) * self.spike_steps,
                 self.encoder.spikes,
             )
-            found = found + part if found else part
-        assert found is not None
-        return found
+            activity = activity + part if activity else part
+        assert activity is not None
+        return activity
 
 
 class MLPActor(nn.Module):

@@ -56,7 +56,7 @@ class RunningNorm:
         O = len(self.mean_O)  # noqa: E741
         with np.errstate(over="ignore", invalid="ignore"):  # `merge` looks
             for part in collected:
-                self._take(int(part[0]), part[1 : 1 + O], part[1 + O : 1 + 2 * O])
+                self._merge_one(int(part[0]), part[1 : 1 + O], part[1 + O : 1 + 2 * O])
         sound = np.isfinite(self.mean_O) & np.isfinite(self.var_O) & (self.var_O >= 0.0)
         if not sound.all() or self.count >= MOST:
             i = int(np.argmin(sound))
@@ -66,7 +66,7 @@ class RunningNorm:
             )
         self._refresh()
 
-    def _take(self, count: int, mean: np.ndarray, var: np.ndarray) -> None:
+    def _merge_one(self, count: int, mean: np.ndarray, var: np.ndarray) -> None:
         if count == 0:
             return
         total = self.count + count

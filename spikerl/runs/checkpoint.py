@@ -84,7 +84,7 @@ def save_checkpoint(
         if world.rank > 0:
             return None
         make_folder(root)
-        tidy(run)
+        remove_unreferenced(run)
         partial.mkdir()
         return _last_segments(run)
 
@@ -120,7 +120,7 @@ def save_checkpoint(
         _point_latest(root, name)
         for folder in _folders(run)[KEEP:]:
             shutil.rmtree(folder)
-        tidy(run)
+        remove_unreferenced(run)
 
     try:
         before = world.run_on_all(begin)[0]
@@ -131,7 +131,7 @@ def save_checkpoint(
     except DiskError:
         if world.rank == 0:
             with suppress(OSError):
-                tidy(run)  # room for the others
+                remove_unreferenced(run)  # room for the others
         raise
     replay.saved = replay.added
 
@@ -193,15 +193,6 @@ class Checkpoint:
             raise ValueError("its replay lacks rows, or holds a NaN or an infinity")
 
 
-def newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint whose manifest can be read; its files are not verified."""
-    for folder in _folders(run):
-        manifest = _read_manifest(folder)
-        if manifest is not None:
-            return Checkpoint(run, folder, manifest)
-    return None
-
-
 def verified(run: Path, report: Callable[[str], None]) -> Checkpoint:
     """The newest checkpoint that verifies; each damaged one is named to `report`."""
     said = "start anew"
@@ -212,8 +203,8 @@ def verified(run: Path, report: Callable[[str], None]) -> Checkpoint:
             report(f"{said}; trying the one before")
             continue
         if manifest.get("schema") != SCHEMA:
-            found = manifest.get("schema")
-            remedy = f"{folder.name} has schema {found}, this version reads {SCHEMA}"
+            schema = manifest.get("schema")
+            remedy = f"{folder.name} has schema {schema}, this version reads {SCHEMA}"
             raise BadRequest("resume", run, remedy)
         damaged = list(_damaged(run, folder, manifest))
         if not damaged:
@@ -228,11 +219,11 @@ def drop_later(checkpoint: Checkpoint) -> None:
     for folder in _folders(checkpoint.run):
         if folder.name > checkpoint.folder.name:
             shutil.rmtree(folder)
-    tidy(checkpoint.run)
+    remove_unreferenced(checkpoint.run)
     _point_latest(checkpoint.folder.parent, checkpoint.folder.name)
 
 
-def tidy(run: Path) -> None:
+def remove_unreferenced(run: Path) -> None:
     """Remove what is half written, and replay segments that no checkpoint names."""
     for path in list(run.rglob(".*.partial")):
         if path.is_dir() and not path.is_symlink():
@@ -271,10 +262,10 @@ class _Segment(NamedTuple):
 
 
 def _parse(path: str) -> _Segment:
-    found = re.fullmatch(r"replay/worker_(\d+)_of_(\d+)/rows_(\d+)_(\d+)\.f32", path)
-    if found is None:
+    match = re.fullmatch(r"replay/worker_(\d+)_of_(\d+)/rows_(\d+)_(\d+)\.f32", path)
+    if match is None:
         raise ValueError(f"{path} is no replay segment")
-    return _Segment(*map(int, found.groups()))
+    return _Segment(*map(int, match.groups()))
 
 
 def _reaches(path: str, world: World, replay: Replay) -> bool:

@@ -23,6 +23,7 @@ from spikerl import machine
 from spikerl.errors import BadRequest
 from spikerl.files import parse_json, read_bytes, read_json, sync_folder, write_json, write_text
 from spikerl.machine import git_state, versions
+from spikerl.schema import dotted
 
 MAX_BYTES = 1 << 28  # of a file that is read whole; a record of 100 000 epochs has half of that
 
@@ -45,11 +46,11 @@ def partial_of(target: str) -> Path:
     return folder.with_name(f".{folder.name}.{os.getpid()}.partial")
 
 
-def begin(
+def fill_partial(
     partial: Path, target: str, raw: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> IO[str]:
     """Fill the hidden folder with what does not need the workers; its lock."""
-    sweep_up(partial.parent)
+    remove_abandoned(partial.parent)
     made = [folder for folder in partial.parents if not os.path.lexists(folder)]
     try:
         partial.mkdir(parents=True)
@@ -67,7 +68,7 @@ def begin(
     return held
 
 
-def sweep_up(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Remove what runs left that were killed before theirs appeared: nobody holds its lock."""
     for partial in folder.glob(".*.partial"):
         with suppress(OSError), (partial / ".lock").open(encoding="utf-8") as file:
@@ -76,7 +77,7 @@ def sweep_up(folder: Path) -> None:
                 shutil.rmtree(partial)
 
 
-def appear(partial: Path, target: str, *, named: bool) -> Path:
+def move_into_place(partial: Path, target: str, *, named: bool) -> Path:
     """Rename to a name that nobody has; a dated folder whose second is taken gets a number."""
     folder = Path(target)
     for number in range(1, 2 if named else 1000):
@@ -103,11 +104,11 @@ def create(
 ) -> Path:
     """A whole folder at once, for a single process."""
     partial = partial_of(target)
-    with begin(partial, target, raw, manifest):
+    with fill_partial(partial, target, raw, manifest):
         try:
             fill(partial)
             (partial / ".lock").unlink()
-            return appear(partial, target, named=named)
+            return move_into_place(partial, target, named=named)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -207,7 +208,7 @@ def rewind(folder: Path, length: int) -> int:
     return len(whole)
 
 
-def reopen(folder: Path) -> None:
+def remove_results(folder: Path) -> None:
     """Remove what says how the run ended, which it goes beyond; log.txt keeps why it failed."""
     error = folder / "error.txt"
     if error.exists():
@@ -294,12 +295,5 @@ def _record(folder: Path, *, configs: bool) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, YAMLError):
         return {}
     assert isinstance(config, dict)
-    return flat({**known, **{k: v for k, v in config.items() if configs and k not in NAMES}})
-
-
-def flat(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, value in data.items():
-        inner = isinstance(value, Mapping)
-        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": str(value)}
-    return found
+    own = {k: v for k, v in config.items() if configs and k not in NAMES}
+    return {key: str(value) for key, value in dotted({**known, **own})}

@@ -13,7 +13,7 @@ import torch
 
 from spikerl.distributed.world import ALONE, World
 from spikerl.envs.make import FLOAT32_MAX, EnvConfig, make_env
-from spikerl.envs.vector import told
+from spikerl.envs.vector import describe_error
 from spikerl.errors import EnvironmentFailed, NonFinite
 from spikerl.models.actor import Activity, SpikingActor
 from spikerl.models.policy import Policy
@@ -97,7 +97,9 @@ class Evaluator:
         try:
             obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)])
         except Exception as error:
-            raise EnvironmentFailed(f"evaluation, reset: {env_id} {told(error)}") from error
+            raise EnvironmentFailed(
+                f"evaluation, reset: {env_id} {describe_error(error)}"
+            ) from error
         if not (np.abs(obs) <= FLOAT32_MAX).all():
             raise NonFinite(f"evaluation, reset: {env_id} gave a NaN or infinity")
         returns, lengths = [0.0] * len(envs), [0] * len(envs)
@@ -112,7 +114,7 @@ class Evaluator:
                 try:
                     obs[i], rew, terminated, truncated, _ = envs[i].step(act[i])
                 except Exception as error:
-                    raise EnvironmentFailed(f"{where} {told(error)}") from error
+                    raise EnvironmentFailed(f"{where} {describe_error(error)}") from error
                 if not (abs(rew) <= FLOAT32_MAX and (np.abs(obs[i]) <= FLOAT32_MAX).all()):
                     raise NonFinite(f"{where} gave a NaN or infinity")
                 returns[i] += rew

@@ -15,7 +15,7 @@ from typing import Any
 from spikerl.config.build import Config
 from spikerl.distributed.world import World, share
 from spikerl.energy.meter import joules_to_reach, total_joules
-from spikerl.errors import BadRequest, DiskError
+from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest, DiskError
 from spikerl.files import write_json, write_text
 from spikerl.machine import versions
 from spikerl.runs import folder as run_folder
@@ -23,8 +23,6 @@ from spikerl.runs.checkpoint import Checkpoint, drop_later, save_checkpoint, ver
 from spikerl.runs.display import View, epoch_line, stuck_layers
 from spikerl.runs.record import RunLog
 from spikerl.training.trainer import Row, Trainer
-
-DONE, FAILED, STOPPED, INTERRUPTED = 0, 1, 75, 130  # exit statuses
 
 
 class Session:
@@ -38,10 +36,10 @@ class Session:
         target: str,
         command: Sequence[str],
         after: str | None = None,
-        begun: Callable[[Path], None] | None = None,
+        announce_folder: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """`after` is why the program itself resumes the run, if it does; `begun` is told the
-        folder before anybody else is.
+        """`after` is why the program itself resumes the run, if it does; `announce_folder` gets
+        the folder before anything is printed.
         """
         self.config, self.trainer, self.world = config, trainer, world
         self.first = world.rank == 0
@@ -55,14 +53,13 @@ class Session:
         try:
             if config.run.resume:
                 self.folder = Path(config.run.resume)
-                restored = self.go_on(command, after)
+                restored = self.resume(command, after)
             else:
                 self.folder = self.start(target, command)
         except DiskError as error:
             key = "resume" if config.run.resume else "run_dir"
-            raise BadRequest(key, target, f"{error}; nothing was begun") from None
-        if begun:
-            begun(self.folder)
+            raise BadRequest(key, target, f"{error}; nothing was started") from None
+        announce_folder(self.folder)
         if self.first:
             title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
             self.log = RunLog(self.folder, trainer.step)
@@ -79,12 +76,12 @@ class Session:
         def begin() -> None:
             if self.first:
                 raw, manifest = self.config.raw, self.manifest(command)
-                self.lock = run_folder.begin(partial, target, raw, manifest)
+                self.lock = run_folder.fill_partial(partial, target, raw, manifest)
 
         def appear() -> Path:
             if not self.first:
                 return partial
-            return run_folder.appear(partial, target, named=named)
+            return run_folder.move_into_place(partial, target, named=named)
 
         try:
             self.world.run_on_all(begin)
@@ -94,7 +91,7 @@ class Session:
             if self.first:
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def go_on(self, command: Sequence[str], after: str | None) -> list[str]:
+    def resume(self, command: Sequence[str], after: str | None) -> list[str]:
         """Take the newest checkpoint that verifies, on all workers; what was restored."""
         notes: list[str] = []
 
@@ -107,10 +104,10 @@ class Session:
         checkpoint = Checkpoint.open(self.folder, self.world.run_on_all(choose)[0])
         restored = all(self.world.run_on_all(lambda: self.restore(checkpoint)))
         self.wall_s, self.committed = float(checkpoint.manifest["wall_s"]), self.trainer.step
-        self.world.run_on_all(lambda: self.take_over(checkpoint, restored, command, after, notes))
+        self.world.run_on_all(lambda: self.rewind(checkpoint, restored, command, after, notes))
         return notes
 
-    def take_over(
+    def rewind(
         self,
         checkpoint: Checkpoint,
         restored: bool,
@@ -123,7 +120,7 @@ class Session:
             return
         drop_later(checkpoint)
         lost = run_folder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
-        run_folder.reopen(self.folder)
+        run_folder.remove_results(self.folder)
         record = run_folder.read_manifest(self.folder, key="resume")
         size, had = self.world.size, checkpoint.workers
         moved = f"{had} workers became {size}: random streams and batches are others"
@@ -223,14 +220,14 @@ class Session:
         if number:
             interrupted = number == signal.SIGINT
             status = "interrupted" if interrupted else "preempted"
-            code = INTERRUPTED if interrupted else STOPPED
+            code = INTERRUPTED if interrupted else PREEMPTED
         try:
-            self.world.run_on_all(lambda: self.conclude(status))
+            self.world.run_on_all(lambda: self.write_results(status))
         except DiskError as error:
             self.unsaved = self.unsaved or str(error)
         if self.unsaved:
             if self.first:
-                self.give_up(self.unsaved)
+                self.report_unsaved(self.unsaved)
             return FAILED
         if self.first:
             if number:
@@ -243,7 +240,7 @@ class Session:
             self.flush()
         return code
 
-    def conclude(self, status: str) -> None:
+    def write_results(self, status: str) -> None:
         """The files that say how the run ended; a policy even where no checkpoint holds it."""
         if not self.first:
             return
@@ -257,22 +254,22 @@ class Session:
         run_folder.update_manifest(self.folder, **changes)
 
     def fail(self, error: BaseException) -> None:
-        self.mourn(traceback.format_exc())
+        self.record_failure(traceback.format_exc())
         self.say(f"failed at step {self.trainer.step}: {type(error).__name__}: {error}")
         self.flush()
 
-    def give_up(self, reason: str) -> None:
+    def report_unsaved(self, reason: str) -> None:
         """The training is done, but not all of it is on the disk."""
         line = f"step {self.trainer.step} could not be saved: {reason}; spikerl train"
         line += f" resume={self.folder} goes on from step {self.committed}"
-        self.mourn(line + "\n")
+        self.record_failure(line + "\n")
         assert self.log is not None
         self.log.line(line)
         self.flush()
         self.view.close()
         print(f"spikerl: {line}", file=sys.stderr)
 
-    def mourn(self, text: str) -> None:
+    def record_failure(self, text: str) -> None:
         """Leave word of a failure, as far as the disk lets us."""
         with suppress(OSError):
             self.end("failed")

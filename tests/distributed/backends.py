@@ -79,7 +79,7 @@ def main(out: Path, backend: str) -> None:
         state = {name: t.clone() for name, t in trainer.learner_state().items()}
     save_file(state, out / name_of(backend, world.rank, world.size))
     world.barrier()
-    mpi.part()
+    mpi.leave()
     leave()
 
 

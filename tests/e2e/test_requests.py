@@ -15,7 +15,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from spikerl.cli import main as cli
-from spikerl.energy.counters import Found
+from spikerl.energy.counters import Measurable
 
 Said = Callable[..., str]
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -199,7 +199,7 @@ def test_without_cuda(said: Said, typed: str, line: str) -> None:
 
 def test_no_meter(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "spikerl.energy.meter.find", lambda device: Found({}, {}, {"gpu": "gpu: none"})
+        "spikerl.energy.meter.find", lambda device: Measurable({}, {}, {"gpu": "gpu: none"})
     )
     assert said("train", "energy=zeus") == (
         "energy=zeus: gpu: none; use energy=auto to run without joules"

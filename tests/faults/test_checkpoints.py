@@ -19,7 +19,7 @@ from spikerl.errors import BadRequest, DiskError
 from spikerl.files import make_folder
 from spikerl.models.policy import find_policy
 from spikerl.runs import checkpoint
-from spikerl.runs.checkpoint import KEEP, drop_later, newest, save_checkpoint, verified
+from spikerl.runs.checkpoint import KEEP, drop_later, save_checkpoint, verified
 from spikerl.training.trainer import Trainer
 
 CAPACITY = 70  # each checkpoint adds 50 rows: the ring wraps around in every second one
@@ -221,7 +221,7 @@ def test_segments_are_shared_and_pruned(saved: Saved) -> None:
     first = kept[0] - CAPACITY - (kept[0] - CAPACITY) % EPOCH
     expected = range(first, saved.last, EPOCH)
     assert segments == [f"rows_{a:012d}_{a + EPOCH:012d}.f32" for a in expected]
-    found = newest(saved.run)
+    found = verified(saved.run, lambda text: None)
     assert found is not None
     assert len(found.manifest["segments"]) == 2
 

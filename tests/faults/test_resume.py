@@ -158,7 +158,9 @@ def test_what_a_run_left_that_was_killed_before_its_folder_appeared(tmp_path: Pa
     """The next one beside it removes it, but not what one that lives is about to rename."""
     raw = {"seed": 0}
     partials = [tmp_path / f".run{i}.{100 + i}.partial" for i in range(2)]
-    held = [run_folder.begin(partial, "run", raw, {"status": "running"}) for partial in partials]
+    held = [
+        run_folder.fill_partial(partial, "run", raw, {"status": "running"}) for partial in partials
+    ]
     held[1].close()  # as its end would
     strange = tmp_path / ".mine.partial"
     strange.mkdir()

@@ -34,7 +34,7 @@ class Clock:
 
 
 @dataclass
-class Stage:
+class Progress:
     step: int = 0
     updates: int = 0
     epoch: int = 0
@@ -93,11 +93,11 @@ def test_a_layer_that_can_learn_no_more_is_named() -> None:
 def test_lines_where_there_is_no_terminal(clock: Clock) -> None:
     shown, file = plain()
     clock.now += 59.0
-    shown.progress(Stage(step=900))
+    shown.progress(Progress(step=900))
     assert file.getvalue() == ""
     clock.now += 1.0
-    shown.progress(Stage(step=1200, losses={"critic_loss": 0.5}))
-    shown.progress(Stage(step=1300))
+    shown.progress(Progress(step=1200, losses={"critic_loss": 0.5}))
+    shown.progress(Progress(step=1300))
     assert file.getvalue() == "step 1200/2000  20 steps/s  40 s left  critic_loss 0.5\n"
     shown.epoch(ROW)
     shown.close()
@@ -107,14 +107,14 @@ def test_lines_where_there_is_no_terminal(clock: Clock) -> None:
 def test_a_resumed_run_is_as_fast_as_since_it_went_on(clock: Clock) -> None:
     shown, file = plain(first_step=1000)
     clock.now += 100.0
-    shown.progress(Stage(step=1500))
+    shown.progress(Progress(step=1500))
     assert file.getvalue().startswith("step 1500/2000  5 steps/s  100 s left  critic_loss -")
 
 
 def test_nothing_done_yet(clock: Clock) -> None:
     shown, file = plain()
     clock.now += 60.0
-    shown.progress(Stage())
+    shown.progress(Progress())
     assert file.getvalue() == "step 0/2000  0 steps/s  inf s left  critic_loss -\n"
 
 
@@ -124,7 +124,7 @@ def test_panel(clock: Clock) -> None:
     shown.epoch({**ROW, "eval_return": 20.0})
     clock.now += 10.0
     file.truncate(0)
-    stage = Stage(500, 123, 1, {"critic_loss": 2.5, "actor_loss": -3.25}, [7.5, 8.5])
+    stage = Progress(500, 123, 1, {"critic_loss": 2.5, "actor_loss": -3.25}, [7.5, 8.5])
     shown.progress(stage)
     text = file.getvalue()
     shown.close()
@@ -146,7 +146,7 @@ def test_the_panel_is_drawn_a_few_times_a_second(clock: Clock) -> None:
     sizes = []
     for seconds in (0.3, 0.1, 0.1, 0.1):
         clock.now += seconds
-        shown.progress(Stage(step=1))
+        shown.progress(Progress(step=1))
         sizes.append(len(file.getvalue()))
     shown.close()
     assert sizes[0] == sizes[1] == sizes[2] < sizes[3]

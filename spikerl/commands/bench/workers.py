@@ -123,7 +123,7 @@ def work(spec: Mapping[str, Any]) -> int:
             worker.sums()
         if world.rank == 0:
             Path(spec["answer"]).write_text(json.dumps(asdict(worker.found)), encoding="utf-8")
-        mpi.part()
+        mpi.leave()
     finally:
         leave()
     return 0
