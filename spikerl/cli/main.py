@@ -7,6 +7,7 @@ config is composed.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -15,7 +16,16 @@ from spikerl.cli.compose import commands, expand, explain, module_of, searchpath
 from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_if_spawned, die_with_launcher
-from spikerl.errors import DONE, WRONG, BadRequest
+from spikerl.errors import (
+    DONE,
+    FAILED,
+    WRONG,
+    BadRequest,
+    EnvironmentFailed,
+    Interrupted,
+    NonFinite,
+    with_notes,
+)
 
 die_if_spawned()
 
@@ -25,6 +35,8 @@ LONGEST = 1000  # characters of a refusal
 def main() -> None:
     """The console script."""
     die_with_launcher()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     # Threads that spin while they wait make an update several times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -98,6 +110,9 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
             statuses.append(call(config))
         except (BadRequest, OmegaConfBaseException) as error:  # Hydra would print around it
             statuses.append(wrong(explained(error)))
+        except (EnvironmentFailed, NonFinite) as error:  # no fault of this program's code
+            say(with_notes(error))
+            statuses.append(FAILED)
         return None
 
     def explained(error: Exception) -> str:
@@ -106,7 +121,8 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
     try:
         hydra.main(str(conf_folder()), command, version_base="1.3")(job)()
     except SystemExit as ended:  # Hydra's way out of --help, and of a --package that is not there
-        statuses.append(WRONG if ended.code else DONE)
+        bad = FAILED if called else WRONG
+        statuses.append(bad if ended.code or called else DONE)
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -122,12 +138,21 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
     return sweep.end() if sweep and not statuses else max(statuses, default=0)
 
 
-def wrong(line: str) -> int:
+def _interrupt(number: int, frame: object) -> None:
+    """Ctrl-C, which is told apart from what an environment raises."""
+    raise Interrupted
+
+
+def say(line: str) -> None:
     """One line of bounded length, whatever the text holds: some may be from a stranger's file."""
     shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line[:LONGEST])
     shown += "..." * (len(line) > LONGEST)
+    print(f"spikerl: {shown}", file=sys.stderr)
+
+
+def wrong(line: str) -> int:
     mpi.adopt()
     hosts.adopt()
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the other workers of a machine would repeat it
-        print(f"spikerl: {shown}", file=sys.stderr)
+        say(line)
     return WRONG

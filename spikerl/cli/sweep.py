@@ -19,7 +19,16 @@ from typing import Any
 from spikerl.cli.compose import RESUMABLE, chosen, unquoted
 from spikerl.config.yaml_file import NOT_CARRIED, quoted
 from spikerl.distributed import hosts
-from spikerl.errors import INTERRUPTED, PREEMPTED, WRONG, BadRequest
+from spikerl.errors import (
+    FAILED,
+    INTERRUPTED,
+    PREEMPTED,
+    WRONG,
+    BadRequest,
+    EnvironmentFailed,
+    NonFinite,
+    with_notes,
+)
 from spikerl.schema import dotted
 
 STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
@@ -98,6 +107,9 @@ class Sweep:
                 outcome["status"] = call(config)
         except (BadRequest, OmegaConfBaseException) as error:
             outcome |= {"status": WRONG, "error": explain(error)}
+            print(f"spikerl: {outcome['error']}", file=sys.stderr)
+        except (EnvironmentFailed, NonFinite) as error:
+            outcome |= {"status": FAILED, "error": with_notes(error)}
             print(f"spikerl: {outcome['error']}", file=sys.stderr)
         except Exception as error:  # a job's failure is reported, not propagated
             outcome |= {"status": 1, "error": f"{type(error).__name__}: {error}"}

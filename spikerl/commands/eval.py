@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         id=env_id,
         max_episode_steps=policy.task.max_episode_steps,
         vectorizer="sync",
+        kwargs=dict(policy.task.env_kwargs),
+        wrappers=list(policy.task.env_wrappers),
     )
     key = "env_id" if request.env_id else "run"
     value = request.env_id or request.run
@@ -58,6 +61,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     probe.close()
     check_shapes(key, value, policy.task, task)
     evaluator = Evaluator(env, request.episodes, request.seed)
+    if evaluator.note:
+        print(evaluator.note, file=sys.stderr)
     try:
         result = evaluator.run(policy, 0)
     finally:

@@ -256,6 +256,7 @@ class Session:
     def fail(self, error: BaseException) -> None:
         self.record_failure(traceback.format_exc())
         self.say(f"failed at step {self.trainer.step}: {type(error).__name__}: {error}")
+        error.add_note(f"{self.folder}/error.txt has the traceback")
         self.flush()
 
     def report_unsaved(self, reason: str) -> None:
@@ -279,7 +280,7 @@ class Session:
     def summarise(self) -> None:
         rows = run_folder.read_rows(self.folder / "metrics.jsonl")
         discarded = run_folder.read_rows(self.folder / "discarded.jsonl")
-        returns = [row["eval_return"] for row in rows]
+        returns = [row["eval_return"] for row in rows if row["eval_return"] is not None]
         last_ten = returns[-10:]
         summary = {
             "env_id": self.trainer.task.env_id,
@@ -340,6 +341,8 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
         f" {trainer.updates_by(run.total_steps)} updates in {run.total_steps} steps{exchange}",
         "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in vars(config.resolved).items()),
     ]
+    if trainer.evaluator.note:
+        lines.append(trainer.evaluator.note)
     if config.run.init_from:
         norm = f"normaliser ({trainer.norm.count} observations)"
         lines.append(f"init_from={config.run.init_from}: actor weights and {norm}")

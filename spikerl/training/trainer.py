@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from spikerl.config.build import Config
 from spikerl.distributed.world import ALONE, World, share
 from spikerl.energy.meter import Meter, Reading, consecutive, energy_row, merge
 from spikerl.envs.vector import make_envs
-from spikerl.errors import NonFinite
+from spikerl.errors import BadRequest, NonFinite
 from spikerl.models.actor import (
     CareBNConfig,
     SpikingActor,
@@ -162,7 +163,12 @@ class Trainer:
         self.replay = Replay(capacity, task.obs_dim, task.act_dim, device, width=each)
         self.envs = make_envs(c.env, each, task)
         self.reset_envs()
-        self.evaluator = Evaluator(c.env, run.eval_episodes, run.seed, world)
+        try:
+            self.evaluator = Evaluator(c.env, run.eval_episodes, run.seed, world)
+        except BadRequest as error:
+            self.envs.close()
+            remedy = f"beside those that train, {error.args[2]}; 0 trains without evaluations"
+            raise BadRequest("eval_episodes", run.eval_episodes, remedy) from error
         self.progress = Progress()
         self.clock = time.perf_counter()
         self.stopping = 0  # the signal that all workers agreed to stop on
@@ -235,6 +241,8 @@ class Trainer:
             act = self.algo.explore(self.norm.normalize(obs), explore)
         self.envs.steps = self.step  # an error names the run's step, also after a resume
         steps = self.envs.step(act.cpu().numpy())
+        if (scale := self.config.env.reward_scale) != 1.0:
+            steps = steps._replace(rew=steps.rew * scale)
         self.replay.add(*steps, discount=algo.gamma)
         if algo.norm_interval is not None:
             self.norm.add(steps.obs)
@@ -308,9 +316,9 @@ class Trainer:
             "updates": p.updates,
             "train_return": float(np.mean(returns)) if returns else None,
             "train_episodes": len(returns),
-            "eval_return": evaluation.mean,
-            "eval_return_std": evaluation.std,
-            "eval_length": evaluation.length,
+            "eval_return": evaluation.mean if evaluation.returns else None,
+            "eval_return_std": evaluation.std if evaluation.returns else None,
+            "eval_length": evaluation.length if evaluation.returns else None,
             "critic_loss": mean_of(sums, "critic_loss"),
             "actor_loss": mean_of(sums, "actor_loss"),
             "q_mean": mean_of(sums, "q_mean"),
@@ -403,8 +411,9 @@ class Trainer:
         return bool(notes["exact"])
 
     def close(self) -> None:
-        self.envs.close()
-        self.evaluator.close()
+        with ExitStack() as stack:  # each, whatever becomes of the other
+            stack.callback(self.evaluator.close)
+            stack.callback(self.envs.close)
 
 
 def progress_of(data: Mapping[str, Any], step: int) -> Progress:
@@ -436,7 +445,6 @@ def fingerprint(tensor: Tensor) -> Tensor:
     """An int64 that depends on every bit of `tensor`: its words, weighted by their places."""
     words = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     words = torch.nn.functional.pad(words, (0, -len(words) % 8)).view(torch.int64)
-    places = (
-        torch.arange(1, len(words) + 1, dtype=torch.int64) * 2 - 1
-    )  # odd, so that no bit is lost
+    # Odd, so that no bit is lost.
+    places = torch.arange(1, len(words) + 1, dtype=torch.int64) * 2 - 1
     return (words * places).sum()
