@@ -243,6 +243,7 @@ def small_config(
         scaling=scaling,
         device="cpu",
         threads=1,
+        plugins=[],
         deterministic=False,
         max_restarts=0,
         nnodes=1,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from builders import CUBA_LIF, POPULATION, RATE, popsan, popsan_config, td3_config, twin_critic
+from published import MODEL, STATS, needs_published_policy
 
 from spikerl.algos.td3 import TD3
 from spikerl.commands.import_popsan import popsan_policy, read_stats, read_weights, translate
@@ -19,10 +20,7 @@ from spikerl.models.policy import Policy
 from spikerl.training.evaluator import Evaluator
 from spikerl.types import Batch
 
-REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference"
-pytestmark = pytest.mark.skipif(
-    not REFERENCE.is_dir(), reason="the reference data is not beside this checkout"
-)
+REFERENCE = Path(__file__).parents[1] / "reference"
 
 
 def state(data: np.lib.npyio.NpzFile, prefix: str) -> dict[str, torch.Tensor]:
@@ -98,16 +96,15 @@ def test_ten_td3_updates() -> None:
 
 @pytest.fixture(scope="module")
 def imported() -> Policy:
-    folder = REFERENCE / "popsan_halfcheetah"
     config = ActorConfig(
         actor=popsan_config([256, 256]),
         encoder=POPULATION,
         neuron=CUBA_LIF,
         decoder=RATE,
     )
-    mean, var = read_stats(folder / "model0_e100_mean_var.p")
+    mean, var = read_stats(STATS)
     env = make_env(HALF_CHEETAH)
-    weights = read_weights(folder / "model0_e100.pt")
+    weights = read_weights(MODEL)
     return popsan_policy(config, task_of(env), weights, mean, var, 3.0)
 
 
@@ -120,6 +117,7 @@ HALF_CHEETAH = EnvConfig(
 )
 
 
+@needs_published_policy
 def test_authors_policy_scores_what_it_scored(imported: Policy) -> None:
     """The public code returns 9 929 over five episodes."""
     evaluator = Evaluator(HALF_CHEETAH, 10, run_seed=0)
@@ -132,6 +130,7 @@ def test_authors_policy_scores_what_it_scored(imported: Policy) -> None:
     assert result.activity.layers == pytest.approx([0.20, 0.33, 0.51, 0.71], abs=0.01)
 
 
+@needs_published_policy
 def test_authors_policy_acts_as_public_code_does(imported: Policy) -> None:
     """Actions agree to 1e-5 wherever no membrane is within 1e-5 of its threshold.
 

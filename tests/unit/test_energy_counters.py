@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from spikerl.energy import counters
 from spikerl.energy.meter import (
+    METERS,
     EnergyConfig,
     Reading,
     energy_row,
@@ -185,6 +186,7 @@ def test_each_yaml_fits_the_schema(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "file", "line"),
     [
+        ("watts", None, "energy=watts: one of auto, none, replay, zeus"),
         ("replay", None, "energy.file=null: energy=replay needs a recorded trace"),
         ("replay", "", "energy.file=: energy=replay needs a recorded trace"),
         ("auto", "t.csv", "energy.file=t.csv: only energy=replay reads a file"),
@@ -192,7 +194,7 @@ def test_each_yaml_fits_the_schema(name: str) -> None:
 )
 def test_config_refuses(name: str, file: str | None, line: str) -> None:
     with pytest.raises(BadRequest) as refused:
-        EnergyConfig(name=name, file=file)
+        METERS.parse({"name": name, "file": file})
     assert str(refused.value) == line
 
 
