@@ -253,7 +253,6 @@ def small_config(
         init_from=None,
         resume=None,
         config=None,
-        plugins=[],
     )
     return Config(
         run=run,

@@ -150,5 +150,4 @@ class Evaluator:
             return None
         rows = np.concatenate(seen)
         picked = rows[np.linspace(0, len(rows) - 1, min(len(rows), PROBED)).astype(int)]
-        obs = torch.from_numpy(picked.astype(np.float32)).to(policy.device)
-        return policy.actor.activity(policy.norm.normalize(obs), generator)
+        return policy.actor.activity(policy.norm.observe(picked, policy.device), generator)

@@ -24,6 +24,8 @@ from spikerl.runs.display import View, epoch_line, stuck_layers
 from spikerl.runs.record import RunLog
 from spikerl.training.trainer import Row, Trainer
 
+FEW = 3  # warnings of one kind, at a time
+
 
 class Session:
     """A run while it runs: the folder, its record and view (rank 0's alone), and the commits."""
@@ -49,6 +51,7 @@ class Session:
         self.unsaved: str | None = None  # why the last commit failed, if it did
         self.log: RunLog | None = None
         self.stuck: set[int] = set()  # layers that were said to hardly learn
+        self.coarse: set[int] = set()  # entries of observations that were said to lose digits
         restored: list[str] = []
         try:
             if config.run.resume:
@@ -179,10 +182,12 @@ class Session:
         self.log.row(row)
         self.view.epoch(row)
         self.log.line(epoch_line(row, self.config.run.total_steps))
-        stuck = stuck_layers(row)
+        stuck, coarse = stuck_layers(row), self.trainer.norm.coarse()
         for layer in stuck.keys() - self.stuck:  # what has been said is not said every epoch
             self.say(stuck[layer])
-        self.stuck = set(stuck)
+        for entry in sorted(coarse.keys() - self.coarse)[:FEW]:
+            self.say(coarse[entry])
+        self.stuck, self.coarse = set(stuck), set(coarse)
 
     def commit(self, run: Path) -> None:
         """Save what there is, or say why not: the next commit makes up for it."""

@@ -237,8 +237,7 @@ class Trainer:
             )
             act = uniform * 2.0 - 1.0
         else:
-            obs = torch.from_numpy(obs_NO.astype(np.float32)).to(self.acting_on)
-            act = self.algo.explore(self.norm.normalize(obs), explore)
+            act = self.algo.explore(self.norm.observe(obs_NO, self.acting_on), explore)
         self.envs.steps = self.step  # an error names the run's step, also after a resume
         steps = self.envs.step(act.cpu().numpy())
         if (scale := self.config.env.reward_scale) != 1.0:
