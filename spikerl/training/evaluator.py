@@ -20,7 +20,7 @@ from spikerl.errors import BadRequest, EnvironmentFailed, NonFinite
 from spikerl.isolation import UserCode
 from spikerl.models.actor import Activity, SpikingActor
 from spikerl.models.policy import Policy
-from spikerl.seeding import generator_for, seed_for
+from spikerl.seeding import RESET_BITS, generator_for, reset_seed
 
 SIDE_BY_SIDE = 10  # episodes that run together, as one batch through the actor
 PROBED = 1024  # observations, evenly spaced over all episodes, that firing is measured on
@@ -57,6 +57,7 @@ class Evaluator:
         self, config: EnvConfig, episodes: int, run_seed: int, world: World = ALONE
     ) -> None:
         self.run_seed, self.world = run_seed, world
+        self.seed_bits = RESET_BITS
         self.mine = range(world.rank, episodes, world.size)
         self.envs: list[CheckedEnv] = []
         self.note: str | None = None  # why fewer episodes run side by side, if so
@@ -75,7 +76,7 @@ class Evaluator:
         generator = generator_for(self.run_seed, "eval", *key, device=policy.device)
         episodes, seen = [], []
         for numbers in self._waves():
-            seeds = [seed_for(self.run_seed, "eval", evaluation, i) for i in numbers]
+            seeds = self._seeds(evaluation, numbers)
             returns, lengths, observed = self._wave(policy, seeds, generator)
             episodes += list(zip(numbers, returns, lengths, strict=True))
             seen += observed
@@ -91,7 +92,7 @@ class Evaluator:
         generator = generator_for(self.run_seed, "eval", 0, self.world.rank, 0)
         seen = []
         for numbers in self._waves():
-            seeds = [seed_for(self.run_seed, "eval", 0, i) for i in numbers]
+            seeds = self._seeds(0, numbers)
             seen += self._wave(policy, seeds, generator)[2]
         return np.concatenate(seen)
 
@@ -99,6 +100,10 @@ class Evaluator:
         with ExitStack() as stack:  # each, whatever becomes of the others
             for env in self.envs:
                 stack.callback(env.close)
+
+    def _seeds(self, evaluation: int, episodes: range) -> list[int]:
+        key = (self.seed_bits, self.run_seed, "eval", evaluation)
+        return [reset_seed(*key, i) for i in episodes]
 
     def _waves(self) -> Iterator[range]:
         """The numbers of this worker's episodes, as many at a time as there are environments."""

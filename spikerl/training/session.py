@@ -213,6 +213,7 @@ class Session:
             "world_size": self.world.size,
             "wall_s": self.wall(),
             "metrics_bytes": lengths[0],
+            "reset_seed_bits": trainer.seed_bits,
         }
         learner = trainer.learner_state()
         policy = trainer.policy.files() if self.first else {}

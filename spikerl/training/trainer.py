@@ -35,7 +35,7 @@ from spikerl.models.critic import Critics
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
 from spikerl.runs.checkpoint import Checkpoint, Shard, check_fit
-from spikerl.seeding import Streams, initialising, seed_for
+from spikerl.seeding import RESET_BITS, Streams, initialising, reset_seed
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.resize import share_of
 from spikerl.types import Task
@@ -162,6 +162,7 @@ class Trainer:
         capacity = algo.capacity() // c.num_envs * each  # whole steps of all environments
         self.replay = Replay(capacity, task.obs_dim, task.act_dim, device, width=each)
         self.envs = make_envs(c.env, each, task)
+        self.seed_bits = RESET_BITS  # of resets
         self.reset_envs()
         try:
             self.evaluator = Evaluator(c.env, run.eval_episodes, run.seed, world)
@@ -186,7 +187,8 @@ class Trainer:
     def reset_envs(self, *resumed_at: int) -> None:
         first = self.world.rank * len(self.envs)
         numbers = range(first, first + len(self.envs))
-        self.envs.reset([seed_for(self.run.seed, "env", i, *resumed_at) for i in numbers])
+        key = (self.seed_bits, self.run.seed, "env")
+        self.envs.reset([reset_seed(*key, i, *resumed_at) for i in numbers])
 
     def epochs(
         self,
@@ -385,6 +387,10 @@ class Trainer:
             tensor.copy_(saved[name])
         self.algo.refresh()
         self.norm.load(under("norm.", saved))
+        bits = checkpoint.manifest.get("reset_seed_bits", 63)  # as the run began
+        if bits not in (RESET_BITS, 63):
+            raise ValueError(f"its resets have seeds of {bits} bits")
+        self.seed_bits = self.evaluator.seed_bits = bits
         rank, size = self.world.rank, self.world.size
         if checkpoint.workers == size:
             tensors, notes = checkpoint.worker(rank)
