@@ -1,5 +1,8 @@
 """The ways a run is refused, hindered or stopped by design, and the statuses it exits with."""
 
+import difflib
+from collections.abc import Sequence
+
 # 75 and 130: stopped on request before the end; resume goes on.
 DONE, FAILED, WRONG, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
 
@@ -34,3 +37,14 @@ def with_notes(error: Exception) -> str:
 
 class Interrupted(KeyboardInterrupt):
     """Somebody pressed Ctrl-C; a KeyboardInterrupt that is none of these is an environment's."""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The remedy for a name that is none of the known ones."""
+    near = difflib.get_close_matches(word, known, 3, 0.6)
+    if not near:
+        tail = word.rpartition(".")[2]
+        near = [name for name in known if name.rpartition(".")[2] == tail][:3]
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(known)}" if len(known) < 30 else "--help lists what there is"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +20,15 @@ from spikerl.config.yaml_file import (
     read_config,
     typed_plugins,
 )
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, nearest
 from spikerl.files import read_json
 
 # What a word's module is called, where it is not called so.
-MODULES = {"import": "import_popsan", "bench": "bench.command"}
+MODULES = {
+    "import": "import_popsan",
+    "bench": "bench.command",
+    "reproduce": "reproduce.command",
+}
 FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m",
          "--info", "-i", "--hydra-help", "--run", "-r")  # fmt: skip
 CFG = ("job", "hydra", "all")
@@ -40,9 +43,11 @@ RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend", "backen
              "max_restarts", "nnodes", "node_rank", "rdzv", "plugins")  # fmt: skip
 # Its other settings can name code to run: callbacks, logging, the search path.
 HYDRA = r"\+{0,2}hydra(/(launcher|sweeper)|\.(launcher|sweeper)(\.\w+)+)"
+OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra passes over
 MAX_BYTES = 1 << 28  # of a manifest.json
 # Values that are taken as they are typed: a sweep names its folders with '=' and ','.
-PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "stats", "energy.file")
+PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "stats", "energy.file",
+         "runs", "out")  # fmt: skip
 
 
 @cache
@@ -89,7 +94,7 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
     for arg in args:
         flag = arg.partition("=")[0]
         if arg.startswith("-") and flag not in (*FLAGS, *REFUSED_FLAGS):
-            raise BadRequest(flag, "", f"no such flag; {_nearest(flag, FLAGS)}")
+            raise BadRequest(flag, "", f"no such flag; {nearest(flag, FLAGS)}")
         if flag in REFUSED_FLAGS:
             raise BadRequest(flag, "", "not accepted; config=FILE starts from a run's config.yaml")
         if re.match(r"^[+~]*hydra\.searchpath", arg):
@@ -187,9 +192,9 @@ def _check_choice(key: str, value: str) -> None:
         return
     options = group_options(key)
     for option in value.split(","):
-        known = key != "experiment" or unquoted(option) in options
+        known = key not in OPTIONAL or unquoted(option) in options
         if not known or re.fullmatch(r"[-+]?[0-9._]+|null|true|false", option):
-            raise BadRequest(key, option, f"no such option; {_nearest(option, options)}")
+            raise BadRequest(key, option, f"no such option; {nearest(option, options)}")
 
 
 def check_resume(args: Sequence[str], run: Path) -> None:
@@ -218,11 +223,11 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, option = match.groups()
         options = group_options(group)
-        return f"{group}={option}: no such option; {_nearest(option, options)}"
+        return f"{group}={option}: no such option; {nearest(option, options)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         value = next((unquoted(a.partition("=")[2]) for a in args if a.startswith(f"{key}=")), "")
-        return f"{key}={value}: no such key; {_having(key) or _nearest(key, known_keys(command))}"
+        return f"{key}={value}: no such key; {_having(key) or nearest(key, known_keys(command))}"
     if "issing mandatory value" in text:
         key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
         return f"{key}=???: it has no default; give it a value"
@@ -271,13 +276,3 @@ def _having(key: str) -> str:
         if line.search(option_file(group, option).read_text(encoding="utf-8"))
     ]
     return f"it goes with {group}={', '.join(options)}" if options else ""
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, 3, 0.6)
-    if not near:
-        tail = word.rpartition(".")[2]
-        near = [name for name in known if name.rpartition(".")[2] == tail][:3]
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"known: {', '.join(known)}" if len(known) < 30 else "--help lists what there is"

@@ -46,6 +46,13 @@ def missing() -> str | None:
     return None
 
 
+def library() -> str:
+    """The name and version of the MPI library; `missing` has said that there is one."""
+    from mpi4py import MPI
+
+    return " ".join(MPI.Get_library_version().split("\n")[0].split())
+
+
 def mpiexec(workers: int) -> list[str] | None:
     """The command that starts so many workers on this machine; None where there is none."""
     beside = Path(sys.executable).parent / "mpiexec"

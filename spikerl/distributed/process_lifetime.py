@@ -23,14 +23,14 @@ def die_if_spawned() -> None:
         die_with_parent()
 
 
-def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent ends, even by SIGKILL (Linux only).
+def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> None:
+    """Have the kernel signal this process when its parent ends, even by SIGKILL (Linux only).
 
     `parent` is the process that it should have: if that one ended before we could ask, we end too.
     """
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
 

@@ -89,10 +89,13 @@ def library(path: str) -> ctypes.CDLL:
     version = _output([*compiler, "--version"])
     digest = hashlib.sha256("\0".join([*command, version]).encode() + source).hexdigest()[:16]
     built = _cache_folder() / f"spiking-{path}-{digest}.so"
-    if not built.exists():
-        with _lock(built.with_suffix(".lock")):
-            if not built.exists():
-                _build(command, built)
+    try:
+        if not built.exists():
+            with _lock(built.with_suffix(".lock")):
+                if not built.exists():
+                    _build(command, built)
+    except OSError as error:
+        raise Unbuilt(f"{built.parent} cannot be used: {error.strerror}") from None
     try:
         lib = ctypes.CDLL(str(built))
     except OSError as error:

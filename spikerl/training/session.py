@@ -18,6 +18,7 @@ from spikerl.energy.meter import joules_to_reach, total_joules
 from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest, DiskError
 from spikerl.files import write_json, write_text
 from spikerl.machine import versions
+from spikerl.models.precision import why_slow
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, drop_later, save_checkpoint, verified
 from spikerl.runs.display import View, epoch_line, stuck_layers
@@ -349,6 +350,8 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
     ]
     if trainer.evaluator.note:
         lines.append(trainer.evaluator.note)
+    if slow := why_slow(config.precision, config.resolved.device.choice):
+        lines.append(f"note: {slow}")
     if config.run.init_from:
         norm = f"normaliser ({trainer.norm.count} observations)"
         lines.append(f"init_from={config.run.init_from}: actor weights and {norm}")

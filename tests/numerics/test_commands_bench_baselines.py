@@ -1,4 +1,4 @@
-"""The yardsticks of the benchmark compute what they stand for."""
+"""The baselines of the benchmark compute what they stand for."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_weights_that_fire_as_trained_ones_do() -> None:
     torch.manual_seed(0)
     actor, obs = popsan(17, 6, [64, 48]), torch.randn(200, 17).clamp(-3, 3)
     rates = [0.2, 0.33, 0.51, 0.71]
-    baselines.as_trained(actor, rates, obs)
+    baselines.set_firing_rates(actor, rates, obs)
     spikes, states = reference.record(actor, obs, None)
     voltages = [torch.stack([state.voltage_BN for state in own]) for own in states]
     for layer, rate in zip(spikes, rates, strict=True):
@@ -79,9 +79,9 @@ def test_weights_that_fire_as_trained_ones_do() -> None:
         assert 0.15 < float(((v - 0.5).abs() < 0.5).float().mean()) < 0.5
 
 
-def test_training_with_a_yardstick() -> None:
+def test_training_with_a_baseline() -> None:
     loop = baselines.dense_loop(4, 1, torch.device("cpu"))
-    steps = loop.train("InvertedPendulum-v5", batch_size=8, burst=10)
+    steps = loop.train("InvertedPendulum-v5", batch_size=8, update_interval=10)
     for _ in range(40):
         next(steps)
     assert loop.updates == 40
@@ -90,7 +90,7 @@ def test_training_with_a_yardstick() -> None:
 def test_critics_whose_units_are_active_as_trained_ones_are() -> None:
     torch.manual_seed(0)
     critic, obs = Critics(17, 6, [128, 96]), torch.randn(256, 17)
-    baselines.critic_as_trained(critic, [0.4, 0.25], obs)
+    baselines.set_active_shares(critic, [0.4, 0.25], obs)
     x = torch.cat([obs, torch.rand(256, 6) * 2 - 1], -1).expand(2, -1, -1)
     for rate, weight, bias in zip([0.4, 0.25], critic.weights_CIN, critic.biases_C1N, strict=False):
         x = torch.relu(x @ weight + bias)

@@ -1,4 +1,4 @@
-"""The arithmetic of an update, counted by hand and by PyTorch's own counter."""
+"""The arithmetic of an update, by hand and by PyTorch's own counter; the libraries' rates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from builders import popsan, td3_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from spikerl.algos.td3 import TD3
-from spikerl.commands.bench.roofline import flops_per_row
+from spikerl.commands.bench import roofline
+from spikerl.commands.bench.roofline import flops_per_row, product_gflops
+from spikerl.commands.bench.table import roofline_lines
 from spikerl.models.actor import MLPActor, MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
@@ -42,3 +44,30 @@ def test_as_pytorch_counts() -> None:
         td3.learn(batch, 2)
     counted = counter.get_total_flops() / 64
     assert counted == pytest.approx(flops_per_row(actor, critic, 2), rel=0.03)
+
+
+def test_rates_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """512^3 multiplications and as many additions, in 2 ms and in 1."""
+    seconds = iter([2e-3, 1e-3])
+    monkeypatch.setattr(roofline, "_least_s", lambda call, device: (call(), next(seconds))[1])
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    rates = product_gflops(torch.device("cpu"))
+    assert rates == pytest.approx({"PyTorch": 134.217728, "oneDNN": 268.435456})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    seconds = iter([2e-3])
+    assert product_gflops(torch.device("cpu")).keys() == {"PyTorch"}
+
+
+def test_the_least_time_is_that_of_the_faster_library() -> None:
+    lines = roofline_lines(
+        {
+            "product_gflops": {"PyTorch": 100.0, "oneDNN": 250.0},
+            "copy_gb_s": 12.345,
+            "update_gflop": {100: 0.5},
+        }
+    )
+    assert lines == [
+        "dense float32 products, GFLOP/s: PyTorch 100, oneDNN 250",
+        "copies in memory, GB/s: 12.3",
+        "an update of dense products, batch 100: 0.5 GFLOP, at least 2 ms",
+    ]

@@ -8,12 +8,12 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+from hydra import compose
 from omegaconf import OmegaConf
 from shell import refusal
 
 from spikerl.algos import ALGOS
 from spikerl.config.build import RunConfig, build
-from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.world import BACKENDS
 from spikerl.energy.meter import METERS
 from spikerl.envs.make import EnvConfig
@@ -151,8 +151,9 @@ def with_number(default: dict[str, Any], key: str) -> dict[str, Any]:
     if group == "" or group == "env" or name in numbers(options[default[group]["name"]]):
         return default
     option = next(option for option, schema in options.items() if name in numbers(schema))
-    data = OmegaConf.load(conf_folder() / group / f"{option}.yaml")
-    return changed(default, **{group: OmegaConf.to_container(data)})
+    composed = compose("train", [f"{group}={option}"])
+    data: Any = OmegaConf.to_container(composed, resolve=True)
+    return changed(default, **{group: data[group]})
 
 
 @pytest.mark.parametrize("key", BOUNDS)

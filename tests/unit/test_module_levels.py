@@ -22,6 +22,7 @@ LEVELS = [
     "runs",
     "config",
     "training",
+    "reporting",
     "commands",
     "cli",
     "__main__ __init__",

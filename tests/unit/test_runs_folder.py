@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,6 @@ import yaml
 
 from spikerl.cli.sweep import Sweep
 from spikerl.runs.folder import differences
-
-CURVES = Path(__file__).resolve().parents[2] / "scripts" / "curves"
 
 
 def run(
@@ -76,18 +72,3 @@ def test_a_sweep_says_it(tmp_path: Path) -> None:
     assert sweep.mixed(jobs[:1]) is None
     sweep.varied = {"experiment"}
     assert sweep.mixed(jobs) == "note: these runs differ in git.commit"
-
-
-def test_curves_say_it(tmp_path: Path) -> None:
-    runs = [run(tmp_path / "a"), run(tmp_path / "b", seed=1), run(tmp_path / "c", commit="b")]
-    a, b, c = (str(folder / "metrics.jsonl") for folder in runs)
-    target = tmp_path / "out.svg"
-    for named, said in {
-        (f"x={a},{b}",): "",
-        (f"x={a},{c}", f"y={b}"): "x: note: these runs differ in git.commit\n"
-        "all: note: these runs differ in git.commit\n",
-    }.items():
-        command = [sys.executable, str(CURVES), str(target), *named]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-        assert (done.returncode, done.stderr) == (0, said)
-        assert target.read_text().startswith("<svg")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from spikerl.training.trainer import Trainer
 class LegacyEnv(CounterEnv):
     """Seeds numpy's older generator, as dm_control's tasks do, and C code of 31 bits."""
 
-    seen: list[int] = []
+    seen: ClassVar[list[int]] = []
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         if seed is not None:
