@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spikerl.config.yaml_file import leads_out
 from spikerl.envs.make import EnvConfig, check_confirmed, make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.machine import resolve_device, versions
@@ -39,6 +40,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     policy = load_policy(request.run, resolve_device(request.device).choice)
     env_id = request.env_id or policy.task.env_id
     check_confirmed("run", request.run, env_id, request.env_id)
+    if leads_out(dict(policy.task.env_kwargs)) and not request.env_id:
+        remedy = f"its environment is given paths of files; confirm with env_id={env_id}"
+        raise BadRequest("run", request.run, remedy)
     env = EnvConfig(
         name="gym",
         version=None,

@@ -10,7 +10,7 @@ import difflib
 import math
 import traceback
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import gymnasium as gym
@@ -39,8 +39,8 @@ class EnvConfig:
     # each: every action entry has its own bounds; first: all have plus and minus the first one's
     # upper bound, as in the code of PopSAN and SpikeRL
     action_bounds: str = "each"
-    kwargs: dict[str, Any] = field(default_factory=dict)  # of the environment's constructor
-    wrappers: list[Any] = field(default_factory=list)  # Gymnasium's, from the inside out
+    kwargs: dict[str, Any] | None = None  # of the environment's constructor
+    wrappers: list[Any] | None = None  # Gymnasium's, from the inside out
     reward_scale: float = 1.0  # what learning sees of a reward; returns are in the task's units
 
     def __post_init__(self) -> None:
@@ -54,9 +54,9 @@ class EnvConfig:
             raise BadRequest("env.max_episode_steps", limit, remedy)
         if not self.reward_scale > 0.0:
             raise BadRequest("env.reward_scale", self.reward_scale, "give a number above 0")
-        for name in MADE_WITH & self.kwargs.keys():
+        for name in MADE_WITH & (self.kwargs or {}).keys():
             raise BadRequest("env.kwargs", name, f"set env.{name} instead")
-        check_wrappers(self.wrappers)
+        check_wrappers(self.wrappers or [])
 
 
 MADE_WITH = {"id", "max_episode_steps"}  # what has keys of its own
@@ -200,14 +200,14 @@ def _made(config: EnvConfig, key: str, value: str | None) -> CheckedEnv:
             config.id,
             max_episode_steps=config.max_episode_steps,
             disable_env_checker=True,
-            **config.kwargs,
+            **(config.kwargs or {}),
         )
-    try:
-        env = wrapped(env, config.wrappers)
-        _check_spaces(env, config)
-    except BadRequest:
-        env.close()
-        raise
+        try:
+            env = wrapped(env, config.wrappers or [])
+            _check_spaces(env, config)
+        except BadRequest:
+            env.close()
+            raise
     limit = _step_limit(env)
     if limit is None:
         env = gym.wrappers.TimeLimit(env, DEFAULT_EPISODE_STEPS)
@@ -242,8 +242,8 @@ def task_of(env: CheckedEnv) -> Task:
         limit,
         act_dtype="float16" if space.dtype == np.float16 else "float32",
         layout=env.layout,
-        env_kwargs=env.config.kwargs,
-        env_wrappers=tuple(env.config.wrappers),
+        env_kwargs=env.config.kwargs or {},
+        env_wrappers=tuple(env.config.wrappers or ()),
     )
 
 

@@ -190,6 +190,7 @@ MAKERS = {
     *("empty", "zeros", "ones", "full", "tensor", "rand", "randn", "randint", "normal"),
     *("arange", "linspace", "logspace", "eye"),
 }
+GENERATORS = ("SeedSequence", "PCG64", "Generator", "default_rng")
 OWN_PROCESS = "bench"  # runs no code of others
 SOURCES = [p for p in Path(spikerl.__file__).parent.rglob("*.py") if OWN_PROCESS not in p.parts]
 
@@ -220,7 +221,7 @@ def test_nothing_draws_from_a_global_generator() -> None:
             where = f"{path}:{call.lineno}: {ast.unparse(call)}"
             module, _, maker = name.rpartition(".")
             assert module != "random", where
-            assert module != "np.random" or maker in ("SeedSequence", "PCG64", "Generator"), where
+            assert module != "np.random" or maker in GENERATORS, where
             if module == "torch" and maker in drawn:
                 assert "generator" in {keyword.arg for keyword in call.keywords}, where
 
