@@ -202,7 +202,7 @@ def check_resume(args: Sequence[str], run: Path) -> None:
         key, _, value = arg.partition("=")
         if key == "env.id":
             env = read_config(run / "config.yaml").get("env")
-            if isinstance(env, dict) and env.get("id") == value:
+            if isinstance(env, dict) and env.get("id") == unquoted(value):
                 continue  # it confirms a module to import
         if key in ("-m", "--multirun"):
             raise BadRequest("resume", run, "one run at a time; leave out -m")

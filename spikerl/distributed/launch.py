@@ -35,6 +35,7 @@ from spikerl.errors import FAILED, EnvironmentFailed, Interrupted, NonFinite
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
 LATE = ("did not come", "Timed out", "timeout")
+THREADS = "OMP_NUM_THREADS"
 SHUTDOWN_S = 4  # how long survivors of a lost worker may take before they are killed
 
 
@@ -67,11 +68,12 @@ class Workers:
 
 def launch(spec: dict[str, Any], workers: Workers) -> int:
     """Run this machine's workers on `spec`; the run's exit status. Raises WorkerLost."""
-    os.environ["OMP_NUM_THREADS"] = str(workers.threads)
+    spec = {**spec, THREADS: os.environ.get(THREADS)}
     start = run_under_mpiexec if workers.backend == "mpi" else run_under_agent
     with tempfile.TemporaryDirectory(prefix="spikerl-") as name, forward_signals(Path(name)):
         mailbox = Path(name)
         (mailbox / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        os.environ[THREADS] = str(workers.threads)  # which libraries read as they are loaded
         try:
             if failures := start(mailbox, workers):
                 raise first_failure(failures, mailbox, workers.size)
@@ -79,7 +81,16 @@ def launch(spec: dict[str, Any], workers: Workers) -> int:
             lost.folder = read(mailbox / "folder") or None
             lost.stopping = stop_requested(mailbox) is not None
             raise
+        finally:
+            set_threads(spec[THREADS])
         return int(read(mailbox / "result"))
+
+
+def set_threads(number: str | None) -> None:
+    if number is None:
+        os.environ.pop(THREADS, None)
+    else:
+        os.environ[THREADS] = number
 
 
 def run_under_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
@@ -276,6 +287,7 @@ def work(mailbox: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> in
     rank = int(os.environ["RANK"])
     write(mailbox / f"pid.{rank}", str(os.getpid()))
     spec = json.loads(read(mailbox / "spec.json"))
+    set_threads(spec[THREADS])  # or a worker would take it for the user's word
     try:
         status = run(spec)
     except Exception as error:
