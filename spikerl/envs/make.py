@@ -160,13 +160,16 @@ def _scalar(what: str, value: Any, kinds: str = REAL) -> Any:
     return given.item()
 
 
-def describe_raised(error: BaseException) -> str:
-    """What an environment raised, in one line."""
+def first_line(error: BaseException) -> str:
     try:
-        lines = str(error).splitlines()
+        return (str(error).strip().splitlines() or [""])[0][:300]
     except BaseException:  # its own code, too
-        lines = []
-    message = f": {lines[0][:200]}" if lines else ""
+        return ""
+
+
+def describe_raised(error: BaseException) -> str:
+    """What an environment raised, in one line, and where."""
+    message = f": {line}" if (line := first_line(error)) else ""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""
     return f"raised {type(error).__name__}{message}{where}"
@@ -188,7 +191,8 @@ def make_env(config: EnvConfig) -> CheckedEnv:
         hint = f"nearest: {', '.join(near)}" if near else f"{len(known)} are registered"
         raise BadRequest(key, value, f"{config.id} is no registered environment; {hint}") from None
     except BaseException as error:  # its own code raises any, and calls sys.exit
-        reason = (str(error).strip() or f"raised {type(error).__name__}").splitlines()[0]
+        plain = first_line(error) if isinstance(error, Exception) else ""
+        reason = plain or describe_raised(error)
         hint = "; env.kwargs={...} gives it arguments" * isinstance(error, TypeError)
         raise BadRequest(key, value, f"{config.id} cannot be made here: {reason}{hint}") from error
 
