@@ -20,8 +20,9 @@ from spikerl.config.yaml_file import (
     read_config,
     typed_plugins,
 )
+from spikerl.distributed.launchers import ranked
 from spikerl.errors import BadRequest, nearest
-from spikerl.files import read_json
+from spikerl.files import absolute, read_json
 
 FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m",
          "--info", "-i", "--hydra-help", "--run", "-r")  # fmt: skip
@@ -114,7 +115,7 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
     if command != "train" or not named:
         return [*overrides, *flags]
     source = named.get("resume") or named["config"]
-    path = Path(unquoted(source.partition("=")[2]))
+    path = Path(os.path.expanduser(unquoted(source.partition("=")[2])))
     if "resume" in named:
         check_resume(args, path)
         path = path / "config.yaml"
@@ -128,8 +129,6 @@ def chosen(run: Path, typed: Sequence[str]) -> list[str]:
 
     On another device another kernel has to run; other workers have another share of the cores.
     """
-    from spikerl.distributed.world import ranked
-
     given = dict(arg.partition("=")[::2] for arg in typed)
     try:
         manifest = read_json(run / "manifest.json", MAX_BYTES)
@@ -214,7 +213,7 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     """Hydra's or OmegaConf's complaint as one line with key, value and remedy."""
     text = str(error)
     if isinstance(error, BadRequest):
-        return text
+        return str(_as_typed(error, args))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, option = match.groups()
@@ -233,6 +232,16 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     if unread:
         return f"{unread[0]}: cannot be read; write key=value"
     return f"config: {lines[0] if lines else type(error).__name__}"
+
+
+def _as_typed(error: BadRequest, args: Sequence[str]) -> BadRequest:
+    """With a path as the user wrote it; inside the program all are absolute."""
+    key, value, remedy = error.args
+    for arg in args:
+        name, _, given = arg.partition("=")
+        if name == key and key in PATHS and value and str(absolute(unquoted(given))) == str(value):
+            return BadRequest(key, unquoted(given), remedy)
+    return error
 
 
 def _readable(override: str) -> bool:

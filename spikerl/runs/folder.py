@@ -21,7 +21,15 @@ from yaml import YAMLError
 
 from spikerl import machine
 from spikerl.errors import BadRequest
-from spikerl.files import parse_json, read_bytes, read_json, sync_folder, write_json, write_text
+from spikerl.files import (
+    lock_file,
+    parse_json,
+    read_bytes,
+    read_json,
+    sync_folder,
+    write_json,
+    write_text,
+)
 from spikerl.machine import git_state, versions
 from spikerl.schema import dotted
 
@@ -175,9 +183,7 @@ def lock(folder: Path) -> IO[str]:
         file = (folder / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise BadRequest("resume", folder, f"cannot be written to: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not lock_file(file):
         file.seek(0)
         owner = file.read().strip() or "another process"
         file.close()

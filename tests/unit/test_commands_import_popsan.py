@@ -67,7 +67,7 @@ def popsan(
     hidden = sum(name.startswith("snn.hidden_layers") for name in weights) // 2
     names = [f"snn.hidden_layers.{i}" for i in range(hidden)] + ["snn.out_pop_layer"]
     state = {n: [np.zeros((len(obs), len(weights[f"{n}.bias"])))] * 3 for n in names}
-    potential, fired = np.zeros_like(drive), 0.0
+    potential, fired = np.zeros_like(drive), np.zeros(())
     margin = np.full(len(obs), np.inf)
     for _ in range(5):
         potential = potential + drive

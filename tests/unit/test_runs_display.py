@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from spikerl.runs import display as view
 from spikerl.runs.display import View, epoch_line, number, stuck_layers
 
 ROW = {
@@ -45,7 +45,7 @@ class Progress:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(view.time, "monotonic", clock)
+    monkeypatch.setattr(time, "monotonic", clock)
     return clock
 
 

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 
 from spikerl.commands.bench import timing
+from spikerl.commands.bench.progress import BenchProgress
 from spikerl.commands.bench.table import show
 from spikerl.commands.bench.timing import Benchmark, Measurement, compare, run_interleaved
 
@@ -72,8 +73,8 @@ def test_the_longest_rows_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> Non
     share = "share of exchanges in an update of 128 workers, strong over shared memory"
     measurements = [
         measured("cpu/avx512", 21.234567, what=strong, batch=128, world_size=2),
-        measured("", 12345.678, what="exchanges, strong over shared memory", world_size=128),
-        measured("cpu/avx512", 0.0123456, what="policy(obs)", batch=1, precision="bf16"),
+        measured("", 12345.678, what="exchanges, strong over shared memory", world_size=8),
+        measured("cpu/avx512", 0.0125, what="policy(obs)", batch=1, precision="bf16"),
     ]
     answer = {
         "machine": {"cpu": "A processor", "cores": 2, "commit": "0123456789abcdef"},
@@ -89,9 +90,27 @@ def test_the_longest_rows_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> Non
     assert max(map(len, lines)) <= 80
     assert [" ".join(line.split()) for line in lines[4:7]] == [
         f"{strong} cpu/avx512 128 x 2 21.23 21.23 47",
-        "exchanges, strong over shared memory 100 x 128 12346 12346",
-        "policy(obs) cpu/avx512 bf16 1 0.01235 0.01235 81,000",
+        "exchanges, strong over shared memory 100 x 8 12346 12346",
+        "policy(obs) cpu/avx512 bf16 1 0.0125 0.0125 80,000",
     ]
     assert lines[0] == "A processor, 2 cores; commit 0123456789"
     assert "not measured: nccl, 2 workers: no CUDA devices" in lines
-    assert " ".join(lines[-2:]).split() == ["0.123", *share.split()]
+    assert lines[-1] == f"0.123  {share}"
+
+
+def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for each part, and now and then one of the rounds that were counted."""
+    monkeypatch.setattr(BenchProgress, "INTERVAL", -1.0)
+    with BenchProgress() as progress:
+        progress.part("filling replays")
+        progress.part("training", 2)
+        for _ in range(3):
+            progress.after_round()
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()) == ("", [
+        "bench: filling replays",
+        "bench: training, 2 rounds",
+        "bench: training: 0 of 2 rounds",
+        "bench: training: 1 of 2 rounds",
+        "bench: training: 2 of 2 rounds",
+    ])  # fmt: skip
