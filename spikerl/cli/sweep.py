@@ -38,7 +38,7 @@ from spikerl.files import absolute, lock_file
 from spikerl.schema import dotted
 
 STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
-KEEPS_FOLDERS = ("train", "import")
+KEEPS_FOLDERS = ("train", "import", "reproduce")  # their sweeps have one, too
 
 
 class Sweep:
@@ -193,7 +193,7 @@ class Sweep:
             shown = "-" if job["return"] is None else f"{job['return']:.1f}"
             known = {0: "done", WRONG: "refused", **STOPPED}
             state = job.get("note") or known.get(job["status"], f"failed ({job['status']})")
-            place = job["folder"] if self.keep else ""
+            place = job["folder"] if os.path.isdir(job["folder"]) else ""
             table.add_row(job["name"], state, shown, job.get("error") or place)
         width = None if sys.stdout.isatty() else 200  # a path that is cut cannot be copied
         Console(width=width, markup=False, emoji=False).print(table)
