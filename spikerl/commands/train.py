@@ -206,11 +206,12 @@ def read_init(source: str, config: Config, task: Task) -> Policy:
     return policy
 
 
-def default_folder(config: Config) -> str:
+def default_folder(config: Config, kind: str | None = None) -> str:
+    """`kind` stands in the place of the algorithm, where none trained the policy."""
     name = config.env.id if config.env.name == "gym" else config.env.name
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)
-    return f"outputs/{safe}/{config.algo.name}/{stamp}_seed{config.run.seed}"
+    return f"outputs/{safe}/{kind or config.algo.name}/{stamp}_seed{config.run.seed}"
 
 
 @contextmanager

@@ -179,7 +179,10 @@ def test_out_of_range_typed(said: Said, typed: str) -> None:
         (["eval", "run=nowhere", "seed=-1"], "seed=-1: give 0 or more"),
         (["eval", "rum=nowhere"], "rum=nowhere: no such key; did you mean run?"),
         (["import", "popsan=a.pt", "stats=b.p"], "popsan=a.pt: no such file"),
-        (["import", "popsan=a.pt"], "stats=???: it has no default; give it a value"),
+        (
+            ["import", "stats=a.p"],
+            "popsan=null: give popsan=MODEL.pt or dense=MODEL.pt, one of them",
+        ),
         (["doctor", "jsn=true"], "jsn=true: no such key; did you mean json?"),
     ],
     ids=" ".join,

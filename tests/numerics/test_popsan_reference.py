@@ -10,11 +10,11 @@ import torch
 from builders import CUBA_LIF, POPULATION, RATE, popsan, popsan_config, td3_config, twin_critic
 
 from spikerl.algos.td3 import TD3
-from spikerl.commands.import_popsan import popsan_policy, read_stats, read_weights, translate
 from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.kernels import reference
 from spikerl.models.actor import ActorConfig, SpikingActor
 from spikerl.models.critic import Critics
+from spikerl.models.foreign import policy_of, read_stats, read_weights, recognise, translate
 from spikerl.models.policy import Policy
 from spikerl.training.evaluator import Evaluator
 from spikerl.types import Batch
@@ -105,10 +105,11 @@ def imported() -> Policy:
         neuron=CUBA_LIF,
         decoder=RATE,
     )
-    mean, var = read_stats(folder / "model0_e100_mean_var.p")
+    stats = read_stats(folder / "model0_e100_mean_var.p")
     env = make_env(HALF_CHEETAH)
-    weights = read_weights(folder / "model0_e100.pt")
-    return popsan_policy(config, task_of(env), weights, mean, var, 3.0)
+    model = folder / "model0_e100.pt"
+    foreign = recognise(read_weights(model), model)
+    return policy_of(foreign, config, task_of(env), stats, 3.0)
 
 
 HALF_CHEETAH = EnvConfig(
