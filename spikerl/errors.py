@@ -1,4 +1,7 @@
-"""The ways a run is refused, hindered or stopped by design."""
+"""The ways a run is refused, hindered or stopped by design, and the statuses it exits with."""
+
+# 75 and 130: stopped on request before the end; resume goes on.
+DONE, FAILED, WRONG, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 class BadRequest(ValueError):

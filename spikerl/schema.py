@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, Generic, TypeVar
 
@@ -83,6 +83,15 @@ class Registry(Generic[C, P]):
     def part(self, config: Any) -> type[P]:
         """The class that `config` configures."""
         return self.options[config.name][1]
+
+
+def dotted(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings by their dotted keys."""
+    if not isinstance(data, Mapping):
+        yield prefix, data
+        return
+    for key, value in data.items():
+        yield from dotted(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def check_sizes(key: str, sizes: Iterable[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from spikerl.algos.ppo import PPOConfig
 from spikerl.algos.proxy_td3 import ProxyTD3Config
 from spikerl.algos.sac import SACConfig
 from spikerl.algos.td3 import TD3Config
+from spikerl.config.build import Choices, Config, RunConfig
+from spikerl.distributed.world import BackendConfig
+from spikerl.energy.meter import EnergyConfig
 from spikerl.envs.make import EnvConfig
 from spikerl.models.actor import ActorConfig, CareBNConfig, PopSANConfig, SpikingActor
 from spikerl.models.critic import Critics
@@ -20,15 +24,16 @@ from spikerl.snn.decoders import DecoderConfig, MembraneConfig, RateConfig
 from spikerl.snn.encoders import EncoderConfig, PopulationConfig
 from spikerl.snn.linear import ListOf
 from spikerl.snn.neurons import (
+    NEURONS,
     ALIFConfig,
     CubaLIFConfig,
     DynamicConfig,
     LIFConfig,
+    Neuron,
     NeuronConfig,
     PLIFConfig,
-    build_neuron,
 )
-from spikerl.training.trainer import Training
+from spikerl.types import Resolved
 
 POPULATION = PopulationConfig(
     name="population", pop_size=10, mean_range=[-3.0, 3.0], var=0.15, threshold=0.999
@@ -66,9 +71,13 @@ def dynamic_config(**changes: Any) -> DynamicConfig:
     return DynamicConfig(**({**NEURON, "name": "dynamic", "current_decay": 0.5} | own | changes))
 
 
+def neuron_of(config: NeuronConfig) -> Neuron:
+    return NEURONS.part(config)(config)
+
+
 def with_neurons(actor: SpikingActor, config: NeuronConfig) -> SpikingActor:
     """The same network with other neurons."""
-    actor.neurons = ListOf(build_neuron(config) for _ in actor.layers)
+    actor.neurons = ListOf(neuron_of(config) for _ in actor.layers)
     return actor
 
 
@@ -203,18 +212,18 @@ INVERTED_PENDULUM = EnvConfig(
 )
 
 
-def small_training(
+def small_config(
     *,
     env: EnvConfig = INVERTED_PENDULUM,
+    encoder: PopulationConfig = POPULATION,
     num_envs: int = 1,
     total_steps: int = 200,
     steps_per_epoch: int = 100,
     eval_episodes: int = 3,
     seed: int = 0,
     scaling: str = "strong",
-    encoder: PopulationConfig = POPULATION,
     **algo: Any,
-) -> Training:
+) -> Config:
     """A run of seconds: small networks, and every interval short."""
     settings = {
         "batch_size": 10,
@@ -224,18 +233,48 @@ def small_training(
         "update_interval": 10,
         "norm_interval": 10,
     }
-    return Training(
+    run = RunConfig(
+        seed=seed,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        eval_episodes=eval_episodes,
+        num_envs=num_envs,
+        world_size=None,
+        scaling=scaling,
+        device="cpu",
+        threads=1,
+        deterministic=False,
+        max_restarts=0,
+        nnodes=1,
+        node_rank=None,
+        rdzv=None,
+        run_dir=None,
+        init_from=None,
+        resume=None,
+        config=None,
+    )
+    return Config(
+        run=run,
         env=env,
         actor=ActorConfig(
             actor=popsan_config([16]), encoder=encoder, neuron=CUBA_LIF, decoder=RATE
         ),
         algo=td3_config(**(settings | algo)),
         precision=PrecisionConfig(name="fp32", actor="fp32", critic="fp32"),
-        device=torch.device("cpu"),
-        seed=seed,
-        num_envs=num_envs,
-        total_steps=total_steps,
-        steps_per_epoch=steps_per_epoch,
-        eval_episodes=eval_episodes,
-        scaling=scaling,
+        backend=BackendConfig(name="auto"),
+        energy=EnergyConfig(name="none", file=None),
+        resolved=Choices(
+            device=Resolved("cpu", "requested"),
+            threads=Resolved("1", "requested"),
+            kernel=Resolved("reference", "requested"),
+            backend=Resolved("none", "one worker exchanges nothing"),
+            energy=Resolved("none", "requested"),
+        ),
+        world_size=1,
+        raw={},
     )
+
+
+def with_run(config: Config, **changes: Any) -> Config:
+    """The same with other keys of the top level."""
+    return replace(config, run=replace(config.run, **changes))

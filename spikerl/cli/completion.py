@@ -30,10 +30,10 @@ def complete(args: Sequence[str]) -> int:
         return 0
     if query and command not in commands():
         return 0
-    begun = line.rpartition(" ")[2]
-    if query and begun.startswith("experiment="):  # Hydra takes its folders for groups
+    word = line.rpartition(" ")[2]
+    if query and word.startswith("experiment="):  # Hydra takes its folders for groups
         offers = [f"experiment={name}" for name in group_options("experiment")]
-        print("\n".join(offer for offer in offers if offer.startswith(begun)))
+        print("\n".join(offer for offer in offers if offer.startswith(word)))
         return 0
     if query:
         start = line.index(command, len(words[0]))

@@ -10,13 +10,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from spikerl import plugins
 from spikerl.config.yaml_file import (
     NAME,
     conf_folder,
     group_options,
+    option_file,
     overrides_of,
     quoted,
     read_config,
+    typed_plugins,
 )
 from spikerl.errors import BadRequest
 from spikerl.files import read_json
@@ -34,7 +37,7 @@ REFUSED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name",
                  "--experimental-rerun")  # fmt: skip
 # What `resume=RUN` may change: how far the run goes, and where.
 RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend", "backend.timeout_s",
-             "max_restarts", "nnodes", "node_rank", "rdzv")  # fmt: skip
+             "max_restarts", "nnodes", "node_rank", "rdzv", "plugins")  # fmt: skip
 # Its other settings can name code to run: callbacks, logging, the search path.
 HYDRA = r"\+{0,2}hydra(/(launcher|sweeper)|\.(launcher|sweeper)(\.\w+)+)"
 MAX_BYTES = 1 << 28  # of a manifest.json
@@ -74,9 +77,16 @@ def usage() -> str:
     )
 
 
+def searchpath() -> list[str]:
+    """What makes Hydra search the conf/ folders of plugins, too."""
+    places = [quoted(folder.as_uri()) for folder in plugins.conf_folders()]
+    return [f"hydra.searchpath=[{','.join(places)}]"] if places else []
+
+
 def expand(command: str, args: Sequence[str]) -> list[str]:
     """Refuse what must not reach Hydra; replace config=FILE by the overrides that it stands for."""
     args = [re.sub(r"^\+\+?(?=(config|resume)=)", "", arg) for arg in args]
+    plugins.load(typed_plugins(args))
     for arg in args:
         flag = arg.partition("=")[0]
         if arg.startswith("-") and flag not in (*FLAGS, *REFUSED_FLAGS):
@@ -259,7 +269,7 @@ def _having(key: str) -> str:
     options = [
         option
         for option in (group_options(group) if re.fullmatch(NAME, group) else [])
-        if line.search((conf_folder() / group / f"{option}.yaml").read_text(encoding="utf-8"))
+        if line.search(option_file(group, option).read_text(encoding="utf-8"))
     ]
     return f"it goes with {group}={', '.join(options)}" if options else ""
 

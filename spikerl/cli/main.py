@@ -11,15 +11,14 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from spikerl.cli.compose import commands, expand, explain, module_of, usage
+from spikerl.cli.compose import commands, expand, explain, module_of, searchpath, usage
 from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_if_spawned, die_with_launcher
-from spikerl.errors import BadRequest
+from spikerl.errors import DONE, WRONG, BadRequest
 
 die_if_spawned()
 
-WRONG = 2
 LONGEST = 1000  # characters of a refusal
 
 
@@ -45,7 +44,7 @@ def main() -> None:
 def run(args: Sequence[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
-        return 0 if args else WRONG
+        return DONE if args else WRONG
     if args[0] == "--version":
         from importlib.metadata import version
 
@@ -80,7 +79,8 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing and exiting
     sweep = Sweep.of(command, args)
-    sys.argv = ["spikerl", *(sweep.hydra_args() if sweep else []), *args]
+    own = [*searchpath(), *(sweep.hydra_args() if sweep else [])]
+    sys.argv = ["spikerl", *own, *args]
     statuses: list[int] = []
     called = False
 
@@ -106,7 +106,7 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
     try:
         hydra.main(str(conf_folder()), command, version_base="1.3")(job)()
     except SystemExit as ended:  # Hydra's way out of --help, and of a --package that is not there
-        statuses.append(WRONG if ended.code else 0)
+        statuses.append(WRONG if ended.code else DONE)
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from importlib.util import find_spec
@@ -19,11 +19,10 @@ from typing import Any
 from spikerl.cli.compose import RESUMABLE, chosen, unquoted
 from spikerl.config.yaml_file import NOT_CARRIED, quoted
 from spikerl.distributed import hosts
-from spikerl.errors import BadRequest
+from spikerl.errors import INTERRUPTED, PREEMPTED, WRONG, BadRequest
+from spikerl.schema import dotted
 
-REFUSED = 2
-PREEMPTED = 75
-STOPPED = {PREEMPTED: "preempted", 130: "interrupted"}
+STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 KEEPS_FOLDERS = ("train", "import")
 
 
@@ -98,7 +97,7 @@ class Sweep:
             else:
                 outcome["status"] = call(config)
         except (BadRequest, OmegaConfBaseException) as error:
-            outcome |= {"status": REFUSED, "error": explain(error)}
+            outcome |= {"status": WRONG, "error": explain(error)}
             print(f"spikerl: {outcome['error']}", file=sys.stderr)
         except Exception as error:  # a job's failure is reported, not propagated
             outcome |= {"status": 1, "error": f"{type(error).__name__}: {error}"}
@@ -125,7 +124,7 @@ class Sweep:
         table = Table(*(Column(word, overflow="fold") for word in words))
         for job in sorted(jobs, key=lambda j: (j["return"] is None, -(j["return"] or 0.0))):
             shown = "-" if job["return"] is None else f"{job['return']:.1f}"
-            known = {0: "done", REFUSED: "refused", **STOPPED}
+            known = {0: "done", WRONG: "refused", **STOPPED}
             state = job.get("note") or known.get(job["status"], f"failed ({job['status']})")
             place = job["folder"] if self.keep else ""
             table.add_row(job["name"], state, shown, job.get("error") or place)
@@ -136,9 +135,9 @@ class Sweep:
         statuses = [job["status"] for job in jobs]
         root = f"; {self.root}" if self.keep else ""
         print(f"{statuses.count(0)} of {len(jobs)} jobs done{root}")
-        if not jobs or set(statuses) == {REFUSED}:
+        if not jobs or set(statuses) == {WRONG}:
             self.discard()
-            return REFUSED
+            return WRONG
         if not self.keep:
             shutil.rmtree(self.root, ignore_errors=True)
         stopped = [status for status in statuses if status in STOPPED]
@@ -177,7 +176,7 @@ class Sweep:
     def outcomes(self) -> list[dict[str, Any]]:
         jobs = self.noted()
         for job in jobs:
-            job["return"] = None if job["status"] == REFUSED else best_return(job)
+            job["return"] = None if job["status"] == WRONG else best_return(job)
             if job["status"] is None:
                 job["note"] = "not ended"
                 job["error"] = "lost, or still running; the same command goes on with it"
@@ -194,16 +193,12 @@ def best_return(job: dict[str, Any]) -> float | None:
     return known.get("best_eval_return")
 
 
-def begun(folder: Path) -> bool:
-    return (folder / "manifest.json").exists()
-
-
 def done(config: Any, folder: Path) -> bool:
     """Whether an earlier sweep has done this job; if it only began it, have `config` resume it."""
     from omegaconf import OmegaConf
 
-    asked = dict(leaves(OmegaConf.to_container(config, resolve=True)))
-    had = dict(leaves(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
+    asked = dict(dotted(OmegaConf.to_container(config, resolve=True)))
+    had = dict(dotted(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
     free = ("threads", *RESUMABLE, *NOT_CARRIED)
     for key in [*asked, *had]:
         within = [key == other or key.startswith(f"{other}.") for other in free]
@@ -222,15 +217,6 @@ def done(config: Any, folder: Path) -> bool:
         plain = int(value) if value.isdecimal() else value
         OmegaConf.update(config, "kernel.name" if key == "kernel" else key, plain)
     return False
-
-
-def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings by their dotted keys."""
-    if not isinstance(node, dict):
-        yield prefix, node
-        return
-    for key, inner in node.items():
-        yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
 
 
 def varied_keys(args: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spikerl.config import build as configs
 from spikerl.config.yaml_file import overrides_of, read_config
-from spikerl.envs.make import task_of
+from spikerl.envs.make import check_confirmed, task_of
 from spikerl.errors import BadRequest
 from spikerl.models.actor import MLPActor, SpikingActor, build_actor
 from spikerl.models.policy import Policy, load_policy
@@ -40,6 +40,7 @@ class ConvertRequest:
     percentile: float
     episodes: int
     seed: int
+    plugins: list[str]
     env_id: str | None  # confirms an environment that names a module to import
 
     def __post_init__(self) -> None:
@@ -91,10 +92,9 @@ def spiking_config(run: Path, dense: Policy, request: ConvertRequest) -> dict[st
     path = run / "config.yaml"
     raw = read_config(path)
     env_id = str(raw["env"].get("id")) if isinstance(raw.get("env"), dict) else ""
-    if ":" in env_id and env_id != request.env_id:
-        remedy = f"its environment {env_id} names a module to import; confirm with env_id={env_id}"
-        raise BadRequest("run", run, remedy)
-    overrides_of(path, [f"env.id={env_id}"], resumes=True)  # which refuses what is no plain data
+    check_confirmed("run", run, env_id, request.env_id)
+    typed = [f"env.id={env_id}", f"plugins=[{','.join(request.plugins)}]"]
+    overrides_of(path, typed, resumes=True)  # which refuses what is no plain data
     raw["actor"] = {
         "name": "popsan",
         "hidden_sizes": dense.config.actor.hidden_sizes,
@@ -112,7 +112,8 @@ def spiking_config(run: Path, dense: Policy, request: ConvertRequest) -> dict[st
         "surrogate_slope": 2.0,
         "surrogate_slope_end": None,
     }
-    return {**raw, "run_dir": request.run_dir, "resume": None, "init_from": None, "config": None}
+    own = {"run_dir": request.run_dir, "resume": None, "init_from": None, "config": None}
+    return {**raw, **own, "plugins": request.plugins}
 
 
 @torch.no_grad()

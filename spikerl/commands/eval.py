@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.envs.make import EnvConfig, check_confirmed, make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.machine import resolve_device, versions
-from spikerl.models.policy import load_policy
+from spikerl.models.policy import check_shapes, load_policy
 from spikerl.schema import parse
 from spikerl.training.evaluator import Evaluator
 
@@ -23,6 +23,7 @@ class EvalRequest:
     env_id: str | None
     json: bool
     device: str
+    plugins: list[str]
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
@@ -36,9 +37,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     request = parse(EvalRequest, data)
     policy = load_policy(request.run, resolve_device(request.device).choice)
     env_id = request.env_id or policy.task.env_id
-    if ":" in env_id and not request.env_id:
-        remedy = f"its environment {env_id} names a module to import; confirm with env_id={env_id}"
-        raise BadRequest("run", request.run, remedy)
+    check_confirmed("run", request.run, env_id, request.env_id)
     env = EnvConfig(
         name="gym",
         version=None,
@@ -57,12 +56,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         raise BadRequest(key, value, remedy) from error
     task = task_of(probe)
     probe.close()
-    ours, theirs = (task.obs_shape, task.act_shape), (policy.task.obs_shape, policy.task.act_shape)
-    if ours != theirs:
-        remedy = (
-            f"the policy maps {theirs[0]} to {theirs[1]}, {env_id} needs {ours[0]} to {ours[1]}"
-        )
-        raise BadRequest(key, value, remedy)
+    check_shapes(key, value, policy.task, task)
     evaluator = Evaluator(env, request.episodes, request.seed)
     try:
         result = evaluator.run(policy, 0)

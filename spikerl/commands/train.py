@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ from spikerl.distributed import launch, mpi
 from spikerl.distributed.world import ALONE, join, leave, ranked
 from spikerl.energy.meter import open_meter
 from spikerl.envs.make import make_env, task_of
-from spikerl.errors import BadRequest
+from spikerl.errors import DONE, FAILED, BadRequest
 from spikerl.files import write_text
-from spikerl.models.policy import Policy, find_policy, read_policy
+from spikerl.models.policy import Policy, check_shapes, find_policy, read_policy
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
-from spikerl.training.session import DONE, FAILED, Session
+from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
 from spikerl.types import Task
 
@@ -140,6 +139,11 @@ def run(
     device = own_device(config.resolved.device.choice)
     choice = config.resolved.backend.choice
     world = join(choice, device, config.backend.timeout_s) if ranked() else ALONE
+
+    def announce_folder(folder: Path) -> None:
+        if mailbox:
+            launch.announce_folder(mailbox, folder)
+
     with stop_signals(mailbox) as stop:
         trainer = None
         try:
@@ -147,8 +151,7 @@ def run(
             init_from = config.run.init_from
             init = read_init(init_from, config, task) if init_from else None
             trainer = Trainer(config, task, init, world, meter, device)
-            begun = partial(launch.announce_folder, mailbox) if mailbox else None
-            session = Session(config, trainer, world, target, command, after, begun)
+            session = Session(config, trainer, world, target, command, after, announce_folder)
             status = session.run(lambda: stop[0] if stop else 0)
             mpi.leave()
             return status
@@ -192,14 +195,7 @@ def finished(folder: Path, config: Config) -> bool:
 def read_init(source: str, config: Config, task: Task) -> Policy:
     """The policy that training starts from; it must have the shapes that this run has."""
     policy = read_policy(find_policy(Path(source), key="init_from"), key="init_from")
-    ours = (task.obs_shape, task.act_shape)
-    theirs = (policy.task.obs_shape, policy.task.act_shape)
-    if ours != theirs:
-        remedy = (
-            f"its policy maps {theirs[0]} to {theirs[1]} ({policy.task.env_id}),"
-            f" but {task.env_id} needs {ours[0]} to {ours[1]}"
-        )
-        raise BadRequest("init_from", source, remedy)
+    check_shapes("init_from", source, policy.task, task)
     if policy.config.shape() != config.actor.shape():
         remedy = f"its actor is {policy.config.shape()}, this run's is {config.actor.shape()}"
         raise BadRequest("init_from", source, remedy)

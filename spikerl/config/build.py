@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from spikerl import kernels
+from spikerl import kernels, plugins
 from spikerl.algos import ALGOS, AlgoConfig
 from spikerl.algos.offpolicy import OffPolicyConfig
 from spikerl.algos.ppo import PPOConfig
@@ -59,6 +59,7 @@ class RunConfig:
     init_from: str | None
     resume: str | None
     config: str | None
+    plugins: list[str]  # packages that register parts of one's own
 
     def __post_init__(self) -> None:
         for key in ("total_steps", "steps_per_epoch", "eval_episodes"):
@@ -135,6 +136,7 @@ def build(raw: Mapping[str, Any]) -> Config:
     if missing := [group for group in GROUPS if group not in raw]:
         raise BadRequest(missing[0], None, "the config lacks this group")
     run = parse(RunConfig, {k: v for k, v in raw.items() if k not in GROUPS})
+    plugins.load(run.plugins)
     env = parse(EnvConfig, raw["env"], key="env")
     actor = parse_actor({group: raw[group] for group in ACTOR_GROUPS})
     algo = ALGOS.parse(raw["algo"])

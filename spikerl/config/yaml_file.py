@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from spikerl import plugins
 from spikerl.errors import BadRequest
 from spikerl.files import read_bytes
 
@@ -29,8 +30,17 @@ def conf_folder() -> Path:
 
 
 def group_options(group: str) -> list[str]:
-    folder = conf_folder() / group
-    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+    """The names of a group's options, those of plugins too."""
+    folders = [folder / group for folder in (conf_folder(), *plugins.conf_folders())]
+    files = [(folder, path) for folder in folders for path in folder.rglob("*.yaml")]
+    return sorted(str(path.relative_to(folder).with_suffix("")) for folder, path in files)
+
+
+def option_file(group: str, option: str) -> Path:
+    """The file of one of `group_options`."""
+    folders = (conf_folder(), *plugins.conf_folders())
+    files = [folder / group / f"{option}.yaml" for folder in folders]
+    return next(path for path in files if path.is_file())
 
 
 def read_config(path: Path) -> dict[Any, Any]:
@@ -75,6 +85,8 @@ def overrides_of(path: Path, typed: Sequence[str], *, resumes: bool = False) -> 
     for key, value in data.items():
         if not isinstance(key, str) or key == "hydra" or not re.fullmatch(NAME, key):
             raise BadRequest("config", path, f"the key {key} is not accepted in a config file")
+        if key == "plugins":
+            plugins.check_typed(path, value, typed_plugins(typed))
         if key in NOT_CARRIED or (resumes and key == "init_from"):
             continue
         if key in groups:
@@ -90,6 +102,16 @@ def overrides_of(path: Path, typed: Sequence[str], *, resumes: bool = False) -> 
             _check_paths(leaves, path)
         values += [f"{name}={quoted(leaf)}" for name, leaf in leaves]
     return [*choices, *values]
+
+
+def typed_plugins(args: Sequence[str]) -> list[str]:
+    """The packages that `plugins=[...]` names."""
+    values = [arg.partition("=")[2] for arg in args if re.match(r"^\+{0,2}plugins=", arg)]
+    if not values:
+        return []
+    if not (match := re.fullmatch(r"\[([\w\s,]*)\]", values[-1])):
+        raise BadRequest("plugins", values[-1], "give a list of packages, such as [my_package]")
+    return [name for name in re.split(r"[\s,]+", match[1]) if name]
 
 
 def _leaves(prefix: str, value: Any, path: Path, typed: set[str]) -> Iterator[tuple[str, Any]]:

@@ -30,11 +30,11 @@ from typing import Any
 
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_with_parent
+from spikerl.errors import FAILED
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
 LATE = ("did not come", "Timed out", "timeout")
-FAILED = 1  # a worker's exit status
 SHUTDOWN_S = 4  # how long survivors of a lost worker may take before they are killed
 
 

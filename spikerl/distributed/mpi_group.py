@@ -109,9 +109,9 @@ class MPIGroup(dist.ProcessGroup):
 
     def finish(self, request: Any) -> None:
         """Wait for it, but not for ever."""
-        begun = time.monotonic()
+        start = time.monotonic()
         while not request.Test():
-            waited = time.monotonic() - begun
+            waited = time.monotonic() - start
             if waited > self.timeout_s:
                 text = f"a worker did not come to a collective within {self.timeout_s:g} s"
                 raise DistNetworkError(text)

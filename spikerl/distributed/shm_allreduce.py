@@ -39,7 +39,7 @@ class ShmAllReduce:
         self.buffers: dict[int, SharedBuffer | None] = {}
 
     def sum_(self, tensor: Tensor) -> bool:
-        """Replace a tensor by its sum over workers; False, and nothing, where there is no memory for it."""
+        """Replace a tensor by its sum over workers; False, and nothing, where that cannot be."""
         plain = tensor.device.type == "cpu" and tensor.is_contiguous()
         if not plain or tensor.dtype not in (torch.float32, torch.float64):
             return False

@@ -66,12 +66,10 @@ class Meter:
         source: str,
         counters: Sequence[Counters] = (),
         *,
-        reasons: Mapping[str, str] | None = None,
         settle: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.source = source
-        self.reasons = dict(reasons or {})  # why `source` lacks gpu or cpu
         self.gaps: dict[str, str] = {}  # devices that work but have no counter
         self._counters = list(counters)
         self._settle = settle  # waits for the work that was handed to the device
@@ -90,7 +88,7 @@ class Meter:
 
     def end(self, window: str) -> Reading:
         now = self._settled()
-        never = now, dict.fromkeys(range(len(self._counters)), "the window was not begun")
+        never = now, dict.fromkeys(range(len(self._counters)), "the window was not started")
         began, trouble = self._begun.pop(window, never)
         joules: dict[str, float] = {}
         missing = dict(self.gaps)
@@ -109,10 +107,6 @@ class Meter:
                 said = f"gave {read[device]:g} J" if device in read else "gave nothing"
                 missing[device] = trouble.get(i, f"{said} in {now - began:.3g} s")
         return Reading(now - began, joules, missing)
-
-    def close(self) -> None:
-        """Let go of the counters; Zeus ends its helper processes when the program exits."""
-        self._counters = []
 
     def _settled(self) -> float:
         with suppress(Exception):  # an error of the device's own shows in the training
@@ -158,9 +152,9 @@ def open_meter(
         raise _refusal(reasons)
     source = _source(reasons) if counters else f"none: {'; '.join(reasons.values())}"
     if device.type != "cuda":
-        return Meter(source, counters, reasons=reasons, clock=clock)
+        return Meter(source, counters, clock=clock)
     settle = partial(torch.cuda.synchronize, device)
-    meter = Meter(source, counters, reasons=reasons, settle=settle, clock=clock)
+    meter = Meter(source, counters, settle=settle, clock=clock)
     if "gpu" in reasons:  # it works uncounted: the processors must not pass for the whole
         meter.gaps[f"gpu:{platform.node()}:{device}"] = reasons["gpu"]
     return meter

@@ -1,4 +1,4 @@
-"""Where a learning rule's gradient goes, and what Adam keeps."""
+"""Where an algorithm's gradient goes, and what Adam keeps."""
 
 from __future__ import annotations
 

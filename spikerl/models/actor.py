@@ -81,6 +81,14 @@ class ActorConfig:
     neuron: NeuronConfig | None
     decoder: DecoderConfig | None
 
+    def parts(self) -> list[type[Any]]:
+        """The classes that it configures."""
+        parts: list[type[Any]] = [ACTORS.part(self.actor)]
+        if self.encoder and self.neuron and self.decoder:
+            parts += [ENCODERS.part(self.encoder), NEURONS.part(self.neuron)]
+            parts.append(DECODERS.part(self.decoder))
+        return parts
+
     def shape(self) -> str:
         """Whatever two actors must share for one to take the other's weights."""
         text = f"{self.actor.name} {self.actor.hidden_sizes}"

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load
 from safetensors.torch import save as tensor_bytes
 
-from spikerl import kernels
+from spikerl import kernels, plugins
 from spikerl.errors import BadRequest
 from spikerl.files import json_bytes, read_bytes, read_json, write_atomic
 from spikerl.machine import resolve_device, versions
@@ -149,6 +149,8 @@ class Policy:
             **{k: v for k, v in asdict(self.config).items() if v is not None},
             "versions": self.trained_with or versions(),
         }
+        if needed := plugins.versions_of(self.config.parts()):
+            data["plugins"] = needed
         return {"policy.safetensors": tensor_bytes(tensors), "policy.json": json_bytes(data)}
 
 
@@ -160,6 +162,14 @@ def leave_thread_pool() -> None:
     if os.getpid() != _started_in:
         _started_in = os.getpid()
         torch.set_num_threads(1)
+
+
+def check_shapes(key: str, value: object, policy: Task, task: Task) -> None:
+    """Refuse a policy whose observations or actions have other shapes than the task's."""
+    theirs, ours = (policy.obs_shape, policy.act_shape), (task.obs_shape, task.act_shape)
+    if theirs != ours:
+        remedy = f"its policy maps {theirs[0]} to {theirs[1]} ({policy.env_id}),"
+        raise BadRequest(key, value, f"{remedy} {task.env_id} needs {ours[0]} to {ours[1]}")
 
 
 def load_policy(run: str | Path, device: str | torch.device = "cpu") -> Policy:
@@ -215,6 +225,10 @@ def read_policy(
         raise BadRequest(
             key, folder, f"policy.json has schema {schema}; this version reads {SCHEMA}"
         )
+    needed = data.get("plugins", {})
+    if not isinstance(needed, dict):
+        raise BadRequest(key, folder, "policy.json garbles plugins")
+    plugins.check_there(key, folder, needed)
     try:
         task = Task(
             str(data["env_id"]),

@@ -193,15 +193,6 @@ class Checkpoint:
             raise ValueError("its replay lacks rows, or holds a NaN or an infinity")
 
 
-def newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint whose manifest can be read; its files are not verified."""
-    for folder in _folders(run):
-        manifest = _read_manifest(folder)
-        if manifest is not None:
-            return Checkpoint(run, folder, manifest)
-    return None
-
-
 def verified(run: Path, report: Callable[[str], None]) -> Checkpoint:
     """The newest checkpoint that verifies; each damaged one is named to `report`."""
     said = "start anew"

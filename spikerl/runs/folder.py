@@ -23,6 +23,7 @@ from spikerl import machine
 from spikerl.errors import BadRequest
 from spikerl.files import parse_json, read_bytes, read_json, sync_folder, write_json, write_text
 from spikerl.machine import git_state, versions
+from spikerl.schema import dotted
 
 MAX_BYTES = 1 << 28  # of a file that is read whole; a record of 100 000 epochs has half of that
 
@@ -294,12 +295,5 @@ def _record(folder: Path, *, configs: bool) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, YAMLError):
         return {}
     assert isinstance(config, dict)
-    return flat({**known, **{k: v for k, v in config.items() if configs and k not in NAMES}})
-
-
-def flat(data: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
-    values: dict[str, str] = {}
-    for key, value in data.items():
-        inner = isinstance(value, Mapping)
-        values |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": str(value)}
-    return values
+    own = {k: v for k, v in config.items() if configs and k not in NAMES}
+    return {key: str(value) for key, value in dotted({**known, **own})}

@@ -15,7 +15,7 @@ from typing import Any
 from spikerl.config.build import Config
 from spikerl.distributed.world import World, share
 from spikerl.energy.meter import joules_to_reach, total_joules
-from spikerl.errors import BadRequest, DiskError
+from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest, DiskError
 from spikerl.files import write_json, write_text
 from spikerl.machine import versions
 from spikerl.runs import folder as run_folder
@@ -23,8 +23,6 @@ from spikerl.runs.checkpoint import Checkpoint, drop_later, save_checkpoint, ver
 from spikerl.runs.display import View, epoch_line, stuck_layers
 from spikerl.runs.record import RunLog
 from spikerl.training.trainer import Row, Trainer
-
-DONE, FAILED, STOPPED, INTERRUPTED = 0, 1, 75, 130  # exit statuses
 
 
 class Session:
@@ -38,10 +36,10 @@ class Session:
         target: str,
         command: Sequence[str],
         after: str | None = None,
-        begun: Callable[[Path], None] | None = None,
+        announce_folder: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """`after` is why the program itself resumes the run, if it does; `begun` is told the
-        folder before anybody else is.
+        """`after` is why the program itself resumes the run, if it does; `announce_folder` gets
+        the folder before anything is printed.
         """
         self.config, self.trainer, self.world = config, trainer, world
         self.first = world.rank == 0
@@ -60,9 +58,8 @@ class Session:
                 self.folder = self.start(target, command)
         except DiskError as error:
             key = "resume" if config.run.resume else "run_dir"
-            raise BadRequest(key, target, f"{error}; nothing was begun") from None
-        if begun:
-            begun(self.folder)
+            raise BadRequest(key, target, f"{error}; nothing was started") from None
+        announce_folder(self.folder)
         if self.first:
             title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
             self.log = RunLog(self.folder, trainer.step)
@@ -223,7 +220,7 @@ class Session:
         if number:
             interrupted = number == signal.SIGINT
             status = "interrupted" if interrupted else "preempted"
-            code = INTERRUPTED if interrupted else STOPPED
+            code = INTERRUPTED if interrupted else PREEMPTED
         try:
             self.world.run_on_all(lambda: self.write_results(status))
         except DiskError as error:

@@ -71,7 +71,7 @@ class Progress:
         self.first_step, self.first_update = self.step, self.updates
 
     def add(self, metrics: list[dict[str, torch.Tensor]]) -> None:
-        """Take in a burst of updates; here the host waits for the device, once."""
+        """Add the metrics of some updates; here the host waits for the device, once."""
         for name in dict.fromkeys(key for m in metrics for key in m):
             values = torch.stack([m[name] for m in metrics if name in m]).double()
             total, count = self.sums.get(name, (0.0, 0))
@@ -189,7 +189,7 @@ class Trainer:
     ) -> Iterator[Row]:
         """Train to `total_steps`, yielding a row per epoch, the same on every worker.
 
-        Ends early, between bursts, once `stop_signal` gives a signal's number on any worker.
+        Ends early, between updates, once `stop_signal` gives a signal's number on any worker.
         """
         run, p = self.run, self.progress
         self.start_window()

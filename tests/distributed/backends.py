@@ -20,7 +20,7 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from builders import small_training
+from builders import small_config
 
 from spikerl.distributed import mpi
 from spikerl.distributed.world import join, leave, ranked
@@ -70,7 +70,7 @@ def main(out: Path, backend: str) -> None:
     assert ranked()
     world = join(backend, torch.device("cpu"))
     # Bursts of ten at 50, 60, ..., 240 steps.
-    training = small_training(num_envs=4, total_steps=240, steps_per_epoch=120, eval_episodes=4)
+    training = small_config(num_envs=4, total_steps=240, steps_per_epoch=120, eval_episodes=4)
     with closing(make_env(training.env)) as env:
         task = task_of(env)
     with closing(Trainer(training, task, world=world)) as trainer:

@@ -20,7 +20,7 @@ from builders import (
     ppo_config,
     proxy_td3_config,
     sac_config,
-    small_training,
+    small_config,
     td3_config,
 )
 from plain import float64, transitions
@@ -36,7 +36,7 @@ from spikerl.distributed.world import ALONE, World
 from spikerl.envs.make import make_env, task_of
 from spikerl.models.actor import ActorConfig, MLPActor, MLPConfig, SpikingActor, build_actor
 from spikerl.models.critic import Critics
-from spikerl.training.trainer import Trainer, fingerprint
+from spikerl.training.trainer import Trainer, batch_share, fingerprint
 from spikerl.types import Batch
 
 ROWS = 20  # of a batch, shared out unevenly: 11 and 9
@@ -64,7 +64,7 @@ def learner(kind: type[Learner], config: Any, world: World, weight: float, **par
         world=world,
         weight=weight,
     )
-    for part in ("head", "proxy"):
+    for part in ("log_std", "proxy"):
         if isinstance(getattr(found, part, None), MLPActor):
             getattr(found, part).dtype = double
     if isinstance(actor, SpikingActor):
@@ -81,13 +81,12 @@ def check_gradients(
     with float64():
         alone = learner(kind, config, ALONE, 1.0, **copy.deepcopy(parts))
         ours = learner(kind, config, world, (mine.stop - mine.start) / ROWS, **parts)
-        steppers = [name for name in vars(ours) if name.startswith("step_")]
-        assert len(steppers) >= 2
+        assert len(ours.optimizers) >= 2
         for _ in range(3):
             work(alone, slice(0, ROWS))
             work(ours, mine)
-            for name in steppers:
-                one, other = (getattr(x, name).gradient.vector for x in (ours, alone))
+            for name, optimizer in ours.optimizers.items():
+                one, other = (o.gradient.vector for o in (optimizer, alone.optimizers[name]))
                 torch.testing.assert_close(one, other, **CLOSE)
         for name, tensor in ours.state().items():
             torch.testing.assert_close(tensor, alone.state()[name], rtol=1e-9, atol=1e-12)
@@ -95,7 +94,7 @@ def check_gradients(
 
 def replayed(learner: Any, part: slice) -> None:
     rows = transitions(ROWS, torch.float64)
-    learner.update(Batch(*(field[part] for field in rows)))
+    learner.learn(Batch(*(field[part] for field in rows)), 1)
 
 
 def with_noise(learner: SAC, part: slice) -> None:
@@ -124,10 +123,10 @@ def rollout_learned_as_one(world: World, **rules: Any) -> None:
         for one, other in zip(mine, whole, strict=True):
             torch.testing.assert_close(one, of_workers(other, world), **CLOSE)
         for _ in range(3):
-            alone.step(whole)
-            ours.step(mine)
-            for name in ("step_actor", "step_critic", "step_head"):
-                one, other = (getattr(x, name).gradient.vector for x in (ours, alone))
+            alone.update(whole)
+            ours.update(mine)
+            for name in ("actor", "critic", "log_std"):
+                one, other = (x.optimizers[name].gradient.vector for x in (ours, alone))
                 torch.testing.assert_close(one, other, **CLOSE)
 
 
@@ -137,8 +136,8 @@ def all_stop_together(world: World) -> None:
         ppo = learner(PPO, ppo_config(target_kl=target_kl), world, 0.5)
         n = torch.ones(4, dtype=torch.float64)
         obs, act = torch.zeros(4, 3).double(), torch.zeros(4, 2).double()
-        logp = ppo.logp(ppo.actor(obs), act).detach() + 5.0 * world.rank
-        assert (ppo.step(Rows(obs, act, logp, n, n)) is None) == stops
+        logp = ppo.log_prob(ppo.actor(obs), act).detach() + 5.0 * world.rank
+        assert (ppo.update(Rows(obs, act, logp, n, n)) is None) == stops
         assert ppo.updates == (not stops)
 
 
@@ -150,7 +149,7 @@ REPLAYING: dict[str, Any] = {
     "update_interval": 10,
     "norm_interval": 10,
 }
-POPSAN = small_training().actor
+POPSAN = small_config().actor
 RUNS = {
     "ppo": (ppo_config(rollout_steps=60, norm_interval=60, batch_size=20, target_kl=0.1), POPSAN),
     "sac": (sac_config(**REPLAYING, learn_temperature=True), POPSAN),
@@ -168,18 +167,18 @@ RUNS = {
 def trained_alike(world: World) -> None:
     """Everything that a rule changes is the same bits everywhere; what each has seen is not."""
     for algo, actor in RUNS.values():
-        training = small_training(num_envs=4, total_steps=120, steps_per_epoch=60, eval_episodes=2)
+        training = small_config(num_envs=4, total_steps=120, steps_per_epoch=60, eval_episodes=2)
         with closing(make_env(INVERTED_PENDULUM)) as env:
             task = task_of(env)
         training = replace(training, algo=algo, actor=actor)
         with closing(Trainer(training, task, world=world)) as trainer:
-            before = fingerprint(trainer.algo.step_actor.flat)
+            before = fingerprint(trainer.algo.actor_optimizer.flat)
             rows = list(trainer.epochs())
             assert rows[-1]["updates"] == trainer.algo.updates > 0
             assert all(other == rows for other in world.gather_objects(rows))
             digest = torch.stack([fingerprint(t) for t in trainer.learner_state().values()])
             assert all(torch.equal(other, digest) for other in world.gather(digest))
-            assert fingerprint(trainer.algo.step_actor.flat) != before
+            assert fingerprint(trainer.algo.actor_optimizer.flat) != before
             seen = world.gather(fingerprint(trainer.replay.rows[: trainer.replay.size]))
             assert seen[0] != seen[1]
 
@@ -211,6 +210,6 @@ def test_two_workers() -> None:
 )
 def test_what_a_workers_rows_weigh(config: Callable[..., Any], weights: list[float]) -> None:
     """A rollout's rows are shared out evenly, whatever the batch is."""
-    training = replace(small_training(), algo=config(batch_size=33))
-    shares = [training.batch_share(World(rank=rank, size=2)) for rank in range(2)]
+    training = replace(small_config(), algo=config(batch_size=33))
+    shares = [batch_share(training, World(rank=rank, size=2)) for rank in range(2)]
     assert [weight for _, weight in shares] == weights

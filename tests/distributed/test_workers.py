@@ -7,12 +7,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from builders import small_training, td3_config, twin_critic
+from builders import small_config, td3_config, twin_critic
 from spawn import run_workers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spikerl.algos.base import Guard, Stepper
+from spikerl.algos.base import Guard, Optimizer
 from spikerl.algos.td3 import TD3
 from spikerl.distributed.world import World, share
 from spikerl.envs.make import make_env, task_of
@@ -58,12 +58,12 @@ def gradients_equal_one_process(world: World, rows: int) -> None:
     whole = global_batch(rows)
     part = Batch(*(field[mine] for field in whole))
     for _ in range(3):
-        expected, got = alone.update(whole), together.update(part)
+        expected, got = alone.learn(whole, 1)[0], together.learn(part, 1)[0]
         for name in ("critic_loss", "actor_loss"):
             torch.testing.assert_close(got[name], expected[name], rtol=1e-12, atol=0.0)
         for ours, theirs in (
-            (together.step_critic, alone.step_critic),
-            (together.step_actor, alone.step_actor),
+            (together.critic_optimizer, alone.critic_optimizer),
+            (together.actor_optimizer, alone.actor_optimizer),
         ):
             error = torch.linalg.vector_norm(ours.gradient.vector - theirs.gradient.vector)
             assert error <= 1e-12 * torch.linalg.vector_norm(theirs.gradient.vector)
@@ -79,18 +79,20 @@ def gradients_equal_ddp(world: World) -> None:
     (wrapped(rows.obs[mine]).squeeze(1) - rows.rew[mine]).square().mean().backward()
     expected = torch.cat([p.grad.flatten() for p in wrapped.parameters()])
     guard = Guard("cpu", scales_loss=False)
-    step = Stepper(module, 1e-3, guard, world=world, weight=1.0 / world.size)
-    step.gradient.take((module(rows.obs[mine]).squeeze(1) - rows.rew[mine]).square().mean())
-    step()
+    step = Optimizer(module, 1e-3, guard, world=world, weight=1.0 / world.size)
+    step.gradient.differentiate(
+        (module(rows.obs[mine]).squeeze(1) - rows.rew[mine]).square().mean()
+    )
+    step.step()
     torch.testing.assert_close(step.gradient.vector[:-1], expected, rtol=1e-12, atol=1e-14)
 
 
 def a_bad_worker_masks_all(world: World) -> None:
     td3 = learner(world, 1.0 / world.size)
-    before = td3.step_critic.flat.detach().clone()
+    before = td3.critic_optimizer.flat.detach().clone()
     rows = global_batch(4)
-    td3.update(rows._replace(rew=rows.rew * float("nan")) if world.rank == 1 else rows)
-    assert torch.equal(td3.step_critic.flat.detach(), before)
+    td3.learn(rows._replace(rew=rows.rew * float("nan")) if world.rank == 1 else rows, 1)
+    assert torch.equal(td3.critic_optimizer.flat.detach(), before)
     with pytest.raises(NonFinite, match="update 0:"):
         td3.check()
 
@@ -114,7 +116,7 @@ def normaliser_merges_exactly(world: World) -> None:
 
 def training_stays_identical(world: World) -> None:
     """200 updates on a real task; the trainer's own check would raise, and so does ours."""
-    training = small_training(num_envs=4, total_steps=240, steps_per_epoch=120, learning_starts=40)
+    training = small_config(num_envs=4, total_steps=240, steps_per_epoch=120, learning_starts=40)
     env = make_env(training.env)
     trainer = Trainer(training, task_of(env), world=world)
     rows = list(trainer.epochs())

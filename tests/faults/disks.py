@@ -18,7 +18,6 @@ from omegaconf import OmegaConf
 from processes import computed
 
 from spikerl.commands import train
-from spikerl.config import build as config
 from spikerl.config.yaml_file import conf_folder
 from spikerl.training.session import Session
 
@@ -118,7 +117,7 @@ class Undisturbed:
         self.computed = computed(home / "whole")
 
     def train(self, **changes: Any) -> int:
-        return train.train(config.build({**self.raw, **changes}), ["spikerl", "train"])
+        return train.main({**self.raw, **changes}, ["spikerl", "train"])
 
     def equals(self, run: Path) -> bool:
         return computed(run) == self.computed

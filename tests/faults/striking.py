@@ -20,7 +20,7 @@ from spikerl.runs.checkpoint import verified
 # Where a worker stays, by phase: before what it does there, and behind it.
 PLACES = {
     "acting": "spikerl.envs.vector Envs.step",
-    "update": "spikerl.algos.td3 TD3.between_moves",
+    "update": "spikerl.algos.td3 TD3.update",
     "collective": "spikerl.distributed.world World.sum_",
     "evaluation": "spikerl.training.evaluator Evaluator._wave",
     "checkpoint": "spikerl.runs.checkpoint append_segment",

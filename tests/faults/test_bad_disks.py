@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from builders import small_training
+from builders import small_config
 from disks import Failing, Undisturbed, attempt, before_each_call
 from processes import record, rows
 from spawn import run_workers
@@ -191,7 +191,7 @@ def disk_of_one_refuses_or_is_slow(world: World, run: str) -> None:
     assert world.run_on_all(slow) == [0, 1]
     with pytest.raises(BadRequest, match="key=value: remedy"):
         world.run_on_all(refused)
-    training = small_training(num_envs=2, total_steps=80, steps_per_epoch=40, eval_episodes=2)
+    training = small_config(num_envs=2, total_steps=80, steps_per_epoch=40, eval_episodes=2)
     trainer = Trainer(training, task_of(make_env(training.env)), world=world)
     epochs = trainer.epochs()
     for step in (40, 80):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import small_training
+from builders import small_config
 from disks import Failing, before_each_call
 
 from spikerl.distributed.world import ALONE
@@ -19,7 +19,7 @@ from spikerl.errors import BadRequest, DiskError
 from spikerl.files import make_folder
 from spikerl.models.policy import find_policy
 from spikerl.runs import checkpoint
-from spikerl.runs.checkpoint import KEEP, drop_later, newest, save_checkpoint, verified
+from spikerl.runs.checkpoint import KEEP, drop_later, save_checkpoint, verified
 from spikerl.training.trainer import Trainer
 
 CAPACITY = 70  # each checkpoint adds 50 rows: the ring wraps around in every second one
@@ -27,7 +27,7 @@ EPOCH = 50
 
 
 def make_trainer() -> Trainer:
-    training = small_training(
+    training = small_config(
         total_steps=20 * EPOCH, steps_per_epoch=EPOCH, eval_episodes=1, replay_capacity=CAPACITY
     )
     return Trainer(training, task_of(make_env(training.env)))
@@ -221,7 +221,7 @@ def test_segments_are_shared_and_pruned(saved: Saved) -> None:
     first = kept[0] - CAPACITY - (kept[0] - CAPACITY) % EPOCH
     expected = range(first, saved.last, EPOCH)
     assert segments == [f"rows_{a:012d}_{a + EPOCH:012d}.f32" for a in expected]
-    found = newest(saved.run)
+    found = verified(saved.run, lambda text: None)
     assert found is not None
     assert len(found.manifest["segments"]) == 2
 

@@ -17,20 +17,21 @@ import numpy as np
 import pytest
 import test_mpi
 import torch
-from builders import ppo_config, small_training
+from builders import ppo_config, small_config, with_run
 from processes import computed, gone, record, resume, rows, train
 from threads import run_in_threads, worlds
 from torch import Tensor
 
+from spikerl.config.build import Config
 from spikerl.envs.make import make_env, task_of
 from spikerl.runs.checkpoint import save_checkpoint, verified
 from spikerl.seeding import generator_for, seed_for
-from spikerl.training.trainer import Trainer, Training
+from spikerl.training.trainer import Trainer
 
 N = 4
 CAPACITY = 90  # 22 steps of each environment
 KEPT = 22 * N
-OFF_POLICY = small_training(
+OFF_POLICY = small_config(
     num_envs=N, total_steps=2000, steps_per_epoch=1000, replay_capacity=CAPACITY, norm_interval=60
 )
 
@@ -38,7 +39,7 @@ OFF_POLICY = small_training(
 class Workers:
     """All of a run, as trainers that share one process."""
 
-    def __init__(self, training: Training, size: int) -> None:
+    def __init__(self, training: Config, size: int) -> None:
         with closing(make_env(training.env)) as env:
             task = task_of(env)
         self.trainers = [Trainer(training, task, world=world) for world in worlds(size)]
@@ -179,7 +180,7 @@ def test_streams_begin_anew(tmp_path: Path) -> None:
 
 def test_weak_scaling_goes_on_with_updates_of_the_new_size(tmp_path: Path) -> None:
     """From then on one update in so many steps, on top of those that were made."""
-    training = replace(OFF_POLICY, scaling="weak")
+    training = with_run(OFF_POLICY, scaling="weak")
     old, new = Workers(training, 4), Workers(training, 2)
     old.train(200)
     made = (200 - 40) // 4  # bursts at 50, 60, ... for the steps since 40

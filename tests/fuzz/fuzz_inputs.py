@@ -53,7 +53,7 @@ def mutated(chance: Random, data: bytes) -> bytes:
 
 
 def value(chance: Random, depth: int = 0) -> Any:
-    """CheckedEnv data that has no business there."""
+    """Plain data that has no business there."""
     kind = chance.randrange(10)
     if kind < 4:
         return chance.choice(NUMBERS)

@@ -56,7 +56,7 @@ def test_its_update_is_td3s(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = TD3(actor, critic, config, actor_lr=1e-4, generator=torch.Generator())
     batch = some_batch(40)
     for _ in range(4):
-        ours.update(batch)
+        ours.learn(batch, 1)
         loop.update(batch)
     fc2 = torch.stack([loop.q1.fc2.weight.T, loop.q2.fc2.weight.T])
     torch.testing.assert_close(fc2, critic.weights_CIN[1], rtol=1e-3, atol=1e-5)

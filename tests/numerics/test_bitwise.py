@@ -21,16 +21,18 @@ from builders import (
     ppo_config,
     proxy_td3_config,
     sac_config,
-    small_training,
+    small_config,
+    with_run,
 )
 from torch import Tensor
 
+from spikerl.config.build import Config
 from spikerl.distributed.world import ALONE
 from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.runs.checkpoint import Shard, save_checkpoint, verified
 from spikerl.snn.encoders import PopulationConfig
 from spikerl.training.evaluator import Evaluation, Evaluator
-from spikerl.training.trainer import Trainer, Training
+from spikerl.training.trainer import Trainer
 
 HOPPER = EnvConfig(
     name="Hopper", version="v5", id="Hopper-v5", max_episode_steps=40, vectorizer="sync"
@@ -48,11 +50,11 @@ class Outcome:
     rows: list[dict[str, Any]]
 
 
-def short(**settings: Any) -> Training:
-    return small_training(updates_per_step=0.25, **settings)
+def short(**settings: Any) -> Config:
+    return small_config(updates_per_step=0.25, **settings)
 
 
-def new_trainer(training: Training) -> Trainer:
+def new_trainer(training: Config) -> Trainer:
     with closing(make_env(training.env)) as env:
         return Trainer(training, task_of(env))
 
@@ -64,7 +66,7 @@ def state(trainer: Trainer) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor
     return copy.deepcopy((trainer.learner_state(), held, shard.tensors))
 
 
-def train(training: Training, upto: int | None = None) -> Outcome:
+def train(training: Config, upto: int | None = None) -> Outcome:
     """To the end, or through so many epochs."""
     with closing(new_trainer(training)) as trainer:
         return finish(trainer, upto)
@@ -108,7 +110,7 @@ def disturb() -> None:
 @pytest.mark.parametrize("env", ENVS.values(), ids=ENVS.keys())
 def test_a_seed_decides_every_bit(env: EnvConfig, encoder: PopulationConfig):
     """Environments, random actions and noise included: "unseeded action_space", "never seeded"."""
-    training = small_training(
+    training = small_config(
         env=env,
         encoder=encoder,
         num_envs=2,
@@ -125,7 +127,7 @@ def test_a_seed_decides_every_bit(env: EnvConfig, encoder: PopulationConfig):
     assert [row["step"] for row in one.rows] == [100, 150]
     assert one.rows[-1]["updates"] > 50
 
-    other = train(replace(training, seed=1))
+    other = train(with_run(training, seed=1))
     same = set(one.learner) - differing(one.learner, other.learner)
     # What may be equal was never random: counts, fresh biases, fixed settings.
     assert all(one.learner[name].numel() == 1 or "bias" in name for name in same), same
@@ -143,7 +145,7 @@ REPLAYING: dict[str, Any] = {
     "norm_interval": 10,
     "replay_capacity": 80,
 }
-# Of Training, and of its actor.
+# Of Config, and of its actor.
 RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sac": ({"algo": sac_config(**REPLAYING, learn_temperature=True)}, {}),
     "ppo": ({"algo": ppo_config(rollout_steps=60, norm_interval=60, batch_size=20)}, {}),
@@ -153,7 +155,7 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def under(rule: str) -> Training:
+def under(rule: str) -> Config:
     """Two environments, 120 steps in epochs that end amid a rollout."""
     own, parts = RULES[rule]
     training = short(num_envs=2, total_steps=120, steps_per_epoch=50, eval_episodes=1)
@@ -192,7 +194,7 @@ def test_how_often_and_how_long_it_evaluates_changes_no_weight(
 ):
     """Bug 10."""
     training = short(encoder=encoder, num_envs=2, total_steps=120, eval_episodes=1)
-    plain, changed = train(training), train(replace(training, **change))
+    plain, changed = train(training), train(with_run(training, **change))
     check_same_training(plain, changed)
     assert len(changed.rows) == (4 if "steps_per_epoch" in change else 2)
     assert changed.rows[-1]["updates"] == plain.rows[-1]["updates"]
@@ -209,7 +211,7 @@ def seen(evaluation: Evaluation) -> list[Any]:
 @pytest.mark.parametrize("env", ENVS.values(), ids=ENVS.keys())
 def test_an_evaluation_moves_nothing_and_repeats_itself(env: EnvConfig, encoder: PopulationConfig):
     """Bug 10: normaliser, streams, environments, replay and the process's own randomness."""
-    training = small_training(env=env, encoder=encoder, num_envs=2, total_steps=95)
+    training = small_config(env=env, encoder=encoder, num_envs=2, total_steps=95)
     with closing(new_trainer(training)) as trainer:
         while trainer.step < 86:  # amid a norm_interval, so that observations are pending
             before = trainer.step
@@ -237,7 +239,7 @@ def test_an_evaluation_moves_nothing_and_repeats_itself(env: EnvConfig, encoder:
         assert first.activity is not None
 
         # The first episodes are the same ones however many follow, and however many run at once.
-        with closing(Evaluator(env, 2, training.seed)) as fewer:
+        with closing(Evaluator(env, 2, training.run.seed)) as fewer:
             few = fewer.run(trainer.policy, 1)
         if encoder is POPULATION:  # Poisson's draws are shared between episodes that run together
             np.testing.assert_allclose(few.returns, first.returns[:2], rtol=1e-4)
@@ -259,13 +261,13 @@ def test_stopping_to_look_changes_nothing():
     training = short(total_steps=120, steps_per_epoch=40)
     whole, part = train(training), train(training, upto=2)
     assert part.rows == whole.rows[:2]
-    shorter = train(replace(training, total_steps=80))
+    shorter = train(with_run(training, total_steps=80))
     check_same_training(part, shorter)
 
 
-def run_only(training: Training, look: Callable[[Trainer], None]) -> dict[str, Tensor]:
+def run_only(training: Config, look: Callable[[Trainer], None]) -> dict[str, Tensor]:
     with closing(new_trainer(training)) as trainer:
-        list(trainer.epochs(on_burst=lambda progress: look(trainer)))
+        list(trainer.epochs(on_updates=lambda progress: look(trainer)))
         return copy.deepcopy(trainer.learner_state())
 
 

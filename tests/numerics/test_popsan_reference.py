@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from builders import CUBA_LIF, POPULATION, RATE, popsan, popsan_config, td3_config, twin_critic
+from published import MODEL, STATS, needs_published_policy
 
 from spikerl.algos.td3 import TD3
 from spikerl.envs.make import EnvConfig, make_env, task_of
@@ -19,10 +20,7 @@ from spikerl.models.policy import Policy
 from spikerl.training.evaluator import Evaluator
 from spikerl.types import Batch
 
-REFERENCE = Path(__file__).resolve().parents[2].parent / "shared" / "reference"
-pytestmark = pytest.mark.skipif(
-    not REFERENCE.is_dir(), reason="the reference data is not beside this checkout"
-)
+REFERENCE = Path(__file__).parents[1] / "reference"
 
 
 def state(data: np.lib.npyio.NpzFile, prefix: str) -> dict[str, torch.Tensor]:
@@ -79,7 +77,7 @@ def test_ten_td3_updates() -> None:
             for k in ("obs", "next_obs", "action", "reward", "terminated")
         )
         discount = torch.full_like(rew, 0.99)
-        metrics = td3.update(Batch(obs, act, rew, next_obs, terminated > 0, discount))
+        metrics = td3.learn(Batch(obs, act, rew, next_obs, terminated > 0, discount), 1)[0]
         assert float(metrics["critic_loss"]) == pytest.approx(data["critic_loss"][i], abs=1e-5)
         if "actor_loss" in metrics:
             actor_losses.append(float(metrics["actor_loss"]))
@@ -98,18 +96,15 @@ def test_ten_td3_updates() -> None:
 
 @pytest.fixture(scope="module")
 def imported() -> Policy:
-    folder = REFERENCE / "popsan_halfcheetah"
     config = ActorConfig(
         actor=popsan_config([256, 256]),
         encoder=POPULATION,
         neuron=CUBA_LIF,
         decoder=RATE,
     )
-    stats = read_stats(folder / "model0_e100_mean_var.p")
     env = make_env(HALF_CHEETAH)
-    model = folder / "model0_e100.pt"
-    foreign = recognise(read_weights(model), model)
-    return policy_of(foreign, config, task_of(env), stats, 3.0)
+    foreign = recognise(read_weights(MODEL), MODEL)
+    return policy_of(foreign, config, task_of(env), read_stats(STATS), 3.0)
 
 
 HALF_CHEETAH = EnvConfig(
@@ -121,6 +116,7 @@ HALF_CHEETAH = EnvConfig(
 )
 
 
+@needs_published_policy
 def test_authors_policy_scores_what_it_scored(imported: Policy) -> None:
     """The public code returns 9 929 over five episodes."""
     evaluator = Evaluator(HALF_CHEETAH, 10, run_seed=0)
@@ -133,6 +129,7 @@ def test_authors_policy_scores_what_it_scored(imported: Policy) -> None:
     assert result.activity.layers == pytest.approx([0.20, 0.33, 0.51, 0.71], abs=0.01)
 
 
+@needs_published_policy
 def test_authors_policy_acts_as_public_code_does(imported: Policy) -> None:
     """Actions agree to 1e-5 wherever no membrane is within 1e-5 of its threshold.
 

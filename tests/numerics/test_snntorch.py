@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import snntorch
 import torch
-from builders import CUBA_LIF, lif_config, plif_config
+from builders import CUBA_LIF, lif_config, neuron_of, plif_config
 from snntorch import surrogate
 from torch import Tensor, nn
 
-from spikerl.snn.neurons import CubaLIFConfig, Neuron, NeuronConfig, build_neuron
+from spikerl.snn.neurons import CubaLIFConfig, Neuron, NeuronConfig
 
 SURROGATE = {
     "sigmoid": surrogate.sigmoid(4.0),
@@ -33,8 +33,8 @@ MECHANISM = {"hard": "zero", "soft": "subtract"}
 def make(name: str, **changes: Any) -> Neuron:
     settings = {"surrogate_window": 100.0, "surrogate_slope": 4.0, "voltage_decay": 0.8} | changes
     if name == "cuba_lif":
-        return build_neuron(CubaLIFConfig(**(vars(CUBA_LIF) | settings)))
-    return build_neuron(lif_config(**settings) if name == "lif" else plif_config(**settings))
+        return neuron_of(CubaLIFConfig(**(vars(CUBA_LIF) | settings)))
+    return neuron_of(lif_config(**settings) if name == "lif" else plif_config(**settings))
 
 
 def theirs(config: NeuronConfig, beta: Tensor, *, reset_delay: bool = False) -> nn.Module:

@@ -106,8 +106,8 @@ def ppo(**given: Any) -> PPO:
 
 def test_a_gaussian() -> None:
     ours, mean, act = ppo(), random(50, 2).float(), random(50, 2, seed=1).float()
-    theirs = DiagGaussianDistribution(2).proba_distribution(mean, ours.head.value_A.detach())
-    logp = ours.logp(mean, act).detach()
+    theirs = DiagGaussianDistribution(2).proba_distribution(mean, ours.log_std.value_A.detach())
+    logp = ours.log_prob(mean, act).detach()
     assert logp.shape == (50, 2)
     torch.testing.assert_close(logp.sum(1), theirs.log_prob(act))
 
@@ -175,7 +175,7 @@ def test_a_rollouts_updates(target_kl: float | None, monkeypatch: pytest.MonkeyP
         return (order % ENVS * STEPS + order // ENVS).numpy()
 
     monkeypatch.setattr(np.random, "permutation", permutation)
-    found = ours.burst(replay, 12, 25, draw, lambda obs: obs)
+    found = ours.train(replay, 12, 25, draw, lambda obs: obs)
     theirs.train()
     logged = theirs.logger.name_to_value
     assert len(found) == 12 if target_kl is None else 2 < len(found) < 12
@@ -192,10 +192,10 @@ def test_a_rollouts_updates(target_kl: float | None, monkeypatch: pytest.MonkeyP
         loss = logged["train/policy_gradient_loss"] + 0.01 * logged["train/entropy_loss"]
         assert of("actor_loss") == pytest.approx(loss, rel=1e-3)
     close = {"rtol": 1e-3, "atol": 1e-4}
-    torch.testing.assert_close(ours.head.value_A, policy.log_std, **close)
-    torch.testing.assert_close(ours.step_actor.flat, flat(nn.Sequential(*mean)), **close)
+    torch.testing.assert_close(ours.log_std.value_A, policy.log_std, **close)
+    torch.testing.assert_close(ours.actor_optimizer.flat, flat(nn.Sequential(*mean)), **close)
     values = nn.ModuleList([nn.Sequential(*value)])
-    torch.testing.assert_close(ours.step_critic.flat, flat(values), **close)
+    torch.testing.assert_close(ours.critic_optimizer.flat, flat(values), **close)
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -246,21 +246,21 @@ def test_updates_of_replayed_rows(learned: bool, monkeypatch: pytest.MonkeyPatch
             batch.obs, batch.act, batch.next_obs, end.unsqueeze(1), rew.unsqueeze(1)
         )
         monkeypatch.setattr(theirs.replay_buffer, "sample", lambda *_, rows=rows, **__: rows)
-        found = {name: float(value) for name, value in ours.update(batch).items()}
+        found = {name: float(value) for name, value in ours.learn(batch, 1)[0].items()}
         theirs.train(1)
         logged = theirs.logger.name_to_value
         assert found["critic_loss"] == pytest.approx(2.0 * logged["train/critic_loss"], rel=1e-3)
         assert found["actor_loss"] == pytest.approx(logged["train/actor_loss"], rel=1e-3)
         assert found["temperature"] == pytest.approx(logged["train/ent_coef"], rel=1e-5)
         if learned:
-            price = float(ours.step_temperature.gradient.loss)
+            price = float(ours.optimizers["temperature"].gradient.loss)
             assert price == pytest.approx(logged["train/ent_coef_loss"], rel=1e-3)
     close = {"rtol": 1e-3, "atol": 1e-4}
     q, q_target = (nn.ModuleList(nets.q_networks) for nets in (theirs.critic, theirs.critic_target))
-    torch.testing.assert_close(ours.step_critic.flat, flat(q), **close)
-    torch.testing.assert_close(ours.critic_target_flat, flat(q_target), **close)
+    torch.testing.assert_close(ours.critic_optimizer.flat, flat(q), **close)
+    torch.testing.assert_close(ours.targets["critic"], flat(q_target), **close)
     both = nn.Linear(12, 4)
     both.weight.data = torch.cat([pi.mu.weight, pi.log_std.weight]).detach()
     both.bias.data = torch.cat([pi.mu.bias, pi.log_std.bias]).detach()
     their_actor = flat(nn.Sequential(*linears(pi.latent_pi), both))
-    torch.testing.assert_close(ours.step_actor.flat, their_actor, **close)
+    torch.testing.assert_close(ours.actor_optimizer.flat, their_actor, **close)

@@ -118,7 +118,8 @@ def test_a_whole_update_is_the_references(kernel: str, kind: str) -> None:
         error = float((ours.state()[name] - value).double().norm())
         assert error <= 1e-4 * float(value.double().norm()), name
     vectors = [
-        (t.step_critic.gradient.vector, t.step_actor.gradient.vector) for t in (ours, theirs)
+        (t.critic_optimizer.gradient.vector, t.actor_optimizer.gradient.vector)
+        for t in (ours, theirs)
     ]
     for one, other in zip(*vectors, strict=True):
         assert float((one - other).norm()) <= 1e-3 * float(other.norm())

@@ -11,14 +11,22 @@ import pytest
 from omegaconf import OmegaConf
 from shell import refusal
 
-from spikerl.config import build as configs
-from spikerl.config.build import ACTOR_GROUPS, build
+from spikerl.algos import ALGOS
+from spikerl.config.build import RunConfig, build
 from spikerl.config.yaml_file import conf_folder
+from spikerl.distributed.world import BACKENDS
+from spikerl.energy.meter import METERS
 from spikerl.envs.make import EnvConfig
 from spikerl.errors import BadRequest
+from spikerl.kernels import KERNELS
 from spikerl.kernels import build as native
 from spikerl.machine import cores
-from spikerl.models.policy import ACTORS, DECODERS, ENCODERS, NEURONS
+from spikerl.models.actor import ACTORS
+from spikerl.models.precision import PRECISIONS
+from spikerl.schema import Registry
+from spikerl.snn.decoders import DECODERS
+from spikerl.snn.encoders import ENCODERS
+from spikerl.snn.neurons import NEURONS
 
 TINY = 1e-300
 # For each number: values just inside its bounds, and just outside.
@@ -93,19 +101,14 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "algo.log_std": ([-1.0, 0.5], [math.nan]),
     "algo.target_kl": ([TINY, None], [0.0]),
 }
+GROUPS: list[Registry[Any, Any]] = [
+    ACTORS, ENCODERS, NEURONS, DECODERS, ALGOS, PRECISIONS, KERNELS, BACKENDS, METERS
+]  # fmt: skip
 OPTIONS: dict[str, dict[str, type[Any]]] = {
-    "actor": ACTORS,
-    "encoder": ENCODERS,
-    "neuron": NEURONS,
-    "decoder": DECODERS,
-    "algo": configs.ALGOS,
-    "precision": configs.PRECISIONS,
-    "kernel": configs.KERNELS,
-    "backend": configs.BACKENDS,
-    "energy": configs.METERS,
+    group.group: {name: config for name, (config, _) in group.options.items()} for group in GROUPS
 }
 SCHEMAS: dict[str, list[type[Any]]] = {
-    "": [configs.Scalars],
+    "": [RunConfig],
     "env.": [EnvConfig],
     **{f"{group}.": list(options.values()) for group, options in OPTIONS.items()},
 }
@@ -171,7 +174,7 @@ def test_bounds(default: dict[str, Any], key: str) -> None:
 def test_the_dense_actor_has_the_same_bounds(default: dict[str, Any]) -> None:
     mlp = {"name": "mlp", "hidden_sizes": [8], "lr": 1e-3}
     config = build(changed(default, actor=mlp))
-    assert [getattr(config.actor, g) for g in ACTOR_GROUPS[1:]] == [None] * 3
+    assert [getattr(config.actor, g) for g in ("encoder", "neuron", "decoder")] == [None] * 3
     for key in ("hidden_sizes", "lr"):
         for value in BOUNDS[f"actor.{key}"][1]:
             with pytest.raises(BadRequest, match=rf"^actor\.{key}="):
@@ -181,40 +184,39 @@ def test_the_dense_actor_has_the_same_bounds(default: dict[str, Any]) -> None:
 def test_training_gets_what_was_asked_for(default: dict[str, Any]) -> None:
     asked = {"seed": 11, "total_steps": 12, "steps_per_epoch": 13, "eval_episodes": 14,
              "num_envs": 6, "scaling": "weak", "world_size": 2}  # fmt: skip
-    training = build(changed(default, **asked, device="cpu", algo__gamma=0.25)).training()
-    assert {key: getattr(training, key) for key in asked if key != "world_size"} == {
-        key: value for key, value in asked.items() if key != "world_size"
-    }
-    assert training.algo.gamma == 0.25
-    assert str(training.device) == "cpu"
+    config = build(changed(default, **asked, device="cpu", algo__gamma=0.25))
+    assert {key: getattr(config.run, key) for key in asked} == asked
+    assert (config.num_envs, config.world_size) == (6, 2)
+    assert config.algo.gamma == 0.25
+    assert config.resolved.device.choice == "cpu"
 
 
 def test_one_environment_for_each_worker(default: dict[str, Any]) -> None:
-    assert build(default).training().num_envs == 1
-    assert build(changed(default, world_size=3)).training().num_envs == 3
+    assert build(default).num_envs == 1
+    assert build(changed(default, world_size=3)).num_envs == 3
 
 
 def test_why_layer_by_layer(default: dict[str, Any]) -> None:
     reasons = [
-        build(changed(default, device="cpu", **change)).kernel.reason
+        build(changed(default, device="cpu", **change)).resolved.kernel.reason
         for change in ({}, {"neuron__reset": "soft"}, {"precision__actor": "bf16"})
     ]
     assert reasons == [
         "a C++ compiler is there",
-        "a C++ compiler is there; layer by layer, for neuron.reset=soft, neuron.surrogate=rect are"
-        " PyTorch's",
-        "a C++ compiler is there; layer by layer, for the actor's products are bfloat16",
+        "a C++ compiler is there; layer by layer because of neuron.reset=soft and"
+        " neuron.surrogate=rect, which run in PyTorch",
+        "a C++ compiler is there; layer by layer because of products in bfloat16",
     ]
 
 
 def test_what_auto_came_to(default: dict[str, Any]) -> None:
-    config = build(changed(default, device="cpu"))
-    assert config.device == ("cpu", "requested")
-    assert config.kernel.choice == f"cpu/{native.supported_paths()[0]}"
-    assert config.backend.choice == "none"
-    assert config.threads == (str(cores()), f"{cores()} cores over 1 workers")
-    assert build(changed(default, threads=3)).threads == ("3", "requested")
-    many = build(changed(default, device="cpu", world_size=10 * cores()))
+    chosen = build(changed(default, device="cpu")).resolved
+    assert chosen.device == ("cpu", "requested")
+    assert chosen.kernel.choice == f"cpu/{native.supported_paths()[0]}"
+    assert chosen.backend.choice == "none"
+    assert chosen.threads == (str(cores()), f"{cores()} cores over 1 workers")
+    assert build(changed(default, threads=3)).resolved.threads == ("3", "requested")
+    many = build(changed(default, device="cpu", world_size=10 * cores())).resolved
     assert many.threads.choice == "1"
     assert many.backend.choice == "gloo"
 

@@ -156,7 +156,7 @@ def test_out_of_range(default: DictConfig, key: str, value: str) -> None:
 def shell(*args: str, **environment: str) -> str:
     """What the program prints, run as a shell runs it; it must not have imported torch."""
     code = (
-        "import sys; from spikerl import cli; status = cli.run(sys.argv[1:]);"
+        "import sys; from spikerl.cli import main as cli; status = cli.run(sys.argv[1:]);"
         " assert 'torch' not in sys.modules, 'torch'; sys.exit(status)"
     )
     done = subprocess.run(

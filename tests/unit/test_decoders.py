@@ -11,17 +11,21 @@ from builders import POPULATION, RATE, fill, lif_config, membrane_config, popsan
 
 from spikerl.kernels import reference
 from spikerl.snn.decoders import (
+    DECODERS,
     Decoder,
     DecoderConfig,
     LearnedDecoder,
     MembraneDecoder,
-    build_decoder,
 )
 from spikerl.snn.encoders import EncoderConfig
 
 
+def built(config: DecoderConfig, act_dim: int, hidden: int, spike_steps: int) -> Decoder:
+    return DECODERS.part(config)(config, act_dim, hidden, spike_steps)
+
+
 def test_rate_decoder_reads_each_population_alone() -> None:
-    decoder = build_decoder(RATE, 2, 5, 5)
+    decoder = built(RATE, 2, 5, 5)
     fill(decoder, {"weight_AP": [list(range(10)), list(range(10, 20))], "bias_A": [0.5, -1.0]})
     rate = torch.zeros(1, 20)
     rate[0, 3], rate[0, 12] = 0.25, 0.5
@@ -30,7 +34,7 @@ def test_rate_decoder_reads_each_population_alone() -> None:
 
 def membrane(read: str, decay: float) -> Decoder:
     config = membrane_config(pop_size=2, read=read, voltage_decay=decay)
-    made = build_decoder(config, 2, 5, 3)
+    made = built(config, 2, 5, 3)
     assert type(made) is MembraneDecoder
     fill(made, {"weight_AP": [[1.0, -2.0], [0.5, 0.25]], "bias_A": [0.25, -0.5]})
     return made
@@ -98,7 +102,7 @@ def test_lateral_connections_by_hand() -> None:
 
 def test_learned_decoder_by_hand() -> None:
     """Two neurons, two spike steps: the rows of the first map are (t, n) = 00, 01, 10, 11."""
-    made = build_decoder(DecoderConfig(name="learned"), 1, 2, 2)
+    made = built(DecoderConfig(name="learned"), 1, 2, 2)
     assert isinstance(made, LearnedDecoder)
     over_time = [[1, 10], [2, 20], [3, 30], [4, 40]]
     fill(made.over_time, {"weight_IN": over_time, "bias_N": [0.5, 0.0]})
@@ -110,7 +114,7 @@ def test_learned_decoder_by_hand() -> None:
 
 
 def test_linear_decoder_by_hand() -> None:
-    made = build_decoder(DecoderConfig(name="linear"), 2, 2, 4)
+    made = built(DecoderConfig(name="linear"), 2, 2, 4)
     fill(made, {"map.weight_IN": [[1.0, 2.0], [4.0, 8.0]], "map.bias_N": [0.5, 0.0]})
     spikes = torch.tensor([[[1.0, 0.0]], [[1.0, 1.0]], [[0.0, 0.0]], [[0.0, 0.0]]])
     assert made(spikes).tolist() == [[0.5 + 0.5 + 4 * 0.25, 2 * 0.5 + 8 * 0.25]]

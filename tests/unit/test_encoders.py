@@ -11,15 +11,26 @@ from builders import POISSON, POPULATION, fill, lif_config, popsan
 from torch import Tensor
 
 from spikerl.kernels import reference
-from spikerl.snn.encoders import EncoderConfig, PopulationConfig, PopulationEncoder, build_encoder
+from spikerl.snn.encoders import (
+    ENCODERS,
+    Encoder,
+    EncoderConfig,
+    PoissonEncoder,
+    PopulationConfig,
+    PopulationEncoder,
+)
 
 
 def encoder(obs_dim: int, config: PopulationConfig) -> PopulationEncoder:
-    return PopulationEncoder(obs_dim, config).double()
+    return PopulationEncoder(config, obs_dim, 5).double()
+
+
+def built(config: EncoderConfig, obs_dim: int, spike_steps: int) -> Encoder:
+    return ENCODERS.part(config)(config, obs_dim, spike_steps)
 
 
 def test_population_centres_and_widths() -> None:
-    made = PopulationEncoder(2, POPULATION)
+    made = PopulationEncoder(POPULATION, 2, 5)
     expected = [-3.0 + 6.0 * i / 9 for i in range(10)]
     for row in made.mean_OP:
         assert row.tolist() == pytest.approx(expected, abs=1e-6)
@@ -68,7 +79,7 @@ def test_straight_through_gradient() -> None:
 
 
 def test_poisson_rates_follow_the_activity_and_its_generator() -> None:
-    made = PopulationEncoder(1, POISSON)
+    made = PoissonEncoder(POISSON, 1, 5)
     obs = torch.full((4000, 1), 0.2)
     spikes = made(obs, 5, torch.Generator().manual_seed(1)).detach()
     again = made(obs, 5, torch.Generator().manual_seed(1)).detach()
@@ -84,7 +95,7 @@ def test_poisson_rates_follow_the_activity_and_its_generator() -> None:
 
 
 def test_poisson_gradient_reaches_the_activity_unchanged() -> None:
-    made = PopulationEncoder(1, POISSON)
+    made = PoissonEncoder(POISSON, 1, 5)
     obs = torch.full((1, 1), 0.2, requires_grad=True)
     made(obs, 5, torch.Generator().manual_seed(1)).sum().backward()
     direct = torch.full((1, 1), 0.2, requires_grad=True)
@@ -96,15 +107,15 @@ def test_poisson_gradient_reaches_the_activity_unchanged() -> None:
 
 def test_poisson_never_touches_the_global_generator() -> None:
     before = torch.get_rng_state()
-    PopulationEncoder(1, POISSON)(torch.zeros(1, 1), 5, torch.Generator().manual_seed(0))
+    PoissonEncoder(POISSON, 1, 5)(torch.zeros(1, 1), 5, torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_tanh_population_is_that_of_a_squashed_observation() -> None:
     config = replace(POPULATION, name="tanh_population", mean_range=[-1.0, 1.0], var=0.05)
     obs = 2.0 * torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
-    made = build_encoder(config, 3, 5)
-    plain = PopulationEncoder(3, replace(config, name="population"))
+    made = built(config, 3, 5)
+    plain = PopulationEncoder(replace(config, name="population"), 3, 5)
     spikes = made(obs, 5, None)
     assert torch.equal(spikes, plain(torch.tanh(obs), 5, None))
     assert not torch.equal(spikes, plain(obs, 5, None))
@@ -129,7 +140,7 @@ def test_analog_is_the_activity_as_a_current() -> None:
 
 def test_direct_is_the_observation() -> None:
     obs = torch.tensor([[0.5, -2.0], [0.0, 3.0]])
-    made = build_encoder(EncoderConfig(name="direct"), 2, 5)
+    made = built(EncoderConfig(name="direct"), 2, 5)
     assert torch.equal(made(obs, 5, None), obs.unsqueeze(0))
     assert made.outputs == 2
     assert not list(made.parameters())
@@ -137,7 +148,7 @@ def test_direct_is_the_observation() -> None:
 
 def test_learned_encoder_by_hand() -> None:
     """Two entries, three spike steps: the map's outputs 0 and 1 go to the first step, and so on."""
-    made = build_encoder(EncoderConfig(name="learned"), 2, 3)
+    made = built(EncoderConfig(name="learned"), 2, 3)
     weight = [[1, 2, 3, 4, 5, 6], [10, 20, 30, 40, 50, 60]]
     fill(made, {"map.weight_IN": weight, "map.bias_N": [0.5, 0.0, 0.0, 0.0, 0.0, -0.5]})
     obs = torch.tensor([[1.0, 0.0], [2.0, 1.0]])

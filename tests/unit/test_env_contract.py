@@ -12,7 +12,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from builders import small_training
+from builders import small_config
 from transitions_env import COUNTER, CounterEnv, registered
 
 from spikerl.envs import vector as envs
@@ -67,7 +67,7 @@ ODD = {
 
 @contextmanager
 def trainer_of(env: EnvConfig, **settings: Any) -> Iterator[Trainer]:
-    training = small_training(env=env, eval_episodes=1, learning_starts=5, **settings)
+    training = small_config(env=env, eval_episodes=1, learning_starts=5, **settings)
     with closing(make_env(env)) as one:
         task = task_of(one)
     with closing(Trainer(training, task)) as trainer:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from published import MODEL, STATS, needs_published_policy
 from shell import SHORT, Said, spikerl, tree
 
 from spikerl import load_policy
 from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.models.foreign import POPSAN_OBSERVATIONS
 
-REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "popsan_halfcheetah"
 Weights = dict[str, np.ndarray]
 
 
@@ -141,14 +141,13 @@ def test_it_acts_as_the_equations_say(files: Path, seed: int) -> None:
     agrees(files / "run", {k: w.double().numpy() for k, w in weights.items()}, mean, var, 2.0)
 
 
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference data is not beside this checkout")
+@needs_published_policy
 def test_the_published_policy(tmp_path: Path) -> None:
-    model, stats = REFERENCE / "model0_e100.pt", REFERENCE / "model0_e100_mean_var.p"
     run = tmp_path / "run"
-    args = [f"popsan={model}", f"stats={stats}", "env=HalfCheetah", f"run_dir={run}"]
+    args = [f"popsan={MODEL}", f"stats={STATS}", "env=HalfCheetah", f"run_dir={run}"]
     assert spikerl("import", *args).status == 0
-    state = torch.load(model, map_location="cpu", weights_only=True)
-    mean, var = (np.asarray(a, np.float64) for a in pickle.loads(stats.read_bytes()))
+    state = torch.load(MODEL, map_location="cpu", weights_only=True)
+    mean, var = (np.asarray(a, np.float64) for a in pickle.loads(STATS.read_bytes()))
     agrees(run, {k: w.double().numpy() for k, w in state.items()}, mean, var, 1.0)
 
 

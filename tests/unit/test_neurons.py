@@ -12,6 +12,7 @@ from builders import (
     alif_config,
     dynamic_config,
     lif_config,
+    neuron_of,
     plif_config,
     popsan,
 )
@@ -20,12 +21,12 @@ from torch import Tensor
 from spikerl.errors import BadRequest
 from spikerl.kernels import reference
 from spikerl.snn.encoders import PopulationEncoder
-from spikerl.snn.neurons import CubaLIFConfig, NeuronConfig, State, build_neuron
+from spikerl.snn.neurons import CubaLIFConfig, NeuronConfig, State
 
 
 @torch.no_grad()
 def run(drive_T: list[float], config: NeuronConfig = CUBA_LIF) -> list[State]:
-    neuron = build_neuron(config).double()
+    neuron = neuron_of(config).double()
     states = []
     state = neuron.initial(torch.zeros(1, 1, dtype=torch.float64))
     for drive in drive_T:
@@ -86,7 +87,7 @@ def test_plif_by_hand() -> None:
     states = run([0.25, 0.5, 0.25, 0.25], plif_config())
     assert voltages(states) == [0.25, 0.625, 0.25, 0.375]
     assert fired(states) == [0.0, 1.0, 0.0, 0.0]
-    decay = build_neuron(plif_config(voltage_decay=0.75)).get_parameter("decay_logit")
+    decay = neuron_of(plif_config(voltage_decay=0.75)).get_parameter("decay_logit")
     assert torch.sigmoid(decay).item() == pytest.approx(0.75)
 
 
@@ -134,7 +135,7 @@ def test_gradient_through_time_by_hand() -> None:
     Through the membrane and current: 0.75 + 0.5. Through the reset: -0.75 v1 times do1/dv1 = 1.
     """
     x1, x2 = drives(0.25, 0.1)
-    neuron = build_neuron(CUBA_LIF)
+    neuron = neuron_of(CUBA_LIF)
     neuron.step(x2, neuron.step(x1, neuron.initial(x1))).spikes_BN.sum().backward()
     assert slope(x1) == 0.75 + 0.5 - 0.75 * 0.25
 
@@ -153,7 +154,7 @@ def test_gradient_of_a_learned_decay_by_hand(
 ) -> None:
     """Of o3, by s = sigmoid(w) and by x1; all voltages are inside the window, where do/dv = 1."""
     xs = drives(*values)
-    neuron = build_neuron(plif_config(reset=reset)).double()
+    neuron = neuron_of(plif_config(reset=reset)).double()
     state = neuron.initial(xs[0])
     for x in xs:
         state = neuron.step(x, state)
@@ -165,7 +166,7 @@ def test_gradient_of_a_learned_decay_by_hand(
 def test_gradient_through_an_adaptation_by_hand() -> None:
     """A first spike would lower o2 through the reset, by v1/2, and by the raised threshold, 1/2."""
     x1, x2 = drives(0.25, 0.5)
-    neuron = build_neuron(alif_config())
+    neuron = neuron_of(alif_config())
     neuron.step(x2, neuron.step(x1, neuron.initial(x1))).spikes_BN.sum().backward()
     assert slope(x1) == 0.5 * (1.0 - 0.25) - 0.5
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import popsan, ppo_config, small_training
+from builders import popsan, ppo_config, small_config
 from plain import descend, flat, float64, length, q_networks
 from torch import Tensor, nn
 from torch.distributions import Normal
@@ -90,20 +90,20 @@ def advantages(rollout: Rollout, value: nn.Module, trace: float) -> tuple[Tensor
 def minibatches(ppo: PPO, patch: pytest.MonkeyPatch, rollout: Rollout) -> list[Tensor]:
     """The numbers of the rows of every update that it makes from now on."""
     obs, found = rollout.tensor(rollout.obs[:-1]), []
-    step = ppo.step
+    update = ppo.update
 
     def noting(rows: Rows) -> Any:
         found.append((rows.obs.unsqueeze(1) == obs).all(-1).nonzero()[:, 1])
-        return step(rows)
+        return update(rows)
 
-    patch.setattr(ppo, "step", noting)
+    patch.setattr(ppo, "update", noting)
     return found
 
 
 def burst(ppo: PPO, rollout: Rollout) -> list[dict[str, Tensor]]:
     due = ppo.config.updates_due(STEPS * ENVS, 1)
     draw = torch.Generator().manual_seed(1)
-    return ppo.burst(rollout.replay, due, ppo.config.batch_size, draw, Tensor.double)
+    return ppo.train(rollout.replay, due, ppo.config.batch_size, draw, Tensor.double)
 
 
 RULES: dict[str, dict[str, Any]] = {
@@ -171,9 +171,9 @@ def test_a_rollouts_updates_are_the_usual_ones(
         assert float(found[-1]["clip_fraction"]) > 0.0
         ours.check()
         for stepper, adam, weights in (
-            (ours.step_actor, pi_adam, flat(pi)),
-            (ours.step_critic, value_adam, flat(values)),
-            (ours.step_head, std_adam, log_std.detach()),
+            (ours.actor_optimizer, pi_adam, flat(pi)),
+            (ours.critic_optimizer, value_adam, flat(values)),
+            (ours.optimizers["log_std"], std_adam, log_std.detach()),
         ):
             torch.testing.assert_close(stepper.flat, weights, rtol=1e-6, atol=1e-8)
             gradient = stepper.gradient.vector[:-1].norm().item()
@@ -187,7 +187,7 @@ def test_every_row_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = minibatches(ppo, monkeypatch, rollout)
     draw = torch.Generator().manual_seed(1)
     for _ in range(2):
-        assert len(ppo.burst(rollout.replay, 9, 30, draw, Tensor.double)) == 9
+        assert len(ppo.train(rollout.replay, 9, 30, draw, Tensor.double)) == 9
     assert ppo.updates == 18
     assert [len(index) for index in chosen] == [34, 33, 33] * 6
     epochs = [torch.cat(chosen[i : i + 3]) for i in range(0, 18, 3)]
@@ -222,7 +222,7 @@ def test_updates_stop_at_the_first_divergence_beyond_the_target() -> None:
             stopped = learner(target_kl=0.999 * kl[k] / 1.5)
             found = burst(stopped, Rollout(stopped))
             assert [float(m["approx_kl"]) for m in found] == kl[:k]
-            assert stopped.updates == int(stopped.step_actor.moments.step) == k
+            assert stopped.updates == int(stopped.actor_optimizer.moments.step) == k
         generous = learner(target_kl=max(kl) / 1.5 * 1.01)
         assert len(burst(generous, Rollout(generous))) == 3 * EPOCHS
 
@@ -247,7 +247,7 @@ def test_what_would_not_be_learned_from(given: dict[str, Any], key: str) -> None
 def trainer_of(**given: Any) -> Iterator[Trainer]:
     """Rollouts of ten steps of two environments, which observe [step, episode]."""
     own = {"rollout_steps": 20, "norm_interval": 20, "batch_size": 10, "norm_clip": None}
-    training = small_training(
+    training = small_config(
         env=COUNTER, num_envs=2, total_steps=60, steps_per_epoch=60, eval_episodes=1
     )
     training = replace(training, algo=ppo_config(**(own | given)))

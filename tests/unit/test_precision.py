@@ -84,15 +84,15 @@ def test_updates_learn_in_low_precision(name: str, actor: str) -> None:
         obs = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
         done = torch.ones(64, dtype=torch.bool)
         b = Batch(obs, obs[:, :1].clamp(-1, 1), obs.sum(1), obs, done, torch.full((64,), 0.9))
-        first = float(td3.update(b)["critic_loss"])
+        first = float(td3.learn(b, 1)[0]["critic_loss"])
         for _ in range(150):
-            last = float(td3.update(b)["critic_loss"])
+            last = float(td3.learn(b, 1)[0]["critic_loss"])
         td3.check()
         losses[which] = last / first
-        for stepper in (td3.step_actor, td3.step_critic):
+        for stepper in (td3.actor_optimizer, td3.critic_optimizer):
             state = stepper.state()
             assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
-            assert int(state["step"]) == (151 if stepper is td3.step_critic else 76)
+            assert int(state["step"]) == (151 if stepper is td3.critic_optimizer else 76)
     assert losses["fp32"] < 0.05
     assert losses[name] < 0.07
 

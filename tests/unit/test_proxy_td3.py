@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from spikerl.algos.proxy_td3 import ProxyTD3
 from spikerl.algos.replay import Replay
 from spikerl.kernels import build as native
+from spikerl.kernels import reference
+from spikerl.kernels.gradient import Gradient
+from spikerl.kernels.reference import DenseNet
 from spikerl.models.actor import Actor, ActorConfig, MLPActor, MLPConfig, build_actor
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
@@ -116,7 +119,7 @@ def test_six_updates_are_the_usual_ones(kind: str, steps: int, first: int) -> No
         for number, batch in enumerate(each):
             expected = pytest.approx(usual.update(number, cut(batch, ROWS)), rel=1e-6)
             assert {k: float(v) for k, v in found[number].items()} == expected
-            assert {k: float(v) for k, v in alone.update(batch).items()} == expected
+            assert {k: float(v) for k, v in alone.learn(batch, 1)[0].items()} == expected
         nets: dict[str, nn.Module] = {"critic": usual.q, "actor": usual.pi, "proxy": usual.proxy}
         weights = {f"{name}.weights": flat(net) for name, net in nets.items()}
         weights["target.critic"] = flat(usual.q_target)
@@ -126,7 +129,7 @@ def test_six_updates_are_the_usual_ones(kind: str, steps: int, first: int) -> No
             assert ours.updates == 6
             for name, tensor in weights.items():
                 torch.testing.assert_close(ours.state()[name], tensor, rtol=1e-6, atol=1e-8)
-            steppers = (ours.step_critic, ours.step_actor, ours.step_proxy)
+            steppers = (ours.critic_optimizer, ours.actor_optimizer, ours.optimizers["proxy"])
             lengths = [stepper.gradient.vector[:-1].norm().item() for stepper in steppers]
             assert lengths == pytest.approx([length(adam) for adam in adams], rel=1e-5)
 
@@ -158,16 +161,19 @@ def test_it_imitates_what_acts(monkeypatch: pytest.MonkeyPatch) -> None:
         actor, Critics(3, 2, [8]), proxy_td3_config(), actor_lr=1e-3, generator=generator
     )
     for seed in range(3):  # the moments have begun to move
-        td3.update(transitions(3 * ROWS, torch.float32, seed))
+        td3.learn(transitions(3 * ROWS, torch.float32, seed), 1)
     rows = transitions(3 * ROWS, torch.float32, 3)
     with torch.no_grad():
         expected = actor(rows.obs)
     goals: list[Tensor] = []
-    imitate = td3.mse_backward
-    monkeypatch.setattr(
-        td3, "mse_backward", lambda obs, now: goals.append(now) or imitate(obs, now)
-    )
-    td3.update(rows)
+    imitate = reference.mse_backward
+
+    def noting(net: DenseNet, obs: Tensor, goal: Tensor, into: Gradient) -> None:
+        goals.append(goal.clone())
+        imitate(net, obs, goal, into)
+
+    monkeypatch.setattr(reference, "mse_backward", noting)
+    td3.learn(rows, 1)
     assert torch.equal(torch.cat(goals), expected)
 
 
@@ -180,7 +186,7 @@ def test_a_burst_draws_its_batches_together(monkeypatch: pytest.MonkeyPatch) -> 
     drawn: list[int] = []
     sample = replay.sample
     monkeypatch.setattr(replay, "sample", lambda n, *args: drawn.append(n) or sample(n, *args))
-    found = td3.burst(replay, 50, 8, torch.Generator(), lambda x: x)
+    found = td3.train(replay, 50, 8, torch.Generator(), lambda x: x)
     assert drawn == [21 * 3 * 8, 21 * 3 * 8, 8 * 3 * 8]
     assert td3.updates == len(found) == 50
-    assert int(td3.step_proxy.moments.step) == 150
+    assert int(td3.optimizers["proxy"].moments.step) == 150

@@ -50,8 +50,8 @@ def learner(
     critic = Critics(3, 2, [24, 16], dtype=dtype, kernel=kernel)
     generator = torch.Generator().manual_seed(0)
     sac = SAC(actor, critic, config, actor_lr=2e-3, generator=generator)
-    if sac.head:
-        sac.head.dtype = dtype
+    if sac.log_std:
+        sac.log_std.dtype = dtype
     return sac
 
 
@@ -61,7 +61,7 @@ class Usual:
     def __init__(self, ours: SAC) -> None:
         self.c = c = ours.config
         self.pi = copy.deepcopy(ours.actor)
-        self.head = dense(ours.head) if ours.head else None
+        self.head = dense(ours.log_std) if ours.log_std else None
         self.q = q_networks(ours.critic)
         self.q_target = copy.deepcopy(self.q)
         self.log_alpha = torch.tensor([math.log(c.temperature)], requires_grad=True)
@@ -117,8 +117,12 @@ class Usual:
 
 def lengths(sac: SAC) -> list[float]:
     """Of the gradients of the last update."""
-    steppers = [sac.step_critic, sac.step_actor, *([sac.step_head] if sac.head else [])]
-    steppers += [sac.step_temperature] * sac.config.learn_temperature
+    steppers = [
+        sac.critic_optimizer,
+        sac.actor_optimizer,
+        *([sac.optimizers["log_std"]] if sac.log_std else []),
+    ]
+    steppers += [sac.optimizers["temperature"]] * sac.config.learn_temperature
     return [stepper.gradient.vector[:-1].norm().item() for stepper in steppers]
 
 
@@ -146,7 +150,7 @@ def test_six_updates_are_the_usual_ones(kind: str, rule: str) -> None:
         ours, rows = learner(kind, **RULES[rule]), transitions(6 * 32, torch.float64)
         usual, close = Usual(ours), {"rtol": 1e-6, "atol": 1e-8}
         for number, batch in enumerate(cut(rows, 32)):
-            expected, found = usual.update(batch), ours.update(batch)
+            expected, found = usual.update(batch), ours.learn(batch, 1)[0]
             assert {k: float(v) for k, v in found.items()} == pytest.approx(expected, rel=1e-6)
             assert lengths(ours) == pytest.approx(usual.lengths(), rel=1e-5)
             if number in (0, 5):
@@ -204,7 +208,7 @@ def test_a_copy_that_explores_draws_from_the_policy(kind: str, log_std: str) -> 
         noise = torch.randn(128, 2, generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
             output = sac.actor.mean(rows.obs)
-            mean, raw = (output, sac.head.mean(rows.obs)) if sac.head else output.chunk(2, 1)
+            mean, raw = (output, sac.log_std.mean(rows.obs)) if sac.log_std else output.chunk(2, 1)
         expected = torch.tanh(mean + raw.clamp(LOW, HIGH).exp() * noise)
         assert (raw < LOW).any()
         assert (raw > HIGH).any()

@@ -1,4 +1,4 @@
-"""CheckedEnv data into dataclasses: what fits comes out typed, what does not is named."""
+"""Plain data into dataclasses: what fits comes out typed, what does not is named."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from shell import refusal
 
 from spikerl.errors import BadRequest
-from spikerl.schema import choose, parse
+from spikerl.schema import Registry, parse
 
 
 @dataclass(kw_only=True)
@@ -97,8 +97,20 @@ def test_a_dangling_reference() -> None:
     assert "\n" not in line
 
 
-def test_choose() -> None:
-    options: dict[str, type[Any]] = {"b": Part, "a": Part}
-    assert choose(options, FITS, key="part") == Part(**FITS)
+class Machine:
+    pass
+
+
+def test_a_registry() -> None:
+    """It refuses names that it does not have, and a second owner of one that it has."""
+    machines: Registry[Part, Machine] = Registry("part", b=(Part, Machine), a=(Part, Machine))
+    assert machines.parse(FITS) == Part(**FITS)
+    assert machines.part(Part(**FITS)) is Machine
     for data in ({"name": "c"}, {}, "a", None, ["a"]):
-        assert refusal(choose, options, data, key="part").args[2] == "one of a, b"
+        assert refusal(machines.parse, data).args[2] == "one of a, b"
+    machines.register("a", Part, Machine)  # the same once more
+    machines.register("c", Part, Machine)
+    assert machines.parse({**FITS, "name": "c"}) == Part(**{**FITS, "name": "c"})
+    with pytest.raises(ValueError, match="part=a is registered already"):
+        machines.register("a", Part, type("Another", (Machine,), {}))
+    assert machines.part(Part(**FITS)) is Machine

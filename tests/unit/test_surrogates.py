@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from builders import lif_config, popsan
+from builders import lif_config, neuron_of, popsan
 from torch import Tensor
 
-from spikerl.snn.neurons import build_neuron
 from spikerl.snn.surrogates import SURROGATES, derivative, reach, spike
 
 SMOOTH = [kind for kind in SURROGATES if kind != "rect"]
@@ -78,7 +77,7 @@ def test_reach_is_where_half_the_peak_is_left(kind: str, slope: float) -> None:
 
 @pytest.mark.parametrize("kind", SURROGATES)
 def test_a_gradient_passes_within_reach(kind: str) -> None:
-    neuron = build_neuron(lif_config(surrogate=kind, surrogate_window=0.25, surrogate_slope=3.0))
+    neuron = neuron_of(lif_config(surrogate=kind, surrogate_window=0.25, surrogate_slope=3.0))
     edge = 0.25 if kind == "rect" else reach(kind, 3.0)
     rest = neuron.initial(torch.zeros(1, 2))
     for side in (-1.0, 1.0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from builders import POISSON, popsan, td3_config, twin_critic
 from torch import Tensor, nn
 
-from spikerl.algos.base import Guard, Stepper, flatten
+from spikerl.algos.base import Guard, Optimizer, flatten
 from spikerl.algos.graphs import Graphed, Metrics
 from spikerl.algos.td3 import TD3
 from spikerl.errors import NonFinite
@@ -55,8 +56,8 @@ def learner(*, scales_loss: bool = False, **changes: object) -> TD3:
 
 
 def weights(td3: TD3) -> list[Tensor]:
-    flats = (td3.step_critic.flat, td3.step_actor.flat)
-    targets = (td3.critic_target_flat, td3.actor_target_flat)
+    flats = (td3.critic_optimizer.flat, td3.actor_optimizer.flat)
+    targets = (td3.targets["critic"], td3.targets["actor"])
     return [t.detach().clone() for t in (*flats, *targets)]
 
 
@@ -84,7 +85,7 @@ def test_critic_loss_is_the_textbook_formula() -> None:
         target = b.rew + 0.9 * (1.0 - b.terminated.float()) * torch.minimum(q1, q2)
         p1, p2 = before.critic(b.obs, b.act)
         expected = ((p1 - target) ** 2).mean() + ((p2 - target) ** 2).mean()
-    metrics = td3.update(b)
+    metrics = td3.learn(b, 1)[0]
     torch.testing.assert_close(metrics["critic_loss"], expected)
     torch.testing.assert_close(metrics["q_mean"], (p1.mean() + p2.mean()) / 2)
 
@@ -92,7 +93,7 @@ def test_critic_loss_is_the_textbook_formula() -> None:
 def test_actor_loss_uses_the_first_critic_after_its_step() -> None:
     td3, b = learner(target_noise=0.0), batch()
     before = copy.deepcopy(td3.actor)
-    metrics = td3.update(b)
+    metrics = td3.learn(b, 1)[0]
     with torch.no_grad():
         expected = -td3.critic(b.obs, before(b.obs))[0].mean()
     torch.testing.assert_close(metrics["actor_loss"], expected)
@@ -101,9 +102,15 @@ def test_actor_loss_uses_the_first_critic_after_its_step() -> None:
 def test_first_adam_step_has_the_learning_rates_size() -> None:
     """After one step Adam moves each entry by lr, against the gradient's sign."""
     td3, b = learner(target_noise=0.0), batch()
-    critic, actor = td3.step_critic.flat.detach().clone(), td3.step_actor.flat.detach().clone()
-    td3.update(b)
-    for stepper, before, lr in ((td3.step_critic, critic, 1e-3), (td3.step_actor, actor, 1e-3)):
+    critic, actor = (
+        td3.critic_optimizer.flat.detach().clone(),
+        td3.actor_optimizer.flat.detach().clone(),
+    )
+    td3.learn(b, 1)
+    for stepper, before, lr in (
+        (td3.critic_optimizer, critic, 1e-3),
+        (td3.actor_optimizer, actor, 1e-3),
+    ):
         grad = stepper.gradient.vector[:-1]
         solid = grad.abs() > 1e-5
         assert solid.sum() > 10
@@ -114,15 +121,15 @@ def test_first_adam_step_has_the_learning_rates_size() -> None:
 def test_actor_step_leaves_the_critic_alone() -> None:
     """The actor's loss passes through the critic, whose weights and gradient must not notice."""
     td3, b = learner(), batch()
-    td3.update(b)
-    before, grad = td3.step_critic.flat.detach().clone(), td3.step_critic.gradient.vector
+    td3.learn(b, 1)
+    before, grad = td3.critic_optimizer.flat.detach().clone(), td3.critic_optimizer.gradient.vector
     assert grad is not None
     grad_before = grad.clone()
     act, pull = td3.actor.vjp(b.obs, None)
-    into = td3.step_actor.gradient
+    into = td3.actor_optimizer.gradient
     pull(td3.critic.dq_da(b.obs, act, into), into)
-    td3.step_actor()
-    assert torch.equal(td3.step_critic.flat.detach(), before)
+    td3.actor_optimizer.step()
+    assert torch.equal(td3.critic_optimizer.flat.detach(), before)
     assert torch.equal(grad, grad_before)
     assert all(p.grad is None for p in td3.critic.parameters())
 
@@ -132,7 +139,7 @@ def test_delay_counts_from_the_first_update(delay: int) -> None:
     td3 = learner(policy_delay=delay)
     for update in range(7):
         before = weights(td3)
-        metrics = td3.update(batch(seed=update))
+        metrics = td3.learn(batch(seed=update), 1)[0]
         due = update % delay == 0
         assert ("actor_loss" in metrics) == due
         critic, actor, critic_target, actor_target = same(before, weights(td3))
@@ -144,21 +151,44 @@ def test_delay_counts_from_the_first_update(delay: int) -> None:
 def test_targets_move_by_exactly_tau() -> None:
     td3 = learner(tau=0.25)
     before = weights(td3)
-    td3.update(batch())
+    td3.learn(batch(), 1)
     now = weights(td3)
     torch.testing.assert_close(now[2], 0.75 * before[2] + 0.25 * now[0])
     torch.testing.assert_close(now[3], 0.75 * before[3] + 0.25 * now[1])
 
 
-def test_smoothing_noise_is_clipped_then_the_action_is() -> None:
-    td3 = learner(target_noise=1.0, noise_clip=0.5)
-    inner = td3.smooth(torch.zeros(4000, 2))
-    assert inner.abs().max() == 0.5
-    # P(|N(0,1)| >= .5) = .617 of the draws sit on a bound
-    assert float((inner.abs() == 0.5).float().mean()) == pytest.approx(0.617, abs=0.03)
-    assert td3.smooth(torch.full((4000, 2), 0.9)).max() == 1.0
-    narrow = learner(target_noise=0.1, noise_clip=0.5).smooth(torch.zeros(4000, 2))
-    assert float(narrow.std()) == pytest.approx(0.1, rel=0.05)
+def target_actions(td3: TD3, rows: Batch) -> list[Tensor]:
+    """What the target critics are asked about while it learns from `rows`."""
+    asked: list[Tensor] = []
+    td_target = td3.critic_target.td_target
+
+    def noting(rows: Batch, next_act: Tensor) -> Tensor:
+        asked.append(next_act.clone())
+        return td_target(rows, next_act)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(td3.critic_target, "td_target", noting)
+        td3.learn(rows, 1)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("action", "noise", "least", "most"),
+    [(0.0, 1.0, -0.5, 0.5), (0.9, 1.0, 0.4, 1.0), (0.0, 0.1, -0.5, 0.5)],
+)
+def test_smoothing_noise_is_clipped_then_the_action_is(
+    action: float, noise: float, least: float, most: float
+) -> None:
+    td3 = learner(target_noise=noise, noise_clip=0.5)
+    td3.targets["actor"].zero_()
+    td3.actor_target.layers[-1].bias_N.fill_(math.atanh(action))
+    (act,) = target_actions(td3, batch(4000))
+    if noise == 1.0:
+        assert (act.min().item(), act.max().item()) == pytest.approx((least, most), abs=1e-6)
+    if action == 0.0 and noise == 1.0:  # P(|N(0,1)| >= .5) = .617 of the draws sit on a bound
+        assert float((act.abs() == 0.5).float().mean()) == pytest.approx(0.617, abs=0.03)
+    if noise == 0.1:
+        assert float(act.std()) == pytest.approx(0.1, rel=0.05)
 
 
 def test_exploration_noise_is_independent_and_bounded() -> None:
@@ -175,8 +205,8 @@ def test_targets_start_equal_and_apart() -> None:
     online = weights(td3)
     assert torch.equal(online[0], online[2])
     assert torch.equal(online[1], online[3])
-    td3.step_critic.flat.data.add_(1.0)
-    assert not torch.equal(td3.step_critic.flat.detach(), td3.critic_target_flat)
+    td3.critic_optimizer.flat.data.add_(1.0)
+    assert not torch.equal(td3.critic_optimizer.flat.detach(), td3.targets["critic"])
     assert not any(p.requires_grad for p in td3.actor_target.parameters())
 
 
@@ -193,13 +223,13 @@ def test_flatten_makes_parameters_views() -> None:
 def test_gradient_clipping_by_hand() -> None:
     module = nn.Linear(2, 1, bias=False)
     guard = Guard("cpu", scales_loss=False)
-    step = Stepper(module, 0.1, guard, max_grad_norm=1.0)
+    step = Optimizer(module, 0.1, guard, max_grad_norm=1.0)
     gradient = step.gradient
-    gradient.take((module(torch.tensor([[3.0, 4.0]]))).sum())  # gradient (3, 4), norm 5
-    step()
+    gradient.differentiate((module(torch.tensor([[3.0, 4.0]]))).sum())  # gradient (3, 4), norm 5
+    step.step()
     torch.testing.assert_close(gradient.vector[:-1], torch.tensor([0.6, 0.8]))
-    gradient.take((module(torch.tensor([[0.3, 0.4]]))).sum())
-    step()  # within the bound: unchanged
+    gradient.differentiate((module(torch.tensor([[0.3, 0.4]]))).sum())
+    step.step()  # within the bound: unchanged
     torch.testing.assert_close(gradient.vector[:-1], torch.tensor([0.3, 0.4]))
 
 
@@ -207,14 +237,14 @@ def test_gradient_clipping_by_hand() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_never_reaches_the_weights(field: str, bad: float) -> None:
     td3 = learner()
-    td3.update(batch(seed=1))
+    td3.learn(batch(seed=1), 1)
     td3.check()
     before, moments = weights(td3), adam(td3)
     good = batch(seed=2)
     poisoned = getattr(good, field).clone()
     poisoned.flatten()[3] = bad
-    td3.update(good._replace(**{field: poisoned}))
-    td3.update(batch(seed=3))  # and everything after it is masked until somebody looks
+    td3.learn(good._replace(**{field: poisoned}), 1)
+    td3.learn(batch(seed=3), 1)  # and everything after it is masked until somebody looks
     assert all(same(before, weights(td3)))
     assert all(same(moments, adam(td3)))
     with pytest.raises(NonFinite, match="update 1:"):
@@ -224,10 +254,10 @@ def test_non_finite_never_reaches_the_weights(field: str, bad: float) -> None:
 def test_an_infinite_loss_is_bad_even_where_its_gradient_is_not() -> None:
     module = nn.Linear(2, 1)
     guard = Guard("cpu", scales_loss=False)
-    step = Stepper(module, 0.1, guard)
+    step = Optimizer(module, 0.1, guard)
     before = step.flat.detach().clone()
-    step.gradient.take(module(torch.ones(1, 2)).sum() + float("inf"))
-    step()
+    step.gradient.differentiate(module(torch.ones(1, 2)).sum() + float("inf"))
+    step.step()
     guard.close()
     assert torch.equal(step.flat.detach(), before)
     with pytest.raises(NonFinite, match="update 4:"):
@@ -235,18 +265,18 @@ def test_an_infinite_loss_is_bad_even_where_its_gradient_is_not() -> None:
 
 
 def adam(td3: TD3) -> list[Tensor]:
-    states = [s.state() for s in (td3.step_critic, td3.step_actor)]
+    states = [s.state() for s in (td3.critic_optimizer, td3.actor_optimizer)]
     return [state[key].clone() for state in states for key in ("step", "exp_avg", "exp_avg_sq")]
 
 
 def test_fp16_scaling_leaves_gradients_as_they_are() -> None:
     plain, scaled = learner(target_noise=0.0), learner(target_noise=0.0, scales_loss=True)
     for seed in range(3):
-        plain.update(batch(seed=seed))
-        scaled.update(batch(seed=seed))
+        plain.learn(batch(seed=seed), 1)
+        scaled.learn(batch(seed=seed), 1)
     for a, b in (
-        (plain.step_critic.gradient.vector, scaled.step_critic.gradient.vector),
-        (plain.step_actor.gradient.vector, scaled.step_actor.gradient.vector),
+        (plain.critic_optimizer.gradient.vector, scaled.critic_optimizer.gradient.vector),
+        (plain.actor_optimizer.gradient.vector, scaled.actor_optimizer.gradient.vector),
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
     for a, b in zip(weights(plain), weights(scaled), strict=True):
@@ -256,16 +286,16 @@ def test_fp16_scaling_leaves_gradients_as_they_are() -> None:
 
 def test_fp16_skips_a_bad_update_whole_and_halves_the_scale() -> None:
     td3 = learner(policy_delay=1, scales_loss=True)
-    td3.update(batch(seed=0))
+    td3.learn(batch(seed=0), 1)
     before, moments = weights(td3), adam(td3)
     bad = batch(seed=1)
-    td3.update(bad._replace(rew=bad.rew * float("inf")))
+    td3.learn(bad._replace(rew=bad.rew * float("inf")), 1)
     assert all(same(before, weights(td3)))
     assert all(same(moments, adam(td3)))
     assert int(td3.guard.skipped) == 1
     assert float(td3.guard.scale) == 32768.0
     td3.check()  # ordinary under fp16
-    td3.update(batch(seed=2))
+    td3.learn(batch(seed=2), 1)
     assert not any(same(before, weights(td3)))
     assert int(td3.guard.skipped) == 1
 
@@ -297,29 +327,36 @@ def test_poisson_update_repeats_with_its_generator() -> None:
         critic = Critics(3, 2, [8])
         td3 = TD3(actor, critic, td3_config(), actor_lr=1e-3, generator=generator(seed))
         for i in range(3):
-            td3.update(batch(seed=i))
-        return td3.step_actor.flat.detach()
+            td3.learn(batch(seed=i), 1)
+        return td3.actor_optimizer.flat.detach()
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
 
 
-def test_updates_between_two_moves_of_the_targets_share_one_pass() -> None:
+def test_updates_up_to_the_next_change_of_the_targets_share_one_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Learning from five batches at once is learning from one after the other."""
     together, alone = learner(target_noise=0.0), learner(target_noise=0.0)
     batches = [batch(seed=seed) for seed in range(5)]
-    passes = []
-    whole, size = together.q_target, len(batches[0].rew)
-    together.q_target = lambda rows: passes.append(len(rows.rew) // size) or whole(rows)  # type: ignore
+    passes, size = [], len(batches[0].rew)
+    td_target = together.critic_target.td_target
+
+    def noting(rows: Batch, next_act: Tensor) -> Tensor:
+        passes.append(len(rows.rew) // size)
+        return td_target(rows, next_act)
+
+    monkeypatch.setattr(together.critic_target, "td_target", noting)
     found = together.learn(Batch(*map(torch.cat, zip(*batches, strict=True))), 5)
-    expected = [alone.update(b) for b in batches]
-    assert passes == [1, 2, 2]  # the targets move on updates 0, 2 and 4
+    expected = [alone.learn(b, 1)[0] for b in batches]
+    assert passes == [1, 2, 2]  # the targets change on updates 0, 2 and 4
     assert [m.keys() for m in found] == [m.keys() for m in expected]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     for name, tensor in together.state().items():
         torch.testing.assert_close(tensor, alone.state()[name], rtol=1e-4, atol=1e-6)
-    together.update(batches[0])
+    together.learn(batches[0], 1)
     assert passes[3:] == [1]  # update 5, and 6 would have been with it
 
 
@@ -348,9 +385,7 @@ def test_a_recorded_update_is_the_update(delay: int) -> None:
     recorded, plain = learner(policy_delay=delay), learner(policy_delay=delay)
     for td3 in (recorded, plain):
         td3.generator.manual_seed(5)
-    recorded.graph = Graphed(
-        lambda rows: recorded.between_moves(rows, 1, delay), recorded.generator, record
-    )
+    recorded.graph = Graphed(recorded.whole_round, recorded.generator, record)
     expected, found = [], []
     for burst in range(6):  # of 4 updates: some rounds are cut in two
         rows = Batch(
@@ -368,9 +403,7 @@ def test_a_recorded_update_is_the_update(delay: int) -> None:
 
 
 def test_smoothing_noise_is_each_batchs_own() -> None:
-    td3 = learner(target_noise=0.2)
     rows = batch(seed=0)
-    td3.update(rows)
     twice = Batch(*(torch.cat([field, field]) for field in rows))
-    first, second = td3.q_target(twice).split(len(rows.rew))
+    first, second = target_actions(learner(target_noise=0.2), twice)[0].split(len(rows.rew))
     assert not torch.equal(first, second)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import small_training
+from builders import small_config
 from transitions_env import COUNTER, HIGH, LOW, CounterEnv, Fault, registered
 
 from spikerl.envs.make import EnvConfig, make_env, task_of
@@ -43,7 +43,7 @@ SCHEDULES = [
 
 @contextmanager
 def trainer_of(env: EnvConfig = COUNTER, **settings: Any) -> Iterator[Trainer]:
-    training = small_training(env=env, **({"eval_episodes": 1} | settings))
+    training = small_config(env=env, **({"eval_episodes": 1} | settings))
     with closing(make_env(env)) as one:
         task = task_of(one)
     with closing(Trainer(training, task)) as trainer:
@@ -96,7 +96,7 @@ def test_updates_come_when_counting_by_hand_says(
         updates_per_step=per_step,
         **schedule,
     ) as trainer:
-        updates = calls_at(trainer, monkeypatch, trainer.algo, "step")
+        updates = calls_at(trainer, monkeypatch, trainer.algo.critic_optimizer, "step")
         samples = calls_at(trainer, monkeypatch, trainer.replay, "sample")
         rows = list(trainer.epochs())
         assert updates == expected
@@ -207,7 +207,7 @@ def test_the_normaliser_merges_when_a_multiple_is_crossed(
     with trainer_of(num_envs=num_envs, total_steps=60, norm_interval=interval) as t:
         merges = calls_at(t, monkeypatch, t.norm, "merge")
         counts: list[int] = []
-        list(t.epochs(on_burst=lambda progress: counts.append(t.norm.count)))
+        list(t.epochs(on_updates=lambda progress: counts.append(t.norm.count)))
         crossings = [
             now
             for then, now in zip(before, steps, strict=True)

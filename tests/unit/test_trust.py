@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import small_training
+from builders import small_config
 from shell import refusal, spikerl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -167,7 +167,7 @@ def test_replay_rows_that_no_segment_holds(tmp_path: Path) -> None:
     from spikerl.distributed.world import ALONE
     from spikerl.runs.checkpoint import save_checkpoint, verified
 
-    training = small_training(total_steps=60, steps_per_epoch=60, eval_episodes=1)
+    training = small_config(total_steps=60, steps_per_epoch=60, eval_episodes=1)
     with closing(make_env(training.env)) as env:
         task = task_of(env)
     with closing(Trainer(training, task)) as trainer:

@@ -1,0 +1,71 @@
+"""Parts of one's own: packages that register neurons, encoders, algorithms when they are imported.
+
+A package that `plugins=[...]` names may bring a folder conf/, whose groups join those of spikerl.
+Packages are imported by name, from where Python finds installed packages or from PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module, metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from spikerl.errors import BadRequest
+
+NAME = r"[A-Za-z_]\w*"  # of a package
+
+loaded: dict[str, ModuleType] = {}
+
+
+def load(names: Sequence[str]) -> None:
+    """Import what the user has typed; a file's word alone is not enough, see `check_typed`."""
+    for name in names:
+        if name in loaded:
+            continue
+        if not re.fullmatch(NAME, name):
+            raise BadRequest("plugins", name, "give the names of packages")
+        try:
+            loaded[name] = import_module(name)
+        except Exception as error:  # its own code raises any
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            remedy = f"cannot be imported ({reason}); install it, or name its folder in PYTHONPATH"
+            raise BadRequest("plugins", name, remedy) from error
+
+
+def check_typed(source: Path, names: Any, typed: Sequence[str]) -> None:
+    """Refuse a file that names packages to import, unless the same were typed."""
+    if names and list(names) != list(typed):
+        written = ",".join(map(str, names))
+        remedy = f"{source} names packages to import; confirm with plugins=[{written}]"
+        raise BadRequest("plugins", f"[{','.join(typed)}]", remedy)
+
+
+def conf_folders() -> list[Path]:
+    """Where the packages that were imported have config groups."""
+    folders = (Path(module.__path__[0]) / "conf" for module in loaded.values())
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def versions_of(parts: Sequence[type[Any]]) -> dict[str, str]:
+    """The packages, beside spikerl, that these classes come from, with their versions."""
+    packages = {part.__module__.partition(".")[0] for part in parts} - {__package__}
+    return {package: _version(package) for package in sorted(packages)}
+
+
+def check_there(key: str, value: object, needed: Mapping[str, str]) -> None:
+    """Refuse what needs packages that have not been imported."""
+    for package, version in needed.items():
+        if package not in sys.modules:
+            remedy = f"it needs the plugin {package} {version}; give plugins=[{package}]"
+            raise BadRequest(key, value, f"{remedy}, or import {package} before loading it")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(metadata.packages_distributions()[package][0])
+    except (KeyError, metadata.PackageNotFoundError):
+        return str(getattr(sys.modules[package], "__version__", "unknown"))
