@@ -252,6 +252,8 @@ def small_config(
         init_from=None,
         resume=None,
         config=None,
+        logger=[],
+        plugins=[],
     )
     return Config(
         run=run,

@@ -168,8 +168,12 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _literal(arg: str, sweeps: bool) -> str:
-    """A path in quotes, for to Hydra many characters mean something, and 1e3 is a number."""
+    """A path in quotes, for to Hydra many characters mean something, and 1e3 is a number; a list
+    of loggers in brackets.
+    """
     key, _, value = arg.partition("=")
+    if key == "logger" and not value.startswith("["):
+        return f"logger=[{'' if value in ('null', 'none') else value}]"
     if key not in PATHS or value in ("", "null") or value[0] in "'\"":
         return arg
     several = sweeps and re.search(r"[,(]", value) and _readable(arg)

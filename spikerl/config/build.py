@@ -30,6 +30,7 @@ from spikerl.machine import cores, resolve_device, resolve_threads
 from spikerl.models.actor import ActorConfig, CareBNConfig, SpikingActor, build_actor
 from spikerl.models.policy import ACTOR_GROUPS, parse_actor
 from spikerl.models.precision import PRECISIONS, PrecisionConfig, check_precision
+from spikerl.runs.loggers import check_loggers
 from spikerl.schema import parse
 from spikerl.types import Resolved
 
@@ -59,6 +60,7 @@ class RunConfig:
     init_from: str | None
     resume: str | None
     config: str | None
+    logger: list[str]  # views of metrics.jsonl
     plugins: list[str]  # packages that register parts of one's own
 
     def __post_init__(self) -> None:
@@ -75,6 +77,7 @@ class RunConfig:
                 raise BadRequest(key, "", "give a path, or null")
         if self.scaling not in ("strong", "weak"):
             raise BadRequest("scaling", self.scaling, "give strong or weak")
+        check_loggers(self.logger)
         if self.max_restarts < 0:
             raise BadRequest("max_restarts", self.max_restarts, "give at least 0")
         self.check_nodes()

@@ -282,7 +282,8 @@ def differences(folders: Sequence[Path], varied: Set[str] | None = None) -> str 
 
 
 # Of a config: what names a run, and what does not change what it computes.
-NAMES = ("run_dir", "resume", "config", "threads", "nnodes", "node_rank", "rdzv", "max_restarts")
+NAMES = ("run_dir", "resume", "config", "threads", "nnodes", "node_rank", "rdzv", "max_restarts",
+         "logger")  # fmt: skip
 
 
 def _record(folder: Path, *, configs: bool) -> dict[str, str]:

@@ -62,7 +62,7 @@ class Session:
         announce_folder(self.folder)
         if self.first:
             title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
-            self.log = RunLog(self.folder, trainer.step)
+            self.log = RunLog(self.folder, trainer.step, config.run.logger, config.raw)
             self.view = View(title, config.run.total_steps, trainer.step)
             for text in [*announce(config, trainer), *restored, f"run folder: {self.folder}"]:
                 self.say(text)
@@ -171,6 +171,8 @@ class Session:
         finally:
             if self.first:
                 self.view.close()
+                if self.log:
+                    self.log.close(run_folder.read_manifest(self.folder, key="run_dir")["status"])
                 self.lock.close()
 
     def record(self, row: Row) -> None:
@@ -213,6 +215,13 @@ class Session:
         policy = trainer.policy.files() if self.first else {}
         save_checkpoint(run, self.world, trainer.shard(), learner, facts, policy)
         self.committed = trainer.step
+        self.publish()
+
+    def publish(self) -> None:
+        """Bring the services that show the run to what is committed."""
+        if self.log:
+            for text in self.log.publish():
+                self.say(text)
 
     def finish(self) -> int:
         number = self.trainer.stopping
