@@ -252,6 +252,7 @@ def small_config(
         init_from=None,
         resume=None,
         config=None,
+        init_policy="last",
         logger=[],
         plugins=[],
     )

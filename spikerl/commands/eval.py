@@ -9,7 +9,7 @@ from typing import Any
 
 from spikerl.envs.make import EnvConfig, check_confirmed, make_env, task_of
 from spikerl.errors import BadRequest
-from spikerl.machine import resolve_device, versions
+from spikerl.machine import versions
 from spikerl.models.policy import check_shapes, load_policy
 from spikerl.schema import parse
 from spikerl.training.evaluator import Evaluator
@@ -18,6 +18,7 @@ from spikerl.training.evaluator import Evaluator
 @dataclass(kw_only=True)
 class EvalRequest:
     run: str
+    policy: str  # last, best
     episodes: int
     seed: int
     env_id: str | None
@@ -35,7 +36,7 @@ class EvalRequest:
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl eval`."""
     request = parse(EvalRequest, data)
-    policy = load_policy(request.run, resolve_device(request.device).choice)
+    policy = load_policy(request.run, request.device, policy=request.policy)
     env_id = request.env_id or policy.task.env_id
     check_confirmed("run", request.run, env_id, request.env_id)
     env = EnvConfig(

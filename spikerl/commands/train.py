@@ -194,7 +194,9 @@ def finished(folder: Path, config: Config) -> bool:
 
 def read_init(source: str, config: Config, task: Task) -> Policy:
     """The policy that training starts from; it must have the shapes that this run has."""
-    policy = read_policy(find_policy(Path(source), key="init_from"), key="init_from")
+    policy = read_policy(
+        find_policy(Path(source), config.run.init_policy, key="init_from"), key="init_from"
+    )
     check_shapes("init_from", source, policy.task, task)
     if policy.config.shape() != config.actor.shape():
         remedy = f"its actor is {policy.config.shape()}, this run's is {config.actor.shape()}"

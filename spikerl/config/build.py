@@ -28,7 +28,7 @@ from spikerl.errors import BadRequest
 from spikerl.kernels import KERNELS, coverage
 from spikerl.machine import cores, resolve_device, resolve_threads
 from spikerl.models.actor import ActorConfig, CareBNConfig, SpikingActor, build_actor
-from spikerl.models.policy import ACTOR_GROUPS, parse_actor
+from spikerl.models.policy import ACTOR_GROUPS, CHOICES, parse_actor
 from spikerl.models.precision import PRECISIONS, PrecisionConfig, check_precision
 from spikerl.runs.loggers import check_loggers
 from spikerl.schema import parse
@@ -58,6 +58,7 @@ class RunConfig:
     rdzv: str | None
     run_dir: str | None
     init_from: str | None
+    init_policy: str  # last, best
     resume: str | None
     config: str | None
     logger: list[str]  # views of metrics.jsonl
@@ -77,6 +78,8 @@ class RunConfig:
                 raise BadRequest(key, "", "give a path, or null")
         if self.scaling not in ("strong", "weak"):
             raise BadRequest("scaling", self.scaling, "give strong or weak")
+        if self.init_policy not in CHOICES:
+            raise BadRequest("init_policy", self.init_policy, f"give {' or '.join(CHOICES)}")
         check_loggers(self.logger)
         if self.max_restarts < 0:
             raise BadRequest("max_restarts", self.max_restarts, "give at least 0")

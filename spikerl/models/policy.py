@@ -35,6 +35,7 @@ from spikerl.types import MAX_EPISODE_STEPS, Task
 SCHEMA = 3  # 2: weights are input-major; 3: neurons have a reset and a choice of surrogate
 MAX_BYTES = 1 << 20  # of a policy.json; action bounds take most of it
 MAX_TENSORS = 1 << 30
+CHOICES = ("last", "best")  # of a run's policies
 ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")
 _started_in = os.getpid()  # the process whose thread pool torch may have started
 
@@ -172,29 +173,39 @@ def check_shapes(key: str, value: object, policy: Task, task: Task) -> None:
         raise BadRequest(key, value, f"{remedy} {task.env_id} needs {ours[0]} to {ours[1]}")
 
 
-def load_policy(run: str | Path, device: str | torch.device = "cpu") -> Policy:
+def load_policy(
+    run: str | Path, device: str | torch.device = "cpu", *, policy: str = "last"
+) -> Policy:
     """The policy of a run folder: its final one, else that of its newest checkpoint.
 
-    `device`: auto, cpu, cuda or cuda:N. Raises BadRequest, a ValueError, for a device that is not
-    there, and for a policy that is missing, foreign, damaged or inconsistent.
+    `policy`: last, or best, which had the highest evaluation return so far. `device`: auto, cpu,
+    cuda or cuda:N. Raises BadRequest, a ValueError, for a device that is not there, and for a
+    policy that is missing, foreign, damaged or inconsistent.
     """
     leave_thread_pool()
     choice = resolve_device(str(device).removesuffix(":0")).choice
     kernel = kernels.resolve(kernels.KernelConfig(name="auto", path=None), choice).choice
-    return read_policy(find_policy(Path(run), key="run"), choice, key="run", kernel=kernel)
+    folder = find_policy(Path(run), policy, key="run")
+    return read_policy(folder, choice, key="run", kernel=kernel)
 
 
-def find_policy(run: Path, *, key: str) -> Path:
+def find_policy(run: Path, policy: str = "last", *, key: str) -> Path:
     """The folder below `run` that holds the policy to use."""
+    if policy not in CHOICES:
+        raise BadRequest("policy", policy, f"give {' or '.join(CHOICES)}")
     folders, root = [run], run / "checkpoints"
     with suppress(OSError, ValueError):  # a name that cannot be one
         # What the link points at, as it may move meanwhile; without it, the newest that is there.
         folders.append(Path(os.path.realpath(root / "latest")))
         folders += sorted(root.glob("step_*"), reverse=True)
+    if policy == "best":
+        folders = [folder / "best" for folder in folders]
     for folder in folders:
         if os.path.isfile(folder / "policy.json"):  # False, too, for a name that is too long
             return folder
     remedy = "no policy there; give a run folder (it holds policy.json and policy.safetensors)"
+    if policy == "best":
+        remedy = "no best policy there: a run has one once it was evaluated; give policy=last"
     raise BadRequest(key, run, remedy)
 
 

@@ -21,7 +21,16 @@ from yaml import YAMLError
 
 from spikerl import machine
 from spikerl.errors import BadRequest
-from spikerl.files import parse_json, read_bytes, read_json, sync_folder, write_json, write_text
+from spikerl.files import (
+    make_folder,
+    parse_json,
+    read_bytes,
+    read_json,
+    sync_folder,
+    write_atomic,
+    write_json,
+    write_text,
+)
 from spikerl.machine import git_state, versions
 from spikerl.schema import dotted
 
@@ -214,8 +223,18 @@ def remove_results(folder: Path) -> None:
     if error.exists():
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             log.write(error.read_text(encoding="utf-8"))
-    for name in ("policy.json", "policy.safetensors", "summary.json", "error.txt"):
+    policies = [
+        f"{place}policy.{kind}" for kind in ("json", "safetensors") for place in ("", "best/")
+    ]
+    for name in (*policies, "summary.json", "error.txt"):
         (folder / name).unlink(missing_ok=True)
+
+
+def write_best(folder: Path, files: Mapping[str, bytes]) -> None:
+    """The policy that evaluated best; policy.json comes last, by which it is looked for."""
+    for name, content in sorted(files.items(), reverse=True):
+        make_folder(folder / "best")
+        write_atomic(folder / "best" / name, content)
 
 
 def check_record(folder: Path, facts: Mapping[str, Any]) -> None:

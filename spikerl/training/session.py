@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import sys
@@ -20,9 +21,14 @@ from spikerl.files import write_json, write_text
 from spikerl.machine import versions
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, drop_later, save_checkpoint, verified
-from spikerl.runs.display import View, epoch_line, stuck_layers
+from spikerl.runs.display import View, energy_text, epoch_line, stuck_layers
 from spikerl.runs.record import RunLog
 from spikerl.training.trainer import Row, Trainer
+
+NOTHING_LEARNED = (
+    "warning: this run makes no update, so its policy is the one that it starts with; give more"
+    " total_steps, or less algo.learning_starts or algo.rollout_steps"
+)
 
 
 class Session:
@@ -48,6 +54,9 @@ class Session:
         self.committed = -1
         self.unsaved: str | None = None  # why the last commit failed, if it did
         self.log: RunLog | None = None
+        self.best: dict[str, bytes] = {}  # the files of the policy that evaluated best so far
+        self.best_return = -math.inf
+        self.summary: dict[str, Any] = {}
         self.stuck: set[int] = set()  # layers that were said to hardly learn
         restored: list[str] = []
         try:
@@ -121,6 +130,7 @@ class Session:
         drop_later(checkpoint)
         lost = run_folder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
         run_folder.remove_results(self.folder)
+        self.restore_best(checkpoint)
         record = run_folder.read_manifest(self.folder, key="resume")
         size, had = self.world.size, checkpoint.workers
         moved = f"{had} workers became {size}: random streams and batches are others"
@@ -153,12 +163,24 @@ class Session:
             remedy = f"its {checkpoint.folder.name} does not fit this run ({reason})"
             raise BadRequest("resume", self.folder, remedy) from error
 
+    def restore_best(self, checkpoint: Checkpoint) -> None:
+        """What was best when `checkpoint` was committed, not by rows that are discarded."""
+        rows = run_folder.read_rows(self.folder / "metrics.jsonl")
+        returns = [row["eval_return"] for row in rows if row["eval_return"] is not None]
+        self.best, self.best_return = checkpoint.best(), max(returns, default=-math.inf)
+
+    def keep_best(self, row: Row) -> None:
+        """The policy that was just evaluated, if no evaluation before reached its return."""
+        if row["eval_return"] is not None and row["eval_return"] > self.best_return:
+            self.best, self.best_return = self.trainer.policy.files(), row["eval_return"]
+
     def run(self, stop_signal: Callable[[], int]) -> int:
         trainer = self.trainer
         show = self.view.progress if self.first else (lambda progress: None)
         try:
             for row in trainer.epochs(show, stop_signal):
                 if self.first:
+                    self.keep_best(row)
                     self.record(row)
                 self.commit(self.folder)
             if self.committed != trainer.step:  # stopped amid an epoch, or not saved at its end
@@ -213,6 +235,7 @@ class Session:
         }
         learner = trainer.learner_state()
         policy = trainer.policy.files() if self.first else {}
+        policy |= {f"best/{name}": content for name, content in self.best.items()}
         save_checkpoint(run, self.world, trainer.shard(), learner, facts, policy)
         self.committed = trainer.step
         self.publish()
@@ -245,7 +268,9 @@ class Session:
                          f" spikerl train resume={self.folder} goes on")  # fmt: skip
             else:
                 self.say(f"done: {self.trainer.step} steps, {self.trainer.algo.updates} updates"
-                         f" in {self.wall():.0f} s")  # fmt: skip
+                         f" in {self.wall():.0f} s, {energy_text(self.summary)}")  # fmt: skip
+                if self.trainer.algo.updates == 0:
+                    self.say(NOTHING_LEARNED)
             self.flush()
         return code
 
@@ -254,6 +279,7 @@ class Session:
         if not self.first:
             return
         self.trainer.policy.save(self.folder)
+        run_folder.write_best(self.folder, self.best)
         if not self.unsaved:
             self.summarise()
             self.end(status)
@@ -309,6 +335,7 @@ class Session:
             "versions": versions(),
         }
         write_json(self.folder / "summary.json", summary)
+        self.summary = summary
 
     def manifest(self, command: Sequence[str]) -> dict[str, Any]:
         resolved = {name: r._asdict() for name, r in vars(self.config.resolved).items()}
@@ -349,6 +376,8 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
         f" {trainer.updates_by(run.total_steps)} updates in {run.total_steps} steps{exchange}",
         "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in vars(config.resolved).items()),
     ]
+    if trainer.updates_by(run.total_steps) == 0:
+        lines.append(NOTHING_LEARNED)
     if config.run.init_from:
         norm = f"normaliser ({trainer.norm.count} observations)"
         lines.append(f"init_from={config.run.init_from}: actor weights and {norm}")
