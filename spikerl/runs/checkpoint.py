@@ -182,6 +182,7 @@ class Checkpoint:
         width = replay.width  # environments of each worker
         steps = int(self.worker(0)[1]["replay_added"]) * self.workers // (width * size)
         replay.added = replay.saved = steps * width
+        replay.reserve(replay.size)
         replay.rows[: replay.size] = math.nan  # so that one that no segment holds is noticed
         oldest = max(0, replay.added - replay.capacity) // width
         for path in self.manifest["segments"]:
