@@ -253,6 +253,7 @@ def small_config(
         resume=None,
         config=None,
         init_policy="last",
+        keep_replay=True,
         logger=[],
         plugins=[],
     )

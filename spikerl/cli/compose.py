@@ -42,7 +42,7 @@ RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend", "backen
 HYDRA = r"\+{0,2}hydra(/(launcher|sweeper)|\.(launcher|sweeper)(\.\w+)+)"
 MAX_BYTES = 1 << 28  # of a manifest.json
 # Values that are taken as they are typed: a sweep names its folders with '=' and ','.
-PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "dense", "stats",
+PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "dense", "stats", "path",
          "energy.file")  # fmt: skip
 
 

@@ -179,15 +179,25 @@ def own_device(choice: str) -> torch.device:
 
 def finished(folder: Path, config: Config) -> bool:
     """Whether there is nothing left to do; says so. Refuses what cannot go on."""
-    status = run_folder.read_manifest(folder, key="resume")["status"]
+    record = run_folder.read_manifest(folder, key="resume")
     run_folder.check_own(folder)
     if os.environ.get("RANK", "0") == "0":
         run_folder.lock(folder).close()
-    checkpoint = verified(folder, lambda text: None)
-    run_folder.check_record(folder, checkpoint.manifest)
-    if status == "done" and checkpoint.step >= config.run.total_steps:
-        step = checkpoint.step
-        print(f"{folder} is done at step {step}; a larger total_steps goes on with it")
+    freed, total = record.get("freed"), config.run.total_steps
+    if freed:
+        step = max(
+            (row["step"] for row in run_folder.read_rows(folder / "metrics.jsonl")), default=0
+        )
+        further = f"init_from={folder} starts from its policy"
+        if step < total:
+            remedy = f"its replay was removed when it was done, at step {step}; {further}"
+            raise BadRequest("resume", folder, remedy)
+    else:
+        checkpoint = verified(folder, lambda text: None)
+        run_folder.check_record(folder, checkpoint.manifest)
+        step, further = checkpoint.step, "a larger total_steps goes on with it"
+    if record["status"] == "done" and step >= total:
+        print(f"{folder} is done at step {step}; {further}")
         return True
     return False
 

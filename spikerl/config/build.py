@@ -61,6 +61,7 @@ class RunConfig:
     init_policy: str  # last, best
     resume: str | None
     config: str | None
+    keep_replay: bool  # and the checkpoints, of a run that is done
     logger: list[str]  # views of metrics.jsonl
     plugins: list[str]  # packages that register parts of one's own
 

@@ -197,6 +197,38 @@ def lock(folder: Path) -> IO[str]:
     return file
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process runs it; the lock stays as it is."""
+    try:
+        with (folder / ".lock").open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock at all
+        return False
+    return False
+
+
+def free(folder: Path) -> int:
+    """Remove the replay and the checkpoints of a finished run; how many bytes.
+
+    Its policies, record and results stay; it can be evaluated, and started from, not resumed.
+    """
+    parts = [folder / name for name in ("checkpoints", "replay")]
+    there = [part for part in parts if os.path.lexists(part)]
+    if not there:
+        return 0
+    if not (folder / "policy.json").is_file():
+        raise BadRequest("path", folder, "it has no policy but those of its checkpoints")
+    if links := [part.name for part in there if part.is_symlink()]:
+        raise BadRequest("path", folder, f"its {links[0]} is a link; remove what it stands for")
+    size = sum(p.lstat().st_size for part in there for p in part.rglob("*") if not p.is_dir())
+    update_manifest(folder, freed=now())
+    for part in there:
+        shutil.rmtree(part)
+    return size
+
+
 def rewind(folder: Path, length: int) -> int:
     """Cut metrics.jsonl back to the commit; the rows beyond go to discarded.jsonl. How many."""
     path = folder / "metrics.jsonl"
@@ -302,7 +334,7 @@ def differences(folders: Sequence[Path], varied: Set[str] | None = None) -> str 
 
 # Of a config: what names a run, and what does not change what it computes.
 NAMES = ("run_dir", "resume", "config", "threads", "nnodes", "node_rank", "rdzv", "max_restarts",
-         "logger")  # fmt: skip
+         "logger", "keep_replay")  # fmt: skip
 
 
 def _record(folder: Path, *, configs: bool) -> dict[str, str]:

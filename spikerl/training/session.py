@@ -283,6 +283,8 @@ class Session:
         if not self.unsaved:
             self.summarise()
             self.end(status)
+            if status == "done" and not self.config.run.keep_replay:
+                run_folder.free(self.folder)
 
     def end(self, status: str) -> None:
         changes = {"status": status, "ended": run_folder.now(), "wall_s": self.wall()}
