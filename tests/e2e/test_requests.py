@@ -173,7 +173,7 @@ def test_out_of_range_typed(said: Said, typed: str) -> None:
         (["fly"], "fly: no such command; commands: train"),
         (["eval"], "run=???: it has no default; give it a value"),
         (["eval", "run=nowhere"], "run=nowhere: no policy there; give a run folder"),
-        (["eval", "run=nowhere", "video=true"], "video=True: this version writes no videos"),
+        (["eval", "run=nowhere", "video=maybe"], "video=maybe: give true, false or spikes"),
         (["eval", "run=nowhere", "episodes=0"], "episodes=0: give at least 1"),
         (["eval", "run=nowhere", "episodes=x"], "episodes=x: expected int"),
         (["eval", "run=nowhere", "seed=-1"], "seed=-1: give 0 or more"),

@@ -93,7 +93,8 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_files(run: Path) -> None:
     names = {p.name for p in run.iterdir() if not p.name.startswith(".")}
     assert names == {"config.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "summary.json",
-                     "policy.safetensors", "policy.json", "best", "tb", "log.txt", "replay"}  # fmt: skip
+                     "policy.safetensors", "policy.json", "best", "tb", "log.txt",
+                     "replay"}  # fmt: skip
     assert (run / "checkpoints" / "latest" / "policy.json").is_file()
     config = OmegaConf.load(run / "config.yaml")
     assert config.env.id == "InvertedPendulum-v5"
