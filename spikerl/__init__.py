@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+# Without `typing`: nothing is imported before `python -m` has left the current folder (__main__).
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from spikerl.models.policy import Policy, load_policy
 
     __version__: str

@@ -1,5 +1,8 @@
 """The ways a run is refused, hindered or stopped by design, and the statuses it exits with."""
 
+import difflib
+from collections.abc import Sequence
+
 # 75 and 130: stopped on request before the end; resume goes on.
 DONE, FAILED, WRONG, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
 
@@ -25,3 +28,17 @@ class NonFinite(RuntimeError):
 
 class EnvironmentFailed(RuntimeError):
     """An environment raised, died, hung, or returned what its spaces do not say."""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The remedy for a name that is none of the known ones."""
+    near = difflib.get_close_matches(word, known, 3, 0.6)
+    if not near:
+        tail = word.rpartition(".")[2]
+        near = [name for name in known if name.rpartition(".")[2] == tail][:3]
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(known)}" if len(known) < 30 else "--help lists what there is"
+
+
+BY_DESIGN = (DiskError, EnvironmentFailed, NonFinite)  # their message says all

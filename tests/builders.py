@@ -92,7 +92,7 @@ RATE = RateConfig(name="rate", pop_size=10)
 
 
 def membrane_config(**changes: Any) -> MembraneConfig:
-    own = {"name": "membrane", "pop_size": 10, "voltage_decay": 1.0, "read": "last"}
+    own: dict[str, Any] = {"name": "membrane", "pop_size": 10, "voltage_decay": 1.0, "read": "last"}
     return MembraneConfig(**(own | changes))
 
 
@@ -243,6 +243,7 @@ def small_config(
         scaling=scaling,
         device="cpu",
         threads=1,
+        plugins=[],
         deterministic=False,
         max_restarts=0,
         nnodes=1,
@@ -255,7 +256,6 @@ def small_config(
         init_policy="last",
         keep_replay=True,
         logger=[],
-        plugins=[],
     )
     return Config(
         run=run,

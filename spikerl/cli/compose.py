@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +20,10 @@ from spikerl.config.yaml_file import (
     read_config,
     typed_plugins,
 )
-from spikerl.errors import BadRequest
-from spikerl.files import read_json
+from spikerl.distributed.launchers import ranked
+from spikerl.errors import BadRequest, nearest
+from spikerl.files import absolute, read_json
 
-# What a word's module is called, where it is not called so.
-MODULES = {"import": "import_popsan", "bench": "bench.command"}
 FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m",
          "--info", "-i", "--hydra-help", "--run", "-r")  # fmt: skip
 CFG = ("job", "hydra", "all")
@@ -40,10 +38,11 @@ RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend", "backen
              "max_restarts", "nnodes", "node_rank", "rdzv", "plugins")  # fmt: skip
 # Its other settings can name code to run: callbacks, logging, the search path.
 HYDRA = r"\+{0,2}hydra(/(launcher|sweeper)|\.(launcher|sweeper)(\.\w+)+)"
+OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra passes over
 MAX_BYTES = 1 << 28  # of a manifest.json
 # Values that are taken as they are typed: a sweep names its folders with '=' and ','.
 PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "dense", "stats", "path",
-         "energy.file")  # fmt: skip
+         "energy.file", "runs", "out")  # fmt: skip
 
 
 @cache
@@ -59,8 +58,10 @@ def _first_line(path: Path) -> str:
 
 
 def module_of(command: str) -> str:
-    """Whose `main(data, argv)` does it."""
-    return f"spikerl.commands.{MODULES.get(command, command)}"
+    """Whose `main(data, argv)` does it: WORD.py, or command.py in a folder WORD."""
+    name = "import_popsan" if command == "import" else command  # the word is Python's
+    folder = (Path(__file__).parents[1] / "commands" / name).is_dir()
+    return f"spikerl.commands.{name}.command" if folder else f"spikerl.commands.{name}"
 
 
 def usage() -> str:
@@ -90,7 +91,7 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
     for arg in args:
         flag = arg.partition("=")[0]
         if arg.startswith("-") and flag not in (*FLAGS, *REFUSED_FLAGS):
-            raise BadRequest(flag, "", f"no such flag; {_nearest(flag, FLAGS)}")
+            raise BadRequest(flag, "", f"no such flag; {nearest(flag, FLAGS)}")
         if flag in REFUSED_FLAGS:
             raise BadRequest(flag, "", "not accepted; config=FILE starts from a run's config.yaml")
         if re.match(r"^[+~]*hydra\.searchpath", arg):
@@ -114,7 +115,7 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
     if command != "train" or not named:
         return [*overrides, *flags]
     source = named.get("resume") or named["config"]
-    path = Path(unquoted(source.partition("=")[2]))
+    path = Path(os.path.expanduser(unquoted(source.partition("=")[2])))
     if "resume" in named:
         check_resume(args, path)
         path = path / "config.yaml"
@@ -128,8 +129,6 @@ def chosen(run: Path, typed: Sequence[str]) -> list[str]:
 
     On another device another kernel has to run; other workers have another share of the cores.
     """
-    from spikerl.distributed.world import ranked
-
     given = dict(arg.partition("=")[::2] for arg in typed)
     try:
         manifest = read_json(run / "manifest.json", MAX_BYTES)
@@ -192,9 +191,9 @@ def _check_choice(key: str, value: str) -> None:
         return
     options = group_options(key)
     for option in value.split(","):
-        known = key != "experiment" or unquoted(option) in options
+        known = key not in OPTIONAL or unquoted(option) in options
         if not known or re.fullmatch(r"[-+]?[0-9._]+|null|true|false", option):
-            raise BadRequest(key, option, f"no such option; {_nearest(option, options)}")
+            raise BadRequest(key, option, f"no such option; {nearest(option, options)}")
 
 
 def check_resume(args: Sequence[str], run: Path) -> None:
@@ -218,16 +217,16 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     """Hydra's or OmegaConf's complaint as one line with key, value and remedy."""
     text = str(error)
     if isinstance(error, BadRequest):
-        return text
+        return str(_as_typed(error, args))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, option = match.groups()
         options = group_options(group)
-        return f"{group}={option}: no such option; {_nearest(option, options)}"
+        return f"{group}={option}: no such option; {nearest(option, options)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         value = next((unquoted(a.partition("=")[2]) for a in args if a.startswith(f"{key}=")), "")
-        return f"{key}={value}: no such key; {_having(key) or _nearest(key, known_keys(command))}"
+        return f"{key}={value}: no such key; {_having(key) or nearest(key, known_keys(command))}"
     if "issing mandatory value" in text:
         key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
         return f"{key}=???: it has no default; give it a value"
@@ -237,6 +236,16 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     if unread:
         return f"{unread[0]}: cannot be read; write key=value"
     return f"config: {lines[0] if lines else type(error).__name__}"
+
+
+def _as_typed(error: BadRequest, args: Sequence[str]) -> BadRequest:
+    """With a path as the user wrote it; inside the program all are absolute."""
+    key, value, remedy = error.args
+    for arg in args:
+        name, _, given = arg.partition("=")
+        if name == key and key in PATHS and value and str(absolute(unquoted(given))) == str(value):
+            return BadRequest(key, unquoted(given), remedy)
+    return error
 
 
 def _readable(override: str) -> bool:
@@ -276,13 +285,3 @@ def _having(key: str) -> str:
         if line.search(option_file(group, option).read_text(encoding="utf-8"))
     ]
     return f"it goes with {group}={', '.join(options)}" if options else ""
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, 3, 0.6)
-    if not near:
-        tail = word.rpartition(".")[2]
-        near = [name for name in known if name.rpartition(".")[2] == tail][:3]
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"known: {', '.join(known)}" if len(known) < 30 else "--help lists what there is"

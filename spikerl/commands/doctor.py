@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes.util
-import json
 import os
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +12,20 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from spikerl import kernels, machine
+from spikerl.children import PYTHON
 from spikerl.config.yaml_file import group_options
+from spikerl.distributed import mpi
 from spikerl.energy import meter as energy
 from spikerl.envs.make import EnvConfig, make_env
-from spikerl.errors import BadRequest
+from spikerl.errors import DONE, FAILED, BadRequest
 from spikerl.machine import git_state, versions
-from spikerl.models.precision import DTYPES, PrecisionConfig, check_precision
+from spikerl.models.precision import DTYPES, PrecisionConfig, check_precision, why_slow
+from spikerl.output import answer
+from spikerl.runs.display import Screen
 from spikerl.schema import parse
 
 
@@ -40,24 +44,27 @@ class Finding(NamedTuple):
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl doctor`: 0 if training can run here, 1 if not."""
     request = parse(DoctorRequest, data)
-    found = list(examine())
-    usable = all(f.there for f in found if f.part in ("environment", "output"))
+    findings = list(examine())
+    usable = all(f.there for f in findings if f.part in ("environment", "output"))
+    console = Screen(markup=False, emoji=False, highlight=False)
     if request.json:
-        print(json.dumps({"usable": usable, "findings": [f._asdict() for f in found]}))
-        return 0 if usable else 1
-    table = Table("part", "name", "", "detail")
-    for f in found:
-        table.add_row(f.part, f.name, "yes" if f.there else "no", f.detail)
-    Console(soft_wrap=True, markup=False, emoji=False).print(table)
-    print("training can run here" if usable else "training cannot run here: see the rows above")
-    return 0 if usable else 1
+        answer({"usable": usable, "findings": [f._asdict() for f in findings]})
+        return DONE if usable else FAILED
+    table = Table("part", "name", "", "detail", box=None, pad_edge=False)
+    for f in findings:
+        table.add_row(f.part, f.name, "yes" if f.there else "no", Text(f.detail, overflow="fold"))
+    console.print(table)
+    can = "can" if usable else "cannot"
+    console.print(f"training {can} run here" + ("" if usable else ": see the rows above"))
+    return DONE if usable else FAILED
 
 
 def examine() -> Iterator[Finding]:
     for name, version in versions().items():
         yield Finding("version", name, version != "unknown", version)
     commit, dirty = git_state().values()
-    detail = f"{commit}{', changed since' if dirty else ''}" if commit else "not a git checkout"
+    changed = ", changed since" if dirty else ""
+    detail = f"{str(commit)[:10]}{changed}" if commit else "not a git checkout"
     yield Finding("version", "git", commit is not None, detail)
     yield from devices()
     yield from backends()
@@ -70,13 +77,19 @@ def examine() -> Iterator[Finding]:
 
 def kernel_findings() -> Iterator[Finding]:
     yield Finding("kernel", "reference", True, "plain PyTorch, on every device")
-    for name, device in (("cpu", "cpu"), ("triton", machine.resolve_device("auto").choice)):
+    device = machine.resolve_device("auto").choice
+    for name, on in (("cpu", "cpu"), ("triton", device)):
+        if name == "triton" and device == "cpu":
+            yield Finding("kernel", name, False, "needs a CUDA device")
+            continue
         try:
-            kernel = kernels.resolve(kernels.KernelConfig(name=name, path=None), device)
+            kernel = kernels.resolve(kernels.KernelConfig(name=name, path=None), on)
         except BadRequest as error:
             yield Finding("kernel", name, False, error.args[2])
         else:
-            yield Finding("kernel", name, True, f"{kernel.choice}; spiking actors and critics")
+            better = kernel.reason.removeprefix("requested")  # why a better path was not built
+            detail = f"{kernel.choice}{better}; spiking actors and critics"
+            yield Finding("kernel", name, True, detail)
 
 
 def devices() -> Iterator[Finding]:
@@ -90,20 +103,30 @@ def devices() -> Iterator[Finding]:
         yield Finding("device", "cuda", False, f"torch sees no GPU; it is built {built}")
     device = torch.device(machine.resolve_device("auto").choice)
     for name in DTYPES:
+        precision = PrecisionConfig(name=name, actor="fp32", critic=name)
         try:
-            check_precision(PrecisionConfig(name=name, actor="fp32", critic=name), device)
-            yield Finding("precision", name, True, f"on {device}")
+            check_precision(precision, device)
         except BadRequest as error:
-            yield Finding("precision", name, False, str(error))
+            yield Finding("precision", name, False, error.args[2])
+        else:
+            slow = why_slow(precision, str(device))
+            yield Finding("precision", name, True, f"on {device}" + (f"; {slow}" if slow else ""))
 
 
 def backends() -> Iterator[Finding]:
     d = torch.distributed
     yield Finding("backend", "gloo", d.is_gloo_available(), "for workers on the CPU")
-    nccl = d.is_nccl_available() and torch.cuda.is_available()
-    detail = "for a CUDA device per worker" if nccl else "needs CUDA devices"
-    yield Finding("backend", "nccl", nccl, detail)
-    yield Finding("backend", "mpi", False, "not supported by this version")
+    if not torch.cuda.is_available():
+        yield Finding("backend", "nccl", False, "needs CUDA devices")
+    elif not d.is_nccl_available():
+        yield Finding("backend", "nccl", False, "this PyTorch is built without NCCL")
+    else:
+        yield Finding("backend", "nccl", True, "for a CUDA device per worker")
+    missing = mpi.missing()
+    if missing is None and (command := mpi.mpiexec(1)):
+        yield Finding("backend", "mpi", True, f"{mpi.library()}; {command[0]}")
+    else:
+        yield Finding("backend", "mpi", False, missing or f"no mpiexec; {mpi.EXTRA}")
 
 
 def meters() -> Iterator[Finding]:
@@ -136,8 +159,27 @@ def environments() -> Iterator[Finding]:
 def renderers() -> Iterator[Finding]:
     for name, library, package in (("egl", "EGL", "libegl1"), ("osmesa", "OSMesa", "libosmesa6")):
         path = ctypes.util.find_library(library)
-        hint = f"lib{library} not found; Debian's package is {package}"
-        yield Finding("renderer", name, path is not None, path or hint)
+        if path is None:
+            hint = f"lib{library} not found; Debian's package is {package}"
+            yield Finding("renderer", name, False, hint)
+        elif failure := why_no_context(name):
+            yield Finding("renderer", name, False, f"{path} is there and fails: {failure}")
+        else:
+            yield Finding("renderer", name, True, path)
+
+
+def why_no_context(renderer: str) -> str | None:
+    """Why MuJoCo cannot draw with this renderer. It picks one when it is imported, once."""
+    code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
+    environment = {**os.environ, "MUJOCO_GL": renderer, "PYTHONSAFEPATH": "1"}
+    command = [*PYTHON, "-c", code]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    if done.returncode == 0:
+        return None
+    return (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
 
 
 def outputs() -> Finding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from spikerl.envs.make import EnvConfig, check_confirmed, make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.machine import versions
 from spikerl.models.policy import Policy, check_shapes, load_policy
+from spikerl.output import answer
 from spikerl.schema import parse
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.video import Filmed, check_video, rates_of
@@ -77,7 +77,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         if name in ("mujoco", "gymnasium") and now.get(name) != version
     ]
     if request.json:
-        answer = {
+        facts = {
             "return_mean": result.mean,
             "return_std": result.std,
             "returns": result.returns,
@@ -90,7 +90,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             "versions": now,
             "trained_with": policy.trained_with,
         }
-        print(json.dumps(answer, allow_nan=False))
+        answer(facts)
         return 0
     for i, (ret, length) in enumerate(zip(result.returns, result.lengths, strict=True)):
         print(f"episode {i}  return {ret:.1f}  length {length}")

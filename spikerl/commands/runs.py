@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ from rich.table import Column, Table
 
 from spikerl.energy.meter import total_joules
 from spikerl.errors import BadRequest
+from spikerl.output import answer
 from spikerl.runs import folder as run_folder
 from spikerl.runs.display import number
 from spikerl.schema import parse
@@ -65,7 +65,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     runs = sorted((describe(folder) for folder in folders), key=lambda run: order(run, request))
     if request.json:
         rows = [asdict(run) for run in runs]
-        print(json.dumps({"runs": rows, "freed_bytes": sum(freed.values())}, allow_nan=False))
+        answer({"runs": rows, "freed_bytes": sum(freed.values())})
         return 0
     show(runs)
     for line in kept:

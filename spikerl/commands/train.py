@@ -19,11 +19,12 @@ import torch
 from spikerl.config.build import Config, build
 from spikerl.config.memory import check_memory
 from spikerl.distributed import launch, mpi
-from spikerl.distributed.world import ALONE, join, leave, ranked
+from spikerl.distributed.launchers import ranked
+from spikerl.distributed.world import ALONE, join, leave
 from spikerl.energy.meter import open_meter
 from spikerl.envs.make import make_env, task_of
 from spikerl.errors import DONE, FAILED, BadRequest
-from spikerl.files import write_text
+from spikerl.files import absolute, shown, write_text
 from spikerl.models.policy import Policy, check_shapes, find_policy, read_policy
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
@@ -45,7 +46,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             return DONE
         target = settings.resume
     else:
-        target = settings.run_dir or default_folder(config)
+        target = settings.run_dir or str(absolute(default_folder(config)))
         run_folder.check_free(target, named=settings.run_dir is not None)
     check_launch(config)
     if ranked() or (config.world_size == 1 and settings.max_restarts == 0):
@@ -115,7 +116,7 @@ def record_lost_worker(lost: launch.WorkerLost) -> int:
         with suppress(OSError):
             run_folder.update_manifest(folder, status="failed", ended=run_folder.now())
             write_text(folder / "error.txt", cause + "\n")
-        cause += f" (spikerl train resume={folder} goes on from its last checkpoint)"
+        cause += f" (spikerl train resume={shown(folder)} goes on from its last checkpoint)"
     print(f"spikerl: {cause}", file=sys.stderr)
     return FAILED
 
@@ -188,7 +189,7 @@ def finished(folder: Path, config: Config) -> bool:
         step = max(
             (row["step"] for row in run_folder.read_rows(folder / "metrics.jsonl")), default=0
         )
-        further = f"init_from={folder} starts from its policy"
+        further = f"init_from={shown(folder)} starts from its policy"
         if step < total:
             remedy = f"its replay was removed when it was done, at step {step}; {further}"
             raise BadRequest("resume", folder, remedy)
@@ -197,7 +198,7 @@ def finished(folder: Path, config: Config) -> bool:
         run_folder.check_record(folder, checkpoint.manifest)
         step, further = checkpoint.step, "a larger total_steps goes on with it"
     if record["status"] == "done" and step >= total:
-        print(f"{folder} is done at step {step}; {further}")
+        print(f"{shown(folder)} is done at step {step}; {further}")
         return True
     return False
 

@@ -95,7 +95,8 @@ def overrides_of(path: Path, typed: Sequence[str], *, resumes: bool = False) -> 
             if not isinstance(value, dict) or not isinstance(value.get("name"), str):
                 raise BadRequest("config", path, f"its group {key} has no name")
             choices.append(f"{key}={quoted(value['name'])}")
-            if key == "env" and value.get("id") == f"{value['name']}-{value.get('version')}":
+            own = (f"{value['name']}-{value.get('version')}", "${.name}-${.version}")
+            if key == "env" and value.get("id") in own:  # the second as --cfg job prints it
                 value = {k: v for k, v in value.items() if k != "id"}
         leaves = list(_leaves(key, value, path, chosen))
         if not resumes:

@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from spikerl.children import PYTHON
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.errors import FAILED
@@ -105,13 +105,16 @@ def run_under_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
         max_restarts=0,
         signals_to_handle="",  # they are passed on instead
         shutdown_timeout=SHUTDOWN_S,
+        # On one machine the agent would look up its own name, which may lead nowhere.
+        local_addr=None if several else "127.0.0.1",
         logs_specs=DefaultLogsSpecs(log_dir=str(mailbox)),
     )
-    worker = ("-m", "spikerl.commands.worker", str(mailbox), str(os.getpid()))
+    python, *flags = PYTHON
+    worker = (*flags, "-m", "spikerl.commands.worker", str(mailbox), str(os.getpid()))
     over = threading.Event()
     threading.Thread(target=kill_hung_workers, args=(mailbox, over), daemon=True).start()
     try:
-        elastic_launch(config, sys.executable)(*worker)
+        elastic_launch(config, python)(*worker)
     except ChildFailedError as error:
         return {rank: int(failure.exitcode) for rank, failure in error.failures.items()}
     except DistError as error:
@@ -143,7 +146,7 @@ def run_under_mpiexec(mailbox: Path, workers: Workers) -> dict[int, int]:
     """The same under MPI, where one that fails ends all: only the one that did so is known."""
     start = mpi.mpiexec(workers.size)
     assert start is not None  # the config was checked
-    command = [*start, sys.executable, "-m", "spikerl.commands.worker", str(mailbox)]
+    command = [*start, *PYTHON, "-m", "spikerl.commands.worker", str(mailbox)]
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from spikerl.distributed import mpi
+from spikerl.distributed.launchers import mpi_set
 
 PR_SET_PDEATHSIG = 1
 
@@ -23,14 +23,14 @@ def die_if_spawned() -> None:
         die_with_parent()
 
 
-def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent ends, even by SIGKILL (Linux only).
+def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> None:
+    """Have the kernel signal this process when its parent ends, even by SIGKILL (Linux only).
 
     `parent` is the process that it should have: if that one ended before we could ask, we end too.
     """
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
 
@@ -40,7 +40,8 @@ def die_with_launcher() -> None:
 
     What another parent starts may be meant to outlive it, and Slurm ends its own.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ or mpi.launched():
+    env = os.environ
+    if ("TORCHELASTIC_RUN_ID" in env and "RANK" in env) or mpi_set():
         die_with_parent()
 
 

@@ -29,6 +29,7 @@ from spikerl.energy.counters import (
     read_trace,
 )
 from spikerl.errors import BadRequest
+from spikerl.files import absolute
 from spikerl.schema import Registry
 from spikerl.types import Resolved
 
@@ -43,6 +44,7 @@ class EnergyConfig:
             raise BadRequest("energy.file", self.file, "energy=replay needs a recorded trace")
         if self.name != "replay" and self.file is not None:
             raise BadRequest("energy.file", self.file, "only energy=replay reads a file")
+        self.file = str(absolute(self.file)) if self.file else self.file
 
 
 METERS: Registry[EnergyConfig, None] = Registry(

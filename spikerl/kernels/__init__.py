@@ -46,7 +46,7 @@ class Kernel(Protocol):
         self, critic: ValueNet, obs: Tensor, act: Tensor, target: Tensor, into: Gradient, /
     ) -> Tensor: ...
 
-    def dq_da(
+    def actor_loss_grad(
         self, critic: ValueNet, obs: Tensor, act: Tensor, into: Gradient, lowest: bool = ..., /
     ) -> Tensor: ...
 

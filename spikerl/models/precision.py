@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from spikerl.errors import BadRequest
+from spikerl.kernels.build import supported_paths
 from spikerl.schema import Registry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,3 +59,11 @@ def check_precision(config: PrecisionConfig, device: torch.device) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         remedy = f"a GPU of capability {major}.{minor} has no bfloat16; use precision=fp16 or fp32"
         raise BadRequest("precision", config.name, remedy)
+
+
+def why_slow(config: PrecisionConfig, device: str) -> str | None:
+    """Why an update takes longer in these formats than in fp32, if so."""
+    formats = {config.actor, config.critic}
+    if device != "cpu" or "bf16" not in formats or "amx" in supported_paths():
+        return None
+    return "bf16 is usually slower than fp32 here: this processor has no matrix units (AMX)"

@@ -33,6 +33,7 @@ from spikerl.errors import BadRequest, DiskError
 from spikerl.files import (
     checksum_of,
     json_bytes,
+    link_to,
     make_folder,
     parse_json,
     read_json,
@@ -121,7 +122,7 @@ def save_checkpoint(
             if again:
                 os.rename(replaced, place)
             raise
-        _point_latest(root, name)
+        link_to(root / "latest", name)
         for folder in _folders(run)[KEEP:]:
             shutil.rmtree(folder)
         remove_unreferenced(run)
@@ -224,13 +225,13 @@ def verified(run: Path, report: Callable[[str], None]) -> Checkpoint:
     raise BadRequest("resume", run, f"holds no complete checkpoint; {said}")
 
 
-def drop_later(checkpoint: Checkpoint) -> None:
+def remove_newer(checkpoint: Checkpoint) -> None:
     """Remove checkpoints newer than the one that a run goes on from, and what is half written."""
     for folder in _folders(checkpoint.run):
         if folder.name > checkpoint.folder.name:
             shutil.rmtree(folder)
     remove_unreferenced(checkpoint.run)
-    _point_latest(checkpoint.folder.parent, checkpoint.folder.name)
+    link_to(checkpoint.folder.parent / "latest", checkpoint.folder.name)
 
 
 def remove_unreferenced(run: Path) -> None:
@@ -361,11 +362,3 @@ def _damaged_rows(path: Path, length: int) -> Iterator[str]:
 
 def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return save({name: t.detach().cpu().clone() for name, t in tensors.items()})
-
-
-def _point_latest(root: Path, name: str) -> None:
-    link = root / ".latest.partial"
-    link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    os.replace(link, root / "latest")
-    sync_folder(root)

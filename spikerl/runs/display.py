@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from spikerl.output import discard
+
 
 class Stage(Protocol):
     """What the view reads of a training run between epochs."""
@@ -78,11 +80,18 @@ def stuck_layers(row: Mapping[str, Any]) -> dict[int, str]:
 
 
 class Screen(Console):
-    """Standard output, whose reader may go away."""
+    """Standard output, whose reader may go away; it is drawn on only where it is a terminal.
+
+    rich takes FORCE_COLOR for one.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        drawn = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        super().__init__(force_terminal=drawn, **settings)
 
     def on_broken_pipe(self) -> None:  # which ends the program otherwise
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
 
 
 class View:
@@ -106,7 +115,9 @@ class View:
         self.stage: Stage | None = None
         self.title = title
         self.live: Live | None = None
-        if self.console.is_terminal:
+        # Of a sweep whose jobs run side by side, each on the same screen.
+        self.job = os.environ.get("SPIKERL_JOB")
+        if self.console.is_terminal and not self.job:
             self.bar = Progress(
                 TextColumn("step"), BarColumn(None), MofNCompleteColumn(),
                 TextColumn("{task.percentage:>3.0f}%"), TextColumn("left"), TimeRemainingColumn(),
@@ -119,7 +130,8 @@ class View:
     def line(self, text: str) -> None:
         """A line that stays, above the live panel."""
         with suppress(OSError):
-            self.console.print(text, markup=False, emoji=False)
+            before = f"[{self.job}] " if self.job else ""
+            self.console.print(before + text, markup=False, emoji=False)
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         self.last = row

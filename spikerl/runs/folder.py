@@ -22,6 +22,8 @@ from yaml import YAMLError
 from spikerl import machine
 from spikerl.errors import BadRequest
 from spikerl.files import (
+    LACKING,
+    lock_file,
     make_folder,
     parse_json,
     read_bytes,
@@ -184,9 +186,7 @@ def lock(folder: Path) -> IO[str]:
         file = (folder / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise BadRequest("resume", folder, f"cannot be written to: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not lock_file(file):
         file.seek(0)
         owner = file.read().strip() or "another process"
         file.close()
@@ -198,14 +198,14 @@ def lock(folder: Path) -> IO[str]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process runs it; the lock stays as it is."""
+    """Whether a process runs it, or may, where files cannot be locked; the lock stays as it is."""
     try:
         with (folder / ".lock").open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no lock at all
-        return False
+    except OSError as error:  # or there is no lock at all
+        return error.errno in LACKING
     return False
 
 

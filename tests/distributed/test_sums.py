@@ -6,6 +6,7 @@ import glob
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def sums_are_exact(world: World) -> None:
                 for rank in range(1, world.size):
                     expected += everyone[k, rank]
                 assert torch.equal(mine, expected)
-    assert len(world.shm.rooms) == 6  # one for each size in bytes
+    assert len(world.shm.buffers) == 6  # one for each size in bytes
     assert not glob.glob(f"{FOLDER}/*spikerl*")
 
 
@@ -62,22 +63,22 @@ def what_has_no_room_takes_gloo(world: World) -> None:
 
 def a_machine_without_room(world: World) -> None:
     """One worker cannot have it, or no more of it: all of them take gloo, and none waits."""
-    enter, fresh = sums_module._enter, share_memory(replace(world, shm=None))
+    enter, fresh = sums_module._open, share_memory(replace(world, shm=None))
     assert fresh.shm is not None
     if world.rank == 1:
-        sums_module._enter = lambda name, total, rank: None
+        sums_module._open = lambda name, total, rank: None
     mine = torch.ones(10)
     fresh.sum_(mine)
     assert mine.tolist() == [world.size] * 10
-    assert fresh.shm.rooms == {40: None}
+    assert fresh.shm.buffers == {40: None}
     assert share_memory(replace(world, shm=None)).shm is None
-    sums_module._enter = enter
+    sums_module._open = enter
 
 
 def another_machine(world: World) -> None:
     """Workers that do not run under one kernel share nothing."""
     if world.rank == 0:
-        sums_module.MACHINE = sums_module.Path("/proc/sys/kernel/ostype")
+        sums_module.MACHINE = Path("/proc/sys/kernel/ostype")
     assert share_memory(replace(world, shm=None)).shm is None
 
 

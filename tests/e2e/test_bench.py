@@ -28,36 +28,48 @@ FIELDS = {
 
 def bench(*args: str) -> dict[str, Any]:
     said = spikerl("bench", *SMALL, "json=true", *args)
-    assert (said.status, said.err) == (0, "")
+    assert said.status == 0, said.err
+    assert all(line.startswith("bench: ") for line in said.err.splitlines())
     return dict(json.loads(said.out))
 
 
 def test_acting_updating_and_training() -> None:
-    answer = bench("parts=[acting,update,training]")
+    said = spikerl("bench", *SMALL, "json=true", "parts=[acting,update,training]")
+    assert (said.status, said.err.splitlines()) == (0, [
+        "bench: acting, 2 rounds", "bench: update, batch 12, 2 rounds", "bench: filling replays",
+        "bench: training, 2 rounds",
+    ])  # fmt: skip
+    answer = json.loads(said.out)
     assert answer.keys() == {"machine", "measurements", "ratios", "left_out", "roofline"}
-    assert answer["roofline"]["update_gflop"].keys() == {"12"}
-    assert all(answer["roofline"][name] > 0.0 for name in ("product_gflops", "copy_gb_s"))
     assert {"cpu", "cores", "cpu_flags", "versions", "commit"} <= answer["machine"].keys()
-    found = answer["measurements"]
-    assert all(m.keys() == FIELDS for m in found)
-    assert all(0 < m["min_ms"] <= m["median_ms"] for m in found)
-    assert all(m["per_second"] == pytest.approx(1e3 / m["median_ms"]) for m in found)
-    (chosen,) = {m["kernel"] for m in found if m["what"] == "policy(obs)"}
-    updates = {(m["kernel"], m["precision"]) for m in found if m["what"] == "update"}
+    measurements = answer["measurements"]
+    assert all(m.keys() == FIELDS for m in measurements)
+    assert all(0 < m["min_ms"] <= m["median_ms"] for m in measurements)
+    assert all(m["per_second"] == pytest.approx(1e3 / m["median_ms"]) for m in measurements)
+    (chosen,) = {m["kernel"] for m in measurements if m["what"] == "policy(obs)"}
+    updates = {(m["kernel"], m["precision"]) for m in measurements if m["what"] == "update"}
     assert updates == {
         (chosen, "fp32"), (chosen, "bf16"), ("reference", "fp32"), ("dense", "fp32"),
         ("popsan loop", "fp32"), ("dense loop", "fp32"),
     }  # fmt: skip
-    assert {m["kernel"] for m in found if m["what"] == "training"} == {
+    assert {m["kernel"] for m in measurements if m["what"] == "training"} == {
         chosen, "dense", "popsan loop", "dense loop",
     }  # fmt: skip
-    name = f"update {chosen} fp32 batch 12 / popsan loop"
+    baselines = ("popsan loop", "dense loop")
+    acting = ["policy(obs)", "actor"] + ["its library call"] * chosen.startswith("cpu/")
+    work = [f"update {chosen} {precision} batch 12" for precision in ("fp32", "bf16")]
+    work.append(f"training {chosen} fp32 batch 12")
+    assert answer["ratios"].keys() == {
+        *(f"{what} {chosen} fp32 / {other}" for what in acting for other in baselines),
+        *(f"{name} / {other}" for name in work for other in (*baselines, "dense")),
+    }
     times = {
         m["kernel"]: m["median_ms"]
-        for m in found
+        for m in measurements
         if m["what"] == "update" and m["precision"] == "fp32"
     }
-    assert answer["ratios"][name]["ratio"] == pytest.approx(times[chosen] / times["popsan loop"])
+    ratio = answer["ratios"][f"update {chosen} fp32 batch 12 / popsan loop"]["ratio"]
+    assert ratio == pytest.approx(times[chosen] / times["popsan loop"])
 
 
 def test_proxies() -> None:
@@ -65,38 +77,39 @@ def test_proxies() -> None:
     rules = ["td3", "proxy_td3 lif K=3", "proxy_td3 cuba_lif K=3", "proxy_td3 lif K=1"]
     times = {m["what"]: m["median_ms"] for m in answer["measurements"]}
     assert list(times) == [f"update, {rule}" for rule in rules]
-    (found,) = (r for name, r in answer["ratios"].items() if "K=1" in name)
+    assert [name.split()[-1] for name in answer["ratios"]] == ["td3"] * 3
+    (of_one_step,) = (r for name, r in answer["ratios"].items() if "K=1" in name)
     expected = times["update, proxy_td3 lif K=1"] / times["update, td3"]
-    assert found["ratio"] == pytest.approx(expected)
+    assert of_one_step["ratio"] == pytest.approx(expected)
 
 
-def ways() -> list[str]:
-    """Through what two workers can exchange here."""
-    room = ["shared memory"] if os.access("/dev/shm", os.W_OK) else []
-    return [*room, "gloo"] + ([] if mpi.missing() else ["mpi"])
+def exchanges() -> list[str]:
+    """Over what two workers can exchange here."""
+    shared = ["shared memory"] if os.access("/dev/shm", os.W_OK) else []
+    return [*shared, "gloo"] + ([] if mpi.missing() else ["mpi"])
 
 
 def test_two_workers() -> None:
     answer = bench("parts=[workers]", "world_sizes=[2]")
-    found = {m["what"]: m for m in answer["measurements"]}
-    sizes = {what: (m["world_size"], m["batch"]) for what, m in found.items()}
+    measurements = {m["what"]: m for m in answer["measurements"]}
+    sizes = {what: (m["world_size"], m["batch"]) for what, m in measurements.items()}
     expected = {"update, alone": (1, 12), "exchange of the normaliser": (2, 1)}
-    for way in ways():
+    for over in exchanges():
         expected |= {
-            f"update, weak over {way}": (2, 12),
-            f"update, strong over {way}": (2, 6),
-            f"exchanges of an update, weak over {way}": (2, 12),
-            f"exchanges of an update, strong over {way}": (2, 6),
-            f"exchanges of an update alone, over {way}": (2, 1),
+            f"update, weak over {over}": (2, 12),
+            f"update, strong over {over}": (2, 6),
+            f"exchanges, weak over {over}": (2, 12),
+            f"exchanges, strong over {over}": (2, 6),
+            f"exchanges alone, over {over}": (2, 1),
         }
     assert sizes == expected
     assert bool(mpi.missing()) == ("mpi, 2 workers" in answer["left_out"])
     # The last backend's own normaliser's exchange, one in 50 steps: 50 updates, or 25.
     for scaling, updates in (("weak", 25), ("strong", 50)):
-        name = f"{scaling} over {ways()[-1]}"
-        merging = found["exchange of the normaliser"]["median_ms"] / updates
-        part = found[f"exchanges of an update, {name}"]["median_ms"] + merging
-        whole = found[f"update, {name}"]["median_ms"] + merging
+        name = f"{scaling} over {exchanges()[-1]}"
+        merging = measurements["exchange of the normaliser"]["median_ms"] / updates
+        part = measurements[f"exchanges, {name}"]["median_ms"] + merging
+        whole = measurements[f"update, {name}"]["median_ms"] + merging
         share = answer["ratios"][f"share of exchanges in an update of 2 workers, {name}"]
         assert 0.0 < share["ratio"] < 1.0
         assert share["ratio"] == pytest.approx(part / whole)
@@ -108,17 +121,21 @@ def test_exchanges_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer["left_out"] == {"mpi, 2 workers": "it is not there"}
     assert all(m["world_size"] == 2 for m in answer["measurements"])
     assert {m["what"] for m in answer["measurements"]} == {
-        f"sum of {4**power} numbers over {way}"
+        f"sum of {4**power} numbers over {over}"
         for power in (0, *range(5, 12))
-        for way in ways()
-        if way != "mpi"
+        for over in exchanges()
+        if over != "mpi"
     }
 
 
-def test_a_table() -> None:
+def test_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     said = spikerl("bench", *SMALL, "parts=[acting]", "kernel=reference")
     assert said.status == 0
-    assert "policy(obs)" in said.out
+    lines = said.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    starts = ["policy(obs) reference ", "actor reference ", "actor dense loop "]
+    assert [sum(line.startswith(start) for line in lines) for start in starts] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ ODD: dict[str, dict[str, gym.Space[Any]]] = {
 @pytest.fixture(autouse=True)
 def odd_environments() -> Iterator[None]:
     for env_id, spaces in ODD.items():
-        gym.register(env_id, entry_point=Odd, kwargs=spaces)
+        gym.register(env_id, entry_point=partial(Odd, **spaces))
     yield
     for env_id in ODD:
         del gym.registry[env_id]

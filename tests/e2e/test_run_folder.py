@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     for how in ("raise", "nan_obs", "inf_rew", "none"):
-        gym.register(f"Breaks-{how}-v0", entry_point=Breaks, kwargs={"how": how},
-                     max_episode_steps=30)  # fmt: skip
+        gym.register(f"Breaks-{how}-v0", entry_point=partial(Breaks, how), max_episode_steps=30)
     yield
     for how in ("raise", "nan_obs", "inf_rew", "none"):
         del gym.registry[f"Breaks-{how}-v0"]

@@ -126,7 +126,7 @@ def test_config_makes_the_same_run(run: Path, tmp_path: Path) -> None:
 def test_config_with_overrides(run: Path) -> None:
     typed = ["seed=1", "precision=bf16", "env.version=v4", "total_steps=150", "actor=mlp"]
     assert spikerl("train", f"config={run}/config.yaml", "run_dir=new", *typed).status == 0
-    wanted = OmegaConf.load(run / "config.yaml")
+    wanted: Any = OmegaConf.load(run / "config.yaml")
     wanted.run_dir, wanted.seed, wanted.total_steps = "new", 1, 150
     wanted.env.version, wanted.env.id = "v4", "InvertedPendulum-v4"
     for group, option in (("precision", "bf16"), ("actor", "mlp")):

@@ -180,10 +180,11 @@ def test_killed_while_it_resumes(
     undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before any call by which it takes the folder over, one row beyond the commit in it."""
-    run, left = tmp_path / "run", []
+    run = tmp_path / "run"
+    left: list[Path] = []
     shutil.copytree(undisturbed.raw["run_dir"], run, symlinks=True)
     (run / "checkpoints" / "step_0000000060" / "learner.safetensors").write_bytes(b"")
-    take_over = Session.take_over
+    rewind = Session.rewind
 
     def look(name: str) -> None:
         left.append(tmp_path / f"{len(left)}")
@@ -191,10 +192,10 @@ def test_killed_while_it_resumes(
 
     def watched(*args: Any) -> None:
         with before_each_call(look):
-            take_over(*args)
+            rewind(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "take_over", watched)
+        patch.setattr(Session, "rewind", watched)
         assert undisturbed.train(resume=str(run)) == 0
     assert len(left) > 30
     for folder in [run, *left[::5]]:

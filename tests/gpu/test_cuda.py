@@ -87,7 +87,7 @@ def test_replay_and_normaliser_live_on_the_device() -> None:
     norm.add(rows)
     norm.merge([norm.collect()])
     flags = rows[:, 0] > 3
-    replay.add(rows, rows[:, :1] / 12, rows[:, 0], rows, flags, discount=0.99)
+    replay.add(rows, rows[:, :1] / 12, rows[:, 0], rows, flags, flags, discount=0.99)
     sampled = replay.sample(64, torch.Generator().manual_seed(0), norm.normalize)
     assert sampled.obs.device.type == "cuda"
     assert set(sampled.rew.tolist()) == {0.0, 3.0, 6.0, 9.0}

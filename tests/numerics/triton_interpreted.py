@@ -1,4 +1,4 @@
-"""Run by test_triton_kernel.py in a process of its own, under Triton's interpreter, on the CPU."""
+"""Run by test_kernels_triton.py in a process of its own, under Triton's interpreter, on the CPU."""
 
 from __future__ import annotations
 

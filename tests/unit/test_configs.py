@@ -24,7 +24,9 @@ GROUPS = sorted(folder.name for folder in conf_folder().iterdir() if folder.is_d
 NEEDS = {"env=gym": ["env.id=MountainCarContinuous-v0"], "energy=replay": ["energy.file=t.csv"]}
 # What only some machines can run; it composes on all.
 ELSEWHERE = ("kernel=triton", "backend=nccl", "precision=fp16", "energy=zeus", "energy=replay")
-OPTIONS = [f"{g}={o}" for g in GROUPS for o in group_options(g) if g != "experiment"]
+# `base` is what config files share, a table is a group of `reproduce`.
+OTHERS = ("base", "experiment", "table")
+OPTIONS = [f"{g}={o}" for g in GROUPS for o in group_options(g) if g not in OTHERS]
 
 OUT_OF_RANGE = {
     "-1": "seed algo.random_steps algo.learning_starts algo.explore_noise algo.target_noise"
@@ -115,8 +117,7 @@ def test_there_and_back(option: str, tmp_path: Path) -> None:
 def test_values_survive(key: str, value: Any, tmp_path: Path) -> None:
     first = composed("env=gym", "env.id=x")
     OmegaConf.update(holder := OmegaConf.create(first), key, value)
-    changed = OmegaConf.to_container(holder)
-    assert isinstance(changed, dict)
+    changed: Any = OmegaConf.to_container(holder)
     assert composed(saved(tmp_path, changed)) == changed
 
 
@@ -203,12 +204,16 @@ def test_flags_anywhere(args: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("spikerl ", {"train", "eval", "import", "convert", "bench", "doctor"}),
+        (
+            "spikerl ",
+            {"train", "eval", "import", "convert", "bench", "doctor", "reproduce", "report"},
+        ),
         ("spikerl tr", {"train"}),
         ("spikerl train env=Half", {"env=HalfCheetah"}),
         ("spikerl train env=Ant actor=", {"actor=care_bn", "actor=mlp", "actor=popsan"}),
         ("spikerl train algo.gam", {"algo.gamma="}),
         ("spikerl eval epi", {"episodes="}),
+        ("spikerl reproduce table=mdc", {"table=mdc_san_table1"}),
         ("spikerl fly x", set()),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,7 @@ def records(content: bytes) -> Iterator[bytes]:
 
 def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2 as proto
+    proto: Any = import_module("wandb.proto.wandb_internal_pb2")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -270,7 +271,8 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 items = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
                 values = json.loads(items["eval/mean_reward"])
                 history.append((record.history.step.num, values))
-    assert history == [(r["step"], pytest.approx(r["eval_return"])) for r in rows]
+    assert [step for step, _ in history] == [r["step"] for r in rows]
+    assert [v for _, v in history] == pytest.approx([r["eval_return"] for r in rows])
     ((run_id, project, name),) = runs  # the second session is of the same run
     assert (project, name) == ("spikerl", "r")
     assert json.loads(Path("r/loggers.json").read_text()) == {"wandb": {"id": run_id, "step": 450}}

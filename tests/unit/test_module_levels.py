@@ -13,7 +13,7 @@ import spikerl
 ROOT = Path(spikerl.__file__).parent
 # Folders, and the modules that stand beside them, from the bottom to the top.
 LEVELS = [
-    "types errors seeding schema files machine plugins",
+    "types errors seeding schema files children output machine plugins",
     "snn",
     "kernels",
     "models energy distributed",
@@ -22,6 +22,7 @@ LEVELS = [
     "runs",
     "config",
     "training",
+    "reporting",
     "commands",
     "cli",
     "__main__ __init__",

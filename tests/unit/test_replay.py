@@ -83,11 +83,11 @@ def test_what_will_not_fit_is_refused(
     Path("limit").write_text("max\n")
     bound = 8 << 20
     if limit == "machine":
-        monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": bound}.get)
+        monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": bound}.get)
     elif limit == "container":
         Path("limit").write_text(f"{bound}\n")
     else:
-        monkeypatch.setattr(memory.resource, "getrlimit", lambda kind: (bound, -1))
+        monkeypatch.setattr("resource.getrlimit", lambda kind: (bound, -1))
     args = [arg for arg in SHORT if not arg.startswith("total_steps")]
     large = ["total_steps=1000000", "algo.replay_capacity=10000000"]
     said = spikerl("train", *args, *large, "run_dir=r")

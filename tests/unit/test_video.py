@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,12 @@ class Broken(Painted):
 
 
 @pytest.fixture(autouse=True)
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A policy of the painted environment."""
     pytest.importorskip("imageio_ffmpeg")
     monkeypatch.chdir(tmp_path)
     for kind in (Painted, Unpainted, Broken):
-        name = f"{kind.__name__}-v0"
-        gym.register(name, kind, max_episode_steps=STEPS)
+        gym.register(f"{kind.__name__}-v0", f"{__name__}:{kind.__name__}", max_episode_steps=STEPS)
     task = Task("Painted-v0", (3,), (1,), -np.ones(1), np.ones(1), STEPS)
     config = ActorConfig(
         actor=builders.popsan_config([6]),
@@ -204,8 +204,9 @@ def test_mujoco(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(str(error))
     env = CheckedEnv(gym.make("InvertedPendulum-v5"))
     video.check_video(env)
-    first = env.render()
+    first: Any = env.render()
     env.step(np.ones(1))
     assert first.shape == (480, 480, 3)
-    assert not np.array_equal(first, env.render())
+    after: Any = env.render()
+    assert not np.array_equal(first, after)
     env.close()

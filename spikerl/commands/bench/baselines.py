@@ -1,4 +1,4 @@
-"""Two yardsticks for `spikerl bench`, written plainly in the form that their users run.
+"""Two baselines for `spikerl bench`, in the form in which their users run them.
 
 `PopSANLoop`   TD3 with a spiking actor that walks its spike steps in Python, each with its own
                products, as the public PopSAN code does (combra-lab/pop-spiking-deep-rl).
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
@@ -56,28 +56,28 @@ class _EncoderSpike(torch.autograd.Function):
 
 
 class PopSANActor(nn.Module):
-    """PopSAN's actor, with the weights of `like`."""
+    """PopSAN's actor, with the weights of `source`."""
 
-    def __init__(self, like: SpikingActor) -> None:
+    def __init__(self, source: SpikingActor) -> None:
         super().__init__()
-        self.steps = like.spike_steps
-        assert isinstance(like.encoder, PopulationEncoder)
-        assert isinstance(like.decoder, RateDecoder)
-        self.mean = nn.Parameter(like.encoder.mean_OP.detach().clone().unsqueeze(0))
-        self.std = nn.Parameter(like.encoder.std_OP.detach().clone().unsqueeze(0))
+        self.steps = source.spike_steps
+        assert isinstance(source.encoder, PopulationEncoder)
+        assert isinstance(source.decoder, RateDecoder)
+        self.mean = nn.Parameter(source.encoder.mean_OP.detach().clone().unsqueeze(0))
+        self.std = nn.Parameter(source.encoder.std_OP.detach().clone().unsqueeze(0))
         self.layers: list[nn.Linear] = []
-        for i, layer in enumerate(like.layers):
+        for i, layer in enumerate(source.layers):
             linear = nn.Linear(*layer.weight_IN.shape)
             with torch.no_grad():
                 linear.weight.copy_(layer.weight_IN.T)
                 linear.bias.copy_(layer.bias_N)
             self.layers.append(linear)
             self.add_module(f"layer{i}", linear)
-        self.act_dim, self.pop = like.decoder.weight_AP.shape
+        self.act_dim, self.pop = source.decoder.weight_AP.shape
         self.decoder = nn.Conv1d(self.act_dim, self.act_dim, self.pop, groups=self.act_dim)
         with torch.no_grad():
-            self.decoder.weight.copy_(like.decoder.weight_AP.unsqueeze(1))
-            self.decoder.bias.copy_(like.decoder.bias_A)  # type: ignore[union-attr]
+            self.decoder.weight.copy_(source.decoder.weight_AP.unsqueeze(1))
+            self.decoder.bias.copy_(source.decoder.bias_A)  # type: ignore[union-attr]
 
     def forward(self, obs: Tensor) -> Tensor:
         distance = (obs.unsqueeze(-1) - self.mean).pow(2)
@@ -164,18 +164,18 @@ class Loop:
             self.actor_optimizer.zero_grad()
             actor_loss.backward()
             self.actor_optimizer.step()
-            self.average()
+            self.update_targets()
         self.updates += 1
 
-    def average(self) -> None:
+    def update_targets(self) -> None:
         pairs = [(self.actor, self.actor_target), (self.q1, self.q1_target),
                  (self.q2, self.q2_target)]  # fmt: skip
         for online, target in pairs:
             for p, p_target in zip(online.parameters(), target.parameters(), strict=True):
                 p_target.data.copy_(TAU * p.data + (1 - TAU) * p_target.data)
 
-    def train(self, env_id: str, batch_size: int, burst: int) -> Iterator[None]:
-        """Act, store and update, `burst` updates after every `burst` steps; yields after a step."""
+    def train(self, env_id: str, batch_size: int, update_interval: int) -> Iterator[None]:
+        """Act, store, and make as many updates as steps, in groups; yields after each step."""
         env = gym.make(env_id)
         space = env.action_space
         assert isinstance(space, gym.spaces.Box)
@@ -186,15 +186,15 @@ class Loop:
         rows = {name: np.zeros((100_000, n), np.float32) for name, n in widths.items()}
         for step in count():
             with torch.no_grad():
-                seen = torch.from_numpy(obs.astype(np.float32)).unsqueeze(0).to(self.device)
-                act = self.actor(seen)[0].cpu().numpy()
+                row = torch.from_numpy(obs.astype(np.float32)).unsqueeze(0).to(self.device)
+                act = self.actor(row)[0].cpu().numpy()
             act = np.clip(act + EXPLORE_NOISE * np.random.randn(A), -1.0, 1.0)
             next_obs, rew, terminated, truncated, _ = env.step(scale * act)
             for name, value in zip(rows, (obs, act, rew, next_obs, terminated), strict=True):
                 rows[name][step % 100_000] = value
             obs = env.reset()[0] if terminated or truncated else next_obs
-            if step % burst == burst - 1 and step >= batch_size:
-                for _ in range(burst):
+            if step % update_interval == update_interval - 1 and step >= batch_size:
+                for _ in range(update_interval):
                     self.update(draw(rows, min(step, 100_000), batch_size, self.device))
             yield
 
@@ -207,54 +207,57 @@ def draw(rows: dict[str, np.ndarray], filled: int, batch_size: int, device: torc
     return Batch(parts["obs"], parts["act"], rew, parts["next_obs"], done, discount)
 
 
-def popsan_loop(like: SpikingActor, obs_dim: int, act_dim: int) -> Loop:
-    """On the device of `like`, as is the other."""
-    return Loop(PopSANActor(like).to(like.layers[0].weight_IN.device), obs_dim, act_dim, 1e-4)
+def popsan_loop(source: SpikingActor, obs_dim: int, act_dim: int) -> Loop:
+    """With the weights of `source`, on its device."""
+    device = source.layers[0].weight_IN.device
+    return Loop(PopSANActor(source).to(device), obs_dim, act_dim, 1e-4)
 
 
 def dense_loop(obs_dim: int, act_dim: int, device: torch.device) -> Loop:
     return Loop(DenseActor(obs_dim, act_dim).to(device), obs_dim, act_dim, 1e-3)
 
 
-# Of a trained layer's drive, in multiples of what makes its standard deviation 1 where inputs fire
-# independently. With it, the shares of inputs that fire at all and of voltages inside the surrogate
-# window are those of the published HalfCheetah policy, within a fifth.
-SPREAD = 1.0
+# Standard deviation of a layer's drive, if its inputs fired independently. With it, the shares of
+# inputs that fire at all and of voltages inside the surrogate window are those of the published
+# HalfCheetah policy, within a fifth.
+DRIVE_STD = 1.0
 
 
 @torch.no_grad()
-def as_trained(actor: SpikingActor, rates: list[float], obs_BO: Tensor) -> None:
+def set_firing_rates(actor: SpikingActor, rates: list[float], obs_BO: Tensor) -> None:
     """Draw weights anew so that each layer fires at its rate of `rates`, the encoder's first.
 
-    Event-driven code is as fast as its spikes are few: networks of random weights fire 4 to 20
-    times less than trained ones, and say nothing of them.
+    The time of event-driven code depends on how many spikes there are, and networks of random
+    weights fire 4 to 20 times less than trained ones.
     """
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     encoder = actor.encoder
     assert isinstance(encoder, PopulationEncoder)
 
-    def bisect(low: float, high: float, layer: int, rate: float, put: Any) -> None:
+    def bisect(
+        low: float, high: float, layer: int, rate: float, set_value: Callable[[float], object]
+    ) -> None:
         for _ in range(20):
             middle = (low + high) / 2
-            put(middle)
+            set_value(middle)
             spikes, _ = reference.record(actor, obs_BO, None)
             low, high = (middle, high) if float(spikes[layer].mean()) < rate else (low, middle)
 
     bisect(0.01, 3.0, 0, rates[0], encoder.std_OP.fill_)
     for i, (layer, rate) in enumerate(zip(actor.layers, rates[1:], strict=True)):
         inputs = layer.weight_IN.shape[0]
-        size = SPREAD / math.sqrt(inputs * rates[i])
-        layer.weight_IN.normal_(0.0, size, generator=draw)
+        std = DRIVE_STD / math.sqrt(inputs * rates[i])
+        layer.weight_IN.normal_(0.0, std, generator=generator)
         bisect(-4.0, 4.0, i + 1, rate, layer.bias_N.fill_)
 
 
 @torch.no_grad()
-def critic_as_trained(critic: Critics, rates: list[float], obs_BO: Tensor) -> None:
-    """Move biases so that of each hidden layer's units the share `rates` is not 0."""
+def set_active_shares(critic: Critics, shares: list[float], obs_BO: Tensor) -> None:
+    """Move biases so that in each hidden layer this share of the units is not 0."""
     act_dim = critic.weights_CIN[0].shape[1] - obs_BO.shape[1]
     act = torch.rand(len(obs_BO), act_dim, device=obs_BO.device) * 2.0 - 1.0
     x = torch.cat([obs_BO, act], -1).expand(2, -1, -1)
-    for rate, weight, bias in zip(rates, critic.weights_CIN, critic.biases_C1N, strict=False):
+    for share, weight, bias in zip(shares, critic.weights_CIN, critic.biases_C1N, strict=False):
         drive = torch.bmm(x, weight)
-        bias.copy_(bias - (drive + bias).flatten(1).quantile(1.0 - rate, dim=1).view(2, 1, 1))
+        bias.copy_(bias - (drive + bias).flatten(1).quantile(1.0 - share, dim=1).view(2, 1, 1))
         x = torch.relu(drive + bias)

@@ -1,13 +1,12 @@
-"""How fast this machine acts, updates and trains: spiking beside dense, beside two yardsticks."""
+"""How fast this machine acts, updates and trains: spiking beside dense, beside two baselines."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,33 +17,44 @@ from torch import nn
 from spikerl import kernels, machine
 from spikerl.algos.offpolicy import OffPolicy
 from spikerl.algos.proxy_td3 import ProxyTD3Config
+from spikerl.children import PYTHON
 from spikerl.commands.bench import workers as bench_workers
 from spikerl.commands.bench.baselines import DenseActor, PopSANActor, dense_loop, popsan_loop
-from spikerl.commands.bench.fixtures import BURST, Subject
+from spikerl.commands.bench.fixtures import UPDATES_PER_TURN, BenchFixtures
+from spikerl.commands.bench.progress import BenchProgress
 from spikerl.commands.bench.roofline import Roofline, roofline
+from spikerl.commands.bench.table import show
 from spikerl.commands.bench.timing import (
+    DENSE,
     Benchmark,
-    Measurement,
-    Ratios,
+    Results,
     compare,
     ratio,
     run_interleaved,
-    show,
 )
 from spikerl.config import build as configs
 from spikerl.config.build import Config
-from spikerl.errors import BadRequest
+from spikerl.errors import DONE, BadRequest
 from spikerl.kernels.cpu import OneAction
 from spikerl.machine import git_state, versions
 from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.precision import DTYPES
+from spikerl.output import answer
 from spikerl.schema import parse
+from spikerl.snn.neurons import CubaLIFConfig, LIFConfig
 from spikerl.training.trainer import Trainer
 from spikerl.types import Batch
 
 PARTS = ("acting", "update", "training", "proxy", "workers", "exchange", "start")
-DENSE = MLPConfig(name="mlp", hidden_sizes=[256, 256], lr=1e-3)
+DENSE_ACTOR = MLPConfig(name="mlp", hidden_sizes=[256, 256], lr=1e-3)
+NEURON: dict[str, Any] = {
+    "voltage_decay": 0.75, "threshold": 0.5, "reset": "hard", "surrogate": "rect",
+    "surrogate_window": 0.5, "surrogate_slope": 2.0, "surrogate_slope_end": None,
+}  # fmt: skip
+LIF = LIFConfig(name="lif", **NEURON)
+CUBA_LIF = CubaLIFConfig(name="cuba_lif", current_decay=0.5, **NEURON)
 # Proxy Target's neurons, steps of the proxy before each of the critics, the proxy's layers.
-PROXIES = (("lif", 3, [512, 512]), ("cuba_lif", 3, [800, 600]), ("lif", 1, [512, 512]))
+PROXIES = ((LIF, 3, [512, 512]), (CUBA_LIF, 3, [800, 600]), (LIF, 1, [512, 512]))
 
 
 @dataclass(kw_only=True)
@@ -74,53 +84,58 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     request = parse(BenchRequest, {key: data.pop(key) for key in own})
     if data["world_size"] is not None:
         raise BadRequest("world_size", data["world_size"], "bench has a list: give world_sizes")
-    bench = Bench(configs.build(data), request)
-    answer = {
-        "machine": {**machine.describe(), "versions": versions(), **git_state()},
-        "measurements": [asdict(m) for m in bench.measure()],
-        "ratios": bench.ratios,
-        "left_out": bench.left_out,
-        "roofline": asdict(bench.roofline()) if "update" in request.parts else None,
-    }
+    with BenchProgress() as progress:
+        bench = Bench(configs.build(data), request, progress)
+        results = bench.measure()
+        facts = {
+            "machine": {**machine.describe(), "versions": versions(), **git_state()},
+            **asdict(results),
+            "roofline": asdict(bench.roofline()) if "update" in request.parts else None,
+        }
     if request.json:
-        print(json.dumps(answer))
+        answer(facts)
     else:
-        show(answer)
-    return 0
+        show(facts)
+    return DONE
 
 
-class Bench(Subject):
-    def __init__(self, config: Config, request: BenchRequest) -> None:
+class Bench(BenchFixtures):
+    def __init__(self, config: Config, request: BenchRequest, progress: BenchProgress) -> None:
         super().__init__(config, request.run)
-        self.request = request
-        self.ratios: Ratios = {}
-        self.left_out: dict[str, str] = {}  # what could not be measured, and why
+        self.request, self.progress = request, progress
 
-    def measure(self) -> list[Measurement]:
-        found: list[Measurement] = []
+    def measure(self) -> Results:
+        results = Results()
         for part in self.request.parts:
-            if part == "acting":
-                found += self.time(self.acting())
-            if part == "update":
-                for batch in self.request.batches:
-                    found += self.time(self.update(batch))
-            if part == "training":
-                found += self.time(self.training())
-            if part == "proxy":
-                found += self.proxies()
-            if part in ("workers", "exchange"):
-                found += self.workers(part)
-            if part == "start":
-                found += self.time([
-                    Benchmark(what, "", "", 1, "", 1, partial(run_quietly, args))
-                    for what, args in COMMANDS.items()
-                ])  # fmt: skip
-        return found
+            for each in self.measure_part(part):
+                results.add(each)
+        return results
 
-    def time(self, benchmarks: list[Benchmark]) -> list[Measurement]:
-        found = run_interleaved(benchmarks, self.request.rounds, self.threads)
-        self.ratios |= compare(found)
-        return found
+    def measure_part(self, part: str) -> Iterator[Results]:
+        if part == "acting":
+            yield self.time("acting", self.acting())
+        elif part == "update":
+            for batch in self.request.batches:
+                yield self.time(f"update, batch {batch}", self.update(batch))
+        elif part == "training":
+            self.progress.part("filling replays")
+            yield self.time("training", self.training())
+        elif part == "proxy":
+            yield self.proxies()
+        elif part == "start":
+            benchmarks = [
+                Benchmark(what, "", "", 1, "", 1, partial(run_quietly, args))
+                for what, args in COMMANDS.items()
+            ]
+            yield self.time("start", benchmarks)
+        else:
+            yield self.workers(part)
+
+    def time(self, title: str, benchmarks: list[Benchmark]) -> Results:
+        rounds, after_round = self.request.rounds, self.progress.after_round
+        self.progress.part(title, rounds)
+        times = run_interleaved(benchmarks, rounds, self.threads, after_round=after_round)
+        return Results(times, compare(times, self.kernel))
 
     # --- what is timed ----------------------------------------------------------------------------
 
@@ -128,12 +143,12 @@ class Bench(Subject):
         """One action from one raw observation, or from one normalised one."""
         row = self.obs[:1]
         raw = row[0].double().cpu().numpy()
-        choice, task = self.config.resolved.kernel.choice, self.task
-        ours = self.policy(self.spiking(choice))
+        kernel, task = self.kernel, self.task
+        policy = self.policy(self.spiking(kernel))
         modules: dict[str, nn.Module] = {
             "popsan loop": PopSANActor(self.actor).to(self.device),
             "dense loop": DenseActor(task.obs_dim, task.act_dim).to(self.device),
-            choice: self.spiking(choice),
+            kernel: self.spiking(kernel),
         }
 
         def forward(module: nn.Module, times: int) -> Callable[[], None]:
@@ -144,24 +159,25 @@ class Bench(Subject):
 
             return call
 
-        def policy() -> None:
+        def act() -> None:
             for _ in range(200):
-                ours(raw)
+                policy(raw)
 
-        found = [Benchmark("policy(obs)", choice, "fp32", 1, self.weights, 200, policy)]
-        if one := kernels.one_action(choice, self.spiking(choice), task):
-            norm = ours.norm.mean_std.data_ptr()
+        benchmarks = [Benchmark("policy(obs)", kernel, "fp32", 1, self.weights, 200, act)]
+        if one := kernels.one_action(kernel, self.spiking(kernel), task):
+            norm = policy.norm.mean_std.data_ptr()
 
-            def bare(one: OneAction = one) -> None:
+            def call_library(one: OneAction = one) -> None:
                 for _ in range(200):
-                    one.run(norm, ours.norm.clip)
+                    one.run(norm, policy.norm.clip)
 
-            found.append(Benchmark("its library call", choice, "fp32", 1, self.weights, 200, bare))
-        for kernel, module in modules.items():
-            times = 20 if kernel == "popsan loop" else 200
+            what = "its library call"
+            benchmarks.append(Benchmark(what, kernel, "fp32", 1, self.weights, 200, call_library))
+        for name, module in modules.items():
+            times = 20 if name == "popsan loop" else 200
             call = forward(module, times)
-            found.append(Benchmark("actor", kernel, "fp32", 1, self.weights, times, call))
-        return found
+            benchmarks.append(Benchmark("actor", name, "fp32", 1, self.weights, times, call))
+        return benchmarks
 
     def roofline(self) -> Roofline:
         delay = self.algo.policy_delay
@@ -171,99 +187,99 @@ class Bench(Subject):
     def update(self, batch: int) -> list[Benchmark]:
         """One TD3 update: a critic step, and every second time all the rest."""
         O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
-        choice = self.config.resolved.kernel.choice
-        rows = self.batch(BURST * batch)
+        rows = self.batch(UPDATES_PER_TURN * batch)
         batches = [Batch(*each) for each in zip(*(f.split(batch) for f in rows), strict=True)]
 
         def benchmark(kernel: str, precision: str, learner: Any) -> Benchmark:
             def call() -> None:
                 if isinstance(learner, OffPolicy):
-                    learner.learn(rows, BURST)
+                    learner.learn(rows, UPDATES_PER_TURN)
                     learner.check()
                     return
                 for batch in batches:
                     learner.update(batch)
 
             weights = self.weights if "dense" not in kernel else "random"
-            return Benchmark("update", kernel, precision, batch, weights, BURST, call)
+            return Benchmark("update", kernel, precision, batch, weights, UPDATES_PER_TURN, call)
 
-        dense = MLPActor(O, A, DENSE).to(self.device)
+        def spiking(kernel: str, precision: str) -> Benchmark:
+            learner = self.learner(self.spiking(kernel), DTYPES[precision])
+            return benchmark(kernel, precision, learner)
+
+        dense = MLPActor(O, A, DENSE_ACTOR).to(self.device)
         return [
-            benchmark(choice, "fp32", self.learner(self.spiking(choice))),
-            benchmark(choice, "bf16", self.learner(self.spiking(choice), torch.bfloat16)),
-            benchmark("reference", "fp32", self.learner(self.spiking("reference"))),
-            benchmark("dense", "fp32", self.learner(dense)),
+            spiking(self.kernel, "fp32"),
+            spiking(self.kernel, "bf16"),
+            *([spiking("reference", "fp32")] if self.kernel != "reference" else []),
+            benchmark(DENSE, "fp32", self.learner(dense)),
             benchmark("popsan loop", "fp32", popsan_loop(self.actor, O, A)),
             benchmark("dense loop", "fp32", dense_loop(O, A, self.device)),
         ]
 
-    def proxies(self) -> list[Measurement]:
-        """Updates of TD3 with a proxy target, and of TD3, in turn."""
-        choice, batch = self.config.resolved.kernel.choice, self.request.batches[-1]
+    def proxies(self) -> Results:
+        """Updates of TD3 with a proxy target, and of TD3."""
+        kernel, batch = self.kernel, self.request.batches[-1]
 
         def benchmark(name: str, learner: OffPolicy) -> Benchmark:
-            rows = self.batch(BURST * learner.batches_per_update * batch)
+            rows = self.batch(UPDATES_PER_TURN * learner.batches_per_update * batch)
 
             def call() -> None:
-                learner.learn(rows, BURST)
+                learner.learn(rows, UPDATES_PER_TURN)
                 learner.check()
 
-            return Benchmark(f"update, {name}", choice, "fp32", batch, self.weights, BURST, call)
+            what, times = f"update, {name}", UPDATES_PER_TURN
+            return Benchmark(what, kernel, "fp32", batch, self.weights, times, call)
 
-        benchmarks = [benchmark("td3", self.learner(self.spiking(choice)))]
+        benchmarks = [benchmark("td3", self.learner(self.spiking(kernel)))]
         for neuron, steps, widths in PROXIES:
             fields = {**asdict(self.algo), "name": "proxy_td3"}
             algo = ProxyTD3Config(
                 **fields, proxy_steps=steps, proxy_lr=1e-3, proxy_hidden_sizes=widths
             )
-            learner = self.learner(self.spiking(choice, neuron), algo=algo)
-            benchmarks.append(benchmark(f"proxy_td3 {neuron} K={steps}", learner))
-        found = self.time(benchmarks)
-        td3 = found[0].median_ms
-        for m in found[1:]:
-            self.ratios[f"{m.name} / td3"] = ratio(m.median_ms, td3)
-        return found
+            learner = self.learner(self.spiking(kernel, neuron), algo=algo)
+            benchmarks.append(benchmark(f"proxy_td3 {neuron.name} K={steps}", learner))
+        results = self.time(f"proxy, batch {batch}", benchmarks)
+        td3, *others = results.measurements
+        results.ratios = {f"{m.name} / td3": ratio(m.median_ms, td3.median_ms) for m in others}
+        return results
 
     def training(self) -> list[Benchmark]:
         """Steps of a whole training loop, updates included, without evaluations."""
         O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
-        algo, burst = self.algo, self.algo.update_interval
-        short = replace(algo, random_steps=0, learning_starts=burst, replay_capacity=100_000)
+        algo, interval = self.algo, self.algo.update_interval
+        short = replace(algo, random_steps=0, learning_starts=interval, replay_capacity=100_000)
         run = replace(self.config.run, num_envs=1)
         config = replace(self.config, run=run, algo=short)
-        dense = replace(config, actor=replace(config.actor, actor=DENSE))
-        start = self.policy(self.actor)
-        spiking = Trainer(config, self.task, start)
-        trainers = {self.kernel: spiking, "dense": Trainer(dense, self.task)}
-        dense_one = dense_loop(O, A, self.device)
-        loops = {"popsan loop": popsan_loop(self.actor, O, A), "dense loop": dense_one}
-        found = []
+        dense = replace(config, actor=replace(config.actor, actor=DENSE_ACTOR))
+        spiking = Trainer(config, self.task, self.policy(self.actor))
+        trainers = {self.kernel: spiking, DENSE: Trainer(dense, self.task)}
+        loops = {
+            "popsan loop": popsan_loop(self.actor, O, A),
+            "dense loop": dense_loop(O, A, self.device),
+        }
 
         def benchmark(kernel: str, step: Callable[[], object]) -> Benchmark:
             def call() -> None:
-                for _ in range(2 * burst):
+                for _ in range(2 * interval):
                     step()
 
-            for _ in range(4 * burst):
+            for _ in range(4 * interval):
                 step()
             weights = "random" if "dense" in kernel else self.weights
-            return Benchmark("training", kernel, "fp32", algo.batch_size, weights, 2 * burst, call)
+            times = 2 * interval
+            return Benchmark("training", kernel, "fp32", algo.batch_size, weights, times, call)
 
-        for kernel, trainer in trainers.items():
-            found.append(benchmark(kernel, trainer.advance))
+        benchmarks = [benchmark(kernel, t.advance) for kernel, t in trainers.items()]
         for kernel, loop in loops.items():
-            steps = loop.train(self.task.env_id, algo.batch_size, burst)
-            found.append(benchmark(kernel, partial(next, steps)))
-        return found
+            steps = loop.train(self.task.env_id, algo.batch_size, interval)
+            benchmarks.append(benchmark(kernel, partial(next, steps)))
+        return benchmarks
 
-    def workers(self, part: str) -> list[Measurement]:
+    def workers(self, part: str) -> Results:
         """What takes several workers."""
         r = self.request
         job = bench_workers.Job(part=part, batch=r.batches[-1], rounds=r.rounds, run=r.run)
-        found = bench_workers.measure(self.config, job, r.world_sizes)
-        self.ratios |= found.ratios
-        self.left_out |= found.left_out
-        return found.measurements
+        return bench_workers.measure(self.config, job, r.world_sizes, self.progress)
 
 
 # --- other processes -----------------------------------------------------------------------------
@@ -279,6 +295,6 @@ COMMANDS = {
 
 def run_quietly(args: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "spikerl", *args]
+        command = [*PYTHON, "-m", "spikerl", *args]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)

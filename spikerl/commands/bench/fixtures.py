@@ -1,4 +1,4 @@
-"""What is timed: an actor that fires as a trained one does, and learners around it."""
+"""What is timed: an actor that fires as a trained one does, and learners that train it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import yaml
 
 from spikerl.algos import ALGOS
 from spikerl.algos.offpolicy import OffPolicy
 from spikerl.algos.td3 import TD3Config
-from spikerl.commands.bench.baselines import as_trained, critic_as_trained
+from spikerl.commands.bench.baselines import set_active_shares, set_firing_rates
 from spikerl.commands.train import task_for
 from spikerl.config.build import Config, why_layered
-from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor, ActorConfig, SpikingActor, build_actor
 from spikerl.models.critic import Critics
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy, load_policy
-from spikerl.snn.neurons import NEURONS, NeuronConfig
+from spikerl.snn.neurons import NeuronConfig
 from spikerl.types import Batch
 
 # Of the encoder and of each layer, in the HalfCheetah policy that PopSAN's authors published, as
@@ -29,11 +27,12 @@ from spikerl.types import Batch
 TRAINED_RATES = [0.196, 0.329, 0.509, 0.710]
 # Shares of the units of a critic's hidden layers that are not 0, after 80 000 steps of HalfCheetah:
 # 0.40 to 0.42 and 0.23 to 0.28, in four critics of two runs.
-TRAINED_UNITS = [0.41, 0.27]
-BURST = 20  # updates of a turn: they come in bursts, and the first of one finds cold caches
+TRAINED_ACTIVE_SHARES = [0.41, 0.27]
+# As in training, updates follow each other; the first of a turn has cold caches.
+UPDATES_PER_TURN = 20
 
 
-class Subject:
+class BenchFixtures:
     def __init__(self, config: Config, run: str | None = None) -> None:
         if not isinstance(build_actor(config.actor, 1, 1), SpikingActor):
             raise BadRequest("actor", config.actor.actor.name, "bench times a spiking actor")
@@ -49,11 +48,11 @@ class Subject:
         torch.set_num_threads(self.threads)
         self.device = torch.device(config.resolved.device.choice)
         self.obs = torch.randn(4096, self.task.obs_dim).clamp(-3.0, 3.0)
-        self.actor, self.weights = self.timed_actor()
+        self.actor, self.weights = self.given_actor()
         self.obs, self.actor = self.obs.to(self.device), self.actor.to(self.device)
 
-    def timed_actor(self) -> tuple[SpikingActor, str]:
-        """The actor whose speed is told, with the weights of a trained one or such as fire so."""
+    def given_actor(self) -> tuple[SpikingActor, str]:
+        """The actor that is timed, and where its weights are from."""
         if self.run is not None:
             policy = load_policy(self.run)
             if policy.task.obs_dim != self.task.obs_dim or policy.task.act_dim != self.task.act_dim:
@@ -61,22 +60,23 @@ class Subject:
             if not isinstance(policy.actor, SpikingActor):
                 raise BadRequest("run", self.run, "its actor is dense")
             return policy.actor, "run"
-        return self.firing(self.config.actor), "trained rates"
+        return self.actor_at_trained_rates(self.config.actor), "trained rates"
 
-    def firing(self, config: ActorConfig) -> SpikingActor:
+    def actor_at_trained_rates(self, config: ActorConfig) -> SpikingActor:
         """An actor that fires as a trained one does."""
         actor = build_actor(config, self.task.obs_dim, self.task.act_dim)
         assert isinstance(actor, SpikingActor)
         hidden = len(actor.layers) - 1
         inner = np.interp(np.linspace(0, 1, hidden), [0, 1], TRAINED_RATES[1:3]).tolist()
-        as_trained(actor, [TRAINED_RATES[0], *inner, TRAINED_RATES[-1]], self.obs[:256])
+        set_firing_rates(actor, [TRAINED_RATES[0], *inner, TRAINED_RATES[-1]], self.obs[:256])
         return actor
 
-    def spiking(self, kernel: str, neuron: str | None = None) -> SpikingActor:
-        """The timed actor; one of another kind of neuron, if named."""
+    def spiking(self, kernel: str, neuron: NeuronConfig | None = None) -> SpikingActor:
+        """A copy of the actor that runs in `kernel`; one of other neurons, if given."""
         config, source = self.config.actor, self.actor
         if neuron is not None:
-            source = self.firing(config := replace(config, neuron=published(neuron)))
+            config = replace(config, neuron=neuron)
+            source = self.actor_at_trained_rates(config)
         actor = build_actor(config, self.task.obs_dim, self.task.act_dim, kernel=kernel)
         actor.load_state_dict(source.state_dict())
         assert isinstance(actor, SpikingActor)
@@ -92,13 +92,13 @@ class Subject:
         world: World = ALONE,
         algo: TD3Config | None = None,
     ) -> OffPolicy:
-        """TD3 with this actor, or what `algo` configures."""
+        """A learner of this actor: TD3, or what `algo` configures."""
         O, A, algo = self.task.obs_dim, self.task.act_dim, algo or self.algo  # noqa: E741
         kernel = actor.kernel if isinstance(actor, SpikingActor) else self.kernel
         critic = Critics(O, A, algo.critic_hidden_sizes, dtype=critic_dtype, kernel=kernel)
         hidden = len(algo.critic_hidden_sizes)
-        units = np.interp(np.linspace(0, 1, hidden), [0, 1], TRAINED_UNITS).tolist()
-        critic_as_trained(critic, units, self.obs[:256].cpu())
+        shares = np.interp(np.linspace(0, 1, hidden), [0, 1], TRAINED_ACTIVE_SHARES).tolist()
+        set_active_shares(critic, shares, self.obs[:256].cpu())
         generator = torch.Generator(self.device).manual_seed(0)
         learner = ALGOS.part(algo)(
             actor,
@@ -118,9 +118,3 @@ class Subject:
         live, discount = torch.zeros(size, dtype=torch.bool), torch.full((size,), 0.99)
         fields = (rows, act, torch.randn(size), following, live, discount)
         return Batch(*(field.to(self.device) for field in fields))
-
-
-def published(neuron: str) -> NeuronConfig:
-    """A neuron with the settings of its file in conf/."""
-    data = yaml.safe_load((conf_folder() / "neuron" / f"{neuron}.yaml").read_text(encoding="utf-8"))
-    return NEURONS.parse(data)

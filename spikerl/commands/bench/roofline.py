@@ -1,4 +1,4 @@
-"""What an update would take if every product were dense and ran as fast as products can here."""
+"""The least time of an update whose products are all dense, at the rate of the fastest library."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch import nn
 
 from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.critic import Critics
@@ -15,7 +16,7 @@ from spikerl.models.critic import Critics
 
 @dataclass(kw_only=True)
 class Roofline:
-    product_gflops: float  # of float32 products, 512 x 512 x 512
+    product_gflops: dict[str, float]  # of float32 products, 512 x 512 x 512, by library
     copy_gb_s: float  # read and written, 64 MB
     update_gflop: dict[int, float]  # dense arithmetic of an update, by batch
 
@@ -27,16 +28,31 @@ def roofline(
     batches: list[int],
     device: torch.device,
 ) -> Roofline:
-    left, right = torch.randn(2, 512, 512, device=device).unbind()
     source = torch.zeros(16 << 20, device=device)
     target = torch.zeros_like(source)
-    product = _least_s(lambda: torch.mm(left, right), device)
     copy = _least_s(lambda: target.copy_(source), device)
     return Roofline(
-        product_gflops=2 * 512**3 / product / 1e9,
+        product_gflops=product_gflops(device),
         copy_gb_s=2 * source.nbytes / copy / 1e9,
         update_gflop={b: b * flops_per_row(actor, critic, policy_delay) / 1e9 for b in batches},
     )
+
+
+def product_gflops(device: torch.device) -> dict[str, float]:
+    """The rates of PyTorch's own float32 products and, on a CPU, of oneDNN's.
+
+    PyTorch's are MKL's, which on AMD's processors run at half the rate of oneDNN's or less.
+    """
+    left, right = torch.randn(2, 512, 512, device=device).unbind()
+    products: dict[str, Callable[[], object]] = {"PyTorch": lambda: torch.mm(left, right)}
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        blocked, weight = left.to_mkldnn(), right.to_mkldnn()
+        products["oneDNN"] = lambda: nn.functional.linear(blocked, weight)
+    with torch.no_grad():
+        return {
+            library: 2 * 512**3 / _least_s(product, device) / 1e9
+            for library, product in products.items()
+        }
 
 
 def flops_per_row(actor: SpikingActor | MLPActor, critic: Critics, policy_delay: int) -> float:
@@ -48,23 +64,24 @@ def flops_per_row(actor: SpikingActor | MLPActor, critic: Critics, policy_delay:
     steps = actor.spike_steps if isinstance(actor, SpikingActor) else 1
     layers = [layer.weight_IN.shape for layer in actor.layers]
     widths = [critic.weights_CIN[0].shape[1], *(w.shape[2] for w in critic.weights_CIN)]
-    acting = steps * sum(2.0 * i * n for i, n in layers)
-    values = [2.0 * i * n for i, n in pairwise(widths)]
-    one, back = sum(values), sum(values[1:])
-    critics = 2 * one + 2 * (2 * one + back)  # targets; forward, weights, inputs
+    actor_forward = steps * sum(2.0 * i * n for i, n in layers)
+    critic_layers = [2.0 * i * n for i, n in pairwise(widths)]
+    one_critic, its_inputs = sum(critic_layers), sum(critic_layers[1:])
+    critic_step = 2 * one_critic + 2 * (2 * one_critic + its_inputs)  # target; loss and gradients
     # A spiking layer's first inputs have a gradient too, which is one product for all steps.
     first = 2.0 * layers[0][0] * layers[0][1]
-    inputs = acting - steps * first + (first if isinstance(actor, SpikingActor) else 0.0)
-    ascent = 2 * one + 2 * acting + inputs
-    return critics + acting + ascent / policy_delay
+    to_inputs = actor_forward - steps * first
+    to_inputs += first if isinstance(actor, SpikingActor) else 0.0
+    actor_step = 2 * one_critic + 2 * actor_forward + to_inputs
+    return critic_step + actor_forward + actor_step / policy_delay
 
 
 def _least_s(call: Callable[[], object], device: torch.device) -> float:
     times = []
     for _ in range(12):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     return min(times[2:])

@@ -1,5 +1,4 @@
-"""What an update of several workers takes, how much of it their exchanges are, and what these take
-alone.
+"""The time of an update with several workers, of its exchanges, and of exchanges alone.
 
 Every turn begins behind a barrier, and rank 0's clock counts. The time that an update spends in
 exchanges includes the wait for the slowest worker.
@@ -20,11 +19,13 @@ import torch
 from torch import Tensor
 
 from spikerl.algos.offpolicy import OffPolicy
-from spikerl.commands.bench.fixtures import BURST, Subject
+from spikerl.commands.bench.fixtures import UPDATES_PER_TURN, BenchFixtures
+from spikerl.commands.bench.progress import BenchProgress
 from spikerl.commands.bench.timing import (
     Benchmark,
     Measurement,
-    Ratios,
+    Results,
+    do_nothing,
     measurement,
     ratio,
     run_interleaved,
@@ -35,7 +36,7 @@ from spikerl.config.build import Config
 from spikerl.distributed import launch, mpi
 from spikerl.distributed.world import BackendConfig, World, join, leave, resolve_backend, share
 from spikerl.errors import BadRequest
-from spikerl.training.trainer import SYNCHRONISED
+from spikerl.training.trainer import SYNC_INTERVAL
 
 SHARED = "shared memory"
 ALONE, NORMALISER = "alone", "exchange of the normaliser"
@@ -50,52 +51,47 @@ class Job:
     run: str | None
 
 
-@dataclass
-class Found:
-    measurements: list[Measurement] = field(default_factory=list)
-    ratios: Ratios = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)  # and why
-
-
 @dataclass(frozen=True)
-class Watched(World):
-    """Keeps the times that sums took."""
+class TimedWorld(World):
+    """Keeps the times that its sums took."""
 
-    spent_ms: list[float] = field(default_factory=list)
+    sum_ms: list[float] = field(default_factory=list)
 
     def sum_(self, tensor: Tensor) -> None:
-        begun = self.clock(tensor)
+        start = now(tensor)
         super().sum_(tensor)
-        self.spent_ms.append((self.clock(tensor) - begun) * 1e3)
+        self.sum_ms.append((now(tensor) - start) * 1e3)
 
-    def clock(self, tensor: Tensor) -> float:
-        if tensor.is_cuda:
-            torch.cuda.synchronize(tensor.device)
-        return time.perf_counter()
+
+def now(tensor: Tensor) -> float:
+    """Seconds, once what computes `tensor` is done."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
 
 
 # --- the parent -----------------------------------------------------------------------------------
 
 
-def measure(config: Config, job: Job, sizes: list[int]) -> Found:
+def measure(config: Config, job: Job, sizes: list[int], progress: BenchProgress) -> Results:
     """Each number of workers over each backend that there is for them."""
-    found, device = Found(), config.resolved.device.choice
+    results, device = Results(), config.resolved.device.choice
     for size in sizes:
         for backend in ("nccl", "gloo", "mpi") if device != "cpu" else ("gloo", "mpi"):
             try:
                 resolve_backend(BackendConfig(name=backend), device, size)
             except BadRequest as error:
-                found.left_out[f"{backend}, {size} workers"] = error.args[2]
+                results.left_out[f"{backend}, {size} workers"] = error.args[2]
                 continue
-            told = launch_workers(config, job, backend, size)
-            found.measurements += [Measurement(**m) for m in told["measurements"]]
-            found.ratios |= told["ratios"]
-            found.left_out |= told["left_out"]
-    return found
+            progress.part(f"{job.part}: {size} workers over {backend}")
+            answer = launch_workers(config, job, backend, size)
+            measurements = [Measurement(**m) for m in answer["measurements"]]
+            results.add(Results(measurements, answer["ratios"], answer["left_out"]))
+    return results
 
 
 def launch_workers(config: Config, job: Job, backend: str, size: int) -> dict[str, Any]:
-    """What rank 0 of so many workers found."""
+    """The results of rank 0 of so many workers, as plain data."""
     raw = {**config.raw, "threads": 1, "backend": {**config.raw["backend"], "name": backend}}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
@@ -118,11 +114,12 @@ def work(spec: Mapping[str, Any]) -> int:
     try:
         worker = Worker(config, job, world, device)
         if job.part == "workers":
-            worker.updates()
+            worker.measure_updates()
         else:
-            worker.sums()
+            worker.measure_sums()
         if world.rank == 0:
-            Path(spec["answer"]).write_text(json.dumps(asdict(worker.found)), encoding="utf-8")
+            answer = json.dumps(asdict(worker.results))
+            Path(spec["answer"]).write_text(answer, encoding="utf-8")
         mpi.leave()
     finally:
         leave()
@@ -130,115 +127,111 @@ def work(spec: Mapping[str, Any]) -> int:
 
 
 class Worker:
-    """What one of the workers does; all take the same turns."""
+    """One of the workers; all take the same turns."""
 
     def __init__(self, config: Config, job: Job, world: World, device: torch.device) -> None:
         self.config, self.job, self.world, self.device = config, job, world, device
-        self.found = Found()
+        self.results = Results()
 
-    def ways(self, lengths: list[int]) -> dict[str, World]:
-        """Through what vectors of these lengths can be summed."""
-        backend, sums = self.config.resolved.backend.choice, self.world.shm
-        plain = {backend: replace(self.world, shm=None)}
-        if sums and all([sums.sum_(torch.zeros(length)) for length in lengths]):
-            return {SHARED: self.world, **plain}
+    def worlds(self, lengths: list[int]) -> dict[str, World]:
+        """The ways in which vectors of these lengths can be summed here, by name."""
+        backend, shm = self.config.resolved.backend.choice, self.world.shm
+        over_backend = {backend: replace(self.world, shm=None)}
+        if shm and all([shm.sum_(torch.zeros(length)) for length in lengths]):
+            return {SHARED: self.world, **over_backend}
         if backend == "gloo" and self.device.type == "cpu":
             what = f"{SHARED}, {self.world.size} workers, vectors of {max(lengths)}"
-            self.found.left_out[what] = "the workers have not so much memory in common"
-        return plain
+            self.results.left_out[what] = "the workers have not so much memory in common"
+        return over_backend
 
     def time(self, benchmarks: list[Benchmark]) -> list[Measurement]:
-        found = run_interleaved(benchmarks, self.job.rounds, 1, self.world.barrier)
-        return [replace(m, world_size=self.world.size) for m in found]
+        rounds, barrier = self.job.rounds, self.world.barrier
+        measurements = run_interleaved(benchmarks, rounds, 1, before_turn=barrier)
+        return [replace(m, world_size=self.world.size) for m in measurements]
 
-    def sums(self) -> None:
+    def measure_sums(self) -> None:
         """Sums of vectors of several lengths, and nothing else."""
         benchmarks = []
         for length in LENGTHS:
             times = max(2, min(50, LENGTHS[-1] // length))
-            for way, world in self.ways([length]).items():
+            for name, world in self.worlds([length]).items():
                 vector = torch.zeros(length, device=self.device)
-                call = partial(again, times, partial(world.sum_, vector))
-                what = f"sum of {length} numbers over {way}"
+                call = partial(repeat, times, partial(world.sum_, vector))
+                what = f"sum of {length} numbers over {name}"
                 benchmarks.append(Benchmark(what, "", "fp32", 1, "", times, call))
-        self.found.measurements = self.time(benchmarks)
+        self.results.measurements = self.time(benchmarks)
 
-    def updates(self) -> None:
-        """Updates, weak and strong; what they exchange, on its own; and an update of one worker."""
-        subject, job, size = Subject(self.config, self.job.run), self.job, self.world.size
-        kernel, weights, delay = subject.kernel, subject.weights, subject.algo.policy_delay
-        alone = subject.learner(subject.spiking(kernel))
-        critic, actor = (
-            alone.critic_optimizer.gradient.vector,
-            alone.actor_optimizer.gradient.vector,
-        )
-        pending = torch.zeros(2 * subject.task.obs_dim + 2, dtype=torch.float64)
-        rows = {"weak": job.batch, "strong": share(job.batch, self.world.rank, size)}
-        watched: dict[str, list[float]] = {}
+    def measure_updates(self) -> None:
+        """Updates, weak and strong; their exchanges alone; and an update of one worker."""
+        fixtures, job, size = BenchFixtures(self.config, self.job.run), self.job, self.world.size
+        kernel, weights, delay = fixtures.kernel, fixtures.weights, fixtures.algo.policy_delay
+        alone = fixtures.learner(fixtures.spiking(kernel))
+        critic_gradient = alone.critic_optimizer.gradient.vector
+        actor_gradient = alone.actor_optimizer.gradient.vector
+        moments = torch.zeros(2 * fixtures.task.obs_dim + 2, dtype=torch.float64)
+        batches = {"weak": job.batch, "strong": share(job.batch, self.world.rank, size)}
+        exchange_ms: dict[str, list[float]] = {}  # of each turn, by name
 
         def update(name: str, batch: int, learner: OffPolicy) -> Benchmark:
-            sample, world = subject.batch(BURST * batch), learner.world
+            sample, world = fixtures.batch(UPDATES_PER_TURN * batch), learner.world
 
             def call() -> None:
-                learner.learn(sample, BURST)
+                learner.learn(sample, UPDATES_PER_TURN)
                 learner.check()
-                if isinstance(world, Watched):
-                    watched.setdefault(name, []).append(sum(world.spent_ms) / BURST)
-                    world.spent_ms.clear()
+                if isinstance(world, TimedWorld):
+                    own = exchange_ms.setdefault(name, [])
+                    own.append(sum(world.sum_ms) / UPDATES_PER_TURN)
+                    world.sum_ms.clear()
 
             if name == ALONE and self.world.rank > 0:
-                call = idle
-            return Benchmark(f"update, {name}", kernel, "fp32", batch, weights, BURST, call)
+                call = do_nothing  # the others wait at the next barrier
+            what = f"update, {name}"
+            return Benchmark(what, kernel, "fp32", batch, weights, UPDATES_PER_TURN, call)
 
-        def exchanges(world: World) -> None:
-            for i in range(BURST):
-                world.sum_(critic)
+        def exchange_all(world: World) -> None:
+            for i in range(UPDATES_PER_TURN):
+                world.sum_(critic_gradient)
                 if i % delay == 0:
-                    world.sum_(actor)
+                    world.sum_(actor_gradient)
 
-        def plain(what: str, call: Callable[[], object]) -> Benchmark:
-            return Benchmark(what, "", "fp32", 1, "", BURST, call)
+        def exchange(what: str, call: Callable[[], object]) -> Benchmark:
+            return Benchmark(what, "", "fp32", 1, "", UPDATES_PER_TURN, call)
 
         benchmarks = [update(ALONE, job.batch, alone)]
-        ways = self.ways([critic.numel(), actor.numel()])
-        for way, world in ways.items():
-            for scaling, batch in rows.items():
-                own = Watched(world.rank, size, world.local_rank, world.exchange, world.shm)
-                learner = subject.learner(subject.spiking(kernel), world=own)
-                benchmarks.append(update(f"{scaling} over {way}", batch, learner))
-            call = partial(exchanges, world)
-            benchmarks.append(plain(f"exchanges of an update alone, over {way}", call))
-        merge = partial(again, BURST, partial(self.world.gather, pending))
-        benchmarks.append(plain(NORMALISER, merge))
+        lengths = [critic_gradient.numel(), actor_gradient.numel()]
+        for over, world in self.worlds(lengths).items():
+            for scaling, batch in batches.items():
+                own = TimedWorld(world.rank, size, world.local_rank, world.exchange, world.shm)
+                learner = fixtures.learner(fixtures.spiking(kernel), world=own)
+                benchmarks.append(update(f"{scaling} over {over}", batch, learner))
+            call = partial(exchange_all, world)
+            benchmarks.append(exchange(f"exchanges alone, over {over}", call))
+        merge = partial(repeat, UPDATES_PER_TURN, partial(self.world.gather, moments))
+        benchmarks.append(exchange(NORMALISER, merge))
 
         times = {m.what: m for m in self.time(benchmarks)}
         one = times[f"update, {ALONE}"] = replace(times[f"update, {ALONE}"], world_size=1)
-        kept, ratios = list(times.values()), self.found.ratios
-        for name, spent in watched.items():
-            if name == ALONE:
-                continue
-            whole = times[f"update, {name}"]
-            c = plain(f"exchanges of an update, {name}", idle)
-            part = replace(measurement(c, spent[1:], 1), batch=whole.batch, world_size=size)
-            kept.append(part)
+        measurements, ratios = list(times.values()), self.results.ratios
+        for name, turns in exchange_ms.items():
+            update_ = times[f"update, {name}"]
+            benchmark = exchange(f"exchanges, {name}", do_nothing)
+            # The first turn is of the round that is not counted.
+            part = measurement(benchmark, turns[1:], 1)
+            part = replace(part, batch=update_.batch, world_size=size)
+            measurements.append(part)
             title = f"updates per second of {size} workers, {name} / one alone"
-            ratios[title] = ratio(one.median_ms, whole.median_ms)
-            # The normaliser's exchange belongs to so many updates.
+            ratios[title] = ratio(one.median_ms, update_.median_ms)
+            # One exchange of the normaliser belongs to so many updates.
             fewer = size if name.startswith("weak") else 1
-            interval = subject.algo.norm_interval or SYNCHRONISED
-            merging = (
-                times[NORMALISER].median_ms * fewer / (interval * subject.algo.updates_per_step)
-            )
+            interval = fixtures.algo.norm_interval or SYNC_INTERVAL
+            updates = interval * fixtures.algo.updates_per_step / fewer
+            merge_ms = times[NORMALISER].median_ms / updates
             ratios[f"share of exchanges in an update of {size} workers, {name}"] = ratio(
-                part.median_ms + merging, whole.median_ms + merging
+                part.median_ms + merge_ms, update_.median_ms + merge_ms
             )
-        self.found.measurements = kept
+        self.results.measurements = measurements
 
 
-def again(times: int, call: Callable[[], object]) -> None:
+def repeat(times: int, call: Callable[[], object]) -> None:
     for _ in range(times):
         call()
-
-
-def idle() -> None:
-    """What the others do while one works alone."""

@@ -1,4 +1,4 @@
-// What both ways back share.
+// Shared by the backward pass over events and that on AMX.
 
 #pragma once
 #include <utility>
@@ -7,6 +7,7 @@
 
 namespace {
 
+// Where the gradient of each parameter goes.
 struct Gradients {
     float* const* all;
     float *mean, *std, *out_weight, *out_bias;
@@ -21,29 +22,31 @@ struct Gradients {
 };
 
 // Actions (null where they are not squashed) and their gradient, (B, A).
-struct Decoded {
+struct ActionGradients {
     const float *act, *grad;
 
-    // The decoder's gradients; calls `use(b, top)` with the gradient of a sample's spikes, (Np), at each step.
+    // The decoder's gradients; calls `f(b, grad_spikes)` with the gradient of a sample's last spikes, (Np), which is the
+    // same at each step.
     template <class F>
-    void each(const Store& st, const Gradients& out, F use) const {
-        const Net& net = *st.net;
+    void decoder_backward(const Activations& acts, const Gradients& out, F f) const {
+        const Net& net = *acts.net;
         const int64_t A = net.act_dim, T = net.spike_steps, N = net.widths[net.layers], Np = padded(N);
         std::memset(out.out_weight, 0, N * sizeof(float));
         std::memset(out.out_bias, 0, A * sizeof(float));
-        float* top = reinterpret_cast<float*>(scratch<5>(Np * sizeof(float)));
-        std::memset(top, 0, Np * sizeof(float));
-        for (int64_t b = 0; b < st.samples; b++) {
-            const int32_t* words = st.words[net.layers] + b * Np;
+        Scratch memory;
+        float* grad_spikes = memory.array<float>(Np);
+        std::memset(grad_spikes, 0, Np * sizeof(float));
+        for (int64_t b = 0; b < acts.samples; b++) {
+            const int32_t* words = acts.words[net.layers] + b * Np;
             for (int64_t a = 0, n = 0; a < A; a++) {
                 const float y = act ? act[b * A + a] : 0.0f, g = grad[b * A + a] * (1.0f - y * y);
                 out.out_bias[a] += g;
                 for (int64_t p = 0; p < net.out_pop_size; p++, n++) {
                     out.out_weight[n] += g * (float(__builtin_popcount(words[n])) / float(T));
-                    top[n] = g * net.out_weight[n] / float(T);
+                    grad_spikes[n] = g * net.out_weight[n] / float(T);
                 }
             }
-            use(b, top);
+            f(b, grad_spikes);
         }
     }
 };

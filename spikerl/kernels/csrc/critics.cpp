@@ -1,14 +1,14 @@
-// What the library offers of ReLU networks: values, and the gradients of a regression and of an ascent.
+// Entry points for dense ReLU networks: values and actions, TD targets, and gradients.
 
 #include "critics_lists.h"
 #include "critics_tiles.h"
 
 namespace {
 
-// Who forms the products.
+// The two ways to form products, as types that `dispatch` chooses from.
 struct ByLists {
     static constexpr bool lists = true;
-    static constexpr int64_t share = by_lists::SHARE;
+    static constexpr int64_t row_multiple = by_lists::ROW_MULTIPLE;
     static constexpr auto forward = by_lists::forward;
     static constexpr auto backward = by_lists::backward;
     static constexpr auto weight_gradients = by_lists::weight_gradients;
@@ -17,7 +17,7 @@ struct ByLists {
 #if HAS_TILES
 struct OnTiles {
     static constexpr bool lists = false;
-    static constexpr int64_t share = on_tiles::SHARE;
+    static constexpr int64_t row_multiple = on_tiles::ROW_MULTIPLE;
     static constexpr auto forward = on_tiles::forward;
     static constexpr auto backward = on_tiles::backward;
     static constexpr auto weight_gradients = on_tiles::weight_gradients;
@@ -25,61 +25,64 @@ struct OnTiles {
 };
 #endif
 
-constexpr int64_t LISTED = 128;  // up to so many samples of float32, packing weights costs more than lists do
+constexpr int64_t MAX_LISTED = 128;  // float32 samples up to which packing weights for AMX costs more than lists do
 
-// `use(way)` with the one that is faster for such products, whatever is in them.
+// Calls `f` with the faster way for such a batch. It does not depend on the numbers: equal calls give the same bits.
 template <class F>
-void choose([[maybe_unused]] const Critic& critic, [[maybe_unused]] int64_t B, F use) {
+void dispatch([[maybe_unused]] const Critic& critic, [[maybe_unused]] int64_t B, F f) {
 #if HAS_TILES
-    if (critic.planes == 1 || B > LISTED) return use(OnTiles{});
+    if (critic.planes == 1 || B > MAX_LISTED) return f(OnTiles{});
 #endif
-    use(ByLists{});
+    f(ByLists{});
 }
 
-// What a thread takes at once: one network, and a share of something that counts `size`, in multiples of `unit`.
+// One thread's share of the work: one network, and `from` to `to` of `size`, in multiples of `multiple`.
 struct Job {
     int64_t network, from, to;
-    Job(int64_t i, int64_t networks, int64_t size, int64_t unit, int threads) {
-        const int64_t shares = count(networks, threads) / networks, units = (size + unit - 1) / unit;
+    Job(int64_t i, int64_t networks, int64_t size, int64_t multiple, int threads) {
+        const int64_t shares = count(networks, threads) / networks, multiples = (size + multiple - 1) / multiple;
         network = i / shares;
-        from = units * (i % shares) / shares * unit;
-        to = units * (i % shares + 1) / shares * unit;
-        to = to < size ? to : size;
+        from = multiples * (i % shares) / shares * multiple;
+        to = std::min(size, multiples * (i % shares + 1) / shares * multiple);
     }
     static int64_t count(int64_t networks, int threads) { return networks * ((threads + networks - 1) / networks); }
 };
 
+// Calls `f(network, from, to)` for all rows of all networks.
 template <class F>
-void share_rows(const std::vector<Network>& nets, int64_t unit, int threads, F work) {
+void parallel_rows(const std::vector<Network>& nets, int64_t multiple, int threads, F f) {
     const int64_t jobs = Job::count(int64_t(nets.size()), threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < jobs; i++) {
-        const Job job(i, int64_t(nets.size()), nets[0].B, unit, threads);
-        work(nets[job.network], job.from, job.to);
+        const Job job(i, int64_t(nets.size()), nets[0].B, multiple, threads);
+        f(nets[job.network], job.from, job.to);
     }
 }
 
-// Gradients of all weights and biases, from those of the drives and of the outputs. Layer l's weights are number
-// `step` l of `grads`, its biases `bias` further.
+// Gradients of all weights and biases, from those before the ReLUs and of the outputs. Those of layer l's weights go to
+// grads[stride l], those of its biases to grads[stride l + bias].
 template <class Way>
-void parameter_gradients(Way way, const std::vector<Network>& nets, float* const* grads, int step, int bias,
+void parameter_gradients(Way way, const std::vector<Network>& nets, float* const* grads, int stride, int bias,
                          int threads) {
     const Critic& critic = *nets[0].critic;
     const int64_t jobs = Job::count(int64_t(nets.size()), threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < jobs; i++)
         for (int64_t l = 0; l < critic.layers; l++) {
-            const bool last = l == critic.layers - 1;  // it has few outputs, which one thread takes
+            const bool last = l == critic.layers - 1;  // its few outputs are work for one thread
             const Job job(i, int64_t(nets.size()), last ? 1 : critic.widths[l + 1], W, threads);
             const Network& net = nets[job.network];
             const Layer layer = net.layer(l);
-            float* grad_weight = grads[step * l] + net.c * layer.I * layer.N;
-            float* grad_bias = grads[step * l + bias] + net.c * layer.N;
+            float* grad_weight = grads[stride * l] + net.c * layer.I * layer.N;
+            float* grad_bias = grads[stride * l + bias] + net.c * layer.N;
             if (job.from == job.to) continue;
-            if (last) last_gradients(net, grad_weight, grad_bias);
+            if (last) last_weight_gradients(net, grad_weight, grad_bias);
             else way.weight_gradients(net, l, job.from, job.to, grad_weight, grad_bias);
         }
 }
+
+// Whether `value` is lower than `lowest`; NaN is the lowest, so that it is not hidden.
+inline bool is_lower(float value, float lowest) { return value < lowest || value != value; }
 
 }  // namespace
 
@@ -87,37 +90,39 @@ extern "C" {
 
 // Values (C, B) of observations (B, O) and actions (B, A).
 void spikerl_values(const Critic* critic, int64_t B, const float* obs, const float* act, float* values, int threads) {
-    choose(*critic, B, [&](auto way) {
-        const auto nets = start(*critic, B, obs, act, NOTHING, way.lists);
-        share_rows(nets, way.share, threads, way.forward);
+    dispatch(*critic, B, [&](auto way) {
+        Scratch memory;
+        const auto nets = prepare(*critic, B, obs, act, NOTHING, way.lists, memory);
+        parallel_rows(nets, way.row_multiple, threads, way.forward);
         for (const Network& net : nets) std::memcpy(values + net.c * B, net.values, B * sizeof(float));
     });
 }
 
-// target (B): the reward, and the discounted least value of observations and actions where `terminated` is 0.
+// target (B) = rew + discount times the lowest value over networks of observations and actions, which counts only where
+// `terminated` is 0.
 void spikerl_td_target(const Critic* critic, int64_t B, const float* obs, const float* act, const float* rew,
-                     const float* discount, const uint8_t* terminated, float* target, int threads) {
-    choose(*critic, B, [&](auto way) {
-        const auto nets = start(*critic, B, obs, act, NOTHING, way.lists);
-        share_rows(nets, way.share, threads, way.forward);
+                       const float* discount, const uint8_t* terminated, float* target, int threads) {
+    dispatch(*critic, B, [&](auto way) {
+        Scratch memory;
+        const auto nets = prepare(*critic, B, obs, act, NOTHING, way.lists, memory);
+        parallel_rows(nets, way.row_multiple, threads, way.forward);
         for (int64_t b = 0; b < B; b++) {
-            float least = nets[0].values[b];
-            for (const Network& net : nets) {
-                const float value = net.values[b];
-                if (value < least || value != value) least = value;  // NaN is the least
-            }
-            target[b] = terminated[b] ? rew[b] : rew[b] + discount[b] * least;
+            float lowest = nets[0].values[b];
+            for (const Network& net : nets)
+                if (is_lower(net.values[b], lowest)) lowest = net.values[b];
+            target[b] = terminated[b] ? rew[b] : rew[b] + discount[b] * lowest;
         }
     });
 }
 
-// `weight` times the networks' mean squared errors, summed: `loss`, and its gradients, of all layers' weights and then
-// of all biases; the mean of all values.
+// `loss`: `weight` times the sum over networks of the mean squared error; `grads`: its gradients, of all layers' weights
+// and then of all biases; `mean`: that of all values.
 void spikerl_critic_backward(const Critic* critic, int64_t B, const float* obs, const float* act, const float* target,
-                     float weight, float* const* grads, float* loss, float* mean, int threads) {
-    choose(*critic, B, [&](auto way) {
-        const auto nets = start(*critic, B, obs, act, PARAMETERS, way.lists);
-        share_rows(nets, way.share, threads, [&](const Network& net, int64_t from, int64_t to) {
+                             float weight, float* const* grads, float* loss, float* mean, int threads) {
+    dispatch(*critic, B, [&](auto way) {
+        Scratch memory;
+        const auto nets = prepare(*critic, B, obs, act, PARAMETERS, way.lists, memory);
+        parallel_rows(nets, way.row_multiple, threads, [&](const Network& net, int64_t from, int64_t to) {
             way.forward(net, from, to);
             for (int64_t b = from; b < to; b++) net.grad[b] = 2.0f * weight * (net.values[b] - target[b]) / float(B);
             way.backward(net, from, to);
@@ -134,46 +139,49 @@ void spikerl_critic_backward(const Critic* critic, int64_t B, const float* obs, 
     });
 }
 
-// The mean over samples of the least of the networks' values, and `weight` times its gradient by the actions (B, A).
-float spikerl_dq_da(const Critic* critic, int64_t B, const float* obs, const float* act, float weight,
-                             float* grad_act, int threads) {
+// The mean over samples of the lowest value over networks; grad_act (B, A): `weight` times its gradient by the actions.
+float spikerl_actor_loss_grad(const Critic* critic, int64_t B, const float* obs, const float* act, float weight,
+                    float* grad_act, int threads) {
     double sum = 0.0;
-    choose(*critic, B, [&](auto way) {
-        const auto nets = start(*critic, B, obs, act, INPUTS, way.lists);
-        share_rows(nets, way.share, threads, way.forward);
+    dispatch(*critic, B, [&](auto way) {
+        Scratch memory;
+        const auto nets = prepare(*critic, B, obs, act, INPUTS, way.lists, memory);
+        parallel_rows(nets, way.row_multiple, threads, way.forward);
         for (int64_t b = 0; b < B; b++) {
-            const Network* least = &nets[0];
+            const Network* lowest = &nets[0];
             for (const Network& net : nets) {
                 net.grad[b] = 0.0f;
-                if (net.values[b] < least->values[b] || net.values[b] != net.values[b]) least = &net;
+                if (is_lower(net.values[b], lowest->values[b])) lowest = &net;
             }
-            least->grad[b] = weight / float(B);
-            sum += least->values[b];
+            lowest->grad[b] = weight / float(B);
+            sum += lowest->values[b];
         }
-        share_rows(nets, way.share, threads, way.backward);
+        parallel_rows(nets, way.row_multiple, threads, way.backward);
         std::memset(grad_act, 0, B * critic->act_dim * sizeof(float));
         for (const Network& net : nets) way.add_action_gradients(net, grad_act);
     });
     return float(sum / double(B));
 }
 
-// Actions (B, M) of observations (B, O) from one network: tanh of its outputs.
+// Actions (B, M) of observations (B, O): tanh of the outputs of one network.
 void spikerl_dense_actions(const Critic* critic, int64_t B, const float* obs, float* act, int threads) {
-    choose(*critic, B, [&](auto way) {
-        const auto nets = start(*critic, B, obs, nullptr, NOTHING, way.lists);
-        share_rows(nets, way.share, threads, way.forward);
+    dispatch(*critic, B, [&](auto way) {
+        Scratch memory;
+        const auto nets = prepare(*critic, B, obs, nullptr, NOTHING, way.lists, memory);
+        parallel_rows(nets, way.row_multiple, threads, way.forward);
         for (int64_t i = 0; i < B * nets[0].outputs(); i++) act[i] = std::tanh(nets[0].values[i]);
     });
 }
 
-// `weight` times the mean squared error of those actions from `goal` (B, M): `loss`, and its gradients, of each layer's
-// weights and biases.
+// `loss`: `weight` times the mean squared error of those actions from `goal` (B, M); `grads`: its gradients, of each
+// layer's weights and biases.
 void spikerl_mse_backward(const Critic* critic, int64_t B, const float* obs, const float* goal, float weight,
-                     float* const* grads, float* loss, int threads) {
-    choose(*critic, B, [&](auto way) {
-        const auto nets = start(*critic, B, obs, nullptr, PARAMETERS, way.lists);
+                          float* const* grads, float* loss, int threads) {
+    dispatch(*critic, B, [&](auto way) {
+        Scratch memory;
+        const auto nets = prepare(*critic, B, obs, nullptr, PARAMETERS, way.lists, memory);
         const int64_t M = nets[0].outputs();
-        share_rows(nets, way.share, threads, [&](const Network& net, int64_t from, int64_t to) {
+        parallel_rows(nets, way.row_multiple, threads, [&](const Network& net, int64_t from, int64_t to) {
             way.forward(net, from, to);
             for (int64_t i = from * M; i < to * M; i++) {
                 const float act = net.values[i] = std::tanh(net.values[i]);

@@ -1,15 +1,16 @@
-// ReLU networks, several of one shape side by side, and their gradients: values of (observation, action), one output
-// each; or actions, the tanh of a network's outputs.
+// Dense ReLU networks, several of one shape side by side, and their gradients: values of (observation, action), one
+// output each; or actions, the tanh of a network's outputs.
 //
-// Their products run over lists of the units that are not 0 (critics_lists.h), or on matrix units (critics_tiles.h). A
-// sum is formed in one order whatever the number of threads.
+// Their products are formed over lists of the units that are not 0 (critics_lists.h), or on AMX (critics_tiles.h). A sum
+// is formed in one order whatever the number of threads.
 //
 // Shapes   C networks, B samples, O observation and A action entries, I inputs and N outputs of a layer, M outputs of a
-//          network. Weights are (C, I, N). Rows of units are padded to whole panels (Np).
+//          network. Weights are (C, I, N). Rows of units are padded to whole panels (Ip, Np).
 
 #pragma once
 #include <cmath>
 
+#include "memory.h"
 #include "tiles.h"
 
 extern "C" {
@@ -19,7 +20,7 @@ struct Critic {
     const int32_t* widths;  // layers + 1: of the input, of every hidden layer, and of the outputs
     const float* const* weights;
     const float* const* biases;
-    int32_t planes;  // of the numbers that a product takes: 3 is float32, 1 is bf16, which takes matrix units
+    int32_t planes;  // of a number in a product: 3 is float32; 1 is bf16, which only AMX has
 };
 }
 
@@ -30,15 +31,20 @@ constexpr int64_t PANEL = VECTORS * W;  // columns that are computed together
 
 constexpr int64_t whole_panels(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
-// Units that are not 0, of each row: `counts` (B), `index` and `value` (B, Np).
+// The units of each row that are not 0: `counts` (B), `index` and `value` (B, Np).
 struct Lists {
     int32_t *counts, *index;
     float* value;
     int64_t Np;
 
+    static Lists allocate(Scratch& memory, int64_t B, int64_t Np) {
+        // An append writes a whole vector, also beyond the end of its row.
+        return {memory.array<int32_t>(B), memory.array<int32_t>(B * Np + W), memory.array<float>(B * Np + W), Np};
+    }
+    // Units n to n + W of row b, where `active`.
     void add(int64_t b, int64_t n, vec v, ivec active) const {
         const int64_t end = b * Np + counts[b];
-        append(index + end, counting_from(int32_t(n)), active);
+        append(index + end, iota(int32_t(n)), active);
         counts[b] += append(reinterpret_cast<int32_t*>(value + end), reinterpret_cast<ivec>(v), active);
     }
 };
@@ -48,81 +54,59 @@ struct Layer {
     const float *weight, *bias;
 };
 
-// Everything of one network that a call computes, in memory of the calling thread.
+// What a call computes of one network.
 struct Network {
     const Critic* critic;
     int64_t c, B;
-    const float* x;                  // (B, I)
-    std::vector<float*> hidden;      // (B, Np) of every hidden layer
-    std::vector<float*> drives;      // gradients of their drives, (B, Np), where something needs them
-    std::vector<Lists> gradients;    // the same as lists, where products run over those
-    float *values, *grad;            // (B, M), and of the values
+    const float* x;                        // (B, I)
+    std::vector<float*> hidden;            // (B, Np) of every hidden layer
+    std::vector<float*> grad_hidden;       // gradients before the ReLU, (B, Np), where needed
+    std::vector<Lists> grad_hidden_lists;  // the same as lists, where products are formed over those
+    float *values, *grad;                  // (B, M), and the gradient of these
 
     Layer layer(int64_t l) const {
         const int64_t I = critic->widths[l], N = critic->widths[l + 1];
         return {I, N, whole_panels(N), critic->weights[l] + c * I * N, critic->biases[l] + c * N};
     }
+    // What a layer reads, and the stride of its rows.
+    const float* input(int64_t l) const { return l ? hidden[l - 1] : x; }
+    int64_t input_stride(int64_t l) const { return l ? whole_panels(critic->widths[l]) : critic->widths[0]; }
     int64_t last() const { return critic->layers - 1; }
     int64_t outputs() const { return critic->widths[critic->layers]; }
 };
 
-// Carves arrays out of a block; with no block, counts its bytes.
-struct Block {
-    char* base;
-    int64_t bytes = 0;
+enum GradientsOf { NOTHING, INPUTS, PARAMETERS };
 
-    template <class X>
-    X* take(int64_t count) {
-        X* place = reinterpret_cast<X*>(base + bytes);
-        bytes += (count * int64_t(sizeof(X)) + 63) / 64 * 64;
-        return place;
+// The networks with memory for a call that forms such gradients, and their input (B, O + A).
+inline std::vector<Network> prepare(const Critic& critic, int64_t B, const float* obs, const float* act,
+                                    GradientsOf gradients, bool lists, Scratch& memory) {
+    const int64_t O = critic.obs_dim, A = critic.act_dim;
+    float* x = memory.array<float>(B * critic.widths[0]);
+    for (int64_t b = 0; b < B; b++) {
+        std::memcpy(x + b * (O + A), obs + b * O, O * sizeof(float));
+        if (A > 0) std::memcpy(x + b * (O + A) + O, act + b * A, A * sizeof(float));
     }
-};
-
-inline Lists take_lists(Block& block, int64_t B, int64_t Np) {
-    // An append writes a whole vector, beyond the end of its row too.
-    return {block.take<int32_t>(B), block.take<int32_t>(B * Np + W), block.take<float>(B * Np + W), Np};
-}
-
-// What a call differentiates by.
-enum By { NOTHING, INPUTS, PARAMETERS };
-
-inline std::vector<Network> place(const Critic& critic, int64_t B, By by, bool lists, Block& block) {
     std::vector<Network> nets;
-    const float* x = block.take<float>(B * critic.widths[0]);
     for (int64_t c = 0; c < critic.networks; c++) {
         Network net{&critic, c, B, x, {}, {}, {}, nullptr, nullptr};
         for (int64_t l = 0; l < net.last(); l++) {
-            const int64_t Np = net.layer(l).Np;
-            net.hidden.push_back(block.take<float>((B + W) * Np));  // whole tiles are read and written
-            if (by == PARAMETERS || (by == INPUTS && !lists)) net.drives.push_back(block.take<float>((B + W) * Np));
-            if (by != NOTHING && lists) net.gradients.push_back(take_lists(block, B, Np));
+            const int64_t Np = net.layer(l).Np, size = (B + W) * Np;  // whole tiles are read and written
+            net.hidden.push_back(memory.array<float>(size));
+            if (gradients == PARAMETERS || (gradients == INPUTS && !lists))
+                net.grad_hidden.push_back(memory.array<float>(size));
+            if (gradients != NOTHING && lists) net.grad_hidden_lists.push_back(Lists::allocate(memory, B, Np));
         }
-        net.values = block.take<float>(B * net.outputs());
-        net.grad = block.take<float>(B * net.outputs());
+        net.values = memory.array<float>(B * net.outputs());
+        net.grad = memory.array<float>(B * net.outputs());
         nets.push_back(net);
     }
     return nets;
 }
 
-inline std::vector<Network> start(const Critic& critic, int64_t B, const float* obs, const float* act, By by, bool lists) {
-    Block counted{nullptr};
-    place(critic, B, by, lists, counted);
-    Block block{scratch<20>(counted.bytes)};
-    std::vector<Network> nets = place(critic, B, by, lists, block);
-    const int64_t O = critic.obs_dim, A = critic.act_dim;
-    float* x = const_cast<float*>(nets[0].x);
-    for (int64_t b = 0; b < B; b++, x += O + A) {
-        std::memcpy(x, obs + b * O, O * sizeof(float));
-        if (A > 0) std::memcpy(x + O, act + b * A, A * sizeof(float));
-    }
-    return nets;
-}
-
 // The last layer's weights by output, (M, Ip).
-inline float* by_output(const Layer& layer) {
+inline float* transpose_last_weights(const Layer& layer, Scratch& memory) {
     const int64_t Ip = whole_panels(layer.I), M = layer.N;
-    float* weight = reinterpret_cast<float*>(scratch<24>(M * Ip * sizeof(float)));
+    float* weight = memory.array<float>(M * Ip);
     std::memset(weight, 0, M * Ip * sizeof(float));
     for (int64_t k = 0; k < layer.I; k++)
         for (int64_t m = 0; m < M; m++) weight[m * Ip + k] = layer.weight[k * M + m];
@@ -130,14 +114,15 @@ inline float* by_output(const Layer& layer) {
 }
 
 // Values of rows `from` to `to`, from the last hidden layer.
-inline void last_values(const Network& net, int64_t from, int64_t to) {
+inline void last_forward(const Network& net, int64_t from, int64_t to) {
     const Layer layer = net.layer(net.last());
     const int64_t Ip = whole_panels(layer.I), M = layer.N;
-    const float* weight = by_output(layer);
+    Scratch memory;
+    const float* weight = transpose_last_weights(layer, memory);
     for (int64_t b = from; b < to; b++)
         for (int64_t m = 0; m < M; m++) {
             vec sum = {};
-            for (int64_t k = 0; k < layer.I; k += W)  // nobody wrote what lies further
+            for (int64_t k = 0; k < layer.I; k += W)  // not to Ip: on AMX hidden units further on are not set
                 sum += load(net.hidden.back() + b * Ip + k) * load(weight + m * Ip + k);
             float value = layer.bias[m];
             for (int k = 0; k < W; k++) value += sum[k];
@@ -146,7 +131,7 @@ inline void last_values(const Network& net, int64_t from, int64_t to) {
 }
 
 // Gradients of the last layer's weights and biases.
-inline void last_gradients(const Network& net, float* grad_weight, float* grad_bias) {
+inline void last_weight_gradients(const Network& net, float* grad_weight, float* grad_bias) {
     const Layer layer = net.layer(net.last());
     const int64_t Ip = whole_panels(layer.I), M = layer.N;
     for (int64_t m = 0; m < M; m++) {

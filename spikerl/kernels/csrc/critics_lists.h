@@ -1,5 +1,5 @@
-// A hidden unit that is 0 neither adds to the next layer nor has a gradient. Each sample lists the units that are not;
-// all products but the first layer's run over such lists, as a spiking layer runs over its events.
+// A hidden unit that is 0 adds nothing to the next layer and has no gradient. Each sample lists the units that are not;
+// all products but the first layer's are formed over such lists, as a spiking layer's are over its events.
 
 #pragma once
 #include "critics.h"
@@ -7,47 +7,31 @@
 namespace {
 namespace by_lists {
 
-constexpr int64_t SHARE = 1;  // threads take multiples of so many rows
-
-constexpr int64_t PART = 128;                 // rows of a panel that are used together, out of the first cache
-constexpr int ROWS = W == 16 ? 14 : 6;        // of a dense product: with two vectors, most of the registers
+constexpr int64_t ROW_MULTIPLE = 1;     // threads share rows in multiples of this
+constexpr int64_t PART = 128;           // rows of a panel that fit the first-level cache
+constexpr int ROWS = W == 16 ? 14 : 6;  // of a dense product: with two vectors each, most of the registers
 
 // Columns n to n + PANEL of a layer's weights, for inputs `from` to `to`, (to - from, PANEL), zero beyond N.
 void pack(const Layer& l, int64_t from, int64_t to, int64_t n, float* panel) {
-    const int64_t there = l.N - n < PANEL ? l.N - n : PANEL;
-    for (int64_t i = from; i < to; i++, panel += PANEL) {
-        if (there == PANEL) {
-            for (int j = 0; j < VECTORS; j++) store(panel + j * W, load(l.weight + i * l.N + n + j * W));
-        } else {
-            std::memcpy(panel, l.weight + i * l.N + n, there * sizeof(float));
-            std::memset(panel + there, 0, (PANEL - there) * sizeof(float));
-        }
-    }
-}
-
-// Weights of inputs i to i + `width` by output, (N, width), zero beyond I.
-void pack_by_output(const Layer& l, int64_t i, int64_t width, float* panel) {
-    const int64_t there = l.I - i < width ? l.I - i : width;
-    if (there < width) std::memset(panel, 0, l.N * width * sizeof(float));
-    transpose(l.weight + i * l.N, l.N, there, l.N, panel, width);
+    for (int64_t i = from; i < to; i++, panel += PANEL) copy_padded(l.weight + i * l.N + n, l.N - n, PANEL, panel);
 }
 
 // sum += value[i] * panel[index[i]] over a list.
 template <int V>
 inline void add_rows(const int32_t* index, const float* value, int64_t count, const float* panel, vec (&sum)[V]) {
-    constexpr int WAYS = V > 2 ? 2 : 4 / V;  // sums at once, for one would wait for itself
-    vec other[WAYS][V] = {};
+    constexpr int U = V > 2 ? 2 : 4 / V;  // sums at once, because consecutive additions to one wait for each other
+    vec other[U][V] = {};
     int64_t i = 0;
-    for (; i + WAYS <= count; i += WAYS)
-        for (int u = 0; u < WAYS; u++)
+    for (; i + U <= count; i += U)
+        for (int u = 0; u < U; u++)
             for (int j = 0; j < V; j++) other[u][j] += load(panel + index[i + u] * V * W + j * W) * value[i + u];
     for (; i < count; i++)
         for (int j = 0; j < V; j++) sum[j] += load(panel + index[i] * V * W + j * W) * value[i];
-    for (int u = 0; u < WAYS; u++)
+    for (int u = 0; u < U; u++)
         for (int j = 0; j < V; j++) sum[j] += other[u][j];
 }
 
-// R rows of ReLU(x W + b), for two vectors of a panel's columns.
+// Rows b to `to` of ReLU(x W + b), R at a time, for two vectors of a panel's columns.
 template <int R>
 void dense_rows(int64_t b, int64_t to, int64_t I, const float* x, const float* panel, const vec* bias, float* out,
                 int64_t Np) {
@@ -56,19 +40,16 @@ void dense_rows(int64_t b, int64_t to, int64_t I, const float* x, const float* p
 #pragma GCC unroll 32
         for (int r = 0; r < R; r++) sums[r][0] = bias[0], sums[r][1] = bias[1];
         for (int64_t i = 0; i < I; i++) {
-            const vec one = load(panel + i * PANEL), two = load(panel + i * PANEL + W);
+            const vec first = load(panel + i * PANEL), second = load(panel + i * PANEL + W);
 #pragma GCC unroll 32
             for (int r = 0; r < R; r++) {
                 const float a = x[(b + r) * I + i];
-                sums[r][0] += a * one, sums[r][1] += a * two;
+                sums[r][0] += a * first, sums[r][1] += a * second;
             }
         }
 #pragma GCC unroll 32
         for (int r = 0; r < R; r++)
-            for (int j = 0; j < 2; j++) {
-                const vec v = sums[r][j];
-                store(out + (b + r) * Np + j * W, v <= 0.0f ? vec{} : v);  // NaN stays
-            }
+            for (int j = 0; j < 2; j++) store(out + (b + r) * Np + j * W, relu(sums[r][j]));
     }
     if constexpr (R > 1) dense_rows<(R > 8 ? 8 : R / 2)>(b, to, I, x, panel, bias, out, Np);
 }
@@ -86,7 +67,8 @@ void forward(const Network& net, int64_t from, int64_t to) {
     const int64_t rows = to - from;
     for (int64_t l = 0; l < net.last(); l++) {
         const Layer layer = net.layer(l);
-        float* panel = reinterpret_cast<float*>(scratch<21>(layer.I * PANEL * sizeof(float)));
+        Scratch memory;
+        float* panel = memory.array<float>(layer.I * PANEL);
         float* out = net.hidden[l] + from * layer.Np;
         if (l == 0) {
             for (int64_t n = 0; n < layer.Np; n += PANEL) {
@@ -98,13 +80,10 @@ void forward(const Network& net, int64_t from, int64_t to) {
             }
             continue;
         }
-        Block counted{nullptr};
-        take_lists(counted, rows, PART);
-        Block block{scratch<22>(counted.bytes)};
-        const Lists inputs = take_lists(block, rows, PART);
+        const Lists inputs = Lists::allocate(memory, rows, PART);
         const int64_t Ip = whole_panels(layer.I);
         for (int64_t first = 0; first < layer.I; first += PART) {
-            const int64_t end = layer.I - first < PART ? layer.I : first + PART;
+            const int64_t end = std::min(layer.I, first + PART);
             std::memset(inputs.counts, 0, rows * sizeof(int32_t));
             for (int64_t b = 0; b < rows; b++)
                 for (int64_t n = first; n < end; n += W) {
@@ -120,43 +99,44 @@ void forward(const Network& net, int64_t from, int64_t to) {
                     for (int j = 0; j < VECTORS; j++) sum[j] = first ? load(sums + j * W) : bias.of[j];
                     add_rows(inputs.index + b * PART, inputs.value + b * PART, inputs.counts[b], panel, sum);
                     for (int j = 0; j < VECTORS; j++)
-                        store(sums + j * W, end < layer.I ? sum[j] : sum[j] <= 0.0f ? vec{} : sum[j]);
+                        store(sums + j * W, end < layer.I ? sum[j] : relu(sum[j]));
                 }
             }
         }
     }
-    last_values(net, from, to);
+    last_forward(net, from, to);
 }
 
-// Rows `from` to `to` of the gradients of all hidden layers' drives, from those of the values.
+// Rows `from` to `to` of the gradients before all ReLUs, from those of the values.
 void backward(const Network& net, int64_t from, int64_t to) {
     for (int64_t l = net.last(); l > 0; l--) {
         const Layer layer = net.layer(l);
         const int64_t Ip = whole_panels(layer.I);
         const float* units = net.hidden[l - 1];
-        const Lists& below = net.gradients[l - 1];
-        float* drives = net.drives.empty() ? nullptr : net.drives[l - 1];
-        const bool lists = l > 1 || !drives;
+        const Lists& below = net.grad_hidden_lists[l - 1];
+        float* grads = net.grad_hidden.empty() ? nullptr : net.grad_hidden[l - 1];
+        const bool lists = l > 1 || !grads;
         std::memset(below.counts + from, 0, (to - from) * sizeof(int32_t));
-        float* panel = reinterpret_cast<float*>(scratch<21>(layer.N * PANEL * sizeof(float)));
+        Scratch memory;
+        float* panel = memory.array<float>(layer.N * PANEL);
         for (int64_t i = 0; i < Ip; i += PANEL) {
-            pack_by_output(layer, i, PANEL, panel);
+            transpose_padded(layer.weight + i * layer.N, layer.I - i, layer.N, PANEL, panel);
             for (int64_t b = from; b < to; b++) {
                 vec sum[VECTORS] = {};
                 if (l == net.last()) {
                     const float* grad = net.grad + b * layer.N;
-                    if (layer.N == 1 && grad[0] == 0.0f && !drives) continue;
+                    if (layer.N == 1 && grad[0] == 0.0f && !grads) continue;
                     for (int64_t m = 0; m < layer.N; m++)
                         for (int j = 0; j < VECTORS; j++) sum[j] += load(panel + m * PANEL + j * W) * grad[m];
                 } else {
-                    const Lists& above = net.gradients[l];
+                    const Lists& above = net.grad_hidden_lists[l];
                     const int64_t row = b * above.Np;
                     add_rows(above.index + row, above.value + row, above.counts[b], panel, sum);
                 }
                 ivec active[VECTORS];
                 for (int j = 0; j < VECTORS; j++) active[j] = load(units + b * Ip + i + j * W) > 0.0f;
-                if (drives)
-                    for (int j = 0; j < VECTORS; j++) store(drives + b * Ip + i + j * W, active[j] ? sum[j] : vec{});
+                if (grads)
+                    for (int j = 0; j < VECTORS; j++) store(grads + b * Ip + i + j * W, active[j] ? sum[j] : vec{});
                 if (lists)
                     for (int j = 0; j < VECTORS; j++) below.add(b, i + j * W, sum[j], active[j]);
             }
@@ -167,48 +147,38 @@ void backward(const Network& net, int64_t from, int64_t to) {
 // Gradients of a hidden layer's weights and biases, for outputs `from` to `to`, `from` being a multiple of W.
 void weight_gradients(const Network& net, int64_t l, int64_t from, int64_t to, float* grad_weight, float* grad_bias) {
     const Layer layer = net.layer(l);
-    const float* drives = net.drives[l];
-    const int64_t B = net.B, outputs = to - from, input_step = l ? whole_panels(layer.I) : layer.I;
-    const float* input = l ? net.hidden[l - 1] : net.x;
-    // By output, the samples at which it has a gradient; rows are filled side by side, and an append writes whole vectors.
+    const float* input = net.input(l);
+    const int64_t B = net.B, outputs = to - from, input_stride = net.input_stride(l);
+    // By output, the samples that have a gradient. Appends to rows side by side write whole vectors: hence the W.
     const int64_t stride = padded(B) + W;
-    Block counted{nullptr};
-    take_lists(counted, padded(outputs), stride), counted.take<float>(B * PANEL);
-    Block block{scratch<23>(counted.bytes)};
-    const Lists by_output = take_lists(block, padded(outputs), stride);
-    float* panel = block.take<float>(B * PANEL);
+    Scratch memory;
+    const Lists by_output = Lists::allocate(memory, padded(outputs), stride);
+    float* panel = memory.array<float>(B * PANEL);
     std::memset(by_output.counts, 0, padded(outputs) * sizeof(int32_t));
     for (int64_t n = 0; n < outputs; n += W) {
-        const float* own = drives + from + n;
+        const float* own = net.grad_hidden[l] + from + n;
         float square[W * W], sums[W];
         vec bias = {};
         for (int64_t b = 0; b < B; b += W) {
-            const int64_t rows = B - b < W ? B - b : W;
+            const int64_t rows = std::min<int64_t>(W, B - b);
             transpose(own + b * layer.Np, layer.Np, square, W);  // of rows beyond the last too
             for (int64_t r = 0; r < rows; r++) bias += load(own + (b + r) * layer.Np);
             for (int64_t k = 0; k < W; k++) {
                 const vec v = load(square + k * W);
-                by_output.add(n + k, b, v, (v != 0.0f) & (counting_from(0) < int32_t(rows)));
+                by_output.add(n + k, b, v, (v != 0.0f) & (iota(0) < int32_t(rows)));
             }
         }
         store(sums, bias);
-        std::memcpy(grad_bias + from + n, sums, (outputs - n < W ? outputs - n : W) * sizeof(float));
+        std::memcpy(grad_bias + from + n, sums, std::min<int64_t>(W, outputs - n) * sizeof(float));
     }
     float rows[W * PANEL], columns[PANEL * W];
     for (int64_t i = 0; i < layer.I; i += PANEL) {
-        const int64_t inputs = layer.I - i < PANEL ? layer.I - i : PANEL;
-        for (int64_t b = 0; b < B; b++) {
-            const float* row = input + b * input_step + i;
-            if (inputs == PANEL) {
-                for (int j = 0; j < VECTORS; j++) store(panel + b * PANEL + j * W, load(row + j * W));
-            } else {
-                std::memcpy(panel + b * PANEL, row, inputs * sizeof(float));
-                std::memset(panel + b * PANEL + inputs, 0, (PANEL - inputs) * sizeof(float));
-            }
-        }
+        const int64_t inputs = std::min(PANEL, layer.I - i);
+        for (int64_t b = 0; b < B; b++)
+            copy_padded(input + b * input_stride + i, layer.I - i, PANEL, panel + b * PANEL);
         for (int64_t n = 0; n < outputs; n += W) {
-            const int64_t some = outputs - n < W ? outputs - n : W;
-            for (int64_t k = 0; k < some; k++) {
+            const int64_t count = std::min<int64_t>(W, outputs - n);
+            for (int64_t k = 0; k < count; k++) {
                 vec sum[VECTORS] = {};
                 const int64_t row = (n + k) * stride;
                 add_rows(by_output.index + row, by_output.value + row, by_output.counts[n + k], panel, sum);
@@ -216,26 +186,27 @@ void weight_gradients(const Network& net, int64_t l, int64_t from, int64_t to, f
             }
             for (int j = 0; j < VECTORS; j++) transpose(rows + j * W, PANEL, columns + j * W * W, W);
             for (int64_t k = 0; k < inputs; k++) {
-                float* place = grad_weight + (i + k) * layer.N + from + n;
-                if (some == W) store(place, load(columns + k * W));
-                else std::memcpy(place, columns + k * W, some * sizeof(float));
+                float* out = grad_weight + (i + k) * layer.N + from + n;
+                if (count == W) store(out, load(columns + k * W));
+                else std::memcpy(out, columns + k * W, count * sizeof(float));
             }
         }
     }
 }
 
-// grad_act (B, A) += the gradient of the networks' inputs, at the actions.
+// grad_act (B, A) += this network's gradient of the actions.
 void add_action_gradients(const Network& net, float* grad_act) {
     const int64_t O = net.critic->obs_dim, A = net.critic->act_dim;
     const Layer layer = net.layer(0);
-    const Lists& lists = net.gradients[0];
-    float* panel = reinterpret_cast<float*>(scratch<21>(layer.N * W * sizeof(float)));
+    const Lists& lists = net.grad_hidden_lists[0];
+    Scratch memory;
+    float* panel = memory.array<float>(layer.N * W);
     for (int64_t a = 0; a < A; a += W) {
-        pack_by_output(layer, O + a, W, panel);
+        transpose_padded(layer.weight + (O + a) * layer.N, A - a, layer.N, W, panel);
         for (int64_t b = 0; b < net.B; b++) {
-            vec total[1] = {};
-            add_rows(lists.index + b * lists.Np, lists.value + b * lists.Np, lists.counts[b], panel, total);
-            for (int64_t k = 0; k < W && a + k < A; k++) grad_act[b * A + a + k] += total[0][k];
+            vec sum[1] = {};
+            add_rows(lists.index + b * lists.Np, lists.value + b * lists.Np, lists.counts[b], panel, sum);
+            for (int64_t k = 0; k < W && a + k < A; k++) grad_act[b * A + a + k] += sum[0][k];
         }
     }
 }

@@ -1,66 +1,63 @@
-// Products of ReLU networks on matrix units, dense: P planes of every number.
+// Products of ReLU networks on AMX, dense: P planes of every number.
 
 #pragma once
+#include <type_traits>
+
 #include "critics.h"
 
 #if HAS_TILES
 namespace {
 namespace on_tiles {
 
-constexpr int64_t SHARE = SIDE;  // threads take multiples of so many rows
+constexpr int64_t ROW_MULTIPLE = SIDE;  // threads share rows in multiples of this
 
-// Memory of the calling thread for a product's operands.
+// The operands of a product (M, D) times (D, N).
 template <int P>
-struct Pair {
+struct Operands {
+    Scratch memory;
     Operand<P> left, right;
-    Pair(int64_t M, int64_t D, int64_t N) {
-        const int64_t blocks = blocks_of(D), bytes = Operand<P>::bytes(tiles_of(M), blocks);
-        char* memory = scratch<21>(bytes + Operand<P>::bytes(tiles_of(N), blocks));
-        left = {reinterpret_cast<bf16*>(memory), blocks};
-        right = {reinterpret_cast<bf16*>(memory + bytes), blocks};
-    }
+    Operands(int64_t M, int64_t D, int64_t N)
+        : left(Operand<P>::allocate(memory, tiles_of(M), blocks_of(D))),
+          right(Operand<P>::allocate(memory, tiles_of(N), blocks_of(D))) {}
 };
 
-// Calls `use` with the networks' number of planes as a constant.
+// Calls `f` with the networks' number of planes as a compile-time constant.
 template <class F>
-void with_planes(const Network& net, F use) {
-    if (net.critic->planes == 1) use(std::integral_constant<int, 1>{});
-    else use(std::integral_constant<int, PLANES>{});
+void with_planes(const Network& net, F f) {
+    if (net.critic->planes == 1) f(std::integral_constant<int, 1>{});
+    else f(std::integral_constant<int, PLANES>{});
 }
 
 // Rows `from` to `to` of all hidden layers and of the values.
 void forward(const Network& net, int64_t from, int64_t to) {
     if (from == to) return;
     const int64_t rows = to - from;
-    const Tiles registers;
+    const TileRegisters registers;
     for (int64_t l = 0; l < net.last(); l++) {
         const Layer layer = net.layer(l);
-        const int64_t step = l ? net.layer(l - 1).Np : layer.I, Np = layer.Np;
-        const float* input = (l ? net.hidden[l - 1] : net.x) + from * step;
+        const int64_t stride = net.input_stride(l), Np = layer.Np;
         float* out = net.hidden[l] + from * Np;
-        float* bias = reinterpret_cast<float*>(scratch<22>(Np * sizeof(float)));
-        std::memset(bias, 0, Np * sizeof(float));
-        std::memcpy(bias, layer.bias, layer.N * sizeof(float));
+        Scratch memory;
+        float* bias = memory.array<float>(Np);
+        copy_padded(layer.bias, layer.N, Np, bias);
         with_planes(net, [&](auto P) {
-            const Pair<P> pair(rows, layer.I, Np);
-            pack_left(ROWS, input, step, rows, layer.I, pair.left);
-            pack_right(COLUMNS, layer.weight, layer.N, layer.I, layer.N, pair.right);
+            const Operands<P> x(rows, layer.I, Np);
+            pack_left(ROWS, net.input(l) + from * stride, stride, rows, layer.I, x.left);
+            pack_right(COLUMNS, layer.weight, layer.N, layer.I, layer.N, x.right);
             for (int64_t n = 0; n < layer.N; n += SIDE)
-                product(pair.left, tiles_of(rows), pair.right, n / SIDE, {bias + n, 0, 0, out + n, SIDE * Np, Np});
+                multiply(x.left, tiles_of(rows), x.right, n / SIDE, {bias + n, 0, 0, out + n, SIDE * Np, Np});
         });
-        for (int64_t i = 0; i < rows * Np; i += W) {
-            const vec v = load(out + i);
-            store(out + i, v <= 0.0f ? vec{} : v);  // NaN stays
-        }
+        for (int64_t i = 0; i < rows * Np; i += W) store(out + i, relu(load(out + i)));
     }
-    last_values(net, from, to);
+    last_forward(net, from, to);
 }
 
-// Those of the last hidden layer's drives, `out` (to - from, Ip).
-void last_drives(const Network& net, int64_t from, int64_t to, float* out) {
+// Rows `from` to `to` of the gradients before the last ReLU, `out` (to - from, Ip).
+void last_backward(const Network& net, int64_t from, int64_t to, float* out) {
     const Layer layer = net.layer(net.last());
     const int64_t Ip = whole_panels(layer.I), M = layer.N;
-    float* weight = by_output(layer);
+    Scratch memory;
+    const float* weight = transpose_last_weights(layer, memory);
     for (int64_t b = from; b < to; b++, out += Ip)
         for (int64_t i = 0; i < Ip; i += W) {
             vec sum = {};
@@ -69,26 +66,26 @@ void last_drives(const Network& net, int64_t from, int64_t to, float* out) {
         }
 }
 
-// Rows `from` to `to` of the gradients of all hidden layers' drives, from those of the values.
+// Rows `from` to `to` of the gradients before all ReLUs, from those of the values.
 void backward(const Network& net, int64_t from, int64_t to) {
     if (from == to) return;
     const int64_t rows = to - from;
-    const Tiles registers;
+    const TileRegisters registers;
     for (int64_t l = net.last(); l > 0; l--) {
         const Layer layer = net.layer(l);
-        const int64_t Ip = net.layer(l - 1).Np, first = from * Ip;
-        const float* units = net.hidden[l - 1] + first;
-        float* below = net.drives[l - 1] + first;
+        const int64_t Ip = net.input_stride(l);
+        const float* units = net.hidden[l - 1] + from * Ip;
+        float* below = net.grad_hidden[l - 1] + from * Ip;
         if (l == net.last()) {
-            last_drives(net, from, to, below);
+            last_backward(net, from, to, below);
             continue;
         }
         with_planes(net, [&](auto P) {
-            const Pair<P> pair(rows, layer.N, layer.I);
-            pack_left(ROWS, net.drives[l] + from * layer.Np, layer.Np, rows, layer.N, pair.left);
-            pack_right(ROWS, layer.weight, layer.N, layer.N, layer.I, pair.right);
+            const Operands<P> x(rows, layer.N, layer.I);
+            pack_left(ROWS, net.grad_hidden[l] + from * layer.Np, layer.Np, rows, layer.N, x.left);
+            pack_right(ROWS, layer.weight, layer.N, layer.N, layer.I, x.right);
             for (int64_t i = 0; i < layer.I; i += SIDE)
-                product(pair.left, tiles_of(rows), pair.right, i / SIDE, {ZEROS, 0, 0, below + i, SIDE * Ip, Ip});
+                multiply(x.left, tiles_of(rows), x.right, i / SIDE, {ZEROS, 0, 0, below + i, SIDE * Ip, Ip});
         });
         for (int64_t i = 0; i < rows * Ip; i += W)
             store(below + i, load(units + i) > 0.0f ? load(below + i) : vec{});
@@ -98,42 +95,44 @@ void backward(const Network& net, int64_t from, int64_t to) {
 // Gradients of a hidden layer's weights and biases, for outputs `from` to `to`, `from` being a multiple of W.
 void weight_gradients(const Network& net, int64_t l, int64_t from, int64_t to, float* grad_weight, float* grad_bias) {
     const Layer layer = net.layer(l);
-    const float* drives = net.drives[l] + from;
-    const int64_t step = l ? net.layer(l - 1).Np : layer.I, tiles = tiles_of(layer.I);
-    float* block = reinterpret_cast<float*>(scratch<22>(tiles * SIDE * SIDE * sizeof(float)));
-    const Tiles registers;
+    const float* grads = net.grad_hidden[l] + from;
+    const int64_t tiles = tiles_of(layer.I), outputs = to - from;
+    Scratch memory;
+    float* column = memory.array<float>(tiles * SIDE * SIDE);
+    const TileRegisters registers;
     with_planes(net, [&](auto P) {
-        const Pair<P> pair(layer.I, net.B, to - from);
-        pack_left(COLUMNS, l ? net.hidden[l - 1] : net.x, step, layer.I, net.B, pair.left);
-        pack_right(COLUMNS, drives, layer.Np, net.B, to - from, pair.right);
-        for (int64_t n = 0; n < to - from; n += SIDE) {
-            product(pair.left, tiles, pair.right, n / SIDE, {ZEROS, 0, 0, block, SIDE * SIDE, SIDE});
-            const __mmask16 there = first_lanes(to - from - n);
+        const Operands<P> x(layer.I, net.B, outputs);
+        pack_left(COLUMNS, net.input(l), net.input_stride(l), layer.I, net.B, x.left);
+        pack_right(COLUMNS, grads, layer.Np, net.B, outputs, x.right);
+        for (int64_t n = 0; n < outputs; n += SIDE) {
+            multiply(x.left, tiles, x.right, n / SIDE, {ZEROS, 0, 0, column, SIDE * SIDE, SIDE});
             for (int64_t i = 0; i < layer.I; i++)
-                _mm512_mask_storeu_ps(grad_weight + i * layer.N + from + n, there, _mm512_load_ps(block + i * SIDE));
+                _mm512_mask_storeu_ps(grad_weight + i * layer.N + from + n, lane_mask(outputs - n),
+                                      _mm512_load_ps(column + i * SIDE));
         }
     });
-    float* bias = reinterpret_cast<float*>(scratch<22>(padded(to - from) * sizeof(float)));
-    std::memset(bias, 0, padded(to - from) * sizeof(float));
+    float* bias = memory.array<float>(padded(outputs));
+    std::memset(bias, 0, padded(outputs) * sizeof(float));
     for (int64_t b = 0; b < net.B; b++)
-        for (int64_t n = 0; n < to - from; n += W) store(bias + n, load(bias + n) + load(drives + b * layer.Np + n));
-    std::memcpy(grad_bias + from, bias, (to - from) * sizeof(float));
+        for (int64_t n = 0; n < outputs; n += W) store(bias + n, load(bias + n) + load(grads + b * layer.Np + n));
+    std::memcpy(grad_bias + from, bias, outputs * sizeof(float));
 }
 
-// grad_act (B, A) += the gradient of the networks' inputs, at the actions.
+// grad_act (B, A) += this network's gradient of the actions.
 void add_action_gradients(const Network& net, float* grad_act) {
     const Layer layer = net.layer(0);
     const int64_t O = net.critic->obs_dim, A = net.critic->act_dim, B = net.B, tiles = tiles_of(B);
-    float* block = reinterpret_cast<float*>(scratch<22>(tiles * SIDE * SIDE * sizeof(float)));
-    const Tiles registers;
+    Scratch memory;
+    float* column = memory.array<float>(tiles * SIDE * SIDE);
+    const TileRegisters registers;
     with_planes(net, [&](auto P) {
-        const Pair<P> pair(B, layer.N, A);
-        pack_left(ROWS, net.drives[0], layer.Np, B, layer.N, pair.left);
-        pack_right(ROWS, layer.weight + O * layer.N, layer.N, layer.N, A, pair.right);
+        const Operands<P> x(B, layer.N, A);
+        pack_left(ROWS, net.grad_hidden[0], layer.Np, B, layer.N, x.left);
+        pack_right(ROWS, layer.weight + O * layer.N, layer.N, layer.N, A, x.right);
         for (int64_t a = 0; a < A; a += SIDE) {
-            product(pair.left, tiles, pair.right, a / SIDE, {ZEROS, 0, 0, block, SIDE * SIDE, SIDE});
+            multiply(x.left, tiles, x.right, a / SIDE, {ZEROS, 0, 0, column, SIDE * SIDE, SIDE});
             for (int64_t b = 0; b < B; b++)
-                for (int64_t k = 0; k < SIDE && a + k < A; k++) grad_act[b * A + a + k] += block[b * SIDE + k];
+                for (int64_t k = 0; k < SIDE && a + k < A; k++) grad_act[b * A + a + k] += column[b * SIDE + k];
         }
     });
 }

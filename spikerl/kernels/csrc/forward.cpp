@@ -9,9 +9,9 @@ namespace {
 // exp(x) for x <= 0, within 2 units in the last place; 0 below -87.
 inline vec exp_of(vec x) {
     vec scaled = x * 1.44269504088896341f - 0.5f;
-    ivec n = __builtin_convertvector(scaled > -127.0f ? scaled : all(-127.0f), ivec);
-    vec whole = __builtin_convertvector(n, vec);
-    vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    ivec n = __builtin_convertvector(scaled > -127.0f ? scaled : broadcast(-127.0f), ivec);
+    vec exponent = __builtin_convertvector(n, vec);
+    vec r = x - exponent * 0.693359375f + exponent * 2.12194440e-4f;
     vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
@@ -22,61 +22,53 @@ inline vec exp_of(vec x) {
     return x < -87.0f ? vec{} : p * power;
 }
 
-// Counting sort of the inputs that fired in a chunk, by their words. Two halves of them are counted and placed
-// side by side, because a counter's last value takes some cycles to come back from memory.
+// Counting sort of the inputs that fired in a chunk, by their words. The two halves of the inputs have counters of their
+// own, because a counter that was just written takes some cycles to be read again.
 void list_events(const int32_t* words, int64_t K, int first, int steps, Events events) {
-    int32_t place[2][1 << CHUNK];
-    for (auto& half : place) std::memset(half, 0, sizeof(int32_t) << steps);
-    int32_t* fired = reinterpret_cast<int32_t*>(scratch<7>((padded(K) + W) * sizeof(int32_t)));
+    int32_t position[2][1 << CHUNK];
+    for (auto& half : position) std::memset(half, 0, sizeof(int32_t) << steps);
+    Scratch memory;
+    int32_t* fired = memory.array<int32_t>(padded(K) + W);
     const int32_t mask = (1 << steps) - 1;
-    const ivec lanes = counting_from(0);
+    const ivec lanes = iota(0);
     int32_t count = 0;
     for (int32_t k = 0; k < K; k += W) {  // input << CHUNK | word
         ivec word = load(words + k) >> first & mask;
         if (K - k < W) word = lanes < int32_t(K - k) ? word : ivec{};
         count += append(fired + count, (lanes + k) << CHUNK | word, word != 0);
     }
-    const int32_t half = count / 2, *later = fired + half;
+    const int32_t half = count / 2, *upper = fired + half;
     for (int32_t i = 0; i < half; i++) {
-        place[0][fired[i] & mask]++;
-        place[1][later[i] & mask]++;
+        position[0][fired[i] & mask]++;
+        position[1][upper[i] & mask]++;
     }
-    if (count % 2) place[1][later[half] & mask]++;
-    int32_t begin = 0, segments = 0;
+    if (count % 2) position[1][upper[half] & mask]++;
+    int32_t next = 0, segments = 0;
     for (int32_t word = 1; word <= mask; word++) {
-        const int32_t one = place[0][word], two = place[1][word];
-        place[0][word] = begin;
-        place[1][word] = begin + one;
-        begin += one + two;
-        events.segments[segments] = {word, begin};
-        segments += one + two > 0;
+        const int32_t first_count = position[0][word], second_count = position[1][word];
+        position[0][word] = next;
+        position[1][word] = next + first_count;
+        next += first_count + second_count;
+        events.segments[segments] = {word, next};
+        segments += first_count + second_count > 0;
     }
     *events.count = segments;
     for (int32_t i = 0; i < half; i++) {
-        events.inputs[place[0][fired[i] & mask]++] = fired[i] >> CHUNK;
-        events.inputs[place[1][later[i] & mask]++] = later[i] >> CHUNK;
+        events.inputs[position[0][fired[i] & mask]++] = fired[i] >> CHUNK;
+        events.inputs[position[1][upper[i] & mask]++] = upper[i] >> CHUNK;
     }
-    if (count % 2) events.inputs[place[1][later[half] & mask]++] = later[half] >> CHUNK;
+    if (count % 2) events.inputs[position[1][upper[half] & mask]++] = upper[half] >> CHUNK;
 }
 
-// Columns `from` to `to` of a layer's weights, one block after the other, (blocks, K, width); zero beyond N.
-void pack(const float* weight, int64_t K, int64_t N, int64_t from, int64_t to, int64_t width, float* out) {
-    for (int64_t n = from; n < to; n += width) {
-        int64_t there = N - n < width ? N - n : width;
-        for (int64_t k = 0; k < K; k++, out += width) {
-            if (there == width) {  // a call of memcpy takes longer
-                for (int64_t i = 0; i < width; i += W) store(out + i, load(weight + k * N + n + i));
-                continue;
-            }
-            std::memcpy(out, weight + k * N + n, there * sizeof(float));
-            std::memset(out + there, 0, (width - there) * sizeof(float));
-        }
-    }
+// Columns `from` to `to` of a layer's weights in blocks of `width` columns, (blocks, K, width), zero beyond N.
+void pack(const Layer& l, int64_t from, int64_t to, int64_t width, float* out) {
+    for (int64_t n = from; n < to; n += width)
+        for (int64_t k = 0; k < l.K; k++, out += width) copy_padded(l.weight + k * l.N + n, l.N - n, width, out);
 }
 
-// Columns of a layer's weights as they lie: row k begins at `first + k * stride`, but for the last at `last`, which
-// may be read to the end of a whole vector.
-struct InPlace {
+// Columns of a layer's weights as they are: row k begins at `first + k * stride`, except that of the last row there is
+// a copy, which may be read to the end of a whole vector.
+struct UnpackedColumns {
     const float* first;
     int64_t stride;
     const float* last;
@@ -84,9 +76,9 @@ struct InPlace {
     const float* row(int64_t k) const { return k == last_row ? last : first + k * stride; }
 };
 
-// V vectors of columns packed one row after the other.
+// V vectors of columns, packed row after row.
 template <int V>
-struct Packed {
+struct PackedColumns {
     const float* first;
     const float* row(int64_t k) const { return first + k * V * W; }
 };
@@ -103,15 +95,15 @@ inline void gather(Events events, const Columns& columns, float* drive) {
         vec even[V], odd[V];
         for (int j = 0; j < V; j++) even[j] = odd[j] = vec{};
         for (; i + 1 < segment.end; i += 2) {
-            const float *one = columns.row(events.inputs[i]), *two = columns.row(events.inputs[i + 1]);
+            const float *row = columns.row(events.inputs[i]), *next = columns.row(events.inputs[i + 1]);
             for (int j = 0; j < V; j++) {
-                even[j] += load(one + j * W);
-                odd[j] += load(two + j * W);
+                even[j] += load(row + j * W);
+                odd[j] += load(next + j * W);
             }
         }
         if (i < segment.end) {
-            const float* one = columns.row(events.inputs[i++]);
-            for (int j = 0; j < V; j++) even[j] += load(one + j * W);
+            const float* row = columns.row(events.inputs[i++]);
+            for (int j = 0; j < V; j++) even[j] += load(row + j * W);
         }
         const float* bits = BITS.of[segment.word];
         for (int j = 0; j < V; j++) even[j] += odd[j];
@@ -122,55 +114,42 @@ inline void gather(Events events, const Columns& columns, float* drive) {
         for (int j = 0; j < V; j++) store(drive + (t * V + j) * W, sums[t][j]);
 }
 
+// Neurons n to n + V W of one layer and sample: drive, voltages and words.
 template <int V, class Columns>
-inline void gather(int steps, Events events, const Columns& columns, float* drive) {
-    switch (steps) {
-        case 1: return gather<1, V>(events, columns, drive);
-        case 2: return gather<2, V>(events, columns, drive);
-        case 3: return gather<3, V>(events, columns, drive);
-        case 4: return gather<4, V>(events, columns, drive);
-        case 5: return gather<5, V>(events, columns, drive);
-        case 6: return gather<6, V>(events, columns, drive);
-        case 7: return gather<7, V>(events, columns, drive);
-        case 8: return gather<8, V>(events, columns, drive);
-    }
-}
-
-// One layer's neurons n0 to n0 + V W of one sample: drive, membranes, words and voltages.
-template <int V, class Columns>
-void neurons(const Store& st, int layer, int64_t b, int64_t n0, const Columns& columns,
-             const float* bias) {
-    const Net& net = *st.net;
+void run_neurons(const Activations& acts, int layer, int64_t b, int64_t n, const Columns& columns, const float* bias) {
+    const Net& net = *acts.net;
     const int T = net.spike_steps;
     const int64_t Np = padded(net.widths[layer + 1]);
     float drive[MAX_STEPS * V * W];
     for (int t = 0; t < T; t++)
         for (int j = 0; j < V; j++) store(drive + (t * V + j) * W, load(bias + j * W));
-    for (int64_t c = 0; c < st.chunks; c++) {
-        int64_t first = st.first_step(c);
-        int steps = int(st.first_step(c + 1) - first);
-        gather<V>(steps, st.events(layer, b, c), columns, drive + first * V * W);
+    for (int64_t c = 0; c < acts.chunks; c++) {
+        const int64_t first = acts.first_step(c);
+        with_steps(int(acts.first_step(c + 1) - first), [&](auto S) {
+            gather<S, V>(acts.events(layer, b, c), columns, drive + first * V * W);
+        });
     }
-    int32_t* words = st.words[layer + 1] + b * Np + n0;
-    float* voltage = st.voltage[layer] + (st.keeps ? b : 0) * T * Np + n0;
-    for (int j = 0; j < V; j++) store(words + j * W, membranes(net, drive + j * W, V * W, voltage + j * W, Np));
+    int32_t* words = acts.words[layer + 1] + b * Np + n;
+    float* voltage = acts.voltage[layer] + (acts.for_backward ? b : 0) * T * Np + n;
+    for (int j = 0; j < V; j++) store(words + j * W, scan(net, drive + j * W, V * W, voltage + j * W, Np));
 }
 
-// Input words of one sample. Poisson: uniforms (T, B, K0) are given, and an input fires below its activity.
-void encode(const Store& st, int64_t b, const float* obs, const float* uniform, int64_t uniform_step) {
-    const Net& net = *st.net;
+// Activities and words of the encoder for one sample. With uniform draws (K0 for each step) it is a Poisson coder, whose
+// inputs fire where the draw is below their activity.
+void encode(const Activations& acts, int64_t b, const float* obs, const float* uniform, int64_t uniform_stride) {
+    const Net& net = *acts.net;
     const int64_t K = net.widths[0], Kp = padded(K);
-    float* activity = st.activity + b * Kp;
-    int32_t* words = st.words[0] + b * Kp;
+    float* activity = acts.activity + b * Kp;
+    int32_t* words = acts.words[0] + b * Kp;
     for (int64_t o = 0, k = 0; o < net.obs_dim; o++)
         for (int64_t p = 0; p < net.pop_size; p++, k++) activity[k] = obs[o];
-    float last[3][W] = {};  // the last vector of the parameters, padded
-    for (int i = 0; i < W; i++) last[1][i] = 1.0f;
-    const int64_t tail = Kp - W;
-    std::memcpy(last[0], net.mean + tail, (K - tail) * sizeof(float));
-    std::memcpy(last[1], net.std + tail, (K - tail) * sizeof(float));
+    float last_mean[W] = {}, last_std[W], last_uniform[W] = {};  // the last vectors, padded
+    store(last_std, broadcast(1.0f));
+    const int64_t last = Kp - W;
+    std::memcpy(last_mean, net.mean + last, (K - last) * sizeof(float));
+    std::memcpy(last_std, net.std + last, (K - last) * sizeof(float));
     for (int64_t k = 0; k < Kp; k += W) {
-        vec mean = load(k == tail ? last[0] : net.mean + k), std = load(k == tail ? last[1] : net.std + k);
+        vec mean = load(k == last ? last_mean : net.mean + k), std = load(k == last ? last_std : net.std + k);
         vec distance = load(activity + k) - mean;
         vec a = exp_of(distance * distance * -0.5f / (std * std));
         store(activity + k, a);
@@ -179,8 +158,8 @@ void encode(const Store& st, int64_t b, const float* obs, const float* uniform, 
         for (int t = 0; t < net.spike_steps; t++) {
             ivec fired;
             if (uniform) {
-                const float* u = uniform + t * uniform_step + k;
-                if (k == tail) std::memcpy(last[2], u, (K - tail) * sizeof(float)), u = last[2];
+                const float* u = uniform + t * uniform_stride + k;
+                if (k == last) std::memcpy(last_uniform, u, (K - last) * sizeof(float)), u = last_uniform;
                 fired = load(u) < a;
             } else {
                 v += a;
@@ -193,9 +172,10 @@ void encode(const Store& st, int64_t b, const float* obs, const float* uniform, 
     }
 }
 
-void decode(const Store& st, int64_t b, float* act, bool squash) {
-    const Net& net = *st.net;
-    const int32_t* words = st.words[net.layers] + b * padded(net.widths[net.layers]);
+// Rate decoder: actions of one sample.
+void decode(const Activations& acts, int64_t b, float* act, bool squash) {
+    const Net& net = *acts.net;
+    const int32_t* words = acts.words[net.layers] + b * padded(net.widths[net.layers]);
     const float* weight = net.out_weight;
     for (int64_t a = 0; a < net.act_dim; a++) {
         float sum = 0.0f;
@@ -205,135 +185,134 @@ void decode(const Store& st, int64_t b, float* act, bool squash) {
     }
 }
 
-
-// All layers' weights as a call needs them.
+// All layers' weights, padded, and packed where that pays or an unpacked read would leave the matrix.
 struct Layers {
+    Scratch memory;
     Layer of[MAX_LAYERS];
     Layers(const Net& net, bool packs_all) {
-        // Of few columns, a vector from a row before the last reaches beyond the end too.
-        auto packs_layer = [&](int l) { return packs_all || 2 * net.widths[l + 1] < padded(net.widths[l + 1]); };
-        int64_t floats = 0;
-        for (int l = 0; l < net.layers; l++)
-            floats += padded(net.widths[l + 1]) * (2 + (packs_layer(l) ? net.widths[l] : 0)) + W;
-        float* place = reinterpret_cast<float*>(scratch<0>(floats * sizeof(float)));
-        for (int l = 0; l < net.layers; l++) {
-            const bool packs = packs_layer(l);
-            int64_t K = net.widths[l], N = net.widths[l + 1], Np = padded(N);
-            float *bias = place, *last = place + Np, *packed = packs ? last + Np : nullptr;
-            place = last + Np + (packs ? K * Np : 0);
-            std::memset(bias, 0, 2 * Np * sizeof(float));
-            std::memcpy(bias, net.biases[l], N * sizeof(float));
-            std::memcpy(last, net.weights[l] + (K - 1) * N, N * sizeof(float));
-            if (packs) {
-                int64_t whole = Np / (BLOCK * W) * (BLOCK * W);
-                pack(net.weights[l], K, N, 0, whole, BLOCK * W, packed);
-                pack(net.weights[l], K, N, whole, Np, W, packed + whole * K);
+        for (int i = 0; i < net.layers; i++) {
+            Layer l(net, i);
+            float *bias = memory.array<float>(l.Np), *last = memory.array<float>(l.Np);
+            copy_padded(net.biases[i], l.N, l.Np, bias);
+            copy_padded(l.weight + (l.K - 1) * l.N, l.N, l.Np, last);
+            l.bias = bias, l.last = last;
+            if (packs_all || 2 * l.N < l.Np) {  // of few columns, a vector from the second last row leaves it too
+                float* packed = memory.array<float>(l.K * l.Np);
+                const int64_t end = l.Np / (BLOCK * W) * (BLOCK * W);  // of whole blocks
+                pack(l, 0, end, BLOCK * W, packed);
+                pack(l, end, l.Np, W, packed + end * l.K);
+                l.packed = packed;
             }
-            of[l] = {K, N, Np, net.weights[l], bias, last, packed};
+            of[i] = l;
         }
     }
 };
 
+// Blocks of V vectors of a layer's neurons from n on, as many as there are; the first neuron beyond them.
 template <int V>
-int64_t run_blocks(const Store& st, int layer, const Layer& l, int64_t n, int64_t from, int64_t to) {
+int64_t run_blocks(const Activations& acts, int layer, const Layer& l, int64_t n, int64_t from, int64_t to) {
     for (; l.Np - n >= V * W; n += V * W) {
-        const Packed<V> packed{l.packed + n * l.K};
-        const InPlace in_place{l.weight + n, l.N, l.last + n, l.K - 1};
+        const UnpackedColumns unpacked{l.weight + n, l.N, l.last + n, l.K - 1};
         for (int64_t b = from; b < to; b++)
-            if (l.packed) neurons<V>(st, layer, b, n, packed, l.bias + n);
-            else neurons<V>(st, layer, b, n, in_place, l.bias + n);
+            if (l.packed) run_neurons<V>(acts, layer, b, n, PackedColumns<V>{l.packed + n * l.K}, l.bias + n);
+            else run_neurons<V>(acts, layer, b, n, unpacked, l.bias + n);
     }
     return n;
 }
 
-void run_layer(const Store& st, int layer, const Layer& l, int64_t from, int64_t to) {
+void run_layer(const Activations& acts, int layer, const Layer& l, int64_t from, int64_t to) {
     for (int64_t b = from; b < to; b++)
-        for (int64_t c = 0; c < st.chunks; c++) {
-            int first = int(st.first_step(c)), steps = int(st.first_step(c + 1)) - first;
-            list_events(st.words[layer] + b * padded(l.K), l.K, first, steps, st.events(layer, b, c));
+        for (int64_t c = 0; c < acts.chunks; c++) {
+            const int first = int(acts.first_step(c)), steps = int(acts.first_step(c + 1)) - first;
+            list_events(acts.words[layer] + b * padded(l.K), l.K, first, steps, acts.events(layer, b, c));
         }
-    int64_t n = l.packed ? 0 : run_blocks<4>(st, layer, l, 0, from, to);
-    n = run_blocks<BLOCK>(st, layer, l, n, from, to);
-    run_blocks<1>(st, layer, l, n, from, to);
+    int64_t n = l.packed ? 0 : run_blocks<4>(acts, layer, l, 0, from, to);
+    n = run_blocks<BLOCK>(acts, layer, l, n, from, to);
+    run_blocks<1>(acts, layer, l, n, from, to);
 }
 
-// `run(store, from, to)` all layers of some samples, tile after tile.
-template <class Run>
-void each_tile(const Net& net, int64_t B, const float* obs, const float* uniform, float* act, char* saved,
-               bool squash, int threads, Run run) {
-    const bool lists = by_events(B);
-    const int64_t share = (B + threads - 1) / threads, whole = (share + TILE - 1) / TILE * TILE;
-    const int64_t size = lists ? TILE : whole < PASS ? whole : PASS, most = B < size ? B : size;
-    const int64_t tiles = (B + size - 1) / size;
-    const int64_t step = B * net.widths[0];
-    const int64_t bytes = saved ? 0 : Store(&net, most, false, lists, nullptr).bytes;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (tiles > 1)
-    for (int64_t tile = 0; tile < tiles; tile++) {
-        const int64_t first = tile * size, count = B - first < size ? B - first : size;
-        const Store st = saved ? Store(&net, B, true, lists, saved)
-                               : Store(&net, most, false, lists, scratch<1>(bytes));
-        const int64_t from = saved ? first : 0;
+// Encodes and decodes blocks of samples, and in between calls `run_layers(activations, from, to)`. Activations lie in
+// `saved` where a backward pass follows.
+template <class F>
+void for_each_block(const Net& net, int64_t B, const float* obs, const float* uniform, float* act, char* saved,
+                    bool squash, int threads, F run_layers) {
+    const bool has_events = uses_events(B);
+    const int64_t share = (B + threads - 1) / threads, multiple = (share + SAMPLE_BLOCK - 1) / SAMPLE_BLOCK * SAMPLE_BLOCK;
+    const int64_t size = has_events ? SAMPLE_BLOCK : std::min(multiple, TILE_SAMPLE_BLOCK);
+    const int64_t blocks = (B + size - 1) / size, samples = std::min(size, B);
+    const int64_t bytes = saved ? 0 : Activations(&net, samples, false, has_events, nullptr).memory.used;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (blocks > 1)
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t first = block * size, count = std::min(size, B - first), from = saved ? first : 0;
+        Scratch memory;
+        const Activations acts = saved ? Activations(&net, B, true, has_events, saved)
+                                       : Activations(&net, samples, false, has_events, memory.array<char>(bytes));
         for (int64_t i = 0; i < count; i++) {
             const float* u = uniform ? uniform + (first + i) * net.widths[0] : nullptr;
-            encode(st, from + i, obs + (first + i) * net.obs_dim, u, step);
+            encode(acts, from + i, obs + (first + i) * net.obs_dim, u, B * net.widths[0]);
         }
-        run(st, from, from + count);
-        for (int64_t i = 0; i < count; i++) decode(st, from + i, act + (first + i) * net.act_dim, squash);
+        run_layers(acts, from, from + count);
+        for (int64_t i = 0; i < count; i++) decode(acts, from + i, act + (first + i) * net.act_dim, squash);
     }
 }
 
 void forward(const Net& net, int64_t B, const float* obs, const float* uniform, float* act, char* saved,
              bool squash, int threads) {
 #if HAS_TILES
-    if (!by_events(B)) {
+    if (!uses_events(B)) {
         const TileLayers layers(net);
-        each_tile(net, B, obs, uniform, act, saved, squash, threads, [&](const Store& st, int64_t from, int64_t to) {
-            const Tiles tiles;
-            for (int l = 0; l < net.layers; l++) run_layer(st, l, layers.of[l], from, to);
-        });
+        for_each_block(net, B, obs, uniform, act, saved, squash, threads,
+                       [&](const Activations& acts, int64_t from, int64_t to) {
+                           const TileRegisters registers;
+                           for (int l = 0; l < net.layers; l++) run_layer(acts, l, layers.of[l], from, to);
+                       });
         return;
     }
 #endif
-    const Layers layers(net, B > DIRECT);
-    each_tile(net, B, obs, uniform, act, saved, squash, threads, [&](const Store& st, int64_t from, int64_t to) {
-        for (int l = 0; l < net.layers; l++) run_layer(st, l, layers.of[l], from, to);
-    });
+    const Layers layers(net, B > MAX_UNPACKED);
+    for_each_block(net, B, obs, uniform, act, saved, squash, threads,
+                   [&](const Activations& acts, int64_t from, int64_t to) {
+                       for (int l = 0; l < net.layers; l++) run_layer(acts, l, layers.of[l], from, to);
+                   });
 }
 
 }  // namespace
 
 extern "C" {
 
-// How an action gets its environment's units: low + (act + 1) half_range, between the bounds.
+// From an action in [-1, 1] to the environment's units: low + (act + 1) half_range, between the bounds.
 struct Units {
     const double *low, *half_range;
-    const float *least, *most;
+    const float *min, *max;
 };
 
-// One action (A), in its environment's units, from one raw observation (O): (obs - norm[0]) / norm[1], within
+// One action (A), in the environment's units, from one raw observation (O): (obs - norm[0]) / norm[1], clipped to
 // [-clip, clip], then the network. False, and no action, where the observation is not finite.
 bool spikerl_act(const Net* net, const Units* units, const double* obs, const float* norm, float clip, float* act) {
     const int64_t O = net->obs_dim;
-    float* normal = reinterpret_cast<float*>(scratch<8>(O * sizeof(float)));
+    Scratch memory;
+    float* normalised = memory.array<float>(O);
     for (int64_t o = 0; o < O; o++) {
         if (!std::isfinite(obs[o])) return false;
         const float z = (float(obs[o]) - norm[o]) / norm[O + o];
-        const float within = z > clip ? clip : z < -clip ? -clip : z;
-        normal[o] = net->squashes ? std::tanh(within) : within;
+        const float clipped = z > clip ? clip : z < -clip ? -clip : z;
+        normalised[o] = net->squashes ? std::tanh(clipped) : clipped;
     }
-    forward(*net, 1, normal, nullptr, act, nullptr, true, 1);
+    forward(*net, 1, normalised, nullptr, act, nullptr, true, 1);
     for (int64_t a = 0; a < net->act_dim; a++) {
         const float y = float(units->low[a] + double(act[a] + 1.0f) * units->half_range[a]);
-        act[a] = y < units->least[a] ? units->least[a] : y > units->most[a] ? units->most[a] : y;
+        act[a] = y < units->min[a] ? units->min[a] : y > units->max[a] ? units->max[a] : y;
     }
     return true;
 }
 
-// Bytes that `forward` fills and `backward` reads for B samples.
-int64_t spikerl_saved_bytes(const Net* net, int64_t B) { return Store(net, B, true, by_events(B), nullptr).bytes; }
+// Bytes of what spikerl_forward saves and spikerl_backward reads for B samples.
+int64_t spikerl_saved_bytes(const Net* net, int64_t B) {
+    return Activations(net, B, true, uses_events(B), nullptr).memory.used;
+}
 
-// act (B, A) from normalised observations (B, O); `uniform` (T, B, K0) makes the encoder a Poisson coder;
-// `saved` is null where no gradient is wanted; without `squash`, act is before its tanh.
+// act (B, A) from normalised observations (B, O). With `uniform` (T, B, K0) the encoder is a Poisson coder; `saved` is
+// null where no gradient is wanted; without `squash`, act is that before tanh.
 void spikerl_forward(const Net* net, int64_t B, const float* obs, const float* uniform, float* act,
                      char* saved, bool squash, int threads) {
     forward(*net, B, obs, uniform, act, saved, squash, threads);
@@ -343,9 +322,9 @@ void spikerl_forward(const Net* net, int64_t B, const float* obs, const float* u
 void spikerl_scan(const Net* net, int64_t M, const float* drive, float* spikes, float* voltage, int threads) {
 #pragma omp parallel for num_threads(threads) if (M > 4096)
     for (int64_t m = 0; m < M; m += W) {
-        const ivec word = membranes(*net, drive + m, M, voltage + m, M);
+        const ivec word = scan(*net, drive + m, M, voltage + m, M);
         for (int t = 0; t < net->spike_steps; t++)
-            store(spikes + t * M + m, (word >> t & 1) != 0 ? all(1.0f) : vec{});
+            store(spikes + t * M + m, (word >> t & 1) != 0 ? broadcast(1.0f) : vec{});
     }
 }
 }

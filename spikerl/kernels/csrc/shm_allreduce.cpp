@@ -1,6 +1,7 @@
-// Sums over processes of one machine, in memory that they share: `ranks` lines of 64 bytes, which say how many vectors
-// a process has put there, then two slots for each process. A slot is written again only when everybody has put the
-// vector after it, and so has read it. Everybody adds in the order of ranks: the sums are the same bits everywhere.
+// All-reduce over the processes of one machine in memory that they share: for each rank the number of rounds in which
+// it has written, then two slots for each rank, used in turn. A rank writes a round's vector only after it has read all
+// vectors of the round before; a slot is therefore not overwritten before all have read it. All ranks add in the order
+// of ranks: the sums are the same bits everywhere.
 
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -13,10 +14,29 @@
 #include <cstring>
 #include <ctime>
 
+#include "memory.h"
+
 namespace {
 
-struct alignas(64) Line {
-    std::atomic<uint32_t> put;
+struct alignas(64) Rounds {  // a cache line each, because every rank writes its own
+    std::atomic<uint32_t> written;
+};
+
+struct SharedMemory {
+    Arena memory;
+    int ranks;
+    int64_t bytes;  // of a vector
+    Rounds* rounds;
+    char* slots;
+
+    SharedMemory(char* base, int ranks_, int64_t bytes_)
+        : memory(base),
+          ranks(ranks_),
+          bytes(bytes_),
+          rounds(memory.array<Rounds>(ranks)),
+          slots(memory.array<char>(2 * ranks * bytes)) {}
+
+    char* slot(uint32_t round, int rank) const { return slots + ((round & 1) * ranks + rank) * bytes; }
 };
 
 #if defined(__linux__)
@@ -33,28 +53,25 @@ void wait_for(std::atomic<uint32_t>*, uint32_t, long) {
 void wake(std::atomic<uint32_t>*) {}
 #endif
 
-constexpr int SPINS = 2000;            // some tens of microseconds
-constexpr long PATIENCE = 20'000'000;  // ns of one wait in the kernel
-
-char* slot(char* base, int ranks, int64_t bytes, uint32_t round, int rank) {
-    return base + ranks * int64_t(sizeof(Line)) + ((round & 1) * ranks + rank) * bytes;
-}
+constexpr int SPINS = 2000;           // some tens of microseconds
+constexpr long WAIT_NS = 20'000'000;  // of one wait in the kernel
 
 template <class X>
-void add(char* base, int ranks, int64_t bytes, uint32_t round, int own, char* out) {
-    constexpr int64_t PART = 512;  // what stays in registers and the first cache
+void sum(const SharedMemory& shared, uint32_t round, int own, char* out) {
+    constexpr int64_t PART = 512;  // numbers that stay in the first-level cache
     X* sums = reinterpret_cast<X*>(out);
-    const int64_t n = bytes / int64_t(sizeof(X));
-    if (ranks == 2) {  // the order of two does not matter, and `out` is what lies in the own slot
-        const X* other = reinterpret_cast<const X*>(slot(base, ranks, bytes, round, 1 - own));
+    const int64_t n = shared.bytes / int64_t(sizeof(X));
+    auto of_rank = [&](int rank) { return reinterpret_cast<const X*>(shared.slot(round, rank)); };
+    if (shared.ranks == 2) {  // addition commutes, and `out` equals the own slot
+        const X* other = of_rank(1 - own);
         for (int64_t i = 0; i < n; i++) sums[i] += other[i];
         return;
     }
     for (int64_t first = 0; first < n; first += PART) {
         const int64_t count = n - first < PART ? n - first : PART;
-        std::memcpy(sums + first, slot(base, ranks, bytes, round, 0) + first * sizeof(X), count * sizeof(X));
-        for (int rank = 1; rank < ranks; rank++) {
-            const X* other = reinterpret_cast<const X*>(slot(base, ranks, bytes, round, rank)) + first;
+        std::memcpy(sums + first, of_rank(0) + first, count * sizeof(X));
+        for (int rank = 1; rank < shared.ranks; rank++) {
+            const X* other = of_rank(rank) + first;
             for (int64_t i = 0; i < count; i++) sums[first + i] += other[i];
         }
     }
@@ -64,34 +81,36 @@ void add(char* base, int ranks, int64_t bytes, uint32_t round, int own, char* ou
 
 extern "C" {
 
-int64_t spikerl_shm_bytes(int ranks, int64_t bytes) { return ranks * (int64_t(sizeof(Line)) + 2 * bytes); }
+// Bytes of shared memory for vectors of `bytes` bytes.
+int64_t spikerl_shm_bytes(int ranks, int64_t bytes) { return SharedMemory(nullptr, ranks, bytes).memory.used; }
 
-// Put this process's vector; `round` counts from 0.
+// Writes this process's vector; `round` counts from 0.
 void spikerl_shm_write(char* base, int rank, int ranks, int64_t bytes, uint32_t round, const char* vector) {
-    std::memcpy(slot(base, ranks, bytes, round, rank), vector, bytes);
-    Line* lines = reinterpret_cast<Line*>(base);
-    lines[rank].put.store(round + 1, std::memory_order_release);
-    wake(&lines[rank].put);
+    const SharedMemory shared(base, ranks, bytes);
+    std::memcpy(shared.slot(round, rank), vector, bytes);
+    std::atomic<uint32_t>& written = shared.rounds[rank].written;
+    written.store(round + 1, std::memory_order_release);
+    wake(&written);
 }
 
-// `out`, the vector that this process has put, becomes the sum over all; -1, or else the rank of a process that has not
-// put its vector for a while.
+// `out`, the vector that this process has written, becomes the sum over all, and the result is -1; or `out` stays, and
+// the result is a rank that has not written its vector within the wait.
 int spikerl_shm_sum(char* base, int own, int ranks, int64_t bytes, uint32_t round, char* out, bool is_double) {
-    Line* lines = reinterpret_cast<Line*>(base);
+    const SharedMemory shared(base, ranks, bytes);
     for (int rank = 0; rank < ranks; rank++) {
-        std::atomic<uint32_t>& put = lines[rank].put;
-        for (int spin = 0; spin < SPINS && int32_t(put.load(std::memory_order_acquire) - round) <= 0; spin++) {
+        std::atomic<uint32_t>& written = shared.rounds[rank].written;
+        for (int spin = 0; spin < SPINS && int32_t(written.load(std::memory_order_acquire) - round) <= 0; spin++) {
 #if defined(__x86_64__)
             __builtin_ia32_pause();
 #endif
         }
-        const uint32_t seen = put.load(std::memory_order_acquire);
+        const uint32_t seen = written.load(std::memory_order_acquire);
         if (int32_t(seen - round) > 0) continue;
-        wait_for(&put, seen, PATIENCE);
-        if (int32_t(put.load(std::memory_order_acquire) - round) <= 0) return rank;
+        wait_for(&written, seen, WAIT_NS);
+        if (int32_t(written.load(std::memory_order_acquire) - round) <= 0) return rank;
     }
-    if (is_double) add<double>(base, ranks, bytes, round, own, out);
-    else add<float>(base, ranks, bytes, round, own, out);
+    if (is_double) sum<double>(shared, round, own, out);
+    else sum<float>(shared, round, own, out);
     return -1;
 }
 }

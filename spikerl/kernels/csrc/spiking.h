@@ -1,34 +1,52 @@
 // A population-coded spiking actor on the CPU, driven by events.
 //
-// The spikes of a neuron over the T spike steps of a decision are the bits of one word. Inputs whose
-// words agree are summed first; the sum is then added into the steps of that word: nothing is multiplied
-// by zero, and a weight is read once however often its input fires. Backward, a weight's gradient is read
-// from the same lists, and an input's gradient is formed only at the steps at which its voltage lay inside
-// the surrogate window.
+// The spikes of a neuron over the T spike steps of a decision are the bits of one word. The weights of inputs with equal
+// words are summed first, and the sum is added to the drive at each step of that word: no product with 0 is formed, and
+// a weight is read once however often its input fires. The backward pass reads the same lists for weight gradients, and
+// forms an input's gradient only at the steps at which its voltage lies inside the surrogate window.
 //
-// One translation unit, compiled once for each instruction set; the vector width follows from the flags.
-// Sums over a batch run in one order whatever the number of threads, so results are the same bits.
+// Every source is compiled once for each instruction set; the vector width follows from the flags. Sums over a batch are
+// formed in one order whatever the number of threads, so that results are the same bits.
 //
 // Shapes   B samples, T spike steps, K inputs and N neurons of a layer, O observation entries, A actions.
 //          Weights are input-major (K, N). Rows of neurons are padded to whole vectors (Kp, Np).
 
 #pragma once
+#include <type_traits>
+
+#include "memory.h"
 #include "tiles.h"
 
 namespace {
 
-constexpr int CHUNK = 8;         // spike steps that one list of events covers, at most
-constexpr int MAX_STEPS = 32;    // spike steps, the bits of a word
+constexpr int CHUNK = 8;                   // spike steps that one list of events covers, at most
+constexpr int MAX_STEPS = 32;              // spike steps, the bits of a word
 constexpr int MAX_LAYERS = 16;
-constexpr int BLOCK = 2;         // vectors of neurons that are computed together
-constexpr int64_t TILE = 16;     // samples that meet a block of weights while it lies in the first cache
-constexpr int64_t PASS = 64;     // samples that meet a matrix unit's weights while those lie in the second cache
-constexpr int64_t DIRECT = 4;    // up to so many samples, packing weights costs more than it gains
+constexpr int BLOCK = 2;                   // vectors of neurons that are computed together
+constexpr int64_t SAMPLE_BLOCK = 16;       // samples per block of weights in the first-level cache
+constexpr int64_t TILE_SAMPLE_BLOCK = 64;  // samples per AMX operand of weights in the second-level cache
+constexpr int64_t MAX_UNPACKED = 4;        // samples up to which packing weights costs more than it gains
 
-// Whether so many samples go by lists of events; else on the processor's matrix units.
-constexpr bool by_events(int64_t B) { return !HAS_TILES || B <= DIRECT; }
+// Whether a batch is computed from lists of events; otherwise on AMX.
+constexpr bool uses_events(int64_t B) { return !HAS_TILES || B <= MAX_UNPACKED; }
 
-// Of the steps of a chunk, 1.0 where a word has its bit set.
+// Calls `f` with the number of steps of a chunk as a compile-time constant.
+template <class F>
+inline void with_steps(int steps, F f) {
+    switch (steps) {
+        case 1: return f(std::integral_constant<int, 1>{});
+        case 2: return f(std::integral_constant<int, 2>{});
+        case 3: return f(std::integral_constant<int, 3>{});
+        case 4: return f(std::integral_constant<int, 4>{});
+        case 5: return f(std::integral_constant<int, 5>{});
+        case 6: return f(std::integral_constant<int, 6>{});
+        case 7: return f(std::integral_constant<int, 7>{});
+        case 8: return f(std::integral_constant<int, 8>{});
+    }
+}
+static_assert(CHUNK == 8, "with_steps covers the steps of a chunk");
+
+// 1.0 at the steps of a chunk at which a word's bit is set.
 struct Bits {
     float of[1 << CHUNK][CHUNK];
     constexpr Bits() : of() {
@@ -50,68 +68,61 @@ struct Net {
     const float* const* weights;
     const float* const* biases;
     const float *out_weight, *out_bias;
-    int32_t squashes;  // one action is of tanh(observation); elsewhere the caller has applied it
+    int32_t squashes;  // whether spikerl_act applies tanh to the observation; for batches the caller does
 };
 }
 
 namespace {
 
 struct Segment {
-    int32_t word, end;  // inputs up to `end` of the list have this word
+    int32_t word, end;  // inputs of the list up to `end` have this word
 };
 
-// The inputs of one sample and chunk that fired, ordered by word.
+// The inputs of one sample that fired in a chunk, ordered by word.
 struct Events {
     int32_t* count;  // of segments
     Segment* segments;
     int32_t* inputs;
 };
 
-// Where everything that backward needs lies in one block of memory, for `samples` samples.
-struct Store {
+// What the forward pass computes for `samples` samples and the backward pass reads, in one block of memory.
+struct Activations {
+    Arena memory;
     const Net* net;
     int64_t samples, chunks;
-    bool keeps;  // voltages; else all samples write to one place, which nobody reads
-    bool lists;  // of events
-    float* activity;                  // (B, K0p)
-    int32_t* words[MAX_LAYERS + 1];   // (B, Kp) of the encoder and of every layer
-    float* voltage[MAX_LAYERS];       // (B, T, Np); on matrix units squares, see `square`
-    int32_t* counts[MAX_LAYERS];      // events of a layer's inputs: (B, chunks)
-    Segment* segments[MAX_LAYERS];    // (B, chunks, K + 1)
-    int32_t* inputs[MAX_LAYERS];      // (B, chunks, K)
-    int64_t bytes = 0;
+    bool for_backward;               // else voltages are not read, and all samples share one place for them
+    bool has_events;
+    float* activity;                 // (B, K0p) of the encoder
+    int32_t* words[MAX_LAYERS + 1];  // (B, Kp) of the encoder and of every layer
+    float* voltage[MAX_LAYERS];      // (B, T, Np); on AMX in squares, see `square_offset`
+    int32_t* counts[MAX_LAYERS];     // events of a layer's inputs: (B, chunks)
+    Segment* segments[MAX_LAYERS];   // (B, chunks, K + 1)
+    int32_t* inputs[MAX_LAYERS];     // (B, chunks, K)
 
-    Store(const Net* n, int64_t samples_, bool keeps_, bool lists_, char* base)
-        : net(n), samples(samples_), keeps(keeps_), lists(lists_) {
-        int64_t T = n->spike_steps;
+    Activations(const Net* net_, int64_t samples_, bool for_backward_, bool has_events_, char* base)
+        : memory(base), net(net_), samples(samples_), for_backward(for_backward_), has_events(has_events_) {
+        const int64_t T = net->spike_steps, square_rows = for_backward ? padded(samples) : W;
+        const int64_t voltage_rows = !has_events ? square_rows : for_backward ? samples : 1;
         chunks = (T + CHUNK - 1) / CHUNK;
-        activity = take<float>(base, samples * padded(n->widths[0]));
-        for (int l = 0; l <= n->layers; l++) {
-            int64_t K = n->widths[l];
-            words[l] = take<int32_t>(base, samples * padded(K));
-            const int64_t kept = lists ? (keeps ? samples : 1) : (keeps ? (samples + W - 1) / W * W : W);
-            if (l > 0) voltage[l - 1] = take<float>(base, kept * T * padded(K));
-            if (l == n->layers || !lists) continue;
-            counts[l] = take<int32_t>(base, samples * chunks);
-            segments[l] = take<Segment>(base, samples * chunks * (K + 1));
-            inputs[l] = take<int32_t>(base, samples * chunks * K);
+        activity = memory.array<float>(samples * padded(net->widths[0]));
+        for (int l = 0; l <= net->layers; l++) {
+            const int64_t K = net->widths[l];
+            words[l] = memory.array<int32_t>(samples * padded(K));
+            if (l > 0) voltage[l - 1] = memory.array<float>(voltage_rows * T * padded(K));
+            if (l == net->layers || !has_events) continue;
+            counts[l] = memory.array<int32_t>(samples * chunks);
+            segments[l] = memory.array<Segment>(samples * chunks * (K + 1));
+            inputs[l] = memory.array<int32_t>(samples * chunks * K);
         }
     }
 
-    template <class X>
-    X* take(char* base, int64_t count) {
-        X* place = reinterpret_cast<X*>(base + bytes);
-        bytes += (count * int64_t(sizeof(X)) + 63) / 64 * 64;
-        return place;
-    }
-
     Events events(int layer, int64_t b, int64_t chunk) const {
-        int64_t row = b * chunks + chunk, K = net->widths[layer];
+        const int64_t row = b * chunks + chunk, K = net->widths[layer];
         return {counts[layer] + row, segments[layer] + row * (K + 1), inputs[layer] + row * K};
     }
 
-    // On matrix units W neurons of W samples lie together at all steps, (T, W, W).
-    int64_t square(int layer, int64_t b, int64_t n) const {
+    // On AMX, voltages of W neurons and W samples form a block (T, W, W): where that of sample b and neuron n begins.
+    int64_t square_offset(int layer, int64_t b, int64_t n) const {
         const int64_t Np = padded(net->widths[layer + 1]);
         return ((b / W * (Np / W) + n / W) * net->spike_steps * W + b % W) * W;
     }
@@ -119,36 +130,45 @@ struct Store {
     int64_t first_step(int64_t chunk) const { return net->spike_steps * chunk / chunks; }
 };
 
-// A layer's sizes and weights, and what the forward pass makes of them.
+// A layer's sizes and weights, and the copies that the forward pass makes of them.
 struct Layer {
     int64_t K, N, Np;
     const float* weight;            // (K, N)
     const float* bias = nullptr;    // (Np)
-    const float* last = nullptr;    // the last row of `weight`, padded: it alone may not be read beyond its end
-    const float* packed = nullptr;  // null: use the weights as they are
+    const float* last = nullptr;    // the last row of `weight`, padded: vectors may not read beyond its end
+    const float* packed = nullptr;  // null where weights are used as they are
+
+    Layer(const Net& net, int layer)
+        : K(net.widths[layer]), N(net.widths[layer + 1]), Np(padded(N)), weight(net.weights[layer]) {}
+    Layer() = default;
 };
 
-// The words of W neurons, and their voltages, from their drives.
-inline ivec membranes(const Net& net, const float* drive, int64_t drive_step, float* voltage, int64_t step) {
+inline int64_t widest_layer(const Net& net) {
+    return padded(*std::max_element(net.widths, net.widths + net.layers + 1));
+}
+
+// Current-based LIF of W neurons over all spike steps, from their drive: voltages, and the words of their spikes.
+//   c = current_decay c + drive;  v = voltage_decay (1 - o) v + c;  o = [v > threshold]
+inline ivec scan(const Net& net, const float* drive, int64_t drive_stride, float* voltage, int64_t stride) {
     vec c = {}, v = {};
     ivec fired = {}, word = {};
     for (int t = 0; t < net.spike_steps; t++) {
-        c = c * net.current_decay + load(drive + t * drive_step);
+        c = c * net.current_decay + load(drive + t * drive_stride);
         v = (fired ? vec{} : v) * net.voltage_decay + c;
         fired = v > net.threshold;
         word |= fired & int32_t(1u << t);
-        store(voltage + t * step, v);
+        store(voltage + t * stride, v);
     }
     return word;
 }
 
-// Gradients of the drive of `count` neurons, `out` (T, Np), from those of their spikes, `grad`: (T, Np), or,
-// where `step` is 0, (Np) for every t. Beyond the last step at which a voltage lies inside the surrogate window,
-// its neuron has no gradient: `live` (Np) is the number of steps that have one.
+// Gradients of the drive of `count` neurons, `out` (T, Np), from those of their spikes, `grad`: (T, Np), or, where
+// `stride` is 0, (Np) for every t. Beyond the last step at which a voltage lies inside the surrogate window a neuron has
+// no gradient: `active_steps` (Np) is the number of steps up to it, unless null.
 //   gv = [|v - threshold| < window] (grad - kept v) + kept (1 - o);  kept = voltage_decay gv_next
 //   out = current_decay out_next + gv
-inline void scan_back(const Net& net, int64_t count, int64_t Np, const float* grad, int64_t step,
-               const float* voltage, float* out, int32_t* live) {
+inline void scan_back(const Net& net, int64_t count, int64_t Np, const float* grad, int64_t stride,
+                      const float* voltage, float* out, int32_t* active_steps) {
     for (int64_t n = 0; n < count; n += W) {
         vec gc = {}, gv = {};
         ivec steps = {};
@@ -157,12 +177,12 @@ inline void scan_back(const Net& net, int64_t count, int64_t Np, const float* gr
             ivec inside = (excess < net.window) & (excess > -net.window);
             steps = steps == 0 ? inside & (t + 1) : steps;
             vec kept = gv * net.voltage_decay;
-            vec spike = load(grad + t * step + n) - kept * v;
+            vec spike = load(grad + t * stride + n) - kept * v;
             gv = (inside ? spike : vec{}) + (excess > 0.0f ? vec{} : kept);
             gc = gc * net.current_decay + gv;
             store(out + t * Np + n, gc);
         }
-        if (live) store(live + n, steps);
+        if (active_steps) store(active_steps + n, steps);
     }
 }
 

@@ -1,4 +1,4 @@
-// From a gradient to new weights: one vector holds all parameters of a network.
+// Parameter updates (all parameters of a network are one vector), and noise on actions.
 
 #include <cmath>
 
@@ -9,25 +9,25 @@
 
 namespace {
 
-// While it lives, numbers below 1e-38 are 0. A weight without a gradient has a mean that shrinks into them and, rounded,
-// stays there for ever; each costs as much as some hundred others.
+// While it lives, denormal numbers (below 1e-38) are 0. The mean of a weight without a gradient decays into them and,
+// rounded, stays there; each costs as much as some hundred normal numbers.
 struct NoDenormals {
 #if defined(__SSE2__)
     const unsigned before = _mm_getcsr();
-    NoDenormals() { _mm_setcsr(before | 0x8040); }
+    NoDenormals() { _mm_setcsr(before | 0x8040); }  // flush to zero, denormals are zero
     ~NoDenormals() { _mm_setcsr(before); }
 #endif
 };
 
-// Calls `whole(i)` for every vector of n floats, `rest(i)` for every float beyond the last.
+// Calls `vector(i)` for every whole vector of n floats, `scalar(i)` for every float beyond the last.
 template <class F, class G>
-void each(int64_t n, F whole, G rest) {
+void for_each(int64_t n, F vector, G scalar) {
     int64_t i = 0;
-    for (; n - i >= W; i += W) whole(i);
-    for (; i < n; i++) rest(i);
+    for (; n - i >= W; i += W) vector(i);
+    for (; i < n; i++) scalar(i);
 }
 
-float squares(const float* x, int64_t n) {
+float sum_of_squares(const float* x, int64_t n) {
     vec sums[4] = {};
     int64_t i = 0;
     for (; n - i >= 4 * W; i += 4 * W)
@@ -42,7 +42,7 @@ float squares(const float* x, int64_t n) {
     return total;
 }
 
-inline vec root(vec x) {
+inline vec sqrt_lanes(vec x) {
     for (int i = 0; i < W; i++) x[i] = std::sqrt(x[i]);
     return x;
 }
@@ -51,37 +51,38 @@ inline vec root(vec x) {
 
 extern "C" {
 
-// One step of Adam (betas 0.9, 0.999; eps 1e-8) with a gradient (n) behind which lies its loss. The gradient is first
-// scaled to a norm of at most `max_norm`, if that is finite. If something is not finite, `masked` becomes 1; where it
-// is, nothing else changes.
+// One step of Adam (betas 0.9, 0.999; eps 1e-8; Kingma and Ba, 2015) with a gradient (n), which the loss follows in
+// memory. The gradient is first clipped to a norm of `max_norm`, which may be infinite. Where gradient or loss is not
+// finite, `masked` becomes 1; where `masked` is 1, nothing else changes.
 void spikerl_adam(int64_t n, float* weights, float* grad, float* mean, float* square, float* step, float lr,
                   float max_norm, float* masked) {
-    const NoDenormals zero;
-    const float sum = squares(grad, n), loss = grad[n];
+    const NoDenormals no_denormals;
+    const float sum = sum_of_squares(grad, n), loss = grad[n];
     if (!(sum + loss * loss < INFINITY)) *masked = 1.0f;
     if (*masked > 0.0f) return;
-    const float ratio = max_norm / (std::sqrt(sum) + 1e-6f), factor = ratio < 1.0f ? ratio : 1.0f;
+    const float factor = max_norm / (std::sqrt(sum) + 1e-6f);
     if (factor < 1.0f)
         for (int64_t i = 0; i < n; i++) grad[i] *= factor;
     *step += 1.0f;
-    const double one = 1.0 - std::pow(0.9, double(*step)), two = 1.0 - std::pow(0.999, double(*step));
-    const float rate = float(lr / one), inverse = float(1.0 / std::sqrt(two));
-    auto move = [&](auto g, auto& m, auto& v, auto& w, auto sqrt_of) {
+    const double mean_correction = 1.0 - std::pow(0.9, double(*step));
+    const double square_correction = 1.0 - std::pow(0.999, double(*step));
+    const float rate = float(lr / mean_correction), inverse = float(1.0 / std::sqrt(square_correction));
+    auto update = [&](auto g, auto& m, auto& v, auto& w, auto sqrt_of) {
         m += (g - m) * 0.1f;
         v = v * 0.999f + g * g * 0.001f;
         w -= m * rate / (sqrt_of(v) * inverse + 1e-8f);
     };
-    each(
+    for_each(
         n,
         [&](int64_t i) {
             vec g = load(grad + i), m = load(mean + i), v = load(square + i), w = load(weights + i);
-            move(g, m, v, w, root);
+            update(g, m, v, w, sqrt_lanes);
             store(mean + i, m), store(square + i, v), store(weights + i, w);
         },
-        [&](int64_t i) { move(grad[i], mean[i], square[i], weights[i], [](float x) { return std::sqrt(x); }); });
+        [&](int64_t i) { update(grad[i], mean[i], square[i], weights[i], [](float x) { return std::sqrt(x); }); });
 }
 
-// noise (n) <- act + noise times std, within the bound, and all that within [-1, 1]. NaN stays.
+// noise (n) <- clip(act + clip(std noise, -bound, bound), -1, 1). NaN stays.
 void spikerl_add_clipped_noise(int64_t n, const float* act, float* noise, float std, float bound) {
     for (int64_t i = 0; i < n; i++) {
         const float z = noise[i] * std, y = act[i] + (z > bound ? bound : z < -bound ? -bound : z);
@@ -92,7 +93,7 @@ void spikerl_add_clipped_noise(int64_t n, const float* act, float* noise, float 
 // target <- (1 - tau) target + tau online, unless masked.
 void spikerl_polyak(int64_t n, float* target, const float* online, float tau, const float* masked) {
     if (*masked > 0.0f) return;
-    each(
+    for_each(
         n, [&](int64_t i) { store(target + i, load(target + i) + (load(online + i) - load(target + i)) * tau); },
         [&](int64_t i) { target[i] += (online[i] - target[i]) * tau; });
 }

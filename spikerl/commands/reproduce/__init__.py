@@ -1,0 +1,1 @@
+"""`spikerl reproduce`: the runs of a published table, then the table."""

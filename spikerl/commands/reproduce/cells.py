@@ -1,0 +1,241 @@
+"""The cells of a table as they are done: claimed, started, resumed, evaluated, tidied.
+
+What a cell still needs is read from its folder alone, so a killed process leaves nothing to repair.
+A cell belongs to whoever holds the lock beside its folder: this process and the run that it
+started, so that another takes it up only when both have ended.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import IO, Any
+
+from spikerl.children import PYTHON
+from spikerl.config.yaml_file import NOT_CARRIED, conf_folder
+from spikerl.distributed.process_lifetime import die_with_parent
+from spikerl.errors import BadRequest
+from spikerl.files import parse_json, read_bytes, write_json
+from spikerl.reporting.records import Run
+from spikerl.reporting.table_file import Cell, Table
+from spikerl.schema import dotted
+
+PROGRAM = [*PYTHON, "-m", "spikerl"]
+EPISODES = 20  # of the final policy, from its file
+MAX_BYTES = 1 << 20
+# Of a config: where a run is kept and placed, and how far it goes, set no two cells apart.
+FREE = ("threads", "total_steps", "device", "world_size", "backend", "max_restarts", *NOT_CARRIED)
+
+
+def read(cell: Cell) -> Run | None:
+    """The cell's run; None where it has not begun."""
+    return read_folder(cell.folder)
+
+
+def read_folder(folder: Path) -> Run | None:
+    exists = (folder / "manifest.json").exists()
+    return Run.read(folder, key="table") if exists else None
+
+
+def trained(cell: Cell, total_steps: int) -> bool:
+    run = read(cell)
+    if run is None or run.status != "done":
+        return False
+    return cell.command == "convert" or run.step >= cell.times_steps * total_steps
+
+
+def evaluation_of(cell: Cell) -> Path:
+    return cell.folder / "evaluation.json"
+
+
+def done(cell: Cell, total_steps: int) -> bool:
+    return evaluation_of(cell).exists() and trained(cell, total_steps)
+
+
+def next_command(cell: Cell, total_steps: int) -> list[str] | None:
+    """What the cell needs next; None if it is done, or if what it is made from is not."""
+    if trained(cell, total_steps):
+        if evaluation_of(cell).exists():
+            return None
+        seed = f"seed={cell.seed}"
+        return ["eval", f"run={cell.folder}", f"episodes={EPISODES}", seed, "json=true"]
+    length = f"total_steps={cell.times_steps * total_steps}"
+    if cell.source is not None:
+        return ["convert", f"run={cell.source}", f"run_dir={cell.folder}", *cell.overrides]
+    if read(cell) is None:
+        return ["train", *cell.overrides, length, "threads=1", f"run_dir={cell.folder}"]
+    evaluation_of(cell).unlink(missing_ok=True)  # of the policy before
+    return ["train", f"resume={cell.folder}", length]
+
+
+def claim(cell: Cell) -> IO[str] | None:
+    """The cell's lock, held until it is closed here and in what inherits it; None if it is held."""
+    place = cell.folder.parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        file = (place / f".{cell.folder.name}.lock").open("a", encoding="utf-8")
+    except OSError as error:
+        raise BadRequest("table", place, f"cannot be written to: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+class Job:
+    """A claimed cell, and the process that does what it needs next."""
+
+    def __init__(self, cell: Cell, lock: IO[str], nice: int, device: str | None) -> None:
+        self.cell, self.lock, self.nice, self.device = cell, lock, nice, device
+        self.process: subprocess.Popen[bytes] | None = None
+        self.doing = ""
+
+    def start(self, command: Sequence[str]) -> None:
+        """A process in a session of its own: a Ctrl-C reaches it through us alone, once."""
+        self.doing = command[0]
+        environment = dict(os.environ)
+        if self.device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self.device
+        with self.output("out").open("wb") as out, self.output("err").open("wb") as err:
+            self.process = subprocess.Popen(
+                [*PROGRAM, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=out if self.doing == "eval" else subprocess.DEVNULL,
+                stderr=err,
+                env=environment,
+                pass_fds=(self.lock.fileno(),),
+                start_new_session=True,
+                preexec_fn=partial(_settle, os.getpid(), self.nice),
+            )
+
+    def output(self, name: str) -> Path:
+        return self.cell.folder.with_name(f".{self.cell.folder.name}.{name}")
+
+    def status(self) -> int | None:
+        """The process's exit status; None while it runs."""
+        assert self.process is not None
+        return self.process.poll()
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def keep_evaluation(self) -> None:
+        """What `spikerl eval` printed, as a file of the cell."""
+        printed = parse_json(read_bytes(self.output("out"), MAX_BYTES))
+        write_json(evaluation_of(self.cell), printed)
+
+    def reason(self) -> str:
+        """Why the process failed, in a line."""
+        assert self.process is not None
+        code = self.process.returncode
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}; the same command goes on with it"
+        lines: list[str] = []
+        for path in (self.output("err"), self.cell.folder / "error.txt"):
+            with suppress(OSError):
+                text = path.read_text(encoding="utf-8", errors="replace")
+                lines += [line for line in text.splitlines() if line.strip()]
+            if lines:
+                break
+        return f"{lines[-1] if lines else 'see its log.txt'} (status {code})"
+
+    def close(self) -> None:
+        for name in ("out", "err"):
+            self.output(name).unlink(missing_ok=True)
+        self.lock.close()
+
+
+def _settle(parent: int, nice: int) -> None:
+    """In the new process: end as on SIGTERM when the parent does, and take the priority."""
+    die_with_parent(parent, signal.SIGTERM)
+    if nice:
+        os.nice(nice)
+        # Between sessions the scheduler weighs their groups, whatever the priority within one.
+        with suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(nice), encoding="ascii")
+
+
+def tidy(cell: Cell) -> None:
+    """Drop what only serves to go on: checkpoints and the replay."""
+    for name in ("checkpoints", "replay"):
+        shutil.rmtree(cell.folder / name, ignore_errors=True)
+
+
+def check(table: Table, cells: Sequence[Cell], total_steps: int) -> None:
+    """Refuse folders that hold other runs than the table's, before anything is started.
+
+    Keys that only one of the two configs has are of another version of the program, not another
+    setting, and set nothing apart.
+    """
+    for cell in cells:
+        run = read(cell)
+        config = config_of(cell) if cell.command == "train" else {}
+        if run is None:
+            continue
+        if cell.command == "convert":
+            typed = shlex.split(str(run.manifest.get("command")))
+            apart = [override for override in cell.overrides if override not in typed]
+        else:
+            apart = differing(config, run.settings)
+        if apart:
+            remedy = f"{cell.folder} was made with other settings: {', '.join(apart)}"
+            raise BadRequest("table", table.name, f"{remedy}; move that folder away")
+        if cell.command == "train":
+            _check_steps(run, cell.times_steps * total_steps)
+
+
+def _check_steps(run: Run, total_steps: int) -> None:
+    if run.step > total_steps:
+        remedy = f"{run.folder} has {run.step} steps already; give at least that"
+        raise BadRequest("total_steps", total_steps, remedy)
+    if run.status == "done" and run.step < total_steps and not _resumable(run.folder):
+        remedy = f"{run.folder} was done at {run.step} steps and kept no checkpoint to go on from"
+        raise BadRequest("total_steps", total_steps, f"{remedy}; move that folder away")
+
+
+def _resumable(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir()
+
+
+def differing(asked: Mapping[str, str], had: Mapping[str, str]) -> list[str]:
+    """The keys in which two configs differ, with both values."""
+    keys = [key for key in asked if key in had and key.split(".")[0] not in FREE]
+    return [f"{key}={had[key]} (here {asked[key]})" for key in keys if had[key] != asked[key]]
+
+
+def config_of(cell: Cell) -> dict[str, str]:
+    """The config that a training cell's run gets, by dotted keys."""
+    *same, seed = cell.overrides  # composing takes long, and seeds differ in nothing else
+    return {**composed(tuple(same)), "seed": seed.partition("=")[2]}
+
+
+@cache
+def composed(overrides: tuple[str, ...]) -> Mapping[str, str]:
+    """What these overrides of a training give; a BadRequest where Hydra refuses them."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        ours = GlobalHydra.instance().is_initialized()  # it has composed our own config
+        conf = str(conf_folder())
+        with nullcontext() if ours else initialize_config_dir(conf, version_base="1.3"):
+            config: Any = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        line = str(error).splitlines()[0]
+        raise BadRequest("table", " ".join(overrides), f"cannot be composed: {line}") from None
+    return {key: str(value) for key, value in dotted(config)}

@@ -1,0 +1,141 @@
+"""`spikerl reproduce`: runs the cells of a published table that are not done, then renders it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spikerl.commands.reproduce import cells as steps
+from spikerl.commands.reproduce.screen import STATES, Screen, State, duration
+from spikerl.commands.reproduce.work import Work, cell_left_s, left_s, states_of
+from spikerl.config.yaml_file import group_options
+from spikerl.errors import BadRequest
+from spikerl.machine import cores
+from spikerl.reporting.render import missing_extra, render_table
+from spikerl.reporting.results import seeds_of
+from spikerl.reporting.table_file import ROOT, Cell, Table, cell_of, select, table_of
+from spikerl.schema import parse
+
+
+@dataclass(kw_only=True)
+class ReproduceRequest:
+    rows: Any
+    columns: Any
+    seeds: Any
+    total_steps: int | None
+    jobs: int | None
+    nice: int
+    plan: bool
+    render: bool
+    plugins: list[str]
+
+    def __post_init__(self) -> None:
+        for key in ("total_steps", "jobs"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise BadRequest(key, getattr(self, key), "give at least 1, or null")
+        if not 0 <= self.nice <= 19:
+            raise BadRequest("nice", self.nice, "give 0 to 19")
+        if self.plan and self.render:
+            raise BadRequest("render", True, "goes without plan; give one of them")
+
+
+def main(data: dict[str, Any], argv: Sequence[str]) -> int:
+    """`spikerl reproduce`: the exit status."""
+    request = parse(ReproduceRequest, {k: v for k, v in data.items() if k != "table"})
+    if data.get("table") is None:
+        raise BadRequest("table", None, f"give one of {', '.join(group_options('table'))}")
+    table = table_of(data["table"])
+    cells = selected(table, request)
+    total_steps = request.total_steps or table.protocol.total_steps
+    if request.render:
+        if lacking := missing_extra():
+            raise BadRequest("render", True, lacking)
+        render(table, total_steps)
+        return 0
+    steps.check(table, cells, total_steps)
+    slots = places(request.jobs, cells)
+    if request.plan:
+        tell_plan(table, states_of(cells, total_steps), len(slots))
+        return 0
+    work = Work(
+        cells,
+        total_steps,
+        Screen(f"{table.title} ({table.name})"),
+        slots=slots,
+        nice=request.nice,
+        keep=total_steps < table.protocol.total_steps,
+        plugins=request.plugins,
+    )
+    status = work.run()
+    tell_rest(work.states)
+    render(table, total_steps)
+    return status
+
+
+def selected(table: Table, request: ReproduceRequest) -> list[Cell]:
+    """Every seed's first cells come first, so that a table is soon filled by few seeds."""
+    rows = select(list(table.rows), request.rows, key="rows")
+    columns = select(list(table.columns), request.columns, key="columns")
+    seeds = seeds_of(request.seeds, table.protocol.seeds)
+    wanted = [(row, column, seed) for seed in seeds for column in columns for row in rows]
+    cells = [cell for which in wanted if (cell := cell_of(table, *which))]
+    if not cells:
+        raise BadRequest("rows", request.rows, "no cell is selected: these are published values")
+    return cells
+
+
+def places(jobs: int | None, cells: Sequence[Cell]) -> list[str | None]:
+    """A place for each run that goes on at a time: the name of its GPU, or None on processors."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = named.split(",") if named else [str(i) for i in range(count)]
+    if count == 0:
+        return [None] * (jobs or max(cores() // workers(cells), 1))
+    return [gpus[i % count] for i in range(jobs or count)]
+
+
+def workers(cells: Sequence[Cell]) -> int:
+    """The most processes that one of these runs has."""
+    train = [cell for cell in cells if cell.command == "train"]
+    sizes = [steps.config_of(cell)["world_size"] for cell in train]
+    return max([int(size) for size in sizes if size.isdecimal()], default=1)
+
+
+def tell_plan(table: Table, states: Mapping[Cell, State], jobs: int) -> None:
+    """How many runs, how many steps, and about how long."""
+    todo = {cell: state for cell, state in states.items() if state.word != "done"}
+    left = sum(s.total_steps - s.step for c, s in todo.items() if c.command == "train")
+    begun = sum(state.step > 0 for state in todo.values())
+    print(f"{table.name}: {len(states)} runs, {len(states) - len(todo)} done, {begun} begun")
+    for row in table.rows:
+        own = {cell: state for cell, state in todo.items() if cell.row == row}
+        if own:
+            each = [cell_left_s(states, cell) for cell in own]
+            known = sum(seconds for seconds in each if seconds is not None)
+            unknown = each.count(None)
+            more = f", and {unknown} runs of unknown length" if unknown else ""
+            print(f"  {row}: {len(own)} runs, {duration(known)}{more}")
+    whole = duration(left_s(states, jobs))
+    print(f"{left} steps to go, {jobs} runs side by side: {whole}")
+
+
+def tell_rest(states: Mapping[Cell, State]) -> None:
+    """What did not become a result, and why."""
+    for cell, state in states.items():
+        if state.word == "failed":
+            print(f"{cell.name}: failed: {state.note}")
+        if state.word == "waiting" and cell.source is not None:
+            print(f"{cell.name}: not made: {cell.source} is not done")
+    counts = [(word, sum(s.word == word for s in states.values())) for word in STATES]
+    print(", ".join(f"{count} {word}" for word, count in counts if count))
+
+
+def render(table: Table, total_steps: int) -> None:
+    written = render_table(table, total_steps)
+    if lacking := missing_extra():
+        print(f"note: no curves and no page: {lacking}")
+    print(f"{ROOT / table.name}: {', '.join(written)}")

@@ -1,0 +1,217 @@
+"""Does the cells of a table, several side by side; shares them with other processes that do."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from spikerl.commands.reproduce import cells as steps
+from spikerl.commands.reproduce.cells import Job
+from spikerl.commands.reproduce.screen import Screen, State
+from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest
+from spikerl.reporting.table_file import Cell
+
+POLL = 0.2  # seconds
+
+
+class Work:
+    """All cells that were selected, and the jobs that do them; `run` gives the exit status."""
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        total_steps: int,
+        screen: Screen,
+        *,
+        slots: Sequence[str | None],  # one job each: a GPU's name, or None
+        nice: int,
+        keep: bool,  # what a done cell needs to go on
+        plugins: Sequence[str] = (),
+    ) -> None:
+        self.total_steps, self.screen, self.nice, self.keep = total_steps, screen, nice, keep
+        self.free = list(slots)
+        self.plugins = [f"plugins=[{','.join(plugins)}]"] * bool(plugins)
+        self.waiting = list(cells)
+        self.jobs: list[Job] = []
+        self.states = states_of(cells, total_steps)
+        self.stopping = 0  # the signal
+
+    def run(self) -> int:
+        with stop_signals(self.stop):
+            try:
+                while self.step():
+                    time.sleep(POLL)
+            finally:
+                for job in self.jobs:  # an error of ours stops them as well
+                    job.signal(signal.SIGTERM)
+                self.draw()
+                self.screen.close()
+        if self.stopping:
+            return INTERRUPTED if self.stopping == signal.SIGINT else PREEMPTED
+        words = {state.word for state in self.states.values()}
+        if words & {"failed", "waiting"}:
+            return FAILED
+        return PREEMPTED if "stopped" in words else DONE
+
+    def step(self) -> bool:
+        """Look at every job and place once; whether anything is left to wait for."""
+        for job in list(self.jobs):
+            if (status := job.status()) is not None:
+                self.ended(job, status)
+        if not self.stopping:
+            self.start()
+        if self.screen.due:
+            self.draw()
+        elsewhere = any(self.states[cell].word == "elsewhere" for cell in self.waiting)
+        return bool(self.jobs) or (elsewhere and not self.stopping)
+
+    def draw(self) -> None:
+        for cell, state in self.states.items():
+            if state.word in ("running", "elsewhere"):
+                self.states[cell] = look(cell, state.word, self.total_steps)
+        places = len(self.free) + len(self.jobs)
+        self.screen.draw(self.states, left_s(self.states, places))
+
+    def start(self) -> None:
+        """Fill the free places with cells that nobody holds."""
+        for cell in list(self.waiting):
+            if not self.free:
+                return
+            if not ready(cell):
+                continue
+            lock = steps.claim(cell)
+            if lock is None:
+                if self.states[cell].word != "elsewhere":
+                    self.states[cell] = look(cell, "elsewhere", self.total_steps)
+                continue
+            self.waiting.remove(cell)
+            job = Job(cell, lock, self.nice, self.free.pop(0))
+            self.jobs.append(job)
+            self.go_on(job)
+
+    def go_on(self, job: Job) -> None:
+        """Start what the job's cell needs next, or end the job."""
+        cell = job.cell
+        command = steps.next_command(cell, self.total_steps)  # another may have done some of it
+        if command is None:
+            if not self.keep:
+                steps.tidy(cell)
+            self.end(job, "done")
+            return
+        if self.stopping:
+            self.end(job, "stopped")
+            return
+        resumes = command[1].startswith("resume=")
+        self.states[cell] = look(cell, "running", self.total_steps)
+        if command[0] != "eval":
+            what = f"resumed after step {self.states[cell].step}" if resumes else "started"
+            self.screen.event(f"{cell.name}: {what}")
+        job.start([*command, *self.plugins])
+
+    def ended(self, job: Job, status: int) -> None:
+        """Go on with the cell whose process ended with `status`, if it went well."""
+        if status in (PREEMPTED, INTERRUPTED) or (self.stopping and status < 0):
+            self.end(job, "stopped")
+            return
+        try:
+            if status == 0 and job.doing == "eval":
+                job.keep_evaluation()
+            reason = job.reason() if status else ""
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        if reason:
+            self.end(job, "failed", reason)
+        else:
+            self.go_on(job)
+
+    def end(self, job: Job, word: str, reason: str = "") -> None:
+        """Give the job's place and its cell free; say what became of it if it did anything."""
+        self.jobs.remove(job)
+        self.free.append(job.device)
+        state = self.states[job.cell] = look(job.cell, word, self.total_steps, reason)
+        said = {
+            "done": f"done, best return {state.best:.1f}" if state.best is not None else "done",
+            "stopped": f"stopped after step {state.step}",
+            "failed": f"failed: {reason}",
+        }
+        if job.process is not None:
+            self.screen.event(f"{job.cell.name}: {said[word]}")
+        job.close()
+
+    def stop(self, number: int) -> None:
+        self.stopping = number
+        for job in self.jobs:
+            job.signal(number)
+
+
+def ready(cell: Cell) -> bool:
+    """Whether what the cell is made from is done."""
+    if cell.source is None:
+        return True
+    if not (cell.source / "policy.json").exists():
+        return False
+    run = steps.read_folder(cell.source)
+    return run is not None and run.status == "done"
+
+
+def look(cell: Cell, word: str, total_steps: int, note: str = "") -> State:
+    """The cell's state as its folder has it."""
+    total = cell.times_steps * total_steps
+    try:
+        run = steps.read(cell)
+    except BadRequest:  # as it is while it appears
+        run = None
+    if run is None:
+        return State(word, 0, total, None, None, note)
+    return State(word, run.step, total, run.score("max_average"), run.wall_s, note)
+
+
+def states_of(cells: Sequence[Cell], total_steps: int) -> dict[Cell, State]:
+    words = {cell: "done" if steps.done(cell, total_steps) else "waiting" for cell in cells}
+    return {cell: look(cell, word, total_steps) for cell, word in words.items()}
+
+
+def left_s(states: Mapping[Cell, State], places: int) -> float | None:
+    """Of all cells that are neither done nor failed, so many at a time; None where unknown."""
+    each = [
+        cell_left_s(states, cell)
+        for cell, state in states.items()
+        if state.word not in ("done", "failed")
+    ]
+    known = [seconds for seconds in each if seconds is not None]
+    return sum(known) / places if len(known) == len(each) else None
+
+
+def cell_left_s(states: Mapping[Cell, State], cell: Cell) -> float | None:
+    if cell.command == "convert":
+        return 0.0  # seconds, beside hours
+    speed = seconds_per_step(states, cell)
+    state = states[cell]
+    return None if speed is None else speed * max(state.total_steps - state.step, 0)
+
+
+def seconds_per_step(states: Mapping[Cell, State], cell: Cell) -> float | None:
+    """Of what was run of the same row and column, else of the same row; None if nothing was."""
+    for columns in ({cell.column}, {other.column for other in states}):
+        known = [
+            (state.wall_s, state.step)
+            for other, state in states.items()
+            if other.row == cell.row and other.column in columns and state.wall_s and state.step
+        ]
+        if known:
+            return sum(seconds for seconds, _ in known) / sum(steps for _, steps in known)
+    return None
+
+
+@contextmanager
+def stop_signals(stop: Callable[[int], None]) -> Iterator[None]:
+    """Pass SIGTERM, SIGUSR1 and Ctrl-C on, each time that one comes."""
+    caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {n: signal.signal(n, lambda number, frame: stop(number)) for n in caught}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,154 @@
+"""Learning curves and profiles as pictures; matplotlib is imported here alone, to draw them."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spikerl.reporting import statistics
+from spikerl.reporting.records import Run
+from spikerl.reporting.statistics import Array
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's, told apart by most eyes, then others.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555",
+           "#882255", "#117733", "#999933")  # fmt: skip
+REPETITIONS = 2_000  # of a band's bootstrap, at each of its points
+POINTS = 100  # of a curve over time or joules, whose runs share no points
+ACROSS = {"step": "environment steps", "wall": "hours", "joules": "joules"}
+WIDE, HIGH, PER_LINE = 3.4, 2.7, 5  # inches of a panel, panels side by side
+LETTERS = 15  # of a legend in an inch
+
+Line = tuple[Array, Array]  # x and y of one run
+Panel = Mapping[str, Sequence[Line]]  # by label, a line for each seed
+
+
+def band(lines: Sequence[Line], *, shared: bool) -> tuple[Array, Array, Array, Array]:
+    """x, the mean over seeds, and its interval; NaN where one seed is all there is.
+
+    Runs that `shared` their points are averaged there, over those that reached a point. Others are
+    interpolated, as far as the shortest of them goes.
+    """
+    lines = [line for line in lines if len(line[0])]
+    if not lines:
+        return (np.empty(0),) * 4
+    if shared:
+        x = np.unique(np.concatenate([line[0] for line in lines]))
+    else:
+        first, last = max(line[0][0] for line in lines), min(line[0][-1] for line in lines)
+        x = np.linspace(first, last, POINTS) if last > first else np.array([first])
+    values_SE = np.full((len(lines), len(x)), math.nan)
+    for row, (own, y) in zip(values_SE, lines, strict=True):
+        if shared:
+            row[np.searchsorted(x, own)] = y
+        else:
+            row[:] = np.interp(x, own, y)
+    mean, low, high = (np.full(len(x), math.nan) for _ in range(3))
+    there_SE = ~np.isnan(values_SE)
+    for seeds in np.unique(there_SE, axis=1).T:
+        at = (there_SE == seeds[:, None]).all(0)
+        mean[at] = values_SE[np.ix_(seeds, at)].mean(0)
+        interval = statistics.bootstrap_means(values_SE[np.ix_(seeds, at)], repetitions=REPETITIONS)
+        if interval is not None:
+            low[at], high[at] = interval
+    return x, mean, low, high
+
+
+def lines_of(runs: Sequence[Run], key: str, across: str) -> list[Line]:
+    return [line for run in runs if len((line := run.curve(key, across))[0])]
+
+
+def curves(panels: Mapping[str, Panel], across: str, ylabel: str) -> Figure | None:
+    """A panel for each name, in it a line for each label; None where there is nothing to draw."""
+    from matplotlib.ticker import EngFormatter
+
+    panels = {name: panel for name, panel in panels.items() if any(panel.values())}
+    if not panels:
+        return None
+    figure, axes = _grid(list(panels))
+    labels = list(dict.fromkeys(label for panel in panels.values() for label in panel))
+    for ax, panel in zip(axes, panels.values(), strict=True):
+        for label, lines in panel.items():
+            if lines:
+                _draw(ax, label, COLOURS[labels.index(label) % len(COLOURS)], lines, across)
+        ax.set_xlabel(ACROSS[across])
+        if across != "wall":
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
+    axes[0].set_ylabel(ylabel)
+    _legend(figure, axes)
+    return figure
+
+
+def _draw(ax: Axes, label: str, colour: str, lines: Sequence[Line], across: str) -> None:
+    x, mean, low, high = band(lines, shared=across == "step")
+    name = f"{label} (n={len(lines)})" if len(lines) > 1 else label
+    mark = "o" if len(x) == 1 else None
+    ax.plot(x, mean, color=colour, linewidth=1.5, marker=mark, markersize=4, label=name)
+    ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0.0)
+
+
+def profiles(scores: Mapping[str, Sequence[Array]]) -> Figure | None:
+    """The share of runs above each score, in units of the baseline's mean."""
+    scores = {label: tasks for label, tasks in scores.items() if tasks}
+    if not scores:
+        return None
+    highest = max(float(task.max()) for tasks in scores.values() for task in tasks)
+    levels = np.linspace(0.0, max(highest, 1.0) * 1.05, 200)
+    figure, axes = _grid(["performance profile"])
+    for i, (label, tasks) in enumerate(scores.items()):
+        shares = statistics.performance_profile(tasks, levels.tolist())
+        axes[0].plot(levels, shares, color=COLOURS[i % len(COLOURS)], linewidth=1.5, label=label)
+    axes[0].set_xlabel("return over the baseline's mean")
+    axes[0].set_ylabel("share of runs above")
+    _legend(figure, axes)
+    return figure
+
+
+def _grid(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    across = min(len(titles), PER_LINE)
+    down = math.ceil(len(titles) / across)
+    figure = Figure(figsize=(max(WIDE * across, 5.0), HIGH * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten().tolist()
+    for ax in axes[len(titles) :]:
+        ax.remove()
+    for ax, title in zip(axes, titles, strict=False):
+        ax.set_title(title, fontsize=10)
+        ax.grid(color="#dddddd", linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8)
+    return figure, axes[: len(titles)]
+
+
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One below all panels; a label's n is that of the first panel which has it."""
+    handles: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label.partition(" (n=")[0], (handle, label))
+    if handles:
+        shown, labels = zip(*handles.values(), strict=True)
+        fit = int(figure.get_figwidth() * LETTERS / (max(map(len, labels)) + 8))
+        ncols = max(1, min(len(labels), fit))
+        figure.legend(shown, labels, loc="outside lower center", fontsize=8, ncols=ncols,
+                      frameon=False)  # fmt: skip
+
+
+def encoded(figure: Figure, kind: str) -> bytes:
+    """As `svg` or `png`, the same bytes for the same numbers."""
+    from matplotlib import rc_context
+
+    out = io.BytesIO()
+    with rc_context({"svg.hashsalt": "spikerl", "svg.fonttype": "none"}):
+        metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(out, format=kind, dpi=150, metadata=metadata if kind == "svg" else None)
+    figure.set_layout_engine("none")  # it has its places, for the next kind too
+    return out.getvalue()

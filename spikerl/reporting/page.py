@@ -1,0 +1,136 @@
+"""A page that is one file: tables, pictures and a card for each run, without outside references.
+
+jinja2 is imported here alone, when a page is made. It escapes what runs say of themselves.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from spikerl.reporting import statistics
+from spikerl.reporting.records import Run, number, values
+from spikerl.reporting.tables import Grid, rounded, spread, steps
+
+OVERVIEW = ("run", "task", "status", "seed", "steps", "maximum", "last ten", "firing rate",
+            "steps/s", "hours", "joules")  # fmt: skip
+
+
+class Section(NamedTuple):
+    title: str
+    grid: Grid
+
+
+class Picture(NamedTuple):
+    title: str
+    base64: str
+
+    @classmethod
+    def of(cls, title: str, svg: bytes) -> Picture:
+        return cls(title, base64.b64encode(svg).decode("ascii"))
+
+
+class Card(NamedTuple):
+    """A run: what it was, what came out, and how to repeat it."""
+
+    name: str
+    anchor: str
+    overview: Sequence[str]
+    facts: Grid
+    layers: Grid
+    command: str
+    config: str
+    manifest: str
+
+    @classmethod
+    def of(cls, name: str, index: int, run: Run) -> Card:
+        speed = number(run.last("env_steps_per_s"))
+        hours = None if run.wall_s is None else run.wall_s / 3600.0
+        overview = (
+            run.env_id, run.status, str(run.seed), steps(run.step),
+            rounded(run.score("max_average")), rounded(run.score("last_ten_mean")),
+            fraction(run.last("firing_rate")), rounded(speed),
+            "-" if hours is None else f"{hours:.2f}", rounded(run.joules),
+        )  # fmt: skip
+        return cls(
+            name=name,
+            anchor=f"run{index}",
+            overview=overview,
+            facts=facts(run),
+            layers=layers(run),
+            command=str(run.manifest.get("command")),
+            config=yaml.safe_dump(run.config, sort_keys=False),
+            manifest=json.dumps(run.manifest, indent=1),
+        )
+
+
+def fraction(value: Any) -> str:
+    known = number(value)
+    return "-" if known is None else f"{known:.3f}"
+
+
+def facts(run: Run) -> Grid:
+    """What the last epoch's row says of the run, and its policy's file."""
+    git = run.manifest.get("git")
+    commit = git.get("commit") if isinstance(git, dict) else None
+    lines = [
+        ["critic loss", rounded(number(run.last("critic_loss")))],
+        ["actor loss", rounded(number(run.last("actor_loss")))],
+        ["mean Q", rounded(number(run.last("q_mean")))],
+        ["updates/s", rounded(number(run.last("updates_per_s")))],
+        ["joules measured by", str(run.last("energy_source") or "-")],
+        ["commit", str(commit)],
+        ["folder", str(run.folder)],
+    ]
+    if run.evaluation:
+        returns = run.evaluation.get("returns")
+        known = values([number(r) for r in returns] if isinstance(returns, list) else [])
+        text = spread(number(run.evaluation.get("return_mean")), statistics.sd(known))
+        lines.insert(0, ["return of the policy's file", f"{text} over {len(known)} episodes"])
+        lines.insert(1, ["its firing rate", fraction(run.evaluation.get("firing_rate"))])
+    return [["", "last epoch"], *lines]
+
+
+def layers(run: Run) -> Grid:
+    """Firing of each layer in the last evaluation; the encoder is layer 0."""
+    rates = run.last("layer_firing_rates")
+    if not isinstance(rates, list):
+        return [[]]
+    lines = [["layer", "firing rate", "in the surrogate window", "never fire", "always fire"]]
+    keys = ("layer_window_fractions", "layer_silent", "layer_saturated")
+    columns = [run.last(key) for key in keys]
+    for i, rate in enumerate(rates):
+        rest = [c[i - 1] if isinstance(c, list) and 0 < i <= len(c) else None for c in columns]
+        lines.append(["encoder" if i == 0 else f"layer {i}", *map(fraction, [rate, *rest])])
+    return lines
+
+
+def page(
+    title: str,
+    *,
+    lines: Sequence[str],
+    sections: Sequence[Section],
+    pictures: Sequence[Picture],
+    notes: Sequence[str],
+    provenance: Sequence[str],
+    cards: Sequence[Card],
+) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        title=title,
+        lines=lines,
+        sections=sections,
+        pictures=pictures,
+        notes=notes,
+        provenance=provenance,
+        cards=cards,
+        overview_head=OVERVIEW,
+    )

@@ -1,0 +1,169 @@
+"""Run folders as they are read for a report, those of strangers and of runs that go on included."""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spikerl.config.yaml_file import read_config
+from spikerl.errors import BadRequest
+from spikerl.files import parse_json, read_bytes, read_json
+from spikerl.reporting import statistics
+from spikerl.reporting.statistics import Array
+from spikerl.runs.folder import MAX_BYTES, NAMES, read_manifest
+from spikerl.schema import dotted
+
+METRICS = {
+    "max_average": statistics.max_average,
+    "last_ten_mean": statistics.last_ten_mean,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run folder says: its config, manifest and rows of metrics.jsonl."""
+
+    folder: Path
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    rows: list[dict[str, Any]]
+    evaluation: dict[str, Any]  # of the final policy, from its file; empty where there is none
+
+    @classmethod
+    def read(cls, folder: Path, *, key: str = "runs") -> Run:
+        """BadRequest where it is none, or cannot be read."""
+        manifest = read_manifest(folder, key=key)
+        try:
+            config = read_config(folder / "config.yaml")
+            rows = read_record(folder / "metrics.jsonl")
+            path = folder / "evaluation.json"
+            evaluation = read_json(path, MAX_BYTES) if path.exists() else {}
+            if not isinstance(evaluation, dict):
+                raise ValueError(f"{path.name} holds no mapping")
+        except (BadRequest, OSError, ValueError) as error:
+            reason = error.args[2] if isinstance(error, BadRequest) else error
+            raise BadRequest(key, folder, f"its record or config: {reason}") from None
+        return cls(folder, config, manifest, rows, evaluation)
+
+    @property
+    def status(self) -> str:
+        return str(self.manifest["status"])
+
+    @property
+    def env_id(self) -> str:
+        return str(self.manifest.get("env_id", "unknown"))
+
+    @property
+    def seed(self) -> Any:
+        return self.config.get("seed")
+
+    @cached_property
+    def evaluated(self) -> list[dict[str, Any]]:
+        """The rows that have an evaluation."""
+        return [row for row in self.rows if number(row.get("eval_return")) is not None]
+
+    @property
+    def returns(self) -> list[float]:
+        return [float(row["eval_return"]) for row in self.evaluated]
+
+    @property
+    def step(self) -> int:
+        """Of its last evaluation; 0 before the first."""
+        return int(self.evaluated[-1]["step"]) if self.evaluated else 0
+
+    def score(self, metric: str) -> float | None:
+        return METRICS[metric](self.returns) if self.returns else None
+
+    def last(self, key: str) -> Any:
+        """What the last row says of `key`."""
+        return self.rows[-1].get(key) if self.rows else None
+
+    @property
+    def wall_s(self) -> float | None:
+        return number(self.last("wall_s"))
+
+    @property
+    def joules(self) -> float | None:
+        """Of all rows; None unless each was measured."""
+        spent = [number(row.get("energy_j")) for row in self.rows]
+        return None if None in spent or not spent else math.fsum(j for j in spent if j is not None)
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """Its config by dotted keys, without what names it or does not change its numbers."""
+        own = {key: value for key, value in self.config.items() if key not in NAMES}
+        return {key: str(value) for key, value in dotted(own)}
+
+    def curve(self, key: str, across: str = "step") -> tuple[Array, Array]:
+        """`key` over steps, hours ("wall") or joules ("joules"), where both are known.
+
+        Of a list, such as what a row has for each layer, `key.i` is an entry.
+        """
+        name, _, index = key.partition(".")
+        spent, points = 0.0, []
+        for row in self.rows:
+            joules = number(row.get("energy_j"))
+            spent = math.nan if joules is None else spent + joules
+            wall_s = number(row.get("wall_s"))
+            x = {
+                "step": float(row["step"]),
+                "wall": math.nan if wall_s is None else wall_s / 3600.0,
+                "joules": spent,
+            }[across]
+            y = number(_entry(row.get(name), index))
+            if y is not None and math.isfinite(x):
+                points.append((x, y))
+        array = np.array(points, dtype=np.float64).reshape(-1, 2)
+        return array[:, 0], array[:, 1]
+
+
+def _entry(value: Any, index: str) -> Any:
+    if not index:
+        return value
+    return value[int(index)] if isinstance(value, list) and int(index) < len(value) else None
+
+
+def number(value: object) -> float | None:
+    """A finite number as it is in JSON; None for anything else."""
+    if type(value) not in (int, float):
+        return None
+    assert isinstance(value, int | float)
+    return float(value) if math.isfinite(value) else None
+
+
+def read_record(path: Path) -> list[dict[str, Any]]:
+    """The rows of a record that may be growing: a line without an end is not there yet."""
+    if not path.exists():
+        return []
+    content = read_bytes(path, MAX_BYTES)
+    rows = [parse_json(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(f"line {i + 1} of {path.name} is no row")
+    return rows
+
+
+def run_folders(pattern: str) -> list[Path]:
+    """The run folders that a glob names, or that lie below the folders which it names."""
+    runs: set[Path] = set()
+    for match in glob.glob(pattern, recursive=True):
+        for place, folders, files in os.walk(match):
+            if "manifest.json" in files:
+                runs.add(Path(place))
+                folders.clear()  # its checkpoints have manifests too
+            folders[:] = [name for name in folders if not name.startswith(".")]
+    if not runs:
+        raise BadRequest("runs", pattern, "no run folder matches; quote the pattern in a shell")
+    return sorted(runs)
+
+
+def values(numbers: Sequence[float | None]) -> Array:
+    return np.array([n for n in numbers if n is not None], dtype=np.float64)

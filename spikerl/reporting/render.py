@@ -1,0 +1,126 @@
+"""Everything that is rendered of a table, as files in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spikerl.files import write_atomic, write_text
+from spikerl.reporting import curves, page, tables
+from spikerl.reporting.page import Card, Picture, Section
+from spikerl.reporting.records import METRICS, Run
+from spikerl.reporting.results import Results
+from spikerl.reporting.table_file import ROOT, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# File, what it is drawn over, and its title.
+OVER = (
+    ("curves", "step", "Return over environment steps"),
+    ("curves_wall", "wall", "Return over wall time"),
+    ("curves_joules", "joules", "Return over joules"),
+)
+
+
+def missing_extra() -> str | None:
+    """The remedy where pictures and pages cannot be made."""
+    lacking = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    if not lacking:
+        return None
+    return f"{' and '.join(lacking)} is missing; pip install 'spikerl[report]' brings it"
+
+
+def render_table(table: Table, total_steps: int) -> list[str]:
+    """Write what there is of the table now; the names of the files."""
+    folder = ROOT / table.name
+    folder.mkdir(parents=True, exist_ok=True)
+    results = Results(table, total_steps)
+    named = [(r.row, s.run) for r in results.all for s in r.seeds]
+    texts = {
+        "table.md": tables.markdown(results),
+        "table.csv": tables.table_csv(results),
+        "table.tex": tables.tex(results),
+        "runs.csv": tables.runs_csv(named),
+    }
+    pictures: list[Picture] = []
+    written = list(texts)
+    if missing_extra() is None:
+        by_task = runs_by_task(results)
+        for name, across, title in OVER:
+            panels = {
+                task: {label: curves.lines_of(runs, "eval_return", across)
+                       for label, runs in rows.items()}
+                for task, rows in by_task.items()
+            }  # fmt: skip
+            figure = curves.curves(panels, across, "evaluation return")
+            written += keep(folder, name, title, figure, pictures)
+        scores = {table.rows[row].label: results.normalised(row)[0] for row in table.rows}
+        title = "Performance profile"
+        written += keep(folder, "profiles", title, curves.profiles(scores), pictures)
+        texts["index.html"] = table_page(results, pictures)
+        written.append("index.html")
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return written
+
+
+def keep(
+    folder: Path,
+    name: str,
+    title: str,
+    figure: Figure | None,
+    pictures: list[Picture],
+    kinds: Sequence[str] = ("svg", "png"),
+) -> list[str]:
+    """Write a picture, and add it to the page's; the names of its files.
+
+    Where there is none, what an earlier rendering left is removed.
+    """
+    files = {kind: folder / f"{name}.{kind}" for kind in kinds}
+    if figure is None:
+        for path in files.values():
+            path.unlink(missing_ok=True)
+        return []
+    drawn = {kind: curves.encoded(figure, kind) for kind in kinds}
+    for kind, path in files.items():
+        write_atomic(path, drawn[kind])
+    pictures.append(Picture.of(title, drawn["svg"]))
+    return [path.name for path in files.values()]
+
+
+def runs_by_task(results: Results) -> dict[str, dict[str, list[Run]]]:
+    table = results.table
+    return {
+        table.label(column): {
+            row.label: [s.run for s in results.by_cell[name, column].seeds]
+            for name, row in table.rows.items()
+        }
+        for column in table.columns
+    }
+
+
+def table_page(results: Results, pictures: Sequence[Picture]) -> str:
+    table = results.table
+    sections = [
+        Section(f"Return: {tables.NAMES[metric]}", lines)
+        for metric in METRICS
+        if len(lines := tables.grid(results, metric)) > 1
+    ]
+    aggregates = tables.aggregate_grid(results)
+    if len(aggregates) > 1:
+        sections.append(Section("Over all columns", aggregates))
+    if len(spent := tables.spent_grid(results)) > 1:
+        sections.append(Section("A run's time and measured energy", spent))
+    seeds = [(s.cell.name, s.run) for r in results.all for s in r.seeds]
+    return page.page(
+        table.title,
+        lines=[f"{table.source}. {tables.asked(results)}"],
+        sections=sections,
+        pictures=pictures,
+        notes=tables.notes(results),
+        provenance=tables.provenance(results.runs),
+        cards=[Card.of(name, i, run) for i, (name, run) in enumerate(seeds)],
+    )

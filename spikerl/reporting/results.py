@@ -1,0 +1,241 @@
+"""What a table's cells amount to: the scores of each row on each column, and sums over columns."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from spikerl.errors import BadRequest
+from spikerl.reporting import statistics
+from spikerl.reporting.records import Run, number, values
+from spikerl.reporting.statistics import Array, Interval
+from spikerl.reporting.table_file import Cell, Published, Table, cell_of
+
+EASY = "InvertedDoublePendulum"  # a baseline that fails there makes every gain look large
+
+
+@dataclass(frozen=True, eq=False)
+class Seed:
+    """A cell's run."""
+
+    cell: Cell
+    run: Run
+
+    def score(self, metric: str) -> float | None:
+        if self.cell.command == "convert":  # it has no training to take a maximum over
+            return number(self.run.evaluation.get("return_mean"))
+        return self.run.score(metric)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A row on a column: one cell of the printed table."""
+
+    table: Table
+    row: str
+    column: str
+    asked: int  # steps
+    seeds: tuple[Seed, ...]  # those that were begun
+
+    @cached_property
+    def begun(self) -> list[Seed]:
+        """Those that have a score."""
+        return [seed for seed in self.seeds if seed.score(self.table.protocol.metric) is not None]
+
+    def scores(self, metric: str) -> Array:
+        return values([seed.score(metric) for seed in self.seeds])
+
+    @property
+    def main(self) -> Array:
+        return self.scores(self.table.protocol.metric)
+
+    @property
+    def failed(self) -> int:
+        return sum(seed.run.status == "failed" for seed in self.seeds)
+
+    @property
+    def trains(self) -> bool:
+        return any(seed.cell.command == "train" for seed in self.seeds)
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """The fewest and the most that its seeds reached."""
+        reached = [seed.run.step for seed in self.begun] or [0]
+        return min(reached), max(reached)
+
+    @property
+    def partial(self) -> bool:
+        return self.trains and bool(self.begun) and self.steps[0] < self.asked
+
+    @property
+    def published(self) -> Published | None:
+        """Where the source has a value of this column."""
+        published = self.table.rows[self.row].published
+        return published if published and self.column in published.values else None
+
+    @property
+    def published_value(self) -> tuple[float, float | None] | None:
+        if self.published is None:
+            return None
+        value, spread = self.published.values[self.column]
+        return float(value), None if spread is None else float(spread)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the source's value is of the same tasks and metric, as printed numbers."""
+        p = self.published
+        same = p is not None and p.version == self.table.columns[self.column].version
+        return bool(same and p and p.metric == self.table.protocol.metric and not p.figure)
+
+    def interval(self, metric: str) -> Interval | None:
+        scores = self.scores(metric)
+        return statistics.bootstrap([scores], statistics.iqm) if len(scores) else None
+
+    def spent(self, name: str) -> float | None:
+        """Mean over seeds of wall_s or joules; None unless all have it."""
+        each = [getattr(seed.run, name) for seed in self.begun]
+        return None if None in each or not each else float(np.mean(each))
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """A row over all columns, relative to the table's baseline row."""
+
+    row: str
+    gain: float | None  # APG in percent
+    gain_without_easy: float | None
+    columns: int  # over which the following are
+    iqm: float | None  # of scores over the baseline's mean
+    iqm_interval: Interval | None
+    improvement: float | None  # probability of
+    improvement_interval: Interval | None
+
+
+class Results:
+    """All of a table, as it lies on the disk."""
+
+    def __init__(self, table: Table, total_steps: int) -> None:
+        self.table, self.total_steps = table, total_steps
+        self.by_cell = {
+            (row, column): self._read(row, column) for row in table.rows for column in table.columns
+        }
+
+    def _read(self, row: str, column: str) -> Result:
+        cells = [cell_of(self.table, row, column, n) for n in self._seeds(row, column)]
+        read = [(cell, _run_of(cell)) for cell in cells if cell]
+        there = tuple(Seed(cell, run) for cell, run in read if run)
+        times = there[0].cell.times_steps if there else 1
+        return Result(self.table, row, column, times * self.total_steps, there)
+
+    def _seeds(self, row: str, column: str) -> list[int]:
+        """Those that have a folder, whichever were asked for."""
+        first = cell_of(self.table, row, column, 0)
+        folders = first.folder.parent.glob("seed*") if first else []
+        names = [re.fullmatch(r"seed(\d+)", folder.name) for folder in folders]
+        return sorted(int(name[1]) for name in names if name)
+
+    @property
+    def all(self) -> list[Result]:
+        return list(self.by_cell.values())
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        return [seed.run for result in self.all for seed in result.seeds]
+
+    def of(self, row: str) -> list[Result]:
+        return [self.by_cell[row, column] for column in self.table.columns]
+
+    def published_gain(self, row: str, *, easy: bool = True) -> float | None:
+        """APG of the published values over the published baseline, where both mean the same."""
+        base = self.table.rows.get(self.table.baseline or "")
+        ours = self.table.rows[row].published
+        theirs = base.published if base else None
+        columns = self._columns(easy)
+        if not ours or not theirs or not all(c in ours.values for c in columns):
+            return None
+        kinds = [(p.version, p.metric, p.figure) for p in (ours, theirs)]
+        if kinds[0] != kinds[1] or ours.figure:
+            return None
+        if not columns or not all(c in theirs.values for c in columns):
+            return None
+        pairs = [(ours.values[c][0], theirs.values[c][0]) for c in columns]
+        return statistics.average_performance_gain(*zip(*pairs, strict=True))
+
+    def _columns(self, easy: bool) -> list[str]:
+        columns = self.table.columns
+        return [name for name, c in columns.items() if easy or c.env != EASY]
+
+    def gain(self, row: str, *, easy: bool = True) -> float | None:
+        """APG of this program's runs; None unless row and baseline have every column."""
+        base = self.table.baseline
+        columns = self._columns(easy)
+        if base is None or not columns:
+            return None
+        ours = [self.by_cell[row, c].main for c in columns]
+        theirs = [self.by_cell[base, c].main for c in columns]
+        if not all(len(x) for x in (*ours, *theirs)):
+            return None
+        means = [[float(x.mean()) for x in side] for side in (ours, theirs)]
+        return statistics.average_performance_gain(*means)
+
+    def normalised(self, row: str) -> tuple[list[Array], list[Array]]:
+        """Scores of the row and of the baseline over the baseline's mean, on shared columns.
+
+        1 is the baseline, also where its returns are negative.
+        """
+        base = self.table.baseline
+        ours, theirs = [], []
+        for column in self.table.columns if base else ():
+            x, b = self.by_cell[row, column].main, self.by_cell[base or "", column].main
+            if len(x) and len(b) and b.mean() != 0.0:
+                scale = abs(b.mean())
+                ours.append(1.0 + (x - b.mean()) / scale)
+                theirs.append(1.0 + (b - b.mean()) / scale)
+        return ours, theirs
+
+    @cached_property
+    def aggregates(self) -> list[Aggregate]:
+        return [self._aggregate(row) for row in self.table.rows if self._has_scores(row)]
+
+    def _has_scores(self, row: str) -> bool:
+        return any(len(result.main) for result in self.of(row))
+
+    def _aggregate(self, row: str) -> Aggregate:
+        ours, theirs = self.normalised(row)
+        improves = bool(ours) and row != self.table.baseline
+        return Aggregate(
+            row=row,
+            gain=self.gain(row),
+            gain_without_easy=self.gain(row, easy=False),
+            columns=len(ours),
+            iqm=float(statistics.iqm(np.concatenate(ours))) if ours else None,
+            iqm_interval=statistics.bootstrap(ours, statistics.iqm) if ours else None,
+            improvement=statistics.probability_of_improvement(ours, theirs) if improves else None,
+            improvement_interval=(
+                statistics.improvement_interval(ours, theirs) if improves else None
+            ),
+        )
+
+
+def _run_of(cell: Cell) -> Run | None:
+    """None of what cannot be read, as a folder that is only there in part."""
+    try:
+        return Run.read(cell.folder)
+    except BadRequest:
+        return None
+
+
+def seeds_of(asked: Any, protocol_seeds: int) -> list[int]:
+    """`seeds=N` is 0 to N - 1; `seeds=[...]` are those."""
+    if asked is None:
+        return list(range(protocol_seeds))
+    if type(asked) is int and 1 <= asked <= 1000:
+        return list(range(asked))
+    known = isinstance(asked, list) and all(type(s) is int and 0 <= s < 1 << 63 for s in asked)
+    if not known or not asked or len(set(asked)) < len(asked):
+        raise BadRequest("seeds", asked, "give how many, or a list of different seeds")
+    return list(asked)

@@ -1,0 +1,233 @@
+"""Any runs side by side: what sets them apart, and what each group of them reached."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from spikerl.errors import BadRequest
+from spikerl.files import write_text
+from spikerl.reporting import curves, page, statistics, tables
+from spikerl.reporting.page import Card, Picture, Section
+from spikerl.reporting.records import METRICS, Run, values
+from spikerl.reporting.render import OVER, keep
+from spikerl.reporting.tables import Grid
+
+IN_WINDOW = "in the surrogate window"
+# Of each epoch, what is drawn over steps, with its title.
+INSIDE = {
+    "train_return": "return of training episodes",
+    "critic_loss": "critic loss",
+    "actor_loss": "actor loss",
+    "q_mean": "mean Q",
+    "firing_rate": "firing rate",
+    "window_fraction": IN_WINDOW,
+    "env_steps_per_s": "steps/s",
+    "power_w": "watts",
+}
+NAMED = 4  # settings in a group's name
+
+
+class SideBySide:
+    """Runs in groups: by the settings of `group_by`, or by all but the seed and the task."""
+
+    def __init__(self, runs: Sequence[Run], group_by: Sequence[str] | None) -> None:
+        self.runs = list(runs)
+        chosen = [key for key in self.varied if key != "seed" and not key.startswith("env.")]
+        self.group_by = chosen if group_by is None else list(group_by)
+
+    @cached_property
+    def varied(self) -> list[str]:
+        """The keys of configs that have several values among the runs."""
+        known = dict.fromkeys(key for run in self.runs for key in run.settings)
+        return [key for key in known if len({run.settings.get(key) for run in self.runs}) > 1]
+
+    @cached_property
+    def groups(self) -> dict[str, list[Run]]:
+        by_values: dict[tuple[Any, ...], list[Run]] = {}
+        for run in self.runs:
+            which = tuple(run.settings.get(key) for key in self.group_by)
+            by_values.setdefault(which, []).append(run)
+        named: dict[str, list[Run]] = {}
+        for which, runs in by_values.items():
+            name = self._name(which)
+            unique = name if name not in named else f"{name} ({len(named) + 1})"
+            named[unique] = runs
+        return named
+
+    def _name(self, which: Sequence[Any]) -> str:
+        pairs = [(key, value) for key, value in zip(self.group_by, which, strict=True)]
+        given = [f"{key}={value}" for key, value in pairs if value is not None]
+        more = ["..."] * (len(given) > NAMED)
+        return ", ".join([*given[:NAMED], *more]) or "all runs"
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted({run.env_id for run in self.runs})
+
+    @property
+    def going_on(self) -> bool:
+        return any(run.status == "running" for run in self.runs)
+
+    def of(self, group: str, task: str) -> list[Run]:
+        return [run for run in self.groups[group] if run.env_id == task]
+
+    def returns(self, metric: str) -> Grid:
+        lines = [["", *self.tasks]]
+        for group in self.groups:
+            cells = [self._cell(self.of(group, task), metric) for task in self.tasks]
+            lines.append([group, *cells])
+        return lines
+
+    def _cell(self, runs: Sequence[Run], metric: str) -> str:
+        scores = values([run.score(metric) for run in runs])
+        if not len(scores):
+            return "-"
+        text = tables.spread(float(scores.mean()), statistics.sd(scores))
+        reached = [run.step for run in runs if run.step]
+        low, high = tables.steps(min(reached)), tables.steps(max(reached))
+        said = [f"n={len(scores)}", f"{low if low == high else f'{low} to {high}'} steps"]
+        if failed := sum(run.status == "failed" for run in runs):
+            said.append(f"{failed} failed")
+        return f"{text} ({', '.join(said)})"
+
+    def intervals(self) -> Grid:
+        """Of each group on each task: the interquartile mean of maxima, and its interval."""
+        lines = [["", *self.tasks]]
+        for group in self.groups:
+            scores = [
+                values([run.score("max_average") for run in self.of(group, task)])
+                for task in self.tasks
+            ]
+            lines.append([group, *map(_interval_text, scores)])
+        return lines
+
+    def settings(self, names: Sequence[str]) -> Grid:
+        """What differs, a line for each run."""
+        lines = [["", *self.varied]]
+        for name, run in zip(names, self.runs, strict=True):
+            lines.append([name, *(run.settings.get(key, "-") for key in self.varied)])
+        return lines
+
+
+def _interval_text(scores: statistics.Array) -> str:
+    if not len(scores):
+        return "-"
+    interval = statistics.bootstrap([scores], statistics.iqm)
+    center = tables.rounded(float(statistics.iqm(scores)))
+    return f"{center} ({tables.interval(interval, 0)})" if interval else center
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """What sets their folders apart: the parts below the folder that all share."""
+    parts = [run.folder.absolute().parts for run in runs]
+    shared = 0
+    shortest = min(len(part) for part in parts) - 1
+    while shared < shortest and len({part[shared] for part in parts}) == 1:
+        shared += 1
+    return ["/".join(part[shared:]) for part in parts]
+
+
+FIELDS = ("run", "group", "env_id", "seed", "status", "steps", "max_average", "last_ten_mean",
+          "firing_rate", "env_steps_per_s", "wall_s", "energy_j", "energy_source")  # fmt: skip
+
+
+def runs_table(report: SideBySide, names: Sequence[str]) -> str:
+    """table.csv: one line a run."""
+    of = {id(run): group for group, runs in report.groups.items() for run in runs}
+    lines = [
+        [name, of[id(run)], run.env_id, run.seed, run.status, run.step,
+         *(run.score(metric) for metric in METRICS), run.last("firing_rate"),
+         run.last("env_steps_per_s"), run.wall_s, run.joules, run.last("energy_source")]
+        for name, run in zip(names, report.runs, strict=True)
+    ]  # fmt: skip
+    return tables.as_csv(FIELDS, lines)
+
+
+def render_runs(report: SideBySide, folder: Path, left_out: Sequence[str]) -> list[str]:
+    """Write everything into `folder`; the names of the files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadRequest("out", folder, f"{error.strerror}; give another folder") from None
+    names = names_of(report.runs)
+    sections = [
+        Section(f"Return: {tables.NAMES[metric]}", report.returns(metric)) for metric in METRICS
+    ]
+    sections.append(Section("Interquartile mean of maxima, and 95 % interval", report.intervals()))
+    if len(report.runs) > 1 and report.varied:
+        sections.append(Section("Settings that differ", report.settings(names)))
+    provenance = tables.provenance(report.runs)
+    pictures, written = draw(report, folder)
+    title = f"{len(report.runs)} runs"
+    notes = [f"groups are set apart by {', '.join(report.group_by) or 'nothing'}"]
+    notes += [f"left out: {line}" for line in left_out]
+    named = [(group, run) for group, runs in report.groups.items() for run in runs]
+    texts = {
+        "table.md": markdown(title, sections, notes, provenance),
+        "table.csv": runs_table(report, names),
+        "table.tex": tables.tex_grid(report.returns("max_average"), provenance),
+        "runs.csv": tables.runs_csv(named),
+        "index.html": page.page(
+            title,
+            lines=[],
+            sections=sections,
+            pictures=pictures,
+            notes=notes,
+            provenance=provenance,
+            cards=[
+                Card.of(name, i, run)
+                for i, (name, run) in enumerate(zip(names, report.runs, strict=True))
+            ],
+        ),
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [*texts, *written]
+
+
+def draw(report: SideBySide, folder: Path) -> tuple[list[Picture], list[str]]:
+    pictures: list[Picture] = []
+    written: list[str] = []
+    for name, across, title in OVER:
+        panels = {
+            task: {group: curves.lines_of(report.of(group, task), "eval_return", across)
+                   for group in report.groups}
+            for task in report.tasks
+        }  # fmt: skip
+        figure = curves.curves(panels, across, "evaluation return")
+        written += keep(folder, name, title, figure, pictures)
+    layers = max(_count(run.last("layer_firing_rates")) for run in report.runs)
+    keys = INSIDE | {f"layer_firing_rates.{i}": f"firing rate, layer {i}" for i in range(1, layers)}
+    keys |= {
+        f"layer_window_fractions.{i}": f"{IN_WINDOW}, layer {i + 1}" for i in range(layers - 1)
+    }
+    for task in report.tasks:
+        panels = {
+            title: {group: curves.lines_of(report.of(group, task), key, "step")
+                    for group in report.groups}
+            for key, title in keys.items()
+        }  # fmt: skip
+        name = "inside_" + re.sub(r"[^A-Za-z0-9_-]", "_", task)
+        figure = curves.curves(panels, "step", "")
+        title = f"{task}: losses, firing, speed"
+        written += keep(folder, name, title, figure, pictures, kinds=("svg",))
+    return pictures, written
+
+
+def _count(values: Any) -> int:
+    return len(values) if isinstance(values, list) else 0
+
+
+def markdown(
+    title: str, sections: Sequence[Section], notes: Sequence[str], provenance: Sequence[str]
+) -> str:
+    parts = [f"# {title}"]
+    for section in sections:
+        parts += [f"## {section.title}", tables.markdown_grid(section.grid)]
+    for head, lines in (("Notes", notes), ("Made by", provenance)):
+        parts += [f"## {head}", "\n".join(f"- {line}" for line in lines)]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,350 @@
+"""A table's results as table.md, table.csv and table.tex, and the runs behind them as runs.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from spikerl.reporting import statistics
+from spikerl.reporting.records import METRICS, Run, number
+from spikerl.reporting.results import EASY, Aggregate, Result, Results
+from spikerl.reporting.statistics import Array, Interval
+
+PM = "\N{PLUS-MINUS SIGN}"
+NAMES = {
+    "max_average": "per-seed maximum over evaluations",
+    "last_ten_mean": "mean of the last ten evaluations",
+}
+SHORT = {"max_average": "maximum", "last_ten_mean": "last ten"}
+
+
+def steps(count: int) -> str:
+    """30k, 1M, 1.025M."""
+    for unit, letter in ((1_000_000, "M"), (1_000, "k")):
+        if count >= unit:
+            return f"{count / unit:.4g}{letter}"
+    return str(count)
+
+
+def rounded(value: float | None) -> str:
+    if value is None:
+        return "-"
+    digits = 0 if abs(value) >= 100 else 1
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0.0 else text
+
+
+def spread(mean: float | None, sd: float | None) -> str:
+    """Both with as many digits as the larger one has."""
+    if mean is None:
+        return "-"
+    if sd is None:
+        return rounded(mean)
+    digits = 0 if max(abs(mean), sd) >= 100 else 1
+    return f"{mean:.{digits}f} {PM} {sd:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f} %"
+
+
+def interval(value: Interval | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value[0]:.{digits}f} to {value[1]:.{digits}f}"
+
+
+def remarks(result: Result) -> list[str]:
+    """What has to stand beside a cell's number."""
+    said = [f"n={len(result.begun)}"] if result.begun else []
+    if result.partial:
+        low, high = result.steps
+        reached = steps(low) if low == high else f"{steps(low)} to {steps(high)}"
+        said.append(f"{reached} of {steps(result.asked)} steps")
+    if waiting := len(result.seeds) - len(result.begun):
+        said.append(f"{waiting} without evaluation")
+    if result.failed:
+        said.append(f"{result.failed} failed")
+    return said
+
+
+def cell_text(result: Result, metric: str) -> str:
+    scores, said = result.scores(metric), remarks(result)
+    value = spread(mean_of(scores), statistics.sd(scores))
+    return f"{value} ({', '.join(said)})" if said else value
+
+
+def mean_of(scores: Array) -> float | None:
+    return float(scores.mean()) if len(scores) else None
+
+
+def published_label(results: Results, row: str) -> str:
+    p = results.table.rows[row].published
+    assert p is not None
+    how = ", read off a figure" if p.figure else ""
+    return f"{results.table.rows[row].label}, published ({p.version}, n={p.seeds}{how})"
+
+
+Grid = list[list[str]]
+
+
+def grid(results: Results, metric: str) -> Grid:
+    """The table as text, its header first; published values follow the row that they are of."""
+    table = results.table
+    easy = any(c.env == EASY for c in table.columns.values())
+    gains = ["APG"] + [f"APG without {EASY}"] * easy if table.baseline else []
+    lines = [["", *(table.label(column) for column in table.columns), *gains]]
+    if table.aggregate:
+        lines[0].append(f"{table.aggregate}, as printed")
+    gained = {a.row: (a.gain, a.gain_without_easy) for a in results.aggregates}
+    primary = metric == table.protocol.metric
+    for name, row in table.rows.items():
+        printed = [""] * bool(table.aggregate)
+        if _has_place(results, name, metric):
+            own = gained.get(name, (None, None)) if primary else (None, None)
+            ours = [percent(gain) for gain in own[: len(gains)]]
+            cells = [cell_text(result, metric) for result in results.of(name)]
+            lines.append([row.label, *cells, *ours, *printed])
+        if row.published and row.published.metric == metric:
+            values = [spread(*(r.published_value or (None, None))) for r in results.of(name)]
+            both = (results.published_gain(name), results.published_gain(name, easy=False))
+            theirs = [percent(gain) for gain in both[: len(gains)]]
+            if table.aggregate:
+                given = row.published.aggregate
+                printed = ["-" if given is None else f"{given:g}"]
+            lines.append([published_label(results, name), *values, *theirs, *printed])
+    return lines
+
+
+def _has_place(results: Results, row: str, metric: str) -> bool:
+    """The main table has every row that can be run, the others those that were."""
+    r = results.table.rows[row]
+    runs = bool(r.experiment or r.same_as or r.convert)
+    main = metric == results.table.protocol.metric
+    return runs and (main or any(len(result.scores(metric)) for result in results.of(row)))
+
+
+def aggregate_grid(results: Results) -> Grid:
+    """Rows over all columns, relative to the baseline; the header alone where nothing is known."""
+    head = ["", "columns", "IQM over the baseline's mean", "95 % interval",
+            "P(better than the baseline)", "95 % interval"]  # fmt: skip
+    lines = [head]
+    for a in results.aggregates:
+        if a.columns:
+            lines.append([results.table.rows[a.row].label, str(a.columns), *_aggregate_texts(a)])
+    return lines
+
+
+def spent_grid(results: Results) -> Grid:
+    """Hours of a run and the joules that it was measured to take; means over seeds."""
+    table = results.table
+    lines = [["", *(table.label(column) for column in table.columns)]]
+    for name, row in table.rows.items():
+        cells = [spent_text(r.spent("wall_s"), r.spent("joules")) for r in results.of(name)]
+        if any(cell != "-" for cell in cells):
+            lines.append([row.label, *cells])
+    return lines
+
+
+def spent_text(wall_s: float | None, joules: float | None) -> str:
+    if wall_s is None:
+        return "-"
+    energy = "" if joules is None else f", {joules / 1000.0:.1f} kJ"
+    return f"{wall_s / 3600.0:.2f} h{energy}"
+
+
+def _aggregate_texts(a: Aggregate) -> list[str]:
+    numbers = [("-" if v is None else f"{v:.2f}") for v in (a.iqm, a.improvement)]
+    return [numbers[0], interval(a.iqm_interval), numbers[1], interval(a.improvement_interval)]
+
+
+def differing(runs: Sequence[Run], *path: str) -> list[str]:
+    """The different values of a manifest's entry."""
+    seen: dict[str, None] = {}
+    for run in runs:
+        value: Any = run.manifest
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        seen[str(value)] = None
+    return list(seen)
+
+
+def provenance(runs: Sequence[Run]) -> list[str]:
+    """What made these runs, and a warning where that is mixed."""
+    if not runs:
+        return ["no run has begun yet"]
+    commits = differing(runs, "git", "commit")
+    machines = [
+        f"{cpu} ({', '.join(gpus)})" if gpus else str(cpu)
+        for cpu, gpus in {
+            (str(hw.get("cpu")), tuple(map(str, hw.get("gpus") or [])))
+            for hw in (run.manifest.get("hardware") for run in runs)
+            if isinstance(hw, dict)
+        }
+    ]
+    said = [f"commits: {', '.join(commit[:12] for commit in commits)}"]
+    if "True" in differing(runs, "git", "dirty"):
+        said.append("warning: some ran from a checkout with changes of its own")
+    packages = ("spikerl", "torch", "numpy", "gymnasium", "mujoco")
+    found = {name: differing(runs, "versions", name) for name in packages}
+    said.append("versions: " + ", ".join(f"{n} {' and '.join(v)}" for n, v in found.items()))
+    said.append(f"machines: {'; '.join(sorted(machines)) or 'unknown'}")
+    mixed = ["commits"] * (len(commits) > 1) + [n for n, v in found.items() if len(v) > 1]
+    mixed += ["machines"] * (len(machines) > 1)
+    if mixed:
+        said.append(f"warning: these results are of different {', '.join(mixed)}")
+    return said
+
+
+def notes(results: Results) -> list[str]:
+    """What a reader must know: sources, other task versions, caveats."""
+    table = results.table
+    said = [
+        f"{PM} is the sample standard deviation over seeds, n their number;"
+        f" '{SHORT['max_average']}' is the {NAMES['max_average']}, as the papers report it"
+    ]
+    if table.baseline:
+        said.append(
+            "APG is the mean over tasks of the gain over"
+            f" {table.rows[table.baseline].label}, in percent of it, on the"
+            f" {NAMES[table.protocol.metric]}; it is given where every task has a value"
+        )
+    here = sorted({c.version for c in table.columns.values()})
+    for version in dict.fromkeys(r.published.version for r in table.rows.values() if r.published):
+        if [version] != here:
+            said.append(
+                f"published values are of {version} tasks, the runs here of {', '.join(here)}:"
+                " these are other tasks, and no differences are given"
+            )
+    for row in table.rows.values():
+        p = row.published
+        if p is None:
+            continue
+        said.append(f"{row.label}, published: {p.source}")
+        if p.metric != table.protocol.metric:
+            said.append(f"{row.label}, published: the {NAMES.get(p.metric, p.metric)}")
+        if p.figure:
+            said.append(f"{row.label}, published: read off a figure, not printed as numbers")
+        if p.note:
+            said.append(f"{row.label}, published: {p.note}")
+    return [*said, *table.caveats]
+
+
+def markdown(results: Results) -> str:
+    table = results.table
+    parts = [f"# {table.title}", f"{table.source}. {asked(results)}"]
+    for metric in METRICS:
+        lines = grid(results, metric)
+        if len(lines) > 1:
+            parts += [f"## Return: {NAMES[metric]}", markdown_grid(lines)]
+    aggregates = aggregate_grid(results)
+    if len(aggregates) > 1:
+        parts += ["## Over all columns", markdown_grid(aggregates)]
+    if len(spent := spent_grid(results)) > 1:
+        parts += ["## A run's time and measured energy", markdown_grid(spent)]
+    parts += ["## Notes", "\n".join(f"- {line}" for line in notes(results))]
+    parts += ["## Made by", "\n".join(f"- {line}" for line in provenance(results.runs))]
+    return "\n\n".join(parts) + "\n"
+
+
+def asked(results: Results) -> str:
+    p = results.table.protocol
+    asked, whole = steps(results.total_steps), steps(p.total_steps)
+    of = "" if asked == whole else f" (the protocol has {whole})"
+    return f"{asked} steps{of}, evaluations of {p.eval_episodes} deterministic episodes."
+
+
+def markdown_grid(lines: Grid) -> str:
+    head, *body = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
+
+
+TEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+        "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+        PM: r"$\pm$",
+    }
+)  # fmt: skip
+
+
+def tex(results: Results) -> str:
+    table = results.table
+    what = f"{table.title}; {table.source}; {NAMES[table.protocol.metric]}"
+    lines = grid(results, table.protocol.metric)
+    return tex_grid(lines, [what, *provenance(results.runs)])
+
+
+def tex_grid(lines: Grid, comments: Sequence[str]) -> str:
+    """A tabular between the rules of the package booktabs."""
+    head, *body = lines
+    columns = "l" + "r" * (len(head) - 1)
+    written = [
+        *(f"% {comment}" for comment in comments),
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        _tex_line(head),
+        r"\midrule",
+        *map(_tex_line, body),
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(written) + "\n"
+
+
+def _tex_line(cells: Sequence[str]) -> str:
+    return " & ".join(cell.translate(TEX) for cell in cells) + r" \\"
+
+
+FIELDS = ("table", "row", "label", "column", "env_id", "metric", "n", "mean", "sd", "iqm",
+          "iqm_low", "iqm_high", "last_ten_mean", "last_ten_sd", "steps_min", "steps_max",
+          "steps_asked", "failed", "wall_s", "energy_j", "published", "published_sd",
+          "published_n", "published_version", "published_metric", "published_from_figure",
+          "difference")  # fmt: skip
+
+
+def table_csv(results: Results) -> str:
+    """One line a cell; a difference to the published value where both mean the same."""
+    return as_csv(FIELDS, (_csv_cell(results, result) for result in results.all))
+
+
+def _csv_cell(results: Results, result: Result) -> list[Any]:
+    table, p = results.table, result.published
+    scores, last_ten = result.main, result.scores("last_ten_mean")
+    low, high = result.interval(table.protocol.metric) or (None, None)
+    mean, value = mean_of(scores), result.published_value
+    column = table.columns[result.column]
+    difference = mean - value[0] if mean is not None and value and result.comparable else None
+    reached = result.steps if result.begun and result.trains else (None, None)
+    return [
+        table.name, result.row, table.rows[result.row].label, result.column,
+        f"{column.env}-{column.version}", table.protocol.metric, len(scores), mean,
+        statistics.sd(scores), float(statistics.iqm(scores)) if len(scores) else None, low, high,
+        mean_of(last_ten), statistics.sd(last_ten), *reached, result.asked, result.failed,
+        result.spent("wall_s"), result.spent("joules"), *(value or (None, None)),
+        *((p.seeds, p.version, p.metric, p.figure) if p else (None,) * 4), difference,
+    ]  # fmt: skip
+
+
+LONG = ("exp_name", "env_name", "seed", "metric", "env_step", "value")
+
+
+def runs_csv(named: Iterable[tuple[str, Run]], metrics: Sequence[str] = ("eval_return",)) -> str:
+    """The long form that others exchange: a line for each evaluation of each run."""
+    lines = [
+        [name, run.env_id, run.seed, metric, row["step"], value]
+        for name, run in named
+        for metric in metrics
+        for row in run.rows
+        if (value := number(row.get(metric))) is not None
+    ]
+    return as_csv(LONG, lines)
+
+
+def as_csv(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(lines)
+    return out.getvalue()

@@ -1,0 +1,269 @@
+"""The cells of a table: none is done twice, none is lost, whoever is killed or stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import table_runs
+import torch
+from shell import refusal
+
+from spikerl.commands.reproduce import cells, command
+from spikerl.commands.reproduce.work import ready
+from spikerl.reporting.table_file import Cell, cell_of, read_table, table_of
+
+Process = get_context("fork").Process
+ROOT = Path("outputs/reproduced/small")
+TRAINED = [
+    f"{row}/{column}/seed{seed}"
+    for row in ("popsan", "dense")
+    for column in ("Ant", "Hopper")
+    for seed in (0, 1)
+]
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cells, "PROGRAM", cells.PROGRAM)
+
+
+def start(jobs: int) -> Process:
+    """Another process that does the table; forked, as it takes seconds to import torch."""
+    process = Process(target=lambda: os._exit(table_runs.work(jobs)[0]))
+    process.start()
+    return process
+
+
+def wait(process: Process) -> int | None:
+    process.join(60)
+    return process.exitcode
+
+
+def returns(name: str) -> list[float]:
+    lines = (ROOT / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["eval_return"] for line in lines]
+
+
+def check_whole() -> None:
+    """All cells have the rows of an undisturbed run, each once."""
+    for name in TRAINED:
+        seed = int(name[-1])
+        assert returns(name) == [100.0 * seed + step for step in (10, 20, 30, 40, 50)], name
+        assert (ROOT / name / "evaluation.json").exists()
+        assert not (ROOT / name / "checkpoints").exists()
+    for name in ("converted/Ant/seed0", "converted/Hopper/seed1"):
+        assert json.loads((ROOT / name / "evaluation.json").read_text())["return_mean"] == 1.0
+    assert not list(ROOT.rglob(".*.err"))
+
+
+def events() -> list[list[str]]:
+    return [line.split() for line in Path("events").read_text().splitlines()]
+
+
+def test_all_cells_then_nothing() -> None:
+    status, states = table_runs.work()
+    assert status == 0
+    assert {state.word for state in states.values()} == {"done"}
+    check_whole()
+    before = events()
+    assert sorted(name for _, name, _ in before) == sorted(TRAINED)
+    assert table_runs.work()[0] == 0
+    assert events() == before
+
+
+def test_killed_at_random_instants() -> None:
+    """By SIGKILL: the runs stop at a safe point, and whoever comes next waits for them."""
+    rng = random.Random(0)
+    for _ in range(3):
+        process = start(2)
+        deadline = time.monotonic() + 60
+        seen = len(events()) if Path("events").exists() else 0
+        while not Path("events").exists() or len(events()) == seen:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0.0, 0.3))
+        process.kill()
+        process.join()
+    assert wait(start(2)) == 0
+    check_whole()
+    began = Counter(name for what, name, _ in events() if what == "started")
+    assert began == Counter(TRAINED)
+    assert any(what == "resumed" for what, _, _ in events())  # they did not run on as orphans
+
+
+def test_two_processes_share_the_work() -> None:
+    processes = [start(1), start(1)]
+    assert [wait(process) for process in processes] == [0, 0]
+    check_whole()
+    assert sorted(name for _, name, _ in events()) == sorted(TRAINED)
+    assert len({parent for _, _, parent in events()}) == 2
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stop_is_passed_on(number: int, status: int) -> None:
+    process = start(2)
+    deadline = time.monotonic() + 60
+    while not list(ROOT.glob("*/*/seed0/manifest.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    assert wait(process) == status
+    words = {json.loads(p.read_text())["status"] for p in ROOT.glob("*/*/seed*/manifest.json")}
+    assert "running" not in words
+    assert "preempted" in words
+    assert wait(start(2)) == 0
+    check_whole()
+
+
+def test_a_failure_stops_no_other() -> None:
+    Path("fail").touch()
+    status, states = table_runs.work()
+    assert status == 1
+    words = {cell.name: state for cell, state in states.items()}
+    failed = words["popsan/Ant/seed1"]
+    assert (failed.word, failed.note) == ("failed", "ValueError: it fell over (status 1)")
+    assert words["popsan/Hopper/seed0"].word == "done"
+    assert words["converted/Ant/seed0"].word == "done"
+    assert words["converted/Ant/seed1"].word == "waiting"  # for what failed
+    Path("fail").unlink()
+    assert table_runs.work()[0] == 0  # a failed cell is tried again from where it was
+    check_whole()
+
+
+def test_fewer_steps_first() -> None:
+    """A cell that the protocol will want longer keeps what it goes on from."""
+    assert table_runs.work(total_steps=20)[0] == 0
+    assert (ROOT / "popsan/Ant/seed0/checkpoints").exists()
+    assert returns("popsan/Ant/seed1") == [110.0, 120.0]
+    (ROOT / "popsan/Ant/seed1/evaluation.json").write_text("{}")
+    assert table_runs.work()[0] == 0
+    check_whole()
+    assert json.loads((ROOT / "popsan/Ant/seed1/evaluation.json").read_text()) != {}
+
+
+def cell(row: str = "popsan", seed: int = 0) -> Cell:
+    made = cell_of(table_of(table_runs.TABLE), row, "Ant", seed)
+    assert made is not None
+    return made
+
+
+def test_a_conversion_waits_for_a_policy_that_is_done() -> None:
+    converted, source = cell("converted"), cell("dense").folder
+    assert not ready(converted)
+    source.mkdir(parents=True)
+    (source / "policy.json").touch()
+    for word, is_ready in {"preempted": False, "done": True}.items():
+        (source / "config.yaml").write_text("seed: 0\n")
+        (source / "manifest.json").write_text(json.dumps({"status": word}))
+        assert ready(converted) == is_ready
+
+
+def test_a_cell_is_held_by_what_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when who started it is gone: else another would start the same beside it."""
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, "-c", "import time; time.sleep(60)"])
+    lock = cells.claim(cell())
+    assert lock is not None
+    assert cells.claim(cell()) is None
+    job = cells.Job(cell(), lock, 0, None)
+    job.start(["eval"])
+    lock.close()
+    assert cells.claim(cell()) is None
+    assert job.process is not None
+    job.process.kill()
+    job.process.wait()
+    assert cells.claim(cell()) is not None
+
+
+def test_priority_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os; print(os.getpriority(0, 0), os.environ['CUDA_VISIBLE_DEVICES'])"
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, "-c", code])
+    lock = cells.claim(cell())
+    assert lock is not None
+    job = cells.Job(cell(), lock, 19, "3")
+    job.start(["eval"])
+    assert job.process is not None
+    assert job.process.wait(60) == 0
+    assert job.output("out").read_text() == "19 3\n"
+    job.close()
+    assert not job.output("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "named", "jobs", "expected"),
+    [
+        (0, "", 3, [None] * 3),
+        (2, "", None, ["0", "1"]),
+        (2, "5,7", 3, ["5", "7", "5"]),
+    ],
+)
+def test_places(
+    gpus: int, named: str, jobs: int | None, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert command.places(jobs, [cell()]) == expected
+
+
+def test_one_place_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divided by the workers that a run of the table has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(command, "cores", lambda: 16)
+    assert len(command.places(None, [cell()])) == 16
+    table = read_table("spikerl")
+    both = [cell_of(table, row, "Ant", 0) for row in ("popsan_td3", "spikerl")]
+    assert len(command.places(None, [c for c in both if c])) == 2
+
+
+def write_run(config: str, status: str, step: int) -> Path:
+    folder = cell().folder
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config)
+    (folder / "manifest.json").write_text(json.dumps({"status": status}))
+    row = {"step": step, "eval_return": 1.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
+REFUSED: list[tuple[str, str, int, int, str]] = [
+    ("seed: 0\nalgo: {gamma: 0.5, tau: 0.005}", "done", 50, 50,
+     "table=small: {} was made with other settings: algo.gamma=0.5 (here 0.99)"),
+    ("seed: 4", "done", 50, 50,
+     "table=small: {} was made with other settings: seed=4 (here 0)"),
+    ("seed: 0", "running", 50, 40, "total_steps=40: {} has 50 steps already"),
+    ("seed: 0", "done", 40, 50, "total_steps=50: {} was done at 40 steps and kept no checkpoint"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "status", "step", "asked", "line"), REFUSED)
+def test_other_runs_are_refused(config: str, status: str, step: int, asked: int, line: str) -> None:
+    folder = write_run(config, status, step)
+    error = refusal(cells.check, table_of(table_runs.TABLE), [cell()], asked)
+    assert str(error).startswith(line.format(folder))
+
+
+def test_what_a_later_version_added_sets_nothing_apart() -> None:
+    write_run("seed: 0\nnew_key: 3\ntotal_steps: 7\nthreads: 9\nalgo: {gamma: 0.99}", "done", 50)
+    cells.check(table_of(table_runs.TABLE), [cell()], 50)
+
+
+def test_a_bad_override_is_refused_before_anything_starts() -> None:
+    data: dict[str, Any] = json.loads(json.dumps(table_runs.TABLE))
+    data["rows"]["popsan"]["overrides"] = ["algo.gama=0.9"]
+    made = cell_of(table_of(data), "popsan", "Ant", 0)
+    assert made is not None
+    assert "cannot be composed: Could not override 'algo.gama'" in str(
+        refusal(cells.check, table_of(data), [made], 50)
+    )

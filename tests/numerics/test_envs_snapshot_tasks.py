@@ -1,0 +1,160 @@
+"""Restored environments go on bit for bit, on every task; and what a snapshot must hold for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mujoco
+import numpy as np
+import pytest
+from episodes import make, random_actions, rows, through_file
+from gymnasium.envs.mujoco import MujocoEnv
+
+from spikerl.envs.make import CheckedEnv
+from spikerl.envs.snapshot import INTEGRATION, READ_BEFORE_STEP, restore, snapshot
+
+NAMES = [
+    "Ant",
+    "HalfCheetah",
+    "Hopper",
+    "Humanoid",
+    "HumanoidStandup",
+    "InvertedDoublePendulum",
+    "InvertedPendulum",
+    "Pusher",
+    "Reacher",
+    "Swimmer",
+    "Walker2d",
+]
+MUJOCO = [f"{name}-{version}" for name in NAMES for version in ("v5", "v4")]
+MUJOCO.remove("Pusher-v4")  # Gymnasium refuses to make it with this MuJoCo
+LIMIT = 47  # so that every task is cut off and reset several times
+AHEAD = 210
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*out of date")
+
+
+class Run:
+    """One run of a task: what it said at each step, and its snapshots before some of them."""
+
+    def __init__(self, env_id: str, seed: int) -> None:
+        self.env = make(env_id, LIMIT)
+        self.actions = random_actions(self.env.action_space, 150 + AHEAD, seed)
+        self.env.reset(seed=seed)
+        states, self.rows = [], []
+        for action in self.actions:
+            states.append(snapshot(self.env.env))
+            self.rows += rows(self.env, [action])
+        ends = [step for step, row in enumerate(self.rows[:140]) if row[1] or row[2]]
+        end = ends[seed % len(ends)]
+        anywhere = int(np.random.default_rng(seed).integers(1, 150))
+        # In the middle of an episode, before its last step, after the reset, and one step on.
+        self.states = {step: states[step] for step in (anywhere, end, end + 1, end + 2)}
+
+    def differs(self, env: CheckedEnv, step: int) -> bool:
+        """Whether `env`, brought to just before `step`, goes on otherwise than this run did."""
+        told = self.rows[step : step + AHEAD]
+        return rows(env, self.actions[step : step + AHEAD]) != told
+
+
+@pytest.mark.parametrize("env_id", [*MUJOCO, "Pendulum-v1"])
+def test_goes_on_bit_for_bit(env_id: str) -> None:
+    used = make(env_id, LIMIT)
+    used.reset(seed=99)
+    for seed in (1, 2):
+        run = Run(env_id, seed)
+        for step, state in run.states.items():
+            assert state is not None
+            for env in (make(env_id, LIMIT), used):
+                restore(env.env, through_file(state))
+                assert not run.differs(env, step), (seed, step)
+
+
+def inner(env: CheckedEnv) -> tuple[Any, Any]:
+    base = env.unwrapped
+    assert isinstance(base, MujocoEnv)
+    return base.model, base.data
+
+
+@pytest.mark.parametrize("env_id", MUJOCO)
+def test_nothing_else_in_the_simulation_is_read(env_id: str) -> None:
+    """All that a snapshot does not hold may be NaN: the next step computes it before reading it."""
+    run = Run(env_id, seed=3)
+    env = make(env_id, LIMIT)
+    for step, state in run.states.items():
+        assert state is not None
+        restore(env.env, state)
+        model, data = inner(env)
+        for name in dir(data):
+            array = getattr(data, name, None)
+            if isinstance(array, np.ndarray) and array.dtype == np.float64:
+                array[...] = np.nan
+        mujoco.mj_setState(model, data, state["integration"], INTEGRATION)  # type: ignore[attr-defined]
+        for name in READ_BEFORE_STEP:
+            getattr(data, name)[:] = state[name]
+        assert not run.differs(env, step), step
+
+
+@pytest.mark.parametrize("env_id", [*MUJOCO, "Pendulum-v1"])
+def test_nothing_else_in_python_changes(env_id: str) -> None:
+    """Also for versions of Gymnasium to come: an attribute that changes must be looked at."""
+    env = make(env_id, LIMIT)
+    base = env.unwrapped
+
+    def plain() -> dict[str, Any]:
+        kinds = (int, float, str, tuple, list, dict, np.ndarray)
+        return {name: repr(value) for name, value in vars(base).items() if isinstance(value, kinds)}
+
+    env.reset(seed=1)
+    before = plain()
+    rows(env, random_actions(env.action_space, 60, seed=1))
+    after = plain()
+    changed = {name for name in after if after[name] != before.get(name)}
+    # Pusher draws into init_qpos what the next reset draws again; goals are in qpos.
+    known = {"Pusher": {"init_qpos", "cylinder_pos"}, "Reacher": {"goal"}, "Pendulum": {"state"}}
+    assert changed == known.get(env_id.split("-")[0], set())
+    assert base.action_space._np_random is None
+    assert base.observation_space._np_random is None
+
+
+def without(part: str, env: CheckedEnv) -> None:
+    """Undo what was restored of `part`."""
+    base, state = env.unwrapped, snapshot(env.env)
+    assert state is not None
+    if part == "random":
+        base.np_random = np.random.default_rng(0)
+    elif part in state:
+        restore(env.env, {**state, part: state[part] * 0})
+    else:
+        getattr(inner(env)[1], part)[...] = 0.0
+
+
+# HalfCheetah, the pendulums, Reacher and Swimmer go on without the warm start, tasks that always
+# fall early without the elapsed steps. Positions of bodies matter to the tasks named here alone.
+NEEDED = [
+    ("random", "HalfCheetah-v5"),
+    ("elapsed", "HalfCheetah-v5"),
+    ("qpos", "HalfCheetah-v5"),
+    ("qvel", "HalfCheetah-v5"),
+    ("qacc_warmstart", "Hopper-v5"),
+    ("qacc_warmstart", "Walker2d-v5"),
+    ("xpos", "Ant-v5"),
+    ("xpos", "Reacher-v4"),
+    ("xipos", "Humanoid-v5"),
+    ("random", "Pendulum-v1"),
+    ("elapsed", "Pendulum-v1"),
+    ("state", "Pendulum-v1"),
+]
+
+
+@pytest.mark.parametrize(("part", "env_id"), NEEDED)
+def test_every_part_is_needed(part: str, env_id: str) -> None:
+    run = Run(env_id, seed=4)
+    env = make(env_id, LIMIT)
+    differing = 0
+    for step, state in run.states.items():
+        assert state is not None
+        restore(env.env, state)
+        without(part, env)
+        differing += run.differs(env, step)
+    assert differing

@@ -1,0 +1,317 @@
+"""PPO against its equations, written the usual way in float64; rollouts and their ends.
+
+Shape legend   T steps, N environments, B rows, A action entries.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import popsan, ppo_config, small_config
+from plain import descend, flat, float64, length, q_networks
+from torch import Tensor, nn
+from torch.distributions import Normal
+from transitions_env import COUNTER
+
+from spikerl.algos.ppo import PPO, Rows
+from spikerl.algos.replay import Replay
+from spikerl.envs.make import make_env, task_of
+from spikerl.envs.vector import Steps
+from spikerl.errors import BadRequest
+from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.critic import Critics
+from spikerl.training.trainer import Trainer
+from spikerl.types import Batch
+
+STEPS, ENVS, EPOCHS = 25, 4, 3  # rollouts of 100 rows
+
+
+def learner(kind: str = "dense", dtype: torch.dtype = torch.float64, **given: Any) -> PPO:
+    own = {"batch_size": 30, "epochs": EPOCHS, "gamma": 0.9, "critic_hidden_sizes": [24, 16]}
+    torch.manual_seed(0)
+    actor: Actor = popsan(3, 2, [16, 12], dtype=dtype)
+    if kind == "dense":
+        actor = MLPActor(3, 2, MLPConfig(name="mlp", hidden_sizes=[16, 12], lr=1e-3), dtype=dtype)
+    critic = Critics(3, 0, [24, 16], networks=1, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    return PPO(actor, critic, ppo_config(**(own | given)), actor_lr=0.01, generator=generator)
+
+
+class Rollout:
+    """Rows of every kind of end, acted out by a policy, and what a burst makes of them."""
+
+    def __init__(self, ppo: PPO) -> None:
+        draw = np.random.default_rng(0)
+        self.obs = draw.normal(size=(STEPS + 1, ENVS, 3)).astype(np.float32)
+        self.final = draw.normal(size=(STEPS, ENVS, 3)).astype(np.float32)
+        self.rew = draw.normal(size=(STEPS, ENVS)).astype(np.float32)
+        self.terminated = draw.random((STEPS, ENVS)) < 0.1
+        self.last = self.terminated | (draw.random((STEPS, ENVS)) < 0.1)
+        self.next_obs = np.where(self.last[..., None], self.final, self.obs[1:])
+        with torch.no_grad():
+            mean = ppo.actor(torch.tensor(self.obs[:-1].reshape(-1, 3), dtype=ppo.actor.dtype))
+        noise = np.exp(-0.5) * draw.normal(size=mean.shape)
+        self.act = (mean.numpy() + noise).astype(np.float32).reshape(STEPS, ENVS, 2)
+        self.replay = Replay(STEPS * ENVS, 3, 2, width=ENVS)
+        fields = (self.obs, self.act, self.rew, self.next_obs, self.terminated, self.last)
+        for t in range(STEPS):
+            self.replay.add(*Steps(*(field[t] for field in fields)), discount=0.9)
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        return torch.tensor(array).double().flatten(0, 1)
+
+
+def advantages(rollout: Rollout, value: nn.Module, trace: float) -> tuple[Tensor, Tensor]:
+    """Environment by environment, sum by sum; and what the critic is to say."""
+    found = torch.zeros(STEPS, ENVS)
+    with torch.no_grad():
+        now, then = (
+            value(torch.tensor(o).double()).squeeze(-1)
+            for o in (rollout.obs[:-1], rollout.next_obs)
+        )
+    for n in range(ENVS):
+        for t in range(STEPS):
+            factor = 1.0
+            for k in range(t, STEPS):
+                follows = 0.0 if rollout.terminated[k, n] else 0.9 * then[k, n]
+                found[t, n] += factor * (rollout.rew[k, n] + follows - now[k, n])
+                factor *= 0.9 * trace
+                if rollout.last[k, n]:
+                    break
+    return found.flatten(), (found + now).flatten()
+
+
+def minibatches(ppo: PPO, patch: pytest.MonkeyPatch, rollout: Rollout) -> list[Tensor]:
+    """The numbers of the rows of every update that it makes from now on."""
+    obs, found = rollout.tensor(rollout.obs[:-1]), []
+    update = ppo.update
+
+    def noting(rows: Rows) -> Any:
+        found.append((rows.obs.unsqueeze(1) == obs).all(-1).nonzero()[:, 1])
+        return update(rows)
+
+    patch.setattr(ppo, "update", noting)
+    return found
+
+
+def burst(ppo: PPO, rollout: Rollout) -> list[dict[str, Tensor]]:
+    due = ppo.config.updates_due(STEPS * ENVS, 1)
+    draw = torch.Generator().manual_seed(1)
+    return ppo.train(rollout.replay, due, ppo.config.batch_size, draw, Tensor.double)
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "joint": {},
+    "per_entry": {"ratio": "per_entry", "normalize_advantage": "rollout"},
+    "entropy": {"entropy_coef": 0.05, "gae_lambda": 0.5, "log_std": -1.0},
+    "per_entry_entropy": {"ratio": "per_entry", "entropy_coef": 0.05},
+    "clipped": {"max_grad_norm": 0.05, "clip_ratio": 0.05, "entropy_coef": 0.05},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", ["spiking", "dense"])
+def test_a_rollouts_updates_are_the_usual_ones(
+    kind: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, divergences and gradients of each, and all parameters behind the last."""
+    with float64():
+        ours = learner(kind, **RULES[rule])
+        c, rollout = ours.config, Rollout(ours)
+        pi, values = copy.deepcopy(ours.actor), q_networks(ours.critic)
+        (value,) = values
+        log_std = torch.full((2,), c.log_std, requires_grad=True)
+        chosen = minibatches(ours, monkeypatch, rollout)
+        found = burst(ours, rollout)
+
+        pi_adam = torch.optim.Adam(pi.parameters(), lr=0.01)
+        std_adam = torch.optim.Adam([log_std], lr=0.01)
+        value_adam = torch.optim.Adam(value.parameters(), lr=1e-3)
+        obs, act = rollout.tensor(rollout.obs[:-1]), rollout.tensor(rollout.act)
+        advantage, ret = advantages(rollout, value, c.gae_lambda)
+        with torch.no_grad():
+            before = Normal(pi(obs), log_std.exp()).log_prob(act)
+        whole = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        assert len(chosen) == len(found) == 3 * EPOCHS
+        for index, metrics in zip(chosen, found, strict=True):
+            a = advantage[index]
+            a = (a - a.mean()) / (a.std() + 1e-8)
+            if c.normalize_advantage == "rollout":
+                a = whole[index]
+            gaussian = Normal(pi(obs[index]), log_std.exp())
+            change = gaussian.log_prob(act[index]) - before[index]
+            entropy = gaussian.entropy()
+            if c.ratio == "joint":
+                ratio, entropy = change.sum(1).exp(), entropy.sum(1)
+            else:
+                ratio, a = change.exp(), a[:, None]
+            bounded = ratio.clamp(1.0 - c.clip_ratio, 1.0 + c.clip_ratio)
+            loss = -torch.minimum(ratio * a, bounded * a).mean() - c.entropy_coef * entropy.mean()
+            descend(loss, pi_adam, std_adam, max_norm=c.max_grad_norm)
+            v = value(obs[index]).squeeze(1)
+            value_loss = ((v - ret[index]) ** 2).mean()
+            descend(value_loss, value_adam, max_norm=c.max_grad_norm)
+            joint = change.sum(1)
+            expected = {
+                "critic_loss": value_loss.item(),
+                "q_mean": v.mean().item(),
+                "actor_loss": loss.item(),
+                "entropy": entropy.mean().item(),
+                "approx_kl": (joint.exp() - 1.0 - joint).mean().item(),
+                "clip_fraction": ((ratio - 1.0).abs() > c.clip_ratio).double().mean().item(),
+            }
+            got = {name: float(x) for name, x in metrics.items()}
+            assert got == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert float(found[-1]["clip_fraction"]) > 0.0
+        ours.check()
+        for stepper, adam, weights in (
+            (ours.actor_optimizer, pi_adam, flat(pi)),
+            (ours.critic_optimizer, value_adam, flat(values)),
+            (ours.optimizers["log_std"], std_adam, log_std.detach()),
+        ):
+            torch.testing.assert_close(stepper.flat, weights, rtol=1e-6, atol=1e-8)
+            gradient = stepper.gradient.vector[:-1].norm().item()
+            assert gradient == pytest.approx(length(adam), rel=1e-5)
+
+
+def test_every_row_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minibatches of at least batch_size, in another order each epoch and after each rollout."""
+    ppo = learner()
+    rollout = Rollout(ppo)
+    chosen = minibatches(ppo, monkeypatch, rollout)
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(2):
+        assert len(ppo.train(rollout.replay, 9, 30, draw, Tensor.double)) == 9
+    assert ppo.updates == 18
+    assert [len(index) for index in chosen] == [34, 33, 33] * 6
+    epochs = [torch.cat(chosen[i : i + 3]) for i in range(0, 18, 3)]
+    assert all(epoch.sort().values.equal(torch.arange(100)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 6
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world", "step", "updates"),
+    [
+        (30, 1, 99, 0),
+        (30, 1, 100, 6),
+        (30, 1, 299, 12),
+        (100, 1, 100, 2),
+        (25, 2, 100, 4),
+        (60, 2, 200, 4),
+    ],
+)
+def test_updates_due(batch_size: int, world: int, step: int, updates: int) -> None:
+    """Two epochs of 100 rows behind each rollout; the batch grows with `world`."""
+    assert ppo_config(batch_size=batch_size).updates_due(step, world) == updates
+
+
+def test_updates_stop_at_the_first_divergence_beyond_the_target() -> None:
+    """1.5 times it; the update that would have been is not made, nor any of later epochs."""
+    with float64():
+        free = learner()
+        kl = [float(m["approx_kl"]) for m in burst(free, Rollout(free))]
+        assert kl[0] == pytest.approx(0.0, abs=1e-12)
+        for k in (1, 4, 7):
+            assert max(kl[:k]) < 0.999 * kl[k]
+            stopped = learner(target_kl=0.999 * kl[k] / 1.5)
+            found = burst(stopped, Rollout(stopped))
+            assert [float(m["approx_kl"]) for m in found] == kl[:k]
+            assert stopped.updates == int(stopped.actor_optimizer.moments.step) == k
+        generous = learner(target_kl=max(kl) / 1.5 * 1.01)
+        assert len(burst(generous, Rollout(generous))) == 3 * EPOCHS
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"norm_interval": 150}, "algo.norm_interval"),  # it would move amid a rollout
+        ({"norm_interval": 50}, "algo.norm_interval"),
+        ({"batch_size": 1}, "algo.batch_size"),  # every advantage would be 0
+        ({"batch_size": 101}, "algo.batch_size"),
+    ],
+)
+def test_what_would_not_be_learned_from(given: dict[str, Any], key: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        ppo_config(**given)
+    assert refused.value.args[0] == key
+    ppo_config(batch_size=1, normalize_advantage="rollout", norm_interval=200)
+
+
+@contextmanager
+def trainer_of(**given: Any) -> Iterator[Trainer]:
+    """Rollouts of ten steps of two environments, which observe [step, episode]."""
+    own = {"rollout_steps": 20, "norm_interval": 20, "batch_size": 10, "norm_clip": None}
+    training = small_config(
+        env=COUNTER, num_envs=2, total_steps=60, steps_per_epoch=60, eval_episodes=1
+    )
+    training = replace(training, algo=ppo_config(**(own | given)))
+    with closing(make_env(COUNTER)) as one:
+        task = task_of(one)
+    with closing(Trainer(training, task)) as trainer:
+        yield trainer
+
+
+def rollouts(trainer: Trainer, patch: pytest.MonkeyPatch) -> list[tuple[int, Batch, Rows]]:
+    """Train to the end: of each rollout the observations merged before it, its rows, and what a
+    minibatch is drawn from.
+    """
+    found = []
+    prepare = trainer.algo.prepare  # type: ignore[attr-defined]
+
+    def noting(batch: Batch, *args: Any) -> Rows:
+        found.append((trainer.norm.count, batch, prepare(batch, *args)))
+        return found[-1][2]
+
+    patch.setattr(trainer.algo, "prepare", noting)
+    (row,) = trainer.epochs()
+    assert (row["step"], row["updates"]) == (60, 3 * 2 * 2)
+    return found
+
+
+def test_a_rollout_is_seen_as_it_was_acted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It moves the normaliser once it has been learned from."""
+    with trainer_of() as trainer:
+        raw: list[np.ndarray] = []
+        seen: list[Tensor] = []
+        normalize, act = trainer.norm.normalize, trainer.act
+
+        def acting() -> None:
+            raw.append(trainer.envs.obs)
+            seen.append(normalize(torch.from_numpy(raw[-1].astype(np.float32))))
+            act()
+
+        monkeypatch.setattr(trainer, "act", acting)
+        found = rollouts(trainer, monkeypatch)
+        assert [count for count, _, _ in found] == [0, 20, 40]
+        for k, (_, batch, _) in enumerate(found):
+            assert torch.equal(batch.obs, torch.cat(seen[10 * k : 10 * k + 10]))
+        assert trainer.norm.count == 60
+        np.testing.assert_allclose(trainer.norm.mean_O, np.concatenate(raw).mean(0), rtol=1e-12)
+
+
+def test_returns_end_in_the_value_of_the_true_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a truncation and behind the rollout; of the same episode, not of the next one."""
+    with trainer_of(norm_interval=None, gae_lambda=1.0, gamma=0.5, log_std=0.0) as trainer:
+        monkeypatch.setattr(trainer.algo, "value", lambda obs: 3.0 * obs[:, 0] + 7.0 * obs[:, 1])
+        for _, batch, rows in rollouts(trainer, monkeypatch):
+            obs, rew, end, ret = (
+                f.unflatten(0, (10, 2)) for f in (batch.obs, batch.rew, batch.terminated, rows.ret)
+            )
+            for n in range(2):
+                for t in range(10):
+                    (step, episode), follows = obs[t, n].tolist(), 0.0
+                    last = t == 9 or obs[t + 1, n, 1] > episode
+                    if not last:
+                        follows = float(ret[t + 1, n])
+                    elif not end[t, n]:
+                        follows = 3.0 * (step + 1.0) + 7.0 * episode
+                    expected = float(rew[t, n]) + 0.5 * follows
+                    assert float(ret[t, n]) == pytest.approx(expected, rel=1e-6, abs=0.05)
+        assert trainer.replay.between(40, 60)[:, 4:6].abs().max() > 1.0  # as they were drawn

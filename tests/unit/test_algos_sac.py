@@ -1,0 +1,218 @@
+"""SAC against its equations, written the usual way in float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from builders import popsan, sac_config
+from plain import (
+    average,
+    cut,
+    dense,
+    descend,
+    flat,
+    float64,
+    length,
+    q_networks,
+    transitions,
+    values,
+)
+from torch import Tensor
+from torch.distributions import Normal
+
+from spikerl.algos.sac import SAC, squashed
+from spikerl.kernels import build as native
+from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.critic import Critics
+from spikerl.types import Batch
+
+CPU = f"cpu/{native.supported_paths()[0]}"
+LOW, HIGH = -0.15, 0.05  # of log deviations; an untrained network's lie on both sides
+
+
+def learner(
+    kind: str = "dense", dtype: torch.dtype = torch.float64, kernel: str = "reference", **given: Any
+) -> SAC:
+    own = {"tau": 0.1, "log_std_range": [LOW, HIGH], "log_std_hidden_sizes": [12]}
+    config = sac_config(**(own | given))
+    torch.manual_seed(0)
+    outputs = config.outputs(2)
+    actor: Actor = popsan(3, outputs, [16, 12], dtype=dtype)
+    if kind == "dense":
+        layers = MLPConfig(name="mlp", hidden_sizes=[16, 12], lr=1e-3)
+        actor = MLPActor(3, outputs, layers, dtype=dtype)
+    else:
+        actor.kernel = kernel
+    critic = Critics(3, 2, [24, 16], dtype=dtype, kernel=kernel)
+    generator = torch.Generator().manual_seed(0)
+    sac = SAC(actor, critic, config, actor_lr=2e-3, generator=generator)
+    if sac.log_std:
+        sac.log_std.dtype = dtype
+    return sac
+
+
+class Usual:
+    """A network, an optimiser and a loss for each of its parts."""
+
+    def __init__(self, ours: SAC) -> None:
+        self.c = c = ours.config
+        self.pi = copy.deepcopy(ours.actor)
+        self.head = dense(ours.log_std) if ours.log_std else None
+        self.q = q_networks(ours.critic)
+        self.q_target = copy.deepcopy(self.q)
+        self.log_alpha = torch.tensor([math.log(c.temperature)], requires_grad=True)
+        self.draw = torch.Generator().manual_seed(0)
+        self.q_adam = torch.optim.Adam(self.q.parameters(), lr=1e-3)
+        self.pi_adam = [torch.optim.Adam(self.pi.parameters(), lr=2e-3)]
+        if self.head:
+            self.pi_adam.append(torch.optim.Adam(self.head.parameters(), lr=c.log_std_lr))
+        self.alpha_adam = torch.optim.Adam([self.log_alpha], lr=c.temperature_lr)
+
+    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.pi.mean(obs)
+        mean, log_std = (output, self.head(obs)) if self.head else (output[:, :2], output[:, 2:])
+        gaussian = Normal(mean, log_std.clamp(LOW, HIGH).exp())
+        u = mean + gaussian.scale * torch.randn(mean.shape, generator=self.draw)
+        act = torch.tanh(u)
+        return act, (gaussian.log_prob(u) - torch.log(1.0 - act**2)).sum(1)
+
+    def update(self, b: Batch) -> dict[str, float]:
+        alpha = self.log_alpha.exp().item()
+        with torch.no_grad():
+            act, logp = self.sample(b.next_obs)
+            soft = values(self.q_target, b.next_obs, act).min(0).values - alpha * logp
+            y = b.rew + 0.9 * (1.0 - b.terminated.float()) * soft
+        q1, q2 = values(self.q, b.obs, b.act)
+        critic_loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean()
+        descend(critic_loss, self.q_adam, max_norm=self.c.max_grad_norm)
+        act, logp = self.sample(b.obs)
+        actor_loss = (alpha * logp - values(self.q, b.obs, act).min(0).values).mean()
+        descend(actor_loss, *self.pi_adam, max_norm=self.c.max_grad_norm)
+        if self.c.learn_temperature:
+            wanted = -2.0 if self.c.target_entropy is None else self.c.target_entropy
+            price = -(self.log_alpha * (logp.detach() + wanted)).mean()
+            descend(price, self.alpha_adam, max_norm=self.c.max_grad_norm)
+        average(self.q_target, self.q, self.c.tau)
+        return {
+            "critic_loss": critic_loss.item(),
+            "q_mean": (q1.mean().item() + q2.mean().item()) / 2.0,
+            "actor_loss": actor_loss.item(),
+            "entropy": -logp.mean().item(),
+            "temperature": alpha,
+        }
+
+    def lengths(self) -> list[float]:
+        adams = [self.q_adam, *self.pi_adam, *[self.alpha_adam] * self.c.learn_temperature]
+        return [length(adam) for adam in adams]
+
+    def weights(self) -> dict[str, Tensor]:
+        found = {"critic": self.q, "target": self.q_target, "actor": self.pi, "log_std": self.head}
+        weights = {name: flat(net) for name, net in found.items() if net is not None}
+        return {**weights, "temperature": self.log_alpha.detach()}
+
+
+def lengths(sac: SAC) -> list[float]:
+    """Of the gradients of the last update."""
+    steppers = [
+        sac.critic_optimizer,
+        sac.actor_optimizer,
+        *([sac.optimizers["log_std"]] if sac.log_std else []),
+    ]
+    steppers += [sac.optimizers["temperature"]] * sac.config.learn_temperature
+    return [stepper.gradient.vector[:-1].norm().item() for stepper in steppers]
+
+
+def weights(sac: SAC) -> dict[str, Tensor]:
+    state = sac.state()
+    names = ("critic", "actor", "log_std", "temperature")
+    found = {n: state[f"{n}.weights"] for n in names if f"{n}.weights" in state}
+    return {**found, "target": state["target.critic"]}
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "fixed": {},
+    "learned": {"learn_temperature": True, "temperature_lr": 0.01},
+    "towards": {"learn_temperature": True, "temperature_lr": 0.01, "target_entropy": 1.5},
+    "shared": {"log_std": "shared", "learn_temperature": True},
+    "clipped": {"learn_temperature": True, "max_grad_norm": 0.05},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", ["spiking", "dense"])
+def test_six_updates_are_the_usual_ones(kind: str, rule: str) -> None:
+    """Losses and gradients of each update, and all parameters behind the first and the last."""
+    with float64():
+        ours, rows = learner(kind, **RULES[rule]), transitions(6 * 32, torch.float64)
+        usual = Usual(ours)
+        for number, batch in enumerate(cut(rows, 32)):
+            expected, found = usual.update(batch), ours.learn(batch, 1)[0]
+            assert {k: float(v) for k, v in found.items()} == pytest.approx(expected, rel=1e-6)
+            assert lengths(ours) == pytest.approx(usual.lengths(), rel=1e-5)
+            if number in (0, 5):
+                theirs = usual.weights()
+                assert weights(ours).keys() == theirs.keys()
+                for name, tensor in weights(ours).items():
+                    torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-8)
+        assert ours.updates == 6
+        ours.check()
+
+
+def test_the_kernels_updates_are_the_definitions() -> None:
+    for rule in ("learned", "shared"):
+        plain, ours = (
+            learner("spiking", torch.float32, k, **RULES[rule]) for k in ("reference", CPU)
+        )
+        rows = transitions(4 * 32, torch.float32)
+        for one, other in zip(ours.learn(rows, 4), plain.learn(rows, 4), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        for name, tensor in weights(ours).items():
+            torch.testing.assert_close(tensor, weights(plain)[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_squashed_gaussian_by_hand() -> None:
+    """At u = 0 tanh has slope 1; at u = 1, from noise 2 and deviation 1/2, 1 - tanh(1)^2."""
+    mean, log_std = torch.zeros(2, 1), torch.tensor([[0.0], [-math.log(2.0)]])
+    act, logp = squashed(mean, log_std, torch.tensor([[0.0], [2.0]]))
+    at_zero = -0.5 * math.log(2.0 * math.pi)
+    at_one = at_zero - 2.0 + math.log(2.0) - math.log(1.0 - math.tanh(1.0) ** 2)
+    assert act.flatten().tolist() == pytest.approx([0.0, math.tanh(1.0)])
+    assert logp.tolist() == pytest.approx([at_zero, at_one])
+
+
+def test_log_probability_of_an_action_at_its_bound() -> None:
+    """tanh(20) is 1 in float32; log(1 - tanh(u)^2) is 2 (log 2 - |u|) for large |u|."""
+    mean = torch.tensor([[20.0], [-200.0]], requires_grad=True)
+    act, logp = squashed(mean, torch.zeros(2, 1), torch.zeros(2, 1))
+    at_zero = -0.5 * math.log(2.0 * math.pi)
+    assert act.flatten().tolist() == [1.0, -1.0]
+    expected = [at_zero - 2.0 * (math.log(2.0) - u) for u in (20.0, 200.0)]
+    assert logp.tolist() == pytest.approx(expected)
+    (slope,) = torch.autograd.grad(logp.sum(), mean)
+    assert slope.flatten().tolist() == pytest.approx([2.0, -2.0])
+
+
+@pytest.mark.parametrize("log_std", ["separate", "shared"])
+@pytest.mark.parametrize("kind", ["spiking", "dense"])
+def test_a_copy_that_explores_draws_from_the_policy(kind: str, log_std: str) -> None:
+    """tanh(mean + std noise), before and after learning; as on a GPU, the copy acts on the CPU."""
+    sac = learner(kind, torch.float32, log_std=log_std)
+    rows = transitions(4 * 32, torch.float32)
+    sac.act_on_cpu(CPU)
+    found = []
+    for _ in range(2):
+        noise = torch.randn(128, 2, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            output = sac.actor.mean(rows.obs)
+            mean, raw = (output, sac.log_std.mean(rows.obs)) if sac.log_std else output.chunk(2, 1)
+        expected = torch.tanh(mean + raw.clamp(LOW, HIGH).exp() * noise)
+        assert (raw < LOW).any()
+        assert (raw > HIGH).any()
+        found.append(sac.explore(rows.obs, torch.Generator().manual_seed(3)))
+        torch.testing.assert_close(found[-1], expected, rtol=0, atol=1e-5)
+        sac.learn(rows, 4)
+    assert float((found[0] - found[1]).abs().max()) > 1e-3

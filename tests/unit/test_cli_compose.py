@@ -1,0 +1,251 @@
+"""From what was typed to what Hydra gets: paths, flags, a config file's place among overrides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from shell import refusal, spikerl
+
+from spikerl.cli.compose import expand, explain, known_keys, split, unquoted
+from spikerl.config.yaml_file import group_options, quoted
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(command: str, *args: str) -> str:
+    return str(refusal(expand, command, args))
+
+
+# --- paths ----------------------------------------------------------------------------------
+
+NAMES = ["sweep/env=Ant,seed=1", "a b", "it's", "a[/b]", "~/x", "ü", "a\\b", "a\\", "100%", "(x)",
+         "{y}", "a:b", "#", 'say "x"', "1e3", "null", "seed=[4],x='2'"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("key", ["run", "run_dir"])
+def test_a_path_is_taken_as_it_is_typed(key: str, name: str) -> None:
+    (override,) = expand("eval", [f"{key}={name}"])
+    value = OverridesParser.create().parse_override(override).value()
+    assert (None if name == "null" else name) == (value if value is None else str(value))
+
+
+@pytest.mark.parametrize("typed", ["'a=b'", '"a, b"', "", "null"])
+def test_a_path_in_quotes_is_left_alone(typed: str) -> None:
+    assert expand("eval", [f"run={typed}"]) == [f"run={typed}"]
+
+
+def test_a_sweep_over_paths_is_one() -> None:
+    assert expand("eval", ["-m", "run=a,b"]) == ["run=a,b", "-m"]
+    assert expand("eval", ["-m", "run=choice(a,b)"]) == ["run=choice(a,b)", "-m"]
+    for name in ("s/seed=0", "s/seed=0,env=Ant"):  # a folder of an earlier sweep
+        assert expand("train", ["-m", f"init_from={name}"]) == [f"init_from='{name}'", "-m"]
+
+
+def test_other_values_are_hydras() -> None:
+    assert expand("train", ["algo={name: td3}", "seed=a=b"]) == ["algo={name: td3}", "seed=a=b"]
+
+
+@pytest.mark.parametrize("value", [*NAMES, "'", "\\'", "''", "a'b'c"])
+def test_quoted(value: str) -> None:
+    override = OverridesParser.create().parse_override(f"x={quoted(value)}")
+    assert override.value() == value
+
+
+@pytest.mark.parametrize(
+    ("value", "bare"),
+    [("'a'", "a"), ('"a b"', "a b"), ("a", "a"), ("'a", "'a"), ("'a\"", "'a\""), ("", "")],
+)
+def test_unquoted(value: str, bare: str) -> None:
+    assert unquoted(value) == bare
+
+
+# --- flags ----------------------------------------------------------------------------------
+
+
+def test_flags_keep_their_values() -> None:
+    args = ["-c", "job", "seed=1", "--package", "algo", "-m", "env=Ant"]
+    assert split(args) == (["seed=1", "env=Ant"], ["-c", "job", "--package", "algo", "-m"])
+    assert split(["--info", "seed=1"]) == (["seed=1"], ["--info"])
+    assert split(["--cfg=job"]) == ([], ["--cfg=job"])
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--cfg", "jobs"], "--cfg=jobs: give job, hydra, all"),
+        (["--cfg"], "--cfg=: give job, hydra, all"),
+        (["-c", "-m"], "-c=-m: give job, hydra, all"),
+        (["--cfg=x"], "--cfg=x: give job, hydra, all"),
+        (["--info", "me"], "--info=me: give all, config, "),
+        (["-p"], "-p=: give a group or a key"),
+        (["--config-d", "x"], "--config-d=: no such flag"),
+        (["-cp/x"], "-cp/x=: no such flag"),
+        (["--"], "--=: no such flag"),
+        (["-mc"], "-mc=: no such flag"),
+    ],
+)
+def test_flags_that_are_wrong(args: list[str], line: str) -> None:
+    assert refused("train", *args).startswith(line)
+
+
+def test_each_refused_group_option_names_the_options() -> None:
+    for value in ("null", "true", "3", "-1.5"):
+        assert refused("train", f"encoder={value}") == (
+            f"encoder={value}: no such option; known: analog, direct, learned,"
+            " poisson, population, tanh_population"
+        )
+    for value in ("null", "popsan", "popsan/td3,x"):
+        assert "popsan/td3" in refused("train", f"experiment={value}")
+    assert expand("train", ["-m", "env='glob(H*)'"]) == ["env='glob(H*)'", "-m"]
+
+
+# --- config files -----------------------------------------------------------------------------
+
+
+def write(name: str, data: object) -> None:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(json.dumps(data))  # which is YAML, too
+
+
+def test_typed_values_come_after_the_files() -> None:
+    write("a=1/config.yaml", {"seed": 1, "algo": {"name": "td3", "tau": 0.1}, "run_dir": "x"})
+    args = ["-c", "job", "seed=3", "config=a=1/config.yaml", "total_steps=5"]
+    assert expand("train", args) == [
+        "algo='td3'", "algo.name='td3'", "algo.tau=0.1", "seed=3", "total_steps=5", "-c", "job",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_config_is_read_however_it_is_written(prefix: str) -> None:
+    write("c.yaml", {"seed": 7})
+    assert expand("train", [f"{prefix}config=c.yaml"]) == ["seed=7"]
+
+
+def test_the_last_config_counts() -> None:
+    write("a.yaml", {"seed": 1})
+    write("b.yaml", {"seed": 2})
+    assert expand("train", ["config=a.yaml", "config='b.yaml'"]) == ["seed=2"]
+    assert expand("train", ["config=null"]) == ["config=null"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"seed": "${oc.env:HOME}"},
+        {"actor": {"name": "popsan", "hidden_sizes": ["${oc.decode:'4'}"]}},
+        {"env": {"name": "gym", "id": "module:Env-v0"}},
+        {"env": {"name": "gym", "id": ["module:Env-v0"]}},
+    ],
+    ids=str,
+)
+def test_what_a_file_may_not_say(data: object) -> None:
+    write("c.yaml", data)
+    assert "not accepted from c.yaml; type " in refused("train", "config=c.yaml")
+
+
+def test_a_module_to_import_is_typed() -> None:
+    write("c.yaml", {"env": {"name": "gym", "id": "module:Env-v0"}, "seed": 1})
+    for typed in ("env.id=module:Env-v0", "env.id=Other-v0"):
+        args = expand("train", ["config=c.yaml", typed])
+        assert args == ["env='gym'", "env.name='gym'", "seed=1", typed]
+
+
+def resumable(**env: str) -> None:
+    write("run/manifest.json", {"status": "preempted"})
+    write("run/config.yaml", {"env": env, "seed": 4, "total_steps": 10})
+
+
+def test_resume() -> None:
+    resumable(name="Ant")
+    expected = ["env='Ant'", "env.name='Ant'", "seed=4"]
+    for typed in ("resume=run", "++resume=run"):
+        args = expand("train", [typed, "total_steps=20"])
+        assert args == [*expected, "resume='run'", "total_steps=20"]
+
+
+def test_resume_confirms_the_module_of_its_environment() -> None:
+    resumable(name="gym", id="module:Env-v0")
+    assert refused("train", "resume=run").startswith("env.id=module:Env-v0: not accepted from run")
+    line = refused("train", "resume=run", "env.id=other:Env-v0")
+    assert line.startswith("env.id=other:Env-v0: a resumed run keeps it")
+    typed = ["resume=run", "env.id=module:Env-v0"]
+    assert expand("train", typed)[-2:] == ["resume='run'", "env.id=module:Env-v0"]
+
+
+@pytest.mark.parametrize("args", [["config=c.yaml", "resume=run"], ["resume=run", "config=c.yaml"]])
+def test_resume_takes_no_other_config(args: list[str]) -> None:
+    resumable(name="Ant")
+    write("c.yaml", {"seed": 9})
+    assert refused("train", *args).startswith("config=c.yaml: a resumed run keeps it")
+
+
+# --- complaints -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("first\nsecond"), ValueError(""), KeyError("x"), OSError(2, "none")]
+)
+def test_whatever_hydra_raises_is_one_line(error: Exception) -> None:
+    line = explain("train", ["seed=1"], error)
+    assert line.startswith("config: ")
+    assert "\n" not in line
+
+
+def test_a_line_stays_one_whatever_it_quotes() -> None:
+    assert spikerl("train", "run_dir=a", "seed=x\ny\x1b[2J").line == (
+        r"seed=x\x0ay\x1b[2J: cannot be read; write key=value"
+    )
+
+
+def test_known_keys() -> None:
+    keys = known_keys("train")
+    assert {"env", "env.id", "algo.batch_size", "seed", "experiment"} <= set(keys)
+    assert not [key for key in keys if key.startswith("hydra")]
+    assert known_keys("doctor") == ["json"]
+
+
+def test_group_options() -> None:
+    assert group_options("actor") == ["care_bn", "mlp", "popsan"]
+    assert {"care_bn", "popsan/ddpg", "popsan/td3"} < set(group_options("experiment"))
+
+
+def test_requests_follow_each_other_in_one_process() -> None:
+    first = spikerl("train", "env=Ants").line
+    spikerl("train", "--cfg", "job")
+    spikerl("eval", "run=nowhere")
+    spikerl("train", "--help")
+    assert first == "env=Ants: no such option; did you mean Ant?"
+    assert spikerl("train", "env=Ants").line == first
+
+
+def test_a_resume_keeps_what_the_run_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another device another kernel has to run, other workers have other shares of the cores."""
+    chosen = {"threads": {"choice": "3"}, "kernel": {"choice": "cpu/avx2"}}
+    manifest = {"resolved": chosen, "world_size": 2, "num_envs": 4}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "config.yaml").write_text("seed: 4\nworld_size: 8\nnum_envs: null\n")
+
+    def kept(*args: str) -> set[str]:
+        found = set(expand("train", [f"resume={tmp_path}", *args]))
+        return found - {"seed=4", f"resume='{tmp_path}'"}
+
+    kernel = {"kernel=cpu", "kernel.path=avx2"}
+    assert kept() == {"num_envs=4", "world_size=2", "threads=3", *kernel}
+    assert kept("device=cuda") == {"num_envs=4", "world_size=2", "threads=3", "device=cuda"}
+    assert kept("world_size=4") == {"num_envs=4", "world_size=4", *kernel}
+    for name, value in (("RANK", "0"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "1")  # what torchrun started
+    assert kept() == {"num_envs=4", "world_size=1", *kernel}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert kept() == {"num_envs=4", "world_size=2", "threads=3", *kernel}
+    chosen["kernel"]["choice"] = "cpu/${evil}"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert not any("evil" in arg for arg in expand("train", [f"resume={tmp_path}"]))

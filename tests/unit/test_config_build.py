@@ -1,0 +1,254 @@
+"""Every number of a config has its bounds; what is built is what was asked for."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from hydra import compose
+from omegaconf import OmegaConf
+from shell import refusal
+
+from spikerl.algos import ALGOS
+from spikerl.config.build import RunConfig, build
+from spikerl.distributed.world import BACKENDS
+from spikerl.energy.meter import METERS
+from spikerl.envs.make import EnvConfig
+from spikerl.errors import BadRequest
+from spikerl.kernels import KERNELS
+from spikerl.kernels import build as native
+from spikerl.machine import cores
+from spikerl.models.actor import ACTORS
+from spikerl.models.precision import PRECISIONS
+from spikerl.schema import Registry
+from spikerl.snn.decoders import DECODERS
+from spikerl.snn.encoders import ENCODERS
+from spikerl.snn.neurons import NEURONS
+
+TINY = 1e-300
+# For each number: values just inside its bounds, and just outside.
+BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
+    "seed": ([0, 2**63 - 1], [-1, 2**63]),
+    "total_steps": ([1], [0, -5]),
+    "steps_per_epoch": ([1], [0]),
+    "eval_episodes": ([1], [0]),
+    "num_envs": ([1, None], [0]),
+    "world_size": ([1, None], [0]),
+    "threads": ([1, None], [0]),
+    "max_restarts": ([0, 9], [-1]),
+    "nnodes": ([1], [0]),
+    "node_rank": ([None], [0]),
+    "backend.timeout_s": ([1.0, 1e6], [0.99, 1.1e6, math.nan]),
+    "env.max_episode_steps": ([1, None], [0]),
+    "actor.hidden_sizes": ([[1], [1, 2, 3]], [[], [0], [4, -1]]),
+    "actor.spike_steps": ([1, 1000], [0, 1001]),
+    "actor.lr": ([TINY], [0.0, -1.0]),
+    "actor.recalibration_interval": ([1, None], [0]),
+    "actor.recalibration_batches": ([1], [0]),
+    "encoder.pop_size": ([1], [0]),
+    "encoder.mean_range": ([[1.0, 1.0], [-1.0, 0.5]], [[1.0], [1.0, 0.0], [0.0, 1.0, 2.0]]),
+    "encoder.var": ([TINY], [0.0]),
+    "encoder.threshold": ([TINY], [0.0]),
+    "decoder.pop_size": ([1], [0]),
+    "decoder.voltage_decay": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "neuron.current_decay": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "neuron.voltage_decay": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "neuron.threshold": ([TINY], [0.0]),
+    "neuron.surrogate_window": ([TINY], [0.0]),
+    "neuron.surrogate_slope": ([TINY], [0.0]),
+    "neuron.surrogate_slope_end": ([TINY, None], [0.0]),
+    "neuron.adaptation": ([0.0], [-TINY]),
+    "neuron.adaptation_decay": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "neuron.theta_v": ([-1.0, 0.0], [math.nan]),
+    "neuron.theta_u": ([-1.0, 0.0], [math.nan]),
+    "neuron.theta_r": ([-1.0, 0.0], [math.nan]),
+    "neuron.theta_s": ([-1.0, 0.0], [math.nan]),
+    "algo.batch_size": ([1], [0]),
+    "algo.gamma": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "algo.tau": ([TINY, 1.0], [0.0, 1.0000001]),
+    "algo.critic_lr": ([TINY], [0.0]),
+    "algo.critic_hidden_sizes": ([[1]], [[], [0]]),
+    "algo.policy_delay": ([1], [0]),
+    "algo.explore_noise": ([0.0], [-TINY]),
+    "algo.target_noise": ([0.0], [-TINY]),
+    "algo.noise_clip": ([0.0], [-TINY]),
+    "algo.replay_capacity": ([1], [0]),
+    "algo.random_steps": ([0], [-1]),
+    "algo.learning_starts": ([0], [-1]),
+    "algo.update_interval": ([1], [0]),
+    "algo.updates_per_step": ([TINY], [0.0]),
+    "algo.norm_interval": ([1, None], [0]),
+    "algo.norm_clip": ([TINY, None], [0.0]),
+    "algo.max_grad_norm": ([TINY, None], [0.0]),
+    "algo.first_policy_update": ([0, 1], [-1, 2]),
+    "algo.proxy_steps": ([1], [0]),
+    "algo.proxy_lr": ([TINY], [0.0]),
+    "algo.proxy_hidden_sizes": ([[1]], [[], [0]]),
+    "algo.temperature": ([TINY], [0.0]),
+    "algo.temperature_lr": ([TINY], [0.0]),
+    "algo.target_entropy": ([-1.0, 0.0, None], [math.nan]),
+    "algo.log_std_lr": ([TINY], [0.0]),
+    "algo.log_std_hidden_sizes": ([[1]], [[], [0]]),
+    "algo.log_std_range": ([[-1.0, -1.0]], [[1.0], [1.0, 0.0]]),
+    "algo.rollout_steps": ([80, 2000], [0]),
+    "algo.epochs": ([1], [0]),
+    "algo.clip_ratio": ([TINY], [0.0]),
+    "algo.gae_lambda": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "algo.entropy_coef": ([0.0], [-TINY]),
+    "algo.log_std": ([-1.0, 0.5], [math.nan]),
+    "algo.target_kl": ([TINY, None], [0.0]),
+}
+GROUPS: list[Registry[Any, Any]] = [
+    ACTORS, ENCODERS, NEURONS, DECODERS, ALGOS, PRECISIONS, KERNELS, BACKENDS, METERS
+]  # fmt: skip
+OPTIONS: dict[str, dict[str, type[Any]]] = {
+    group.group: {name: config for name, (config, _) in group.options.items()} for group in GROUPS
+}
+SCHEMAS: dict[str, list[type[Any]]] = {
+    "": [RunConfig],
+    "env.": [EnvConfig],
+    **{f"{group}.": list(options.values()) for group, options in OPTIONS.items()},
+}
+
+
+def changed(data: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """`data` with values at keys that have __ for a dot."""
+    data = copy.deepcopy(data)
+    for key, value in values.items():
+        *groups, last = key.split("__")
+        place = data
+        for group in groups:
+            place = place[group]
+        place[last] = value
+    return data
+
+
+def numbers(schema: type[Any]) -> list[str]:
+    return [
+        field.name
+        for field in fields(schema)
+        if "int" in str(field.type) or "float" in str(field.type)
+    ]
+
+
+def test_the_bounds_above_are_those_of_every_number() -> None:
+    found = {
+        f"{prefix}{name}"
+        for prefix, schemas in SCHEMAS.items()
+        for schema in schemas
+        for name in numbers(schema)
+    }
+    assert found == BOUNDS.keys()
+
+
+def with_number(default: dict[str, Any], key: str) -> dict[str, Any]:
+    """The default config, or where it has no such number, with an option that does."""
+    group, _, name = key.rpartition(".")
+    options = OPTIONS.get(group, {})
+    if group == "" or group == "env" or name in numbers(options[default[group]["name"]]):
+        return default
+    option = next(option for option, schema in options.items() if name in numbers(schema))
+    composed = compose("train", [f"{group}={option}"])
+    data: Any = OmegaConf.to_container(composed, resolve=True)
+    return changed(default, **{group: data[group]})
+
+
+@pytest.mark.parametrize("key", BOUNDS)
+def test_bounds(default: dict[str, Any], key: str) -> None:
+    place = key.replace(".", "__")
+    inside, outside = BOUNDS[key]
+    default = with_number(default, key)
+    for value in inside:
+        raw = build(changed(default, **{place: value})).raw
+        assert OmegaConf.select(OmegaConf.create(raw), key) == value
+    for value in outside:
+        with pytest.raises(BadRequest) as refused:
+            build(changed(default, **{place: value}))
+        assert refused.value.args[0] == key
+        assert repr(refused.value.args[1]) == repr(value)
+        assert refused.value.args[2]
+
+
+def test_the_dense_actor_has_the_same_bounds(default: dict[str, Any]) -> None:
+    mlp = {"name": "mlp", "hidden_sizes": [8], "lr": 1e-3}
+    config = build(changed(default, actor=mlp))
+    assert [getattr(config.actor, g) for g in ("encoder", "neuron", "decoder")] == [None] * 3
+    for key in ("hidden_sizes", "lr"):
+        for value in BOUNDS[f"actor.{key}"][1]:
+            with pytest.raises(BadRequest, match=rf"^actor\.{key}="):
+                build(changed(default, actor={**mlp, key: value}))
+
+
+def test_training_gets_what_was_asked_for(default: dict[str, Any]) -> None:
+    asked = {"seed": 11, "total_steps": 12, "steps_per_epoch": 13, "eval_episodes": 14,
+             "num_envs": 6, "scaling": "weak", "world_size": 2}  # fmt: skip
+    config = build(changed(default, **asked, device="cpu", algo__gamma=0.25))
+    assert {key: getattr(config.run, key) for key in asked} == asked
+    assert (config.num_envs, config.world_size) == (6, 2)
+    assert config.algo.gamma == 0.25
+    assert config.resolved.device.choice == "cpu"
+
+
+def test_one_environment_for_each_worker(default: dict[str, Any]) -> None:
+    assert build(default).num_envs == 1
+    assert build(changed(default, world_size=3)).num_envs == 3
+
+
+def test_why_layer_by_layer(default: dict[str, Any]) -> None:
+    reasons = [
+        build(changed(default, device="cpu", **change)).resolved.kernel.reason
+        for change in ({}, {"neuron__reset": "soft"}, {"precision__actor": "bf16"})
+    ]
+    assert reasons == [
+        "a C++ compiler is there",
+        "a C++ compiler is there; layer by layer because of neuron.reset=soft and"
+        " neuron.surrogate=rect, which run in PyTorch",
+        "a C++ compiler is there; layer by layer because of products in bfloat16",
+    ]
+
+
+def test_what_auto_came_to(default: dict[str, Any]) -> None:
+    chosen = build(changed(default, device="cpu")).resolved
+    assert chosen.device == ("cpu", "requested")
+    assert chosen.kernel.choice == f"cpu/{native.supported_paths()[0]}"
+    assert chosen.backend.choice == "none"
+    assert chosen.threads == (str(cores()), f"{cores()} cores over 1 workers")
+    assert build(changed(default, threads=3)).resolved.threads == ("3", "requested")
+    many = build(changed(default, device="cpu", world_size=10 * cores())).resolved
+    assert many.threads.choice == "1"
+    assert many.backend.choice == "gloo"
+
+
+@pytest.mark.parametrize("group", ["env", "actor", "encoder", "algo", "precision", "energy"])
+def test_a_group_is_missing(default: dict[str, Any], group: str) -> None:
+    data = {key: value for key, value in default.items() if key != group}
+    assert str(refusal(build, data)).startswith(f"{group}=null: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"world_size": 2, "num_envs": 3}, "num_envs"),
+        ({"world_size": 3, "algo__batch_size": 2}, "world_size"),
+        ({"world_size": 3, "algo__replay_capacity": 2}, "algo.replay_capacity"),
+    ],
+)
+def test_what_cannot_be_shared_out(
+    default: dict[str, Any], values: dict[str, Any], key: str
+) -> None:
+    assert refusal(build, changed(default, **values)).args[0] == key
+    assert build(changed(default, world_size=3, algo__batch_size=3, num_envs=6)).world_size == 3
+
+
+def test_a_launcher_and_world_size_disagree(
+    default: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert build(default).world_size == 2
+    refused = refusal(build, changed(default, world_size=4))
+    assert str(refused).startswith("world_size=4: the launcher started 2 workers")

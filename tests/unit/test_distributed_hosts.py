@@ -1,0 +1,138 @@
+"""What srun says to a process, and how machines reach each other."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import pytest
+import torch
+
+from spikerl.distributed import hosts, launchers
+from spikerl.distributed.launchers import ranked
+from spikerl.distributed.world import BackendConfig, resolve_backend, resolve_world_size
+from spikerl.machine import cores
+
+# Task 4 of 5, the second on the second of two nodes, as srun of Slurm 22.05 says it.
+STEP = {
+    "SLURM_JOB_ID": "407",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "3,2",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_CPUS_ON_NODE": "1",
+}
+RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """To which no launcher has spoken."""
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    return os.environ  # type: ignore[return-value]
+
+
+def told(environ: dict[str, str]) -> list[str | None]:
+    launchers.adopt()
+    return [environ.get(name) for name in RANK]
+
+
+def test_a_task_of_a_step(environ: dict[str, str]) -> None:
+    environ |= STEP
+    assert told(environ) == ["4", "5", "1", "2", "node07", "25061"]  # 20000 + 37 * 407 % 10000 + 2
+    assert resolve_world_size(None) == 5
+    assert (hosts.workers_here(5), hosts.workers_here(8, 2)) == (2, 2)
+    environ["SLURM_PROCID"] = "0"
+    assert told(environ)[0] == "4"  # once adopted, it stays
+
+
+def test_an_address_that_the_user_gave_stays(environ: dict[str, str]) -> None:
+    environ |= {**STEP, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert told(environ)[4:] == ["10.0.0.1", "29500"]
+
+
+@pytest.mark.parametrize("tasks", ["1", None])
+def test_no_rank(environ: dict[str, str], tasks: str | None) -> None:
+    """A step of one task, as submitit's jobs are, and a batch script, which is no step."""
+    environ |= STEP | ({"SLURM_STEP_NUM_TASKS": tasks} if tasks else {})
+    if tasks is None:
+        del environ["SLURM_STEP_NUM_TASKS"]
+        environ["SLURM_NTASKS"] = "5"
+    assert told(environ) == [None] * 6
+    assert not ranked()
+    assert (resolve_world_size(None), resolve_world_size(8)) == (1, 8)
+    assert (hosts.workers_here(8), hosts.workers_here(8, 2)) == (8, 4)
+
+
+def test_torchrun_inside_srun_and_an_mpi_under_it(environ: dict[str, str]) -> None:
+    agents = ["6", "8", "2", "4", "node07", "29500"]
+    environ |= STEP | dict(zip(RANK, agents, strict=True))
+    assert told(environ) == agents
+    for name in RANK:
+        del environ[name]
+    environ |= {"PMI_RANK": "4", "PMI_SIZE": "5"}
+    assert told(environ) == ["4", "5", "1", "2", None, None]
+
+
+def test_first_host() -> None:
+    lists = ("vm", "a,b", "node[07-12],gpu3", "node[7,9]", "rack-2-node[003]", "gpu3,node[07-12]")
+    assert [launchers.first_host(nodes) for nodes in lists] == [
+        "vm", "a", "node07", "node7", "rack-2-node003", "gpu3"]  # fmt: skip
+
+
+def test_tasks_per_node() -> None:
+    assert launchers.tasks_per_node("2") == [2]
+    assert launchers.tasks_per_node("16(x3),4,1(x2)") == [16, 16, 16, 4, 1, 1]
+
+
+def test_own_cores_and_gpus(environ: dict[str, str]) -> None:
+    environ["SLURM_CPUS_ON_NODE"] = str(cores() + 1)  # of which this process sees some
+    assert not hosts.has_own("cores")
+    environ |= STEP | {"SLURM_CPUS_ON_NODE": str(cores())}
+    assert not hosts.has_own("cores")
+    environ["SLURM_CPUS_ON_NODE"] = str(cores() + 1)
+    assert (hosts.has_own("cores"), hosts.has_own("gpus")) == (True, False)
+    environ["SLURM_GPUS_PER_TASK"] = "1"
+    assert hosts.has_own("gpus")
+
+
+def test_a_device_for_each_worker_of_a_machine(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this machine alone: the others have devices of their own."""
+    seen = 4
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+
+    def choice(*asked: int, name: str = "auto") -> str:
+        return resolve_backend(BackendConfig(name=name), "cuda:0", *asked).choice
+
+    assert (choice(8), choice(8, 2), choice(8, 2, name="nccl")) == ("gloo", "nccl", "nccl")
+    environ["LOCAL_WORLD_SIZE"] = "4"
+    assert choice(8) == "nccl"
+    seen = 1
+    assert choice(8) == "gloo"
+    environ |= STEP | {"SLURM_GPUS_PER_TASK": "1"}
+    assert choice(8) == "nccl"
+
+
+def test_listening() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert hosts.cannot_reach("127.0.0.1", port, 5) is None
+        taken = hosts.cannot_listen("127.0.0.1", port)
+    assert taken == "Address already in use; give an address of machine 0 and a free port there"
+    assert hosts.cannot_listen("127.0.0.1", port) is None
+    begun = time.monotonic()
+    nobody = hosts.cannot_reach("127.0.0.1", port, 0.5)
+    assert nobody == "nobody answered within 0.5 s (Connection refused)"
+    assert 0.5 <= time.monotonic() - begun < 2
+    assert hosts.cannot_listen("nowhere.invalid", port)
+
+
+def test_the_interface_to_a_host() -> None:
+    assert hosts.interface_to("127.0.0.1") == "lo"
+    assert hosts.interface_to("nowhere.invalid") is None

@@ -1,0 +1,270 @@
+"""README and docs: commands are accepted, links lead to files, prose fits into 100 columns."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
+from omegaconf import OmegaConf
+
+from spikerl.algos import ALGOS
+from spikerl.cli.compose import commands, expand, split
+from spikerl.config.build import RunConfig
+from spikerl.config.yaml_file import conf_folder
+from spikerl.distributed.world import BACKENDS
+from spikerl.energy.meter import METERS
+from spikerl.envs.make import EnvConfig
+from spikerl.kernels import KERNELS
+from spikerl.models.policy import ACTOR_GROUPS, parse_actor
+from spikerl.models.precision import PRECISIONS
+from spikerl.schema import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+OTHERS = [*(ROOT / "outputs" / "reproduced").rglob("*.md"), *(ROOT / "tests").rglob("*.md")]
+PAGES = [ROOT / "README.md", *DOCS, *sorted(OTHERS)]
+WIDTH = 100
+
+LAUNCHER = r"(?:(?:srun|mpiexec|torchrun)\b.*? )?"
+COMMAND = re.compile(rf"(?:\$ )?(?:[A-Z]+=\S+ )?{LAUNCHER}(?:-m )?(?:scripts/)?spikerl ([a-z].*)")
+SBATCH = re.compile(r"sbatch .*?scripts/slurm\.sbatch \S+ (.*)")
+# What pages write for a value that the reader chooses.
+PLACEHOLDERS = {"S": "0", "W": "2", "T": "25", "R": "hard", "K": "4.0", "ENV": "Hopper"}
+
+
+def lines(text: str) -> Iterator[tuple[str, str]]:
+    """Each line with its kind: code, table or prose."""
+    fenced = False
+    before = "blank"
+    for line in text.splitlines():
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+            kind = "code"
+        elif fenced or (line.startswith("    ") and before in ("blank", "code")):
+            kind = "code"
+        elif not line.strip():
+            kind = "blank"
+        else:
+            kind = "table" if line.startswith("|") else "prose"
+        yield kind, line
+        before = kind
+
+
+def commands_in(text: str) -> list[str]:
+    """What follows `spikerl`, of every command in a block or a span of code."""
+    code, rest = [], []
+    for kind, line in lines(text):
+        (code if kind == "code" else rest).append(line)
+    spans = re.findall(r"`([^`]+)`", "\n".join(rest))
+    code = re.sub(r"\\\n\s*", "", "\n".join(code)).splitlines()
+    written = [" ".join(text.split()) for text in [*code, *spans]]
+    typed = [m[1] for text in written if (m := COMMAND.fullmatch(text))]
+    return typed + [f"train {m[1]}" for text in written if (m := SBATCH.fullmatch(text))]
+
+
+def variants(command: str) -> Iterator[list[str]]:
+    """The words of a command, up to a pipe or a redirection; k=a|b are two commands."""
+    words = shlex.split(command, comments=True)
+    words = list(itertools.takewhile(lambda word: word not in (">", "|", "&&", ";"), words))
+    choices = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        options = [PLACEHOLDERS.get(option, option) for option in value.split("|")]
+        choices.append([f"{key}{equals}{option}" for option in options])
+    for chosen in itertools.product(*choices):
+        yield [word for word in chosen if word != "..."]
+
+
+def jobs(overrides: list[str]) -> Iterator[tuple[str, ...]]:
+    """Overrides of jobs in which every value of a sweep occurs; of an interval its start."""
+    choices = []
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key, value = override.get_key_element(), override.value()
+        if isinstance(value, IntervalSweep):
+            choices.append([f"{key}={value.start}"])
+        elif override.is_sweep_override():
+            choices.append([f"{key}={option}" for option in override.sweep_string_iterator()])
+        else:
+            choices.append([str(override.input_line)])
+    for i in range(max(map(len, choices), default=1)):
+        yield tuple(options[i % len(options)] for options in choices)
+
+
+def validate(data: dict[Any, Any]) -> None:
+    """What `build` refuses of a run's config on any machine."""
+    known = {f.name for f in fields(RunConfig)}
+    parse(RunConfig, {key: value for key, value in data.items() if key in known})
+    parse(EnvConfig, data["env"], key="env")
+    parse_actor({group: data[group] for group in ACTOR_GROUPS})
+    for registry in (ALGOS, PRECISIONS, KERNELS, BACKENDS, METERS):
+        registry.parse(data[registry.group])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that `resume=` and `config=` accept."""
+    folder = tmp_path_factory.mktemp("run")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = OmegaConf.to_yaml(compose("train"), resolve=True)
+    (folder / "config.yaml").write_text(config)
+    (folder / "manifest.json").write_text(json.dumps({}))
+    return folder
+
+
+def check(words: list[str], run: Path) -> None:
+    """Compose what a command composes; raises where it is refused."""
+    command, *args = words
+    assert command in commands(), f"{command} is no command"
+    args = [re.sub(r"^resume=.*", f"resume={run}", arg) for arg in args]
+    args = [re.sub(r"^config=.*", f"config={run}/config.yaml", arg) for arg in args]
+    overrides, _ = split(expand(command, args))
+    # optuna, which cluster.md tells how to install, is not among what the tests need.
+    overrides = [arg for arg in overrides if not re.match(r"hydra[/.]sweeper", arg)]
+    for job in jobs(overrides):
+        check_job(command, job, bool(overrides))
+
+
+@cache
+def check_job(command: str, job: tuple[str, ...], complete: bool) -> None:
+    """`complete`: every key that has no default has been given."""
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose(command, list(job))
+    data = OmegaConf.to_container(config, resolve=True, throw_on_missing=complete)
+    assert isinstance(data, dict)
+    if "algo" in data:
+        validate(data)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_accepted(page: Path, run: Path) -> None:
+    GlobalHydra.instance().clear()
+    refused = []
+    for command in dict.fromkeys(commands_in(page.read_text(encoding="utf-8"))):
+        if "plugins=" in command:
+            continue  # test_extending.py runs it with the package that it needs
+        for words in variants(command):
+            try:
+                check(words, run)
+            except Exception as error:
+                refused.append(f"spikerl {' '.join(words)}: {error}")
+    assert not refused, "\n".join(refused)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_are_there(page: Path) -> None:
+    spans = re.findall(r"`([\w./-]+)`", page.read_text(encoding="utf-8"))
+    names = {span for span in spans if "NAME" not in span}
+    assert [name for name in sorted(names) if names_file(name) and not places(name)] == []
+
+
+def names_file(span: str) -> bool:
+    """Whether it is written as the name of a source, test or script of this repository."""
+    first, slash, _ = span.partition("/")
+    ours = first in ("tests", "spikerl", "conf") or (ROOT / "spikerl" / first).is_dir()
+    source = re.search(r"\.(py|cpp|h|yaml)$", span) and (ours or first.startswith("test_"))
+    return bool(source) or (first == "scripts" and slash == "/")
+
+
+def places(name: str) -> list[Path]:
+    """Where a file is that is named from the root, from spikerl/, or alone if it is a test."""
+    if name.startswith("test_"):
+        return list((ROOT / "tests").rglob(name))
+    return [path for path in (ROOT / name, ROOT / "spikerl" / name) if path.exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_prose_fits(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert [line for kind, line in lines(text) if kind == "prose" and len(line) > WIDTH] == []
+
+
+def test_the_index_leads_to_every_page() -> None:
+    linked = set(re.findall(r"\(([^)#/]+\.md)", (ROOT / "docs" / "index.md").read_text()))
+    assert {page.name for page in DOCS} - {"index.md"} == linked
+
+
+PAGE = """\
+Prose with `spikerl train env=Ant
+seed=1` and `spikerl --help`.
+
+    $ srun -n2 spikerl train env=Hopper \\
+        seed=3 ...
+    spikerl: rdzv=a:1: refused
+    stopped; spikerl train resume=run goes on
+
+```
+$ PYTHONPATH=. torchrun --nnodes=2 -m spikerl bench rounds=5 json=true > out.json
+scripts/spikerl eval run=RUN
+```
+
+| `sbatch -n8 scripts/slurm.sbatch RUN env=Ant` | `spikerl doctor` |
+
+1. An item
+    that goes on, which is no code: spikerl train seed=2
+"""
+
+
+def test_commands_are_seen() -> None:
+    assert commands_in(PAGE) == [
+        "train env=Hopper seed=3 ...",
+        "bench rounds=5 json=true > out.json",
+        "eval run=RUN",
+        "train env=Ant seed=1",
+        "doctor",
+        "train env=Ant",
+    ]
+
+
+def test_kinds_of_lines() -> None:
+    kinds = "".join(kind[0] for kind, _ in lines(PAGE))
+    assert kinds == "ppb" + "ccccb" + "ccccb" + "tb" + "pp"
+
+
+def test_variants() -> None:
+    command = "train algo=td3|sac seed=S 'algo.gamma=interval(0.9,1)' ... > file"
+    td3, sac = variants(command)
+    assert td3 == ["train", "algo=td3", "seed=0", "algo.gamma=interval(0.9,1)"]
+    assert sac == ["train", "algo=sac", "seed=0", "algo.gamma=interval(0.9,1)"]
+    assert list(jobs(td3[1:])) == [("algo=td3", "seed=0", "algo.gamma=0.9")]
+    assert list(jobs(["env=Ant,Hopper", "seed=1", "num_envs=1,2,4"])) == [
+        ("env=Ant", "seed=1", "num_envs=1"),
+        ("env=Hopper", "seed=1", "num_envs=2"),
+        ("env=Ant", "seed=1", "num_envs=4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "env=Hoper"], "env/Hoper"),
+        (["train", "sed=1"], "sed"),
+        (["train", "algo.gamma=2"], "algo.gamma=2"),
+        (["train", "seed=one"], "seed=one"),
+        (["evaluate", "run=RUN"], "no command"),
+        (["eval", "seed=1"], "run"),
+    ],
+)
+def test_wrong_commands_are_refused(words: list[str], message: str, run: Path) -> None:
+    GlobalHydra.instance().clear()
+    with pytest.raises(Exception, match=re.escape(message)):
+        check(words, run)

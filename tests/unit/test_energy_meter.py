@@ -1,0 +1,250 @@
+"""Sums of joules over devices, windows and rows; and a recorded trace through the same path."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from clock import Clock, window
+
+from spikerl.energy import counters
+from spikerl.energy.meter import (
+    EnergyConfig,
+    Reading,
+    energy_row,
+    joules_to_reach,
+    merge,
+    open_meter,
+    resolve,
+    total_joules,
+)
+from spikerl.errors import BadRequest
+
+CPU = torch.device("cpu")
+
+
+def replay(file: Path) -> EnergyConfig:
+    return EnergyConfig(name="replay", file=str(file))
+
+
+# --- sums -----------------------------------------------------------------------------------
+
+
+def test_merge_takes_each_device_once_from_the_first_rank_that_has_it() -> None:
+    merged = merge(
+        [
+            Reading(2.0, {"gpu:a": 10.0}, {"cpu:n1:0": "stuck", "gpu:z": "lost"}),
+            Reading(3.0, {"gpu:a": 99.0, "gpu:b": 20.0}, {}),
+            Reading(1.0, {"cpu:n1:0": 5.0, "gpu:b": 77.0}, {"gpu:z": "later"}),
+        ]
+    )
+    joules = {"gpu:a": 10.0, "gpu:b": 20.0, "cpu:n1:0": 5.0}
+    assert merged == Reading(3.0, joules, {"gpu:z": "lost"})
+    assert merge([]) == Reading(0.0, {}, {})
+
+
+def test_row_of_a_whole_epoch() -> None:
+    train = Reading(8.0, {"gpu:a": 100.0, "gpu:b": 60.0, "cpu:n1:0": 30.0, "dram:n1:0": 2.0}, {})
+    evaluation = Reading(2.0, {"gpu:a": 10.0, "gpu:b": 6.0, "cpu:n1:0": 3.0, "dram:n1:0": 1.0}, {})
+    assert energy_row(train, evaluation, "zeus:nvml+rapl") == {
+        "energy_j": 212.0,
+        "energy_gpu_j": 176.0,
+        "energy_cpu_j": 36.0,
+        "energy_source": "zeus:nvml+rapl",
+        "power_w": 21.2,
+        "energy_train_j": 192.0,
+        "energy_eval_j": 20.0,
+    }
+
+
+def test_row_of_one_kind_leaves_the_other_null() -> None:
+    row = energy_row(
+        Reading(1.0, {"gpu:a": 3.0}, {}), Reading(1.0, {"gpu:a": 1.0}, {}), "zeus:nvml"
+    )
+    assert (row["energy_j"], row["energy_gpu_j"], row["energy_cpu_j"]) == (4.0, 4.0, None)
+    assert row["energy_source"] == "zeus:nvml"
+
+
+@pytest.mark.parametrize("lacks", ["train", "evaluation"])
+def test_no_part_passes_for_the_whole(lacks: str) -> None:
+    """The GPU is in one window only: its sums and the whole are null, the packages' are not."""
+    both, one = {"gpu:a": 8.0, "cpu:n1:0": 2.0}, {"cpu:n1:0": 1.0}
+    windows = (one, both) if lacks == "train" else (both, one)
+    train, evaluation = (Reading(1.0, joules, {}) for joules in windows)
+    row = energy_row(train, evaluation, "zeus:nvml+rapl")
+    assert (row["energy_j"], row["energy_gpu_j"], row["power_w"]) == (None, None, None)
+    assert row["energy_cpu_j"] == 3.0
+    kept, lost = ("eval", "train") if lacks == "train" else ("train", "eval")
+    assert (row[f"energy_{kept}_j"], row[f"energy_{lost}_j"]) == (10.0, None)
+    assert row["energy_source"] == "none: no device was read in both windows"
+
+
+def test_joules_over_rows() -> None:
+    rows: list[dict[str, Any]] = [
+        {"energy_j": 5.0, "eval_return": 10.0},
+        {"energy_j": 7.0, "eval_return": None},
+        {"energy_j": 1.0, "eval_return": 30.0},
+        {"energy_j": None, "eval_return": 50.0},
+    ]
+    assert total_joules(rows[:3]) == 13.0
+    assert total_joules(rows) is None
+    assert total_joules([]) is None
+    assert total_joules([{}]) is None
+    assert joules_to_reach(rows, 10.0) == 5.0
+    assert joules_to_reach(rows, 10.1) == 13.0
+    assert joules_to_reach(rows, 31.0) is None  # its own row was not measured
+    assert joules_to_reach(rows, 51.0) is None  # never reached
+
+
+# --- replayed power -------------------------------------------------------------------------
+
+
+def write_trace(folder: Path, text: str) -> EnergyConfig:
+    file = folder / "trace.csv"
+    file.write_text(text)
+    return replay(file)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("shared", [True, False])
+def test_known_power_gives_its_joules(tmp_path: Path, world_size: int, shared: bool) -> None:
+    """250 W a GPU, 40 W a package, 8 W its memory: 12.5 s and 1.5 s through the whole path."""
+    gpus = [f"gpu:{i}" for i in range(1 if shared else world_size)]
+    header = ",".join(["t_s", *gpus, "cpu:n1:0", "dram:n1:0"])
+    powers = ",".join(["250"] * len(gpus) + ["40", "8"])
+    config = write_trace(tmp_path, f"{header}\n0,{powers}\n0.7,{powers}\n3,{powers}\n")
+    clocks = [Clock() for _ in range(world_size)]
+    meters = []
+    for rank, clock in enumerate(clocks):
+        clock.now += 0.01 * rank  # workers do not start together
+        meters.append(open_meter(config, device=CPU, local_rank=rank, clock=clock))
+
+    def measure(name: str, seconds: float) -> Reading:
+        for meter, clock in zip(meters, clocks, strict=True):
+            clock.now += 0.3  # between the windows: in none of them
+            meter.begin(name)
+            clock.now += seconds
+        return merge([meter.end(name) for meter in meters])
+
+    row = energy_row(measure("train", 12.5), measure("eval", 1.5), meters[0].source)
+    assert row["energy_source"] == f"replay:{config.file}"
+    exactly: dict[str, Any] = {"rel": 1e-9}
+    assert row["energy_gpu_j"] == pytest.approx(14 * 250 * len(gpus), **exactly)
+    assert row["energy_cpu_j"] == pytest.approx(14 * 48, **exactly)
+    assert row["energy_j"] == pytest.approx(14 * (250 * len(gpus) + 48), **exactly)
+    assert row["energy_train_j"] == pytest.approx(12.5 * (250 * len(gpus) + 48), **exactly)
+    assert row["energy_eval_j"] == pytest.approx(1.5 * (250 * len(gpus) + 48), **exactly)
+    assert row["power_w"] == pytest.approx(250 * len(gpus) + 48, **exactly)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "joules"),
+    [
+        (0, 4, 600.0),  # 0 to 200 W over 2 s, then 200 W for 2 s
+        (1, 3, 350.0),  # 100 to 200 W, then 200 W
+        (0.5, 1.5, 100.0),
+        (0, 1.95, 190.125),  # just before a row
+        (3, 5, 250.0),  # over the end: 200 W, then again 0 to 100 W
+        (0, 40, 6000.0),
+        (7.5, 8.25, 103.125),
+        (2, 2, 0.0),
+    ],
+)
+def test_power_is_linear_between_rows_and_repeats(
+    tmp_path: Path, begin: float, end: float, joules: float
+) -> None:
+    config = write_trace(tmp_path, "t_s, gpu:0\n10,0\n12,200\n14,200\n")
+    clock = Clock()
+    meter = open_meter(config, device=CPU, local_rank=0, clock=clock)
+    clock.now += begin
+    meter.begin("w")
+    clock.now += end - begin
+    reading = meter.end("w")
+    assert reading.joules.get("gpu:0", 0.0) == pytest.approx(joules, rel=1e-9)
+    assert reading.missing == ({} if joules else {"gpu:0": "gave 0 J in 0 s"})
+
+
+def test_replayed_devices_are_dealt_out_by_local_rank(tmp_path: Path) -> None:
+    config = write_trace(tmp_path, "t_s,cpu:a:0,gpu:x,gpu:y,dram:a:0\n0,1,2,3,4\n1,1,2,3,4\n")
+    clock = Clock()
+    meters = [open_meter(config, device=CPU, local_rank=r, clock=clock) for r in range(3)]
+    took = [sorted(window(meter, clock).joules) for meter in meters]
+    assert took == [["cpu:a:0", "dram:a:0", "gpu:x"], ["gpu:y"], ["gpu:x"]]
+
+
+def test_a_trace_may_count_seconds_from_1970(tmp_path: Path) -> None:
+    config = write_trace(tmp_path, "t_s,gpu:0\n1700000000.25,10\n1700000000.75,30\n")
+    clock = Clock()
+    reading = window(open_meter(config, device=CPU, local_rank=0, clock=clock), clock, 0.5)
+    assert reading.joules["gpu:0"] == pytest.approx(10.0)
+
+
+def test_windows_may_overlap(tmp_path: Path) -> None:
+    config = write_trace(tmp_path, "t_s,gpu:0\n0,10\n1,10\n")
+    clock = Clock()
+    meter = open_meter(config, device=CPU, local_rank=0, clock=clock)
+    meter.begin("epoch")
+    inner = window(meter, clock, 3.0)
+    clock.now += 1.0
+    assert inner.joules["gpu:0"] == pytest.approx(30.0)
+    assert meter.end("epoch").joules["gpu:0"] == pytest.approx(40.0)
+
+
+HEADER = r"line 1 must be t_s and device names \(gpu:\.\.\., cpu:\.\.\., dram:\.\.\.\)"
+SECOND, THIRD = (f"line {n} must be a later t_s and 1 numbers of watts" for n in (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", HEADER),
+        ("t_s\n0\n1\n", HEADER),
+        ("time,gpu:0\n0,1\n1,1\n", HEADER),
+        ("t_s,gpu:0,gpu:0\n0,1,1\n1,1,1\n", HEADER),
+        ("t_s,fan:0\n0,1\n1,1\n", HEADER),
+        ("t_s,gpu:\n0,1\n1,1\n", HEADER),
+        ("t_s,gpu:0\n", "needs two rows or more"),
+        ("t_s,gpu:0\n0,1\n", "needs two rows or more"),
+        ("t_s,gpu:0\n0,1\n1\n", THIRD),
+        ("t_s,gpu:0\n0,1\n1,1,1\n", THIRD),
+        ("t_s,gpu:0\n0,1\n0,1\n", THIRD),
+        ("t_s,gpu:0\n0,1\n\n2,1\n", THIRD),
+        ("t_s,gpu:0\n0,much\n1,1\n", SECOND),
+        ("t_s,gpu:0\n0,-1\n1,1\n", SECOND),
+        ("t_s,gpu:0\n0,nan\n1,1\n", SECOND),
+        ("t_s,gpu:0\n0,1e300\n1,1\n", SECOND),
+        ("t_s,gpu:0\n-inf,1\n1,1\n", SECOND),
+    ],
+)
+def test_garbage_traces_are_refused(tmp_path: Path, text: str, why: str) -> None:
+    config = write_trace(tmp_path, text)
+    with pytest.raises(BadRequest, match=rf"^energy\.file=.*trace\.csv: {why}$"):
+        resolve(config, device=CPU)
+    with pytest.raises(BadRequest):
+        open_meter(config, device=CPU, local_rank=0)
+
+
+def test_files_that_are_no_traces_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binary, pipe = tmp_path / "binary", tmp_path / "pipe"
+    binary.write_bytes(b"t_s,gpu:0\xff\n")
+    os.mkfifo(pipe)  # opening it would wait for ever
+    for file, why in (
+        (tmp_path / "absent.csv", "no such file"),
+        (tmp_path, "no such file"),
+        (pipe, "no such file"),
+        (binary, "cannot be read as text"),
+    ):
+        with pytest.raises(BadRequest, match=why):
+            resolve(replay(file), device=CPU)
+    config = write_trace(tmp_path, "t_s,gpu:0\n0,10\n1,10\n")
+    size = Path(str(config.file)).stat().st_size
+    monkeypatch.setattr(counters, "MAX_TRACE_BYTES", size)
+    assert resolve(config, device=CPU).choice == f"replay:{config.file}"
+    monkeypatch.setattr(counters, "MAX_TRACE_BYTES", size - 1)
+    with pytest.raises(BadRequest, match="larger than"):
+        resolve(config, device=CPU)

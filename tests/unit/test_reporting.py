@@ -1,0 +1,307 @@
+"""What is read of run folders, drawn, and shown on a page."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from shell import refusal, spikerl
+
+from spikerl.commands import report
+from spikerl.commands.reproduce.screen import Screen, State, summary
+from spikerl.commands.reproduce.work import cell_left_s, left_s
+from spikerl.reporting import curves, render
+from spikerl.reporting.records import Run, run_folders
+from spikerl.reporting.side_by_side import SideBySide, names_of
+from spikerl.reporting.table_file import Cell
+
+
+def write(folder: Path, *, algo: str = "td3", seed: int = 0, **facts: Any) -> Path:
+    """A run folder with two evaluations."""
+    folder.mkdir(parents=True)
+    manifest = {"status": "done", "env_id": "Ant-v5", "command": "spikerl train env=Ant"}
+    (folder / "manifest.json").write_text(json.dumps(manifest | facts))
+    config = f"seed: {seed}\nrun_dir: x{seed}\nalgo:\n  name: {algo}\n  tau: 0.005\n"
+    (folder / "config.yaml").write_text(config)
+    rows = [
+        {"step": step, "eval_return": 10.0 * step + seed, "wall_s": 36.0 * step, "energy_j": 5.0,
+         "layer_firing_rates": [0.1, 0.2], "layer_window_fractions": [0.5],
+         "layer_silent": [0.25], "layer_saturated": [0.125], "critic_loss": 1.5}
+        for step in (100, 200)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_run(tmp_path: Path) -> None:
+    run = Run.read(write(tmp_path / "a", seed=3))
+    assert (run.seed, run.step, run.returns) == (3, 200, [1003.0, 2003.0])
+    assert (run.score("max_average"), run.score("last_ten_mean")) == (2003.0, 1503.0)
+    assert (run.wall_s, run.joules) == (7200.0, 10.0)
+    assert run.settings == {"seed": "3", "algo.name": "td3", "algo.tau": "0.005"}
+    x, y = run.curve("eval_return", "wall")
+    assert (x.tolist(), y.tolist()) == ([1.0, 2.0], [1003.0, 2003.0])
+    assert run.curve("eval_return", "joules")[0].tolist() == [5.0, 10.0]
+    assert run.curve("layer_firing_rates.1")[1].tolist() == [0.2, 0.2]
+    assert run.curve("layer_firing_rates.2")[1].tolist() == []
+
+
+def test_a_run_that_goes_on(tmp_path: Path) -> None:
+    """Half of a line was written; nothing was evaluated in the row before."""
+    folder = write(tmp_path / "a")
+    rows = ['{"step": 100, "eval_return": null}', '{"step": 200, "eval_r']
+    (folder / "metrics.jsonl").write_text("\n".join(rows))
+    run = Run.read(folder)
+    assert (run.step, run.returns, run.score("max_average"), run.joules) == (0, [], None, None)
+
+
+BROKEN: list[tuple[str, str]] = [
+    ("manifest.json", "[]"),
+    ("manifest.json", '{"status": 3}'),
+    ("config.yaml", "a: !!python/object:os.system x"),
+    ("config.yaml", "[1]"),
+    ("metrics.jsonl", '{"step": "x"}\n'),
+    ("metrics.jsonl", "nonsense\n"),
+    ("evaluation.json", "[1]"),
+    ("evaluation.json", '{"return_mean": NaN}'),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), BROKEN)
+def test_what_cannot_be_read(name: str, content: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a")
+    (folder / name).write_text(content)
+    assert str(refusal(Run.read, folder)).startswith(f"runs={folder}: ")
+
+
+def test_run_folders(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "x" / "seed=0,a[1]"), write(tmp_path / "y")
+    inner = a / "checkpoints" / "step_1"
+    inner.mkdir(parents=True)
+    (inner / "manifest.json").touch()
+    write(tmp_path / "x" / ".b.1.partial")
+    assert run_folders(str(tmp_path)) == [a, b]
+    assert run_folders(f"{tmp_path}/*") == [a, b]
+    assert run_folders(str(tmp_path / "y")) == [b]
+    assert "no run folder matches" in str(refusal(run_folders, str(tmp_path / "z*")))
+
+
+def line(*points: tuple[float, float]) -> curves.Line:
+    x, y = np.array(points).T
+    return x, y
+
+
+def test_band_of_shared_points() -> None:
+    """The second seed ends early: from there on the mean is the first's, and has no interval."""
+    lines = [line((1, 0.0), (2, 2.0), (3, 4.0)), line((1, 2.0), (2, 2.0))]
+    x, mean, low, high = curves.band(lines, shared=True)
+    assert (x.tolist(), mean.tolist()) == ([1, 2, 3], [1.0, 2.0, 4.0])
+    assert (low[:2].tolist(), high[:2].tolist()) == ([0.0, 2.0], [2.0, 2.0])
+    assert np.isnan([low[2], high[2]]).all()
+
+
+def test_band_over_time() -> None:
+    """Interpolated, from where both have begun to where the shorter one ends."""
+    lines = [line((0, 0.0), (10, 10.0)), line((2, 4.0), (6, 8.0))]
+    x, mean, _, _ = curves.band(lines, shared=False)
+    assert (x[0], x[-1]) == (2.0, 6.0)
+    assert (mean[0], mean[-1]) == (3.0, 7.0)
+
+
+def test_pictures_are_the_same_bytes() -> None:
+    panel = {"a": {"x": [line((1, 2.0), (2, 3.0)), line((1, 2.5), (2, 3.5))], "none": []}}
+    first, second = curves.curves(panel, "step", "y"), curves.curves(panel, "step", "y")
+    assert first is not None
+    assert second is not None
+    svg = curves.encoded(first, "svg")
+    assert svg == curves.encoded(second, "svg")
+    assert b"x (n=2)" in svg
+    assert b"none" not in re.findall(rb"<text[^>]*>([^<]*)<", svg)
+    assert curves.encoded(first, "png")[1:4] == b"PNG"
+    assert curves.curves({"a": {"x": []}}, "step", "y") is None
+
+
+def test_groups(tmp_path: Path) -> None:
+    specs = [("td3", 0), ("td3", 1), ("sac", 0)]
+    runs = [Run.read(write(tmp_path / f"{a}{s}", algo=a, seed=s)) for a, s in specs]
+    groups = SideBySide(runs, None)
+    assert groups.varied == ["seed", "algo.name"]
+    assert {name: len(group) for name, group in groups.groups.items()} == {
+        "algo.name=td3": 2, "algo.name=sac": 1,
+    }  # fmt: skip
+    assert groups.returns("max_average")[1:] == [
+        ["algo.name=td3", "2000 \u00b1 1 (n=2, 200 steps)"],
+        ["algo.name=sac", "2000 (n=1, 200 steps)"],
+    ]
+    assert list(SideBySide(runs, ["seed"]).groups) == ["seed=0", "seed=1"]
+    assert list(SideBySide(runs, []).groups) == ["all runs"]
+    assert names_of(runs) == ["td30", "td31", "sac0"]
+    assert names_of(runs[:1]) == ["td30"]
+
+
+def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that refers to nothing outside, whatever a run says of itself."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "runs" / "a", command="<script>alert('x')</script> http://there")
+    write(tmp_path / "runs" / "b", algo="sac", seed=1, git={"commit": "abc", "dirty": True})
+    (write(tmp_path / "runs" / "c") / "metrics.jsonl").write_text("nonsense\n")
+    said = spikerl("report", "runs=runs/*", "out=out")
+    assert (said.status, said.err) == (0, "")
+    assert "out: 2 runs; table.md" in said.out
+    assert "left out: runs/c: its record or config" in said.out
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    references = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s>]*)""", page)
+    assert references
+    assert all(r.startswith(("#", "data:image/svg+xml;base64,")) for r in references)
+    for anchor in (r for r in references if r.startswith("#")):
+        assert f'id="{anchor[1:]}"' in page
+    for text in ("algo.name", "layer 1", "0.250", "0.125", "warning: some ran from a checkout"):
+        assert text in page
+    table = (tmp_path / "out" / "table.csv").read_text().splitlines()
+    assert table[0].startswith("run,group,env_id,seed,status,steps,max_average")
+    assert table[2].startswith("b,algo.name=sac,Ant-v5,1,done,200,2001.0,1501.0")
+    assert (tmp_path / "out" / "runs.csv").read_text().count("\n") == 5
+    for name in ("curves.svg", "curves.png", "curves_joules.png", "inside_Ant-v5.svg"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+
+
+def test_watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is rendered again once a run has gone on, and for the last time when none does."""
+    monkeypatch.chdir(tmp_path)
+    folder = write(tmp_path / "a", status="running")
+    looks: list[float] = []
+
+    def go_on(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            text = (folder / "manifest.json").read_text()
+            (folder / "manifest.json").write_text(text.replace("running", "done"))
+
+    monkeypatch.setattr(report.time, "sleep", go_on)
+    said = spikerl("report", "runs=a", "watch=true")
+    assert said.status == 0
+    assert said.out.count("1 runs; ") == 2
+    assert looks == [report.WATCH_S] * 2
+
+
+ASKED: list[tuple[list[str], str]] = [
+    (["runs=nowhere/*"], "runs=nowhere/*: no run folder matches"),
+    (["runs=runs/a", "group_by=algo.nam"], "group_by=algo.nam: no run has this key; did you mean"),
+    (["runs=runs/a", "group_by=[3]"], "group_by=[3]: give keys of configs"),
+    (["runs=runs/a", "out=runs/a/config.yaml"], "out=runs/a/config.yaml: "),
+    (["runs=runs/broken"], "runs=runs/broken: no run can be read"),
+]
+
+
+@pytest.mark.parametrize(("args", "line"), ASKED)
+def test_wrong_requests(
+    args: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "runs" / "a")
+    (write(tmp_path / "runs" / "broken") / "metrics.jsonl").write_text("nonsense\n")
+    assert spikerl("report", *args).line.startswith(line)
+
+
+@pytest.mark.parametrize("args", [["report", "runs=a"], ["reproduce", "table=ours", "render=true"]])
+def test_without_the_extra(
+    args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a")
+    real: Callable[[str], Any] = render.find_spec
+    monkeypatch.setattr(render, "find_spec", lambda n: None if n == "matplotlib" else real(n))
+    assert "matplotlib is missing; pip install 'spikerl[report]' brings it" in spikerl(*args).line
+
+
+TABLE = ["reproduce", "table=popsan_table1"]
+CELLS: list[tuple[list[str], str]] = [
+    (["reproduce"], "table=null: give one of care_bn, "),
+    (["reproduce", "table=popsan_tabel1"], "table=popsan_tabel1: no such option; did you mean"),
+    ([*TABLE, "rows=[popsan_td4]"], "rows=popsan_td4: no such name; did you mean popsan_td3"),
+    ([*TABLE, "columns=Hoper"], "columns=Hoper: no such name; did you mean Hopper?"),
+    ([*TABLE, "rows=[]"], "rows=[]: no cell is selected"),
+    ([*TABLE, "rows=popsan_td3_loihi"], "rows=popsan_td3_loihi: no cell is selected: these are"),
+    ([*TABLE, "seeds=0"], "seeds=0: give how many"),
+    ([*TABLE, "total_steps=0"], "total_steps=0: give at least 1"),
+    ([*TABLE, "jobs=x"], "jobs=x: expected int"),
+    ([*TABLE, "nice=20"], "nice=20: give 0 to 19"),
+    ([*TABLE, "plan=true", "render=true"], "render=True: goes without plan"),
+    ([*TABLE, "+table.rows.x.label=y"], "table.rows.x.experiment=null: give one, or published"),
+]
+
+
+@pytest.mark.parametrize(("args", "line"), CELLS)
+def test_wrong_cells(
+    args: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert spikerl(*args).line.startswith(line)
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of one run took 2 hours for 200 of 1000 steps: 8 hours to go, 10 for the other."""
+    monkeypatch.chdir(tmp_path)
+    place = Path("outputs/reproduced/popsan_table1/popsan_td3/Ant")
+    folder = write(place / "seed0", status="preempted")
+    (folder / "config.yaml").write_text("seed: 0\n")
+    request = [*TABLE, "rows=popsan_td3", "columns=Ant", "seeds=2", "total_steps=1000", "jobs=2"]
+    said = spikerl(*request, "plan=true")
+    assert (said.status, said.err) == (0, "")
+    assert said.out.splitlines() == [
+        "popsan_table1: 2 runs, 0 done, 1 begun",
+        "  popsan_td3: 2 runs, 18.0 h",
+        "1800 steps to go, 2 runs side by side: 9.0 h",
+    ]
+
+
+def test_libraries_for_pictures_wait_until_one_is_drawn() -> None:
+    code = (
+        "import sys, spikerl.commands.report, spikerl.commands.reproduce.command;"
+        " sys.exit(' '.join({'matplotlib', 'jinja2'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def state(word: str, step: int, wall_s: float | None) -> State:
+    return State(word, step, 100, 5.0 if step else None, wall_s)
+
+
+def test_a_screen() -> None:
+    out = io.StringIO()
+    screen = Screen("a table", Console(file=out, force_terminal=True, width=120))
+    named = {
+        Cell("row", "column", 0, Path("a"), "train", (), 1): state("done", 100, 50.0),
+        Cell("row", "column", 1, Path("b"), "train", (), 1): state("running", 50, 30.0),
+        Cell("other", "column", 0, Path("c"), "train", (), 1): state("failed", 0, None),
+    }
+    assert screen.due
+    screen.draw(named, left_s(named, 2))
+    screen.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "row/column/seed1" in shown
+    assert "##########.........." in shown
+    # 80 s for the 150 steps of this row: 26.7 s for 50 more, by two at a time 13 s.
+    assert "3 cells: 1 running, 1 failed, 1 done; time left: 13 s" in shown
+    assert shown.index("row/column/seed1") < shown.index("other/column") < shown.index("seed0 ")
+
+
+def test_time_left_is_unknown_where_nothing_was_run() -> None:
+    cells = [Cell(row, "column", 0, Path(row), "train", (), 1) for row in ("a", "b")]
+    states = {cells[0]: state("running", 50, 30.0), cells[1]: state("waiting", 0, None)}
+    assert left_s(states, 1) is None
+    assert cell_left_s(states, cells[0]) == 30.0
+    assert "time left: unknown" in summary(states, None)

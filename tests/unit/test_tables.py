@@ -1,0 +1,268 @@
+"""What a table's files say of its cells: numbers worked by hand, n, steps, failures, sources."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shell import refusal
+
+from spikerl.reporting import tables
+from spikerl.reporting.render import render_table
+from spikerl.reporting.results import Results, seeds_of
+from spikerl.reporting.table_file import Table, table_of
+
+DATA: dict[str, Any] = {
+    "name": "small",
+    "title": "Small",
+    "source": "Somebody, 2020",
+    "baseline": "dense",
+    "aggregate": "APG",
+    "protocol": {"total_steps": 3000, "seeds": 3, "eval_episodes": 10, "metric": "max_average"},
+    "rows": {
+        "spiking": {
+            "label": "50 % PopSAN & co",
+            "experiment": "popsan/td3",
+            "published": {
+                "source": "Table 1",
+                "version": "v4",
+                "seeds": 5,
+                "metric": "max_average",
+                "values": {"Ant": [300, 30], "InvertedDoublePendulum": [90, None]},
+                "aggregate": 1.5,
+            },
+        },
+        "dense": {
+            "label": "dense",
+            "experiment": "dense/td3",
+            "published": {
+                "source": "Figure 3",
+                "version": "v3",
+                "seeds": 5,
+                "metric": "smoothed_mean",
+                "figure": True,
+                "values": {"Ant": [200, None]},
+            },
+        },
+    },
+    "columns": {
+        "Ant": {"env": "Ant", "version": "v4"},
+        "InvertedDoublePendulum": {"env": "InvertedDoublePendulum", "version": "v4"},
+    },
+    "caveats": ["a caveat"],
+}
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(
+    row: str, column: str, seed: int, returns: list[float], status: str = "done", **facts: Any
+) -> Path:
+    """A cell with an evaluation every 1000 steps."""
+    folder = Path(f"outputs/reproduced/small/{row}/{column}/seed{seed}")
+    folder.mkdir(parents=True)
+    manifest = {"status": status, "env_id": f"{column}-v4", "command": "spikerl train", **facts}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "config.yaml").write_text(f"seed: {seed}\n")
+    rows = [
+        {"step": 1000 * (i + 1), "eval_return": r, "energy_j": 500.0, "wall_s": 360.0 * (i + 1)}
+        for i, r in enumerate(returns)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def results(total_steps: int = 3000, **changes: Any) -> Results:
+    table: Table = table_of({**DATA, **changes})
+    return Results(table, total_steps)
+
+
+def column(lines: tables.Grid, name: str) -> list[str]:
+    at = lines[0].index(name)
+    return [line[at] for line in lines[1:]]
+
+
+def test_nothing_has_run() -> None:
+    lines = tables.grid(results(), "max_average")
+    assert column(lines, "Ant-v4") == ["-", "300 \u00b1 30", "-"]
+    assert column(lines, "APG") == ["-", "-", "-"]
+    assert "no run has begun yet" in tables.markdown(results())
+    assert tables.aggregate_grid(results())[1:] == []
+
+
+def test_a_cell() -> None:
+    write("spiking", "Ant", 0, [100.0, 400.0, 200.0])
+    write("spiking", "Ant", 1, [300.0, 100.0, 200.0])
+    result = results().by_cell["spiking", "Ant"]
+    # Maxima 400 and 300; sample sd 50 sqrt(2); means of all three evaluations 700/3 and 200.
+    assert tables.cell_text(result, "max_average") == "350 \u00b1 71 (n=2)"
+    assert tables.cell_text(result, "last_ten_mean") == "217 \u00b1 24 (n=2)"
+    assert results().by_cell["spiking", "Ant"].spent("joules") == 1500.0
+    assert column(tables.spent_grid(results()), "Ant-v4") == ["0.30 h, 1.5 kJ"]
+
+
+def test_what_is_not_whole_is_said() -> None:
+    write("spiking", "Ant", 0, [100.0, 400.0, 200.0])
+    write("spiking", "Ant", 1, [300.0], "failed")
+    write("spiking", "Ant", 2, [], "running")
+    text = tables.cell_text(results().by_cell["spiking", "Ant"], "max_average")
+    said = "n=2, 1k to 3k of 3k steps, 1 without evaluation, 1 failed"
+    assert text == f"350 \u00b1 71 ({said})"
+
+
+def test_a_seed_that_was_not_asked_for_is_there() -> None:
+    """What is rendered is what lies on the disk."""
+    write("spiking", "Ant", 17, [5.0, 6.0, 5.5])
+    text = tables.cell_text(results().by_cell["spiking", "Ant"], "max_average")
+    assert text == "6.0 (n=1)"
+    assert "(the protocol has 3k)" in tables.markdown(results(total_steps=1000))
+
+
+def test_unmeasured_joules_are_absent() -> None:
+    folder = write("spiking", "Ant", 0, [1.0, 2.0])
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows[0]["energy_j"] = None
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert results().by_cell["spiking", "Ant"].spent("joules") is None
+    assert column(tables.spent_grid(results()), "Ant-v4") == ["0.20 h"]
+
+
+def fill() -> None:
+    for seed, (a, b) in enumerate([(200.0, 90.0), (100.0, 90.0)]):
+        write("dense", "Ant", seed, [0.0, 0.0, a])
+        write("dense", "InvertedDoublePendulum", seed, [0.0, 0.0, b])
+    for seed, (a, b) in enumerate([(300.0, 99.0), (150.0, 99.0)]):
+        write("spiking", "Ant", seed, [0.0, 0.0, a])
+        write("spiking", "InvertedDoublePendulum", seed, [0.0, 0.0, b])
+
+
+def test_gains() -> None:
+    """Ant: 225 over 150 is +50 %; the pendulum: 99 over 90 is +10 %; the mean 30 %."""
+    fill()
+    lines = tables.grid(results(), "max_average")
+    assert column(lines, "APG") == ["+30.00 %", "-", "+0.00 %"]
+    assert column(lines, "APG without InvertedDoublePendulum") == ["+50.00 %", "-", "+0.00 %"]
+    assert column(lines, "APG, as printed") == ["", "1.5", ""]
+
+
+def test_aggregates() -> None:
+    """Over the baseline's mean: 2, 1 on Ant and 1.1, 1.1: of the four the middle two are 1.1."""
+    fill()
+    spiking, dense = results().aggregates
+    assert (spiking.row, spiking.columns, spiking.iqm) == ("spiking", 2, pytest.approx(1.1))
+    # On Ant 300 beats both, 150 one of 200 and 100: 3 of 4; on the pendulum 99 beats 90.
+    assert spiking.improvement == pytest.approx((0.75 + 1.0) / 2)
+    assert dense.improvement is None
+    assert dense.iqm == pytest.approx(1.0)
+
+
+def test_a_negative_baseline() -> None:
+    write("dense", "Ant", 0, [-100.0])
+    write("spiking", "Ant", 0, [-50.0])
+    ours, theirs = results().normalised("spiking")
+    assert (ours[0].tolist(), theirs[0].tolist()) == ([1.5], [1.0])
+
+
+def cells(text: str) -> dict[tuple[str, str], dict[str, str]]:
+    return {(line["row"], line["column"]): line for line in csv.DictReader(io.StringIO(text))}
+
+
+def test_csv() -> None:
+    fill()
+    table = cells(tables.table_csv(results()))
+    assert len(table) == 4
+    ant = table["spiking", "Ant"]
+    assert {key: ant[key] for key in ("n", "mean", "published", "published_sd", "published_n")} == {
+        "n": "2", "mean": "225.0", "published": "300.0", "published_sd": "30.0",
+        "published_n": "5",
+    }  # fmt: skip
+    assert (ant["difference"], ant["steps_min"], ant["steps_asked"]) == ("-75.0", "3000", "3000")
+    assert (ant["energy_j"], ant["wall_s"]) == ("1500.0", "1080.0")
+    # A value of other tasks, of another metric, off a figure, has no difference.
+    dense = table["dense", "Ant"]
+    assert (dense["published"], dense["published_from_figure"]) == ("200.0", "True")
+    assert dense["difference"] == ""
+
+
+def test_runs_csv() -> None:
+    fill()
+    runs = [("spiking", seed.run) for seed in results().by_cell["spiking", "Ant"].seeds]
+    lines = tables.runs_csv(runs).splitlines()
+    assert lines[0] == "exp_name,env_name,seed,metric,env_step,value"
+    assert lines[3] == "spiking,Ant-v4,0,eval_return,3000,300.0"
+    assert len(lines) == 7
+
+
+def test_notes_say_where_values_are_from() -> None:
+    text = tables.markdown(results())
+    assert "published values are of v3 tasks, the runs here of v4" in text
+    assert "published values are of v4 tasks" not in text
+    assert "dense, published: read off a figure" in text
+    assert "dense, published (v3, n=5, read off a figure)" not in text  # of another metric
+    assert "- a caveat" in text
+    assert "Table 1" in text
+
+
+def test_mixed_results_are_said() -> None:
+    def facts(commit: str, cpu: str) -> dict[str, Any]:
+        return {"git": {"commit": commit, "dirty": False}, "hardware": {"cpu": cpu, "gpus": []}}
+
+    write("spiking", "Ant", 0, [1.0], **facts("a", "x"))
+    assert not any(line.startswith("warning") for line in tables.provenance(results().runs))
+    write("spiking", "Ant", 1, [1.0], **facts("b", "y"))
+    warning = "warning: these results are of different commits, machines"
+    assert warning in tables.provenance(results().runs)
+
+
+def test_tex() -> None:
+    fill()
+    text = tables.tex(results())
+    assert r"50 \% PopSAN \& co & 225 $\pm$ 106 (n=2) & 99.0 $\pm$ 0.0 (n=2) & +30.00 \%" in text
+    assert text.count(r"\\") == len(tables.grid(results(), "max_average"))
+    assert text.index(r"\toprule") < text.index(r"\midrule") < text.index(r"\bottomrule")
+    assert r"\begin{tabular}{lrrrrr}" in text
+
+
+def test_everything_is_rendered() -> None:
+    fill()
+    table = table_of(DATA)
+    written = render_table(table, 3000)
+    folder = Path("outputs/reproduced/small")
+    assert sorted(written) == sorted(p.name for p in folder.iterdir() if p.is_file())
+    assert {"table.md", "table.tex", "runs.csv", "curves.png", "profiles.svg"} < set(written)
+    page = (folder / "index.html").read_text()
+    references = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s>]*)""", page)
+    assert all(r.startswith(("#", "data:image/svg+xml;base64,")) for r in references)
+    assert page.count('class="card"') == 8
+    for path in folder.glob("dense/Ant/*/metrics.jsonl"):
+        path.write_text("")
+    assert "profiles.svg" in render_table(table, 3000)  # of the other column
+    for path in folder.glob("*/*/*/metrics.jsonl"):
+        path.write_text("")
+    render_table(table, 3000)
+    assert not list(folder.glob("*.svg"))  # pictures of what is no longer there
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(5, "5"), (3000, "3k"), (1_025_000, "1.025M"), (8_000_000, "8M")]
+)
+def test_steps(count: int, text: str) -> None:
+    assert tables.steps(count) == text
+
+
+def test_seeds() -> None:
+    assert seeds_of(None, 3) == [0, 1, 2]
+    assert seeds_of(2, 10) == [0, 1]
+    assert seeds_of([3, 7], 10) == [3, 7]
+    for wrong in (0, -1, [], [1, 1], ["a"], "3", True, 1001):
+        assert str(refusal(seeds_of, wrong, 3)).endswith(
+            "give how many, or a list of different seeds"
+        )

@@ -1,0 +1,329 @@
+"""When the trainer acts at random, updates, merges and ends an epoch, against counting by hand.
+
+Shape legend   N environments, T vector steps, A action entries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import small_config
+from transitions_env import COUNTER, HIGH, LOW, CounterEnv, Fault, get_attr, registered
+
+from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.errors import NonFinite
+from spikerl.models.normalizer import RunningNorm
+from spikerl.seeding import seed_for
+from spikerl.training.evaluator import Evaluator
+from spikerl.training.trainer import Trainer
+
+# learning_starts, update_interval, updates_per_step, num_envs, total_steps
+SCHEDULES = [
+    (0, 1, 1.0, 1, 30),
+    (0, 1, 1.0, 4, 30),
+    (1, 1, 2.0, 1, 30),
+    (10, 10, 1.0, 1, 60),
+    (11, 10, 1.0, 1, 60),
+    (9, 10, 1.0, 3, 60),
+    (7, 3, 0.5, 1, 40),
+    (7, 3, 0.25, 2, 41),
+    (20, 5, 0.125, 4, 70),
+    (0, 7, 1.5, 3, 50),
+    (100, 10, 1.0, 2, 40),  # it never gets there
+    (0, 50, 1.0, 4, 40),
+]
+
+
+@contextmanager
+def trainer_of(env: EnvConfig = COUNTER, **settings: Any) -> Iterator[Trainer]:
+    training = small_config(env=env, **({"eval_episodes": 1} | settings))
+    with closing(make_env(env)) as one:
+        task = task_of(one)
+    with closing(Trainer(training, task)) as trainer:
+        yield trainer
+
+
+def calls_at(trainer: Trainer, patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
+    """The trainer's step at each call of a method, which does what it always does."""
+    steps: list[int] = []
+    original = getattr(owner, name)
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        steps.append(trainer.step)
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, name, noting)
+    return steps
+
+
+def vector_steps(num_envs: int, total: int) -> range:
+    """The step counts after each vector step, up to the first that reaches `total`."""
+    return range(num_envs, math.ceil(total / num_envs) * num_envs + 1, num_envs)
+
+
+@pytest.mark.parametrize(("starts", "interval", "per_step", "num_envs", "total"), SCHEDULES)
+def test_updates_come_when_counting_by_hand_says(
+    monkeypatch: pytest.MonkeyPatch,
+    starts: int,
+    interval: int,
+    per_step: float,
+    num_envs: int,
+    total: int,
+) -> None:
+    expected: list[int] = []
+    credit, step = 0.0, 0
+    for now in vector_steps(num_envs, total):
+        while step < now:
+            step += 1
+            if step % interval == 0 and step >= starts:
+                credit += interval * per_step
+        expected += [now] * (int(credit) - len(expected))
+
+    env = registered("Schedule", CounterEnv, limit=9)
+    schedule: dict[str, Any] = {"learning_starts": starts, "update_interval": interval}
+    with trainer_of(
+        env,
+        num_envs=num_envs,
+        total_steps=total,
+        steps_per_epoch=1000,
+        updates_per_step=per_step,
+        **schedule,
+    ) as trainer:
+        updates = calls_at(trainer, monkeypatch, trainer.algo.critic_optimizer, "step")
+        samples = calls_at(trainer, monkeypatch, trainer.replay, "sample")
+        rows = list(trainer.epochs())
+        assert updates == expected
+        assert samples == sorted(set(expected))  # a burst draws all its batches at once
+        assert [row["updates"] for row in rows] == [len(expected)]
+        assert trainer.algo.updates == trainer.updates_due(trainer.step) == len(expected)
+        assert trainer.envs.steps == trainer.replay.added == trainer.step
+
+
+@pytest.mark.parametrize(
+    ("per_epoch", "num_envs", "total", "ends"),
+    [
+        (20, 1, 60, [20, 40, 60]),
+        (20, 1, 50, [20, 40, 50]),  # a short last epoch
+        (20, 1, 7, [7]),
+        (20, 3, 50, [21, 42, 51]),  # crossed, not hit
+        (7, 3, 30, [9, 15, 21, 30]),
+        (4, 4, 12, [4, 8, 12]),
+        (2, 5, 15, [5, 10, 15]),  # several a step: one row all the same
+    ],
+)
+def test_epochs_end_where_they_are_crossed(
+    per_epoch: int, num_envs: int, total: int, ends: list[int]
+) -> None:
+    with trainer_of(
+        num_envs=num_envs, total_steps=total, steps_per_epoch=per_epoch, learning_starts=1000
+    ) as trainer:
+        rows = list(trainer.epochs())
+        assert [row["step"] for row in rows] == ends
+        assert [row["epoch"] for row in rows] == list(range(1, len(ends) + 1))
+        assert all(row["critic_loss"] is None for row in rows)
+        # Every episode of the script is counted once, in the epoch where it ended.
+        steps = ends[-1] // num_envs
+        ended = np.cumsum([length for length, _ in CounterEnv().script * 9])
+        assert sum(row["train_episodes"] for row in rows) == num_envs * sum(ended <= steps)
+
+
+@pytest.mark.parametrize(
+    ("random_steps", "num_envs", "random"), [(0, 1, 0), (13, 1, 13), (12, 4, 12), (13, 4, 16)]
+)
+def test_the_first_steps_and_no_others_are_random(
+    monkeypatch: pytest.MonkeyPatch, random_steps: int, num_envs: int, random: int
+) -> None:
+    with trainer_of(
+        num_envs=num_envs, total_steps=40, random_steps=random_steps, learning_starts=1000
+    ) as trainer:
+        quarter = torch.full((num_envs, 2), 0.25)
+        monkeypatch.setattr(trainer.algo, "explore", lambda obs, generator: quarter)
+        list(trainer.epochs())
+        act = trainer.replay.between(0, 40)[:, 4:6]
+        chosen = (act == 0.25).all(1)
+        assert chosen.tolist() == [False] * random + [True] * (40 - random)
+        assert (act[:random] != 0.25).all()
+
+
+def test_warm_up_covers_each_dimension_s_own_bounds() -> None:
+    """Bugs 6 and 7: uniform between that dimension's bounds, in every environment its own draw."""
+    with trainer_of(num_envs=4, total_steps=4000, random_steps=4000, learning_starts=9999) as t:
+        while t.step < 4000:
+            t.act()
+        received = np.array(get_attr(t.envs, "received"))  # (N, T, A)
+    share = (received - LOW) / (HIGH - LOW)
+    assert share.min() >= 0.0
+    assert share.max() <= 1.0
+    quantiles = np.quantile(share, [0.0, 0.25, 0.5, 0.75, 1.0], axis=(0, 1))
+    np.testing.assert_allclose(quantiles, np.array([[0, 0.25, 0.5, 0.75, 1]] * 2).T, atol=0.03)
+    check_independent(share)
+
+
+def test_noise_is_drawn_for_every_environment_and_entry() -> None:
+    """Bug 6: one draw for the batch, one for all entries, a bias, no clipping."""
+    settings: dict[str, Any] = {"num_envs": 4, "random_steps": 0, "learning_starts": 9999}
+    with trainer_of(explore_noise=0.1, **settings) as t:
+        # One observation for all, so that what differs is the noise.
+        obs = torch.zeros(4, 2)
+        act = torch.stack([t.algo.explore(obs, t.streams.explore) for _ in range(1000)])
+        noise = (act - t.algo.actor(obs, t.streams.update)).transpose(0, 1).detach().numpy()
+        for _ in range(200):
+            t.act()
+        taken = t.replay.between(0, 800)[:, 4:6].reshape(200, 4, 2).numpy()
+        assert len(np.unique(taken[0])) == 8  # the first step starts from equal observations
+    assert np.abs(noise.mean(1)).max() < 0.015
+    np.testing.assert_allclose(noise.std(1), 0.1, rtol=0.1)
+    check_independent(noise)
+    with trainer_of(explore_noise=5.0, **settings) as t:
+        for _ in range(50):
+            t.act()
+        act = t.replay.between(0, 200)[:, 4:6]
+        assert act.abs().max() == 1.0
+        received = np.concatenate(get_attr(t.envs, "received"))
+        assert received.min(0).tolist() == LOW.tolist()
+        assert received.max(0).tolist() == HIGH.tolist()
+
+
+def check_independent(values_NTA: np.ndarray) -> None:
+    columns = values_NTA.transpose(0, 2, 1).reshape(-1, values_NTA.shape[1])
+    correlation = np.corrcoef(columns) - np.eye(len(columns))
+    assert np.abs(correlation).max() < 0.15
+
+
+@pytest.mark.parametrize(("interval", "num_envs"), [(1, 1), (10, 1), (10, 3), (7, 4), (3, 5)])
+def test_the_normaliser_merges_when_a_multiple_is_crossed(
+    monkeypatch: pytest.MonkeyPatch, interval: int, num_envs: int
+) -> None:
+    """Bug 11: nothing is counted twice, and between merges nothing moves."""
+    steps = vector_steps(num_envs, 60)
+    before = [0, *steps][: len(steps)]
+    with trainer_of(num_envs=num_envs, total_steps=60, norm_interval=interval) as t:
+        merges = calls_at(t, monkeypatch, t.norm, "merge")
+        counts: list[int] = []
+        list(t.epochs(on_updates=lambda progress: counts.append(t.norm.count)))
+        crossings = [
+            now
+            for then, now in zip(before, steps, strict=True)
+            if any(k % interval == 0 for k in range(then + 1, now + 1))
+        ]
+        assert merges == crossings
+        assert counts == [max([c for c in crossings if c <= now], default=0) for now in steps]
+        assert t.norm.count + len(t.norm.pending_rows()) == t.step
+        seen = t.replay.between(0, t.norm.count)[:, :2].double().numpy()
+        np.testing.assert_allclose(t.norm.mean_O, seen.mean(0), rtol=1e-13)
+        np.testing.assert_allclose(t.norm.var_O, seen.var(0), rtol=1e-13)
+
+
+def test_environments_and_runs_have_seeds_of_their_own() -> None:
+    seeds = []
+    for seed in (0, 1):
+        with trainer_of(num_envs=3, seed=seed) as trainer:
+            expected = [[seed_for(seed, "env", i)] for i in range(3)]
+            assert list(get_attr(trainer.envs, "seeds")) == expected
+            trainer.reset_envs(100)
+            expected = [[*e, seed_for(seed, "env", i, 100)] for i, e in enumerate(expected)]
+            assert list(get_attr(trainer.envs, "seeds")) == expected
+            seeds += [seed for part in expected for seed in part]
+    assert len(set(seeds)) == len(seeds)
+
+
+# --- NaN and infinity ---------------------------------------------------------------------------
+
+FAULTS: list[Fault] = [
+    ("reward", 23, math.nan),
+    ("reward", 1, -math.inf),
+    ("observation", 23, math.inf),
+    ("observation", 8, math.nan),  # the successor of a last step
+    ("reset", 4, math.nan),  # after the third episode, which ends with step 8
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_nothing_infinite_gets_past_the_environments(fault: Fault, num_envs: int) -> None:
+    what, occasion, _ = fault
+    env = registered("Faulty", CounterEnv, limit=99, fault=fault)
+    good = (8 if what == "reset" else occasion) - 1  # vector steps before it
+    word = "reward" if what == "reward" else "observation"
+    with trainer_of(env, num_envs=num_envs, norm_interval=1, learning_starts=5) as trainer:
+        message = f"step {good * num_envs + 1}: Faulty-v0 .*NaN or infinite {word}"
+        with pytest.raises(NonFinite, match=message):
+            list(trainer.epochs())
+        assert trainer.replay.added == trainer.norm.count == trainer.step == good * num_envs
+        assert trainer.replay.between(0, trainer.step).isfinite().all()
+        assert all(tensor.isfinite().all() for tensor in trainer.learner_state().values())
+
+
+def test_a_first_observation_that_is_infinite_stops_at_once() -> None:
+    env = registered("Faulty", CounterEnv, limit=99, fault=("reset", 1, math.nan))
+    with pytest.raises(NonFinite, match="step 1: Faulty-v0 "), trainer_of(env):
+        pass
+
+
+@pytest.mark.parametrize("what", ["reward", "observation"])
+def test_an_evaluation_does_not_average_over_infinities(what: str) -> None:
+    env = registered("Faulty", CounterEnv, limit=99, fault=(what, 2, math.nan))
+    with trainer_of(env) as trainer, pytest.raises(NonFinite, match="evaluation, step 2: Faulty-"):
+        trainer.evaluator.run(trainer.policy, 1)
+
+
+def test_an_evaluation_notices_a_bad_reset() -> None:
+    env = registered("Faulty", CounterEnv, limit=99, fault=("reset", 1, math.nan))
+    with (
+        trainer_of() as trainer,
+        closing(Evaluator(env, 1, 0)) as evaluator,
+        pytest.raises(NonFinite, match="evaluation, reset: "),
+    ):
+        evaluator.run(trainer.policy, 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "rows"), [(10, np.array([[0.0, 1e200]])), (2**53, np.zeros((1, 2)))]
+)
+def test_a_normaliser_that_diverged_stops_the_run(count: int, rows: np.ndarray) -> None:
+    with trainer_of(norm_interval=7, learning_starts=20) as trainer:
+        for _ in range(6):
+            trainer.advance()
+        trainer.norm.count = count
+        trainer.norm.add(rows)
+        with pytest.raises(NonFinite, match=r"^step 7: the observation normaliser diverged: entry"):
+            trainer.advance()
+
+
+def test_a_bad_update_names_the_step() -> None:
+    with trainer_of(learning_starts=20, update_interval=10) as trainer:
+        for _ in range(19):
+            trainer.advance()
+        trainer.replay.rows[:19] = math.nan
+        with pytest.raises(NonFinite, match=r"^step 20: update 0: the loss or a gradient"):
+            trainer.advance()
+
+
+def test_a_decimal_fraction_of_updates_is_not_cut_short() -> None:
+    with trainer_of(learning_starts=0, update_interval=100, updates_per_step=0.29) as trainer:
+        assert [trainer.updates_due(100 * k) for k in range(4)] == [0, 29, 58, 87]
+
+
+def test_pending_observations_are_copies() -> None:
+    """Bug 4: an environment goes on writing into the array it gave."""
+    norm, obs = RunningNorm(2, 5.0), np.ones((1, 2))
+    norm.add(obs)
+    obs[:] = 7.0
+    assert norm.pending_rows().tolist() == [[1.0, 1.0]]
+
+
+def test_async_counts_as_sync_does() -> None:
+    rows = []
+    for vectorizer in ("sync", "async"):
+        env = replace(COUNTER, vectorizer=vectorizer)
+        with trainer_of(env, num_envs=3, total_steps=30, learning_starts=9999) as trainer:
+            list(trainer.epochs())
+            rows.append(trainer.replay.between(0, 30).tolist())
+    assert rows[0] == rows[1]
