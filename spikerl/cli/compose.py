@@ -41,8 +41,8 @@ HYDRA = r"\+{0,2}hydra(/(launcher|sweeper)|\.(launcher|sweeper)(\.\w+)+)"
 OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra passes over
 MAX_BYTES = 1 << 28  # of a manifest.json
 # Values that are taken as they are typed: a sweep names its folders with '=' and ','.
-PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "stats", "energy.file",
-         "runs", "out")  # fmt: skip
+PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "dense", "stats", "path",
+         "energy.file", "runs", "out")  # fmt: skip
 
 
 @cache
@@ -169,8 +169,12 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _literal(arg: str, sweeps: bool) -> str:
-    """A path in quotes, for to Hydra many characters mean something, and 1e3 is a number."""
+    """A path in quotes, for to Hydra many characters mean something, and 1e3 is a number; a list
+    of loggers in brackets.
+    """
     key, _, value = arg.partition("=")
+    if key == "logger" and not value.startswith("["):
+        return f"logger=[{'' if value in ('null', 'none') else value}]"
     if key not in PATHS or value in ("", "null") or value[0] in "'\"":
         return arg
     several = sweeps and re.search(r"[,(]", value) and _readable(arg)

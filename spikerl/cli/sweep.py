@@ -323,7 +323,7 @@ def done(config: Any, folder: Path) -> bool:
 
     asked = dict(dotted(OmegaConf.to_container(config, resolve=True)))
     had = dict(dotted(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
-    free = ("threads", *RESUMABLE, *NOT_CARRIED)
+    free = ("threads", "logger", "keep_replay", *RESUMABLE, *NOT_CARRIED)
     for key in [*asked, *had]:
         within = [key == other or key.startswith(f"{other}.") for other in free]
         if not any(within) and asked.get(key) != had.get(key):

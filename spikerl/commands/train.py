@@ -188,22 +188,34 @@ def own_device(choice: str) -> torch.device:
 
 def finished(folder: Path, config: Config) -> bool:
     """Whether there is nothing left to do; says so. Refuses what cannot go on."""
-    status = run_folder.read_manifest(folder, key="resume")["status"]
+    record = run_folder.read_manifest(folder, key="resume")
     run_folder.check_own(folder)
     if os.environ.get("RANK", "0") == "0":
         run_folder.lock(folder).close()
-    checkpoint = verified(folder, lambda text: None)
-    run_folder.check_record(folder, checkpoint.manifest)
-    if status == "done" and checkpoint.step >= config.run.total_steps:
-        step = checkpoint.step
-        print(f"{shown(folder)} is done at step {step}; a larger total_steps goes on with it")
+    freed, total = record.get("freed"), config.run.total_steps
+    if freed:
+        step = max(
+            (row["step"] for row in run_folder.read_rows(folder / "metrics.jsonl")), default=0
+        )
+        further = f"init_from={shown(folder)} starts from its policy"
+        if step < total:
+            remedy = f"its replay was removed when it was done, at step {step}; {further}"
+            raise BadRequest("resume", folder, remedy)
+    else:
+        checkpoint = verified(folder, lambda text: None)
+        run_folder.check_record(folder, checkpoint.manifest)
+        step, further = checkpoint.step, "a larger total_steps goes on with it"
+    if record["status"] == "done" and step >= total:
+        print(f"{shown(folder)} is done at step {step}; {further}")
         return True
     return False
 
 
 def read_init(source: str, config: Config, task: Task) -> Policy:
     """The policy that training starts from; it must have the shapes that this run has."""
-    policy = read_policy(find_policy(Path(source), key="init_from"), key="init_from")
+    policy = read_policy(
+        find_policy(Path(source), config.run.init_policy, key="init_from"), key="init_from"
+    )
     check_shapes("init_from", source, policy.task, task)
     if policy.config.shape() != config.actor.shape():
         remedy = f"its actor is {policy.config.shape()}, this run's is {config.actor.shape()}"
@@ -211,11 +223,12 @@ def read_init(source: str, config: Config, task: Task) -> Policy:
     return policy
 
 
-def default_folder(config: Config) -> str:
+def default_folder(config: Config, kind: str | None = None) -> str:
+    """`kind` stands in the place of the algorithm, where none trained the policy."""
     name = config.env.id if config.env.name == "gym" else config.env.name
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)
-    return f"outputs/{safe}/{config.algo.name}/{stamp}_seed{config.run.seed}"
+    return f"outputs/{safe}/{kind or config.algo.name}/{stamp}_seed{config.run.seed}"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import sys
@@ -21,11 +22,15 @@ from spikerl.machine import versions
 from spikerl.models.precision import why_slow
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, verified
-from spikerl.runs.display import View, epoch_line, stuck_layers
+from spikerl.runs.display import View, energy_text, epoch_line, stuck_layers
 from spikerl.runs.record import RunLog
 from spikerl.training.trainer import Row, Trainer
 
 FEW = 3  # warnings of one kind, at a time
+NOTHING_LEARNED = (
+    "warning: this run makes no update, so its policy is the one that it starts with; give more"
+    " total_steps, or less algo.learning_starts or algo.rollout_steps"
+)
 
 
 class Session:
@@ -52,6 +57,9 @@ class Session:
         self.committed = -1
         self.unsaved: str | None = None  # why the last commit failed, if it did
         self.log: RunLog | None = None
+        self.best: dict[str, bytes] = {}  # the files of the policy that evaluated best so far
+        self.best_return = -math.inf
+        self.summary: dict[str, Any] = {}
         self.stuck: set[int] = set()  # layers that were said to hardly learn
         self.coarse: set[int] = set()  # entries of observations that were said to lose digits
         restored: list[str] = []
@@ -67,7 +75,7 @@ class Session:
         announce_folder(self.folder)
         if self.is_rank0:
             title = f"{trainer.task.env_id}  {config.algo.name}  {shown(self.folder)}"
-            self.log = RunLog(self.folder, trainer.step)
+            self.log = RunLog(self.folder, trainer.step, config.run.logger, config.raw)
             self.view = View(title, config.run.total_steps, trainer.step)
             for text in [
                 *announce(config, trainer),
@@ -132,6 +140,7 @@ class Session:
         remove_newer(checkpoint)
         lost = run_folder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
         run_folder.remove_results(self.folder)
+        self.restore_best(checkpoint)
         record = run_folder.read_manifest(self.folder, key="resume")
         size, had = self.world.size, checkpoint.workers
         moved = f"{had} workers became {size}: random streams and batches are others"
@@ -164,12 +173,24 @@ class Session:
             remedy = f"its {checkpoint.folder.name} does not fit this run ({reason})"
             raise BadRequest("resume", self.folder, remedy) from error
 
+    def restore_best(self, checkpoint: Checkpoint) -> None:
+        """What was best when `checkpoint` was committed, not by rows that are discarded."""
+        rows = run_folder.read_rows(self.folder / "metrics.jsonl")
+        returns = [row["eval_return"] for row in rows if row["eval_return"] is not None]
+        self.best, self.best_return = checkpoint.best(), max(returns, default=-math.inf)
+
+    def keep_best(self, row: Row) -> None:
+        """The policy that was just evaluated, if no evaluation before reached its return."""
+        if row["eval_return"] is not None and row["eval_return"] > self.best_return:
+            self.best, self.best_return = self.trainer.policy.files(), row["eval_return"]
+
     def run(self, stop_signal: Callable[[], int]) -> int:
         trainer = self.trainer
         show = self.view.progress if self.is_rank0 else (lambda progress: None)
         try:
             for row in trainer.epochs(show, stop_signal):
                 if self.is_rank0:
+                    self.keep_best(row)
                     self.record(row)
                 self.commit(self.folder)
             if self.committed != trainer.step:  # stopped amid an epoch, or not saved at its end
@@ -182,6 +203,8 @@ class Session:
         finally:
             if self.is_rank0:
                 self.view.close()
+                if self.log:
+                    self.log.close(run_folder.read_manifest(self.folder, key="run_dir")["status"])
                 self.lock.close()
 
     def record(self, row: Row) -> None:
@@ -225,8 +248,16 @@ class Session:
         }
         learner = trainer.learner_state()
         policy = trainer.policy.files() if self.is_rank0 else {}
+        policy |= {f"best/{name}": content for name, content in self.best.items()}
         save_checkpoint(run, self.world, trainer.shard(), learner, facts, policy)
         self.committed = trainer.step
+        self.publish()
+
+    def publish(self) -> None:
+        """Bring the services that show the run to what is committed."""
+        if self.log:
+            for text in self.log.publish():
+                self.say(text)
 
     def finish(self) -> int:
         number = self.trainer.stopping
@@ -250,7 +281,9 @@ class Session:
                          f" spikerl train resume={shown(self.folder)} goes on")  # fmt: skip
             else:
                 self.say(f"done: {self.trainer.step} steps, {self.trainer.algo.updates} updates"
-                         f" in {self.wall():.0f} s")  # fmt: skip
+                         f" in {self.wall():.0f} s, {energy_text(self.summary)}")  # fmt: skip
+                if self.trainer.algo.updates == 0:
+                    self.say(NOTHING_LEARNED)
             self.flush()
         return code
 
@@ -259,9 +292,12 @@ class Session:
         if not self.is_rank0:
             return
         self.trainer.policy.save(self.folder)
+        run_folder.write_best(self.folder, self.best)
         if not self.unsaved:
             self.summarise()
             self.end(status)
+            if status == "done" and not self.config.run.keep_replay:
+                run_folder.free(self.folder)
 
     def end(self, status: str) -> None:
         changes = {"status": status, "ended": run_folder.now(), "wall_s": self.wall()}
@@ -315,6 +351,7 @@ class Session:
             "versions": versions(),
         }
         write_json(self.folder / "summary.json", summary)
+        self.summary = summary
 
     def manifest(self, command: Sequence[str]) -> dict[str, Any]:
         resolved = {name: r._asdict() for name, r in vars(self.config.resolved).items()}
@@ -357,6 +394,8 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
     ]
     if trainer.evaluator.note:
         lines.append(trainer.evaluator.note)
+    if trainer.updates_by(run.total_steps) == 0:
+        lines.append(NOTHING_LEARNED)
     if slow := why_slow(config.precision, config.resolved.device.choice):
         lines.append(f"note: {slow}")
     if config.run.init_from:
