@@ -200,7 +200,8 @@ def policy_of(
     norm = RunningNorm(task.obs_dim, clip)
     if stats is not None:
         mean, var = (torch.from_numpy(array.copy()) for array in stats)
-        norm.load({"count": torch.tensor(POPSAN_OBSERVATIONS, dtype=torch.int64), "mean": mean, "var": var})
+        count = torch.tensor(POPSAN_OBSERVATIONS, dtype=torch.int64)
+        norm.load({"count": count, "mean": mean, "var": var})
     return Policy(task, config, actor, norm)
 
 

@@ -45,7 +45,7 @@ def epoch_line(row: Mapping[str, Any], total_steps: int) -> str:
         f"  train {number(row['train_return'])}  critic_loss {number(row['critic_loss'])}"
         f"  q {number(row['q_mean'])}  firing {number(row['firing_rate'])}"
         f"  {number(row['env_steps_per_s'])} steps/s  {row['wall_s']:.0f} s"
-        f"  {energy_text(row)}"
+        f"  {energy_text(row).partition(' (')[0]}"  # why there is none stands above and below
     )
 
 
