@@ -75,7 +75,7 @@ def test_a_sweeps_launcher_starts_safe_processes_and_a_job_does_not(
     from spikerl.cli import sweep
     from spikerl.commands import train
 
-    seen = []
+    seen: list[str | None] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep.Sweep, "note", lambda *_: seen.append(os.environ["PYTHONSAFEPATH"]))
     monkeypatch.setattr(train, "main", lambda *_: seen.append(os.environ.get("PYTHONSAFEPATH")))

@@ -18,8 +18,8 @@ from spikerl.cli.sweep import Sweep, duration, over_seeds
 
 class Noon(datetime):
     @classmethod
-    def now(cls, tz: Any = None) -> datetime:
-        return datetime(2026, 11, 25, 12)
+    def now(cls, tz: Any = None) -> Noon:
+        return cls(2026, 11, 25, 12)
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,8 @@ class Talks(gym.Env[np.ndarray, np.ndarray]):
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
-    gym.register("Talks-v0", entry_point=Talks, max_episode_steps=20)
+    made: Any = Talks
+    gym.register("Talks-v0", entry_point=made, max_episode_steps=20)
     yield
     del gym.registry["Talks-v0"]
 
@@ -124,7 +125,8 @@ def test_a_character_that_the_terminal_lacks() -> None:
     stream = output.Stream(writer, "ascii")
     print("caf\xe9", file=stream, flush=True)
     assert os.read(reader, 100) == b"caf\\xe9\n"
-    os.close(reader), os.close(writer)
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_color_that_is_forced_draws_no_panel(monkeypatch: pytest.MonkeyPatch) -> None:
