@@ -1,4 +1,4 @@
-"""scripts/slurm.sbatch with a srun of our own: what a job types that was put back into the queue."""
+"""scripts/slurm.sbatch with a srun of our own: what a job types that was requeued."""
 
 from __future__ import annotations
 
