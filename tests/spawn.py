@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from spikerl.distributed.world import TIMEOUT_S
 
@@ -18,7 +18,7 @@ def run_workers(
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = mp.spawn(_enter, (check, world_size, port, timeout_s), world_size, join=False)
+    context = spawn(_enter, (check, world_size, port, timeout_s), world_size, join=False)
     deadline = time.monotonic() + seconds
     try:
         while not context.join(timeout=1):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikerl.algos.base import Metrics, flatten
+from spikerl.algos.base import Metrics, flatten, normal_like
 from spikerl.algos.offpolicy import OffPolicy, OffPolicyConfig
 from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor, MLPActor, MLPConfig
@@ -49,7 +49,7 @@ class SACConfig(OffPolicyConfig):
 class LogTemperature(nn.Module):
     def __init__(self, first: float) -> None:
         super().__init__()
-        self.value = nn.Parameter(torch.tensor([math.log(first)]))
+        self.value = nn.Parameter(torch.tensor([math.log(first)], dtype=torch.float32))
 
 
 def squashed(mean_BA: Tensor, log_std_BA: Tensor, noise_BA: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ class SAC(OffPolicy):
         return self.optimizers["temperature"].flat.exp().squeeze(0)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        c, critic, actor = self.config, self.critic_optimizer, self.actor_optimizer
+        c, critic_opt, actor_opt = self.config, self.critic_optimizer, self.actor_optimizer
         obs = rows.obs
 
         # y = r + gamma (1 - terminated) (min_i Q_i'(s', a') - alpha log pi(a' | s')), a' ~ pi(s')
@@ -106,29 +106,31 @@ class SAC(OffPolicy):
             q_target = rows.td_target(next_q - self.temperature * log_prob)
 
         # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
-        q_mean = self.critic.critic_backward(obs, rows.act, q_target, critic.gradient)
-        metrics = {"critic_loss": critic.step(), "q_mean": q_mean}
+        q_mean = self.critic.critic_backward(obs, rows.act, q_target, critic_opt.gradient)
+        metrics = {"critic_loss": critic_opt.step(), "q_mean": q_mean}
 
         # Actor: minimise mean (alpha log pi(a | s) - min_i Q_i(s, a)), a = tanh(mean + std noise).
-        output, mean_backward = self.actor.vjp(obs, self.generator, False)
+        # The critics give the gradient by a, alpha that by log pi; autograd takes both to mean and
+        # log std, whose networks take them to their weights.
+        output, mean_backward = self.actor.vjp(obs, self.generator, squash=False)
         if self.log_std:
-            raw, log_std_backward = self.log_std.vjp(obs, None, False)
+            raw, log_std_backward = self.log_std.vjp(obs, None, squash=False)
         else:
             output, raw = output.chunk(2, -1)
         mean, raw = output.detach().requires_grad_(), raw.detach().requires_grad_()
         act, log_prob = squashed(mean, raw.clamp(*c.log_std_range), self.noise(mean))
-        by_act = self.critic.dq_da(obs, act.detach(), actor.gradient, True)
-        by_log_prob = (self.temperature * actor.gradient.factor / len(obs)).expand_as(log_prob)
+        by_act = self.critic.actor_loss_grad(obs, act.detach(), actor_opt.gradient, lowest=True)
+        by_log_prob = (self.temperature * actor_opt.gradient.factor / len(obs)).expand_as(log_prob)
         by_mean, by_raw = torch.autograd.grad((act, log_prob), (mean, raw), (by_act, by_log_prob))
         entropy = -log_prob.detach().mean()
-        actor.gradient.loss -= self.temperature * entropy * actor.gradient.weight
+        actor_opt.gradient.loss -= self.temperature * entropy * actor_opt.gradient.weight
         if self.log_std:
-            mean_backward(by_mean, actor.gradient)
+            mean_backward(by_mean, actor_opt.gradient)
             log_std_backward(by_raw, self.optimizers["log_std"].gradient)
             self.optimizers["log_std"].step()
         else:
-            mean_backward(torch.cat([by_mean, by_raw], -1), actor.gradient)
-        actor_loss = actor.step()
+            mean_backward(torch.cat([by_mean, by_raw], -1), actor_opt.gradient)
+        actor_loss = actor_opt.step()
         metrics |= {"actor_loss": actor_loss, "entropy": entropy, "temperature": self.temperature}
 
         # Temperature: minimise log alpha (entropy - target entropy).
@@ -141,7 +143,7 @@ class SAC(OffPolicy):
             learned.step()
 
         self.update_targets()
-        self.guard.close()
+        self.guard.end_update()
         return [metrics]
 
     def gaussian(
@@ -153,14 +155,13 @@ class SAC(OffPolicy):
         return mean, raw.clamp(*self.config.log_std_range)
 
     def noise(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator, device=like.device)
+        return normal_like(like, self.generator)
 
     @torch.no_grad()
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         """Actions drawn from the policy."""
         mean, log_std = self.gaussian(self.acting, self.acting_log_std, obs, generator)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return squashed(mean, log_std, noise)[0]
+        return squashed(mean, log_std, normal_like(mean, generator))[0]
 
     def act_on_cpu(self, kernel: str) -> None:
         super().act_on_cpu(kernel)

@@ -46,8 +46,8 @@ HYDRAS = {
 OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra passes over
 MAX_BYTES = 1 << 28  # of a manifest.json
 # Values that are taken as they are typed: a sweep names its folders with '=' and ','.
-PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "stats", "energy.file",
-         "runs", "out")  # fmt: skip
+PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "dense", "stats", "path",
+         "energy.file", "runs", "out")  # fmt: skip
 
 
 @cache
@@ -92,6 +92,8 @@ def searchpath() -> list[str]:
 def expand(command: str, args: Sequence[str]) -> list[str]:
     """Refuse what must not reach Hydra; replace config=FILE by the overrides that it stands for."""
     args = [re.sub(r"^\+\+?(?=(config|resume)=)", "", arg) for arg in args]
+    # Its keys are the environment's, so Hydra knows none of them.
+    args = [re.sub(r"^(?=env\.kwargs\.)", "++", arg) for arg in args]
     plugins.load(typed_plugins(args))
     for arg in args:
         flag = arg.partition("=")[0]
@@ -172,8 +174,12 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _literal(arg: str, sweeps: bool) -> str:
-    """A path in quotes, for to Hydra many characters mean something, and 1e3 is a number."""
+    """A path in quotes, for to Hydra many characters mean something, and 1e3 is a number; a list
+    of loggers in brackets.
+    """
     key, _, value = arg.partition("=")
+    if key == "logger" and not value.startswith("["):
+        return f"logger=[{'' if value in ('null', 'none') else value}]"
     if key not in PATHS or value in ("", "null") or value[0] in "'\"":
         return arg
     several = sweeps and re.search(r"[,(]", value) and _readable(arg)

@@ -132,8 +132,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_td_target.argtypes = [critic, Count, *[p] * 6, threads]
     lib.spikerl_add_clipped_noise.argtypes = [Count, p, p, real, real]
     lib.spikerl_critic_backward.argtypes = [critic, Count, p, p, p, real, p, p, p, threads]
-    lib.spikerl_dq_da.argtypes = [critic, Count, p, p, real, p, threads]
-    lib.spikerl_dq_da.restype = real
+    lib.spikerl_actor_loss_grad.argtypes = [critic, Count, p, p, real, p, threads]
+    lib.spikerl_actor_loss_grad.restype = real
     lib.spikerl_dense_actions.argtypes = [critic, Count, p, p, threads]
     lib.spikerl_mse_backward.argtypes = [critic, Count, p, p, real, p, p, threads]
     lib.spikerl_adam.argtypes = [Count, p, p, p, p, p, real, real, p]

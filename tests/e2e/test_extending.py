@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from spikerl.energy.meter import METERS
 from spikerl.kernels import KERNELS
 from spikerl.models.actor import ACTORS
 from spikerl.models.precision import PRECISIONS
+from spikerl.schema import Registry
 from spikerl.snn.decoders import DECODERS
 from spikerl.snn.encoders import ENCODERS
 from spikerl.snn.neurons import NEURONS
@@ -104,13 +106,13 @@ def test_a_plugin_that_is_not_there(say: Say) -> None:
 @pytest.fixture
 def imported(package: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The package in this process; what it registers is removed again."""
-    registries = (NEURONS, ENCODERS, ALGOS)
+    registries: list[Any] = [NEURONS, ENCODERS, ALGOS]
     before = [dict(registry.options) for registry in registries]
     monkeypatch.syspath_prepend(str(package))
     __import__("spiking_extras")
     yield
     for registry, options in zip(registries, before, strict=True):
-        registry.options = options  # type: ignore[assignment]
+        registry.options = options
     for name in [name for name in sys.modules if name.partition(".")[0] == "spiking_extras"]:
         del sys.modules[name]
 
@@ -138,9 +140,11 @@ def test_the_worked_neuron_by_hand() -> None:
         ("energy", METERS),
     ],
 )  # fmt: skip
-def test_a_registry_and_its_folder_have_the_same_options(group: str, registry: object) -> None:
+def test_a_registry_and_its_folder_have_the_same_options(
+    group: str, registry: Registry[Any, Any]
+) -> None:
     """So a part costs a line there and a file here, and neither can be forgotten."""
     files = {path.stem: path for path in (conf_folder() / group).glob("*.yaml")}
-    assert sorted(files) == sorted(registry.options)  # type: ignore[attr-defined]
+    assert sorted(files) == sorted(registry.options)
     for name, path in files.items():
         assert yaml.safe_load(path.read_text(encoding="utf-8"))["name"] == name

@@ -127,7 +127,7 @@ def test_actor_step_leaves_the_critic_alone() -> None:
     grad_before = grad.clone()
     act, pull = td3.actor.vjp(b.obs, None)
     into = td3.actor_optimizer.gradient
-    pull(td3.critic.dq_da(b.obs, act, into), into)
+    pull(td3.critic.actor_loss_grad(b.obs, act, into), into)
     td3.actor_optimizer.step()
     assert torch.equal(td3.critic_optimizer.flat.detach(), before)
     assert torch.equal(grad, grad_before)
@@ -258,7 +258,7 @@ def test_an_infinite_loss_is_bad_even_where_its_gradient_is_not() -> None:
     before = step.flat.detach().clone()
     step.gradient.differentiate(module(torch.ones(1, 2)).sum() + float("inf"))
     step.step()
-    guard.close()
+    guard.end_update()
     assert torch.equal(step.flat.detach(), before)
     with pytest.raises(NonFinite, match="update 4:"):
         guard.check(5)
@@ -306,7 +306,7 @@ def test_fp16_scale_grows_after_enough_good_updates(monkeypatch: pytest.MonkeyPa
     scales = []
     for finite in (True, True, True, True, False, True, True, True):
         guard.masked.fill_(0.0 if finite else 1.0)
-        guard.close()
+        guard.end_update()
         scales.append(float(guard.scale) / 65536.0)
     assert scales == [1.0, 1.0, 2.0, 2.0, 1.0, 1.0, 1.0, 2.0]
 
@@ -315,7 +315,7 @@ def test_fp16_that_never_fits_is_an_error() -> None:
     guard = Guard("cpu", scales_loss=True)
     for _ in range(31):
         guard.masked.fill_(1.0)
-        guard.close()
+        guard.end_update()
     with pytest.raises(NonFinite, match="any loss scale"):
         guard.check(31)
 

@@ -9,15 +9,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from shell import refusal, spikerl
 
-from spikerl.cli.compose import (
-    expand,
-    explain,
-    group_options,
-    known_keys,
-    quoted,
-    split,
-    unquoted,
-)
+from spikerl.cli.compose import expand, explain, known_keys, split, unquoted
+from spikerl.config.yaml_file import group_options, quoted
 
 
 @pytest.fixture(autouse=True)

@@ -174,8 +174,7 @@ def rapl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["auto", "zeus", "none", "replay"])
 def test_each_yaml_fits_the_schema(name: str) -> None:
-    data = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
-    assert isinstance(data, dict)
+    data: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
     if name == "replay":
         with pytest.raises(BadRequest, match=r"(?s)^energy\.file.*: give it a value$"):
             parse(EnergyConfig, data, key="energy")

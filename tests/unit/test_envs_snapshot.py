@@ -179,7 +179,7 @@ def unknown_kinds() -> dict[str, Callable[[Path], gym.Env[Any, Any]]]:
 
 @pytest.mark.parametrize("kind", unknown_kinds())
 def test_what_is_not_known_is_not_guessed(kind: str, tmp_path: Path) -> None:
-    mujoco.set_mju_user_warning(lambda _: None)
+    mujoco.set_mju_user_warning(lambda _: None)  # type: ignore[attr-defined]
     env = unknown_kinds()[kind](tmp_path)
     env.reset(seed=1)
     assert snapshot(env) is None
@@ -258,7 +258,7 @@ class Restorable(CheckedEnv):
         restore(self.env, state)
 
 
-def vector(kind: str, env_id: str = "Hopper-v5", num_envs: int = 3) -> VectorEnv[Any, Any, Any]:
+def vector(kind: str, env_id: str = "Hopper-v5", num_envs: int = 3) -> Any:
     makers: list[Any] = [lambda: Restorable(make(env_id, LIMIT).env)] * num_envs
     made = SyncVectorEnv if kind == "sync" else AsyncVectorEnv
     return made(makers, autoreset_mode=AutoresetMode.SAME_STEP)

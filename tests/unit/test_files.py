@@ -114,7 +114,7 @@ def test_a_run_where_all_of_them_are_lacking(
 
 
 @pytest.fixture
-def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache folder with no kernel, and a compiler that takes no time."""
     monkeypatch.setenv("SPIKERL_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "_build", lambda command, built: built.write_bytes(b""))

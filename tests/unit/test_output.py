@@ -21,7 +21,6 @@ from spikerl import output
 from spikerl.cli.main import check_text
 from spikerl.errors import BadRequest
 from spikerl.files import absolute, shown
-from spikerl.runs import display
 from spikerl.runs.display import Screen, View
 
 ROOT = Path(package.__file__).parents[1]
@@ -46,7 +45,7 @@ class Talks(gym.Env[np.ndarray, np.ndarray]):
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
-    gym.register("Talks-v0", entry_point=Talks, max_episode_steps=20)
+    gym.register("Talks-v0", entry_point=lambda **_: Talks(), max_episode_steps=20)
     yield
     del gym.registry["Talks-v0"]
 
@@ -124,7 +123,8 @@ def test_a_character_that_the_terminal_lacks() -> None:
     stream = output.Stream(writer, "ascii")
     print("caf\xe9", file=stream, flush=True)
     assert os.read(reader, 100) == b"caf\\xe9\n"
-    os.close(reader), os.close(writer)
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_color_that_is_forced_draws_no_panel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_a_color_that_is_forced_draws_no_panel(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(("term", "drawn"), [("xterm", True), ("dumb", False)])
 def test_a_terminal(term: str, drawn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(display.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", term)
     assert Screen().is_terminal == drawn
 
