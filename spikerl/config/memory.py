@@ -61,8 +61,13 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
     needs = {
         f"algo.{rollout}": rows * (2 * O + A + 4) * NUMBER,
         "algo.batch_size": algo.batch_size * (sum(widths) * steps + 2 * O) * NUMBER,
-        "actor.hidden_sizes": weights(widths),
+        "actor.hidden_sizes": weights(list(actor.hidden_sizes)),
     }
+    ends = {"encoder": (first, actor.hidden_sizes[0]), "decoder": (actor.hidden_sizes[-1], last)}
+    for part, (inputs, outputs) in ends.items():
+        sized = hasattr(getattr(config.actor, part), "pop_size")
+        key = f"{part}.pop_size" if sized else "actor.hidden_sizes"
+        needs[key] = needs.get(key, 0) + weights([inputs, outputs])
     own = [name for name in vars(algo) if name.endswith("hidden_sizes")]
     return needs | {f"algo.{name}": weights([O, *getattr(algo, name), 1]) for name in own}
 

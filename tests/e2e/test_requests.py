@@ -250,8 +250,9 @@ CONFIGS = {
     "sedd: 1": "no such key; did you mean seed",
     "algo: {name: td3, gama: 0.9}": "no such key; did you mean algo.gamma",
     "algo: {name: '../td3'}": "no such option",
-    "algo: {gamma: 0.9}": "its group algo has no name",
-    "algo: td3": "its group algo has no name",
+    "algo: td4": "no such option; did you mean td3",
+    "algo: [td3]": "its group algo is neither option nor settings",
+    "algo: null": "its group algo is neither option nor settings",
     "- 1\n- 2": "holds no mapping",
     "": "holds no mapping",
     "seed: [": "cannot be read",
@@ -272,8 +273,9 @@ def test_config_file(said: Said, tmp_path: Path, text: str) -> None:
 
 def test_config_file_that_is_none(said: Said, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(b"\xff\x00\x01")
-    for name in ("c.yaml", "missing.yaml", "."):
+    for name in ("c.yaml", "missing.yaml"):
         assert said("train", f"config={name}").startswith(f"config={name}: cannot be read")
+    assert said("train", "config=.").startswith("config=.: is a folder")
 
 
 @pytest.mark.parametrize(

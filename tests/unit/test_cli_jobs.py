@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     sweep.note({"job": 1, "status": 0})
     sweep.note({"job": 2, "status": 1})
     sweep.note({"job": 3, "status": None})
-    monkeypatch.setattr(sweeps.time, "time", lambda: sweep.started + 100)
+    monkeypatch.setattr(time, "time", lambda: sweep.started + 100)
     assert sweep.progress() == "  (3 of 6 ended, 1 failed, 1 running, about 2 min left)"
 
 

@@ -1,4 +1,4 @@
-"""scripts/slurm.sbatch: what it confirms when it resumes a run whose environment a module has."""
+"""scripts/slurm.sbatch with a srun of our own: what a job types that was requeued."""
 
 from __future__ import annotations
 
