@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spikerl.config.yaml_file import leads_out
 from spikerl.envs.make import EnvConfig, check_confirmed, make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.files import shown
@@ -46,12 +48,17 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     policy = load_policy(request.run, request.device, policy=request.policy)
     env_id = request.env_id or policy.task.env_id
     check_confirmed("run", request.run, env_id, request.env_id)
+    if leads_out(dict(policy.task.env_kwargs)) and not request.env_id:
+        remedy = f"its environment is given paths of files; confirm with env_id={env_id}"
+        raise BadRequest("run", request.run, remedy)
     env = EnvConfig(
         name="gym",
         version=None,
         id=env_id,
         max_episode_steps=policy.task.max_episode_steps,
         vectorizer="sync",
+        kwargs=dict(policy.task.env_kwargs),
+        wrappers=list(policy.task.env_wrappers),
     )
     key = "env_id" if request.env_id else "run"
     value = request.env_id or request.run
@@ -66,6 +73,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     probe.close()
     check_shapes(key, value, policy.task, task)
     evaluator = Evaluator(env, request.episodes, request.seed)
+    if evaluator.note:
+        print(evaluator.note, file=sys.stderr)
     videos = film(request, evaluator, policy) if request.video != "false" else []
     try:
         result = evaluator.run(policy, 0)

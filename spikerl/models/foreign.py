@@ -163,12 +163,12 @@ def connections(weights: Mapping[str, Tensor], act: int, size: int) -> dict[str,
     That code's `conn` is a convolution with a group for each action entry: its output channel
     a P + q has the weights to neuron q from all P neurons of population a.
     """
-    lateral_APP = torch.zeros(act, size, size)
+    lateral_APP = torch.zeros(act, size, size, dtype=torch.float32)
     if "snn.conn.weight" in weights:
         lateral_APP = weights["snn.conn.weight"].view(act, size, size).transpose(1, 2).contiguous()
     elif "snn.weight" in weights:  # from each neuron to itself alone
         lateral_APP = torch.diag_embed(weights["snn.weight"].view(act, size))
-    nothing = torch.zeros(act * size)
+    nothing = torch.zeros(act * size, dtype=torch.float32)
     bias = weights.get("snn.conn.bias", weights.get("snn.bias", nothing))
     return {"decoder.lateral_APP": lateral_APP, "decoder.lateral_bias_N": bias}
 
@@ -200,7 +200,8 @@ def policy_of(
     norm = RunningNorm(task.obs_dim, clip)
     if stats is not None:
         mean, var = (torch.from_numpy(array.copy()) for array in stats)
-        norm.load({"count": torch.tensor(POPSAN_OBSERVATIONS), "mean": mean, "var": var})
+        count = torch.tensor(POPSAN_OBSERVATIONS, dtype=torch.int64)
+        norm.load({"count": count, "mean": mean, "var": var})
     return Policy(task, config, actor, norm)
 
 

@@ -45,7 +45,7 @@ def epoch_line(row: Mapping[str, Any], total_steps: int) -> str:
         f"  train {number(row['train_return'])}  critic_loss {number(row['critic_loss'])}"
         f"  q {number(row['q_mean'])}  firing {number(row['firing_rate'])}"
         f"  {number(row['env_steps_per_s'])} steps/s  {row['wall_s']:.0f} s"
-        f"  {energy_text(row)}"
+        f"  {energy_text(row).partition(' (')[0]}"  # why there is none stands above and below
     )
 
 
@@ -135,7 +135,8 @@ class View:
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         self.last = row
-        self.best = max(row["eval_return"], self.best if self.best is not None else -float("inf"))
+        known = [ret for ret in (self.best, row["eval_return"]) if ret is not None]
+        self.best = max(known, default=None)
         self.line(epoch_line(row, self.total_steps))
         if self.live:  # of which the last picture stays
             self._draw(self.live, row["step"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spikerl.commands.reproduce import cells as steps
-from spikerl.commands.reproduce.screen import STATES, Screen, State, duration
+from spikerl.commands.reproduce.screen import Screen, State, duration
 from spikerl.commands.reproduce.work import Work, cell_left_s, left_s, states_of
 from spikerl.config.yaml_file import group_options
 from spikerl.errors import BadRequest
@@ -130,8 +130,6 @@ def tell_rest(states: Mapping[Cell, State]) -> None:
             print(f"{cell.name}: failed: {state.note}")
         if state.word == "waiting" and cell.source is not None:
             print(f"{cell.name}: not made: {cell.source} is not done")
-    counts = [(word, sum(s.word == word for s in states.values())) for word in STATES]
-    print(", ".join(f"{count} {word}" for word, count in counts if count))
 
 
 def render(table: Table, total_steps: int) -> None:

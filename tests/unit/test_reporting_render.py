@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +220,7 @@ def test_without_the_extra(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a")
-    real: Callable[[str], Any] = render.find_spec
-    monkeypatch.setattr(render, "find_spec", lambda n: None if n == "matplotlib" else real(n))
+    monkeypatch.setattr(render, "find_spec", lambda n: None if n == "matplotlib" else find_spec(n))
     assert "matplotlib is missing; pip install 'spikerl[report]' brings it" in spikerl(*args).line
 
 
