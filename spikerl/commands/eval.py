@@ -11,6 +11,7 @@ from typing import Any
 from spikerl.config.yaml_file import leads_out
 from spikerl.envs.make import EnvConfig, check_confirmed, make_env, task_of
 from spikerl.errors import BadRequest
+from spikerl.files import shown
 from spikerl.machine import versions
 from spikerl.models.policy import Policy, check_shapes, load_policy
 from spikerl.output import answer
@@ -111,7 +112,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         layers = ", ".join("-" if r is None else f"{r:.3f}" for r in result.activity.layers)
         print(f"firing rate {result.activity.firing_rate:.3f} (encoder and layers: {layers})")
     if videos:
-        print(f"videos: {videos[0]}" + (f" to {videos[-1].name}" if len(videos) > 1 else ""))
+        print(f"videos: {shown(videos[0])}" + (f" to {videos[-1].name}" if len(videos) > 1 else ""))
     if moved:
         print(f"note: trained with {', '.join(moved)}; physics differ between versions")
     return 0

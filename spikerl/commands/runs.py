@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 from spikerl.energy.meter import total_joules
 from spikerl.errors import BadRequest
+from spikerl.files import shown
 from spikerl.output import answer
 from spikerl.runs import folder as run_folder
 from spikerl.runs.display import number
@@ -100,7 +101,7 @@ def describe(folder: Path) -> Run:
         rows, discarded = [], []
     returns = [row["eval_return"] for row in rows if isinstance(row.get("eval_return"), float)]
     return Run(
-        run=str(folder),
+        run=shown(folder),
         env_id=str(manifest.get("env_id", "-")),
         state=state,
         steps=rows[-1]["step"] if rows else None,
@@ -141,7 +142,8 @@ def clean(folders: Sequence[Path]) -> tuple[dict[Path, int], list[str]]:
                 if gone := run_folder.free(folder):
                     freed[folder] = gone
         except (BadRequest, OSError) as error:
-            kept.append(f"{folder} keeps its replay: {error}")
+            why = error.args[2] if isinstance(error, BadRequest) else error
+            kept.append(f"{shown(folder)} keeps its replay: {why}")
     return freed, kept
 
 
