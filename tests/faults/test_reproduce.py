@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from multiprocessing import get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from spikerl.commands.reproduce import cells, command
 from spikerl.commands.reproduce.work import ready
 from spikerl.reporting.table_file import Cell, cell_of, read_table, table_of
 
-Process = get_context("fork").Process
 ROOT = Path("outputs/reproduced/small")
 TRAINED = [
     f"{row}/{column}/seed{seed}"
@@ -38,14 +37,14 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "PROGRAM", cells.PROGRAM)
 
 
-def start(jobs: int) -> Process:
+def start(jobs: int) -> ForkProcess:
     """Another process that does the table; forked, as it takes seconds to import torch."""
-    process = Process(target=lambda: os._exit(table_runs.work(jobs)[0]))
+    process = ForkProcess(target=lambda: os._exit(table_runs.work(jobs)[0]))
     process.start()
     return process
 
 
-def wait(process: Process) -> int | None:
+def wait(process: ForkProcess) -> int | None:
     process.join(60)
     return process.exitcode
 
