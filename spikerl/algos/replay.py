@@ -36,7 +36,8 @@ class Replay:
         self.saved = 0  # rows that a checkpoint holds already
         self.width = width  # environments whose rows come together, in their order
         self.obs_dim, self.act_dim = obs_dim, act_dim
-        self.rows = torch.empty(capacity, 2 * obs_dim + act_dim + 4, device=device)
+        width_of_row = 2 * obs_dim + act_dim + 4
+        self.rows = torch.empty(capacity, width_of_row, dtype=torch.float32, device=device)
 
     def add(
         self,
@@ -89,7 +90,7 @@ class Replay:
         normalize: Callable[[Tensor], Tensor],
     ) -> Batch:
         """Rows drawn with replacement, their observations normalised."""
-        index = torch.randint(self.size, (count,), generator=generator)
+        index = torch.randint(self.size, (count,), generator=generator, dtype=torch.int64)
         return self._batch(self.rows[index.to(self.rows.device)], normalize)[0]
 
     def newest(self, count: int, normalize: Callable[[Tensor], Tensor]) -> tuple[Batch, Tensor]:

@@ -87,6 +87,8 @@ def searchpath() -> list[str]:
 def expand(command: str, args: Sequence[str]) -> list[str]:
     """Refuse what must not reach Hydra; replace config=FILE by the overrides that it stands for."""
     args = [re.sub(r"^\+\+?(?=(config|resume)=)", "", arg) for arg in args]
+    # Its keys are the environment's, so Hydra knows none of them.
+    args = [re.sub(r"^(?=env\.kwargs\.)", "++", arg) for arg in args]
     plugins.load(typed_plugins(args))
     for arg in args:
         flag = arg.partition("=")[0]
@@ -200,7 +202,7 @@ def check_resume(args: Sequence[str], run: Path) -> None:
         key, _, value = arg.partition("=")
         if key == "env.id":
             env = read_config(run / "config.yaml").get("env")
-            if isinstance(env, dict) and env.get("id") == value:
+            if isinstance(env, dict) and env.get("id") == unquoted(value):
                 continue  # it confirms a module to import
         if key in ("-m", "--multirun"):
             raise BadRequest("resume", run, "one run at a time; leave out -m")

@@ -25,7 +25,15 @@ from spikerl.cli.compose import RESUMABLE, chosen, unquoted
 from spikerl.cli.jobs import choices, count, folder_name, refusals, varied_keys
 from spikerl.config.yaml_file import NOT_CARRIED, quoted
 from spikerl.distributed import hosts, launchers
-from spikerl.errors import BY_DESIGN, INTERRUPTED, PREEMPTED, WRONG, BadRequest
+from spikerl.errors import (
+    BY_DESIGN,
+    FAILED,
+    INTERRUPTED,
+    PREEMPTED,
+    WRONG,
+    BadRequest,
+    with_notes,
+)
 from spikerl.files import absolute, lock_file
 from spikerl.schema import dotted
 
@@ -140,10 +148,12 @@ class Sweep:
         except (BadRequest, OmegaConfBaseException) as error:
             outcome |= {"status": WRONG, "error": explain(error)}
             print(f"spikerl: {outcome['error']}", file=sys.stderr)
+        except BY_DESIGN as error:
+            outcome |= {"status": FAILED, "error": with_notes(error)}
+            print(f"spikerl: {outcome['error']}", file=sys.stderr)
         except Exception as error:  # a job's failure is reported, not propagated
             outcome |= {"status": 1, "error": f"{type(error).__name__}: {error}"}
-            if not isinstance(error, BY_DESIGN):
-                traceback.print_exc()
+            traceback.print_exc()
         if outcome["status"] == PREEMPTED and hosts.requeued():
             sys.exit(PREEMPTED)  # it is this job that goes on later, and notes how it ended
         self.note(outcome)

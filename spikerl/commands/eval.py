@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spikerl.config.yaml_file import leads_out
 from spikerl.envs.make import EnvConfig, check_confirmed, make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.machine import resolve_device, versions
@@ -38,12 +40,17 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     policy = load_policy(request.run, resolve_device(request.device).choice)
     env_id = request.env_id or policy.task.env_id
     check_confirmed("run", request.run, env_id, request.env_id)
+    if leads_out(dict(policy.task.env_kwargs)) and not request.env_id:
+        remedy = f"its environment is given paths of files; confirm with env_id={env_id}"
+        raise BadRequest("run", request.run, remedy)
     env = EnvConfig(
         name="gym",
         version=None,
         id=env_id,
         max_episode_steps=policy.task.max_episode_steps,
         vectorizer="sync",
+        kwargs=dict(policy.task.env_kwargs),
+        wrappers=list(policy.task.env_wrappers),
     )
     key = "env_id" if request.env_id else "run"
     value = request.env_id or request.run
@@ -58,6 +65,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     probe.close()
     check_shapes(key, value, policy.task, task)
     evaluator = Evaluator(env, request.episodes, request.seed)
+    if evaluator.note:
+        print(evaluator.note, file=sys.stderr)
     try:
         result = evaluator.run(policy, 0)
     finally:

@@ -88,7 +88,7 @@ def popsan_policy(
     actor.load_state_dict(translate(weights))
     norm = RunningNorm(task.obs_dim, clip)
     moments = {"mean": torch.from_numpy(mean.copy()), "var": torch.from_numpy(var.copy())}
-    norm.load({"count": torch.tensor(POPSAN_OBSERVATIONS), **moments})
+    norm.load({"count": torch.tensor(POPSAN_OBSERVATIONS, dtype=torch.int64), **moments})
     return Policy(task, config, actor, norm)
 
 

@@ -23,7 +23,8 @@ from spikerl.distributed.launchers import ranked
 from spikerl.distributed.world import ALONE, join, leave
 from spikerl.energy.meter import open_meter
 from spikerl.envs.make import make_env, task_of
-from spikerl.errors import DONE, FAILED, BadRequest
+from spikerl.envs.process import start_server
+from spikerl.errors import DONE, FAILED, BadRequest, EnvironmentFailed, Interrupted
 from spikerl.files import absolute, shown, write_text
 from spikerl.models.policy import Policy, check_shapes, find_policy, read_policy
 from spikerl.runs import folder as run_folder
@@ -115,7 +116,7 @@ def record_lost_worker(lost: launch.WorkerLost) -> int:
         folder = Path(lost.folder)
         with suppress(OSError):
             run_folder.update_manifest(folder, status="failed", ended=run_folder.now())
-            write_text(folder / "error.txt", cause + "\n")
+            write_text(folder / "error.txt", f"{lost.trace}{cause}\n")
         cause += f" (spikerl train resume={shown(folder)} goes on from its last checkpoint)"
     print(f"spikerl: {cause}", file=sys.stderr)
     return FAILED
@@ -145,8 +146,10 @@ def run(
         if mailbox:
             launch.announce_folder(mailbox, folder)
 
+    if config.env.vectorizer == "async":
+        start_server()  # which takes a while
     with stop_signals(mailbox) as stop:
-        trainer = None
+        trainer, status = None, None
         try:
             meter = open_meter(config.energy, device=device, local_rank=world.local_rank)
             init_from = config.run.init_from
@@ -157,9 +160,14 @@ def run(
             mpi.leave()
             return status
         finally:
-            if trainer is not None:
-                trainer.close()
-            leave()
+            try:
+                if trainer is not None:
+                    trainer.close()
+            except EnvironmentFailed:
+                if status is not None:  # else something else failed first
+                    raise
+            finally:
+                leave()
 
 
 def task_for(config: Config) -> Task:
@@ -212,15 +220,17 @@ def default_folder(config: Config) -> str:
 
 @contextmanager
 def stop_signals(mailbox: Path | None) -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGUSR1 and Ctrl-C for the loop to see; a second Ctrl-C ends at once."""
+    """Collect SIGTERM, SIGUSR1, SIGHUP and Ctrl-C for the loop to see; a second Ctrl-C ends at
+    once.
+    """
     received: list[int] = []
 
     def receive(number: int, frame: object) -> None:
         if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Interrupted
         received.append(number)
 
-    caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    caught = launch.FORWARDED if mailbox else launch.listened_to()
     before = {number: signal.signal(number, receive) for number in caught}
     if mailbox and (number := launch.stop_requested(mailbox)) is not None:
         received.append(number)  # before this worker listened

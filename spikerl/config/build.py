@@ -45,7 +45,7 @@ class RunConfig:
     seed: int
     total_steps: int  # environment steps over all workers
     steps_per_epoch: int  # an evaluation, a row of metrics and a checkpoint after each epoch
-    eval_episodes: int  # deterministic episodes per evaluation
+    eval_episodes: int  # deterministic episodes per evaluation; 0: there are none
     num_envs: int | None  # over all workers; null: one per worker
     world_size: int | None  # null: 1, or as many as the launcher (torchrun) started
     scaling: str
@@ -63,9 +63,9 @@ class RunConfig:
     plugins: list[str]  # packages that register parts of one's own
 
     def __post_init__(self) -> None:
-        for key in ("total_steps", "steps_per_epoch", "eval_episodes"):
-            if getattr(self, key) < 1:
-                raise BadRequest(key, getattr(self, key), "give at least 1")
+        for key, least in (("total_steps", 1), ("steps_per_epoch", 1), ("eval_episodes", 0)):
+            if getattr(self, key) < least:
+                raise BadRequest(key, getattr(self, key), f"give at least {least}")
         for key in ("num_envs", "threads", "world_size"):
             if getattr(self, key) is not None and not 1 <= getattr(self, key) <= MOST:
                 raise BadRequest(key, getattr(self, key), f"give 1 to {MOST}, or null")

@@ -19,6 +19,7 @@ MAX_BYTES = 1 << 17  # some forty times a run's config.yaml
 NAME = r"[A-Za-z][A-Za-z0-9_]*"  # of a key
 # Where a run was started from or kept is not part of what it computes.
 NOT_CARRIED = ("run_dir", "resume", "config", "nnodes", "node_rank", "rdzv")
+PLAIN = ("env.kwargs", "env.wrappers")  # arguments of others' code, whole
 READ = ("init_from", "energy.file")  # paths that a run reads
 
 
@@ -118,7 +119,7 @@ def typed_plugins(args: Sequence[str]) -> list[str]:
 def _leaves(prefix: str, value: Any, path: Path, typed: set[str]) -> Iterator[tuple[str, Any]]:
     if prefix in typed:
         return
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or prefix in PLAIN:
         if "${" in str(value) or (":" in str(value) and prefix == "env.id"):
             raise _refusal(prefix, value, path)
         yield prefix, value
@@ -134,6 +135,15 @@ def _check_paths(leaves: Sequence[tuple[str, Any]], path: Path) -> None:
         place = Path(str(value))
         if key in READ and (place.is_absolute() or ".." in place.parts):
             raise _refusal(key, value, path)
+        if key in PLAIN and leads_out(value):
+            raise _refusal(key, value, path)
+
+
+def leads_out(value: Any) -> bool:
+    """Whether a path that leads out of the working folder is among the arguments."""
+    if isinstance(value, dict | list):
+        return any(map(leads_out, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and (value[:1] in ("/", "~") or ".." in Path(value).parts)
 
 
 def _refusal(key: str, value: Any, path: Path) -> BadRequest:
@@ -146,6 +156,8 @@ def quoted(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, list):
         return "[" + ",".join(quoted(item) for item in value) + "]"
+    if isinstance(value, dict) and all(re.fullmatch(NAME, str(key)) for key in value):
+        return "{" + ",".join(f"{key}:{quoted(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, str):
         escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
         return f"'{escaped}'"

@@ -30,7 +30,7 @@ from spikerl.models.normalizer import RunningNorm
 from spikerl.snn.decoders import DECODERS
 from spikerl.snn.encoders import ENCODERS
 from spikerl.snn.neurons import NEURONS
-from spikerl.types import MAX_EPISODE_STEPS, Task
+from spikerl.types import MAX_EPISODE_STEPS, Entry, Task, flat
 
 SCHEMA = 3  # 2: weights are input-major; 3: neurons have a reset and a choice of surrogate
 MAX_BYTES = 1 << 20  # of a policy.json; action bounds take most of it
@@ -63,21 +63,24 @@ class Policy:
             self.one_action = kernels.one_action(actor.kernel, actor, task)
         self.trained_with: dict[str, str] = {}  # versions, where it was loaded from a file
 
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
-        """Actions in the environment's units for one raw observation or a batch of them.
+    def __call__(self, obs: Any) -> np.ndarray:
+        """Actions in the environment's units for one raw observation or a batch of them; where the
+        environment's are dictionaries, such a one, or what it is flat.
 
         Raises ValueError for another shape than (*obs_shape) or (B, *obs_shape), or a value that is
         not finite.
         """
+        if self.task.layout and not isinstance(obs, np.ndarray):
+            obs = flat(self.task.layout, obs)
         obs = np.asarray(obs)
         shape = self.task.obs_shape
         single = obs.shape == shape
         if not single and obs.shape[1:] != shape:
             raise ValueError(f"obs has shape {obs.shape}; expected {shape} or (B, *{shape})")
-        if single and self.one_action is not None:
+        if single and self.one_action is not None and not self.norm.far:
             one = self.one_action(obs.reshape(-1), self.norm.mean_std, self.norm.clip)
             if one is not None:
-                return one.reshape(self.task.act_shape)
+                return self.task.typed(one.reshape(self.task.act_shape))
         if not np.isfinite(obs).all():
             raise ValueError("obs holds a NaN or an infinity")
         act = self.task.to_env(self.act(obs.reshape(-1, self.task.obs_dim), self.generator))
@@ -86,8 +89,8 @@ class Policy:
     @torch.no_grad()
     def act(self, obs_BO: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """Actions (B, A) in [-1, 1]."""
-        obs = torch.from_numpy(obs_BO.astype(np.float32)).to(self.device)
-        return self.actor(self.norm.normalize(obs), generator).cpu().numpy()
+        obs = self.norm.observe(obs_BO, self.device)
+        return self.actor(obs, generator).cpu().numpy()
 
     def save(self, folder: Path) -> None:
         for name, content in self.files().items():
@@ -106,6 +109,7 @@ class Policy:
             "act_low": t.act_low.tolist(),
             "act_high": t.act_high.tolist(),
             "max_episode_steps": t.max_episode_steps,
+            **_optional(t),
             "norm_clip": self.norm.clip,
             **{k: v for k, v in asdict(self.config).items() if v is not None},
             "versions": self.trained_with or versions(),
@@ -154,6 +158,42 @@ def upgraded(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "schema": SCHEMA}
 
 
+def _optional(task: Task) -> dict[str, Any]:
+    """What only some tasks have."""
+    layout = [[list(entry.path), list(entry.shape), entry.start] for entry in task.layout]
+    every = {
+        "act_dtype": task.act_dtype if task.act_dtype != "float32" else None,
+        "obs_layout": layout,
+        "env_kwargs": dict(task.env_kwargs),
+        "env_wrappers": list(task.env_wrappers),
+    }
+    return {key: value for key, value in every.items() if value}
+
+
+def _read_optional(data: dict[str, Any]) -> dict[str, Any]:
+    layout = tuple(
+        Entry(tuple(path), tuple(int(n) for n in shape), None if start is None else int(start))
+        for path, shape, start in data.get("obs_layout", [])
+    )
+    obs_shape = [int(n) for n in data["obs_shape"]]
+    if layout and [sum(entry.size for entry in layout)] != obs_shape:
+        raise ValueError("obs_layout, which does not fit obs_shape")
+    names = [name for entry in layout for name in entry.path]
+    if not all(type(name) is int or (type(name) is str and name.isprintable()) for name in names):
+        raise ValueError("obs_layout, whose names cannot be printed")
+    if data.get("act_dtype", "float32") not in ("float16", "float32"):
+        raise ValueError("act_dtype")
+    kwargs, wrappers = data.get("env_kwargs", {}), data.get("env_wrappers", [])
+    if not isinstance(kwargs, dict) or not isinstance(wrappers, list):
+        raise ValueError("env_kwargs or env_wrappers")
+    return {
+        "act_dtype": data.get("act_dtype", "float32"),
+        "layout": layout,
+        "env_kwargs": kwargs,
+        "env_wrappers": tuple(wrappers),
+    }
+
+
 def read_policy(
     folder: Path, device: str = "cpu", *, key: str, kernel: str = "reference"
 ) -> Policy:
@@ -185,6 +225,7 @@ def read_policy(
             np.array(data["act_low"], np.float64),
             np.array(data["act_high"], np.float64),
             int(data["max_episode_steps"]),
+            **_read_optional(data),
         )
         clip = float(data["norm_clip"])
         trained_with = {str(k): str(v) for k, v in dict(data["versions"]).items()}

@@ -186,8 +186,8 @@ class Checkpoint:
                 continue
             rows_TNC = np.fromfile(self.run / path, np.float32).reshape(last - first, theirs, -1)
             begin, end = max(first, oldest), min(last, steps)
-            number_T1 = torch.arange(begin, end).unsqueeze(1) * width - offset
-            number_TN = number_T1 + torch.arange(mine.start, mine.stop)
+            number_T1 = torch.arange(begin, end, dtype=torch.int64).unsqueeze(1) * width - offset
+            number_TN = number_T1 + torch.arange(mine.start, mine.stop, dtype=torch.int64)
             held = torch.from_numpy(rows_TNC[begin - first : end - first, mine])
             replay.restore(number_TN, held)
         if not replay.rows[: replay.size].isfinite().all():

@@ -122,7 +122,8 @@ class View:
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         self.last = row
-        self.best = max(row["eval_return"], self.best if self.best is not None else -float("inf"))
+        known = [ret for ret in (self.best, row["eval_return"]) if ret is not None]
+        self.best = max(known, default=None)
         self.line(epoch_line(row, self.total_steps))
 
     def progress(self, stage: Stage) -> None:

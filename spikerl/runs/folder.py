@@ -235,13 +235,14 @@ def check_record(folder: Path, facts: Mapping[str, Any]) -> None:
         if steps != sorted(set(steps)) or not all(0 < n <= step for n in steps):
             raise ValueError("its steps do not rise up to its checkpoint's")
         sound = [
-            _finite(row.get("eval_return")) and isinstance(row.get("energy_source"), str)
+            (_finite(row["eval_return"]) or row["eval_return"] is None)
+            and isinstance(row["energy_source"], str)
             for row in rows
         ]
         if not all(sound):
             raise ValueError("a line lacks eval_return or energy_source")
         read_rows(folder / "discarded.jsonl")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise BadRequest("resume", folder, f"its record cannot be read: {error}") from None
 
 

@@ -25,6 +25,8 @@ from spikerl.runs.display import View, epoch_line, stuck_layers
 from spikerl.runs.record import RunLog
 from spikerl.training.trainer import Row, Trainer
 
+FEW = 3  # warnings of one kind, at a time
+
 
 class Session:
     """A run while it runs: the folder, its record and view (rank 0's alone), and the commits."""
@@ -51,6 +53,7 @@ class Session:
         self.unsaved: str | None = None  # why the last commit failed, if it did
         self.log: RunLog | None = None
         self.stuck: set[int] = set()  # layers that were said to hardly learn
+        self.coarse: set[int] = set()  # entries of observations that were said to lose digits
         restored: list[str] = []
         try:
             if config.run.resume:
@@ -187,10 +190,12 @@ class Session:
         self.log.row(row)
         self.view.epoch(row)
         self.log.line(epoch_line(row, self.config.run.total_steps))
-        stuck = stuck_layers(row)
+        stuck, coarse = stuck_layers(row), self.trainer.norm.coarse()
         for layer in stuck.keys() - self.stuck:  # what has been said is not said every epoch
             self.say(stuck[layer])
-        self.stuck = set(stuck)
+        for entry in sorted(coarse.keys() - self.coarse)[:FEW]:
+            self.say(coarse[entry])
+        self.stuck, self.coarse = set(stuck), set(coarse)
 
     def commit(self, run: Path) -> None:
         """Save what there is, or say why not: the next commit makes up for it."""
@@ -216,6 +221,7 @@ class Session:
             "world_size": self.world.size,
             "wall_s": self.wall(),
             "metrics_bytes": lengths[0],
+            "reset_seed_bits": trainer.seed_bits,
         }
         learner = trainer.learner_state()
         policy = trainer.policy.files() if self.is_rank0 else {}
@@ -264,6 +270,7 @@ class Session:
     def fail(self, error: BaseException) -> None:
         self.record_failure(traceback.format_exc())
         self.say(f"failed at step {self.trainer.step}: {type(error).__name__}: {error}")
+        error.add_note(f"{self.folder}/error.txt has the traceback")
         self.flush()
 
     def report_unsaved(self, reason: str) -> None:
@@ -287,7 +294,7 @@ class Session:
     def summarise(self) -> None:
         rows = run_folder.read_rows(self.folder / "metrics.jsonl")
         discarded = run_folder.read_rows(self.folder / "discarded.jsonl")
-        returns = [row["eval_return"] for row in rows]
+        returns = [row["eval_return"] for row in rows if row["eval_return"] is not None]
         last_ten = returns[-10:]
         summary = {
             "env_id": self.trainer.task.env_id,
@@ -348,6 +355,8 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
         f" {trainer.updates_by(run.total_steps)} updates in {run.total_steps} steps{exchange}",
         "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in vars(config.resolved).items()),
     ]
+    if trainer.evaluator.note:
+        lines.append(trainer.evaluator.note)
     if slow := why_slow(config.precision, config.resolved.device.choice):
         lines.append(f"note: {slow}")
     if config.run.init_from:

@@ -7,7 +7,6 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +46,9 @@ class Ends(gym.Env[np.ndarray, np.ndarray]):
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     names = ("RAISES", "SIGTERM", "SIGINT", "NEVER")
+    made: Any = Ends
     for how in names:
-        gym.register(f"{how}-v0", entry_point=partial(Ends, how), max_episode_steps=50)
+        gym.register(f"{how}-v0", entry_point=made, kwargs={"how": how}, max_episode_steps=50)
     yield
     for how in names:
         del gym.registry[f"{how}-v0"]

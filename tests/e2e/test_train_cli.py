@@ -88,7 +88,9 @@ def test_the_command_is_recorded_as_it_was_typed(run: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("where", ["run_folder.write_text", "session.save_checkpoint", "os.rename"])
+@pytest.mark.parametrize(
+    "where", ["runs.folder.write_text", "training.session.save_checkpoint", "os.rename"]
+)
 def test_a_folder_that_cannot_be_made_is_not_there(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +287,7 @@ def test_doctor_where_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def process(*args: str) -> subprocess.CompletedProcess[str]:
     """The program as a process; what it imported of the heavy parts is its last line."""
     code = (
-        "import sys\nfrom spikerl import cli\nsys.argv = ['spikerl', *sys.argv[1:]]\n"
+        "import sys\nfrom spikerl.cli import main as cli\nsys.argv = ['spikerl', *sys.argv[1:]]\n"
         "try:\n    cli.main()\nfinally:\n    print([m for m in ('hydra', 'torch', 'gymnasium')"
         " if m in sys.modules], file=sys.stderr)"
     )
