@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from multiprocessing import get_context
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from spikerl.commands.reproduce import cells, command
 from spikerl.commands.reproduce.work import ready
 from spikerl.reporting.table_file import Cell, cell_of, read_table, table_of
 
-FORK = get_context("fork")
 ROOT = Path("outputs/reproduced/small")
 TRAINED = [
     f"{row}/{column}/seed{seed}"
@@ -41,7 +39,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(jobs: int) -> ForkProcess:
     """Another process that does the table; forked, as it takes seconds to import torch."""
-    process = FORK.Process(target=lambda: os._exit(table_runs.work(jobs)[0]))
+    process = ForkProcess(target=lambda: os._exit(table_runs.work(jobs)[0]))
     process.start()
     return process
 

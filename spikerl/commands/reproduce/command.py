@@ -115,10 +115,11 @@ def tell_plan(table: Table, states: Mapping[Cell, State], jobs: int) -> None:
         own = {cell: state for cell, state in todo.items() if cell.row == row}
         if own:
             each = [cell_left_s(states, cell) for cell in own]
-            known = sum(seconds for seconds in each if seconds is not None)
-            unknown = each.count(None)
-            more = f", and {unknown} runs of unknown length" if unknown else ""
-            print(f"  {row}: {len(own)} runs, {duration(known)}{more}")
+            known = [seconds for seconds in each if seconds is not None]
+            said = [duration(sum(known))] * bool(known)
+            if len(known) < len(each):
+                said.append(f"{len(each) - len(known)} of unknown length")
+            print(f"  {row}: {len(own)} runs, {', '.join(said)}")
     whole = duration(left_s(states, jobs))
     print(f"{left} steps to go, {jobs} runs side by side: {whole}")
 
