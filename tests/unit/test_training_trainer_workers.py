@@ -67,8 +67,16 @@ def test_every_worker_has_streams_of_its_own(workers: Workers) -> None:
         for rank, state in enumerate(states):
             assert torch.equal(state, generator_for(7, name, rank).get_state()), (name, rank)
         assert apart(states)
-    first = [trainer.algo.actor_optimizer.flat for trainer in workers.trainers]
-    assert torch.equal(first[0], first[1])  # but the same weights
+    assert all(trainer.algo.generator is trainer.streams.update for trainer in workers.trainers)
+
+
+def test_workers_begin_with_the_weights_of_the_seed(workers: Workers) -> None:
+    first = workers.first.algo.actor_optimizer.flat
+    assert all(torch.equal(t.algo.actor_optimizer.flat, first) for t in workers.trainers)
+    torch.rand(3)  # whatever the process drew before
+    for seed, same in ((7, True), (8, False)):
+        with closing(Workers(config(seed=seed), 1)) as other:
+            assert torch.equal(other.first.algo.actor_optimizer.flat, first) == same
 
 
 @pytest.mark.parametrize("random_steps", [0, 10**6])
