@@ -234,7 +234,7 @@ def test_a_fresh_environment_that_refused_still_wants_a_reset() -> None:
     with pytest.raises(ValueError, match="lacks xpos"):
         restore(env.env, changed(taken(started("Hopper-v5")), xpos=None))
     with pytest.raises(gym.error.ResetNeeded):
-        env.step(np.zeros(3, np.float32))
+        env.env.step(np.zeros(3, np.float32))
 
 
 def test_another_model_of_the_same_class_does_not_fit(tmp_path: Path) -> None:
@@ -259,7 +259,11 @@ class Restorable(CheckedEnv):
 
 
 def vector(kind: str, env_id: str = "Hopper-v5", num_envs: int = 3) -> Any:
-    makers: list[Any] = [lambda: Restorable(make(env_id, LIMIT).env)] * num_envs
+    def made_env() -> Restorable:
+        env = make(env_id, LIMIT)
+        return Restorable(env.env, env.config)
+
+    makers: list[Any] = [made_env] * num_envs
     made = SyncVectorEnv if kind == "sync" else AsyncVectorEnv
     return made(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 
