@@ -8,12 +8,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from forkserver import command
+from shell import Said
 
 from spikerl.algos import ALGOS
 from spikerl.config.yaml_file import conf_folder
@@ -34,7 +37,7 @@ SHORT = [
     "algo.update_interval=10", "algo.batch_size=8", "threads=1", "actor.hidden_sizes=[8]",
     "algo.critic_hidden_sizes=[8]", "device=cpu", "energy=none", "plugins=[spiking_extras]",
 ]  # fmt: skip
-Say = Callable[..., subprocess.CompletedProcess[str]]
+Say = Callable[..., Said]
 
 
 @pytest.fixture(scope="module")
@@ -54,51 +57,42 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def say(package: Path, tmp_path: Path) -> Say:
-    def run(*args: str) -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
-        return subprocess.run(
-            [sys.executable, "-m", "spikerl", *args],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        )
-
-    return run
+    path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
+    return partial(command, tmp_path, PYTHONPATH=path)
 
 
 def test_its_parts_train_and_a_policy_needs_them(say: Say, tmp_path: Path) -> None:
     parts = ["neuron=refractory_lif", "encoder=signed", "algo=clipped_ddpg"]
     done = say("train", *SHORT, *parts, "world_size=2", "num_envs=2", "run_dir=run")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     reason = "layer by layer because of encoder=signed, which gives currents"
-    assert reason in done.stdout or "kernel=reference" in done.stdout
+    assert reason in done.out or "kernel=reference" in done.out
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["status"] == "done"
     data = json.loads((tmp_path / "run" / "policy.json").read_text())
     assert data["plugins"] == {"spiking_extras": "1.2"}
 
     refused = say("eval", "run=run", "episodes=1")
-    assert (refused.returncode, refused.stdout) == (2, "")
+    assert (refused.status, refused.out) == (2, "")
     needs = "it needs the plugin spiking_extras 1.2; give plugins=[spiking_extras]"
-    assert refused.stderr.startswith(f"spikerl: run=run: {needs}")
-    assert say("eval", "run=run", "episodes=1", "plugins=[spiking_extras]").returncode == 0
+    assert refused.err.startswith(f"spikerl: run=run: {needs}")
+    assert say("eval", "run=run", "episodes=1", "plugins=[spiking_extras]").status == 0
 
     for request in ("resume=run", "config=run/config.yaml"):
         refused = say("train", request)
-        assert refused.returncode == 2
-        assert "names packages to import; confirm with plugins=[spiking_extras]" in refused.stderr
+        assert refused.status == 2
+        assert "names packages to import; confirm with plugins=[spiking_extras]" in refused.err
     again = say("train", "resume=run", "plugins=[spiking_extras]", "total_steps=180")
-    assert again.returncode == 0, again.stderr
-    assert "done: 180 steps" in again.stdout
+    assert again.status == 0, again.err
+    assert "done: 180 steps" in again.out
 
 
 def test_a_plugin_that_is_not_there(say: Say) -> None:
     refused = say("train", "plugins=[nowhere]")
     line = "spikerl: plugins=nowhere: cannot be imported (No module named 'nowhere'); install it,"
-    assert (refused.returncode, refused.stderr.startswith(line)) == (2, True)
+    assert (refused.status, refused.err.startswith(line)) == (2, True)
     refused = say("train", "plugins=nowhere")
-    assert refused.stderr == (
+    assert refused.err == (
         "spikerl: plugins=nowhere: give a list of packages, such as [my_package]\n"
     )
 
