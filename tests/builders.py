@@ -253,6 +253,9 @@ def small_config(
         init_from=None,
         resume=None,
         config=None,
+        init_policy="last",
+        keep_replay=True,
+        logger=[],
     )
     return Config(
         run=run,

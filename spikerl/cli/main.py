@@ -6,19 +6,30 @@ config is composed.
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 
 from spikerl import output
 from spikerl.children import safe_path
 from spikerl.cli.compose import PATHS, commands, expand, explain, module_of, searchpath, usage
+from spikerl.cli.help import with_meanings
 from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.launchers import adopt
 from spikerl.distributed.process_lifetime import die_if_spawned, die_with_launcher
-from spikerl.errors import BY_DESIGN, DONE, FAILED, WRONG, BadRequest
+from spikerl.errors import (
+    BY_DESIGN,
+    DONE,
+    FAILED,
+    WRONG,
+    BadRequest,
+    Interrupted,
+    with_notes,
+)
 from spikerl.files import absolute
 
 die_if_spawned()
@@ -29,6 +40,8 @@ LONGEST = 1000  # characters of a refusal
 def main() -> None:
     """The console script."""
     die_with_launcher()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     # Threads that spin while they wait make an update several times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     output.prepare()
@@ -79,6 +92,7 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
     sys.argv = ["spikerl", *own, *args]
     statuses: list[int] = []
     failures: list[Exception] = []
+    called = False
 
     def explained(error: Exception) -> str:
         return explain(command, args, error) + beside(error)
@@ -88,6 +102,8 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
         return max(map(wrong, refused))
 
     def call(config: DictConfig) -> int:
+        nonlocal called
+        called = True
         data = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         assert isinstance(data, dict)
         if command != "train":  # whose config is recorded as it was typed
@@ -104,18 +120,26 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
             statuses.append(call(config))
         except (BadRequest, OmegaConfBaseException) as error:  # Hydra would print around it
             statuses.append(wrong(explained(error)))
-        except BY_DESIGN as error:
-            print(f"spikerl: {error}", file=sys.stderr)
+        except BY_DESIGN as error:  # no fault of this program's code
+            say(with_notes(error))
             statuses.append(FAILED)
         except Exception as error:
             failures.append(error)
         return None
 
+    helps, text = not {"--help", "-h"}.isdisjoint(args), io.StringIO()
     try:
-        with safe_path() if sweep else nullcontext():  # for the processes of Hydra's launchers
+        # The first for the processes of Hydra's launchers.
+        with (
+            safe_path() if sweep else nullcontext(),
+            redirect_stdout(text) if helps else nullcontext(),
+        ):
             hydra.main(str(conf_folder()), command, version_base="1.3")(job)()
-    except SystemExit as ended:  # Hydra's way out of --help, and of a --package that is not there
-        statuses.append(WRONG if ended.code else DONE)
+    except SystemExit as ended:
+        if called:  # somebody's code has no say in how the program ends
+            statuses.append(FAILED)
+        else:  # Hydra's way out of --help, and of a --package that is not there
+            statuses.append(WRONG if ended.code else DONE)
     except Exception as error:
         if sweep and sweep.noted():  # a launcher lost a job, or a sweeper gave up
             print(f"spikerl: {type(error).__name__}: {error}", file=sys.stderr)
@@ -124,6 +148,8 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
     finally:
         if sweep and not sweep.noted():
             sweep.discard()
+    if helps:
+        print(with_meanings(text.getvalue(), command), end="")
     if failures:
         raise failures[0]
     return sweep.end() if sweep and not statuses else max(statuses, default=0)
@@ -155,15 +181,24 @@ def check_text(args: Sequence[str]) -> None:
             raise BadRequest(key, value, remedy) from None
 
 
+def _interrupt(number: int, frame: object) -> None:
+    """Ctrl-C, which is told apart from what an environment raises."""
+    raise Interrupted
+
+
 def escaped(character: str) -> str:
     code = ord(character)
     return f"\\x{code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code:02x}"
 
 
-def wrong(line: str) -> int:
+def say(line: str) -> None:
     """One line of bounded length, whatever the text holds: some may be from a stranger's file."""
     shown = "".join(c if c.isprintable() else escaped(c) for c in line[:LONGEST])
     shown += "..." * (len(line) > LONGEST)
+    print(f"spikerl: {shown}", file=sys.stderr)
+
+
+def wrong(line: str) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the other workers of a machine would repeat it
-        print(f"spikerl: {shown}", file=sys.stderr)
+        say(line)
     return WRONG

@@ -25,12 +25,20 @@ from spikerl.cli.compose import RESUMABLE, chosen, unquoted
 from spikerl.cli.jobs import choices, count, folder_name, refusals, varied_keys
 from spikerl.config.yaml_file import NOT_CARRIED, quoted
 from spikerl.distributed import hosts, launchers
-from spikerl.errors import BY_DESIGN, INTERRUPTED, PREEMPTED, WRONG, BadRequest
+from spikerl.errors import (
+    BY_DESIGN,
+    FAILED,
+    INTERRUPTED,
+    PREEMPTED,
+    WRONG,
+    BadRequest,
+    with_notes,
+)
 from spikerl.files import absolute, lock_file
 from spikerl.schema import dotted
 
 STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
-KEEPS_FOLDERS = ("train", "import")
+KEEPS_FOLDERS = ("train", "import", "reproduce")  # their sweeps have one, too
 
 
 class Sweep:
@@ -140,10 +148,12 @@ class Sweep:
         except (BadRequest, OmegaConfBaseException) as error:
             outcome |= {"status": WRONG, "error": explain(error)}
             print(f"spikerl: {outcome['error']}", file=sys.stderr)
+        except BY_DESIGN as error:
+            outcome |= {"status": FAILED, "error": with_notes(error)}
+            print(f"spikerl: {outcome['error']}", file=sys.stderr)
         except Exception as error:  # a job's failure is reported, not propagated
             outcome |= {"status": 1, "error": f"{type(error).__name__}: {error}"}
-            if not isinstance(error, BY_DESIGN):
-                traceback.print_exc()
+            traceback.print_exc()
         if outcome["status"] == PREEMPTED and hosts.requeued():
             sys.exit(PREEMPTED)  # it is this job that goes on later, and notes how it ended
         self.note(outcome)
@@ -183,7 +193,7 @@ class Sweep:
             shown = "-" if job["return"] is None else f"{job['return']:.1f}"
             known = {0: "done", WRONG: "refused", **STOPPED}
             state = job.get("note") or known.get(job["status"], f"failed ({job['status']})")
-            place = job["folder"] if self.keep else ""
+            place = job["folder"] if os.path.isdir(job["folder"]) else ""
             table.add_row(job["name"], state, shown, job.get("error") or place)
         width = None if sys.stdout.isatty() else 200  # a path that is cut cannot be copied
         Console(width=width, markup=False, emoji=False).print(table)
@@ -313,7 +323,7 @@ def done(config: Any, folder: Path) -> bool:
 
     asked = dict(dotted(OmegaConf.to_container(config, resolve=True)))
     had = dict(dotted(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
-    free = ("threads", *RESUMABLE, *NOT_CARRIED)
+    free = ("threads", "logger", "keep_replay", *RESUMABLE, *NOT_CARRIED)
     for key in [*asked, *had]:
         within = [key == other or key.startswith(f"{other}.") for other in free]
         if not any(within) and asked.get(key) != had.get(key):

@@ -29,8 +29,9 @@ from spikerl.files import absolute
 from spikerl.kernels import KERNELS, coverage
 from spikerl.machine import cores, resolve_device, resolve_threads
 from spikerl.models.actor import ActorConfig, CareBNConfig, SpikingActor, build_actor
-from spikerl.models.policy import ACTOR_GROUPS, parse_actor
+from spikerl.models.policy import ACTOR_GROUPS, CHOICES, parse_actor
 from spikerl.models.precision import PRECISIONS, PrecisionConfig, check_precision
+from spikerl.runs.loggers import check_loggers
 from spikerl.schema import parse
 from spikerl.types import Resolved
 
@@ -45,7 +46,7 @@ class RunConfig:
     seed: int
     total_steps: int  # environment steps over all workers
     steps_per_epoch: int  # an evaluation, a row of metrics and a checkpoint after each epoch
-    eval_episodes: int  # deterministic episodes per evaluation
+    eval_episodes: int  # deterministic episodes per evaluation; 0: there are none
     num_envs: int | None  # over all workers; null: one per worker
     world_size: int | None  # null: 1, or as many as the launcher (torchrun) started
     scaling: str
@@ -58,14 +59,17 @@ class RunConfig:
     rdzv: str | None
     run_dir: str | None
     init_from: str | None
+    init_policy: str  # last, best
     resume: str | None
     config: str | None
+    keep_replay: bool  # and the checkpoints, of a run that is done
+    logger: list[str]  # views of metrics.jsonl
     plugins: list[str]  # packages that register parts of one's own
 
     def __post_init__(self) -> None:
-        for key in ("total_steps", "steps_per_epoch", "eval_episodes"):
-            if getattr(self, key) < 1:
-                raise BadRequest(key, getattr(self, key), "give at least 1")
+        for key, least in (("total_steps", 1), ("steps_per_epoch", 1), ("eval_episodes", 0)):
+            if getattr(self, key) < least:
+                raise BadRequest(key, getattr(self, key), f"give at least {least}")
         for key in ("num_envs", "threads", "world_size"):
             if getattr(self, key) is not None and not 1 <= getattr(self, key) <= MOST:
                 raise BadRequest(key, getattr(self, key), f"give 1 to {MOST}, or null")
@@ -79,6 +83,9 @@ class RunConfig:
         self.resume = str(absolute(self.resume)) if self.resume else self.resume
         if self.scaling not in ("strong", "weak"):
             raise BadRequest("scaling", self.scaling, "give strong or weak")
+        if self.init_policy not in CHOICES:
+            raise BadRequest("init_policy", self.init_policy, f"give {' or '.join(CHOICES)}")
+        check_loggers(self.logger)
         if self.max_restarts < 0:
             raise BadRequest("max_restarts", self.max_restarts, "give at least 0")
         self.check_nodes()

@@ -121,8 +121,8 @@ def resolve(config: EnergyConfig, *, device: torch.device) -> Resolved:
     if config.name == "none":
         return Resolved("none", "requested")
     if config.name == "replay":
-        read_trace(str(config.file))
-        return Resolved(f"replay:{config.file}", "requested")
+        seconds = float(read_trace(str(config.file)).seconds[-1])
+        return Resolved(f"replay:{config.file}", f"requested; its {seconds:g} s are repeated")
     reasons = _find(config, device).reasons
     return Resolved(_source(reasons), "; ".join(reasons.values()) or "every counter was found")
 

@@ -45,7 +45,19 @@ def epoch_line(row: Mapping[str, Any], total_steps: int) -> str:
         f"  train {number(row['train_return'])}  critic_loss {number(row['critic_loss'])}"
         f"  q {number(row['q_mean'])}  firing {number(row['firing_rate'])}"
         f"  {number(row['env_steps_per_s'])} steps/s  {row['wall_s']:.0f} s"
+        f"  {energy_text(row).partition(' (')[0]}"  # why there is none stands above and below
     )
+
+
+REASON = 60  # characters of why nothing was measured
+
+
+def energy_text(row: Mapping[str, Any]) -> str:
+    """Joules and watts of an epoch or of a run; a dash and why, where there are none."""
+    if row.get("energy_j") is None:
+        return f"energy - ({row.get('energy_source', 'none')[:REASON]})"
+    power = row.get("power_w")
+    return f"energy {number(row['energy_j'])} J" + (f" {number(power)} W" if power else "")
 
 
 # Below this share of voltages inside the surrogate window, a layer passes next to no gradient.
@@ -100,6 +112,7 @@ class View:
         self.first_step = first_step  # where this session began: its speed counts from there
         self.best: float | None = None
         self.last: Mapping[str, Any] = {}
+        self.stage: Stage | None = None
         self.title = title
         self.live: Live | None = None
         # Of a sweep whose jobs run side by side, each on the same screen.
@@ -122,18 +135,19 @@ class View:
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         self.last = row
-        self.best = max(row["eval_return"], self.best if self.best is not None else -float("inf"))
+        known = [ret for ret in (self.best, row["eval_return"]) if ret is not None]
+        self.best = max(known, default=None)
         self.line(epoch_line(row, self.total_steps))
+        if self.live:  # of which the last picture stays
+            self._draw(self.live, row["step"])
 
     def progress(self, stage: Stage) -> None:
-        now = time.monotonic()
+        now, self.stage = time.monotonic(), stage
         if now - self.shown < (self.INTERVAL if self.live else self.PLAIN_INTERVAL):
             return
         self.shown = now
         if self.live:
-            self.bar.update(self.task, completed=stage.step)
-            with suppress(OSError):
-                self.live.update(self._panel(stage), refresh=True)
+            self._draw(self.live, stage.step)
             return
         rate = (stage.step - self.first_step) / (now - self.started)
         left = (self.total_steps - stage.step) / rate if rate else float("inf")
@@ -147,6 +161,11 @@ class View:
             with suppress(OSError):
                 self.live.stop()
 
+    def _draw(self, live: Live, step: int) -> None:
+        self.bar.update(self.task, completed=step)
+        with suppress(OSError):
+            live.update(self._panel(self.stage), refresh=True)
+
     def _panel(self, stage: Stage | None) -> Panel:
         grid = Table.grid(padding=(0, 3))
         losses = stage.losses if stage else {}
@@ -158,9 +177,12 @@ class View:
             ("episode return", newest, "firing rate", self.last.get("firing_rate")),
             ("critic loss", losses.get("critic_loss"), "actor loss", losses.get("actor_loss")),
             ("steps/s", rate, "updates", stage.updates if stage else None),
+            ("joules/epoch", self.last.get("energy_j"), "watts", self.last.get("power_w")),
         ]
         for left, a, right, b in rows:
             grid.add_row(left, number(a), right, number(b))
+        if self.last and self.last.get("energy_j") is None:
+            grid.add_row("", Text(str(self.last.get("energy_source"))[:REASON], style="dim"))
         whole = Table.grid(expand=True)
         whole.add_row(self.bar)
         whole.add_row(grid)

@@ -95,7 +95,7 @@ REFUSED = [
     ("train init_from=run actor=mlp", "init_from=run: its actor is popsan [16]"),
     # eval
     ("eval run=run json=maybe", "json=maybe: expected bool"),
-    ("eval run=run video=true", "video=true: no such key; known: run, episodes"),
+    ("eval run=run video=1.5", "video=1.5: give true, false or spikes"),
     ("eval run=run episodes=1.5", "episodes=1.5: expected int"),
     ("eval run=run episodes=null", "episodes=null: expected int"),
     ("eval run=run seed=9223372036854775808", "seed=9223372036854775808: give 0"),

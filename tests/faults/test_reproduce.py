@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from multiprocessing import get_context
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ from typing import Any
 import pytest
 import table_runs
 import torch
-from shell import refusal
+from shell import refusal, spikerl
 
 from spikerl.commands.reproduce import cells, command
 from spikerl.commands.reproduce.work import ready
 from spikerl.reporting.table_file import Cell, cell_of, read_table, table_of
 
-FORK = get_context("fork")
 ROOT = Path("outputs/reproduced/small")
 TRAINED = [
     f"{row}/{column}/seed{seed}"
@@ -41,7 +39,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(jobs: int) -> ForkProcess:
     """Another process that does the table; forked, as it takes seconds to import torch."""
-    process = FORK.Process(target=lambda: os._exit(table_runs.work(jobs)[0]))
+    process = ForkProcess(target=lambda: os._exit(table_runs.work(jobs)[0]))
     process.start()
     return process
 
@@ -152,6 +150,17 @@ def test_fewer_steps_first() -> None:
     assert table_runs.work()[0] == 0
     check_whole()
     assert json.loads((ROOT / "popsan/Ant/seed1/evaluation.json").read_text()) != {}
+
+
+def test_a_sweep_over_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is given to a launcher: each job does its share."""
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, str(Path(table_runs.__file__))])
+    request = ["table=popsan_table1", "columns=Ant", "seeds=1", "total_steps=20", "jobs=1"]
+    said = spikerl("reproduce", "-m", *request, "rows=[popsan_td3],[dense_td3]")
+    assert said.status == 0, said
+    assert "2 of 2 jobs done" in said.out
+    names = [name for _, name, _ in events()]
+    assert names == ["popsan_td3/Ant/seed0", "dense_td3/Ant/seed0"]
 
 
 def cell(row: str = "popsan", seed: int = 0) -> Cell:

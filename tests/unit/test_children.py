@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed.launcher.api as agent
 from shell import SHORT, spikerl
 
 import spikerl as package
 from spikerl.children import PYTHON, safe_path
-from spikerl.distributed import hosts, launch
+from spikerl.distributed import hosts, launch, mpi
 from spikerl.distributed.world import join, leave
 
 ROOT = Path(package.__file__).parents[1]
@@ -97,8 +98,8 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         raise InterruptedError
 
     monkeypatch.setattr(agent, "elastic_launch", elastic_launch)
-    monkeypatch.setattr(launch.mpi, "mpiexec", lambda workers: ["mpiexec"])
-    monkeypatch.setattr(launch.subprocess, "Popen", popen)
+    monkeypatch.setattr(mpi, "mpiexec", lambda workers: ["mpiexec"])
+    monkeypatch.setattr(subprocess, "Popen", popen)
     return calls
 
 
@@ -139,7 +140,7 @@ def test_what_gloo_is_bound_to(
     monkeypatch.setattr(hosts, "interface_to", hosts_asked.append)
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        join("gloo", package.models.policy.torch.device("cpu"))
+        join("gloo", torch.device("cpu"))
     leave()
     assert hosts_asked == [asked]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_a_run_is_no_place_for_a_sweep(tmp_path: Path) -> None:
     (tmp_path / "r" / "manifest.json").write_text("{}")
     before = tree(tmp_path)
     said = spikerl("train", "-m", *SHORT, "seed=0,1", "run_dir=r")
-    assert said.line == f"run_dir={tmp_path}/r: is a run; a sweep needs a folder of its own"
+    assert said.line == "run_dir=r: is a run; a sweep needs a folder of its own"
     assert tree(tmp_path) == before
 
 
@@ -153,7 +154,7 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     sweep.note({"job": 1, "status": 0})
     sweep.note({"job": 2, "status": 1})
     sweep.note({"job": 3, "status": None})
-    monkeypatch.setattr(sweeps.time, "time", lambda: sweep.started + 100)
+    monkeypatch.setattr(time, "time", lambda: sweep.started + 100)
     assert sweep.progress() == "  (3 of 6 ended, 1 failed, 1 running, about 2 min left)"
 
 

@@ -34,7 +34,7 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "seed": ([0, 2**63 - 1], [-1, 2**63]),
     "total_steps": ([1], [0, -5]),
     "steps_per_epoch": ([1], [0]),
-    "eval_episodes": ([1], [0]),
+    "eval_episodes": ([0], [-1]),
     "num_envs": ([1, None], [0]),
     "world_size": ([1, None], [0]),
     "threads": ([1, None], [0]),

@@ -95,7 +95,7 @@ def counters(scripts: list[str], kind: Any, mode: AutoresetMode) -> Iterator[Env
 
 
 def plain_counter(script: str) -> CheckedEnv:
-    return CheckedEnv(CounterEnv(script))
+    return CheckedEnv(CounterEnv(script), COUNTER)
 
 
 @pytest.mark.parametrize("num_envs", SCRIPTS)

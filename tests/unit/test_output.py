@@ -21,7 +21,6 @@ from spikerl import output
 from spikerl.cli.main import check_text
 from spikerl.errors import BadRequest
 from spikerl.files import absolute, shown
-from spikerl.runs import display
 from spikerl.runs.display import Screen, View
 
 ROOT = Path(package.__file__).parents[1]
@@ -46,8 +45,7 @@ class Talks(gym.Env[np.ndarray, np.ndarray]):
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
-    made: Any = Talks
-    gym.register("Talks-v0", entry_point=made, max_episode_steps=20)
+    gym.register("Talks-v0", entry_point=lambda **_: Talks(), max_episode_steps=20)
     yield
     del gym.registry["Talks-v0"]
 
@@ -142,7 +140,7 @@ def test_a_color_that_is_forced_draws_no_panel(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(("term", "drawn"), [("xterm", True), ("dumb", False)])
 def test_a_terminal(term: str, drawn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(display.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", term)
     assert Screen().is_terminal == drawn
 

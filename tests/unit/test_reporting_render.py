@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from shell import refusal, spikerl
 from spikerl.commands import report
 from spikerl.commands.reproduce.screen import Screen, State, summary
 from spikerl.commands.reproduce.work import cell_left_s, left_s
-from spikerl.reporting import curves, render
+from spikerl.reporting import curves
 from spikerl.reporting.records import Run, run_folders
 from spikerl.reporting.side_by_side import SideBySide, names_of
 from spikerl.reporting.table_file import Cell
@@ -156,8 +157,8 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (write(tmp_path / "runs" / "c") / "metrics.jsonl").write_text("nonsense\n")
     said = spikerl("report", "runs=runs/*", "out=out")
     assert (said.status, said.err) == (0, "")
-    assert "out: 2 runs; table.md" in said.out
-    assert "left out: runs/c: its record or config" in said.out
+    assert f"{tmp_path}/out: 2 runs; table.md" in said.out
+    assert f"left out: {tmp_path}/runs/c: its record or config" in said.out
     page = (tmp_path / "out" / "index.html").read_text()
     assert "<script" not in page
     assert "&lt;script&gt;" in page
@@ -188,7 +189,7 @@ def test_watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             text = (folder / "manifest.json").read_text()
             (folder / "manifest.json").write_text(text.replace("running", "done"))
 
-    monkeypatch.setattr(report.time, "sleep", go_on)
+    monkeypatch.setattr(time, "sleep", go_on)
     said = spikerl("report", "runs=a", "watch=true")
     assert said.status == 0
     assert said.out.count("1 runs; ") == 2
@@ -220,7 +221,8 @@ def test_without_the_extra(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a")
-    monkeypatch.setattr(render, "find_spec", lambda n: None if n == "matplotlib" else find_spec(n))
+    patched = "spikerl.reporting.render.find_spec"
+    monkeypatch.setattr(patched, lambda name: None if name == "matplotlib" else find_spec(name))
     assert "matplotlib is missing; pip install 'spikerl[report]' brings it" in spikerl(*args).line
 
 

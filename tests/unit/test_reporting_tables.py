@@ -153,6 +153,13 @@ def test_gains() -> None:
     assert column(lines, "APG, as printed") == ["", "1.5", ""]
 
 
+def test_a_gain_over_runs_that_go_on_says_so() -> None:
+    fill()
+    write("dense", "Ant", 7, [150.0], "running")
+    lines = tables.grid(results(), "max_average")
+    assert column(lines, "APG")[0] == "+30.00 % (partial)"
+
+
 def test_aggregates() -> None:
     """Over the baseline's mean: 2, 1 on Ant and 1.1, 1.1: of the four the middle two are 1.1."""
     fill()

@@ -20,7 +20,7 @@ from transitions_env import COUNTER, HIGH, LOW, CounterEnv, Fault, get_attr, reg
 from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.errors import NonFinite
 from spikerl.models.normalizer import RunningNorm
-from spikerl.seeding import seed_for
+from spikerl.seeding import reset_seed
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.trainer import Trainer
 
@@ -225,10 +225,10 @@ def test_environments_and_runs_have_seeds_of_their_own() -> None:
     seeds = []
     for seed in (0, 1):
         with trainer_of(num_envs=3, seed=seed) as trainer:
-            expected = [[seed_for(seed, "env", i)] for i in range(3)]
+            expected = [[reset_seed(31, seed, "env", i)] for i in range(3)]
             assert list(get_attr(trainer.envs, "seeds")) == expected
             trainer.reset_envs(100)
-            expected = [[*e, seed_for(seed, "env", i, 100)] for i, e in enumerate(expected)]
+            expected = [[*e, reset_seed(31, seed, "env", i, 100)] for i, e in enumerate(expected)]
             assert list(get_attr(trainer.envs, "seeds")) == expected
             seeds += [seed for part in expected for seed in part]
     assert len(set(seeds)) == len(seeds)

@@ -92,7 +92,12 @@ def test_one_bound_for_all_entries() -> None:
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "discrete actions": (BOX, gym.spaces.Discrete(3), "its actions are Discrete"),
     "discrete observations": (gym.spaces.Discrete(3), BOX, "its observations are Discrete"),
-    "dict": (gym.spaces.Dict({"a": BOX}), BOX, "its observations are Dict"),
+    "graph": (gym.spaces.Graph(BOX, None), BOX, "its observations are Graph"),
+    "words": (
+        gym.spaces.Dict({"a": BOX, "b": gym.spaces.Dict({"c": gym.spaces.Text(3)})}),
+        BOX,
+        r"its observations hold a Text, b\.c",
+    ),
     "empty observations": (gym.spaces.Box(0.0, 1.0, (0,)), BOX, "observations"),
     "empty actions": (BOX, gym.spaces.Box(0.0, 1.0, (0,)), "actions"),
     "unbounded": (BOX, gym.spaces.Box(-np.inf, np.inf, (2,)), "RescaleAction"),

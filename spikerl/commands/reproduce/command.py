@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spikerl.commands.reproduce import cells as steps
-from spikerl.commands.reproduce.screen import STATES, Screen, State, duration
+from spikerl.commands.reproduce.screen import Screen, State, duration
 from spikerl.commands.reproduce.work import Work, cell_left_s, left_s, states_of
 from spikerl.config.yaml_file import group_options
 from spikerl.errors import BadRequest
@@ -115,10 +115,11 @@ def tell_plan(table: Table, states: Mapping[Cell, State], jobs: int) -> None:
         own = {cell: state for cell, state in todo.items() if cell.row == row}
         if own:
             each = [cell_left_s(states, cell) for cell in own]
-            known = sum(seconds for seconds in each if seconds is not None)
-            unknown = each.count(None)
-            more = f", and {unknown} runs of unknown length" if unknown else ""
-            print(f"  {row}: {len(own)} runs, {duration(known)}{more}")
+            known = [seconds for seconds in each if seconds is not None]
+            said = [duration(sum(known))] * bool(known)
+            if len(known) < len(each):
+                said.append(f"{len(each) - len(known)} of unknown length")
+            print(f"  {row}: {len(own)} runs, {', '.join(said)}")
     whole = duration(left_s(states, jobs))
     print(f"{left} steps to go, {jobs} runs side by side: {whole}")
 
@@ -130,8 +131,6 @@ def tell_rest(states: Mapping[Cell, State]) -> None:
             print(f"{cell.name}: failed: {state.note}")
         if state.word == "waiting" and cell.source is not None:
             print(f"{cell.name}: not made: {cell.source} is not done")
-    counts = [(word, sum(s.word == word for s in states.values())) for word in STATES]
-    print(", ".join(f"{count} {word}" for word, count in counts if count))
 
 
 def render(table: Table, total_steps: int) -> None:
