@@ -88,7 +88,7 @@ def test_a_run_says_what_it_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert len(epochs) == 2
     assert all(line.endswith(" J 50 W") for line in epochs)
-    assert "energy=replay:t.csv (requested; its 0.25 s are repeated)" in said.out
+    assert "t.csv (requested; its 0.25 s are repeated)" in said.out
     assert "makes no update" not in said.out
 
 
