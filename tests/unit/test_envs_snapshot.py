@@ -259,7 +259,7 @@ class Restorable(CheckedEnv):
         restore(self.env, state)
 
 
-def vector(kind: str, env_id: str = "Hopper-v5", num_envs: int = 3) -> VectorEnv[Any, Any, Any]:
+def vector(kind: str, env_id: str = "Hopper-v5", num_envs: int = 3) -> Any:
     config = make(env_id, LIMIT).config
     makers: list[Any] = [lambda: Restorable(make(env_id, LIMIT).env, config)] * num_envs
     made = SyncVectorEnv if kind == "sync" else AsyncVectorEnv

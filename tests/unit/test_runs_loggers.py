@@ -234,6 +234,7 @@ def stop_and_go_on(logger: str) -> list[dict[str, Any]]:
     time.sleep(1.0)  # wandb names the files of a session by the second
     said = spikerl("train", "resume=r", "total_steps=450")
     assert said.status == 0, said.err
+    assert "warning: logger" not in said.out
     rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [150, 300, 450]
     return rows
