@@ -29,8 +29,8 @@ OTHERS = ("base", "experiment", "table")
 OPTIONS = [f"{g}={o}" for g in GROUPS for o in group_options(g) if g not in OTHERS]
 
 OUT_OF_RANGE = {
-    "-1": "seed eval_episodes algo.random_steps algo.learning_starts algo.explore_noise algo.target_noise"
-    " algo.noise_clip neuron.current_decay neuron.voltage_decay algo.gamma",
+    "-1": "seed eval_episodes algo.random_steps algo.learning_starts algo.explore_noise"
+    " algo.target_noise algo.noise_clip neuron.current_decay neuron.voltage_decay algo.gamma",
     "0": "total_steps steps_per_epoch num_envs threads world_size algo.batch_size"
     " algo.policy_delay algo.replay_capacity algo.update_interval algo.norm_interval algo.tau"
     " algo.critic_lr algo.norm_clip algo.updates_per_step algo.max_grad_norm actor.spike_steps"
