@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
 import torch
 from builders import INVERTED_PENDULUM, small_config
 from threads import run_in_threads, worlds
 from torch import Tensor
 from trainers import Workers
-from transitions_env import COUNTER, get_attr
+from transitions_env import COUNTER, CounterEnv, get_attr
 
 from spikerl.config.build import Config
 from spikerl.distributed.world import World
@@ -147,24 +149,49 @@ def test_a_batch_is_shared_out(
 
 
 @pytest.mark.parametrize("episodes", [1, 3, 7])
-def test_the_episodes_of_an_evaluation_are_shared_out(episodes: int) -> None:
-    """Worker i mod W runs episode i, from its seed; all get the results of one process."""
-    with closing(Workers(config(), 1)) as one, closing(Evaluator(COUNTER, episodes, 7)) as alone:
+def test_the_episodes_of_an_evaluation_are_shared_out(
+    episodes: int, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Worker i mod W runs episode i, from its seed; what a Poisson encoder draws is its own."""
+    drawn: list[int] = []
+    wave = Evaluator._wave
+
+    def noting(self: Evaluator, policy: Any, seeds: list[int], generator: torch.Generator) -> Any:
+        drawn.append(generator.initial_seed())
+        return wave(self, policy, seeds, generator)
+
+    monkeypatch.setattr(Evaluator, "_wave", noting)
+    for rank in range(W):
+        with closing(Evaluator(COUNTER, episodes, 7, World(rank=rank, size=W))) as evaluator:
+            monkeypatch.setattr(World, "gather_objects", lambda world, part: [part])
+            evaluator.run(workers.first.policy, 4)
+            seeds = [seed for env in evaluator.envs for seed in counter_env(env).seeds]
+            assert seeds == [seed_for(7, "eval", 4, i) for i in range(rank, episodes, W)]
+    assert drawn == [seed_for(7, "eval", 4, rank, 0) for rank in range(min(W, episodes))]
+
+
+def counter_env(env: gym.Env[Any, Any]) -> CounterEnv:
+    inner = env.unwrapped
+    assert isinstance(inner, CounterEnv)
+    return inner
+
+
+def test_all_workers_have_the_evaluation_of_one_process() -> None:
+    """Returns and lengths by episode, and counts over all."""
+    with closing(Workers(config(env=INVERTED_PENDULUM), 1)) as one:
         policy = one.first.policy
+    with closing(Evaluator(INVERTED_PENDULUM, 7, 7)) as alone:
         expected = alone.run(policy, 4)
-    evaluators = [Evaluator(COUNTER, episodes, 7, world) for world in worlds(W)]
-    found = run_in_threads([lambda e=e: e.run(policy, 4) for e in evaluators])  # type: ignore[misc]
-    for rank, evaluator in enumerate(evaluators):
-        mine = range(rank, episodes, W)
-        seeds = [seed for env in evaluator.envs for seed in env.unwrapped.seeds]  # type: ignore[attr-defined]
-        assert seeds == [seed_for(7, "eval", 4, i) for i in mine]
-        evaluator.close()
-    for evaluation in found:
+    assert len(set(expected.lengths)) > 1  # else their order would not matter
+    evaluators = [Evaluator(INVERTED_PENDULUM, 7, 7, world) for world in worlds(W)]
+    for evaluation in run_in_threads([partial(e.run, policy, 4) for e in evaluators]):
         assert (evaluation.returns, evaluation.lengths) == (expected.returns, expected.lengths)
         assert evaluation.activity is not None
         assert expected.activity is not None
         assert evaluation.activity.samples == expected.activity.samples
         assert evaluation.activity.layers == pytest.approx(expected.activity.layers)
+    for evaluator in evaluators:
+        evaluator.close()
 
 
 def test_a_checkpoint_gives_each_worker_back_what_is_its_own(tmp_path: Path) -> None:
