@@ -271,8 +271,11 @@ def _as_typed(error: BadRequest, args: Sequence[str]) -> BadRequest:
     key, value, remedy = error.args
     for arg in args:
         name, _, given = arg.partition("=")
-        if name == key and key in PATHS and value and str(absolute(unquoted(given))) == str(value):
-            return BadRequest(key, unquoted(given), remedy)
+        if name != key or key not in PATHS or not value:
+            continue
+        for one in (unquoted(given), *given.split(",")):  # of a sweep
+            if str(absolute(one)) == str(value):
+                return BadRequest(key, one, remedy)
     return error
 
 

@@ -35,6 +35,7 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "total_steps": ([1], [0, -5]),
     "steps_per_epoch": ([1], [0]),
     "eval_episodes": ([0], [-1]),
+    "env.reward_scale": ([1e-9], [0.0, -1.0]),
     "num_envs": ([1, None], [0]),
     "world_size": ([1, None], [0]),
     "threads": ([1, None], [0]),
