@@ -48,3 +48,6 @@ def nearest(word: str, known: Sequence[str]) -> str:
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"known: {', '.join(known)}" if len(known) < 30 else "--help lists what there is"
+
+
+BY_DESIGN = (DiskError, EnvironmentFailed, NonFinite)  # their message says all

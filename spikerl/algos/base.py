@@ -106,8 +106,8 @@ class Guard:
         self.bad = torch.zeros((), dtype=torch.float32, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # updates, fp16 only
 
-    def close(self) -> None:
-        """End an update: count it, and adapt the loss scale."""
+    def end_update(self) -> None:
+        """Count an update that was bad, and adapt the loss scale."""
         if not self.scales_loss:
             self.bad += self.masked
             return

@@ -34,7 +34,7 @@ class DDPG(OffPolicy):
         self.actor_target = self.add_target("actor", actor)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        critic, actor = self.critic_optimizer, self.actor_optimizer
+        critic_opt, actor_opt = self.critic_optimizer, self.actor_optimizer
 
         # y = r + gamma (1 - terminated) Q'(s', pi'(s'))
         with torch.no_grad():
@@ -42,16 +42,18 @@ class DDPG(OffPolicy):
             q_target = self.critic_target.td_target(rows, next_act)
 
         # Critic: minimise mean (Q(s, a) - y)^2.
-        q_mean = self.critic.critic_backward(rows.obs, rows.act, q_target, critic.gradient)
-        critic_loss = critic.step()
+        q_mean = self.critic.critic_backward(rows.obs, rows.act, q_target, critic_opt.gradient)
+        critic_loss = critic_opt.step()
 
-        # Actor: minimise -mean Q(s, pi(s)), by the chain rule through dQ/da.
+        # Actor: minimise -mean Q(s, pi(s)). By the chain rule, its gradient by the actions is taken
+        # back through the actor.
         act, backward = self.actor.vjp(rows.obs, self.generator)
-        backward(self.critic.dq_da(rows.obs, act, actor.gradient), actor.gradient)
-        actor_loss = actor.step()
+        grad = self.critic.actor_loss_grad(rows.obs, act, actor_opt.gradient)
+        backward(grad, actor_opt.gradient)
+        actor_loss = actor_opt.step()
 
         self.update_targets()
-        self.guard.close()
+        self.guard.end_update()
         return [{"critic_loss": critic_loss, "q_mean": q_mean, "actor_loss": actor_loss}]
 
     @torch.no_grad()

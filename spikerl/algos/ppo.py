@@ -132,8 +132,8 @@ class PPO(Learner):
             field.unflatten(0, (-1, envs))
             for field in (batch.rew, value, next_value, batch.terminated, last)
         )
-        trace = c.gae_lambda
-        advantage = gae(rew, values, next_values, terminated, ends, c.gamma, trace).flatten()
+        steps = (rew, values, next_values, terminated, ends)
+        advantage = gae(*steps, gamma=c.gamma, gae_lambda=c.gae_lambda).flatten()
         ret = advantage + value
         if c.normalize_advantage == "rollout":
             advantage = self.normalized(advantage)
@@ -142,7 +142,7 @@ class PPO(Learner):
 
     def update(self, rows: Rows) -> Metrics | None:
         """One minibatch; None where the policy is too far from the one that acted."""
-        c, actor, critic = self.config, self.actor_optimizer, self.critic_optimizer
+        c, actor_opt, critic_opt = self.config, self.actor_optimizer, self.critic_optimizer
         log_std = self.optimizers["log_std"]
         advantage = rows.advantage
         if c.normalize_advantage == "minibatch":
@@ -151,38 +151,38 @@ class PPO(Learner):
         # Ratio of new to old probability, and the divergence KL = E[ratio - 1 - log ratio].
         act, backward = self.actor.vjp(rows.obs, self.generator)
         act.requires_grad_()
-        change = self.log_prob(act, rows.act) - rows.log_prob
-        log_ratio = change.sum(-1, keepdim=True)
+        log_ratio_BA = self.log_prob(act, rows.act) - rows.log_prob
+        log_ratio = log_ratio_BA.sum(-1, keepdim=True)
         approx_kl = (log_ratio.detach().expm1() - log_ratio.detach()).mean()
         if c.target_kl is not None and self.mean_over_workers(approx_kl) > 1.5 * c.target_kl:
             return None
 
         # Actor: minimise -mean min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) - coef entropy.
-        ratio = (log_ratio if c.ratio == "joint" else change).exp()
+        ratio = (log_ratio if c.ratio == "joint" else log_ratio_BA).exp()
         clipped = ratio.clamp(1.0 - c.clip_ratio, 1.0 + c.clip_ratio)
         surrogate = torch.min(ratio * advantage.unsqueeze(-1), clipped * advantage.unsqueeze(-1))
-        entries = self.log_std.value_A + 0.5 * math.log(2.0 * math.pi * math.e)
-        entropy = entries.sum() if c.ratio == "joint" else entries.mean()
+        entropy_A = self.log_std.value_A + 0.5 * math.log(2.0 * math.pi * math.e)
+        entropy = entropy_A.sum() if c.ratio == "joint" else entropy_A.mean()
         loss = -surrogate.mean() - c.entropy_coef * entropy
-        grads = torch.autograd.grad(loss, (act, self.log_std.value_A), actor.gradient.factor)
-        actor.gradient.loss.copy_(loss.detach() * actor.gradient.weight)
-        backward(grads[0], actor.gradient)
+        grads = torch.autograd.grad(loss, (act, self.log_std.value_A), actor_opt.gradient.factor)
+        actor_opt.gradient.loss.copy_(loss.detach() * actor_opt.gradient.weight)
+        backward(grads[0], actor_opt.gradient)
         log_std.gradient.slots[0].copy_(grads[1])
 
         # Critic: minimise mean (V(s) - return)^2.
         no_act = self.no_act(rows.obs)
-        q_mean = self.critic.critic_backward(rows.obs, no_act, rows.ret, critic.gradient)
+        q_mean = self.critic.critic_backward(rows.obs, no_act, rows.ret, critic_opt.gradient)
 
         metrics = {
-            "critic_loss": critic.step(),
+            "critic_loss": critic_opt.step(),
             "q_mean": q_mean,
-            "actor_loss": actor.step(),
+            "actor_loss": actor_opt.step(),
             "entropy": entropy.detach(),
             "approx_kl": approx_kl,
             "clip_fraction": (ratio.detach() != clipped.detach()).to(loss.dtype).mean(),
         }
         log_std.step()
-        self.guard.close()
+        self.guard.end_update()
         self.updates += 1
         return metrics
 

@@ -41,6 +41,7 @@ class ProxyTD3(OffPolicy):
     def __init__(
         self, actor: Actor, critic: Critics, config: ProxyTD3Config, **settings: Any
     ) -> None:
+        # Before the base class, which may record a round of updates as a graph.
         self.policy_delay = config.policy_delay
         self.first_policy_update = config.first_policy_update
         self.batches_per_update = config.proxy_steps
@@ -50,9 +51,12 @@ class ProxyTD3(OffPolicy):
         self.optimizers["proxy"] = self.optimizer(self.proxy, config.proxy_lr)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        """K batches for each update; critics and actor learn from the last of them."""
+        """Updates with these numbers, each on its share of the rows, K batches for the proxy.
+
+        Critics and actor learn from the last of them.
+        """
         c, kernel, proxy = self.config, self.kernel, self.optimizers["proxy"]
-        critic, actor = self.critic_optimizer, self.actor_optimizer
+        critic_opt, actor_opt = self.critic_optimizer, self.actor_optimizer
 
         # What the proxy imitates. The actor changes with the last of these updates at the earliest.
         with torch.no_grad():
@@ -70,7 +74,8 @@ class ProxyTD3(OffPolicy):
                 losses.append(proxy.step())
 
             with torch.no_grad():
-                # Target policy smoothing: a' = clip(proxy(s') + clip(noise, -c, c), -1, 1).
+                # Target policy smoothing, with eps ~ N(0, target_noise):
+                # a' = clip(proxy(s') + clip(eps, -noise_clip, noise_clip), -1, 1).
                 next_act = kernel.dense_actions(self.proxy, batch.next_obs)
                 noise = normal_like(next_act, self.generator)
                 next_act = kernel.add_clipped_noise(next_act, noise, c.target_noise, c.noise_clip)
@@ -78,18 +83,22 @@ class ProxyTD3(OffPolicy):
                 q_target = self.critic_target.td_target(batch, next_act)
 
             # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
-            q_mean = self.critic.critic_backward(batch.obs, batch.act, q_target, critic.gradient)
-            own = {"critic_loss": critic.step(), "q_mean": q_mean}
+            q_mean = self.critic.critic_backward(
+                batch.obs, batch.act, q_target, critic_opt.gradient
+            )
+            metric = {"critic_loss": critic_opt.step(), "q_mean": q_mean}
 
-            # Delayed policy update: minimise -mean Q_1(s, pi(s)), by the chain rule through dQ/da.
+            # Delayed policy update: minimise -mean Q_1(s, pi(s)). By the chain rule, its gradient
+            # by the actions is taken back through the actor.
             if self.is_policy_update(number):
                 act, backward = self.actor.vjp(batch.obs, self.generator)
-                backward(self.critic.dq_da(batch.obs, act, actor.gradient), actor.gradient)
-                own["actor_loss"] = actor.step()
+                grad = self.critic.actor_loss_grad(batch.obs, act, actor_opt.gradient)
+                backward(grad, actor_opt.gradient)
+                metric["actor_loss"] = actor_opt.step()
                 self.update_targets()
 
-            self.guard.close()
-            metrics.append({**own, "proxy_loss": torch.stack(losses).mean()})
+            self.guard.end_update()
+            metrics.append({**metric, "proxy_loss": torch.stack(losses).mean()})
         return metrics
 
     @torch.no_grad()

@@ -15,19 +15,20 @@ def gae(
     next_value_TN: Tensor,
     terminated_TN: Tensor,
     last_TN: Tensor,
-    discount: float,
-    trace: float,
+    *,
+    gamma: float,
+    gae_lambda: float,
 ) -> Tensor:
     """Generalised advantage estimates (Schulman et al., 2016, arXiv:1506.02438), (T, N).
 
-    delta_t = rew + discount next_value - value, the next value being that of the true successor,
-    and 0 where the episode terminated; A_t = delta_t + discount trace A_{t+1}, without the second
+    delta_t = rew + gamma next_value - value, the next value being that of the true successor,
+    and 0 where the episode terminated; A_t = delta_t + gamma lambda A_{t+1}, without the second
     term where an episode ended, by termination or truncation (`last`), or the rows do.
     """
-    delta_TN = rew_TN + discount * (~terminated_TN) * next_value_TN - value_TN
+    delta_TN = rew_TN + gamma * (~terminated_TN) * next_value_TN - value_TN
     advantage_TN = torch.empty_like(delta_TN)
     following = torch.zeros_like(delta_TN[0])
     for t in reversed(range(len(delta_TN))):
-        following = delta_TN[t] + discount * trace * (~last_TN[t]) * following
+        following = delta_TN[t] + gamma * gae_lambda * (~last_TN[t]) * following
         advantage_TN[t] = following
     return advantage_TN

@@ -95,7 +95,7 @@ class SAC(OffPolicy):
         return self.optimizers["temperature"].flat.exp().squeeze(0)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        c, critic, actor = self.config, self.critic_optimizer, self.actor_optimizer
+        c, critic_opt, actor_opt = self.config, self.critic_optimizer, self.actor_optimizer
         obs = rows.obs
 
         # y = r + gamma (1 - terminated) (min_i Q_i'(s', a') - alpha log pi(a' | s')), a' ~ pi(s')
@@ -106,29 +106,31 @@ class SAC(OffPolicy):
             q_target = rows.td_target(next_q - self.temperature * log_prob)
 
         # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
-        q_mean = self.critic.critic_backward(obs, rows.act, q_target, critic.gradient)
-        metrics = {"critic_loss": critic.step(), "q_mean": q_mean}
+        q_mean = self.critic.critic_backward(obs, rows.act, q_target, critic_opt.gradient)
+        metrics = {"critic_loss": critic_opt.step(), "q_mean": q_mean}
 
         # Actor: minimise mean (alpha log pi(a | s) - min_i Q_i(s, a)), a = tanh(mean + std noise).
-        output, mean_backward = self.actor.vjp(obs, self.generator, False)
+        # The critics give the gradient by a, alpha that by log pi; autograd takes both to mean and
+        # log std, whose networks take them to their weights.
+        output, mean_backward = self.actor.vjp(obs, self.generator, squash=False)
         if self.log_std:
-            raw, log_std_backward = self.log_std.vjp(obs, None, False)
+            raw, log_std_backward = self.log_std.vjp(obs, None, squash=False)
         else:
             output, raw = output.chunk(2, -1)
         mean, raw = output.detach().requires_grad_(), raw.detach().requires_grad_()
         act, log_prob = squashed(mean, raw.clamp(*c.log_std_range), self.noise(mean))
-        by_act = self.critic.dq_da(obs, act.detach(), actor.gradient, True)
-        by_log_prob = (self.temperature * actor.gradient.factor / len(obs)).expand_as(log_prob)
+        by_act = self.critic.actor_loss_grad(obs, act.detach(), actor_opt.gradient, lowest=True)
+        by_log_prob = (self.temperature * actor_opt.gradient.factor / len(obs)).expand_as(log_prob)
         by_mean, by_raw = torch.autograd.grad((act, log_prob), (mean, raw), (by_act, by_log_prob))
         entropy = -log_prob.detach().mean()
-        actor.gradient.loss -= self.temperature * entropy * actor.gradient.weight
+        actor_opt.gradient.loss -= self.temperature * entropy * actor_opt.gradient.weight
         if self.log_std:
-            mean_backward(by_mean, actor.gradient)
+            mean_backward(by_mean, actor_opt.gradient)
             log_std_backward(by_raw, self.optimizers["log_std"].gradient)
             self.optimizers["log_std"].step()
         else:
-            mean_backward(torch.cat([by_mean, by_raw], -1), actor.gradient)
-        actor_loss = actor.step()
+            mean_backward(torch.cat([by_mean, by_raw], -1), actor_opt.gradient)
+        actor_loss = actor_opt.step()
         metrics |= {"actor_loss": actor_loss, "entropy": entropy, "temperature": self.temperature}
 
         # Temperature: minimise log alpha (entropy - target entropy).
@@ -141,7 +143,7 @@ class SAC(OffPolicy):
             learned.step()
 
         self.update_targets()
-        self.guard.close()
+        self.guard.end_update()
         return [metrics]
 
     def gaussian(

@@ -38,19 +38,23 @@ class TD3(OffPolicy):
     config: TD3Config
 
     def __init__(self, actor: Actor, critic: Critics, config: TD3Config, **settings: Any) -> None:
+        # Before the base class, which may record a round of updates as a graph.
         self.policy_delay = config.policy_delay
         self.first_policy_update = config.first_policy_update
         super().__init__(actor, critic, config, **settings)
         self.actor_target = self.add_target("actor", actor)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        """The target networks change with the last of these updates at the earliest, so target
-        values of all are computed first, in one pass.
+        """Updates with these numbers, each on its share of the rows.
+
+        The target networks change with the last of them at the earliest, so the target values of
+        all are computed first, in one pass.
         """
-        c, critic, actor = self.config, self.critic_optimizer, self.actor_optimizer
+        c, critic_opt, actor_opt = self.config, self.critic_optimizer, self.actor_optimizer
 
         with torch.no_grad():
-            # Target policy smoothing: a' = clip(pi'(s') + clip(noise, -c, c), -1, 1).
+            # Target policy smoothing, with eps ~ N(0, target_noise):
+            # a' = clip(pi'(s') + clip(eps, -noise_clip, noise_clip), -1, 1).
             next_act = self.actor_target(rows.next_obs, self.generator)
             noise = normal_like(next_act, self.generator)
             next_act = self.kernel.add_clipped_noise(next_act, noise, c.target_noise, c.noise_clip)
@@ -62,18 +66,20 @@ class TD3(OffPolicy):
             numbers, batches(len(numbers), rows.obs, rows.act, q_target), strict=True
         ):
             # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
-            q_mean = self.critic.critic_backward(obs, act, y, critic.gradient)
-            own = {"critic_loss": critic.step(), "q_mean": q_mean}
+            q_mean = self.critic.critic_backward(obs, act, y, critic_opt.gradient)
+            metric = {"critic_loss": critic_opt.step(), "q_mean": q_mean}
 
-            # Delayed policy update: minimise -mean Q_1(s, pi(s)), by the chain rule through dQ/da.
+            # Delayed policy update: minimise -mean Q_1(s, pi(s)). By the chain rule, its gradient
+            # by the actions is taken back through the actor.
             if self.is_policy_update(number):
                 act, backward = self.actor.vjp(obs, self.generator)
-                backward(self.critic.dq_da(obs, act, actor.gradient), actor.gradient)
-                own["actor_loss"] = actor.step()
+                grad = self.critic.actor_loss_grad(obs, act, actor_opt.gradient)
+                backward(grad, actor_opt.gradient)
+                metric["actor_loss"] = actor_opt.step()
                 self.update_targets()
 
-            self.guard.close()
-            metrics.append(own)
+            self.guard.end_update()
+            metrics.append(metric)
         return metrics
 
     @torch.no_grad()

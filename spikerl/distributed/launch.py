@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from spikerl.children import PYTHON
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.errors import FAILED, EnvironmentFailed, Interrupted, NonFinite
@@ -35,6 +35,7 @@ from spikerl.errors import FAILED, EnvironmentFailed, Interrupted, NonFinite
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
 LATE = ("did not come", "Timed out", "timeout")
+THREADS = "OMP_NUM_THREADS"
 SHUTDOWN_S = 4  # how long survivors of a lost worker may take before they are killed
 
 
@@ -67,11 +68,12 @@ class Workers:
 
 def launch(spec: dict[str, Any], workers: Workers) -> int:
     """Run this machine's workers on `spec`; the run's exit status. Raises WorkerLost."""
-    os.environ["OMP_NUM_THREADS"] = str(workers.threads)
+    spec = {**spec, THREADS: os.environ.get(THREADS)}
     start = run_under_mpiexec if workers.backend == "mpi" else run_under_agent
     with tempfile.TemporaryDirectory(prefix="spikerl-") as name, forward_signals(Path(name)):
         mailbox = Path(name)
         (mailbox / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        os.environ[THREADS] = str(workers.threads)  # which libraries read as they are loaded
         try:
             if failures := start(mailbox, workers):
                 raise first_failure(failures, mailbox, workers.size)
@@ -79,7 +81,16 @@ def launch(spec: dict[str, Any], workers: Workers) -> int:
             lost.folder = read(mailbox / "folder") or None
             lost.stopping = stop_requested(mailbox) is not None
             raise
+        finally:
+            set_threads(spec[THREADS])
         return int(read(mailbox / "result"))
+
+
+def set_threads(number: str | None) -> None:
+    if number is None:
+        os.environ.pop(THREADS, None)
+    else:
+        os.environ[THREADS] = number
 
 
 def run_under_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
@@ -106,13 +117,16 @@ def run_under_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
         max_restarts=0,
         signals_to_handle="",  # they are passed on instead
         shutdown_timeout=SHUTDOWN_S,
+        # On one machine the agent would look up its own name, which may lead nowhere.
+        local_addr=None if several else "127.0.0.1",
         logs_specs=DefaultLogsSpecs(log_dir=str(mailbox)),
     )
-    worker = ("-m", "spikerl.commands.worker", str(mailbox), str(os.getpid()))
+    python, *flags = PYTHON
+    worker = (*flags, "-m", "spikerl.commands.worker", str(mailbox), str(os.getpid()))
     over = threading.Event()
     threading.Thread(target=kill_hung_workers, args=(mailbox, over), daemon=True).start()
     try:
-        elastic_launch(config, sys.executable)(*worker)
+        elastic_launch(config, python)(*worker)
     except ChildFailedError as error:
         return {rank: int(failure.exitcode) for rank, failure in error.failures.items()}
     except DistError as error:
@@ -144,7 +158,7 @@ def run_under_mpiexec(mailbox: Path, workers: Workers) -> dict[int, int]:
     """The same under MPI, where one that fails ends all: only the one that did so is known."""
     start = mpi.mpiexec(workers.size)
     assert start is not None  # the config was checked
-    command = [*start, sys.executable, "-m", "spikerl.commands.worker", str(mailbox)]
+    command = [*start, *PYTHON, "-m", "spikerl.commands.worker", str(mailbox)]
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -273,6 +287,7 @@ def work(mailbox: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> in
     rank = int(os.environ["RANK"])
     write(mailbox / f"pid.{rank}", str(os.getpid()))
     spec = json.loads(read(mailbox / "spec.json"))
+    set_threads(spec[THREADS])  # or a worker would take it for the user's word
     try:
         status = run(spec)
     except Exception as error:

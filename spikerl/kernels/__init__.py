@@ -46,7 +46,7 @@ class Kernel(Protocol):
         self, critic: ValueNet, obs: Tensor, act: Tensor, target: Tensor, into: Gradient, /
     ) -> Tensor: ...
 
-    def dq_da(
+    def actor_loss_grad(
         self, critic: ValueNet, obs: Tensor, act: Tensor, into: Gradient, lowest: bool = ..., /
     ) -> Tensor: ...
 
@@ -110,6 +110,14 @@ def resolve(config: KernelConfig, device: str, layered: str | None = None) -> Re
     if layered:
         reason += f"; layer by layer because of {layered}"
     return Resolved(f"cpu/{path}", reason)
+
+
+def here(name: str, device: str) -> str:
+    """A kernel of another machine, or what stands for it on this one."""
+    kind, _, path = name.partition("/")
+    if kind != "cpu" or native.first_built([p for p in native.supported_paths() if p == path])[0]:
+        return name
+    return resolve(KernelConfig(name="auto", path=None), device).choice
 
 
 def _on_gpu(config: KernelConfig, device: str) -> Resolved:

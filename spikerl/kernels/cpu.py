@@ -232,7 +232,7 @@ class CPUKernel:
         )  # fmt: skip
         return mean
 
-    def dq_da(
+    def actor_loss_grad(
         self,
         critic: ValueNet,
         obs_BO: Tensor,
@@ -240,13 +240,13 @@ class CPUKernel:
         into: Gradient,
         lowest: bool = False,
     ) -> Tensor:
-        """As `reference.dq_da`."""
+        """As `reference.actor_loss_grad`."""
         ready = self.prepare_critic(critic, act_BA.shape[1])
         if not covered(ready, obs_BO, act_BA):
-            return reference.dq_da(critic, obs_BO, act_BA, into, lowest)
+            return reference.actor_loss_grad(critic, obs_BO, act_BA, into, lowest)
         obs, act = obs_BO.contiguous(), act_BA.contiguous()
         grad = torch.empty_like(act)
-        value = self.lib.spikerl_dq_da(
+        value = self.lib.spikerl_actor_loss_grad(
             ready.all if lowest else ready.first, len(obs), obs.data_ptr(), act.data_ptr(),
             -into.weight, grad.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip

@@ -146,7 +146,7 @@ def critic_backward(
     return value_CB.detach().mean()
 
 
-def dq_da(
+def actor_loss_grad(
     critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, into: Gradient, lowest: bool = False
 ) -> Tensor:
     """The loss -mean_b Q_1, or -mean_b min_c Q_c; its gradient by the actions, (B, A)."""

@@ -20,11 +20,11 @@ from spikerl.kernels.coverage import why_no_scan
 from spikerl.kernels.gradient import Pullback, by_autograd
 from spikerl.kernels.reference import (
     SpikingNet,
+    actor_loss_grad,
     adam,
     add_clipped_noise,
     critic_backward,
     dense_actions,
-    dq_da,
     mse_backward,
     polyak,
     td_target,
@@ -35,11 +35,11 @@ from spikerl.snn.neurons import CubaLIF, Neuron
 
 __all__ = [
     "actions",
+    "actor_loss_grad",
     "adam",
     "add_clipped_noise",
     "critic_backward",
     "dense_actions",
-    "dq_da",
     "mse_backward",
     "polyak",
     "td_target",

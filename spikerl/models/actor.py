@@ -279,7 +279,7 @@ def build_actor(
     )
 
 
-def deployed(config: ActorConfig, actor: Actor, act_dim: int) -> tuple[ActorConfig, Actor]:
+def inference_actor(config: ActorConfig, actor: Actor, act_dim: int) -> tuple[ActorConfig, Actor]:
     """What acts once it is trained: the first `act_dim` outputs, normalisation in the weights.
 
     The same two where that is what they are.

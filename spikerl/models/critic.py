@@ -53,8 +53,10 @@ class Critics(nn.Module):
         """Gradient of the sum of the networks' mean squared errors; the mean value."""
         return kernels.named(self.kernel).critic_backward(self, obs_BO, act_BA, target_B, into)
 
-    def dq_da(self, obs_BO: Tensor, act_BA: Tensor, into: Gradient, lowest: bool = False) -> Tensor:
+    def actor_loss_grad(
+        self, obs_BO: Tensor, act_BA: Tensor, into: Gradient, lowest: bool = False
+    ) -> Tensor:
         """The loss -mean Q_1, or that of the lowest value, the weights held fixed: its gradient by
         the actions, (B, A).
         """
-        return kernels.named(self.kernel).dq_da(self, obs_BO, act_BA, into, lowest)
+        return kernels.named(self.kernel).actor_loss_grad(self, obs_BO, act_BA, into, lowest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import sys
@@ -16,16 +17,20 @@ from spikerl.config.build import Config
 from spikerl.distributed.world import World, share
 from spikerl.energy.meter import joules_to_reach, total_joules
 from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest, DiskError
-from spikerl.files import write_json, write_text
+from spikerl.files import shown, write_json, write_text
 from spikerl.machine import versions
 from spikerl.models.precision import why_slow
 from spikerl.runs import folder as run_folder
-from spikerl.runs.checkpoint import Checkpoint, drop_later, save_checkpoint, verified
-from spikerl.runs.display import View, epoch_line, stuck_layers
+from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, verified
+from spikerl.runs.display import View, energy_text, epoch_line, stuck_layers
 from spikerl.runs.record import RunLog
 from spikerl.training.trainer import Row, Trainer
 
 FEW = 3  # warnings of one kind, at a time
+NOTHING_LEARNED = (
+    "warning: this run makes no update, so its policy is the one that it starts with; give more"
+    " total_steps, or less algo.learning_starts or algo.rollout_steps"
+)
 
 
 class Session:
@@ -36,71 +41,79 @@ class Session:
         config: Config,
         trainer: Trainer,
         world: World,
-        target: str,
+        run_dir: str,
         command: Sequence[str],
-        after: str | None = None,
+        restart_reason: str | None = None,
         announce_folder: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """`after` is why the program itself resumes the run, if it does; `announce_folder` gets
-        the folder before anything is printed.
+        """`restart_reason`: why the program itself resumes the run, if it does.
+
+        `announce_folder` gets the folder before anything is printed.
         """
         self.config, self.trainer, self.world = config, trainer, world
-        self.first = world.rank == 0
+        self.is_rank0 = world.rank == 0
         self.wall_s = 0.0  # before this session
         self.started = time.perf_counter()
         self.committed = -1
         self.unsaved: str | None = None  # why the last commit failed, if it did
         self.log: RunLog | None = None
+        self.best: dict[str, bytes] = {}  # the files of the policy that evaluated best so far
+        self.best_return = -math.inf
+        self.summary: dict[str, Any] = {}
         self.stuck: set[int] = set()  # layers that were said to hardly learn
         self.coarse: set[int] = set()  # entries of observations that were said to lose digits
         restored: list[str] = []
         try:
             if config.run.resume:
                 self.folder = Path(config.run.resume)
-                restored = self.resume(command, after)
+                restored = self.resume(command, restart_reason)
             else:
-                self.folder = self.start(target, command)
+                self.folder = self.start(run_dir, command)
         except DiskError as error:
             key = "resume" if config.run.resume else "run_dir"
-            raise BadRequest(key, target, f"{error}; nothing was started") from None
+            raise BadRequest(key, run_dir, f"{error}; nothing was started") from None
         announce_folder(self.folder)
-        if self.first:
-            title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
-            self.log = RunLog(self.folder, trainer.step)
+        if self.is_rank0:
+            title = f"{trainer.task.env_id}  {config.algo.name}  {shown(self.folder)}"
+            self.log = RunLog(self.folder, trainer.step, config.run.logger, config.raw)
             self.view = View(title, config.run.total_steps, trainer.step)
-            for text in [*announce(config, trainer), *restored, f"run folder: {self.folder}"]:
+            for text in [
+                *announce(config, trainer),
+                *restored,
+                f"run folder: {shown(self.folder)}",
+            ]:
                 self.say(text)
         world.run_on_all(self.flush)
 
-    def start(self, target: str, command: Sequence[str]) -> Path:
+    def start(self, run_dir: str, command: Sequence[str]) -> Path:
         """A new folder, which appears whole, with checkpoint 0 from all workers."""
         named = self.config.run.run_dir is not None
-        partial = Path(self.world.broadcast(str(run_folder.partial_of(target))))
+        partial = Path(self.world.broadcast(str(run_folder.partial_of(run_dir))))
 
         def begin() -> None:
-            if self.first:
+            if self.is_rank0:
                 raw, manifest = self.config.raw, self.manifest(command)
-                self.lock = run_folder.fill_partial(partial, target, raw, manifest)
+                self.lock = run_folder.fill_partial(partial, run_dir, raw, manifest)
 
         def appear() -> Path:
-            if not self.first:
+            if not self.is_rank0:
                 return partial
-            return run_folder.move_into_place(partial, target, named=named)
+            return run_folder.move_into_place(partial, run_dir, named=named)
 
         try:
             self.world.run_on_all(begin)
             self.save(partial)
             return self.world.run_on_all(appear)[0]
         finally:
-            if self.first:
+            if self.is_rank0:
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def resume(self, command: Sequence[str], after: str | None) -> list[str]:
+    def resume(self, command: Sequence[str], restart_reason: str | None) -> list[str]:
         """Take the newest checkpoint that verifies, on all workers; what was restored."""
         notes: list[str] = []
 
         def choose() -> str:
-            if not self.first:
+            if not self.is_rank0:
                 return ""
             self.lock = run_folder.lock(self.folder)
             return verified(self.folder, notes.append).folder.name
@@ -108,7 +121,9 @@ class Session:
         checkpoint = Checkpoint.open(self.folder, self.world.run_on_all(choose)[0])
         restored = all(self.world.run_on_all(lambda: self.restore(checkpoint)))
         self.wall_s, self.committed = float(checkpoint.manifest["wall_s"]), self.trainer.step
-        self.world.run_on_all(lambda: self.rewind(checkpoint, restored, command, after, notes))
+        self.world.run_on_all(
+            lambda: self.rewind(checkpoint, restored, command, restart_reason, notes)
+        )
         return notes
 
     def rewind(
@@ -116,15 +131,16 @@ class Session:
         checkpoint: Checkpoint,
         restored: bool,
         command: Sequence[str],
-        after: str | None,
+        restart_reason: str | None,
         notes: list[str],
     ) -> None:
         """Bring the folder to where `checkpoint` was committed."""
-        if not self.first:
+        if not self.is_rank0:
             return
-        drop_later(checkpoint)
+        remove_newer(checkpoint)
         lost = run_folder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
         run_folder.remove_results(self.folder)
+        self.restore_best(checkpoint)
         record = run_folder.read_manifest(self.folder, key="resume")
         size, had = self.world.size, checkpoint.workers
         moved = f"{had} workers became {size}: random streams and batches are others"
@@ -133,7 +149,7 @@ class Session:
         event = {"time": run_folder.now(), "step": self.trainer.step, "exact": not reasons,
                  "not_exact_because": "; ".join(reasons) or None, "world_size": size,
                  "world_size_before": had, "discarded_rows": lost, "command": " ".join(command),
-                 "after": after}  # fmt: skip
+                 "after": restart_reason}  # fmt: skip
         changes: dict[str, Any] = {"resumed": [*record.get("resumed", []), event]}
         if had != size:
             choices = vars(self.config.resolved)
@@ -157,24 +173,38 @@ class Session:
             remedy = f"its {checkpoint.folder.name} does not fit this run ({reason})"
             raise BadRequest("resume", self.folder, remedy) from error
 
+    def restore_best(self, checkpoint: Checkpoint) -> None:
+        """What was best when `checkpoint` was committed, not by rows that are discarded."""
+        rows = run_folder.read_rows(self.folder / "metrics.jsonl")
+        returns = [row["eval_return"] for row in rows if row["eval_return"] is not None]
+        self.best, self.best_return = checkpoint.best(), max(returns, default=-math.inf)
+
+    def keep_best(self, row: Row) -> None:
+        """The policy that was just evaluated, if no evaluation before reached its return."""
+        if row["eval_return"] is not None and row["eval_return"] > self.best_return:
+            self.best, self.best_return = self.trainer.policy.files(), row["eval_return"]
+
     def run(self, stop_signal: Callable[[], int]) -> int:
         trainer = self.trainer
-        show = self.view.progress if self.first else (lambda progress: None)
+        show = self.view.progress if self.is_rank0 else (lambda progress: None)
         try:
             for row in trainer.epochs(show, stop_signal):
-                if self.first:
+                if self.is_rank0:
+                    self.keep_best(row)
                     self.record(row)
                 self.commit(self.folder)
             if self.committed != trainer.step:  # stopped amid an epoch, or not saved at its end
                 self.commit(self.folder)
             return self.finish()
         except BaseException as error:
-            if self.first:
+            if self.is_rank0:
                 self.fail(error)
             raise
         finally:
-            if self.first:
+            if self.is_rank0:
                 self.view.close()
+                if self.log:
+                    self.log.close(run_folder.read_manifest(self.folder, key="run_dir")["status"])
                 self.lock.close()
 
     def record(self, row: Row) -> None:
@@ -195,12 +225,12 @@ class Session:
         try:
             self.save(run)
         except DiskError as error:
-            if self.first and self.unsaved != str(error):
+            if self.is_rank0 and self.unsaved != str(error):
                 self.say(f"warning: step {self.trainer.step} could not be saved ({error});"
                          " training goes on, and the next commit tries again")  # fmt: skip
             self.unsaved = str(error)
             return
-        if self.first and self.unsaved:
+        if self.is_rank0 and self.unsaved:
             self.say(f"step {self.trainer.step} is saved, with all that could not be before")
         self.unsaved = None
 
@@ -217,9 +247,17 @@ class Session:
             "reset_seed_bits": trainer.seed_bits,
         }
         learner = trainer.learner_state()
-        policy = trainer.policy.files() if self.first else {}
+        policy = trainer.policy.files() if self.is_rank0 else {}
+        policy |= {f"best/{name}": content for name, content in self.best.items()}
         save_checkpoint(run, self.world, trainer.shard(), learner, facts, policy)
         self.committed = trainer.step
+        self.publish()
+
+    def publish(self) -> None:
+        """Bring the services that show the run to what is committed."""
+        if self.log:
+            for text in self.log.publish():
+                self.say(text)
 
     def finish(self) -> int:
         number = self.trainer.stopping
@@ -233,28 +271,33 @@ class Session:
         except DiskError as error:
             self.unsaved = self.unsaved or str(error)
         if self.unsaved:
-            if self.first:
+            if self.is_rank0:
                 self.report_unsaved(self.unsaved)
             return FAILED
-        if self.first:
+        if self.is_rank0:
             if number:
                 name = signal.Signals(number).name
                 self.say(f"stopped at step {self.trainer.step} on {name};"
-                         f" spikerl train resume={self.folder} goes on")  # fmt: skip
+                         f" spikerl train resume={shown(self.folder)} goes on")  # fmt: skip
             else:
                 self.say(f"done: {self.trainer.step} steps, {self.trainer.algo.updates} updates"
-                         f" in {self.wall():.0f} s")  # fmt: skip
+                         f" in {self.wall():.0f} s, {energy_text(self.summary)}")  # fmt: skip
+                if self.trainer.algo.updates == 0:
+                    self.say(NOTHING_LEARNED)
             self.flush()
         return code
 
     def write_results(self, status: str) -> None:
         """The files that say how the run ended; a policy even where no checkpoint holds it."""
-        if not self.first:
+        if not self.is_rank0:
             return
         self.trainer.policy.save(self.folder)
+        run_folder.write_best(self.folder, self.best)
         if not self.unsaved:
             self.summarise()
             self.end(status)
+            if status == "done" and not self.config.run.keep_replay:
+                run_folder.free(self.folder)
 
     def end(self, status: str) -> None:
         changes = {"status": status, "ended": run_folder.now(), "wall_s": self.wall()}
@@ -269,7 +312,7 @@ class Session:
     def report_unsaved(self, reason: str) -> None:
         """The training is done, but not all of it is on the disk."""
         line = f"step {self.trainer.step} could not be saved: {reason}; spikerl train"
-        line += f" resume={self.folder} goes on from step {self.committed}"
+        line += f" resume={shown(self.folder)} goes on from step {self.committed}"
         self.record_failure(line + "\n")
         assert self.log is not None
         self.log.line(line)
@@ -308,6 +351,7 @@ class Session:
             "versions": versions(),
         }
         write_json(self.folder / "summary.json", summary)
+        self.summary = summary
 
     def manifest(self, command: Sequence[str]) -> dict[str, Any]:
         resolved = {name: r._asdict() for name, r in vars(self.config.resolved).items()}
@@ -350,6 +394,8 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
     ]
     if trainer.evaluator.note:
         lines.append(trainer.evaluator.note)
+    if trainer.updates_by(run.total_steps) == 0:
+        lines.append(NOTHING_LEARNED)
     if slow := why_slow(config.precision, config.resolved.device.choice):
         lines.append(f"note: {slow}")
     if config.run.init_from:

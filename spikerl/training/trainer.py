@@ -29,7 +29,7 @@ from spikerl.models.actor import (
     SpikingActor,
     build_actor,
     copy_weights,
-    deployed,
+    inference_actor,
 )
 from spikerl.models.critic import Critics
 from spikerl.models.normalizer import RunningNorm
@@ -46,7 +46,7 @@ Row = dict[str, Any]
 # Up to so many environments a worker acts on the CPU, whatever device it learns on: a kernel call
 # there takes microseconds, and on a GPU every operation as many. Not measured on a GPU yet.
 FEW_ENVS = 64
-SYNCHRONISED = 50  # steps between exchanges where the normaliser sets no interval
+SYNC_INTERVAL = 50  # steps between exchanges where the normaliser sets no interval
 
 
 @dataclass
@@ -181,7 +181,7 @@ class Trainer:
     @property
     def policy(self) -> Policy:
         """What is evaluated and saved."""
-        config, actor = deployed(self.config.actor, self.algo.actor, self.task.act_dim)
+        config, actor = inference_actor(self.config.actor, self.algo.actor, self.task.act_dim)
         return Policy(self.task, config, actor, self.norm)
 
     def reset_envs(self, *resumed_at: int) -> None:
@@ -220,7 +220,7 @@ class Trainer:
         try:
             if self.algo.on_policy:  # from what it did, seen as it saw it
                 self.learn(before)
-            if crossed(before, self.step, algo.norm_interval or SYNCHRONISED):
+            if crossed(before, self.step, algo.norm_interval or SYNC_INTERVAL):
                 self.synchronise(stop_signal())
             if not self.algo.on_policy:
                 self.learn(before)
@@ -386,7 +386,7 @@ class Trainer:
         for name, tensor in self.algo.state().items():
             tensor.copy_(saved[name])
         self.algo.refresh()
-        self.norm.load(under("norm.", saved))
+        self.norm.load(with_prefix("norm.", saved))
         bits = checkpoint.manifest.get("reset_seed_bits", 63)  # as the run began
         if bits not in (RESET_BITS, 63):
             raise ValueError(f"its resets have seeds of {bits} bits")
@@ -394,7 +394,7 @@ class Trainer:
         rank, size = self.world.rank, self.world.size
         if checkpoint.workers == size:
             tensors, notes = checkpoint.worker(rank)
-            streams = under("stream.", tensors)
+            streams = with_prefix("stream.", tensors)
             check_fit(streams, self.streams.state())
             self.streams.load(streams)
         else:
@@ -403,7 +403,7 @@ class Trainer:
             self.streams.restart(self.run.seed, rank, checkpoint.step)
         self.progress = progress_of(notes["progress"], checkpoint.step)
         self.algo.updates = self.progress.updates
-        pending, envs = tensors["norm.pending"], under("envs.", tensors)
+        pending, envs = tensors["norm.pending"], with_prefix("envs.", tensors)
         if (pending.dtype, pending.shape[1:]) != (torch.float64, (self.task.obs_dim,)):
             raise ValueError(f"its norm.pending is {pending.dtype} {tuple(pending.shape)}")
         self.norm.pending = [pending.numpy()]
@@ -436,7 +436,7 @@ def progress_of(data: Mapping[str, Any], step: int) -> Progress:
     return progress
 
 
-def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix`, by the rest of their names."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 

@@ -19,7 +19,7 @@ from spikerl.errors import BadRequest, DiskError
 from spikerl.files import make_folder
 from spikerl.models.policy import find_policy
 from spikerl.runs import checkpoint
-from spikerl.runs.checkpoint import KEEP, drop_later, save_checkpoint, verified
+from spikerl.runs.checkpoint import KEEP, remove_newer, save_checkpoint, verified
 from spikerl.training.trainer import Trainer
 
 CAPACITY = 70  # each checkpoint adds 50 rows: the ring wraps around in every second one
@@ -144,7 +144,7 @@ def test_killed_before_any_call(saved: Saved, tmp_path: Path) -> None:
     assert {*steps} == {saved.last, saved.trainer.step}
     for place in left[:: len(left) // 8]:  # such a run goes on, and nothing piles up
         found = verified(place, print)
-        drop_later(found)
+        remove_newer(found)
         saved.other.load(found)
         if found.step == saved.last:
             next(saved.other.epochs())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -59,13 +60,13 @@ def results(kernel: str, critic: Critics, rows: Tensor, obs_dim: int) -> list[Te
     into.vector.fill_(float("nan"))
     mean = critic.critic_backward(obs, act, target, into)
     towards = Gradient([torch.zeros(1)], weight=0.3)
-    ascent = critic.dq_da(obs, act, towards)
+    ascent = critic.actor_loss_grad(obs, act, towards)
     return [values, mean, into.loss, *into.slots, towards.loss, ascent]
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_values_losses_and_gradients(path: str, size: tuple) -> None:  # type: ignore[type-arg]
+def test_values_losses_and_gradients(path: str, size: tuple[Any, ...]) -> None:
     critic, rows = made(*size)
     expected = results("reference", critic, rows, size[0])
     ours = results(f"cpu/{path}", critic, rows, size[0])
@@ -88,7 +89,7 @@ def test_they_are_as_exact_as_float32_is(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_target_values(path: str, size: tuple) -> None:  # type: ignore[type-arg]
+def test_target_values(path: str, size: tuple[Any, ...]) -> None:
     critic, rows = made(*size)
     obs, act, rew = rows[:, : size[0]], rows[:, size[0] : -1], rows[:, -1]
     ends, discount = torch.arange(size[3]) % 3 == 1, torch.linspace(0.5, 1.0, size[3])
@@ -121,7 +122,7 @@ def test_what_is_not_finite_is_seen(path: str, batch: int, bad: float) -> None:
         assert torch.equal(kernel.values(critic, rows[:, :6], rows[:, 6:8])[:, 2:], found[:, 2:])
         critic.biases_C1N[-1].zero_()[1] = float("nan")  # of two, the second
     towards = Gradient([torch.zeros(1)])
-    kernel.dq_da(critic, rows[:, :6], rows[:, 6:8], towards, True)
+    kernel.actor_loss_grad(critic, rows[:, :6], rows[:, 6:8], towards, True)
     assert towards.loss.isnan()
 
 
@@ -167,7 +168,7 @@ def test_exact_on_dyadic_numbers(path: str) -> None:
         critic.kernel = kernel
         into = Gradient(list(critic.parameters()), weight=0.5)
         mean = critic.critic_backward(rows[:, :5], rows[:, 5:8], rows[:, 8], into)
-        ascent = critic.dq_da(rows[:, :5], rows[:, 5:8], Gradient([torch.zeros(1)]))
+        ascent = critic.actor_loss_grad(rows[:, :5], rows[:, 5:8], Gradient([torch.zeros(1)]))
         found.append([mean, into.vector, ascent])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
@@ -232,7 +233,7 @@ def test_an_ascent_is_of_the_first_critic_alone(kernel: str) -> None:
     critic = Critics(3, 2, [8, 8], kernel=kernel)
     obs, act = torch.randn(5, 3), torch.randn(5, 2, requires_grad=True)
     into = Gradient([torch.zeros(1)])
-    found = critic.dq_da(obs, act.detach(), into)
+    found = critic.actor_loss_grad(obs, act.detach(), into)
     loss = -critic(obs, act)[0].mean()
     torch.testing.assert_close(found, torch.autograd.grad(loss, act)[0])
     torch.testing.assert_close(into.loss, loss.detach())
@@ -286,7 +287,7 @@ def rounded_by_hand(critic: Critics, rows: Tensor, obs_dim: int) -> list[Tensor]
 
 @pytest.mark.skipif("amx" not in PATHS, reason="needs a processor with bf16 matrix units")
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_rounded_products_on_matrix_units(size: tuple) -> None:  # type: ignore[type-arg]
+def test_rounded_products_on_matrix_units(size: tuple[Any, ...]) -> None:
     critic, rows = made(*size)
     critic.dtype = torch.bfloat16
     expected = rounded_by_hand(critic, rows, size[0])
@@ -336,8 +337,8 @@ def test_parameters_that_moved() -> None:
 def test_kernels_have_the_same_operations() -> None:
     names = [n for n in dir(kernels.Kernel) if not n.startswith("_")]
     assert sorted(names) == [
-        "actions", "adam", "add_clipped_noise", "critic_backward", "dense_actions", "dq_da",
-        "mse_backward", "polyak", "td_target", "values", "vjp",
+        "actions", "actor_loss_grad", "adam", "add_clipped_noise", "critic_backward",
+        "dense_actions", "mse_backward", "polyak", "td_target", "values", "vjp",
     ]  # fmt: skip
     for kernel in ("reference", f"cpu/{PATHS[0]}"):
         assert all(callable(getattr(kernels.named(kernel), name)) for name in names)

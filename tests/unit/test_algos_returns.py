@@ -22,7 +22,7 @@ TERMINATED_TN[1, 0] = LAST_TN[1, 0] = LAST_TN[3, 0] = True
 
 
 def advantages(discount: float, trace: float) -> Tensor:
-    return gae(REW_TN, VALUE_TN, NEXT_TN, TERMINATED_TN, LAST_TN, discount, trace)
+    return gae(REW_TN, VALUE_TN, NEXT_TN, TERMINATED_TN, LAST_TN, gamma=discount, gae_lambda=trace)
 
 
 def test_a_termination_a_truncation_and_an_unfinished_end() -> None:

@@ -247,7 +247,8 @@ def test_what_cannot_be_shared_out(
 def test_a_launcher_and_world_size_disagree(
     default: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "0")
+    for name, value in (("RANK", "0"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert build(default).world_size == 2
     refused = refusal(build, changed(default, world_size=4))

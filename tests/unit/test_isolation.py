@@ -10,6 +10,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ def handler(number: int, frame: object) -> None:
     pass
 
 
+def set_handler(number: signal.Signals, folder: Path) -> None:
+    signal.signal(number, handler)
+
+
 CHANGES: dict[str, tuple[Callable[[Path], Any], Callable[[], Any]]] = {
     "dtype": (lambda _: torch.set_default_dtype(torch.float64), torch.get_default_dtype),
     "device": (lambda _: torch.set_default_device("meta"), lambda: torch.empty(1).device),
@@ -61,10 +66,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], Callable[[], Any]]] = {
     "denormals": (lambda _: torch.set_flush_denormal(True), lambda: isolation.DENORMAL * 1.0),
     "folder": (os.chdir, os.getcwd),
     **{
-        number.name: (
-            lambda _, number=number: signal.signal(number, handler),
-            lambda number=number: signal.getsignal(number),
-        )
+        number.name: (partial(set_handler, number), partial(signal.getsignal, number))
         for number in isolation.STOPS
     },
 }

@@ -158,13 +158,14 @@ def test_signals_to_all_processes_are_for_the_run_alone(number: int) -> None:
 
 def test_an_environment_that_only_this_process_has_registered() -> None:
     gym.registry.pop("Here-v0", None)
-    gym.register("Here-v0", entry_point=own_envs.Takes, kwargs={"mass": 3.0})
+    made: Any = own_envs.Takes
+    gym.register("Here-v0", entry_point=made, kwargs={"mass": 3.0})
     env = EnvConfig(name="gym", version=None, id="Here-v0", max_episode_steps=9, vectorizer="async")
     with closing(make_env(env)) as one:
         task = task_of(one)
     with closing(make_envs(env, 1, task)) as envs:
         envs.reset([0])
-        assert envs.obs.tolist() == [[0.0, 3.0, 0.0]]
+        assert np.array_equal(envs.obs, [[0.0, 3.0, 0.0]])
 
 
 # --- what they are given and give -----------------------------------------------------------------
@@ -173,7 +174,7 @@ def test_an_environment_that_only_this_process_has_registered() -> None:
 def test_arguments_reach_training_evaluation_and_the_policy(tmp_path: Path) -> None:
     env = own("Takes", kwargs={"mass": 2.0, "others": [1, {"deep": "x"}]})
     with trainer_of(env) as trainer:
-        assert trainer.envs.obs.tolist() == [[0.0, 2.0, 0.0]]
+        assert np.array_equal(trainer.envs.obs, [[0.0, 2.0, 0.0]])
         assert trainer.evaluator.envs[0].reset()[0].tolist() == [0.0, 2.0, 0.0]
         trainer.policy.save(tmp_path)
     task = load_policy(tmp_path).task

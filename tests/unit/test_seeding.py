@@ -57,7 +57,9 @@ def test_training_and_evaluation_give_no_more() -> None:
 
 
 @pytest.mark.parametrize("bits", [31, 63, None])
-def test_a_run_goes_on_with_the_seeds_that_it_began_with(tmp_path: Path, bits: int | None) -> None:
+def test_a_run_goes_on_with_the_seeds_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int | None
+) -> None:
     facts = {"step": 0, "epoch": 0, "world_size": 1, "wall_s": 0.0, "metrics_bytes": 0}
     if bits is not None:
         facts["reset_seed_bits"] = bits
@@ -67,7 +69,7 @@ def test_a_run_goes_on_with_the_seeds_that_it_began_with(tmp_path: Path, bits: i
         )
     with closing(trainer_of()) as resumed:
         seeds: list[int] = []
-        resumed.envs.reset = lambda given: seeds.extend(given)  # type: ignore[method-assign]
+        monkeypatch.setattr(resumed.envs, "reset", seeds.extend)
         name = next((tmp_path / "checkpoints").glob("step_*")).name
         resumed.load(Checkpoint.open(tmp_path, name))
         assert seeds == [seed_for(0, "env", 0, 0) % 2 ** (bits or 63)]

@@ -36,7 +36,7 @@ from spikerl.config.build import Config
 from spikerl.distributed import launch, mpi
 from spikerl.distributed.world import BackendConfig, World, join, leave, resolve_backend, share
 from spikerl.errors import BadRequest
-from spikerl.training.trainer import SYNCHRONISED
+from spikerl.training.trainer import SYNC_INTERVAL
 
 SHARED = "shared memory"
 ALONE, NORMALISER = "alone", "exchange of the normaliser"
@@ -223,7 +223,7 @@ class Worker:
             ratios[title] = ratio(one.median_ms, update_.median_ms)
             # One exchange of the normaliser belongs to so many updates.
             fewer = size if name.startswith("weak") else 1
-            interval = fixtures.algo.norm_interval or SYNCHRONISED
+            interval = fixtures.algo.norm_interval or SYNC_INTERVAL
             updates = interval * fixtures.algo.updates_per_step / fewer
             merge_ms = times[NORMALISER].median_ms / updates
             ratios[f"share of exchanges in an update of {size} workers, {name}"] = ratio(

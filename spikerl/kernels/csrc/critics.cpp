@@ -140,7 +140,7 @@ void spikerl_critic_backward(const Critic* critic, int64_t B, const float* obs, 
 }
 
 // The mean over samples of the lowest value over networks; grad_act (B, A): `weight` times its gradient by the actions.
-float spikerl_dq_da(const Critic* critic, int64_t B, const float* obs, const float* act, float weight,
+float spikerl_actor_loss_grad(const Critic* critic, int64_t B, const float* obs, const float* act, float weight,
                     float* grad_act, int threads) {
     double sum = 0.0;
     dispatch(*critic, B, [&](auto way) {

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import time
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import pytest
 
-from spikerl.commands.bench import timing
+from spikerl.commands.bench.progress import BenchProgress
 from spikerl.commands.bench.table import show
 from spikerl.commands.bench.timing import Benchmark, Measurement, compare, run_interleaved
 
@@ -25,7 +27,7 @@ def test_turns_and_times(monkeypatch: pytest.MonkeyPatch) -> None:
         events.append(name)
         now += next(seconds[name])
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     benchmarks = [Benchmark(name, "cpu", "fp32", 7, "run", 2, partial(call, name)) for name in "ab"]
     times = run_interleaved(
         benchmarks,
@@ -41,12 +43,17 @@ def test_turns_and_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(m.batch, m.threads, m.weights) for m in times] == [(7, 5, "run")] * 2
 
 
-def measured(kernel: str, median_ms: float, **more: object) -> Measurement:
-    facts = {"what": "update", "precision": "fp32", "batch": 100, "world_size": 1} | more
+def measured(kernel: str, median_ms: float, **more: Any) -> Measurement:
+    facts: dict[str, Any] = {
+        "what": "update",
+        "precision": "fp32",
+        "batch": 100,
+        "world_size": 1,
+    } | more
     return Measurement(
         kernel=kernel, threads=1, weights="run", median_ms=median_ms, min_ms=median_ms,
         per_second=1e3 / median_ms, **facts,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 def test_ratios_are_of_the_spiking_actor_over_the_others() -> None:
@@ -72,8 +79,8 @@ def test_the_longest_rows_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> Non
     share = "share of exchanges in an update of 128 workers, strong over shared memory"
     measurements = [
         measured("cpu/avx512", 21.234567, what=strong, batch=128, world_size=2),
-        measured("", 12345.678, what="exchanges, strong over shared memory", world_size=128),
-        measured("cpu/avx512", 0.0123456, what="policy(obs)", batch=1, precision="bf16"),
+        measured("", 12345.678, what="exchanges, strong over shared memory", world_size=8),
+        measured("cpu/avx512", 0.0125, what="policy(obs)", batch=1, precision="bf16"),
     ]
     answer = {
         "machine": {"cpu": "A processor", "cores": 2, "commit": "0123456789abcdef"},
@@ -89,9 +96,27 @@ def test_the_longest_rows_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> Non
     assert max(map(len, lines)) <= 80
     assert [" ".join(line.split()) for line in lines[4:7]] == [
         f"{strong} cpu/avx512 128 x 2 21.23 21.23 47",
-        "exchanges, strong over shared memory 100 x 128 12346 12346",
-        "policy(obs) cpu/avx512 bf16 1 0.01235 0.01235 81,000",
+        "exchanges, strong over shared memory 100 x 8 12346 12346",
+        "policy(obs) cpu/avx512 bf16 1 0.0125 0.0125 80,000",
     ]
     assert lines[0] == "A processor, 2 cores; commit 0123456789"
     assert "not measured: nccl, 2 workers: no CUDA devices" in lines
-    assert " ".join(lines[-2:]).split() == ["0.123", *share.split()]
+    assert lines[-1] == f"0.123  {share}"
+
+
+def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for each part, and now and then one of the rounds that were counted."""
+    monkeypatch.setattr(BenchProgress, "INTERVAL", -1.0)
+    with BenchProgress() as progress:
+        progress.part("filling replays")
+        progress.part("training", 2)
+        for _ in range(3):
+            progress.after_round()
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()) == ("", [
+        "bench: filling replays",
+        "bench: training, 2 rounds",
+        "bench: training: 0 of 2 rounds",
+        "bench: training: 1 of 2 rounds",
+        "bench: training: 2 of 2 rounds",
+    ])  # fmt: skip

@@ -117,8 +117,7 @@ def test_there_and_back(option: str, tmp_path: Path) -> None:
 def test_values_survive(key: str, value: Any, tmp_path: Path) -> None:
     first = composed("env=gym", "env.id=x")
     OmegaConf.update(holder := OmegaConf.create(first), key, value)
-    changed = OmegaConf.to_container(holder)
-    assert isinstance(changed, dict)
+    changed: Any = OmegaConf.to_container(holder)
     assert composed(saved(tmp_path, changed)) == changed
 
 
@@ -187,7 +186,7 @@ def test_a_reader_that_went_away() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.close()
-        assert (process.communicate(timeout=60)[1], process.returncode) == (b"", 1)
+        assert (process.communicate(timeout=60)[1], process.returncode) == (b"", 0)
 
 
 def test_cfg_job() -> None:
