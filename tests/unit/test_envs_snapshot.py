@@ -15,6 +15,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from spikerl.envs.make import CheckedEnv
 from spikerl.envs.snapshot import SLEEP, Snapshot, restore, snapshot
+from spikerl.errors import EnvironmentFailed
 
 TASKS = ["Hopper-v5", "Ant-v5", "Pendulum-v1"]
 LIMIT = 30
