@@ -141,6 +141,7 @@ void encode(const Activations& acts, int64_t b, const float* obs, const float* u
     const int64_t K = net.widths[0], Kp = padded(K);
     float* activity = acts.activity + b * Kp;
     int32_t* words = acts.words[0] + b * Kp;
+    store(activity + Kp - W, vec{});  // the padding: what lies in memory may be denormal, and slow
     for (int64_t o = 0, k = 0; o < net.obs_dim; o++)
         for (int64_t p = 0; p < net.pop_size; p++, k++) activity[k] = obs[o];
     float last_mean[W] = {}, last_std[W], last_uniform[W] = {};  // the last vectors, padded
