@@ -106,7 +106,7 @@ class CPUKernel:
         saved: Tensor | None,
         squash: bool,
     ) -> Tensor:
-        """Actions; what `backward` needs is written to `saved`."""
+        """Actions; `saved` takes what `backward` needs."""
         batch = len(obs_BO)
         act = obs_BO.new_empty(batch, ready.net.act_dim)
         self.lib.spikerl_forward(
@@ -141,9 +141,9 @@ class CPUKernel:
             at, torch.get_num_threads(),
         )  # fmt: skip
 
-    def saved_buffer(self, ready: PreparedActor, batch: int) -> Tensor:
-        """Memory for what `forward` saves."""
-        return _buffers.get(-(-self.lib.spikerl_saved_bytes(ready.net, batch) // 4))
+    def room(self, ready: PreparedActor, batch: int) -> Tensor:
+        """For what `forward` saves."""
+        return _memory.take(-(-self.lib.spikerl_saved_bytes(ready.net, batch) // 4))
 
     def scan(self, neuron: Neuron, drive_TBN: Tensor) -> Tensor:
         """Spikes of one layer."""
@@ -168,14 +168,14 @@ class CPUKernel:
             output = reference.outputs(net, obs_BO, generator, self.scan, BATCH)
             return by_autograd(reference.act(output, squash))
         obs_BO, uniform = self.inputs(net, obs_BO, generator)
-        saved = [self.saved_buffer(ready, len(obs_BO))]
+        saved = [self.room(ready, len(obs_BO))]
         act = self.forward(ready, obs_BO, uniform, saved[0], squash)
 
         def pull(grad_BA: Tensor, into: Gradient) -> None:
-            buffer = saved.pop()  # a second backward pass finds nothing, and fails
+            room = saved.pop()  # a second way back finds nothing, and fails
             poisson, grad_BA = uniform is not None, grad_BA.contiguous()
-            self.backward(ready, obs_BO, poisson, act if squash else None, grad_BA, buffer, into.at)
-            _buffers.put(buffer)
+            self.backward(ready, obs_BO, poisson, act if squash else None, grad_BA, room, into.at)
+            _memory.give(room)
 
         return act, pull
 
@@ -352,7 +352,7 @@ class _Actions(torch.autograd.Function):
         squash: bool,
         *params: Tensor,
     ) -> Tensor:
-        saved = kernel.saved_buffer(ready, len(obs_BO))
+        saved = kernel.room(ready, len(obs_BO))
         act = kernel.forward(ready, obs_BO, uniform_TBK, saved, squash)
         ctx.kernel, ctx.ready, ctx.poisson = kernel, ready, uniform_TBK is not None
         ctx.saved, ctx.squash = saved, squash
@@ -368,7 +368,7 @@ class _Actions(torch.autograd.Function):
         places, grad_BA = pointers(addresses(grads)), grad_BA.contiguous()
         act, at = act_BA if ctx.squash else None, ctypes.addressof(places)
         ctx.kernel.backward(ctx.ready, obs_BO, ctx.poisson, act, grad_BA, saved, at)
-        _buffers.put(saved)
+        _memory.give(saved)
         return None, None, None, None, None, *grads
 
 
@@ -394,22 +394,22 @@ class _Scan(torch.autograd.Function):
         return None, None, out
 
 
-class _Buffers:
+class _Memory:
     """Blocks that one update leaves for the next: what was used last still lies in a cache."""
 
     KEPT = 16  # blocks
 
     def __init__(self) -> None:
-        self.free: list[Tensor] = []  # the one returned last comes first
+        self.free: list[Tensor] = []  # the one given last comes first
 
-    def get(self, size: int) -> Tensor:
+    def take(self, size: int) -> Tensor:
         for i, block in enumerate(self.free):
             if len(block) == size:
                 return self.free.pop(i)
         return torch.empty(size)
 
-    def put(self, *blocks: Tensor) -> None:
+    def give(self, *blocks: Tensor) -> None:
         self.free = [*blocks, *self.free][: self.KEPT]
 
 
-_buffers = _Buffers()
+_memory = _Memory()
