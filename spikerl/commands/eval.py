@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from spikerl.config.yaml_file import leads_out
+from spikerl.energy import modelled, operations
 from spikerl.envs.make import EnvConfig, check_confirmed, make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.machine import resolve_device, versions
 from spikerl.models.policy import check_shapes, load_policy
 from spikerl.output import answer
+from spikerl.reporting.operations import lines
 from spikerl.schema import parse
 from spikerl.training.evaluator import Evaluator
 
@@ -23,6 +25,7 @@ class EvalRequest:
     episodes: int
     seed: int
     env_id: str | None
+    ops: bool
     json: bool
     device: str
     plugins: list[str]
@@ -38,6 +41,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl eval`."""
     request = parse(EvalRequest, data)
     policy = load_policy(request.run, resolve_device(request.device).choice)
+    if request.ops:
+        operations.check(policy.actor)
     env_id = request.env_id or policy.task.env_id
     check_confirmed("run", request.run, env_id, request.env_id)
     if leads_out(dict(policy.task.env_kwargs)) and not request.env_id:
@@ -71,6 +76,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         result = evaluator.run(policy, 0)
     finally:
         evaluator.close()
+    counted = None
+    if request.ops:
+        counted = operations.count(policy.actor, result.probed, policy.generator)
     now = versions()
     moved = [
         f"{name} {version} (here {now[name]})"
@@ -89,6 +97,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             "seed": request.seed,
             "versions": now,
             "trained_with": policy.trained_with,
+            **(modelled.facts(counted) if counted else {}),
         }
         answer(facts)
         return 0
@@ -101,6 +110,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     if result.activity:
         layers = ", ".join("-" if r is None else f"{r:.3f}" for r in result.activity.layers)
         print(f"firing rate {result.activity.firing_rate:.3f} (encoder and layers: {layers})")
+    if counted:
+        print("\n" + "\n".join(lines(counted)))
     if moved:
         print(f"note: trained with {', '.join(moved)}; physics differ between versions")
     return 0
