@@ -207,7 +207,10 @@ def test_flags_anywhere(args: list[str], tmp_path: Path) -> None:
     [
         (
             "spikerl ",
-            {"train", "eval", "import", "convert", "bench", "doctor", "reproduce", "report"},
+            {
+                *("train", "eval", "import", "convert", "export"),
+                *("bench", "doctor", "reproduce", "report"),
+            },
         ),
         ("spikerl tr", {"train"}),
         ("spikerl train env=Half", {"env=HalfCheetah"}),
