@@ -12,10 +12,16 @@ from builders import CUBA_LIF, POPULATION, RATE, popsan_config
 from spikerl.models.actor import ActorConfig, MLPConfig, build_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
-from spikerl.snn.encoders import EncoderConfig
+from spikerl.snn.encoders import EncoderConfig, PopulationConfig
 from spikerl.types import Task
 
 DIRECT = EncoderConfig(name="direct")
+
+
+def population(name: str) -> PopulationConfig:
+    """Of wide fields near 0."""
+    fields = {"pop_size": 4, "mean_range": [-1.0, 1.0], "var": 0.5, "threshold": 0.999}
+    return PopulationConfig(name=name, **fields)
 
 
 def task(obs_dim: int = 3, act_dim: int = 2, env_id: str = "Nowhere-v0", steps: int = 20) -> Task:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from spikerl.envs.make import check_confirmed
 from spikerl.errors import DONE, FAILED, BadRequest
-from spikerl.export import c, contract, proof, support
+from spikerl.export import c, contract, nir, onnx, proof, support
 from spikerl.files import checksum, json_bytes, write_atomic
 from spikerl.models.actor import SpikingActor
 from spikerl.models.policy import Policy, load_policy, read_policy
@@ -27,7 +27,11 @@ class Format(NamedTuple):
     dt: float | None = None  # seconds of a spike step, where the format has time
 
 
-FORMATS = {"c": Format(c.check_here, c.write, c.Interpreter)}
+FORMATS = {
+    "c": Format(c.check_here, c.write, c.Interpreter),
+    "onnx": Format(onnx.check_here, onnx.write, onnx.Interpreter),
+    "nir": Format(nir.check_here, nir.write, nir.Interpreter, nir.DT),
+}
 
 
 @dataclass(kw_only=True)
@@ -60,7 +64,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     file = Path(request.file or Path(request.run) / f"policy.{request.format}")
     beside = file.with_name(f"{file.name}.json")
     check_free(file, beside)
-    check_confirmed("run", request.run, policy.task.env_id, request.env_id)
+    env_id = request.env_id or policy.task.env_id
+    check_confirmed("run", request.run, env_id, request.env_id)
     env = proof.known_env(policy, request.run, request.env_id)
     described = contract.describe(request.format, policy, form.dt)
     described["support"] = {group: str(verdict) for group, verdict in verdicts.items()}
@@ -87,7 +92,10 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         f" set aside for rounding: {proven['set_aside']}"
     )
     if env is None:
-        print(f"{policy.task.env_id} is not registered here: observations drawn, no return")
+        print(
+            f"{env_id} is not registered here: observations drawn, no return;"
+            " env_id=MODULE:NAME imports the module that registers it"
+        )
     else:
         print(
             f"{env.id}: return of the file {proven['return_mean']:.1f}, of the policy"

@@ -13,12 +13,12 @@ from spikerl.snn.encoders import EncoderConfig
 from spikerl.snn.neurons import NeuronConfig
 
 FORMATS = ("c", "onnx", "nir")
-FAITHFUL, APPROXIMATE, REFUSED = "faithful", "approximate", "refused"
+FAITHFUL, REFUSED = "faithful", "refused"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a format holds one part of a policy; nothing is approximate so far."""
+    """How a format holds one part of a policy; no format so far has an approximate one."""
 
     level: str
     reason: str = ""

@@ -18,22 +18,19 @@ from builders import (
     membrane_config,
     plif_config,
 )
-from exports import DENSE, DIRECT, config, policy_of, saved, task
+from exports import DENSE, DIRECT, config, policy_of, population, saved, task
+from published import MODEL, STATS, needs_published_policy
 from shell import refusal, spikerl
 
 from spikerl.export import c, contract, proof
 from spikerl.models.actor import ActorConfig
 from spikerl.models.policy import Policy
 from spikerl.snn.decoders import DecoderConfig
-from spikerl.snn.encoders import EncoderConfig, PopulationConfig
+from spikerl.snn.encoders import EncoderConfig
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler"
 )
-
-
-def population(name: str) -> PopulationConfig:
-    return PopulationConfig(name=name, pop_size=4, mean_range=[-1.0, 1.0], var=0.5, threshold=0.999)
 
 
 def interpreter(policy: Policy, folder: Path) -> c.Interpreter:
@@ -164,7 +161,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("typed", "line"),
     [
-        (["format=loihi"], "format=loihi: give one of c"),
+        (["format=loihi"], "format=loihi: give one of c, onnx, nir"),
         (["policy=step_3"], "policy=step_3: give last, or a checkpoint of the run: it has none"),
         (["episodes=0"], "episodes=0: give at least 1"),
         (["file={run}/no/x.c"], "file={run}/no/x.c: {run}/no is no folder that can be written"),
@@ -197,3 +194,15 @@ def test_a_poisson_encoder_is_refused(tmp_path: Path) -> None:
         "format=c: cannot hold encoder=poisson: it draws its spikes, and the file has no random"
         " numbers"
     )
+
+
+@needs_published_policy
+@pytest.mark.parametrize("format", ["c", "onnx", "nir"])
+def test_the_published_policy(format: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    args = [f"popsan={MODEL}", f"stats={STATS}", "env=HalfCheetah", f"run_dir={run}"]
+    assert spikerl("import", *args).status == 0
+    assert spikerl("export", f"run={run}", f"format={format}", "episodes=2").status == 0
+    data = json.loads((run / f"policy.{format}.json").read_text())
+    assert data["sizes"] == {"encoder": 170, "layers": [256, 256, 60]}
+    assert data["proof"]["return_mean"] > 9000
