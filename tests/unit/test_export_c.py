@@ -113,7 +113,9 @@ def test_a_silent_input_adds_nothing(tmp_path: Path) -> None:
     assert not same[2][fired].all()
 
 
-@pytest.mark.parametrize("value", [0.1, -3.4028235e38, 1e-45, 1.0, 16777216.0, 0.0])
+@pytest.mark.parametrize(
+    "value", [0.1, 1000.00006103515625, -3.4028235e38, 1e-45, 1.0, 16777216.0, 0.0]
+)
 def test_numbers_survive(value: float) -> None:
     text = c.number(value)
     assert text.endswith("f")

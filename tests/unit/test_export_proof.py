@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -16,8 +17,10 @@ from spikerl.commands.export import FORMATS, publish
 from spikerl.envs.make import EnvConfig
 from spikerl.export import proof, support
 from spikerl.export.contract import DECODERS, ENCODERS, NEURONS
+from spikerl.models.actor import CareBNConfig
 from spikerl.snn import decoders, encoders, neurons
 from spikerl.snn.decoders import DecoderConfig
+from spikerl.snn.encoders import PopulationConfig
 from spikerl.training.evaluator import Evaluator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +93,19 @@ def test_what_rounding_decides_is_set_aside() -> None:
     np.testing.assert_array_equal(recorded.obs_BO, obs[3:])
 
 
+def test_an_encoder_that_rounding_decides() -> None:
+    """At the centre of its field an observation gives 1 at a spike step: a tie with a threshold of 1."""
+    fields = PopulationConfig(
+        name="population", pop_size=1, mean_range=[0.0, 0.0], var=0.5, threshold=1.0
+    )
+    policy = policy_of(config(encoder=fields), task(1, 1))
+    policy.norm.mean_std = torch.tensor([[0.0], [1.0]])
+    obs = np.array([[0.0], [0.3]], np.float32)
+    near = proof.encoder_near(policy.actor.encoder, torch.from_numpy(obs), 1)
+    assert near.tolist() == [True, False]
+    assert proof.recorded_of(policy, obs).obs_BO.tolist() in ([], obs[1:].tolist())
+
+
 def test_too_few_observations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three episodes' 60, six's 120, and that is all."""
     monkeypatch.setattr(proof, "MOST_EPISODES", 6)
@@ -116,6 +132,17 @@ def test_a_policy_of_a_checkpoint(tmp_path: Path) -> None:
         args = (f"run={run}", "format=onnx", f"policy={name}", f"file={file}")
         assert spikerl("export", *args).status == 0
     assert (tmp_path / "last.onnx").read_bytes() != (tmp_path / "step_000000100.onnx").read_bytes()
+
+
+def test_batch_normalisation_that_is_not_folded(tmp_path: Path) -> None:
+    actor = CareBNConfig(
+        name="care_bn", hidden_sizes=[12], spike_steps=5, lr=1e-4,
+        recalibration_interval=None, recalibration_batches=1,
+    )  # fmt: skip
+    run = saved(policy_of(replace(config(), actor=actor), task()), tmp_path / "run")
+    assert spikerl("export", f"run={run}", "format=c").line == (
+        f"run={run}: its batch normalisation is not folded into weights; give a policy that acts"
+    )
 
 
 def test_every_part_has_an_equation() -> None:
