@@ -94,7 +94,7 @@ def test_what_rounding_decides_is_set_aside() -> None:
 
 
 def test_an_encoder_that_rounding_decides() -> None:
-    """At the centre of its field an observation gives 1 at a spike step: a tie with a threshold of 1."""
+    """At the centre of its field it charges 1 at once: a tie with a threshold of 1."""
     fields = PopulationConfig(
         name="population", pop_size=1, mean_range=[0.0, 0.0], var=0.5, threshold=1.0
     )
