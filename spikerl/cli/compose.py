@@ -93,7 +93,7 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
     """Refuse what must not reach Hydra; replace config=FILE by the overrides that it stands for."""
     args = [re.sub(r"^\+\+?(?=(config|resume)=)", "", arg) for arg in args]
     # Its keys are the environment's, so Hydra knows none of them.
-    args = [re.sub(r"^(?=env\.kwargs\.)", "++", arg) for arg in args]
+    args = [re.sub(r"^(?=env\.kwargs(\.|=\{))", "++", arg) for arg in args]
     plugins.load(typed_plugins(args))
     for arg in args:
         flag = arg.partition("=")[0]

@@ -207,7 +207,20 @@ def test_flags_anywhere(args: list[str], tmp_path: Path) -> None:
     [
         (
             "spikerl ",
-            {"train", "eval", "import", "convert", "bench", "doctor", "reproduce", "report"},
+            {
+                {
+                    "train",
+                    "bench",
+                    "convert",
+                    "doctor",
+                    "eval",
+                    "export",
+                    "import",
+                    "report",
+                    "reproduce",
+                    "runs",
+                },
+            },
         ),
         ("spikerl tr", {"train"}),
         ("spikerl train env=Half", {"env=HalfCheetah"}),

@@ -23,6 +23,7 @@ LEVELS = [
     "config",
     "training",
     "reporting",
+    "export",
     "commands",
     "cli",
     "__main__ __init__",
