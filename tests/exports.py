@@ -30,7 +30,7 @@ def task(obs_dim: int = 3, act_dim: int = 2, env_id: str = "Nowhere-v0", steps: 
 
 
 def config(hidden: list[int] | None = None, **parts: Any) -> ActorConfig:
-    chosen = {"encoder": POPULATION, "neuron": CUBA_LIF, "decoder": RATE} | parts
+    chosen: dict[str, Any] = {"encoder": POPULATION, "neuron": CUBA_LIF, "decoder": RATE} | parts
     return ActorConfig(actor=popsan_config(hidden or [12, 9]), **chosen)
 
 
