@@ -101,6 +101,7 @@ def test_an_encoder_that_rounding_decides() -> None:
     policy = policy_of(config(encoder=fields), task(1, 1))
     policy.norm.mean_std = torch.tensor([[0.0], [1.0]])
     obs = np.array([[0.0], [0.3]], np.float32)
+    assert isinstance(policy.actor, SpikingActor)
     near = proof.encoder_near(policy.actor.encoder, torch.from_numpy(obs), 1)
     assert near.tolist() == [True, False]
     assert proof.recorded_of(policy, obs).obs_BO.tolist() in ([], obs[1:].tolist())
