@@ -20,7 +20,12 @@ DIRECT = EncoderConfig(name="direct")
 
 def population(name: str) -> PopulationConfig:
     """Of wide fields near 0."""
-    fields = {"pop_size": 4, "mean_range": [-1.0, 1.0], "var": 0.5, "threshold": 0.999}
+    fields: dict[str, Any] = {
+        "pop_size": 4,
+        "mean_range": [-1.0, 1.0],
+        "var": 0.5,
+        "threshold": 0.999,
+    }
     return PopulationConfig(name=name, **fields)
 
 

@@ -17,7 +17,7 @@ from spikerl.commands.export import FORMATS, publish
 from spikerl.envs.make import EnvConfig
 from spikerl.export import proof, support
 from spikerl.export.contract import DECODERS, ENCODERS, NEURONS
-from spikerl.models.actor import CareBNConfig
+from spikerl.models.actor import CareBNConfig, SpikingActor
 from spikerl.snn import decoders, encoders, neurons
 from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import PopulationConfig
