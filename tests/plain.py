@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from spikerl.algos.base import Learner, flatten
 from spikerl.models.actor import MLPActor
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
@@ -21,6 +23,23 @@ def float64() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+L = TypeVar("L", bound=Learner)
+
+
+def doubled(learner: L) -> L:
+    """The same with float64 in all its networks, where a program has float32."""
+    parts = {"temperature": "log_temperature"}
+    for name, old in learner.optimizers.items():
+        module: nn.Module = getattr(learner, parts.get(name, name))
+        learner.optimizers[name] = learner.optimizer(module.double(), old.lr)
+    for name in learner.targets:
+        learner.targets[name] = flatten(getattr(learner, f"{name}_target").double())
+    learner.critic_optimizer = learner.optimizers["critic"]
+    learner.actor_optimizer = learner.optimizers["actor"]
+    learner.acting_flat = learner.actor_optimizer.flat
+    return learner
 
 
 def relu_net(weights_IN: Iterable[Tensor], biases_N: Iterable[Tensor]) -> nn.Sequential:

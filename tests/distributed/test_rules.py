@@ -23,7 +23,7 @@ from builders import (
     small_config,
     td3_config,
 )
-from plain import float64, transitions
+from plain import doubled, float64, transitions
 from spawn import run_workers
 from torch import Tensor
 
@@ -70,7 +70,7 @@ def learner(kind: type[Learner], config: Any, world: World, weight: float, **par
     if isinstance(actor, SpikingActor):
         for norm in actor.norms:
             norm.sum_ = world.sum_
-    return found
+    return doubled(found)
 
 
 def check_gradients(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from builders import popsan, ppo_config, small_config
-from plain import descend, flat, float64, length, q_networks
+from plain import descend, doubled, flat, float64, length, q_networks
 from torch import Tensor, nn
 from torch.distributions import Normal
 from transitions_env import COUNTER
@@ -41,7 +41,9 @@ def learner(kind: str = "dense", dtype: torch.dtype = torch.float64, **given: An
         actor = MLPActor(3, 2, MLPConfig(name="mlp", hidden_sizes=[16, 12], lr=1e-3), dtype=dtype)
     critic = Critics(3, 0, [24, 16], networks=1, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
-    return PPO(actor, critic, ppo_config(**(own | given)), actor_lr=0.01, generator=generator)
+    config = ppo_config(**(own | given))
+    ppo = PPO(actor, critic, config, actor_lr=0.01, generator=generator)
+    return doubled(ppo) if dtype == torch.float64 else ppo
 
 
 class Rollout:

@@ -13,6 +13,7 @@ from plain import (
     cut,
     dense,
     descend,
+    doubled,
     flat,
     float64,
     length,
@@ -54,7 +55,7 @@ def learner(
     config = proxy_td3_config(**(own | given))
     td3 = ProxyTD3(actor, critic, config, actor_lr=2e-3, generator=generator)
     td3.proxy.dtype = dtype
-    return td3
+    return doubled(td3) if dtype == torch.float64 else td3
 
 
 class Usual:
@@ -78,7 +79,9 @@ class Usual:
             descend(imitation[-1], self.proxy_adam)
         b = batches[-1]
         with torch.no_grad():
-            noise = (0.2 * torch.randn(ROWS, 2, generator=self.draw)).clamp(-0.5, 0.5)
+            noise = (0.2 * torch.randn(ROWS, 2, generator=self.draw, dtype=torch.float32)).clamp(
+                -0.5, 0.5
+            )
             act = (torch.tanh(self.proxy(b.next_obs)) + noise).clamp(-1.0, 1.0)
             y = (
                 b.rew

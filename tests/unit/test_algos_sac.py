@@ -14,6 +14,7 @@ from plain import (
     cut,
     dense,
     descend,
+    doubled,
     flat,
     float64,
     length,
@@ -52,7 +53,7 @@ def learner(
     sac = SAC(actor, critic, config, actor_lr=2e-3, generator=generator)
     if sac.log_std:
         sac.log_std.dtype = dtype
-    return sac
+    return doubled(sac) if dtype == torch.float64 else sac
 
 
 class Usual:
@@ -76,7 +77,9 @@ class Usual:
         output = self.pi.mean(obs)
         mean, log_std = (output, self.head(obs)) if self.head else (output[:, :2], output[:, 2:])
         gaussian = Normal(mean, log_std.clamp(LOW, HIGH).exp())
-        u = mean + gaussian.scale * torch.randn(mean.shape, generator=self.draw)
+        u = mean + gaussian.scale * torch.randn(
+            mean.shape, generator=self.draw, dtype=torch.float32
+        )
         act = torch.tanh(u)
         return act, (gaussian.log_prob(u) - torch.log(1.0 - act**2)).sum(1)
 
