@@ -93,7 +93,7 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
     """Refuse what must not reach Hydra; replace config=FILE by the overrides that it stands for."""
     args = [re.sub(r"^\+\+?(?=(config|resume)=)", "", arg) for arg in args]
     # Its keys are the environment's, so Hydra knows none of them.
-    args = [re.sub(r"^(?=env\.kwargs\.)", "++", arg) for arg in args]
+    args = [re.sub(r"^(?=env\.kwargs(\.|=\{))", "++", arg) for arg in args]
     plugins.load(typed_plugins(args))
     for arg in args:
         flag = arg.partition("=")[0]
@@ -271,8 +271,11 @@ def _as_typed(error: BadRequest, args: Sequence[str]) -> BadRequest:
     key, value, remedy = error.args
     for arg in args:
         name, _, given = arg.partition("=")
-        if name == key and key in PATHS and value and str(absolute(unquoted(given))) == str(value):
-            return BadRequest(key, unquoted(given), remedy)
+        if name != key or key not in PATHS or not value:
+            continue
+        for one in (unquoted(given), *given.split(",")):  # of a sweep
+            if str(absolute(one)) == str(value):
+                return BadRequest(key, one, remedy)
     return error
 
 

@@ -6,16 +6,18 @@ config is composed.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 
 from spikerl import output
 from spikerl.children import safe_path
 from spikerl.cli.compose import PATHS, commands, expand, explain, module_of, searchpath, usage
+from spikerl.cli.help import with_meanings
 from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.launchers import adopt
 from spikerl.distributed.process_lifetime import die_if_spawned, die_with_launcher
@@ -125,8 +127,13 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
             failures.append(error)
         return None
 
+    helps, text = not {"--help", "-h"}.isdisjoint(args), io.StringIO()
     try:
-        with safe_path() if sweep else nullcontext():  # for the processes of Hydra's launchers
+        # The first for the processes of Hydra's launchers.
+        with (
+            safe_path() if sweep else nullcontext(),
+            redirect_stdout(text) if helps else nullcontext(),
+        ):
             hydra.main(str(conf_folder()), command, version_base="1.3")(job)()
     except SystemExit as ended:
         if called:  # somebody's code has no say in how the program ends
@@ -141,6 +148,8 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
     finally:
         if sweep and not sweep.noted():
             sweep.discard()
+    if helps:
+        print(with_meanings(text.getvalue(), command), end="")
     if failures:
         raise failures[0]
     return sweep.end() if sweep and not statuses else max(statuses, default=0)

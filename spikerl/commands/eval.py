@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from spikerl.config.yaml_file import leads_out
+from spikerl.energy import modelled, operations
 from spikerl.envs.make import EnvConfig, check_confirmed, make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.files import shown
 from spikerl.machine import versions
 from spikerl.models.policy import Policy, check_shapes, load_policy
 from spikerl.output import answer
+from spikerl.reporting.operations import lines
 from spikerl.schema import parse
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.video import Filmed, check_video, rates_of
@@ -28,6 +30,7 @@ class EvalRequest:
     seed: int
     env_id: str | None
     video: str  # false; true; spikes: with the return and every layer's firing drawn in
+    ops: bool
     json: bool
     device: str
     plugins: list[str]
@@ -46,6 +49,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl eval`."""
     request = parse(EvalRequest, data)
     policy = load_policy(request.run, request.device, policy=request.policy)
+    if request.ops:
+        operations.check(policy.actor)
     env_id = request.env_id or policy.task.env_id
     check_confirmed("run", request.run, env_id, request.env_id)
     if leads_out(dict(policy.task.env_kwargs)) and not request.env_id:
@@ -80,6 +85,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         result = evaluator.run(policy, 0)
     finally:
         evaluator.close()
+    counted = None
+    if request.ops:
+        counted = operations.count(policy.actor, result.probed, policy.generator)
     now = versions()
     moved = [
         f"{name} {version} (here {now[name]})"
@@ -99,6 +107,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             **({"videos": [str(path) for path in videos]} if videos else {}),
             "versions": now,
             "trained_with": policy.trained_with,
+            **(modelled.facts(counted) if counted else {}),
         }
         answer(facts)
         return 0
@@ -113,6 +122,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         print(f"firing rate {result.activity.firing_rate:.3f} (encoder and layers: {layers})")
     if videos:
         print(f"videos: {shown(videos[0])}" + (f" to {videos[-1].name}" if len(videos) > 1 else ""))
+    if counted:
+        print("\n" + "\n".join(lines(counted)))
     if moved:
         print(f"note: trained with {', '.join(moved)}; physics differ between versions")
     return 0

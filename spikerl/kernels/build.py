@@ -1,4 +1,4 @@
-"""Builds, loads and describes the C++ kernels: `spikerl/snn/csrc` behind a C interface.
+"""Builds, loads and describes the C++ kernels: `spikerl/kernels/csrc` behind a C interface.
 
 The compiler runs once for each state of the sources, compiler and instruction set; the library is
 kept in the user's cache folder under a name made of all three.
@@ -59,7 +59,7 @@ class Net(ctypes.Structure):
 class Units(ctypes.Structure):
     """`struct Units` of the source."""
 
-    _fields_ = [(n, Pointer) for n in ("low", "half_range", "least", "most")]
+    _fields_ = [(n, Pointer) for n in ("low", "half_range", "min", "max")]
 
 
 class Critic(ctypes.Structure):
@@ -155,7 +155,7 @@ def _declare(lib: ctypes.CDLL) -> None:
 
 
 def _build(command: list[str], built: Path) -> None:
-    """Each source by itself, as many at once as there are cores; then all together."""
+    """Compile the sources in parallel, then link them."""
     with tempfile.TemporaryDirectory(dir=built.parent) as folder, ThreadPoolExecutor() as pool:
         sources = sorted(SOURCES.glob("*.cpp"))
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]

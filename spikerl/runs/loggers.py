@@ -221,7 +221,7 @@ class Wandb(Service):
         )  # fmt: skip
 
     def send(self, row: Mapping[str, Any]) -> None:
-        self.run.log(tagged(row), step=row["step"])
+        self.run.log(tagged(row), step=row["step"], commit=True)  # else it waits for the next one
 
     def end(self, status: str) -> None:
         self.run.finish(exit_code=0 if status == "done" else 1)

@@ -12,6 +12,7 @@ from functools import reduce
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from spikerl.distributed.world import ALONE, World
 from spikerl.envs.make import FLOAT32_MAX, CheckedEnv, EnvConfig, make_env
@@ -33,6 +34,7 @@ class Evaluation:
     returns: list[float]
     lengths: list[int]
     activity: Activity | None
+    probed: Tensor  # this worker's normalised observations that firing is measured on, (M, O)
 
     @property
     def mean(self) -> float:
@@ -80,12 +82,16 @@ class Evaluator:
             returns, lengths, observed = self._wave(policy, seeds, generator)
             episodes += list(zip(numbers, returns, lengths, strict=True))
             seen += observed
-        part = (episodes, self._activity(policy, seen, generator))
-        parts = self.world.gather_objects(part)
+        probed = self._probed(policy, seen)
+        own = None
+        if isinstance(policy.actor, SpikingActor) and len(probed):
+            own = policy.actor.activity(probed, generator)
+        parts = self.world.gather_objects((episodes, own))
         merged = sorted(episode for episodes, _ in parts for episode in episodes)
         activities = [activity for _, activity in parts if activity is not None]
         activity = reduce(Activity.__add__, activities) if activities else None
-        return Evaluation([ret for _, ret, _ in merged], [n for _, _, n in merged], activity)
+        returns, lengths = [ret for _, ret, _ in merged], [n for _, _, n in merged]
+        return Evaluation(returns, lengths, activity, probed)
 
     def observations(self, policy: Policy) -> np.ndarray:
         """Every raw observation (M, O) of this worker's episodes, those of evaluation 0."""
@@ -148,11 +154,9 @@ class Evaluator:
                     running.remove(i)
         return returns, lengths, seen
 
-    def _activity(
-        self, policy: Policy, seen: list[np.ndarray], generator: torch.Generator
-    ) -> Activity | None:
-        if not isinstance(policy.actor, SpikingActor) or not seen:
-            return None
+    def _probed(self, policy: Policy, seen: list[np.ndarray]) -> Tensor:
+        if not seen:
+            return torch.empty(0, policy.task.obs_dim)
         rows = np.concatenate(seen)
         picked = rows[np.linspace(0, len(rows) - 1, min(len(rows), PROBED)).astype(int)]
-        return policy.actor.activity(policy.norm.observe(picked, policy.device), generator)
+        return policy.norm.observe(picked, policy.device)

@@ -23,7 +23,10 @@ from shell import SHORT, spikerl, tree
 
 from spikerl import load_policy
 from spikerl.config.yaml_file import conf_folder, group_options
+from spikerl.energy.operations import NEURON_UPDATES
 from spikerl.seeding import seed_for
+from spikerl.snn.neurons import CubaLIFConfig
+from spikerl.training.evaluator import Evaluator
 from spikerl.training.trainer import Trainer
 
 TIMES = ("wall_s", "env_steps_per_s", "updates_per_s")
@@ -185,6 +188,29 @@ def test_load_policy_is_evals_actor(run: Path) -> None:
         total, length, over = total + float(reward), length + 1, terminated or truncated
     assert (answer["returns"], answer["lengths"]) == ([total], [length])
     assert answer["seed"] == 5
+
+
+def test_eval_counts_operations(run: Path) -> None:
+    said = spikerl("eval", f"run={run}", "episodes=2", "json=true", "ops=true")
+    answer = json.loads(said.out)
+    counted = answer["operations"]
+    assert counted["observations"] == sum(answer["lengths"])
+    assert counted["activation_sparsity"] == pytest.approx(1.0 - answer["firing_rate"])
+    assert answer["modelled_energy"].keys() == {"45nm", "proxy_target", "loihi"}
+    assert answer["modelled_memory"]["dense_twins"][1]["bits"] == 3  # 5 spike steps
+    said = spikerl("eval", f"run={run}", "episodes=2", "ops=true")
+    assert (said.status, said.err) == (0, "")
+    fired = counted["parts"]["hidden 1"]["spikes"]
+    assert re.search(rf"\nhidden 1 .* {fired:,.0f} +0\n", said.out)
+
+
+def test_operations_that_are_not_known_are_refused_first(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(NEURON_UPDATES, CubaLIFConfig)
+    monkeypatch.setattr(Evaluator, "run", None)
+    said = spikerl("eval", f"run={run}", "ops=true")
+    assert said.line == "ops=true: the operations of CubaLIFConfig are not known; leave ops out"
 
 
 def test_eval_in_words(run: Path) -> None:

@@ -249,3 +249,15 @@ def test_a_resume_keeps_what_the_run_chose(tmp_path: Path, monkeypatch: pytest.M
     chosen["kernel"]["choice"] = "cpu/${evil}"
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert not any("evil" in arg for arg in expand("train", [f"resume={tmp_path}"]))
+
+
+@pytest.mark.parametrize("typed", [
+    "+hydra={callbacks:{x:{_target_:os.system}}}", "hydra.callbacks=${x}", "+hydra.callbacks.x=1",
+    "+hydra.job_logging.handlers.x={class:subprocess.Popen,args:[touch,hit]}", "hydra.run.dir=x",
+    "hydra.launcher.x=${oc.env:HOME}", "hydra/callbacks=x", "env@hydra.callbacks.x=Ant",
+    "hydra.job.env_set.LD_PRELOAD=x", "~hydra.launcher", "+hydra.searchpath=[x]",
+])  # fmt: skip
+def test_hydra_settings_that_could_run_code(typed: str) -> None:
+    key = typed.partition("=")[0]
+    assert str(refusal(expand, "train", [typed])).startswith(f"{key}=")
+    expand("train", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.max=3"])

@@ -176,7 +176,8 @@ def test_help() -> None:
     assert all(command in usage for command in commands())
     text = shell("train", "--help")
     for group in GROUPS:
-        assert f"\n{group}: " in text or f"\n{group}/" in text
+        shown = f"\n{group}: " in text or f"\n{group}/" in text
+        assert shown == (group != "base"), group  # which only files share
     assert "InvertedDoublePendulum" in text
     assert "steps_per_epoch: 10000" in text
 
@@ -206,7 +207,20 @@ def test_flags_anywhere(args: list[str], tmp_path: Path) -> None:
     [
         (
             "spikerl ",
-            {"train", "eval", "import", "convert", "bench", "doctor", "reproduce", "report"},
+            {
+                {
+                    "train",
+                    "bench",
+                    "convert",
+                    "doctor",
+                    "eval",
+                    "export",
+                    "import",
+                    "report",
+                    "reproduce",
+                    "runs",
+                },
+            },
         ),
         ("spikerl tr", {"train"}),
         ("spikerl train env=Half", {"env=HalfCheetah"}),

@@ -15,6 +15,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from spikerl.envs.make import CheckedEnv
 from spikerl.envs.snapshot import SLEEP, Snapshot, restore, snapshot
+from spikerl.errors import EnvironmentFailed
 
 TASKS = ["Hopper-v5", "Ant-v5", "Pendulum-v1"]
 LIMIT = 30
@@ -233,8 +234,8 @@ def test_a_fresh_environment_that_refused_still_wants_a_reset() -> None:
     env = make("Hopper-v5")
     with pytest.raises(ValueError, match="lacks xpos"):
         restore(env.env, changed(taken(started("Hopper-v5")), xpos=None))
-    with pytest.raises(gym.error.ResetNeeded):
-        env.env.step(np.zeros(3, np.float32))
+    with pytest.raises(EnvironmentFailed, match="ResetNeeded"):
+        env.step(np.zeros(3, np.float32))
 
 
 def test_another_model_of_the_same_class_does_not_fit(tmp_path: Path) -> None:
@@ -259,11 +260,8 @@ class Restorable(CheckedEnv):
 
 
 def vector(kind: str, env_id: str = "Hopper-v5", num_envs: int = 3) -> Any:
-    def made_env() -> Restorable:
-        env = make(env_id, LIMIT)
-        return Restorable(env.env, env.config)
-
-    makers: list[Any] = [made_env] * num_envs
+    config = make(env_id, LIMIT).config
+    makers: list[Any] = [lambda: Restorable(make(env_id, LIMIT).env, config)] * num_envs
     made = SyncVectorEnv if kind == "sync" else AsyncVectorEnv
     return made(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 

@@ -15,6 +15,7 @@ import pytest
 from shell import SHORT, spikerl
 
 from spikerl import files
+from spikerl.files import read_bytes, read_json
 from spikerl.kernels import build
 from spikerl.runs import folder as run_folder
 
@@ -151,3 +152,21 @@ def test_a_user_without_a_home(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def refuses_home() -> NoReturn:
     raise RuntimeError("Could not determine home directory.")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "sparse").open("wb") as f:
+        f.truncate(1 << 40)
+    for path in (tmp_path / "pipe", tmp_path / "sparse", Path("/dev/zero"), tmp_path):
+        with pytest.raises(OSError, match=r"regular|larger|directory"):
+            read_bytes(path, 100)
+    (tmp_path / "small").write_bytes(b"x")
+    assert read_bytes(tmp_path / "small", 1 << 50) == b"x"  # of which nothing is reserved
+
+
+@pytest.mark.parametrize("text", ["NaN", "[Infinity]", "-1e999", "[" * 100_000, "9" * 5000, "{"])
+def test_json_that_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=r".+"):
+        read_json(tmp_path / "x.json", 1 << 20)

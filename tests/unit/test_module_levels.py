@@ -23,6 +23,7 @@ LEVELS = [
     "config",
     "training",
     "reporting",
+    "export",
     "commands",
     "cli",
     "__main__ __init__",
@@ -104,3 +105,20 @@ def test_the_checks_see_what_they_should() -> None:
     seen = list(imported(source))
     module = "torch.distributed"
     assert seen == ["typing", "spikerl.commands.train", module, module, "os.path"]
+
+
+# Unit tests of what is no module of the package.
+OF_OTHERS = ("conf", "docs", "module_levels", "scripts")
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in Path(__file__).parent.glob("test_*.py")))
+def test_unit_tests_are_named_after_the_module_that_they_test(name: str) -> None:
+    """test_FOLDER_MODULE.py, and a word more where a module has several such files."""
+    words = [module.replace(".", "_").removeprefix("spikerl_") for module in MODULES]
+    words += [word.removesuffix("_command") for word in words]  # commands/bench/command.py
+    folders = {folder(module) for module in MODULES if module.count(".") > 1}
+    assert any(
+        f"{name}_".startswith(f"test_{word}_")
+        for word in (*words, *OF_OTHERS)
+        if word not in folders
+    )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from shell import refusal
 
 from spikerl.cli.sweep import Sweep
+from spikerl.runs import folder as run_folder
 from spikerl.runs.folder import differences
 
 
@@ -72,3 +75,18 @@ def test_a_sweep_says_it(tmp_path: Path) -> None:
     assert sweep.mixed(jobs[:1]) is None
     sweep.varied = {"experiment"}
     assert sweep.mixed(jobs) == "note: these runs differ in git.commit"
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "log.txt", ".lock", "checkpoints", "replay", "tb"]
+)
+def test_a_resume_writes_through_no_link(name: str, tmp_path: Path) -> None:
+    run, theirs = tmp_path / "run", tmp_path / "mine"
+    run.mkdir()
+    theirs.mkdir() if "." not in name else theirs.write_text("kept")
+    run_folder.check_own(run)
+    (run / name).symlink_to(theirs)
+    assert f"its {name} is a link" in str(refusal(run_folder.check_own, run))
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    assert "neither file nor folder" in str(refusal(run_folder.check_own, run))

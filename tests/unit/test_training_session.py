@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from shell import refusal
 
 from spikerl.config import build as configs
 from spikerl.distributed.world import ALONE
-from spikerl.training.session import announce
+from spikerl.training.session import Session, announce
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,22 @@ def test_bf16_without_matrix_units(
     kernel = {**default["kernel"], "name": "reference"}
     config = configs.build({**default, "precision": own, "kernel": kernel, "device": "cpu"})
     task = SimpleNamespace(env_id="Some-v1", obs_dim=3, act_dim=1)
-    trainer: Any = SimpleNamespace(world=ALONE, task=task, updates_by=lambda steps: steps)
+    trainer: Any = SimpleNamespace(
+        world=ALONE, task=task, updates_by=lambda steps: steps, evaluator=SimpleNamespace(note=None)
+    )
     note = "note: bf16 is usually slower than fp32 here: this processor has no matrix units (AMX)"
     assert (note in announce(config, trainer)) == noted
+
+
+def test_a_checkpoint_of_another_run_is_refused_in_a_line(tmp_path: Path) -> None:
+    class Session_(Session):
+        def __init__(self, trainer: Any) -> None:
+            self.trainer, self.folder = trainer, tmp_path
+
+    class Broken:
+        def load(self, checkpoint: Any) -> bool:
+            raise RuntimeError("first\nsecond")
+
+    named: Any = type("Named", (), {"folder": tmp_path / "step_7"})
+    line = str(refusal(Session_(Broken()).restore, named))
+    assert line == f"resume={tmp_path}: its step_7 does not fit this run (RuntimeError: first)"

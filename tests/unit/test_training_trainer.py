@@ -22,7 +22,7 @@ from spikerl.errors import NonFinite
 from spikerl.models.normalizer import RunningNorm
 from spikerl.seeding import reset_seed
 from spikerl.training.evaluator import Evaluator
-from spikerl.training.trainer import Trainer
+from spikerl.training.trainer import Trainer, progress_of
 
 # learning_starts, update_interval, updates_per_step, num_envs, total_steps
 SCHEDULES = [
@@ -327,3 +327,14 @@ def test_async_counts_as_sync_does() -> None:
             list(trainer.epochs())
             rows.append(trainer.replay.between(0, 30).tolist())
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("odd", [
+    {"step": 3}, {"updates": -1}, {"epoch": 1.5}, {"updates": 2**70}, {"train_s": float("nan")},
+    {"losses": {"x": "1"}}, {"returns": [None]}, {"sums": {"x": [1.0, "2"]}}, {"more": 1},
+    {"energy": [1.0, {"gpu:0": "1"}, {}]}, {"energy": [1.0, {}, {"gpu:0": 1}]}, {"energy": [1.0]},
+])  # fmt: skip
+def test_progress_that_is_none(odd: dict[str, Any]) -> None:
+    assert progress_of({"step": 2, "energy": [1.0, {"gpu:0": 1.0}, {}]}, 2).step == 2
+    with pytest.raises((ValueError, TypeError)):
+        progress_of({"step": 2} | odd, 2)

@@ -8,26 +8,34 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import pytest
 import torch
-from builders import INVERTED_PENDULUM, small_config
+from builders import INVERTED_PENDULUM, ppo_config, small_config
 from threads import run_in_threads, worlds
 from torch import Tensor
 from trainers import Workers
-from transitions_env import COUNTER, get_attr
+from transitions_env import COUNTER, CounterEnv, get_attr
 
+from spikerl.algos.ppo import PPO, Rows
 from spikerl.config.build import Config
 from spikerl.distributed.world import World
+from spikerl.envs.make import EnvConfig
 from spikerl.runs.checkpoint import verified
 from spikerl.seeding import generator_for, seed_for
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.trainer import batch_share
 
 W, N = 3, 6
+PENDULUM = EnvConfig(
+    name="Pendulum", version="v1", id="Pendulum-v1", max_episode_steps=5, vectorizer="sync"
+)
 
 
 def config(**settings: Any) -> Config:
@@ -41,6 +49,11 @@ def workers() -> Iterator[Workers]:
         yield made
 
 
+def reset_seed(stream: str, *index: int) -> int:
+    """What an environment is reset with: 31 bits, as some take no more."""
+    return seed_for(7, stream, *index) % 2**31
+
+
 def apart(tensors: list[Tensor]) -> bool:
     return not any(torch.equal(a, b) for a, b in combinations(tensors, 2))
 
@@ -51,13 +64,13 @@ def test_every_environment_of_a_run_has_a_seed_of_its_own(workers: Workers) -> N
     def seeds() -> list[list[int]]:
         return [own for t in workers.trainers for own in get_attr(t.envs, "seeds")]
 
-    assert seeds() == [[seed_for(7, "env", i)] for i in range(N)]
+    assert seeds() == [[reset_seed("env", i)] for i in range(N)]
     for trainer in workers.trainers:
         trainer.reset_envs(100)
-    assert seeds() == [[seed_for(7, "env", i), seed_for(7, "env", i, 100)] for i in range(N)]
+    assert seeds() == [[reset_seed("env", i), reset_seed("env", i, 100)] for i in range(N)]
     with closing(Workers(config(), 2)) as two:
         assert [own for t in two.trainers for own in get_attr(t.envs, "seeds")] == [
-            [seed_for(7, "env", i)] for i in range(N)
+            [reset_seed("env", i)] for i in range(N)
         ]
 
 
@@ -147,24 +160,50 @@ def test_a_batch_is_shared_out(
 
 
 @pytest.mark.parametrize("episodes", [1, 3, 7])
-def test_the_episodes_of_an_evaluation_are_shared_out(episodes: int) -> None:
-    """Worker i mod W runs episode i, from its seed; all get the results of one process."""
-    with closing(Workers(config(), 1)) as one, closing(Evaluator(COUNTER, episodes, 7)) as alone:
+def test_the_episodes_of_an_evaluation_are_shared_out(
+    episodes: int, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Worker i mod W runs episode i, from its seed; what a Poisson encoder draws is its own."""
+    drawn: list[int] = []
+    wave = Evaluator._wave
+
+    def noting(self: Evaluator, policy: Any, seeds: list[int], generator: torch.Generator) -> Any:
+        drawn.append(generator.initial_seed())
+        return wave(self, policy, seeds, generator)
+
+    monkeypatch.setattr(Evaluator, "_wave", noting)
+    for rank in range(W):
+        with closing(Evaluator(COUNTER, episodes, 7, World(rank=rank, size=W))) as evaluator:
+            monkeypatch.setattr(World, "gather_objects", lambda world, part: [part])
+            evaluator.run(workers.first.policy, 4)
+            seeds = [seed for env in evaluator.envs for seed in counter_env(env).seeds]
+            assert seeds == [reset_seed("eval", 4, i) for i in range(rank, episodes, W)]
+    assert drawn == [seed_for(7, "eval", 4, rank, 0) for rank in range(min(W, episodes))]
+
+
+def counter_env(env: gym.Env[Any, Any]) -> CounterEnv:
+    inner = env.unwrapped
+    assert isinstance(inner, CounterEnv)
+    return inner
+
+
+def test_all_workers_have_the_evaluation_of_one_process() -> None:
+    """Returns and lengths by episode, and counts over all."""
+    with closing(Workers(config(env=PENDULUM), 1)) as one:
         policy = one.first.policy
+    with closing(Evaluator(PENDULUM, 7, 7)) as alone:
         expected = alone.run(policy, 4)
-    evaluators = [Evaluator(COUNTER, episodes, 7, world) for world in worlds(W)]
-    found = run_in_threads([lambda e=e: e.run(policy, 4) for e in evaluators])  # type: ignore[misc]
-    for rank, evaluator in enumerate(evaluators):
-        mine = range(rank, episodes, W)
-        seeds = [seed for env in evaluator.envs for seed in env.unwrapped.seeds]  # type: ignore[attr-defined]
-        assert seeds == [seed_for(7, "eval", 4, i) for i in mine]
-        evaluator.close()
-    for evaluation in found:
-        assert (evaluation.returns, evaluation.lengths) == (expected.returns, expected.lengths)
+    assert len({round(ret) for ret in expected.returns}) > 3
+    evaluators = [Evaluator(PENDULUM, 7, 7, world) for world in worlds(W)]
+    for evaluation in run_in_threads([partial(e.run, policy, 4) for e in evaluators]):
+        assert evaluation.returns == pytest.approx(expected.returns, rel=1e-4)
+        assert evaluation.lengths == expected.lengths == [5] * 7
         assert evaluation.activity is not None
         assert expected.activity is not None
         assert evaluation.activity.samples == expected.activity.samples
-        assert evaluation.activity.layers == pytest.approx(expected.activity.layers)
+        assert evaluation.activity.layers == pytest.approx(expected.activity.layers, abs=1e-3)
+    for evaluator in evaluators:
+        evaluator.close()
 
 
 def test_a_checkpoint_gives_each_worker_back_what_is_its_own(tmp_path: Path) -> None:
@@ -193,11 +232,43 @@ def test_a_checkpoint_gives_each_worker_back_what_is_its_own(tmp_path: Path) -> 
 
 
 def test_episodes_of_all_workers_make_a_rows_mean(workers: Workers) -> None:
-    """Every finished episode counts once, whichever worker it ended on."""
+    """Every finished episode counts once, whichever worker it ended on; the slowest's time."""
+    workers.train(N)
     for trainer in workers.trainers:
+        trainer.progress.train_s = 100.0 * trainer.world.rank
         trainer.progress.returns = [float(trainer.world.rank)] * (trainer.world.rank + 1)
         trainer.progress.sums = {"critic_loss": (float(trainer.world.rank), 1)}
     rows = run_in_threads([trainer.row for trainer in workers.trainers])
     assert all(row["train_episodes"] == 6 for row in rows)
     assert all(row["train_return"] == (0.0 + 2 * 1.0 + 3 * 2.0) / 6 for row in rows)
     assert all(row["critic_loss"] == 1.0 for row in rows)
+    assert all(row["env_steps_per_s"] == pytest.approx(N / 200, rel=0.1) for row in rows)
+
+
+def test_all_stop_on_a_signal_that_one_received(workers: Workers) -> None:
+    signals = (0, 15, 0)
+    run_in_threads(
+        [
+            partial(t.synchronise, number)
+            for t, number in zip(workers.trainers, signals, strict=True)
+        ]
+    )
+    assert [trainer.stopping for trainer in workers.trainers] == [15] * W
+
+
+def test_a_rollout_is_what_all_workers_have_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 steps are 20 of each worker, all of which it learns from: two batches of 10."""
+    rules = {"rollout_steps": 60, "norm_interval": 60, "batch_size": 30, "epochs": 1}
+    made = replace(config(), algo=ppo_config(**rules, critic_hidden_sizes=[16]))
+    learned: list[int] = []
+    update = PPO.update
+
+    def noting(self: PPO, rows: Rows) -> Any:
+        learned.append(len(rows.ret))
+        return update(self, rows)
+
+    monkeypatch.setattr(PPO, "update", noting)
+    with closing(Workers(made, W)) as workers:
+        workers.train(60)
+        assert [trainer.replay.size for trainer in workers.trainers] == [20] * W
+    assert learned == [10] * 2 * W

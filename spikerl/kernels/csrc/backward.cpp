@@ -13,7 +13,7 @@ struct ActiveNeurons {
     const float* grad;  // of the drive at the chunk's first step
 };
 
-// `neurons` needs room for a vector beyond its N entries.
+// Appends to `neurons`, which is written a whole vector at a time.
 ActiveNeurons list_active(const int32_t* active_steps, int64_t N, int first, int steps, int32_t* neurons,
                           const float* grad) {
     ActiveNeurons out{{}, neurons, grad};
@@ -64,8 +64,8 @@ void multiply_active(const ActiveNeurons& active, const float* weights, int64_t 
 
 // out (samples, Kp) = grad (samples, Np) times N rows of V vectors of weights, R samples at a time.
 template <int R, int V>
-void multiply_dense(int64_t from, int64_t to, int64_t N, const float* grad, int64_t Np, const float* weights, float* out,
-                    int64_t Kp) {
+void multiply_dense(int64_t from, int64_t to, int64_t N, const float* grad, int64_t Np, const float* weights,
+                    float* out, int64_t Kp) {
     for (; to - from >= R; from += R) {
         vec sums[R][V] = {};
         for (int64_t n = 0; n < N; n++)

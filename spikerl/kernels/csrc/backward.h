@@ -25,8 +25,8 @@ struct Gradients {
 struct ActionGradients {
     const float *act, *grad;
 
-    // The decoder's gradients; calls `f(b, grad_spikes)` with the gradient of a sample's last spikes, (Np), which is the
-    // same at each step.
+    // The decoder's gradients; calls `f(b, grad_spikes)` with the gradient of the last layer's spikes, (Np), which is
+    // the same at each step.
     template <class F>
     void decoder_backward(const Activations& acts, const Gradients& out, F f) const {
         const Net& net = *acts.net;

@@ -115,8 +115,8 @@ void spikerl_td_target(const Critic* critic, int64_t B, const float* obs, const 
     });
 }
 
-// `loss`: `weight` times the sum over networks of the mean squared error; `grads`: its gradients, of all layers' weights
-// and then of all biases; `mean`: that of all values.
+// `loss`: `weight` times the sum over networks of the mean squared error; `grads`: its gradients, of all layers'
+// weights and then of all biases; `mean`: that of all values.
 void spikerl_critic_backward(const Critic* critic, int64_t B, const float* obs, const float* act, const float* target,
                              float weight, float* const* grads, float* loss, float* mean, int threads) {
     dispatch(*critic, B, [&](auto way) {

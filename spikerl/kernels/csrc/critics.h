@@ -1,8 +1,8 @@
 // Dense ReLU networks, several of one shape side by side, and their gradients: values of (observation, action), one
 // output each; or actions, the tanh of a network's outputs.
 //
-// Their products are formed over lists of the units that are not 0 (critics_lists.h), or on AMX (critics_tiles.h). A sum
-// is formed in one order whatever the number of threads.
+// Their products are formed over lists of the units that are not 0 (critics_lists.h), or on AMX (critics_tiles.h). A
+// sum is formed in one order whatever the number of threads.
 //
 // Shapes   C networks, B samples, O observation and A action entries, I inputs and N outputs of a layer, M outputs of a
 //          network. Weights are (C, I, N). Rows of units are padded to whole panels (Ip, Np).

@@ -68,7 +68,8 @@ void forward(const Network& net, int64_t from, int64_t to) {
     for (int64_t l = 0; l < net.last(); l++) {
         const Layer layer = net.layer(l);
         Scratch memory;
-        float* panel = memory.array<float>(layer.I * PANEL);
+        // Rows to a whole vector of inputs: a list names inputs beyond the last where those are NaN.
+        float* panel = memory.array<float>(padded(layer.I) * PANEL);
         float* out = net.hidden[l] + from * layer.Np;
         if (l == 0) {
             for (int64_t n = 0; n < layer.Np; n += PANEL) {

@@ -22,8 +22,8 @@ inline vec exp_of(vec x) {
     return x < -87.0f ? vec{} : p * power;
 }
 
-// Counting sort of the inputs that fired in a chunk, by their words. The two halves of the inputs have counters of their
-// own, because a counter that was just written takes some cycles to be read again.
+// Counting sort of the inputs that fired in a chunk, by their words. The two halves of the inputs have counters of
+// their own, because a counter that was just written takes some cycles to be read again.
 void list_events(const int32_t* words, int64_t K, int first, int steps, Events events) {
     int32_t position[2][1 << CHUNK];
     for (auto& half : position) std::memset(half, 0, sizeof(int32_t) << steps);
@@ -134,13 +134,14 @@ void run_neurons(const Activations& acts, int layer, int64_t b, int64_t n, const
     for (int j = 0; j < V; j++) store(words + j * W, scan(net, drive + j * W, V * W, voltage + j * W, Np));
 }
 
-// Activities and words of the encoder for one sample. With uniform draws (K0 for each step) it is a Poisson coder, whose
-// inputs fire where the draw is below their activity.
+// Activities and words of the encoder for one sample. With uniform draws (K0 for each step) it is a Poisson coder,
+// whose inputs fire where the draw is below their activity.
 void encode(const Activations& acts, int64_t b, const float* obs, const float* uniform, int64_t uniform_stride) {
     const Net& net = *acts.net;
     const int64_t K = net.widths[0], Kp = padded(K);
     float* activity = acts.activity + b * Kp;
     int32_t* words = acts.words[0] + b * Kp;
+    store(activity + Kp - W, vec{});  // the padding: what lies in memory may be denormal, and slow
     for (int64_t o = 0, k = 0; o < net.obs_dim; o++)
         for (int64_t p = 0; p < net.pop_size; p++, k++) activity[k] = obs[o];
     float last_mean[W] = {}, last_std[W], last_uniform[W] = {};  // the last vectors, padded
@@ -237,7 +238,8 @@ template <class F>
 void for_each_block(const Net& net, int64_t B, const float* obs, const float* uniform, float* act, char* saved,
                     bool squash, int threads, F run_layers) {
     const bool has_events = uses_events(B);
-    const int64_t share = (B + threads - 1) / threads, multiple = (share + SAMPLE_BLOCK - 1) / SAMPLE_BLOCK * SAMPLE_BLOCK;
+    const int64_t share = (B + threads - 1) / threads;
+    const int64_t multiple = (share + SAMPLE_BLOCK - 1) / SAMPLE_BLOCK * SAMPLE_BLOCK;
     const int64_t size = has_events ? SAMPLE_BLOCK : std::min(multiple, TILE_SAMPLE_BLOCK);
     const int64_t blocks = (B + size - 1) / size, samples = std::min(size, B);
     const int64_t bytes = saved ? 0 : Activations(&net, samples, false, has_events, nullptr).memory.used;

@@ -6,8 +6,10 @@
 #if HAS_TILES
 namespace {
 
-constexpr int64_t PART = 6;        // depth blocks of 16 samples' spikes that fit the first-level cache with their weights
-constexpr int64_t MAX_PARTED = 12;  // of more blocks, all samples share one column of weights in the second-level cache
+// Depth blocks of 16 samples' spikes that fit the first-level cache with their weights.
+constexpr int64_t PART = 6;
+// With more depth blocks than this, all samples share one column of weights in the second-level cache instead.
+constexpr int64_t MAX_PARTED = 12;
 
 struct TileLayer {
     int64_t K, N;

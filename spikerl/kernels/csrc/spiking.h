@@ -1,12 +1,12 @@
 // A population-coded spiking actor on the CPU, driven by events.
 //
-// The spikes of a neuron over the T spike steps of a decision are the bits of one word. The weights of inputs with equal
-// words are summed first, and the sum is added to the drive at each step of that word: no product with 0 is formed, and
-// a weight is read once however often its input fires. The backward pass reads the same lists for weight gradients, and
-// forms an input's gradient only at the steps at which its voltage lies inside the surrogate window.
+// The spikes of a neuron over the T spike steps of a decision are the bits of one word. The weights of inputs with
+// equal words are summed first, and the sum is added to the drive at each step of that word: no product with 0 is
+// formed, and a weight is read once however often its input fires. The backward pass reads the same lists for weight
+// gradients, and forms an input's gradient only at the steps at which its voltage lies inside the surrogate window.
 //
-// Every source is compiled once for each instruction set; the vector width follows from the flags. Sums over a batch are
-// formed in one order whatever the number of threads, so that results are the same bits.
+// Every source is compiled once for each instruction set; the vector width follows from the flags. Sums over a batch
+// are formed in one order whatever the number of threads, so that results are the same bits.
 //
 // Shapes   B samples, T spike steps, K inputs and N neurons of a layer, O observation entries, A actions.
 //          Weights are input-major (K, N). Rows of neurons are padded to whole vectors (Kp, Np).
@@ -163,8 +163,8 @@ inline ivec scan(const Net& net, const float* drive, int64_t drive_stride, float
 }
 
 // Gradients of the drive of `count` neurons, `out` (T, Np), from those of their spikes, `grad`: (T, Np), or, where
-// `stride` is 0, (Np) for every t. Beyond the last step at which a voltage lies inside the surrogate window a neuron has
-// no gradient: `active_steps` (Np) is the number of steps up to it, unless null.
+// `stride` is 0, (Np) for every t. Beyond the last step at which a voltage lies inside the surrogate window a neuron
+// has no gradient: `active_steps` (Np) is the number of steps up to it, unless null.
 //   gv = [|v - threshold| < window] (grad - kept v) + kept (1 - o);  kept = voltage_decay gv_next
 //   out = current_decay out_next + gv
 inline void scan_back(const Net& net, int64_t count, int64_t Np, const float* grad, int64_t stride,

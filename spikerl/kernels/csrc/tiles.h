@@ -169,7 +169,8 @@ struct Accumulators {
 // R row tiles times one column tile, summed over all depth blocks. Instructions name their tile registers: hence macros
 // in place of a loop.
 template <int R, int PL, int PR>
-inline void multiply_tiles(const bf16* left, int64_t left_stride, const bf16* right, int64_t blocks, Accumulators sums) {
+inline void multiply_tiles(const bf16* left, int64_t left_stride, const bf16* right, int64_t blocks,
+                           Accumulators sums) {
 #define FOR_EACH_ROW(DO)       \
     DO(0)                      \
     if constexpr (R > 1) DO(1) \

@@ -1,0 +1,509 @@
+"""Format `c`: one C99 file, `void policy(const float *obs, float *act)`.
+
+Event-driven: a layer's drive is its bias and the rows of those inputs that fired. The weights are
+constants of the file; what neurons keep is in static arrays, so nothing is allocated.
+
+Shape legend   T spike steps, B observations, N neurons of a layer, O observation entries, A action
+entries.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from spikerl.errors import BadRequest
+from spikerl.models.actor import MLPActor, SpikingActor
+from spikerl.models.policy import Policy
+from spikerl.snn.decoders import (
+    ILCDecoder,
+    LearnedDecoder,
+    LinearDecoder,
+    MembraneDecoder,
+    RateDecoder,
+)
+from spikerl.snn.encoders import LearnedEncoder, PopulationEncoder, TanhPopulationEncoder
+from spikerl.snn.neurons import ALIF, PLIF, CubaLIF, Dynamic, Neuron
+
+FLAGS = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-O2"]
+SECONDS = 600  # that a compiler may take
+
+HEAD = """\
+/* The policy of {env_id}, written by spikerl.
+
+   policy() maps {obs} raw observation entries to {act} action entries in the environment's units.
+   {network}
+   It allocates nothing and keeps nothing between calls, but works in static arrays: call it from
+   one thread at a time. C99 with its standard library; compile with -lm. */
+
+#include <math.h>
+"""
+
+# The spikes of a layer at a spike step, for whoever defines it before this file.
+TRACE = """
+#ifndef POLICY_SPIKES
+#define POLICY_SPIKES(layer, step, spikes, n)
+#endif
+"""
+
+# By name, as what a file does not call is left out of it.
+HELPERS = {
+    "add": """
+static void add(float *sum, const float *row, int n)
+{
+    int i;
+    for (i = 0; i < n; i++) sum[i] += row[i];
+}
+""",
+    "add_scaled": """
+static void add_scaled(float *sum, float factor, const float *row, int n)
+{
+    int i;
+    if (factor == 0.0f) return;
+    for (i = 0; i < n; i++) sum[i] += factor * row[i];
+}
+""",
+    "set": """
+static void set(float *to, const float *from, int n)
+{
+    int i;
+    for (i = 0; i < n; i++) to[i] = from[i];
+}
+""",
+}
+
+
+def check_here() -> None:
+    """BadRequest where the proof cannot be made."""
+    compiler()
+
+
+def compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CC", ""))
+    for candidate in [named] if named else [["cc"], ["gcc"], ["clang"]]:
+        if shutil.which(candidate[0]):
+            return candidate
+    wanted = named[0] if named else "cc, gcc or clang"
+    remedy = f"its proof needs a C compiler ({wanted}); install one, or name it with CC=COMMAND"
+    raise BadRequest("format", "c", remedy)
+
+
+def number(value: float) -> str:
+    """A float constant; nine digits give every float32 back exactly."""
+    text = f"{np.float32(value):.9g}"
+    return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
+
+
+def array(name: str, values: Tensor | np.ndarray, kind: str = "float") -> str:
+    flat = np.asarray(values.detach() if isinstance(values, Tensor) else values).ravel()
+    if kind == "double":
+        texts = [repr(float(value)) for value in flat]
+    else:
+        texts = [number(value) for value in flat]
+    rows = (", ".join(texts[i : i + 8]) for i in range(0, len(texts), 8))
+    body = ",\n    ".join(rows)
+    return f"static const {kind} {name}[{len(texts)}] = {{\n    {body}}};\n"
+
+
+def write(policy: Policy, path: Path) -> None:
+    path.write_text(source(policy), encoding="ascii")
+
+
+def source(policy: Policy) -> str:
+    task, actor = policy.task, policy.actor
+    low, half_range, least, most = task.units
+    mean, std = policy.norm.mean_std
+    spiking = isinstance(actor, SpikingActor)
+    network = f"{actor.spike_steps} spike steps." if isinstance(actor, SpikingActor) else "Dense."
+    # An id is from a file; one that ends the comment would continue as code.
+    env_id = "".join(c for c in task.env_id if c.isascii() and (c.isalnum() or c in "-_.: "))
+    head = HEAD.format(env_id=env_id, obs=task.obs_dim, act=task.act_dim, network=network)
+    parts = [head, TRACE if spiking else "", "\n"]
+    parts += [array("norm_mean", mean), array("norm_std", std)]
+    parts += [array("act_low", low, "double"), array("act_half_range", half_range, "double")]
+    parts += [array("act_least", least), array("act_most", most)]
+    body = [
+        "int i;",
+        f"for (i = 0; i < {task.obs_dim}; i++) {{",
+        "    float z = (obs[i] - norm_mean[i]) / norm_std[i];",
+        f"    z = z < {number(-policy.norm.clip)} ? {number(-policy.norm.clip)} : z;",
+        f"    x[i] = z > {number(policy.norm.clip)} ? {number(policy.norm.clip)} : z;",
+        "}",
+    ]
+    state = [f"static float x[{task.obs_dim}];\n", f"static float y[{task.act_dim}];\n"]
+    writer = _Spiking(actor) if isinstance(actor, SpikingActor) else _Dense(actor)
+    body += writer.body
+    body += [
+        f"for (i = 0; i < {task.act_dim}; i++) {{",
+        "    float a = tanhf(y[i]);",
+        "    a = (float)(act_low[i] + (double)(a + 1.0f) * act_half_range[i]);",
+        "    a = a < act_least[i] ? act_least[i] : a;",
+        "    act[i] = a > act_most[i] ? act_most[i] : a;",
+        "}",
+    ]
+    text = "\n    ".join(body)
+    signature = "void policy(const float *obs, float *act)"
+    function = f"\n{signature};\n\n{signature}\n{{\n    {text}\n}}\n"
+    helpers = [code for name, code in HELPERS.items() if f" {name}(" in function]
+    return "".join([*parts, *writer.constants, "\n", *state, *writer.state, *helpers, function])
+
+
+class _Dense:
+    """ReLU layers; an activation that is 0 adds nothing."""
+
+    def __init__(self, actor: MLPActor) -> None:
+        self.constants: list[str] = []
+        self.state: list[str] = []
+        self.body: list[str] = []
+        source, width = "x", actor.obs_dim
+        for k, layer in enumerate(actor.layers):
+            n, last = layer.bias_N.numel(), k == len(actor.layers) - 1
+            target = "y" if last else f"h{k}"
+            self.constants += [
+                array(f"weight{k}", layer.weight_IN),
+                array(f"bias{k}", layer.bias_N),
+            ]
+            self.state += [] if last else [f"static float h{k}[{n}];\n"]
+            self.body += [
+                f"set({target}, bias{k}, {n});",
+                f"for (i = 0; i < {width}; i++)",
+                f"    add_scaled({target}, {source}[i], weight{k} + {n} * i, {n});",
+            ]
+            if not last:
+                self.body.append(f"for (i = 0; i < {n}; i++) h{k}[i] = fmaxf(h{k}[i], 0.0f);")
+            source, width = target, n
+
+
+class _Spiking:
+    def __init__(self, actor: SpikingActor) -> None:
+        self.actor = actor
+        self.sizes = [layer.bias_N.numel() for layer in actor.layers]
+        self.constants: list[str] = []
+        self.state: list[str] = []
+        self.steps: list[str] = []  # of one spike step t
+        self.body: list[str] = ["int t;"]
+        self.encoder()
+        for k, neuron in enumerate(actor.neurons):
+            self.layer(k, neuron)
+        after = self.decoder(len(self.sizes) - 1)
+        self.body.append(f"for (t = 0; t < {actor.spike_steps}; t++) {{")
+        self.body += [f"    {line}" for line in self.steps]
+        self.body += ["}", *after]
+
+    def zeroed(self, name: str, n: int, kind: str = "float") -> None:
+        """A static array that each call begins with zeros."""
+        self.state.append(f"static {kind} {name}[{n}];\n")
+        zero = "0.0f" if kind == "float" else "0"
+        self.body.append(f"for (i = 0; i < {n}; i++) {name}[i] = {zero};")
+
+    def encoder(self) -> None:
+        """Gives `drive0`, the first layer's drive: at each spike step, or once if constant."""
+        encoder, n0 = self.actor.encoder, self.sizes[0]
+        layer, size = self.actor.layers[0], self.actor.encoder.outputs
+        self.constants += [array("weight0", layer.weight_IN), array("bias0", layer.bias_N)]
+        self.state.append(f"static float drive0[{n0}];\n")
+        if isinstance(encoder, PopulationEncoder):
+            self.constants += [array("centre", encoder.mean_OP), array("width", encoder.std_OP)]
+            self.state.append(f"static float activity[{size}];\n")
+            pop = encoder.config.pop_size
+            squashed = "tanhf(x[{0}])" if isinstance(encoder, TanhPopulationEncoder) else "x[{0}]"
+            entry = f"i / {pop}" if pop > 1 else "i"
+            self.body += [
+                f"for (i = 0; i < {size}; i++) {{",
+                f"    float d = {squashed.format(entry)} - centre[i];",
+                "    activity[i] = expf(-0.5f * (d * d) / (width[i] * width[i]));",
+                "}",
+            ]
+        if encoder.spikes:
+            assert isinstance(encoder, PopulationEncoder)
+            threshold = number(encoder.config.threshold)
+            self.zeroed("charge", size)
+            self.state.append(f"static unsigned char in[{size}];\n")
+            self.steps += [
+                f"set(drive0, bias0, {n0});",
+                f"for (i = 0; i < {size}; i++) {{",
+                "    charge[i] += activity[i];",
+                f"    in[i] = charge[i] > {threshold};",
+                "    if (!in[i]) continue;",
+                f"    charge[i] -= {threshold};",
+                f"    add(drive0, weight0 + {n0} * i, {n0});",
+                "}",
+                f"POLICY_SPIKES(0, t, in, {size});",
+            ]
+            return
+        if isinstance(encoder, LearnedEncoder):
+            total = size * self.actor.spike_steps
+            self.constants += [
+                array("code", encoder.map.weight_IN),
+                array("code_bias", encoder.map.bias_N),
+            ]
+            self.state.append(f"static float currents[{total}];\n")
+            self.body += [
+                f"set(currents, code_bias, {total});",
+                f"for (i = 0; i < {self.actor.obs_dim}; i++)",
+                f"    add_scaled(currents, x[i], code + {total} * i, {total});",
+            ]
+            self.steps += [
+                f"set(drive0, bias0, {n0});",
+                f"for (i = 0; i < {size}; i++)",
+                f"    add_scaled(drive0, currents[{size} * t + i], weight0 + {n0} * i, {n0});",
+            ]
+            return
+        # The same currents at every spike step: their drive is computed once.
+        current = "activity" if isinstance(encoder, PopulationEncoder) else "x"
+        self.body += [
+            f"set(drive0, bias0, {n0});",
+            f"for (i = 0; i < {size}; i++)",
+            f"    add_scaled(drive0, {current}[i], weight0 + {n0} * i, {n0});",
+        ]
+
+    def layer(self, k: int, neuron: Neuron) -> None:
+        n, last = self.sizes[k], k == len(self.sizes) - 1
+        if k > 0:
+            layer, below = self.actor.layers[k], self.sizes[k - 1]
+            self.constants += [
+                array(f"weight{k}", layer.weight_IN),
+                array(f"bias{k}", layer.bias_N),
+            ]
+            self.state.append(f"static float drive{k}[{n}];\n")
+            self.steps += [
+                f"set(drive{k}, bias{k}, {n});",
+                f"for (i = 0; i < {below}; i++)",
+                f"    if (fired{k - 1}[i]) add(drive{k}, weight{k} + {n} * i, {n});",
+            ]
+        self.zeroed(f"fired{k}", n, "unsigned char")
+        drive = f"drive{k}[i]"
+        decoder = self.actor.decoder
+        if last and isinstance(decoder, ILCDecoder):
+            pop = decoder.config.pop_size
+            self.constants += [
+                array("lateral", decoder.lateral_APP),
+                array("lateral_bias", decoder.lateral_bias_N),
+            ]
+            self.state.append(f"static float from_side[{n}];\n")
+            row = f"from_side + {pop} * (i / {pop}), lateral + {pop} * i, {pop}"
+            self.steps += [
+                f"set(from_side, lateral_bias, {n});",
+                f"for (i = 0; i < {n}; i++)",
+                f"    if (fired{k}[i]) add({row});",
+            ]
+            drive = f"(drive{k}[i] + from_side[i])"
+        self.zeroed(f"voltage{k}", n)
+        lines = self.equation(k, n, neuron, drive)
+        self.steps += [f"for (i = 0; i < {n}; i++) {{", *(f"    {line}" for line in lines), "}"]
+        index = k + bool(self.actor.encoder.spikes)
+        self.steps.append(f"POLICY_SPIKES({index}, t, fired{k}, {n});")
+
+    def equation(self, k: int, n: int, neuron: Neuron, drive: str) -> list[str]:
+        """One neuron's spike step; see snn/neurons.py for each."""
+        v, fired, c = f"voltage{k}[i]", f"fired{k}[i]", neuron.config
+        threshold = number(c.threshold)
+        if isinstance(neuron, Dynamic):
+            d = neuron.config
+            self.zeroed(f"current{k}", n)
+            self.zeroed(f"recovery{k}", n)
+            u, current = f"recovery{k}[i]", f"current{k}[i]"
+            return [
+                f"float v = {fired} ? {number(d.theta_r)} : {v};",
+                f"float u = {u} + ({fired} ? {number(d.theta_s)} : 0.0f);",
+                f"{current} = {number(d.current_decay)} * {current} + {drive};",
+                f"{v} = v + v * v - v - u + {current};",
+                f"{u} = u + {number(d.theta_v)} * v - {number(d.theta_u)} * u;",
+                f"{fired} = {v} > {threshold};",
+            ]
+        kept = f"({fired} ? 0.0f : {v})"
+        if c.reset == "soft":
+            kept = f"({fired} ? {v} - {threshold} : {v})"
+        if isinstance(neuron, PLIF):
+            learned = number(float(neuron.decay_logit.detach().sigmoid()))
+            return [
+                f"{v} = {learned} * {kept} + {drive};",
+                f"{fired} = {v} > {threshold};",
+            ]
+        if isinstance(neuron, ALIF):
+            a = neuron.config
+            self.zeroed(f"adapted{k}", n)
+            adapted = f"adapted{k}[i]"
+            return [
+                f"{adapted} = {number(a.adaptation_decay)} * {adapted} + (float){fired};",
+                f"{v} = {number(a.voltage_decay)} * {kept} + {drive};",
+                f"{fired} = {v} > {threshold} + {number(a.adaptation)} * {adapted};",
+            ]
+        assert isinstance(neuron, CubaLIF)
+        decay = number(neuron.config.voltage_decay)
+        if neuron.current_decay == 0.0:
+            return [f"{v} = {decay} * {kept} + {drive};", f"{fired} = {v} > {threshold};"]
+        self.zeroed(f"current{k}", n)
+        current = f"current{k}[i]"
+        return [
+            f"{current} = {number(neuron.current_decay)} * {current} + {drive};",
+            f"{v} = {decay} * {kept} + {current};",
+            f"{fired} = {v} > {threshold};",
+        ]
+
+    def decoder(self, k: int) -> list[str]:
+        """Reads `fired` of the last layer at each spike step; the lines that follow the last."""
+        decoder, n, steps = self.actor.decoder, self.sizes[k], self.actor.spike_steps
+        acts = self.actor.act_dim
+        if isinstance(decoder, MembraneDecoder):
+            return self.membrane(decoder, k)
+        if isinstance(decoder, LearnedDecoder):
+            self.constants += [
+                array("over_time", decoder.over_time.weight_IN),
+                array("over_time_bias", decoder.over_time.bias_N),
+                array("out_weight", decoder.map.weight_IN),
+                array("out_bias", decoder.map.bias_N),
+            ]
+            self.state.append(f"static float read[{n}];\n")
+            self.body.append(f"set(read, over_time_bias, {n});")
+            self.steps += [
+                f"for (i = 0; i < {n}; i++)",
+                f"    if (fired{k}[i]) add(read, over_time + {n} * ({n} * t + i), {n});",
+            ]
+            return [
+                f"set(y, out_bias, {acts});",
+                f"for (i = 0; i < {n}; i++)",
+                f"    add_scaled(y, read[i], out_weight + {acts} * i, {acts});",
+            ]
+        self.zeroed("count", n, "int")
+        self.steps.append(f"for (i = 0; i < {n}; i++) count[i] += fired{k}[i];")
+        rate = f"(float)count[i] / {number(steps)}"
+        if isinstance(decoder, LinearDecoder):
+            self.constants += [
+                array("out_weight", decoder.map.weight_IN),
+                array("out_bias", decoder.map.bias_N),
+            ]
+            return [
+                f"set(y, out_bias, {acts});",
+                f"for (i = 0; i < {n}; i++)",
+                f"    add_scaled(y, {rate}, out_weight + {acts} * i, {acts});",
+            ]
+        assert isinstance(decoder, RateDecoder)
+        self.constants += [
+            array("out_weight", decoder.weight_AP),
+            array("out_bias", decoder.bias_A),
+        ]
+        pop = decoder.config.pop_size
+        return [
+            f"set(y, out_bias, {acts});",
+            f"for (i = 0; i < {n}; i++)",
+            f"    if (count[i]) y[i / {pop}] += out_weight[i] * ({rate});",
+        ]
+
+    def membrane(self, decoder: MembraneDecoder, k: int) -> list[str]:
+        acts, n = self.actor.act_dim, self.sizes[k]
+        c, pop = decoder.config, decoder.config.pop_size
+        self.constants += [
+            array("out_weight", decoder.weight_AP),
+            array("out_bias", decoder.bias_A),
+        ]
+        self.zeroed("membrane", acts)
+        self.state.append(f"static float charge_out[{acts}];\n")
+        keep = {
+            "last": ["y[i] = membrane[i];"],
+            "mean": [f"y[i] += membrane[i] / {number(self.actor.spike_steps)};"],
+            "max": [
+                "if (t == 0 || membrane[i] > high[i]) high[i] = membrane[i];",
+                "if (t == 0 || membrane[i] < low[i]) low[i] = membrane[i];",
+                "y[i] = fabsf(high[i]) > fabsf(low[i]) ? high[i] : low[i];",
+            ],
+        }[c.read]
+        if c.read == "max":
+            self.state += [f"static float high[{acts}];\n", f"static float low[{acts}];\n"]
+        if c.read == "mean":
+            self.body.append(f"for (i = 0; i < {acts}; i++) y[i] = 0.0f;")
+        decay = number(c.voltage_decay)
+        self.steps += [
+            f"set(charge_out, out_bias, {acts});",
+            f"for (i = 0; i < {n}; i++)",
+            f"    if (fired{k}[i]) charge_out[i / {pop}] += out_weight[i];",
+            f"for (i = 0; i < {acts}; i++) {{",
+            f"    membrane[i] = {decay} * membrane[i] + charge_out[i];",
+            *(f"    {line}" for line in keep),
+            "}",
+        ]
+        return []
+
+
+# Runs the file, which it includes unchanged, on many observations.
+HARNESS = """\
+static unsigned char *trace;
+
+static void note(const unsigned char *spikes, int n)
+{{
+    int i;
+    if (!trace) return;
+    for (i = 0; i < n; i++) *trace++ = spikes[i];
+}}
+
+#define POLICY_SPIKES(layer, step, spikes, n) note(spikes, n)
+#include "{file}"
+
+void run(int count, const float *obs, float *act, unsigned char *spikes);
+
+void run(int count, const float *obs, float *act, unsigned char *spikes)
+{{
+    int i;
+    trace = spikes;
+    for (i = 0; i < count; i++) policy(obs + {obs} * i, act + {act} * i);
+    if (!trace) note(0, 0);
+}}
+"""
+
+
+class Interpreter:
+    """The file, compiled and called."""
+
+    def __init__(self, path: Path, contract: dict[str, Any], scratch: Path) -> None:
+        self.obs = int(np.prod(contract["obs_shape"]))
+        self.act = int(np.prod(contract["act_shape"]))
+        self.steps = contract.get("spike_steps", 0)
+        sizes = contract["sizes"]
+        self.sizes = list(sizes["layers"]) if self.steps else []
+        if self.steps and contract["encoder"]["name"] in ("population", "tanh_population"):
+            self.sizes.insert(0, sizes["encoder"])
+        harness = scratch / "harness.c"
+        harness.write_text(HARNESS.format(file=path, obs=self.obs, act=self.act))
+        library = scratch / "harness.so"
+        compile_c([str(harness), "-shared", "-fPIC", "-o", str(library), "-lm"])
+        self.run = ctypes.CDLL(str(library)).run
+        self.run.restype = None
+
+    def spikes(self, obs_BO: np.ndarray) -> list[np.ndarray]:
+        rows = np.zeros((len(obs_BO), self.steps, sum(self.sizes)), np.uint8)
+        self._call(obs_BO, rows)
+        ends = np.cumsum(self.sizes)[:-1]
+        return [part.astype(bool).swapaxes(0, 1) for part in np.split(rows, ends, axis=2)][
+            : len(self.sizes)
+        ]
+
+    def actions(self, obs_BO: np.ndarray) -> np.ndarray:
+        return self._call(obs_BO, None)
+
+    def _call(self, obs_BO: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
+        obs = np.ascontiguousarray(obs_BO, np.float32)
+        act = np.empty((len(obs), self.act), np.float32)
+        pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (obs, act)]
+        spikes = None if rows is None or not rows.size else rows.ctypes.data_as(ctypes.c_void_p)
+        self.run(ctypes.c_int(len(obs)), *pointers, spikes)
+        return act
+
+
+def compile_c(args: Sequence[str]) -> None:
+    command = [*compiler(), *FLAGS, *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BadRequest("format", "c", f"{command[0]} cannot be run: {error}") from None
+    if done.returncode:
+        line = next((s for s in done.stderr.splitlines() if "error" in s), done.stderr[:200])
+        raise BadRequest("format", "c", f"{command[0]} refused the file: {line.strip()}")

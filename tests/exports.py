@@ -1,0 +1,67 @@
+"""Small policies to export, of an environment that is registered nowhere unless one is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from builders import CUBA_LIF, POPULATION, RATE, popsan_config
+
+from spikerl.models.actor import ActorConfig, MLPConfig, build_actor
+from spikerl.models.normalizer import RunningNorm
+from spikerl.models.policy import Policy
+from spikerl.snn.encoders import EncoderConfig, PopulationConfig
+from spikerl.types import Task
+
+DIRECT = EncoderConfig(name="direct")
+
+
+def population(name: str) -> PopulationConfig:
+    """Of wide fields near 0."""
+    fields: dict[str, Any] = {
+        "pop_size": 4,
+        "mean_range": [-1.0, 1.0],
+        "var": 0.5,
+        "threshold": 0.999,
+    }
+    return PopulationConfig(name=name, **fields)
+
+
+def task(obs_dim: int = 3, act_dim: int = 2, env_id: str = "Nowhere-v0", steps: int = 20) -> Task:
+    low, high = np.full(act_dim, -0.5), np.full(act_dim, 2.0)
+    return Task(env_id, (obs_dim,), (act_dim,), low, high, steps)
+
+
+def config(hidden: list[int] | None = None, **parts: Any) -> ActorConfig:
+    chosen: dict[str, Any] = {"encoder": POPULATION, "neuron": CUBA_LIF, "decoder": RATE} | parts
+    return ActorConfig(actor=popsan_config(hidden or [12, 9]), **chosen)
+
+
+DENSE = ActorConfig(
+    actor=MLPConfig(name="mlp", hidden_sizes=[12, 9], lr=1e-3),
+    encoder=None, neuron=None, decoder=None,
+)  # fmt: skip
+
+
+def policy_of(config: ActorConfig, task: Task, seed: int = 0) -> Policy:
+    """Random weights that make its neurons fire, and a normaliser that is not the identity."""
+    torch.manual_seed(seed)
+    actor = build_actor(config, task.obs_dim, task.act_dim)
+    with torch.no_grad():
+        for layer in actor.layers:
+            layer.weight_IN.mul_(2.0)
+        for i, (name, p) in enumerate(actor.named_parameters()):
+            if name.endswith("decay_logit"):  # trained, so no longer what the config says
+                p.fill_(0.3 + 0.1 * i)
+    norm = RunningNorm(task.obs_dim, 3.0)
+    norm.add(np.random.default_rng(seed).normal(0.5, 2.0, (100, task.obs_dim)))
+    norm.merge([norm.collect()])
+    return Policy(task, config, actor, norm)
+
+
+def saved(policy: Policy, folder: Path) -> Path:
+    folder.mkdir()
+    policy.save(folder)
+    return folder

@@ -1,0 +1,37 @@
+"""Sizes are bounded before anything is allocated."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Any
+
+import pytest
+from shell import spikerl
+
+from spikerl.config.build import build
+from spikerl.config.memory import least_bytes
+from spikerl.envs.make import make_env, task_of
+
+HUGE = [
+    ("algo.batch_size=4000000000", "algo.batch_size"),
+    ("actor.hidden_sizes=[2000000,2000000]", "actor.hidden_sizes"),
+    ("algo.critic_hidden_sizes=[2000000,2000000]", "algo.critic_hidden_sizes"),
+    ("algo.replay_capacity=100000000000 total_steps=100000000000", "algo.replay_capacity"),
+    ("world_size=4000 num_envs=4000 algo.batch_size=4000", "world_size"),
+    ("num_envs=100000", "num_envs"),
+    ("threads=100000", "threads"),
+    (f"total_steps={1 << 63}", "total_steps"),
+]
+
+
+@pytest.mark.parametrize(("typed", "key"), HUGE)
+def test_sizes_are_bounded_before_they_are_allocated(typed: str, key: str) -> None:
+    assert spikerl("train", "device=cpu", *typed.split()).line.startswith(f"{key}=")
+
+
+def test_every_published_setting_fits_a_small_machine(default: dict[str, Any]) -> None:
+    config = build(default)
+    with closing(make_env(config.env)) as env:
+        needs = least_bytes(config, task_of(env))
+    assert needs["algo.replay_capacity"] == 1_000_000 * (2 * 17 + 6 + 4) * 4
+    assert sum(needs.values()) < 1 << 28

@@ -1,0 +1,282 @@
+"""Operations per decision: by hand on a network of a few neurons, and by NeuroBench's rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import builders
+import plain
+import pytest
+import torch
+from builders import fill
+from hand_worked import SEEN, UNSEEN, dense, encoder, rate_decoded, spiking
+from torch import Tensor, nn
+
+from spikerl.energy import operations
+from spikerl.energy.operations import Count, Synapses, Update
+from spikerl.errors import BadRequest
+from spikerl.models.actor import MLPActor, MLPConfig, SpikingActor
+from spikerl.snn.decoders import DecoderConfig
+from spikerl.snn.encoders import EncoderConfig
+
+
+def test_a_spiking_network_by_hand() -> None:
+    ops = operations.count(rate_decoded(), torch.tensor([SEEN]))
+    assert ops.parts == [
+        Count("encoder", Synapses(4, 4), 4, Update(0, 2, 1), spikes=2, functions=2),
+        # Two spikes through one weight each; six weights that are not 0, in two spike steps.
+        Count("hidden 1", Synapses(8, 0, 2, 6), 4, Update(1, 1, 1), spikes=2),
+        Count("output", Synapses(12, 0, 4, 10), 6, Update(1, 1, 1), spikes=3),
+        # Counts 2, 0, 1; weights 2, 1, 0: one product. Three spikes were counted.
+        Count("decoder", Synapses(3, 1), 3, Update(0, 1, 1), functions=1),
+    ]
+    assert ops.rate == 6 / 16
+    assert ops.activation_sparsity == 0.5  # 5 of 10
+    assert ops.connection_sparsity == 3 / 13
+    assert ops.footprint_bytes == 4 * 23
+    assert (ops.observations, ops.spike_steps, ops.neuron) == (1, 2, "lif")
+    assert (ops.twin.sizes, ops.twin.macs, ops.twin.activations) == ([2, 2, 1], 6, 5)
+    assert ops.twin.footprint_bytes == 4 * 9
+
+
+def test_counts_are_means_over_observations() -> None:
+    ops = operations.count(rate_decoded(), torch.tensor([SEEN, UNSEEN, UNSEEN, UNSEEN]))
+    assert ops.network == Synapses(20, 0, 1.5, 16)
+    assert [part.spikes for part in ops.parts] == [0.5, 0.5, 0.75, 0]
+    assert [part.updates for part in ops.parts] == [4, 4, 6, 0.75]
+    assert ops.decoder
+    assert ops.decoder.synapses == Synapses(3, 0.25)
+    assert ops.activation_sparsity == 1 - 5 / 40
+
+
+def test_a_dense_network_by_hand() -> None:
+    """(1, 0) gives (1, 0), through one weight; (0, 1) gives relu (-1, 1), through two."""
+    ops = operations.count(dense(), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert ops.parts == [
+        Count("hidden 1", Synapses(4, 1.5)),
+        Count("output", Synapses(2, 1), functions=1),
+    ]
+    assert (ops.encoder, ops.decoder, ops.spike_steps, ops.rate) == (None, None, None, None)
+    assert ops.activation_sparsity == 0.5
+    assert ops.connection_sparsity == 1 / 6
+    assert ops.footprint_bytes == ops.twin.footprint_bytes == 4 * 9
+    assert ops.twin.sizes == [2, 2, 1]
+
+
+def learned_encoder() -> SpikingActor:
+    """Of eight weights, three are not 0; the first entry has two of them."""
+    actor = spiking(encoder=EncoderConfig(name="learned"))
+    fill(actor, {"encoder.map.weight_IN": [[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]})
+    return actor
+
+
+@pytest.mark.parametrize(
+    ("actor", "obs", "expected"),
+    [
+        (spiking(encoder=encoder("tanh_population")), SEEN, (4, 4, 4, 2 + 2)),
+        (spiking(encoder=encoder("poisson")), SEEN, (4, 4, 0, 2 + 4)),
+        (spiking(encoder=encoder("analog")), SEEN, (4, 4, 0, 2)),
+        (spiking(encoder=EncoderConfig(name="direct")), SEEN, (0, 0, 0, 0)),
+        (learned_encoder(), [1.0, 0.0], (8, 2, 0, 0)),
+    ],
+    ids=["tanh_population", "poisson", "analog", "direct", "learned"],
+)
+def test_encoders(actor: SpikingActor, obs: list[float], expected: tuple[float, ...]) -> None:
+    ops = operations.count(actor, torch.tensor([obs]), torch.Generator().manual_seed(0))
+    part = ops.encoder
+    assert part
+    got = (part.synapses.dense, part.synapses.macs, part.updates, part.functions)
+    assert got == expected
+    assert part.synapses.acs == 0
+
+
+def test_currents_are_multiplied_and_once_if_they_stay() -> None:
+    """The entry that is 0 has two weights, the other one; in two spike steps, learned."""
+    direct = operations.count(spiking(encoder=EncoderConfig(name="direct")), torch.tensor([SEEN]))
+    assert direct.layers[0].synapses == Synapses(4, 2)
+    assert direct.encoder
+    assert direct.encoder.spikes == 0
+    learned = learned_encoder()
+    fill(learned, {"encoder.map.bias_N": [0.0, 0.0, 0.0, 0.0]})
+    counted = operations.count(learned, torch.tensor([[1.0, 0.0]]))
+    assert counted.layers[0].synapses == Synapses(8, 1 + 2)  # currents (1, 1), then (0, 0)
+
+
+def decoded(name: str, **settings: Any) -> SpikingActor:
+    if name in ("membrane", "ilc"):
+        return spiking(decoder=builders.membrane_config(name=name, pop_size=3, **settings))
+    return spiking(decoder=DecoderConfig(name=name))
+
+
+def test_membranes_read_every_spike() -> None:
+    actor = decoded("membrane")
+    output = {"layers.1.weight_IN": [[1.0, 0.0, 0.375], [1.0, 1.0, 1.0]]}
+    fill(actor, output | {"layers.1.bias_N": [0.0] * 3, "decoder.weight_AP": [[2.0, 1.0, 0.0]]})
+    part = operations.count(actor, torch.tensor([SEEN])).decoder
+    expected = Synapses(6, 0, 2, 4)  # of three spikes, two reach a weight that is not 0
+    assert part == Count("decoder", expected, 2, Update(1, 0, 1), functions=1)
+
+
+def test_lateral_connections_see_the_spikes_before() -> None:
+    """The first neuron's first spike reaches two weights; what fires last reaches nothing."""
+    actor = decoded("ilc")
+    output = {"layers.1.weight_IN": [[1.0, 0.0, 0.375], [1.0, 1.0, 1.0]]}
+    lateral = [[[-0.125, 0.0, -0.125], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]]
+    fill(actor, output | {"layers.1.bias_N": [0.0] * 3, "decoder.weight_AP": [[2.0, 1.0, 0.0]]})
+    fill(actor, {"decoder.lateral_APP": lateral, "decoder.lateral_bias_N": [0.0] * 3})
+    ops = operations.count(actor, torch.tensor([SEEN]))
+    assert ops.layers[1].synapses == Synapses(12 + 18, 0, 4 + 2, 10 + 16)
+    assert ops.connection_sparsity == 4 / 22
+
+
+def test_decoders_without_an_output_population() -> None:
+    linear = decoded("linear")
+    fill(linear, {"decoder.map.weight_IN": [[1.0], [1.0]]})
+    ops = operations.count(linear, torch.tensor([SEEN]))
+    assert [part.name for part in ops.parts] == ["encoder", "hidden 1", "decoder"]
+    assert ops.decoder == Count("decoder", Synapses(2, 1), 2, Update(0, 1, 1), functions=1)
+    assert ops.twin.sizes == [2, 2, 1]
+    learned = decoded("learned")  # four inputs (two neurons at two spike steps), two values, one
+    over_time = {"decoder.over_time.weight_IN": [[1.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]}
+    fill(learned, over_time | {"decoder.over_time.bias_N": [0.0, 0.0]})
+    fill(learned, {"decoder.map.weight_IN": [[1.0], [1.0]]})
+    ops = operations.count(learned, torch.tensor([SEEN]))
+    # The first neuron's spikes reach one weight, then two; both values differ from 0.
+    assert ops.decoder == Count("decoder", Synapses(8 + 2, 2, 3, 7), functions=1)
+
+
+@pytest.mark.parametrize(
+    ("neuron", "update"),
+    [
+        (builders.lif_config(), (1, 1, 1)),
+        (builders.CUBA_LIF, (2, 1, 2)),
+        (builders.plif_config(), (1, 1, 1)),
+        (builders.alif_config(), (3, 1, 2)),
+        (builders.dynamic_config(), (4, 2, 3)),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_updates_of_neurons(neuron: Any, update: tuple[int, ...]) -> None:
+    ops = operations.count(spiking(neuron=neuron), torch.tensor([SEEN]))
+    assert {part.update for part in ops.layers} == {update}
+    assert [part.updates for part in ops.layers] == [4, 20]
+
+
+def test_parts_of_unknown_kind_are_refused() -> None:
+    actor = spiking()
+
+    class Mine(type(actor.encoder)):  # type: ignore[misc]
+        """A subclass may compute anything."""
+
+    actor.encoder = Mine(encoder(), 2, 2)
+    with pytest.raises(BadRequest) as refused:
+        operations.count(actor, torch.tensor([SEEN]))
+    assert refused.value.args == (
+        "ops",
+        "true",
+        "the operations of Mine are not known; leave ops out",
+    )
+
+
+# --- NeuroBench's rules, on plain modules -----------------------------------------------------
+# NeuroBench 2.3.0 itself gave the same numbers for both twins.
+
+
+class NeuroBench:
+    """Per call of a layer: ones for what is not 0; AC if all inputs are 0 or 1, else MAC."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.macs = self.acs = self.dense = 0.0
+        for module in net.modules():
+            if isinstance(module, nn.Linear | nn.Conv1d):
+                module.register_forward_pre_hook(self.see)
+
+    def see(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        (x,), weight = inputs, module.get_parameter("weight").detach()
+
+        def apply(x: Tensor, weight: Tensor) -> float:
+            if isinstance(module, nn.Conv1d):
+                y = nn.functional.conv1d(x, weight, groups=module.groups)
+            else:
+                y = nn.functional.linear(x, weight)
+            return float(y.double().sum())
+
+        effective = apply((x != 0).float(), (weight != 0).float())
+        self.dense += apply(torch.ones_like(x), torch.ones_like(weight))
+        if bool(((x == 0) | (x == 1)).all()):
+            self.acs += effective
+        else:
+            self.macs += effective
+
+
+class Twin(nn.Module):
+    """PopSAN's equations on torch's own layers."""
+
+    def __init__(self, actor: SpikingActor) -> None:
+        super().__init__()
+        self.encoder, self.spike_steps = actor.encoder, actor.spike_steps
+        layers = list(actor.layers)
+        net = plain.relu_net([x.weight_IN for x in layers], [x.bias_N for x in layers])
+        self.linear = nn.Sequential(*(x for x in net if isinstance(x, nn.Linear)))
+        weight_AP = actor.decoder.get_parameter("weight_AP").detach()
+        actions, self.pop_size = weight_AP.shape
+        self.decoder = nn.Conv1d(actions, actions, self.pop_size, groups=actions)
+        self.decoder.weight.data = weight_AP.unsqueeze(1).clone()
+        self.decoder.bias = nn.Parameter(actor.decoder.get_parameter("bias_A").detach().clone())
+
+    def forward(self, obs_BO: Tensor) -> Tensor:
+        zero = torch.zeros(len(obs_BO), 1)
+        states = [(zero, zero, zero) for _ in self.linear]
+        total = zero
+        for x in self.encoder(obs_BO, self.spike_steps, None):
+            for i, layer in enumerate(self.linear):
+                current, voltage, fired = states[i]
+                current = 0.5 * current + layer(x)
+                voltage = 0.75 * voltage * (1.0 - fired) + current
+                x = (voltage > 0.5).float()
+                states[i] = (current, voltage, x)
+            total = total + x
+        rates_BAP = (total / self.spike_steps).unflatten(1, (-1, self.pop_size))
+        return torch.tanh(self.decoder(rates_BAP).squeeze(-1))
+
+
+def cut(weights: list[Tensor], draw: torch.Generator) -> None:
+    """Three tenths of the weights become 0."""
+    with torch.no_grad():
+        for w in weights:
+            w[torch.rand(w.shape, generator=draw) < 0.3] = 0.0
+
+
+def test_a_spiking_actor_by_the_rules_of_neurobench() -> None:
+    draw = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        actor = builders.popsan(3, 2, [16, 12])
+    cut([*(x.weight_IN for x in actor.layers), actor.decoder.get_parameter("weight_AP")], draw)
+    obs = torch.randn(50, 3, generator=draw)
+    twin = Twin(actor)
+    bench = NeuroBench(twin)
+    torch.testing.assert_close(twin(obs), actor(obs))
+    ops = operations.count(actor, obs)
+    assert ops.decoder
+    ours = operations.add(ops.network, ops.decoder.synapses)
+    assert (ours.dense, ours.macs, ours.acs) == pytest.approx(
+        (bench.dense / 50, bench.macs / 50, bench.acs / 50), rel=1e-12
+    )
+    assert 0 < ours.macs < ours.acs < ours.dense
+
+
+def test_a_dense_actor_by_the_rules_of_neurobench() -> None:
+    draw = torch.Generator().manual_seed(1)
+    actor = MLPActor(3, 2, MLPConfig(name="mlp", hidden_sizes=[16, 12], lr=1e-3))
+    cut([x.weight_IN for x in actor.layers], draw)
+    obs = torch.randn(50, 3, generator=draw)
+    obs[::2, 1] = 0.0
+    twin = plain.dense(actor)
+    bench = NeuroBench(twin)
+    twin(obs)
+    ours = operations.count(actor, obs).network
+    assert (ours.dense, ours.macs, ours.acs) == pytest.approx(
+        (bench.dense / 50, bench.macs / 50, 0.0), rel=1e-12
+    )
+    assert 0 < ours.macs < ours.dense

@@ -1,0 +1,210 @@
+"""The C file: compiled as strictly as a compiler can, and run beside the policy."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import (
+    POISSON,
+    alif_config,
+    dynamic_config,
+    lif_config,
+    membrane_config,
+    plif_config,
+)
+from exports import DENSE, DIRECT, config, policy_of, population, saved, task
+from published import MODEL, STATS, needs_published_policy
+from shell import refusal, spikerl
+
+from spikerl.export import c, contract, proof
+from spikerl.models.actor import ActorConfig
+from spikerl.models.policy import Policy
+from spikerl.snn.decoders import DecoderConfig
+from spikerl.snn.encoders import EncoderConfig
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler"
+)
+
+
+def interpreter(policy: Policy, folder: Path) -> c.Interpreter:
+    file = folder / "policy.c"
+    c.write(policy, file)
+    return c.Interpreter(file, contract.describe("c", policy, None), folder)
+
+
+SOFT = {"reset": "soft"}
+POLICIES: dict[str, ActorConfig] = {
+    "popsan": config(),
+    "one layer of converted networks": config(
+        [7], encoder=DIRECT, neuron=lif_config(voltage_decay=1.0, **SOFT),
+        decoder=DecoderConfig(name="linear"),
+    ),
+    "tanh": config(encoder=population("tanh_population"), neuron=lif_config()),
+    "analog dynamic": config(encoder=population("analog"), neuron=dynamic_config()),
+    "plif mean": config(neuron=plif_config(), decoder=membrane_config(read="mean")),
+    "alif last": config(neuron=alif_config(**SOFT), decoder=membrane_config(voltage_decay=0.5)),
+    "ilc max": config(decoder=membrane_config(name="ilc", read="max", pop_size=5)),
+    "learned": config(
+        encoder=EncoderConfig(name="learned"), decoder=DecoderConfig(name="learned")
+    ),
+    "dense": DENSE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_it_acts_as_the_policy(name: str, tmp_path: Path) -> None:
+    policy = policy_of(POLICIES[name], task())
+    proven = proof.prove(policy, interpreter(policy, tmp_path), None, 1, 0)
+    assert proven["observations"] >= 1000
+    rates = [layer.mean() for layer in proof.record(policy, None, 1, 0).spikes]
+    assert all(0.01 < rate < 0.99 for rate in rates)
+    steps, widths = 5, {"popsan": 30 + 12 + 9 + 20, "dense": 0}
+    if name in widths:
+        assert proven["spikes_compared"] == proven["observations"] * steps * widths[name]
+
+
+def test_by_hand(tmp_path: Path) -> None:
+    """Drive 0.75 at each of 4 spike steps, no leak, threshold 1, soft reset."""
+    parts = config(
+        [1], encoder=DIRECT, neuron=lif_config(voltage_decay=1.0, threshold=1.0, **SOFT),
+        decoder=DecoderConfig(name="linear"),
+    )  # fmt: skip
+    parts.actor.spike_steps = 4  # type: ignore[union-attr]
+    policy = policy_of(parts, task(1, 1))
+    policy.norm.mean_std = torch.tensor([[1.0], [2.0]])
+    weights = {"layers.0.weight_IN": 0.5, "layers.0.bias_N": 0.25}
+    weights |= {"decoder.map.weight_IN": 2.0, "decoder.map.bias_N": -1.0}
+    with torch.no_grad():
+        for key, value in weights.items():
+            policy.actor.get_parameter(key).fill_(value)
+    file = interpreter(policy, tmp_path)
+    obs = np.array([[3.0]], np.float32)  # normalised: 1
+    # Voltages 0.75, 1.5 (0.5 left), 1.25 (0.25 left), and 1, which is no more than the threshold.
+    assert file.spikes(obs)[0].ravel().tolist() == [False, True, True, False]
+    # rate 1/2: y = 0; the middle between -0.5 and 2
+    assert file.actions(obs).tolist() == [[0.75]]
+
+
+def test_a_silent_input_adds_nothing(tmp_path: Path) -> None:
+    """A row of weights that are NaN shows itself only once its input fires."""
+    policy = policy_of(config(), task())
+    file = tmp_path / "policy.c"
+    c.write(policy, file)
+    text = file.read_text()
+    start = text.index("weight1[")
+    first = re.compile(r"(\{\n    )(-?[0-9.e-]+f)").search(text, start)
+    assert first
+    file.write_text(text[: first.start(2)] + "(0.0f / 0.0f)" + text[first.end(2) :])
+    changed = c.Interpreter(file, contract.describe("c", policy, None), tmp_path)
+    obs = proof.record(policy, None, 1, 0)
+    fired = obs.spikes[1][:, :, 0].any(0)
+    assert fired.any()
+    assert not fired.all()
+    same = [np.equal(a, b).all((0, 2)) for a, b in
+            zip(changed.spikes(obs.obs_BO), obs.spikes, strict=True)]  # fmt: skip
+    assert np.logical_and.reduce(same)[~fired].all()
+    assert not same[2][fired].all()
+
+
+@pytest.mark.parametrize(
+    "value", [0.1, 1000.00006103515625, -3.4028235e38, 1e-45, 1.0, 16777216.0, 0.0]
+)
+def test_numbers_survive(value: float) -> None:
+    text = c.number(value)
+    assert text.endswith("f")
+    assert re.search(r"[.e]", text)
+    assert np.float32(text[:-1]) == np.float32(value)
+
+
+def test_an_id_stays_within_its_comment(tmp_path: Path) -> None:
+    policy = policy_of(config(), task(env_id='X */ #error "run" \\'))
+    assert c.source(policy).startswith("/* The policy of X  error run , written")
+
+
+def test_export(tmp_path: Path) -> None:
+    run = saved(policy_of(config(), task(3, 1, "Pendulum-v1", 200)), tmp_path / "run")
+    said = spikerl("export", f"run={run}", "format=c", "episodes=8")
+    assert said.status == 0, said
+    file = run / "policy.c"
+    data = json.loads((run / "policy.c.json").read_text())
+    assert data["bytes"] == file.stat().st_size
+    assert data["sizes"] == {"encoder": 30, "layers": [12, 9, 10]}
+    assert data["proof"]["observations"] >= 1000
+    assert data["proof"]["return_mean"] < 0
+    assert "return of the file" in said.out
+    assert sorted(path.name for path in run.iterdir()) == [
+        "policy.c", "policy.c.json", "policy.json", "policy.safetensors",
+    ]  # fmt: skip
+    line = spikerl("export", f"run={run}", "format=c").line
+    assert line == f"file={file}: it exists already; remove it, or give another file"
+
+
+def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = saved(policy_of(config(), task()), tmp_path / "run")
+    other = policy_of(config(neuron=lif_config()), task())
+    monkeypatch.setattr(c, "source", lambda _, source=c.source: source(other))
+    said = spikerl("export", f"run={run}", "format=c")
+    assert said.status == 1
+    assert re.fullmatch(
+        r"spikerl: format=c: the file does not act as the policy, and is not kept: first spike"
+        r" that differs: observation 0, spike step \d, layer [123] of 4, neuron \d+: the policy's"
+        r" fires\n", said.err
+    ), said.err  # fmt: skip
+    assert not list(run.glob("policy.c*"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        (["format=loihi"], "format=loihi: give one of c, onnx, nir"),
+        (["policy=step_3"], "policy=step_3: give last, or a checkpoint of the run: it has none"),
+        (["episodes=0"], "episodes=0: give at least 1"),
+        (["file={run}/no/x.c"], "file={run}/no/x.c: {run}/no is no folder that can be written"),
+        (["run={run}/no"], "run={run}/no: no policy there"),
+        (["env_id=Nowhere-v0"], "env_id=Nowhere-v0: Nowhere-v0 is no registered environment"),
+        (["env_id=Pendulum-v1"], "env_id=Pendulum-v1: its policy maps"),
+    ],
+)
+def test_wrong_requests(typed: list[str], line: str, tmp_path: Path) -> None:
+    run = saved(policy_of(config(), task()), tmp_path / "run")
+    args = {"run": f"{run}", "format": "c"} | dict(
+        arg.format(run=run).split("=", 1) for arg in typed
+    )
+    said = spikerl("export", *(f"{key}={value}" for key, value in args.items()))
+    assert said.line.startswith(line.format(run=run))
+    assert not list(run.glob("policy.c*"))
+
+
+def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler -m32")
+    assert str(refusal(c.check_here)) == (
+        "format=c: its proof needs a C compiler (no-such-compiler); install one, or name it with"
+        " CC=COMMAND"
+    )
+
+
+def test_a_poisson_encoder_is_refused(tmp_path: Path) -> None:
+    run = saved(policy_of(config(encoder=POISSON), task()), tmp_path / "run")
+    assert spikerl("export", f"run={run}", "format=c").line == (
+        "format=c: cannot hold encoder=poisson: it draws its spikes, and the file has no random"
+        " numbers"
+    )
+
+
+@needs_published_policy
+@pytest.mark.parametrize("format", ["c", "onnx", "nir"])
+def test_the_published_policy(format: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    args = [f"popsan={MODEL}", f"stats={STATS}", "env=HalfCheetah", f"run_dir={run}"]
+    assert spikerl("import", *args).status == 0
+    assert spikerl("export", f"run={run}", f"format={format}", "episodes=2").status == 0
+    data = json.loads((run / f"policy.{format}.json").read_text())
+    assert data["sizes"] == {"encoder": 170, "layers": [256, 256, 60]}
+    assert data["proof"]["return_mean"] > 9000

@@ -1,0 +1,86 @@
+"""The ONNX file: run by onnxruntime beside the policy."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import alif_config, dynamic_config, lif_config, membrane_config, plif_config
+from exports import DENSE, DIRECT, config, policy_of, population, saved, task
+from shell import refusal, spikerl
+
+from spikerl.export import contract, onnx, proof
+from spikerl.models.actor import ActorConfig
+from spikerl.models.policy import Policy
+from spikerl.snn.decoders import DecoderConfig
+from spikerl.snn.encoders import EncoderConfig
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+
+def interpreter(policy: Policy, folder: Path) -> onnx.Interpreter:
+    file = folder / "policy.onnx"
+    onnx.write(policy, file)
+    return onnx.Interpreter(file, contract.describe("onnx", policy, None), folder)
+
+
+SOFT = {"reset": "soft"}
+POLICIES: dict[str, ActorConfig] = {
+    "popsan": config(),
+    "converted": config(
+        encoder=DIRECT, neuron=lif_config(voltage_decay=1.0, **SOFT),
+        decoder=DecoderConfig(name="linear"),
+    ),
+    "tanh": config(encoder=population("tanh_population"), neuron=lif_config()),
+    "analog dynamic": config(encoder=population("analog"), neuron=dynamic_config()),
+    "plif mean": config(neuron=plif_config(), decoder=membrane_config(read="mean")),
+    "alif last": config(neuron=alif_config(**SOFT), decoder=membrane_config(voltage_decay=0.5)),
+    "ilc max": config(decoder=membrane_config(name="ilc", read="max", pop_size=5)),
+    "learned": config(
+        encoder=EncoderConfig(name="learned"), decoder=DecoderConfig(name="learned")
+    ),
+    "dense": DENSE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_it_acts_as_the_policy(name: str, tmp_path: Path) -> None:
+    policy = policy_of(POLICIES[name], task())
+    proven = proof.prove(policy, interpreter(policy, tmp_path), None, 1, 0)
+    assert proven["observations"] >= 1000
+    widths = {"popsan": 30 + 12 + 9 + 20, "converted": 12 + 9, "dense": 0}
+    if name in widths:
+        assert proven["spikes_compared"] == proven["observations"] * 5 * widths[name]
+
+
+def test_any_batch(tmp_path: Path) -> None:
+    policy = policy_of(config(), task())
+    file = interpreter(policy, tmp_path)
+    obs = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    one_by_one = np.concatenate([file.actions(obs[i : i + 1]) for i in range(7)])
+    np.testing.assert_allclose(file.actions(obs), one_by_one, atol=1e-6)
+    assert len(np.unique(one_by_one, axis=0)) > 1
+
+
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(onnx, "find_spec", lambda p: None if p == "onnxruntime" else real(p))
+    assert str(refusal(onnx.check_here)) == (
+        "format=onnx: onnxruntime is not installed; pip install 'spikerl[onnx]'"
+    )
+
+
+def test_export(tmp_path: Path) -> None:
+    run = saved(policy_of(config(), task()), tmp_path / "run")
+    file = tmp_path / "small.onnx"
+    said = spikerl("export", f"run={run}", "format=onnx", f"file={file}")
+    assert said.status == 0, said
+    assert said.out.splitlines()[2] == (
+        "Nowhere-v0 is not registered here: observations drawn, no return;"
+        " env_id=MODULE:NAME imports the module that registers it"
+    )
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"run", "small.onnx", "small.onnx.json"}

@@ -1,0 +1,166 @@
+"""What is compared, and what is not let through; the table of what each format can hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from builders import lif_config
+from exports import DIRECT, config, policy_of, saved, task
+from shell import spikerl
+
+from spikerl.commands.export import FORMATS, publish
+from spikerl.envs.make import EnvConfig
+from spikerl.export import proof, support
+from spikerl.export.contract import DECODERS, ENCODERS, NEURONS
+from spikerl.models.actor import CareBNConfig, SpikingActor
+from spikerl.snn import decoders, encoders, neurons
+from spikerl.snn.decoders import DecoderConfig
+from spikerl.snn.encoders import PopulationConfig
+from spikerl.training.evaluator import Evaluator
+
+ROOT = Path(__file__).resolve().parents[2]
+PENDULUM = EnvConfig(
+    name="gym", version=None, id="Pendulum-v1", max_episode_steps=20, vectorizer="sync"
+)
+
+
+class Constant:
+    """A file that always pushes as much."""
+
+    def spikes(self, obs_BO: np.ndarray) -> list[np.ndarray]:
+        return []
+
+    def actions(self, obs_BO: np.ndarray) -> np.ndarray:
+        return np.full((len(obs_BO), 1), 1.5, np.float32)
+
+
+def test_the_return_is_the_files() -> None:
+    policy = policy_of(config(), task(3, 1, "Pendulum-v1"))
+    evaluator = Evaluator(PENDULUM, 1, 0)
+    result = evaluator.run(proof.FilePolicy(policy, Constant()), 0)
+    evaluator.close()
+    env = gym.make("Pendulum-v1", max_episode_steps=20)
+    env.reset(seed=proof.seed_for(0, "eval", 0, 0))
+    push = np.array([1.5], np.float32)
+    assert result.returns == [pytest.approx(sum(float(env.step(push)[1]) for _ in range(20)))]
+
+
+def test_the_first_spike_that_differs() -> None:
+    """By observation, then spike step, then layer, then neuron."""
+    ours = [np.zeros((5, 3, 4), bool), np.zeros((5, 3, 2), bool)]
+    theirs = [layer.copy() for layer in ours]
+    recorded = proof.Recorded(np.zeros((3, 1)), ours, np.zeros((3, 1)), 0)
+    proof.compare_spikes(recorded, theirs)
+    theirs[0][0, 2, 0] = theirs[0][4, 1, 3] = theirs[1][3, 1, 1] = True
+    with pytest.raises(proof.ProofFailed, match=(
+        "observation 1, spike step 3, layer 1 of 2, neuron 1: the file's fires"
+    )):  # fmt: skip
+        proof.compare_spikes(recorded, theirs)
+    with pytest.raises(proof.ProofFailed, match="its layers' spikes are"):
+        proof.compare_spikes(recorded, theirs[:1])
+
+
+@pytest.mark.parametrize("value", [2.1e-6, -2.1e-6, np.nan])
+def test_actions_to_a_millionth_of_the_larger_bound(value: float) -> None:
+    """The bounds are -0.5 and 2."""
+    recorded = proof.Recorded(np.zeros((2, 3)), [], np.zeros((2, 2)), 0)
+    act = np.array([[0.0, 0.0], [1.9e-6, 0.0]])
+    assert proof.compare_actions(task(), recorded, act) == pytest.approx(0.95e-6)
+    act[1, 1] = value
+    with pytest.raises(proof.ProofFailed, match="observation 1, entry 1"):
+        proof.compare_actions(task(), recorded, act)
+
+
+def test_what_rounding_decides_is_set_aside() -> None:
+    """One neuron, driven by the observation: voltage 0.5 + e against a threshold of 0.5."""
+    parts = config(
+        [1], encoder=DIRECT, neuron=lif_config(), decoder=DecoderConfig(name="linear")
+    )  # fmt: skip
+    policy = policy_of(parts, task(1, 1))
+    policy.norm.mean_std = torch.tensor([[0.0], [1.0]])
+    with torch.no_grad():
+        policy.actor.get_parameter("layers.0.weight_IN").fill_(1.0)
+        policy.actor.get_parameter("layers.0.bias_N").fill_(0.0)
+    e = proof.ROUNDING
+    obs = np.array([[0.5], [0.5 - 0.9 * e], [0.5 + 0.9 * e], [0.5 + 1.1 * e]], np.float32)
+    recorded = proof.recorded_of(policy, obs)
+    assert recorded.set_aside == 3
+    np.testing.assert_array_equal(recorded.obs_BO, obs[3:])
+
+
+def test_an_encoder_that_rounding_decides() -> None:
+    """At the centre of its field it charges 1 at once: a tie with a threshold of 1."""
+    fields = PopulationConfig(
+        name="population", pop_size=1, mean_range=[0.0, 0.0], var=0.5, threshold=1.0
+    )
+    policy = policy_of(config(encoder=fields), task(1, 1))
+    policy.norm.mean_std = torch.tensor([[0.0], [1.0]])
+    obs = np.array([[0.0], [0.3]], np.float32)
+    assert isinstance(policy.actor, SpikingActor)
+    near = proof.encoder_near(policy.actor.encoder, torch.from_numpy(obs), 1)
+    assert near.tolist() == [True, False]
+    assert proof.recorded_of(policy, obs).obs_BO.tolist() in ([], obs[1:].tolist())
+
+
+def test_too_few_observations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three episodes' 60, six's 120, and that is all."""
+    monkeypatch.setattr(proof, "MOST_EPISODES", 6)
+    policy = policy_of(config(), task(3, 1, "Pendulum-v1"))
+    with pytest.raises(proof.ProofFailed, match=r"^1[0-2]\d observations were .* 1000 are needed"):
+        proof.record(policy, PENDULUM, 3, 0)
+
+
+def test_both_files_or_none(tmp_path: Path) -> None:
+    (tmp_path / "policy.c").mkdir()  # so that no file can take its place
+    with pytest.raises(OSError, match=r"policy\.c"):
+        publish(tmp_path / "policy.c", b"x", tmp_path / "policy.c.json", b"{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.c"]
+
+
+def test_a_policy_of_a_checkpoint(tmp_path: Path) -> None:
+    run = saved(policy_of(config(), task()), tmp_path / "run")
+    (run / "checkpoints").mkdir()
+    saved(policy_of(config(), task(), seed=1), run / "checkpoints" / "step_000000100")
+    line = spikerl("export", f"run={run}", "format=c", "policy=../run").line
+    assert line == "policy=../run: give last, or a checkpoint of the run: step_000000100"
+    for name in ("last", "step_000000100"):
+        file = tmp_path / f"{name}.onnx"
+        args = (f"run={run}", "format=onnx", f"policy={name}", f"file={file}")
+        assert spikerl("export", *args).status == 0
+    assert (tmp_path / "last.onnx").read_bytes() != (tmp_path / "step_000000100.onnx").read_bytes()
+
+
+def test_batch_normalisation_that_is_not_folded(tmp_path: Path) -> None:
+    actor = CareBNConfig(
+        name="care_bn", hidden_sizes=[12], spike_steps=5, lr=1e-4,
+        recalibration_interval=None, recalibration_batches=1,
+    )  # fmt: skip
+    run = saved(policy_of(replace(config(), actor=actor), task()), tmp_path / "run")
+    assert spikerl("export", f"run={run}", "format=c").line == (
+        f"run={run}: its batch normalisation is not folded into weights; give a policy that acts"
+    )
+
+
+def test_every_part_has_an_equation() -> None:
+    assert {"lif", "cuba_lif", "plif", "alif", "dynamic"} <= set(NEURONS)
+    for known, registry in (
+        (NEURONS, neurons.NEURONS), (ENCODERS, encoders.ENCODERS), (DECODERS, decoders.DECODERS),
+    ):  # fmt: skip
+        ours = {n for n, (_, part) in registry.options.items() if part.__module__[:7] == "spikerl"}
+        assert set(known) == ours
+
+
+def test_a_plugin_is_refused() -> None:
+    verdicts = [f("onnx", "other") for f in (support.encoder_verdict, support.decoder_verdict)]
+    verdicts.append(support.neuron_verdict("onnx", "other", "hard"))
+    assert {verdict.level for verdict in verdicts} == {support.REFUSED}
+
+
+def test_the_page_has_the_table() -> None:
+    assert set(support.FORMATS) == set(FORMATS)
+    assert "\n".join(support.table()) in (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
