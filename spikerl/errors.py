@@ -30,6 +30,15 @@ class EnvironmentFailed(RuntimeError):
     """An environment raised, died, hung, or returned what its spaces do not say."""
 
 
+def with_notes(error: Exception) -> str:
+    """What it says, and what was noted on its way."""
+    return "; ".join([str(error), *getattr(error, "__notes__", [])])
+
+
+class Interrupted(KeyboardInterrupt):
+    """Somebody pressed Ctrl-C; a KeyboardInterrupt that is none of these is an environment's."""
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """The remedy for a name that is none of the known ones."""
     near = difflib.get_close_matches(word, known, 3, 0.6)
@@ -39,3 +48,6 @@ def nearest(word: str, known: Sequence[str]) -> str:
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"known: {', '.join(known)}" if len(known) < 30 else "--help lists what there is"
+
+
+BY_DESIGN = (DiskError, EnvironmentFailed, NonFinite)  # their message says all

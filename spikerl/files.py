@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
 import stat
+import sys
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+# What a file system answers that lacks a call: Lustre, CIFS, FUSE and others, each in its way.
+LACKING = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOLCK}
+
+
+def absolute(path: str) -> Path:
+    """A path as the user means it, wherever an environment's code will go; `~` is a home.
+
+    zsh, cron and YAML leave a `~` behind a `=` as it is.
+    """
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def shown(path: Path) -> str:
+    """As short as it can be typed: from the current folder on, if it lies below that."""
+    with suppress(OSError):  # of a folder that was removed
+        if path.is_relative_to(here := os.getcwd()) and path != Path(here):
+            return str(path.relative_to(here))
+    return str(path)
 
 
 def write_synced(path: Path, content: bytes | memoryview) -> str:
@@ -94,8 +116,48 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+        warn_once("folders cannot be synced here: a power cut may undo the last commit")
     finally:
         os.close(descriptor)
+
+
+def lock_file(file: IO[Any], *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed; False where another process holds it.
+
+    Where the file system has no locks, a line says so, and nothing is locked.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+        warn_once("files cannot be locked here: nothing keeps two processes out of one folder")
+    return True
+
+
+@cache
+def warn_once(text: str) -> None:
+    print(f"spikerl: warning: {text}", file=sys.stderr)
+
+
+def link_to(path: Path, to: str) -> None:
+    """A symbolic link in place of what has this name; a text file of it where there are none."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        partial.symlink_to(to)
+    except OSError as error:
+        if error.errno not in LACKING | {errno.EPERM}:
+            raise
+        warn_once(f"links cannot be made here: {path.name} is a file that holds a name")
+        write_synced(partial, to.encode())
+    os.replace(partial, path)
+    sync_folder(path.parent)
 
 
 def checksum(content: bytes | memoryview) -> str:

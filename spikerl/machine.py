@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -17,10 +19,45 @@ from spikerl.types import Resolved
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 
+GROUPS, CGROUP = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
 
 def cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may run on, and a container's quota pays for."""
+    known = hasattr(os, "sched_getaffinity")
+    here = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return max(min(here, int(cpu_quota())), 1)
+
+
+def cpu_quota(groups: Path = GROUPS, root: Path = CGROUP) -> float:
+    """Processor seconds a second that the control groups of this process may use, at most 4096.
+
+    cgroup v2 says so in cpu.max, v1 in two files; each group also has what its parents have.
+    """
+    least = 4096.0
+    with suppress(OSError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+                continue
+            top = root / controllers
+            folder = top / path.lstrip("/")
+            for place in (folder, *folder.parents):
+                if place.is_relative_to(top):
+                    least = min(least, _quota_of(place))
+    return least
+
+
+def _quota_of(group: Path) -> float:
+    """Infinite where it sets none."""
+    try:
+        limit = group / "cpu.max"
+        names = [] if limit.exists() else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        words = [(group / name).read_text() for name in names] or limit.read_text().split()
+        quota, period = map(float, words)
+    except (OSError, ValueError):  # the word max among them
+        return math.inf
+    return quota / period if quota > 0 and period > 0 else math.inf
 
 
 def resolve_device(asked: str) -> Resolved:
@@ -44,6 +81,9 @@ def resolve_threads(asked: int | None, workers: int) -> Resolved:
     """Threads of each of the workers that share this process's cores: by default its share."""
     if asked is not None:
         return Resolved(str(asked), "requested")
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if given.isdecimal() and 0 < int(given) <= 4096:
+        return Resolved(str(int(given)), "OMP_NUM_THREADS")
     return Resolved(str(max(cores() // workers, 1)), f"{cores()} cores over {workers} workers")
 
 

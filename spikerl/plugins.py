@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, Interrupted
 
 NAME = r"[A-Za-z_]\w*"  # of a package
 
@@ -23,14 +23,21 @@ loaded: dict[str, ModuleType] = {}
 
 def load(names: Sequence[str]) -> None:
     """Import what the user has typed; a file's word alone is not enough, see `check_typed`."""
+    if not names:
+        return
+    from spikerl.isolation import UserCode  # with torch, which takes a while
+
     for name in names:
         if name in loaded:
             continue
         if not re.fullmatch(NAME, name):
             raise BadRequest("plugins", name, "give the names of packages")
         try:
-            loaded[name] = import_module(name)
-        except Exception as error:  # its own code raises any
+            with UserCode():
+                loaded[name] = import_module(name)
+        except Interrupted:
+            raise
+        except BaseException as error:  # its own code raises any
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             remedy = f"cannot be imported ({reason}); install it, or name its folder in PYTHONPATH"
             raise BadRequest("plugins", name, remedy) from error

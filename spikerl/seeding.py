@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+RESET_BITS = 31
 STREAMS = ("init", "env", "explore", "sample", "update", "eval")
 
 
@@ -17,6 +18,15 @@ def seed_for(run_seed: int, stream: str, *index: int) -> int:
     # spawn_key, not one entropy list: SeedSequence pads short lists with zeros, so (1,) == (1, 0).
     sequence = np.random.SeedSequence(run_seed, spawn_key=(STREAMS.index(stream), *index))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def reset_seed(bits: int, run_seed: int, stream: str, *index: int) -> int:
+    """The low `bits` of that seed, for an environment's reset.
+
+    RESET_BITS of them: numpy's older generators and libraries in C take no more. Runs of version
+    0.1 were begun with all 63.
+    """
+    return seed_for(run_seed, stream, *index) & ((1 << bits) - 1)
 
 
 def generator_for(

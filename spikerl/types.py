@@ -6,9 +6,10 @@ Shape legend   B batch, O observation entries, A action entries.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -39,6 +40,48 @@ class Batch(NamedTuple):
         return self.rew + self.discount * (~self.terminated) * next_value
 
 
+class Entry(NamedTuple):
+    """A part of a dictionary observation, as it lies in the flat one."""
+
+    path: tuple[str | int, ...]  # keys and indices, from the outside in
+    shape: tuple[int, ...]
+    start: int | None = None  # of a Discrete, which is flat as one-hot (n,): its least value
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def flat(layout: Sequence[Entry], obs: Any) -> np.ndarray:
+    """A dictionary observation, or a batch of them, as float64 (..., O).
+
+    ValueError: an entry is missing, of another shape, or no number.
+    """
+    parts = []
+    for entry in layout:
+        name = ".".join(map(str, entry.path))
+        value = obs
+        try:
+            for key in entry.path:
+                value = value[key]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"without {name}") from None
+        given = np.asarray(value)
+        if given.dtype.kind not in "biuf":
+            raise ValueError(f"whose {name} is of {given.dtype}, which is no number")
+        if entry.start is not None:
+            given = given[..., None] - entry.start == np.arange(*entry.shape)
+            if not given.any(-1).all():
+                raise ValueError(f"whose {name} is none of its {entry.size} values")
+        lead = given.shape[: given.ndim - len(entry.shape)]
+        if given.shape != (*lead, *entry.shape):
+            raise ValueError(f"whose {name} is {given.shape}; its space says {entry.shape}")
+        parts.append(given.reshape(*lead, entry.size).astype(np.float64))
+    if len({part.shape[:-1] for part in parts}) > 1:
+        raise ValueError("whose entries are of several batches")
+    return np.concatenate(parts, -1)
+
+
 @dataclass(frozen=True)
 class Task:
     """What a policy must know of its environment.
@@ -53,6 +96,10 @@ class Task:
     act_low: np.ndarray  # (A,) float64
     act_high: np.ndarray  # (A,) float64
     max_episode_steps: int
+    act_dtype: str = "float32"  # or float16
+    layout: tuple[Entry, ...] = ()  # of dictionary observations
+    env_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    env_wrappers: tuple[Any, ...] = ()
 
     @property
     def obs_dim(self) -> int:
@@ -66,10 +113,14 @@ class Task:
         """Map actions (..., A) in [-1, 1] to (..., *act_shape) in the environment's units."""
         low, half_range, least, most = self.units
         scaled = (low + (act + 1.0) * half_range).astype(np.float32)
-        scaled = np.minimum(np.maximum(scaled, least), most)
+        scaled = self.typed(np.minimum(np.maximum(scaled, least), most))
         if len(self.act_shape) == 1:
             return scaled
         return scaled.reshape(*act.shape[:-1], *self.act_shape)
+
+    def typed(self, act: np.ndarray) -> np.ndarray:
+        """Actions of the type that the environment's space has; they stay inside it."""
+        return act if self.act_dtype == "float32" else act.astype(self.act_dtype)
 
     @cached_property
     def units(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -92,7 +92,7 @@ RATE = RateConfig(name="rate", pop_size=10)
 
 
 def membrane_config(**changes: Any) -> MembraneConfig:
-    own = {"name": "membrane", "pop_size": 10, "voltage_decay": 1.0, "read": "last"}
+    own: dict[str, Any] = {"name": "membrane", "pop_size": 10, "voltage_decay": 1.0, "read": "last"}
     return MembraneConfig(**(own | changes))
 
 
@@ -253,6 +253,9 @@ def small_config(
         init_from=None,
         resume=None,
         config=None,
+        init_policy="last",
+        keep_replay=True,
+        logger=[],
     )
     return Config(
         run=run,

@@ -20,7 +20,12 @@ DIRECT = EncoderConfig(name="direct")
 
 def population(name: str) -> PopulationConfig:
     """Of wide fields near 0."""
-    fields = {"pop_size": 4, "mean_range": [-1.0, 1.0], "var": 0.5, "threshold": 0.999}
+    fields: dict[str, Any] = {
+        "pop_size": 4,
+        "mean_range": [-1.0, 1.0],
+        "var": 0.5,
+        "threshold": 0.999,
+    }
     return PopulationConfig(name=name, **fields)
 
 
@@ -30,7 +35,7 @@ def task(obs_dim: int = 3, act_dim: int = 2, env_id: str = "Nowhere-v0", steps: 
 
 
 def config(hidden: list[int] | None = None, **parts: Any) -> ActorConfig:
-    chosen = {"encoder": POPULATION, "neuron": CUBA_LIF, "decoder": RATE} | parts
+    chosen: dict[str, Any] = {"encoder": POPULATION, "neuron": CUBA_LIF, "decoder": RATE} | parts
     return ActorConfig(actor=popsan_config(hidden or [12, 9]), **chosen)
 
 

@@ -73,15 +73,19 @@ def average(target: nn.Module, online: nn.Module, tau: float) -> None:
         old.data = (1.0 - tau) * old.data + tau * new.data
 
 
+def linears(*nets: nn.Module) -> list[nn.Linear]:
+    return [layer for net in nets for layer in net.modules() if isinstance(layer, nn.Linear)]
+
+
 def flat(net: nn.Module) -> Tensor:
     """Every parameter, as this program orders them: all weights before all biases in critics."""
     if isinstance(net, nn.ModuleList):
-        layers = [net_ for net_ in zip(*net, strict=True) if isinstance(net_[0], nn.Linear)]
-        weights = [torch.stack([one.weight.T for one in layer]) for layer in layers]
-        params = [*weights, *(torch.stack([one.bias for one in layer]) for layer in layers)]
+        each = [linears(one) for one in net]
+        weights = [torch.stack([x.weight.T for x in layer]) for layer in zip(*each, strict=True)]
+        biases = [torch.stack([x.bias for x in layer]) for layer in zip(*each, strict=True)]
+        params = [*weights, *biases]
     elif isinstance(net, nn.Sequential):
-        layers = [layer for layer in net if isinstance(layer, nn.Linear)]
-        params = [p for layer in layers for p in (layer.weight.T, layer.bias)]
+        params = [p for layer in linears(net) for p in (layer.weight.T, layer.bias)]
     else:
         params = list(net.parameters())
     return torch.cat([p.detach().flatten() for p in params])

@@ -6,7 +6,8 @@ import socket
 import time
 from collections.abc import Callable
 
-import torch.multiprocessing as mp
+import forkserver  # noqa: F401  which starts the workers
+from torch.multiprocessing.spawn import start_processes
 
 from spikerl.distributed.world import TIMEOUT_S
 
@@ -18,7 +19,9 @@ def run_workers(
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = mp.spawn(_enter, (check, world_size, port, timeout_s), world_size, join=False)
+    args = check, world_size, port, timeout_s
+    context = start_processes(_enter, args, world_size, join=False, start_method="forkserver")
+    assert context is not None
     deadline = time.monotonic() + seconds
     try:
         while not context.join(timeout=1):

@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 
 from spikerl.envs.make import EnvConfig
+from spikerl.envs.vector import Envs
 
 # Each dimension has bounds of its own, neither alike nor symmetric.
 LOW = np.array([-1.0, 0.0], np.float32)
@@ -101,6 +102,12 @@ class BoxesEnv(gym.Env[Any, Any]):
     def _observe(self, start: int) -> Any:
         shape = self.observation_space.shape or ()
         return np.arange(start, start + int(np.prod(shape)), dtype=np.float32).reshape(shape)
+
+
+def get_attr(envs: Envs, name: str) -> tuple[Any, ...]:
+    """Of each environment."""
+    vector: Any = envs.vector  # both kinds have it, their base class does not
+    return tuple(vector.get_attr(name))
 
 
 def config(name: str, *, vectorizer: str = "sync", limit: int | None = None) -> EnvConfig:

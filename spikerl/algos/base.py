@@ -79,6 +79,11 @@ def flatten(module: nn.Module) -> Tensor:
     return flat
 
 
+def normal_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of the shape of `like`, and where it lies."""
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32, device=like.device)
+
+
 class Guard:
     """Notices what is not finite, on the device, and masks writes to weights.
 
@@ -92,11 +97,13 @@ class Guard:
 
     def __init__(self, device: torch.device | str, *, scales_loss: bool) -> None:
         self.scales_loss = scales_loss
-        self.scale = torch.tensor(65536.0 if scales_loss else 1.0, device=device)
+        first = 65536.0 if scales_loss else 1.0
+        self.scale = torch.tensor(first, dtype=torch.float32, device=device)
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # good updates in a row
         # 1 while writes are masked; of the type that Adam's function demands
         self.masked = torch.zeros((), dtype=torch.float32, device=device)
-        self.bad = torch.zeros((), device=device)  # updates that ended masked, since the last check
+        # updates that ended masked, since the last check
+        self.bad = torch.zeros((), dtype=torch.float32, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # updates, fp16 only
 
     def end_update(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spikerl.algos.base import AlgoConfig, Learner, Metrics, flatten
+from spikerl.algos.base import AlgoConfig, Learner, Metrics, flatten, normal_like
 from spikerl.algos.graphs import Graphed
 from spikerl.algos.replay import Replay
 from spikerl.models.actor import Actor
@@ -137,7 +137,7 @@ class OffPolicy(Learner):
     def explore_with_noise(self, obs: Tensor, generator: torch.Generator, std: float) -> Tensor:
         """Actions with Gaussian noise, one draw for every environment and entry, clipped."""
         act = self.acting(obs, generator)
-        noise = torch.randn(act.shape, generator=generator, device=act.device)
+        noise = normal_like(act, generator)
         return self.kernel.add_clipped_noise(act, noise, std, math.inf)
 
 

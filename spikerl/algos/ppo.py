@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spikerl.algos.base import AlgoConfig, Learner, Metrics
+from spikerl.algos.base import AlgoConfig, Learner, Metrics, normal_like
 from spikerl.algos.replay import Replay
 from spikerl.algos.returns import gae
 from spikerl.models.actor import Actor
@@ -69,7 +69,7 @@ class LogStd(nn.Module):
 
     def __init__(self, act_dim: int, start: float) -> None:
         super().__init__()
-        self.value_A = nn.Parameter(torch.full((act_dim,), start))
+        self.value_A = nn.Parameter(torch.full((act_dim,), start, dtype=torch.float32))
 
 
 class Rows(NamedTuple):
@@ -218,5 +218,5 @@ class PPO(Learner):
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         """Actions drawn from the policy; they may leave [-1, 1], the environment clips them."""
         act = self.acting(obs, generator)
-        noise = torch.randn(act.shape, generator=generator, device=act.device)
+        noise = normal_like(act, generator)
         return act + self.log_std.value_A.exp().to(act.device) * noise

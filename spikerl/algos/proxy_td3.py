@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikerl.algos.base import Metrics
+from spikerl.algos.base import Metrics, normal_like
 from spikerl.algos.offpolicy import OffPolicy, batches
 from spikerl.algos.td3 import TD3Config
 from spikerl.models.actor import Actor, MLPActor, MLPConfig
@@ -77,9 +77,7 @@ class ProxyTD3(OffPolicy):
                 # Target policy smoothing, with eps ~ N(0, target_noise):
                 # a' = clip(proxy(s') + clip(eps, -noise_clip, noise_clip), -1, 1).
                 next_act = kernel.dense_actions(self.proxy, batch.next_obs)
-                noise = torch.randn(
-                    next_act.shape, generator=self.generator, device=next_act.device
-                )
+                noise = normal_like(next_act, self.generator)
                 next_act = kernel.add_clipped_noise(next_act, noise, c.target_noise, c.noise_clip)
                 # Clipped double Q-learning: y = r + gamma (1 - terminated) min_i Q_i'(s', a').
                 q_target = self.critic_target.td_target(batch, next_act)

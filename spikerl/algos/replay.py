@@ -19,8 +19,10 @@ class Replay:
     obs next_obs act rew terminated last discount.
 
     Normalisation happens at sampling, with the moments of that moment, so that no stored row is
-    ever stale. Memory is touched only as rows arrive.
+    ever stale. Memory grows with what is stored.
     """
+
+    FIRST = 1 << 14  # rows that there is room for at the start
 
     def __init__(
         self,
@@ -36,7 +38,9 @@ class Replay:
         self.saved = 0  # rows that a checkpoint holds already
         self.width = width  # environments whose rows come together, in their order
         self.obs_dim, self.act_dim = obs_dim, act_dim
-        self.rows = torch.empty(capacity, 2 * obs_dim + act_dim + 4, device=device)
+        width_of_row = 2 * obs_dim + act_dim + 4
+        self.rows = torch.empty(0, width_of_row, dtype=torch.float32, device=device)
+        self.reserve(min(capacity, self.FIRST))
 
     def add(
         self,
@@ -61,11 +65,29 @@ class Replay:
     def size(self) -> int:
         return min(self.added, self.capacity)
 
+    def reserve(self, count: int) -> None:
+        """Have room for so many rows, and for twice as many as before where it has to grow.
+
+        MemoryError where there is none; what is stored stays.
+        """
+        if count <= len(self.rows):
+            return
+        count = min(max(count, 2 * len(self.rows)), self.capacity)
+        try:
+            rows = self.rows.new_empty(count, self.rows.shape[1])
+        except RuntimeError as error:  # torch's, of the CPU and of CUDA
+            size = count * self.rows.shape[1] * self.rows.element_size() / 2**30
+            text = f"no {size:.3g} GiB for {count} transitions of algo.replay_capacity"
+            raise MemoryError(f"{text}={self.capacity}: give less") from error
+        rows[: len(self.rows)] = self.rows
+        self.rows = rows
+
     def put(self, start: int, rows: Tensor) -> None:
         """Write rows number `start` onwards; of more than the capacity, the last ones stay."""
         start, rows = start + max(0, len(rows) - self.capacity), rows[-self.capacity :]
         head = start % self.capacity
         first = min(len(rows), self.capacity - head)
+        self.reserve(min(start + len(rows), self.capacity))
         self.rows[head : head + first] = rows[:first]
         if first < len(rows):
             self.rows[: len(rows) - first] = rows[first:]
@@ -89,7 +111,7 @@ class Replay:
         normalize: Callable[[Tensor], Tensor],
     ) -> Batch:
         """Rows drawn with replacement, their observations normalised."""
-        index = torch.randint(self.size, (count,), generator=generator)
+        index = torch.randint(self.size, (count,), generator=generator, dtype=torch.int64)
         return self._batch(self.rows[index.to(self.rows.device)], normalize)[0]
 
     def newest(self, count: int, normalize: Callable[[Tensor], Tensor]) -> tuple[Batch, Tensor]:

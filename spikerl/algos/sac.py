@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikerl.algos.base import Metrics, flatten
+from spikerl.algos.base import Metrics, flatten, normal_like
 from spikerl.algos.offpolicy import OffPolicy, OffPolicyConfig
 from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor, MLPActor, MLPConfig
@@ -49,7 +49,7 @@ class SACConfig(OffPolicyConfig):
 class LogTemperature(nn.Module):
     def __init__(self, first: float) -> None:
         super().__init__()
-        self.value = nn.Parameter(torch.tensor([math.log(first)]))
+        self.value = nn.Parameter(torch.tensor([math.log(first)], dtype=torch.float32))
 
 
 def squashed(mean_BA: Tensor, log_std_BA: Tensor, noise_BA: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,14 +155,13 @@ class SAC(OffPolicy):
         return mean, raw.clamp(*self.config.log_std_range)
 
     def noise(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator, device=like.device)
+        return normal_like(like, self.generator)
 
     @torch.no_grad()
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         """Actions drawn from the policy."""
         mean, log_std = self.gaussian(self.acting, self.acting_log_std, obs, generator)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return squashed(mean, log_std, noise)[0]
+        return squashed(mean, log_std, normal_like(mean, generator))[0]
 
     def act_on_cpu(self, kernel: str) -> None:
         super().act_on_cpu(kernel)

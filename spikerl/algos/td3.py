@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikerl.algos.base import Metrics
+from spikerl.algos.base import Metrics, normal_like
 from spikerl.algos.offpolicy import OffPolicy, OffPolicyConfig, batches
 from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor
@@ -56,7 +56,7 @@ class TD3(OffPolicy):
             # Target policy smoothing, with eps ~ N(0, target_noise):
             # a' = clip(pi'(s') + clip(eps, -noise_clip, noise_clip), -1, 1).
             next_act = self.actor_target(rows.next_obs, self.generator)
-            noise = torch.randn(next_act.shape, generator=self.generator, device=next_act.device)
+            noise = normal_like(next_act, self.generator)
             next_act = self.kernel.add_clipped_noise(next_act, noise, c.target_noise, c.noise_clip)
             # Clipped double Q-learning: y = r + gamma (1 - terminated) min_i Q_i'(s', a').
             q_target = self.critic_target.td_target(rows, next_act)

@@ -5,12 +5,40 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from glob import escape, glob
 
-from spikerl.cli.compose import commands
+from spikerl.cli.compose import PATHS, commands
 from spikerl.config.yaml_file import conf_folder, group_options
 from spikerl.errors import BadRequest
 
 SHELLS = ("bash", "fish", "zsh")
+
+
+# Keys that take one of a few values.
+VALUES = {
+    "scaling": ("strong", "weak"),
+    "device": ("auto", "cpu", "cuda"),
+    "neuron.surrogate": ("atan", "rect", "sigmoid", "triangle"),
+    "neuron.reset": ("hard", "soft"),
+    "env.vectorizer": ("sync", "async"),
+    "env.action_bounds": ("each", "first"),
+}
+
+
+def offers_for(word: str) -> list[str] | None:
+    """What a word may become whose key takes a path, or one of a few values; None for others."""
+    key, equals, value = word.partition("=")
+    if not equals:
+        return None
+    if key in PATHS:
+        start = os.path.expanduser(value)
+        places = sorted(glob(f"{escape(start)}*"))
+        typed = (value + place[len(start) :] for place in places)
+        ends = ("/" if os.path.isdir(place) else "" for place in places)
+        return [f"{key}={place}{end}" for place, end in zip(typed, ends, strict=True)]
+    if key in VALUES:
+        return [f"{key}={one}" for one in VALUES[key]]
+    return None
 
 
 def complete(args: Sequence[str]) -> int:
@@ -34,6 +62,9 @@ def complete(args: Sequence[str]) -> int:
     if query and word.startswith("experiment="):  # Hydra takes its folders for groups
         offers = [f"experiment={name}" for name in group_options("experiment")]
         print("\n".join(offer for offer in offers if offer.startswith(word)))
+        return 0
+    if query and (known := offers_for(word)) is not None:
+        print("\n".join(offer for offer in known if offer.startswith(word)))
         return 0
     if query:
         start = line.index(command, len(words[0]))

@@ -13,6 +13,7 @@ from spikerl import plugins
 from spikerl.config.yaml_file import (
     NAME,
     conf_folder,
+    counted,
     group_options,
     option_file,
     overrides_of,
@@ -20,8 +21,9 @@ from spikerl.config.yaml_file import (
     read_config,
     typed_plugins,
 )
+from spikerl.distributed.launchers import ranked
 from spikerl.errors import BadRequest, nearest
-from spikerl.files import read_json
+from spikerl.files import absolute, read_json
 
 FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m",
          "--info", "-i", "--hydra-help", "--run", "-r")  # fmt: skip
@@ -37,11 +39,15 @@ RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend", "backen
              "max_restarts", "nnodes", "node_rank", "rdzv", "plugins")  # fmt: skip
 # Its other settings can name code to run: callbacks, logging, the search path.
 HYDRA = r"\+{0,2}hydra(/(launcher|sweeper)|\.(launcher|sweeper)(\.\w+)+)"
+HYDRAS = {
+    "hydra/launcher": ["basic", "joblib", "submitit_local", "submitit_slurm"],
+    "hydra/sweeper": ["basic", "optuna"],
+}
 OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra passes over
 MAX_BYTES = 1 << 28  # of a manifest.json
 # Values that are taken as they are typed: a sweep names its folders with '=' and ','.
-PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "stats", "energy.file",
-         "runs", "out")  # fmt: skip
+PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "dense", "stats", "path",
+         "energy.file", "runs", "out")  # fmt: skip
 
 
 @cache
@@ -86,11 +92,13 @@ def searchpath() -> list[str]:
 def expand(command: str, args: Sequence[str]) -> list[str]:
     """Refuse what must not reach Hydra; replace config=FILE by the overrides that it stands for."""
     args = [re.sub(r"^\+\+?(?=(config|resume)=)", "", arg) for arg in args]
+    # Its keys are the environment's, so Hydra knows none of them.
+    args = [re.sub(r"^(?=env\.kwargs(\.|=\{))", "++", arg) for arg in args]
     plugins.load(typed_plugins(args))
     for arg in args:
         flag = arg.partition("=")[0]
         if arg.startswith("-") and flag not in (*FLAGS, *REFUSED_FLAGS):
-            raise BadRequest(flag, "", f"no such flag; {nearest(flag, FLAGS)}")
+            raise BadRequest(flag, "", f"no such flag; {_without_dashes(command, flag)}")
         if flag in REFUSED_FLAGS:
             raise BadRequest(flag, "", "not accepted; config=FILE starts from a run's config.yaml")
         if re.match(r"^[+~]*hydra\.searchpath", arg):
@@ -110,11 +118,11 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
     named = {a.partition("=")[0]: a for a in args if re.match(r"^(config|resume)=(?!null$)", a)}
     overrides, flags = split(args)
     sweeps = not {"-m", "--multirun"}.isdisjoint(flags)
-    overrides = [_literal(arg, sweeps) for arg in overrides]
+    overrides = [_whole_numbers(_literal(arg, sweeps)) for arg in overrides]
     if command != "train" or not named:
         return [*overrides, *flags]
     source = named.get("resume") or named["config"]
-    path = Path(unquoted(source.partition("=")[2]))
+    path = Path(os.path.expanduser(unquoted(source.partition("=")[2])))
     if "resume" in named:
         check_resume(args, path)
         path = path / "config.yaml"
@@ -128,8 +136,6 @@ def chosen(run: Path, typed: Sequence[str]) -> list[str]:
 
     On another device another kernel has to run; other workers have another share of the cores.
     """
-    from spikerl.distributed.world import ranked
-
     given = dict(arg.partition("=")[::2] for arg in typed)
     try:
         manifest = read_json(run / "manifest.json", MAX_BYTES)
@@ -168,12 +174,24 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _literal(arg: str, sweeps: bool) -> str:
-    """A path in quotes, for to Hydra many characters mean something, and 1e3 is a number."""
+    """A path in quotes, for to Hydra many characters mean something, and 1e3 is a number; a list
+    of loggers in brackets.
+    """
     key, _, value = arg.partition("=")
+    if key == "logger" and not value.startswith("["):
+        return f"logger=[{'' if value in ('null', 'none') else value}]"
     if key not in PATHS or value in ("", "null") or value[0] in "'\"":
         return arg
     several = sweeps and re.search(r"[,(]", value) and _readable(arg)
     return arg if several else f"{key}={quoted(value)}"
+
+
+def _whole_numbers(arg: str) -> str:
+    """total_steps=1M and the like as Hydra has them; also where a sweep lists several."""
+    key, _, value = arg.partition("=")
+    if not re.fullmatch(r"[\w.+,]+", value):
+        return arg
+    return f"{key}={','.join(str(counted(key, one)) for one in value.split(','))}"
 
 
 def unquoted(value: str) -> str:
@@ -187,10 +205,20 @@ def _check_choice(key: str, value: str) -> None:
     if not os.path.isdir(conf_folder() / key) or "(" in value:  # choice(...), glob(...)
         return
     options = group_options(key)
+    if value.startswith("["):
+        raise BadRequest(key, value, f"takes one option; {nearest(value, options)}")
     for option in value.split(","):
         known = key not in OPTIONAL or unquoted(option) in options
         if not known or re.fullmatch(r"[-+]?[0-9._]+|null|true|false", option):
             raise BadRequest(key, option, f"no such option; {nearest(option, options)}")
+
+
+def _without_dashes(command: str, flag: str) -> str:
+    """Who comes from other programs writes --env X."""
+    name = flag.lstrip("-").replace("-", "_")
+    if name in ("help", "cfg", "multirun") or name not in known_keys(command):
+        return nearest(flag, FLAGS)
+    return f"write {name}=VALUE"
 
 
 def check_resume(args: Sequence[str], run: Path) -> None:
@@ -201,7 +229,7 @@ def check_resume(args: Sequence[str], run: Path) -> None:
         key, _, value = arg.partition("=")
         if key == "env.id":
             env = read_config(run / "config.yaml").get("env")
-            if isinstance(env, dict) and env.get("id") == value:
+            if isinstance(env, dict) and env.get("id") == unquoted(value):
                 continue  # it confirms a module to import
         if key in ("-m", "--multirun"):
             raise BadRequest("resume", run, "one run at a time; leave out -m")
@@ -214,11 +242,14 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     """Hydra's or OmegaConf's complaint as one line with key, value and remedy."""
     text = str(error)
     if isinstance(error, BadRequest):
-        return text
+        return str(_as_typed(error, args))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, option = match.groups()
-        options = group_options(group)
+        options = HYDRAS.get(group) or group_options(group)
+        version = re.fullmatch(r"(\w+)-(v\d+)", option)
+        if group == "env" and version and version[1] in options:
+            return f"env={option}: no such option; write env={version[1]} env.version={version[2]}"
         return f"{group}={option}: no such option; {nearest(option, options)}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
@@ -233,6 +264,19 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     if unread:
         return f"{unread[0]}: cannot be read; write key=value"
     return f"config: {lines[0] if lines else type(error).__name__}"
+
+
+def _as_typed(error: BadRequest, args: Sequence[str]) -> BadRequest:
+    """With a path as the user wrote it; inside the program all are absolute."""
+    key, value, remedy = error.args
+    for arg in args:
+        name, _, given = arg.partition("=")
+        if name != key or key not in PATHS or not value:
+            continue
+        for one in (unquoted(given), *given.split(",")):  # of a sweep
+            if str(absolute(one)) == str(value):
+                return BadRequest(key, one, remedy)
+    return error
 
 
 def _readable(override: str) -> bool:

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import platform
+import re
 import shutil
+import statistics
 import sys
 import tempfile
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from spikerl.children import SAFE, safe_path
 from spikerl.cli.compose import RESUMABLE, chosen, unquoted
+from spikerl.cli.jobs import choices, count, folder_name, refusals, varied_keys
 from spikerl.config.yaml_file import NOT_CARRIED, quoted
-from spikerl.distributed import hosts
-from spikerl.errors import INTERRUPTED, PREEMPTED, WRONG, BadRequest
+from spikerl.distributed import hosts, launchers
+from spikerl.errors import (
+    BY_DESIGN,
+    FAILED,
+    INTERRUPTED,
+    PREEMPTED,
+    WRONG,
+    BadRequest,
+    with_notes,
+)
+from spikerl.files import absolute, lock_file
 from spikerl.schema import dotted
 
 STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
-KEEPS_FOLDERS = ("train", "import")
+KEEPS_FOLDERS = ("train", "import", "reproduce")  # their sweeps have one, too
 
 
 class Sweep:
@@ -32,25 +47,47 @@ class Sweep:
     A launcher may run them in other processes, or on other machines, with copies of this object.
     """
 
-    def __init__(self, root: Path, varied: Sequence[str] = (), *, keep: bool = True) -> None:
-        self.root, self.keep = root, keep
+    def __init__(
+        self,
+        root: Path,
+        varied: Sequence[str] = (),
+        total: int | None = None,
+        *,
+        named: bool = True,
+        keep: bool = True,
+    ) -> None:
+        """`total` is how many jobs there will be, if that is known. A root that the user has not
+        `named` gets a number where another sweep has its name.
+        """
+        self.id, self.pid, self.started = uuid.uuid4().hex, os.getpid(), time.time()
+        self.keep, self.safe, self.total = keep, os.environ.get(SAFE), total
         self.varied = set(varied)  # the keys that tell the jobs apart, and name their folders
         self.made = [folder for folder in (root, *root.parents) if not folder.exists()]
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            kept = {name: root / name for name in ("multirun.yaml", "jobs.jsonl")}
+            self.root = own_folder(root, named)
+            if self.root != root:
+                self.made = [self.root]
+            self.held = hold(self.root) if keep else None
+            kept = {name: self.root / name for name in ("multirun.yaml", "jobs.jsonl")}
             self.before = {n: p.read_bytes() if p.exists() else b"" for n, p in kept.items()}
         except OSError as error:
             reason = error.strerror or str(error)
             raise BadRequest("run_dir", root, f"{reason}; give another run_dir") from None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "held": None}  # the process that made it owns the folder
+
     @classmethod
     def of(cls, command: str, args: Sequence[str]) -> Sweep | None:
         if not {"-m", "--multirun"} & set(args):
             return None
-        varied = varied_keys(args)
+        if launchers.several():
+            remedy = "a launcher started several workers; leave it out and give world_size"
+            raise BadRequest("-m", os.environ["WORLD_SIZE"], remedy)
+        varied, values = varied_keys(args), choices(args)
+        total = None if values is None else count(values)
         if command not in KEEPS_FOLDERS:
-            return cls(Path(tempfile.mkdtemp(prefix="spikerl-sweep-")), varied, keep=False)
+            return cls(Path(tempfile.mkdtemp(prefix="spikerl-sweep-")), varied, total, keep=False)
         submitted = [arg for arg in args if arg.startswith("hydra/launcher=submitit")]
         if submitted and find_spec("submitit") is None:
             remedy = "pip install 'spikerl[slurm]' brings hydra-submitit-launcher"
@@ -58,7 +95,10 @@ class Sweep:
         typed = [unquoted(a.partition("=")[2]) for a in args if a.startswith("run_dir=")]
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         named = typed and typed[-1] not in ("", "null")
-        sweep = cls(Path(typed[-1] if named else f"outputs/sweeps/{stamp}").absolute(), varied)
+        root = absolute(typed[-1] if named else f"outputs/sweeps/{stamp}")
+        if (root / "manifest.json").exists():
+            raise BadRequest("run_dir", root, "is a run; a sweep needs a folder of its own")
+        sweep = cls(root, varied, total, named=bool(named))
         if submitted:
             os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # which a run knows
             print(f"jobs are submitted; what they say: {sweep.root}/.submitit/*/*_log.out")
@@ -66,6 +106,11 @@ class Sweep:
 
     def hydra_args(self) -> list[str]:
         return [f"hydra.sweep.dir={quoted(str(self.root))}"]
+
+    def refusals(self, args: Sequence[str], explain: Callable[[Exception], str]) -> list[str]:
+        """What is wrong with the jobs, before the first of them runs."""
+        values = choices(args)
+        return [] if values is None else refusals("train", values, explain)
 
     def job(
         self, config: Any, call: Callable[[Any], int], explain: Callable[[Exception], str]
@@ -77,11 +122,12 @@ class Sweep:
         from hydra.core.hydra_config import HydraConfig
         from omegaconf.errors import OmegaConfBaseException
 
+        launchers.adopt()
         info = HydraConfig.get().job
         overrides = HydraConfig.get().overrides.task
         name = ",".join(o for o in overrides if o.partition("=")[0] in self.varied) or str(info.num)
-        print(f"\njob {info.num}: {name}")
-        folder = self.root / name.replace("/", "_")
+        print(f"\njob {info.num}: {name}{self.progress()}", flush=True)
+        folder = self.root / folder_name(name)
         if "run_dir" in config:
             config.run_dir = str(folder)
         outcome: dict[str, Any] = {"job": info.num, "name": name, "folder": str(folder)}
@@ -95,9 +141,15 @@ class Sweep:
             ):
                 outcome |= {"status": 0, "note": "done already"}
             else:
-                outcome["status"] = call(config)
+                with safe_path(self.safe):
+                    if os.getpid() != self.pid and not hosts.submitted():
+                        os.environ["SPIKERL_JOB"] = name  # which its lines begin with
+                    outcome["status"] = call(config)
         except (BadRequest, OmegaConfBaseException) as error:
             outcome |= {"status": WRONG, "error": explain(error)}
+            print(f"spikerl: {outcome['error']}", file=sys.stderr)
+        except BY_DESIGN as error:
+            outcome |= {"status": FAILED, "error": with_notes(error)}
             print(f"spikerl: {outcome['error']}", file=sys.stderr)
         except Exception as error:  # a job's failure is reported, not propagated
             outcome |= {"status": 1, "error": f"{type(error).__name__}: {error}"}
@@ -105,14 +157,29 @@ class Sweep:
         if outcome["status"] == PREEMPTED and hosts.requeued():
             sys.exit(PREEMPTED)  # it is this job that goes on later, and notes how it ended
         self.note(outcome)
-        return best_return(outcome) if outcome["status"] == 0 else None
+        return read_summary(outcome).get("best_eval_return") if outcome["status"] == 0 else None
 
     def note(self, outcome: dict[str, Any]) -> None:
         if os.environ.get("RANK", "0") != "0":
             return  # a launcher made several workers of this job
         with (self.root / "jobs.jsonl").open("a", encoding="utf-8") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)  # or machines would write over each other's lines
-            f.write(json.dumps(outcome) + "\n")
+            lock_file(f, wait=True)  # or machines would write over each other's lines
+            f.write(json.dumps({**outcome, "sweep": self.id}) + "\n")
+
+    def progress(self) -> str:
+        """How far the sweep is, as a job begins: what ended, what runs, and the time left."""
+        if not self.total:
+            return ""
+        jobs = self.noted()
+        ended = [job for job in jobs if job["status"] is not None]
+        failed = sum(job["status"] not in (0, *STOPPED) for job in ended)
+        running = len(jobs) - len(ended)
+        said = [f"{len(ended)} of {self.total} ended"]
+        said += [f"{failed} failed"] * bool(failed) + [f"{running} running"] * bool(running)
+        if ran := sum("note" not in job for job in ended):
+            left = (time.time() - self.started) / ran * (self.total - len(ended))
+            said.append(f"about {duration(left)} left")
+        return f"  ({', '.join(said)})"
 
     def end(self) -> int:
         """Print what ran, what failed and why, best first; 0 only if every job succeeded."""
@@ -120,24 +187,29 @@ class Sweep:
         from rich.table import Column, Table
 
         jobs = self.outcomes()
-        words = ("job", "status", "eval return", "reason or folder")
+        words = ("job", "status", "best eval return", "reason or folder")
         table = Table(*(Column(word, overflow="fold") for word in words))
-        for job in sorted(jobs, key=lambda j: (j["return"] is None, -(j["return"] or 0.0))):
+        for job in sorted(jobs, key=lambda j: (j["task"], -(j["return"] or 0.0))):
             shown = "-" if job["return"] is None else f"{job['return']:.1f}"
             known = {0: "done", WRONG: "refused", **STOPPED}
             state = job.get("note") or known.get(job["status"], f"failed ({job['status']})")
-            place = job["folder"] if self.keep else ""
+            place = job["folder"] if os.path.isdir(job["folder"]) else ""
             table.add_row(job["name"], state, shown, job.get("error") or place)
         width = None if sys.stdout.isatty() else 200  # a path that is cut cannot be copied
         Console(width=width, markup=False, emoji=False).print(table)
-        if note := self.mixed(jobs):
-            print(note)
+        for line in (*over_seeds(jobs), self.mixed(jobs)):
+            if line:
+                print(line)
         statuses = [job["status"] for job in jobs]
         root = f"; {self.root}" if self.keep else ""
-        print(f"{statuses.count(0)} of {len(jobs)} jobs done{root}")
-        if not jobs or set(statuses) == {WRONG}:
+        refused = set(statuses) <= {WRONG}
+        statuses += [None] * ((self.total or 0) - len(jobs))  # which a launcher never began
+        print(f"{statuses.count(0)} of {len(statuses)} jobs done{root}")
+        if refused:
             self.discard()
             return WRONG
+        if self.keep and set(statuses) != {0}:
+            print(f"the same command with run_dir={self.root} goes on with what is not done")
         if not self.keep:
             shutil.rmtree(self.root, ignore_errors=True)
         stopped = [status for status in statuses if status in STOPPED]
@@ -161,6 +233,7 @@ class Sweep:
                 path.unlink(missing_ok=True)
         if self.root in self.made:
             shutil.rmtree(self.root / ".submitit", ignore_errors=True)
+            (self.root / ".lock").unlink(missing_ok=True)
         with suppress(OSError):  # somebody else put something there
             for folder in self.made if self.keep else [self.root]:
                 folder.rmdir()
@@ -170,13 +243,15 @@ class Sweep:
         path = self.root / "jobs.jsonl"
         content = path.read_bytes() if path.exists() else b""
         lines = content[len(self.before["jobs.jsonl"]) :].splitlines()
-        last = {job["job"]: job for job in map(json.loads, lines)}
+        last = {job["job"]: job for job in map(json.loads, lines) if job["sweep"] == self.id}
         return list(last.values())
 
     def outcomes(self) -> list[dict[str, Any]]:
         jobs = self.noted()
         for job in jobs:
-            job["return"] = None if job["status"] == WRONG else best_return(job)
+            summary = {} if job["status"] == WRONG else read_summary(job)
+            job["return"] = summary.get("best_eval_return")
+            job["task"] = summary.get("env_id", "~")  # after all names of tasks
             if job["status"] is None:
                 job["note"] = "not ended"
                 job["error"] = "lost, or still running; the same command goes on with it"
@@ -187,10 +262,59 @@ class Sweep:
         return jobs
 
 
-def best_return(job: dict[str, Any]) -> float | None:
+def own_folder(root: Path, named: bool) -> Path:
+    """The folder, made if need be, or one beside it where a sweep of this second has that."""
+    if named:
+        root.mkdir(parents=True, exist_ok=True)
+        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 1000):
+        place = root if number == 1 else root.with_name(f"{root.name}_{number}")
+        with suppress(FileExistsError):
+            place.mkdir()
+            return place
+    raise FileExistsError(f"{root} and a thousand others exist")
+
+
+def hold(root: Path) -> IO[str]:
+    """The lock by which a sweep owns its folder until its process ends."""
+    file = (root / ".lock").open("a+", encoding="utf-8")
+    if not lock_file(file):
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise BadRequest("run_dir", root, f"{owner} sweeps there; give another run_dir, or wait")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def read_summary(job: dict[str, Any]) -> dict[str, Any]:
     summary = Path(job["folder"]) / "summary.json"
-    known = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
-    return known.get("best_eval_return")
+    return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+
+
+def over_seeds(jobs: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each setting that was run with several seeds: mean and deviation over them."""
+    groups: dict[str, list[float]] = {}
+    for job in jobs:
+        setting = [part for part in job["name"].split(",") if not re.match(r"seed=\d+$", part)]
+        if job["return"] is not None and len(setting) < len(job["name"].split(",")):
+            groups.setdefault(",".join(setting), []).append(job["return"])
+    return [
+        f"{name or 'all'}: best eval return {statistics.mean(returns):.1f}"
+        f" +- {statistics.stdev(returns):.1f} over {len(returns)} seeds"
+        for name, returns in groups.items()
+        if len(returns) > 1
+    ]
+
+
+def duration(seconds: float) -> str:
+    """As short as it can be read."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def done(config: Any, folder: Path) -> bool:
@@ -199,7 +323,7 @@ def done(config: Any, folder: Path) -> bool:
 
     asked = dict(dotted(OmegaConf.to_container(config, resolve=True)))
     had = dict(dotted(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
-    free = ("threads", *RESUMABLE, *NOT_CARRIED)
+    free = ("threads", "logger", "keep_replay", *RESUMABLE, *NOT_CARRIED)
     for key in [*asked, *had]:
         within = [key == other or key.startswith(f"{other}.") for other in free]
         if not any(within) and asked.get(key) != had.get(key):
@@ -217,17 +341,3 @@ def done(config: Any, folder: Path) -> bool:
         plain = int(value) if value.isdecimal() else value
         OmegaConf.update(config, "kernel.name" if key == "kernel" else key, plain)
     return False
-
-
-def varied_keys(args: Sequence[str]) -> list[str]:
-    """The keys of the overrides that give several values."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        parsed = OverridesParser.create().parse_overrides(
-            [a for a in args if "=" in a and a[0] != "-"]
-        )
-    except HydraException:
-        return []  # Hydra will say what is wrong with it
-    return [override.key_or_group for override in parsed if override.is_sweep_override()]

@@ -69,12 +69,12 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     try:
         if task_of(evaluator.envs[0]).env_id != dense.task.env_id:
             raise BadRequest("run", request.run, f"was not trained on {config.env.id}")
-        seen = torch.from_numpy(evaluator.observations(dense)).float()
+        seen = dense.norm.observe(evaluator.observations(dense), dense.device)
     finally:
         evaluator.close()
     spiking = build_actor(config.actor, dense.task.obs_dim, dense.task.act_dim)
     assert isinstance(spiking, SpikingActor)
-    reached = convert(dense.actor, spiking, dense.norm.normalize(seen), request.percentile)
+    reached = convert(dense.actor, spiking, seen, request.percentile)
     policy = Policy(dense.task, config.actor, spiking, dense.norm)
     facts = {"status": "done", "converted_from": request.run, "activations_reached": reached}
     record = run_folder.make_manifest(dense.task.env_id, argv, {}, facts)

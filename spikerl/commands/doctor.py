@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes.util
-import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spikerl import kernels, machine
+from spikerl.children import PYTHON
 from spikerl.config.yaml_file import group_options
 from spikerl.distributed import mpi
 from spikerl.energy import meter as energy
@@ -25,6 +24,7 @@ from spikerl.envs.make import EnvConfig, make_env
 from spikerl.errors import DONE, FAILED, BadRequest
 from spikerl.machine import git_state, versions
 from spikerl.models.precision import DTYPES, PrecisionConfig, check_precision, why_slow
+from spikerl.output import answer
 from spikerl.runs.display import Screen
 from spikerl.schema import parse
 
@@ -48,8 +48,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     usable = all(f.there for f in findings if f.part in ("environment", "output"))
     console = Screen(markup=False, emoji=False, highlight=False)
     if request.json:
-        answer = {"usable": usable, "findings": [f._asdict() for f in findings]}
-        console.out(json.dumps(answer), highlight=False)
+        answer({"usable": usable, "findings": [f._asdict() for f in findings]})
         return DONE if usable else FAILED
     table = Table("part", "name", "", "detail", box=None, pad_edge=False)
     for f in findings:
@@ -173,7 +172,7 @@ def why_no_context(renderer: str) -> str | None:
     """Why MuJoCo cannot draw with this renderer. It picks one when it is imported, once."""
     code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
     environment = {**os.environ, "MUJOCO_GL": renderer, "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-c", code]
+    command = [*PYTHON, "-c", code]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:

@@ -19,11 +19,13 @@ import torch
 from spikerl.config.build import Config, build
 from spikerl.config.memory import check_memory
 from spikerl.distributed import launch, mpi
-from spikerl.distributed.world import ALONE, join, leave, ranked
+from spikerl.distributed.launchers import ranked
+from spikerl.distributed.world import ALONE, join, leave
 from spikerl.energy.meter import open_meter
 from spikerl.envs.make import make_env, task_of
-from spikerl.errors import DONE, FAILED, BadRequest
-from spikerl.files import write_text
+from spikerl.envs.process import start_server
+from spikerl.errors import DONE, FAILED, BadRequest, EnvironmentFailed, Interrupted
+from spikerl.files import absolute, shown, write_text
 from spikerl.models.policy import Policy, check_shapes, find_policy, read_policy
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
@@ -45,7 +47,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             return DONE
         target = settings.resume
     else:
-        target = settings.run_dir or default_folder(config)
+        target = settings.run_dir or str(absolute(default_folder(config)))
         run_folder.check_free(target, named=settings.run_dir is not None)
     check_launch(config)
     if ranked() or (config.world_size == 1 and settings.max_restarts == 0):
@@ -114,8 +116,8 @@ def record_lost_worker(lost: launch.WorkerLost) -> int:
         folder = Path(lost.folder)
         with suppress(OSError):
             run_folder.update_manifest(folder, status="failed", ended=run_folder.now())
-            write_text(folder / "error.txt", cause + "\n")
-        cause += f" (spikerl train resume={folder} goes on from its last checkpoint)"
+            write_text(folder / "error.txt", f"{lost.trace}{cause}\n")
+        cause += f" (spikerl train resume={shown(folder)} goes on from its last checkpoint)"
     print(f"spikerl: {cause}", file=sys.stderr)
     return FAILED
 
@@ -144,8 +146,10 @@ def run(
         if mailbox:
             launch.announce_folder(mailbox, folder)
 
+    if config.env.vectorizer == "async":
+        start_server()  # which takes a while
     with stop_signals(mailbox) as stop:
-        trainer = None
+        trainer, status = None, None
         try:
             meter = open_meter(config.energy, device=device, local_rank=world.local_rank)
             init_from = config.run.init_from
@@ -156,9 +160,14 @@ def run(
             mpi.leave()
             return status
         finally:
-            if trainer is not None:
-                trainer.close()
-            leave()
+            try:
+                if trainer is not None:
+                    trainer.close()
+            except EnvironmentFailed:
+                if status is not None:  # else something else failed first
+                    raise
+            finally:
+                leave()
 
 
 def task_for(config: Config) -> Task:
@@ -179,22 +188,34 @@ def own_device(choice: str) -> torch.device:
 
 def finished(folder: Path, config: Config) -> bool:
     """Whether there is nothing left to do; says so. Refuses what cannot go on."""
-    status = run_folder.read_manifest(folder, key="resume")["status"]
+    record = run_folder.read_manifest(folder, key="resume")
     run_folder.check_own(folder)
     if os.environ.get("RANK", "0") == "0":
         run_folder.lock(folder).close()
-    checkpoint = verified(folder, lambda text: None)
-    run_folder.check_record(folder, checkpoint.manifest)
-    if status == "done" and checkpoint.step >= config.run.total_steps:
-        step = checkpoint.step
-        print(f"{folder} is done at step {step}; a larger total_steps goes on with it")
+    freed, total = record.get("freed"), config.run.total_steps
+    if freed:
+        step = max(
+            (row["step"] for row in run_folder.read_rows(folder / "metrics.jsonl")), default=0
+        )
+        further = f"init_from={shown(folder)} starts from its policy"
+        if step < total:
+            remedy = f"its replay was removed when it was done, at step {step}; {further}"
+            raise BadRequest("resume", folder, remedy)
+    else:
+        checkpoint = verified(folder, lambda text: None)
+        run_folder.check_record(folder, checkpoint.manifest)
+        step, further = checkpoint.step, "a larger total_steps goes on with it"
+    if record["status"] == "done" and step >= total:
+        print(f"{shown(folder)} is done at step {step}; {further}")
         return True
     return False
 
 
 def read_init(source: str, config: Config, task: Task) -> Policy:
     """The policy that training starts from; it must have the shapes that this run has."""
-    policy = read_policy(find_policy(Path(source), key="init_from"), key="init_from")
+    policy = read_policy(
+        find_policy(Path(source), config.run.init_policy, key="init_from"), key="init_from"
+    )
     check_shapes("init_from", source, policy.task, task)
     if policy.config.shape() != config.actor.shape():
         remedy = f"its actor is {policy.config.shape()}, this run's is {config.actor.shape()}"
@@ -202,24 +223,27 @@ def read_init(source: str, config: Config, task: Task) -> Policy:
     return policy
 
 
-def default_folder(config: Config) -> str:
+def default_folder(config: Config, kind: str | None = None) -> str:
+    """`kind` stands in the place of the algorithm, where none trained the policy."""
     name = config.env.id if config.env.name == "gym" else config.env.name
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)
-    return f"outputs/{safe}/{config.algo.name}/{stamp}_seed{config.run.seed}"
+    return f"outputs/{safe}/{kind or config.algo.name}/{stamp}_seed{config.run.seed}"
 
 
 @contextmanager
 def stop_signals(mailbox: Path | None) -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGUSR1 and Ctrl-C for the loop to see; a second Ctrl-C ends at once."""
+    """Collect SIGTERM, SIGUSR1, SIGHUP and Ctrl-C for the loop to see; a second Ctrl-C ends at
+    once.
+    """
     received: list[int] = []
 
     def receive(number: int, frame: object) -> None:
         if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Interrupted
         received.append(number)
 
-    caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    caught = launch.FORWARDED if mailbox else launch.listened_to()
     before = {number: signal.signal(number, receive) for number in caught}
     if mailbox and (number := launch.stop_requested(mailbox)) is not None:
         received.append(number)  # before this worker listened

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spikerl.distributed import mpi
+from spikerl.distributed.launchers import adopt
 from spikerl.distributed.process_lifetime import die_if_spawned, watched
 
 die_if_spawned()
@@ -17,7 +17,7 @@ die_if_spawned()
 
 def main(mailbox: Path, parent: int | None = None) -> int:
     if parent is None:
-        mpi.adopt()
+        adopt()
         parent = watched(mailbox)
     from spikerl.commands import train
     from spikerl.commands.bench import workers as bench_workers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,10 +14,10 @@ from spikerl.algos import ALGOS, AlgoConfig
 from spikerl.algos.offpolicy import OffPolicyConfig
 from spikerl.algos.ppo import PPOConfig
 from spikerl.distributed import hosts
+from spikerl.distributed.launchers import ranked
 from spikerl.distributed.world import (
     BACKENDS,
     BackendConfig,
-    ranked,
     resolve_backend,
     resolve_world_size,
 )
@@ -25,11 +25,13 @@ from spikerl.energy import meter
 from spikerl.energy.meter import METERS, EnergyConfig
 from spikerl.envs.make import EnvConfig
 from spikerl.errors import BadRequest
+from spikerl.files import absolute
 from spikerl.kernels import KERNELS, coverage
 from spikerl.machine import cores, resolve_device, resolve_threads
 from spikerl.models.actor import ActorConfig, CareBNConfig, SpikingActor, build_actor
-from spikerl.models.policy import ACTOR_GROUPS, parse_actor
+from spikerl.models.policy import ACTOR_GROUPS, CHOICES, parse_actor
 from spikerl.models.precision import PRECISIONS, PrecisionConfig, check_precision
+from spikerl.runs.loggers import check_loggers
 from spikerl.schema import parse
 from spikerl.types import Resolved
 
@@ -44,7 +46,7 @@ class RunConfig:
     seed: int
     total_steps: int  # environment steps over all workers
     steps_per_epoch: int  # an evaluation, a row of metrics and a checkpoint after each epoch
-    eval_episodes: int  # deterministic episodes per evaluation
+    eval_episodes: int  # deterministic episodes per evaluation; 0: there are none
     num_envs: int | None  # over all workers; null: one per worker
     world_size: int | None  # null: 1, or as many as the launcher (torchrun) started
     scaling: str
@@ -57,14 +59,17 @@ class RunConfig:
     rdzv: str | None
     run_dir: str | None
     init_from: str | None
+    init_policy: str  # last, best
     resume: str | None
     config: str | None
+    keep_replay: bool  # and the checkpoints, of a run that is done
+    logger: list[str]  # views of metrics.jsonl
     plugins: list[str]  # packages that register parts of one's own
 
     def __post_init__(self) -> None:
-        for key in ("total_steps", "steps_per_epoch", "eval_episodes"):
-            if getattr(self, key) < 1:
-                raise BadRequest(key, getattr(self, key), "give at least 1")
+        for key, least in (("total_steps", 1), ("steps_per_epoch", 1), ("eval_episodes", 0)):
+            if getattr(self, key) < least:
+                raise BadRequest(key, getattr(self, key), f"give at least {least}")
         for key in ("num_envs", "threads", "world_size"):
             if getattr(self, key) is not None and not 1 <= getattr(self, key) <= MOST:
                 raise BadRequest(key, getattr(self, key), f"give 1 to {MOST}, or null")
@@ -73,8 +78,14 @@ class RunConfig:
         for key in ("run_dir", "init_from"):
             if getattr(self, key) == "":
                 raise BadRequest(key, "", "give a path, or null")
+            if getattr(self, key):
+                setattr(self, key, str(absolute(getattr(self, key))))
+        self.resume = str(absolute(self.resume)) if self.resume else self.resume
         if self.scaling not in ("strong", "weak"):
             raise BadRequest("scaling", self.scaling, "give strong or weak")
+        if self.init_policy not in CHOICES:
+            raise BadRequest("init_policy", self.init_policy, f"give {' or '.join(CHOICES)}")
+        check_loggers(self.logger)
         if self.max_restarts < 0:
             raise BadRequest("max_restarts", self.max_restarts, "give at least 0")
         self.check_nodes()
@@ -131,24 +142,46 @@ class Config:
         return self.run.num_envs or self.world_size
 
 
-def build(raw: Mapping[str, Any]) -> Config:
-    """Validate a composed config and decide everything that was left to "auto"."""
+class Parsed(NamedTuple):
+    """Each group as it was typed, with nothing decided."""
+
+    run: RunConfig
+    env: EnvConfig
+    actor: ActorConfig
+    algo: AlgoConfig
+    precision: PrecisionConfig
+    kernel: kernels.KernelConfig
+    backend: BackendConfig
+    energy: EnergyConfig
+
+
+def parse_groups(raw: Mapping[str, Any]) -> Parsed:
+    """Validate what does not depend on the machine."""
     if missing := [group for group in GROUPS if group not in raw]:
         raise BadRequest(missing[0], None, "the config lacks this group")
     run = parse(RunConfig, {k: v for k, v in raw.items() if k not in GROUPS})
     plugins.load(run.plugins)
-    env = parse(EnvConfig, raw["env"], key="env")
-    actor = parse_actor({group: raw[group] for group in ACTOR_GROUPS})
-    algo = ALGOS.parse(raw["algo"])
-    precision = PRECISIONS.parse(raw["precision"])
-    kernel = KERNELS.parse(raw["kernel"])
-    backend = BACKENDS.parse(raw["backend"])
-    energy = METERS.parse(raw["energy"])
+    parsed = Parsed(
+        run=run,
+        env=parse(EnvConfig, raw["env"], key="env"),
+        actor=parse_actor({group: raw[group] for group in ACTOR_GROUPS}),
+        algo=ALGOS.parse(raw["algo"]),
+        precision=PRECISIONS.parse(raw["precision"]),
+        kernel=KERNELS.parse(raw["kernel"]),
+        backend=BACKENDS.parse(raw["backend"]),
+        energy=METERS.parse(raw["energy"]),
+    )
+    check_together(parsed.algo, parsed.actor, parsed.kernel)
+    return parsed
+
+
+def build(raw: Mapping[str, Any]) -> Config:
+    """Validate a composed config and decide everything that was left to "auto"."""
+    run, env, actor, algo, precision, kernel, backend, energy = parse_groups(raw)
     device = resolve_device(run.device)
     world_size = resolve_world_size(run.world_size)
     sharers = 1 if hosts.has_own("cores") else hosts.workers_here(world_size, run.nnodes)
     check_shares(run, algo, world_size)
-    check_together(algo, actor, kernel)
     check_precision(precision, torch.device(device.choice))
     resolved = Choices(
         device=device,

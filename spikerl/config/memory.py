@@ -6,7 +6,10 @@ Shape legend   O observation entries, A action entries.
 from __future__ import annotations
 
 import os
+import resource
+from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 
 from spikerl.config.build import Config
 from spikerl.errors import BadRequest
@@ -19,7 +22,7 @@ COPIES = 4  # of a weight: itself, its gradient, Adam's two moments
 
 def check_memory(config: Config, task: Task) -> None:
     """Refuse what is larger than this machine's memory, before any of it is allocated."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = memory()
     needs = least_bytes(config, task)
     if sum(needs.values()) > there:
         key = max(needs, key=lambda key: needs[key])
@@ -29,6 +32,20 @@ def check_memory(config: Config, task: Task) -> None:
             f" this; this machine has {there / 2**30:.3g}"
         )
         raise BadRequest(key, config.raw[group][name], remedy)
+
+
+# Where a container's limit stands, in both versions of control groups.
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def memory() -> int:
+    """Bytes that this process may have: the machine's, or fewer in a container or by ulimit -v."""
+    most = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    most += [limit for limit in resource.getrlimit(resource.RLIMIT_AS)[:1] if limit > 0]
+    for path in LIMITS:
+        with suppress(OSError, ValueError):  # none there, or "max"
+            most.append(int(Path(path).read_text()))
+    return min(most)
 
 
 def least_bytes(config: Config, task: Task) -> dict[str, int]:
@@ -44,8 +61,13 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
     needs = {
         f"algo.{rollout}": rows * (2 * O + A + 4) * NUMBER,
         "algo.batch_size": algo.batch_size * (sum(widths) * steps + 2 * O) * NUMBER,
-        "actor.hidden_sizes": weights(widths),
+        "actor.hidden_sizes": weights(list(actor.hidden_sizes)),
     }
+    ends = {"encoder": (first, actor.hidden_sizes[0]), "decoder": (actor.hidden_sizes[-1], last)}
+    for part, (inputs, outputs) in ends.items():
+        sized = hasattr(getattr(config.actor, part), "pop_size")
+        key = f"{part}.pop_size" if sized else "actor.hidden_sizes"
+        needs[key] = needs.get(key, 0) + weights([inputs, outputs])
     own = [name for name in vars(algo) if name.endswith("hidden_sizes")]
     return needs | {f"algo.{name}": weights([O, *getattr(algo, name), 1]) for name in own}
 

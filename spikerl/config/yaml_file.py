@@ -8,17 +8,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from spikerl import plugins
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, nearest
 from spikerl.files import read_bytes
 
 MAX_BYTES = 1 << 17  # some forty times a run's config.yaml
 NAME = r"[A-Za-z][A-Za-z0-9_]*"  # of a key
 # Where a run was started from or kept is not part of what it computes.
 NOT_CARRIED = ("run_dir", "resume", "config", "nnodes", "node_rank", "rdzv")
+# Keys whose values are numbers of something.
+COUNTS = re.compile(r"(?:^|[._])(?:steps|interval|capacity|starts|episodes|envs|size|per_epoch)$")
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+PLAIN = ("env.kwargs", "env.wrappers")  # arguments of others' code, whole
 READ = ("init_from", "energy.file")  # paths that a run reads
 
 
@@ -60,6 +65,8 @@ def read_config(path: Path) -> dict[Any, Any]:
                 raise yaml.YAMLError("numbers have 63 bits")
             return number
 
+    if path.is_dir():
+        raise BadRequest("config", path, f"is a folder; give {path}/config.yaml")
     Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
     try:
         data = yaml.load(read_bytes(path, MAX_BYTES).decode(), Loader)
@@ -92,16 +99,34 @@ def overrides_of(path: Path, typed: Sequence[str], *, resumes: bool = False) -> 
         if key in groups:
             if key in chosen:
                 continue
-            if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-                raise BadRequest("config", path, f"its group {key} has no name")
-            choices.append(f"{key}={quoted(value['name'])}")
-            if key == "env" and value.get("id") == f"{value['name']}-{value.get('version')}":
+            name = value.get("name") if isinstance(value, dict) else value
+            if not isinstance(name, str | None) or value is None:
+                raise BadRequest("config", path, f"its group {key} is neither option nor settings")
+            if name is not None:
+                choices.append(f"{key}={quoted(name)}")
+            if isinstance(value, str):
+                if value not in (options := group_options(key)):
+                    raise BadRequest(key, value, f"no such option; {nearest(value, options)}")
+                continue
+            own = (f"{name}-{value.get('version')}", "${.name}-${.version}")
+            if key == "env" and value.get("id") in own:  # the second as --cfg job prints it
                 value = {k: v for k, v in value.items() if k != "id"}
         leaves = list(_leaves(key, value, path, chosen))
         if not resumes:
             _check_paths(leaves, path)
-        values += [f"{name}={quoted(leaf)}" for name, leaf in leaves]
+        values += [f"{name}={quoted(counted(name, leaf))}" for name, leaf in leaves]
     return [*choices, *values]
+
+
+def counted(key: str, value: Any) -> Any:
+    """What counts something as a whole number, however it is written: 1e6, 1_000_000, 1M, 10k."""
+    if not COUNTS.search(key) or not isinstance(value, str | float):
+        return value
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([kKMG]?)", str(value))
+    if match is None:
+        return value
+    number = Decimal(match[1].replace("_", "")) * UNITS[match[2].upper()]
+    return int(number) if number == int(number) else value
 
 
 def typed_plugins(args: Sequence[str]) -> list[str]:
@@ -117,7 +142,7 @@ def typed_plugins(args: Sequence[str]) -> list[str]:
 def _leaves(prefix: str, value: Any, path: Path, typed: set[str]) -> Iterator[tuple[str, Any]]:
     if prefix in typed:
         return
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or prefix in PLAIN:
         if "${" in str(value) or (":" in str(value) and prefix == "env.id"):
             raise _refusal(prefix, value, path)
         yield prefix, value
@@ -133,6 +158,15 @@ def _check_paths(leaves: Sequence[tuple[str, Any]], path: Path) -> None:
         place = Path(str(value))
         if key in READ and (place.is_absolute() or ".." in place.parts):
             raise _refusal(key, value, path)
+        if key in PLAIN and leads_out(value):
+            raise _refusal(key, value, path)
+
+
+def leads_out(value: Any) -> bool:
+    """Whether a path that leads out of the working folder is among the arguments."""
+    if isinstance(value, dict | list):
+        return any(map(leads_out, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and (value[:1] in ("/", "~") or ".." in Path(value).parts)
 
 
 def _refusal(key: str, value: Any, path: Path) -> BadRequest:
@@ -145,6 +179,8 @@ def quoted(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, list):
         return "[" + ",".join(quoted(item) for item in value) + "]"
+    if isinstance(value, dict) and all(re.fullmatch(NAME, str(key)) for key in value):
+        return "{" + ",".join(f"{key}:{quoted(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, str):
         escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
         return f"'{escaped}'"

@@ -1,45 +1,15 @@
-"""What a launcher over machines says to a process, and how this machine reaches the others."""
+"""The machine among others: what of it is this process's own, and how the others are reached."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-import re
 import socket
 import struct
 import subprocess
 import time
 
 SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
-
-
-def adopt() -> None:
-    """Take the rank that srun gave this process, if it did, as torchrun would give it."""
-    step = os.environ
-    if int(step.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
-        return
-    if "RANK" not in step:
-        # Steps of one job may run side by side; a port below those that systems give out.
-        place = 37 * int(step["SLURM_JOB_ID"]) + int(step["SLURM_STEP_ID"])
-        step.setdefault("MASTER_ADDR", first_host(step["SLURM_STEP_NODELIST"]))
-        step.setdefault("MASTER_PORT", str(20000 + place % 10000))
-        step |= {"RANK": step["SLURM_PROCID"], "WORLD_SIZE": step["SLURM_STEP_NUM_TASKS"]}
-    if "LOCAL_RANK" not in step:  # an MPI under srun says no more than the rank
-        here = tasks_per_node(step["SLURM_STEP_TASKS_PER_NODE"])[int(step["SLURM_NODEID"])]
-        step |= {"LOCAL_RANK": step["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": str(here)}
-
-
-def first_host(nodes: str) -> str:
-    """Of a list as Slurm writes it: node[07-12],gpu3."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
-    assert match is not None
-    return match[1] + (match[2] or "")
-
-
-def tasks_per_node(counts: str) -> list[int]:
-    """How many each node has, from a list as Slurm writes it: 4(x2),3."""
-    counts_and_times = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
-    return [int(count) for count, times in counts_and_times for _ in range(int(times or 1))]
 
 
 def workers_here(world_size: int, nnodes: int = 1) -> int:
@@ -50,11 +20,11 @@ def workers_here(world_size: int, nnodes: int = 1) -> int:
 def has_own(share: str) -> bool:
     """Whether Slurm gave this process alone the cores, or the GPUs, that it sees."""
     step = os.environ
-    if "SLURM_STEP_NUM_TASKS" not in step:
+    if step.get("SLURM_STEP_NUM_TASKS", "1") == "1":  # its workers share what the one task has
         return False
     if share == "gpus":
         return "SLURM_GPUS_PER_TASK" in step
-    return len(os.sched_getaffinity(0)) < int(step["SLURM_CPUS_ON_NODE"])
+    return len(os.sched_getaffinity(0)) < int(step.get("SLURM_CPUS_ON_NODE", 0))
 
 
 def interface_to(host: str) -> str | None:
@@ -81,7 +51,7 @@ def interface_to(host: str) -> str | None:
 
 def submitted() -> bool:
     """Whether this process is a job that submitit sent to a cluster."""
-    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and "SLURM_JOB_ID" in os.environ
 
 
 def requeued() -> bool:

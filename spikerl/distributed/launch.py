@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,13 +27,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from spikerl.children import PYTHON
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_with_parent
-from spikerl.errors import FAILED
+from spikerl.errors import FAILED, EnvironmentFailed, Interrupted, NonFinite
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
 LATE = ("did not come", "Timed out", "timeout")
+THREADS = "OMP_NUM_THREADS"
 SHUTDOWN_S = 4  # how long survivors of a lost worker may take before they are killed
 
 
@@ -46,6 +47,7 @@ class WorkerLost(RuntimeError):
 
     folder: str | None = None
     stopping = False
+    trace = ""  # of the worker, where it left one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,19 +68,29 @@ class Workers:
 
 def launch(spec: dict[str, Any], workers: Workers) -> int:
     """Run this machine's workers on `spec`; the run's exit status. Raises WorkerLost."""
-    os.environ["OMP_NUM_THREADS"] = str(workers.threads)
+    spec = {**spec, THREADS: os.environ.get(THREADS)}
     start = run_under_mpiexec if workers.backend == "mpi" else run_under_agent
     with tempfile.TemporaryDirectory(prefix="spikerl-") as name, forward_signals(Path(name)):
         mailbox = Path(name)
         (mailbox / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        os.environ[THREADS] = str(workers.threads)  # which libraries read as they are loaded
         try:
             if failures := start(mailbox, workers):
-                raise WorkerLost(first_failure(failures, mailbox, workers.size))
+                raise first_failure(failures, mailbox, workers.size)
         except WorkerLost as lost:
             lost.folder = read(mailbox / "folder") or None
             lost.stopping = stop_requested(mailbox) is not None
             raise
+        finally:
+            set_threads(spec[THREADS])
         return int(read(mailbox / "result"))
+
+
+def set_threads(number: str | None) -> None:
+    if number is None:
+        os.environ.pop(THREADS, None)
+    else:
+        os.environ[THREADS] = number
 
 
 def run_under_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
@@ -105,13 +117,16 @@ def run_under_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
         max_restarts=0,
         signals_to_handle="",  # they are passed on instead
         shutdown_timeout=SHUTDOWN_S,
+        # On one machine the agent would look up its own name, which may lead nowhere.
+        local_addr=None if several else "127.0.0.1",
         logs_specs=DefaultLogsSpecs(log_dir=str(mailbox)),
     )
-    worker = ("-m", "spikerl.commands.worker", str(mailbox), str(os.getpid()))
+    python, *flags = PYTHON
+    worker = (*flags, "-m", "spikerl.commands.worker", str(mailbox), str(os.getpid()))
     over = threading.Event()
     threading.Thread(target=kill_hung_workers, args=(mailbox, over), daemon=True).start()
     try:
-        elastic_launch(config, sys.executable)(*worker)
+        elastic_launch(config, python)(*worker)
     except ChildFailedError as error:
         return {rank: int(failure.exitcode) for rank, failure in error.failures.items()}
     except DistError as error:
@@ -143,7 +158,7 @@ def run_under_mpiexec(mailbox: Path, workers: Workers) -> dict[int, int]:
     """The same under MPI, where one that fails ends all: only the one that did so is known."""
     start = mpi.mpiexec(workers.size)
     assert start is not None  # the config was checked
-    command = [*start, sys.executable, "-m", "spikerl.commands.worker", str(mailbox)]
+    command = [*start, *PYTHON, "-m", "spikerl.commands.worker", str(mailbox)]
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -192,12 +207,12 @@ def rank_in(path: Path) -> int:
     return int(path.suffix[1:])
 
 
-def first_failure(failures: dict[int, int], mailbox: Path, world_size: int) -> str:
+def first_failure(failures: dict[int, int], mailbox: Path, world_size: int) -> WorkerLost:
     """Rank and cause of what went wrong first.
 
     A lost worker makes the others fail in a collective, and they may be noticed before it: so a
     worker that was killed comes first, then one that failed on its own account. But one that the
-    others waited for in vain was killed after that.
+    others waited for in vain was killed after that, and so was one beside a failed environment.
     """
 
     def report(rank: int) -> dict[str, Any]:
@@ -209,33 +224,42 @@ def first_failure(failures: dict[int, int], mailbox: Path, world_size: int) -> s
     def order(rank: int) -> tuple[bool, bool, bool, float]:
         killed = status(rank) < 0 and status(rank) != -signal.SIGTERM
         reason = report(rank)
-        late = reason.get("late", False)
-        return not late, not killed, reason.get("collective", not reason), reason.get("time", 0.0)
+        sure = reason.get("late", False) or reason.get("environment", False)
+        return not sure, not killed, reason.get("collective", not reason), reason.get("time", 0.0)
 
     ranks = {*failures, *map(rank_in, mailbox.glob("failure.*"))}
     rank = min(ranks, key=order)
     who = f"worker {rank} of {world_size}"
     code, reason = status(rank), report(rank)
-    if code < 0 and not (reason and code == -signal.SIGTERM):
-        return f"{who} was killed by {signal.Signals(-code).name}"
-    return f"{who}: {reason['error']}" if reason else f"{who} ended with status {code}"
+    own = reason.get("environment") or code == -signal.SIGTERM
+    if code < 0 and not (reason and own):
+        return WorkerLost(f"{who} was killed by {signal.Signals(-code).name}")
+    lost = WorkerLost(f"{who}: {reason['error']}" if reason else f"{who} ended with status {code}")
+    lost.trace = reason.get("traceback", "")
+    return lost
+
+
+def listened_to() -> list[signal.Signals]:
+    """What stops a run, without the end of the terminal that nohup has it ignore."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in FORWARDED if not (ignored and number == signal.SIGHUP)]
 
 
 @contextmanager
 def forward_signals(mailbox: Path) -> Iterator[None]:
-    """Meanwhile SIGTERM, SIGUSR1 and Ctrl-C reach every worker; a second Ctrl-C ends at once."""
+    """Meanwhile what stops a run reaches every worker; a second Ctrl-C ends at once."""
     seen: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         if seen and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Interrupted
         seen.append(number)
         write(mailbox / "stop", str(number))
         for path in mailbox.glob("pid.*"):
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(int(read(path)), number)
 
-    before = {number: signal.signal(number, pass_on) for number in FORWARDED}
+    before = {number: signal.signal(number, pass_on) for number in listened_to()}
     try:
         yield
     finally:
@@ -263,6 +287,7 @@ def work(mailbox: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> in
     rank = int(os.environ["RANK"])
     write(mailbox / f"pid.{rank}", str(os.getpid()))
     spec = json.loads(read(mailbox / "spec.json"))
+    set_threads(spec[THREADS])  # or a worker would take it for the user's word
     try:
         status = run(spec)
     except Exception as error:
@@ -284,6 +309,7 @@ def write_failure(mailbox: Path, rank: int, error: BaseException) -> None:
         if alone
         else f"{type(error).__name__}: {first}",
         "collective": alone,
+        "environment": isinstance(error, EnvironmentFailed | NonFinite),
         "late": alone and any(word in first for word in LATE),
         "traceback": "".join(traceback.format_exception(error)),
         "time": time.time(),

@@ -1,4 +1,4 @@
-"""What mpiexec says to a process, and how it is called; nothing heavy is imported here."""
+"""How mpiexec is called, and how its workers part; nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -10,26 +10,8 @@ from pathlib import Path
 
 EXTRA = "pip install 'spikerl[mpi]' brings mpi4py and MPICH"
 
-# What the launchers of MPICH and of Open MPI tell a process: its rank, how many there are, and its
-# rank on its machine.
-LAUNCHERS = (
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-)
-# How they begin to speak of a worker that failed.
+# How mpiexecs begin to speak of a worker that failed.
 LAST_WORDS = re.compile(r"={20}|-{20}|Abort\(\d+\)|application called MPI_Abort")
-
-
-def launched() -> tuple[str, str, str] | None:
-    """The names of what mpiexec told this process, if it started it."""
-    return next((names for names in LAUNCHERS if names[0] in os.environ), None)
-
-
-def adopt() -> None:
-    """Take the rank that mpiexec gave this process, if it did, as torchrun would give it."""
-    for key, name in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), launched() or (), strict=False):
-        if name in os.environ:  # Slurm's own MPI launcher says no local rank
-            os.environ.setdefault(key, os.environ[name])
 
 
 def missing() -> str | None:

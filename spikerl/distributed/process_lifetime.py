@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from spikerl.distributed import mpi
+from spikerl.distributed.launchers import mpi_set
 
 PR_SET_PDEATHSIG = 1
 
@@ -40,7 +40,8 @@ def die_with_launcher() -> None:
 
     What another parent starts may be meant to outlive it, and Slurm ends its own.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ or mpi.launched():
+    env = os.environ
+    if ("TORCHELASTIC_RUN_ID" in env and "RANK" in env) or mpi_set():
         die_with_parent()
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spikerl.distributed import hosts, mpi, mpi_group
+from spikerl.distributed.launchers import mpi_set, ranked
 from spikerl.distributed.shm_allreduce import ShmAllReduce, open_shm_allreduce
 from spikerl.errors import BadRequest, DiskError
 from spikerl.schema import Registry
@@ -68,16 +69,16 @@ def resolve_backend(
     if config.name == "mpi":
         if why := mpi.missing() or (None if mpi.mpiexec(1) else f"no mpiexec; {mpi.EXTRA}"):
             raise BadRequest("backend", "mpi", why)
-        if ranked() and not mpi.launched():
+        if ranked() and not mpi_set():
             remedy = "torchrun started the workers; start them with mpiexec, or use backend=gloo"
             raise BadRequest("backend", "mpi", remedy)
-    elif config.name != "auto" and world_size > 1 and mpi.launched():
+    elif config.name != "auto" and world_size > 1 and mpi_set():
         raise BadRequest("backend", config.name, "mpiexec started the workers; use backend=mpi")
     if config.name != "auto":
         return Resolved(config.name, "requested")
     if world_size == 1:
         return Resolved("none", "one worker exchanges nothing")
-    if mpi.launched():
+    if mpi_set():
         return Resolved("mpi", "mpiexec started the workers")
     if here <= gpus:
         return Resolved("nccl", "a CUDA device for each worker")
@@ -172,13 +173,6 @@ def reason(error: OSError) -> str:
     return f"{said}: {error.filename}" if error.filename else said
 
 
-def ranked() -> bool:
-    """Whether a launcher (torchrun, mpiexec, srun, this program) has given this process a rank."""
-    mpi.adopt()
-    hosts.adopt()
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def join(backend: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> World:
     """Meet the other workers, as the launcher's environment variables say."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -187,8 +181,10 @@ def join(backend: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> Wo
         mpi_group.join(timedelta(seconds=timeout_s))
     elif size > 1:
         bound = device if backend == "nccl" else None
-        several = hosts.workers_here(size) < size
-        if several and (interface := hosts.interface_to(os.environ["MASTER_ADDR"])):
+        # gloo would look up this machine's own name, which may lead elsewhere, or nowhere.
+        alone = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+        other = "127.0.0.1" if alone else os.environ["MASTER_ADDR"]
+        if interface := hosts.interface_to(other):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=bound)
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), exchange)

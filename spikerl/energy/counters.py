@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from spikerl.children import safe_path
 from spikerl.errors import BadRequest
 
 KINDS = ("gpu:", "cpu:", "dram:")
@@ -119,7 +120,7 @@ class ZeusCounters:
         self.devices = {f"{kind}:{name}" for name in names.values()}
         gpus, packages = (list(names), []) if kind == "gpu" else ([], list(names))
         logging.getLogger("zeus").setLevel(logging.ERROR)
-        with _every_gpu_visible():
+        with _every_gpu_visible(), safe_path():
             from zeus.monitor import ZeusMonitor  # type: ignore[import-untyped]
 
             self.monitor = ZeusMonitor(gpu_indices=gpus, cpu_indices=packages)

@@ -29,6 +29,7 @@ from spikerl.energy.counters import (
     read_trace,
 )
 from spikerl.errors import BadRequest
+from spikerl.files import absolute
 from spikerl.schema import Registry
 from spikerl.types import Resolved
 
@@ -43,6 +44,7 @@ class EnergyConfig:
             raise BadRequest("energy.file", self.file, "energy=replay needs a recorded trace")
         if self.name != "replay" and self.file is not None:
             raise BadRequest("energy.file", self.file, "only energy=replay reads a file")
+        self.file = str(absolute(self.file)) if self.file else self.file
 
 
 METERS: Registry[EnergyConfig, None] = Registry(
@@ -119,8 +121,8 @@ def resolve(config: EnergyConfig, *, device: torch.device) -> Resolved:
     if config.name == "none":
         return Resolved("none", "requested")
     if config.name == "replay":
-        read_trace(str(config.file))
-        return Resolved(f"replay:{config.file}", "requested")
+        seconds = float(read_trace(str(config.file)).seconds[-1])
+        return Resolved(f"replay:{config.file}", f"requested; its {seconds:g} s are repeated")
     reasons = _find(config, device).reasons
     return Resolved(_source(reasons), "; ".join(reasons.values()) or "every counter was found")
 

@@ -1,4 +1,5 @@
-"""Environments: any registered Gymnasium task with Box observations and bounded Box actions.
+"""Environments: any registered Gymnasium task with Box observations, or dictionaries of them, and
+bounded Box actions.
 
 Shape legend   N environments, O observation entries, A action entries.
 """
@@ -6,17 +7,21 @@ Shape legend   N environments, O observation entries, A action entries.
 from __future__ import annotations
 
 import difflib
+import math
+import traceback
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 
 from spikerl.envs.snapshot import Snapshot, restore, snapshot
-from spikerl.errors import BadRequest, EnvironmentFailed
-from spikerl.types import MAX_EPISODE_STEPS, Task
+from spikerl.envs.wrappers import check_wrappers, wrapped
+from spikerl.errors import BadRequest, EnvironmentFailed, Interrupted
+from spikerl.isolation import UserCode
+from spikerl.types import MAX_EPISODE_STEPS, Entry, Task, flat
 
 # For an environment that sets no limit of its own, so that every episode ends.
 DEFAULT_EPISODE_STEPS = 1000
@@ -34,6 +39,9 @@ class EnvConfig:
     # each: every action entry has its own bounds; first: all have plus and minus the first one's
     # upper bound, as in the code of PopSAN and SpikeRL
     action_bounds: str = "each"
+    kwargs: dict[str, Any] | None = None  # of the environment's constructor
+    wrappers: list[Any] | None = None  # Gymnasium's, from the inside out
+    reward_scale: float = 1.0  # what learning sees of a reward; returns are in the task's units
 
     def __post_init__(self) -> None:
         if self.action_bounds not in ("each", "first"):
@@ -44,35 +52,77 @@ class EnvConfig:
         if limit is not None and not 1 <= limit <= MAX_EPISODE_STEPS:
             remedy = f"give 1 to {MAX_EPISODE_STEPS}, or null"
             raise BadRequest("env.max_episode_steps", limit, remedy)
+        if not self.reward_scale > 0.0:
+            raise BadRequest("env.reward_scale", self.reward_scale, "give a number above 0")
+        for name in MADE_WITH & (self.kwargs or {}).keys():
+            raise BadRequest("env.kwargs", name, f"set env.{name} instead")
+        check_wrappers(self.wrappers or [])
+
+
+MADE_WITH = {"id", "max_episode_steps"}  # what has keys of its own
 
 
 class CheckedEnv(gym.Wrapper[np.ndarray, Any, Any, Any]):
     """Observations as flat float64 arrays that are the caller's own, and no infos.
 
-    EnvironmentFailed: the environment returned what is no number, or of another shape than it said.
+    EnvironmentFailed: the environment raised anything at all, be it SystemExit, or returned what is
+    no number, or of another shape than it said. Only Ctrl-C passes.
 
     Environments may reuse their observation array; a copy keeps a final observation from being
     overwritten by the reset that follows it.
     """
 
-    def __init__(self, env: gym.Env[Any, Any], *, first_bound: bool = False) -> None:
+    def __init__(self, env: gym.Env[Any, Any], config: EnvConfig) -> None:
         super().__init__(env)
-        if first_bound:
+        self.config = config
+        if config.action_bounds == "first":
             bounds: Any = env.action_space
             most = bounds.high.flat[0]
             self.action_space = gym.spaces.Box(-most, most, bounds.shape, bounds.dtype)
+        self.layout = layout_of(env.observation_space)
         shape = env.observation_space.shape
-        assert shape is not None
-        self.shape, self.size = shape, int(np.prod(shape))
+        self.shape = shape or (sum(entry.size for entry in self.layout),)
+        self.size = int(np.prod(self.shape))
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.size,), np.float64)
+        self.failed = False
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        return self._own(self.env.reset(**kwargs)[0]), {}
+        try:
+            return self._own(self.env.reset(**kwargs)[0]), {}
+        except BaseException as error:
+            self._fail(error)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        obs, rew, terminated, truncated, _ = self.env.step(action)
-        ends = (_scalar("terminated", terminated, "b"), _scalar("truncated", truncated, "b"))
-        return self._own(obs), float(_scalar("reward", rew)), bool(ends[0]), bool(ends[1]), {}
+        try:
+            obs, rew, terminated, truncated, _ = self.env.step(action)
+            ends = (_scalar("terminated", terminated, "b"), _scalar("truncated", truncated, "b"))
+            return self._own(obs), float(_scalar("reward", rew)), bool(ends[0]), bool(ends[1]), {}
+        except BaseException as error:
+            self._fail(error)
+
+    def close(self) -> None:
+        try:
+            with UserCode():
+                self.env.close()
+        except Interrupted:
+            raise
+        except BaseException as error:
+            if self.failed:  # which was said, and this is what comes of it
+                return
+            name = self.spec.id if self.spec else "the environment"
+            raise EnvironmentFailed(f"close: {name} {describe_raised(error)}") from error
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        if isinstance(error, Interrupted):
+            raise error
+        self.failed = True
+        failure = error
+        if not isinstance(error, EnvironmentFailed):
+            failure = EnvironmentFailed(describe_raised(error))
+            failure.__cause__ = error
+        # From a process of its own, no other trace of it arrives.
+        failure.trace = "".join(traceback.format_exception(error))  # type: ignore[attr-defined]
+        raise failure
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -87,6 +137,11 @@ class CheckedEnv(gym.Wrapper[np.ndarray, Any, Any, Any]):
         restore(self.env, state)
 
     def _own(self, obs: Any) -> np.ndarray:
+        if self.layout:
+            try:
+                return flat(self.layout, obs)
+            except ValueError as error:
+                raise EnvironmentFailed(f"returned an observation {error}") from error
         given = np.asarray(obs)
         if given.shape != self.shape or given.dtype.kind not in REAL:
             what = f"an observation {given.shape} of {given.dtype}"
@@ -105,30 +160,58 @@ def _scalar(what: str, value: Any, kinds: str = REAL) -> Any:
     return given.item()
 
 
+def first_line(error: BaseException) -> str:
+    try:
+        return (str(error).strip().splitlines() or [""])[0][:300]
+    except BaseException:  # its own code, too
+        return ""
+
+
+def describe_raised(error: BaseException) -> str:
+    """What an environment raised, in one line, and where."""
+    message = f": {line}" if (line := first_line(error)) else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"raised {type(error).__name__}{message}{where}"
+
+
 def make_env(config: EnvConfig) -> CheckedEnv:
     """One environment; what cannot be made or trained on is a BadRequest that names the remedy."""
     _quiet_mujoco()
     named = config.id == f"{config.name}-{config.version}"
     key, value = ("env.version", config.version) if named else ("env.id", config.id)
     try:
-        with warnings.catch_warnings():  # its advice on versions, once for each environment
-            warnings.filterwarnings("ignore", module=r"gymnasium\.")
-            env = gym.make(
-                config.id, max_episode_steps=config.max_episode_steps, disable_env_checker=True
-            )
+        with UserCode():
+            return _made(config, key, value)
+    except (BadRequest, Interrupted):
+        raise
     except gym.error.UnregisteredEnv:
         known = sorted(gym.registry)
         near = difflib.get_close_matches(config.id, known, 3, 0.4)
         hint = f"nearest: {', '.join(near)}" if near else f"{len(known)} are registered"
         raise BadRequest(key, value, f"{config.id} is no registered environment; {hint}") from None
-    except Exception as error:  # its own code raises any
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadRequest(key, value, f"{config.id} cannot be made here: {reason}") from error
-    try:
-        _check_spaces(env, config)
-    except BadRequest:
-        env.close()
-        raise
+    except BaseException as error:  # its own code raises any, and calls sys.exit
+        plain = first_line(error) if isinstance(error, Exception) else ""
+        reason = plain or describe_raised(error)
+        hint = "; env.kwargs={...} gives it arguments" * isinstance(error, TypeError)
+        raise BadRequest(key, value, f"{config.id} cannot be made here: {reason}{hint}") from error
+
+
+def _made(config: EnvConfig, key: str, value: str | None) -> CheckedEnv:
+    with warnings.catch_warnings():  # its advice on versions, once for each environment
+        warnings.filterwarnings("ignore", module=r"gymnasium\.")
+        env: gym.Env[Any, Any] = gym.make(
+            config.id,
+            max_episode_steps=config.max_episode_steps,
+            disable_env_checker=True,
+            **(config.kwargs or {}),
+        )
+        try:
+            env = wrapped(env, config.wrappers or [])
+            _check_spaces(env, config)
+        except BadRequest:
+            env.close()
+            raise
     limit = _step_limit(env)
     if limit is None:
         env = gym.wrappers.TimeLimit(env, DEFAULT_EPISODE_STEPS)
@@ -136,7 +219,7 @@ def make_env(config: EnvConfig) -> CheckedEnv:
         env.close()
         remedy = f"its episodes last up to {limit} steps; set env.max_episode_steps"
         raise BadRequest(key, value, remedy)
-    return CheckedEnv(env, first_bound=config.action_bounds == "first")
+    return CheckedEnv(env, config)
 
 
 def check_confirmed(key: str, value: object, env_id: str, typed: str | None) -> None:
@@ -148,14 +231,43 @@ def check_confirmed(key: str, value: object, env_id: str, typed: str | None) -> 
 
 def task_of(env: CheckedEnv) -> Task:
     """What a policy must know of `env`."""
-    inner, space = env.env.observation_space, env.action_space
-    assert isinstance(inner, gym.spaces.Box)
+    space = env.action_space
     assert isinstance(space, gym.spaces.Box)
     assert env.spec is not None
     low, high = (np.asarray(bound, np.float64).ravel() for bound in (space.low, space.high))
     limit = _step_limit(env)
     assert limit is not None
-    return Task(env.spec.id, tuple(inner.shape), tuple(space.shape), low, high, limit)
+    return Task(
+        env.spec.id,
+        env.shape,
+        tuple(space.shape),
+        low,
+        high,
+        limit,
+        act_dtype="float16" if space.dtype == np.float16 else "float32",
+        layout=env.layout,
+        env_kwargs=env.config.kwargs or {},
+        env_wrappers=tuple(env.config.wrappers or ()),
+    )
+
+
+def layout_of(space: gym.Space[Any], path: tuple[str | int, ...] = ()) -> tuple[Entry, ...]:
+    """How a dictionary's or tuple's entries follow each other when flat; empty for a Box.
+
+    ValueError: an entry cannot be flattened.
+    """
+    if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
+        parts: Any = space.spaces
+        named = parts.items() if isinstance(space, gym.spaces.Dict) else enumerate(parts)
+        return tuple(entry for name, part in named for entry in layout_of(part, (*path, name)))
+    if not path and isinstance(space, gym.spaces.Box):
+        return ()
+    if path and isinstance(space, gym.spaces.Discrete):
+        return (Entry(path, (int(space.n),), int(space.start)),)
+    if path and isinstance(space, gym.spaces.Box | gym.spaces.MultiBinary):
+        return (Entry(path, tuple(space.shape)),)
+    kind, name = type(space).__name__, ".".join(map(str, path))
+    raise ValueError(f"hold a {kind}, {name}" if path else f"are {kind}")
 
 
 def _step_limit(env: gym.Env[Any, Any]) -> int | None:
@@ -169,9 +281,13 @@ def _step_limit(env: gym.Env[Any, Any]) -> int | None:
 
 def _check_spaces(env: gym.Env[Any, Any], config: EnvConfig) -> None:
     obs, act, env_id = env.observation_space, env.action_space, config.id
-    if not isinstance(obs, gym.spaces.Box) or not np.prod(obs.shape):
-        kind = type(obs).__name__
-        raise BadRequest("env.id", env_id, f"its observations are {kind}; a Box is needed")
+    try:
+        size = sum(part.size for part in layout_of(obs)) or math.prod(obs.shape or (0,))
+    except ValueError as error:
+        remedy = f"its observations {error}; a Box, or a Dict of such, is needed"
+        raise BadRequest("env.id", env_id, remedy) from None
+    if not size:
+        raise BadRequest("env.id", env_id, "its observations are empty")
     if not isinstance(act, gym.spaces.Box) or not np.prod(act.shape):
         kind = type(act).__name__
         raise BadRequest("env.id", env_id, f"its actions are {kind}; a Box (continuous) is needed")

@@ -26,7 +26,15 @@ import mujoco
 import numpy as np
 from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from gymnasium.envs.mujoco import MujocoEnv
-from gymnasium.wrappers import OrderEnforcing, TimeLimit
+from gymnasium.wrappers import (
+    ClipReward,
+    FlattenObservation,
+    OrderEnforcing,
+    RescaleAction,
+    RescaleObservation,
+    ReshapeObservation,
+    TimeLimit,
+)
 
 Snapshot = dict[str, np.ndarray]
 
@@ -34,6 +42,10 @@ INTEGRATION = int(mujoco.mjtState.mjSTATE_INTEGRATION)  # type: ignore[attr-defi
 SLEEP = int(mujoco.mjtEnableBit.mjENBL_SLEEP)  # type: ignore[attr-defined]
 READ_BEFORE_STEP = ("xpos", "xipos")
 WORD = (1 << 64) - 1
+STATELESS = (
+    *(ClipReward, FlattenObservation, RescaleAction),
+    *(RescaleObservation, ReshapeObservation),
+)
 
 
 def snapshot(env: gym.Env[Any, Any]) -> Snapshot | None:
@@ -41,8 +53,8 @@ def snapshot(env: gym.Env[Any, Any]) -> Snapshot | None:
     layers = _layers(env)
     if layers is None or not layers.started:
         return None
-    random = _words(layers.base.np_random)
-    inner = _inner(layers.base)
+    inner = _inner(layers.base)  # first: what is not known is not touched
+    random = None if inner is None else _words(layers.base.np_random)
     if random is None or inner is None:
         return None
     elapsed = np.array([limit._elapsed_steps for limit in layers.limits], np.int64)
@@ -96,7 +108,7 @@ def _layers(env: gym.Env[Any, Any]) -> _Layers | None:
             limits.append(env)
         elif type(env) is OrderEnforcing:
             orders.append(env)
-        else:
+        elif type(env) not in STATELESS:
             return None
         env = env.env
     return _Layers(env, limits, orders) if limits else None

@@ -6,20 +6,19 @@ Shape legend   N environments, O observation entries, A action entries.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
-from spikerl.distributed.process_lifetime import die_with_parent
-from spikerl.envs.make import FLOAT32_MAX, PATIENCE_S, CheckedEnv, EnvConfig, make_env
+from spikerl.envs.make import FLOAT32_MAX, PATIENCE_S, EnvConfig, describe_raised, make_env
+from spikerl.envs.process import Processes, maker
 from spikerl.envs.snapshot import Snapshot
-from spikerl.errors import EnvironmentFailed, NonFinite
+from spikerl.errors import BadRequest, EnvironmentFailed, Interrupted, NonFinite
+from spikerl.isolation import UserCode
 from spikerl.types import Task
 
 
@@ -55,7 +54,7 @@ class Envs:
         self.finished: list[Episode] = []  # since the caller last emptied it
 
     def reset(self, seeds: Sequence[int]) -> None:
-        obs, _ = self._ask(lambda: self.vector.reset(seed=list(seeds)))  # type: ignore[arg-type]
+        obs, _ = self._ask(lambda: self._reset(list(seeds)))
         self.obs = np.array(obs)
         self.resetting = np.zeros(len(obs), bool)
         self.returns = np.zeros(len(obs))
@@ -116,27 +115,37 @@ class Envs:
         self.vector.set_attr("snapshot", snapshots)  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        if self.failed and isinstance(self.vector, AsyncVectorEnv):
-            for process in self.vector.processes:  # one that hangs does not answer
-                process.kill()
-            self.vector.close(terminate=True)
+        if isinstance(self.vector, Processes):
+            self.vector.close(terminate=self.failed)
         else:
             self.vector.close()
 
+    def _reset(self, seeds: list[int]) -> Any:
+        if isinstance(self.vector, Processes):
+            self.vector.reset_async(seed=seeds)  # type: ignore[arg-type]
+            return self.vector.reset_wait(timeout=PATIENCE_S)
+        with UserCode():
+            return self.vector.reset(seed=seeds)  # type: ignore[arg-type]
+
     def _step(self, actions: np.ndarray) -> Any:
-        if not isinstance(self.vector, AsyncVectorEnv):
+        if isinstance(self.vector, Processes):
+            self.vector.step_async(actions)
+            return self.vector.step_wait(timeout=PATIENCE_S)
+        with UserCode():
             return self.vector.step(actions)
-        self.vector.step_async(actions)
-        return self.vector.step_wait(timeout=PATIENCE_S)
 
     def _ask(self, act: Callable[[], Any]) -> Any:
         """What the environments answer; EnvironmentFailed names the step, whatever they raise."""
         try:
             return act()
-        except Exception as error:
+        except BaseException as error:
             self.failed = True
-            said = describe_error(error)
-            raise EnvironmentFailed(f"step {self.steps + 1}: {self.task.env_id} {said}") from error
+            if isinstance(error, Interrupted):
+                raise
+            said, cause = describe_error(error), error
+            if trace := getattr(next(iter(error.args), None), "trace", None):
+                cause = RuntimeError(f"in a process of its own\n{trace}")
+            raise EnvironmentFailed(f"step {self.steps + 1}: {self.task.env_id} {said}") from cause
 
     def _check(self, what: str, values: np.ndarray) -> None:
         if not (np.abs(values) <= FLOAT32_MAX).all():
@@ -146,7 +155,7 @@ class Envs:
             )
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """What an environment did, after its name."""
     if isinstance(error, EnvironmentFailed):
         return str(error)
@@ -154,22 +163,17 @@ def describe_error(error: Exception) -> str:
         return f"did not answer within {PATIENCE_S:.0f} s"
     if isinstance(error, EOFError | ConnectionError):
         return "lost a process: it was killed or crashed"
-    return f"raised {type(error).__name__}: {error}"
+    return describe_raised(error)
 
 
 def make_envs(config: EnvConfig, num_envs: int, task: Task) -> Envs:
     settings: Any = {"autoreset_mode": AutoresetMode.SAME_STEP, "copy": False}  # `Envs` copies
     if config.vectorizer == "sync":
-        makers: list[Callable[[], CheckedEnv]] = [lambda: make_env(config)] * num_envs
-        return Envs(SyncVectorEnv(makers, **settings), task)
-    parent = os.getpid()
-    makers = [lambda: _make_in_worker(config, parent)] * num_envs
-    return Envs(AsyncVectorEnv(makers, **settings), task)
-
-
-def _make_in_worker(config: EnvConfig, parent: int) -> CheckedEnv:
-    if os.getpid() != parent:  # the vector makes one in its own process too, to see the spaces
-        for number in (signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)  # they are the parent's to answer
-        die_with_parent()
-    return make_env(config)
+        return Envs(SyncVectorEnv([lambda: make_env(config)] * num_envs, **settings), task)
+    try:
+        return Envs(Processes([maker(config)] * num_envs, **settings), task)
+    except (BadRequest, Interrupted):
+        raise
+    except Exception as error:
+        remedy = f"an environment could not be made in another process: {describe_error(error)}"
+        raise BadRequest("env.vectorizer", "async", remedy) from error

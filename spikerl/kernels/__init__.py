@@ -112,6 +112,14 @@ def resolve(config: KernelConfig, device: str, layered: str | None = None) -> Re
     return Resolved(f"cpu/{path}", reason)
 
 
+def here(name: str, device: str) -> str:
+    """A kernel of another machine, or what stands for it on this one."""
+    kind, _, path = name.partition("/")
+    if kind != "cpu" or native.first_built([p for p in native.supported_paths() if p == path])[0]:
+        return name
+    return resolve(KernelConfig(name="auto", path=None), device).choice
+
+
 def _on_gpu(config: KernelConfig, device: str) -> Resolved:
     if config.name == "cpu":
         raise BadRequest("kernel", "cpu", f"this run uses {device}; use kernel=auto")

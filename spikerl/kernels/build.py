@@ -7,7 +7,6 @@ kept in the user's cache folder under a name made of all three.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import os
 import shlex
@@ -19,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+from spikerl.files import lock_file
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fopenmp")
@@ -95,7 +96,7 @@ def library(path: str) -> ctypes.CDLL:
                 if not built.exists():
                     _build(command, built)
     except OSError as error:
-        raise Unbuilt(f"{built.parent} cannot be used: {error.strerror}") from None
+        raise Unbuilt(f"{built.parent} cannot be used: {error.strerror or error}") from None
     try:
         lib = ctypes.CDLL(str(built))
     except OSError as error:
@@ -187,13 +188,13 @@ def _compiler() -> list[str]:
 def _cache_folder() -> Path:
     """A folder that only this user can write to: what lies in it is code."""
     root = os.environ.get("SPIKERL_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    folder = Path(root) if root else Path.home() / ".cache"
-    folder = folder / "spikerl"
     try:
+        folder = Path(root).absolute() if root else Path.home() / ".cache"
+        folder = folder / "spikerl"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-    except OSError as error:
-        raise Unbuilt(f"no cache folder: {error}") from None
+    except (OSError, RuntimeError) as error:  # the second from a user whom nobody knows
+        raise Unbuilt(f"no cache folder ({error}); name one with SPIKERL_CACHE=FOLDER") from None
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise Unbuilt(f"{folder} can be written to by others")
     if not os.access(folder, os.W_OK):
@@ -204,7 +205,7 @@ def _cache_folder() -> Path:
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock_file(file, wait=True)  # without locks several may build; the last one's stays
         yield
 
 

@@ -408,7 +408,7 @@ class _BlockCache:
         for i, block in enumerate(self.free):
             if len(block) == size:
                 return self.free.pop(i)
-        return torch.empty(size)
+        return torch.empty(size, dtype=torch.float32)
 
     def release(self, *blocks: Tensor) -> None:
         self.free = [*blocks, *self.free][: self.KEPT]

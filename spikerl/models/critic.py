@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spikerl import kernels
 from spikerl.kernels.gradient import Gradient
+from spikerl.snn.linear import uniform
 from spikerl.types import Batch
 
 
@@ -35,12 +36,8 @@ class Critics(nn.Module):
         self.weights_CIN, self.biases_C1N = nn.ParameterList(), nn.ParameterList()
         for i, n in pairwise(sizes):
             bound = 1.0 / math.sqrt(i)  # what torch gives a linear layer
-            self.weights_CIN.append(
-                nn.Parameter(torch.empty(networks, i, n).uniform_(-bound, bound))
-            )
-            self.biases_C1N.append(
-                nn.Parameter(torch.empty(networks, 1, n).uniform_(-bound, bound))
-            )
+            self.weights_CIN.append(uniform(bound, networks, i, n))
+            self.biases_C1N.append(uniform(bound, networks, 1, n))
 
     def forward(self, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
         """Every network's values, (C, B)."""

@@ -15,6 +15,10 @@ from spikerl.errors import NonFinite
 
 MOST = 1 << 53  # observations: beyond, a float64 does not count by ones
 EPS = float(np.finfo(np.float32).eps)  # added to the variance, as PopSAN's code does
+# Of a mean, in deviations: float32 then has 12 of its 24 bits left for what varies.
+FAR = float(1 << 12)
+# And 8: replayed observations, which are stored in float32, are coarse.
+TOO_FAR = float(1 << 16)
 
 
 class RunningNorm:
@@ -77,13 +81,43 @@ class RunningNorm:
         self.count = total
 
     def normalize(self, obs_BO: Tensor) -> Tensor:
-        """clip((obs - mean) / sqrt(var + eps)), in float32 (B, O)."""
-        mean, std = self.mean_std.to(obs_BO.device)
-        return ((obs_BO - mean) / std).clamp(-self.clip, self.clip)
+        """clip((obs - mean) / sqrt(var + eps)) of float32 or float64 (B, O), in float32.
+
+        Float64 is subtracted as such where a mean lies so far out that float32 would lose digits
+        of what varies (`far`), and is rounded before elsewhere, which is faster.
+        """
+        moments = (self.exact_mean_std if self.far else self.mean_std).to(obs_BO.device)
+        mean, std = moments
+        near = ((obs_BO.to(moments.dtype) - mean) / std).clamp(-self.clip, self.clip)
+        return near.to(torch.float32)
+
+    def observe(self, obs_BO: np.ndarray, device: torch.device) -> Tensor:
+        """What is seen of raw observations, float32 (B, O)."""
+        obs = torch.from_numpy(obs_BO.astype(np.float64 if self.far else np.float32))
+        return self.normalize(obs.to(device))
+
+    def coarse(self) -> dict[int, str]:
+        """What to say of each entry whose digits float32, and so the replay, does not keep."""
+        found = np.flatnonzero(self._varies() & (np.abs(self.mean_O) > TOO_FAR * self._std()))
+        return {
+            int(i): f"warning: observation entry {i} lies around {self.mean_O[i]:.3g} and deviates"
+            f" by {np.sqrt(self.var_O[i]):.2g}: learning replays float32, which has steps of"
+            f" {np.spacing(np.float32(abs(self.mean_O[i]))):.2g} there; subtract a constant from it"
+            " in the environment"
+            for i in found
+        }
+
+    def _std(self) -> np.ndarray:
+        return np.asarray(np.sqrt(self.var_O + EPS))
+
+    def _varies(self) -> np.ndarray:
+        """By entry, whether more than what is rounded, or next to `EPS` nothing, varies."""
+        least = np.maximum(1e-2 * np.sqrt(EPS), 1e-12 * np.abs(self.mean_O))
+        return np.asarray(np.sqrt(self.var_O) > least)
 
     def state(self) -> dict[str, Tensor]:
         return {
-            "count": torch.tensor(self.count),
+            "count": torch.tensor(self.count, dtype=torch.int64),
             "mean": torch.from_numpy(self.mean_O.copy()),
             "var": torch.from_numpy(self.var_O.copy()),
         }
@@ -95,5 +129,7 @@ class RunningNorm:
         self._refresh()
 
     def _refresh(self) -> None:
-        std = np.sqrt(self.var_O + EPS)
-        self.mean_std = torch.from_numpy(np.stack([self.mean_O, std]).astype(np.float32))
+        moments = np.stack([self.mean_O, self._std()])
+        self.mean_std = torch.from_numpy(moments.astype(np.float32))
+        self.exact_mean_std = torch.from_numpy(moments)
+        self.far = bool((self._varies() & (np.abs(self.mean_O) > FAR * self._std())).any())

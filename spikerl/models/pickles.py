@@ -67,6 +67,16 @@ def _reconstruct(kind: object, shape: object, code: object) -> np.ndarray:
     return np.empty(0, np.int8)  # what fills it brings its own shape, type and values
 
 
+def _frombuffer(content: object, kind: object, shape: object, order: object = "C") -> np.ndarray:
+    """What protocol 5 calls instead: the values come as one block of bytes."""
+    if not isinstance(content, bytes | bytearray) or not isinstance(kind, np.dtype):
+        raise pickle.UnpicklingError("makes an array of other than its bytes")
+    if not isinstance(shape, tuple) or order not in ("C", "F"):
+        raise pickle.UnpicklingError("makes an array of no shape")
+    flat: np.ndarray = np.frombuffer(content, kind)
+    return flat.reshape(shape, order="C" if order == "C" else "F")
+
+
 def _dtype(code: object, *flags: object) -> np.dtype[Any]:
     if code not in ("f2", "f4", "f8", "i4", "i8"):
         raise pickle.UnpicklingError(f"holds an array of {code}; floats are needed")
@@ -87,6 +97,8 @@ class _ArraysOnly(pickle.Unpickler):
         ("numpy", "dtype"): _dtype,
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy.core.numeric", "_frombuffer"): _frombuffer,
+        ("numpy._core.numeric", "_frombuffer"): _frombuffer,
         ("_codecs", "encode"): _encode,
     }
 

@@ -24,18 +24,20 @@ from safetensors.torch import save as tensor_bytes
 from spikerl import kernels, plugins
 from spikerl.errors import BadRequest
 from spikerl.files import json_bytes, read_bytes, read_json, write_atomic
-from spikerl.machine import versions
+from spikerl.machine import resolve_device, versions
 from spikerl.models.actor import ACTORS, Actor, ActorConfig, PopSANConfig, SpikingActor, build_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.snn.decoders import DECODERS
 from spikerl.snn.encoders import ENCODERS
 from spikerl.snn.neurons import NEURONS
-from spikerl.types import MAX_EPISODE_STEPS, Task
+from spikerl.types import MAX_EPISODE_STEPS, Entry, Task, flat
 
 SCHEMA = 3  # 2: weights are input-major; 3: neurons have a reset and a choice of surrogate
 MAX_BYTES = 1 << 20  # of a policy.json; action bounds take most of it
 MAX_TENSORS = 1 << 30
+CHOICES = ("last", "best")  # of a run's policies
 ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")
+_started_in = os.getpid()  # the process whose thread pool torch may have started
 
 
 def parse_actor(data: dict[str, Any]) -> ActorConfig:
@@ -58,36 +60,77 @@ class Policy:
         self.task, self.config, self.actor, self.norm = task, config, actor, norm
         self.device = next(actor.parameters()).device
         self.generator = torch.Generator(self.device).manual_seed(0)
-        self.one_action = None
-        if isinstance(actor, SpikingActor):
-            self.one_action = kernels.one_action(actor.kernel, actor, task)
+        self.one_action = self._one_action()
+        self.pid = _started_in
         self.trained_with: dict[str, str] = {}  # versions, where it was loaded from a file
 
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
-        """Actions in the environment's units for one raw observation or a batch of them.
+    def _one_action(self) -> kernels.cpu.OneAction | None:
+        if not isinstance(self.actor, SpikingActor):
+            return None
+        return kernels.one_action(self.actor.kernel, self.actor, self.task)
 
-        Raises ValueError for another shape than (*obs_shape) or (B, *obs_shape), or a value that is
-        not finite.
+    def __getstate__(self) -> dict[str, Any]:
+        # A generator cannot be pickled, nor pointers into the C++ library.
+        return {**vars(self), "generator": self.generator.get_state(), "one_action": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.pid = _started_in
+        self.generator = torch.Generator(self.device)
+        self.generator.set_state(state["generator"])
+        if isinstance(self.actor, SpikingActor):
+            self.actor.kernel = kernels.here(self.actor.kernel, str(self.device))
+        self.one_action = self._one_action()
+
+    def __call__(self, obs: Any) -> np.ndarray:
+        """Actions in the environment's units for one raw observation or a batch of them; where the
+        environment's are dictionaries, such a one, or what it is flat.
+
+        Raises TypeError for other than real numbers, ValueError for another shape than (*obs_shape)
+        or (B, *obs_shape), or a value that is not finite.
         """
+        if self.pid != os.getpid():
+            leave_thread_pool()
+            self.pid, self.one_action = os.getpid(), self._one_action()  # its lock may be held
+        if self.task.layout and not isinstance(obs, np.ndarray):
+            obs = flat(self.task.layout, obs)
         obs = np.asarray(obs)
+        if obs.dtype.kind not in "fiub":
+            raise TypeError(f"obs holds {obs.dtype}; real numbers are needed")
         shape = self.task.obs_shape
         single = obs.shape == shape
         if not single and obs.shape[1:] != shape:
             raise ValueError(f"obs has shape {obs.shape}; expected {shape} or (B, *{shape})")
-        if single and self.one_action is not None:
+        if single and self.one_action is not None and not self.norm.far:
             one = self.one_action(obs.reshape(-1), self.norm.mean_std, self.norm.clip)
             if one is not None:
-                return one.reshape(self.task.act_shape)
+                return self.task.typed(one.reshape(self.task.act_shape))
         if not np.isfinite(obs).all():
             raise ValueError("obs holds a NaN or an infinity")
         act = self.task.to_env(self.act(obs.reshape(-1, self.task.obs_dim), self.generator))
         return act[0] if single else act
 
+    def predict(
+        self,
+        obs: np.ndarray,
+        state: None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, None]:
+        """The action, and the state of a recurrent policy, which this is not.
+
+        As Stable-Baselines3 and the tools around it call a policy. ValueError for
+        `deterministic=False`: exploration belongs to the algorithm, and is not saved.
+        """
+        if not deterministic:
+            raise ValueError("a saved policy has no exploration noise; give deterministic=True")
+        return self(obs), None
+
     @torch.no_grad()
     def act(self, obs_BO: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """Actions (B, A) in [-1, 1]."""
-        obs = torch.from_numpy(obs_BO.astype(np.float32)).to(self.device)
-        return self.actor(self.norm.normalize(obs), generator).cpu().numpy()
+        obs = self.norm.observe(obs_BO, self.device)
+        return self.actor(obs, generator).cpu().numpy()
 
     def save(self, folder: Path) -> None:
         for name, content in self.files().items():
@@ -106,6 +149,7 @@ class Policy:
             "act_low": t.act_low.tolist(),
             "act_high": t.act_high.tolist(),
             "max_episode_steps": t.max_episode_steps,
+            **_optional(t),
             "norm_clip": self.norm.clip,
             **{k: v for k, v in asdict(self.config).items() if v is not None},
             "versions": self.trained_with or versions(),
@@ -113,6 +157,16 @@ class Policy:
         if needed := plugins.versions_of(self.config.parts()):
             data["plugins"] = needed
         return {"policy.safetensors": tensor_bytes(tensors), "policy.json": json_bytes(data)}
+
+
+def leave_thread_pool() -> None:
+    """Compute in one thread in a process that was forked: it has none of the threads that the pool
+    of the process before consists of, and would wait for them without end.
+    """
+    global _started_in
+    if os.getpid() != _started_in:
+        _started_in = os.getpid()
+        torch.set_num_threads(1)
 
 
 def check_shapes(key: str, value: object, policy: Task, task: Task) -> None:
@@ -123,26 +177,39 @@ def check_shapes(key: str, value: object, policy: Task, task: Task) -> None:
         raise BadRequest(key, value, f"{remedy} {task.env_id} needs {ours[0]} to {ours[1]}")
 
 
-def load_policy(run: str | Path, device: str = "cpu") -> Policy:
+def load_policy(
+    run: str | Path, device: str | torch.device = "cpu", *, policy: str = "last"
+) -> Policy:
     """The policy of a run folder: its final one, else that of its newest checkpoint.
 
-    Raises BadRequest, a ValueError, for what is missing, foreign, damaged or inconsistent.
+    `policy`: last, or best, which had the highest evaluation return so far. `device`: auto, cpu,
+    cuda or cuda:N. Raises BadRequest, a ValueError, for a device that is not there, and for a
+    policy that is missing, foreign, damaged or inconsistent.
     """
-    kernel = kernels.resolve(kernels.KernelConfig(name="auto", path=None), device).choice
-    return read_policy(find_policy(Path(run), key="run"), device, key="run", kernel=kernel)
+    leave_thread_pool()
+    choice = resolve_device(str(device).removesuffix(":0")).choice
+    kernel = kernels.resolve(kernels.KernelConfig(name="auto", path=None), choice).choice
+    folder = find_policy(Path(run), policy, key="run")
+    return read_policy(folder, choice, key="run", kernel=kernel)
 
 
-def find_policy(run: Path, *, key: str) -> Path:
+def find_policy(run: Path, policy: str = "last", *, key: str) -> Path:
     """The folder below `run` that holds the policy to use."""
+    if policy not in CHOICES:
+        raise BadRequest("policy", policy, f"give {' or '.join(CHOICES)}")
     folders, root = [run], run / "checkpoints"
     with suppress(OSError, ValueError):  # a name that cannot be one
         # What the link points at, as it may move meanwhile; without it, the newest that is there.
         folders.append(Path(os.path.realpath(root / "latest")))
         folders += sorted(root.glob("step_*"), reverse=True)
+    if policy == "best":
+        folders = [folder / "best" for folder in folders]
     for folder in folders:
         if os.path.isfile(folder / "policy.json"):  # False, too, for a name that is too long
             return folder
     remedy = "no policy there; give a run folder (it holds policy.json and policy.safetensors)"
+    if policy == "best":
+        remedy = "no best policy there: a run has one once it was evaluated; give policy=last"
     raise BadRequest(key, run, remedy)
 
 
@@ -152,6 +219,42 @@ def upgraded(data: dict[str, Any]) -> dict[str, Any]:
         then = {"reset": "hard", "surrogate": "rect", "surrogate_slope": 2.0}
         data = {**data, "neuron": {**neuron, **then, "surrogate_slope_end": None}}
     return {**data, "schema": SCHEMA}
+
+
+def _optional(task: Task) -> dict[str, Any]:
+    """What only some tasks have."""
+    layout = [[list(entry.path), list(entry.shape), entry.start] for entry in task.layout]
+    every = {
+        "act_dtype": task.act_dtype if task.act_dtype != "float32" else None,
+        "obs_layout": layout,
+        "env_kwargs": dict(task.env_kwargs),
+        "env_wrappers": list(task.env_wrappers),
+    }
+    return {key: value for key, value in every.items() if value}
+
+
+def _read_optional(data: dict[str, Any]) -> dict[str, Any]:
+    layout = tuple(
+        Entry(tuple(path), tuple(int(n) for n in shape), None if start is None else int(start))
+        for path, shape, start in data.get("obs_layout", [])
+    )
+    obs_shape = [int(n) for n in data["obs_shape"]]
+    if layout and [sum(entry.size for entry in layout)] != obs_shape:
+        raise ValueError("obs_layout, which does not fit obs_shape")
+    names = [name for entry in layout for name in entry.path]
+    if not all(type(name) is int or (type(name) is str and name.isprintable()) for name in names):
+        raise ValueError("obs_layout, whose names cannot be printed")
+    if data.get("act_dtype", "float32") not in ("float16", "float32"):
+        raise ValueError("act_dtype")
+    kwargs, wrappers = data.get("env_kwargs", {}), data.get("env_wrappers", [])
+    if not isinstance(kwargs, dict) or not isinstance(wrappers, list):
+        raise ValueError("env_kwargs or env_wrappers")
+    return {
+        "act_dtype": data.get("act_dtype", "float32"),
+        "layout": layout,
+        "env_kwargs": kwargs,
+        "env_wrappers": tuple(wrappers),
+    }
 
 
 def read_policy(
@@ -185,6 +288,7 @@ def read_policy(
             np.array(data["act_low"], np.float64),
             np.array(data["act_high"], np.float64),
             int(data["max_episode_steps"]),
+            **_read_optional(data),
         )
         clip = float(data["norm_clip"])
         trained_with = {str(k): str(v) for k, v in dict(data["versions"]).items()}

@@ -73,7 +73,8 @@ def curves(panels: Mapping[str, Panel], across: str, ylabel: str) -> Figure | No
     if not panels:
         return None
     figure, axes = _grid(list(panels))
-    labels = list(dict.fromkeys(label for panel in panels.values() for label in panel))
+    drawn = [label for panel in panels.values() for label, lines in panel.items() if lines]
+    labels = list(dict.fromkeys(drawn))
     for ax, panel in zip(axes, panels.values(), strict=True):
         for label, lines in panel.items():
             if lines:

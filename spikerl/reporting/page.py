@@ -15,7 +15,7 @@ import yaml
 
 from spikerl.reporting import statistics
 from spikerl.reporting.records import Run, number, values
-from spikerl.reporting.tables import Grid, rounded, spread, steps
+from spikerl.reporting.tables import PM, Grid, rounded, spread, steps
 
 OVERVIEW = ("run", "task", "status", "seed", "steps", "maximum", "last ten", "firing rate",
             "steps/s", "hours", "joules")  # fmt: skip
@@ -67,6 +67,12 @@ class Card(NamedTuple):
             config=yaml.safe_dump(run.config, sort_keys=False),
             manifest=json.dumps(run.manifest, indent=1),
         )
+
+
+def unbroken(text: str) -> str:
+    """A number and its spread stay on one line."""
+    space = "\N{NO-BREAK SPACE}"
+    return text.replace(f" {PM} ", f"{space}{PM}{space}")
 
 
 def fraction(value: Any) -> str:
@@ -123,6 +129,7 @@ def page(
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["unbroken"] = unbroken
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         title=title,

@@ -77,17 +77,23 @@ def bootstrap_means(
     count = len(scores_SE)
     if count < 2:
         return None
-    drawn_RS = np.random.default_rng(seed).integers(count, size=(repetitions, count))
-    times_RS = (drawn_RS[:, :, None] == np.arange(count)).sum(1)  # each seed was drawn
-    means_RE = times_RS @ scores_SE / count
-    low, high = np.quantile(means_RE, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    times_RS = _times(count, repetitions, np.random.default_rng(seed))
+    low, high = np.quantile(
+        times_RS @ scores_SE / count, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0
+    )
     return low, high
+
+
+def _times(count: int, repetitions: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """How often each of `count` seeds is in a resample, (R, S)."""
+    drawn_RS = rng.integers(count, size=(repetitions, count))
+    return (drawn_RS[:, :, None] == np.arange(count)).sum(1)
 
 
 def probability_of_improvement(ours: Sequence[Array], theirs: Sequence[Array]) -> float:
     """P(ours > theirs) for a seed of each on one task, ties half; the mean over tasks."""
     pairs = zip(ours, theirs, strict=True)
-    return float(np.mean([_better(x[None], y[None]).item() for x, y in pairs]))
+    return float(np.mean([_better(x, y).mean() for x, y in pairs]))
 
 
 def improvement_interval(
@@ -101,16 +107,16 @@ def improvement_interval(
     if all(len(task) < 2 for task in (*ours, *theirs)):
         return None
     rng = np.random.default_rng(seed)
-    tasks = [
-        _better(_resample(x, repetitions, rng), _resample(y, repetitions, rng))
-        for x, y in zip(ours, theirs, strict=True)
-    ]
-    return _interval(np.mean(tasks, axis=0))
+    values_R = np.zeros(repetitions)
+    for x, y in zip(ours, theirs, strict=True):
+        mine, other = (_times(len(side), repetitions, rng) for side in (x, y))
+        values_R += ((mine @ _better(x, y)) * other).sum(1) / (len(x) * len(y))
+    return _interval(values_R / len(ours))
 
 
-def _better(ours_RS: Array, theirs_RS: Array) -> Array:
-    difference = ours_RS[:, :, None] - theirs_RS[:, None, :]
-    return (np.sign(difference) / 2 + 0.5).mean((1, 2))
+def _better(ours: Array, theirs: Array) -> Array:
+    """1 where ours is larger, a half where both are equal, for each pair."""
+    return np.sign(ours[:, None] - theirs) / 2 + 0.5
 
 
 def performance_profile(tasks: Sequence[Array], levels: Sequence[float]) -> Array:

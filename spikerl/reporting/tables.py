@@ -102,7 +102,7 @@ def grid(results: Results, metric: str) -> Grid:
         printed = [""] * bool(table.aggregate)
         if _has_place(results, name, metric):
             own = gained.get(name, (None, None)) if primary else (None, None)
-            ours = [percent(gain) for gain in own[: len(gains)]]
+            ours = [_gain(results, name, gain) for gain in own[: len(gains)]]
             cells = [cell_text(result, metric) for result in results.of(name)]
             lines.append([row.label, *cells, *ours, *printed])
         if row.published and row.published.metric == metric:
@@ -114,6 +114,13 @@ def grid(results: Results, metric: str) -> Grid:
                 printed = ["-" if given is None else f"{given:g}"]
             lines.append([published_label(results, name), *values, *theirs, *printed])
     return lines
+
+
+def _gain(results: Results, row: str, gain: float | None) -> str:
+    """In percent, and whether some of the runs behind it have fewer steps than asked."""
+    behind = [*results.of(row), *results.of(results.table.baseline or row)]
+    whole = gain is None or not any(result.partial for result in behind)
+    return percent(gain) + ("" if whole else " (partial)")
 
 
 def _has_place(results: Results, row: str, metric: str) -> bool:

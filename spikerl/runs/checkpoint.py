@@ -33,6 +33,7 @@ from spikerl.errors import BadRequest, DiskError
 from spikerl.files import (
     checksum_of,
     json_bytes,
+    link_to,
     make_folder,
     parse_json,
     read_json,
@@ -43,6 +44,7 @@ from spikerl.files import (
 
 SCHEMA = 3  # 3: segments are named by the number of workers too
 KEEP = 3
+FILE = r"(best/)?[a-z0-9_]+\.(safetensors|json)"  # of a checkpoint
 MAX_BYTES = 1 << 26  # of a JSON file; a manifest names some hundred segments
 
 
@@ -64,7 +66,7 @@ def save_checkpoint(
     policy: Mapping[str, bytes],
 ) -> None:
     """Commit, all workers together; `learner`, `facts` (with the `step`) and `policy`, the files of
-    one, are the same on all.
+    one and of best/, are the same on all.
 
     DiskError: a disk refused. What was there before stays, and the next call makes up for it.
     """
@@ -89,6 +91,8 @@ def save_checkpoint(
         return _last_segments(run)
 
     def write() -> tuple[dict[str, str], dict[str, str]]:
+        for folder in {(partial / name).parent for name in mine} - {partial}:
+            make_folder(folder)
         files = {name: write_synced(partial / name, content) for name, content in mine.items()}
         return files, append_segment(run, world, replay)
 
@@ -106,7 +110,8 @@ def save_checkpoint(
             "segments": {p: s for p, s in segments.items() if _reaches(p, world, replay)},
         }
         write_synced(partial / "manifest.json", json_bytes({**manifest, "seal": _seal(manifest)}))
-        sync_folder(partial)
+        for folder in {(partial / file).parent for file in files}:
+            sync_folder(folder)
         place = root / name
         replaced = root / f".{name}.replaced.partial"
         if again := place.exists():  # the same step
@@ -117,7 +122,7 @@ def save_checkpoint(
             if again:
                 os.rename(replaced, place)
             raise
-        _point_latest(root, name)
+        link_to(root / "latest", name)
         for folder in _folders(run)[KEEP:]:
             shutil.rmtree(folder)
         remove_unreferenced(run)
@@ -159,6 +164,11 @@ class Checkpoint:
         """How many wrote it."""
         return int(self.manifest["world_size"])
 
+    def best(self) -> dict[str, bytes]:
+        """The files of the best policy so far; none where no evaluation had been."""
+        named = [name for name in self.manifest["files"] if name.startswith("best/")]
+        return {Path(name).name: (self.folder / name).read_bytes() for name in named}
+
     def learner(self) -> dict[str, Tensor]:
         return load_file(self.folder / "learner.safetensors")
 
@@ -173,6 +183,7 @@ class Checkpoint:
         width = replay.width  # environments of each worker
         steps = int(self.worker(0)[1]["replay_added"]) * self.workers // (width * size)
         replay.added = replay.saved = steps * width
+        replay.reserve(replay.size)
         replay.rows[: replay.size] = math.nan  # so that one that no segment holds is noticed
         oldest = max(0, replay.added - replay.capacity) // width
         for path in self.manifest["segments"]:
@@ -185,8 +196,8 @@ class Checkpoint:
                 continue
             rows_TNC = np.fromfile(self.run / path, np.float32).reshape(last - first, theirs, -1)
             begin, end = max(first, oldest), min(last, steps)
-            number_T1 = torch.arange(begin, end).unsqueeze(1) * width - offset
-            number_TN = number_T1 + torch.arange(mine.start, mine.stop)
+            number_T1 = torch.arange(begin, end, dtype=torch.int64).unsqueeze(1) * width - offset
+            number_TN = number_T1 + torch.arange(mine.start, mine.stop, dtype=torch.int64)
             held = torch.from_numpy(rows_TNC[begin - first : end - first, mine])
             replay.restore(number_TN, held)
         if not replay.rows[: replay.size].isfinite().all():
@@ -220,7 +231,7 @@ def remove_newer(checkpoint: Checkpoint) -> None:
         if folder.name > checkpoint.folder.name:
             shutil.rmtree(folder)
     remove_unreferenced(checkpoint.run)
-    _point_latest(checkpoint.folder.parent, checkpoint.folder.name)
+    link_to(checkpoint.folder.parent / "latest", checkpoint.folder.name)
 
 
 def remove_unreferenced(run: Path) -> None:
@@ -305,7 +316,7 @@ def _check(manifest: Mapping[str, Any]) -> None:
     if not all(type(count) is int and 0 <= count < 1 << 63 for count in counts):
         raise ValueError("step, world_size or metrics_bytes")
     for name, sums in manifest["files"].items():
-        if not isinstance(sums, str) or not re.fullmatch(r"[a-z0-9_]+\.(safetensors|json)", name):
+        if not isinstance(sums, str) or not re.fullmatch(FILE, name):
             raise ValueError(f"{name} is no file of a checkpoint")
     for path, _ in manifest["segments"].items():
         _parse(path)
@@ -351,11 +362,3 @@ def _damaged_rows(path: Path, length: int) -> Iterator[str]:
 
 def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return save({name: t.detach().cpu().clone() for name, t in tensors.items()})
-
-
-def _point_latest(root: Path, name: str) -> None:
-    link = root / ".latest.partial"
-    link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    os.replace(link, root / "latest")
-    sync_folder(root)

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from spikerl.output import discard
+
 
 class Stage(Protocol):
     """What the view reads of a training run between epochs."""
@@ -43,7 +45,19 @@ def epoch_line(row: Mapping[str, Any], total_steps: int) -> str:
         f"  train {number(row['train_return'])}  critic_loss {number(row['critic_loss'])}"
         f"  q {number(row['q_mean'])}  firing {number(row['firing_rate'])}"
         f"  {number(row['env_steps_per_s'])} steps/s  {row['wall_s']:.0f} s"
+        f"  {energy_text(row).partition(' (')[0]}"  # why there is none stands above and below
     )
+
+
+REASON = 60  # characters of why nothing was measured
+
+
+def energy_text(row: Mapping[str, Any]) -> str:
+    """Joules and watts of an epoch or of a run; a dash and why, where there are none."""
+    if row.get("energy_j") is None:
+        return f"energy - ({row.get('energy_source', 'none')[:REASON]})"
+    power = row.get("power_w")
+    return f"energy {number(row['energy_j'])} J" + (f" {number(power)} W" if power else "")
 
 
 # Below this share of voltages inside the surrogate window, a layer passes next to no gradient.
@@ -66,11 +80,18 @@ def stuck_layers(row: Mapping[str, Any]) -> dict[int, str]:
 
 
 class Screen(Console):
-    """Standard output, whose reader may go away."""
+    """Standard output, whose reader may go away; it is drawn on only where it is a terminal.
+
+    rich takes FORCE_COLOR for one.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        drawn = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        super().__init__(force_terminal=drawn, **settings)
 
     def on_broken_pipe(self) -> None:  # which ends the program otherwise
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
 
 
 class View:
@@ -91,9 +112,12 @@ class View:
         self.first_step = first_step  # where this session began: its speed counts from there
         self.best: float | None = None
         self.last: Mapping[str, Any] = {}
+        self.stage: Stage | None = None
         self.title = title
         self.live: Live | None = None
-        if self.console.is_terminal:
+        # Of a sweep whose jobs run side by side, each on the same screen.
+        self.job = os.environ.get("SPIKERL_JOB")
+        if self.console.is_terminal and not self.job:
             self.bar = Progress(
                 TextColumn("step"), BarColumn(None), MofNCompleteColumn(),
                 TextColumn("{task.percentage:>3.0f}%"), TextColumn("left"), TimeRemainingColumn(),
@@ -106,22 +130,24 @@ class View:
     def line(self, text: str) -> None:
         """A line that stays, above the live panel."""
         with suppress(OSError):
-            self.console.print(text, markup=False, emoji=False)
+            before = f"[{self.job}] " if self.job else ""
+            self.console.print(before + text, markup=False, emoji=False)
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         self.last = row
-        self.best = max(row["eval_return"], self.best if self.best is not None else -float("inf"))
+        known = [ret for ret in (self.best, row["eval_return"]) if ret is not None]
+        self.best = max(known, default=None)
         self.line(epoch_line(row, self.total_steps))
+        if self.live:  # of which the last picture stays
+            self._draw(self.live, row["step"])
 
     def progress(self, stage: Stage) -> None:
-        now = time.monotonic()
+        now, self.stage = time.monotonic(), stage
         if now - self.shown < (self.INTERVAL if self.live else self.PLAIN_INTERVAL):
             return
         self.shown = now
         if self.live:
-            self.bar.update(self.task, completed=stage.step)
-            with suppress(OSError):
-                self.live.update(self._panel(stage), refresh=True)
+            self._draw(self.live, stage.step)
             return
         rate = (stage.step - self.first_step) / (now - self.started)
         left = (self.total_steps - stage.step) / rate if rate else float("inf")
@@ -135,6 +161,11 @@ class View:
             with suppress(OSError):
                 self.live.stop()
 
+    def _draw(self, live: Live, step: int) -> None:
+        self.bar.update(self.task, completed=step)
+        with suppress(OSError):
+            live.update(self._panel(self.stage), refresh=True)
+
     def _panel(self, stage: Stage | None) -> Panel:
         grid = Table.grid(padding=(0, 3))
         losses = stage.losses if stage else {}
@@ -146,9 +177,12 @@ class View:
             ("episode return", newest, "firing rate", self.last.get("firing_rate")),
             ("critic loss", losses.get("critic_loss"), "actor loss", losses.get("actor_loss")),
             ("steps/s", rate, "updates", stage.updates if stage else None),
+            ("joules/epoch", self.last.get("energy_j"), "watts", self.last.get("power_w")),
         ]
         for left, a, right, b in rows:
             grid.add_row(left, number(a), right, number(b))
+        if self.last and self.last.get("energy_j") is None:
+            grid.add_row("", Text(str(self.last.get("energy_source"))[:REASON], style="dim"))
         whole = Table.grid(expand=True)
         whole.add_row(self.bar)
         whole.add_row(grid)

@@ -21,7 +21,18 @@ from yaml import YAMLError
 
 from spikerl import machine
 from spikerl.errors import BadRequest
-from spikerl.files import parse_json, read_bytes, read_json, sync_folder, write_json, write_text
+from spikerl.files import (
+    LACKING,
+    lock_file,
+    make_folder,
+    parse_json,
+    read_bytes,
+    read_json,
+    sync_folder,
+    write_atomic,
+    write_json,
+    write_text,
+)
 from spikerl.machine import git_state, versions
 from spikerl.schema import dotted
 
@@ -175,9 +186,7 @@ def lock(folder: Path) -> IO[str]:
         file = (folder / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise BadRequest("resume", folder, f"cannot be written to: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not lock_file(file):
         file.seek(0)
         owner = file.read().strip() or "another process"
         file.close()
@@ -186,6 +195,38 @@ def lock(folder: Path) -> IO[str]:
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     return file
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process runs it, or may, where files cannot be locked; the lock stays as it is."""
+    try:
+        with (folder / ".lock").open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:  # or there is no lock at all
+        return error.errno in LACKING
+    return False
+
+
+def free(folder: Path) -> int:
+    """Remove the replay and the checkpoints of a finished run; how many bytes.
+
+    Its policies, record and results stay; it can be evaluated, and started from, not resumed.
+    """
+    parts = [folder / name for name in ("checkpoints", "replay")]
+    there = [part for part in parts if os.path.lexists(part)]
+    if not there:
+        return 0
+    if not (folder / "policy.json").is_file():
+        raise BadRequest("path", folder, "it has no policy but those of its checkpoints")
+    if links := [part.name for part in there if part.is_symlink()]:
+        raise BadRequest("path", folder, f"its {links[0]} is a link; remove what it stands for")
+    size = sum(p.lstat().st_size for part in there for p in part.rglob("*") if not p.is_dir())
+    update_manifest(folder, freed=now())
+    for part in there:
+        shutil.rmtree(part)
+    return size
 
 
 def rewind(folder: Path, length: int) -> int:
@@ -214,8 +255,18 @@ def remove_results(folder: Path) -> None:
     if error.exists():
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             log.write(error.read_text(encoding="utf-8"))
-    for name in ("policy.json", "policy.safetensors", "summary.json", "error.txt"):
+    policies = [
+        f"{place}policy.{kind}" for kind in ("json", "safetensors") for place in ("", "best/")
+    ]
+    for name in (*policies, "summary.json", "error.txt"):
         (folder / name).unlink(missing_ok=True)
+
+
+def write_best(folder: Path, files: Mapping[str, bytes]) -> None:
+    """The policy that evaluated best; policy.json comes last, by which it is looked for."""
+    for name, content in sorted(files.items(), reverse=True):
+        make_folder(folder / "best")
+        write_atomic(folder / "best" / name, content)
 
 
 def check_record(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -229,13 +280,14 @@ def check_record(folder: Path, facts: Mapping[str, Any]) -> None:
         if steps != sorted(set(steps)) or not all(0 < n <= step for n in steps):
             raise ValueError("its steps do not rise up to its checkpoint's")
         sound = [
-            _finite(row.get("eval_return")) and isinstance(row.get("energy_source"), str)
+            (_finite(row["eval_return"]) or row["eval_return"] is None)
+            and isinstance(row["energy_source"], str)
             for row in rows
         ]
         if not all(sound):
             raise ValueError("a line lacks eval_return or energy_source")
         read_rows(folder / "discarded.jsonl")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise BadRequest("resume", folder, f"its record cannot be read: {error}") from None
 
 
@@ -282,7 +334,8 @@ def differences(folders: Sequence[Path], varied: Set[str] | None = None) -> str 
 
 
 # Of a config: what names a run, and what does not change what it computes.
-NAMES = ("run_dir", "resume", "config", "threads", "nnodes", "node_rank", "rdzv", "max_restarts")
+NAMES = ("run_dir", "resume", "config", "threads", "nnodes", "node_rank", "rdzv", "max_restarts",
+         "logger", "keep_replay")  # fmt: skip
 
 
 def _record(folder: Path, *, configs: bool) -> dict[str, str]:

@@ -35,14 +35,14 @@ class CaReBN(nn.Module):
 
     def __init__(self, neurons: int, threshold: float) -> None:
         super().__init__()
-        start = torch.full((neurons,), 0.5 * threshold)
+        start = torch.full((neurons,), 0.5 * threshold, dtype=torch.float32)
         self.gamma_N, self.beta_N = nn.Parameter(start), nn.Parameter(start.clone())
 
         def fixed(value: Tensor) -> nn.Parameter:
             return nn.Parameter(value, requires_grad=False)
 
-        zero = torch.zeros(neurons)
-        self.mean_N, self.var_N = fixed(zero.clone()), fixed(torch.ones(neurons))
+        zero = torch.zeros(neurons, dtype=torch.float32)
+        self.mean_N, self.var_N = fixed(zero.clone()), fixed(torch.ones_like(zero))
         # Expected squares of what the running moments are off by.
         self.mean_error_N, self.var_error_N = fixed(zero.clone()), fixed(zero.clone())
         self.sum_: Callable[[Tensor], None] = alone  # over workers, in place

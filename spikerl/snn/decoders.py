@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
 from spikerl.schema import Registry
-from spikerl.snn.linear import Linear
+from spikerl.snn.linear import Linear, uniform
 
 
 @dataclass(kw_only=True)
@@ -82,8 +82,8 @@ class RateDecoder(Decoder):
     def __init__(self, config: RateConfig, act_dim: int, hidden: int, spike_steps: int) -> None:
         super().__init__(config, act_dim, hidden, spike_steps)
         bound = 1.0 / math.sqrt(config.pop_size)
-        self.weight_AP = nn.Parameter(torch.empty(act_dim, config.pop_size).uniform_(-bound, bound))
-        self.bias_A = nn.Parameter(torch.empty(act_dim).uniform_(-bound, bound))
+        self.weight_AP = uniform(bound, act_dim, config.pop_size)
+        self.bias_A = uniform(bound, act_dim)
 
     @staticmethod
     def population(config: RateConfig, act_dim: int) -> int:
@@ -124,8 +124,8 @@ class ILCDecoder(MembraneDecoder):
         super().__init__(config, act_dim, hidden, spike_steps)
         size = config.pop_size
         bound = 1.0 / math.sqrt(size)
-        self.lateral_APP = nn.Parameter(torch.empty(act_dim, size, size).uniform_(-bound, bound))
-        self.lateral_bias_N = nn.Parameter(torch.empty(act_dim * size).uniform_(-bound, bound))
+        self.lateral_APP = uniform(bound, act_dim, size, size)
+        self.lateral_bias_N = uniform(bound, act_dim * size)
 
     def lateral(self, spikes_BN: Tensor) -> Tensor:
         spikes_BAP = spikes_BN.unflatten(1, self.weight_AP.shape)

@@ -82,7 +82,7 @@ class PopulationEncoder(Encoder):
     def __init__(self, config: PopulationConfig, obs_dim: int, spike_steps: int) -> None:
         super().__init__(config, obs_dim, spike_steps)
         low, high = config.mean_range
-        centres = torch.linspace(low, high, config.pop_size)
+        centres = torch.linspace(low, high, config.pop_size, dtype=torch.float32)
         self.mean_OP = nn.Parameter(centres.repeat(obs_dim, 1))
         self.std_OP = nn.Parameter(torch.full_like(self.mean_OP, math.sqrt(config.var)))
         self.outputs = self.mean_OP.numel()

@@ -14,14 +14,19 @@ import torch
 from torch import Tensor, nn
 
 
+def uniform(bound: float, *shape: int) -> nn.Parameter:
+    """A parameter of entries between -bound and bound, float32 whatever torch's default is."""
+    return nn.Parameter(torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound))
+
+
 class Linear(nn.Module):
     """x W + b. A row of W belongs to one input, so that an input that fires adds one row."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         bound = 1.0 / math.sqrt(inputs)  # as torch's own linear layer
-        self.weight_IN = nn.Parameter(torch.empty(inputs, outputs).uniform_(-bound, bound))
-        self.bias_N = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
+        self.weight_IN = uniform(bound, inputs, outputs)
+        self.bias_N = uniform(bound, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias_N, x, self.weight_IN)

@@ -193,7 +193,8 @@ class PLIF(Neuron):
     def __init__(self, config: PLIFConfig) -> None:
         super().__init__(config)
         decay = config.voltage_decay
-        self.decay_logit = nn.Parameter(torch.tensor(math.log(decay / (1.0 - decay))))
+        logit = math.log(decay / (1.0 - decay))
+        self.decay_logit = nn.Parameter(torch.tensor(logit, dtype=torch.float32))
 
     def step(self, drive_BN: Tensor, state: State) -> State:
         voltage = torch.sigmoid(self.decay_logit) * self.kept(state) + drive_BN

@@ -5,6 +5,8 @@ Shape legend   B environments side by side, O observation entries.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
 
@@ -12,12 +14,13 @@ import numpy as np
 import torch
 
 from spikerl.distributed.world import ALONE, World
-from spikerl.envs.make import FLOAT32_MAX, EnvConfig, make_env
+from spikerl.envs.make import FLOAT32_MAX, CheckedEnv, EnvConfig, make_env
 from spikerl.envs.vector import describe_error
-from spikerl.errors import EnvironmentFailed, NonFinite
+from spikerl.errors import BadRequest, EnvironmentFailed, NonFinite
+from spikerl.isolation import UserCode
 from spikerl.models.actor import Activity, SpikingActor
 from spikerl.models.policy import Policy
-from spikerl.seeding import generator_for, seed_for
+from spikerl.seeding import RESET_BITS, generator_for, reset_seed
 
 SIDE_BY_SIDE = 10  # episodes that run together, as one batch through the actor
 PROBED = 1024  # observations, evenly spaced over all episodes, that firing is measured on
@@ -54,17 +57,26 @@ class Evaluator:
         self, config: EnvConfig, episodes: int, run_seed: int, world: World = ALONE
     ) -> None:
         self.run_seed, self.world = run_seed, world
+        self.seed_bits = RESET_BITS
         self.mine = range(world.rank, episodes, world.size)
-        self.envs = [make_env(config) for _ in self.mine[:SIDE_BY_SIDE]]
+        self.envs: list[CheckedEnv] = []
+        self.note: str | None = None  # why fewer episodes run side by side, if so
+        for _ in self.mine[:SIDE_BY_SIDE]:
+            try:
+                self.envs.append(make_env(config))
+            except BadRequest as error:
+                if not self.envs:
+                    raise
+                self.note = f"note: {len(self.envs)} episodes at a time, as {error.args[2]}"
+                break
 
     def run(self, policy: Policy, evaluation: int) -> Evaluation:
         """Evaluation number `evaluation`: episode i starts from seed (run seed, evaluation, i)."""
         key = (evaluation, self.world.rank, 0)  # longer than an episode's, so never the same
         generator = generator_for(self.run_seed, "eval", *key, device=policy.device)
         episodes, seen = [], []
-        for first in range(0, len(self.mine), SIDE_BY_SIDE):
-            numbers = self.mine[first : first + SIDE_BY_SIDE]
-            seeds = [seed_for(self.run_seed, "eval", evaluation, i) for i in numbers]
+        for numbers in self._waves():
+            seeds = self._seeds(evaluation, numbers)
             returns, lengths, observed = self._wave(policy, seeds, generator)
             episodes += list(zip(numbers, returns, lengths, strict=True))
             seen += observed
@@ -79,15 +91,25 @@ class Evaluator:
         """Every raw observation (M, O) of this worker's episodes, those of evaluation 0."""
         generator = generator_for(self.run_seed, "eval", 0, self.world.rank, 0)
         seen = []
-        for first in range(0, len(self.mine), SIDE_BY_SIDE):
-            numbers = self.mine[first : first + SIDE_BY_SIDE]
-            seeds = [seed_for(self.run_seed, "eval", 0, i) for i in numbers]
+        for numbers in self._waves():
+            seeds = self._seeds(0, numbers)
             seen += self._wave(policy, seeds, generator)[2]
         return np.concatenate(seen)
 
     def close(self) -> None:
-        for env in self.envs:
-            env.close()
+        with ExitStack() as stack:  # each, whatever becomes of the others
+            for env in self.envs:
+                stack.callback(env.close)
+
+    def _seeds(self, evaluation: int, episodes: range) -> list[int]:
+        key = (self.seed_bits, self.run_seed, "eval", evaluation)
+        return [reset_seed(*key, i) for i in episodes]
+
+    def _waves(self) -> Iterator[range]:
+        """The numbers of this worker's episodes, as many at a time as there are environments."""
+        at_once = max(len(self.envs), 1)
+        for first in range(0, len(self.mine), at_once):
+            yield self.mine[first : first + at_once]
 
     def _wave(
         self, policy: Policy, seeds: list[int], generator: torch.Generator
@@ -95,7 +117,8 @@ class Evaluator:
         envs = self.envs[: len(seeds)]
         env_id = policy.task.env_id
         try:
-            obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)])
+            with UserCode():
+                obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)])
         except Exception as error:
             raise EnvironmentFailed(
                 f"evaluation, reset: {env_id} {describe_error(error)}"
@@ -109,12 +132,14 @@ class Evaluator:
             seen.append(obs[running])
             # The batch keeps its size to the end: products of other sizes round differently.
             act = policy.task.to_env(policy.act(obs, generator))
-            for i in list(running):
-                where = f"evaluation, step {lengths[i] + 1}: {env_id}"
-                try:
-                    obs[i], rew, terminated, truncated, _ = envs[i].step(act[i])
-                except Exception as error:
-                    raise EnvironmentFailed(f"{where} {describe_error(error)}") from error
+            where = f"evaluation, step {max(lengths) + 1}: {env_id}"
+            try:
+                with UserCode():
+                    steps = {i: envs[i].step(act[i]) for i in running}
+            except Exception as error:
+                raise EnvironmentFailed(f"{where} {describe_error(error)}") from error
+            for i, (next_obs, rew, terminated, truncated, _) in steps.items():
+                obs[i] = next_obs
                 if not (abs(rew) <= FLOAT32_MAX and (np.abs(obs[i]) <= FLOAT32_MAX).all()):
                     raise NonFinite(f"{where} gave a NaN or infinity")
                 returns[i] += rew
@@ -130,5 +155,4 @@ class Evaluator:
             return None
         rows = np.concatenate(seen)
         picked = rows[np.linspace(0, len(rows) - 1, min(len(rows), PROBED)).astype(int)]
-        obs = torch.from_numpy(picked.astype(np.float32)).to(policy.device)
-        return policy.actor.activity(policy.norm.normalize(obs), generator)
+        return policy.actor.activity(policy.norm.observe(picked, policy.device), generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import sys
@@ -16,14 +17,20 @@ from spikerl.config.build import Config
 from spikerl.distributed.world import World, share
 from spikerl.energy.meter import joules_to_reach, total_joules
 from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest, DiskError
-from spikerl.files import write_json, write_text
+from spikerl.files import shown, write_json, write_text
 from spikerl.machine import versions
 from spikerl.models.precision import why_slow
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, verified
-from spikerl.runs.display import View, epoch_line, stuck_layers
+from spikerl.runs.display import View, energy_text, epoch_line, stuck_layers
 from spikerl.runs.record import RunLog
 from spikerl.training.trainer import Row, Trainer
+
+FEW = 3  # warnings of one kind, at a time
+NOTHING_LEARNED = (
+    "warning: this run makes no update, so its policy is the one that it starts with; give more"
+    " total_steps, or less algo.learning_starts or algo.rollout_steps"
+)
 
 
 class Session:
@@ -50,7 +57,11 @@ class Session:
         self.committed = -1
         self.unsaved: str | None = None  # why the last commit failed, if it did
         self.log: RunLog | None = None
+        self.best: dict[str, bytes] = {}  # the files of the policy that evaluated best so far
+        self.best_return = -math.inf
+        self.summary: dict[str, Any] = {}
         self.stuck: set[int] = set()  # layers that were said to hardly learn
+        self.coarse: set[int] = set()  # entries of observations that were said to lose digits
         restored: list[str] = []
         try:
             if config.run.resume:
@@ -63,10 +74,14 @@ class Session:
             raise BadRequest(key, run_dir, f"{error}; nothing was started") from None
         announce_folder(self.folder)
         if self.is_rank0:
-            title = f"{trainer.task.env_id}  {config.algo.name}  {self.folder}"
-            self.log = RunLog(self.folder, trainer.step)
+            title = f"{trainer.task.env_id}  {config.algo.name}  {shown(self.folder)}"
+            self.log = RunLog(self.folder, trainer.step, config.run.logger, config.raw)
             self.view = View(title, config.run.total_steps, trainer.step)
-            for text in [*announce(config, trainer), *restored, f"run folder: {self.folder}"]:
+            for text in [
+                *announce(config, trainer),
+                *restored,
+                f"run folder: {shown(self.folder)}",
+            ]:
                 self.say(text)
         world.run_on_all(self.flush)
 
@@ -125,6 +140,7 @@ class Session:
         remove_newer(checkpoint)
         lost = run_folder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
         run_folder.remove_results(self.folder)
+        self.restore_best(checkpoint)
         record = run_folder.read_manifest(self.folder, key="resume")
         size, had = self.world.size, checkpoint.workers
         moved = f"{had} workers became {size}: random streams and batches are others"
@@ -157,12 +173,24 @@ class Session:
             remedy = f"its {checkpoint.folder.name} does not fit this run ({reason})"
             raise BadRequest("resume", self.folder, remedy) from error
 
+    def restore_best(self, checkpoint: Checkpoint) -> None:
+        """What was best when `checkpoint` was committed, not by rows that are discarded."""
+        rows = run_folder.read_rows(self.folder / "metrics.jsonl")
+        returns = [row["eval_return"] for row in rows if row["eval_return"] is not None]
+        self.best, self.best_return = checkpoint.best(), max(returns, default=-math.inf)
+
+    def keep_best(self, row: Row) -> None:
+        """The policy that was just evaluated, if no evaluation before reached its return."""
+        if row["eval_return"] is not None and row["eval_return"] > self.best_return:
+            self.best, self.best_return = self.trainer.policy.files(), row["eval_return"]
+
     def run(self, stop_signal: Callable[[], int]) -> int:
         trainer = self.trainer
         show = self.view.progress if self.is_rank0 else (lambda progress: None)
         try:
             for row in trainer.epochs(show, stop_signal):
                 if self.is_rank0:
+                    self.keep_best(row)
                     self.record(row)
                 self.commit(self.folder)
             if self.committed != trainer.step:  # stopped amid an epoch, or not saved at its end
@@ -175,6 +203,8 @@ class Session:
         finally:
             if self.is_rank0:
                 self.view.close()
+                if self.log:
+                    self.log.close(run_folder.read_manifest(self.folder, key="run_dir")["status"])
                 self.lock.close()
 
     def record(self, row: Row) -> None:
@@ -183,10 +213,12 @@ class Session:
         self.log.row(row)
         self.view.epoch(row)
         self.log.line(epoch_line(row, self.config.run.total_steps))
-        stuck = stuck_layers(row)
+        stuck, coarse = stuck_layers(row), self.trainer.norm.coarse()
         for layer in stuck.keys() - self.stuck:  # what has been said is not said every epoch
             self.say(stuck[layer])
-        self.stuck = set(stuck)
+        for entry in sorted(coarse.keys() - self.coarse)[:FEW]:
+            self.say(coarse[entry])
+        self.stuck, self.coarse = set(stuck), set(coarse)
 
     def commit(self, run: Path) -> None:
         """Save what there is, or say why not: the next commit makes up for it."""
@@ -212,11 +244,20 @@ class Session:
             "world_size": self.world.size,
             "wall_s": self.wall(),
             "metrics_bytes": lengths[0],
+            "reset_seed_bits": trainer.seed_bits,
         }
         learner = trainer.learner_state()
         policy = trainer.policy.files() if self.is_rank0 else {}
+        policy |= {f"best/{name}": content for name, content in self.best.items()}
         save_checkpoint(run, self.world, trainer.shard(), learner, facts, policy)
         self.committed = trainer.step
+        self.publish()
+
+    def publish(self) -> None:
+        """Bring the services that show the run to what is committed."""
+        if self.log:
+            for text in self.log.publish():
+                self.say(text)
 
     def finish(self) -> int:
         number = self.trainer.stopping
@@ -237,10 +278,12 @@ class Session:
             if number:
                 name = signal.Signals(number).name
                 self.say(f"stopped at step {self.trainer.step} on {name};"
-                         f" spikerl train resume={self.folder} goes on")  # fmt: skip
+                         f" spikerl train resume={shown(self.folder)} goes on")  # fmt: skip
             else:
                 self.say(f"done: {self.trainer.step} steps, {self.trainer.algo.updates} updates"
-                         f" in {self.wall():.0f} s")  # fmt: skip
+                         f" in {self.wall():.0f} s, {energy_text(self.summary)}")  # fmt: skip
+                if self.trainer.algo.updates == 0:
+                    self.say(NOTHING_LEARNED)
             self.flush()
         return code
 
@@ -249,9 +292,12 @@ class Session:
         if not self.is_rank0:
             return
         self.trainer.policy.save(self.folder)
+        run_folder.write_best(self.folder, self.best)
         if not self.unsaved:
             self.summarise()
             self.end(status)
+            if status == "done" and not self.config.run.keep_replay:
+                run_folder.free(self.folder)
 
     def end(self, status: str) -> None:
         changes = {"status": status, "ended": run_folder.now(), "wall_s": self.wall()}
@@ -260,12 +306,13 @@ class Session:
     def fail(self, error: BaseException) -> None:
         self.record_failure(traceback.format_exc())
         self.say(f"failed at step {self.trainer.step}: {type(error).__name__}: {error}")
+        error.add_note(f"{self.folder}/error.txt has the traceback")
         self.flush()
 
     def report_unsaved(self, reason: str) -> None:
         """The training is done, but not all of it is on the disk."""
         line = f"step {self.trainer.step} could not be saved: {reason}; spikerl train"
-        line += f" resume={self.folder} goes on from step {self.committed}"
+        line += f" resume={shown(self.folder)} goes on from step {self.committed}"
         self.record_failure(line + "\n")
         assert self.log is not None
         self.log.line(line)
@@ -283,7 +330,7 @@ class Session:
     def summarise(self) -> None:
         rows = run_folder.read_rows(self.folder / "metrics.jsonl")
         discarded = run_folder.read_rows(self.folder / "discarded.jsonl")
-        returns = [row["eval_return"] for row in rows]
+        returns = [row["eval_return"] for row in rows if row["eval_return"] is not None]
         last_ten = returns[-10:]
         summary = {
             "env_id": self.trainer.task.env_id,
@@ -304,6 +351,7 @@ class Session:
             "versions": versions(),
         }
         write_json(self.folder / "summary.json", summary)
+        self.summary = summary
 
     def manifest(self, command: Sequence[str]) -> dict[str, Any]:
         resolved = {name: r._asdict() for name, r in vars(self.config.resolved).items()}
@@ -344,6 +392,10 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
         f" {trainer.updates_by(run.total_steps)} updates in {run.total_steps} steps{exchange}",
         "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in vars(config.resolved).items()),
     ]
+    if trainer.evaluator.note:
+        lines.append(trainer.evaluator.note)
+    if trainer.updates_by(run.total_steps) == 0:
+        lines.append(NOTHING_LEARNED)
     if slow := why_slow(config.precision, config.resolved.device.choice):
         lines.append(f"note: {slow}")
     if config.run.init_from:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from spikerl.config.build import Config
 from spikerl.distributed.world import ALONE, World, share
 from spikerl.energy.meter import Meter, Reading, consecutive, energy_row, merge
 from spikerl.envs.vector import make_envs
-from spikerl.errors import NonFinite
+from spikerl.errors import BadRequest, NonFinite
 from spikerl.models.actor import (
     CareBNConfig,
     SpikingActor,
@@ -34,7 +35,7 @@ from spikerl.models.critic import Critics
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
 from spikerl.runs.checkpoint import Checkpoint, Shard, check_fit
-from spikerl.seeding import Streams, initialising, seed_for
+from spikerl.seeding import RESET_BITS, Streams, initialising, reset_seed
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.resize import share_of
 from spikerl.types import Task
@@ -161,8 +162,14 @@ class Trainer:
         capacity = algo.capacity() // c.num_envs * each  # whole steps of all environments
         self.replay = Replay(capacity, task.obs_dim, task.act_dim, device, width=each)
         self.envs = make_envs(c.env, each, task)
+        self.seed_bits = RESET_BITS  # of resets
         self.reset_envs()
-        self.evaluator = Evaluator(c.env, run.eval_episodes, run.seed, world)
+        try:
+            self.evaluator = Evaluator(c.env, run.eval_episodes, run.seed, world)
+        except BadRequest as error:
+            self.envs.close()
+            remedy = f"beside those that train, {error.args[2]}; 0 trains without evaluations"
+            raise BadRequest("eval_episodes", run.eval_episodes, remedy) from error
         self.progress = Progress()
         self.clock = time.perf_counter()
         self.stopping = 0  # the signal that all workers agreed to stop on
@@ -180,7 +187,8 @@ class Trainer:
     def reset_envs(self, *resumed_at: int) -> None:
         first = self.world.rank * len(self.envs)
         numbers = range(first, first + len(self.envs))
-        self.envs.reset([seed_for(self.run.seed, "env", i, *resumed_at) for i in numbers])
+        key = (self.seed_bits, self.run.seed, "env")
+        self.envs.reset([reset_seed(*key, i, *resumed_at) for i in numbers])
 
     def epochs(
         self,
@@ -226,12 +234,16 @@ class Trainer:
         obs_NO = self.envs.obs
         if self.step < self.algo.random_steps:
             shape = (len(obs_NO), self.task.act_dim)
-            act = torch.rand(shape, generator=explore, device=explore.device) * 2.0 - 1.0
+            uniform = torch.rand(
+                shape, generator=explore, dtype=torch.float32, device=explore.device
+            )
+            act = uniform * 2.0 - 1.0
         else:
-            obs = torch.from_numpy(obs_NO.astype(np.float32)).to(self.acting_on)
-            act = self.algo.explore(self.norm.normalize(obs), explore)
+            act = self.algo.explore(self.norm.observe(obs_NO, self.acting_on), explore)
         self.envs.steps = self.step  # an error names the run's step, also after a resume
         steps = self.envs.step(act.cpu().numpy())
+        if (scale := self.config.env.reward_scale) != 1.0:
+            steps = steps._replace(rew=steps.rew * scale)
         self.replay.add(*steps, discount=algo.gamma)
         if algo.norm_interval is not None:
             self.norm.add(steps.obs)
@@ -305,9 +317,9 @@ class Trainer:
             "updates": p.updates,
             "train_return": float(np.mean(returns)) if returns else None,
             "train_episodes": len(returns),
-            "eval_return": evaluation.mean,
-            "eval_return_std": evaluation.std,
-            "eval_length": evaluation.length,
+            "eval_return": evaluation.mean if evaluation.returns else None,
+            "eval_return_std": evaluation.std if evaluation.returns else None,
+            "eval_length": evaluation.length if evaluation.returns else None,
             "critic_loss": mean_of(sums, "critic_loss"),
             "actor_loss": mean_of(sums, "actor_loss"),
             "q_mean": mean_of(sums, "q_mean"),
@@ -375,6 +387,10 @@ class Trainer:
             tensor.copy_(saved[name])
         self.algo.refresh()
         self.norm.load(with_prefix("norm.", saved))
+        bits = checkpoint.manifest.get("reset_seed_bits", 63)  # as the run began
+        if bits not in (RESET_BITS, 63):
+            raise ValueError(f"its resets have seeds of {bits} bits")
+        self.seed_bits = self.evaluator.seed_bits = bits
         rank, size = self.world.rank, self.world.size
         if checkpoint.workers == size:
             tensors, notes = checkpoint.worker(rank)
@@ -400,8 +416,9 @@ class Trainer:
         return bool(notes["exact"])
 
     def close(self) -> None:
-        self.envs.close()
-        self.evaluator.close()
+        with ExitStack() as stack:  # each, whatever becomes of the other
+            stack.callback(self.evaluator.close)
+            stack.callback(self.envs.close)
 
 
 def progress_of(data: Mapping[str, Any], step: int) -> Progress:
@@ -433,5 +450,6 @@ def fingerprint(tensor: Tensor) -> Tensor:
     """An int64 that depends on every bit of `tensor`: its words, weighted by their places."""
     words = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     words = torch.nn.functional.pad(words, (0, -len(words) % 8)).view(torch.int64)
-    places = torch.arange(1, len(words) + 1) * 2 - 1  # odd, so that no bit is lost
+    # Odd, so that no bit is lost.
+    places = torch.arange(1, len(words) + 1, dtype=torch.int64) * 2 - 1
     return (words * places).sum()

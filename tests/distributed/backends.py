@@ -23,7 +23,8 @@ if __name__ == "__main__":
 from builders import small_config
 
 from spikerl.distributed import mpi
-from spikerl.distributed.world import join, leave, ranked
+from spikerl.distributed.launchers import ranked
+from spikerl.distributed.world import join, leave
 from spikerl.envs.make import make_env, task_of
 from spikerl.training.trainer import Trainer
 

@@ -42,7 +42,7 @@ from spikerl.types import Batch
 ROWS = 20  # of a batch, shared out unevenly: 11 and 9
 PARTS = (slice(0, 11), slice(11, 20))
 CARE_BN = ActorConfig(actor=care_bn_config([16]), encoder=POPULATION, neuron=CUBA_LIF, decoder=RATE)
-CLOSE = {"rtol": 1e-10, "atol": 1e-13}
+CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-13}
 
 Work = Callable[[Any, slice], object]
 

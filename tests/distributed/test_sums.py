@@ -6,6 +6,7 @@ import glob
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def a_machine_without_room(world: World) -> None:
 def another_machine(world: World) -> None:
     """Workers that do not run under one kernel share nothing."""
     if world.rank == 0:
-        sums_module.MACHINE = sums_module.Path("/proc/sys/kernel/ostype")
+        sums_module.MACHINE = Path("/proc/sys/kernel/ostype")
     assert share_memory(replace(world, shm=None)).shm is None
 
 

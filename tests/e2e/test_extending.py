@@ -8,11 +8,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from forkserver import command
+from shell import Said
 
 from spikerl.algos import ALGOS
 from spikerl.config.yaml_file import conf_folder
@@ -21,6 +25,7 @@ from spikerl.energy.meter import METERS
 from spikerl.kernels import KERNELS
 from spikerl.models.actor import ACTORS
 from spikerl.models.precision import PRECISIONS
+from spikerl.schema import Registry
 from spikerl.snn.decoders import DECODERS
 from spikerl.snn.encoders import ENCODERS
 from spikerl.snn.neurons import NEURONS
@@ -32,7 +37,7 @@ SHORT = [
     "algo.update_interval=10", "algo.batch_size=8", "threads=1", "actor.hidden_sizes=[8]",
     "algo.critic_hidden_sizes=[8]", "device=cpu", "energy=none", "plugins=[spiking_extras]",
 ]  # fmt: skip
-Say = Callable[..., subprocess.CompletedProcess[str]]
+Say = Callable[..., Said]
 
 
 @pytest.fixture(scope="module")
@@ -52,51 +57,42 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def say(package: Path, tmp_path: Path) -> Say:
-    def run(*args: str) -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
-        return subprocess.run(
-            [sys.executable, "-m", "spikerl", *args],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        )
-
-    return run
+    path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
+    return partial(command, tmp_path, PYTHONPATH=path)
 
 
 def test_its_parts_train_and_a_policy_needs_them(say: Say, tmp_path: Path) -> None:
     parts = ["neuron=refractory_lif", "encoder=signed", "algo=clipped_ddpg"]
     done = say("train", *SHORT, *parts, "world_size=2", "num_envs=2", "run_dir=run")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     reason = "layer by layer because of encoder=signed, which gives currents"
-    assert reason in done.stdout or "kernel=reference" in done.stdout
+    assert reason in done.out or "kernel=reference" in done.out
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["status"] == "done"
     data = json.loads((tmp_path / "run" / "policy.json").read_text())
     assert data["plugins"] == {"spiking_extras": "1.2"}
 
     refused = say("eval", "run=run", "episodes=1")
-    assert (refused.returncode, refused.stdout) == (2, "")
+    assert (refused.status, refused.out) == (2, "")
     needs = "it needs the plugin spiking_extras 1.2; give plugins=[spiking_extras]"
-    assert refused.stderr.startswith(f"spikerl: run=run: {needs}")
-    assert say("eval", "run=run", "episodes=1", "plugins=[spiking_extras]").returncode == 0
+    assert refused.err.startswith(f"spikerl: run=run: {needs}")
+    assert say("eval", "run=run", "episodes=1", "plugins=[spiking_extras]").status == 0
 
     for request in ("resume=run", "config=run/config.yaml"):
         refused = say("train", request)
-        assert refused.returncode == 2
-        assert "names packages to import; confirm with plugins=[spiking_extras]" in refused.stderr
+        assert refused.status == 2
+        assert "names packages to import; confirm with plugins=[spiking_extras]" in refused.err
     again = say("train", "resume=run", "plugins=[spiking_extras]", "total_steps=180")
-    assert again.returncode == 0, again.stderr
-    assert "done: 180 steps" in again.stdout
+    assert again.status == 0, again.err
+    assert "done: 180 steps" in again.out
 
 
 def test_a_plugin_that_is_not_there(say: Say) -> None:
     refused = say("train", "plugins=[nowhere]")
     line = "spikerl: plugins=nowhere: cannot be imported (No module named 'nowhere'); install it,"
-    assert (refused.returncode, refused.stderr.startswith(line)) == (2, True)
+    assert (refused.status, refused.err.startswith(line)) == (2, True)
     refused = say("train", "plugins=nowhere")
-    assert refused.stderr == (
+    assert refused.err == (
         "spikerl: plugins=nowhere: give a list of packages, such as [my_package]\n"
     )
 
@@ -104,13 +100,13 @@ def test_a_plugin_that_is_not_there(say: Say) -> None:
 @pytest.fixture
 def imported(package: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The package in this process; what it registers is removed again."""
-    registries = (NEURONS, ENCODERS, ALGOS)
+    registries: list[Any] = [NEURONS, ENCODERS, ALGOS]
     before = [dict(registry.options) for registry in registries]
     monkeypatch.syspath_prepend(str(package))
     __import__("spiking_extras")
     yield
     for registry, options in zip(registries, before, strict=True):
-        registry.options = options  # type: ignore[assignment]
+        registry.options = options
     for name in [name for name in sys.modules if name.partition(".")[0] == "spiking_extras"]:
         del sys.modules[name]
 
@@ -138,9 +134,11 @@ def test_the_worked_neuron_by_hand() -> None:
         ("energy", METERS),
     ],
 )  # fmt: skip
-def test_a_registry_and_its_folder_have_the_same_options(group: str, registry: object) -> None:
+def test_a_registry_and_its_folder_have_the_same_options(
+    group: str, registry: Registry[Any, Any]
+) -> None:
     """So a part costs a line there and a file here, and neither can be forgotten."""
     files = {path.stem: path for path in (conf_folder() / group).glob("*.yaml")}
-    assert sorted(files) == sorted(registry.options)  # type: ignore[attr-defined]
+    assert sorted(files) == sorted(registry.options)
     for name, path in files.items():
         assert yaml.safe_load(path.read_text(encoding="utf-8"))["name"] == name

@@ -70,8 +70,8 @@ def test_what_is_in_it(wheel: Path) -> None:
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "spikerl").rglob("*.py")}
     options = {f"spikerl/{p.relative_to(ROOT)}" for p in (ROOT / "conf").rglob("*.yaml")}
     assert "spikerl/conf/experiment/popsan/td3.yaml" in options
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "spikerl" / "snn" / "csrc").iterdir()}
-    assert "spikerl/snn/csrc/forward.cpp" in sources
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "spikerl" / "kernels" / "csrc").iterdir()}
+    assert "spikerl/kernels/csrc/forward.cpp" in sources
     assert names == modules | options | sources
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ ODD: dict[str, dict[str, gym.Space[Any]]] = {
 @pytest.fixture(autouse=True)
 def odd_environments() -> Iterator[None]:
     for env_id, spaces in ODD.items():
-        gym.register(env_id, entry_point=Odd, kwargs=spaces)
+        gym.register(env_id, entry_point=partial(Odd, **spaces))
     yield
     for env_id in ODD:
         del gym.registry[env_id]
@@ -173,13 +174,16 @@ def test_out_of_range_typed(said: Said, typed: str) -> None:
         (["fly"], "fly: no such command; commands: train"),
         (["eval"], "run=???: it has no default; give it a value"),
         (["eval", "run=nowhere"], "run=nowhere: no policy there; give a run folder"),
-        (["eval", "run=nowhere", "video=true"], "video=True: this version writes no videos"),
+        (["eval", "run=nowhere", "video=maybe"], "video=maybe: give true, false or spikes"),
         (["eval", "run=nowhere", "episodes=0"], "episodes=0: give at least 1"),
         (["eval", "run=nowhere", "episodes=x"], "episodes=x: expected int"),
         (["eval", "run=nowhere", "seed=-1"], "seed=-1: give 0 or more"),
         (["eval", "rum=nowhere"], "rum=nowhere: no such key; did you mean run?"),
         (["import", "popsan=a.pt", "stats=b.p"], "popsan=a.pt: no such file"),
-        (["import", "popsan=a.pt"], "stats=???: it has no default; give it a value"),
+        (
+            ["import", "stats=a.p"],
+            "popsan=null: give popsan=MODEL.pt or dense=MODEL.pt, one of them",
+        ),
         (["doctor", "jsn=true"], "jsn=true: no such key; did you mean json?"),
     ],
     ids=" ".join,
@@ -246,8 +250,9 @@ CONFIGS = {
     "sedd: 1": "no such key; did you mean seed",
     "algo: {name: td3, gama: 0.9}": "no such key; did you mean algo.gamma",
     "algo: {name: '../td3'}": "no such option",
-    "algo: {gamma: 0.9}": "its group algo has no name",
-    "algo: td3": "its group algo has no name",
+    "algo: td4": "no such option; did you mean td3",
+    "algo: [td3]": "its group algo is neither option nor settings",
+    "algo: null": "its group algo is neither option nor settings",
     "- 1\n- 2": "holds no mapping",
     "": "holds no mapping",
     "seed: [": "cannot be read",
@@ -268,8 +273,9 @@ def test_config_file(said: Said, tmp_path: Path, text: str) -> None:
 
 def test_config_file_that_is_none(said: Said, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(b"\xff\x00\x01")
-    for name in ("c.yaml", "missing.yaml", "."):
+    for name in ("c.yaml", "missing.yaml"):
         assert said("train", f"config={name}").startswith(f"config={name}: cannot be read")
+    assert said("train", "config=.").startswith("config=.: is a folder")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from spikerl import load_policy
 from spikerl.cli import main as cli
-from spikerl.runs.record import TAGS
 
 SMALL = [
     "env=InvertedPendulum", "total_steps=300", "steps_per_epoch=100", "algo.random_steps=50",
@@ -84,8 +84,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     for how in ("raise", "nan_obs", "inf_rew", "none"):
-        gym.register(f"Breaks-{how}-v0", entry_point=Breaks, kwargs={"how": how},
-                     max_episode_steps=30)  # fmt: skip
+        gym.register(f"Breaks-{how}-v0", entry_point=partial(Breaks, how), max_episode_steps=30)
     yield
     for how in ("raise", "nan_obs", "inf_rew", "none"):
         del gym.registry[f"Breaks-{how}-v0"]
@@ -94,7 +93,8 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_files(run: Path) -> None:
     names = {p.name for p in run.iterdir() if not p.name.startswith(".")}
     assert names == {"config.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "summary.json",
-                     "policy.safetensors", "policy.json", "tb", "log.txt", "replay"}  # fmt: skip
+                     "policy.safetensors", "policy.json", "best", "tb", "log.txt",
+                     "replay"}  # fmt: skip
     assert (run / "checkpoints" / "latest" / "policy.json").is_file()
     config = OmegaConf.load(run / "config.yaml")
     assert config.env.id == "InvertedPendulum-v5"
@@ -141,17 +141,37 @@ def test_layers_that_can_learn_no_more_are_named_once(tmp_path: Path) -> None:
     assert len(row["layer_silent"]) == len(row["layer_saturated"]) == 2
 
 
+SHOWN = {
+    "rollout/ep_rew_mean": "train_return", "rollout/episodes": "train_episodes",
+    "eval/mean_reward": "eval_return", "eval/std_reward": "eval_return_std",
+    "eval/mean_ep_length": "eval_length", "train/critic_loss": "critic_loss",
+    "train/actor_loss": "actor_loss", "train/q_mean": "q_mean", "train/n_updates": "updates",
+    "train/firing_rate": "firing_rate", "train/window_fraction": "window_fraction",
+    "time/fps": "env_steps_per_s", "time/updates_per_s": "updates_per_s",
+    "time/time_elapsed": "wall_s", "time/epoch": "epoch", "time/total_timesteps": "step",
+}  # fmt: skip
+LAYERS = {
+    "layers/firing_rate": ("layer_firing_rates", (0, 1, 2)),
+    "layers/window_fraction": ("layer_window_fractions", (1, 2)),
+    "layers/silent": ("layer_silent", (1, 2)),
+    "layers/saturated": ("layer_saturated", (1, 2)),
+}
+
+
 def test_tensorboard_is_a_view(run: Path) -> None:
     events = EventAccumulator(str(run / "tb"))
     events.Reload()
     rows = rows_of(run)
-    expected = {tag for key, tag in TAGS.items() if any(r[key] is not None for r in rows)}
-    assert set(events.Tags()["scalars"]) == expected
-    for key, tag in TAGS.items():
-        wanted = [(row["step"], row[key]) for row in rows if row[key] is not None]
-        shown = [(e.step, e.value) for e in events.Scalars(tag)] if wanted else []
-        assert [s for s, _ in shown] == [s for s, _ in wanted]
-        assert [v for _, v in shown] == pytest.approx([v for _, v in wanted], rel=1e-6)
+    wanted = {tag: [(row["step"], row[key]) for row in rows] for tag, key in SHOWN.items()}
+    for tag, (key, layers) in LAYERS.items():
+        for place, layer in enumerate(layers):
+            wanted[f"{tag}/{layer}"] = [(row["step"], row[key][place]) for row in rows]
+    wanted = {tag: [(s, v) for s, v in points if v is not None] for tag, points in wanted.items()}
+    assert set(events.Tags()["scalars"]) == set(wanted)
+    for tag, points in wanted.items():
+        shown = [(e.step, e.value) for e in events.Scalars(tag)]
+        assert [s for s, _ in shown] == [s for s, _ in points]
+        assert [v for _, v in shown] == pytest.approx([v for _, v in points], rel=1e-6)
 
 
 def test_summary(run: Path) -> None:

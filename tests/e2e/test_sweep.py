@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from shell import SHORT, Said, spikerl, tree
 
-from spikerl.cli.sweep import Sweep, varied_keys
+from spikerl.cli.jobs import varied_keys
+from spikerl.cli.sweep import Sweep
 
 FEW = [*SHORT, "total_steps=150"]
 
@@ -45,8 +46,9 @@ class Ends(gym.Env[np.ndarray, np.ndarray]):
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     names = ("RAISES", "SIGTERM", "SIGINT", "NEVER")
+    made: Any = Ends
     for how in names:
-        gym.register(f"{how}-v0", entry_point=Ends, kwargs={"how": how}, max_episode_steps=50)
+        gym.register(f"{how}-v0", entry_point=made, kwargs={"how": how}, max_episode_steps=50)
     yield
     for how in names:
         del gym.registry[f"{how}-v0"]
@@ -67,7 +69,8 @@ def test_all_good(tmp_path: Path) -> None:
     root = tmp_path / "s"
     names = [f"seed={s},neuron.threshold={t}" for s in (0, 1) for t in (0.5, 0.6)]
     assert sorted(name for name, _ in jobs(root)) == names
-    assert sorted(p.name for p in root.iterdir()) == ["jobs.jsonl", "multirun.yaml", *names]
+    assert sorted(p.name for p in root.iterdir()) == [
+        ".lock", "jobs.jsonl", "multirun.yaml", *names]  # fmt: skip
     for name in names:
         config = (root / name / "config.yaml").read_text()
         assert f"seed: {name[5]}\n" in config
@@ -99,10 +102,12 @@ def test_a_bad_job_stops_no_other(tmp_path: Path) -> None:
     assert said.status == 1
     assert [status for _, status in jobs(tmp_path / "s")] == [1, 2, 0]
     assert "1 of 3 jobs done" in said.out
-    assert table(said) == [
+    rows = table(said)
+    rows[1][3] = rows[1][3].partition(" (")[0]  # where it was raised, and how to go on
+    assert rows == [
         ["env.id=NEVER-v0", "done", "10.0", str(tmp_path / "s" / "env.id=NEVER-v0")],
         ["env.id=RAISES-v0", "failed (1)", "-",
-         "EnvironmentFailed: step 60: RAISES-v0 raised ValueError: [/b] the robot fell over"],
+         "step 60: RAISES-v0 raised ValueError: [/b] the robot fell over"],
         ["env.id=CartPole-v1", "refused", "-",
          "env.id=CartPole-v1: its actions are Discrete; a Box (continuous) is needed"],
     ]  # fmt: skip
@@ -167,7 +172,13 @@ def table(said: Said) -> list[list[str]]:
     """The rows that a sweep ends with."""
     shown = said.out[said.out.index("reason or folder") :]
     lines = [line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")]
-    return [[cell.strip() for cell in line] for line in lines]
+    rows: list[list[str]] = []
+    for cells in ([cell.strip() for cell in line] for line in lines):
+        if cells[0]:
+            rows.append(cells)
+        else:  # what was too long for a line
+            rows[-1] = [f"{a} {b}".rstrip() for a, b in zip(rows[-1], cells, strict=True)]
+    return rows
 
 
 def test_the_same_sweep_again(tmp_path: Path) -> None:
@@ -231,13 +242,16 @@ def test_other_commands_sweep_and_leave_no_folder(tmp_path: Path) -> None:
 
 def test_joblib(tmp_path: Path) -> None:
     """Two processes at a time, of Hydra's local pool."""
-    said = sweep("seed=0,1,-2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "run_dir=s")
+    ids = ("CartPole-v1", "InvertedPendulum-v5", "Swimmer-v5")
+    typed = ["env=gym", f"env.id={','.join(ids)}", "hydra/launcher=joblib"]
+    said = sweep(*typed, "hydra.launcher.n_jobs=2", "run_dir=s")
     assert said.status == 1
-    assert sorted(jobs(tmp_path / "s")) == [("seed=-2", 2), ("seed=0", 0), ("seed=1", 0)]
+    names = [f"env.id={one}" for one in ids]
+    assert sorted(jobs(tmp_path / "s")) == list(zip(names, [2, 0, 0], strict=True))
     assert "2 of 3 jobs done" in said.out
-    for seed in (0, 1):
-        summary = json.loads((tmp_path / "s" / f"seed={seed}" / "summary.json").read_text())
-        assert (summary["seed"], summary["updates"]) == (seed, 100)
+    for env_id, name in zip(ids[1:], names[1:], strict=True):
+        summary = json.loads((tmp_path / "s" / name / "summary.json").read_text())
+        assert (summary["env_id"], summary["updates"]) == (env_id, 100)
 
 
 def test_a_launcher_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Runs of `spikerl train` as processes of their own, to be killed and resumed.
 
-They are forked from a process that has imported what a run needs, which saves seconds each. A run
-works in a folder of its own, by which every process that it starts can be found.
+A run works in a folder of its own, by which every process that it starts can be found.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from forkserver import SERVER
 
 SHORT = [
     "total_steps=400",
@@ -41,11 +42,6 @@ PPO = [*SHORT, "algo.rollout_steps=80", "algo.norm_interval=80", "algo.epochs=2"
 SPENT = ("env_steps_per_s", "updates_per_s", "wall_s", "power_w")
 
 RANK = re.compile(rb"(PMI_)?RANK=")  # from the elastic agent, or from mpiexec
-
-SERVER = mp.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["spikerl.commands.train", "spikerl.cli.main", "spikerl.runs.record", "hydra"]
-)
 
 
 class Run:

@@ -135,7 +135,8 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             resolve_backend(BackendConfig(name="mpi"), "cpu", size)
         return str(refused.value)
 
-    monkeypatch.setenv("RANK", "0")
+    for name, value in (("RANK", "0"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert line().startswith("backend=mpi: torchrun started the workers")
     with monkeypatch.context() as patch:

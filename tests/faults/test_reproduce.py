@@ -6,21 +6,22 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
-from multiprocessing import get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import table_runs
-from shell import refusal
+import torch
+from shell import refusal, spikerl
 
-from spikerl.commands.reproduce import cells
+from spikerl.commands.reproduce import cells, command
 from spikerl.commands.reproduce.work import ready
-from spikerl.reporting.table_file import Cell, cell_of, table_of
+from spikerl.reporting.table_file import Cell, cell_of, read_table, table_of
 
-Process = get_context("fork").Process
 ROOT = Path("outputs/reproduced/small")
 TRAINED = [
     f"{row}/{column}/seed{seed}"
@@ -36,14 +37,14 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "PROGRAM", cells.PROGRAM)
 
 
-def start(jobs: int) -> Process:
+def start(jobs: int) -> ForkProcess:
     """Another process that does the table; forked, as it takes seconds to import torch."""
-    process = Process(target=lambda: os._exit(table_runs.work(jobs)[0]))
+    process = ForkProcess(target=lambda: os._exit(table_runs.work(jobs)[0]))
     process.start()
     return process
 
 
-def wait(process: Process) -> int | None:
+def wait(process: ForkProcess) -> int | None:
     process.join(60)
     return process.exitcode
 
@@ -151,6 +152,17 @@ def test_fewer_steps_first() -> None:
     assert json.loads((ROOT / "popsan/Ant/seed1/evaluation.json").read_text()) != {}
 
 
+def test_a_sweep_over_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is given to a launcher: each job does its share."""
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, str(Path(table_runs.__file__))])
+    request = ["table=popsan_table1", "columns=Ant", "seeds=1", "total_steps=20", "jobs=1"]
+    said = spikerl("reproduce", "-m", *request, "rows=[popsan_td3],[dense_td3]")
+    assert said.status == 0, said
+    assert "2 of 2 jobs done" in said.out
+    names = [name for _, name, _ in events()]
+    assert names == ["popsan_td3/Ant/seed0", "dense_td3/Ant/seed0"]
+
+
 def cell(row: str = "popsan", seed: int = 0) -> Cell:
     made = cell_of(table_of(table_runs.TABLE), row, "Ant", seed)
     assert made is not None
@@ -166,6 +178,63 @@ def test_a_conversion_waits_for_a_policy_that_is_done() -> None:
         (source / "config.yaml").write_text("seed: 0\n")
         (source / "manifest.json").write_text(json.dumps({"status": word}))
         assert ready(converted) == is_ready
+
+
+def test_a_cell_is_held_by_what_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when who started it is gone: else another would start the same beside it."""
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, "-c", "import time; time.sleep(60)"])
+    lock = cells.claim(cell())
+    assert lock is not None
+    assert cells.claim(cell()) is None
+    job = cells.Job(cell(), lock, 0, None)
+    job.start(["eval"])
+    lock.close()
+    assert cells.claim(cell()) is None
+    assert job.process is not None
+    job.process.kill()
+    job.process.wait()
+    assert cells.claim(cell()) is not None
+
+
+def test_priority_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os; print(os.getpriority(0, 0), os.environ['CUDA_VISIBLE_DEVICES'])"
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, "-c", code])
+    lock = cells.claim(cell())
+    assert lock is not None
+    job = cells.Job(cell(), lock, 19, "3")
+    job.start(["eval"])
+    assert job.process is not None
+    assert job.process.wait(60) == 0
+    assert job.output("out").read_text() == "19 3\n"
+    job.close()
+    assert not job.output("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "named", "jobs", "expected"),
+    [
+        (0, "", 3, [None] * 3),
+        (2, "", None, ["0", "1"]),
+        (2, "5,7", 3, ["5", "7", "5"]),
+    ],
+)
+def test_places(
+    gpus: int, named: str, jobs: int | None, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert command.places(jobs, [cell()]) == expected
+
+
+def test_one_place_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divided by the workers that a run of the table has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(command, "cores", lambda: 16)
+    assert len(command.places(None, [cell()])) == 16
+    table = read_table("spikerl")
+    both = [cell_of(table, row, "Ant", 0) for row in ("popsan_td3", "spikerl")]
+    assert len(command.places(None, [c for c in both if c])) == 2
 
 
 def write_run(config: str, status: str, step: int) -> Path:

@@ -8,25 +8,19 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import test_mpi
 import torch
 from builders import ppo_config, small_config, with_run
 from processes import computed, gone, record, resume, rows, train
-from threads import run_in_threads, worlds
 from torch import Tensor
+from trainers import Workers
 
-from spikerl.config.build import Config
-from spikerl.envs.make import make_env, task_of
-from spikerl.runs.checkpoint import save_checkpoint, verified
+from spikerl.runs.checkpoint import verified
 from spikerl.seeding import generator_for, seed_for
-from spikerl.training.trainer import Trainer
 
 N = 4
 CAPACITY = 90  # 22 steps of each environment
@@ -34,63 +28,6 @@ KEPT = 22 * N
 OFF_POLICY = small_config(
     num_envs=N, total_steps=2000, steps_per_epoch=1000, replay_capacity=CAPACITY, norm_interval=60
 )
-
-
-class Workers:
-    """All of a run, as trainers that share one process."""
-
-    def __init__(self, training: Config, size: int) -> None:
-        with closing(make_env(training.env)) as env:
-            task = task_of(env)
-        self.trainers = [Trainer(training, task, world=world) for world in worlds(size)]
-        self.first = self.trainers[0]
-
-    def train(self, until: int) -> None:
-        while self.first.step < until:
-            run_in_threads([trainer.advance for trainer in self.trainers])
-
-    def save(self, run: Path) -> None:
-        first = self.first
-        facts = {"step": first.step, "epoch": 0, "world_size": len(self.trainers)}
-        run_in_threads(
-            [
-                partial(save_checkpoint, run, t.world, t.shard(), t.learner_state(), facts,
-                        t.policy.files()) for t in self.trainers
-            ]
-        )  # fmt: skip
-
-    def load(self, run: Path) -> None:
-        found = verified(run, print)
-        for trainer in self.trainers:
-            trainer.replay.rows.fill_(float("nan"))
-            assert trainer.load(found)
-
-    def rows(self) -> Tensor:
-        """The replays' rows in the order of steps, and of environments within one."""
-        assert all(t.replay.added * len(self.trainers) == t.step for t in self.trainers)
-        held = [t.replay.between(t.replay.added - t.replay.size, t.replay.added).unflatten(
-            0, (-1, t.replay.width)) for t in self.trainers]  # fmt: skip
-        return torch.cat(held, 1).flatten(0, 1)
-
-    def envs(self) -> list[dict[str, Tensor]]:
-        """The state of each environment, by its index in the run."""
-        found = []
-        for trainer in self.trainers:
-            state = trainer.envs.state()
-            for i in range(len(trainer.envs)):
-                own = {k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{i}.")}
-                own |= {name: state[name][i] for name in ("obs", "returns", "lengths")}
-                found.append(own)
-        return found
-
-    def pending(self) -> Tensor:
-        """Observations that wait for the normaliser, in the same order."""
-        waiting = [t.norm.pending_rows().reshape(-1, len(t.envs), 4) for t in self.trainers]
-        return torch.from_numpy(np.concatenate(waiting, 1))
-
-    def close(self) -> None:
-        for trainer in self.trainers:
-            trainer.close()
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

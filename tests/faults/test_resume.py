@@ -180,7 +180,8 @@ def test_killed_while_it_resumes(
     undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before any call by which it takes the folder over, one row beyond the commit in it."""
-    run, left = tmp_path / "run", []
+    run = tmp_path / "run"
+    left: list[Path] = []
     shutil.copytree(undisturbed.raw["run_dir"], run, symlinks=True)
     (run / "checkpoints" / "step_0000000060" / "learner.safetensors").write_bytes(b"")
     rewind = Session.rewind

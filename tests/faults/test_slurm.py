@@ -74,12 +74,14 @@ def test_srun_and_a_requeued_run_that_equals_an_undisturbed_one(tmp_path: Path) 
 
 def test_a_sweep_with_a_bad_job(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
-    sweep = [sys.executable, "-m", "spikerl", "train", "-m", *TINY, "env=Pendulum",
-             "seed=0,1,-1,2", "hydra/launcher=submitit_slurm", "run_dir=s"]  # fmt: skip
+    sweep = [sys.executable, "-m", "spikerl", "train", "-m", *TINY,
+             "env=gym", "env.id=Pendulum-v1,CartPole-v1", "seed=0,1",
+             "hydra/launcher=submitit_slurm", "run_dir=s"]  # fmt: skip
     ended = call(tmp_path, *sweep)
     assert ended.returncode == 1, ended.stderr
-    assert "3 of 4 jobs done" in ended.stdout
-    assert "seed=-1: give 0 to" in ended.stdout
-    for seed in range(3):
-        assert record(tmp_path / "s" / f"seed={seed}")["status"] == "done"
+    assert "2 of 4 jobs done" in ended.stdout
+    assert "env.id=CartPole-v1: its actions are Discrete" in ended.stdout
+    for seed in range(2):
+        folder = tmp_path / "s" / f"env.id=Pendulum-v1,seed={seed}"
+        assert record(folder)["status"] == "done"
     assert os.listdir(tmp_path) == ["s"]

@@ -75,6 +75,7 @@ def value(chance: Random, depth: int = 0) -> Any:
 
 def places(data: Any) -> list[tuple[Any, Any]]:
     """Every container with every key or index in it."""
+    own: list[tuple[Any, Any]]
     if isinstance(data, dict):
         own = [(data, key) for key in data]
     elif isinstance(data, list):

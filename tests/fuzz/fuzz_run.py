@@ -38,6 +38,7 @@ def fuzz(
         with bounded():
             for done, number in enumerate(numbers):
                 if seconds and done % 50 == 0:
+                    assert sys.__stderr__ is not None
                     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
                 chance = Random(f"{target} {seed} {number}")
                 end = outcome(lambda: case(chance), sandbox)  # noqa: B023

@@ -27,14 +27,15 @@ from shell import spikerl
 
 from spikerl.cli.compose import expand
 from spikerl.commands import train
-from spikerl.commands.import_popsan import read_stats, read_weights, sizes_of
 from spikerl.config import build as configs
 from spikerl.distributed import launch
 from spikerl.envs.make import make_env, task_of
 from spikerl.errors import BadRequest
+from spikerl.models.foreign import read_stats, read_weights, recognise
 from spikerl.models.policy import load_policy
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
+from spikerl.snn.decoders import RateConfig
 from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
 
@@ -146,7 +147,7 @@ def model(folder: Path) -> Case:
 
     def case(chance: Random) -> bool:
         (folder / "m.pt").write_bytes(content(chance))
-        sizes_of(read_weights(folder / "m.pt"), folder / "m.pt")
+        recognise(read_weights(folder / "m.pt"), folder / "m.pt")
         return True
 
     return case
@@ -182,7 +183,7 @@ def checkpoint(folder: Path) -> Case:
     )  # fmt: skip
     training.actor.actor = popsan_config([4])
     training.actor.encoder = type(POPULATION)(**{**vars(POPULATION), "pop_size": 3})
-    training.actor.decoder = type(training.actor.decoder)(name="rate", pop_size=3)  # type: ignore[misc]
+    training.actor.decoder = RateConfig(name="rate", pop_size=3)
     with closing(make_env(training.env)) as env:
         trainer = Trainer(training, task_of(env))
     latest = verified(honest, lambda text: None)

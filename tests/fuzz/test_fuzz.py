@@ -52,6 +52,16 @@ def huge() -> bool:
     return True
 
 
+def connected() -> bool:
+    socket.socket().connect(("127.0.0.1", 9))
+    return True
+
+
+def removed() -> bool:
+    os.remove("/tmp/spikerl-fuzz-hit")
+    return True
+
+
 def grown() -> bool:
     return bool(bytearray(b"x" * (400 << 20)))
 
@@ -60,13 +70,13 @@ ODD = {
     "refused": wrong_line,
     "code: os.system": swallowed,
     "code: subprocess.Popen": lambda: bool(subprocess.run(["true"])),
-    "code: socket.connect": lambda: bool(socket.socket().connect(("127.0.0.1", 9))),
+    "code: socket.connect": connected,
     "code: open": lambda: bool(Path("/tmp/spikerl-fuzz-hit").write_text("")),
-    "code: os.remove": lambda: bool(os.remove("/tmp/spikerl-fuzz-hit")),
+    "code: os.remove": removed,
     "code: import": lambda: bool(__import__("antigravity")),
     "memory: MemoryError": huge,
     "memory: grew": grown,
-    "exception: KeyError": lambda: bool({}["x"]),
+    "exception: KeyError": lambda: {"a": True}["x"],
     "loaded": lambda: bool((Path.cwd() / "mine").write_text("x")),
 }
 

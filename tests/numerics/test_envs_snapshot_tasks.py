@@ -89,7 +89,7 @@ def test_nothing_else_in_the_simulation_is_read(env_id: str) -> None:
             array = getattr(data, name, None)
             if isinstance(array, np.ndarray) and array.dtype == np.float64:
                 array[...] = np.nan
-        mujoco.mj_setState(model, data, state["integration"], INTEGRATION)
+        mujoco.mj_setState(model, data, state["integration"], INTEGRATION)  # type: ignore[attr-defined]
         for name in READ_BEFORE_STEP:
             getattr(data, name)[:] = state[name]
         assert not run.differs(env, step), step

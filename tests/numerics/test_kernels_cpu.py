@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("encoder", [POPULATION, POISSON], ids=["population", "poisson"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_actions_and_gradients(path: str, encoder: object, size: tuple) -> None:  # type: ignore[type-arg]
+def test_actions_and_gradients(path: str, encoder: object, size: tuple[Any, ...]) -> None:
     *shape, batch = size
     actor = made(*shape, encoder=encoder)
     obs, direction = torch.randn(batch, shape[0]), torch.randn(batch, shape[1])
@@ -93,7 +94,7 @@ def test_exact_where_sums_are(path: str, batch: int) -> None:
                 p.copy_(torch.randint(-2, 3, p.shape, generator=draw) / 4.0)
         obs = torch.tensor([[0.3, -1.1, 2.0, 0.0, -0.6]]).expand(batch, -1)
         pre_tanh = reference.outputs(actor, obs, None)
-        actor.decoder.bias_A -= pre_tanh[0]
+        actor.decoder.get_parameter("bias_A").sub_(pre_tanh[0])
     direction = torch.tensor([[0.5, -1.0, 0.25]]).expand(batch, -1)
     expected, grads = run(actor, "reference", obs, direction)
     assert torch.equal(expected, torch.zeros(batch, 3))
@@ -137,7 +138,7 @@ def test_lanes_that_are_no_neurons(path: str) -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_neurons(decay: float) -> None:
     """`lif` is the other neuron with a decay of 0; constants that differ from all others."""
-    same = {"voltage_decay": 0.6, "threshold": 0.7, "surrogate_window": 0.4}
+    same: dict[str, Any] = {"voltage_decay": 0.6, "threshold": 0.7, "surrogate_window": 0.4}
     config = replace(CUBA_LIF, current_decay=decay, **same)
     actor = made(6, 2, [31, 18], 6)
     obs, direction = torch.randn(30, 6), torch.randn(30, 2)

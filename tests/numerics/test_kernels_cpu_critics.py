@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def results(kernel: str, critic: Critics, rows: Tensor, obs_dim: int) -> list[Te
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_values_losses_and_gradients(path: str, size: tuple) -> None:  # type: ignore[type-arg]
+def test_values_losses_and_gradients(path: str, size: tuple[Any, ...]) -> None:
     critic, rows = made(*size)
     expected = results("reference", critic, rows, size[0])
     ours = results(f"cpu/{path}", critic, rows, size[0])
@@ -88,7 +89,7 @@ def test_they_are_as_exact_as_float32_is(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_target_values(path: str, size: tuple) -> None:  # type: ignore[type-arg]
+def test_target_values(path: str, size: tuple[Any, ...]) -> None:
     critic, rows = made(*size)
     obs, act, rew = rows[:, : size[0]], rows[:, size[0] : -1], rows[:, -1]
     ends, discount = torch.arange(size[3]) % 3 == 1, torch.linspace(0.5, 1.0, size[3])
@@ -286,7 +287,7 @@ def rounded_by_hand(critic: Critics, rows: Tensor, obs_dim: int) -> list[Tensor]
 
 @pytest.mark.skipif("amx" not in PATHS, reason="needs a processor with bf16 matrix units")
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_rounded_products_on_matrix_units(size: tuple) -> None:  # type: ignore[type-arg]
+def test_rounded_products_on_matrix_units(size: tuple[Any, ...]) -> None:
     critic, rows = made(*size)
     critic.dtype = torch.bfloat16
     expected = rounded_by_hand(critic, rows, size[0])

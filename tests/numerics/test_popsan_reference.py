@@ -11,11 +11,11 @@ from builders import CUBA_LIF, POPULATION, RATE, popsan, popsan_config, td3_conf
 from published import MODEL, STATS, needs_published_policy
 
 from spikerl.algos.td3 import TD3
-from spikerl.commands.import_popsan import popsan_policy, read_stats, read_weights, translate
 from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.kernels import reference
 from spikerl.models.actor import ActorConfig, SpikingActor
 from spikerl.models.critic import Critics
+from spikerl.models.foreign import policy_of, read_stats, read_weights, recognise, translate
 from spikerl.models.policy import Policy
 from spikerl.training.evaluator import Evaluator
 from spikerl.types import Batch
@@ -102,10 +102,9 @@ def imported() -> Policy:
         neuron=CUBA_LIF,
         decoder=RATE,
     )
-    mean, var = read_stats(STATS)
     env = make_env(HALF_CHEETAH)
-    weights = read_weights(MODEL)
-    return popsan_policy(config, task_of(env), weights, mean, var, 3.0)
+    foreign = recognise(read_weights(MODEL), MODEL)
+    return policy_of(foreign, config, task_of(env), read_stats(STATS), 3.0)
 
 
 HALF_CHEETAH = EnvConfig(

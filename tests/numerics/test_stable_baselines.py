@@ -13,7 +13,7 @@ import pytest
 import stable_baselines3 as sb3
 import torch
 from builders import ppo_config, sac_config
-from plain import cut, flat, transitions
+from plain import cut, flat, linears, transitions
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import (
     DiagGaussianDistribution,
@@ -27,6 +27,7 @@ from spikerl.algos.ppo import PPO
 from spikerl.algos.replay import Replay
 from spikerl.algos.returns import gae
 from spikerl.algos.sac import SAC, squashed
+from spikerl.envs.vector import Steps
 from spikerl.models.actor import MLPActor, MLPConfig
 from spikerl.models.critic import Critics
 
@@ -118,10 +119,6 @@ def give(linears: list[nn.Linear], weights: list[Tensor], biases: list[Tensor]) 
         layer.bias.data.copy_(bias.detach().flatten())
 
 
-def linears(*nets: nn.Module) -> list[nn.Linear]:
-    return [layer for net in nets for layer in net.modules() if isinstance(layer, nn.Linear)]
-
-
 @pytest.mark.parametrize("target_kl", [None, 0.004])
 def test_a_rollouts_updates(target_kl: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its PPO clips the gradient of all networks together, so here nothing is clipped."""
@@ -164,7 +161,7 @@ def test_a_rollouts_updates(target_kl: float | None, monkeypatch: pytest.MonkeyP
     replay = Replay(STEPS * ENVS, 3, 2, width=ENVS)
     fields = rows.obs, rows.act, rows.rew, rows.next_obs, rows.terminated, rows.last
     for t in range(STEPS):
-        replay.add(*(field[t] for field in fields), discount=0.9)
+        replay.add(*Steps(*(field[t] for field in fields)), discount=0.9)
 
     # Row t ENVS + n here is row n STEPS + t there.
     draw, orders = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
@@ -190,7 +187,7 @@ def test_a_rollouts_updates(target_kl: float | None, monkeypatch: pytest.MonkeyP
         assert of("clip_fraction") == pytest.approx(logged["train/clip_fraction"], rel=1e-4)
         loss = logged["train/policy_gradient_loss"] + 0.01 * logged["train/entropy_loss"]
         assert of("actor_loss") == pytest.approx(loss, rel=1e-3)
-    close = {"rtol": 1e-3, "atol": 1e-4}
+    close: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
     torch.testing.assert_close(ours.log_std.value_A, policy.log_std, **close)
     torch.testing.assert_close(ours.actor_optimizer.flat, flat(nn.Sequential(*mean)), **close)
     values = nn.ModuleList([nn.Sequential(*value)])
@@ -218,7 +215,7 @@ def test_updates_of_replayed_rows(learned: bool, monkeypatch: pytest.MonkeyPatch
         policy_kwargs={"net_arch": [16, 12]},
     )
     theirs.set_logger(Logger(None, []))
-    pi = theirs.policy.actor
+    pi: Any = theirs.policy.actor
     pi.action_dist.epsilon = 0.0
     *hidden, last = actor.layers
     give(linears(pi.latent_pi), [x.weight_IN for x in hidden], [x.bias_N for x in hidden])
@@ -254,7 +251,7 @@ def test_updates_of_replayed_rows(learned: bool, monkeypatch: pytest.MonkeyPatch
         if learned:
             price = float(ours.optimizers["temperature"].gradient.loss)
             assert price == pytest.approx(logged["train/ent_coef_loss"], rel=1e-3)
-    close = {"rtol": 1e-3, "atol": 1e-4}
+    close: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
     q, q_target = (nn.ModuleList(nets.q_networks) for nets in (theirs.critic, theirs.critic_target))
     torch.testing.assert_close(ours.critic_optimizer.flat, flat(q), **close)
     torch.testing.assert_close(ours.targets["critic"], flat(q_target), **close)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +46,7 @@ MEASURED = ("env_steps_per_s", "updates_per_s", "power_w")
 class Outcome:
     learner: dict[str, Tensor]  # weights, targets, optimisers, normaliser
     replay: Tensor
-    worker: dict[str, Tensor]  # streams, environments, observations waiting to be merged
+    worker: Mapping[str, Tensor]  # streams, environments, observations waiting to be merged
     rows: list[dict[str, Any]]
 
 
@@ -59,7 +59,7 @@ def new_trainer(training: Config) -> Trainer:
         return Trainer(training, task_of(env))
 
 
-def state(trainer: Trainer) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+def state(trainer: Trainer) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Tensor]]:
     shard: Shard = trainer.shard()
     assert shard.notes["exact"]
     held = trainer.replay.between(trainer.replay.added - trainer.replay.size, trainer.replay.added)
@@ -82,7 +82,7 @@ def finish(trainer: Trainer, upto: int | None = None) -> Outcome:
     return Outcome(*state(trainer), rows)
 
 
-def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
+def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:
     assert one.keys() == other.keys()
     return {name for name in one if not same_bits(one[name], other[name])}
 
@@ -108,7 +108,7 @@ def disturb() -> None:
 
 @pytest.mark.parametrize("encoder", [POPULATION, POISSON], ids=lambda e: e.name)
 @pytest.mark.parametrize("env", ENVS.values(), ids=ENVS.keys())
-def test_a_seed_decides_every_bit(env: EnvConfig, encoder: PopulationConfig):
+def test_a_seed_decides_every_bit(env: EnvConfig, encoder: PopulationConfig) -> None:
     """Environments, random actions and noise included: "unseeded action_space", "never seeded"."""
     training = small_config(
         env=env,
@@ -163,7 +163,7 @@ def under(rule: str) -> Config:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_each_rule_repeats_itself_and_resumes(rule: str, tmp_path: Path):
+def test_each_rule_repeats_itself_and_resumes(rule: str, tmp_path: Path) -> None:
     """From a checkpoint of the second epoch, which ends amid a rollout."""
     training = under(rule)
     whole = train(training)
@@ -191,7 +191,7 @@ def test_each_rule_repeats_itself_and_resumes(rule: str, tmp_path: Path):
 )
 def test_how_often_and_how_long_it_evaluates_changes_no_weight(
     change: dict[str, int], encoder: PopulationConfig
-):
+) -> None:
     """Bug 10."""
     training = short(encoder=encoder, num_envs=2, total_steps=120, eval_episodes=1)
     plain, changed = train(training), train(with_run(training, **change))
@@ -209,31 +209,34 @@ def seen(evaluation: Evaluation) -> list[Any]:
 
 @pytest.mark.parametrize("encoder", [POPULATION, POISSON], ids=lambda e: e.name)
 @pytest.mark.parametrize("env", ENVS.values(), ids=ENVS.keys())
-def test_an_evaluation_moves_nothing_and_repeats_itself(env: EnvConfig, encoder: PopulationConfig):
+def test_an_evaluation_moves_nothing_and_repeats_itself(
+    env: EnvConfig, encoder: PopulationConfig
+) -> None:
     """Bug 10: normaliser, streams, environments, replay and the process's own randomness."""
     training = small_config(env=env, encoder=encoder, num_envs=2, total_steps=95)
     with closing(new_trainer(training)) as trainer:
         while trainer.step < 86:  # amid a norm_interval, so that observations are pending
-            before = trainer.step
+            step = trainer.step
             trainer.act()
-            if trainer.step // 10 > before // 10:
+            if trainer.step // 10 > step // 10:
                 trainer.synchronise(0)
-            trainer.learn(before)
+            trainer.learn(step)
         assert len(trainer.norm.pending_rows()) > 0
 
-        everything = [lambda: state(trainer), lambda: trainer.norm.mean_std.clone()]
-        everything += [torch.get_rng_state, lambda: trainer.policy.generator.get_state()]
-        before_it = [look() for look in everything]
-        numpy_before = np.random.get_state()[1].tolist()
+        def everything() -> tuple[Any, ...]:
+            drawn = torch.get_rng_state(), trainer.policy.generator.get_state()
+            return (*state(trainer), trainer.norm.mean_std.clone(), *drawn)
+
+        before = everything()
+        numpy_before = np.random.get_state(legacy=False)["state"]["key"].tolist()
         first = trainer.evaluator.run(trainer.policy, 1)
         second = trainer.evaluator.run(trainer.policy, 2)
         again = trainer.evaluator.run(trainer.policy, 1)
-        after_it = [look() for look in everything]
-        assert differing(before_it[0][0], after_it[0][0]) == set()
-        assert same_bits(before_it[0][1], after_it[0][1])
-        assert differing(before_it[0][2], after_it[0][2]) == set()
-        assert all(same_bits(a, b) for a, b in zip(before_it[1:], after_it[1:], strict=True))
-        assert np.random.get_state()[1].tolist() == numpy_before
+        after = everything()
+        assert differing(before[0], after[0]) == set()
+        assert differing(before[2], after[2]) == set()
+        assert all(map(same_bits, (before[1], *before[3:]), (after[1], *after[3:])))
+        assert np.random.get_state(legacy=False)["state"]["key"].tolist() == numpy_before
         assert seen(first) == seen(again)
         assert seen(first) != seen(second)  # other episodes
         assert first.activity is not None
@@ -247,7 +250,7 @@ def test_an_evaluation_moves_nothing_and_repeats_itself(env: EnvConfig, encoder:
 
 
 @pytest.mark.parametrize("env", ENVS.values(), ids=ENVS.keys())
-def test_async_environments_train_to_the_same_bits(env: EnvConfig):
+def test_async_environments_train_to_the_same_bits(env: EnvConfig) -> None:
     outcomes = []
     for vectorizer in ("sync", "async"):
         kind = replace(env, vectorizer=vectorizer)
@@ -256,7 +259,7 @@ def test_async_environments_train_to_the_same_bits(env: EnvConfig):
     assert outcomes[0].rows == outcomes[1].rows
 
 
-def test_stopping_to_look_changes_nothing():
+def test_stopping_to_look_changes_nothing() -> None:
     """A loop that its caller breaks off has trained as far as its last row says."""
     training = short(total_steps=120, steps_per_epoch=40)
     whole, part = train(training), train(training, upto=2)
@@ -271,7 +274,7 @@ def run_only(training: Config, look: Callable[[Trainer], None]) -> dict[str, Ten
         return copy.deepcopy(trainer.learner_state())
 
 
-def test_saving_and_showing_in_between_changes_no_bit():
+def test_saving_and_showing_in_between_changes_no_bit() -> None:
     """A live view and a checkpoint read what training is about to use."""
     training = short(total_steps=100, encoder=POISSON)
 

@@ -60,7 +60,7 @@ def usual(ours: DDPG, batches: list[Batch]) -> tuple[list[float], list[float], l
 def test_six_updates_are_the_usual_ones(kind: str, kernel: str) -> None:
     ours = learner(kind, kernel)
     if kind == "spiking":
-        ours.actor.kernel = ours.actor_target.kernel = kernel  # type: ignore[union-attr]
+        ours.actor.kernel = ours.actor_target.kernel = kernel
     everything = transitions(6 * 32, torch.float32)
     critic_losses, actor_losses, weights = usual(ours, cut(everything, 32))
     found = ours.learn(everything, 6)

@@ -23,6 +23,7 @@ from transitions_env import COUNTER
 from spikerl.algos.ppo import PPO, Rows
 from spikerl.algos.replay import Replay
 from spikerl.envs.make import make_env, task_of
+from spikerl.envs.vector import Steps
 from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor, MLPActor, MLPConfig
 from spikerl.models.critic import Critics
@@ -61,7 +62,7 @@ class Rollout:
         self.replay = Replay(STEPS * ENVS, 3, 2, width=ENVS)
         fields = (self.obs, self.act, self.rew, self.next_obs, self.terminated, self.last)
         for t in range(STEPS):
-            self.replay.add(*(field[t] for field in fields), discount=0.9)
+            self.replay.add(*Steps(*(field[t] for field in fields)), discount=0.9)
 
     def tensor(self, array: np.ndarray) -> Tensor:
         return torch.tensor(array).double().flatten(0, 1)

@@ -48,7 +48,7 @@ def learner(
     if kind == "dense":
         actor = MLPActor(3, 2, MLPConfig(name="mlp", hidden_sizes=[16], lr=1e-3), dtype=dtype)
     else:
-        actor.kernel = kernel  # type: ignore[union-attr]
+        actor.kernel = kernel
     critic = Critics(3, 2, [24, 16], dtype=dtype, kernel=kernel)
     generator = torch.Generator().manual_seed(0)
     config = proxy_td3_config(**(own | given))
@@ -111,7 +111,7 @@ def test_six_updates_are_the_usual_ones(kind: str, steps: int, first: int) -> No
     Learned from at once, or one after the other.
     """
     with float64():
-        rules = {"proxy_steps": steps, "first_policy_update": first}
+        rules: dict[str, Any] = {"proxy_steps": steps, "first_policy_update": first}
         together, alone = learner(kind, **rules), learner(kind, **rules)
         usual, rows = Usual(together), transitions(6 * steps * ROWS, torch.float64)
         found = together.learn(rows, 6)
@@ -185,7 +185,12 @@ def test_a_burst_draws_its_batches_together(monkeypatch: pytest.MonkeyPatch) -> 
     replay.add(obs, act, rew, next_obs, terminated, terminated, 0.9)
     drawn: list[int] = []
     sample = replay.sample
-    monkeypatch.setattr(replay, "sample", lambda n, *args: drawn.append(n) or sample(n, *args))
+
+    def noting(count: int, *args: Any) -> Batch:
+        drawn.append(count)
+        return sample(count, *args)
+
+    monkeypatch.setattr(replay, "sample", noting)
     found = td3.train(replay, 50, 8, torch.Generator(), lambda x: x)
     assert drawn == [21 * 3 * 8, 21 * 3 * 8, 8 * 3 * 8]
     assert td3.updates == len(found) == 50

@@ -46,7 +46,7 @@ def learner(
         layers = MLPConfig(name="mlp", hidden_sizes=[16, 12], lr=1e-3)
         actor = MLPActor(3, outputs, layers, dtype=dtype)
     else:
-        actor.kernel = kernel  # type: ignore[union-attr]
+        actor.kernel = kernel
     critic = Critics(3, 2, [24, 16], dtype=dtype, kernel=kernel)
     generator = torch.Generator().manual_seed(0)
     sac = SAC(actor, critic, config, actor_lr=2e-3, generator=generator)
@@ -148,7 +148,7 @@ def test_six_updates_are_the_usual_ones(kind: str, rule: str) -> None:
     """Losses and gradients of each update, and all parameters behind the first and the last."""
     with float64():
         ours, rows = learner(kind, **RULES[rule]), transitions(6 * 32, torch.float64)
-        usual, close = Usual(ours), {"rtol": 1e-6, "atol": 1e-8}
+        usual = Usual(ours)
         for number, batch in enumerate(cut(rows, 32)):
             expected, found = usual.update(batch), ours.learn(batch, 1)[0]
             assert {k: float(v) for k, v in found.items()} == pytest.approx(expected, rel=1e-6)
@@ -157,7 +157,7 @@ def test_six_updates_are_the_usual_ones(kind: str, rule: str) -> None:
                 theirs = usual.weights()
                 assert weights(ours).keys() == theirs.keys()
                 for name, tensor in weights(ours).items():
-                    torch.testing.assert_close(tensor, theirs[name], **close)
+                    torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-8)
         assert ours.updates == 6
         ours.check()
 

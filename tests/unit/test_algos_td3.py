@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from builders import POISSON, popsan, td3_config, twin_critic
-from torch import Tensor, nn
+from torch import Tensor
 
-from spikerl.algos.base import Guard, Optimizer, flatten
 from spikerl.algos.graphs import Graphed, Metrics
 from spikerl.algos.td3 import TD3
 from spikerl.errors import NonFinite
@@ -210,29 +209,6 @@ def test_targets_start_equal_and_apart() -> None:
     assert not any(p.requires_grad for p in td3.actor_target.parameters())
 
 
-def test_flatten_makes_parameters_views() -> None:
-    module = nn.Linear(2, 3)
-    values = [p.detach().clone() for p in module.parameters()]
-    flat = flatten(module)
-    for p, value in zip(module.parameters(), values, strict=True):
-        assert torch.equal(p, value)
-    flat.fill_(7.0)
-    assert module(torch.ones(1, 2)).tolist() == [[21.0] * 3]
-
-
-def test_gradient_clipping_by_hand() -> None:
-    module = nn.Linear(2, 1, bias=False)
-    guard = Guard("cpu", scales_loss=False)
-    step = Optimizer(module, 0.1, guard, max_grad_norm=1.0)
-    gradient = step.gradient
-    gradient.differentiate((module(torch.tensor([[3.0, 4.0]]))).sum())  # gradient (3, 4), norm 5
-    step.step()
-    torch.testing.assert_close(gradient.vector[:-1], torch.tensor([0.6, 0.8]))
-    gradient.differentiate((module(torch.tensor([[0.3, 0.4]]))).sum())
-    step.step()  # within the bound: unchanged
-    torch.testing.assert_close(gradient.vector[:-1], torch.tensor([0.3, 0.4]))
-
-
 @pytest.mark.parametrize("field", ["rew", "obs", "next_obs", "act"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_never_reaches_the_weights(field: str, bad: float) -> None:
@@ -249,19 +225,6 @@ def test_non_finite_never_reaches_the_weights(field: str, bad: float) -> None:
     assert all(same(moments, adam(td3)))
     with pytest.raises(NonFinite, match="update 1:"):
         td3.check()
-
-
-def test_an_infinite_loss_is_bad_even_where_its_gradient_is_not() -> None:
-    module = nn.Linear(2, 1)
-    guard = Guard("cpu", scales_loss=False)
-    step = Optimizer(module, 0.1, guard)
-    before = step.flat.detach().clone()
-    step.gradient.differentiate(module(torch.ones(1, 2)).sum() + float("inf"))
-    step.step()
-    guard.end_update()
-    assert torch.equal(step.flat.detach(), before)
-    with pytest.raises(NonFinite, match="update 4:"):
-        guard.check(5)
 
 
 def adam(td3: TD3) -> list[Tensor]:
@@ -298,26 +261,6 @@ def test_fp16_skips_a_bad_update_whole_and_halves_the_scale() -> None:
     td3.learn(batch(seed=2), 1)
     assert not any(same(before, weights(td3)))
     assert int(td3.guard.skipped) == 1
-
-
-def test_fp16_scale_grows_after_enough_good_updates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Guard, "GROWTH_INTERVAL", 3)
-    guard = Guard("cpu", scales_loss=True)
-    scales = []
-    for finite in (True, True, True, True, False, True, True, True):
-        guard.masked.fill_(0.0 if finite else 1.0)
-        guard.end_update()
-        scales.append(float(guard.scale) / 65536.0)
-    assert scales == [1.0, 1.0, 2.0, 2.0, 1.0, 1.0, 1.0, 2.0]
-
-
-def test_fp16_that_never_fits_is_an_error() -> None:
-    guard = Guard("cpu", scales_loss=True)
-    for _ in range(31):
-        guard.masked.fill_(1.0)
-        guard.end_update()
-    with pytest.raises(NonFinite, match="any loss scale"):
-        guard.check(31)
 
 
 def test_poisson_update_repeats_with_its_generator() -> None:

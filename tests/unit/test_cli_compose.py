@@ -9,15 +9,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from shell import refusal, spikerl
 
-from spikerl.cli.compose import (
-    expand,
-    explain,
-    group_options,
-    known_keys,
-    quoted,
-    split,
-    unquoted,
-)
+from spikerl.cli.compose import expand, explain, known_keys, split, unquoted
+from spikerl.config.yaml_file import group_options, quoted
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +240,8 @@ def test_a_resume_keeps_what_the_run_chose(tmp_path: Path, monkeypatch: pytest.M
     assert kept() == {"num_envs=4", "world_size=2", "threads=3", *kernel}
     assert kept("device=cuda") == {"num_envs=4", "world_size=2", "threads=3", "device=cuda"}
     assert kept("world_size=4") == {"num_envs=4", "world_size=4", *kernel}
-    monkeypatch.setenv("RANK", "0")
+    for name, value in (("RANK", "0"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "1")  # what torchrun started
     assert kept() == {"num_envs=4", "world_size=1", *kernel}
     monkeypatch.setenv("WORLD_SIZE", "2")

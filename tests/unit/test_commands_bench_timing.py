@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import time
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import pytest
 
-from spikerl.commands.bench import timing
 from spikerl.commands.bench.progress import BenchProgress
 from spikerl.commands.bench.table import show
 from spikerl.commands.bench.timing import Benchmark, Measurement, compare, run_interleaved
@@ -26,7 +27,7 @@ def test_turns_and_times(monkeypatch: pytest.MonkeyPatch) -> None:
         events.append(name)
         now += next(seconds[name])
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     benchmarks = [Benchmark(name, "cpu", "fp32", 7, "run", 2, partial(call, name)) for name in "ab"]
     times = run_interleaved(
         benchmarks,
@@ -42,12 +43,17 @@ def test_turns_and_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(m.batch, m.threads, m.weights) for m in times] == [(7, 5, "run")] * 2
 
 
-def measured(kernel: str, median_ms: float, **more: object) -> Measurement:
-    facts = {"what": "update", "precision": "fp32", "batch": 100, "world_size": 1} | more
+def measured(kernel: str, median_ms: float, **more: Any) -> Measurement:
+    facts: dict[str, Any] = {
+        "what": "update",
+        "precision": "fp32",
+        "batch": 100,
+        "world_size": 1,
+    } | more
     return Measurement(
         kernel=kernel, threads=1, weights="run", median_ms=median_ms, min_ms=median_ms,
         per_second=1e3 / median_ms, **facts,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 def test_ratios_are_of_the_spiking_actor_over_the_others() -> None:

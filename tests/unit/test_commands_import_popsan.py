@@ -18,8 +18,8 @@ from published import MODEL, STATS, needs_published_policy
 from shell import SHORT, Said, spikerl, tree
 
 from spikerl import load_policy
-from spikerl.commands.import_popsan import POPSAN_OBSERVATIONS
 from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.models.foreign import POPSAN_OBSERVATIONS
 
 Weights = dict[str, np.ndarray]
 
@@ -67,7 +67,7 @@ def popsan(
     hidden = sum(name.startswith("snn.hidden_layers") for name in weights) // 2
     names = [f"snn.hidden_layers.{i}" for i in range(hidden)] + ["snn.out_pop_layer"]
     state = {n: [np.zeros((len(obs), len(weights[f"{n}.bias"])))] * 3 for n in names}
-    potential, fired = np.zeros_like(drive), 0.0
+    potential, fired = np.zeros_like(drive), np.zeros(())
     margin = np.full(len(obs), np.inf)
     for _ in range(5):
         potential = potential + drive
@@ -171,7 +171,7 @@ def test_eval_and_init_from_take_an_import(files: Path) -> None:
 
 REFUSED = [
     (["env=Reacher"], "popsan=m.pt: the policy maps 3 observations to 1 actions, Reacher-v5 needs"),
-    (["actor=mlp"], "actor=mlp: the public PopSAN code trains actor=popsan"),
+    (["actor=mlp"], "actor=mlp: such a policy is actor=popsan"),
     (["resume=r"], "resume=r: has no effect on an import"),
     (["config=c.yaml"], "config=c.yaml: has no effect on an import"),
     (["init_from=r"], "init_from=r: has no effect on an import"),

@@ -34,7 +34,8 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "seed": ([0, 2**63 - 1], [-1, 2**63]),
     "total_steps": ([1], [0, -5]),
     "steps_per_epoch": ([1], [0]),
-    "eval_episodes": ([1], [0]),
+    "eval_episodes": ([0], [-1]),
+    "env.reward_scale": ([1e-9], [0.0, -1.0]),
     "num_envs": ([1, None], [0]),
     "world_size": ([1, None], [0]),
     "threads": ([1, None], [0]),
@@ -246,7 +247,8 @@ def test_what_cannot_be_shared_out(
 def test_a_launcher_and_world_size_disagree(
     default: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "0")
+    for name, value in (("RANK", "0"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert build(default).world_size == 2
     refused = refusal(build, changed(default, world_size=4))

@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 
-from spikerl.distributed import hosts
-from spikerl.distributed.world import BackendConfig, ranked, resolve_backend, resolve_world_size
+from spikerl.distributed import hosts, launchers
+from spikerl.distributed.launchers import ranked
+from spikerl.distributed.world import BackendConfig, resolve_backend, resolve_world_size
 from spikerl.machine import cores
 
 # Task 4 of 5, the second on the second of two nodes, as srun of Slurm 22.05 says it.
@@ -36,7 +37,7 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def told(environ: dict[str, str]) -> list[str | None]:
-    hosts.adopt()
+    launchers.adopt()
     return [environ.get(name) for name in RANK]
 
 
@@ -71,20 +72,21 @@ def test_torchrun_inside_srun_and_an_mpi_under_it(environ: dict[str, str]) -> No
     agents = ["6", "8", "2", "4", "node07", "29500"]
     environ |= STEP | dict(zip(RANK, agents, strict=True))
     assert told(environ) == agents
-    for name in RANK[2:]:
+    for name in RANK:
         del environ[name]
-    assert told(environ) == ["6", "8", "1", "2", None, None]
+    environ |= {"PMI_RANK": "4", "PMI_SIZE": "5"}
+    assert told(environ) == ["4", "5", "1", "2", None, None]
 
 
 def test_first_host() -> None:
     lists = ("vm", "a,b", "node[07-12],gpu3", "node[7,9]", "rack-2-node[003]", "gpu3,node[07-12]")
-    assert [hosts.first_host(nodes) for nodes in lists] == [
+    assert [launchers.first_host(nodes) for nodes in lists] == [
         "vm", "a", "node07", "node7", "rack-2-node003", "gpu3"]  # fmt: skip
 
 
 def test_tasks_per_node() -> None:
-    assert hosts.tasks_per_node("2") == [2]
-    assert hosts.tasks_per_node("16(x3),4,1(x2)") == [16, 16, 16, 4, 1, 1]
+    assert launchers.tasks_per_node("2") == [2]
+    assert launchers.tasks_per_node("16(x3),4,1(x2)") == [16, 16, 16, 4, 1, 1]
 
 
 def test_own_cores_and_gpus(environ: dict[str, str]) -> None:

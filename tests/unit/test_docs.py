@@ -64,7 +64,8 @@ def lines(text: str) -> Iterator[tuple[str, str]]:
 
 def commands_in(text: str) -> list[str]:
     """What follows `spikerl`, of every command in a block or a span of code."""
-    code, rest = [], []
+    code: list[str] = []
+    rest: list[str] = []
     for kind, line in lines(text):
         (code if kind == "code" else rest).append(line)
     spans = re.findall(r"`([^`]+)`", "\n".join(rest))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,8 @@ def test_no_part_passes_for_the_whole(lacks: str) -> None:
     """The GPU is in one window only: its sums and the whole are null, the packages' are not."""
     both, one = {"gpu:a": 8.0, "cpu:n1:0": 2.0}, {"cpu:n1:0": 1.0}
     windows = (one, both) if lacks == "train" else (both, one)
-    row = energy_row(*(Reading(1.0, joules, {}) for joules in windows), "zeus:nvml+rapl")
+    train, evaluation = (Reading(1.0, joules, {}) for joules in windows)
+    row = energy_row(train, evaluation, "zeus:nvml+rapl")
     assert (row["energy_j"], row["energy_gpu_j"], row["power_w"]) == (None, None, None)
     assert row["energy_cpu_j"] == 3.0
     kept, lost = ("eval", "train") if lacks == "train" else ("train", "eval")
@@ -81,7 +83,7 @@ def test_no_part_passes_for_the_whole(lacks: str) -> None:
 
 
 def test_joules_over_rows() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"energy_j": 5.0, "eval_return": 10.0},
         {"energy_j": 7.0, "eval_return": None},
         {"energy_j": 1.0, "eval_return": 30.0},
@@ -129,7 +131,7 @@ def test_known_power_gives_its_joules(tmp_path: Path, world_size: int, shared: b
 
     row = energy_row(measure("train", 12.5), measure("eval", 1.5), meters[0].source)
     assert row["energy_source"] == f"replay:{config.file}"
-    exactly = {"rel": 1e-9}
+    exactly: dict[str, Any] = {"rel": 1e-9}
     assert row["energy_gpu_j"] == pytest.approx(14 * 250 * len(gpus), **exactly)
     assert row["energy_cpu_j"] == pytest.approx(14 * 48, **exactly)
     assert row["energy_j"] == pytest.approx(14 * (250 * len(gpus) + 48), **exactly)

@@ -93,6 +93,12 @@ def test_what_a_reset_returns(odd: Any) -> None:
         list(trainer.epochs())  # after the third episode
 
 
+def odd_env(env: gym.Env[Any, Any]) -> OddEnv:
+    inner = env.unwrapped
+    assert isinstance(inner, OddEnv)
+    return inner
+
+
 @pytest.mark.parametrize("case", ["turned", "no reward", "raises", "too large"])
 def test_an_evaluation_says_where(case: str) -> None:
     part, odd, _ = ODD[case]
@@ -100,7 +106,7 @@ def test_an_evaluation_says_where(case: str) -> None:
     with closing(make_env(COUNTER)) as one, closing(Evaluator(env, 9, 0)) as evaluator:
         env_id = task_of(one).env_id
         for inner in evaluator.envs:
-            inner.unwrapped.lived = AT - 2
+            odd_env(inner).lived = AT - 2
         with (
             trainer_of(COUNTER) as trainer,
             pytest.raises((NonFinite, EnvironmentFailed), match=f"^evaluation, step 2: {env_id} "),
@@ -112,7 +118,7 @@ def test_an_evaluation_says_where(case: str) -> None:
 def test_numbers_of_every_kind_are_rewards(good: Any) -> None:
     env = make_env(registered("Odd", OddEnv, limit=99, part=1, odd=good))
     env.reset(seed=0)
-    env.unwrapped.lived = AT
+    odd_env(env).lived = AT
     assert env.step(np.zeros(2, np.float32))[1] == 1.0
 
 

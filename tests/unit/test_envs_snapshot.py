@@ -15,6 +15,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from spikerl.envs.make import CheckedEnv
 from spikerl.envs.snapshot import SLEEP, Snapshot, restore, snapshot
+from spikerl.errors import EnvironmentFailed
 
 TASKS = ["Hopper-v5", "Ant-v5", "Pendulum-v1"]
 LIMIT = 30
@@ -179,7 +180,7 @@ def unknown_kinds() -> dict[str, Callable[[Path], gym.Env[Any, Any]]]:
 
 @pytest.mark.parametrize("kind", unknown_kinds())
 def test_what_is_not_known_is_not_guessed(kind: str, tmp_path: Path) -> None:
-    mujoco.set_mju_user_warning(lambda _: None)
+    mujoco.set_mju_user_warning(lambda _: None)  # type: ignore[attr-defined]
     env = unknown_kinds()[kind](tmp_path)
     env.reset(seed=1)
     assert snapshot(env) is None
@@ -233,7 +234,7 @@ def test_a_fresh_environment_that_refused_still_wants_a_reset() -> None:
     env = make("Hopper-v5")
     with pytest.raises(ValueError, match="lacks xpos"):
         restore(env.env, changed(taken(started("Hopper-v5")), xpos=None))
-    with pytest.raises(gym.error.ResetNeeded):
+    with pytest.raises(EnvironmentFailed, match="ResetNeeded"):
         env.step(np.zeros(3, np.float32))
 
 
@@ -258,8 +259,9 @@ class Restorable(CheckedEnv):
         restore(self.env, state)
 
 
-def vector(kind: str, env_id: str = "Hopper-v5", num_envs: int = 3) -> VectorEnv[Any, Any, Any]:
-    makers: list[Any] = [lambda: Restorable(make(env_id, LIMIT).env)] * num_envs
+def vector(kind: str, env_id: str = "Hopper-v5", num_envs: int = 3) -> Any:
+    config = make(env_id, LIMIT).config
+    makers: list[Any] = [lambda: Restorable(make(env_id, LIMIT).env, config)] * num_envs
     made = SyncVectorEnv if kind == "sync" else AsyncVectorEnv
     return made(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 

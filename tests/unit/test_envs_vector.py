@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from transitions_env import COUNTER, HIGH, LOW, SCRIPT, CounterEnv, parse
+from transitions_env import COUNTER, HIGH, LOW, SCRIPT, CounterEnv, get_attr, parse
 
 from spikerl.algos.replay import Replay
 from spikerl.envs.make import CheckedEnv, make_env, task_of
@@ -95,13 +95,15 @@ def counters(scripts: list[str], kind: Any, mode: AutoresetMode) -> Iterator[Env
 
 
 def plain_counter(script: str) -> CheckedEnv:
-    return CheckedEnv(CounterEnv(script))
+    return CheckedEnv(CounterEnv(script), COUNTER)
 
 
 @pytest.mark.parametrize("num_envs", SCRIPTS)
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
 @pytest.mark.parametrize("kind", [SyncVectorEnv, AsyncVectorEnv])
-def test_every_transition_is_the_scalar_loop_s(kind: Any, mode: AutoresetMode, num_envs: int):
+def test_every_transition_is_the_scalar_loop_s(
+    kind: Any, mode: AutoresetMode, num_envs: int
+) -> None:
     """Bugs 1 to 5 and 7: ends told apart, no transition over a reset, no array shared, scaling."""
     scripts, actions = SCRIPTS[num_envs], grid_actions(60, num_envs)
     expected = scalar_loop(scripts, actions, same_step=mode == AutoresetMode.SAME_STEP)
@@ -110,14 +112,14 @@ def test_every_transition_is_the_scalar_loop_s(kind: Any, mode: AutoresetMode, n
     kept: list[Steps] = []
     with counters(scripts, kind, mode) as envs:
         envs.reset(seeds)
-        assert envs.obs.tolist() == [[0.0, 0.0]] * num_envs
+        assert np.array_equal(envs.obs, [[0.0, 0.0]] * num_envs)
         for act in actions:
             steps = envs.step(act)
             kept.append(steps)  # not copied: what is overwritten later shows below
             replay.add(*steps, discount=GAMMA)
             norm.add(steps.obs)
-        received = [list(part) for part in envs.vector.get_attr("received")]
-        got_seeds = [list(part) for part in envs.vector.get_attr("seeds")]
+        received = [list(part) for part in get_attr(envs, "received")]
+        got_seeds = [list(part) for part in get_attr(envs, "seeds")]
         assert envs.steps == len(expected.rows)
         assert [tuple(episode) for episode in envs.finished] == expected.finished
 
@@ -157,7 +159,7 @@ def check_moments(norm: RunningNorm, seen: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize("vectorizer", ["sync", "async"])
-def test_the_vectors_that_training_makes_step_alike(vectorizer: str):
+def test_the_vectors_that_training_makes_step_alike(vectorizer: str) -> None:
     config = replace(COUNTER, vectorizer=vectorizer)
     actions = grid_actions(40, 2)
     expected = scalar_loop([SCRIPT] * 2, actions, same_step=True)
@@ -166,13 +168,13 @@ def test_the_vectors_that_training_makes_step_alike(vectorizer: str):
     with closing(make_envs(config, 2, task)) as envs:
         envs.reset([5, 6])
         rows = [r for act in actions for r in zip(*envs.step(act), strict=True)]
-        received = [list(part) for part in envs.vector.get_attr("received")]
+        received = [list(part) for part in get_attr(envs, "received")]
     assert [tuple(r[3]) for r in rows] == [r.next_obs for r in expected.rows]
     assert [r[4] for r in rows] == [r.terminated for r in expected.rows]
     assert received == expected.received
 
 
-def test_truncated_rows_hold_the_true_successor_and_are_not_terminal():
+def test_truncated_rows_hold_the_true_successor_and_are_not_terminal() -> None:
     """Bugs 1 and 5, spelt out by hand: an episode cut after its second step."""
     with counters(["2x"], SyncVectorEnv, AutoresetMode.SAME_STEP) as envs:
         envs.reset([0])
@@ -180,17 +182,17 @@ def test_truncated_rows_hold_the_true_successor_and_are_not_terminal():
         last = envs.step(np.zeros((1, 2), np.float32))
         assert last.next_obs.tolist() == [[2.0, 0.0]]
         assert last.terminated.tolist() == [False]
-        assert envs.obs.tolist() == [[0.0, 1.0]]
+        assert np.array_equal(envs.obs, [[0.0, 1.0]])
 
 
 # --- replay ---------------------------------------------------------------------------------
 
 
-def numbered(start: int, count: int) -> tuple[np.ndarray, ...]:
+def numbered(start: int, count: int) -> Steps:
     """Transitions that carry their own number k in every entry."""
     k = np.arange(start, start + count, dtype=np.float64)
     obs = np.stack([k, k + 0.25], 1)
-    return obs, np.stack([k / 1024], 1), k * 2, obs + 0.5, k % 3 == 0, k % 2 == 0
+    return Steps(obs, np.stack([k / 1024], 1), k * 2, obs + 0.5, k % 3 == 0, k % 2 == 0)
 
 
 def packed(numbers: list[int]) -> list[list[float]]:
@@ -201,7 +203,7 @@ def packed(numbers: list[int]) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("bursts", [[3], [7], [1] * 20, [3] * 9, [0, 5, 0, 4], [30], [4, 16, 2, 9]])
-def test_the_ring_keeps_the_newest_rows(bursts: list[int]):
+def test_the_ring_keeps_the_newest_rows(bursts: list[int]) -> None:
     replay = Replay(7, 2, 1)
     added = 0
     for count in bursts:
@@ -215,7 +217,7 @@ def test_the_ring_keeps_the_newest_rows(bursts: list[int]):
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, 7), (5, 4), (13, 7), (6, 1), (3, 20), (4, 0)])
-def test_put_writes_where_add_would_have(start: int, count: int):
+def test_put_writes_where_add_would_have(start: int, count: int) -> None:
     source, target = Replay(1000, 2, 1), Replay(7, 2, 1)
     source.add(*numbered(0, start + count), discount=GAMMA)
     target.put(0, torch.full((7, 9), -1.0))
@@ -226,7 +228,7 @@ def test_put_writes_where_add_would_have(start: int, count: int):
     assert target.rows.tolist() == slots
 
 
-def test_samples_are_stored_rows_normalised_with_the_moments_of_now():
+def test_samples_are_stored_rows_normalised_with_the_moments_of_now() -> None:
     """Bugs 1, 4 and 10: `terminated` is bool, successors differ, rows stay raw."""
     replay, norm = Replay(50, 2, 1), RunningNorm(2, 3.0)
     replay.add(*numbered(0, 80), discount=GAMMA)

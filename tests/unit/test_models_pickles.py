@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from spikerl.commands.import_popsan import read_stats, read_weights, sizes_of
 from spikerl.errors import BadRequest
+from spikerl.models.foreign import read_stats, read_weights, recognise
 
 HUGE = 10**11
 ROOM = 4 << 30
@@ -41,7 +41,8 @@ class Calls:
 
 
 def reconstruct(*args: Any) -> Calls:
-    return Calls(np._core.multiarray._reconstruct, *args)
+    function: Any = np.ndarray(0).__reduce__()[0]  # numpy's own, of a private module
+    return Calls(function, *args)
 
 
 def nested(levels: int) -> Any:
@@ -150,7 +151,7 @@ def test_weights(name: str, zipped: bool, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     torch.save(WEIGHTS[name], "m.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(BadRequest, match=r"^popsan=m\.pt: "):
-        sizes_of(read_weights(Path("m.pt")), Path("m.pt"))
+        recognise(read_weights(Path("m.pt")), Path("m.pt"))
     assert os.listdir() == ["m.pt"]
 
 
@@ -165,8 +166,8 @@ def test_damaged_weights(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     torch.save(state(), path)
     whole = path.read_bytes()
-    assert sizes_of(read_weights(path), path)["hidden"] == [4]
+    assert recognise(read_weights(path), path).hidden == [4]
     for cut in range(0, len(whole) - 1, len(whole) // 23):
         path.write_bytes(whole[:cut])
         with pytest.raises(BadRequest):
-            sizes_of(read_weights(path), path)
+            recognise(read_weights(path), path)

@@ -117,7 +117,8 @@ def test_one_observation_or_many(name: str, tmp_path: Path) -> None:
     policy = spikerl.load_policy(str(tmp_path))
     obs = some_obs(5, 4)
     batch = policy(obs)
-    assert (batch.shape, batch.dtype) == ((5, 3), np.float32)
+    assert batch.shape == (5, 3)
+    assert batch.dtype == np.float32
     for one, act in zip(obs, batch, strict=True):
         assert policy(one).shape == (3,)
         np.testing.assert_allclose(policy(one), act, rtol=0, atol=1e-6)

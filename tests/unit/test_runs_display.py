@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from spikerl.runs import display as view
 from spikerl.runs.display import View, epoch_line, number, stuck_layers
 
 ROW = {
@@ -23,6 +23,9 @@ ROW = {
     "firing_rate": 0.12345,
     "env_steps_per_s": 99.96,
     "wall_s": 61.6,
+    "energy_j": None,
+    "energy_source": "none: requested",
+    "power_w": None,
 }
 
 
@@ -45,7 +48,7 @@ class Progress:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(view.time, "monotonic", clock)
+    monkeypatch.setattr(time, "monotonic", clock)
     return clock
 
 
@@ -73,7 +76,7 @@ def test_numbers_are_short(value: float | None, shown: str) -> None:
 def test_epoch_line() -> None:
     assert epoch_line(ROW, 9000) == (
         "epoch 3  step 3000/9000  eval 123.5 +- 0.0457  train -  critic_loss 1.5  q -0.25"
-        "  firing 0.123  100 steps/s  62 s"
+        "  firing 0.123  100 steps/s  62 s  energy - (none: requested)"
     )
 
 

@@ -63,7 +63,7 @@ def test_a_run_of_unknown_origin(tmp_path: Path) -> None:
 
 def test_a_sweep_says_it(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path / "s", ["seed"])
-    jobs = [
+    jobs: list[dict[str, Any]] = [
         {"folder": str(run(tmp_path / "s" / "0")), "return": 1.0},
         {"folder": str(run(tmp_path / "s" / "1", seed=1, commit="b")), "return": 1.0},
         {"folder": str(tmp_path / "s" / "refused"), "return": None},

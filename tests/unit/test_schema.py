@@ -72,7 +72,7 @@ def test_converts(key: str, given: object, taken: object) -> None:
         ("sizes", [1, 2.5], "part.sizes[1]=2.5: expected list[int]"),
         ("on", "maybe", "part.on=maybe: expected bool"),
         ("on", 2.0, "part.on=2.0: expected bool"),
-        ("limit", "x", "part.limit=x: expected float | None"),
+        ("limit", "x", "part.limit=x: expected float, or null"),
         ("name", {"a": 1}, "part.name={'a': 1}: expected str"),
         ("rate", float("nan"), "part.rate=nan: give a finite number"),
         ("limit", float("-inf"), "part.limit=-inf: give a finite number"),

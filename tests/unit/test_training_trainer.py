@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from builders import small_config
-from transitions_env import COUNTER, HIGH, LOW, CounterEnv, Fault, registered
+from transitions_env import COUNTER, HIGH, LOW, CounterEnv, Fault, get_attr, registered
 
 from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.errors import NonFinite
 from spikerl.models.normalizer import RunningNorm
-from spikerl.seeding import seed_for
+from spikerl.seeding import reset_seed
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.trainer import Trainer
 
@@ -76,7 +76,7 @@ def test_updates_come_when_counting_by_hand_says(
     per_step: float,
     num_envs: int,
     total: int,
-):
+) -> None:
     expected: list[int] = []
     credit, step = 0.0, 0
     for now in vector_steps(num_envs, total):
@@ -87,7 +87,7 @@ def test_updates_come_when_counting_by_hand_says(
         expected += [now] * (int(credit) - len(expected))
 
     env = registered("Schedule", CounterEnv, limit=9)
-    schedule = {"learning_starts": starts, "update_interval": interval}
+    schedule: dict[str, Any] = {"learning_starts": starts, "update_interval": interval}
     with trainer_of(
         env,
         num_envs=num_envs,
@@ -120,7 +120,7 @@ def test_updates_come_when_counting_by_hand_says(
 )
 def test_epochs_end_where_they_are_crossed(
     per_epoch: int, num_envs: int, total: int, ends: list[int]
-):
+) -> None:
     with trainer_of(
         num_envs=num_envs, total_steps=total, steps_per_epoch=per_epoch, learning_starts=1000
     ) as trainer:
@@ -139,7 +139,7 @@ def test_epochs_end_where_they_are_crossed(
 )
 def test_the_first_steps_and_no_others_are_random(
     monkeypatch: pytest.MonkeyPatch, random_steps: int, num_envs: int, random: int
-):
+) -> None:
     with trainer_of(
         num_envs=num_envs, total_steps=40, random_steps=random_steps, learning_starts=1000
     ) as trainer:
@@ -152,12 +152,12 @@ def test_the_first_steps_and_no_others_are_random(
         assert (act[:random] != 0.25).all()
 
 
-def test_warm_up_covers_each_dimension_s_own_bounds():
+def test_warm_up_covers_each_dimension_s_own_bounds() -> None:
     """Bugs 6 and 7: uniform between that dimension's bounds, in every environment its own draw."""
     with trainer_of(num_envs=4, total_steps=4000, random_steps=4000, learning_starts=9999) as t:
         while t.step < 4000:
             t.act()
-        received = np.array(t.envs.vector.get_attr("received"))  # (N, T, A)
+        received = np.array(get_attr(t.envs, "received"))  # (N, T, A)
     share = (received - LOW) / (HIGH - LOW)
     assert share.min() >= 0.0
     assert share.max() <= 1.0
@@ -166,9 +166,9 @@ def test_warm_up_covers_each_dimension_s_own_bounds():
     check_independent(share)
 
 
-def test_noise_is_drawn_for_every_environment_and_entry():
+def test_noise_is_drawn_for_every_environment_and_entry() -> None:
     """Bug 6: one draw for the batch, one for all entries, a bias, no clipping."""
-    settings = {"num_envs": 4, "random_steps": 0, "learning_starts": 9999}
+    settings: dict[str, Any] = {"num_envs": 4, "random_steps": 0, "learning_starts": 9999}
     with trainer_of(explore_noise=0.1, **settings) as t:
         # One observation for all, so that what differs is the noise.
         obs = torch.zeros(4, 2)
@@ -186,7 +186,7 @@ def test_noise_is_drawn_for_every_environment_and_entry():
             t.act()
         act = t.replay.between(0, 200)[:, 4:6]
         assert act.abs().max() == 1.0
-        received = np.concatenate(t.envs.vector.get_attr("received"))
+        received = np.concatenate(get_attr(t.envs, "received"))
         assert received.min(0).tolist() == LOW.tolist()
         assert received.max(0).tolist() == HIGH.tolist()
 
@@ -200,7 +200,7 @@ def check_independent(values_NTA: np.ndarray) -> None:
 @pytest.mark.parametrize(("interval", "num_envs"), [(1, 1), (10, 1), (10, 3), (7, 4), (3, 5)])
 def test_the_normaliser_merges_when_a_multiple_is_crossed(
     monkeypatch: pytest.MonkeyPatch, interval: int, num_envs: int
-):
+) -> None:
     """Bug 11: nothing is counted twice, and between merges nothing moves."""
     steps = vector_steps(num_envs, 60)
     before = [0, *steps][: len(steps)]
@@ -221,15 +221,15 @@ def test_the_normaliser_merges_when_a_multiple_is_crossed(
         np.testing.assert_allclose(t.norm.var_O, seen.var(0), rtol=1e-13)
 
 
-def test_environments_and_runs_have_seeds_of_their_own():
+def test_environments_and_runs_have_seeds_of_their_own() -> None:
     seeds = []
     for seed in (0, 1):
         with trainer_of(num_envs=3, seed=seed) as trainer:
-            expected = [[seed_for(seed, "env", i)] for i in range(3)]
-            assert list(trainer.envs.vector.get_attr("seeds")) == expected
+            expected = [[reset_seed(31, seed, "env", i)] for i in range(3)]
+            assert list(get_attr(trainer.envs, "seeds")) == expected
             trainer.reset_envs(100)
-            expected = [[*e, seed_for(seed, "env", i, 100)] for i, e in enumerate(expected)]
-            assert list(trainer.envs.vector.get_attr("seeds")) == expected
+            expected = [[*e, reset_seed(31, seed, "env", i, 100)] for i, e in enumerate(expected)]
+            assert list(get_attr(trainer.envs, "seeds")) == expected
             seeds += [seed for part in expected for seed in part]
     assert len(set(seeds)) == len(seeds)
 
@@ -247,7 +247,7 @@ FAULTS: list[Fault] = [
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("num_envs", [1, 2])
-def test_nothing_infinite_gets_past_the_environments(fault: Fault, num_envs: int):
+def test_nothing_infinite_gets_past_the_environments(fault: Fault, num_envs: int) -> None:
     what, occasion, _ = fault
     env = registered("Faulty", CounterEnv, limit=99, fault=fault)
     good = (8 if what == "reset" else occasion) - 1  # vector steps before it
@@ -261,20 +261,20 @@ def test_nothing_infinite_gets_past_the_environments(fault: Fault, num_envs: int
         assert all(tensor.isfinite().all() for tensor in trainer.learner_state().values())
 
 
-def test_a_first_observation_that_is_infinite_stops_at_once():
+def test_a_first_observation_that_is_infinite_stops_at_once() -> None:
     env = registered("Faulty", CounterEnv, limit=99, fault=("reset", 1, math.nan))
     with pytest.raises(NonFinite, match="step 1: Faulty-v0 "), trainer_of(env):
         pass
 
 
 @pytest.mark.parametrize("what", ["reward", "observation"])
-def test_an_evaluation_does_not_average_over_infinities(what: str):
+def test_an_evaluation_does_not_average_over_infinities(what: str) -> None:
     env = registered("Faulty", CounterEnv, limit=99, fault=(what, 2, math.nan))
     with trainer_of(env) as trainer, pytest.raises(NonFinite, match="evaluation, step 2: Faulty-"):
         trainer.evaluator.run(trainer.policy, 1)
 
 
-def test_an_evaluation_notices_a_bad_reset():
+def test_an_evaluation_notices_a_bad_reset() -> None:
     env = registered("Faulty", CounterEnv, limit=99, fault=("reset", 1, math.nan))
     with (
         trainer_of() as trainer,
@@ -287,7 +287,7 @@ def test_an_evaluation_notices_a_bad_reset():
 @pytest.mark.parametrize(
     ("count", "rows"), [(10, np.array([[0.0, 1e200]])), (2**53, np.zeros((1, 2)))]
 )
-def test_a_normaliser_that_diverged_stops_the_run(count: int, rows: np.ndarray):
+def test_a_normaliser_that_diverged_stops_the_run(count: int, rows: np.ndarray) -> None:
     with trainer_of(norm_interval=7, learning_starts=20) as trainer:
         for _ in range(6):
             trainer.advance()
@@ -297,7 +297,7 @@ def test_a_normaliser_that_diverged_stops_the_run(count: int, rows: np.ndarray):
             trainer.advance()
 
 
-def test_a_bad_update_names_the_step():
+def test_a_bad_update_names_the_step() -> None:
     with trainer_of(learning_starts=20, update_interval=10) as trainer:
         for _ in range(19):
             trainer.advance()
@@ -306,12 +306,12 @@ def test_a_bad_update_names_the_step():
             trainer.advance()
 
 
-def test_a_decimal_fraction_of_updates_is_not_cut_short():
+def test_a_decimal_fraction_of_updates_is_not_cut_short() -> None:
     with trainer_of(learning_starts=0, update_interval=100, updates_per_step=0.29) as trainer:
         assert [trainer.updates_due(100 * k) for k in range(4)] == [0, 29, 58, 87]
 
 
-def test_pending_observations_are_copies():
+def test_pending_observations_are_copies() -> None:
     """Bug 4: an environment goes on writing into the array it gave."""
     norm, obs = RunningNorm(2, 5.0), np.ones((1, 2))
     norm.add(obs)
@@ -319,7 +319,7 @@ def test_pending_observations_are_copies():
     assert norm.pending_rows().tolist() == [[1.0, 1.0]]
 
 
-def test_async_counts_as_sync_does():
+def test_async_counts_as_sync_does() -> None:
     rows = []
     for vectorizer in ("sync", "async"):
         env = replace(COUNTER, vectorizer=vectorizer)

@@ -178,6 +178,6 @@ def test_replay_rows_that_no_segment_holds(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, ALONE, trainer.shard(), state, facts, files)
         found = verified(tmp_path, print)
         trainer.load(found)
-        found.manifest["segments"].clear()  # type: ignore[attr-defined]
+        found.manifest["segments"].clear()
         with pytest.raises(ValueError, match="its replay lacks rows"):
             trainer.load(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from torch import nn
 from spikerl import kernels, machine
 from spikerl.algos.offpolicy import OffPolicy
 from spikerl.algos.proxy_td3 import ProxyTD3Config
+from spikerl.children import PYTHON
 from spikerl.commands.bench import workers as bench_workers
 from spikerl.commands.bench.baselines import DenseActor, PopSANActor, dense_loop, popsan_loop
 from spikerl.commands.bench.fixtures import UPDATES_PER_TURN, BenchFixtures
@@ -39,7 +39,7 @@ from spikerl.kernels.cpu import OneAction
 from spikerl.machine import git_state, versions
 from spikerl.models.actor import MLPActor, MLPConfig
 from spikerl.models.precision import DTYPES
-from spikerl.runs.display import Screen
+from spikerl.output import answer
 from spikerl.schema import parse
 from spikerl.snn.neurons import CubaLIFConfig, LIFConfig
 from spikerl.training.trainer import Trainer
@@ -87,15 +87,15 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     with BenchProgress() as progress:
         bench = Bench(configs.build(data), request, progress)
         results = bench.measure()
-        answer = {
+        facts = {
             "machine": {**machine.describe(), "versions": versions(), **git_state()},
             **asdict(results),
             "roofline": asdict(bench.roofline()) if "update" in request.parts else None,
         }
     if request.json:
-        Screen().out(json.dumps(answer), highlight=False)
+        answer(facts)
     else:
-        show(answer)
+        show(facts)
     return DONE
 
 
@@ -295,6 +295,6 @@ COMMANDS = {
 
 def run_quietly(args: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "spikerl", *args]
+        command = [*PYTHON, "-m", "spikerl", *args]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)

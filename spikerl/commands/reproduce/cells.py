@@ -13,13 +13,13 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
+from spikerl.children import PYTHON
 from spikerl.config.yaml_file import NOT_CARRIED, conf_folder
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.errors import BadRequest
@@ -28,7 +28,7 @@ from spikerl.reporting.records import Run
 from spikerl.reporting.table_file import Cell, Table
 from spikerl.schema import dotted
 
-PROGRAM = [sys.executable, "-m", "spikerl"]
+PROGRAM = [*PYTHON, "-m", "spikerl"]
 EPISODES = 20  # of the final policy, from its file
 MAX_BYTES = 1 << 20
 # Of a config: where a run is kept and placed, and how far it goes, set no two cells apart.

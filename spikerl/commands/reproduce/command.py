@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spikerl.commands.reproduce import cells as steps
-from spikerl.commands.reproduce.screen import STATES, Screen, State, duration
+from spikerl.commands.reproduce.screen import Screen, State, duration
 from spikerl.commands.reproduce.work import Work, cell_left_s, left_s, states_of
 from spikerl.config.yaml_file import group_options
 from spikerl.errors import BadRequest
@@ -29,6 +29,7 @@ class ReproduceRequest:
     nice: int
     plan: bool
     render: bool
+    plugins: list[str]
 
     def __post_init__(self) -> None:
         for key in ("total_steps", "jobs"):
@@ -54,7 +55,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         render(table, total_steps)
         return 0
     steps.check(table, cells, total_steps)
-    slots = places(request.jobs, table, cells)
+    slots = places(request.jobs, cells)
     if request.plan:
         tell_plan(table, states_of(cells, total_steps), len(slots))
         return 0
@@ -65,6 +66,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         slots=slots,
         nice=request.nice,
         keep=total_steps < table.protocol.total_steps,
+        plugins=request.plugins,
     )
     status = work.run()
     tell_rest(work.states)
@@ -84,7 +86,7 @@ def selected(table: Table, request: ReproduceRequest) -> list[Cell]:
     return cells
 
 
-def places(jobs: int | None, table: Table, cells: Sequence[Cell]) -> list[str | None]:
+def places(jobs: int | None, cells: Sequence[Cell]) -> list[str | None]:
     """A place for each run that goes on at a time: the name of its GPU, or None on processors."""
     import torch
 
@@ -113,10 +115,11 @@ def tell_plan(table: Table, states: Mapping[Cell, State], jobs: int) -> None:
         own = {cell: state for cell, state in todo.items() if cell.row == row}
         if own:
             each = [cell_left_s(states, cell) for cell in own]
-            known = sum(seconds for seconds in each if seconds is not None)
-            unknown = each.count(None)
-            more = f", and {unknown} runs of unknown length" if unknown else ""
-            print(f"  {row}: {len(own)} runs, {duration(known)}{more}")
+            known = [seconds for seconds in each if seconds is not None]
+            said = [duration(sum(known))] * bool(known)
+            if len(known) < len(each):
+                said.append(f"{len(each) - len(known)} of unknown length")
+            print(f"  {row}: {len(own)} runs, {', '.join(said)}")
     whole = duration(left_s(states, jobs))
     print(f"{left} steps to go, {jobs} runs side by side: {whole}")
 
@@ -128,8 +131,6 @@ def tell_rest(states: Mapping[Cell, State]) -> None:
             print(f"{cell.name}: failed: {state.note}")
         if state.word == "waiting" and cell.source is not None:
             print(f"{cell.name}: not made: {cell.source} is not done")
-    counts = [(word, sum(s.word == word for s in states.values())) for word in STATES]
-    print(", ".join(f"{count} {word}" for word, count in counts if count))
 
 
 def render(table: Table, total_steps: int) -> None:

@@ -51,7 +51,8 @@ def duration(seconds: float | None) -> str:
 def summary(states: Mapping[Cell, State], left_s: float | None) -> str:
     counts = Counter(state.word for state in states.values())
     parts = [f"{counts[word]} {word}" for word in STATES if counts[word]]
-    return f"{len(states)} cells: {', '.join(parts)}; time left: {duration(left_s)}"
+    cells = f"{len(states)} cell{'s' * (len(states) != 1)}"
+    return f"{cells}: {', '.join(parts)}; time left: {duration(left_s)}"
 
 
 class Screen:

@@ -28,9 +28,11 @@ class Work:
         slots: Sequence[str | None],  # one job each: a GPU's name, or None
         nice: int,
         keep: bool,  # what a done cell needs to go on
+        plugins: Sequence[str] = (),
     ) -> None:
         self.total_steps, self.screen, self.nice, self.keep = total_steps, screen, nice, keep
         self.free = list(slots)
+        self.plugins = [f"plugins=[{','.join(plugins)}]"] * bool(plugins)
         self.waiting = list(cells)
         self.jobs: list[Job] = []
         self.states = states_of(cells, total_steps)
@@ -106,7 +108,7 @@ class Work:
         if command[0] != "eval":
             what = f"resumed after step {self.states[cell].step}" if resumes else "started"
             self.screen.event(f"{cell.name}: {what}")
-        job.start(command)
+        job.start([*command, *self.plugins])
 
     def ended(self, job: Job, status: int) -> None:
         """Go on with the cell whose process ended with `status`, if it went well."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from shell import refusal
-from transitions_env import BoxesEnv, registered
+from transitions_env import BoxesEnv, get_attr, registered
 
 from spikerl.envs import make as envs_module
 from spikerl.envs.make import make_env, task_of
@@ -34,7 +34,9 @@ def boxes(draw: st.DrawFn) -> gym.spaces.Box:
 
 @settings(max_examples=300, deadline=None)
 @given(boxes(), st.data())
-def test_actions_lie_in_the_box_and_reach_its_edges(box: gym.spaces.Box, data: st.DataObject):
+def test_actions_lie_in_the_box_and_reach_its_edges(
+    box: gym.spaces.Box, data: st.DataObject
+) -> None:
     """Bug 7: each dimension its own bounds, and rounding never leaves the box."""
     low, high = box.low.astype(np.float64), box.high.astype(np.float64)
     task = Task("any", (1,), box.shape, low, high, 1)
@@ -48,7 +50,7 @@ def test_actions_lie_in_the_box_and_reach_its_edges(box: gym.spaces.Box, data: s
     assert (np.abs(scaled - wanted) <= size * 2e-7 + 1e-44).all()
 
 
-def test_multi_dimensional_boxes_are_flat_inside_and_whole_outside():
+def test_multi_dimensional_boxes_are_flat_inside_and_whole_outside() -> None:
     low = np.arange(6, dtype=np.float32).reshape(2, 3)
     spaces = {"obs": gym.spaces.Box(-9.0, 99.0, (2, 2)), "act": gym.spaces.Box(low, low + 2.0)}
     config = registered("Whole", BoxesEnv, limit=9, **spaces)
@@ -56,10 +58,10 @@ def test_multi_dimensional_boxes_are_flat_inside_and_whole_outside():
     assert (task.obs_shape, task.act_shape, task.obs_dim, task.act_dim) == ((2, 2), (2, 3), 4, 6)
     with closing(make_envs(config, 2, task)) as envs:
         envs.reset([0, 1])
-        assert envs.obs.tolist() == [[0.0, 1.0, 2.0, 3.0]] * 2
+        assert np.array_equal(envs.obs, [[0.0, 1.0, 2.0, 3.0]] * 2)
         act = np.linspace(-1.0, 1.0, 12, dtype=np.float32).reshape(2, 6)
         steps = envs.step(act)
-        received = envs.vector.get_attr("action")
+        received = get_attr(envs, "action")
     assert steps.next_obs.tolist() == [[1.0, 2.0, 3.0, 4.0]] * 2
     assert [part.shape for part in received] == [(2, 3)] * 2
     np.testing.assert_allclose(np.stack(received), low + 1.0 + act.reshape(2, 2, 3), rtol=1e-6)
@@ -68,9 +70,9 @@ def test_multi_dimensional_boxes_are_flat_inside_and_whole_outside():
 BOX = gym.spaces.Box(-1.0, 1.0, (2,))
 
 
-def test_one_bound_for_all_entries():
+def test_one_bound_for_all_entries() -> None:
     """As PopSAN's code has it; what lies beyond an entry's own is the environment's affair."""
-    act = gym.spaces.Box(np.float32([-1.0, 0.0]), np.float32([3.0, 9.0]))
+    act = gym.spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([3.0, 9.0], np.float32))
     config = registered("OneBound", BoxesEnv, limit=9, obs=BOX, act=act)
     first = replace(config, action_bounds="first")
     task = task_of(make_env(first))
@@ -78,9 +80,9 @@ def test_one_bound_for_all_entries():
     with closing(make_envs(first, 1, task)) as envs:
         envs.reset([0])
         envs.step(np.array([[-1.0, 0.5]], np.float32))
-        (received,) = envs.vector.get_attr("action")
+        (received,) = get_attr(envs, "action")
     assert received.tolist() == [-3.0, 1.5]
-    negative = gym.spaces.Box(np.float32([-2.0, 0.0]), np.float32([-1.0, 1.0]))
+    negative = gym.spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([-1.0, 1.0], np.float32))
     config = registered("Below", BoxesEnv, limit=9, obs=BOX, act=negative)
     refused = refusal(make_env, replace(config, action_bounds="first"))
     assert refused.args == ("env.action_bounds", "first",
@@ -90,22 +92,31 @@ def test_one_bound_for_all_entries():
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "discrete actions": (BOX, gym.spaces.Discrete(3), "its actions are Discrete"),
     "discrete observations": (gym.spaces.Discrete(3), BOX, "its observations are Discrete"),
-    "dict": (gym.spaces.Dict({"a": BOX}), BOX, "its observations are Dict"),
+    "graph": (gym.spaces.Graph(BOX, None), BOX, "its observations are Graph"),
+    "words": (
+        gym.spaces.Dict({"a": BOX, "b": gym.spaces.Dict({"c": gym.spaces.Text(3)})}),
+        BOX,
+        r"its observations hold a Text, b\.c",
+    ),
     "empty observations": (gym.spaces.Box(0.0, 1.0, (0,)), BOX, "observations"),
     "empty actions": (BOX, gym.spaces.Box(0.0, 1.0, (0,)), "actions"),
     "unbounded": (BOX, gym.spaces.Box(-np.inf, np.inf, (2,)), "RescaleAction"),
     "half bounded": (
         BOX,
-        gym.spaces.Box(np.float32([0, -np.inf]), np.float32([1, 1])),
+        gym.spaces.Box(np.array([0, -np.inf], np.float32), np.array([1, 1], np.float32)),
         "RescaleAction",
     ),
     "integers": (BOX, gym.spaces.Box(0, 5, (1,), np.int64), "actions are int64"),
-    "no width": (BOX, gym.spaces.Box(np.float32([0, 1]), np.float32([1, 1])), "no room"),
+    "no width": (
+        BOX,
+        gym.spaces.Box(np.array([0, 1], np.float32), np.array([1, 1], np.float32)),
+        "no room",
+    ),
 }
 
 
 @pytest.mark.parametrize(("obs", "act", "words"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_trained_on_is_refused_by_name(obs: Any, act: Any, words: str):
+def test_what_cannot_be_trained_on_is_refused_by_name(obs: Any, act: Any, words: str) -> None:
     made: list[BoxesEnv] = []
 
     def entry() -> BoxesEnv:
@@ -122,7 +133,7 @@ def test_what_cannot_be_trained_on_is_refused_by_name(obs: Any, act: Any, words:
 @pytest.mark.parametrize(("own", "asked", "ends"), [(None, None, 7), (5, None, 5), (5, 3, 3)])
 def test_every_episode_ends(
     monkeypatch: pytest.MonkeyPatch, own: int | None, asked: int | None, ends: int
-):
+) -> None:
     monkeypatch.setattr(envs_module, "DEFAULT_EPISODE_STEPS", 7)
     config = registered("Endless", BoxesEnv, limit=own, obs=BOX, act=BOX)
     config.max_episode_steps = asked

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from shell import refusal, spikerl
 
-from spikerl.reporting import curves, render
+from spikerl.commands import report
+from spikerl.commands.reproduce.screen import Screen, State, summary
+from spikerl.commands.reproduce.work import cell_left_s, left_s
+from spikerl.reporting import curves
 from spikerl.reporting.records import Run, run_folders
 from spikerl.reporting.side_by_side import SideBySide, names_of
+from spikerl.reporting.table_file import Cell
 
 
 def write(folder: Path, *, algo: str = "td3", seed: int = 0, **facts: Any) -> Path:
@@ -125,12 +134,12 @@ def test_pictures_are_the_same_bytes() -> None:
 def test_groups(tmp_path: Path) -> None:
     specs = [("td3", 0), ("td3", 1), ("sac", 0)]
     runs = [Run.read(write(tmp_path / f"{a}{s}", algo=a, seed=s)) for a, s in specs]
-    report = SideBySide(runs, None)
-    assert report.varied == ["seed", "algo.name"]
-    assert {name: len(group) for name, group in report.groups.items()} == {
+    groups = SideBySide(runs, None)
+    assert groups.varied == ["seed", "algo.name"]
+    assert {name: len(group) for name, group in groups.groups.items()} == {
         "algo.name=td3": 2, "algo.name=sac": 1,
     }  # fmt: skip
-    assert report.returns("max_average")[1:] == [
+    assert groups.returns("max_average")[1:] == [
         ["algo.name=td3", "2000 \u00b1 1 (n=2, 200 steps)"],
         ["algo.name=sac", "2000 (n=1, 200 steps)"],
     ]
@@ -148,8 +157,8 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (write(tmp_path / "runs" / "c") / "metrics.jsonl").write_text("nonsense\n")
     said = spikerl("report", "runs=runs/*", "out=out")
     assert (said.status, said.err) == (0, "")
-    assert "out: 2 runs; table.md" in said.out
-    assert "left out: runs/c: its record or config" in said.out
+    assert f"{tmp_path}/out: 2 runs; table.md" in said.out
+    assert f"left out: {tmp_path}/runs/c: its record or config" in said.out
     page = (tmp_path / "out" / "index.html").read_text()
     assert "<script" not in page
     assert "&lt;script&gt;" in page
@@ -166,6 +175,25 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "out" / "runs.csv").read_text().count("\n") == 5
     for name in ("curves.svg", "curves.png", "curves_joules.png", "inside_Ant-v5.svg"):
         assert (tmp_path / "out" / name).stat().st_size > 1000
+
+
+def test_watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is rendered again once a run has gone on, and for the last time when none does."""
+    monkeypatch.chdir(tmp_path)
+    folder = write(tmp_path / "a", status="running")
+    looks: list[float] = []
+
+    def go_on(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            text = (folder / "manifest.json").read_text()
+            (folder / "manifest.json").write_text(text.replace("running", "done"))
+
+    monkeypatch.setattr(time, "sleep", go_on)
+    said = spikerl("report", "runs=a", "watch=true")
+    assert said.status == 0
+    assert said.out.count("1 runs; ") == 2
+    assert looks == [report.WATCH_S] * 2
 
 
 ASKED: list[tuple[list[str], str]] = [
@@ -193,8 +221,8 @@ def test_without_the_extra(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a")
-    real: Callable[[str], Any] = render.find_spec
-    monkeypatch.setattr(render, "find_spec", lambda n: None if n == "matplotlib" else real(n))
+    patched = "spikerl.reporting.render.find_spec"
+    monkeypatch.setattr(patched, lambda name: None if name == "matplotlib" else find_spec(name))
     assert "matplotlib is missing; pip install 'spikerl[report]' brings it" in spikerl(*args).line
 
 
@@ -238,3 +266,43 @@ def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "  popsan_td3: 2 runs, 18.0 h",
         "1800 steps to go, 2 runs side by side: 9.0 h",
     ]
+
+
+def test_libraries_for_pictures_wait_until_one_is_drawn() -> None:
+    code = (
+        "import sys, spikerl.commands.report, spikerl.commands.reproduce.command;"
+        " sys.exit(' '.join({'matplotlib', 'jinja2'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def state(word: str, step: int, wall_s: float | None) -> State:
+    return State(word, step, 100, 5.0 if step else None, wall_s)
+
+
+def test_a_screen() -> None:
+    out = io.StringIO()
+    screen = Screen("a table", Console(file=out, force_terminal=True, width=120))
+    named = {
+        Cell("row", "column", 0, Path("a"), "train", (), 1): state("done", 100, 50.0),
+        Cell("row", "column", 1, Path("b"), "train", (), 1): state("running", 50, 30.0),
+        Cell("other", "column", 0, Path("c"), "train", (), 1): state("failed", 0, None),
+    }
+    assert screen.due
+    screen.draw(named, left_s(named, 2))
+    screen.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "row/column/seed1" in shown
+    assert "##########.........." in shown
+    # 80 s for the 150 steps of this row: 26.7 s for 50 more, by two at a time 13 s.
+    assert "3 cells: 1 running, 1 failed, 1 done; time left: 13 s" in shown
+    assert shown.index("row/column/seed1") < shown.index("other/column") < shown.index("seed0 ")
+
+
+def test_time_left_is_unknown_where_nothing_was_run() -> None:
+    cells = [Cell(row, "column", 0, Path(row), "train", (), 1) for row in ("a", "b")]
+    states = {cells[0]: state("running", 50, 30.0), cells[1]: state("waiting", 0, None)}
+    assert left_s(states, 1) is None
+    assert cell_left_s(states, cells[0]) == 30.0
+    assert "time left: unknown" in summary(states, None)

@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from shell import refusal
 
+from spikerl.cli.compose import expand
+from spikerl.config.build import build
 from spikerl.config.yaml_file import conf_folder, group_options
 from spikerl.reporting.table_file import Table, cell_of, read_table, select, table_of
 
@@ -181,3 +186,28 @@ def test_selection() -> None:
 def test_unknown_table() -> None:
     line = "table=popsan_tabel1: no such table; did you mean popsan_table1"
     assert str(refusal(read_table, "popsan_tabel1")).startswith(line)
+
+
+def overridden() -> list[tuple[str, ...]]:
+    """What rows and columns change of an experiment, each once, on whichever task."""
+    cells = [
+        cell_of(table, row, column, 0)
+        for table in map(read_table, NAMES)
+        for row, r in table.rows.items()
+        for column, c in table.columns.items()
+        if r.experiment and (r.overrides or row in c.overrides)
+    ]
+    by_rest = {
+        tuple(o for o in cell.overrides if not o.startswith("env")): cell.overrides
+        for cell in cells
+        if cell
+    }
+    return sorted(by_rest.values())
+
+
+@pytest.mark.parametrize("overrides", overridden(), ids=" ".join)
+def test_overrides_make_a_run(overrides: tuple[str, ...]) -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose("train", expand("train", overrides))
+    build(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]

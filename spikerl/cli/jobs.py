@@ -1,0 +1,101 @@
+"""The jobs of a sweep before they run: which there are, what is wrong with them, their folders."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import Any
+
+from spikerl.cli.compose import searchpath, split
+from spikerl.config.yaml_file import conf_folder, group_options
+from spikerl.errors import BadRequest
+
+LONGEST_NAME = 200  # bytes; a file's name may have 255, and a hidden folder's is longer
+MOST_COMPOSED = 64  # jobs; of more, each value is tried once
+
+
+def choices(args: Sequence[str]) -> list[list[str]] | None:
+    """What each override stands for, one job taking one of each; None where a sweeper decides."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    overrides = [arg for arg in split(args)[0] if not arg.startswith("hydra")]
+    if any(arg.startswith("hydra/sweeper=") for arg in args):
+        return None
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        return [_values(override) for override in parsed]
+    except (HydraException, ValueError):
+        return None  # Hydra will say what is wrong with it
+
+
+def _values(override: Any) -> list[str]:
+    from hydra.core.override_parser.types import Glob
+
+    if not override.is_sweep_override():
+        return [override.input_line]
+    key = override.get_key_element()
+    if isinstance(override.value(), Glob):
+        return [f"{key}={one}" for one in override.value().filter(group_options(key))]
+    return [f"{key}={one}" for one in override.sweep_string_iterator()]
+
+
+def varied_keys(args: Sequence[str]) -> list[str]:
+    """The keys of the overrides that give several values."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(
+            [a for a in args if "=" in a and a[0] != "-"]
+        )
+    except HydraException:
+        return []
+    return [override.key_or_group for override in parsed if override.is_sweep_override()]
+
+
+def count(choices: Sequence[Sequence[str]]) -> int:
+    return math.prod(map(len, choices))
+
+
+def combinations(choices: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
+    """All of them, or, where they are many, enough that each value comes once."""
+    if count(choices) <= MOST_COMPOSED:
+        yield from product(*choices)
+        return
+    for i in range(max(map(len, choices))):
+        yield tuple(values[min(i, len(values) - 1)] for values in choices)
+
+
+def refusals(
+    command: str, choices: Sequence[Sequence[str]], explain: Callable[[Exception], str]
+) -> list[str]:
+    """A line for each job that is wrong as it was typed, before any of them runs."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from spikerl.config.build import parse_groups
+
+    errors = []
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        for overrides in combinations(choices):
+            try:
+                config = compose(command, overrides=[*searchpath(), *overrides])
+                data: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+                parse_groups(data)
+            except (BadRequest, HydraException, OmegaConfBaseException) as error:
+                errors.append(error)
+    return list(dict.fromkeys(map(explain, errors)))
+
+
+def folder_name(name: str) -> str:
+    """One that a file system takes: what is too long ends in its hash."""
+    whole = name.replace("/", "_")
+    if len(whole.encode()) <= LONGEST_NAME:
+        return whole
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{whole.encode()[: LONGEST_NAME - 15].decode(errors='ignore')}...{digest}"

@@ -1,0 +1,179 @@
+"""`spikerl runs`: which runs there are, how they stand, and what room they take."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from spikerl.energy.meter import total_joules
+from spikerl.errors import BadRequest
+from spikerl.files import shown
+from spikerl.output import answer
+from spikerl.runs import folder as run_folder
+from spikerl.runs.display import number
+from spikerl.schema import parse
+
+LAST_FIRST = ("steps", "return", "best", "joules", "size")  # sorted from the largest down
+UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
+
+
+@dataclass(kw_only=True)
+class RunsRequest:
+    path: str
+    sort: str
+    clean: bool
+    json: bool
+
+    def __post_init__(self) -> None:
+        known = ("age", "run", "state", *LAST_FIRST)
+        if self.sort not in known:
+            raise BadRequest("sort", self.sort, f"give one of {', '.join(known)}")
+
+
+@dataclass
+class Run:
+    """What is listed of a run; None where its files do not say it."""
+
+    run: str
+    env_id: str
+    state: str  # as in the manifest, or lost: it says running, and nobody runs it
+    steps: int | None
+    last_return: float | None
+    best_return: float | None
+    joules: float | None  # those of discarded work included
+    size_bytes: int
+    age_s: float  # since it ended, or since its record grew
+
+
+def main(data: dict[str, Any], argv: Sequence[str]) -> int:
+    """`spikerl runs`."""
+    request = parse(RunsRequest, data)
+    root = Path(request.path)
+    if not root.is_dir():
+        raise BadRequest("path", request.path, "no such folder")
+    folders = list(find_runs(root))
+    freed, kept = clean(folders) if request.clean else ({}, [])
+    runs = sorted((describe(folder) for folder in folders), key=lambda run: order(run, request))
+    if request.json:
+        rows = [asdict(run) for run in runs]
+        answer({"runs": rows, "freed_bytes": sum(freed.values())})
+        return 0
+    show(runs)
+    for line in kept:
+        print(f"note: {line}")
+    if request.clean:
+        gone = readable(sum(freed.values()))
+        print(f"freed {gone}: replay and checkpoints of {len(freed)} finished runs")
+    return 0
+
+
+def find_runs(root: Path) -> Iterator[Path]:
+    """Folders with a run's manifest.json; nothing is looked for inside one, nor behind links."""
+    for place, folders, files in os.walk(root):
+        folder = Path(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if "manifest.json" in files:
+            with suppress(BadRequest):
+                run_folder.read_manifest(folder, key="path")
+                folders.clear()
+                yield folder
+
+
+def describe(folder: Path) -> Run:
+    manifest = run_folder.read_manifest(folder, key="path")
+    state = str(manifest["status"])
+    if state == "running" and not run_folder.is_held(folder):
+        state = "lost"
+    try:
+        rows = run_folder.read_rows(folder / "metrics.jsonl")
+        discarded = run_folder.read_rows(folder / "discarded.jsonl")
+    except (OSError, ValueError):
+        rows, discarded = [], []
+    returns = [row["eval_return"] for row in rows if isinstance(row.get("eval_return"), float)]
+    return Run(
+        run=shown(folder),
+        env_id=str(manifest.get("env_id", "-")),
+        state=state,
+        steps=rows[-1]["step"] if rows else None,
+        last_return=returns[-1] if returns else None,
+        best_return=max(returns, default=None),
+        joules=total_joules([*rows, *discarded]) if rows else None,
+        size_bytes=size_of(folder),
+        age_s=max(time.time() - last_change(folder, manifest), 0.0),
+    )
+
+
+def size_of(folder: Path) -> int:
+    total = 0
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with suppress(OSError):  # a run that goes on removes some
+                total += Path(place, name).lstat().st_size
+    return total
+
+
+def last_change(folder: Path, manifest: dict[str, Any]) -> float:
+    if manifest["status"] != "running":
+        with suppress(KeyError, TypeError, ValueError):
+            return datetime.fromisoformat(manifest["ended"]).timestamp()
+    with suppress(OSError):
+        return (folder / "metrics.jsonl").stat().st_mtime
+    return time.time()
+
+
+def clean(folders: Sequence[Path]) -> tuple[dict[Path, int], list[str]]:
+    """The bytes that each finished run gave back, and why others did not."""
+    freed, kept = {}, []
+    for folder in folders:
+        if run_folder.read_manifest(folder, key="path")["status"] != "done":
+            continue
+        try:
+            with run_folder.lock(folder):
+                if gone := run_folder.free(folder):
+                    freed[folder] = gone
+        except (BadRequest, OSError) as error:
+            why = error.args[2] if isinstance(error, BadRequest) else error
+            kept.append(f"{shown(folder)} keeps its replay: {why}")
+    return freed, kept
+
+
+def order(run: Run, request: RunsRequest) -> tuple[Any, ...]:
+    names = {"return": "last_return", "best": "best_return", "size": "size_bytes", "age": "age_s"}
+    value = getattr(run, names.get(request.sort, request.sort))
+    if value is None:
+        return (1, 0, run.run)
+    return (0, -value if request.sort in LAST_FIRST else value, run.run)
+
+
+def show(runs: Sequence[Run]) -> None:
+    words = ("run", "state", "steps", "return", "best", "joules", "size", "age")
+    table = Table(*(Column(word, overflow="fold") for word in words))
+    for run in runs:
+        measured = (run.steps, run.last_return, run.best_return, run.joules)
+        table.add_row(run.run, run.state, *map(number, measured), readable(run.size_bytes),
+                      age(run.age_s))  # fmt: skip
+    width = None if sys.stdout.isatty() else 200  # a path that is cut cannot be copied
+    Console(width=width, markup=False, emoji=False).print(table)
+    print(f"{len(runs)} runs, {readable(sum(run.size_bytes for run in runs))}")
+
+
+def readable(size: int) -> str:
+    for power, unit in ((3, "GB"), (2, "MB"), (1, "kB")):
+        if size >= 1000**power:
+            return f"{size / 1000**power:.3g} {unit}"
+    return f"{size} B"
+
+
+def age(seconds: float) -> str:
+    unit, name = next((u for u in UNITS if seconds >= u[0]), UNITS[-1])
+    return f"{seconds / unit:.0f} {name}"

@@ -1,0 +1,162 @@
+"""Which launcher started this process, if one did: torchrun, mpiexec or srun.
+
+Each says so by a set of variables, which a shell that it started hands on to whatever is typed
+there. A set is believed when it is whole, consistent, and of several processes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+
+from spikerl.errors import BadRequest
+
+TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MEETING = ("MASTER_ADDR", "MASTER_PORT")
+# What MPICH's and Open MPI's mpiexec tell a process: its rank, how many there are, and its rank on
+# its machine, which Slurm's own MPI launcher leaves out.
+MPI = (
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
+SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID",
+         "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")  # fmt: skip
+
+
+def ranked() -> bool:
+    """Whether a launcher, this program among them, has given this process a rank."""
+    adopt()
+    return "RANK" in os.environ
+
+
+def several() -> bool:
+    """Whether it has, among others."""
+    return ranked() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def adopt() -> None:
+    """Leave one whole set of ranks in the environment, as torchrun gives it, or none.
+
+    A variable without its fellows is ignored, and a line says so. A set that contradicts itself is
+    a BadRequest.
+    """
+    env = os.environ
+    _ignore((n for n in (*TORCH, *MEETING, *sum(MPI, ()), *SLURM) if env.get(n) == ""), "is empty")
+    for names in (TORCH, *MPI):
+        if lacking := [name for name in names[:2] if name not in env]:
+            _ignore((name for name in names if name in env), f"comes without {lacking[0]}")
+    if mpi := mpi_set():
+        _check(*mpi)
+        _check_agrees(mpi)
+        for name, other in zip(TORCH, mpi, strict=False):
+            if other in env:
+                env.setdefault(name, env[other])
+    elif "RANK" in env:
+        _check(*TORCH[:2])
+        if lacking := [name for name in MEETING if name not in env]:
+            if env["WORLD_SIZE"] != "1":
+                remedy = f"RANK and WORLD_SIZE={env['WORLD_SIZE']} are set; set it, or none of them"
+                raise BadRequest(lacking[0], None, remedy)
+            _ignore([name for name in TORCH if name in env], f"comes without {lacking[0]}")
+    if step := _step():
+        if "RANK" not in env:
+            # Steps of one job may run side by side; a port below those that systems give out.
+            place = 37 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])
+            env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+            env.setdefault("MASTER_PORT", str(20000 + place % 10000))
+            env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": str(step)}
+        if "LOCAL_RANK" not in env:  # an MPI under srun says no more than the rank
+            counts = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
+            env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+            env["LOCAL_WORLD_SIZE"] = str(counts[int(env["SLURM_NODEID"])])
+    if "RANK" in env:
+        _check_local()
+
+
+def mpi_set() -> tuple[str, str, str] | None:
+    """The names of what mpiexec told this process, if it started it among others.
+
+    Not if torchrun did so inside of it, which gave other ranks and a place to meet.
+    """
+    env = os.environ
+    for names in MPI:
+        rank, size = (env.get(name, "") for name in names[:2])
+        if rank and size and size != "1":
+            inner = all(name in env for name in (*TORCH[:2], *MEETING))
+            same = (env.get("RANK"), env.get("WORLD_SIZE")) == (rank, size)
+            return names if same or not inner else None
+    return None
+
+
+def _step() -> int | None:
+    """Of how many tasks the step is that this process is one of, if of several."""
+    env = os.environ
+    if env.get(SLURM[0], "1") == "1":
+        return None
+    if any(name.startswith("SLURM_PTY_") for name in env):
+        _ignore(SLURM[:1], "is of a shell that srun --pty started")
+        return None
+    if lacking := [name for name in SLURM if name not in env]:
+        _ignore(SLURM[:1], f"comes without {lacking[0]}")
+        return None
+    _check("SLURM_PROCID", SLURM[0])
+    for name in ("SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID", "SLURM_STEP_ID"):
+        _number(name)
+    nodes = len(tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"]))
+    if _number("SLURM_NODEID") >= nodes:
+        value = env["SLURM_NODEID"]
+        raise BadRequest("SLURM_NODEID", value, f"SLURM_STEP_TASKS_PER_NODE has {nodes} nodes")
+    return _number(SLURM[0])
+
+
+def _check(rank: str, size: str, *_: str) -> None:
+    if _number(rank) >= _number(size):
+        wrong = f"{size}={os.environ[size]} has ranks from 0 up to that; set both, or neither"
+        raise BadRequest(rank, os.environ[rank], wrong)
+
+
+def _check_agrees(mpi: tuple[str, str, str]) -> None:
+    for name, other in zip(TORCH[:2], mpi, strict=False):
+        if os.environ.get(name, os.environ[other]) != os.environ[other]:
+            wrong = f"mpiexec says {other}={os.environ[other]}; unset it"
+            raise BadRequest(name, os.environ[name], wrong)
+
+
+def _check_local() -> None:
+    env = os.environ
+    size = _number("WORLD_SIZE")
+    here = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else size
+    if not 1 <= here <= size:
+        raise BadRequest("LOCAL_WORLD_SIZE", here, f"WORLD_SIZE={size} are all there are")
+    if "LOCAL_RANK" in env and _number("LOCAL_RANK") >= here:
+        raise BadRequest("LOCAL_RANK", env["LOCAL_RANK"], f"there are {here} on this machine")
+
+
+def _number(name: str) -> int:
+    value = os.environ[name]
+    if not re.fullmatch(r"[0-9]{1,18}", value):
+        raise BadRequest(name, value, "a launcher gives a whole number here; unset it")
+    return int(value)
+
+
+def _ignore(names: Iterable[str], why: str) -> None:
+    """Take variables out of the environment, so that nobody reads them, and say so."""
+    ignored = {name: os.environ.pop(name) for name in list(names)}
+    if ignored:
+        said = " ".join(f"{name}={value}" for name, value in ignored.items())
+        print(f"spikerl: {said}: ignored, as it {why}", file=sys.stderr)
+
+
+def first_host(nodes: str) -> str:
+    """Of a list as Slurm writes it: node[07-12],gpu3."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
+    assert match is not None
+    return match[1] + (match[2] or "")
+
+
+def tasks_per_node(counts: str) -> list[int]:
+    """How many each node has, from a list as Slurm writes it: 4(x2),3."""
+    counts_and_times = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(count) for count, times in counts_and_times for _ in range(int(times or 1))]

@@ -1,0 +1,109 @@
+"""Environments in processes of their own.
+
+They are forked by a server: a process without threads, which has imported what they need. One that
+is forked while other threads run (torch's, BLAS's) may wait for them for ever.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from multiprocessing import forkserver
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import AsyncVectorEnv
+from gymnasium.vector.utils import clear_mpi_env_vars
+
+from spikerl.distributed.process_lifetime import die_with_parent
+from spikerl.envs.make import CheckedEnv, EnvConfig, make_env
+from spikerl.errors import BadRequest, EnvironmentFailed
+from spikerl.isolation import STOPS, keep_theirs
+
+CONTEXT = "forkserver"
+
+
+def start_server() -> None:
+    """Let it import while the caller goes on; a second call does nothing."""
+    set_here = {
+        "SPIKERL_ENVS_OF": str(os.getpid()),
+        "SPIKERL_ENVS_SAFE_PATH": "" if "PYTHONSAFEPATH" in os.environ else "1",
+        "PYTHONSAFEPATH": "1",  # it imports nothing from where it stands
+    }
+    before = {name: os.environ.get(name) for name in set_here}
+    multiprocessing.get_context(CONTEXT).set_forkserver_preload(["spikerl.envs.server"])
+    os.environ.update(set_here)
+    try:
+        with clear_mpi_env_vars():
+            forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+class Processes(AsyncVectorEnv):
+    """Gymnasium's vector of processes, forked where no threads are, which always ends."""
+
+    def __init__(self, makers: Sequence[Callable[[], CheckedEnv]], **settings: Any) -> None:
+        start_server()
+        super().__init__(makers, context=CONTEXT, **settings)
+
+    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
+        if terminate:
+            for process in self.processes:  # one that hangs does not answer
+                process.kill()
+        super().close_extras(timeout, terminate)
+        if not terminate and any(process.exitcode for process in self.processes):
+            raise EnvironmentFailed("close: an environment failed while it was closed")
+
+    def _raise_if_errors(self, successes: Iterable[bool]) -> None:
+        if not all(successes):
+            with warnings.catch_warnings():  # the error says all, once
+                warnings.simplefilter("ignore")
+                super()._raise_if_errors(successes)
+
+
+def maker(config: EnvConfig) -> Callable[[], CheckedEnv]:
+    """What makes an environment in any process, also one that this process alone has registered."""
+    spec = gym.registry.get(config.id)
+    return partial(_make, config, spec, os.getpid())
+
+
+def _make(config: EnvConfig, spec: Any, parent: int) -> CheckedEnv:
+    if os.getpid() == parent:  # the vector makes one in its own process too, to see the spaces
+        return make_env(config)
+    die_with_parent()
+    for number in STOPS:  # the parent's to answer; what the environment starts has them as usual
+        signal.signal(number, _ignore)
+    if spec is not None:
+        gym.registry.setdefault(config.id, spec)
+    try:
+        env = make_env(config)
+    except BadRequest as error:
+        _say_and_exit(error)
+    keep_theirs()
+    env.close = partial(_close, env)  # type: ignore[method-assign]
+    return env
+
+
+def _close(env: CheckedEnv) -> None:
+    try:
+        CheckedEnv.close(env)
+    except EnvironmentFailed as error:
+        _say_and_exit(error)
+
+
+def _say_and_exit(error: Exception) -> None:
+    print(f"spikerl: {error}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def _ignore(number: int, frame: object) -> None:
+    pass

@@ -1,0 +1,16 @@
+"""Imported first, and only, by the server that forks processes for environments (`process`)."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from spikerl.distributed.process_lifetime import die_with_parent
+
+die_with_parent(int(os.environ.pop("SPIKERL_ENVS_OF")))
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)  # they are the run's to answer
+if os.environ.pop("SPIKERL_ENVS_SAFE_PATH"):  # it was set for the server alone
+    os.environ.pop("PYTHONSAFEPATH", None)
+
+import spikerl.envs.process  # noqa: E402, F401  # and with it all that environments need

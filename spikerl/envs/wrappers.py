@@ -1,0 +1,80 @@
+"""Gymnasium's own wrappers, by name and with plain arguments.
+
+Only those that map what passes through them, and remember nothing from one episode to the next: an
+evaluation, a resume and a loaded policy then see the same task. None of them writes files, opens
+windows or calls functions, since a name may come from somebody else's file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from spikerl.errors import BadRequest
+
+ACCEPTED = (
+    "ClipReward",
+    "DelayObservation",
+    "DtypeObservation",
+    "FilterObservation",
+    "FlattenObservation",
+    "FrameStackObservation",
+    "GrayscaleObservation",
+    "MaxAndSkipObservation",
+    "RepeatAction",
+    "RescaleAction",
+    "RescaleObservation",
+    "ReshapeObservation",
+    "ResizeObservation",
+    "StickyAction",
+    "TimeAwareObservation",
+)
+INSTEAD = {
+    "ClipAction": "actions are always clipped",
+    "NormalizeObservation": "algo.norm_interval normalises, and the policy keeps the moments",
+    "NormalizeReward": "env.reward_scale scales by a constant",
+    "TimeLimit": "set env.max_episode_steps",
+}
+MOST = 10_000  # of a whole number among the arguments: frames, steps, pixels
+
+
+def check_wrappers(wrappers: Sequence[Any]) -> None:
+    """BadRequest for what is no list of accepted wrappers."""
+    for one in wrappers:
+        name, arguments = _parts(one)
+        if name not in ACCEPTED:
+            instead = INSTEAD.get(name, f"one of {', '.join(ACCEPTED)}")
+            raise BadRequest("env.wrappers", name, f"not accepted; {instead}")
+        for key, value in arguments.items():
+            if isinstance(value, int) and abs(value) > MOST:
+                raise BadRequest("env.wrappers", name, f"give {key} of at most {MOST}")
+
+
+def wrapped(env: gym.Env[Any, Any], wrappers: Sequence[Any]) -> gym.Env[Any, Any]:
+    for one in wrappers:
+        name, arguments = _parts(one)
+        try:
+            plain = {key: _argument(name, value) for key, value in arguments.items()}
+            env = getattr(gym.wrappers, name)(env, **plain)
+        except Exception as error:  # each checks its arguments in its own way
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise BadRequest("env.wrappers", name, f"does not fit here: {reason}") from error
+    return env
+
+
+def _parts(one: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(one, str):
+        return one, {}
+    if not isinstance(one, Mapping) or not isinstance(one.get("name"), str):
+        raise BadRequest("env.wrappers", one, "give a list such as [{name: RescaleAction, ...}]")
+    return str(one["name"]), {str(key): value for key, value in one.items() if key != "name"}
+
+
+def _argument(wrapper: str, value: Any) -> Any:
+    """A list as the wrapper wants it: bounds as an array, a shape as a tuple."""
+    if not isinstance(value, list | tuple):
+        return value
+    return np.array(value, np.float32) if wrapper.startswith("Rescale") else tuple(value)

@@ -1,0 +1,207 @@
+"""`spikerl runs` lists what there is, and frees what finished runs need no more."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shell import SHORT, spikerl, tree
+
+from spikerl import load_policy
+from spikerl.commands.runs import age, readable
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def row(step: int, ret: float | None, joules: float | None) -> dict[str, Any]:
+    return {"step": step, "eval_return": ret, "energy_j": joules, "energy_source": "zeus:rapl"}
+
+
+def make(name: str, status: str, rows: list[dict[str, Any]], *, kept: int = 0) -> Path:
+    """A run folder as far as the list reads it, with `kept` bytes that can be freed."""
+    folder = Path(name)
+    (folder / "checkpoints/step_0000000001").mkdir(parents=True)
+    (folder / "checkpoints/step_0000000001/manifest.json").write_text('{"schema": 3}')
+    manifest = {"status": status, "env_id": "Ant-v5"}
+    if status != "running":
+        manifest["ended"] = (datetime.now().astimezone() - timedelta(hours=3)).isoformat()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "policy.json").write_text("{}")
+    (folder / "replay").mkdir()
+    (folder / "replay/rows").write_bytes(bytes(kept))
+    return folder
+
+
+def listed(*args: str) -> list[dict[str, Any]]:
+    said = spikerl("runs", "path=outputs", "json=true", *args)
+    assert said.status == 0, said.err
+    return json.loads(said.out)["runs"]
+
+
+def some_runs() -> None:
+    make("outputs/Ant/td3/a", "done", [row(100, 5.0, 2.0), row(200, 4.0, 3.5)], kept=3000)
+    make("outputs/Ant/td3/b", "preempted", [row(100, 9.0, None)])
+    make("outputs/sweeps/x/seed=1", "running", [row(300, None, 1.0)])
+    make("outputs/sweeps/x/seed=2", "failed", [])
+    (Path("outputs") / ".a.partial").mkdir()
+    (Path("outputs") / ".a.partial/manifest.json").write_text('{"status": "running"}')
+    Path("outputs/other").mkdir()
+    Path("outputs/other/manifest.json").write_text("[1]")
+
+
+def test_what_is_listed() -> None:
+    some_runs()
+    by_name = {run["run"]: run for run in listed()}
+    assert by_name.keys() == {
+        f"outputs/{n}" for n in ("Ant/td3/a", "Ant/td3/b", "sweeps/x/seed=1", "sweeps/x/seed=2")
+    }
+    first = by_name["outputs/Ant/td3/a"]
+    size = sum(p.stat().st_size for p in Path("outputs/Ant/td3/a").rglob("*") if p.is_file())
+    assert first.pop("age_s") == pytest.approx(3 * 3600, abs=60)
+    assert first == {
+        "run": "outputs/Ant/td3/a", "env_id": "Ant-v5", "state": "done", "steps": 200,
+        "last_return": 4.0, "best_return": 5.0, "joules": 5.5, "size_bytes": size,
+    }  # fmt: skip
+    assert by_name["outputs/Ant/td3/b"]["joules"] is None
+    lost = by_name["outputs/sweeps/x/seed=1"]
+    assert (lost["state"], lost["last_return"], lost["joules"]) == ("lost", None, 1.0)
+    empty = by_name["outputs/sweeps/x/seed=2"]
+    assert (empty["steps"], empty["last_return"], empty["joules"]) == (None, None, None)
+
+
+def test_discarded_work_was_spent() -> None:
+    folder = make("outputs/a", "done", [row(100, 5.0, 2.0)])
+    (folder / "discarded.jsonl").write_text(json.dumps(row(200, 9.0, 4.0)) + "\n")
+    (run,) = listed()
+    assert (run["joules"], run["best_return"], run["steps"]) == (6.0, 5.0, 100)
+
+
+def test_a_run_that_runs() -> None:
+    folder = make("outputs/a", "running", [row(100, 5.0, 2.0)])
+    with (folder / ".lock").open("w") as file:
+        assert [run["state"] for run in listed()] == ["lost"]
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert [run["state"] for run in listed()] == ["running"]
+        before = time.time() - 7 * 60
+        os.utime(folder / "metrics.jsonl", (before, before))
+        assert listed()[0]["age_s"] == pytest.approx(7 * 60, abs=30)
+
+
+@pytest.mark.parametrize(
+    ("sort", "names"),
+    [
+        ("return", "bacd"), ("best", "bacd"), ("joules", "acbd"), ("steps", "cabd"),
+        ("run", "abcd"), ("state", "adcb"),
+    ],
+)  # fmt: skip
+def test_sorting(sort: str, names: str) -> None:
+    some_runs()
+    letters = dict(zip(("Ant/td3/a", "Ant/td3/b", "sweeps/x/seed=1", "sweeps/x/seed=2"), "abcd",
+                       strict=True))  # fmt: skip
+    runs = [letters[run["run"].removeprefix("outputs/")] for run in listed(f"sort={sort}")]
+    assert "".join(runs) == names
+
+
+def test_the_table() -> None:
+    some_runs()
+    said = spikerl("runs", "path=outputs")
+    assert said.status == 0
+    (line,) = (line for line in said.out.splitlines() if "td3/a" in line)
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    assert cells[:6] == ["outputs/Ant/td3/a", "done", "200", "4", "5", "5.5"]
+    assert cells[7] == "3 h"
+    assert said.out.splitlines()[-1].startswith("4 runs, ")
+
+
+def test_cleaning() -> None:
+    some_runs()
+    before = tree(Path("outputs"))
+    said = spikerl("runs", "path=outputs", "clean=true")
+    assert said.status == 0
+    gone = 3000 + len('{"schema": 3}')
+    assert said.out.splitlines()[-1] == (
+        f"freed {gone / 1000:.3g} kB: replay and checkpoints of 1 finished runs"
+    )
+    after = tree(Path("outputs"))
+    removed = {name for name in before if name not in after}
+    assert removed
+    assert all(n.startswith(("Ant/td3/a/replay", "Ant/td3/a/checkpoints")) for n in removed)
+    assert not any(n.startswith(("Ant/td3/a/replay", "Ant/td3/a/checkpoints")) for n in after)
+    said = spikerl("runs", "path=outputs", "clean=true", "json=true")
+    assert json.loads(said.out)["freed_bytes"] == 0
+
+
+@pytest.mark.parametrize("reason", ["link", "held", "no policy"])
+def test_what_is_not_cleaned(reason: str, here: Path) -> None:
+    """Nothing outside a run is removed, nothing of a run that is held, no last policy."""
+    folder = make("outputs/a", "done", [row(100, 5.0, 2.0)], kept=10)
+    held = (folder / ".lock").open("w")
+    if reason == "link":
+        (folder / "replay").rename("elsewhere")
+        (folder / "replay").symlink_to(here / "elsewhere")
+    elif reason == "no policy":
+        (folder / "policy.json").unlink()
+    else:
+        fcntl.flock(held, fcntl.LOCK_EX)
+    before = {name for name in tree(here) if not name.endswith(".lock")}
+    said = spikerl("runs", "path=outputs", "clean=true")
+    held.close()
+    assert said.status == 0
+    assert "note: outputs/a keeps its replay: " in said.out
+    assert {name for name in tree(here) if not name.endswith(".lock")} == before
+
+
+def test_a_run_that_keeps_no_replay() -> None:
+    said = spikerl("train", *SHORT, "keep_replay=false", "run_dir=outputs/a")
+    assert said.status == 0, said.err
+    names = set(os.listdir("outputs/a"))
+    assert not names & {"replay", "checkpoints"}
+    assert {"policy.json", "best", "summary.json"} <= names
+    assert load_policy("outputs/a").norm.count == 300
+    assert load_policy("outputs/a", policy="best").norm.count in (150, 300)
+    assert [run["state"] for run in listed()] == ["done"]
+    said = spikerl("train", "resume=outputs/a")
+    assert said.status == 0
+    further = "init_from=outputs/a starts from its policy"
+    assert said.out == f"outputs/a is done at step 300; {further}\n"
+    said = spikerl("train", "resume=outputs/a", "total_steps=450")
+    assert said.line == (
+        f"resume=outputs/a: its replay was removed when it was done, at step 300; {further}"
+    )
+
+
+def test_refused() -> None:
+    assert spikerl("runs", "path=nowhere").line == "path=nowhere: no such folder"
+    Path("outputs").mkdir()
+    line = spikerl("runs", "sort=size_bytes").line
+    assert line == (
+        "sort=size_bytes: give one of age, run, state, steps, return, best, joules, size"
+    )
+    assert listed() == []
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (2_900_000_000, "2.9 GB"), (1.5e6, "1.5 MB")],
+)
+def test_sizes(size: int, text: str) -> None:
+    assert readable(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.0, "59 s"), (61.0, "1 min"), (7200.0, "2 h"), (90000.0, "1 d")],
+)
+def test_ages(seconds: float, text: str) -> None:
+    assert age(seconds) == text

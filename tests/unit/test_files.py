@@ -1,0 +1,153 @@
+"""File systems that lack something: held is not the same as not supported."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from shell import SHORT, spikerl
+
+from spikerl import files
+from spikerl.kernels import build
+from spikerl.runs import folder as run_folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_said() -> Iterator[None]:
+    files.warn_once.cache_clear()
+    yield
+    files.warn_once.cache_clear()
+
+
+def refuses(number: int) -> Any:
+    def call(*args: Any, **kwargs: Any) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def syncs_no_folder(number: int) -> Any:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    return fsync
+
+
+def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+    with (tmp_path / "a").open("w") as mine, (tmp_path / "a").open("w") as theirs:
+        assert files.lock_file(mine)
+        assert not files.lock_file(theirs)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL])
+def test_a_lock_that_is_not_supported(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refuses(number))
+    for _ in range(2):
+        run_folder.lock(tmp_path).close()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("spikerl: warning: files cannot be locked here")
+
+
+def test_a_lock_on_a_bad_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", refuses(errno.EIO))
+    with (tmp_path / "a").open("w") as file, pytest.raises(OSError, match="Input/output"):
+        files.lock_file(file)
+
+
+def test_folders_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", syncs_no_folder(errno.EINVAL))
+    files.write_text(tmp_path / "a", "whole")
+    assert (tmp_path / "a").read_text() == "whole"
+    monkeypatch.setattr(os, "fsync", syncs_no_folder(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        files.sync_folder(tmp_path)
+
+
+def test_a_link_or_a_file_that_holds_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.link_to(tmp_path / "latest", "a")
+    assert os.readlink(tmp_path / "latest") == "a"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "symlink", refuses(errno.EPERM))
+        files.link_to(tmp_path / "latest", "b")
+        assert not (tmp_path / "latest").is_symlink()
+        assert (tmp_path / "latest").read_text() == "b"
+        patch.setattr(os, "symlink", refuses(errno.ENOSPC))
+        with pytest.raises(OSError, match="No space"):
+            files.link_to(tmp_path / "latest", "c")
+    files.link_to(tmp_path / "latest", "c")
+    assert os.readlink(tmp_path / "latest") == "c"
+    assert os.listdir(tmp_path) == ["latest"]
+
+
+def test_a_run_where_all_of_them_are_lacking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", refuses(errno.ENOSYS))
+    monkeypatch.setattr(os, "fsync", syncs_no_folder(errno.EINVAL))
+    monkeypatch.setattr(os, "symlink", refuses(errno.EPERM))
+    said = spikerl("train", *SHORT, "run_dir=r", "total_steps=150")
+    assert (said.status, said.err.count("spikerl: warning: ")) == (0, 3), said
+    assert (tmp_path / "r/checkpoints/latest").read_text() == "step_0000000150"
+    for name in ("policy.json", "policy.safetensors"):  # the newest checkpoint has them, too
+        (tmp_path / "r" / name).unlink()
+    assert spikerl("eval", "run=r", "episodes=1").status == 0
+    said = spikerl("train", "resume=r", "total_steps=300")
+    assert (said.status, said.err) == (0, ""), said
+    assert "resumed at step 150 of 300" in said.out
+
+
+@pytest.fixture
+def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache folder with no kernel, and a compiler that takes no time."""
+    monkeypatch.setenv("SPIKERL_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "_build", lambda command, built: built.write_bytes(b""))
+    monkeypatch.setattr(build, "_declare", lambda lib: None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: name)
+    build.library.cache_clear()
+    yield tmp_path
+    build.library.cache_clear()
+
+
+def test_kernels_are_built_where_there_are_no_locks(
+    unbuilt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refuses(errno.ENOSYS))
+    assert str(build.library("portable")).startswith(str(unbuilt / "spikerl/spiking-portable-"))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_cache_that_cannot_be_used_is_no_traceback(
+    number: int, unbuilt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_build", refuses(number))
+    with pytest.raises(build.Unbuilt, match=os.strerror(number)):
+        build.library("portable")
+
+
+def test_a_user_without_a_home(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SPIKERL_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", refuses_home)
+    with pytest.raises(build.Unbuilt, match="name one with SPIKERL_CACHE=FOLDER"):
+        build.library("portable")
+
+
+def refuses_home() -> NoReturn:
+    raise RuntimeError("Could not determine home directory.")

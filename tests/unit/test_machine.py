@@ -1,0 +1,99 @@
+"""How many cores and threads there are for a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spikerl import machine
+from spikerl.distributed import launch
+
+
+def limits(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quota"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, 4096),
+        ("0::/\n", {}, 4096),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000",
+                       "cpu.max": "800000 100000"}, 3),
+        # A container that sees its own group as the root, and its path as the host's.
+        ("0::/docker/x\n", {"cpu.max": "200000 100000"}, 2),
+        ("3:memory:/m\n1:cpu,cpuacct:/a\n", {
+            "cpu,cpuacct/a/cpu.cfs_quota_us": "250000\n",
+            "cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
+            "cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
+            "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, 2.5),
+        ("0::/\n", {"cpu.max": "garbage\n"}, 4096),
+    ],
+)  # fmt: skip
+def test_a_quota(groups: str, files: dict[str, str], quota: float, tmp_path: Path) -> None:
+    (tmp_path / "groups").write_text(groups)
+    root = limits(tmp_path / "root", files)
+    assert machine.cpu_quota(tmp_path / "groups", root) == quota
+
+
+def test_no_groups(tmp_path: Path) -> None:
+    assert machine.cpu_quota(tmp_path / "none", tmp_path) == 4096
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(0.5, 1), (1.9, 1), (2.0, 2), (64.0, 3)])
+def test_cores(quota: float, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 5})
+    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+    assert machine.cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "choice", "reason"),
+    [
+        (None, None, "3", "6 cores over 2 workers"),
+        ("4", None, "4", "OMP_NUM_THREADS"),
+        ("4,2", None, "4", "OMP_NUM_THREADS"),
+        ("", None, "3", "6 cores over 2 workers"),
+        ("0", None, "3", "6 cores over 2 workers"),
+        ("many", None, "3", "6 cores over 2 workers"),
+        ("4", 5, "5", "requested"),
+    ],
+)
+def test_threads(
+    given: str | None, asked: int | None, choice: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(machine, "cores", lambda: 6)
+    assert machine.resolve_threads(asked, 2) == (choice, reason)
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_what_workers_are_given_is_not_the_users_word(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a sweep's jobs, the second would have the first one's threads."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "0")
+    launch.set_threads(given)
+    seen: list[Any] = []
+
+    def start(mailbox: Path, workers: launch.Workers) -> dict[int, int]:
+        seen.append(os.environ["OMP_NUM_THREADS"])
+        seen.append(json.loads((mailbox / "spec.json").read_text())["OMP_NUM_THREADS"])
+        (mailbox / "result").write_text("0")
+        return {}
+
+    monkeypatch.setattr(launch, "run_under_agent", start)
+    workers = launch.Workers(size=2, threads=3, backend="gloo", timeout_s=1)
+    assert launch.launch({"raw": {}}, workers) == 0
+    assert seen == ["3", given]
+    assert os.environ.get("OMP_NUM_THREADS") == given

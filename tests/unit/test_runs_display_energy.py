@@ -1,0 +1,104 @@
+"""Joules are on the screen, and the panel that is left behind shows the end."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from shell import SHORT, spikerl
+
+from spikerl.runs.display import View, energy_text, epoch_line
+
+ROW: dict[str, Any] = {
+    "epoch": 1, "step": 1000, "eval_return": 10.0, "eval_return_std": 0.0, "train_return": 5.0,
+    "critic_loss": 1.5, "q_mean": 0.25, "firing_rate": None, "env_steps_per_s": 99.0,
+    "wall_s": 10.0, "energy_j": 1234.56, "power_w": 45.678, "energy_source": "zeus:rapl",
+}  # fmt: skip
+NOT_MEASURED = {"energy_j": None, "power_w": None, "energy_source": "none: no permission"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, "energy 1234.6 J 45.7 W"),
+        ({"power_w": None}, "energy 1234.6 J"),
+        ({"energy_j": 0.0, "power_w": 0.0}, "energy 0 J"),
+        (NOT_MEASURED, "energy - (none: no permission)"),
+        ({**NOT_MEASURED, "energy_source": "none: " + "x" * 99}, f"energy - (none: {'x' * 54})"),
+    ],
+)
+def test_energy(changes: dict[str, Any], text: str) -> None:
+    assert energy_text({**ROW, **changes}) == text
+    short = text if changes.get("energy_j", 1.0) is not None else "energy -"
+    assert epoch_line({**ROW, **changes}, 2000).endswith(f"  99 steps/s  10 s  {short}")
+
+
+class Stage:
+    step, updates, epoch = 1999, 70, 1
+    losses: dict[str, float] = {"critic_loss": 2.5}  # noqa: RUF012
+    returns: list[float] = [7.5]  # noqa: RUF012
+
+
+def panel(*rows: dict[str, Any], stage: Stage | None = None) -> str:
+    """What a run leaves on the terminal, in one line."""
+    file = io.StringIO()
+    view = View("t", 2000, console=Console(file=file, force_terminal=True, width=90))
+    if stage:
+        view.shown = -1e9  # as if it had been a while
+        view.progress(stage)
+    for row in rows:
+        view.epoch(row)
+    view.close()
+    picture = file.getvalue().rpartition("╭")[2]
+    return " ".join(picture.replace("│", " ").split())
+
+
+def test_the_panel_that_is_left_shows_the_last_evaluation() -> None:
+    rows = [ROW, {**ROW, "step": 2000, "eval_return": 8.0}]
+    left = panel(*rows, stage=Stage())
+    assert "eval return 8 best 10" in left
+    assert "2000/2000" in left
+    assert "critic loss 2.5" in left
+    assert "joules/epoch 1234.6 watts 45.7" in left
+
+
+def test_the_panel_says_why_there_are_no_joules() -> None:
+    left = panel({**ROW, **NOT_MEASURED})
+    assert "joules/epoch - watts -" in left
+    assert "none: no permission" in left
+
+
+def test_a_run_says_what_it_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Path("t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["t_s", "gpu:0"], [0.0, 50.0], [0.25, 50.0]])
+    short = [arg for arg in SHORT if arg != "energy=none"]
+    said = spikerl("train", *short, "energy=replay", "energy.file=t.csv", "run_dir=r")
+    assert said.status == 0, said.err
+    lines = said.out.splitlines()
+    joules = json.loads(Path("r/summary.json").read_text())["energy_j"]
+    shown = f"{joules:.1f}" if joules >= 100 else f"{joules:.3g}"
+    assert lines[-1].startswith("done: 300 steps, 250 updates in ")
+    assert lines[-1].endswith(f" s, energy {shown} J")
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert len(epochs) == 2
+    assert all(line.endswith(" J 50 W") for line in epochs)
+    trace = Path("t.csv").absolute()
+    assert f"energy=replay:{trace} (requested; its 0.25 s are repeated)" in said.out
+    assert "makes no update" not in said.out
+
+
+def test_a_run_without_an_update_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = spikerl("train", *SHORT, "algo.learning_starts=1000", "run_dir=r")
+    assert said.status == 0, said.err
+    lines = said.out.splitlines()
+    warned = [line for line in lines if line.startswith("warning: this run makes no update")]
+    assert len(warned) == 2  # before and after
+    assert lines[-1] == warned[-1]
+    assert lines[-2].endswith(" s, energy - (none: requested)")

@@ -1,0 +1,312 @@
+"""Views of a run: every number of metrics.jsonl, and steps that never go back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shell import SHORT, refusal, spikerl
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from spikerl.cli.compose import expand
+from spikerl.runs import folder as run_folder
+from spikerl.runs.loggers import Service, check_loggers
+from spikerl.runs.record import RunLog
+
+EVERY: dict[str, Any] = {
+    "epoch": 3, "step": 300, "updates": 200, "train_return": 1.5, "train_episodes": 4,
+    "eval_return": 2.5, "eval_return_std": 0.5, "eval_length": 30.0, "critic_loss": 0.25,
+    "actor_loss": -0.75, "q_mean": 1.25, "firing_rate": 0.125, "window_fraction": 0.375,
+    "layer_firing_rates": [0.1, 0.2, 0.3], "layer_window_fractions": [0.4, 0.5],
+    "layer_silent": [0.6, 0.7], "layer_saturated": [0.8, 0.9], "entropy": -1.0,
+    "temperature": 0.2, "approx_kl": 0.01, "clip_fraction": 0.02, "proxy_loss": 0.03,
+    "skipped_updates": 7, "something_new": 8.0, "env_steps_per_s": 100.0, "updates_per_s": 50.0,
+    "energy_j": 12.0, "energy_gpu_j": 11.0, "energy_cpu_j": 10.0, "energy_source": "zeus:nvml",
+    "power_w": 9.0, "energy_train_j": 8.5, "energy_eval_j": 3.5, "wall_s": 6.0,
+}  # fmt: skip
+TAGGED = {
+    "time/epoch": 3, "time/total_timesteps": 300, "train/n_updates": 200,
+    "rollout/ep_rew_mean": 1.5, "rollout/episodes": 4, "eval/mean_reward": 2.5,
+    "eval/std_reward": 0.5, "eval/mean_ep_length": 30.0, "train/critic_loss": 0.25,
+    "train/actor_loss": -0.75, "train/q_mean": 1.25, "train/firing_rate": 0.125,
+    "train/window_fraction": 0.375, "layers/firing_rate/0": 0.1, "layers/firing_rate/1": 0.2,
+    "layers/firing_rate/2": 0.3, "layers/window_fraction/1": 0.4, "layers/window_fraction/2": 0.5,
+    "layers/silent/1": 0.6, "layers/silent/2": 0.7, "layers/saturated/1": 0.8,
+    "layers/saturated/2": 0.9, "train/entropy": -1.0, "train/ent_coef": 0.2,
+    "train/approx_kl": 0.01, "train/clip_fraction": 0.02, "train/proxy_loss": 0.03,
+    "train/skipped_updates": 7, "train/something_new": 8.0, "time/fps": 100.0,
+    "time/updates_per_s": 50.0, "energy/joules": 12.0, "energy/gpu_joules": 11.0,
+    "energy/cpu_joules": 10.0, "energy/watts": 9.0, "energy/train_joules": 8.5,
+    "energy/eval_joules": 3.5, "time/time_elapsed": 6.0,
+}  # fmt: skip
+
+
+def row(step: int, **values: Any) -> dict[str, Any]:
+    return {"step": step, "eval_return": float(step), **values}
+
+
+def test_every_number_reaches_tensorboard(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    log.row(EVERY)
+    log.row({**dict.fromkeys(EVERY), "step": 400, "layer_firing_rates": [None, 0.5]})
+    log.write()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    first = {tag: e for tag in events.Tags()["scalars"] for e in events.Scalars(tag)[:1]}
+    assert {tag: e.value for tag, e in first.items()} == pytest.approx(TAGGED, rel=1e-6)
+    assert {e.step for e in first.values()} == {300}
+    later = {tag for tag in first if len(events.Scalars(tag)) > 1}
+    assert later == {"time/total_timesteps", "layers/firing_rate/1"}  # what is null is nothing
+
+
+def test_csv(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0, ["csv"])
+    log.row(row(100, energy_source="none: requested", train_return=None, layer_silent=[0.5, 0.25]))
+    log.write()
+    log.row(row(200, train_return=0.1, layer_silent=[0.0, 1.0]))  # a column more
+    log.row(row(300, train_return=None, layer_silent=[0.0, 1.0]))
+    log.write()
+    assert (tmp_path / "metrics.csv").read_text() == (
+        "step,eval_return,layer_silent.1,layer_silent.2,train_return\n"
+        "100,100.0,0.5,0.25\n200,200.0,0.0,1.0,0.1\n300,300.0,0.0,1.0,\n"
+    )
+    assert not (tmp_path / "tb").exists()
+
+
+def test_csv_of_a_resumed_run(tmp_path: Path) -> None:
+    """What it discarded is not in it, nor is what was half written."""
+    first = RunLog(tmp_path, 0, ["csv"])
+    first.row(row(100))
+    committed = first.write()
+    for step in (200, 300):
+        first.row(row(step, more=1.0))
+    first.write()
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("400,4")
+    run_folder.rewind(tmp_path, committed)
+    second = RunLog(tmp_path, 100, ["csv"])
+    second.row(row(150))
+    second.write()
+    text = (tmp_path / "metrics.csv").read_text()
+    assert text == "step,eval_return\n100,100.0\n150,150.0\n"
+
+
+class Remote(Service):
+    """A service that keeps what it got, and is away while `away`."""
+
+    name = "wandb"
+    got: list[int]
+    away = False
+
+    def open(self) -> None:
+        if self.away:
+            raise ConnectionError("no route\nto it")
+        self.state["id"] = self.state["id"] or "first"
+        self.got = []
+
+    def send(self, row: Mapping[str, Any]) -> None:
+        if self.away:
+            raise ConnectionError("no route\nto it")
+        self.got.append(row["step"])
+
+
+def remote(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunLog, Remote]:
+    monkeypatch.setattr("spikerl.runs.record.Wandb", Remote)
+    log = RunLog(folder, 0, ["wandb"])
+    (service,) = log.services
+    assert isinstance(service, Remote)
+    return log, service
+
+
+def test_a_service_gets_what_is_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, service = remote(tmp_path, monkeypatch)
+    log.row(row(100))
+    log.write()
+    assert not service.opened
+    assert log.publish() == []
+    assert service.got == [100]
+    assert log.publish() == []
+    assert service.got == [100]
+
+
+def test_a_resumed_run_goes_on_in_a_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 200 was committed, and not sent; 300 was sent, and then thrown away."""
+    log, service = remote(tmp_path, monkeypatch)
+    log.row(row(100))
+    log.write()
+    log.publish()
+    log.row(row(200))
+    log.write()
+
+    log, service = remote(tmp_path, monkeypatch)
+    log.publish()
+    assert service.got == [200]
+    committed = log.metrics.length
+    log.row(row(300))
+    log.write()
+    log.publish()
+    assert service.got == [200, 300]
+
+    run_folder.rewind(tmp_path, committed)
+    log, service = remote(tmp_path, monkeypatch)
+    for step in (300, 400):
+        log.row(row(step))
+    log.write()
+    log.publish()
+    assert service.got == [400]
+    assert service.state["id"] == "first"
+
+
+def test_a_service_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, service = remote(tmp_path, monkeypatch)
+    monkeypatch.setattr(Remote, "away", True)
+    log.row(row(100))
+    log.write()
+    assert log.publish() == [
+        "warning: logger=wandb got nothing (ConnectionError: no route); metrics.jsonl has it"
+    ]
+    assert log.publish() == []  # said once
+    log.row(row(200))
+    monkeypatch.setattr(Remote, "away", False)
+    log.write()
+    assert log.publish() == ["logger=wandb has all that it did not get before"]
+    assert service.got == [100, 200]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"wandb": 3}', '{"wandb": {"id": "x"}}'])
+def test_a_foreign_state(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loggers.json").write_text(text)
+    log, _ = remote(tmp_path, monkeypatch)
+    log.row(row(100))
+    log.write()
+    assert log.publish() == []
+    assert json.loads((tmp_path / "loggers.json").read_text()) == {
+        "wandb": {"id": "first", "step": 100}
+    }
+
+
+# --- what is typed ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "composed"),
+    [
+        ("logger=csv", "logger=[csv]"),
+        ("logger=tensorboard,csv", "logger=[tensorboard,csv]"),
+        ("logger=[csv]", "logger=[csv]"),
+        ("logger=null", "logger=[]"),
+        ("logger=none", "logger=[]"),
+    ],
+)
+@pytest.mark.parametrize("sweep", [[], ["-m"]])
+def test_a_list_without_brackets(typed: str, composed: str, sweep: list[str]) -> None:
+    assert expand("train", [typed, *sweep])[0] == composed
+
+
+def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = str(refusal(check_loggers, ["csv", "tensorbord"]))
+    assert line == "logger=tensorbord: give a list of tensorboard, csv, wandb, mlflow"
+    monkeypatch.setattr("spikerl.runs.loggers.find_spec", lambda name: None)
+    line = str(refusal(check_loggers, ["mlflow"]))
+    assert line == "logger=mlflow: mlflow is missing; pip install 'spikerl[mlflow]'"
+    check_loggers(["csv", "tensorboard"])
+
+
+# --- the services themselves, as far as they work without a network ----------------------------
+
+
+def train(*args: str) -> Path:
+    said = spikerl("train", *SHORT, "algo.random_steps=1000", *args)
+    assert said.status == 0, said.err
+    return Path("r")
+
+
+def stop_and_go_on(logger: str) -> list[dict[str, Any]]:
+    """A run of two sessions; its rows."""
+    train(f"logger={logger}", "run_dir=r")
+    # In a process of its own, as a resume is: wandb knows each run once in a process.
+    command = [sys.executable, "-m", "spikerl", "train", "resume=r", "total_steps=450"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning: logger" not in done.stdout
+    rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [150, 300, 450]
+    return rows
+
+
+def records(content: bytes) -> Iterator[bytes]:
+    """Of an offline run's file: 7 bytes, then, for each, a checksum, its length and a type."""
+    at = 7
+    while at < len(content):
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        assert kind == 1, "the run is short, so that no record is in several parts"
+        yield content[at + 7 : at + 7 + length]
+        at += 7 + length
+
+
+def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    proto: Any = import_module("wandb.proto.wandb_internal_pb2")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    Path("elsewhere").mkdir()
+    rows = stop_and_go_on("wandb")
+    assert not Path("r/tb").exists()
+    history: list[tuple[int, float]] = []
+    runs = set()
+    for path in sorted(Path("elsewhere/wandb").glob("offline-run-*/run-*.wandb")):
+        for content in records(path.read_bytes()):
+            record = proto.Record()
+            record.ParseFromString(content)
+            if record.WhichOneof("record_type") == "run":
+                runs.add((record.run.run_id, record.run.project, record.run.display_name))
+            if record.WhichOneof("record_type") == "history":
+                items = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
+                values = json.loads(items["eval/mean_reward"])
+                history.append((record.history.step.num, values))
+    assert [step for step, _ in history] == [r["step"] for r in rows]
+    assert [v for _, v in history] == pytest.approx([r["eval_return"] for r in rows])
+    ((run_id, project, name),) = runs  # the second session is of the same run
+    assert (project, name) == ("spikerl", "r")
+    assert json.loads(Path("r/loggers.json").read_text()) == {"wandb": {"id": run_id, "step": 450}}
+
+
+def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking = pytest.importorskip("mlflow.tracking")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    rows = stop_and_go_on("mlflow")
+    client = tracking.MlflowClient()
+    (experiment,) = client.search_experiments(filter_string="name = 'spikerl'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    points = client.get_metric_history(run.info.run_id, "eval/mean_reward")
+    assert [(p.step, p.value) for p in points] == [(r["step"], r["eval_return"]) for r in rows]
+    assert (run.info.run_name, run.info.status) == ("r", "FINISHED")
+    assert run.data.params["algo.name"] == "td3"
+
+
+def test_a_sweep_is_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking = pytest.importorskip("mlflow.tracking")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    short = [*SHORT, "algo.random_steps=1000", "total_steps=150"]
+    said = spikerl("train", "-m", *short, "seed=0,1", "logger=mlflow,csv", "run_dir=both")
+    assert said.status == 0, said.err
+    client = tracking.MlflowClient()
+    (experiment,) = client.search_experiments(filter_string="name = 'spikerl'")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {r.info.run_name for r in runs} == {"seed=0", "seed=1"}
+    assert {r.data.tags["group"] for r in runs} == {"both"}
+    assert sorted(p.parent.name for p in Path("both").glob("*/metrics.csv")) == ["seed=0", "seed=1"]

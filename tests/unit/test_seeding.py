@@ -1,0 +1,76 @@
+"""Seeds of resets: what environments take, and what runs began with."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from builders import small_config
+from transitions_env import CounterEnv, registered
+
+from spikerl.envs.make import make_env, task_of
+from spikerl.runs.checkpoint import Checkpoint, save_checkpoint
+from spikerl.seeding import reset_seed, seed_for
+from spikerl.training.trainer import Trainer
+
+
+class LegacyEnv(CounterEnv):
+    """Seeds numpy's older generator, as dm_control's tasks do, and C code of 31 bits."""
+
+    seen: ClassVar[list[int]] = []
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        if seed is not None:
+            np.random.RandomState(seed)
+            assert 0 <= seed < 2**31
+            LegacyEnv.seen.append(seed)
+        return super().reset(seed=seed)
+
+
+LEGACY = registered("Legacy", LegacyEnv, limit=9)
+
+
+def trainer_of() -> Trainer:
+    with closing(make_env(LEGACY)) as one:
+        return Trainer(small_config(env=LEGACY, eval_episodes=2), task_of(one))
+
+
+def test_reset_seeds_are_the_low_bits() -> None:
+    seeds = {reset_seed(31, 7, "eval", 1, i) for i in range(1000)}
+    assert len(seeds) == 1000
+    assert max(seeds) < 2**31
+    assert max(seeds) > 2**30
+    assert all(type(seed) is int for seed in seeds)
+    assert reset_seed(31, 7, "env", 3) == seed_for(7, "env", 3) % 2**31
+    assert reset_seed(63, 7, "env", 3) == seed_for(7, "env", 3)
+
+
+def test_training_and_evaluation_give_no_more() -> None:
+    LegacyEnv.seen.clear()
+    with closing(trainer_of()) as trainer:
+        trainer.evaluator.run(trainer.policy, 3)
+    wanted = [seed_for(0, *key) % 2**31 for key in (("env", 0), ("eval", 3, 0), ("eval", 3, 1))]
+    assert LegacyEnv.seen == wanted
+
+
+@pytest.mark.parametrize("bits", [31, 63, None])
+def test_a_run_goes_on_with_the_seeds_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int | None
+) -> None:
+    facts = {"step": 0, "epoch": 0, "world_size": 1, "wall_s": 0.0, "metrics_bytes": 0}
+    if bits is not None:
+        facts["reset_seed_bits"] = bits
+    with closing(trainer_of()) as trainer:
+        save_checkpoint(
+            tmp_path, trainer.world, trainer.shard(), trainer.learner_state(), facts, {}
+        )
+    with closing(trainer_of()) as resumed:
+        seeds: list[int] = []
+        monkeypatch.setattr(resumed.envs, "reset", seeds.extend)
+        name = next((tmp_path / "checkpoints").glob("step_*")).name
+        resumed.load(Checkpoint.open(tmp_path, name))
+        assert seeds == [seed_for(0, "env", 0, 0) % 2 ** (bits or 63)]
+        assert resumed.evaluator.seed_bits == resumed.seed_bits == (bits or 63)

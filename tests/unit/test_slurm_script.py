@@ -1,0 +1,70 @@
+"""scripts/slurm.sbatch with a srun of our own: what a job types that was requeued."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from shell import SHORT, spikerl
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts/slurm.sbatch"
+MODULE = """
+import gymnasium as gym
+gym.register("Own-v0", entry_point="gymnasium.envs.mujoco.inverted_pendulum_v5:InvertedPendulumEnv")
+"""
+
+
+def typed_by_job(tmp_path: Path, *args: str) -> list[str]:
+    """What srun was given, behind its own flag and the program."""
+    tools = tmp_path / "tools"
+    tools.mkdir(exist_ok=True)
+    for name, text in (("srun", 'printf "%s\\n" "$@" >srun.args'), ("squeue", "echo RUNNING")):
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    environ = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "1"}
+    subprocess.run(["bash", str(SCRIPT), *args], cwd=tmp_path, env=environ, check=True)
+    return (tmp_path / "srun.args").read_text().splitlines()[2:]
+
+
+def test_a_job_and_the_same_job_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment of one's own has to be confirmed, which nobody is there to type."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/own_slurm.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    given = [*SHORT, "env=gym", "env.id=own_slurm:Own-v0", "total_steps=150"]
+    first = typed_by_job(tmp_path, "a run", *given)
+    assert first == ["train", "run_dir=a run", *given]
+    assert spikerl(*first).status == 0
+    given[-1] = "total_steps=160"
+    again = typed_by_job(tmp_path, "a run", *given)
+    assert again[:2] == ["train", "resume=a run"]
+    assert sorted(again[2:]) == sorted(
+        ["total_steps=300", "env.id=own_slurm:Own-v0", "total_steps=160"]
+    )
+    said = spikerl(*again)
+    assert (said.status, said.err) == (0, ""), shlex.join(again)
+    assert "resumed at step 150 of 160" in said.out
+
+
+def test_the_environment_is_confirmed_in_quotes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert spikerl("train", *SHORT, "env=gym", "env.id='Pendulum-v1'", "run_dir=r").status == 0
+    assert spikerl("train", "resume=r", "env.id='Pendulum-v1'").status == 0
+
+
+def test_a_sweep_needs_no_confirmation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command, as submitit gives it again, has the environment's name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_sweep.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    typed = ["train", "-m", *SHORT, "env=gym", "env.id=own_sweep:Own-v0", "run_dir=s"]
+    assert spikerl(*typed, "total_steps=150").status == 0
+    said = spikerl(*typed, "total_steps=160")
+    assert (said.status, said.err) == (0, ""), said
+    assert "resumed at step 150 of 160" in said.out

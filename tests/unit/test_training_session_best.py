@@ -1,0 +1,150 @@
+"""The policy that evaluated best is kept beside the last, and nothing that was discarded is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from shell import SHORT, spikerl
+
+from spikerl import load_policy
+from spikerl.training.evaluator import Evaluation, Evaluator
+
+RUN = Path("r")
+
+
+@pytest.fixture
+def returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What each evaluation in training will return, in order."""
+    monkeypatch.chdir(tmp_path)
+    script: list[float] = []
+    run = Evaluator.run
+
+    def scripted(self: Evaluator, policy: Any, evaluation: int) -> Evaluation:
+        result = run(self, policy, evaluation)
+        return replace(result, returns=[script[evaluation - 1]]) if evaluation else result
+
+    monkeypatch.setattr(Evaluator, "run", scripted)
+    return script
+
+
+def train(*args: str) -> None:
+    said = spikerl("train", *args)
+    assert said.status == 0, said.err
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("policy.json", "policy.safetensors")}
+
+
+def checkpoint(step: int) -> Path:
+    return RUN / f"checkpoints/step_{step:010d}"
+
+
+def test_the_best_is_that_of_its_step(returns: list[float]) -> None:
+    returns += [5.0, 9.0, 9.0]  # of equal ones the first
+    train(*SHORT, "total_steps=450", "run_dir=r")
+    best = files(checkpoint(300))
+    assert best != files(checkpoint(450)) == files(RUN)
+    assert files(RUN / "best") == best
+    assert files(checkpoint(450) / "best") == best
+    assert load_policy(RUN, policy="best").norm.count == 300
+    assert load_policy(RUN).norm.count == 450
+
+
+def test_eval_and_init_from(returns: list[float]) -> None:
+    returns += [5.0, 4.0]
+    train(*SHORT, "run_dir=r")
+    answers = [
+        json.loads(spikerl("eval", "run=r", "episodes=1", "json=true", f"policy={policy}").out)
+        for policy in ("last", "best")
+    ]
+    assert all(answer["episodes"] == 1 for answer in answers)
+    first = load_policy(RUN, policy="best").actor.state_dict()
+    train(*SHORT, "init_from=r", "init_policy=best", "run_dir=on")
+    begun = load_policy("on/checkpoints/step_0000000000").actor.state_dict()
+    last = load_policy(RUN).actor.state_dict()
+    assert all(np.array_equal(begun[name], first[name]) for name in first)
+    assert not all(np.array_equal(last[name], first[name]) for name in first)
+
+
+def test_before_the_end(returns: list[float]) -> None:
+    """A run that was killed has it in its checkpoint."""
+    returns += [5.0, 4.0]
+    train(*SHORT, "run_dir=r")
+    best = files(RUN / "best")
+    shutil.rmtree(RUN / "best")
+    assert load_policy(RUN, policy="best").norm.count == 150
+    (RUN / "checkpoints/latest").unlink()
+    assert load_policy(RUN, policy="best").norm.count == 150
+    assert files(checkpoint(300) / "best") == best
+
+
+def test_it_survives_a_resume(returns: list[float]) -> None:
+    """Also where no checkpoint of its own step is left."""
+    returns += [9.0, 1.0, 2.0, 3.0, 4.0, 9.5]
+    train(*SHORT, "total_steps=450", "run_dir=r")
+    best = files(RUN / "best")
+    train("resume=r", "total_steps=750")
+    assert not checkpoint(150).exists()
+    assert files(RUN / "best") == best
+    train("resume=r", "total_steps=900")
+    assert files(RUN / "best") == files(checkpoint(900)) != best
+
+
+def test_a_best_of_discarded_rows_does_not(returns: list[float]) -> None:
+    """Its row is gone: what was best before is best, until another one is."""
+    returns += [5.0, 9.0, 4.0]
+    train(*SHORT, "run_dir=r")
+    assert files(RUN / "best") == files(checkpoint(300))
+    shutil.copytree(RUN, "copy", symlinks=True)
+    (checkpoint(300) / "manifest.json").write_text("{}")
+    returns[1] = 4.5
+    train("resume=r", "total_steps=450")
+    assert json.loads((RUN / "discarded.jsonl").read_text())["eval_return"] == 9.0
+    assert files(RUN / "best") == files(checkpoint(150))
+    shutil.rmtree(RUN)
+    shutil.move("copy", RUN)
+    (checkpoint(300) / "manifest.json").write_text("{}")
+    returns[1] = 6.0  # less than what was discarded
+    train("resume=r", "total_steps=450")
+    assert files(RUN / "best") == files(checkpoint(300))
+
+
+def test_a_resumed_run_has_no_best_of_its_end(returns: list[float]) -> None:
+    """Until it ends again, its checkpoint says what is best."""
+    returns += [5.0, 9.0]
+    train(*SHORT, "run_dir=r")
+    from spikerl.runs.folder import remove_results
+
+    remove_results(RUN)
+    assert not list((RUN / "best").iterdir())
+    assert load_policy(RUN, policy="best").norm.count == 300
+
+
+def test_a_damaged_best_is_a_damaged_checkpoint(returns: list[float]) -> None:
+    returns += [5.0, 4.0, 3.0]
+    train(*SHORT, "run_dir=r")
+    path = checkpoint(300) / "best/policy.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    said = spikerl("train", "resume=r", "total_steps=450")
+    assert said.status == 0, said.err
+    assert "step_0000000300 is damaged (policy.safetensors has changed)" in said.out
+
+
+def test_refused(returns: list[float]) -> None:
+    returns += [5.0, 4.0]
+    train(*SHORT, "run_dir=r")
+    assert spikerl("eval", "run=r", "policy=worst").line == "policy=worst: give last or best"
+    line = spikerl("train", "init_from=r", "init_policy=worst").line
+    assert line == "init_policy=worst: give last or best"
+    said = spikerl("eval", "run=r/checkpoints/step_0000000000", "policy=best")
+    assert said.line == (
+        "run=r/checkpoints/step_0000000000: no best policy there: a run has one once it was"
+        " evaluated; give policy=last"
+    )

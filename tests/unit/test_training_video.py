@@ -1,0 +1,216 @@
+"""Videos of evaluations: a file for each episode, and nothing of it changes the episode."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import builders
+import gymnasium as gym
+import numpy as np
+import pytest
+from shell import Said, refusal, spikerl
+
+from spikerl.models.actor import ActorConfig, build_actor
+from spikerl.models.normalizer import RunningNorm
+from spikerl.models.policy import Policy
+from spikerl.training import video
+from spikerl.types import Task
+
+WIDTH, HEIGHT, STEPS = 320, 240, 5
+
+
+class Painted(gym.Env[np.ndarray, np.ndarray]):
+    """Its picture is as bright as the steps that it has made."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    observation_space = gym.spaces.Box(-10.0, 10.0, (3,))
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+    render_mode: str | None = None
+    steps = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, Any]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.np_random.normal(size=3).astype(np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, Any]:
+        self.steps += 1
+        obs = np.full(3, 0.5 * self.steps, np.float32)
+        return obs, float(action[0]), False, False, {}
+
+    def render(self) -> Any:
+        if self.render_mode is None:
+            return None
+        return np.full((HEIGHT, WIDTH, 3), 40 * self.steps, np.uint8)
+
+
+class Unpainted(Painted):
+    metadata = {"render_modes": ["human"]}  # noqa: RUF012
+
+
+class Broken(Painted):
+    def render(self) -> Any:
+        raise ImportError("libpaint.so: no such file\nand more")
+
+
+@pytest.fixture(autouse=True)
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A policy of the painted environment."""
+    pytest.importorskip("imageio_ffmpeg")
+    monkeypatch.chdir(tmp_path)
+    for kind in (Painted, Unpainted, Broken):
+        gym.register(f"{kind.__name__}-v0", f"{__name__}:{kind.__name__}", max_episode_steps=STEPS)
+    task = Task("Painted-v0", (3,), (1,), -np.ones(1), np.ones(1), STEPS)
+    config = ActorConfig(
+        actor=builders.popsan_config([6]),
+        encoder=builders.POPULATION,
+        neuron=builders.CUBA_LIF,
+        decoder=builders.RATE,
+    )
+    folder = tmp_path / "run"
+    folder.mkdir()
+    Policy(task, config, build_actor(config, 3, 1), RunningNorm(3, 3.0)).save(folder)
+    yield folder
+    for kind in (Painted, Unpainted, Broken):
+        del gym.registry[f"{kind.__name__}-v0"]
+
+
+def evaluate(*args: str) -> Said:
+    return spikerl("eval", "run=run", *args)
+
+
+def pictures(path: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """What a reader of films finds: facts and pictures (T, H, W, 3)."""
+    import imageio_ffmpeg
+
+    reader = imageio_ffmpeg.read_frames(str(path))
+    facts = next(reader)
+    frames = [np.frombuffer(f, np.uint8).reshape(HEIGHT, WIDTH, 3) for f in reader]
+    return facts, np.stack(frames)
+
+
+def test_a_file_for_each_episode(run: Path) -> None:
+    plain = json.loads(evaluate("episodes=12", "json=true").out)
+    filmed = json.loads(evaluate("episodes=12", "json=true", "video=true").out)
+    assert filmed.pop("videos") == [f"{run}/videos/seed0_episode{i}.mp4" for i in range(12)]
+    assert filmed == plain
+    assert sorted(os.listdir("run/videos")) == sorted(f"seed0_episode{i}.mp4" for i in range(12))
+    facts, frames = pictures(Path("run/videos/seed0_episode11.mp4"))
+    assert (facts["codec"], facts["fps"], facts["size"]) == ("h264", 10.0, (WIDTH, HEIGHT))
+    brightness = frames.reshape(len(frames), -1).mean(1)
+    np.testing.assert_allclose(brightness, 40.0 * np.arange(STEPS + 1), atol=4.0)
+
+
+def test_what_is_said() -> None:
+    said = evaluate("episodes=2", "seed=3", "video=true")
+    assert "videos: run/videos/seed3_episode0.mp4 to seed3_episode1.mp4" in said.out
+    assert "videos" not in evaluate("episodes=1").out
+
+
+def test_spikes_are_drawn_in() -> None:
+    plain = json.loads(evaluate("episodes=1", "json=true", "video=true").out)
+    before = pictures(Path("run/videos/seed0_episode0.mp4"))[1]
+    drawn = json.loads(evaluate("episodes=1", "json=true", "video=spikes").out)
+    after = pictures(Path("run/videos/seed0_episode0.mp4"))[1]
+    assert drawn == plain
+    changed = np.abs(after.astype(int) - before.astype(int)).max(-1) > 60
+    rows, columns = np.nonzero(changed.any(0))
+    assert rows.max() < 5 * video.ROW
+    assert columns.max() < video.BAR + 120
+
+
+def test_bars_are_as_long_as_layers_fire() -> None:
+    picture = np.full((HEIGHT, WIDTH, 3), 200, np.uint8)
+    image = video.annotated(picture, 12.5, [None, 0.5, 1.0])
+    orange = (image == (255, 160, 0)).all(-1)
+    lengths = [orange[video.ROW * (i + 1) + 6].sum() for i in range(3)]
+    assert lengths == [0, video.BAR // 2 + 1, video.BAR + 1]
+    np.testing.assert_array_equal(image[100:], picture[100:])
+
+
+def test_an_episode_that_fails_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Painted, action: np.ndarray) -> Any:
+        raise RuntimeError("a motor burnt")
+
+    monkeypatch.setattr(Painted, "step", fails)
+    said = evaluate("episodes=1", "video=true")
+    assert said.status == 1
+    assert os.listdir("run/videos") == []
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["video=maybe"], "video=maybe: give true, false or spikes"),
+        (["video=true", "env_id=Unpainted-v0"], "video=true: Unpainted-v0 draws no pictures"),
+        (["video=true", "env_id=Broken-v0"],
+         "video=true: Broken-v0 cannot be drawn here: libpaint.so: no such file"),
+    ],
+)  # fmt: skip
+def test_refused(args: list[str], line: str) -> None:
+    assert evaluate(*args).line == line
+    assert not Path("run/videos").exists()
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "find_spec", lambda name: None)
+    line = evaluate("video=true").line
+    assert line == "video=true: imageio-ffmpeg is missing; pip install 'spikerl[video]'"
+
+
+# --- who draws ----------------------------------------------------------------------------------
+
+
+def test_the_first_that_works_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(video, "why_not", {"egl": "no device", "osmesa": None}.get)
+    monkeypatch.setenv("MUJOCO_GL", "")  # so that it is put back
+    assert video.choose_backend() == "osmesa"
+    assert os.environ["MUJOCO_GL"] == "osmesa"
+
+
+def test_nobody_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "")
+    monkeypatch.setattr(video, "why_not", {"egl": "no device", "osmesa": "no library"}.get)
+    assert str(refusal(video.choose_backend)) == (
+        "video=true: nothing draws without a screen here (egl: no device; Debian's package is"
+        " libegl1. osmesa: no library; Debian's package is libosmesa6)"
+    )
+    monkeypatch.setenv("MUJOCO_GL", "egl")  # a named choice is not changed
+    assert str(refusal(video.choose_backend)) == (
+        "video=true: nothing draws without a screen here (egl: no device; Debian's package is"
+        " libegl1)"
+    )
+
+
+def test_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "PROBE", "raise ImportError('no lib{0}')")
+    assert video.why_not("egl") == "ImportError: no libegl"
+    monkeypatch.setattr(video, "PROBE", "pass")
+    assert video.why_not("egl") is None
+    assert video.why_not("metal") == "MUJOCO_GL is metal, which is none of egl, osmesa"
+
+
+def test_mujoco() -> None:
+    """In a process of its own: what EGL loads there is not meant for a long life beside others."""
+    program = """
+import gymnasium, numpy
+from spikerl.envs.make import EnvConfig, make_env
+from spikerl.training import video
+name = dict(name="InvertedPendulum", version="v5", id="InvertedPendulum-v5")
+env = make_env(EnvConfig(**name, max_episode_steps=None, vectorizer="sync"))
+video.check_video(env)
+first = env.render()
+env.step(numpy.ones(1))
+print(first.shape, (first != env.render()).any())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    if "nothing draws without a screen here" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.stdout == "(480, 480, 3) True\n", done.stderr
