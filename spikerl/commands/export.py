@@ -11,12 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from spikerl.config.yaml_file import leads_out
 from spikerl.envs.make import check_confirmed
 from spikerl.errors import DONE, FAILED, BadRequest
 from spikerl.export import c, contract, nir, onnx, proof, support
 from spikerl.files import checksum, json_bytes, write_atomic
 from spikerl.models.actor import SpikingActor
-from spikerl.models.policy import Policy, load_policy, read_policy
+from spikerl.models.policy import Policy, load_policy
 from spikerl.schema import parse
 
 
@@ -39,7 +40,7 @@ class ExportRequest:
     run: str
     format: str
     file: str | None
-    policy: str
+    policy: str  # last, best
     episodes: int
     seed: int
     env_id: str | None
@@ -66,6 +67,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     check_free(file, beside)
     env_id = request.env_id or policy.task.env_id
     check_confirmed("run", request.run, env_id, request.env_id)
+    if leads_out(dict(policy.task.env_kwargs)) and not request.env_id:
+        remedy = f"its environment is given paths of files; confirm with env_id={env_id}"
+        raise BadRequest("run", request.run, remedy)
     env = proof.known_env(policy, request.run, request.env_id)
     described = contract.describe(request.format, policy, form.dt)
     described["support"] = {group: str(verdict) for group, verdict in verdicts.items()}
@@ -105,18 +109,13 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
 
 
 def policy_of(request: ExportRequest) -> Policy:
-    """The one that `policy` names: the final one, or that of a checkpoint."""
-    if request.policy == "last":
-        policy = load_policy(request.run)
-    else:
-        root = Path(request.run) / "checkpoints"
-        known = sorted(path.name for path in root.glob("step_*")) if root.is_dir() else []
-        if request.policy not in known:
-            remedy = f"give last, or a checkpoint of the run: {', '.join(known) or 'it has none'}"
-            raise BadRequest("policy", request.policy, remedy)
-        policy = read_policy(root / request.policy, key="policy")
+    policy = load_policy(request.run, policy=request.policy)
     if isinstance(policy.actor, SpikingActor) and len(policy.actor.norms):
         remedy = "its batch normalisation is not folded into weights; give a policy that acts"
+        raise BadRequest("run", request.run, remedy)
+    if policy.norm.far:
+        remedy = "an observation entry lies so far from 0 that a file's float32 loses its digits;"
+        remedy += " subtract a constant from it in the environment"
         raise BadRequest("run", request.run, remedy)
     return policy
 

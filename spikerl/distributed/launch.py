@@ -231,7 +231,7 @@ def first_failure(failures: dict[int, int], mailbox: Path, world_size: int) -> W
     rank = min(ranks, key=order)
     who = f"worker {rank} of {world_size}"
     code, reason = status(rank), report(rank)
-    own = reason.get("environment") or code == -signal.SIGTERM
+    own = reason.get("environment") or reason.get("late") or code == -signal.SIGTERM
     if code < 0 and not (reason and own):
         return WorkerLost(f"{who} was killed by {signal.Signals(-code).name}")
     lost = WorkerLost(f"{who}: {reason['error']}" if reason else f"{who} ended with status {code}")

@@ -6,6 +6,7 @@ is forked while other threads run (torch's, BLAS's) may wait for them for ever.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -13,11 +14,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
+from weakref import ref
 
 import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv
+from gymnasium.vector.async_vector_env import _async_worker
 from gymnasium.vector.utils import clear_mpi_env_vars
 
 from spikerl.distributed.process_lifetime import die_with_parent
@@ -34,18 +37,26 @@ def start_server() -> None:
         "SPIKERL_ENVS_OF": str(os.getpid()),
         "SPIKERL_ENVS_SAFE_PATH": "" if "PYTHONSAFEPATH" in os.environ else "1",
         "PYTHONSAFEPATH": "1",  # it imports nothing from where it stands
+        # Of a run that was killed, semaphores are left, which multiprocessing's tracker removes.
+        "PYTHONWARNINGS": "ignore",
     }
     before = {name: os.environ.get(name) for name in set_here}
     multiprocessing.get_context(CONTEXT).set_forkserver_preload(["spikerl.envs.server"])
+
+    def restore(name: str) -> None:
+        os.environ.pop(name, None)
+        if (value := before[name]) is not None:
+            os.environ[name] = value
+
     os.environ.update(set_here)
     try:
         with clear_mpi_env_vars():
+            resource_tracker.ensure_running()
+            restore("PYTHONWARNINGS")
             forkserver.ensure_running()
     finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+        for name in before:
+            restore(name)
 
 
 class Processes(AsyncVectorEnv):
@@ -53,12 +64,15 @@ class Processes(AsyncVectorEnv):
 
     def __init__(self, makers: Sequence[Callable[[], CheckedEnv]], **settings: Any) -> None:
         start_server()
-        super().__init__(makers, context=CONTEXT, **settings)
+        # At exit multiprocessing sends SIGTERM, which they ignore, and waits.
+        self.kill_at_exit = partial(_kill_all_of, ref(self))
+        atexit.register(self.kill_at_exit)
+        super().__init__(makers, context=CONTEXT, worker=_work, **settings)
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
-        if terminate:
-            for process in self.processes:  # one that hangs does not answer
-                process.kill()
+        atexit.unregister(self.kill_at_exit)
+        if terminate:  # one that hangs does not answer
+            self.kill_at_exit()
         super().close_extras(timeout, terminate)
         if not terminate and any(process.exitcode for process in self.processes):
             raise EnvironmentFailed("close: an environment failed while it was closed")
@@ -91,6 +105,19 @@ def _make(config: EnvConfig, spec: Any, parent: int) -> CheckedEnv:
     keep_theirs()
     env.close = partial(_close, env)  # type: ignore[method-assign]
     return env
+
+
+def _kill_all_of(vector: ref[Processes]) -> None:
+    for process in getattr(vector(), "processes", []):
+        process.kill()
+
+
+def _work(*arguments: Any) -> None:
+    """An environment's process; it ends without a word when the run has, however that ended."""
+    try:
+        _async_worker(*arguments)
+    except (EOFError, ConnectionError):
+        os._exit(1)
 
 
 def _close(env: CheckedEnv) -> None:

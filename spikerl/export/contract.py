@@ -76,6 +76,8 @@ def describe(format: str, policy: Policy, dt: float | None) -> dict[str, Any]:
             "most": most.tolist(),
         },
     }
+    if task.layout:  # of the dictionary that an observation is
+        data["obs_layout"] = [entry._asdict() for entry in task.layout]
     if isinstance(actor, MLPActor):
         data["network"] = "ReLU layers; y is the last layer's output"
         data["sizes"] = {"layers": [layer.bias_N.numel() for layer in actor.layers]}

@@ -7,7 +7,7 @@ entries.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -96,7 +96,7 @@ class InUnits(Task):
     """Of actions that have the environment's units already."""
 
     def to_env(self, act: np.ndarray) -> np.ndarray:
-        return act.reshape(*act.shape[:-1], *self.act_shape)
+        return self.typed(act.reshape(*act.shape[:-1], *self.act_shape))
 
 
 class FilePolicy(Policy):
@@ -165,7 +165,8 @@ def recorded_of(policy: Policy, obs_BO: np.ndarray) -> Recorded:
 
 
 def in_units(policy: Policy, act_BA: Tensor) -> np.ndarray:
-    return policy.task.to_env(act_BA.numpy()).reshape(act_BA.shape)
+    task = replace(policy.task, act_dtype="float32")  # as files give them
+    return task.to_env(act_BA.numpy()).reshape(act_BA.shape)
 
 
 def encoder_near(encoder: Encoder, x_BO: Tensor, spike_steps: int) -> Tensor:
@@ -223,6 +224,8 @@ def known_env(policy: Policy, run: str, env_id: str | None) -> EnvConfig | None:
         id=env_id or policy.task.env_id,
         max_episode_steps=policy.task.max_episode_steps,
         vectorizer="sync",
+        kwargs=dict(policy.task.env_kwargs),
+        wrappers=list(policy.task.env_wrappers),
     )
     key, value = ("env_id", env_id) if env_id else ("run", run)
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -154,6 +156,27 @@ def test_signals_to_all_processes_are_for_the_run_alone(number: int) -> None:
             os.kill(pid, number)
         assert len(envs.step(np.zeros((1, 2), np.float32)).rew) == 1
         os.kill(server, 0)
+
+
+LEAVES = """
+import sys
+sys.path.append(sys.argv[1])
+from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.envs.vector import make_envs
+env = EnvConfig(name="gym", version=None, id="own_envs:Base-v0", max_episode_steps=None,
+                vectorizer="async")
+kept = make_envs(env, 1, task_of(make_env(env)))
+kept.reset([0])
+"""
+
+
+def test_a_program_that_leaves_them_open_ends() -> None:
+    """Although they do not answer SIGTERM, which multiprocessing sends and then waits."""
+    where = str(Path(own_envs.__file__).parent)
+    ended = subprocess.run(
+        [sys.executable, "-c", LEAVES, where], timeout=100, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_an_environment_that_only_this_process_has_registered() -> None:
