@@ -55,6 +55,7 @@ class Session:
         self.wall_s = 0.0  # before this session
         self.started = time.perf_counter()
         self.committed = -1
+        self.status = "running"
         self.unsaved: str | None = None  # why the last commit failed, if it did
         self.log: RunLog | None = None
         self.best: dict[str, bytes] = {}  # the files of the policy that evaluated best so far
@@ -204,7 +205,7 @@ class Session:
             if self.is_rank0:
                 self.view.close()
                 if self.log:
-                    self.log.close(run_folder.read_manifest(self.folder, key="run_dir")["status"])
+                    self.log.close(self.status)
                 self.lock.close()
 
     def record(self, row: Row) -> None:
@@ -300,6 +301,7 @@ class Session:
                 run_folder.free(self.folder)
 
     def end(self, status: str) -> None:
+        self.status = status
         changes = {"status": status, "ended": run_folder.now(), "wall_s": self.wall()}
         run_folder.update_manifest(self.folder, **changes)
 

@@ -16,7 +16,7 @@ from test_lost_workers import FAILING, SECONDS, TWO, is_child
 from spikerl.distributed import mpi
 from spikerl.distributed.world import BackendConfig, resolve_backend
 from spikerl.errors import BadRequest
-from spikerl.seeding import seed_for
+from spikerl.seeding import RESET_BITS, reset_seed
 
 OVER_MPI = [*TWO, "backend=mpi"]
 
@@ -112,7 +112,7 @@ def test_a_killed_worker_ends_the_run_and_the_rest_can_be_resumed(
 
 
 def test_an_environment_that_fails_in_one_worker(tmp_path: Path) -> None:
-    text = FAILING.replace("SEED", str(seed_for(0, "env", 1)))  # worker 1's
+    text = FAILING.replace("SEED", str(reset_seed(RESET_BITS, 0, "env", 1)))  # worker 1's
     (tmp_path / "burning.py").write_text(text)
     asked = ["env=gym", "env.id=burning:Fails-v0", "num_envs=2"]
     run = train(tmp_path, *asked, "world_size=2", "backend=mpi", PYTHONPATH=str(tmp_path))
