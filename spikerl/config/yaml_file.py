@@ -6,6 +6,7 @@ The file may be a stranger's: it is only ever values.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
@@ -65,7 +66,7 @@ def read_config(path: Path) -> dict[Any, Any]:
                 raise yaml.YAMLError("numbers have 63 bits")
             return number
 
-    if path.is_dir():
+    if os.path.isdir(path):  # Path's own raises for a name that is too long
         raise BadRequest("config", path, f"is a folder; give {path}/config.yaml")
     Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
     try:

@@ -174,7 +174,7 @@ def check_shapes(key: str, value: object, policy: Task, task: Task) -> None:
     theirs, ours = (policy.obs_shape, policy.act_shape), (task.obs_shape, task.act_shape)
     if theirs != ours:
         remedy = f"its policy maps {theirs[0]} to {theirs[1]} ({policy.env_id}),"
-        raise BadRequest(key, value, f"{remedy} {task.env_id} needs {ours[0]} to {ours[1]}")
+        raise BadRequest(key, value, f"{remedy} but {task.env_id} needs {ours[0]} to {ours[1]}")
 
 
 def load_policy(

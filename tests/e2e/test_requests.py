@@ -31,7 +31,7 @@ class Odd(gym.Env[Any, Any]):
 
 
 ODD: dict[str, dict[str, gym.Space[Any]]] = {
-    "DictObs-v0": {"obs": gym.spaces.Dict(a=gym.spaces.Box(-1.0, 1.0, (2,)))},
+    "TextObs-v0": {"obs": gym.spaces.Dict(a=gym.spaces.Text(3))},
     "DiscreteAct-v0": {"act": gym.spaces.Discrete(3)},
     "UnboundedAct-v0": {"act": gym.spaces.Box(-np.inf, np.inf, (2,))},
 }
