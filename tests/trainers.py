@@ -34,6 +34,7 @@ class Workers:
     def save(self, run: Path) -> None:
         first = self.first
         facts = {"step": first.step, "epoch": 0, "world_size": len(self.trainers)}
+        facts["reset_seed_bits"] = first.seed_bits
         run_in_threads(
             [
                 partial(save_checkpoint, run, t.world, t.shard(), t.learner_state(), facts,

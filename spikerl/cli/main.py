@@ -108,7 +108,9 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
         assert isinstance(data, dict)
         if command != "train":  # whose config is recorded as it was typed
             given = {key: data.get(key) for key in PATHS}
-            data |= {key: str(absolute(v)) for key, v in given.items() if isinstance(v, str) and v}
+            words = ("", "none")  # stats=none is an answer, not a file
+            paths = {key: v for key, v in given.items() if isinstance(v, str) and v not in words}
+            data |= {key: str(absolute(path)) for key, path in paths.items()}
         main = import_module(module_of(command)).main
         with output.only_answers() if data.get("json") is True else nullcontext():
             return int(main(data, ["spikerl", command, *typed]))

@@ -21,6 +21,7 @@ from spikerl.config import build as configs
 from spikerl.config.yaml_file import overrides_of, read_config
 from spikerl.envs.make import check_confirmed, task_of
 from spikerl.errors import BadRequest
+from spikerl.files import shown
 from spikerl.models.actor import MLPActor, SpikingActor, build_actor
 from spikerl.models.policy import Policy, load_policy
 from spikerl.runs import folder as run_folder
@@ -82,7 +83,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     scales = ", ".join(f"{value:.3g}" for value in reached)
     print(
         f"{dense.task.env_id}: {request.spike_steps} spike steps, {request.reset} reset;"
-        f" activations reach {scales} on {len(seen)} observations; run folder: {folder}"
+        f" activations reach {scales} on {len(seen)} observations; run folder: {shown(folder)}"
     )
     return 0
 

@@ -156,7 +156,7 @@ class Evaluator:
 
     def _probed(self, policy: Policy, seen: list[np.ndarray]) -> Tensor:
         if not seen:
-            return torch.empty(0, policy.task.obs_dim)
+            return torch.empty(0, policy.task.obs_dim, dtype=torch.float32)
         rows = np.concatenate(seen)
         picked = rows[np.linspace(0, len(rows) - 1, min(len(rows), PROBED)).astype(int)]
         return policy.norm.observe(picked, policy.device)

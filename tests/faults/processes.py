@@ -88,7 +88,7 @@ class Run:
         """Wait for it while the run goes on."""
         deadline = time.monotonic() + seconds
         while not reached():
-            assert self.process.is_alive(), self.said()
+            assert self.process.is_alive() or reached(), self.said()
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.005)
 

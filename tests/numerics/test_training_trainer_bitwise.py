@@ -170,8 +170,10 @@ def test_each_rule_repeats_itself_and_resumes(rule: str, tmp_path: Path) -> None
     disturb()
     with closing(new_trainer(training)) as first:
         part = finish(first, upto=2)
-        facts, files = {"step": first.step, "world_size": 1}, first.policy.files()
-        save_checkpoint(tmp_path, ALONE, first.shard(), first.learner_state(), facts, files)
+        facts = {"step": first.step, "world_size": 1, "reset_seed_bits": first.seed_bits}
+        save_checkpoint(
+            tmp_path, ALONE, first.shard(), first.learner_state(), facts, first.policy.files()
+        )
     disturb()
     with closing(new_trainer(training)) as second:
         assert second.load(verified(tmp_path, lambda damage: None))

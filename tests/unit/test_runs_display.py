@@ -76,7 +76,7 @@ def test_numbers_are_short(value: float | None, shown: str) -> None:
 def test_epoch_line() -> None:
     assert epoch_line(ROW, 9000) == (
         "epoch 3  step 3000/9000  eval 123.5 +- 0.0457  train -  critic_loss 1.5  q -0.25"
-        "  firing 0.123  100 steps/s  62 s  energy - (none: requested)"
+        "  firing 0.123  100 steps/s  62 s  energy -"
     )
 
 
