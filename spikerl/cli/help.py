@@ -10,12 +10,13 @@ from spikerl.config.yaml_file import conf_folder
 
 KEYS = "Keys and their defaults"  # what the list begins with, where groups come before it
 COMMENTED = re.compile(r"^(\w+):[^#\n]*# (.+)$", re.MULTILINE)
-INTERNAL = re.compile(r"^base: .*\n", re.MULTILINE)  # what config files share
+# In lists of options: what config files share, and what `reproduce` alone reads.
+NOT_CHOSEN = re.compile(r"^(?:base|table): \w+, .*\n", re.MULTILINE)
 
 
 def with_meanings(text: str, command: str) -> str:
     """Hydra's text for a command, each key that a comment explains with that comment."""
-    text = INTERNAL.sub("", text)
+    text = NOT_CHOSEN.sub("", text)
     head, mark, keys = text.partition(KEYS) if KEYS in text else ("", "", text)
     conf = conf_folder()
     top = _comments([conf / f"{command}.yaml"])

@@ -9,7 +9,8 @@ from spikerl.cli.help import with_meanings
 
 
 def test_each_key_with_its_comment() -> None:
-    text = "spikerl train\nbase: env, neuron\nenv: Ant\n\nKeys and their defaults (x)\n\n"
+    text = "spikerl train\nbase: env, neuron\ntable: care_bn, ours\nenv: Ant\n\n"
+    text += "Keys and their defaults (x)\n\n"
     keys = "neuron:\n  reset: hard\n  name: lif\nactor:\n  reset: 1\nthreads: null\nseed: 0\n"
     assert with_meanings(text + keys, "train") == (
         "spikerl train\nenv: Ant\n\nKeys and their defaults (x)\n\n"
