@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def test_torch_runs_in_processes_whose_parent_has_threads() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_signals_to_all_processes_are_for_the_run_alone(number: int) -> None:
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # of other tests, not a run's own
     env = own("Base", vectorizer="async")
     with closing(make_env(env)) as one:
         task = task_of(one)
