@@ -216,7 +216,8 @@ def test_without_statistics(folder: Path) -> None:
     assert load_policy("run").norm.count == 0
     wanted, margin = act_by_hand(weights, some_obs().astype(np.float32).astype(np.float64))
     agree(wanted, margin, some_obs(), 2.0)
-    assert json.loads(Path("run/manifest.json").read_text())["imported_from"] == ["m.pt"]
+    manifest = json.loads(Path("run/manifest.json").read_text())
+    assert manifest["imported_from"] == [str(folder / "m.pt")]
 
 
 @pytest.mark.parametrize("protocol", range(6))
