@@ -17,7 +17,7 @@ from spikerl.config.build import Choices, Config, RunConfig
 from spikerl.distributed.world import BackendConfig
 from spikerl.energy.meter import EnergyConfig
 from spikerl.envs.make import EnvConfig
-from spikerl.models.actor import ActorConfig, CareBNConfig, PopSANConfig, SpikingActor
+from spikerl.models.actor import ActorConfig, CareBNConfig, MLPConfig, PopSANConfig, SpikingActor
 from spikerl.models.critic import Critics
 from spikerl.models.precision import PrecisionConfig
 from spikerl.snn.decoders import DecoderConfig, MembraneConfig, RateConfig
@@ -109,6 +109,15 @@ def care_bn_config(hidden: list[int], spike_steps: int = 5) -> CareBNConfig:
         recalibration_interval=None,
         recalibration_batches=1,
     )
+
+
+def spiking(encoder: EncoderConfig) -> ActorConfig:
+    return ActorConfig(actor=popsan_config([6, 5]), encoder=encoder, neuron=CUBA_LIF, decoder=RATE)
+
+
+def dense_config(hidden: list[int]) -> ActorConfig:
+    mlp = MLPConfig(name="mlp", hidden_sizes=hidden, lr=1e-3)
+    return ActorConfig(actor=mlp, encoder=None, neuron=None, decoder=None)
 
 
 def popsan(

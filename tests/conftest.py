@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+ROOM = 4 << 30
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -17,3 +22,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """An allocation of gigabytes fails instead of taking the machine."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)

@@ -7,11 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from builders import CUBA_LIF, POPULATION, RATE, popsan_config
+from builders import (
+    CUBA_LIF,
+    POPULATION,
+    RATE,
+    alif_config,
+    dense_config,
+    dynamic_config,
+    lif_config,
+    membrane_config,
+    plif_config,
+    popsan_config,
+)
 
-from spikerl.models.actor import ActorConfig, MLPConfig, build_actor
+from spikerl.models.actor import ActorConfig, build_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
+from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import EncoderConfig, PopulationConfig
 from spikerl.types import Task
 
@@ -39,10 +51,28 @@ def config(hidden: list[int] | None = None, **parts: Any) -> ActorConfig:
     return ActorConfig(actor=popsan_config(hidden or [12, 9]), **chosen)
 
 
-DENSE = ActorConfig(
-    actor=MLPConfig(name="mlp", hidden_sizes=[12, 9], lr=1e-3),
-    encoder=None, neuron=None, decoder=None,
-)  # fmt: skip
+DENSE = dense_config([12, 9])
+
+
+# What every format but NIR can hold.
+POLICIES: dict[str, ActorConfig] = {
+    "popsan": config(),
+    "converted": config(
+        encoder=DIRECT, neuron=lif_config(voltage_decay=1.0, reset="soft"),
+        decoder=DecoderConfig(name="linear"),
+    ),
+    "tanh": config(encoder=population("tanh_population"), neuron=lif_config()),
+    "analog dynamic": config(encoder=population("analog"), neuron=dynamic_config()),
+    "plif mean": config(neuron=plif_config(), decoder=membrane_config(read="mean")),
+    "alif last": config(
+        neuron=alif_config(reset="soft"), decoder=membrane_config(voltage_decay=0.5)
+    ),
+    "ilc max": config(decoder=membrane_config(name="ilc", read="max", pop_size=5)),
+    "learned": config(
+        encoder=EncoderConfig(name="learned"), decoder=DecoderConfig(name="learned")
+    ),
+    "dense": DENSE,
+}  # fmt: skip
 
 
 def policy_of(config: ActorConfig, task: Task, seed: int = 0) -> Policy:

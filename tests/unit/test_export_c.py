@@ -12,21 +12,16 @@ import pytest
 import torch
 from builders import (
     POISSON,
-    alif_config,
-    dynamic_config,
     lif_config,
-    membrane_config,
-    plif_config,
 )
-from exports import DENSE, DIRECT, config, policy_of, population, saved, task
+from exports import DIRECT, config, policy_of, saved, task
+from exports import POLICIES as EVERYWHERE
 from published import MODEL, STATS, needs_published_policy
 from shell import refusal, spikerl
 
 from spikerl.export import c, contract, proof
-from spikerl.models.actor import ActorConfig
 from spikerl.models.policy import Policy
 from spikerl.snn.decoders import DecoderConfig
-from spikerl.snn.encoders import EncoderConfig
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler"
@@ -39,22 +34,11 @@ def interpreter(policy: Policy, folder: Path) -> c.Interpreter:
     return c.Interpreter(file, contract.describe("c", policy, None), folder)
 
 
-SOFT = {"reset": "soft"}
-POLICIES: dict[str, ActorConfig] = {
-    "popsan": config(),
+POLICIES = EVERYWHERE | {
     "one layer of converted networks": config(
-        [7], encoder=DIRECT, neuron=lif_config(voltage_decay=1.0, **SOFT),
+        [7], encoder=DIRECT, neuron=lif_config(voltage_decay=1.0, reset="soft"),
         decoder=DecoderConfig(name="linear"),
     ),
-    "tanh": config(encoder=population("tanh_population"), neuron=lif_config()),
-    "analog dynamic": config(encoder=population("analog"), neuron=dynamic_config()),
-    "plif mean": config(neuron=plif_config(), decoder=membrane_config(read="mean")),
-    "alif last": config(neuron=alif_config(**SOFT), decoder=membrane_config(voltage_decay=0.5)),
-    "ilc max": config(decoder=membrane_config(name="ilc", read="max", pop_size=5)),
-    "learned": config(
-        encoder=EncoderConfig(name="learned"), decoder=DecoderConfig(name="learned")
-    ),
-    "dense": DENSE,
 }  # fmt: skip
 
 
@@ -73,7 +57,7 @@ def test_it_acts_as_the_policy(name: str, tmp_path: Path) -> None:
 def test_by_hand(tmp_path: Path) -> None:
     """Drive 0.75 at each of 4 spike steps, no leak, threshold 1, soft reset."""
     parts = config(
-        [1], encoder=DIRECT, neuron=lif_config(voltage_decay=1.0, threshold=1.0, **SOFT),
+        [1], encoder=DIRECT, neuron=lif_config(voltage_decay=1.0, threshold=1.0, reset="soft"),
         decoder=DecoderConfig(name="linear"),
     )  # fmt: skip
     parts.actor.spike_steps = 4  # type: ignore[union-attr]

@@ -7,15 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import alif_config, dynamic_config, lif_config, membrane_config, plif_config
-from exports import DENSE, DIRECT, config, policy_of, population, saved, task
+from exports import POLICIES, config, policy_of, saved, task
 from shell import refusal, spikerl
 
 from spikerl.export import contract, onnx, proof
-from spikerl.models.actor import ActorConfig
 from spikerl.models.policy import Policy
-from spikerl.snn.decoders import DecoderConfig
-from spikerl.snn.encoders import EncoderConfig
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -25,25 +21,6 @@ def interpreter(policy: Policy, folder: Path) -> onnx.Interpreter:
     file = folder / "policy.onnx"
     onnx.write(policy, file)
     return onnx.Interpreter(file, contract.describe("onnx", policy, None), folder)
-
-
-SOFT = {"reset": "soft"}
-POLICIES: dict[str, ActorConfig] = {
-    "popsan": config(),
-    "converted": config(
-        encoder=DIRECT, neuron=lif_config(voltage_decay=1.0, **SOFT),
-        decoder=DecoderConfig(name="linear"),
-    ),
-    "tanh": config(encoder=population("tanh_population"), neuron=lif_config()),
-    "analog dynamic": config(encoder=population("analog"), neuron=dynamic_config()),
-    "plif mean": config(neuron=plif_config(), decoder=membrane_config(read="mean")),
-    "alif last": config(neuron=alif_config(**SOFT), decoder=membrane_config(voltage_decay=0.5)),
-    "ilc max": config(decoder=membrane_config(name="ilc", read="max", pop_size=5)),
-    "learned": config(
-        encoder=EncoderConfig(name="learned"), decoder=DecoderConfig(name="learned")
-    ),
-    "dense": DENSE,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", POLICIES)

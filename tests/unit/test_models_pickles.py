@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,7 @@ from spikerl.errors import BadRequest
 from spikerl.models.foreign import read_stats, read_weights, recognise
 
 HUGE = 10**11
-ROOM = 4 << 30
-
-
-@pytest.fixture(autouse=True)
-def little_memory() -> Iterator[None]:
-    """An allocation of gigabytes fails instead of taking the machine."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
+pytestmark = pytest.mark.usefixtures("little_memory")
 
 
 class Calls:

@@ -18,29 +18,18 @@ import spikerl
 from spikerl import kernels
 from spikerl.errors import BadRequest
 from spikerl.kernels import KernelConfig
-from spikerl.models.actor import ActorConfig, MLPConfig, build_actor
+from spikerl.models.actor import ActorConfig, build_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy, find_policy, load_policy
 from spikerl.types import Task
 
 LOW, HIGH = np.array([-1.0, 0.0, -3.0]), np.array([2.0, 0.4, -1.0])
-DENSE = ActorConfig(
-    actor=MLPConfig(name="mlp", hidden_sizes=[7], lr=1e-3), encoder=None, neuron=None, decoder=None
-)
-
-
-def spiking(encoder: Any) -> ActorConfig:
-    return ActorConfig(
-        actor=builders.popsan_config([6, 5]),
-        encoder=encoder,
-        neuron=builders.CUBA_LIF,
-        decoder=builders.RATE,
-    )
+DENSE = builders.dense_config([7])
 
 
 CONFIGS = {
-    "popsan": spiking(builders.POPULATION),
-    "poisson": spiking(builders.POISSON),
+    "popsan": builders.spiking(builders.POPULATION),
+    "poisson": builders.spiking(builders.POISSON),
     "mlp": DENSE,
 }
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,7 @@ from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
 from spikerl.types import Task
 
-ROOM = 4 << 30
-
-
-@pytest.fixture(autouse=True)
-def little_memory() -> Iterator[None]:
-    """An allocation of gigabytes fails instead of taking the machine."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
+pytestmark = pytest.mark.usefixtures("little_memory")
 
 
 @pytest.fixture

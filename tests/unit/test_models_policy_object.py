@@ -20,30 +20,15 @@ from shell import refusal
 import spikerl
 from spikerl import kernels
 from spikerl.kernels import KernelConfig
-from spikerl.models.actor import ActorConfig, MLPConfig, SpikingActor, build_actor
+from spikerl.models.actor import SpikingActor, build_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy, load_policy
 from spikerl.types import Task
 
-
-def spiking(encoder: Any) -> ActorConfig:
-    return ActorConfig(
-        actor=builders.popsan_config([6, 5]),
-        encoder=encoder,
-        neuron=builders.CUBA_LIF,
-        decoder=builders.RATE,
-    )
-
-
 CONFIGS = {
-    "popsan": spiking(builders.POPULATION),
-    "poisson": spiking(builders.POISSON),
-    "mlp": ActorConfig(
-        actor=MLPConfig(name="mlp", hidden_sizes=[7], lr=1e-3),
-        encoder=None,
-        neuron=None,
-        decoder=None,
-    ),
+    "popsan": builders.spiking(builders.POPULATION),
+    "poisson": builders.spiking(builders.POISSON),
+    "mlp": builders.dense_config([7]),
 }
 
 
