@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -247,6 +248,13 @@ def rewind(folder: Path, length: int) -> int:
             f.truncate(length)
             os.fsync(f.fileno())
     return len(whole)
+
+
+def write_total_steps(folder: Path, total_steps: int) -> None:
+    """How far the run goes from now on, for resumes that do not say it again."""
+    path = folder / "config.yaml"
+    text = read_bytes(path, MAX_BYTES).decode()
+    write_text(path, re.sub(r"(?m)^total_steps: .*$", f"total_steps: {total_steps}", text))
 
 
 def remove_results(folder: Path) -> None:

@@ -140,6 +140,7 @@ class Session:
             return
         remove_newer(checkpoint)
         lost = run_folder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
+        run_folder.write_total_steps(self.folder, self.config.run.total_steps)
         run_folder.remove_results(self.folder)
         self.restore_best(checkpoint)
         record = run_folder.read_manifest(self.folder, key="resume")

@@ -85,7 +85,10 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(whole: Path, tmp_pat
     assert said.stdout.startswith("run is done at step 400; a larger total_steps")
     assert not said.stderr
     assert computed(tmp_path / "run") == before
-    done(resume(tmp_path, "total_steps=600"))
+    longer = resume(tmp_path, "total_steps=600")
+    longer.until(longer.begun)
+    assert longer.kill(signal.SIGTERM) == 75, longer.said()
+    done(resume(tmp_path))  # as it said, without naming the steps again
     done(train(tmp_path / "longer", *HOPPER, "total_steps=600"))
     assert computed(tmp_path / "run") == computed(tmp_path / "longer" / "run")
     assert len(rows(tmp_path / "run")) == 6
