@@ -94,6 +94,11 @@ class Table:
         table, _, other = same_as.partition("/")
         return read_table(table), other
 
+    def converts(self, row: str) -> bool:
+        """Whether its policies were converted: such a one has no training, and one evaluation."""
+        owner, name = self.owner(row)
+        return owner.rows[name].convert is not None
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from spikerl.reporting import statistics
-from spikerl.reporting.records import METRICS, Run, number
+from spikerl.reporting.records import METRICS, Run
 from spikerl.reporting.results import EASY, Aggregate, Result, Results
 from spikerl.reporting.statistics import Array, Interval
 
@@ -223,7 +223,12 @@ def notes(results: Results) -> list[str]:
                 f"published values are of {version} tasks, the runs here of {', '.join(here)}:"
                 " these are other tasks, and no differences are given"
             )
-    for row in table.rows.values():
+    for name, row in table.rows.items():
+        if table.converts(name):
+            said.append(
+                f"{row.label}: for every metric the one evaluation of the converted policy, over"
+                " 20 episodes; no differences to published values are given"
+            )
         p = row.published
         if p is None:
             continue
@@ -319,7 +324,7 @@ def table_csv(results: Results) -> str:
 def _csv_cell(results: Results, result: Result) -> list[Any]:
     table, p = results.table, result.published
     scores, last_ten = result.main, result.scores("last_ten_mean")
-    low, high = result.interval(table.protocol.metric) or (None, None)
+    low, high = result.interval or (None, None)
     mean, value = mean_of(scores), result.published_value
     column = table.columns[result.column]
     difference = mean - value[0] if mean is not None and value and result.comparable else None
@@ -337,14 +342,12 @@ def _csv_cell(results: Results, result: Result) -> list[Any]:
 LONG = ("exp_name", "env_name", "seed", "metric", "env_step", "value")
 
 
-def runs_csv(named: Iterable[tuple[str, Run]], metrics: Sequence[str] = ("eval_return",)) -> str:
+def runs_csv(named: Iterable[tuple[str, Run]]) -> str:
     """The long form that others exchange: a line for each evaluation of each run."""
     lines = [
-        [name, run.env_id, run.seed, metric, row["step"], value]
+        [name, run.env_id, run.seed, "eval_return", row["step"], row["eval_return"]]
         for name, run in named
-        for metric in metrics
-        for row in run.rows
-        if (value := number(row.get(metric))) is not None
+        for row in run.evaluated
     ]
     return as_csv(LONG, lines)
 

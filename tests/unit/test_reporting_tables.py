@@ -118,6 +118,12 @@ def test_what_is_not_whole_is_said() -> None:
     assert text == f"350 \u00b1 71 ({said})"
 
 
+def test_steps_asked_of_what_has_not_run() -> None:
+    rows = {**DATA["rows"], "dense": {**DATA["rows"]["dense"], "times_steps": 8}}
+    asked = {cell: r.asked for cell, r in results(rows=rows).by_cell.items()}
+    assert (asked["spiking", "Ant"], asked["dense", "Ant"]) == (3000, 24000)
+
+
 def test_a_seed_that_was_not_asked_for_is_there() -> None:
     """What is rendered is what lies on the disk."""
     write("spiking", "Ant", 17, [5.0, 6.0, 5.5])
@@ -198,6 +204,20 @@ def test_csv() -> None:
     dense = table["dense", "Ant"]
     assert (dense["published"], dense["published_from_figure"]) == ("200.0", "True")
     assert dense["difference"] == ""
+
+
+def test_what_was_converted_is_not_compared() -> None:
+    """It has no training to take a maximum over: one evaluation stands for every metric."""
+    published = {**DATA["rows"]["spiking"]["published"], "metric": "last_ten_mean"}
+    converted = {"label": "converted", "convert": "dense", "published": published}
+    protocol = {**DATA["protocol"], "metric": "last_ten_mean"}
+    folder = write("converted", "Ant", 0, [])
+    (folder / "evaluation.json").write_text('{"return_mean": 250.0, "returns": [200.0, 300.0]}')
+    had = results(rows={**DATA["rows"], "converted": converted}, protocol=protocol)
+    cell = cells(tables.table_csv(had))["converted", "Ant"]
+    assert (cell["mean"], cell["published"], cell["difference"]) == ("250.0", "300.0", "")
+    said = [line for line in tables.notes(had) if "the converted policy" in line]
+    assert [line.partition(":")[0] for line in said] == ["converted"]
 
 
 def test_runs_csv() -> None:
