@@ -26,6 +26,11 @@ METRICS = {
     "max_average": statistics.max_average,
     "last_ten_mean": statistics.last_ten_mean,
 }
+METRIC_NAMES = {
+    "max_average": "per-seed maximum over evaluations",
+    "last_ten_mean": "mean of the last ten evaluations",
+    "smoothed_mean": "smoothed curve at the end of training",  # of published values alone
+}
 
 
 @dataclass(frozen=True, eq=False)
