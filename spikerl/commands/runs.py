@@ -107,7 +107,7 @@ def describe(folder: Path) -> Run:
         steps=rows[-1]["step"] if rows else None,
         last_return=returns[-1] if returns else None,
         best_return=max(returns, default=None),
-        joules=total_joules([*rows, *discarded]) if rows else None,
+        joules=total_joules([*rows, *discarded]),
         size_bytes=size_of(folder),
         age_s=max(time.time() - last_change(folder, manifest), 0.0),
     )

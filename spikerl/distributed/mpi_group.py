@@ -64,21 +64,15 @@ class MPIGroup(dist.ProcessGroup):
 
         super().__init__(rank, size)  # type: ignore[call-arg]
         self.mpi, self.comm, self.timeout_s = MPI, MPI.COMM_WORLD.Dup(), timeout.total_seconds()
-        self.operations = (
-            (dist.ReduceOp.SUM, MPI.SUM),
-            (dist.ReduceOp.MAX, MPI.MAX),
-            (dist.ReduceOp.MIN, MPI.MIN),
-        )
 
     def getBackendName(self) -> str:
         return NAME
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> _Done:  # type: ignore[override]
-        asked = dist.ReduceOp.SUM if opts is None else opts.reduceOp
-        operation = next(mpi for op, mpi in self.operations if asked == op)
+        assert opts is None or opts.reduceOp == dist.ReduceOp.SUM
         for tensor in tensors:
             host = on_host(tensor)
-            self.finish(self.comm.Iallreduce(self.mpi.IN_PLACE, host.numpy(), operation))
+            self.finish(self.comm.Iallreduce(self.mpi.IN_PLACE, host.numpy(), self.mpi.SUM))
             if host.data_ptr() != tensor.data_ptr():
                 tensor.copy_(host)
         return _Done(tensors)

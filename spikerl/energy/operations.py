@@ -40,6 +40,7 @@ NEURON_UPDATES = {
     neurons.DynamicConfig: Update(4, 2, 3),
 }
 INTEGRATE_AND_FIRE = Update(0, 2, 1)
+COMPARISON = Update(0, 1, 0)
 COUNTER = Update(0, 1, 1)
 LEAKY = Update(1, 0, 1)
 NO_UPDATE = Update(0, 0, 0)
@@ -255,9 +256,10 @@ def _tanh_population(encoder: Any, obs_BO: Tensor, steps: int) -> Count:
 
 
 def _poisson(encoder: Any, obs_BO: Tensor, steps: int) -> Count:
-    """A random number for each neuron and spike step; what it is compared with stays."""
-    part = _fields(encoder)
-    return replace(part, functions=part.functions + encoder.outputs * steps)
+    """A random number and a comparison for each neuron and spike step; the other side stays."""
+    part, draws = _fields(encoder), encoder.outputs * steps
+    functions = part.functions + draws
+    return replace(part, updates=draws, update=COMPARISON, functions=functions)
 
 
 def _analog(encoder: Any, obs_BO: Tensor, steps: int) -> Count:

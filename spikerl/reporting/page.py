@@ -15,15 +15,10 @@ import yaml
 
 from spikerl.reporting import statistics
 from spikerl.reporting.records import Run, number, values
-from spikerl.reporting.tables import PM, Grid, rounded, spread, steps
+from spikerl.reporting.tables import PM, Grid, Section, rounded, spread, steps
 
 OVERVIEW = ("run", "task", "status", "seed", "steps", "maximum", "last ten", "firing rate",
             "steps/s", "hours", "joules")  # fmt: skip
-
-
-class Section(NamedTuple):
-    title: str
-    grid: Grid
 
 
 class Picture(NamedTuple):

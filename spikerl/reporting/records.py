@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from spikerl.config.yaml_file import read_config
+from spikerl.energy.meter import total_joules
 from spikerl.errors import BadRequest
 from spikerl.files import parse_json, read_bytes, read_json
 from spikerl.reporting import statistics
@@ -25,16 +26,22 @@ METRICS = {
     "max_average": statistics.max_average,
     "last_ten_mean": statistics.last_ten_mean,
 }
+METRIC_NAMES = {
+    "max_average": "per-seed maximum over evaluations",
+    "last_ten_mean": "mean of the last ten evaluations",
+    "smoothed_mean": "smoothed curve at the end of training",  # of published values alone
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run folder says: its config, manifest and rows of metrics.jsonl."""
+    """What a run folder says: its config, manifest and records."""
 
     folder: Path
     config: dict[str, Any]
     manifest: dict[str, Any]
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    discarded: list[dict[str, Any]]  # rows after the checkpoints that resumes started from
     evaluation: dict[str, Any]  # of the final policy, from its file; empty where there is none
 
     @classmethod
@@ -43,7 +50,9 @@ class Run:
         manifest = read_manifest(folder, key=key)
         try:
             config = read_config(folder / "config.yaml")
-            rows = read_record(folder / "metrics.jsonl")
+            rows, discarded = (
+                read_record(folder / f"{name}.jsonl") for name in ("metrics", "discarded")
+            )
             path = folder / "evaluation.json"
             evaluation = read_json(path, MAX_BYTES) if path.exists() else {}
             if not isinstance(evaluation, dict):
@@ -51,7 +60,7 @@ class Run:
         except (BadRequest, OSError, ValueError) as error:
             reason = error.args[2] if isinstance(error, BadRequest) else error
             raise BadRequest(key, folder, f"its record or config: {reason}") from None
-        return cls(folder, config, manifest, rows, evaluation)
+        return cls(folder, config, manifest, rows, discarded, evaluation)
 
     @property
     def status(self) -> str:
@@ -92,9 +101,8 @@ class Run:
 
     @property
     def joules(self) -> float | None:
-        """Of all rows; None unless each was measured."""
-        spent = [number(row.get("energy_j")) for row in self.rows]
-        return None if None in spent or not spent else math.fsum(j for j in spent if j is not None)
+        """Spent on all rows, discarded ones included; None unless each was measured."""
+        return total_joules([*self.rows, *self.discarded])
 
     @cached_property
     def settings(self) -> dict[str, str]:
@@ -146,7 +154,8 @@ def read_record(path: Path) -> list[dict[str, Any]]:
     content = read_bytes(path, MAX_BYTES)
     rows = [parse_json(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
     for i, row in enumerate(rows):
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
+        sound = isinstance(row, dict) and type(row.get("step")) is int
+        if not sound or (row.get("energy_j") is not None and number(row["energy_j"]) is None):
             raise ValueError(f"line {i + 1} of {path.name} is no row")
     return rows
 

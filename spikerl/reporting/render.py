@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from spikerl.files import write_atomic, write_text
 from spikerl.reporting import curves, page, tables
-from spikerl.reporting.page import Card, Picture, Section
-from spikerl.reporting.records import METRICS, Run
+from spikerl.reporting.page import Card, Picture
+from spikerl.reporting.records import Run
 from spikerl.reporting.results import Results
 from spikerl.reporting.table_file import ROOT, Table
+from spikerl.reporting.tables import Section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,8 +40,9 @@ def render_table(table: Table, total_steps: int) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(table, total_steps)
     named = [(r.row, s.run) for r in results.all for s in r.seeds]
+    sections = tables.sections(results)
     texts = {
-        "table.md": tables.markdown(results),
+        "table.md": tables.markdown(results, sections),
         "table.csv": tables.table_csv(results),
         "table.tex": tables.tex(results),
         "runs.csv": tables.runs_csv(named),
@@ -60,7 +62,7 @@ def render_table(table: Table, total_steps: int) -> list[str]:
         scores = {table.rows[row].label: results.normalised(row)[0] for row in table.rows}
         title = "Performance profile"
         written += keep(folder, "profiles", title, curves.profiles(scores), pictures)
-        texts["index.html"] = table_page(results, pictures)
+        texts["index.html"] = table_page(results, sections, pictures)
         written.append("index.html")
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -102,18 +104,8 @@ def runs_by_task(results: Results) -> dict[str, dict[str, list[Run]]]:
     }
 
 
-def table_page(results: Results, pictures: Sequence[Picture]) -> str:
+def table_page(results: Results, sections: Sequence[Section], pictures: Sequence[Picture]) -> str:
     table = results.table
-    sections = [
-        Section(f"Return: {tables.NAMES[metric]}", lines)
-        for metric in METRICS
-        if len(lines := tables.grid(results, metric)) > 1
-    ]
-    aggregates = tables.aggregate_grid(results)
-    if len(aggregates) > 1:
-        sections.append(Section("Over all columns", aggregates))
-    if len(spent := tables.spent_grid(results)) > 1:
-        sections.append(Section("A run's time and measured energy", spent))
     seeds = [(s.cell.name, s.run) for r in results.all for s in r.seeds]
     return page.page(
         table.title,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,12 +89,15 @@ class Result:
     def comparable(self) -> bool:
         """Whether the source's value is of the same tasks and metric, as printed numbers."""
         p = self.published
-        same = p is not None and p.version == self.table.columns[self.column].version
-        return bool(same and p and p.metric == self.table.protocol.metric and not p.figure)
+        if p is None or p.figure or self.table.converts(self.row):
+            return False
+        ours = self.table.columns[self.column].version, self.table.protocol.metric
+        return (p.version, p.metric) == ours
 
-    def interval(self, metric: str) -> Interval | None:
-        scores = self.scores(metric)
-        return statistics.bootstrap([scores], statistics.iqm) if len(scores) else None
+    @property
+    def interval(self) -> Interval | None:
+        """Of the interquartile mean."""
+        return statistics.bootstrap([self.main], statistics.iqm) if len(self.main) else None
 
     def spent(self, name: str) -> float | None:
         """Mean over seeds of wall_s or joules; None unless all have it."""
@@ -125,18 +129,13 @@ class Results:
         }
 
     def _read(self, row: str, column: str) -> Result:
-        cells = [cell_of(self.table, row, column, n) for n in self._seeds(row, column)]
+        first = cell_of(self.table, row, column, 0)
+        times = first.times_steps if first else 1
+        seeds = _seeds_beside(first.folder) if first else []
+        cells = [cell_of(self.table, row, column, n) for n in seeds]
         read = [(cell, _run_of(cell)) for cell in cells if cell]
         there = tuple(Seed(cell, run) for cell, run in read if run)
-        times = there[0].cell.times_steps if there else 1
         return Result(self.table, row, column, times * self.total_steps, there)
-
-    def _seeds(self, row: str, column: str) -> list[int]:
-        """Those that have a folder, whichever were asked for."""
-        first = cell_of(self.table, row, column, 0)
-        folders = first.folder.parent.glob("seed*") if first else []
-        names = [re.fullmatch(r"seed(\d+)", folder.name) for folder in folders]
-        return sorted(int(name[1]) for name in names if name)
 
     @property
     def all(self) -> list[Result]:
@@ -219,6 +218,12 @@ class Results:
                 statistics.improvement_interval(ours, theirs) if improves else None
             ),
         )
+
+
+def _seeds_beside(folder: Path) -> list[int]:
+    """Those that have a folder, whichever were asked for."""
+    names = [re.fullmatch(r"seed(\d+)", path.name) for path in folder.parent.glob("seed*")]
+    return sorted(int(name[1]) for name in names if name)
 
 
 def _run_of(cell: Cell) -> Run | None:

@@ -11,10 +11,10 @@ from typing import Any
 from spikerl.errors import BadRequest
 from spikerl.files import write_text
 from spikerl.reporting import curves, page, statistics, tables
-from spikerl.reporting.page import Card, Picture, Section
-from spikerl.reporting.records import METRICS, Run, values
+from spikerl.reporting.page import Card, Picture
+from spikerl.reporting.records import METRIC_NAMES, METRICS, Run, values
 from spikerl.reporting.render import OVER, keep
-from spikerl.reporting.tables import Grid
+from spikerl.reporting.tables import Grid, Section
 
 IN_WINDOW = "in the surrogate window"
 # Of each epoch, what is drawn over steps, with its title.
@@ -155,7 +155,7 @@ def render_runs(report: SideBySide, folder: Path, left_out: Sequence[str]) -> li
         raise BadRequest("out", folder, f"{error.strerror}; give another folder") from None
     names = names_of(report.runs)
     sections = [
-        Section(f"Return: {tables.NAMES[metric]}", report.returns(metric)) for metric in METRICS
+        Section(f"Return: {METRIC_NAMES[metric]}", report.returns(metric)) for metric in METRICS
     ]
     sections.append(Section("Interquartile mean of maxima, and 95 % interval", report.intervals()))
     if len(report.runs) > 1 and report.varied:

@@ -52,9 +52,9 @@ def bootstrap(
 ) -> Interval | None:
     """95 % percentile interval of `statistic`, seeds drawn anew within each task.
 
-    `statistic` maps (R, N) to (R,). None where no task has two seeds: nothing is known of spread.
+    `statistic` maps (R, N) to (R,). None where a task has one seed: nothing is known of its spread.
     """
-    if all(len(task) < 2 for task in tasks):
+    if any(len(task) < 2 for task in tasks):
         return None
     rng = np.random.default_rng(seed)
     drawn_RN = np.concatenate([_resample(task, repetitions, rng) for task in tasks], axis=1)
@@ -103,8 +103,8 @@ def improvement_interval(
     repetitions: int = REPETITIONS,
     seed: int = 0,
 ) -> Interval | None:
-    """Its 95 % bootstrap interval, stratified by task and by side."""
-    if all(len(task) < 2 for task in (*ours, *theirs)):
+    """Its 95 % bootstrap interval, stratified by task and by side; None where one has one seed."""
+    if any(len(task) < 2 for task in (*ours, *theirs)):
         return None
     rng = np.random.default_rng(seed)
     values_R = np.zeros(repetitions)
@@ -125,7 +125,12 @@ def performance_profile(tasks: Sequence[Array], levels: Sequence[float]) -> Arra
     return (scores_N[:, None] > np.asarray(levels)).mean(0)
 
 
-def average_performance_gain(scores: Sequence[float], baseline: Sequence[float]) -> float:
-    """APG of Proxy Target (arXiv:2505.24161) in percent: the mean over tasks of (s - b) / |b|."""
+def average_performance_gain(scores: Sequence[float], baseline: Sequence[float]) -> float | None:
+    """APG of Proxy Target (arXiv:2505.24161) in percent: the mean over tasks of (s - b) / |b|.
+
+    None where a baseline is 0, which nothing can be a share of.
+    """
+    if 0.0 in baseline:
+        return None
     pairs = zip(scores, baseline, strict=True)
     return float(np.mean([100.0 * (s - b) / abs(b) for s, b in pairs]))

@@ -15,7 +15,7 @@ from typing import Any
 
 from spikerl.config.yaml_file import group_options, option_file, read_config
 from spikerl.errors import BadRequest, nearest
-from spikerl.reporting.records import METRICS, number
+from spikerl.reporting.records import METRIC_NAMES, METRICS, number
 from spikerl.schema import parse
 
 ROOT = Path("outputs/reproduced")
@@ -93,6 +93,11 @@ class Table:
             return self, row
         table, _, other = same_as.partition("/")
         return read_table(table), other
+
+    def converts(self, row: str) -> bool:
+        """Whether its policies were converted: such a one has no training, and one evaluation."""
+        owner, name = self.owner(row)
+        return owner.rows[name].convert is not None
 
 
 @dataclass(frozen=True)
@@ -277,6 +282,9 @@ def _check_published(table: Table, key: str, published: Published) -> None:
         raise BadRequest(f"{key}.source", "", "say where the values were read")
     if published.seeds < 1:
         raise BadRequest(f"{key}.seeds", published.seeds, "give at least 1")
+    if published.metric not in METRIC_NAMES:
+        remedy = f"one of {', '.join(METRIC_NAMES)}"
+        raise BadRequest(f"{key}.metric", published.metric, remedy)
     if not published.values and published.aggregate is None:
         raise BadRequest(f"{key}.values", {}, "give [mean, sd or null] by column")
     if published.aggregate is not None and table.aggregate is None:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from spikerl.reporting import statistics
-from spikerl.reporting.records import METRICS, Run, number
+from spikerl.reporting.records import METRIC_NAMES, METRICS, Run
 from spikerl.reporting.results import EASY, Aggregate, Result, Results
 from spikerl.reporting.statistics import Array, Interval
 
 PM = "\N{PLUS-MINUS SIGN}"
-NAMES = {
-    "max_average": "per-seed maximum over evaluations",
-    "last_ten_mean": "mean of the last ten evaluations",
-}
 SHORT = {"max_average": "maximum", "last_ten_mean": "last ten"}
 
 
@@ -88,6 +84,11 @@ def published_label(results: Results, row: str) -> str:
 Grid = list[list[str]]
 
 
+class Section(NamedTuple):
+    title: str
+    grid: Grid
+
+
 def grid(results: Results, metric: str) -> Grid:
     """The table as text, its header first; published values follow the row that they are of."""
     table = results.table
@@ -124,7 +125,12 @@ def _gain(results: Results, row: str, gain: float | None) -> str:
 
 
 def _has_place(results: Results, row: str, metric: str) -> bool:
-    """The main table has every row that can be run, the others those that were."""
+    """The main table has every row that can be run, the others those that were.
+
+    A metric that only published values have is nobody else's.
+    """
+    if metric not in METRICS:
+        return False
     r = results.table.rows[row]
     runs = bool(r.experiment or r.same_as or r.convert)
     main = metric == results.table.protocol.metric
@@ -208,13 +214,13 @@ def notes(results: Results) -> list[str]:
     table = results.table
     said = [
         f"{PM} is the sample standard deviation over seeds, n their number;"
-        f" '{SHORT['max_average']}' is the {NAMES['max_average']}, as the papers report it"
+        f" '{SHORT['max_average']}' is the {METRIC_NAMES['max_average']}, as the papers report it"
     ]
     if table.baseline:
         said.append(
             "APG is the mean over tasks of the gain over"
             f" {table.rows[table.baseline].label}, in percent of it, on the"
-            f" {NAMES[table.protocol.metric]}; it is given where every task has a value"
+            f" {METRIC_NAMES[table.protocol.metric]}; it is given where every task has a value"
         )
     here = sorted({c.version for c in table.columns.values()})
     for version in dict.fromkeys(r.published.version for r in table.rows.values() if r.published):
@@ -223,13 +229,18 @@ def notes(results: Results) -> list[str]:
                 f"published values are of {version} tasks, the runs here of {', '.join(here)}:"
                 " these are other tasks, and no differences are given"
             )
-    for row in table.rows.values():
+    for name, row in table.rows.items():
+        if table.converts(name):
+            said.append(
+                f"{row.label}: for every metric the one evaluation of the converted policy, over"
+                " 20 episodes; no differences to published values are given"
+            )
         p = row.published
         if p is None:
             continue
         said.append(f"{row.label}, published: {p.source}")
         if p.metric != table.protocol.metric:
-            said.append(f"{row.label}, published: the {NAMES.get(p.metric, p.metric)}")
+            said.append(f"{row.label}, published: the {METRIC_NAMES[p.metric]}")
         if p.figure:
             said.append(f"{row.label}, published: read off a figure, not printed as numbers")
         if p.note:
@@ -237,18 +248,21 @@ def notes(results: Results) -> list[str]:
     return [*said, *table.caveats]
 
 
-def markdown(results: Results) -> str:
+def sections(results: Results) -> list[Section]:
+    """Those that have a line."""
+    every = [
+        *(Section(f"Return: {METRIC_NAMES[m]}", grid(results, m)) for m in METRIC_NAMES),
+        Section("Over all columns", aggregate_grid(results)),
+        Section("A run's time and measured energy", spent_grid(results)),
+    ]
+    return [section for section in every if len(section.grid) > 1]
+
+
+def markdown(results: Results, sections: Sequence[Section]) -> str:
     table = results.table
     parts = [f"# {table.title}", f"{table.source}. {asked(results)}"]
-    for metric in METRICS:
-        lines = grid(results, metric)
-        if len(lines) > 1:
-            parts += [f"## Return: {NAMES[metric]}", markdown_grid(lines)]
-    aggregates = aggregate_grid(results)
-    if len(aggregates) > 1:
-        parts += ["## Over all columns", markdown_grid(aggregates)]
-    if len(spent := spent_grid(results)) > 1:
-        parts += ["## A run's time and measured energy", markdown_grid(spent)]
+    for section in sections:
+        parts += [f"## {section.title}", markdown_grid(section.grid)]
     parts += ["## Notes", "\n".join(f"- {line}" for line in notes(results))]
     parts += ["## Made by", "\n".join(f"- {line}" for line in provenance(results.runs))]
     return "\n\n".join(parts) + "\n"
@@ -277,10 +291,16 @@ TEX = str.maketrans(
 
 
 def tex(results: Results) -> str:
+    """The main table, and one for each metric that only published values have."""
     table = results.table
-    what = f"{table.title}; {table.source}; {NAMES[table.protocol.metric]}"
-    lines = grid(results, table.protocol.metric)
-    return tex_grid(lines, [what, *provenance(results.runs)])
+    others = [metric for metric in METRIC_NAMES if metric not in METRICS]
+    written = [
+        tex_grid(lines, [f"{table.title}; {table.source}; {METRIC_NAMES[metric]}"])
+        for metric in (table.protocol.metric, *others)
+        if len(lines := grid(results, metric)) > 1
+    ]
+    made_by = "".join(f"% {line}\n" for line in provenance(results.runs))
+    return made_by + "\n".join(written)
 
 
 def tex_grid(lines: Grid, comments: Sequence[str]) -> str:
@@ -319,7 +339,7 @@ def table_csv(results: Results) -> str:
 def _csv_cell(results: Results, result: Result) -> list[Any]:
     table, p = results.table, result.published
     scores, last_ten = result.main, result.scores("last_ten_mean")
-    low, high = result.interval(table.protocol.metric) or (None, None)
+    low, high = result.interval or (None, None)
     mean, value = mean_of(scores), result.published_value
     column = table.columns[result.column]
     difference = mean - value[0] if mean is not None and value and result.comparable else None
@@ -337,14 +357,12 @@ def _csv_cell(results: Results, result: Result) -> list[Any]:
 LONG = ("exp_name", "env_name", "seed", "metric", "env_step", "value")
 
 
-def runs_csv(named: Iterable[tuple[str, Run]], metrics: Sequence[str] = ("eval_return",)) -> str:
+def runs_csv(named: Iterable[tuple[str, Run]]) -> str:
     """The long form that others exchange: a line for each evaluation of each run."""
     lines = [
-        [name, run.env_id, run.seed, metric, row["step"], value]
+        [name, run.env_id, run.seed, "eval_return", row["step"], row["eval_return"]]
         for name, run in named
-        for metric in metrics
-        for row in run.rows
-        if (value := number(row.get(metric))) is not None
+        for row in run.evaluated
     ]
     return as_csv(LONG, lines)
 

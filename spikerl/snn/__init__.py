@@ -1,1 +1,1 @@
-"""Spiking neurons, encoders, decoders, and the kernels that run them."""
+"""Spiking neurons, encoders, decoders, and what they are made of."""

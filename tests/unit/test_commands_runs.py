@@ -85,6 +85,9 @@ def test_discarded_work_was_spent() -> None:
     (folder / "discarded.jsonl").write_text(json.dumps(row(200, 9.0, 4.0)) + "\n")
     (run,) = listed()
     assert (run["joules"], run["best_return"], run["steps"]) == (6.0, 5.0, 100)
+    (folder / "metrics.jsonl").write_text("")  # it was resumed from before its first row
+    (run,) = listed()
+    assert (run["joules"], run["steps"]) == (4.0, None)
 
 
 def test_a_run_that_runs() -> None:

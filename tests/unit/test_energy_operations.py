@@ -73,8 +73,8 @@ def learned_encoder() -> SpikingActor:
 @pytest.mark.parametrize(
     ("actor", "obs", "expected"),
     [
-        (spiking(encoder=encoder("tanh_population")), SEEN, (4, 4, 4, 2 + 2)),
-        (spiking(encoder=encoder("poisson")), SEEN, (4, 4, 0, 2 + 4)),
+        (spiking(encoder=encoder("tanh_population")), SEEN, (4, 4, 2 * 4, 2 + 2)),
+        (spiking(encoder=encoder("poisson")), SEEN, (4, 4, 1 * 4, 2 + 4)),
         (spiking(encoder=encoder("analog")), SEEN, (4, 4, 0, 2)),
         (spiking(encoder=EncoderConfig(name="direct")), SEEN, (0, 0, 0, 0)),
         (learned_encoder(), [1.0, 0.0], (8, 2, 0, 0)),
@@ -85,7 +85,8 @@ def test_encoders(actor: SpikingActor, obs: list[float], expected: tuple[float, 
     ops = operations.count(actor, torch.tensor([obs]), torch.Generator().manual_seed(0))
     part = ops.encoder
     assert part
-    got = (part.synapses.dense, part.synapses.macs, part.updates, part.functions)
+    additions = part.updates * part.update.acs
+    got = (part.synapses.dense, part.synapses.macs, additions, part.functions)
     assert got == expected
     assert part.synapses.acs == 0
 

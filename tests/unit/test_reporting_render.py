@@ -56,6 +56,16 @@ def test_a_run(tmp_path: Path) -> None:
     assert run.curve("layer_firing_rates.2")[1].tolist() == []
 
 
+def test_discarded_work_was_spent(tmp_path: Path) -> None:
+    """As `spikerl runs` and summary.json count it."""
+    folder = write(tmp_path / "a")
+    (folder / "discarded.jsonl").write_text('{"step": 300, "eval_return": 9e9, "energy_j": 4.0}\n')
+    run = Run.read(folder)
+    assert (run.joules, run.step, run.returns) == (14.0, 200, [1000.0, 2000.0])
+    (folder / "discarded.jsonl").write_text('{"step": 300, "energy_j": null}\n')
+    assert Run.read(folder).joules is None
+
+
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
     """Half of a line was written; nothing was evaluated in the row before."""
     folder = write(tmp_path / "a")
@@ -72,6 +82,8 @@ BROKEN: list[tuple[str, str]] = [
     ("config.yaml", "[1]"),
     ("metrics.jsonl", '{"step": "x"}\n'),
     ("metrics.jsonl", "nonsense\n"),
+    ("metrics.jsonl", '{"step": 1, "energy_j": "x"}\n'),
+    ("discarded.jsonl", "nonsense\n"),
     ("evaluation.json", "[1]"),
     ("evaluation.json", '{"return_mean": NaN}'),
 ]

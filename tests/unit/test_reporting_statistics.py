@@ -66,6 +66,15 @@ def test_one_seed_has_no_interval() -> None:
     assert s.bootstrap_means(np.ones((1, 5)), repetitions=10) is None
 
 
+def test_one_seed_among_several_leaves_no_interval() -> None:
+    """A single seed would be drawn again and again, as if it were certain."""
+    two, one = array(1.0, 2.0), array(3.0)
+    assert s.bootstrap([two, one], s.mean) is None
+    assert s.improvement_interval([two, one], [two, two]) is None
+    assert s.improvement_interval([two, two], [two, one]) is None
+    assert s.improvement_interval([two], [two]) is not None
+
+
 def test_intervals_of_curves() -> None:
     scores = np.array([[0.0, 2.0]] * 5 + [[1.0, 2.0]] * 5)
     low, high = s.bootstrap_means(scores, repetitions=s.REPETITIONS) or (None, None)
@@ -117,3 +126,7 @@ def test_average_performance_gain(
 
 def test_gain_over_a_negative_baseline() -> None:
     assert s.average_performance_gain([-50.0], [-100.0]) == 50.0
+
+
+def test_no_gain_over_a_baseline_of_zero() -> None:
+    assert s.average_performance_gain([1.0, 2.0], [1.0, 0.0]) is None

@@ -144,6 +144,8 @@ WRONG: list[tuple[str, Any, str]] = [
      "table.rows.c.same_as=popsan_table1/popsan_td3: its column Ant is another"),
     (f"{PUBLISHED}/source", None, "table.rows.spiking.published.source=???: "),
     (f"{PUBLISHED}/source", " ", "table.rows.spiking.published.source=: say where"),
+    (f"{PUBLISHED}/metric", "median",
+     "table.rows.spiking.published.metric=median: one of max_average, last_ten_mean, smoothed_"),
     (f"{PUBLISHED}/values", {"Ants": [1, 2]}, "table.rows.spiking.published.values=Ants: no such"
      " column; did you mean Ant?"),
     (f"{PUBLISHED}/values", {"Ant": [1]}, "table.rows.spiking.published.values.Ant=[1]: give"),

@@ -15,7 +15,7 @@ from shell import refusal
 from spikerl.reporting import tables
 from spikerl.reporting.render import render_table
 from spikerl.reporting.results import Results, seeds_of
-from spikerl.reporting.table_file import Table, table_of
+from spikerl.reporting.table_file import Table, read_table, table_of
 
 DATA: dict[str, Any] = {
     "name": "small",
@@ -85,6 +85,10 @@ def results(total_steps: int = 3000, **changes: Any) -> Results:
     return Results(table, total_steps)
 
 
+def markdown(results: Results) -> str:
+    return tables.markdown(results, tables.sections(results))
+
+
 def column(lines: tables.Grid, name: str) -> list[str]:
     at = lines[0].index(name)
     return [line[at] for line in lines[1:]]
@@ -94,7 +98,7 @@ def test_nothing_has_run() -> None:
     lines = tables.grid(results(), "max_average")
     assert column(lines, "Ant-v4") == ["-", "300 \u00b1 30", "-"]
     assert column(lines, "APG") == ["-", "-", "-"]
-    assert "no run has begun yet" in tables.markdown(results())
+    assert "no run has begun yet" in markdown(results())
     assert tables.aggregate_grid(results())[1:] == []
 
 
@@ -118,12 +122,18 @@ def test_what_is_not_whole_is_said() -> None:
     assert text == f"350 \u00b1 71 ({said})"
 
 
+def test_steps_asked_of_what_has_not_run() -> None:
+    rows = {**DATA["rows"], "dense": {**DATA["rows"]["dense"], "times_steps": 8}}
+    asked = {cell: r.asked for cell, r in results(rows=rows).by_cell.items()}
+    assert (asked["spiking", "Ant"], asked["dense", "Ant"]) == (3000, 24000)
+
+
 def test_a_seed_that_was_not_asked_for_is_there() -> None:
     """What is rendered is what lies on the disk."""
     write("spiking", "Ant", 17, [5.0, 6.0, 5.5])
     text = tables.cell_text(results().by_cell["spiking", "Ant"], "max_average")
     assert text == "6.0 (n=1)"
-    assert "(the protocol has 3k)" in tables.markdown(results(total_steps=1000))
+    assert "(the protocol has 3k)" in markdown(results(total_steps=1000))
 
 
 def test_unmeasured_joules_are_absent() -> None:
@@ -200,6 +210,20 @@ def test_csv() -> None:
     assert dense["difference"] == ""
 
 
+def test_what_was_converted_is_not_compared() -> None:
+    """It has no training to take a maximum over: one evaluation stands for every metric."""
+    published = {**DATA["rows"]["spiking"]["published"], "metric": "last_ten_mean"}
+    converted = {"label": "converted", "convert": "dense", "published": published}
+    protocol = {**DATA["protocol"], "metric": "last_ten_mean"}
+    folder = write("converted", "Ant", 0, [])
+    (folder / "evaluation.json").write_text('{"return_mean": 250.0, "returns": [200.0, 300.0]}')
+    had = results(rows={**DATA["rows"], "converted": converted}, protocol=protocol)
+    cell = cells(tables.table_csv(had))["converted", "Ant"]
+    assert (cell["mean"], cell["published"], cell["difference"]) == ("250.0", "300.0", "")
+    said = [line for line in tables.notes(had) if "the converted policy" in line]
+    assert [line.partition(":")[0] for line in said] == ["converted"]
+
+
 def test_runs_csv() -> None:
     fill()
     runs = [("spiking", seed.run) for seed in results().by_cell["spiking", "Ant"].seeds]
@@ -210,13 +234,29 @@ def test_runs_csv() -> None:
 
 
 def test_notes_say_where_values_are_from() -> None:
-    text = tables.markdown(results())
+    text = markdown(results())
     assert "published values are of v3 tasks, the runs here of v4" in text
     assert "published values are of v4 tasks" not in text
     assert "dense, published: read off a figure" in text
-    assert "dense, published (v3, n=5, read off a figure)" not in text  # of another metric
+    assert "dense, published: the smoothed curve at the end of training" in text
     assert "- a caveat" in text
     assert "Table 1" in text
+
+
+def test_a_metric_that_only_published_values_have() -> None:
+    """The row's own runs have no such score, and no line there."""
+    fill()
+    (lines,) = (s.grid for s in tables.sections(results()) if "smoothed curve" in s.title)
+    label = "dense, published (v3, n=5, read off a figure)"
+    assert [line[:3] for line in lines[1:]] == [[label, "200", "-"]]
+
+
+def test_every_published_row_is_shown() -> None:
+    had = Results(read_table("popsan_algorithms"), 1_000_000)
+    text = markdown(had)
+    for row in had.table.rows:
+        assert f"| {tables.published_label(had, row)} |" in text
+        assert tables.published_label(had, row) in tables.tex(had)
 
 
 def test_mixed_results_are_said() -> None:
@@ -234,7 +274,9 @@ def test_tex() -> None:
     fill()
     text = tables.tex(results())
     assert r"50 \% PopSAN \& co & 225 $\pm$ 106 (n=2) & 99.0 $\pm$ 0.0 (n=2) & +30.00 \%" in text
-    assert text.count(r"\\") == len(tables.grid(results(), "max_average"))
+    main, _, published = text.partition("% Small; Somebody, 2020; smoothed curve")
+    assert main.count(r"\\") == len(tables.grid(results(), "max_average"))
+    assert published.count(r"\\") == 2
     assert text.index(r"\toprule") < text.index(r"\midrule") < text.index(r"\bottomrule")
     assert r"\begin{tabular}{lrrrrr}" in text
 
