@@ -94,7 +94,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_json(path: Path, most: int) -> Any:
-    """CheckedEnv data whose numbers are finite; an OSError or a ValueError where it is none."""
+    """Checked data whose numbers are finite; an OSError or a ValueError where it is none."""
     return parse_json(read_bytes(path, most))
 
 

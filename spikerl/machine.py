@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -32,20 +33,24 @@ def cores() -> int:
 def cpu_quota(groups: Path = GROUPS, root: Path = CGROUP) -> float:
     """Processor seconds a second that the control groups of this process may use, at most 4096.
 
-    cgroup v2 says so in cpu.max, v1 in two files; each group also has what its parents have.
+    cgroup v2 says so in cpu.max, v1 in two files.
     """
-    least = 4096.0
+    names = ("cpu", "cpu,cpuacct", "cpuacct,cpu")
+    return min([4096.0, *map(_quota_of, control_groups(names, groups, root))])
+
+
+def control_groups(names: Sequence[str], groups: Path, root: Path) -> Iterator[Path]:
+    """The folders of this process's control groups, and of their parents, which limit it too: with
+    cgroup v1, of those that have one of these `names`.
+    """
     with suppress(OSError):
         for line in groups.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+            _, name, path = line.split(":", 2)
+            if name not in ("", *names):
                 continue
-            top = root / controllers
+            top = root / name
             folder = top / path.lstrip("/")
-            for place in (folder, *folder.parents):
-                if place.is_relative_to(top):
-                    least = min(least, _quota_of(place))
-    return least
+            yield from (p for p in (folder, *folder.parents) if p.is_relative_to(top))
 
 
 def _quota_of(group: Path) -> float:

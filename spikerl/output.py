@@ -82,6 +82,15 @@ def only_answers() -> Iterator[None]:
         _answers = None
 
 
+def duration(seconds: float | None) -> str:
+    """As short as it can be read."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def answer(data: Any) -> None:
     """One JSON object, to standard output."""
     stream = _answers or sys.stdout

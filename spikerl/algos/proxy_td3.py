@@ -41,7 +41,6 @@ class ProxyTD3(OffPolicy):
     def __init__(
         self, actor: Actor, critic: Critics, config: ProxyTD3Config, **settings: Any
     ) -> None:
-        # Before the base class, which may record a round of updates as a graph.
         self.policy_delay = config.policy_delay
         self.first_policy_update = config.first_policy_update
         self.batches_per_update = config.proxy_steps

@@ -38,7 +38,6 @@ class TD3(OffPolicy):
     config: TD3Config
 
     def __init__(self, actor: Actor, critic: Critics, config: TD3Config, **settings: Any) -> None:
-        # Before the base class, which may record a round of updates as a graph.
         self.policy_delay = config.policy_delay
         self.first_policy_update = config.first_policy_update
         super().__init__(actor, critic, config, **settings)

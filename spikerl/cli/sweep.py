@@ -35,6 +35,7 @@ from spikerl.errors import (
     with_notes,
 )
 from spikerl.files import absolute, lock_file
+from spikerl.output import duration
 from spikerl.schema import dotted
 
 STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
@@ -53,21 +54,22 @@ class Sweep:
         varied: Sequence[str] = (),
         total: int | None = None,
         *,
+        command: str = "train",
         named: bool = True,
-        keep: bool = True,
     ) -> None:
         """`total` is how many jobs there will be, if that is known. A root that the user has not
         `named` gets a number where another sweep has its name.
         """
         self.id, self.pid, self.started = uuid.uuid4().hex, os.getpid(), time.time()
-        self.keep, self.safe, self.total = keep, os.environ.get(SAFE), total
+        self.command, self.keep = command, command in KEEPS_FOLDERS
+        self.safe, self.total = os.environ.get(SAFE), total
         self.varied = set(varied)  # the keys that tell the jobs apart, and name their folders
         self.made = [folder for folder in (root, *root.parents) if not folder.exists()]
         try:
             self.root = own_folder(root, named)
             if self.root != root:
                 self.made = [self.root]
-            self.held = hold(self.root) if keep else None
+            self.held = hold(self.root) if self.keep else None
             kept = {name: self.root / name for name in ("multirun.yaml", "jobs.jsonl")}
             self.before = {n: p.read_bytes() if p.exists() else b"" for n, p in kept.items()}
         except OSError as error:
@@ -87,7 +89,8 @@ class Sweep:
         varied, values = varied_keys(args), choices(args)
         total = None if values is None else count(values)
         if command not in KEEPS_FOLDERS:
-            return cls(Path(tempfile.mkdtemp(prefix="spikerl-sweep-")), varied, total, keep=False)
+            root = Path(tempfile.mkdtemp(prefix="spikerl-sweep-"))
+            return cls(root, varied, total, command=command)
         submitted = [arg for arg in args if arg.startswith("hydra/launcher=submitit")]
         if submitted and find_spec("submitit") is None:
             remedy = "pip install 'spikerl[slurm]' brings hydra-submitit-launcher"
@@ -98,7 +101,7 @@ class Sweep:
         root = absolute(typed[-1] if named else f"outputs/sweeps/{stamp}")
         if (root / "manifest.json").exists():
             raise BadRequest("run_dir", root, "is a run; a sweep needs a folder of its own")
-        sweep = cls(root, varied, total, named=bool(named))
+        sweep = cls(root, varied, total, command=command, named=bool(named))
         if submitted:
             os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # which a run knows
             print(f"jobs are submitted; what they say: {sweep.root}/.submitit/*/*_log.out")
@@ -136,9 +139,7 @@ class Sweep:
         try:
             if stopped and not hosts.submitted():
                 outcome |= {"status": stopped[0], "error": "not started: the sweep was stopped"}
-            elif (
-                "resume" in config and (folder / "manifest.json").exists() and done(config, folder)
-            ):
+            elif (folder / "manifest.json").exists() and self.done(config, folder):
                 outcome |= {"status": 0, "note": "done already"}
             else:
                 with safe_path(self.safe):
@@ -158,6 +159,12 @@ class Sweep:
             sys.exit(PREEMPTED)  # it is this job that goes on later, and notes how it ended
         self.note(outcome)
         return read_summary(outcome).get("best_eval_return") if outcome["status"] == 0 else None
+
+    def done(self, config: Any, folder: Path) -> bool:
+        """Whether an earlier sweep has done this job; a training that only began is resumed."""
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        ended = manifest["status"] == "done"
+        return trained(config, folder, ended) if self.command == "train" else ended
 
     def note(self, outcome: dict[str, Any]) -> None:
         if os.environ.get("RANK", "0") != "0":
@@ -310,15 +317,8 @@ def over_seeds(jobs: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def duration(seconds: float) -> str:
-    """As short as it can be read."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def done(config: Any, folder: Path) -> bool:
-    """Whether an earlier sweep has done this job; if it only began it, have `config` resume it."""
+def trained(config: Any, folder: Path, ended: bool) -> bool:
+    """Whether the run has gone as far as `config` asks; if not, have `config` resume it."""
     from omegaconf import OmegaConf
 
     asked = dict(dotted(OmegaConf.to_container(config, resolve=True)))
@@ -329,8 +329,7 @@ def done(config: Any, folder: Path) -> bool:
         if not any(within) and asked.get(key) != had.get(key):
             remedy = f"{folder} was made with {had.get(key)}; give another run_dir"
             raise BadRequest(key, asked.get(key), remedy)
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    if manifest["status"] == "done" and had["total_steps"] >= asked["total_steps"]:
+    if ended and had["total_steps"] >= asked["total_steps"]:
         return True
     config.resume, config.run_dir = str(folder), None
     typed = ["device="] if asked["device"] != had["device"] else []

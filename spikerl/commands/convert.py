@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from spikerl.config import build as configs
-from spikerl.config.yaml_file import overrides_of, read_config
-from spikerl.envs.make import check_confirmed, task_of
+from spikerl.config.yaml_file import check_confirmed, overrides_of, read_config
+from spikerl.envs.make import task_of
 from spikerl.errors import BadRequest
 from spikerl.files import shown
 from spikerl.models.actor import MLPActor, SpikingActor, build_actor
@@ -42,7 +42,7 @@ class ConvertRequest:
     episodes: int
     seed: int
     plugins: list[str]
-    env_id: str | None  # confirms an environment that names a module to import
+    env_id: str | None  # confirms an environment that names a module, or is given paths
 
     def __post_init__(self) -> None:
         if self.encoder != "direct":
@@ -92,8 +92,9 @@ def spiking_config(run: Path, dense: Policy, request: ConvertRequest) -> dict[st
     """The run's config with a spiking actor."""
     path = run / "config.yaml"
     raw = read_config(path)
-    env_id = str(raw["env"].get("id")) if isinstance(raw.get("env"), dict) else ""
-    check_confirmed("run", run, env_id, request.env_id)
+    env = raw["env"] if isinstance(raw.get("env"), dict) else {}
+    env_id = str(env.get("id", ""))
+    check_confirmed(run, env_id, env.get("kwargs"), request.env_id)
     typed = [f"env.id={env_id}", f"plugins=[{','.join(request.plugins)}]"]
     overrides_of(path, typed, resumes=True)  # which refuses what is no plain data
     raw["actor"] = {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import os
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from spikerl import kernels, machine
-from spikerl.children import PYTHON
 from spikerl.config.yaml_file import group_options
 from spikerl.distributed import mpi
 from spikerl.energy import meter as energy
@@ -27,6 +24,7 @@ from spikerl.models.precision import DTYPES, PrecisionConfig, check_precision, w
 from spikerl.output import answer
 from spikerl.runs.display import Screen
 from spikerl.schema import parse
+from spikerl.training import video
 
 
 @dataclass(kw_only=True)
@@ -157,29 +155,10 @@ def environments() -> Iterator[Finding]:
 
 
 def renderers() -> Iterator[Finding]:
-    for name, library, package in (("egl", "EGL", "libegl1"), ("osmesa", "OSMesa", "libosmesa6")):
-        path = ctypes.util.find_library(library)
-        if path is None:
-            hint = f"lib{library} not found; Debian's package is {package}"
-            yield Finding("renderer", name, False, hint)
-        elif failure := why_no_context(name):
-            yield Finding("renderer", name, False, f"{path} is there and fails: {failure}")
-        else:
-            yield Finding("renderer", name, True, path)
-
-
-def why_no_context(renderer: str) -> str | None:
-    """Why MuJoCo cannot draw with this renderer. It picks one when it is imported, once."""
-    code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
-    environment = {**os.environ, "MUJOCO_GL": renderer, "PYTHONSAFEPATH": "1"}
-    command = [*PYTHON, "-c", code]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        return str(error)
-    if done.returncode == 0:
-        return None
-    return (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
+    for name, package in video.BACKENDS.items():
+        reason = video.why_not(name)
+        hint = f"{reason}; Debian's package is {package}"
+        yield Finding("renderer", name, reason is None, hint if reason else "draws videos")
 
 
 def outputs() -> Finding:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spikerl.config.yaml_file import leads_out
+from spikerl.config.yaml_file import check_confirmed
 from spikerl.energy import modelled, operations
-from spikerl.envs.make import EnvConfig, check_confirmed, make_env, task_of
+from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.files import shown
 from spikerl.machine import versions
@@ -52,10 +52,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     if request.ops:
         operations.check(policy.actor)
     env_id = request.env_id or policy.task.env_id
-    check_confirmed("run", request.run, env_id, request.env_id)
-    if leads_out(dict(policy.task.env_kwargs)) and not request.env_id:
-        remedy = f"its environment is given paths of files; confirm with env_id={env_id}"
-        raise BadRequest("run", request.run, remedy)
+    check_confirmed(request.run, env_id, dict(policy.task.env_kwargs), request.env_id)
     env = EnvConfig(
         name="gym",
         version=None,

@@ -11,8 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from spikerl.config.yaml_file import leads_out
-from spikerl.envs.make import check_confirmed
+from spikerl.config.yaml_file import check_confirmed
 from spikerl.errors import DONE, FAILED, BadRequest
 from spikerl.export import c, contract, nir, onnx, proof, support
 from spikerl.files import checksum, json_bytes, write_atomic
@@ -66,10 +65,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     beside = file.with_name(f"{file.name}.json")
     check_free(file, beside)
     env_id = request.env_id or policy.task.env_id
-    check_confirmed("run", request.run, env_id, request.env_id)
-    if leads_out(dict(policy.task.env_kwargs)) and not request.env_id:
-        remedy = f"its environment is given paths of files; confirm with env_id={env_id}"
-        raise BadRequest("run", request.run, remedy)
+    check_confirmed(request.run, env_id, dict(policy.task.env_kwargs), request.env_id)
     env = proof.known_env(policy, request.run, request.env_id)
     described = contract.describe(request.format, policy, form.dt)
     described["support"] = {group: str(verdict) for group, verdict in verdicts.items()}

@@ -20,11 +20,14 @@ def main(mailbox: Path, parent: int | None = None) -> int:
         adopt()
         parent = watched(mailbox)
     from spikerl.commands import train
-    from spikerl.commands.bench import workers as bench_workers
     from spikerl.distributed import launch
 
     def work(spec: dict[str, Any]) -> int:
-        return bench_workers.work(spec) if "bench" in spec else train.work(spec, mailbox)
+        if "bench" in spec:
+            from spikerl.commands.bench import workers
+
+            return workers.work(spec)
+        return train.work(spec, mailbox)
 
     return launch.work(mailbox, parent, work)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from spikerl.config.build import Config
 from spikerl.errors import BadRequest
+from spikerl.machine import CGROUP, GROUPS, control_groups
 from spikerl.models.actor import PopSANConfig
 from spikerl.types import Task
 
@@ -34,29 +35,29 @@ def check_memory(config: Config, task: Task) -> None:
         raise BadRequest(key, config.raw[group][name], remedy)
 
 
-# Where a container's limit stands, in both versions of control groups.
-LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+LIMITS = ("memory.max", "memory.limit_in_bytes")  # of a control group, in its two versions
 
 
-def memory() -> int:
+def memory(groups: Path = GROUPS, root: Path = CGROUP) -> int:
     """Bytes that this process may have: the machine's, or fewer in a container or by ulimit -v."""
     most = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     most += [limit for limit in resource.getrlimit(resource.RLIMIT_AS)[:1] if limit > 0]
-    for path in LIMITS:
-        with suppress(OSError, ValueError):  # none there, or "max"
-            most.append(int(Path(path).read_text()))
+    for group in control_groups(("memory",), groups, root):
+        for name in LIMITS:
+            with suppress(OSError, ValueError):  # none there, or "max"
+                most.append(int((group / name).read_text()))
     return min(most)
 
 
 def least_bytes(config: Config, task: Task) -> dict[str, int]:
-    """By the key that it grows with."""
+    """By the key that it grows with; of several machines each holds its share of the rows."""
     algo, actor = config.algo, config.actor.actor
     O, A = task.obs_dim, task.act_dim  # noqa: E741
     first = O * getattr(config.actor.encoder, "pop_size", 1)
     last = A * getattr(config.actor.decoder, "pop_size", 1)
     widths = [first, *actor.hidden_sizes, last]
     steps = actor.spike_steps if isinstance(actor, PopSANConfig) else 1
-    rows = min(algo.capacity(), config.run.total_steps)
+    rows = min(algo.capacity(), config.run.total_steps) // config.run.nnodes
     rollout = "rollout_steps" if hasattr(algo, "rollout_steps") else "replay_capacity"
     needs = {
         f"algo.{rollout}": rows * (2 * O + A + 4) * NUMBER,

@@ -170,6 +170,17 @@ def leads_out(value: Any) -> bool:
     return isinstance(value, str) and (value[:1] in ("/", "~") or ".." in Path(value).parts)
 
 
+def check_confirmed(run: object, env_id: str, kwargs: Any, typed: str | None) -> None:
+    """Refuse to import the module that a run's environment id names, and to give the environment
+    paths, unless the id was typed too.
+    """
+    reason = f"its environment {env_id} names a module to import" if ":" in env_id else ""
+    if leads_out(kwargs):
+        reason = reason or "its environment is given paths of files"
+    if reason and env_id != typed:
+        raise BadRequest("run", run, f"{reason}; confirm with env_id={env_id}")
+
+
 def _refusal(key: str, value: Any, path: Path) -> BadRequest:
     return BadRequest(key, value, f"not accepted from {path}; type {key}=... on the command line")
 

@@ -222,13 +222,6 @@ def _made(config: EnvConfig, key: str, value: str | None) -> CheckedEnv:
     return CheckedEnv(env, config)
 
 
-def check_confirmed(key: str, value: object, env_id: str, typed: str | None) -> None:
-    """Refuse to import the module that a file's environment id names, unless it was typed too."""
-    if ":" in env_id and env_id != typed:
-        remedy = f"its environment {env_id} names a module to import; confirm with env_id={env_id}"
-        raise BadRequest(key, value, remedy)
-
-
 def task_of(env: CheckedEnv) -> Task:
     """What a policy must know of `env`."""
     space = env.action_space

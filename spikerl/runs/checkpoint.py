@@ -45,6 +45,11 @@ from spikerl.files import (
 SCHEMA = 3  # 3: segments are named by the number of workers too
 KEEP = 3
 FILE = r"(best/)?[a-z0-9_]+\.(safetensors|json)"  # of a checkpoint
+# A run's own files that are half written as .NAME.*.partial; others write into its folder, too.
+WHOLE = ("config.yaml", "manifest.json", "summary.json", "error.txt", "discarded.jsonl",
+         "loggers.json", "policy.json", "policy.safetensors")  # fmt: skip
+PARTIALS = ("checkpoints/.*.partial", "replay/*/.*.partial", "best/.*.partial",
+            *(f".{name}.*.partial" for name in WHOLE))  # fmt: skip
 MAX_BYTES = 1 << 26  # of a JSON file; a manifest names some hundred segments
 
 
@@ -236,7 +241,7 @@ def remove_newer(checkpoint: Checkpoint) -> None:
 
 def remove_unreferenced(run: Path) -> None:
     """Remove what is half written, and replay segments that no checkpoint names."""
-    for path in list(run.rglob(".*.partial")):
+    for path in [path for pattern in PARTIALS for path in run.glob(pattern)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -22,10 +22,6 @@ from os import environ, getpid
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
 from spikerl.errors import BadRequest
 from spikerl.files import Journal, make_folder, read_json, write_json
 from spikerl.schema import dotted
@@ -99,6 +95,8 @@ class Events(Journal):
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
         name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}.{getpid()}.0"
         super().__init__(folder / name)
         self.event(file_version="brain.Event:2")
@@ -106,11 +104,16 @@ class Events(Journal):
         self.event(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
     def event(self, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
         record = io.BytesIO()
         RecordWriter(record).write(Event(wall_time=time.time(), **content).SerializeToString())
         self.add(record.getvalue())
 
     def row(self, row: Mapping[str, Any]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         for tag, value in tagged(row).items():
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
             self.event(step=row["step"], summary=summary)
@@ -127,6 +130,7 @@ class Table(Journal):
         super().__init__(path)
         self.length = 0
         self.columns: list[str] = []
+        self.lines: list[bytes] = []  # all below the header
         for row in rows:
             self.row(row)
 
@@ -137,12 +141,12 @@ class Table(Journal):
         }
         new = [name for name in shown if name not in self.columns]
         if new:
-            written = self.path.read_bytes()[: self.length] if self.length else b""
-            _, _, lines = (written + self.pending).partition(b"\n")
             self.columns += new
-            self.length, self.pending = 0, (",".join(self.columns) + "\n").encode() + lines
+            header = (",".join(self.columns) + "\n").encode()
+            self.length, self.pending = 0, header + b"".join(self.lines)
         cells = (repr(shown[name]) if name in shown else "" for name in self.columns)
-        self.add((",".join(cells) + "\n").encode())
+        self.lines.append((",".join(cells) + "\n").encode())
+        self.add(self.lines[-1])
 
 
 class Service:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -61,6 +62,7 @@ def check_whole() -> None:
         assert returns(name) == [100.0 * seed + step for step in (10, 20, 30, 40, 50)], name
         assert (ROOT / name / "evaluation.json").exists()
         assert not (ROOT / name / "checkpoints").exists()
+        assert "freed" in json.loads((ROOT / name / "manifest.json").read_text())
     for name in ("converted/Ant/seed0", "converted/Hopper/seed1"):
         assert json.loads((ROOT / name / "evaluation.json").read_text())["return_mean"] == 1.0
     assert not list(ROOT.rglob(".*.err"))
@@ -193,6 +195,16 @@ def test_a_cell_is_held_by_what_was_started(monkeypatch: pytest.MonkeyPatch) -> 
     assert job.process is not None
     job.process.kill()
     job.process.wait()
+    assert cells.claim(cell()) is not None
+
+
+def test_a_file_system_without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a cell is nobody's, and not another's for ever."""
+
+    def flock(file: Any, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
     assert cells.claim(cell()) is not None
 
 

@@ -79,13 +79,15 @@ def test_what_will_not_fit_is_refused(
 ) -> None:
     """By the steps of the run, before anything is there."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(memory, "LIMITS", ["limit"])
-    Path("limit").write_text("max\n")
+    Path("groups").write_text("0::/a/b\n")
+    monkeypatch.setattr(memory.memory, "__defaults__", (Path("groups"), tmp_path))
+    Path("a").mkdir()
+    Path("a/memory.max").write_text("max\n")
     bound = 8 << 20
     if limit == "machine":
         monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": bound}.get)
     elif limit == "container":
-        Path("limit").write_text(f"{bound}\n")
+        Path("a/memory.max").write_text(f"{bound}\n")
     else:
         monkeypatch.setattr("resource.getrlimit", lambda kind: (bound, -1))
     args = [arg for arg in SHORT if not arg.startswith("total_steps")]

@@ -14,7 +14,8 @@ from shell import SHORT, refusal, spikerl, tree
 
 from spikerl.cli import sweep as sweeps
 from spikerl.cli.jobs import LONGEST_NAME, choices, combinations, count, folder_name
-from spikerl.cli.sweep import Sweep, duration, over_seeds
+from spikerl.cli.sweep import Sweep, over_seeds
+from spikerl.output import duration
 
 
 class Noon(datetime):

@@ -167,6 +167,15 @@ def test_eval_and_init_from_take_an_import(files: Path) -> None:
     assert not all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_a_sweep_of_imports_again(files: Path) -> None:
+    args = ["-m", "neuron.threshold=0.5,0.6", "run_dir=s"]
+    assert bring(*args).status == 0
+    before = {path: content for path, content in tree(files).items() if "jobs" not in str(path)}
+    said = bring(*args)
+    assert (said.status, said.out.count("done already")) == (0, 2)
+    assert {path: tree(files)[path] for path in before} == before
+
+
 # --- what is refused --------------------------------------------------------------------------
 
 REFUSED = [

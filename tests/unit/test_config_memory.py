@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from shell import spikerl
 
 from spikerl.config.build import build
-from spikerl.config.memory import least_bytes
+from spikerl.config.memory import least_bytes, memory
 from spikerl.envs.make import make_env, task_of
 
 HUGE = [
@@ -33,5 +35,24 @@ def test_every_published_setting_fits_a_small_machine(default: dict[str, Any]) -
     config = build(default)
     with closing(make_env(config.env)) as env:
         needs = least_bytes(config, task_of(env))
+        four = replace(config.run, world_size=4, nnodes=4, node_rank=0, rdzv="host:1")
+        shared = least_bytes(replace(config, run=four), task_of(env))
     assert needs["algo.replay_capacity"] == 1_000_000 * (2 * 17 + 6 + 4) * 4
+    assert shared["algo.replay_capacity"] * 4 == needs["algo.replay_capacity"]
     assert sum(needs.values()) < 1 << 28
+
+
+@pytest.mark.parametrize(
+    ("groups", "limit"),
+    [
+        ("0::/job/step\n", "job/step/memory.max"),
+        ("0::/job/step\n", "job/memory.max"),
+        ("0::/job/step\n", "memory.max"),
+        ("2:cpu:/\n3:memory:/job/step\n", "memory/job/memory.limit_in_bytes"),
+    ],
+)
+def test_a_limit_of_any_group_above_counts(groups: str, limit: str, tmp_path: Path) -> None:
+    (tmp_path / "groups").write_text(groups)
+    (tmp_path / limit).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / limit).write_text("1000000\n")
+    assert memory(tmp_path / "groups", tmp_path) == 1_000_000

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 from shell import Said, spikerl
 
@@ -375,6 +376,22 @@ def test_what_is_imported_goes_on(folder: Path) -> None:
     before, first = (load_policy(p) for p in (run, "on/checkpoints/step_0000000000"))
     np.testing.assert_array_equal(before(some_obs()), first(some_obs()))
     assert load_policy("on").norm.count == 0
+
+
+@pytest.mark.parametrize("command", ["convert run_dir=new", "eval", "export format=c"])
+def test_paths_that_an_environment_is_given_are_confirmed(folder: Path, command: str) -> None:
+    """A run from a stranger may name any file."""
+    save(dense(["l1", "l2", "l3"], [3, 6, 5, 1]))
+    assert spikerl("import", "dense=m.pt", "env=Pendulum", "run_dir=run").status == 0
+    policy, config = Path("run/policy.json"), Path("run/config.yaml")
+    kwargs = {"file": "/etc/hosts"}
+    policy.write_text(json.dumps({**json.loads(policy.read_text()), "env_kwargs": kwargs}))
+    data = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**data, "env": {**data["env"], "kwargs": kwargs}}))
+    line = spikerl(*command.split(), "run=run").line
+    assert line.endswith("is given paths of files; confirm with env_id=Pendulum-v1")
+    line = spikerl(*command.split(), "run=run", "env_id=Pendulum-v1").line
+    assert "Pendulum-v1 cannot be made here" in line
 
 
 # --- what is refused --------------------------------------------------------------------------

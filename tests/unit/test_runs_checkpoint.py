@@ -10,7 +10,7 @@ import torch
 from builders import small_config
 
 from spikerl.envs.make import make_env, task_of
-from spikerl.runs.checkpoint import check_fit
+from spikerl.runs.checkpoint import check_fit, remove_unreferenced
 from spikerl.training.trainer import Trainer
 
 
@@ -22,6 +22,20 @@ def test_tensors_of_another_run(odd: dict[str, torch.Tensor]) -> None:
     check_fit({"x": torch.ones(2)}, {"x": torch.zeros(2)})
     with pytest.raises(ValueError, match="it"):
         check_fit(odd, {"x": torch.zeros(2)})
+
+
+def test_what_is_half_written(tmp_path: Path) -> None:
+    """The run's own goes; what others are writing into its folder meanwhile stays."""
+    own = ["manifest.json", "policy.safetensors", "best/policy.json", "checkpoints/latest",
+           "replay/worker_0_of_1/rows_0_1.f32"]  # fmt: skip
+    others = ["policy.onnx", "policy.onnx.json", "videos/seed0_episode0.mp4"]
+    for path in [tmp_path / name for name in (*own, *others)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(f".{path.name}.7.partial").touch()
+    (tmp_path / "checkpoints" / ".step_1.partial").mkdir()
+    remove_unreferenced(tmp_path)
+    left = {path.name for path in tmp_path.rglob(".*")}
+    assert left == {f".{Path(name).name}.7.partial" for name in others}
 
 
 def test_replay_rows_that_no_segment_holds(tmp_path: Path) -> None:

@@ -79,6 +79,26 @@ def test_csv(tmp_path: Path) -> None:
     assert not (tmp_path / "tb").exists()
 
 
+def test_csv_that_cannot_be_read(tmp_path: Path) -> None:
+    """It ends no training, and is whole once it can be written."""
+    log = RunLog(tmp_path, 0, ["csv"])
+    log.row(row(100))
+    log.write()
+    path = tmp_path / "metrics.csv"
+    path.unlink()
+    path.mkdir()
+    log.row(row(200, more=1.0))
+    log.write()
+    path.rmdir()
+    log.write()
+    assert path.read_text() == "step,eval_return,more\n100,100.0\n200,200.0,1.0\n"
+
+
+def test_a_run_without_tensorboard_does_not_import_it() -> None:
+    code = "import sys, spikerl.runs.record; sys.exit('tensorboard' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 def test_csv_of_a_resumed_run(tmp_path: Path) -> None:
     """What it discarded is not in it, nor is what was half written."""
     first = RunLog(tmp_path, 0, ["csv"])

@@ -7,10 +7,8 @@ started, so that another takes it up only when both have ended.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -23,9 +21,10 @@ from spikerl.children import PYTHON
 from spikerl.config.yaml_file import NOT_CARRIED, conf_folder
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.errors import BadRequest
-from spikerl.files import parse_json, read_bytes, write_json
+from spikerl.files import lock_file, parse_json, read_bytes, write_json
 from spikerl.reporting.records import Run
 from spikerl.reporting.table_file import Cell, Table
+from spikerl.runs import folder as run_folder
 from spikerl.schema import dotted
 
 PROGRAM = [*PYTHON, "-m", "spikerl"]
@@ -82,14 +81,12 @@ def claim(cell: Cell) -> IO[str] | None:
     try:
         place.mkdir(parents=True, exist_ok=True)
         file = (place / f".{cell.folder.name}.lock").open("a", encoding="utf-8")
+        if lock_file(file):
+            return file
     except OSError as error:
         raise BadRequest("table", place, f"cannot be written to: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
+    file.close()
+    return None
 
 
 class Job:
@@ -168,9 +165,9 @@ def _settle(parent: int, nice: int) -> None:
 
 
 def tidy(cell: Cell) -> None:
-    """Drop what only serves to go on: checkpoints and the replay."""
-    for name in ("checkpoints", "replay"):
-        shutil.rmtree(cell.folder / name, ignore_errors=True)
+    """Drop what only serves to go on; where it cannot be dropped, the cell is done all the same."""
+    with suppress(OSError, BadRequest):
+        run_folder.free(cell.folder)
 
 
 def check(table: Table, cells: Sequence[Cell], total_steps: int) -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from spikerl.commands.reproduce import cells as steps
-from spikerl.commands.reproduce.screen import Screen, State, duration
+from spikerl.commands.reproduce.screen import Screen, State
 from spikerl.commands.reproduce.work import Work, cell_left_s, left_s, states_of
 from spikerl.config.yaml_file import group_options
 from spikerl.errors import BadRequest
 from spikerl.machine import cores
+from spikerl.output import duration
 from spikerl.reporting.render import missing_extra, render_table
 from spikerl.reporting.results import seeds_of
 from spikerl.reporting.table_file import ROOT, Cell, Table, cell_of, select, table_of

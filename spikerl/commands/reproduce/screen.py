@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
 
+from spikerl.output import duration
 from spikerl.reporting.table_file import Cell
 from spikerl.reporting.tables import rounded
 from spikerl.runs.display import Screen as Output
@@ -38,14 +39,6 @@ class State(NamedTuple):
         if not self.wall_s or not self.step:
             return None
         return self.wall_s / self.step * max(self.total_steps - self.step, 0)
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def summary(states: Mapping[Cell, State], left_s: float | None) -> str:
