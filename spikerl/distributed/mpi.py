@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 EXTRA = "pip install 'spikerl[mpi]' brings mpi4py and MPICH"
 
@@ -14,13 +15,20 @@ EXTRA = "pip install 'spikerl[mpi]' brings mpi4py and MPICH"
 LAST_WORDS = re.compile(r"={20}|-{20}|Abort\(\d+\)|application called MPI_Abort")
 
 
+def _mpi() -> ModuleType:
+    """The library, which only workers initialise: an error of theirs ends the whole process."""
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    return MPI
+
+
 def missing() -> str | None:
     """Why there is no MPI here, if so, and what brings it."""
     try:
-        import mpi4py
-
-        mpi4py.rc.initialize = False  # the workers do that
-        from mpi4py import MPI  # noqa: F401
+        _mpi()
     except ImportError:
         return f"mpi4py is not installed; {EXTRA}"
     except RuntimeError as error:
@@ -30,9 +38,7 @@ def missing() -> str | None:
 
 def library() -> str:
     """The name and version of the MPI library; `missing` has said that there is one."""
-    from mpi4py import MPI
-
-    return " ".join(MPI.Get_library_version().split("\n")[0].split())
+    return " ".join(_mpi().Get_library_version().split("\n")[0].split())
 
 
 def mpiexec(workers: int) -> list[str] | None:
@@ -41,11 +47,9 @@ def mpiexec(workers: int) -> list[str] | None:
     executable = str(beside) if beside.exists() else shutil.which("mpiexec")
     if executable is None:
         return None
-    from mpi4py import MPI
-
     # Open MPI refuses more workers than cores, and to run as root, unless told.
     more = []
-    if MPI.Get_library_version().startswith("Open MPI"):
+    if _mpi().Get_library_version().startswith("Open MPI"):
         more = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
         os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return [executable, "-n", str(workers), *more]
@@ -60,16 +64,12 @@ def joined() -> bool:
 def leave() -> None:
     """Leave the others, all together; mpiexec takes one that does not for a failed one."""
     if joined():
-        from mpi4py import MPI
-
-        MPI.Finalize()
+        _mpi().Finalize()
 
 
 def abort() -> None:
     """End all workers, where they met over MPI: left alone, the others would wait for ever."""
     if joined():
-        from mpi4py import MPI
-
         sys.stdout.flush()
         sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
+        _mpi().COMM_WORLD.Abort(1)

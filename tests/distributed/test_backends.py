@@ -18,6 +18,7 @@ CLOSE = 1e-3
 def test_the_same_after_200_updates(size: int, tmp_path: Path) -> None:
     start = mpi.mpiexec(size)
     assert start
+    assert not mpi.joined()  # nobody but workers: an error would end the process
     gloo = states(tmp_path, "gloo", size, [sys.executable])
     over_mpi = states(tmp_path, "mpi", size, [*start, sys.executable])
     for own in (gloo, over_mpi):
