@@ -312,9 +312,13 @@ def test_a_screen() -> None:
     assert shown.index("row/column/seed1") < shown.index("other/column") < shown.index("seed0 ")
 
 
-def test_time_left_is_unknown_where_nothing_was_run() -> None:
+def test_time_left() -> None:
+    """From the cell's row, else from all rows: 0.6 s a step, of which 50 and 100 are to go."""
     cells = [Cell(row, "column", 0, Path(row), "train", (), 1) for row in ("a", "b")]
     states = {cells[0]: state("running", 50, 30.0), cells[1]: state("waiting", 0, None)}
-    assert left_s(states, 1) is None
     assert cell_left_s(states, cells[0]) == 30.0
+    assert left_s(states, 1) == 90.0
+    assert left_s(states, 1, {"b": 2.0}) == 230.0
+    states[cells[0]] = state("waiting", 0, None)
+    assert left_s(states, 1) is None
     assert "time left: unknown" in summary(states, None)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from spikerl.commands.reproduce import cells as steps
+from spikerl.commands.reproduce.measure import measured_seconds_per_step
 from spikerl.commands.reproduce.screen import Screen, State
 from spikerl.commands.reproduce.work import Work, cell_left_s, left_s, states_of
 from spikerl.config.yaml_file import group_options
@@ -107,22 +109,31 @@ def workers(cells: Sequence[Cell]) -> int:
 
 
 def tell_plan(table: Table, states: Mapping[Cell, State], jobs: int) -> None:
-    """How many runs, how many steps, and about how long."""
+    """How many runs, how many steps, and about how long: as what was run of each row went, or a
+    short run where nothing was.
+    """
     todo = {cell: state for cell, state in states.items() if state.word != "done"}
     left = sum(s.total_steps - s.step for c, s in todo.items() if c.command == "train")
     begun = sum(state.step > 0 for state in todo.values())
     print(f"{table.name}: {len(states)} runs, {len(states) - len(todo)} done, {begun} begun")
+    measured: dict[str, float] = {}
     for row in table.rows:
-        own = {cell: state for cell, state in todo.items() if cell.row == row}
-        if own:
-            each = [cell_left_s(states, cell) for cell in own]
-            known = [seconds for seconds in each if seconds is not None]
-            said = [duration(sum(known))] * bool(known)
-            if len(known) < len(each):
-                said.append(f"{len(each) - len(known)} of unknown length")
-            print(f"  {row}: {len(own)} runs, {', '.join(said)}")
-    whole = duration(left_s(states, jobs))
-    print(f"{left} steps to go, {jobs} runs side by side: {whole}")
+        own = [cell for cell in todo if cell.row == row]
+        if not own:
+            continue
+        note = ""
+        if own[0].command == "train" and not any(c.row == row and states[c].wall_s for c in states):
+            print(f"  {row}: a short run on {own[0].column} ...", file=sys.stderr)
+            if speed := measured_seconds_per_step(own[0]):
+                measured[row] = speed
+                note = f", from a short run on {own[0].column}"
+            else:
+                note = ", from other rows: a short run failed"
+        each = [cell_left_s(states, cell, measured) for cell in own]
+        whole = None if None in each else sum(seconds or 0.0 for seconds in each)
+        print(f"  {row}: {len(own)} runs, {duration(whole)}{note}", flush=True)
+    whole = left_s(states, jobs, measured)
+    print(f"{left} steps to go, {jobs} runs side by side: {duration(whole)}")
 
 
 def tell_rest(states: Mapping[Cell, State]) -> None:

@@ -173,10 +173,12 @@ def states_of(cells: Sequence[Cell], total_steps: int) -> dict[Cell, State]:
     return {cell: look(cell, word, total_steps) for cell, word in words.items()}
 
 
-def left_s(states: Mapping[Cell, State], places: int) -> float | None:
+def left_s(
+    states: Mapping[Cell, State], places: int, measured: Mapping[str, float] = {}
+) -> float | None:
     """Of all cells that are neither done nor failed, so many at a time; None where unknown."""
     each = [
-        cell_left_s(states, cell)
+        cell_left_s(states, cell, measured)
         for cell, state in states.items()
         if state.word not in ("done", "failed")
     ]
@@ -184,25 +186,32 @@ def left_s(states: Mapping[Cell, State], places: int) -> float | None:
     return sum(known) / places if len(known) == len(each) else None
 
 
-def cell_left_s(states: Mapping[Cell, State], cell: Cell) -> float | None:
+def cell_left_s(
+    states: Mapping[Cell, State], cell: Cell, measured: Mapping[str, float] = {}
+) -> float | None:
     if cell.command == "convert":
         return 0.0  # seconds, beside hours
-    speed = seconds_per_step(states, cell)
+    speed = seconds_per_step(states, cell, measured)
     state = states[cell]
     return None if speed is None else speed * max(state.total_steps - state.step, 0)
 
 
-def seconds_per_step(states: Mapping[Cell, State], cell: Cell) -> float | None:
-    """Of what was run of the same row and column, else of the same row; None if nothing was."""
-    for columns in ({cell.column}, {other.column for other in states}):
-        known = [
-            (state.wall_s, state.step)
-            for other, state in states.items()
-            if other.row == cell.row and other.column in columns and state.wall_s and state.step
-        ]
-        if known:
-            return sum(seconds for seconds, _ in known) / sum(steps for _, steps in known)
-    return None
+def seconds_per_step(
+    states: Mapping[Cell, State], cell: Cell, measured: Mapping[str, float]
+) -> float | None:
+    """Of what was run of the cell's row and column, else of its row, else as it was `measured` for
+    the row, else of all that was run; None if nothing was.
+    """
+    row = {other for other in states if other.row == cell.row}
+    column = {other for other in row if other.column == cell.column}
+    speed = _mean_speed(states, column) or _mean_speed(states, row)
+    return speed or measured.get(cell.row) or _mean_speed(states, set(states))
+
+
+def _mean_speed(states: Mapping[Cell, State], cells: set[Cell]) -> float | None:
+    known = [(states[c].wall_s or 0.0, states[c].step) for c in cells if states[c].wall_s]
+    steps = sum(step for _, step in known)
+    return sum(seconds for seconds, _ in known) / steps if steps else None
 
 
 @contextmanager
