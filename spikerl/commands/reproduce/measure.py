@@ -14,8 +14,8 @@ STEPS = 800  # of an epoch, a multiple of the workers that tables have
 
 
 def measured_seconds_per_step(cell: Cell) -> float | None:
-    """Of a rollout with its update, or the third of three epochs, of which the first has no updates;
-    without evaluations. None: the run failed.
+    """Of a rollout with its update, or of the third of three epochs, the first without updates;
+    evaluations left out. None: the run failed.
 
     Replay and normaliser are as good as empty, and neurons fire as in the beginning.
     """
