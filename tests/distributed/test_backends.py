@@ -14,7 +14,7 @@ from spikerl.distributed import mpi
 CLOSE = 1e-3
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_same_after_200_updates(size: int, tmp_path: Path) -> None:
     start = mpi.mpiexec(size)
     assert start

@@ -124,6 +124,7 @@ def test_a_killed_worker_ends_the_run_and_the_rest_can_be_resumed(
     check_energy(whole / "run", TOGETHER)
 
 
+@pytest.mark.slow
 def test_signals_to_the_parent(whole: Path, tmp_path: Path) -> None:
     """SIGTERM, Ctrl-C, SIGKILL, one resume after the other."""
     run = train(tmp_path, *TWO, *metered(tmp_path))
@@ -168,6 +169,7 @@ def test_energy_of_one_worker(tmp_path: Path) -> None:
     assert 0.5 * summary["wall_s"] * WATTS < summary["energy_j"] <= summary["wall_s"] * WATTS
 
 
+@pytest.mark.slow
 def test_one_of_four_is_killed(tmp_path: Path) -> None:
     four = ["env=HalfCheetah", "world_size=4", "num_envs=4", "env.vectorizer=async"]
     lose(train(tmp_path, *four), 2, 4)

@@ -87,6 +87,7 @@ def test_a_worker_killed_before_it_joined_the_others(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_run_and_the_rest_can_be_resumed(
     whole: Path, tmp_path: Path
 ) -> None:

@@ -166,6 +166,7 @@ def copy(stopped: Path, to: Path) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_fewer_workers(stopped: Path, tmp_path: Path) -> None:
     """Also over MPI after a worker was killed, the same; then with as many as before."""
     step = record(stopped / "run" / "checkpoints" / "latest")["step"]

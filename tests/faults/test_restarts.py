@@ -46,7 +46,7 @@ def check(run: Run, whole: Path, cause: str) -> None:
     assert line == f"spikerl: {event['after']}; restarting all (1 of 1 restarts were left)"
 
 
-@pytest.mark.parametrize("backend", ["gloo", "mpi"])
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("mpi", marks=pytest.mark.slow)])
 def test_a_killed_worker(backend: str, whole: Path, tmp_path: Path) -> None:
     run = train(tmp_path, *TWO, RESTARTS, f"backend={backend}")
     (over_mpi if backend == "mpi" else hit)(run, "1")
@@ -60,6 +60,7 @@ def test_a_worker_that_hangs(whole: Path, tmp_path: Path) -> None:
     check(run, whole, f"worker 0 of 2: lost the others: {where}")
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_over_mpi(whole: Path, tmp_path: Path) -> None:
     run = train(tmp_path, *TWO, RESTARTS, "backend=mpi", "backend.timeout_s=2")
     run.until(lambda: run.begun() and rows(run.home / "run"))
@@ -77,6 +78,7 @@ def test_one_worker_alone(tmp_path: Path) -> None:
     check(run, tmp_path / "whole" / "run", "worker 0 of 1 was killed by SIGKILL")
 
 
+@pytest.mark.slow
 def test_no_more_than_asked_for(tmp_path: Path) -> None:
     run = train(tmp_path, *TWO, RESTARTS)
     hit(run, "0")

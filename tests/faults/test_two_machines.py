@@ -73,6 +73,7 @@ def ended(machine: subprocess.Popen[str], status: int) -> tuple[str, str]:
 
 
 @pytest.mark.usefixtures("link")
+@pytest.mark.slow
 def test_they_train_together_and_outlive_a_cut(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", *TWO, "world_size=2")
     assert whole.wait() == 0, whole.said()
