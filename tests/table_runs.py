@@ -117,5 +117,22 @@ def work(jobs: int = 2, total_steps: int = 50) -> tuple[int, dict[Any, Any]]:
     return job.run(), job.states
 
 
+def write_run(folder: Path, *, algo: str = "td3", seed: int = 0, **facts: Any) -> Path:
+    """A run folder with two evaluations."""
+    folder.mkdir(parents=True)
+    manifest = {"status": "done", "env_id": "Ant-v5", "command": "spikerl train env=Ant"}
+    (folder / "manifest.json").write_text(json.dumps(manifest | facts))
+    config = f"seed: {seed}\nrun_dir: x{seed}\nalgo:\n  name: {algo}\n  tau: 0.005\n"
+    (folder / "config.yaml").write_text(config)
+    rows = [
+        {"step": step, "eval_return": 10.0 * step + seed, "wall_s": 36.0 * step, "energy_j": 5.0,
+         "layer_firing_rates": [0.1, 0.2], "layer_window_fractions": [0.5],
+         "layer_silent": [0.25], "layer_saturated": [0.125], "critic_loss": 1.5}
+        for step in (100, 200)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 if __name__ == "__main__":
     sys.exit(main(*sys.argv[1:]))

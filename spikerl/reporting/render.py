@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from spikerl.files import write_atomic, write_text
 from spikerl.reporting import curves, page, tables
 from spikerl.reporting.page import Card, Picture
+from spikerl.reporting.policy_card import policy_card
 from spikerl.reporting.records import Run
 from spikerl.reporting.results import Results
 from spikerl.reporting.table_file import ROOT, Table
@@ -66,6 +67,11 @@ def render_table(table: Table, total_steps: int) -> list[str]:
         written.append("index.html")
     for name, text in texts.items():
         write_text(folder / name, text)
+    for result in results.all:
+        for seed in result.seeds:
+            if seed.run.evaluation and seed.cell.folder.is_relative_to(folder):  # its own
+                label = table.rows[result.row].label
+                write_text(seed.cell.folder / "POLICY.md", policy_card(seed.run, label))
     return written
 
 

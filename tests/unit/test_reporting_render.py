@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 from shell import refusal, spikerl
+from table_runs import write_run
 
 from spikerl.commands import report
 from spikerl.commands.reproduce.screen import Screen, State, summary
@@ -26,25 +25,8 @@ from spikerl.reporting.side_by_side import SideBySide, names_of
 from spikerl.reporting.table_file import Cell
 
 
-def write(folder: Path, *, algo: str = "td3", seed: int = 0, **facts: Any) -> Path:
-    """A run folder with two evaluations."""
-    folder.mkdir(parents=True)
-    manifest = {"status": "done", "env_id": "Ant-v5", "command": "spikerl train env=Ant"}
-    (folder / "manifest.json").write_text(json.dumps(manifest | facts))
-    config = f"seed: {seed}\nrun_dir: x{seed}\nalgo:\n  name: {algo}\n  tau: 0.005\n"
-    (folder / "config.yaml").write_text(config)
-    rows = [
-        {"step": step, "eval_return": 10.0 * step + seed, "wall_s": 36.0 * step, "energy_j": 5.0,
-         "layer_firing_rates": [0.1, 0.2], "layer_window_fractions": [0.5],
-         "layer_silent": [0.25], "layer_saturated": [0.125], "critic_loss": 1.5}
-        for step in (100, 200)
-    ]  # fmt: skip
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 def test_a_run(tmp_path: Path) -> None:
-    run = Run.read(write(tmp_path / "a", seed=3))
+    run = Run.read(write_run(tmp_path / "a", seed=3))
     assert (run.seed, run.step, run.returns) == (3, 200, [1003.0, 2003.0])
     assert (run.score("max_average"), run.score("last_ten_mean")) == (2003.0, 1503.0)
     assert (run.wall_s, run.joules) == (7200.0, 10.0)
@@ -58,7 +40,7 @@ def test_a_run(tmp_path: Path) -> None:
 
 def test_discarded_work_was_spent(tmp_path: Path) -> None:
     """As `spikerl runs` and summary.json count it."""
-    folder = write(tmp_path / "a")
+    folder = write_run(tmp_path / "a")
     (folder / "discarded.jsonl").write_text('{"step": 300, "eval_return": 9e9, "energy_j": 4.0}\n')
     run = Run.read(folder)
     assert (run.joules, run.step, run.returns) == (14.0, 200, [1000.0, 2000.0])
@@ -68,7 +50,7 @@ def test_discarded_work_was_spent(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
     """Half of a line was written; nothing was evaluated in the row before."""
-    folder = write(tmp_path / "a")
+    folder = write_run(tmp_path / "a")
     rows = ['{"step": 100, "eval_return": null}', '{"step": 200, "eval_r']
     (folder / "metrics.jsonl").write_text("\n".join(rows))
     run = Run.read(folder)
@@ -91,17 +73,17 @@ BROKEN: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize(("name", "content"), BROKEN)
 def test_what_cannot_be_read(name: str, content: str, tmp_path: Path) -> None:
-    folder = write(tmp_path / "a")
+    folder = write_run(tmp_path / "a")
     (folder / name).write_text(content)
     assert str(refusal(Run.read, folder)).startswith(f"runs={folder}: ")
 
 
 def test_run_folders(tmp_path: Path) -> None:
-    a, b = write(tmp_path / "x" / "seed=0,a[1]"), write(tmp_path / "y")
+    a, b = write_run(tmp_path / "x" / "seed=0,a[1]"), write_run(tmp_path / "y")
     inner = a / "checkpoints" / "step_1"
     inner.mkdir(parents=True)
     (inner / "manifest.json").touch()
-    write(tmp_path / "x" / ".b.1.partial")
+    write_run(tmp_path / "x" / ".b.1.partial")
     assert run_folders(str(tmp_path)) == [a, b]
     assert run_folders(f"{tmp_path}/*") == [a, b]
     assert run_folders(str(tmp_path / "y")) == [b]
@@ -145,7 +127,7 @@ def test_pictures_are_the_same_bytes() -> None:
 
 def test_groups(tmp_path: Path) -> None:
     specs = [("td3", 0), ("td3", 1), ("sac", 0)]
-    runs = [Run.read(write(tmp_path / f"{a}{s}", algo=a, seed=s)) for a, s in specs]
+    runs = [Run.read(write_run(tmp_path / f"{a}{s}", algo=a, seed=s)) for a, s in specs]
     groups = SideBySide(runs, None)
     assert groups.varied == ["seed", "algo.name"]
     assert {name: len(group) for name, group in groups.groups.items()} == {
@@ -164,9 +146,9 @@ def test_groups(tmp_path: Path) -> None:
 def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page that refers to nothing outside, whatever a run says of itself."""
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "runs" / "a", command="<script>alert('x')</script> http://there")
-    write(tmp_path / "runs" / "b", algo="sac", seed=1, git={"commit": "abc", "dirty": True})
-    (write(tmp_path / "runs" / "c") / "metrics.jsonl").write_text("nonsense\n")
+    write_run(tmp_path / "runs" / "a", command="<script>alert('x')</script> http://there")
+    write_run(tmp_path / "runs" / "b", algo="sac", seed=1, git={"commit": "abc", "dirty": True})
+    (write_run(tmp_path / "runs" / "c") / "metrics.jsonl").write_text("nonsense\n")
     said = spikerl("report", "runs=runs/*", "out=out")
     assert (said.status, said.err) == (0, "")
     assert f"{tmp_path}/out: 2 runs; table.md" in said.out
@@ -192,7 +174,7 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is rendered again once a run has gone on, and for the last time when none does."""
     monkeypatch.chdir(tmp_path)
-    folder = write(tmp_path / "a", status="running")
+    folder = write_run(tmp_path / "a", status="running")
     looks: list[float] = []
 
     def go_on(seconds: float) -> None:
@@ -222,8 +204,8 @@ def test_wrong_requests(
     args: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "runs" / "a")
-    (write(tmp_path / "runs" / "broken") / "metrics.jsonl").write_text("nonsense\n")
+    write_run(tmp_path / "runs" / "a")
+    (write_run(tmp_path / "runs" / "broken") / "metrics.jsonl").write_text("nonsense\n")
     assert spikerl("report", *args).line.startswith(line)
 
 
@@ -232,7 +214,7 @@ def test_without_the_extra(
     args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "a")
+    write_run(tmp_path / "a")
     patched = "spikerl.reporting.render.find_spec"
     monkeypatch.setattr(patched, lambda name: None if name == "matplotlib" else find_spec(name))
     assert "matplotlib is missing; pip install 'spikerl[report]' brings it" in spikerl(*args).line
@@ -268,7 +250,7 @@ def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of one run took 2 hours for 200 of 1000 steps: 8 hours to go, 10 for the other."""
     monkeypatch.chdir(tmp_path)
     place = Path("outputs/reproduced/popsan_table1/popsan_td3/Ant")
-    folder = write(place / "seed0", status="preempted")
+    folder = write_run(place / "seed0", status="preempted")
     (folder / "config.yaml").write_text("seed: 0\n")
     request = [*TABLE, "rows=popsan_td3", "columns=Ant", "seeds=2", "total_steps=1000", "jobs=2"]
     said = spikerl(*request, "plan=true")

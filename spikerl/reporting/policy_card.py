@@ -1,0 +1,25 @@
+"""A page beside a trained policy: what it reaches, how it is used, what it was trained by."""
+
+from __future__ import annotations
+
+from spikerl.reporting.page import facts, layers
+from spikerl.reporting.records import Run
+from spikerl.reporting.tables import markdown_grid, rounded, steps
+
+
+def policy_card(run: Run, label: str) -> str:
+    """The card, as markdown, of a run whose policy's file was evaluated."""
+    of_the_file, of_the_last_epoch = facts(run)[1:3], facts(run)[3:]
+    trained = [
+        ["training steps", steps(run.step)],
+        ["largest of its evaluations", rounded(run.score("max_average"))],
+        ["mean of its last ten evaluations", rounded(run.score("last_ten_mean"))],
+    ]
+    parts = [
+        f"# {label} on {run.env_id}, seed {run.seed}",
+        f"    spikerl eval run={run.folder} episodes=20",
+        markdown_grid([["", ""], *of_the_file, *trained, *of_the_last_epoch]),
+        markdown_grid(layers(run)) if run.last("layer_firing_rates") else "",
+        f"Trained by\n\n    {run.manifest.get('command')}",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,0 +1,70 @@
+"""What stands beside a policy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from table_runs import write_run
+
+from spikerl.reporting.policy_card import policy_card
+from spikerl.reporting.records import Run
+from spikerl.reporting.render import render_table
+from spikerl.reporting.table_file import read_table
+
+CARD = """\
+# PopSAN TD3 on Ant-v5, seed 0
+
+    spikerl eval run=a episodes=20
+
+|  |  |
+| --- | ---: |
+| return of the policy's file | 2.0 \N{PLUS-MINUS SIGN} 1.4 over 2 episodes |
+| its firing rate | 0.250 |
+| training steps | 200 |
+| largest of its evaluations | 2000 |
+| mean of its last ten evaluations | 1500 |
+| critic loss | 1.5 |
+| actor loss | - |
+| mean Q | - |
+| updates/s | - |
+| joules measured by | - |
+| commit | abc |
+| folder | a |
+
+| layer | firing rate | in the surrogate window | never fire | always fire |
+| --- | ---: | ---: | ---: | ---: |
+| encoder | 0.100 | - | - | - |
+| layer 1 | 0.200 | 0.500 | 0.250 | 0.125 |
+
+Trained by
+
+    spikerl train env=Ant
+"""
+
+
+def evaluated(folder: Path) -> None:
+    write_run(folder, git={"commit": "abc", "dirty": False})
+    evaluation = {"return_mean": 2.0, "returns": [1.0, 3.0], "firing_rate": 0.25}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+
+
+def test_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    evaluated(Path("a"))
+    assert policy_card(Run.read(Path("a")), "PopSAN TD3") == CARD
+
+
+def test_a_table_writes_those_of_its_own_policies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ours` shows another table's runs, and leaves their folders alone."""
+    monkeypatch.chdir(tmp_path)
+    rows = Path("outputs/reproduced/popsan_table1/popsan_td3/Ant")
+    evaluated(rows / "seed0")
+    write_run(rows / "seed1")  # it has no evaluation of its file yet
+    render_table(read_table("ours"), 1000)
+    assert not list(tmp_path.rglob("POLICY.md"))
+    render_table(read_table("popsan_table1"), 1000)
+    assert list(tmp_path.rglob("POLICY.md")) == [tmp_path / rows / "seed0/POLICY.md"]
