@@ -132,7 +132,7 @@ class Interpreter:
 
 
 def check_layer(nir: Any, weights: Any, cells: Any, inputs: int) -> int:
-    """Neurons of a layer whose parts fit each other and `inputs`; a ValueError where they do not."""
+    """Neurons of a layer; a ValueError unless its parts fit each other and `inputs`."""
     if type(weights) is not nir.Affine or type(cells) not in (nir.LIF, nir.CubaLIF):
         raise ValueError("it has nodes that no exported policy has")
     n = len(weights.bias)

@@ -36,29 +36,10 @@ from spikerl.snn.neurons import ALIF, PLIF, CubaLIF, Dynamic, Neuron
 OPSET, IR_VERSION = 17, 8  # of 2022: what runtimes on small machines read
 PACKAGES = ("onnx", "onnxruntime")
 # What `write` uses, and all that is accepted: each costs about what its values take.
-OPERATORS = set(
-    [
-        "Abs",
-        "Add",
-        "Cast",
-        "Clip",
-        "Concat",
-        "Div",
-        "Exp",
-        "Flatten",
-        "Greater",
-        "MatMul",
-        "Max",
-        "Min",
-        "Mul",
-        "Relu",
-        "Sub",
-        "Sum",
-        "Tanh",
-        "Unsqueeze",
-        "Where",
-    ]
-)
+OPERATORS = {
+    "Abs", "Add", "Cast", "Clip", "Concat", "Div", "Exp", "Flatten", "Greater", "MatMul", "Max",
+    "Min", "Mul", "Relu", "Sub", "Sum", "Tanh", "Unsqueeze", "Where",
+}  # fmt: skip
 MOST_VALUES = 1 << 20  # that one of them has, of one observation
 
 
