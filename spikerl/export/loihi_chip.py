@@ -25,10 +25,8 @@ class Cells:
 
     def __init__(self, tensors: dict[str, np.ndarray], k: int, inputs: int) -> None:
         """A KeyError or ValueError where the tensors are not of such a layer."""
-        self.weight_IN, self.bias_N = (
-            synapses(tensors[f"{k}.weight"]),
-            synapses(tensors[f"{k}.bias"]),
-        )
+        self.weight_IN = synapses(tensors[f"{k}.weight"])
+        self.bias_N = synapses(tensors[f"{k}.bias"])
         if self.weight_IN.shape != (inputs, *self.bias_N.shape) or self.bias_N.ndim != 1:
             raise ValueError(f"layer {k}, whose weights do not fit")
         n = len(self.bias_N)

@@ -141,7 +141,7 @@ class FilePolicy:
         trained_with: dict[str, str] | None = None,
     ) -> None:
         self.trained_with = trained_with or {}
-        self.task = InUnits(**{f.name: getattr(task, f.name) for f in fields(task)})
+        self.task: Task = InUnits(**{f.name: getattr(task, f.name) for f in fields(task)})
         self.file, self.encoder_spikes = file, encoder_spikes
         self.device = torch.device("cpu")
 

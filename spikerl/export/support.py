@@ -128,8 +128,6 @@ def table() -> list[str]:
     rows += [(f"decoder `{n}`", [decoder_verdict(f, n) for f in FORMATS]) for n in DECODERS]
     rows.append(("dense actor (`mlp`)", [dense_verdict(format) for format in FORMATS]))
     rows.append(("parts of a plugin", [neuron_verdict(format, "", "hard") for format in FORMATS]))
-    lines = [
-        f"| | {' | '.join(f'`{format}`' for format in FORMATS)} |",
-        "|---" * (1 + len(FORMATS)) + "|",
-    ]
+    lines = [f"| | {' | '.join(f'`{format}`' for format in FORMATS)} |"]
+    lines.append("|---" * (1 + len(FORMATS)) + "|")
     return lines + [f"| {name} | {' | '.join(map(str, row))} |" for name, row in rows]
