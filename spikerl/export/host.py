@@ -52,6 +52,14 @@ class Host:
             raise ValueError("decoder.read")
         self.outputs = len(self.weight) if self.decoder == "linear" else self.weight.size
 
+        self.sizes = contract["sizes"]
+
+    def check_layers(self, widths: list[int]) -> None:
+        """A ValueError unless a file's layers are those of the contract."""
+        described = (self.sizes["encoder"], self.sizes["layers"])
+        if described != (self.inputs, widths) or widths[-1] != self.outputs:
+            raise ValueError("its layers are not those of its contract")
+
     def encode(self, obs_BO: np.ndarray) -> np.ndarray:
         """Spikes or currents, (T, B, O P) or (T, B, O)."""
         x = (obs_BO.astype(np.float64) - self.mean_O) / self.std_O

@@ -78,8 +78,7 @@ class Interpreter:
         while f"{len(self.layers)}.weight" in tensors:
             self.layers.append(Cells(tensors, len(self.layers), width))
             width = len(self.layers[-1].bias_N)
-        if width != self.host.outputs or not self.layers:
-            raise ValueError("its last layer does not fit the contract's decoder")
+        self.host.check_layers([len(layer.bias_N) for layer in self.layers])
 
     def spikes(self, obs_BO: np.ndarray) -> list[np.ndarray]:
         encoded_TBN = self.host.encode(obs_BO).astype(bool)

@@ -79,13 +79,13 @@ def read(path: Path) -> Exported:
         raise BadRequest("run", path, f"cannot be read: {one_line(error)}") from None
     schema = contract.get("schema") if isinstance(contract, dict) else None
     if schema != SCHEMA:
-        remedy = f"{beside.name} has schema {schema}; this version reads {SCHEMA}; export it again"
+        remedy = f"{beside.name} has schema {schema}, this version reads {SCHEMA}; export it again"
         raise BadRequest("run", path, remedy)
     digest = checksum(content)
     if contract.get("sha256") != digest:
         remedy = f"is not the file that {beside.name} describes: its sha256 differs"
         raise BadRequest("run", path, remedy)
-    if contract.get("format") not in FORMATS:
+    if str(contract.get("format")) not in FORMATS:
         raise BadRequest("run", path, f"{beside.name} names a format that is not known")
     try:
         layout = [[e["path"], e["shape"], e["start"]] for e in contract.get("obs_layout", [])]
