@@ -22,7 +22,8 @@ from published import MODEL, STATS, needs_published_policy
 from safetensors.numpy import load_file
 from shell import refusal, spikerl
 
-from spikerl.export import loihi, loihi_chip, proof
+from spikerl.export import loihi, loihi_chip, proof, support
+from spikerl.export.formats import FORMATS
 from spikerl.models.actor import ActorConfig, SpikingActor
 from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import EncoderConfig, PopulationConfig
@@ -176,10 +177,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_what_the_chip_cannot_hold(line: str, tmp_path: Path) -> None:
+def test_what_the_chip_cannot_hold(line: str) -> None:
+    policy = policy_of(REFUSED[line], task())
+
+    def check() -> None:
+        support.check("loihi", policy.config)
+        FORMATS["loihi"].check_policy(policy)
+
+    assert str(refusal(check)) == f"format=loihi: {line}"
+
+
+def test_a_policy_that_is_too_large_leaves_nothing(tmp_path: Path) -> None:
+    line = next(line for line in REFUSED if line.startswith("the chip is too small"))
     run = saved(policy_of(REFUSED[line], task()), tmp_path / "run")
-    said = spikerl("export", f"run={run}", "format=loihi")
-    assert said.line == f"format=loihi: {line}"
+    assert spikerl("export", f"run={run}", "format=loihi").line == f"format=loihi: {line}"
     assert not list(run.glob("policy.loihi*"))
 
 
