@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from builders import (
     popsan_config,
 )
 
+from spikerl.export import contract
+from spikerl.export.formats import FORMATS
+from spikerl.files import checksum, json_bytes
 from spikerl.models.actor import ActorConfig, build_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
@@ -95,3 +99,22 @@ def saved(policy: Policy, folder: Path) -> Path:
     folder.mkdir()
     policy.save(folder)
     return folder
+
+
+def exported(policy: Policy, format: str, folder: Path) -> Path:
+    """The file with its contract, as `spikerl export` leaves them, but without a proof."""
+    form, file = FORMATS[format], folder / f"policy.{format}"
+    form.write(policy, file)
+    described = contract.describe(format, policy, form.dt) | form.facts(policy)
+    described |= {"sha256": checksum(file.read_bytes())}
+    file.with_name(f"{file.name}.json").write_bytes(json_bytes(described))
+    return file
+
+
+def rewritten(file: Path, content: bytes | None = None, **changes: Any) -> Path:
+    """The same file with other content, or another contract that still names its sha256."""
+    file.write_bytes(file.read_bytes() if content is None else content)
+    beside = file.with_name(f"{file.name}.json")
+    data = json.loads(beside.read_text()) | {"sha256": checksum(file.read_bytes())} | changes
+    beside.write_text(json.dumps(data))
+    return file

@@ -1,7 +1,8 @@
-"""`spikerl eval`: deterministic episodes of a saved policy."""
+"""`spikerl eval`: deterministic episodes of a saved policy, or of an exported file."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from spikerl.config.yaml_file import check_confirmed
 from spikerl.energy import modelled, operations
 from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.errors import BadRequest
+from spikerl.export import reading
+from spikerl.export.proof import FilePolicy
 from spikerl.files import shown
 from spikerl.machine import versions
 from spikerl.models.policy import Policy, check_shapes, load_policy
@@ -33,6 +36,7 @@ class EvalRequest:
     ops: bool
     json: bool
     device: str
+    sha256: str | None  # that an exported file must have; C, which runs as code, needs it
     plugins: list[str]
 
     def __post_init__(self) -> None:
@@ -48,9 +52,7 @@ class EvalRequest:
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl eval`."""
     request = parse(EvalRequest, data)
-    policy = load_policy(request.run, request.device, policy=request.policy)
-    if request.ops:
-        operations.check(policy.actor)
+    policy = file_policy(request) if os.path.isfile(request.run) else run_policy(request)
     env_id = request.env_id or policy.task.env_id
     check_confirmed(request.run, env_id, dict(policy.task.env_kwargs), request.env_id)
     env = EnvConfig(
@@ -77,13 +79,15 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     evaluator = Evaluator(env, request.episodes, request.seed)
     if evaluator.note:
         print(evaluator.note, file=sys.stderr)
-    videos = film(request, evaluator, policy) if request.video != "false" else []
+    videos = []
+    if request.video != "false" and isinstance(policy, Policy):
+        videos = film(request, evaluator, policy)
     try:
         result = evaluator.run(policy, 0)
     finally:
         evaluator.close()
     counted = None
-    if request.ops:
+    if request.ops and isinstance(policy, Policy):
         counted = operations.count(policy.actor, result.probed, policy.generator)
     now = versions()
     moved = [
@@ -124,6 +128,36 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     if moved:
         print(f"note: trained with {', '.join(moved)}; physics differ between versions")
     return 0
+
+
+def run_policy(request: EvalRequest) -> Policy:
+    """Of a run folder."""
+    if request.sha256 is not None:
+        remedy = "it is an exported file's, and run names none; leave it out"
+        raise BadRequest("sha256", request.sha256, remedy)
+    policy = load_policy(request.run, request.device, policy=request.policy)
+    if request.ops:
+        operations.check(policy.actor)
+    return policy
+
+
+def file_policy(request: EvalRequest) -> FilePolicy:
+    """Of an exported file, which runs in its own interpreter."""
+    for key, plain, remedy in (
+        ("policy", "last", "an exported file holds one policy; leave it out"),
+        ("video", "false", "videos are put into a run folder; give run=RUN"),
+        ("ops", False, "operations are counted of a run folder's policy; give run=RUN"),
+        ("device", "cpu", "exported files run on the CPU; leave it out"),
+    ):
+        if (value := getattr(request, key)) != plain:
+            raise BadRequest(key, str(value).lower(), remedy)
+    exported = reading.read(Path(request.run))
+    if request.sha256 is None and exported.format == "c":
+        remedy = "C is compiled and runs as code of yours; if you trust who wrote it, confirm with"
+        raise BadRequest("run", request.run, f"{remedy} sha256={exported.sha256}")
+    if request.sha256 not in (None, exported.sha256):
+        raise BadRequest("sha256", request.sha256, f"{request.run} has {exported.sha256}")
+    return exported.policy()
 
 
 def film(request: EvalRequest, evaluator: Evaluator, policy: Policy) -> list[Path]:

@@ -48,6 +48,14 @@ HEAD = """\
 #include <math.h>
 """
 
+# What a caller's arrays must hold, and how much POLICY_SPIKES gives in a call.
+SIZES = """
+#define POLICY_OBS {obs}
+#define POLICY_ACT {act}
+#define POLICY_STEPS {steps}
+#define POLICY_NEURONS {neurons}
+"""
+
 # The spikes of a layer at a spike step, for whoever defines it before this file.
 TRACE = """
 #ifndef POLICY_SPIKES
@@ -127,7 +135,9 @@ def source(policy: Policy) -> str:
     # An id is from a file; one that ends the comment would continue as code.
     env_id = "".join(c for c in task.env_id if c.isascii() and (c.isalnum() or c in "-_.: "))
     head = HEAD.format(env_id=env_id, obs=task.obs_dim, act=task.act_dim, network=network)
-    parts = [head, TRACE if spiking else "", "\n"]
+    steps, neurons = size_of(actor)
+    sizes = SIZES.format(obs=task.obs_dim, act=task.act_dim, steps=steps, neurons=neurons)
+    parts = [head, sizes, TRACE if spiking else "", "\n"]
     parts += [array("norm_mean", mean), array("norm_std", std)]
     parts += [array("act_low", low, "double"), array("act_half_range", half_range, "double")]
     parts += [array("act_least", least), array("act_most", most)]
@@ -155,6 +165,14 @@ def source(policy: Policy) -> str:
     function = f"\n{signature};\n\n{signature}\n{{\n    {text}\n}}\n"
     helpers = [code for name, code in HELPERS.items() if f" {name}(" in function]
     return "".join([*parts, *writer.constants, "\n", *state, *writer.state, *helpers, function])
+
+
+def size_of(actor: MLPActor | SpikingActor) -> tuple[int, int]:
+    """Spike steps, and the neurons whose spikes are seen at each; zeros where it is dense."""
+    if not isinstance(actor, SpikingActor):
+        return 0, 0
+    encoder = actor.encoder.outputs if actor.encoder.spikes else 0
+    return actor.spike_steps, encoder + sum(layer.bias_N.numel() for layer in actor.layers)
 
 
 class _Dense:
@@ -448,6 +466,13 @@ static void note(const unsigned char *spikes, int n)
 #define POLICY_SPIKES(layer, step, spikes, n) note(spikes, n)
 #include "{file}"
 
+#if POLICY_OBS != {obs} || POLICY_ACT != {act}
+#error "the contract has other observations or actions"
+#endif
+#if POLICY_STEPS != {steps} || POLICY_NEURONS != {neurons}
+#error "the contract has other spike steps or neurons"
+#endif
+
 void run(int count, const float *obs, float *act, unsigned char *spikes);
 
 void run(int count, const float *obs, float *act, unsigned char *spikes)
@@ -472,7 +497,8 @@ class Interpreter:
         if self.steps and contract["encoder"]["name"] in ("population", "tanh_population"):
             self.sizes.insert(0, sizes["encoder"])
         harness = scratch / "harness.c"
-        harness.write_text(HARNESS.format(file=path, obs=self.obs, act=self.act))
+        sizes = {"obs": self.obs, "act": self.act, "steps": self.steps}
+        harness.write_text(HARNESS.format(file=path, neurons=sum(self.sizes), **sizes))
         library = scratch / "harness.so"
         compile_c([str(harness), "-shared", "-fPIC", "-o", str(library), "-lm"])
         self.run = ctypes.CDLL(str(library)).run

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from spikerl.machine import versions
 from spikerl.models.actor import MLPActor
-from spikerl.models.policy import Policy
+from spikerl.models.policy import Policy, task_data
 from spikerl.snn.decoders import LinearDecoder, RateDecoder
 from spikerl.snn.encoders import PopulationEncoder
 
-SCHEMA = 1
+SCHEMA = 2  # 2: everything that an evaluation needs
 
 NORMALIZER = "x = min(max((obs - mean) / std, -clip), clip)"
 ACTION = "act = min(max(low + (tanh(y) + 1) * half_range, least), most)"
@@ -59,9 +59,7 @@ def describe(format: str, policy: Policy, dt: float | None) -> dict[str, Any]:
     data: dict[str, Any] = {
         "schema": SCHEMA,
         "format": format,
-        "env_id": task.env_id,
-        "obs_shape": list(task.obs_shape),
-        "act_shape": list(task.act_shape),
+        **task_data(task),
         "normalizer": {
             "equation": NORMALIZER,
             "mean": mean.tolist(),
@@ -99,7 +97,7 @@ def describe(format: str, policy: Policy, dt: float | None) -> dict[str, Any]:
             "neuron": {"equation": neuron, **asdict(config.neuron)},
             "decoder": {"equation": DECODERS[config.decoder.name], **asdict(config.decoder)},
         }
-        if format == "nir":
+        if format in ("nir", "loihi"):
             data["encoder"] |= encoder_arrays(actor.encoder)
             data["decoder"] |= decoder_arrays(actor.decoder)
     here = versions()

@@ -9,8 +9,7 @@ NIR's neurons are differential equations; a spike step is one forward Euler step
 All fire strictly above v_threshold and are then set to v_reset = 0. What comes before the first
 layer (normaliser, encoder) and behind the last (decoder, action) is in the contract.
 
-Shape legend   T spike steps, B observations, N neurons of a layer, O observation entries, P neurons
-of one population, A action entries.
+Shape legend   T spike steps, B observations, N neurons of a layer.
 """
 
 from __future__ import annotations
@@ -24,11 +23,13 @@ from typing import Any
 import numpy as np
 
 from spikerl.errors import BadRequest
+from spikerl.export.host import Host
 from spikerl.models.actor import SpikingActor
 from spikerl.models.policy import Policy
 from spikerl.snn.neurons import PLIF, CubaLIF, CubaLIFConfig, Neuron
 
 DT = 1e-4  # seconds; the step that snnTorch's reader assumes
+DEFLATED = 1032  # to how many bytes one may be unpacked, at most
 
 
 def check_here() -> None:
@@ -83,51 +84,32 @@ class Interpreter:
     """NIR's equations by forward Euler, in float64; encoder and decoder as the contract says."""
 
     def __init__(self, path: Path, contract: dict[str, Any], scratch: Path) -> None:
+        """A ValueError where the file holds another graph than `write` makes, or none."""
         nir: Any = import_module("nir")
+        check_content(path)
         graph = nir.read(path)
+        self.host, self.dt = Host(contract), float(contract["dt"])
         following = dict(graph.edges)
-        name, self.layers = following["input"], []
+        name, self.layers, width = following["input"], [], self.host.inputs
         while name != "output":
             weights, cells = graph.nodes[name], graph.nodes[following[name]]
+            width = check_layer(nir, weights, cells, width)
             self.layers.append((weights, cells))
             name = following[following[name]]
-        self.contract, self.dt = contract, float(contract["dt"])
-        self.encodes = contract["encoder"]["name"] in ("population", "tanh_population")
+            if len(self.layers) > len(graph.nodes):
+                raise ValueError("its edges lead round in a circle")
+        self.host.check_layers([len(weights.bias) for weights, _ in self.layers])
 
     def spikes(self, obs_BO: np.ndarray) -> list[np.ndarray]:
-        first = self.encode(obs_BO)
-        layers, x_TBN = [first] if self.encodes else [], first
+        first = self.host.encode(obs_BO)
+        layers, x_TBN = [first] if self.host.encodes else [], first
         for weights, cells in self.layers:
             x_TBN = self.scan(cells, x_TBN @ weights.weight.T.astype(np.float64) + weights.bias)
             layers.append(x_TBN)
         return [layer.astype(bool) for layer in layers]
 
     def actions(self, obs_BO: np.ndarray) -> np.ndarray:
-        a = self.contract["action"]
-        y = self.decode(self.spikes(obs_BO)[-1].astype(np.float64))
-        act = np.array(a["low"]) + (np.tanh(y) + 1.0) * a["half_range"]
-        return np.minimum(np.maximum(act, a["least"]), a["most"]).astype(np.float32)
-
-    def encode(self, obs_BO: np.ndarray) -> np.ndarray:
-        """Spikes or currents, (T, B, O P) or (T, B, O)."""
-        c, e = self.contract["normalizer"], self.contract["encoder"]
-        x = (obs_BO.astype(np.float64) - c["mean"]) / c["std"]
-        x = np.minimum(np.maximum(x, -c["clip"]), c["clip"])
-        steps = self.contract["spike_steps"]
-        if e["name"] == "direct":
-            return np.repeat(x[None], steps, 0)
-        if e["name"] == "tanh_population":
-            x = np.tanh(x)
-        distance_BOP = x[:, :, None] - e["mean"]
-        activity = np.exp(-0.5 * distance_BOP**2 / np.square(e["std"])).reshape(len(x), -1)
-        if e["name"] == "analog":
-            return np.repeat(activity[None], steps, 0)
-        voltage, spikes = np.zeros_like(activity), []
-        for _ in range(steps):
-            voltage = voltage + activity
-            spikes.append((voltage > e["threshold"]).astype(np.float64))
-            voltage = voltage - e["threshold"] * spikes[-1]
-        return np.stack(spikes)
+        return self.host.actions(self.spikes(obs_BO)[-1].astype(np.float64))
 
     def scan(self, cells: Any, drive_TBN: np.ndarray) -> np.ndarray:
         """One layer's spikes, (T, B, N), from rest."""
@@ -147,22 +129,44 @@ class Interpreter:
             spikes.append(fired.astype(np.float64))
         return np.stack(spikes)
 
-    def decode(self, spikes_TBN: np.ndarray) -> np.ndarray:
-        """y, (B, A)."""
-        d = self.contract["decoder"]
-        weight, bias = np.array(d["weight"]), np.array(d["bias"])
-        if d["name"] == "linear":
-            return spikes_TBN.mean(0) @ weight + bias
-        spikes_TBAP = spikes_TBN.reshape(*spikes_TBN.shape[:2], *weight.shape)
-        charge_TBA = (spikes_TBAP * weight).sum(-1) + bias
-        if d["name"] == "rate":
-            return charge_TBA.mean(0)
-        voltages = [charge_TBA[0]]
-        for charge in charge_TBA[1:]:
-            voltages.append(d["voltage_decay"] * voltages[-1] + charge)
-        if d["read"] == "last":
-            return voltages[-1]
-        if d["read"] == "mean":
-            return np.mean(voltages, 0)
-        high, low = np.max(voltages, 0), np.min(voltages, 0)
-        return np.where(np.abs(high) > np.abs(low), high, low)
+
+def check_layer(nir: Any, weights: Any, cells: Any, inputs: int) -> int:
+    """Neurons of a layer; a ValueError unless its parts fit each other and `inputs`."""
+    if type(weights) is not nir.Affine or type(cells) not in (nir.LIF, nir.CubaLIF):
+        raise ValueError("it has nodes that no exported policy has")
+    n = len(weights.bias)
+    arrays = [value for key, value in vars(cells).items() if isinstance(value, np.ndarray)]
+    fits = np.shape(weights.weight) == (n, inputs) and all(a.shape == (n,) for a in arrays)
+    if not fits or not all(np.isfinite(a).all() for a in (weights.weight, weights.bias, *arrays)):
+        raise ValueError("its layers do not fit each other")
+    taus = [getattr(cells, key) for key in ("tau", "tau_mem", "tau_syn") if hasattr(cells, key)]
+    if not all((tau > 0.0).all() for tau in taus):
+        raise ValueError("it has a time constant that is not above 0")
+    return n
+
+
+def check_content(path: Path) -> None:
+    """A ValueError where HDF5 would read another file, or claims more than the file can hold."""
+    h5py: Any = import_module("h5py")
+    size = path.stat().st_size
+    claimed, seen = 0, set()
+    with h5py.File(path, "r") as file:
+        groups = [file]
+        while groups:
+            group = groups.pop()
+            place = h5py.h5o.get_info(group.id).addr
+            if place in seen:
+                raise ValueError("its groups lead round in a circle")
+            seen.add(place)
+            for name in group:
+                if type(group.get(name, getlink=True)) is not h5py.HardLink:
+                    raise ValueError("it refers to other data")
+                member = group[name]
+                if isinstance(member, h5py.Group):
+                    groups.append(member)
+                elif member.external or member.is_virtual:
+                    raise ValueError("it refers to other files")
+                else:
+                    claimed += member.nbytes
+    if claimed > DEFLATED * size:
+        raise ValueError("it claims more values than it holds")

@@ -9,6 +9,7 @@ entries.
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,12 @@ from spikerl.snn.neurons import ALIF, PLIF, CubaLIF, Dynamic, Neuron
 
 OPSET, IR_VERSION = 17, 8  # of 2022: what runtimes on small machines read
 PACKAGES = ("onnx", "onnxruntime")
+# What `write` uses, and all that is accepted: each costs about what its values take.
+OPERATORS = {
+    "Abs", "Add", "Cast", "Clip", "Concat", "Div", "Exp", "Flatten", "Greater", "MatMul", "Max",
+    "Min", "Mul", "Relu", "Sub", "Sum", "Tanh", "Unsqueeze", "Where",
+}  # fmt: skip
+MOST_VALUES = 1 << 20  # that one of them has, of one observation
 
 
 def check_here() -> None:
@@ -259,9 +266,12 @@ class Interpreter:
     """The file as onnxruntime runs it."""
 
     def __init__(self, path: Path, contract: dict[str, Any], scratch: Path) -> None:
+        """A ValueError where the file is of another make than `write`'s."""
         onnx: Any = import_module("onnx")
-        self.session = session(path.read_bytes())
-        model = onnx.load(path)
+        content = path.read_bytes()
+        model = onnx.load_model_from_string(content)  # and no other file
+        check_graph(onnx, model)
+        self.session = session(content)
         self.steps = contract.get("spike_steps", 0)
         written = {name for node in model.graph.node for name in node.output}
         self.layers: list[list[str]] = []
@@ -282,6 +292,29 @@ class Interpreter:
     def actions(self, obs_BO: np.ndarray) -> np.ndarray:
         act: np.ndarray = self.session.run(["act"], {"obs": obs_BO})[0]
         return act
+
+
+def check_graph(onnx: Any, model: Any) -> None:
+    """A ValueError where it has parts that `write` does not make, or values of unknown size."""
+    graph, domains = model.graph, {opset.domain for opset in model.opset_import}
+    own = {attribute.type for node in graph.node for attribute in node.attribute}
+    plain = own <= {onnx.AttributeProto.INT}  # axis, to; none is a graph
+    if domains != {""} or not plain or {node.op_type for node in graph.node} - OPERATORS:
+        raise ValueError("it has operators that no exported policy has")
+    if model.functions or graph.sparse_initializer:
+        raise ValueError("it has parts that no exported policy has")
+    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in graph.initializer):
+        raise ValueError("it refers to other files")
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    known = {value.name: value.type.tensor_type for value in inferred.value_info}
+    known |= {value.name: value.type.tensor_type for value in (*inferred.input, *inferred.output)}
+    for node in graph.node:
+        for name in node.output:
+            dims = known[name].shape.dim if name in known else []
+            # The first may be the batch's.
+            sizes = [d.dim_value for d in dims[1:]] + [max(d.dim_value, 1) for d in dims[:1]]
+            if not dims or min(sizes) < 1 or math.prod(sizes) > MOST_VALUES:
+                raise ValueError("it has values whose size is not known, or too large")
 
 
 def session(model: bytes) -> Any:

@@ -6,6 +6,7 @@ entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from spikerl.envs.make import EnvConfig, make_env, task_of
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, NonFinite
 from spikerl.kernels import reference
-from spikerl.models.actor import SpikingActor
+from spikerl.models.actor import Activity, SpikingActor
 from spikerl.models.policy import Policy, check_shapes
 from spikerl.seeding import seed_for
 from spikerl.snn.encoders import Encoder, PopulationEncoder
@@ -30,6 +31,7 @@ TOLERANCE = 1e-6  # of actions, relative to the larger bound
 # Voltages nearer to their threshold, relative to the layer's largest, are decided by the order in
 # which float32 numbers are added, which differs between the policy's own kernels too.
 ROUNDING = 2.0**-18
+PIECE = 128  # observations whose spikes are counted at once
 
 
 class ProofFailed(RuntimeError):
@@ -59,14 +61,25 @@ class Recorded:
     set_aside: int
 
 
+# What a file must reproduce of raw observations, float32 (B, O).
+Reference = Callable[[Policy, np.ndarray], "Recorded"]
+
+
 def prove(
-    policy: Policy, file: Interpreter, env: EnvConfig | None, episodes: int, seed: int
+    policy: Policy,
+    file: Interpreter,
+    env: EnvConfig | None,
+    episodes: int,
+    seed: int,
+    emulated: Reference | None = None,
 ) -> dict[str, Any]:
     """What was compared, for the contract; ProofFailed names the first difference.
 
-    `env`: None where the environment is unknown; observations are then drawn.
+    `env`: None where the environment is unknown; observations are then drawn. `emulated`: of a
+    format that only approximates the policy, what its file must do; how far that is from what the
+    policy does is then measured.
     """
-    recorded = record(policy, env, episodes, seed)
+    recorded = record(policy, env, episodes, seed, emulated)
     spikes = file.spikes(recorded.obs_BO)
     compare_spikes(recorded, spikes)
     act_BA = file.actions(recorded.obs_BO)
@@ -82,14 +95,31 @@ def prove(
         "return_mean": None,
         "return_mean_of_policy": None,
     }
+    if emulated is not None:
+        proof |= {"return_change": None, **against_policy(policy, recorded.obs_BO, file)}
     if env is not None:
         evaluator = Evaluator(env, episodes, seed)
         try:
-            proof["return_mean"] = evaluator.run(FilePolicy(policy, file), 0).mean
-            proof["return_mean_of_policy"] = evaluator.run(policy, 0).mean
+            own = evaluator.run(FilePolicy(policy.task, file), 0).mean
+            of_policy = evaluator.run(policy, 0).mean
         finally:
             evaluator.close()
+        proof |= {"return_mean": own, "return_mean_of_policy": of_policy}
+        if emulated is not None and of_policy != 0.0:
+            proof["return_change"] = (own - of_policy) / abs(of_policy)
     return proof
+
+
+def against_policy(policy: Policy, obs_BO: np.ndarray, file: Interpreter) -> dict[str, Any]:
+    """How an approximation differs: the share of each layer's spikes, and actions."""
+    recorded = recorded_of(policy, obs_BO)
+    pairs = zip(recorded.spikes, file.spikes(recorded.obs_BO), strict=True)
+    difference = difference_of(policy.task, recorded, file.actions(recorded.obs_BO))
+    return {
+        "spikes_unlike_policy": [float((ours != theirs).mean()) for ours, theirs in pairs],
+        "mean_action_difference_from_policy": float(difference.mean()),
+        "largest_action_difference_from_policy": float(difference.max()),
+    }
 
 
 class InUnits(Task):
@@ -99,25 +129,60 @@ class InUnits(Task):
         return self.typed(act.reshape(*act.shape[:-1], *self.act_shape))
 
 
-class FilePolicy(Policy):
-    """Acts by the file alone; the rest of the policy says what its environment is."""
+class FilePolicy:
+    """Acts by a file alone; the task says what its environment is."""
 
-    def __init__(self, policy: Policy, file: Interpreter) -> None:
-        task = InUnits(**{f.name: getattr(policy.task, f.name) for f in fields(policy.task)})
-        super().__init__(task, policy.config, policy.actor, policy.norm)
-        self.file = file
+    def __init__(
+        self,
+        task: Task,
+        file: Interpreter,
+        *,
+        encoder_spikes: bool = True,
+        trained_with: dict[str, str] | None = None,
+    ) -> None:
+        self.trained_with = trained_with or {}
+        self.task: Task = InUnits(**{f.name: getattr(task, f.name) for f in fields(task)})
+        self.file, self.encoder_spikes = file, encoder_spikes
+        self.device = torch.device("cpu")
 
     def act(self, obs_BO: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """Actions (B, A), here in the environment's units."""
-        return self.file.actions(obs_BO.astype(np.float32))
+        act_BA = self.file.actions(obs_BO.astype(np.float32))
+        if not np.isfinite(act_BA).all():
+            raise NonFinite("the exported file gave an action that is a NaN or an infinity")
+        return act_BA
+
+    def observe(self, obs_BO: np.ndarray) -> Tensor:
+        """Raw, as the file normalises."""
+        return torch.from_numpy(obs_BO.astype(np.float32))
+
+    def activity(self, seen_BO: Tensor, generator: torch.Generator) -> Activity | None:
+        """None where it is dense."""
+        counts: list[Tensor] = []
+        for piece in seen_BO.split(PIECE):
+            spikes = self.file.spikes(piece.numpy())
+            sums = [torch.from_numpy(layer.sum((0, 1), np.float64)) for layer in spikes]
+            counts = [a + b for a, b in zip(counts, sums, strict=True)] if counts else sums
+        if not counts:
+            return None
+        samples = len(seen_BO) * len(spikes[0])
+        if not self.encoder_spikes:
+            counts.insert(0, torch.zeros(1, dtype=torch.float64))
+        return Activity(counts, [], samples, self.encoder_spikes)
 
 
-def record(policy: Policy, env: EnvConfig | None, episodes: int, seed: int) -> Recorded:
+def record(
+    policy: Policy,
+    env: EnvConfig | None,
+    episodes: int,
+    seed: int,
+    reference: Reference | None = None,
+) -> Recorded:
     """At least LEAST observations, of as many episodes as that takes."""
     while True:
         obs_BO = observations(policy, env, episodes, seed)
         picked = obs_BO[np.linspace(0, len(obs_BO) - 1, min(len(obs_BO), MOST)).astype(int)]
-        recorded = recorded_of(policy, picked)
+        recorded = (reference or recorded_of)(policy, picked)
         episodes *= 2
         if len(recorded.obs_BO) >= LEAST or len(obs_BO) > MOST or episodes > MOST_EPISODES:
             break
@@ -147,12 +212,12 @@ def observations(policy: Policy, env: EnvConfig | None, episodes: int, seed: int
 def recorded_of(policy: Policy, obs_BO: np.ndarray) -> Recorded:
     actor = policy.actor
     x = policy.norm.normalize(torch.from_numpy(obs_BO))
-    exact = deepcopy(actor).double()  # so that a difference is the file's rounding alone
-    if not isinstance(actor, SpikingActor) or not isinstance(exact, SpikingActor):
+    if not isinstance(actor, SpikingActor):
+        exact = deepcopy(actor).double()
         exact.dtype = torch.float64
         return Recorded(obs_BO, [], in_units(policy, exact(x.double())), 0)
     layers, states = reference.record(actor, x, None)
-    act_BA = in_units(policy, exact.decoder(layers[-1].double()).tanh())
+    act_BA = decoded(policy, layers[-1])
     near = encoder_near(actor.encoder, x, actor.spike_steps)
     for neuron, own in zip(actor.neurons, states, strict=True):
         excess_TBN = torch.stack([neuron.excess(state) for state in own])
@@ -162,6 +227,13 @@ def recorded_of(policy: Policy, obs_BO: np.ndarray) -> Recorded:
     fired = layers if actor.encoder.spikes else layers[1:]
     spikes = [layer.bool().numpy()[:, clear] for layer in fired]
     return Recorded(obs_BO[clear], spikes, act_BA[clear], int(near.sum()))
+
+
+def decoded(policy: Policy, spikes_TBN: Tensor) -> np.ndarray:
+    """Actions (B, A) of the last layer's spikes, so that a difference is the file's rounding."""
+    assert isinstance(policy.actor, SpikingActor)
+    decoder = deepcopy(policy.actor.decoder).double()
+    return in_units(policy, decoder(spikes_TBN.double()).tanh())
 
 
 def in_units(policy: Policy, act_BA: Tensor) -> np.ndarray:
@@ -203,10 +275,9 @@ def compare_spikes(recorded: Recorded, spikes: list[np.ndarray]) -> None:
 
 def compare_actions(task: Task, recorded: Recorded, act_BA: np.ndarray) -> float:
     """The largest difference, relative to the larger bound of its entry."""
-    scale_A = np.maximum(np.abs(task.act_low), np.abs(task.act_high))
     if act_BA.shape != recorded.act_BA.shape:
         raise ProofFailed(f"its actions are {act_BA.shape}")
-    difference = np.abs(act_BA.astype(np.float64) - recorded.act_BA) / scale_A
+    difference = difference_of(task, recorded, act_BA)
     if not (difference <= TOLERANCE).all():
         b, a = np.unravel_index(int(np.argmax(~(difference <= TOLERANCE))), difference.shape)
         raise ProofFailed(
@@ -214,6 +285,12 @@ def compare_actions(task: Task, recorded: Recorded, act_BA: np.ndarray) -> float
             f" {recorded.act_BA[b, a]:.9g}"
         )
     return float(difference.max())
+
+
+def difference_of(task: Task, recorded: Recorded, act_BA: np.ndarray) -> np.ndarray:
+    scale_A = np.maximum(np.abs(task.act_low), np.abs(task.act_high))
+    difference: np.ndarray = np.abs(act_BA.astype(np.float64) - recorded.act_BA) / scale_A
+    return difference
 
 
 def known_env(policy: Policy, run: str, env_id: str | None) -> EnvConfig | None:

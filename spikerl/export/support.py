@@ -12,13 +12,13 @@ from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.snn.neurons import NeuronConfig
 
-FORMATS = ("c", "onnx", "nir")
-FAITHFUL, REFUSED = "faithful", "refused"
+FORMATS = ("c", "onnx", "nir", "loihi")
+FAITHFUL, APPROXIMATE, REFUSED = "faithful", "approximate", "refused"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a format holds one part of a policy; no format so far has an approximate one."""
+    """How a format holds one part of a policy."""
 
     level: str
     reason: str = ""
@@ -28,20 +28,25 @@ class Verdict:
 
 
 YES = Verdict(FAITHFUL)
+INSIDE = {"nir": "the graph", "loihi": "the chip"}  # what a contract has the surroundings of
 
 
 def neuron_verdict(format: str, name: str, reset: str, decays: tuple[float, ...] = ()) -> Verdict:
     """`decays`: the shares that are kept, where they are known."""
     if name not in NEURONS:
         return Verdict(REFUSED, "a plugin's equation is not known here")
-    if format != "nir":
+    if format in ("c", "onnx"):
         return YES
+    none = {"nir": "no NIR primitive", "loihi": "no neuron of the chip"}[format]
     if name == "alif":
-        return Verdict(REFUSED, "no NIR primitive has a threshold that adapts")
+        return Verdict(REFUSED, f"{none} has a threshold that adapts")
     if name == "dynamic":
-        return Verdict(REFUSED, "no NIR primitive is of second order")
+        return Verdict(REFUSED, f"{none} is of second order")
     if reset == "soft":
-        return Verdict(REFUSED, "NIR neurons reset to v_reset, not by the threshold")
+        where = {"nir": "NIR neurons reset to v_reset", "loihi": "the chip's neurons reset to 0"}
+        return Verdict(REFUSED, f"{where[format]}, not by the threshold")
+    if format == "loihi":
+        return Verdict(APPROXIMATE, "weights of 8 bits, decays of 1/4096")
     if 1.0 in decays:
         return Verdict(REFUSED, "a decay of 1 would need an infinite time constant")
     kind = {"cuba_lif": "CubaLIF", "plif": "LIF, with the trained decay"}.get(name, "LIF")
@@ -53,23 +58,31 @@ def encoder_verdict(format: str, name: str) -> Verdict:
         return Verdict(REFUSED, "a plugin's equation is not known here")
     if name == "poisson":
         return Verdict(REFUSED, "it draws its spikes, and the file has no random numbers")
-    if format == "nir" and name == "learned":
+    if format in ("c", "onnx"):
+        return YES
+    if format == "loihi" and name not in ("population", "tanh_population"):
+        return Verdict(REFUSED, "it gives currents, and the chip takes spikes")
+    if name == "learned":
         return Verdict(REFUSED, "its matrix belongs to no layer, and the contract holds none")
-    return Verdict(FAITHFUL, "in the contract, before the graph") if format == "nir" else YES
+    return Verdict(FAITHFUL, f"in the contract, before {INSIDE[format]}")
 
 
 def decoder_verdict(format: str, name: str) -> Verdict:
     if name not in DECODERS:
         return Verdict(REFUSED, "a plugin's equation is not known here")
-    if format == "nir" and name == "ilc":
-        return Verdict(REFUSED, "NIR leaves the delay of a recurrent connection open")
-    if format == "nir" and name == "learned":
+    if format in ("c", "onnx"):
+        return YES
+    if name == "learned":
         return Verdict(REFUSED, "its matrix over all spike steps belongs to no layer")
-    return Verdict(FAITHFUL, "in the contract, behind the graph") if format == "nir" else YES
+    if name == "ilc" and format == "nir":
+        return Verdict(REFUSED, "NIR leaves the delay of a recurrent connection open")
+    if name == "ilc":
+        return Verdict(APPROXIMATE, "lateral weights of 8 bits, on the chip")
+    return Verdict(FAITHFUL, f"in the contract, behind {INSIDE[format]}")
 
 
 def dense_verdict(format: str) -> Verdict:
-    if format == "nir":
+    if format in ("nir", "loihi"):
         return Verdict(REFUSED, "a dense actor has no neurons; give c or onnx")
     return YES
 
@@ -115,5 +128,6 @@ def table() -> list[str]:
     rows += [(f"decoder `{n}`", [decoder_verdict(f, n) for f in FORMATS]) for n in DECODERS]
     rows.append(("dense actor (`mlp`)", [dense_verdict(format) for format in FORMATS]))
     rows.append(("parts of a plugin", [neuron_verdict(format, "", "hard") for format in FORMATS]))
-    lines = [f"| | {' | '.join(f'`{format}`' for format in FORMATS)} |", "|---|---|---|---|"]
+    lines = [f"| | {' | '.join(f'`{format}`' for format in FORMATS)} |"]
+    lines.append("|---" * (1 + len(FORMATS)) + "|")
     return lines + [f"| {name} | {' | '.join(map(str, row))} |" for name, row in rows]

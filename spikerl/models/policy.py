@@ -20,12 +20,21 @@ import safetensors
 import torch
 from safetensors.torch import load
 from safetensors.torch import save as tensor_bytes
+from torch import Tensor
 
 from spikerl import kernels, plugins
 from spikerl.errors import BadRequest
 from spikerl.files import json_bytes, read_bytes, read_json, write_atomic
 from spikerl.machine import resolve_device, versions
-from spikerl.models.actor import ACTORS, Actor, ActorConfig, PopSANConfig, SpikingActor, build_actor
+from spikerl.models.actor import (
+    ACTORS,
+    Activity,
+    Actor,
+    ActorConfig,
+    PopSANConfig,
+    SpikingActor,
+    build_actor,
+)
 from spikerl.models.normalizer import RunningNorm
 from spikerl.snn.decoders import DECODERS
 from spikerl.snn.encoders import ENCODERS
@@ -129,8 +138,17 @@ class Policy:
     @torch.no_grad()
     def act(self, obs_BO: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """Actions (B, A) in [-1, 1]."""
-        obs = self.norm.observe(obs_BO, self.device)
-        return self.actor(obs, generator).cpu().numpy()
+        return self.actor(self.observe(obs_BO), generator).cpu().numpy()
+
+    def observe(self, obs_BO: np.ndarray) -> Tensor:
+        """What the actor sees of raw observations, (B, O)."""
+        return self.norm.observe(obs_BO, self.device)
+
+    def activity(self, seen_BO: Tensor, generator: torch.Generator) -> Activity | None:
+        """How it fires on what `observe` gave; None where it is dense."""
+        if not isinstance(self.actor, SpikingActor):
+            return None
+        return self.actor.activity(seen_BO, generator)
 
     def save(self, folder: Path) -> None:
         for name, content in self.files().items():
@@ -140,16 +158,9 @@ class Policy:
         """What `save` writes, by name."""
         tensors = {f"actor.{k}": v.detach().clone() for k, v in self.actor.state_dict().items()}
         tensors |= {f"norm.{k}": v for k, v in self.norm.state().items()}
-        t = self.task
         data = {
             "schema": SCHEMA,
-            "env_id": t.env_id,
-            "obs_shape": list(t.obs_shape),
-            "act_shape": list(t.act_shape),
-            "act_low": t.act_low.tolist(),
-            "act_high": t.act_high.tolist(),
-            "max_episode_steps": t.max_episode_steps,
-            **_optional(t),
+            **task_data(self.task),
             "norm_clip": self.norm.clip,
             **{k: v for k, v in asdict(self.config).items() if v is not None},
             "versions": self.trained_with or versions(),
@@ -221,6 +232,45 @@ def upgraded(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "schema": SCHEMA}
 
 
+def task_data(task: Task) -> dict[str, Any]:
+    """What `read_task` reads."""
+    return {
+        "env_id": task.env_id,
+        "obs_shape": list(task.obs_shape),
+        "act_shape": list(task.act_shape),
+        "act_low": task.act_low.tolist(),
+        "act_high": task.act_high.tolist(),
+        "max_episode_steps": task.max_episode_steps,
+        **_optional(task),
+    }
+
+
+def read_task(data: dict[str, Any]) -> Task:
+    """A KeyError, TypeError, ValueError or OverflowError names the key that is not sound."""
+    task = Task(
+        str(data["env_id"]),
+        tuple(int(n) for n in data["obs_shape"]),
+        tuple(int(n) for n in data["act_shape"]),
+        np.array(data["act_low"], np.float64),
+        np.array(data["act_high"], np.float64),
+        int(data["max_episode_steps"]),
+        **_read_optional(data),
+    )
+    if not task.env_id.isprintable():
+        raise ValueError("env_id, which cannot be printed")
+    if min(*task.obs_shape, *task.act_shape, task.max_episode_steps, 1) < 1:
+        raise ValueError("obs_shape, act_shape or max_episode_steps")
+    if task.max_episode_steps > MAX_EPISODE_STEPS:
+        raise ValueError(f"max_episode_steps, which is above {MAX_EPISODE_STEPS}")
+    if task.act_low.shape != (task.act_dim,) or task.act_high.shape != (task.act_dim,):
+        raise ValueError("act_low and act_high, which do not fit act_shape")
+    if not np.isfinite([task.act_low, task.act_high]).all():
+        raise ValueError("act_low or act_high, which are not finite")
+    if not (task.act_low < task.act_high).all():
+        raise ValueError("act_low and act_high, which leave no room")
+    return task
+
+
 def _optional(task: Task) -> dict[str, Any]:
     """What only some tasks have."""
     layout = [[list(entry.path), list(entry.shape), entry.start] for entry in task.layout]
@@ -281,31 +331,15 @@ def read_policy(
         raise BadRequest(key, folder, "policy.json garbles plugins")
     plugins.check_there(key, folder, needed)
     try:
-        task = Task(
-            str(data["env_id"]),
-            tuple(int(n) for n in data["obs_shape"]),
-            tuple(int(n) for n in data["act_shape"]),
-            np.array(data["act_low"], np.float64),
-            np.array(data["act_high"], np.float64),
-            int(data["max_episode_steps"]),
-            **_read_optional(data),
-        )
+        task = read_task(data)
         clip = float(data["norm_clip"])
         trained_with = {str(k): str(v) for k, v in dict(data["versions"]).items()}
-        if not all(text.isprintable() for text in (task.env_id, *trained_with.values())):
-            raise ValueError("env_id or versions, which cannot be printed")
         if not trained_with:
             raise ValueError("versions")
-        if min(*task.obs_shape, *task.act_shape, task.max_episode_steps, 1) < 1 or not clip > 0.0:
-            raise ValueError("obs_shape, act_shape, max_episode_steps or norm_clip")
-        if task.max_episode_steps > MAX_EPISODE_STEPS:
-            raise ValueError(f"max_episode_steps, which is above {MAX_EPISODE_STEPS}")
-        if task.act_low.shape != (task.act_dim,) or task.act_high.shape != (task.act_dim,):
-            raise ValueError("act_low and act_high, which do not fit act_shape")
-        if not (np.isfinite([task.act_low, task.act_high]).all() and np.isfinite(clip)):
-            raise ValueError("act_low, act_high or norm_clip, which are not finite")
-        if not (task.act_low < task.act_high).all():
-            raise ValueError("act_low and act_high, which leave no room")
+        if not all(text.isprintable() for text in trained_with.values()):
+            raise ValueError("versions, which cannot be printed")
+        if not (clip > 0.0 and np.isfinite(clip)):
+            raise ValueError("norm_clip")
         if len(data["actor"]["hidden_sizes"]) > len(tensors):
             raise ValueError("hidden_sizes")
         config = parse_actor(data)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,9 +20,9 @@ from spikerl.envs.make import FLOAT32_MAX, CheckedEnv, EnvConfig, make_env
 from spikerl.envs.vector import describe_error
 from spikerl.errors import BadRequest, EnvironmentFailed, NonFinite
 from spikerl.isolation import UserCode
-from spikerl.models.actor import Activity, SpikingActor
-from spikerl.models.policy import Policy
+from spikerl.models.actor import Activity
 from spikerl.seeding import RESET_BITS, generator_for, reset_seed
+from spikerl.types import Task
 
 SIDE_BY_SIDE = 10  # episodes that run together, as one batch through the actor
 PROBED = 1024  # observations, evenly spaced over all episodes, that firing is measured on
@@ -49,6 +50,19 @@ class Evaluation:
         return float(np.mean(self.lengths))
 
 
+class Acting(Protocol):
+    """What an evaluation needs of a policy."""
+
+    task: Task
+    device: torch.device
+
+    def act(self, obs_BO: np.ndarray, generator: torch.Generator) -> np.ndarray: ...
+
+    def observe(self, obs_BO: np.ndarray) -> Tensor: ...
+
+    def activity(self, seen_BO: Tensor, generator: torch.Generator) -> Activity | None: ...
+
+
 class Evaluator:
     """Runs episodes on environments that it keeps; training never sees them, nor the reverse.
 
@@ -72,7 +86,7 @@ class Evaluator:
                 self.note = f"note: {len(self.envs)} episodes at a time, as {error.args[2]}"
                 break
 
-    def run(self, policy: Policy, evaluation: int) -> Evaluation:
+    def run(self, policy: Acting, evaluation: int) -> Evaluation:
         """Evaluation number `evaluation`: episode i starts from seed (run seed, evaluation, i)."""
         key = (evaluation, self.world.rank, 0)  # longer than an episode's, so never the same
         generator = generator_for(self.run_seed, "eval", *key, device=policy.device)
@@ -83,9 +97,7 @@ class Evaluator:
             episodes += list(zip(numbers, returns, lengths, strict=True))
             seen += observed
         probed = self._probed(policy, seen)
-        own = None
-        if isinstance(policy.actor, SpikingActor) and len(probed):
-            own = policy.actor.activity(probed, generator)
+        own = policy.activity(probed, generator) if len(probed) else None
         parts = self.world.gather_objects((episodes, own))
         merged = sorted(episode for episodes, _ in parts for episode in episodes)
         activities = [activity for _, activity in parts if activity is not None]
@@ -93,7 +105,7 @@ class Evaluator:
         returns, lengths = [ret for _, ret, _ in merged], [n for _, _, n in merged]
         return Evaluation(returns, lengths, activity, probed)
 
-    def observations(self, policy: Policy) -> np.ndarray:
+    def observations(self, policy: Acting) -> np.ndarray:
         """Every raw observation (M, O) of this worker's episodes, those of evaluation 0."""
         generator = generator_for(self.run_seed, "eval", 0, self.world.rank, 0)
         seen = []
@@ -118,7 +130,7 @@ class Evaluator:
             yield self.mine[first : first + at_once]
 
     def _wave(
-        self, policy: Policy, seeds: list[int], generator: torch.Generator
+        self, policy: Acting, seeds: list[int], generator: torch.Generator
     ) -> tuple[list[float], list[int], list[np.ndarray]]:
         envs = self.envs[: len(seeds)]
         env_id = policy.task.env_id
@@ -154,9 +166,9 @@ class Evaluator:
                     running.remove(i)
         return returns, lengths, seen
 
-    def _probed(self, policy: Policy, seen: list[np.ndarray]) -> Tensor:
+    def _probed(self, policy: Acting, seen: list[np.ndarray]) -> Tensor:
         if not seen:
             return torch.empty(0, policy.task.obs_dim, dtype=torch.float32)
         rows = np.concatenate(seen)
         picked = rows[np.linspace(0, len(rows) - 1, min(len(rows), PROBED)).astype(int)]
-        return policy.norm.observe(picked, policy.device)
+        return policy.observe(picked)

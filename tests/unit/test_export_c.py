@@ -147,7 +147,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("typed", "line"),
     [
-        (["format=loihi"], "format=loihi: give one of c, onnx, nir"),
+        (["format=tpu"], "format=tpu: give one of c, onnx, nir, loihi"),
         (["policy=step_3"], "policy=step_3: give last or best"),
         (["episodes=0"], "episodes=0: give at least 1"),
         (["file={run}/no/x.c"], "file={run}/no/x.c: {run}/no is no folder that can be written"),

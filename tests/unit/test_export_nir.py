@@ -82,7 +82,7 @@ def test_snntorch_fires_the_same(tmp_path: Path) -> None:
     recorded = proof.record(policy, None, 1, 0)
     net = import_from_nir(reader.read(tmp_path / "policy.nir"))
     state, fired = None, []
-    encoded = torch.from_numpy(ours.encode(recorded.obs_BO)).float()
+    encoded = torch.from_numpy(ours.host.encode(recorded.obs_BO)).float()
     with torch.no_grad():
         for spikes in encoded:
             out, state = net(spikes, state)

@@ -13,10 +13,11 @@ from builders import lif_config
 from exports import DIRECT, config, policy_of, saved, task
 from shell import spikerl
 
-from spikerl.commands.export import FORMATS, publish
+from spikerl.commands.export import publish
 from spikerl.envs.make import EnvConfig
 from spikerl.export import proof, support
 from spikerl.export.contract import DECODERS, ENCODERS, NEURONS
+from spikerl.export.formats import FORMATS
 from spikerl.models.actor import CareBNConfig, SpikingActor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.seeding import RESET_BITS, reset_seed
@@ -44,7 +45,7 @@ class Constant:
 def test_the_return_is_the_files() -> None:
     policy = policy_of(config(), task(3, 1, "Pendulum-v1"))
     evaluator = Evaluator(PENDULUM, 1, 0)
-    result = evaluator.run(proof.FilePolicy(policy, Constant()), 0)
+    result = evaluator.run(proof.FilePolicy(policy.task, Constant()), 0)
     evaluator.close()
     env = gym.make("Pendulum-v1", max_episode_steps=20)
     env.reset(seed=reset_seed(RESET_BITS, 0, "eval", 0, 0))
