@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spikerl.config.yaml_file import check_confirmed
+from spikerl.distributed.launch import stop_signals
 from spikerl.energy import modelled, operations
 from spikerl.envs.make import EnvConfig, make_env, task_of
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, Stopped, stop_status
 from spikerl.files import shown
 from spikerl.machine import versions
 from spikerl.models.policy import Policy, check_shapes, load_policy
 from spikerl.output import answer
 from spikerl.reporting.operations import lines
 from spikerl.schema import parse
-from spikerl.training.evaluator import Evaluator
+from spikerl.training.evaluator import Evaluation, Evaluator
 from spikerl.training.video import Filmed, check_video, rates_of
 
 
@@ -48,6 +50,20 @@ class EvalRequest:
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl eval`."""
     request = parse(EvalRequest, data)
+    try:
+        with stop_signals() as stop:
+            done = evaluate(request, lambda: stop[0] if stop else 0)
+    except Stopped as stopped:
+        name = signal.Signals(stopped.number).name
+        print(f"spikerl: stopped on {name}; the evaluation has no result", file=sys.stderr)
+        return stop_status(stopped.number)
+    return report(request, *done)
+
+
+def evaluate(
+    request: EvalRequest, stop_signal: Callable[[], int]
+) -> tuple[Policy, str, Evaluation, list[Path]]:
+    """The policy, the environment's id, how the episodes went, and the videos of them."""
     policy = load_policy(request.run, request.device, policy=request.policy)
     if request.ops:
         operations.check(policy.actor)
@@ -79,9 +95,14 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         print(evaluator.note, file=sys.stderr)
     videos = film(request, evaluator, policy) if request.video != "false" else []
     try:
-        result = evaluator.run(policy, 0)
+        return policy, env_id, evaluator.run(policy, 0, stop_signal), videos
     finally:
         evaluator.close()
+
+
+def report(
+    request: EvalRequest, policy: Policy, env_id: str, result: Evaluation, videos: list[Path]
+) -> int:
     counted = None
     if request.ops:
         counted = operations.count(policy.actor, result.probed, policy.generator)

@@ -16,7 +16,7 @@ from typing import Any
 from spikerl.config.build import Config
 from spikerl.distributed.world import World, share
 from spikerl.energy.meter import joules_to_reach, total_joules
-from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest, DiskError
+from spikerl.errors import DONE, FAILED, INTERRUPTED, BadRequest, DiskError, stop_status
 from spikerl.files import shown, write_json, write_text
 from spikerl.machine import versions
 from spikerl.models.precision import why_slow
@@ -195,7 +195,7 @@ class Session:
                     self.keep_best(row)
                     self.record(row)
                 self.commit(self.folder)
-            if self.committed != trainer.step:  # stopped amid an epoch, or not saved at its end
+            if self.committed != trainer.step:  # stopped amid an epoch, or before its row was saved
                 self.commit(self.folder)
             return self.finish()
         except BaseException as error:
@@ -265,9 +265,8 @@ class Session:
         number = self.trainer.stopping
         status, code = "done", DONE
         if number:
-            interrupted = number == signal.SIGINT
-            status = "interrupted" if interrupted else "preempted"
-            code = INTERRUPTED if interrupted else PREEMPTED
+            code = stop_status(number)
+            status = "interrupted" if code == INTERRUPTED else "preempted"
         try:
             self.world.run_on_all(lambda: self.write_results(status))
         except DiskError as error:
