@@ -12,6 +12,7 @@ from typing import IO, Any, TypeVar
 
 T = TypeVar("T")
 _answers: IO[str] | None = None  # where `answer` writes, if not to standard output
+_found: dict[str, Any] = {}  # of the job that runs
 
 
 class Stream(io.TextIOWrapper):
@@ -80,6 +81,18 @@ def only_answers() -> Iterator[None]:
             yield
     finally:
         _answers = None
+
+
+@contextmanager
+def findings() -> Iterator[dict[str, Any]]:
+    """What the command that runs inside finds, for the table of a sweep."""
+    global _found
+    _found = {}
+    yield _found
+
+
+def found(**facts: Any) -> None:
+    _found.update(facts)
 
 
 def duration(seconds: float | None) -> str:

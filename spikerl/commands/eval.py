@@ -17,7 +17,7 @@ from spikerl.errors import BadRequest, Stopped, stop_status
 from spikerl.files import shown
 from spikerl.machine import versions
 from spikerl.models.policy import Policy, check_shapes, load_policy
-from spikerl.output import answer
+from spikerl.output import answer, found
 from spikerl.reporting.operations import lines
 from spikerl.schema import parse
 from spikerl.training.evaluator import Evaluation, Evaluator
@@ -103,6 +103,7 @@ def evaluate(
 def report(
     request: EvalRequest, policy: Policy, env_id: str, result: Evaluation, videos: list[Path]
 ) -> int:
+    found(env_id=env_id, eval_return=result.mean)
     counted = None
     if request.ops:
         counted = operations.count(policy.actor, result.probed, policy.generator)
