@@ -203,7 +203,7 @@ def finished(folder: Path, config: Config) -> bool:
     else:
         checkpoint = verified(folder, lambda text: None)
         run_folder.check_record(folder, checkpoint.manifest)
-        step, further = checkpoint.step, "a larger total_steps goes on with it"
+        step, further = checkpoint.step, "a larger total_steps trains it further"
     if record["status"] == "done" and step >= total:
         print(f"{shown(folder)} is done at step {step}; {further}")
         return True

@@ -25,6 +25,7 @@ from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, v
 from spikerl.runs.display import View, energy_text, epoch_line, stuck_layers
 from spikerl.runs.record import RunLog
 from spikerl.training.trainer import Row, Trainer
+from spikerl.types import Resolved
 
 FEW = 3  # warnings of one kind, at a time
 NOTHING_LEARNED = (
@@ -145,7 +146,7 @@ class Session:
         self.restore_best(checkpoint)
         record = run_folder.read_manifest(self.folder, key="resume")
         size, had = self.world.size, checkpoint.workers
-        moved = f"{had} workers became {size}: random streams and batches are others"
+        moved = f"{had} workers became {size}: random streams and batches differ from here on"
         reset = "environments of this kind go on from a reset"
         reasons = [moved] * (had != size) + [reset] * (not restored)
         event = {"time": run_folder.now(), "step": self.trainer.step, "exact": not reasons,
@@ -382,7 +383,13 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
     if run.scaling == "weak":
         rows = [algo.batch_size] * size
     each = str(rows[0]) if len(set(rows)) == 1 else f"{min(rows)} to {max(rows)}"
-    task = trainer.task
+    task, resolved = trainer.task, vars(config.resolved)
+
+    def why(name: str, resolved: Resolved) -> str:
+        """Nobody typed what a resumed run keeps."""
+        kept = run.resume and name in ("threads", "kernel") and resolved.reason == "requested"
+        return "as before" if kept else resolved.reason
+
     over = "in shared memory" if trainer.world.shm else f"over {config.resolved.backend.choice}"
     exchange = f"; gradients are summed {over}" if size > 1 else ""
     lines = [
@@ -392,7 +399,7 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
         f"{size} worker{'s' * (size > 1)} x {config.num_envs // size} environments;"
         f" global batch {sum(rows)} ({each} per worker, {run.scaling} scaling);"
         f" {trainer.updates_by(run.total_steps)} updates in {run.total_steps} steps{exchange}",
-        "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in vars(config.resolved).items()),
+        "; ".join(f"{name}={r.choice} ({why(name, r)})" for name, r in resolved.items()),
     ]
     if trainer.evaluator.note:
         lines.append(trainer.evaluator.note)
