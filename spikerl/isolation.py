@@ -14,6 +14,8 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # `signal` makes enums of what this says: slow
 import os
 import signal
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -120,20 +122,31 @@ _theirs: Settings | None = None  # where they differ from ours
 class UserCode:
     """Inside runs code of the user, with the settings that it left; behind it, ours are back."""
 
-    __slots__ = ("ours",)
+    __slots__ = ("ours", "pid")
 
     def __enter__(self) -> None:
-        self.ours = settings()
+        self.ours, self.pid = settings(), os.getpid()
         if _theirs is not None:
             kept = {name: getattr(self.ours, name) for name in OURS}
             change(self.ours, _theirs._replace(**kept))
 
     def __exit__(self, *error: object) -> None:
         global _theirs
+        end_if_forked(self.pid)
         now, _theirs = settings(), None
         if now != self.ours:
             _theirs = now
             change(now, self.ours)
+
+
+def end_if_forked(pid: int) -> None:
+    """End this process unless it is `pid`: users' code forked it and let it come back, and all that
+    follows, the run's files too, is its parent's.
+    """
+    if os.getpid() != pid:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
+        os._exit(1)
 
 
 def keep_theirs() -> None:

@@ -29,6 +29,10 @@ class Stream(io.TextIOWrapper):
     def flush(self) -> None:
         self._try(super().flush, None)
 
+    def close(self) -> None:
+        """Only what is left is written: users' code may close it, and the run has more to say."""
+        self.flush()
+
     def _try(self, act: Callable[[], T], otherwise: T) -> T:
         try:
             return act()
