@@ -2,8 +2,8 @@
 
 What is watched: torch's default type and device, gradients, autocast, deterministic algorithms and
 threads; numpy's error state; warning filters; whether the processor takes denormal numbers for 0
-(libraries built with -ffast-math switch that on as they are loaded); the working directory; and who
-receives the signals that stop a run.
+(libraries built with -ffast-math switch that on as they are loaded); what shows an exception that
+nobody caught; the working directory; and who receives the signals that stop a run.
 
 Not watched: the states of global random generators, as nothing here draws from them, and what no
 call can put back, such as environment variables that a library has read.
@@ -39,6 +39,7 @@ class Settings(NamedTuple):
     numpy_errors: Any
     filters: Sequence[Any]
     flushes: bool
+    hook: Any
     folder: str | None  # None: it was removed
     handlers: tuple[Any, ...]
 
@@ -60,6 +61,7 @@ def settings() -> Settings:
         numpy_errors.get(),
         warnings.filters[:],
         DENORMAL * 1.0 == 0.0,
+        sys.excepthook,
         folder,
         tuple(map(_signal.getsignal, STOPS)),
     )
@@ -103,6 +105,7 @@ SET: dict[str, Callable[[Settings], Any]] = {
     "numpy_errors": lambda to: numpy_errors.set(to.numpy_errors),
     "filters": _set_filters,
     "flushes": lambda to: torch.set_flush_denormal(to.flushes),
+    "hook": lambda to: setattr(sys, "excepthook", to.hook),
     "folder": _set_folder,
     "handlers": _set_handlers,
 }

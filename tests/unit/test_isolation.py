@@ -7,6 +7,7 @@ import ctypes
 import os
 import random
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -64,6 +65,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], Callable[[], Any]]] = {
     "numpy": (lambda _: np.seterr(all="raise"), np.geterr),
     "warnings": (lambda _: warnings.simplefilter("error"), lambda: list(warnings.filters)),
     "denormals": (lambda _: torch.set_flush_denormal(True), lambda: isolation.DENORMAL * 1.0),
+    "hook": (lambda _: setattr(sys, "excepthook", None), lambda: sys.excepthook),
     "folder": (os.chdir, os.getcwd),
     **{
         number.name: (partial(set_handler, number), partial(signal.getsignal, number))
