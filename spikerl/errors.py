@@ -1,6 +1,7 @@
 """The ways a run is refused, hindered or stopped by design, and the statuses it exits with."""
 
 import difflib
+import signal
 from collections.abc import Sequence
 
 # 75 and 130: stopped on request before the end; resume goes on.
@@ -28,6 +29,19 @@ class NonFinite(RuntimeError):
 
 class EnvironmentFailed(RuntimeError):
     """An environment raised, died, hung, or returned what its spaces do not say."""
+
+
+class Stopped(Exception):
+    """A signal ended what is begun anew when its run goes on; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def stop_status(number: int) -> int:
+    """How the program ends that was stopped by this signal."""
+    return INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
 
 def with_notes(error: Exception) -> str:

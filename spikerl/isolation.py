@@ -2,8 +2,8 @@
 
 What is watched: torch's default type and device, gradients, autocast, deterministic algorithms and
 threads; numpy's error state; warning filters; whether the processor takes denormal numbers for 0
-(libraries built with -ffast-math switch that on as they are loaded); the working directory; and who
-receives the signals that stop a run.
+(libraries built with -ffast-math switch that on as they are loaded); what shows an exception that
+nobody caught; the working directory; and who receives the signals that stop a run.
 
 Not watched: the states of global random generators, as nothing here draws from them, and what no
 call can put back, such as environment variables that a library has read.
@@ -14,6 +14,8 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # `signal` makes enums of what this says: slow
 import os
 import signal
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -37,6 +39,7 @@ class Settings(NamedTuple):
     numpy_errors: Any
     filters: Sequence[Any]
     flushes: bool
+    hook: Any
     folder: str | None  # None: it was removed
     handlers: tuple[Any, ...]
 
@@ -58,6 +61,7 @@ def settings() -> Settings:
         numpy_errors.get(),
         warnings.filters[:],
         DENORMAL * 1.0 == 0.0,
+        sys.excepthook,
         folder,
         tuple(map(_signal.getsignal, STOPS)),
     )
@@ -101,6 +105,7 @@ SET: dict[str, Callable[[Settings], Any]] = {
     "numpy_errors": lambda to: numpy_errors.set(to.numpy_errors),
     "filters": _set_filters,
     "flushes": lambda to: torch.set_flush_denormal(to.flushes),
+    "hook": lambda to: setattr(sys, "excepthook", to.hook),
     "folder": _set_folder,
     "handlers": _set_handlers,
 }
@@ -120,20 +125,31 @@ _theirs: Settings | None = None  # where they differ from ours
 class UserCode:
     """Inside runs code of the user, with the settings that it left; behind it, ours are back."""
 
-    __slots__ = ("ours",)
+    __slots__ = ("ours", "pid")
 
     def __enter__(self) -> None:
-        self.ours = settings()
+        self.ours, self.pid = settings(), os.getpid()
         if _theirs is not None:
             kept = {name: getattr(self.ours, name) for name in OURS}
             change(self.ours, _theirs._replace(**kept))
 
     def __exit__(self, *error: object) -> None:
         global _theirs
+        end_if_forked(self.pid)
         now, _theirs = settings(), None
         if now != self.ours:
             _theirs = now
             change(now, self.ours)
+
+
+def end_if_forked(pid: int) -> None:
+    """End this process unless it is `pid`: users' code forked it and let it come back, and all that
+    follows, the run's files too, is its parent's.
+    """
+    if os.getpid() != pid:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
+        os._exit(1)
 
 
 def keep_theirs() -> None:

@@ -12,6 +12,7 @@ from typing import IO, Any, TypeVar
 
 T = TypeVar("T")
 _answers: IO[str] | None = None  # where `answer` writes, if not to standard output
+_found: dict[str, Any] = {}  # of the job that runs
 
 
 class Stream(io.TextIOWrapper):
@@ -27,6 +28,10 @@ class Stream(io.TextIOWrapper):
 
     def flush(self) -> None:
         self._try(super().flush, None)
+
+    def close(self) -> None:
+        """Only what is left is written: users' code may close it, and the run has more to say."""
+        self.flush()
 
     def _try(self, act: Callable[[], T], otherwise: T) -> T:
         try:
@@ -80,6 +85,18 @@ def only_answers() -> Iterator[None]:
             yield
     finally:
         _answers = None
+
+
+@contextmanager
+def findings() -> Iterator[dict[str, Any]]:
+    """What the command that runs inside finds, for the table of a sweep."""
+    global _found
+    _found = {}
+    yield _found
+
+
+def found(**facts: Any) -> None:
+    _found.update(facts)
 
 
 def duration(seconds: float | None) -> str:

@@ -20,7 +20,11 @@ from spikerl.cli.compose import PATHS, commands, expand, explain, module_of, sea
 from spikerl.cli.help import with_meanings
 from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.launchers import adopt
-from spikerl.distributed.process_lifetime import die_if_spawned, die_with_launcher
+from spikerl.distributed.process_lifetime import (
+    die_if_spawned,
+    die_with_launcher,
+    end_despite_threads,
+)
 from spikerl.errors import (
     BY_DESIGN,
     DONE,
@@ -45,7 +49,12 @@ def main() -> None:
     # Threads that spin while they wait make an update several times slower on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     output.prepare()
-    sys.exit(output.finish(run(sys.argv[1:])))
+    status = FAILED
+    try:
+        status = output.finish(run(sys.argv[1:]))
+    finally:
+        end_despite_threads(status)
+    sys.exit(status)
 
 
 def run(args: Sequence[str]) -> int:

@@ -35,7 +35,7 @@ from spikerl.errors import (
     with_notes,
 )
 from spikerl.files import absolute, lock_file
-from spikerl.output import duration
+from spikerl.output import duration, findings
 from spikerl.schema import dotted
 
 STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
@@ -120,7 +120,8 @@ class Sweep:
     ) -> float | None:
         """Run one job, whatever becomes of it, and note how it ended.
 
-        What a sweeper is to maximise: the best evaluation's return; None if the job failed.
+        What a sweeper is to maximise: the return of the best evaluation, or of the one that `eval`
+        made; None if the job failed.
         """
         from hydra.core.hydra_config import HydraConfig
         from omegaconf.errors import OmegaConfBaseException
@@ -142,10 +143,11 @@ class Sweep:
             elif (folder / "manifest.json").exists() and self.done(config, folder):
                 outcome |= {"status": 0, "note": "done already"}
             else:
-                with safe_path(self.safe):
+                with safe_path(self.safe), findings() as found:
                     if os.getpid() != self.pid and not hosts.submitted():
                         os.environ["SPIKERL_JOB"] = name  # which its lines begin with
                     outcome["status"] = call(config)
+                outcome |= found
         except (BadRequest, OmegaConfBaseException) as error:
             outcome |= {"status": WRONG, "error": explain(error)}
             print(f"spikerl: {outcome['error']}", file=sys.stderr)
@@ -158,7 +160,7 @@ class Sweep:
         if outcome["status"] == PREEMPTED and hosts.requeued():
             sys.exit(PREEMPTED)  # it is this job that goes on later, and notes how it ended
         self.note(outcome)
-        return read_summary(outcome).get("best_eval_return") if outcome["status"] == 0 else None
+        return result(outcome)["return"] if outcome["status"] == 0 else None
 
     def done(self, config: Any, folder: Path) -> bool:
         """Whether an earlier sweep has done this job; a training that only began is resumed."""
@@ -194,7 +196,8 @@ class Sweep:
         from rich.table import Column, Table
 
         jobs = self.outcomes()
-        words = ("job", "status", "best eval return", "reason or folder")
+        measure = "eval return" if self.command == "eval" else "best eval return"
+        words = ("job", "status", measure, "reason or folder")
         table = Table(*(Column(word, overflow="fold") for word in words))
         for job in sorted(jobs, key=lambda j: (j["task"], -(j["return"] or 0.0))):
             shown = "-" if job["return"] is None else f"{job['return']:.1f}"
@@ -204,7 +207,7 @@ class Sweep:
             table.add_row(job["name"], state, shown, job.get("error") or place)
         width = None if sys.stdout.isatty() else 200  # a path that is cut cannot be copied
         Console(width=width, markup=False, emoji=False).print(table)
-        for line in (*over_seeds(jobs), self.mixed(jobs)):
+        for line in (*over_seeds(jobs, measure), self.mixed(jobs)):
             if line:
                 print(line)
         statuses = [job["status"] for job in jobs]
@@ -226,7 +229,7 @@ class Sweep:
         """What the runs of the table differ in beside what the sweep varies."""
         from spikerl.runs.folder import differences
 
-        shown = [Path(job["folder"]) for job in jobs if job["return"] is not None]
+        shown = [Path(job["folder"]) for job in jobs if self.keep and job["return"] is not None]
         # An experiment sets keys of every group.
         return differences(shown, None if "experiment" in self.varied else self.varied)
 
@@ -256,9 +259,7 @@ class Sweep:
     def outcomes(self) -> list[dict[str, Any]]:
         jobs = self.noted()
         for job in jobs:
-            summary = {} if job["status"] == WRONG else read_summary(job)
-            job["return"] = summary.get("best_eval_return")
-            job["task"] = summary.get("env_id", "~")  # after all names of tasks
+            job |= result(job)
             if job["status"] is None:
                 job["note"] = "not ended"
                 job["error"] = "lost, or still running; the same command goes on with it"
@@ -297,12 +298,17 @@ def hold(root: Path) -> IO[str]:
     return file
 
 
-def read_summary(job: dict[str, Any]) -> dict[str, Any]:
+def result(job: dict[str, Any]) -> dict[str, Any]:
+    """The task and the return of a job: what it found, or what its run folder says."""
     summary = Path(job["folder"]) / "summary.json"
-    return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+    known = job
+    if job["status"] != WRONG and summary.exists():
+        known = json.loads(summary.read_text(encoding="utf-8"))
+    task = known.get("env_id", "~")  # after all names of tasks
+    return {"task": task, "return": known.get("eval_return", known.get("best_eval_return"))}
 
 
-def over_seeds(jobs: Sequence[dict[str, Any]]) -> list[str]:
+def over_seeds(jobs: Sequence[dict[str, Any]], measure: str) -> list[str]:
     """A line for each setting that was run with several seeds: mean and deviation over them."""
     groups: dict[str, list[float]] = {}
     for job in jobs:
@@ -310,7 +316,7 @@ def over_seeds(jobs: Sequence[dict[str, Any]]) -> list[str]:
         if job["return"] is not None and len(setting) < len(job["name"].split(",")):
             groups.setdefault(",".join(setting), []).append(job["return"])
     return [
-        f"{name or 'all'}: best eval return {statistics.mean(returns):.1f}"
+        f"{name or 'all'}: {measure} {statistics.mean(returns):.1f}"
         f" +- {statistics.stdev(returns):.1f} over {len(returns)} seeds"
         for name, returns in groups.items()
         if len(returns) > 1

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spikerl.config.yaml_file import check_confirmed
+from spikerl.distributed.launch import stop_signals
 from spikerl.energy import modelled, operations
 from spikerl.envs.make import EnvConfig, make_env, task_of
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, Stopped, stop_status
 from spikerl.export import reading
 from spikerl.export.proof import FilePolicy
 from spikerl.files import shown
 from spikerl.machine import versions
 from spikerl.models.policy import Policy, check_shapes, load_policy
-from spikerl.output import answer
+from spikerl.output import answer, found
 from spikerl.reporting.operations import lines
 from spikerl.schema import parse
-from spikerl.training.evaluator import Evaluator
+from spikerl.training.evaluator import Evaluation, Evaluator
 from spikerl.training.video import Filmed, check_video, rates_of
 
 
@@ -52,6 +54,20 @@ class EvalRequest:
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl eval`."""
     request = parse(EvalRequest, data)
+    try:
+        with stop_signals() as stop:
+            done = evaluate(request, lambda: stop[0] if stop else 0)
+    except Stopped as stopped:
+        name = signal.Signals(stopped.number).name
+        print(f"spikerl: stopped on {name}; the evaluation has no result", file=sys.stderr)
+        return stop_status(stopped.number)
+    return report(request, *done)
+
+
+def evaluate(
+    request: EvalRequest, stop_signal: Callable[[], int]
+) -> tuple[Policy | FilePolicy, str, Evaluation, list[Path]]:
+    """The policy, the environment's id, how the episodes went, and the videos of them."""
     policy = file_policy(request) if os.path.isfile(request.run) else run_policy(request)
     env_id = request.env_id or policy.task.env_id
     check_confirmed(request.run, env_id, dict(policy.task.env_kwargs), request.env_id)
@@ -83,9 +99,19 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     if request.video != "false" and isinstance(policy, Policy):
         videos = film(request, evaluator, policy)
     try:
-        result = evaluator.run(policy, 0)
+        return policy, env_id, evaluator.run(policy, 0, stop_signal), videos
     finally:
         evaluator.close()
+
+
+def report(
+    request: EvalRequest,
+    policy: Policy | FilePolicy,
+    env_id: str,
+    result: Evaluation,
+    videos: list[Path],
+) -> int:
+    found(env_id=env_id, eval_return=result.mean)
     counted = None
     if request.ops and isinstance(policy, Policy):
         counted = operations.count(policy.actor, result.probed, policy.generator)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +23,7 @@ from spikerl.distributed.world import ALONE, join, leave
 from spikerl.energy.meter import open_meter
 from spikerl.envs.make import make_env, task_of
 from spikerl.envs.process import start_server
-from spikerl.errors import DONE, FAILED, BadRequest, EnvironmentFailed, Interrupted
+from spikerl.errors import DONE, FAILED, BadRequest, EnvironmentFailed
 from spikerl.files import absolute, shown, write_text
 from spikerl.models.policy import Policy, check_shapes, find_policy, read_policy
 from spikerl.runs import folder as run_folder
@@ -148,7 +147,7 @@ def run(
 
     if config.env.vectorizer == "async":
         start_server()  # which takes a while
-    with stop_signals(mailbox) as stop:
+    with launch.stop_signals(mailbox) as stop:
         trainer, status = None, None
         try:
             meter = open_meter(config.energy, device=device, local_rank=world.local_rank)
@@ -204,7 +203,7 @@ def finished(folder: Path, config: Config) -> bool:
     else:
         checkpoint = verified(folder, lambda text: None)
         run_folder.check_record(folder, checkpoint.manifest)
-        step, further = checkpoint.step, "a larger total_steps goes on with it"
+        step, further = checkpoint.step, "a larger total_steps trains it further"
     if record["status"] == "done" and step >= total:
         print(f"{shown(folder)} is done at step {step}; {further}")
         return True
@@ -229,26 +228,3 @@ def default_folder(config: Config, kind: str | None = None) -> str:
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)
     return f"outputs/{safe}/{kind or config.algo.name}/{stamp}_seed{config.run.seed}"
-
-
-@contextmanager
-def stop_signals(mailbox: Path | None) -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGUSR1, SIGHUP and Ctrl-C for the loop to see; a second Ctrl-C ends at
-    once.
-    """
-    received: list[int] = []
-
-    def receive(number: int, frame: object) -> None:
-        if received and number == signal.SIGINT:
-            raise Interrupted
-        received.append(number)
-
-    caught = launch.FORWARDED if mailbox else launch.listened_to()
-    before = {number: signal.signal(number, receive) for number in caught}
-    if mailbox and (number := launch.stop_requested(mailbox)) is not None:
-        received.append(number)  # before this worker listened
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

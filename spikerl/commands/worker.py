@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spikerl.distributed.launchers import adopt
-from spikerl.distributed.process_lifetime import die_if_spawned, watched
+from spikerl.distributed.process_lifetime import die_if_spawned, end_despite_threads, watched
 
 die_if_spawned()
 
@@ -33,4 +33,6 @@ def main(mailbox: Path, parent: int | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), *map(int, sys.argv[2:])))
+    status = main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    end_despite_threads(status)
+    sys.exit(status)

@@ -218,7 +218,7 @@ def check_shares(run: RunConfig, algo: AlgoConfig, world_size: int) -> None:
         raise BadRequest("world_size", world_size, f"give at most {most} here")
     num_envs = run.num_envs or world_size
     if num_envs % world_size and run.resume:
-        remedy = f"the run has {num_envs} environments, which so many workers cannot share evenly"
+        remedy = f"the run's {num_envs} environments cannot be shared out evenly; give a divisor"
         raise BadRequest("world_size", world_size, remedy)
     if num_envs % world_size:
         remedy = f"give a multiple of world_size={world_size}"

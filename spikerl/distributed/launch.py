@@ -267,6 +267,30 @@ def forward_signals(mailbox: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def stop_signals(mailbox: Path | None = None) -> Iterator[list[int]]:
+    """Collect SIGTERM, SIGUSR1, SIGHUP and Ctrl-C for a loop to see; a second Ctrl-C ends at once.
+
+    `mailbox` is shared with the parent that launched this worker, if one did.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise Interrupted
+        received.append(number)
+
+    caught = FORWARDED if mailbox else listened_to()
+    before = {number: signal.signal(number, receive) for number in caught}
+    if mailbox and (number := stop_requested(mailbox)) is not None:
+        received.append(number)  # before this worker listened
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def write(path: Path, text: str) -> None:
     """A message, whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")

@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from spikerl.distributed.launchers import mpi_set
 
 PR_SET_PDEATHSIG = 1
+STRAY_S = 5.0  # that threads may take to end when all else is done
 
 
 def die_if_spawned() -> None:
@@ -43,6 +45,21 @@ def die_with_launcher() -> None:
     env = os.environ
     if ("TORCHELASTIC_RUN_ID" in env and "RANK" in env) or mpi_set():
         die_with_parent()
+
+
+def end_despite_threads(status: int) -> None:
+    """Call this last: Python would wait for ever for a thread of users' code that never ends."""
+    timer = threading.Timer(STRAY_S, _end, [status])
+    timer.daemon = True
+    timer.start()
+
+
+def _end(status: int) -> None:
+    threads = set(threading.enumerate()) - {threading.main_thread()}
+    if left := sorted(thread.name for thread in threads if not thread.daemon):
+        said = f"spikerl: ends although {', '.join(left)} still runs, as no thread may keep it"
+        print(said, file=sys.stderr, flush=True)
+        os._exit(status)
 
 
 def watched(mailbox: Path) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import numpy as np
 from spikerl.envs.snapshot import Snapshot, restore, snapshot
 from spikerl.envs.wrappers import check_wrappers, wrapped
 from spikerl.errors import BadRequest, EnvironmentFailed, Interrupted
-from spikerl.isolation import UserCode
+from spikerl.isolation import UserCode, end_if_forked
 from spikerl.types import MAX_EPISODE_STEPS, Entry, Task, flat
 
 # For an environment that sets no limit of its own, so that every episode ends.
@@ -85,16 +86,20 @@ class CheckedEnv(gym.Wrapper[np.ndarray, Any, Any, Any]):
         self.size = int(np.prod(self.shape))
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.size,), np.float64)
         self.failed = False
+        self.pid = os.getpid()
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
         try:
-            return self._own(self.env.reset(**kwargs)[0]), {}
+            obs = self.env.reset(**kwargs)[0]
+            end_if_forked(self.pid)
+            return self._own(obs), {}
         except BaseException as error:
             self._fail(error)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         try:
             obs, rew, terminated, truncated, _ = self.env.step(action)
+            end_if_forked(self.pid)
             ends = (_scalar("terminated", terminated, "b"), _scalar("truncated", truncated, "b"))
             return self._own(obs), float(_scalar("reward", rew)), bool(ends[0]), bool(ends[1]), {}
         except BaseException as error:
@@ -113,6 +118,7 @@ class CheckedEnv(gym.Wrapper[np.ndarray, Any, Any, Any]):
             raise EnvironmentFailed(f"close: {name} {describe_raised(error)}") from error
 
     def _fail(self, error: BaseException) -> NoReturn:
+        end_if_forked(self.pid)
         if isinstance(error, Interrupted):
             raise error
         self.failed = True

@@ -5,7 +5,8 @@ Shape legend   B environments side by side, O observation entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
@@ -18,13 +19,14 @@ from torch import Tensor
 from spikerl.distributed.world import ALONE, World
 from spikerl.envs.make import FLOAT32_MAX, CheckedEnv, EnvConfig, make_env
 from spikerl.envs.vector import describe_error
-from spikerl.errors import BadRequest, EnvironmentFailed, NonFinite
+from spikerl.errors import BadRequest, EnvironmentFailed, NonFinite, Stopped
 from spikerl.isolation import UserCode
 from spikerl.models.actor import Activity
 from spikerl.seeding import RESET_BITS, generator_for, reset_seed
 from spikerl.types import Task
 
 SIDE_BY_SIDE = 10  # episodes that run together, as one batch through the actor
+ASK_S = 0.5  # seconds between the moments at which workers ask each other whether to stop
 PROBED = 1024  # observations, evenly spaced over all episodes, that firing is measured on
 
 
@@ -63,6 +65,35 @@ class Acting(Protocol):
     def activity(self, seen_BO: Tensor, generator: torch.Generator) -> Activity | None: ...
 
 
+class StopWatch:
+    """Ends an evaluation on all workers alike, once a signal reached any of them: raises Stopped.
+
+    Workers take other numbers of steps, so they ask each other by the clock, until all are done.
+    """
+
+    def __init__(self, world: World, stop_signal: Callable[[], int]) -> None:
+        self.world, self.stop_signal = world, stop_signal
+        self.due = time.monotonic() + ASK_S
+
+    def look(self) -> None:
+        """Between any two steps."""
+        if time.monotonic() >= self.due:
+            self._ask(done=False)
+
+    def finish(self) -> None:
+        while not self._ask(done=True):
+            pass
+
+    def _ask(self, *, done: bool) -> bool:
+        """Whether all are done."""
+        mine = torch.tensor([self.stop_signal(), done], dtype=torch.int64)
+        signals, ends = torch.stack(self.world.gather(mine)).unbind(1)
+        if number := int(signals.max()):
+            raise Stopped(number)
+        self.due = time.monotonic() + ASK_S
+        return bool(ends.all())
+
+
 class Evaluator:
     """Runs episodes on environments that it keeps; training never sees them, nor the reverse.
 
@@ -86,16 +117,23 @@ class Evaluator:
                 self.note = f"note: {len(self.envs)} episodes at a time, as {error.args[2]}"
                 break
 
-    def run(self, policy: Acting, evaluation: int) -> Evaluation:
-        """Evaluation number `evaluation`: episode i starts from seed (run seed, evaluation, i)."""
+    def run(
+        self, policy: Acting, evaluation: int, stop_signal: Callable[[], int] = lambda: 0
+    ) -> Evaluation:
+        """Evaluation number `evaluation`: episode i starts from seed (run seed, evaluation, i).
+
+        Raises Stopped on all workers once `stop_signal` gives a signal's number on one.
+        """
+        watch = StopWatch(self.world, stop_signal)
         key = (evaluation, self.world.rank, 0)  # longer than an episode's, so never the same
         generator = generator_for(self.run_seed, "eval", *key, device=policy.device)
         episodes, seen = [], []
         for numbers in self._waves():
             seeds = self._seeds(evaluation, numbers)
-            returns, lengths, observed = self._wave(policy, seeds, generator)
+            returns, lengths, observed = self._wave(policy, seeds, generator, watch)
             episodes += list(zip(numbers, returns, lengths, strict=True))
             seen += observed
+        watch.finish()
         probed = self._probed(policy, seen)
         own = policy.activity(probed, generator) if len(probed) else None
         parts = self.world.gather_objects((episodes, own))
@@ -108,10 +146,10 @@ class Evaluator:
     def observations(self, policy: Acting) -> np.ndarray:
         """Every raw observation (M, O) of this worker's episodes, those of evaluation 0."""
         generator = generator_for(self.run_seed, "eval", 0, self.world.rank, 0)
-        seen = []
+        seen, watch = [], StopWatch(self.world, lambda: 0)
         for numbers in self._waves():
             seeds = self._seeds(0, numbers)
-            seen += self._wave(policy, seeds, generator)[2]
+            seen += self._wave(policy, seeds, generator, watch)[2]
         return np.concatenate(seen)
 
     def close(self) -> None:
@@ -130,7 +168,7 @@ class Evaluator:
             yield self.mine[first : first + at_once]
 
     def _wave(
-        self, policy: Acting, seeds: list[int], generator: torch.Generator
+        self, policy: Acting, seeds: list[int], generator: torch.Generator, watch: StopWatch
     ) -> tuple[list[float], list[int], list[np.ndarray]]:
         envs = self.envs[: len(seeds)]
         env_id = policy.task.env_id
@@ -147,6 +185,7 @@ class Evaluator:
         running = list(range(len(envs)))
         seen = []
         while running:
+            watch.look()
             seen.append(obs[running])
             # The batch keeps its size to the end: products of other sizes round differently.
             act = policy.task.to_env(policy.act(obs, generator))

@@ -41,7 +41,8 @@ def share_of(parts: Sequence[Part], rank: int, size: int, num_envs: int) -> Part
             }
     progress = merge_progress([notes["progress"] for _, notes in parts], size)
     if rank > 0:
-        progress |= {"train_s": 0.0, "energy": None, "returns": [], "sums": {}}
+        progress |= {"train_s": 0.0, "energy": None, "eval_energy": None}
+        progress |= {"returns": [], "sums": {}}
     return tensors, {"progress": progress, "exact": exact}
 
 
@@ -51,11 +52,17 @@ def merge_progress(parts: Sequence[Mapping[str, Any]], size: int) -> dict[str, A
     for name in parts[0]["sums"]:
         totals, counts = zip(*(part["sums"][name] for part in parts), strict=True)
         sums[name] = (sum(totals) * size / len(parts), sum(counts) * size // len(parts))
-    readings = [Reading(*part["energy"]) for part in parts if part["energy"] is not None]
     return {
         **parts[0],
         "train_s": max(part["train_s"] for part in parts),
-        "energy": list(merge(readings)) if readings else None,
+        "energy": merged([part["energy"] for part in parts]),
+        "eval_energy": merged([part.get("eval_energy") for part in parts]),
         "returns": [ret for part in parts for ret in part["returns"]],
         "sums": sums,
     }
+
+
+def merged(readings: Sequence[list[Any] | None]) -> list[Any] | None:
+    """The workers' readings of one window as one; None if no worker has any."""
+    known = [Reading(*reading) for reading in readings if reading is not None]
+    return list(merge(known)) if known else None

@@ -16,7 +16,7 @@ from typing import Any
 from spikerl.config.build import Config
 from spikerl.distributed.world import World, share
 from spikerl.energy.meter import joules_to_reach, total_joules
-from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest, DiskError
+from spikerl.errors import DONE, FAILED, INTERRUPTED, BadRequest, DiskError, stop_status
 from spikerl.files import shown, write_json, write_text
 from spikerl.machine import versions
 from spikerl.models.precision import why_slow
@@ -25,6 +25,7 @@ from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, v
 from spikerl.runs.display import View, energy_text, epoch_line, stuck_layers
 from spikerl.runs.record import RunLog
 from spikerl.training.trainer import Row, Trainer
+from spikerl.types import Resolved
 
 FEW = 3  # warnings of one kind, at a time
 NOTHING_LEARNED = (
@@ -145,7 +146,7 @@ class Session:
         self.restore_best(checkpoint)
         record = run_folder.read_manifest(self.folder, key="resume")
         size, had = self.world.size, checkpoint.workers
-        moved = f"{had} workers became {size}: random streams and batches are others"
+        moved = f"{had} workers became {size}: random streams and batches differ from here on"
         reset = "environments of this kind go on from a reset"
         reasons = [moved] * (had != size) + [reset] * (not restored)
         event = {"time": run_folder.now(), "step": self.trainer.step, "exact": not reasons,
@@ -195,7 +196,7 @@ class Session:
                     self.keep_best(row)
                     self.record(row)
                 self.commit(self.folder)
-            if self.committed != trainer.step:  # stopped amid an epoch, or not saved at its end
+            if self.committed != trainer.step:  # stopped amid an epoch, or before its row was saved
                 self.commit(self.folder)
             return self.finish()
         except BaseException as error:
@@ -265,9 +266,8 @@ class Session:
         number = self.trainer.stopping
         status, code = "done", DONE
         if number:
-            interrupted = number == signal.SIGINT
-            status = "interrupted" if interrupted else "preempted"
-            code = INTERRUPTED if interrupted else PREEMPTED
+            code = stop_status(number)
+            status = "interrupted" if code == INTERRUPTED else "preempted"
         try:
             self.world.run_on_all(lambda: self.write_results(status))
         except DiskError as error:
@@ -383,7 +383,13 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
     if run.scaling == "weak":
         rows = [algo.batch_size] * size
     each = str(rows[0]) if len(set(rows)) == 1 else f"{min(rows)} to {max(rows)}"
-    task = trainer.task
+    task, resolved = trainer.task, vars(config.resolved)
+
+    def why(name: str, resolved: Resolved) -> str:
+        """Nobody typed what a resumed run keeps."""
+        kept = run.resume and name in ("threads", "kernel") and resolved.reason == "requested"
+        return "as before" if kept else resolved.reason
+
     over = "in shared memory" if trainer.world.shm else f"over {config.resolved.backend.choice}"
     exchange = f"; gradients are summed {over}" if size > 1 else ""
     lines = [
@@ -393,7 +399,7 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
         f"{size} worker{'s' * (size > 1)} x {config.num_envs // size} environments;"
         f" global batch {sum(rows)} ({each} per worker, {run.scaling} scaling);"
         f" {trainer.updates_by(run.total_steps)} updates in {run.total_steps} steps{exchange}",
-        "; ".join(f"{name}={r.choice} ({r.reason})" for name, r in vars(config.resolved).items()),
+        "; ".join(f"{name}={r.choice} ({why(name, r)})" for name, r in resolved.items()),
     ]
     if trainer.evaluator.note:
         lines.append(trainer.evaluator.note)

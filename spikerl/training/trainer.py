@@ -5,11 +5,10 @@ Shape legend   N environments, A action entries.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,9 @@ from spikerl.algos import ALGOS
 from spikerl.algos.replay import Replay
 from spikerl.config.build import Config
 from spikerl.distributed.world import ALONE, World, share
-from spikerl.energy.meter import Meter, Reading, consecutive, energy_row, merge
+from spikerl.energy.meter import Meter, Reading, energy_row, merge
 from spikerl.envs.vector import make_envs
-from spikerl.errors import BadRequest, NonFinite
+from spikerl.errors import BadRequest, NonFinite, Stopped
 from spikerl.models.actor import (
     CareBNConfig,
     SpikingActor,
@@ -37,6 +36,7 @@ from spikerl.models.policy import Policy
 from spikerl.runs.checkpoint import Checkpoint, Shard, check_fit
 from spikerl.seeding import RESET_BITS, Streams, initialising, reset_seed
 from spikerl.training.evaluator import Evaluator
+from spikerl.training.progress import Progress, mean_of, progress_of, since
 from spikerl.training.resize import share_of
 from spikerl.types import Task
 
@@ -47,44 +47,6 @@ Row = dict[str, Any]
 # there takes microseconds, and on a GPU every operation as many. Not measured on a GPU yet.
 FEW_ENVS = 64
 SYNC_INTERVAL = 50  # steps between exchanges where the normaliser sets no interval
-
-
-@dataclass
-class Progress:
-    """How far training is, sums since the last epoch, the newest losses: plain numbers.
-
-    A live view shows it between epochs, and a checkpoint in the middle of one records it.
-    """
-
-    step: int = 0  # over all workers
-    updates: int = 0
-    epoch: int = 0
-    train_s: float = 0.0  # spent in this epoch before a resume
-    energy: list[Any] | None = None  # and its Reading, as plain data
-    first_step: int = 0  # of this epoch
-    first_update: int = 0
-    losses: dict[str, float] = field(default_factory=dict)
-    returns: list[float] = field(default_factory=list)  # of this worker's finished episodes
-    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
-
-    def next_epoch(self) -> None:
-        self.sums, self.returns, self.train_s, self.energy = {}, [], 0.0, None
-        self.first_step, self.first_update = self.step, self.updates
-
-    def add(self, metrics: list[dict[str, torch.Tensor]]) -> None:
-        """Add the metrics of some updates; here the host waits for the device, once."""
-        for name in dict.fromkeys(key for m in metrics for key in m):
-            values = torch.stack([m[name] for m in metrics if name in m]).double()
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + float(values.sum()), count + len(values))
-            self.losses[name] = float(values[-1])
-
-
-def mean_of(sums: Sequence[Mapping[str, tuple[float, int]]], name: str) -> float | None:
-    """A metric's mean over all workers' updates; None where no update had it."""
-    parts = [part[name] for part in sums if name in part]
-    count = sum(n for _, n in parts)
-    return sum(total for total, _ in parts) / count if count else None
 
 
 def batch_share(config: Config, world: World) -> tuple[int, float]:
@@ -197,21 +159,34 @@ class Trainer:
     ) -> Iterator[Row]:
         """Train to `total_steps`, yielding a row per epoch, the same on every worker.
 
-        Ends early, between updates, once `stop_signal` gives a signal's number on any worker.
+        Ends early, between updates, once `stop_signal` gives a signal's number on any worker. Amid
+        an evaluation it ends at once: the run that goes on begins with that evaluation.
         """
-        run, p = self.run, self.progress
+        p = self.progress
         self.start_window()
-        while p.step < run.total_steps and not self.stopping:
-            before = p.step
-            self.advance(stop_signal)
-            on_updates(p)
-            if crossed(before, p.step, run.steps_per_epoch) or p.step >= run.total_steps:
+        while not self.stopping:
+            if self.evaluation_due():
+                try:
+                    row = self.row(stop_signal)
+                except Stopped as stopped:
+                    self.stopping = stopped.number
+                    return
                 p.epoch += 1
-                row = self.row()
                 p.next_epoch()
                 self.start_window()
                 yield row
+            elif p.step < self.run.total_steps:
+                self.advance(stop_signal)
+                on_updates(p)
+            else:
+                break
         self.end_window()
+
+    def evaluation_due(self) -> bool:
+        """Whether the steps of an epoch are made, and it has no row yet."""
+        p, run = self.progress, self.run
+        ended = p.step > p.first_step and p.step >= run.total_steps
+        return ended or crossed(p.first_step, p.step, run.steps_per_epoch)
 
     def advance(self, stop_signal: Callable[[], int] = lambda: 0) -> None:
         """One step in every environment, and the updates that became due with it."""
@@ -263,14 +238,24 @@ class Trainer:
         due = self.updates_due(self.step) - self.updates_due(before)
         if due == 0:
             return
-        actor = self.algo.actor
-        if isinstance(actor, SpikingActor):
-            actor.schedule(min(self.step / self.run.total_steps, 1.0))
+        self.schedule(self.step)
         normalize = self.norm.normalize
         metrics = self.algo.train(self.replay, due, self.batch_size, self.streams.sample, normalize)
         self.algo.check()
         self.progress.updates = self.algo.updates
         self.progress.add(metrics)
+
+    def schedule(self, step: int) -> None:
+        """Give the surrogates their slopes for updates at that step."""
+        if isinstance(self.algo.actor, SpikingActor):
+            self.algo.actor.schedule(min(step / self.run.total_steps, 1.0))
+
+    def last_update(self) -> int:
+        """The step at which updates were last due, 0 before the first."""
+        step, due = self.step, self.updates_due(self.step)
+        while due and self.updates_due(step - self.config.num_envs) == due:
+            step -= self.config.num_envs
+        return step if due else 0
 
     def recalibrate(self, before: int) -> None:
         """Where drives are normalised, measure their moments anew when that is due."""
@@ -293,13 +278,16 @@ class Trainer:
         """Updates that will have been made then; before a resize there were others."""
         return self.algo.updates + self.updates_due(step) - self.updates_due(self.step)
 
-    def row(self) -> Row:
+    def row(self, stop_signal: Callable[[], int] = lambda: 0) -> Row:
         """The epoch's line of metrics.jsonl: means over the epoch, and an evaluation."""
         p = self.progress
         trained = self.end_window()
         self.meter.begin("eval")
-        evaluation = self.evaluator.run(self.policy, p.epoch)
-        evaluated = self.meter.end("eval")
+        try:
+            evaluation = self.evaluator.run(self.policy, p.epoch + 1, stop_signal)
+        finally:
+            evaluated = since(p.eval_energy, self.meter.end("eval"))
+            p.eval_energy = list(evaluated)
         self.check_equal()
         everyone = self.world.gather_objects((p.returns, p.sums, p.train_s, trained, evaluated))
         returns = [ret for part in everyone for ret in part[0]]
@@ -312,7 +300,7 @@ class Trainer:
         )
         activity = evaluation.activity
         row: Row = {
-            "epoch": p.epoch,
+            "epoch": p.epoch + 1,
             "step": p.step,
             "updates": p.updates,
             "train_return": float(np.mean(returns)) if returns else None,
@@ -347,9 +335,7 @@ class Trainer:
         """Count the time and the joules since `start_window`, and those before a resume."""
         p = self.progress
         p.train_s += time.perf_counter() - self.clock
-        reading = self.meter.end("train")
-        if p.energy is not None:
-            reading = consecutive(Reading(*p.energy), reading)
+        reading = since(p.energy, self.meter.end("train"))
         p.energy = list(reading)
         return reading
 
@@ -403,6 +389,7 @@ class Trainer:
             self.streams.restart(self.run.seed, rank, checkpoint.step)
         self.progress = progress_of(notes["progress"], checkpoint.step)
         self.algo.updates = self.progress.updates
+        self.schedule(self.last_update())
         pending, envs = tensors["norm.pending"], with_prefix("envs.", tensors)
         if (pending.dtype, pending.shape[1:]) != (torch.float64, (self.task.obs_dim,)):
             raise ValueError(f"its norm.pending is {pending.dtype} {tuple(pending.shape)}")
@@ -419,21 +406,6 @@ class Trainer:
         with ExitStack() as stack:  # each, whatever becomes of the other
             stack.callback(self.evaluator.close)
             stack.callback(self.envs.close)
-
-
-def progress_of(data: Mapping[str, Any], step: int) -> Progress:
-    """What a checkpoint of that step holds of it; a ValueError unless each number is one."""
-    progress = Progress(**data)
-    sums = [number for pair in progress.sums.values() for number in pair]
-    seconds, joules, missing = Reading(*progress.energy or (0.0, {}, {}))
-    spent = [progress.train_s, seconds, *joules.values()]
-    numbers = [*progress.losses.values(), *progress.returns, *sums, *spent]
-    counts = (progress.updates, progress.epoch, progress.first_step, progress.first_update)
-    whole = all(type(n) is int and 0 <= n < 1 << 63 for n in counts)
-    words = all(isinstance(why, str) for why in missing.values())
-    if not (whole and words and progress.step == step and all(map(math.isfinite, numbers))):
-        raise ValueError("its progress is not that of its step")
-    return progress
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -231,10 +232,22 @@ def test_a_dated_root(tmp_path: Path) -> None:
 
 def test_other_commands_sweep_and_leave_no_folder(tmp_path: Path) -> None:
     assert spikerl("train", *FEW, "run_dir=a").status == 0
+    typed = ["run=a", "episodes=2", "json=true"]
+    means = {seed: json.loads(spikerl("eval", *typed, f"seed={seed}").out)["return_mean"]
+             for seed in (0, 1)}  # fmt: skip
+    assert means[0] != means[1]
     temporary = set(Path(tempfile.gettempdir()).glob("spikerl-sweep-*"))
-    said = spikerl("eval", "-m", "run=a,b", "episodes=1")
+    said = spikerl("eval", "-m", "run=a,b", "seed=0,1", "episodes=2")
     assert said.status == 1
-    assert "1 of 2 jobs done\n" in said.out
+    assert "┃ job          ┃ status  ┃ eval return ┃" in said.out
+    best = sorted(means, key=lambda seed: -means[seed])
+    assert [row[:3] for row in table(said)] == [
+        *([f"run=a,seed={seed}", "done", f"{means[seed]:.1f}"] for seed in best),
+        *([f"run=b,seed={seed}", "refused", "-"] for seed in (0, 1)),
+    ]
+    both = list(means.values())
+    spread = f"{statistics.mean(both):.1f} +- {statistics.stdev(both):.1f} over 2 seeds"
+    assert f"run=a: eval return {spread}\n2 of 4 jobs done\n" in said.out
     assert "spikerl: run=b: no policy there" in said.err
     assert set(Path(tempfile.gettempdir()).glob("spikerl-sweep-*")) == temporary
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

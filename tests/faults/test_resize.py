@@ -172,7 +172,7 @@ def test_a_run_goes_on_with_fewer_workers(stopped: Path, tmp_path: Path) -> None
     step = record(stopped / "run" / "checkpoints" / "latest")["step"]
     whole = resume(copy(stopped, tmp_path / "whole"), "world_size=2")
     assert whole.wait() == 0, whole.said()
-    said = "4 workers became 2: random streams and batches are others"
+    said = "4 workers became 2: random streams and batches differ from here on"
     assert f"; not exact: {said}" in whole.out.read_text()
     assert "2 workers x 2 environments" in whole.out.read_text()
 
@@ -203,6 +203,6 @@ def test_workers_that_cannot_share_the_environments(stopped: Path, tmp_path: Pat
     before = (home / "run" / "manifest.json").read_bytes()
     run = resume(home, "world_size=3")
     assert run.wait() == 2
-    line = "the run has 4 environments, which so many workers cannot share evenly"
+    line = "the run's 4 environments cannot be shared out evenly; give a divisor"
     assert run.err.read_text() == f"spikerl: world_size=3: {line}\n"
     assert (home / "run" / "manifest.json").read_bytes() == before

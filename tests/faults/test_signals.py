@@ -8,10 +8,12 @@ from pathlib import Path
 
 import own_envs
 import pytest
-from processes import record, train
+from processes import computed, record, rows, train
+from shell import SHORT, spikerl
 
-from spikerl.commands.train import stop_signals
 from spikerl.distributed import launch
+from spikerl.distributed.launch import stop_signals
+from spikerl.training import evaluator
 
 TAKES = ["env=gym", "env.id=own_envs:Handlers-v0", "total_steps=100000", "energy=none"]
 
@@ -56,3 +58,76 @@ def test_the_end_of_the_terminal_is_passed_on(tmp_path: Path) -> None:
         assert launch.stop_requested(tmp_path) == signal.SIGHUP
     with stop_signals(tmp_path) as received:  # a worker that had not listened yet
         assert received == [signal.SIGHUP]
+
+
+# The share of the run sets the slope, on which the measured window_fraction depends.
+SLOPES = ["neuron.surrogate=atan", "neuron.surrogate_slope_end=40", "algo.update_interval=40"]
+
+
+class Strike:
+    """Sends this process a signal before step number `at` of its evaluations."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.number, self.at, self.steps = 0, 0, 0
+        look = evaluator.StopWatch.look
+
+        def striking(watch: evaluator.StopWatch) -> None:
+            self.steps += 1
+            if self.steps == self.at:
+                signal.raise_signal(self.number)
+            look(watch)
+
+        patch.setattr(evaluator, "ASK_S", 0.0)
+        patch.setattr(evaluator.StopWatch, "look", striking)
+
+    def next(self, number: int, at: int) -> None:
+        self.number, self.at, self.steps = number, at, 0
+
+
+def test_a_stop_amid_an_evaluation_which_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice amid the first evaluation, then before the first step of the last."""
+    monkeypatch.chdir(tmp_path)
+    strike = Strike(monkeypatch)
+    strike.next(0, 0)
+    assert spikerl("train", *SHORT, *SLOPES, "run_dir=whole").status == 0
+    whole = rows(tmp_path / "whole")
+    assert strike.steps == sum(row["eval_length"] for row in whole)
+    assert whole[0]["eval_length"] >= 3
+    run = tmp_path / "run"
+    ends = [
+        (signal.SIGTERM, 75, "preempted", 2, 150, 0),
+        (signal.SIGINT, 130, "interrupted", 3, 150, 0),
+        (signal.SIGHUP, 75, "preempted", int(whole[0]["eval_length"]) + 1, 300, 1),
+    ]
+    args = [*SHORT, *SLOPES, "run_dir=run"]
+    for number, status, word, at, step, evaluated in ends:
+        strike.next(number, at)
+        said = spikerl("train", *args)
+        assert said.status == status, said.err
+        assert strike.steps == at  # none after it
+        assert f"stopped at step {step} on {number.name}" in said.out
+        assert record(run)["status"] == word
+        assert record(run / "checkpoints" / "latest")["step"] == step
+        assert len(rows(run)) == record(run, "summary.json")["evaluations"] == evaluated
+        args = ["resume=run"]
+    strike.next(0, 0)
+    assert spikerl("train", *args).status == 0
+    assert computed(run) == computed(tmp_path / "whole")
+    assert [event["exact"] for event in record(run)["resumed"]] == [True] * 3
+    assert not rows(run, "discarded.jsonl")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stopped_eval_has_no_result(
+    number: signal.Signals, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert spikerl("train", *SHORT, "total_steps=1", "run_dir=run").status == 0
+    strike = Strike(monkeypatch)
+    strike.next(number, 2)
+    said = spikerl("eval", "run=run", "json=true")
+    assert (said.status, said.out) == (status, "")
+    assert said.err == f"spikerl: stopped on {number.name}; the evaluation has no result\n"
+    assert strike.steps == 2

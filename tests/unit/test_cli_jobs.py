@@ -169,8 +169,8 @@ def test_over_seeds() -> None:
         {"name": f"env={env},seed={seed}", "return": value}
         for env, seed, value in [("A", 0, 1.0), ("A", 1, 4.0), ("B", 0, 5.0), ("A", 2, None)]
     ]
-    assert over_seeds(jobs) == ["env=A: best eval return 2.5 +- 2.1 over 2 seeds"]
-    assert over_seeds([{"name": "algo.tau=1", "return": 1.0}] * 2) == []
+    assert over_seeds(jobs, "return") == ["env=A: return 2.5 +- 2.1 over 2 seeds"]
+    assert over_seeds([{"name": "algo.tau=1", "return": 1.0}] * 2, "return") == []
 
 
 def test_the_table_keeps_tasks_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

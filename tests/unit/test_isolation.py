@@ -7,6 +7,7 @@ import ctypes
 import os
 import random
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -64,6 +65,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], Callable[[], Any]]] = {
     "numpy": (lambda _: np.seterr(all="raise"), np.geterr),
     "warnings": (lambda _: warnings.simplefilter("error"), lambda: list(warnings.filters)),
     "denormals": (lambda _: torch.set_flush_denormal(True), lambda: isolation.DENORMAL * 1.0),
+    "hook": (lambda _: setattr(sys, "excepthook", None), lambda: sys.excepthook),
     "folder": (os.chdir, os.getcwd),
     **{
         number.name: (partial(set_handler, number), partial(signal.getsignal, number))
@@ -234,3 +236,47 @@ def test_settings_of_the_processor_are_seen() -> None:
     torch.set_flush_denormal(True)
     assert settings().flushes is True
     assert ctypes.c_double(isolation.DENORMAL).value * 1.0 == 0.0
+
+
+class Forks(CounterEnv):
+    """Its child comes back from the step, or raises there."""
+
+    how, status = "", 0
+
+    def step(self, action: np.ndarray) -> Any:
+        child = os.fork()
+        if child == 0 and Forks.how == "raises":
+            raise RuntimeError("in the child")
+        if child:
+            self.status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return super().step(action)
+
+
+CAME_BACK = 7
+
+
+@pytest.mark.parametrize("how", ["returns", "raises"])
+def test_a_forked_child_that_comes_back_ends(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own too, where no UserCode is."""
+    monkeypatch.setattr(Forks, "how", how)
+    ours = os.getpid()
+    with closing(make_env(registered("Forks", Forks, limit=9))) as env:
+        env.reset(seed=0)
+        try:
+            env.step(env.action_space.sample())
+        finally:
+            if os.getpid() != ours:
+                os._exit(CAME_BACK)
+        inner: Any = env.unwrapped
+        assert inner.status == 1
+
+
+def test_so_does_one_that_is_forked_elsewhere() -> None:
+    ours = os.getpid()
+    try:
+        with UserCode():
+            child = os.fork()
+    finally:
+        if os.getpid() != ours:
+            os._exit(CAME_BACK)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1

@@ -18,6 +18,7 @@ from shell import SHORT, spikerl, tree
 
 import spikerl as package
 from spikerl import output
+from spikerl.cli import main as cli
 from spikerl.cli.main import check_text
 from spikerl.errors import BadRequest
 from spikerl.files import absolute, shown
@@ -88,6 +89,52 @@ def test_code_in_c_and_what_is_printed_at_exit_are_none_either() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == '{"a": 1}\n'
     assert sorted(done.stderr.split("\n")) == ["", "bye", "from a process", "from python", "later"]
+
+
+# --- what users' code does to the program's own streams and to its end ----------------------------
+
+
+def test_a_stream_that_is_closed_goes_on() -> None:
+    reader, writer = os.pipe()
+    stream = output.Stream(writer)
+    stream.write("a")
+    stream.close()
+    assert not stream.closed
+    stream.write("b")
+    stream.flush()
+    os.close(writer)
+    assert os.read(reader, 9) == b"ab"
+    os.close(reader)
+
+
+@pytest.mark.parametrize(("seconds", "status", "said"), [
+    (60, 75, "spikerl: ends although the environment's still runs, as no thread may keep it\n"),
+    (0.6, 0, ""),
+])  # fmt: skip
+def test_a_thread_does_not_keep_the_program(seconds: float, status: int, said: str) -> None:
+    """For longer than a while; one that ends by itself changes no status."""
+    program = (
+        "import threading, time\n"
+        "from spikerl.distributed import process_lifetime as lifetime\n"
+        f"lifetime.STRAY_S = {0.2 if status else 5}\n"
+        f"sleep = lambda: time.sleep({seconds})\n"
+        'threading.Thread(target=sleep, name="the environment\'s").start()\n'
+        "lifetime.end_despite_threads(75)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+def test_the_command_ends_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(cli, "end_despite_threads", ended.append)
+    monkeypatch.setattr(output, "prepare", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["spikerl", "no-such-command"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert ended == [2]
 
 
 # --- a reader that goes away, and a terminal that lacks characters --------------------------------

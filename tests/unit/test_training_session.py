@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from builders import small_config, with_run
 from shell import refusal
 
 from spikerl.config import build as configs
@@ -35,6 +36,19 @@ def test_bf16_without_matrix_units(
     )
     note = "note: bf16 is usually slower than fp32 here: this processor has no matrix units (AMX)"
     assert (note in announce(config, trainer)) == noted
+
+
+@pytest.mark.parametrize(("resume", "said"), [(None, "requested"), ("r", "as before")])
+def test_what_a_resumed_run_keeps_was_not_requested(resume: str | None, said: str) -> None:
+    config = with_run(small_config(), resume=resume)
+    task = SimpleNamespace(env_id="Some-v1", obs_dim=3, act_dim=1)
+    trainer: Any = SimpleNamespace(
+        world=ALONE, task=task, updates_by=lambda steps: steps, evaluator=SimpleNamespace(note=None)
+    )
+    assert announce(config, trainer)[2] == (
+        f"device=cpu (requested); threads=1 ({said}); kernel=reference ({said});"
+        " backend=none (one worker exchanges nothing); energy=none (requested)"
+    )
 
 
 def test_a_checkpoint_of_another_run_is_refused_in_a_line(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ def returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     script: list[float] = []
     run = Evaluator.run
 
-    def scripted(self: Evaluator, policy: Any, evaluation: int) -> Evaluation:
-        result = run(self, policy, evaluation)
+    def scripted(self: Evaluator, policy: Any, evaluation: int, *stop: Any) -> Evaluation:
+        result = run(self, policy, evaluation, *stop)
         return replace(result, returns=[script[evaluation - 1]]) if evaluation else result
 
     monkeypatch.setattr(Evaluator, "run", scripted)

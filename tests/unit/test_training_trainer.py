@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,14 @@ import torch
 from builders import small_config
 from transitions_env import COUNTER, HIGH, LOW, CounterEnv, Fault, get_attr, registered
 
+from spikerl.energy.meter import Reading
 from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.errors import NonFinite
 from spikerl.models.normalizer import RunningNorm
 from spikerl.seeding import reset_seed
 from spikerl.training.evaluator import Evaluator
-from spikerl.training.trainer import Trainer, progress_of
+from spikerl.training.progress import progress_of
+from spikerl.training.trainer import Trainer
 
 # learning_starts, update_interval, updates_per_step, num_envs, total_steps
 SCHEDULES = [
@@ -329,9 +332,40 @@ def test_async_counts_as_sync_does() -> None:
     assert rows[0] == rows[1]
 
 
+def test_joules_of_an_evaluation_that_a_stop_ended_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """2 J and 1 s a window: of training before the stop and behind it, and of both evaluations."""
+    meter: Any = SimpleNamespace(
+        source="replay:x",
+        begin=lambda window: None,
+        end=lambda window: Reading(1.0, {"gpu:0": 2.0}, {}),
+    )
+    monkeypatch.setattr("spikerl.training.evaluator.ASK_S", 0.0)
+    with trainer_of(total_steps=20, steps_per_epoch=10, norm_interval=7) as trainer:
+        trainer.meter = meter
+        assert list(trainer.epochs(stop_signal=lambda: 15 * trainer.evaluation_due())) == []
+        assert (trainer.step, trainer.progress.epoch, trainer.stopping) == (10, 0, 15)
+        trainer.progress = progress_of(asdict(trainer.progress), 10)
+        trainer.stopping = 0
+        first, second = trainer.epochs()
+        assert (first["epoch"], first["step"], second["epoch"]) == (1, 10, 2)
+        assert (first["energy_train_j"], first["energy_eval_j"]) == (4.0, 4.0)
+        assert (second["energy_train_j"], second["energy_eval_j"]) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize(("step", "last"), [(40, 0), (50, 50), (57, 50), (60, 60)])
+def test_slopes_are_those_of_the_last_update(step: int, last: int) -> None:
+    """Updates every 10 steps from 50 on."""
+    with trainer_of() as trainer:
+        trainer.progress.step = step
+        assert trainer.last_update() == last
+
+
 @pytest.mark.parametrize("odd", [
     {"step": 3}, {"updates": -1}, {"epoch": 1.5}, {"updates": 2**70}, {"train_s": float("nan")},
     {"losses": {"x": "1"}}, {"returns": [None]}, {"sums": {"x": [1.0, "2"]}}, {"more": 1},
+    {"eval_energy": [1.0, {"gpu:0": "1"}, {}]}, {"eval_energy": [1.0, {}, {"gpu:0": 1}]},
     {"energy": [1.0, {"gpu:0": "1"}, {}]}, {"energy": [1.0, {}, {"gpu:0": 1}]}, {"energy": [1.0]},
 ])  # fmt: skip
 def test_progress_that_is_none(odd: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ Shape legend   W workers, N environments.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -29,8 +29,9 @@ from spikerl.distributed.world import World
 from spikerl.envs.make import EnvConfig
 from spikerl.runs.checkpoint import verified
 from spikerl.seeding import generator_for, seed_for
+from spikerl.training import evaluator
 from spikerl.training.evaluator import Evaluator
-from spikerl.training.trainer import batch_share
+from spikerl.training.trainer import Row, batch_share
 
 W, N = 3, 6
 PENDULUM = EnvConfig(
@@ -167,14 +168,15 @@ def test_the_episodes_of_an_evaluation_are_shared_out(
     drawn: list[int] = []
     wave = Evaluator._wave
 
-    def noting(self: Evaluator, policy: Any, seeds: list[int], generator: torch.Generator) -> Any:
-        drawn.append(generator.initial_seed())
-        return wave(self, policy, seeds, generator)
+    def noting(self: Evaluator, policy: Any, seeds: list[int], *rest: Any) -> Any:
+        drawn.append(rest[0].initial_seed())
+        return wave(self, policy, seeds, *rest)
 
     monkeypatch.setattr(Evaluator, "_wave", noting)
     for rank in range(W):
         with closing(Evaluator(COUNTER, episodes, 7, World(rank=rank, size=W))) as evaluator:
-            monkeypatch.setattr(World, "gather_objects", lambda world, part: [part])
+            for exchange in ("gather", "gather_objects"):
+                monkeypatch.setattr(World, exchange, lambda world, part: [part])
             evaluator.run(workers.first.policy, 4)
             seeds = [seed for env in evaluator.envs for seed in counter_env(env).seeds]
             assert seeds == [reset_seed("eval", 4, i) for i in range(rank, episodes, W)]
@@ -202,8 +204,8 @@ def test_all_workers_have_the_evaluation_of_one_process() -> None:
         assert expected.activity is not None
         assert evaluation.activity.samples == expected.activity.samples
         assert evaluation.activity.layers == pytest.approx(expected.activity.layers, abs=1e-3)
-    for evaluator in evaluators:
-        evaluator.close()
+    for each in evaluators:
+        each.close()
 
 
 def test_a_checkpoint_gives_each_worker_back_what_is_its_own(tmp_path: Path) -> None:
@@ -254,6 +256,54 @@ def test_all_stop_on_a_signal_that_one_received(workers: Workers) -> None:
         ]
     )
     assert [trainer.stopping for trainer in workers.trainers] == [15] * W
+
+
+def test_all_leave_an_evaluation_on_a_signal_that_one_received(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Worker 2's fourth look between steps, in an evaluation of which worker 0 runs most; then all
+    go on from what they saved, and nothing that they compute is another than without a stop.
+    """
+    monkeypatch.setattr(evaluator, "ASK_S", 0.0)
+    settings = {"total_steps": 120, "steps_per_epoch": 60, "eval_episodes": 4}
+    made = config(env=INVERTED_PENDULUM, **settings)
+
+    def train(workers: Workers, stop: Callable[[], int] = lambda: 0) -> list[list[Row]]:
+        signals = [lambda: 0, lambda: 0, stop]
+        return run_in_threads(
+            [
+                partial(lambda t, signal: list(t.epochs(stop_signal=signal)), t, signal)
+                for t, signal in zip(workers.trainers, signals, strict=True)
+            ]
+        )
+
+    with closing(Workers(made, W)) as whole, closing(Workers(made, W)) as stopped:
+        expected = train(whole)
+        asked = iter(range(1, 1000))
+        syncs = 60 // 10  # each asks, too
+        first = train(stopped, lambda: 15 * (next(asked) >= syncs + 4))
+        assert next(asked) == syncs + 5
+        assert first == [[]] * W
+        assert [trainer.stopping for trainer in stopped.trainers] == [15] * W
+        assert all(t.progress.eval_energy is not None for t in stopped.trainers)
+        stopped.save(tmp_path)
+        with closing(Workers(made, W)) as resumed:
+            resumed.load(tmp_path)
+            rest = train(resumed)
+            for ours, theirs in zip(resumed.trainers, whole.trainers, strict=True):
+                assert same(ours.learner_state(), theirs.learner_state())
+        assert [row["step"] for row in rest[0]] == [60, 120]
+        for got, wanted in zip(rest, expected, strict=True):
+            assert [computed(row) for row in got] == [computed(row) for row in wanted]
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def computed(row: Row) -> Row:
+    """A row without times."""
+    return {name: value for name, value in row.items() if not name.endswith("_per_s")}
 
 
 def test_a_rollout_is_what_all_workers_have_seen(monkeypatch: pytest.MonkeyPatch) -> None:
