@@ -7,6 +7,7 @@ C critics side by side.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -33,6 +34,7 @@ class SpikingNet(Protocol):
     neurons: ListOf[Neuron]  # of each layer
     norms: ListOf[CaReBN]  # of each layer, or none
     decoder: Decoder
+    spike_cost_L: Tensor | None  # of each layer now; None: spikes cost nothing
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -63,13 +65,6 @@ def actions(
     return act(outputs(net, obs_BO, generator, scan), squash)
 
 
-def vjp(
-    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
-) -> tuple[Tensor, Pullback]:
-    """Actions, and the way back from their gradient to the parameters'."""
-    return by_autograd(act(outputs(net, obs_BO, generator, scan, BATCH), squash))
-
-
 def act(output_BA: Tensor, squash: bool) -> Tensor:
     return torch.tanh(output_BA) if squash else output_BA
 
@@ -77,6 +72,25 @@ def act(output_BA: Tensor, squash: bool) -> Tensor:
 def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
     """Spikes (T, B, N) of one layer, from rest."""
     return _spikes(_states(neuron, drive_TBN))
+
+
+def vjp(
+    net: SpikingNet,
+    obs_BO: Tensor,
+    generator: torch.Generator | None,
+    squash: bool = True,
+    scan: Scan = scan,
+) -> tuple[Tensor, Pullback]:
+    """Actions, and the way back from their gradient to the parameters'.
+
+    Where spikes cost something, it adds that to the loss: sum_l cost_l mean_tbn spikes_l.
+    """
+    if net.spike_cost_L is None:
+        return by_autograd(act(outputs(net, obs_BO, generator, scan, BATCH), squash))
+    layers = list(layer_spikes(net, obs_BO, generator, scan, BATCH))
+    rate_L = torch.stack([layer.mean() for layer in layers])
+    output = act(net.decoder(layers[-1]), squash)
+    return by_autograd(output, (net.spike_cost_L * rate_L).sum())
 
 
 def outputs(
@@ -97,7 +111,18 @@ def spikes(
     scan: Scan = scan,
     moments: str = RUNNING,
 ) -> Tensor:
-    """The last layer's spikes (T, B, N), `scan` running each layer's neurons.
+    """The last layer's spikes (T, B, N)."""
+    return deque(layer_spikes(net, obs_BO, generator, scan, moments), maxlen=1).pop()
+
+
+def layer_spikes(
+    net: SpikingNet,
+    obs_BO: Tensor,
+    generator: torch.Generator | None,
+    scan: Scan,
+    moments: str,
+) -> Iterator[Tensor]:
+    """Each layer's spikes (T, B, N), `scan` running its neurons.
 
     `moments`: which ones normalise a layer's drive, where one is normalised.
     """
@@ -105,7 +130,7 @@ def spikes(
     for i, neuron in enumerate(net.neurons):
         drive, lateral = _drive(net, i, x, moments), _lateral(net, i)
         x = _spikes(_states(neuron, drive, lateral)) if lateral else scan(neuron, drive)
-    return x
+        yield x
 
 
 @torch.no_grad()

@@ -151,7 +151,7 @@ class Policy:
             "max_episode_steps": t.max_episode_steps,
             **_optional(t),
             "norm_clip": self.norm.clip,
-            **{k: v for k, v in asdict(self.config).items() if v is not None},
+            **_parts(self.config),
             "versions": self.trained_with or versions(),
         }
         if needed := plugins.versions_of(self.config.parts()):
@@ -219,6 +219,13 @@ def upgraded(data: dict[str, Any]) -> dict[str, Any]:
         then = {"reset": "hard", "surrogate": "rect", "surrogate_slope": 2.0}
         data = {**data, "neuron": {**neuron, **then, "surrogate_slope_end": None}}
     return {**data, "schema": SCHEMA}
+
+
+def _parts(config: ActorConfig) -> dict[str, Any]:
+    """The actor's groups; what its spikes cost in training is no part of a policy."""
+    parts = {group: part for group, part in asdict(config).items() if part is not None}
+    actor = parts["actor"]
+    return parts | {"actor": {k: v for k, v in actor.items() if not k.startswith("spike_cost")}}
 
 
 def _optional(task: Task) -> dict[str, Any]:

@@ -265,7 +265,7 @@ class Trainer:
             return
         actor = self.algo.actor
         if isinstance(actor, SpikingActor):
-            actor.schedule(min(self.step / self.run.total_steps, 1.0))
+            actor.schedule(self.step, self.run.total_steps)
         normalize = self.norm.normalize
         metrics = self.algo.train(self.replay, due, self.batch_size, self.streams.sample, normalize)
         self.algo.check()
@@ -334,6 +334,8 @@ class Trainer:
             "updates_per_s": (p.updates - p.first_update) / train_s,
             **joules,
         }
+        if isinstance(self.algo.actor, SpikingActor) and self.algo.actor.spike_costs:
+            row["spike_loss"] = mean_of(sums, "spike_loss")
         if self.algo.guard.scales_loss:
             row["skipped_updates"] = int(self.algo.guard.skipped)
         return row
