@@ -21,7 +21,7 @@ from spikerl.algos import ALGOS
 from spikerl.algos.replay import Replay
 from spikerl.config.build import Config
 from spikerl.distributed.world import ALONE, World, share
-from spikerl.energy.meter import Meter, Reading, consecutive, energy_row, merge
+from spikerl.energy.meter import Meter, Reading, consecutive, energy_row, merge, power
 from spikerl.envs.vector import make_envs
 from spikerl.errors import BadRequest, NonFinite
 from spikerl.models.actor import (
@@ -352,8 +352,14 @@ class Trainer:
         reading = self.meter.end("train")
         if p.energy is not None:
             reading = consecutive(Reading(*p.energy), reading)
-        p.energy = list(reading)
+        p.energy = [reading.seconds, reading.joules, reading.missing]
         return reading
+
+    def idle_power(self) -> float | None:
+        """Watts before anything runs, all workers waiting together."""
+        self.world.barrier()
+        readings = self.world.gather_objects(tuple(self.meter.idle()))
+        return power(merge([Reading(*reading) for reading in readings]))
 
     def check_equal(self) -> None:
         """Raise unless all workers have the same parameters and normaliser, to the bit."""
@@ -427,7 +433,7 @@ def progress_of(data: Mapping[str, Any], step: int) -> Progress:
     """What a checkpoint of that step holds of it; a ValueError unless each number is one."""
     progress = Progress(**data)
     sums = [number for pair in progress.sums.values() for number in pair]
-    seconds, joules, missing = Reading(*progress.energy or (0.0, {}, {}))
+    seconds, joules, missing = progress.energy or (0.0, {}, {})
     spent = [progress.train_s, seconds, *joules.values()]
     numbers = [*progress.losses.values(), *progress.returns, *sums, *spent]
     counts = (progress.updates, progress.epoch, progress.first_step, progress.first_update)
