@@ -97,8 +97,8 @@ def membrane_config(**changes: Any) -> MembraneConfig:
 
 
 def popsan_config(hidden: list[int], spike_steps: int = 5, **changes: Any) -> PopSANConfig:
-    own = {"name": "popsan", "hidden_sizes": hidden, "spike_steps": spike_steps, "lr": 1e-4}
-    return PopSANConfig(**(own | changes))
+    own: dict[str, Any] = {"hidden_sizes": hidden, "spike_steps": spike_steps, "lr": 1e-4}
+    return PopSANConfig(**({"name": "popsan"} | own | changes))
 
 
 def care_bn_config(hidden: list[int], spike_steps: int = 5) -> CareBNConfig:
@@ -267,7 +267,6 @@ def small_config(
         init_policy="last",
         keep_replay=True,
         logger=[],
-        energy_to=None,
     )
     return Config(
         run=run,

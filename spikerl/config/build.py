@@ -65,7 +65,7 @@ class RunConfig:
     config: str | None
     keep_replay: bool  # and the checkpoints, of a run that is done
     logger: list[str]  # views of metrics.jsonl
-    energy_to: dict[str, float] | None  # {return: R}: summary.json has the joules up to that
+    energy_to: dict[str, float] | None = None  # {return: R}: summary.json has the joules up to that
     plugins: list[str]  # packages that register parts of one's own
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.kernels import reference
+from spikerl.kernels.reference import Carried
 from spikerl.models.actor import SpikingActor
 from spikerl.models.policy import Policy, check_shapes
 from spikerl.seeding import seed_for
@@ -107,7 +108,9 @@ class FilePolicy(Policy):
         super().__init__(task, policy.config, policy.actor, policy.norm)
         self.file = file
 
-    def act(self, obs_BO: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    def act(
+        self, obs_BO: np.ndarray, generator: torch.Generator, carried: Carried | None = None
+    ) -> np.ndarray:
         """Actions (B, A), here in the environment's units."""
         return self.file.actions(obs_BO.astype(np.float32))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ from spikerl.snn.batchnorm import BATCH, RUNNING, CaReBN
 from spikerl.snn.decoders import Decoder, ILCDecoder
 from spikerl.snn.encoders import Encoder
 from spikerl.snn.linear import Linears, ListOf, product
-from spikerl.snn.neurons import Neuron, State
+from spikerl.snn.neurons import Neuron, ResidualIF, State
 from spikerl.types import Batch
 
 
@@ -52,6 +53,19 @@ class DenseNet(Protocol):
 
     dtype: torch.dtype  # of the layers' products
     layers: Linears
+
+
+@dataclass
+class Carried:
+    """What one decision leaves to the next of B episodes side by side; as it is: a first one's."""
+
+    residuals: list[Tensor] = field(default_factory=list)  # (B, N) of each layer
+    fired_B: Tensor | None = None  # spikes of all layers in that decision
+
+    def restart(self, which_B: Tensor) -> None:
+        """Forget those of some episodes, which begin anew."""
+        for residual_BN in self.residuals:
+            residual_BN[which_B] = 0.0
 
 
 # Spikes (T, B, N) of one layer from its drive.
@@ -144,6 +158,26 @@ def record(
         states.append(_states(neuron, _drive(net, i, layers[-1], RUNNING), _lateral(net, i)))
         layers.append(_spikes(states[-1]))
     return layers, states
+
+
+@torch.no_grad()
+def decide(
+    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, carried: Carried
+) -> Tensor:
+    """Actions (B, A) of neurons that carry residuals on; `carried` becomes the next decision's."""
+    x = net.encoder(obs_BO, net.spike_steps, generator)
+    fired_B = torch.zeros(len(obs_BO), dtype=torch.float64, device=obs_BO.device)
+    residuals = []
+    for i, neuron in enumerate(net.neurons):
+        assert isinstance(neuron, ResidualIF)
+        drive = _drive(net, i, x, RUNNING)
+        begin = neuron.initial(drive[0], carried.residuals[i] if carried.residuals else None)
+        states = _states(neuron, drive, _lateral(net, i), begin)
+        residuals.append(neuron.residual(begin, states))
+        x = _spikes(states)
+        fired_B += x.double().sum((0, 2))
+    carried.residuals, carried.fired_B = residuals, fired_B
+    return act(net.decoder(x), True)
 
 
 def values(critic: ValueNet, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
@@ -253,10 +287,13 @@ def _lateral(net: SpikingNet, i: int) -> Callable[[Tensor], Tensor] | None:
 
 
 def _states(
-    neuron: Neuron, drive_TBN: Tensor, lateral: Callable[[Tensor], Tensor] | None = None
+    neuron: Neuron,
+    drive_TBN: Tensor,
+    lateral: Callable[[Tensor], Tensor] | None = None,
+    begin: State | None = None,
 ) -> list[State]:
-    """One layer's states at every spike step."""
-    state, states = neuron.initial(drive_TBN[0]), []
+    """One layer's states at every spike step; `begin`: where they begin, if not at rest."""
+    state, states = begin or neuron.initial(drive_TBN[0]), []
     for drive_BN in drive_TBN:
         if lateral is not None:
             drive_BN = drive_BN + lateral(state.spikes_BN)

@@ -199,12 +199,10 @@ class SpikingActor(nn.Module):
         normed = sizes[1:] if isinstance(actor, CareBNConfig) else []
         self.norms = ListOf[CaReBN](CaReBN(size, neuron.threshold) for size in normed)
         self.decoder = decodes(decoder, act_dim, hidden[-1], actor.spike_steps)
-        self.spike_costs = actor.spike_costs(len(self.layers))
-        self.spike_cost_start, self.spike_cost_warmup = (
-            actor.spike_cost_start,
-            actor.spike_cost_warmup,
-        )
-        self.spike_cost_L: Tensor | None = None
+        self.spike_costs = actor.spike_costs(len(self.layers))  # in the end; empty: nothing
+        self.spike_cost_start = actor.spike_cost_start
+        self.spike_cost_warmup = actor.spike_cost_warmup
+        self.spike_cost_L: Tensor | None = None  # now
 
     def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Actions; `generator` is drawn from only where the encoder is random."""
@@ -232,6 +230,11 @@ class SpikingActor(nn.Module):
         share = min(behind / self.spike_cost_warmup, 1.0) if self.spike_cost_warmup else 1.0
         now = share if behind >= 0 else 0.0
         self.spike_cost_L.copy_(torch.tensor([now * cost for cost in self.spike_costs]))
+
+    @property
+    def carries(self) -> bool:
+        """Whether a decision depends on the one before."""
+        return any(neuron.carries for neuron in self.neurons)
 
     @torch.no_grad()
     def recalibrate(self, batches: Iterable[Tensor], generator: torch.Generator | None) -> None:
@@ -265,6 +268,8 @@ class SpikingActor(nn.Module):
 
 class MLPActor(nn.Module):
     """Dense actor, (B, O) -> (B, A) in [-1, 1]."""
+
+    carries = False
 
     def __init__(
         self, obs_dim: int, act_dim: int, actor: MLPConfig, *, dtype: torch.dtype = torch.float32

@@ -24,6 +24,8 @@ from safetensors.torch import save as tensor_bytes
 from spikerl import kernels, plugins
 from spikerl.errors import BadRequest
 from spikerl.files import json_bytes, read_bytes, read_json, write_atomic
+from spikerl.kernels import reference
+from spikerl.kernels.reference import Carried
 from spikerl.machine import resolve_device, versions
 from spikerl.models.actor import ACTORS, Actor, ActorConfig, PopSANConfig, SpikingActor, build_actor
 from spikerl.models.normalizer import RunningNorm
@@ -82,12 +84,19 @@ class Policy:
             self.actor.kernel = kernels.here(self.actor.kernel, str(self.device))
         self.one_action = self._one_action()
 
-    def __call__(self, obs: Any) -> np.ndarray:
+    def carried(self) -> Carried | None:
+        """For the decisions of an episode, or of several side by side, where one depends on the one
+        before; None where none does.
+        """
+        return Carried() if self.actor.carries else None
+
+    def __call__(self, obs: Any, carried: Carried | None = None) -> np.ndarray:
         """Actions in the environment's units for one raw observation or a batch of them; where the
         environment's are dictionaries, such a one, or what it is flat.
 
-        Raises TypeError for other than real numbers, ValueError for another shape than (*obs_shape)
-        or (B, *obs_shape), or a value that is not finite.
+        `carried`: of this episode's decisions, `policy.carried()` at its first, where that is not
+        None. Raises TypeError for other than real numbers, ValueError for another shape than
+        (*obs_shape) or (B, *obs_shape), or a value that is not finite.
         """
         if self.pid != os.getpid():
             leave_thread_pool()
@@ -107,29 +116,39 @@ class Policy:
                 return self.task.typed(one.reshape(self.task.act_shape))
         if not np.isfinite(obs).all():
             raise ValueError("obs holds a NaN or an infinity")
-        act = self.task.to_env(self.act(obs.reshape(-1, self.task.obs_dim), self.generator))
+        act = self.act(obs.reshape(-1, self.task.obs_dim), self.generator, carried)
+        act = self.task.to_env(act)
         return act[0] if single else act
 
     def predict(
         self,
         obs: np.ndarray,
-        state: None = None,
+        state: Carried | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = True,
-    ) -> tuple[np.ndarray, None]:
-        """The action, and the state of a recurrent policy, which this is not.
+    ) -> tuple[np.ndarray, Carried | None]:
+        """The action, and what it leaves to the next one where that depends on it, else None.
 
         As Stable-Baselines3 and the tools around it call a policy. ValueError for
         `deterministic=False`: exploration belongs to the algorithm, and is not saved.
         """
         if not deterministic:
             raise ValueError("a saved policy has no exploration noise; give deterministic=True")
-        return self(obs), None
+        state = self.carried() if state is None else state
+        if state is not None and episode_start is not None:
+            state.restart(torch.as_tensor(np.atleast_1d(episode_start), device=self.device))
+        return self(obs, state), state
 
     @torch.no_grad()
-    def act(self, obs_BO: np.ndarray, generator: torch.Generator) -> np.ndarray:
-        """Actions (B, A) in [-1, 1]."""
+    def act(
+        self, obs_BO: np.ndarray, generator: torch.Generator, carried: Carried | None = None
+    ) -> np.ndarray:
+        """Actions (B, A) in [-1, 1]; `carried` as in a call."""
         obs = self.norm.observe(obs_BO, self.device)
+        if isinstance(self.actor, SpikingActor) and self.actor.carries:
+            if carried is None:
+                raise ValueError("a decision depends on the one before: give carried")
+            return reference.decide(self.actor, obs, generator, carried).cpu().numpy()
         return self.actor(obs, generator).cpu().numpy()
 
     def save(self, folder: Path) -> None:

@@ -35,6 +35,8 @@ class Evaluation:
     lengths: list[int]
     activity: Activity | None
     probed: Tensor  # this worker's normalised observations that firing is measured on, (M, O)
+    # Spikes of all layers per decision, over all decisions; None where none depends on another.
+    carried_spikes: float | None = None
 
     @property
     def mean(self) -> float:
@@ -76,22 +78,26 @@ class Evaluator:
         """Evaluation number `evaluation`: episode i starts from seed (run seed, evaluation, i)."""
         key = (evaluation, self.world.rank, 0)  # longer than an episode's, so never the same
         generator = generator_for(self.run_seed, "eval", *key, device=policy.device)
-        episodes, seen = [], []
+        episodes, seen, fired = [], [], 0.0
         for numbers in self._waves():
             seeds = self._seeds(evaluation, numbers)
-            returns, lengths, observed = self._wave(policy, seeds, generator)
+            returns, lengths, observed, spikes = self._wave(policy, seeds, generator)
+            fired += spikes
             episodes += list(zip(numbers, returns, lengths, strict=True))
             seen += observed
         probed = self._probed(policy, seen)
         own = None
-        if isinstance(policy.actor, SpikingActor) and len(probed):
+        if carries := policy.carried() is not None:  # single observations do not tell its firing
+            assert self.world.size == 1
+        elif isinstance(policy.actor, SpikingActor) and len(probed):
             own = policy.actor.activity(probed, generator)
         parts = self.world.gather_objects((episodes, own))
         merged = sorted(episode for episodes, _ in parts for episode in episodes)
         activities = [activity for _, activity in parts if activity is not None]
         activity = reduce(Activity.__add__, activities) if activities else None
         returns, lengths = [ret for _, ret, _ in merged], [n for _, _, n in merged]
-        return Evaluation(returns, lengths, activity, probed)
+        per_decision = fired / sum(lengths) if carries else None
+        return Evaluation(returns, lengths, activity, probed, per_decision)
 
     def observations(self, policy: Policy) -> np.ndarray:
         """Every raw observation (M, O) of this worker's episodes, those of evaluation 0."""
@@ -119,7 +125,10 @@ class Evaluator:
 
     def _wave(
         self, policy: Policy, seeds: list[int], generator: torch.Generator
-    ) -> tuple[list[float], list[int], list[np.ndarray]]:
+    ) -> tuple[list[float], list[int], list[np.ndarray], float]:
+        """Returns, lengths, observations; the spikes of a policy whose decisions depend on those
+        before.
+        """
         envs = self.envs[: len(seeds)]
         env_id = policy.task.env_id
         try:
@@ -133,11 +142,13 @@ class Evaluator:
             raise NonFinite(f"evaluation, reset: {env_id} gave a NaN or infinity")
         returns, lengths = [0.0] * len(envs), [0] * len(envs)
         running = list(range(len(envs)))
-        seen = []
+        seen, fired, carried = [], 0.0, policy.carried()
         while running:
             seen.append(obs[running])
             # The batch keeps its size to the end: products of other sizes round differently.
-            act = policy.task.to_env(policy.act(obs, generator))
+            act = policy.task.to_env(policy.act(obs, generator, carried))
+            if carried is not None and carried.fired_B is not None:
+                fired += float(carried.fired_B[running].sum())
             where = f"evaluation, step {max(lengths) + 1}: {env_id}"
             try:
                 with UserCode():
@@ -152,7 +163,7 @@ class Evaluator:
                 lengths[i] += 1
                 if terminated or truncated:
                     running.remove(i)
-        return returns, lengths, seen
+        return returns, lengths, seen, fired
 
     def _probed(self, policy: Policy, seen: list[np.ndarray]) -> Tensor:
         if not seen:

@@ -122,7 +122,8 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES)
 def test_every_algorithm_adds_it_to_its_own_loss(rule: str) -> None:
     """A first update with a cost and one without differ by the cost's gradient, and by its loss."""
-    config, found = RULES[rule], []
+    config: Any = RULES[rule]
+    found: list[tuple[Any, list[Tensor]]] = []
     with float64():
         rows = transitions(20, torch.float64)
         for cost in (0.0, 2.0):
@@ -137,7 +138,7 @@ def test_every_algorithm_adds_it_to_its_own_loss(rule: str) -> None:
                 actor, critic, config, actor_lr=1e-3, generator=generator
             )
             learner = doubled(learner)
-            expected = 2.0 * sum(rates(actor, rows.obs)[1])
+            expected = 2.0 * torch.stack(rates(actor, rows.obs)[1]).sum()
             spiking = torch.autograd.grad(expected, list(actor.parameters()), allow_unused=True)
             if isinstance(learner, PPO):
                 logp = torch.full((20, 2), -1.0)
