@@ -149,14 +149,17 @@ class State(NamedTuple):
 class Neuron(nn.Module):
     """One layer's neurons. The reset is applied on entry: one that fired starts from there."""
 
-    carries = False  # whether a decision depends on the one before
-
     def __init__(self, config: NeuronConfig) -> None:
         super().__init__()
         self.config = config
         self.scale = config.surrogate_slope  # of the surrogate
         if config.surrogate == "rect":
             self.scale = config.surrogate_window
+
+    @property
+    def carries(self) -> bool:
+        """Whether a decision depends on the one before."""
+        return False
 
     def initial(self, drive_BN: Tensor) -> State:
         zero = torch.zeros_like(drive_BN)

@@ -375,7 +375,7 @@ def test_windows_too_short_for_their_counter_say_so(
     zeus: FakeZeus, nvml: FakeNVML, rapl: Path
 ) -> None:
     """A GPU's counter needs a second, a package's a twentieth; each is said once."""
-    clock, waited = Clock(), []
+    clock, waited = Clock(), list[float]()
     meter = open_meter(AUTO, device=CUDA, local_rank=0, clock=clock)
     zeus.energies |= {"gpu": {2: 100.0}, "cpu": {1: 10.0, 2: 20.0}}
     window(meter, clock, 1.0)

@@ -220,7 +220,7 @@ def test_a_trace_that_repeats_says_so_once(tmp_path: Path) -> None:
 
 
 def test_idle_power(tmp_path: Path) -> None:
-    clock, waited = Clock(), []
+    clock, waited = Clock(), list[float]()
 
     def wait(seconds: float) -> None:
         waited.append(seconds)
