@@ -202,19 +202,19 @@ def convert(
     """
     assert isinstance(spiking.decoder, LinearDecoder)
     *hidden, last = dense.layers
-    x, below, reached = obs_BO, torch.ones(()), []
+    x, below, reached = obs_BO, torch.ones((), dtype=torch.float32), []
     for source, target in zip(hidden, spiking.layers, strict=True):
         x = torch.relu(source(x))
-        # One that is silent on all observations keeps its weights.
         if own:
             most = torch.stack([torch.quantile(x_B, percentile / 100.0) for x_B in x.T])
-            most = torch.where(most > 0.0, most, 1.0)
         else:
-            most = torch.tensor(float(torch.quantile(x.amax(1), percentile / 100.0)) or 1.0)
+            most = torch.quantile(x.amax(1), percentile / 100.0)
+        # One that is silent on all observations keeps its weights.
+        most = torch.where(most > 0.0, most, 1.0)
         scale(source, target, below, most)
         reached.append(float(most.max()))
         below = most
-    scale(last, spiking.decoder.map, below, torch.ones(()))
+    scale(last, spiking.decoder.map, below, torch.ones((), dtype=torch.float32))
     return reached
 
 

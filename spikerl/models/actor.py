@@ -229,7 +229,8 @@ class SpikingActor(nn.Module):
         behind = step - self.spike_cost_start
         share = min(behind / self.spike_cost_warmup, 1.0) if self.spike_cost_warmup else 1.0
         now = share if behind >= 0 else 0.0
-        self.spike_cost_L.copy_(torch.tensor([now * cost for cost in self.spike_costs]))
+        costs = [now * cost for cost in self.spike_costs]
+        self.spike_cost_L.copy_(torch.tensor(costs, dtype=torch.float64))
 
     @property
     def carries(self) -> bool:
