@@ -96,8 +96,9 @@ def membrane_config(**changes: Any) -> MembraneConfig:
     return MembraneConfig(**(own | changes))
 
 
-def popsan_config(hidden: list[int], spike_steps: int = 5) -> PopSANConfig:
-    return PopSANConfig(name="popsan", hidden_sizes=hidden, spike_steps=spike_steps, lr=1e-4)
+def popsan_config(hidden: list[int], spike_steps: int = 5, **changes: Any) -> PopSANConfig:
+    own: dict[str, Any] = {"hidden_sizes": hidden, "spike_steps": spike_steps, "lr": 1e-4}
+    return PopSANConfig(**({"name": "popsan"} | own | changes))
 
 
 def care_bn_config(hidden: list[int], spike_steps: int = 5) -> CareBNConfig:
@@ -130,8 +131,9 @@ def popsan(
     neuron: NeuronConfig = CUBA_LIF,
     decoder: DecoderConfig = RATE,
     dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> SpikingActor:
-    config = popsan_config(hidden, spike_steps)
+    config = popsan_config(hidden, spike_steps, **changes)
     return SpikingActor(obs_dim, act_dim, config, encoder, neuron, decoder, dtype=dtype)
 
 

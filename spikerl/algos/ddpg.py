@@ -43,18 +43,18 @@ class DDPG(OffPolicy):
 
         # Critic: minimise mean (Q(s, a) - y)^2.
         q_mean = self.critic.critic_backward(rows.obs, rows.act, q_target, critic_opt.gradient)
-        critic_loss = critic_opt.step()
+        metrics = {"critic_loss": critic_opt.step(), "q_mean": q_mean}
 
         # Actor: minimise -mean Q(s, pi(s)). By the chain rule, its gradient by the actions is taken
         # back through the actor.
         act, backward = self.actor.vjp(rows.obs, self.generator)
         grad = self.critic.actor_loss_grad(rows.obs, act, actor_opt.gradient)
-        backward(grad, actor_opt.gradient)
-        actor_loss = actor_opt.step()
+        metrics |= backward(grad, actor_opt.gradient)
+        metrics["actor_loss"] = actor_opt.step()
 
         self.update_targets()
         self.guard.end_update()
-        return [{"critic_loss": critic_loss, "q_mean": q_mean, "actor_loss": actor_loss}]
+        return [metrics]
 
     @torch.no_grad()
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:

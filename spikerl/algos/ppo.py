@@ -166,7 +166,7 @@ class PPO(Learner):
         loss = -surrogate.mean() - c.entropy_coef * entropy
         grads = torch.autograd.grad(loss, (act, self.log_std.value_A), actor_opt.gradient.factor)
         actor_opt.gradient.loss.copy_(loss.detach() * actor_opt.gradient.weight)
-        backward(grads[0], actor_opt.gradient)
+        spikes = backward(grads[0], actor_opt.gradient)
         log_std.gradient.slots[0].copy_(grads[1])
 
         # Critic: minimise mean (V(s) - return)^2.
@@ -180,6 +180,7 @@ class PPO(Learner):
             "entropy": entropy.detach(),
             "approx_kl": approx_kl,
             "clip_fraction": (ratio.detach() != clipped.detach()).to(loss.dtype).mean(),
+            **spikes,
         }
         log_std.step()
         self.guard.end_update()

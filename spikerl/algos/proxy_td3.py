@@ -92,7 +92,7 @@ class ProxyTD3(OffPolicy):
             if self.is_policy_update(number):
                 act, backward = self.actor.vjp(batch.obs, self.generator)
                 grad = self.critic.actor_loss_grad(batch.obs, act, actor_opt.gradient)
-                backward(grad, actor_opt.gradient)
+                metric |= backward(grad, actor_opt.gradient)
                 metric["actor_loss"] = actor_opt.step()
                 self.update_targets()
 

@@ -125,11 +125,11 @@ class SAC(OffPolicy):
         entropy = -log_prob.detach().mean()
         actor_opt.gradient.loss -= self.temperature * entropy * actor_opt.gradient.weight
         if self.log_std:
-            mean_backward(by_mean, actor_opt.gradient)
+            metrics |= mean_backward(by_mean, actor_opt.gradient)
             log_std_backward(by_raw, self.optimizers["log_std"].gradient)
             self.optimizers["log_std"].step()
         else:
-            mean_backward(torch.cat([by_mean, by_raw], -1), actor_opt.gradient)
+            metrics |= mean_backward(torch.cat([by_mean, by_raw], -1), actor_opt.gradient)
         actor_loss = actor_opt.step()
         metrics |= {"actor_loss": actor_loss, "entropy": entropy, "temperature": self.temperature}
 

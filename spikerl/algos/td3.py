@@ -73,7 +73,7 @@ class TD3(OffPolicy):
             if self.is_policy_update(number):
                 act, backward = self.actor.vjp(obs, self.generator)
                 grad = self.critic.actor_loss_grad(obs, act, actor_opt.gradient)
-                backward(grad, actor_opt.gradient)
+                metric |= backward(grad, actor_opt.gradient)
                 metric["actor_loss"] = actor_opt.step()
                 self.update_targets()
 

@@ -5,12 +5,18 @@ spike steps stands for its activation. So that rates of up to 1 cover what the a
 each layer's weights are scaled by what the layers around it reach on observations of the policy's
 own episodes (threshold balancing: Diehl et al., 2015; a percentile of it: Rueckauer et al., 2017,
 arXiv:1612.04052). reset=soft keeps what lies above the threshold, and loses less.
+
+CRPI's (ICML 2026): threshold=neuron balances each neuron by what it alone reaches, start=0.5 begins
+a decision at half the threshold, and alpha carries a share of what is left in a membrane on to the
+next decision (`residual_if` in spikerl/snn/neurons.py). Several alpha or spike_steps are evaluated
+beside each other, and the one of the highest return is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +42,11 @@ class ConvertRequest:
     run: str
     run_dir: str
     encoder: str
-    spike_steps: int
+    spike_steps: Any  # T, or a list to choose from
     reset: str
+    threshold: str
+    start: float
+    alpha: Any  # or a list
     percentile: float
     episodes: int
     seed: int
@@ -48,6 +57,20 @@ class ConvertRequest:
         if self.encoder != "direct":
             remedy = "a converted network is driven by the observation itself; give direct"
             raise BadRequest("encoder", self.encoder, remedy)
+        self.spike_steps, self.alpha = as_list(self.spike_steps), as_list(self.alpha)
+        if not self.spike_steps or not all(type(t) is int for t in self.spike_steps):
+            remedy = "give a whole number, or a list of them"
+            raise BadRequest("spike_steps", self.spike_steps, remedy)
+        real = all(type(a) in (int, float) and 0.0 <= a <= 1.0 for a in self.alpha)
+        if not self.alpha or not real:
+            raise BadRequest("alpha", self.alpha, "give a value in [0, 1], or a list of them")
+        if not 0.0 <= self.start <= 1.0:
+            raise BadRequest("start", self.start, "give a value in [0, 1]")
+        if self.threshold not in ("layer", "neuron"):
+            raise BadRequest("threshold", self.threshold, "give layer or neuron")
+        if self.reset != "soft" and (self.start or any(self.alpha)):
+            remedy = "start and alpha need a soft reset, which keeps a residual; give soft"
+            raise BadRequest("reset", self.reset, remedy)
         if not 0.0 < self.percentile <= 100.0:
             raise BadRequest("percentile", self.percentile, "give a value in (0, 100]")
         if self.episodes < 1:
@@ -63,32 +86,81 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     if not isinstance(dense.actor, MLPActor):
         remedy = f"its actor is {dense.config.actor.name}; a dense one (actor=mlp) is converted"
         raise BadRequest("run", request.run, remedy)
-    raw = spiking_config(Path(request.run), dense, request)
-    config = configs.build(raw)
+    choices = list(product(request.spike_steps, request.alpha))
+    raws = [spiking_config(Path(request.run), dense, request, *choice) for choice in choices]
+    built = [configs.build(raw) for raw in raws]
     run_folder.check_free(request.run_dir, named=True)
-    evaluator = Evaluator(config.env, request.episodes, request.seed)
+    env, tried = built[0].env, []
+    evaluator = Evaluator(env, request.episodes, request.seed)
     try:
         if task_of(evaluator.envs[0]).env_id != dense.task.env_id:
-            raise BadRequest("run", request.run, f"was not trained on {config.env.id}")
+            raise BadRequest("run", request.run, f"was not trained on {env.id}")
         seen = dense.norm.observe(evaluator.observations(dense), dense.device)
+        policies = []
+        for config in built:
+            spiking = build_actor(config.actor, dense.task.obs_dim, dense.task.act_dim)
+            assert isinstance(spiking, SpikingActor)
+            own = request.threshold == "neuron"
+            reached = convert(dense.actor, spiking, seen, request.percentile, own)
+            policies.append(Policy(dense.task, config.actor, spiking, dense.norm))
+        if len(choices) > 1:
+            tried = compare(evaluator, dense, policies, choices)
     finally:
         evaluator.close()
-    spiking = build_actor(config.actor, dense.task.obs_dim, dense.task.act_dim)
-    assert isinstance(spiking, SpikingActor)
-    reached = convert(dense.actor, spiking, seen, request.percentile)
-    policy = Policy(dense.task, config.actor, spiking, dense.norm)
+    best = max(range(len(tried)), key=lambda i: tried[i]["return_mean"]) if tried else 0
     facts = {"status": "done", "converted_from": request.run, "activations_reached": reached}
+    if tried:
+        facts["tried"] = tried
     record = run_folder.make_manifest(dense.task.env_id, argv, {}, facts)
-    folder = run_folder.create(request.run_dir, raw, record, policy.save, named=True)
+    save = policies[best].save
+    folder = run_folder.create(request.run_dir, raws[best], record, save, named=True)
     scales = ", ".join(f"{value:.3g}" for value in reached)
+    spike_steps, alpha = choices[best]
+    carried = f", alpha {alpha:g}" if any(request.alpha) else ""
     print(
-        f"{dense.task.env_id}: {request.spike_steps} spike steps, {request.reset} reset;"
+        f"{dense.task.env_id}: {spike_steps} spike steps{carried}, {request.reset} reset;"
         f" activations reach {scales} on {len(seen)} observations; run folder: {shown(folder)}"
     )
     return 0
 
 
-def spiking_config(run: Path, dense: Policy, request: ConvertRequest) -> dict[str, Any]:
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def compare(
+    evaluator: Evaluator,
+    dense: Policy,
+    policies: Sequence[Policy],
+    choices: Sequence[tuple[int, float]],
+) -> list[dict[str, Any]]:
+    """Returns and spikes of each on the same episodes, others than thresholds come from; printed.
+
+    Spikes are those of all hidden neurons per decision.
+    """
+    found = []
+    print(f"{'spike_steps':>11} {'alpha':>6} {'return':>10} {'+-':>8} {'spikes':>8}")
+    whole = evaluator.run(dense, 1)
+    print(f"{'dense':>11} {'-':>6} {whole.mean:>10.1f} {whole.std:>8.1f} {'-':>8}")
+    for policy, (spike_steps, alpha) in zip(policies, choices, strict=True):
+        result = evaluator.run(policy, 1)
+        spikes = result.carried_spikes
+        if spikes is None:
+            assert result.activity is not None
+            fired = sum(float(counts.sum()) for counts in result.activity.spikes[1:])
+            spikes = fired / result.activity.samples * spike_steps
+        print(
+            f"{spike_steps:>11} {alpha:>6g} {result.mean:>10.1f} {result.std:>8.1f} {spikes:>8.1f}",
+            flush=True,
+        )
+        found.append({"spike_steps": spike_steps, "alpha": alpha, "return_mean": result.mean,
+                      "return_std": result.std, "spikes": spikes})  # fmt: skip
+    return found
+
+
+def spiking_config(
+    run: Path, dense: Policy, request: ConvertRequest, spike_steps: int, alpha: float
+) -> dict[str, Any]:
     """The run's config with a spiking actor."""
     path = run / "config.yaml"
     raw = read_config(path)
@@ -100,13 +172,15 @@ def spiking_config(run: Path, dense: Policy, request: ConvertRequest) -> dict[st
     raw["actor"] = {
         "name": "popsan",
         "hidden_sizes": dense.config.actor.hidden_sizes,
-        "spike_steps": request.spike_steps,
+        "spike_steps": spike_steps,
         "lr": dense.config.actor.lr,
     }
     raw["encoder"], raw["decoder"] = {"name": "direct"}, {"name": "linear"}
+    kind: dict[str, Any] = {"name": "lif", "voltage_decay": 1.0}
+    if request.start or alpha:
+        kind = {"name": "residual_if", "start": request.start, "alpha": float(alpha)}
     raw["neuron"] = {
-        "name": "lif",
-        "voltage_decay": 1.0,
+        **kind,
         "threshold": 1.0,
         "reset": request.reset,
         "surrogate": "rect",
@@ -120,23 +194,32 @@ def spiking_config(run: Path, dense: Policy, request: ConvertRequest) -> dict[st
 
 @torch.no_grad()
 def convert(
-    dense: MLPActor, spiking: SpikingActor, obs_BO: Tensor, percentile: float
+    dense: MLPActor, spiking: SpikingActor, obs_BO: Tensor, percentile: float, own: bool = False
 ) -> list[float]:
-    """Give `spiking` the weights of `dense`; what each hidden layer's activations reach."""
+    """Give `spiking` the weights of `dense`; what each hidden layer's activations reach.
+
+    `own`: each neuron is scaled by what it alone reaches, else all by what their layer does.
+    """
     assert isinstance(spiking.decoder, LinearDecoder)
     *hidden, last = dense.layers
-    x, below, reached = obs_BO, 1.0, []
+    x, below, reached = obs_BO, torch.ones((), dtype=torch.float32), []
     for source, target in zip(hidden, spiking.layers, strict=True):
         x = torch.relu(source(x))
-        # A layer that is silent on all observations keeps its weights.
-        most = float(torch.quantile(x.amax(1), percentile / 100.0)) or 1.0
-        scale(source, target, below / most, 1.0 / most)
-        reached.append(most)
+        if own:
+            most = torch.stack([torch.quantile(x_B, percentile / 100.0) for x_B in x.T])
+        else:
+            most = torch.quantile(x.amax(1), percentile / 100.0)
+        # One that is silent on all observations keeps its weights.
+        most = torch.where(most > 0.0, most, 1.0)
+        scale(source, target, below, most)
+        reached.append(float(most.max()))
         below = most
-    scale(last, spiking.decoder.map, below, 1.0)
+    scale(last, spiking.decoder.map, below, torch.ones((), dtype=torch.float32))
     return reached
 
 
-def scale(source: Linear, target: Linear, weight: float, bias: float) -> None:
-    target.weight_IN.copy_(source.weight_IN * weight)
-    target.bias_N.copy_(source.bias_N * bias)
+def scale(source: Linear, target: Linear, below: Tensor, most: Tensor) -> None:
+    """Inputs and outputs become shares of what they reach, of each or of all."""
+    most_64, dtype = most.double(), source.weight_IN.dtype
+    target.weight_IN.copy_(source.weight_IN * (below.double().unsqueeze(-1) / most_64).to(dtype))
+    target.bias_N.copy_(source.bias_N * (1.0 / most_64).to(dtype))

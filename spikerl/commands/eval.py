@@ -122,6 +122,8 @@ def report(
         if name in ("mujoco", "gymnasium") and now.get(name) != version
     ]
     if request.json:
+        spikes = result.carried_spikes
+        carried = {} if spikes is None else {"spikes_per_decision": spikes}
         facts = {
             "return_mean": result.mean,
             "return_std": result.std,
@@ -131,6 +133,7 @@ def report(
             "env_id": env_id,
             "firing_rate": result.activity.firing_rate if result.activity else None,
             "seed": request.seed,
+            **carried,
             **({"videos": [str(path) for path in videos]} if videos else {}),
             "versions": now,
             "trained_with": policy.trained_with,
@@ -144,6 +147,8 @@ def report(
         f"{env_id}: return {result.mean:.1f} +- {result.std:.1f}"
         f" over {len(result.returns)} episodes"
     )
+    if result.carried_spikes is not None:
+        print(f"{result.carried_spikes:.1f} spikes per decision")
     if result.activity:
         layers = ", ".join("-" if r is None else f"{r:.3f}" for r in result.activity.layers)
         print(f"firing rate {result.activity.firing_rate:.3f} (encoder and layers: {layers})")
@@ -191,6 +196,9 @@ def film(request: EvalRequest, evaluator: Evaluator, policy: Policy) -> list[Pat
     folder = Path(request.run) / "videos"
     if not folder.parent.is_dir():
         raise BadRequest("video", request.video, "videos are put into a run folder; give run=RUN")
+    if request.video == "spikes" and policy.carried() is not None:
+        remedy = "its decisions depend on those before; give true, for a film without spikes"
+        raise BadRequest("video", request.video, remedy)
     check_video(evaluator.envs[0])
     prefix = "best_" if request.policy == "best" else ""
     paths = [folder / f"{prefix}seed{request.seed}_episode{i}.mp4" for i in range(request.episodes)]

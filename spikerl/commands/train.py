@@ -28,6 +28,7 @@ from spikerl.files import absolute, shown, write_text
 from spikerl.models.policy import Policy, check_shapes, find_policy, read_policy
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
+from spikerl.snn.neurons import ResidualIFConfig
 from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
 from spikerl.types import Task
@@ -37,6 +38,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl train`: the exit status. BadRequest leaves nothing behind."""
     config = build(data)
     settings = config.run
+    if isinstance(config.actor.neuron, ResidualIFConfig) and config.actor.neuron.alpha > 0.0:
+        remedy = "a replayed decision has none before it to carry on from; give 0"
+        raise BadRequest("neuron.alpha", config.actor.neuron.alpha, remedy)
     task = task_for(config)
     check_memory(config, task)
     if settings.init_from:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class RunConfig:
     config: str | None
     keep_replay: bool  # and the checkpoints, of a run that is done
     logger: list[str]  # views of metrics.jsonl
+    energy_to: dict[str, float] | None = None  # {return: R}: summary.json has the joules up to that
     plugins: list[str]  # packages that register parts of one's own
 
     def __post_init__(self) -> None:
@@ -86,6 +88,9 @@ class RunConfig:
         if self.init_policy not in CHOICES:
             raise BadRequest("init_policy", self.init_policy, f"give {' or '.join(CHOICES)}")
         check_loggers(self.logger)
+        wanted = self.energy_to if self.energy_to is not None else {"return": 0.0}
+        if wanted.keys() != {"return"} or not math.isfinite(wanted["return"]):
+            raise BadRequest("energy_to", self.energy_to, "give {return: NUMBER}, or null")
         if self.max_restarts < 0:
             raise BadRequest("max_restarts", self.max_restarts, "give at least 0")
         self.check_nodes()

@@ -27,6 +27,8 @@ KINDS = ("gpu:", "cpu:", "dram:")
 # Where Zeus looks for RAPL: the system's folder, or the one that is mounted into a container.
 RAPL_FOLDERS = [Path("/sys/class/powercap/intel-rapl"),
                 Path("/zeus_sys/class/powercap/intel-rapl")]  # fmt: skip
+# NVML's counters move every 20 to 100 ms, RAPL's every millisecond, both with what a read takes.
+LEAST_S = {"gpu": 1.0, "cpu": 0.05}
 MAX_TRACE_BYTES = 8 << 20
 MAX_TRACE_VALUE = 1e12  # seconds or watts: products stay far from overflow
 
@@ -35,9 +37,13 @@ class Counters(Protocol):
     """Both methods may raise."""
 
     devices: set[str]  # what every window must bring; the meter adds what one has brought
+    least_s: float  # seconds of the shortest window that it tells well
 
     def begin(self, window: str, now: float) -> None: ...
     def end(self, window: str, now: float) -> Mapping[str, float]: ...
+
+    def caveat(self, began: float, now: float) -> str | None:
+        """What there is to say of the joules of such a window."""
 
 
 class Measurable(NamedTuple):
@@ -115,7 +121,7 @@ class ZeusCounters:
     """
 
     def __init__(self, kind: str, names: dict[int, str]) -> None:
-        self.names = names
+        self.names, self.kind, self.least_s = names, kind, LEAST_S[kind]
         # Memory is not demanded before it has counted: some machines' zones never do.
         self.devices = {f"{kind}:{name}" for name in names.values()}
         gpus, packages = (list(names), []) if kind == "gpu" else ([], list(names))
@@ -141,6 +147,15 @@ class ZeusCounters:
             for kind, by_index in energies.items()
             for i, joules in (by_index or {}).items()
         }
+
+    def caveat(self, began: float, now: float) -> str | None:
+        if now - began >= self.least_s:
+            return None
+        return (
+            f"a window of less than {self.least_s:g} s is short for this machine's {self.kind}"
+            f" counters, so that its joules are rough; a larger steps_per_epoch or eval_episodes"
+            f" makes windows longer"
+        )
 
 
 @contextmanager
@@ -173,6 +188,8 @@ class Trace(NamedTuple):
 class ReplayCounters:
     """Worker i has the trace's GPU i (modulo their number), local rank 0 also what is no GPU."""
 
+    least_s = 0.0
+
     def __init__(self, trace: Trace, local_rank: int, opened: float) -> None:
         gpus = [device for device in trace.watts if device.startswith("gpu:")]
         self.devices = {gpus[local_rank % len(gpus)]} if gpus else set()
@@ -189,6 +206,12 @@ class ReplayCounters:
         began, ended = self.began.pop(window), now - self.opened
         joules = self.trace.joules
         return {d: joules(d, ended) - joules(d, began) for d in sorted(self.devices)}
+
+    def caveat(self, began: float, now: float) -> str | None:
+        length = float(self.trace.seconds[-1])
+        if now - self.opened <= length:
+            return None
+        return f"the trace of energy.file is over after {length:g} s and repeats from here on"
 
 
 def read_trace(path: str) -> Trace:

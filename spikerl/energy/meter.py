@@ -52,12 +52,21 @@ METERS: Registry[EnergyConfig, None] = Registry(
 )
 
 
+JOULES_PER_KWH = 3.6e6
+IDLE_S = 0.05  # seconds of the window before a run, or as many as a counter needs
+
+
 class Reading(NamedTuple):
     """One window. A device is in `joules`, or in `missing`, or was never to be measured."""
 
     seconds: float
     joules: dict[str, float]  # by device, each above 0
     missing: dict[str, str]  # by device, why this window lacks it
+    # By device, of the window that its joules are of, where that is another worker's.
+    lasted: Mapping[str, float] | None = None
+
+    def seconds_of(self, device: str) -> float:
+        return self.lasted[device] if self.lasted else self.seconds
 
 
 class Meter:
@@ -73,6 +82,7 @@ class Meter:
     ) -> None:
         self.source = source
         self.gaps: dict[str, str] = {}  # devices that work but have no counter
+        self.caveats: list[str] = []  # what there is to say of windows so far, each once
         self._counters = list(counters)
         self._settle = settle  # waits for the work that was handed to the device
         self._clock = clock
@@ -105,10 +115,20 @@ class Meter:
             good = {d: j for d, j in read.items() if math.isfinite(j) and j > 0}
             counters.devices |= good.keys()
             joules |= good
+            caveat = counters.caveat(began, now)
+            if good and caveat and caveat not in self.caveats:
+                self.caveats.append(caveat)
             for device in sorted(counters.devices - good.keys()):
                 said = f"gave {read[device]:g} J" if device in read else "gave nothing"
                 missing[device] = trouble.get(i, f"{said} in {now - began:.3g} s")
         return Reading(now - began, joules, missing)
+
+    def idle(self, wait: Callable[[float], object] = time.sleep) -> Reading:
+        """A window in which this process does nothing."""
+        self.begin("idle")
+        if self._counters:
+            wait(max(IDLE_S, *(counters.least_s for counters in self._counters)))
+        return self.end("idle")
 
     def _settled(self) -> float:
         with suppress(Exception):  # an error of the device's own shows in the training
@@ -166,14 +186,30 @@ def merge(readings: Sequence[Reading]) -> Reading:
     """One window of all workers, in rank order: each device once, from the first that has it."""
     joules: dict[str, float] = {}
     missing: dict[str, str] = {}
-    counted = []  # the seconds of those whose joules are taken, so that power is theirs
+    lasted: dict[str, float] = {}
     for reading in readings:
-        if reading.joules.keys() - joules.keys():
-            counted.append(reading.seconds)
         joules = {**reading.joules, **joules}
         missing = {**reading.missing, **missing}
+        lasted = {**dict.fromkeys(reading.joules, reading.seconds), **lasted}
     missing = {device: why for device, why in missing.items() if device not in joules}
-    return Reading(max(counted or [r.seconds for r in readings], default=0.0), joules, missing)
+    return Reading(max((r.seconds for r in readings), default=0.0), joules, missing, lasted)
+
+
+def power(*windows: Reading) -> float | None:
+    """Watts: the sum of every device's mean power over the windows, each over its own seconds.
+
+    None unless each window has each device, of which there must be one.
+    """
+    devices = dict.fromkeys(d for w in windows for d in (*w.joules, *w.missing))
+    watts = []
+    for device in devices:
+        if any(device not in w.joules for w in windows):
+            return None
+        seconds = math.fsum(w.seconds_of(device) for w in windows)
+        if seconds <= 0.0:
+            return None
+        watts.append(math.fsum(w.joules[device] for w in windows) / seconds)
+    return math.fsum(watts) if watts else None
 
 
 def consecutive(first: Reading, second: Reading) -> Reading:
@@ -190,7 +226,7 @@ def energy_row(train: Reading, evaluation: Reading, source: str) -> dict[str, An
 
     `energy_cpu_j` is processors and their memory. A sum is null if one of its devices, known from
     either window, is not in a window that it covers: no part passes for the whole. `energy_source`
-    says where `energy_j` comes from, or why it is null; `power_w` is its mean power.
+    says where `energy_j` comes from, or why it is null; `power_w` is the mean power.
     """
     missing = {**evaluation.missing, **train.missing}
     devices = list(dict.fromkeys([*train.joules, *evaluation.joules, *missing]))
@@ -205,13 +241,12 @@ def energy_row(train: Reading, evaluation: Reading, source: str) -> dict[str, An
     if joules is None and not source.startswith("none"):
         why = "; ".join(f"{device}: {reason}" for device, reason in missing.items())
         source = f"none: {why or 'no device was read in both windows'}"
-    seconds = train.seconds + evaluation.seconds
     return {
         "energy_j": joules,
         "energy_gpu_j": total(train, evaluation, kinds=("gpu:",)),
         "energy_cpu_j": total(train, evaluation, kinds=("cpu:", "dram:")),
         "energy_source": source,
-        "power_w": None if joules is None or seconds <= 0 else joules / seconds,
+        "power_w": None if joules is None else power(train, evaluation),
         "energy_train_j": total(train),
         "energy_eval_j": total(evaluation),
     }
@@ -222,6 +257,16 @@ def total_joules(rows: Sequence[Mapping[str, Any]]) -> float | None:
     joules = [row.get("energy_j") for row in rows]
     measured = [j for j in joules if j is not None]
     return math.fsum(measured) if measured and len(measured) == len(joules) else None
+
+
+def power_over(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
+    """Mean power over all these rows, null unless each was measured; the highest of one."""
+    watts = [row["power_w"] for row in rows if row.get("power_w")]
+    if not watts or len(watts) < len(rows):
+        return None, max(watts, default=None)
+    joules = [row["energy_j"] for row in rows]
+    seconds = math.fsum(j / w for j, w in zip(joules, watts, strict=True))
+    return math.fsum(joules) / seconds, max(watts)
 
 
 def joules_to_reach(rows: Sequence[Mapping[str, Any]], eval_return: float) -> float | None:

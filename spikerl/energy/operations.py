@@ -38,6 +38,7 @@ NEURON_UPDATES = {
     neurons.PLIFConfig: Update(1, 1, 1),
     neurons.ALIFConfig: Update(3, 1, 2),
     neurons.DynamicConfig: Update(4, 2, 3),
+    neurons.ResidualIFConfig: Update(0, 2, 1),
 }
 INTEGRATE_AND_FIRE = Update(0, 2, 1)
 COMPARISON = Update(0, 1, 0)
@@ -165,6 +166,9 @@ def check(actor: Actor) -> None:
         (type(actor.decoder), DECODERS),
         *((type(neuron.config), NEURON_UPDATES) for neuron in actor.neurons),
     ]
+    if actor.carries:
+        remedy = "spikes depend on the decisions before, which a count of one leaves out"
+        raise BadRequest("ops", "true", f"{remedy}; leave ops out")
     for kind, known in kinds:
         if kind not in known:
             remedy = f"the operations of {kind.__name__} are not known; leave ops out"

@@ -38,6 +38,8 @@ NEURONS = {
     " o = [v > threshold + adaptation a]",
     "dynamic": "c = current_decay c + drive; v' = (1 - o) v + theta_r o; u' = u + theta_s o;"
     " v = v'^2 - u' + c; u = u' + theta_v v' - theta_u u'; o = [v > threshold]",
+    "residual_if": "v = r(v, o) + drive; o = [v > threshold]; v begins at start threshold and what"
+    " the decision before left",
 }
 RESETS = {"hard": "r(v, o) = v (1 - o)", "soft": "r(v, o) = v - threshold o"}
 MEMBRANE = "V = voltage_decay V + weight . o + bias at each spike step, per action entry"

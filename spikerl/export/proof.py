@@ -18,6 +18,7 @@ from torch import Tensor
 from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.errors import BadRequest, NonFinite
 from spikerl.kernels import reference
+from spikerl.kernels.reference import Carried
 from spikerl.models.actor import Activity, SpikingActor
 from spikerl.models.policy import Policy, check_shapes
 from spikerl.seeding import seed_for
@@ -145,12 +146,17 @@ class FilePolicy:
         self.file, self.encoder_spikes = file, encoder_spikes
         self.device = torch.device("cpu")
 
-    def act(self, obs_BO: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    def act(
+        self, obs_BO: np.ndarray, generator: torch.Generator, carried: Carried | None = None
+    ) -> np.ndarray:
         """Actions (B, A), here in the environment's units."""
         act_BA = self.file.actions(obs_BO.astype(np.float32))
         if not np.isfinite(act_BA).all():
             raise NonFinite("the exported file gave an action that is a NaN or an infinity")
         return act_BA
+
+    def carried(self) -> None:
+        """Its decisions depend on one observation each."""
 
     def observe(self, obs_BO: np.ndarray) -> Tensor:
         """Raw, as the file normalises."""

@@ -35,6 +35,8 @@ def neuron_verdict(format: str, name: str, reset: str, decays: tuple[float, ...]
     """`decays`: the shares that are kept, where they are known."""
     if name not in NEURONS:
         return Verdict(REFUSED, "a plugin's equation is not known here")
+    if name == "residual_if":
+        return Verdict(REFUSED, "a decision may begin with what the one before left")
     if format in ("c", "onnx"):
         return YES
     none = {"nir": "no NIR primitive", "loihi": "no neuron of the chip"}[format]
@@ -119,7 +121,7 @@ def table() -> list[str]:
     """All of it as lines of Markdown."""
     rows: list[tuple[str, list[Verdict]]] = []
     for name in NEURONS:
-        for reset in ("hard", "soft") if name != "dynamic" else ("hard",):
+        for reset in {"dynamic": ("hard",), "residual_if": ("soft",)}.get(name, ("hard", "soft")):
             row = [neuron_verdict(format, name, reset) for format in FORMATS]
             rows.append((f"neuron `{name}`, {reset} reset", row))
     row = [neuron_verdict(format, "lif", "hard", (1.0,)) for format in FORMATS]

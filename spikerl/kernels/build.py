@@ -123,7 +123,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_saved_bytes.argtypes = [net, Count]
     lib.spikerl_saved_bytes.restype = Count
     lib.spikerl_forward.argtypes = [net, Count, p, p, p, p, ctypes.c_bool, threads]
-    lib.spikerl_backward.argtypes = [net, Count, p, threads, p, p, p, p, threads]
+    lib.spikerl_backward.argtypes = [net, Count, p, threads, p, p, p, p, p, threads]
+    lib.spikerl_count_spikes.argtypes = [net, Count, p, p]
     lib.spikerl_scan.argtypes = [net, Count, p, p, p, threads]
     lib.spikerl_scan_back.argtypes = [net, Count, p, p, p, threads]
     lib.spikerl_act.argtypes = [net, ctypes.POINTER(Units), p, p, ctypes.c_float, p]
@@ -148,7 +149,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_shm_sum.restype = ctypes.c_int
     for name in (
         "forward", "backward", "scan", "scan_back", "values", "td_target", "add_clipped_noise",
-        "critic_backward", "dense_actions", "mse_backward",
+        "critic_backward", "dense_actions", "mse_backward", "count_spikes",
     ):  # fmt: skip
         getattr(lib, f"spikerl_{name}").restype = None
     lib.spikerl_act.restype = ctypes.c_bool

@@ -25,7 +25,7 @@ from spikerl.kernels import build as native
 from spikerl.kernels import reference
 from spikerl.kernels.build import Net, Pointer, Units
 from spikerl.kernels.coverage import MAX_STEPS, why_no_scan
-from spikerl.kernels.gradient import Gradient, Moments, Pullback, by_autograd
+from spikerl.kernels.gradient import Gradient, Moments, Pullback
 from spikerl.kernels.prepared import (
     PreparedActor,
     PreparedCritic,
@@ -35,7 +35,6 @@ from spikerl.kernels.prepared import (
     pointers,
 )
 from spikerl.kernels.reference import DenseNet, SpikingNet, ValueNet
-from spikerl.snn.batchnorm import BATCH
 from spikerl.snn.encoders import PoissonEncoder, PopulationEncoder
 from spikerl.snn.neurons import Neuron
 from spikerl.types import Batch, Task
@@ -132,16 +131,25 @@ class CPUKernel:
         grad_BA: Tensor,
         saved: Tensor,
         at: int,
+        by_spike_L: Tensor | None = None,
     ) -> None:
         """Write each parameter's gradient to its address in the list at `at`.
 
-        `act_BA`: the actions, where they were squashed.
+        `act_BA`: the actions, where they were squashed. `by_spike_L`: of the loss, what each spike
+        of a layer adds to it.
         """
         self.lib.spikerl_backward(
             ready.net, len(obs_BO), obs_BO.data_ptr(), poisson,
-            None if act_BA is None else act_BA.data_ptr(), grad_BA.data_ptr(), saved.data_ptr(),
+            None if act_BA is None else act_BA.data_ptr(), grad_BA.data_ptr(),
+            None if by_spike_L is None else by_spike_L.data_ptr(), saved.data_ptr(),
             at, torch.get_num_threads(),
         )  # fmt: skip
+
+    def count_spikes(self, ready: PreparedActor, batch: int, saved: Tensor) -> Tensor:
+        """Spikes of each layer over all samples and steps, of what `forward` saved."""
+        counts_L = torch.empty(ready.net.layers, dtype=torch.int64)
+        self.lib.spikerl_count_spikes(ready.net, batch, saved.data_ptr(), counts_L.data_ptr())
+        return counts_L
 
     def saved_block(self, ready: PreparedActor, batch: int) -> Tensor:
         """For what `forward` saves."""
@@ -167,17 +175,26 @@ class CPUKernel:
         """As `reference.vjp`, without autograd where one call covers the network."""
         ready = self.prepare(net)
         if not covered(ready, obs_BO):
-            output = reference.outputs(net, obs_BO, generator, self.scan, BATCH)
-            return by_autograd(reference.act(output, squash))
+            return reference.vjp(net, obs_BO, generator, squash, self.scan)
         obs_BO, uniform = self.inputs(net, obs_BO, generator)
         saved = [self.saved_block(ready, len(obs_BO))]
         act = self.forward(ready, obs_BO, uniform, saved[0], squash)
 
-        def pull(grad_BA: Tensor, into: Gradient) -> None:
+        def pull(grad_BA: Tensor, into: Gradient) -> dict[str, Tensor]:
             room = saved.pop()  # a second way back finds nothing, and fails
+            added, by_spike_L = {}, None
+            if net.spike_cost_L is not None:
+                spikes_L = torch.from_numpy(ready.widths[1:]) * (len(obs_BO) * net.spike_steps)
+                by_spike_L = net.spike_cost_L / spikes_L  # a spike is this share of the loss
+                loss = (by_spike_L * self.count_spikes(ready, len(obs_BO), room)).sum()
+                into.loss += loss * into.weight
+                added = {"spike_loss": loss}
+                by_spike_L = by_spike_L * into.factor
             poisson, grad_BA = uniform is not None, grad_BA.contiguous()
-            self.backward(ready, obs_BO, poisson, act if squash else None, grad_BA, room, into.at)
+            own = act if squash else None
+            self.backward(ready, obs_BO, poisson, own, grad_BA, room, into.at, by_spike_L)
             _blocks.release(room)
+            return added
 
         return act, pull
 

@@ -47,15 +47,27 @@ class Gradient:
         torch._foreach_copy_([*self.slots, self.loss], [*pieces, loss.detach() * self.weight])
 
 
-# Of a network's output and its gradient, `pull(grad, into)` makes the gradient of the parameters.
-Pullback = Callable[[Tensor, Gradient], None]
+# Of the gradient of a network's output, `pull(grad, into)` makes that of the parameters. What the
+# network adds to the loss itself it adds to `into`, whose loss stands there already, and gives back
+# by name: this worker's mean.
+Pullback = Callable[[Tensor, Gradient], dict[str, Tensor]]
 
 
-def by_autograd(output: Tensor) -> tuple[Tensor, Pullback]:
-    """A network's output, and the way back through its graph."""
+def by_autograd(output: Tensor, own_loss: Tensor | None = None) -> tuple[Tensor, Pullback]:
+    """A network's output, and the way back through its graph.
 
-    def pull(grad: Tensor, into: Gradient) -> None:
-        torch._foreach_copy_(into.slots, torch.autograd.grad(output, into.params, grad))
+    `own_loss`: what its spikes cost, in the same graph.
+    """
+
+    def pull(grad: Tensor, into: Gradient) -> dict[str, Tensor]:
+        if own_loss is None:
+            torch._foreach_copy_(into.slots, torch.autograd.grad(output, into.params, grad))
+            return {}
+        outputs, grads = (output, own_loss), (grad, into.factor)
+        torch._foreach_copy_(into.slots, torch.autograd.grad(outputs, into.params, grads))
+        spike_loss = own_loss.detach()
+        into.loss += spike_loss * into.weight
+        return {"spike_loss": spike_loss}
 
     return output.detach(), pull
 

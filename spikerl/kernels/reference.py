@@ -7,7 +7,9 @@ C critics side by side.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -19,7 +21,7 @@ from spikerl.snn.batchnorm import BATCH, RUNNING, CaReBN
 from spikerl.snn.decoders import Decoder, ILCDecoder
 from spikerl.snn.encoders import Encoder
 from spikerl.snn.linear import Linears, ListOf, product
-from spikerl.snn.neurons import Neuron, State
+from spikerl.snn.neurons import Neuron, ResidualIF, State
 from spikerl.types import Batch
 
 
@@ -33,6 +35,7 @@ class SpikingNet(Protocol):
     neurons: ListOf[Neuron]  # of each layer
     norms: ListOf[CaReBN]  # of each layer, or none
     decoder: Decoder
+    spike_cost_L: Tensor | None  # of each layer now; None: spikes cost nothing
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -52,6 +55,19 @@ class DenseNet(Protocol):
     layers: Linears
 
 
+@dataclass
+class Carried:
+    """What one decision leaves to the next of B episodes side by side; as it is: a first one's."""
+
+    residuals: list[Tensor] = field(default_factory=list)  # (B, N) of each layer
+    fired_B: Tensor | None = None  # spikes of all layers in that decision
+
+    def restart(self, which_B: Tensor) -> None:
+        """Forget those of some episodes, which begin anew."""
+        for residual_BN in self.residuals:
+            residual_BN[which_B] = 0.0
+
+
 # Spikes (T, B, N) of one layer from its drive.
 Scan = Callable[[Neuron, Tensor], Tensor]
 
@@ -63,13 +79,6 @@ def actions(
     return act(outputs(net, obs_BO, generator, scan), squash)
 
 
-def vjp(
-    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
-) -> tuple[Tensor, Pullback]:
-    """Actions, and the way back from their gradient to the parameters'."""
-    return by_autograd(act(outputs(net, obs_BO, generator, scan, BATCH), squash))
-
-
 def act(output_BA: Tensor, squash: bool) -> Tensor:
     return torch.tanh(output_BA) if squash else output_BA
 
@@ -77,6 +86,25 @@ def act(output_BA: Tensor, squash: bool) -> Tensor:
 def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
     """Spikes (T, B, N) of one layer, from rest."""
     return _spikes(_states(neuron, drive_TBN))
+
+
+def vjp(
+    net: SpikingNet,
+    obs_BO: Tensor,
+    generator: torch.Generator | None,
+    squash: bool = True,
+    scan: Scan = scan,
+) -> tuple[Tensor, Pullback]:
+    """Actions, and the way back from their gradient to the parameters'.
+
+    Where spikes cost something, it adds that to the loss: sum_l cost_l mean_tbn spikes_l.
+    """
+    if net.spike_cost_L is None:
+        return by_autograd(act(outputs(net, obs_BO, generator, scan, BATCH), squash))
+    layers = list(layer_spikes(net, obs_BO, generator, scan, BATCH))
+    rate_L = torch.stack([layer.mean() for layer in layers])
+    output = act(net.decoder(layers[-1]), squash)
+    return by_autograd(output, (net.spike_cost_L * rate_L).sum())
 
 
 def outputs(
@@ -97,7 +125,18 @@ def spikes(
     scan: Scan = scan,
     moments: str = RUNNING,
 ) -> Tensor:
-    """The last layer's spikes (T, B, N), `scan` running each layer's neurons.
+    """The last layer's spikes (T, B, N)."""
+    return deque(layer_spikes(net, obs_BO, generator, scan, moments), maxlen=1).pop()
+
+
+def layer_spikes(
+    net: SpikingNet,
+    obs_BO: Tensor,
+    generator: torch.Generator | None,
+    scan: Scan,
+    moments: str,
+) -> Iterator[Tensor]:
+    """Each layer's spikes (T, B, N), `scan` running its neurons.
 
     `moments`: which ones normalise a layer's drive, where one is normalised.
     """
@@ -105,7 +144,7 @@ def spikes(
     for i, neuron in enumerate(net.neurons):
         drive, lateral = _drive(net, i, x, moments), _lateral(net, i)
         x = _spikes(_states(neuron, drive, lateral)) if lateral else scan(neuron, drive)
-    return x
+        yield x
 
 
 @torch.no_grad()
@@ -119,6 +158,26 @@ def record(
         states.append(_states(neuron, _drive(net, i, layers[-1], RUNNING), _lateral(net, i)))
         layers.append(_spikes(states[-1]))
     return layers, states
+
+
+@torch.no_grad()
+def decide(
+    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, carried: Carried
+) -> Tensor:
+    """Actions (B, A) of neurons that carry residuals on; `carried` becomes the next decision's."""
+    x = net.encoder(obs_BO, net.spike_steps, generator)
+    fired_B = torch.zeros(len(obs_BO), dtype=torch.float64, device=obs_BO.device)
+    residuals = []
+    for i, neuron in enumerate(net.neurons):
+        assert isinstance(neuron, ResidualIF)
+        drive = _drive(net, i, x, RUNNING)
+        begin = neuron.initial(drive[0], carried.residuals[i] if carried.residuals else None)
+        states = _states(neuron, drive, _lateral(net, i), begin)
+        residuals.append(neuron.residual(begin, states))
+        x = _spikes(states)
+        fired_B += x.double().sum((0, 2))
+    carried.residuals, carried.fired_B = residuals, fired_B
+    return act(net.decoder(x), True)
 
 
 def values(critic: ValueNet, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
@@ -228,10 +287,13 @@ def _lateral(net: SpikingNet, i: int) -> Callable[[Tensor], Tensor] | None:
 
 
 def _states(
-    neuron: Neuron, drive_TBN: Tensor, lateral: Callable[[Tensor], Tensor] | None = None
+    neuron: Neuron,
+    drive_TBN: Tensor,
+    lateral: Callable[[Tensor], Tensor] | None = None,
+    begin: State | None = None,
 ) -> list[State]:
-    """One layer's states at every spike step."""
-    state, states = neuron.initial(drive_TBN[0]), []
+    """One layer's states at every spike step; `begin`: where they begin, if not at rest."""
+    state, states = begin or neuron.initial(drive_TBN[0]), []
     for drive_BN in drive_TBN:
         if lateral is not None:
             drive_BN = drive_BN + lateral(state.spikes_BN)

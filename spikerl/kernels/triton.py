@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spikerl.kernels import reference
 from spikerl.kernels.coverage import why_no_scan
-from spikerl.kernels.gradient import Pullback, by_autograd
+from spikerl.kernels.gradient import Pullback
 from spikerl.kernels.reference import (
     SpikingNet,
     actor_loss_grad,
@@ -30,7 +30,6 @@ from spikerl.kernels.reference import (
     td_target,
     values,
 )
-from spikerl.snn.batchnorm import BATCH
 from spikerl.snn.neurons import CubaLIF, Neuron
 
 __all__ = [
@@ -61,8 +60,7 @@ def vjp(
     net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
 ) -> tuple[Tensor, Pullback]:
     """As `reference.vjp`."""
-    output = reference.outputs(net, obs_BO, generator, scan, BATCH)
-    return by_autograd(reference.act(output, squash))
+    return reference.vjp(net, obs_BO, generator, squash, scan)
 
 
 def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Shape legend   B batch, O observation entries, A action entries, N neurons.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,11 @@ class PopSANConfig:
     hidden_sizes: list[int]
     spike_steps: int  # T, spike steps per decision
     lr: float  # of the actor's Adam
+    # Of the loss: a layer's cost times the mean number of its spikes per neuron and spike step. One
+    # for all layers, or a list of one for each, the output population last.
+    spike_cost: Any = 0.0
+    spike_cost_start: int = 0  # steps before which spikes cost nothing
+    spike_cost_warmup: int = 0  # steps, from there on, over which the costs rise from 0
 
     def __post_init__(self) -> None:
         check_sizes("actor.hidden_sizes", self.hidden_sizes)
@@ -39,6 +45,23 @@ class PopSANConfig:
             raise BadRequest("actor.spike_steps", self.spike_steps, "give 1 to 1000")
         if not self.lr > 0.0:
             raise BadRequest("actor.lr", self.lr, "give a value above 0")
+        costs = self.spike_cost if isinstance(self.spike_cost, list) else [self.spike_cost]
+        real = all(type(cost) in (int, float) and 0.0 <= cost < math.inf for cost in costs)
+        if not real or not costs:
+            remedy = "give a number of 0 or more, or a list of one for each layer"
+            raise BadRequest("actor.spike_cost", self.spike_cost, remedy)
+        for key in ("spike_cost_start", "spike_cost_warmup"):
+            if getattr(self, key) < 0:
+                raise BadRequest(f"actor.{key}", getattr(self, key), "give 0 or more")
+
+    def spike_costs(self, layers: int) -> list[float]:
+        """Of each layer; empty where spikes cost nothing."""
+        given = self.spike_cost
+        costs = given if isinstance(given, list) else [given] * layers
+        if len(costs) != layers:
+            remedy = f"the actor has {layers} spiking layers; give one number, or as many as those"
+            raise BadRequest("actor.spike_cost", given, remedy)
+        return [float(cost) for cost in costs] if any(costs) else []
 
 
 @dataclass(kw_only=True)
@@ -176,6 +199,10 @@ class SpikingActor(nn.Module):
         normed = sizes[1:] if isinstance(actor, CareBNConfig) else []
         self.norms = ListOf[CaReBN](CaReBN(size, neuron.threshold) for size in normed)
         self.decoder = decodes(decoder, act_dim, hidden[-1], actor.spike_steps)
+        self.spike_costs = actor.spike_costs(len(self.layers))  # in the end; empty: nothing
+        self.spike_cost_start = actor.spike_cost_start
+        self.spike_cost_warmup = actor.spike_cost_warmup
+        self.spike_cost_L: Tensor | None = None  # now
 
     def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Actions; `generator` is drawn from only where the encoder is random."""
@@ -191,10 +218,24 @@ class SpikingActor(nn.Module):
         """Actions, or what they are the tanh of, and the way back to the parameters' gradient."""
         return kernels.named(self.kernel).vjp(self, obs_BO, generator, squash)
 
-    def schedule(self, share: float) -> None:
-        """Give the surrogates their slopes after this share of the run."""
+    def schedule(self, step: int, total_steps: int) -> None:
+        """Give the surrogates their slopes, and spikes their costs, after `step` steps of a run."""
         for neuron in self.neurons:
-            neuron.schedule(share)
+            neuron.schedule(min(step / total_steps, 1.0))
+        if not self.spike_costs:
+            return
+        if self.spike_cost_L is None:  # one place, from which a recorded update reads it
+            self.spike_cost_L = self.layers[0].weight_IN.new_zeros(len(self.spike_costs))
+        behind = step - self.spike_cost_start
+        share = min(behind / self.spike_cost_warmup, 1.0) if self.spike_cost_warmup else 1.0
+        now = share if behind >= 0 else 0.0
+        costs = [now * cost for cost in self.spike_costs]
+        self.spike_cost_L.copy_(torch.tensor(costs, dtype=torch.float64))
+
+    @property
+    def carries(self) -> bool:
+        """Whether a decision depends on the one before."""
+        return any(neuron.carries for neuron in self.neurons)
 
     @torch.no_grad()
     def recalibrate(self, batches: Iterable[Tensor], generator: torch.Generator | None) -> None:
@@ -228,6 +269,8 @@ class SpikingActor(nn.Module):
 
 class MLPActor(nn.Module):
     """Dense actor, (B, O) -> (B, A) in [-1, 1]."""
+
+    carries = False
 
     def __init__(
         self, obs_dim: int, act_dim: int, actor: MLPConfig, *, dtype: torch.dtype = torch.float32

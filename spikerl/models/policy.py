@@ -25,6 +25,8 @@ from torch import Tensor
 from spikerl import kernels, plugins
 from spikerl.errors import BadRequest
 from spikerl.files import json_bytes, read_bytes, read_json, write_atomic
+from spikerl.kernels import reference
+from spikerl.kernels.reference import Carried
 from spikerl.machine import resolve_device, versions
 from spikerl.models.actor import (
     ACTORS,
@@ -91,12 +93,19 @@ class Policy:
             self.actor.kernel = kernels.here(self.actor.kernel, str(self.device))
         self.one_action = self._one_action()
 
-    def __call__(self, obs: Any) -> np.ndarray:
+    def carried(self) -> Carried | None:
+        """For the decisions of an episode, or of several side by side, where one depends on the one
+        before; None where none does.
+        """
+        return Carried() if self.actor.carries else None
+
+    def __call__(self, obs: Any, carried: Carried | None = None) -> np.ndarray:
         """Actions in the environment's units for one raw observation or a batch of them; where the
         environment's are dictionaries, such a one, or what it is flat.
 
-        Raises TypeError for other than real numbers, ValueError for another shape than (*obs_shape)
-        or (B, *obs_shape), or a value that is not finite.
+        `carried`: of this episode's decisions, `policy.carried()` at its first, where that is not
+        None. Raises TypeError for other than real numbers, ValueError for another shape than
+        (*obs_shape) or (B, *obs_shape), or a value that is not finite.
         """
         if self.pid != os.getpid():
             leave_thread_pool()
@@ -116,29 +125,40 @@ class Policy:
                 return self.task.typed(one.reshape(self.task.act_shape))
         if not np.isfinite(obs).all():
             raise ValueError("obs holds a NaN or an infinity")
-        act = self.task.to_env(self.act(obs.reshape(-1, self.task.obs_dim), self.generator))
+        act = self.act(obs.reshape(-1, self.task.obs_dim), self.generator, carried)
+        act = self.task.to_env(act)
         return act[0] if single else act
 
     def predict(
         self,
         obs: np.ndarray,
-        state: None = None,
+        state: Carried | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = True,
-    ) -> tuple[np.ndarray, None]:
-        """The action, and the state of a recurrent policy, which this is not.
+    ) -> tuple[np.ndarray, Carried | None]:
+        """The action, and what it leaves to the next one where that depends on it, else None.
 
         As Stable-Baselines3 and the tools around it call a policy. ValueError for
         `deterministic=False`: exploration belongs to the algorithm, and is not saved.
         """
         if not deterministic:
             raise ValueError("a saved policy has no exploration noise; give deterministic=True")
-        return self(obs), None
+        state = self.carried() if state is None else state
+        if state is not None and episode_start is not None:
+            state.restart(torch.as_tensor(np.atleast_1d(episode_start), device=self.device))
+        return self(obs, state), state
 
     @torch.no_grad()
-    def act(self, obs_BO: np.ndarray, generator: torch.Generator) -> np.ndarray:
-        """Actions (B, A) in [-1, 1]."""
-        return self.actor(self.observe(obs_BO), generator).cpu().numpy()
+    def act(
+        self, obs_BO: np.ndarray, generator: torch.Generator, carried: Carried | None = None
+    ) -> np.ndarray:
+        """Actions (B, A) in [-1, 1]; `carried` as in a call."""
+        obs = self.observe(obs_BO)
+        if isinstance(self.actor, SpikingActor) and self.actor.carries:
+            if carried is None:
+                raise ValueError("a decision depends on the one before: give carried")
+            return reference.decide(self.actor, obs, generator, carried).cpu().numpy()
+        return self.actor(obs, generator).cpu().numpy()
 
     def observe(self, obs_BO: np.ndarray) -> Tensor:
         """What the actor sees of raw observations, (B, O)."""
@@ -162,7 +182,7 @@ class Policy:
             "schema": SCHEMA,
             **task_data(self.task),
             "norm_clip": self.norm.clip,
-            **{k: v for k, v in asdict(self.config).items() if v is not None},
+            **_parts(self.config),
             "versions": self.trained_with or versions(),
         }
         if needed := plugins.versions_of(self.config.parts()):
@@ -269,6 +289,13 @@ def read_task(data: dict[str, Any]) -> Task:
     if not (task.act_low < task.act_high).all():
         raise ValueError("act_low and act_high, which leave no room")
     return task
+
+
+def _parts(config: ActorConfig) -> dict[str, Any]:
+    """The actor's groups; what its spikes cost in training is no part of a policy."""
+    parts = {group: part for group, part in asdict(config).items() if part is not None}
+    actor = parts["actor"]
+    return parts | {"actor": {k: v for k, v in actor.items() if not k.startswith("spike_cost")}}
 
 
 def _optional(task: Task) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from spikerl.energy.meter import JOULES_PER_KWH, total_joules
 from spikerl.output import discard
 
 
@@ -38,14 +39,16 @@ def number(value: float | None) -> str:
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def epoch_line(row: Mapping[str, Any], total_steps: int) -> str:
+def epoch_line(row: Mapping[str, Any], total_steps: int, spent: float | None = None) -> str:
+    """`spent`: joules of the run so far."""
+    so_far = "" if spent is None or spent == row.get("energy_j") else f", {number(spent)} J so far"
     return (
         f"epoch {row['epoch']}  step {row['step']}/{total_steps}"
         f"  eval {number(row['eval_return'])} +- {number(row['eval_return_std'])}"
         f"  train {number(row['train_return'])}  critic_loss {number(row['critic_loss'])}"
         f"  q {number(row['q_mean'])}  firing {number(row['firing_rate'])}"
         f"  {number(row['env_steps_per_s'])} steps/s  {row['wall_s']:.0f} s"
-        f"  {energy_text(row).partition(' (')[0]}"  # why there is none stands above and below
+        f"  {energy_text(row).partition(' (')[0]}{so_far}"  # source, or why none: above and below
     )
 
 
@@ -53,11 +56,35 @@ REASON = 60  # characters of why nothing was measured
 
 
 def energy_text(row: Mapping[str, Any]) -> str:
-    """Joules and watts of an epoch or of a run; a dash and why, where there are none."""
+    """Joules and watts of an epoch, and what measured them; a dash and why, where there are none.
+
+    A file's path stands in the first lines.
+    """
+    source = str(row.get("energy_source", "none"))
     if row.get("energy_j") is None:
-        return f"energy - ({row.get('energy_source', 'none')[:REASON]})"
+        return f"energy - ({source[:REASON]})"
     power = row.get("power_w")
-    return f"energy {number(row['energy_j'])} J" + (f" {number(power)} W" if power else "")
+    watts = f" {number(power)} W" if power else ""
+    return f"energy {number(row['energy_j'])} J{watts} ({source.partition(':/')[0]})"
+
+
+def spent_text(summary: Mapping[str, Any]) -> str:
+    """Joules and power of a whole run."""
+    said, _, source = energy_text(summary).partition(" (")
+    if summary.get("energy_j") is None:
+        return f"{said} ({source}"
+    watts = [
+        f"{number(summary[key])} W {what}"
+        for key, what in (("power_mean_w", "on average"), ("power_peak_w", "in its highest epoch"),
+                          ("power_idle_w", "idle before"))
+        if summary.get(key) is not None
+    ]  # fmt: skip
+    return ", ".join([f"{said} = {number(summary['energy_kwh'])} kWh", *watts]) + f" ({source}"
+
+
+def idle_line(watts: float | None) -> list[str]:
+    """What a run says before it begins."""
+    return [] if watts is None else [f"idle power before the run: {number(watts)} W"]
 
 
 # Below this share of voltages inside the surrogate window, a layer passes next to no gradient.
@@ -104,13 +131,20 @@ class View:
     PLAIN_INTERVAL = 60.0  # seconds between progress lines elsewhere
 
     def __init__(
-        self, title: str, total_steps: int, first_step: int = 0, console: Console | None = None
+        self,
+        title: str,
+        total_steps: int,
+        first_step: int = 0,
+        past: Sequence[Mapping[str, Any]] = (),
+        console: Console | None = None,
     ) -> None:
+        """`past`: rows of the run whose joules are spent already."""
         self.console = console or Screen(file=sys.stdout, highlight=False, soft_wrap=True)
         self.total_steps = total_steps
         self.started = self.shown = time.monotonic()
         self.first_step = first_step  # where this session began: its speed counts from there
         self.best: float | None = None
+        self.rows = list(past)
         self.last: Mapping[str, Any] = {}
         self.stage: Stage | None = None
         self.title = title
@@ -135,11 +169,17 @@ class View:
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         self.last = row
+        self.rows.append(row)
         known = [ret for ret in (self.best, row["eval_return"]) if ret is not None]
         self.best = max(known, default=None)
-        self.line(epoch_line(row, self.total_steps))
+        self.line(epoch_line(row, self.total_steps, self.spent))
         if self.live:  # of which the last picture stays
             self._draw(self.live, row["step"])
+
+    @property
+    def spent(self) -> float | None:
+        """Joules of all rows so far."""
+        return total_joules(self.rows)
 
     def progress(self, stage: Stage) -> None:
         now, self.stage = time.monotonic(), stage
@@ -178,10 +218,11 @@ class View:
             ("critic loss", losses.get("critic_loss"), "actor loss", losses.get("actor_loss")),
             ("steps/s", rate, "updates", stage.updates if stage else None),
             ("joules/epoch", self.last.get("energy_j"), "watts", self.last.get("power_w")),
+            ("joules so far", self.spent, "kWh", self.spent and self.spent / JOULES_PER_KWH),
         ]
         for left, a, right, b in rows:
             grid.add_row(left, number(a), right, number(b))
-        if self.last and self.last.get("energy_j") is None:
+        if self.last:
             grid.add_row("", Text(str(self.last.get("energy_source"))[:REASON], style="dim"))
         whole = Table.grid(expand=True)
         whole.add_row(self.bar)

@@ -19,6 +19,9 @@ reset=soft (on the right-hand sides, values of the spike step before):
 `dynamic`    c = dc c + x;  v' = (1 - o) v + th_r o;  u' = u + th_s o;
              v = v' + v'^2 - v' - u' + c;  u = u' + th_v v' - th_u u'
     elsewhere: MDC-SAN's dynamic neuron, Proxy Target "DN" (whose code adds th_u u': theta_u < 0)
+`residual_if` v = v - th o + x, from v = start th + r at a decision's beginning; behind its n spikes
+    r = clip(alpha max(v_end - v_begin, -th n), -th / 2, th / 2); 0 at an episode's beginning
+    elsewhere: CRPI's, with start = 1/2
 
 "CLIF" also names the unrelated Complementary LIF (ICML 2024) and is therefore not used here.
 """
@@ -105,6 +108,22 @@ class ALIFConfig(LIFConfig):
 
 
 @dataclass(kw_only=True)
+class ResidualIFConfig(NeuronConfig):
+    """Integrate-and-fire that begins a decision with what the one before left (CRPI, ICML 2026)."""
+
+    start: float  # voltage that a decision begins with, as a share of the threshold
+    alpha: float  # share of the residual that is carried on; 0: decisions know nothing of another
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reset != "soft":
+            raise BadRequest("neuron.reset", self.reset, "a residual is what a soft reset leaves")
+        for key in ("start", "alpha"):
+            if not 0.0 <= getattr(self, key) <= 1.0:
+                raise BadRequest(f"neuron.{key}", getattr(self, key), "give a value in [0, 1]")
+
+
+@dataclass(kw_only=True)
 class DynamicConfig(NeuronConfig):
     """Second-order dynamic neuron (Zhang et al., AAAI 2022, MDC-SAN)."""
 
@@ -136,6 +155,11 @@ class Neuron(nn.Module):
         self.scale = config.surrogate_slope  # of the surrogate
         if config.surrogate == "rect":
             self.scale = config.surrogate_window
+
+    @property
+    def carries(self) -> bool:
+        """Whether a decision depends on the one before."""
+        return False
 
     def initial(self, drive_BN: Tensor) -> State:
         zero = torch.zeros_like(drive_BN)
@@ -220,6 +244,30 @@ class ALIF(Neuron):
         return State(voltage, self.fire(excess), (adapted,))
 
 
+class ResidualIF(Neuron):
+    config: ResidualIFConfig
+
+    @property
+    def carries(self) -> bool:
+        return self.config.alpha > 0.0
+
+    def initial(self, drive_BN: Tensor, residual_BN: Tensor | None = None) -> State:
+        zero = torch.zeros_like(drive_BN)
+        begin = zero + self.config.start * self.config.threshold
+        return State(begin if residual_BN is None else begin + residual_BN, zero)
+
+    def step(self, drive_BN: Tensor, state: State) -> State:
+        voltage = self.kept(state) + drive_BN
+        return State(voltage, self.fire(voltage - self.config.threshold))
+
+    def residual(self, begin: State, states: list[State]) -> Tensor:
+        """What the next decision begins with beside its start, (B, N)."""
+        c, half = self.config, 0.5 * self.config.threshold
+        n_BN = torch.stack([state.spikes_BN for state in states]).sum(0)
+        gained_BN = self.kept(states[-1]) - begin.voltage_BN
+        return (c.alpha * torch.maximum(gained_BN, -c.threshold * n_BN)).clamp(-half, half)
+
+
 class Dynamic(Neuron):
     config: DynamicConfig
 
@@ -244,4 +292,5 @@ NEURONS: Registry[NeuronConfig, Neuron] = Registry(
     plif=(PLIFConfig, PLIF),
     alif=(ALIFConfig, ALIF),
     dynamic=(DynamicConfig, Dynamic),
+    residual_if=(ResidualIFConfig, ResidualIF),
 )

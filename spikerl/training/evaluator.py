@@ -21,6 +21,7 @@ from spikerl.envs.make import FLOAT32_MAX, CheckedEnv, EnvConfig, make_env
 from spikerl.envs.vector import describe_error
 from spikerl.errors import BadRequest, EnvironmentFailed, NonFinite, Stopped
 from spikerl.isolation import UserCode
+from spikerl.kernels.reference import Carried
 from spikerl.models.actor import Activity
 from spikerl.seeding import RESET_BITS, generator_for, reset_seed
 from spikerl.types import Task
@@ -38,6 +39,8 @@ class Evaluation:
     lengths: list[int]
     activity: Activity | None
     probed: Tensor  # this worker's normalised observations that firing is measured on, (M, O)
+    # Spikes of all layers per decision, over all decisions; None where none depends on another.
+    carried_spikes: float | None = None
 
     @property
     def mean(self) -> float:
@@ -58,7 +61,11 @@ class Acting(Protocol):
     task: Task
     device: torch.device
 
-    def act(self, obs_BO: np.ndarray, generator: torch.Generator) -> np.ndarray: ...
+    def carried(self) -> Carried | None: ...
+
+    def act(
+        self, obs_BO: np.ndarray, generator: torch.Generator, carried: Carried | None = None
+    ) -> np.ndarray: ...
 
     def observe(self, obs_BO: np.ndarray) -> Tensor: ...
 
@@ -127,21 +134,26 @@ class Evaluator:
         watch = StopWatch(self.world, stop_signal)
         key = (evaluation, self.world.rank, 0)  # longer than an episode's, so never the same
         generator = generator_for(self.run_seed, "eval", *key, device=policy.device)
-        episodes, seen = [], []
+        episodes, seen, fired = [], [], 0.0
         for numbers in self._waves():
             seeds = self._seeds(evaluation, numbers)
-            returns, lengths, observed = self._wave(policy, seeds, generator, watch)
+            returns, lengths, observed, spikes = self._wave(policy, seeds, generator, watch)
+            fired += spikes
             episodes += list(zip(numbers, returns, lengths, strict=True))
             seen += observed
         watch.finish()
         probed = self._probed(policy, seen)
-        own = policy.activity(probed, generator) if len(probed) else None
+        # Single observations do not tell the firing of one that carries its state over.
+        carries = policy.carried() is not None
+        assert self.world.size == 1 or not carries
+        own = policy.activity(probed, generator) if len(probed) and not carries else None
         parts = self.world.gather_objects((episodes, own))
         merged = sorted(episode for episodes, _ in parts for episode in episodes)
         activities = [activity for _, activity in parts if activity is not None]
         activity = reduce(Activity.__add__, activities) if activities else None
         returns, lengths = [ret for _, ret, _ in merged], [n for _, _, n in merged]
-        return Evaluation(returns, lengths, activity, probed)
+        per_decision = fired / sum(lengths) if carries else None
+        return Evaluation(returns, lengths, activity, probed, per_decision)
 
     def observations(self, policy: Acting) -> np.ndarray:
         """Every raw observation (M, O) of this worker's episodes, those of evaluation 0."""
@@ -169,7 +181,10 @@ class Evaluator:
 
     def _wave(
         self, policy: Acting, seeds: list[int], generator: torch.Generator, watch: StopWatch
-    ) -> tuple[list[float], list[int], list[np.ndarray]]:
+    ) -> tuple[list[float], list[int], list[np.ndarray], float]:
+        """Returns, lengths, observations; the spikes of a policy whose decisions depend on those
+        before.
+        """
         envs = self.envs[: len(seeds)]
         env_id = policy.task.env_id
         try:
@@ -183,12 +198,14 @@ class Evaluator:
             raise NonFinite(f"evaluation, reset: {env_id} gave a NaN or infinity")
         returns, lengths = [0.0] * len(envs), [0] * len(envs)
         running = list(range(len(envs)))
-        seen = []
+        seen, fired, carried = [], 0.0, policy.carried()
         while running:
             watch.look()
             seen.append(obs[running])
             # The batch keeps its size to the end: products of other sizes round differently.
-            act = policy.task.to_env(policy.act(obs, generator))
+            act = policy.task.to_env(policy.act(obs, generator, carried))
+            if carried is not None and carried.fired_B is not None:
+                fired += float(carried.fired_B[running].sum())
             where = f"evaluation, step {max(lengths) + 1}: {env_id}"
             try:
                 with UserCode():
@@ -203,7 +220,7 @@ class Evaluator:
                 lengths[i] += 1
                 if terminated or truncated:
                     running.remove(i)
-        return returns, lengths, seen
+        return returns, lengths, seen, fired
 
     def _probed(self, policy: Acting, seen: list[np.ndarray]) -> Tensor:
         if not seen:

@@ -15,15 +15,15 @@ from typing import Any
 
 from spikerl.config.build import Config
 from spikerl.distributed.world import World, share
-from spikerl.energy.meter import joules_to_reach, total_joules
 from spikerl.errors import DONE, FAILED, INTERRUPTED, BadRequest, DiskError, stop_status
 from spikerl.files import shown, write_json, write_text
 from spikerl.machine import versions
 from spikerl.models.precision import why_slow
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, verified
-from spikerl.runs.display import View, energy_text, epoch_line, stuck_layers
+from spikerl.runs.display import View, epoch_line, idle_line, spent_text, stuck_layers
 from spikerl.runs.record import RunLog
+from spikerl.runs.summary import summary_of
 from spikerl.training.trainer import Row, Trainer
 from spikerl.types import Resolved
 
@@ -64,6 +64,8 @@ class Session:
         self.summary: dict[str, Any] = {}
         self.stuck: set[int] = set()  # layers that were said to hardly learn
         self.coarse: set[int] = set()  # entries of observations that were said to lose digits
+        self.caveats = 0  # of the meter's, said
+        self.idle_w = None if config.run.resume else trainer.idle_power()
         restored: list[str] = []
         try:
             if config.run.resume:
@@ -78,9 +80,12 @@ class Session:
         if self.is_rank0:
             title = f"{trainer.task.env_id}  {config.algo.name}  {shown(self.folder)}"
             self.log = RunLog(self.folder, trainer.step, config.run.logger, config.raw)
-            self.view = View(title, config.run.total_steps, trainer.step)
+            past = run_folder.read_rows(self.folder / "metrics.jsonl")
+            past += run_folder.read_rows(self.folder / "discarded.jsonl")
+            self.view = View(title, config.run.total_steps, trainer.step, past)
             for text in [
                 *announce(config, trainer),
+                *idle_line(self.idle_w),
                 *restored,
                 f"run folder: {shown(self.folder)}",
             ]:
@@ -215,13 +220,16 @@ class Session:
         row = {**row, "wall_s": self.wall()}
         self.log.row(row)
         self.view.epoch(row)
-        self.log.line(epoch_line(row, self.config.run.total_steps))
+        self.log.line(epoch_line(row, self.config.run.total_steps, self.view.spent))
         stuck, coarse = stuck_layers(row), self.trainer.norm.coarse()
         for layer in stuck.keys() - self.stuck:  # what has been said is not said every epoch
             self.say(stuck[layer])
         for entry in sorted(coarse.keys() - self.coarse)[:FEW]:
             self.say(coarse[entry])
         self.stuck, self.coarse = set(stuck), set(coarse)
+        for caveat in self.trainer.meter.caveats[self.caveats :]:
+            self.say(f"note: {caveat}")
+        self.caveats = len(self.trainer.meter.caveats)
 
     def commit(self, run: Path) -> None:
         """Save what there is, or say why not: the next commit makes up for it."""
@@ -283,7 +291,7 @@ class Session:
                          f" spikerl train resume={shown(self.folder)} goes on")  # fmt: skip
             else:
                 self.say(f"done: {self.trainer.step} steps, {self.trainer.algo.updates} updates"
-                         f" in {self.wall():.0f} s, {energy_text(self.summary)}")  # fmt: skip
+                         f" in {self.wall():.0f} s, {spent_text(self.summary)}")  # fmt: skip
                 if self.trainer.algo.updates == 0:
                     self.say(NOTHING_LEARNED)
             self.flush()
@@ -333,23 +341,16 @@ class Session:
     def summarise(self) -> None:
         rows = run_folder.read_rows(self.folder / "metrics.jsonl")
         discarded = run_folder.read_rows(self.folder / "discarded.jsonl")
-        returns = [row["eval_return"] for row in rows if row["eval_return"] is not None]
-        last_ten = returns[-10:]
+        manifest = run_folder.read_manifest(self.folder, key="resume")
         summary = {
             "env_id": self.trainer.task.env_id,
             "seed": self.config.run.seed,
             "world_size": self.world.size,
             "steps": self.trainer.step,
             "updates": self.trainer.algo.updates,
-            "evaluations": len(returns),
-            "last_eval_return": returns[-1] if returns else None,
-            "best_eval_return": max(returns) if returns else None,
-            "last_ten_mean_eval_return": sum(last_ten) / len(last_ten) if returns else None,
             "wall_s": self.wall(),
-            "discarded_rows": len(discarded),
-            "energy_j": total_joules([*rows, *discarded]),
-            "energy_discarded_j": total_joules(discarded),
-            "energy_to_best_j": joules_to_reach(rows, max(returns)) if returns else None,
+            **summary_of(rows, discarded, self.config.run.energy_to),
+            "power_idle_w": manifest.get("power_idle_w"),
             "energy_source": rows[-1]["energy_source"] if rows else self.trainer.meter.source,
             "versions": versions(),
         }
@@ -359,7 +360,8 @@ class Session:
     def manifest(self, command: Sequence[str]) -> dict[str, Any]:
         resolved = {name: r._asdict() for name, r in vars(self.config.resolved).items()}
         num_envs, precision = self.config.num_envs, self.config.precision.name
-        facts = {"world_size": self.world.size, "num_envs": num_envs, "precision": precision}
+        facts = {"world_size": self.world.size, "num_envs": num_envs, "precision": precision,
+                 "power_idle_w": self.idle_w}  # fmt: skip
         return run_folder.make_manifest(self.trainer.task.env_id, command, resolved, facts)
 
     def wall(self) -> float:

@@ -20,7 +20,7 @@ from spikerl.algos import ALGOS
 from spikerl.algos.replay import Replay
 from spikerl.config.build import Config
 from spikerl.distributed.world import ALONE, World, share
-from spikerl.energy.meter import Meter, Reading, energy_row, merge
+from spikerl.energy.meter import Meter, Reading, energy_row, merge, power
 from spikerl.envs.vector import make_envs
 from spikerl.errors import BadRequest, NonFinite, Stopped
 from spikerl.models.actor import (
@@ -248,7 +248,7 @@ class Trainer:
     def schedule(self, step: int) -> None:
         """Give the surrogates their slopes for updates at that step."""
         if isinstance(self.algo.actor, SpikingActor):
-            self.algo.actor.schedule(min(step / self.run.total_steps, 1.0))
+            self.algo.actor.schedule(step, self.run.total_steps)
 
     def last_update(self) -> int:
         """The step at which updates were last due, 0 before the first."""
@@ -287,7 +287,7 @@ class Trainer:
             evaluation = self.evaluator.run(self.policy, p.epoch + 1, stop_signal)
         finally:
             evaluated = since(p.eval_energy, self.meter.end("eval"))
-            p.eval_energy = list(evaluated)
+            p.eval_energy = list(evaluated[:3])
         self.check_equal()
         everyone = self.world.gather_objects((p.returns, p.sums, p.train_s, trained, evaluated))
         returns = [ret for part in everyone for ret in part[0]]
@@ -322,6 +322,8 @@ class Trainer:
             "updates_per_s": (p.updates - p.first_update) / train_s,
             **joules,
         }
+        if isinstance(self.algo.actor, SpikingActor) and self.algo.actor.spike_costs:
+            row["spike_loss"] = mean_of(sums, "spike_loss")
         if self.algo.guard.scales_loss:
             row["skipped_updates"] = int(self.algo.guard.skipped)
         return row
@@ -336,8 +338,14 @@ class Trainer:
         p = self.progress
         p.train_s += time.perf_counter() - self.clock
         reading = since(p.energy, self.meter.end("train"))
-        p.energy = list(reading)
+        p.energy = list(reading[:3])
         return reading
+
+    def idle_power(self) -> float | None:
+        """Watts before anything runs, all workers waiting together."""
+        self.world.barrier()
+        readings = self.world.gather_objects(tuple(self.meter.idle()))
+        return power(merge([Reading(*reading) for reading in readings]))
 
     def check_equal(self) -> None:
         """Raise unless all workers have the same parameters and normaliser, to the bit."""

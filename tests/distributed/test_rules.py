@@ -185,7 +185,8 @@ def trained_alike(world: World) -> None:
 
 def everything(world: World) -> None:
     torch.manual_seed(0)
-    popsan64 = popsan(3, 2, [8], dtype=torch.float64).double()
+    popsan64 = popsan(3, 2, [8], dtype=torch.float64, spike_cost=[0.5, 2.0]).double()
+    popsan64.schedule(0, 1)
     check_gradients(
         world, ProxyTD3, proxy_td3_config(target_noise=0.0, proxy_steps=1), replayed, actor=popsan64
     )

@@ -82,6 +82,29 @@ def test_actions_and_gradients(path: str, encoder: object, size: tuple[Any, ...]
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", [SIZES[2], SIZES[3], SIZES[5], SIZES[6]], ids=str)
+def test_what_spikes_cost(path: str, size: tuple[Any, ...]) -> None:
+    """Beside an action's gradient and alone; the loss that stands there already is added to."""
+    *shape, batch = size
+    actor = made(*shape, spike_cost=[0.5 + i for i in range(len(shape[2]) + 1)])
+    actor.schedule(0, 1)
+    obs, direction = torch.randn(batch, shape[0]), torch.randn(batch, shape[1])
+    for grad in (direction, torch.zeros_like(direction)):
+        found = []
+        for kernel in ("reference", f"cpu/{path}"):
+            actor.kernel = kernel
+            _, pull = actor.vjp(obs, None)
+            into = Gradient(list(actor.parameters()), weight=0.25)
+            into.loss.fill_(3.0)
+            loss = pull(grad, into)["spike_loss"]
+            torch.testing.assert_close(into.loss, 3.0 + 0.25 * loss)
+            found.append([loss, into.loss.clone(), *(slot.clone() for slot in into.slots)])
+        for ours, other in zip(found[1], found[0], strict=True):
+            assert difference(ours, other) < 2e-5
+        assert float(found[0][0]) > 0.1
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("batch", [1, 7])
 def test_exact_where_sums_are(path: str, batch: int) -> None:
     """Dyadic weights, and actions of 0: no sum rounds, so that order cannot matter."""

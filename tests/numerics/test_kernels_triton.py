@@ -25,7 +25,7 @@ def run_checks(**environ: str) -> None:
         env={**os.environ, **environ}, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "21 passed" in done.stdout
+    assert "22 passed" in done.stdout
 
 
 @needs_triton

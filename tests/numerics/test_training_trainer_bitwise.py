@@ -18,6 +18,7 @@ from builders import (
     POPULATION,
     care_bn_config,
     plif_config,
+    popsan_config,
     ppo_config,
     proxy_td3_config,
     sac_config,
@@ -152,6 +153,10 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "proxy_td3": ({"algo": proxy_td3_config(**REPLAYING, proxy_hidden_sizes=[8])}, {}),
     "plif": ({}, {"neuron": plif_config()}),
     "care_bn": ({}, {"actor": replace(care_bn_config([16]), recalibration_interval=40)}),
+    "spike_cost": (
+        {},
+        {"actor": popsan_config([16], spike_cost=0.5, spike_cost_start=60, spike_cost_warmup=50)},
+    ),
 }
 
 

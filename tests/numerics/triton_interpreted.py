@@ -7,6 +7,7 @@ import torch
 from builders import lif_config, popsan, with_neurons
 
 from spikerl.kernels import reference, triton
+from spikerl.kernels.gradient import Gradient
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -66,3 +67,17 @@ def test_a_whole_actor() -> None:
         results.append([act, *torch.autograd.grad(act, params, direction)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_what_spikes_cost() -> None:
+    net = popsan(4, 2, [24, 17], spike_cost=[0.5, 2.0, 1.0]).to(DEVICE)
+    net.schedule(0, 1)
+    obs, zero = torch.randn(9, 4).to(DEVICE), torch.zeros(9, 2).to(DEVICE)
+    results = []
+    for kernel in (reference, triton):
+        into = Gradient(list(net.parameters()))
+        loss = kernel.vjp(net, obs, None)[1](zero, into)["spike_loss"]
+        results.append([loss, into.vector])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    assert results[0][1].any()

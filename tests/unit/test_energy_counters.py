@@ -371,6 +371,25 @@ def test_gpu_and_packages_fail_separately(zeus: FakeZeus, nvml: FakeNVML, rapl: 
     }
 
 
+def test_windows_too_short_for_their_counter_say_so(
+    zeus: FakeZeus, nvml: FakeNVML, rapl: Path
+) -> None:
+    """A GPU's counter needs a second, a package's a twentieth; each is said once."""
+    clock, waited = Clock(), list[float]()
+    meter = open_meter(AUTO, device=CUDA, local_rank=0, clock=clock)
+    zeus.energies |= {"gpu": {2: 100.0}, "cpu": {1: 10.0, 2: 20.0}}
+    window(meter, clock, 1.0)
+    assert meter.caveats == []
+    assert window(meter, clock, 0.875).joules[f"gpu:{UUID}"] == 100.0  # measured, but rough
+    (said,) = meter.caveats
+    assert said.startswith("a window of less than 1 s is short for this machine's gpu counters")
+    window(meter, clock, 0.03125)
+    window(meter, clock, 0.03125)
+    assert [text[:28] for text in meter.caveats[1:]] == ["a window of less than 0.05 s"]
+    meter.idle(waited.append)
+    assert waited == [1.0]
+
+
 def test_packages_that_do_not_start_leave_the_gpu(
     zeus: FakeZeus, nvml: FakeNVML, rapl: Path
 ) -> None:

@@ -18,6 +18,8 @@ from spikerl.energy.meter import (
     joules_to_reach,
     merge,
     open_meter,
+    power,
+    power_over,
     resolve,
     total_joules,
 )
@@ -42,8 +44,34 @@ def test_merge_takes_each_device_once_from_the_first_rank_that_has_it() -> None:
         ]
     )
     joules = {"gpu:a": 10.0, "gpu:b": 20.0, "cpu:n1:0": 5.0}
-    assert merged == Reading(3.0, joules, {"gpu:z": "lost"})
-    assert merge([]) == Reading(0.0, {}, {})
+    lasted = {"gpu:a": 2.0, "gpu:b": 3.0, "cpu:n1:0": 1.0}
+    assert merged == Reading(3.0, joules, {"gpu:z": "lost"}, lasted)
+    assert merge([]) == Reading(0.0, {}, {}, {})
+
+
+def test_power_is_the_sum_of_every_devices_own() -> None:
+    """10 J in 2 s and 30 J in 3 s are 15 W, whatever the longest window is; 4 and 6 J later: 14 /
+    4 and 36 / 4.
+    """
+    first = merge([Reading(2.0, {"gpu:a": 10.0}, {}), Reading(3.0, {"gpu:b": 30.0}, {})])
+    second = merge([Reading(2.0, {"gpu:a": 4.0}, {}), Reading(1.0, {"gpu:b": 6.0}, {})])
+    assert power(first) == 15.0
+    assert power(first, second) == 12.5
+    assert energy_row(first, second, "zeus:nvml")["power_w"] == 12.5
+    shared = merge([Reading(2.0, {"gpu:a": 10.0}, {}), Reading(5.0, {"gpu:a": 90.0}, {})])
+    assert power(shared) == 5.0
+    assert power() is None
+    assert power(Reading(1.0, {}, {})) is None
+    assert power(Reading(1.0, {"gpu:a": 1.0}, {"gpu:b": "lost"})) is None
+    assert power(first, Reading(1.0, {"gpu:a": 1.0}, {})) is None
+
+
+def test_power_over_rows() -> None:
+    """100 J at 50 W and 30 J at 10 W: 130 J in 5 s."""
+    rows = [{"energy_j": 100.0, "power_w": 50.0}, {"energy_j": 30.0, "power_w": 10.0}]
+    assert power_over(rows) == (26.0, 50.0)
+    assert power_over([*rows, {"energy_j": None, "power_w": None}]) == (None, 50.0)
+    assert power_over([]) == (None, None)
 
 
 def test_row_of_a_whole_epoch() -> None:
@@ -111,7 +139,9 @@ def write_trace(folder: Path, text: str) -> EnergyConfig:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("shared", [True, False])
 def test_known_power_gives_its_joules(tmp_path: Path, world_size: int, shared: bool) -> None:
-    """250 W a GPU, 40 W a package, 8 W its memory: 12.5 s and 1.5 s through the whole path."""
+    """250 W a GPU, 40 W a package, 8 W its memory, through the whole path; a window of worker r
+    lasts r / 2 s longer than that of worker 0, which alone reads what all share.
+    """
     gpus = [f"gpu:{i}" for i in range(1 if shared else world_size)]
     header = ",".join(["t_s", *gpus, "cpu:n1:0", "dram:n1:0"])
     powers = ",".join(["250"] * len(gpus) + ["40", "8"])
@@ -123,20 +153,22 @@ def test_known_power_gives_its_joules(tmp_path: Path, world_size: int, shared: b
         meters.append(open_meter(config, device=CPU, local_rank=rank, clock=clock))
 
     def measure(name: str, seconds: float) -> Reading:
-        for meter, clock in zip(meters, clocks, strict=True):
+        for rank, (meter, clock) in enumerate(zip(meters, clocks, strict=True)):
             clock.now += 0.3  # between the windows: in none of them
             meter.begin(name)
-            clock.now += seconds
+            clock.now += seconds + 0.5 * rank
         return merge([meter.end(name) for meter in meters])
 
     row = energy_row(measure("train", 12.5), measure("eval", 1.5), meters[0].source)
     assert row["energy_source"] == f"replay:{config.file}"
     exactly: dict[str, Any] = {"rel": 1e-9}
-    assert row["energy_gpu_j"] == pytest.approx(14 * 250 * len(gpus), **exactly)
+    more = 250 * sum(0.5 * rank for rank in range(len(gpus)))  # of the longer windows
+    assert row["energy_gpu_j"] == pytest.approx(14 * 250 * len(gpus) + 2 * more, **exactly)
     assert row["energy_cpu_j"] == pytest.approx(14 * 48, **exactly)
-    assert row["energy_j"] == pytest.approx(14 * (250 * len(gpus) + 48), **exactly)
-    assert row["energy_train_j"] == pytest.approx(12.5 * (250 * len(gpus) + 48), **exactly)
-    assert row["energy_eval_j"] == pytest.approx(1.5 * (250 * len(gpus) + 48), **exactly)
+    whole = 250 * len(gpus) + 48
+    assert row["energy_j"] == pytest.approx(14 * whole + 2 * more, **exactly)
+    assert row["energy_train_j"] == pytest.approx(12.5 * whole + more, **exactly)
+    assert row["energy_eval_j"] == pytest.approx(1.5 * whole + more, **exactly)
     assert row["power_w"] == pytest.approx(250 * len(gpus) + 48, **exactly)
 
 
@@ -173,6 +205,34 @@ def test_replayed_devices_are_dealt_out_by_local_rank(tmp_path: Path) -> None:
     meters = [open_meter(config, device=CPU, local_rank=r, clock=clock) for r in range(3)]
     took = [sorted(window(meter, clock).joules) for meter in meters]
     assert took == [["cpu:a:0", "dram:a:0", "gpu:x"], ["gpu:y"], ["gpu:x"]]
+
+
+def test_a_trace_that_repeats_says_so_once(tmp_path: Path) -> None:
+    clock = Clock()
+    config = write_trace(tmp_path, "t_s,gpu:0\n0,10\n4,10\n")
+    meter = open_meter(config, device=CPU, local_rank=0, clock=clock)
+    window(meter, clock, 4.0)
+    assert meter.caveats == []
+    for _ in range(2):
+        window(meter, clock, 0.5)
+        said = "the trace of energy.file is over after 4 s and repeats from here on"
+        assert meter.caveats == [said]
+
+
+def test_idle_power(tmp_path: Path) -> None:
+    clock, waited = Clock(), list[float]()
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        clock.now += 2.0  # a late wake-up
+
+    config = write_trace(tmp_path, "t_s,gpu:0,cpu:n1:0\n0,10,30\n4,10,30\n")
+    meter = open_meter(config, device=CPU, local_rank=0, clock=clock)
+    assert power(meter.idle(wait)) == pytest.approx(40.0)
+    assert waited == [0.05]
+    none = open_meter(EnergyConfig(name="none", file=None), device=CPU, local_rank=0, clock=clock)
+    assert power(none.idle(wait)) is None
+    assert waited == [0.05]  # nobody waits for nothing
 
 
 def test_a_trace_may_count_seconds_from_1970(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from shell import SHORT, spikerl
 
-from spikerl.runs.display import View, energy_text, epoch_line
+from spikerl.runs.display import View, energy_text, epoch_line, idle_line, spent_text
 
 ROW: dict[str, Any] = {
     "epoch": 1, "step": 1000, "eval_return": 10.0, "eval_return_std": 0.0, "train_return": 5.0,
@@ -25,17 +25,37 @@ NOT_MEASURED = {"energy_j": None, "power_w": None, "energy_source": "none: no pe
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({}, "energy 1234.6 J 45.7 W"),
-        ({"power_w": None}, "energy 1234.6 J"),
-        ({"energy_j": 0.0, "power_w": 0.0}, "energy 0 J"),
+        ({}, "energy 1234.6 J 45.7 W (zeus:rapl)"),
+        ({"power_w": None}, "energy 1234.6 J (zeus:rapl)"),
+        ({"energy_j": 0.0, "energy_source": "replay:/a/b.csv"}, "energy 0 J 45.7 W (replay)"),
         (NOT_MEASURED, "energy - (none: no permission)"),
         ({**NOT_MEASURED, "energy_source": "none: " + "x" * 99}, f"energy - (none: {'x' * 54})"),
     ],
 )
 def test_energy(changes: dict[str, Any], text: str) -> None:
     assert energy_text({**ROW, **changes}) == text
-    short = text if changes.get("energy_j", 1.0) is not None else "energy -"
+    short = text.partition(" (")[0]
     assert epoch_line({**ROW, **changes}, 2000).endswith(f"  99 steps/s  10 s  {short}")
+
+
+def test_the_joules_so_far_stand_beside_an_epochs() -> None:
+    assert epoch_line(ROW, 2000, 5000.0).endswith("  energy 1234.6 J 45.7 W, 5000.0 J so far")
+    assert epoch_line(ROW, 2000, 1234.56).endswith("  energy 1234.6 J 45.7 W")  # the first epoch
+    assert epoch_line({**ROW, **NOT_MEASURED}, 2000, None).endswith("  energy -")
+
+
+def test_what_a_run_cost() -> None:
+    whole = {"energy_j": 7.2e6, "energy_kwh": 2.0, "power_mean_w": 45.678, "power_peak_w": 50.0}
+    source = {"power_idle_w": 12.0, "energy_source": "zeus:rapl"}
+    assert spent_text({**whole, **source}) == (
+        "energy 7200000.0 J = 2 kWh, 45.7 W on average, 50 W in its highest epoch, 12 W idle before"
+        " (zeus:rapl)"
+    )
+    nothing = dict.fromkeys([*whole, *source], None)
+    said = spent_text({**nothing, "energy_source": "none: no permission"})
+    assert said == "energy - (none: no permission)"
+    assert idle_line(None) == []
+    assert idle_line(12.0) == ["idle power before the run: 12 W"]
 
 
 class Stage:
@@ -64,12 +84,13 @@ def test_the_panel_that_is_left_shows_the_last_evaluation() -> None:
     assert "eval return 8 best 10" in left
     assert "2000/2000" in left
     assert "critic loss 2.5" in left
-    assert "joules/epoch 1234.6 watts 45.7" in left
+    assert "joules/epoch 1234.6 watts 45.7 joules so far 2469.1 kWh 0.000686" in left
+    assert "zeus:rapl" in left
 
 
 def test_the_panel_says_why_there_are_no_joules() -> None:
     left = panel({**ROW, **NOT_MEASURED})
-    assert "joules/epoch - watts -" in left
+    assert "joules/epoch - watts - joules so far - kWh -" in left
     assert "none: no permission" in left
 
 
@@ -78,16 +99,28 @@ def test_a_run_says_what_it_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with Path("t.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["t_s", "gpu:0"], [0.0, 50.0], [0.25, 50.0]])
     short = [arg for arg in SHORT if arg != "energy=none"]
-    said = spikerl("train", *short, "energy=replay", "energy.file=t.csv", "run_dir=r")
+    short += ["energy=replay", "energy.file=t.csv", "energy_to={return: -1000}"]
+    said = spikerl("train", *short, "run_dir=r")
     assert said.status == 0, said.err
     lines = said.out.splitlines()
-    joules = json.loads(Path("r/summary.json").read_text())["energy_j"]
-    shown = f"{joules:.1f}" if joules >= 100 else f"{joules:.3g}"
+    summary = json.loads(Path("r/summary.json").read_text())
+    rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
+    joules = summary["energy_j"]
+    shown, kwh = (f"{x:.1f}" if x >= 100 else f"{x:.3g}" for x in (joules, joules / 3.6e6))
     assert lines[-1].startswith("done: 300 steps, 250 updates in ")
-    assert lines[-1].endswith(f" s, energy {shown} J")
+    assert lines[-1].endswith(
+        f" s, energy {shown} J = {kwh} kWh, 50 W on average, 50 W in its highest epoch,"
+        " 50 W idle before (replay)"
+    )
+    assert "idle power before the run: 50 W" in lines
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert len(epochs) == 2
-    assert all(line.endswith(" J 50 W") for line in epochs)
+    assert epochs[0].endswith(" J 50 W")
+    assert epochs[1].endswith(f" J 50 W, {shown} J so far")
+    assert sum("and repeats from here on" in line for line in lines) == 1
+    assert summary["energy_to"] == {"return": -1000.0, "energy_j": rows[0]["energy_j"]}
+    manifest = json.loads(Path("r/manifest.json").read_text())
+    assert manifest["power_idle_w"] == summary["power_idle_w"] == pytest.approx(50.0)
     trace = Path("t.csv").absolute()
     assert f"energy=replay:{trace} (requested; its 0.25 s are repeated)" in said.out
     assert "makes no update" not in said.out

@@ -98,8 +98,8 @@ def test_slope_over_a_run(kind: str, end: float | None, expected: list[float]) -
     """Start, half and end, in every layer; a spike's gradient follows. Rect's window stays."""
     config = lif_config(surrogate=kind, surrogate_slope=2.0, surrogate_slope_end=end)
     actor = popsan(1, 1, [3], neuron=config)
-    for share, scale in zip((0.0, 0.5, 1.0), expected, strict=True):
-        actor.schedule(share)
+    for step, scale in zip((0, 20, 40), expected, strict=True):
+        actor.schedule(step, 40)
         for neuron in actor.neurons:
             drive = torch.tensor([[0.5 + 0.125]], requires_grad=True)
             neuron.step(drive, neuron.initial(drive)).spikes_BN.sum().backward()

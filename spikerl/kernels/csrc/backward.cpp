@@ -257,12 +257,14 @@ const float* backward_events(const Activations& acts, const float* encoder_weigh
             else inputs.run_dense(count);
             for (int64_t i = 0; i < count; i++) {
                 const int64_t b = first + i;
-                const float* grad = inputs.out + i * rows * Kp;
-                if (layer > 0)
-                    scan_back(net, Kp, Kp, grad, Kp, acts.voltage[layer - 1] + b * T * Kp, below + b * T * Kp,
-                              active_steps + b * widest);
-                else
+                float* grad = inputs.out + i * rows * Kp;
+                if (layer == 0) {
                     std::memcpy(below + b * Kp, grad, Kp * sizeof(float));
+                    continue;
+                }
+                actions.add_cost(layer - 1, grad, T, Kp, l.K);
+                scan_back(net, Kp, Kp, grad, Kp, acts.voltage[layer - 1] + b * T * Kp, below + b * T * Kp,
+                          active_steps + b * widest);
             }
         }
         std::swap(above, below);
@@ -270,8 +272,8 @@ const float* backward_events(const Activations& acts, const float* encoder_weigh
     return above;
 }
 
-void backward(const Net& net, int64_t B, const float* obs, bool poisson, const float* act,
-              const float* grad_act, char* saved, const Gradients& out, int threads) {
+void backward(const Net& net, int64_t B, const float* obs, bool poisson, const ActionGradients& actions, char* saved,
+              const Gradients& out, int threads) {
     const Activations acts(&net, B, true, uses_events(B), saved);
     const int64_t T = net.spike_steps, K0 = net.widths[0], K0p = padded(K0);
     // The encoder's spikes have a straight-through gradient: dA = sum over t of d(spike t) times w_t, where w_t =
@@ -279,7 +281,6 @@ void backward(const Net& net, int64_t B, const float* obs, bool poisson, const f
     float weight[MAX_STEPS], power = 1.0f, total = 0.0f;
     for (int64_t t = 0; t < T; t++, power *= 1.0f - net.encoder_threshold)
         weight[t] = poisson ? 1.0f : total += power;
-    const ActionGradients actions{act, grad_act};
     Scratch memory;
 #if HAS_TILES
     const float* grad_activity = uses_events(B) ? backward_events(acts, weight, actions, out, memory, threads)
@@ -317,9 +318,22 @@ void spikerl_scan_back(const Net* net, int64_t M, const float* grad, const float
 }
 
 // Gradients of all parameters, `grads`: the encoder's means and standard deviations, each layer's weights and biases,
-// the decoder's; `saved` as spikerl_forward left it; `act` is null where that did not squash.
-void spikerl_backward(const Net* net, int64_t B, const float* obs, int poisson, const float* act,
-                      const float* grad_act, char* saved, float* const* grads, int threads) {
-    backward(*net, B, obs, poisson, act, grad_act, saved, Gradients(*net, grads), threads);
+// the decoder's; `saved` as spikerl_forward left it; `act` is null where that did not squash, `by_spike` (layers), the
+// gradient by each spike of a layer, where spikes cost nothing.
+void spikerl_backward(const Net* net, int64_t B, const float* obs, int poisson, const float* act, const float* grad_act,
+                      const float* by_spike, char* saved, float* const* grads, int threads) {
+    backward(*net, B, obs, poisson, {act, grad_act, by_spike}, saved, Gradients(*net, grads), threads);
+}
+
+// Spikes of each layer over all samples and steps, from `saved` as spikerl_forward left it.
+void spikerl_count_spikes(const Net* net, int64_t B, char* saved, int64_t* counts) {
+    const Activations acts(net, B, true, uses_events(B), saved);
+    for (int layer = 1; layer <= net->layers; layer++) {
+        const int64_t N = net->widths[layer], Np = padded(N);
+        int64_t count = 0;
+        for (int64_t b = 0; b < B; b++)
+            for (int64_t n = 0; n < N; n++) count += __builtin_popcount(acts.words[layer][b * Np + n]);
+        counts[layer - 1] = count;
+    }
 }
 }

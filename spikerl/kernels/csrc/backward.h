@@ -21,9 +21,17 @@ struct Gradients {
     float* bias(int layer) const { return all[3 + 2 * layer]; }
 };
 
-// Actions (null where they are not squashed) and their gradient, (B, A).
+// Actions (null where they are not squashed) and their gradient, (B, A). What the spikes themselves cost: the gradient
+// by each spike of a layer, for every layer; null where they cost nothing.
 struct ActionGradients {
-    const float *act, *grad;
+    const float *act, *grad, *by_spike;
+
+    // Adds it to the gradients of a layer's spikes, of which each of `rows` rows has `count` neurons.
+    void add_cost(int layer, float* grad_spikes, int64_t rows, int64_t stride, int64_t count) const {
+        if (!by_spike) return;
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t n = 0; n < count; n++) grad_spikes[row * stride + n] += by_spike[layer];
+    }
 
     // The decoder's gradients; calls `f(b, grad_spikes)` with the gradient of the last layer's spikes, (Np), which is
     // the same at each step.
@@ -46,6 +54,7 @@ struct ActionGradients {
                     grad_spikes[n] = g * net.out_weight[n] / float(T);
                 }
             }
+            add_cost(net.layers - 1, grad_spikes, 1, Np, N);
             f(b, grad_spikes);
         }
     }

@@ -100,8 +100,8 @@ Operand<PLANES> pack_weights_by_output(const Layer& l, Scratch& memory) {
 }
 
 // Gradients of the drives of the layer below, from those of this layer's.
-void drive_gradients(const Activations& acts, int layer, const Layer& l, DriveGradients grad, DriveGradients out,
-                     int threads) {
+void drive_gradients(const Activations& acts, int layer, const Layer& l, const ActionGradients& actions,
+                     DriveGradients grad, DriveGradients out, int threads) {
     const int64_t B = acts.samples, T = grad.T, square = SIDE * SIDE, tiles = tiles_of(B);
     Scratch memory;
     const Operand<PLANES> weights = pack_weights_by_output(l, memory);
@@ -124,6 +124,7 @@ void drive_gradients(const Activations& acts, int layer, const Layer& l, DriveGr
                 }
         for (int64_t k = 0; k < out.columns; k++) {
             multiply(drives, T, weights, k, {ZEROS, 0, 0, grad_spikes, square, SIDE});
+            actions.add_cost(layer - 1, grad_spikes, T * SIDE, SIDE, std::min(SIDE, l.K - k * SIDE));
             const float* voltage = acts.voltage[layer - 1] + acts.square_offset(layer - 1, tile * SIDE, k * SIDE);
             for (int64_t i = 0; i < count * SIDE; i += SIDE)
                 scan_back(*acts.net, SIDE, square, grad_spikes + i, square, voltage + i, out.at(tile, k) + i, nullptr);
@@ -166,7 +167,7 @@ const float* backward_tiles(const Activations& acts, const float* encoder_weight
         const DriveGradients grad{above, T, tiles_of(l.N)};
         weight_gradients(acts, layer, l, grad, out.weight(layer), out.bias(layer), threads);
         if (layer > 0) {
-            drive_gradients(acts, layer, l, grad, {below, T, tiles_of(l.K)}, threads);
+            drive_gradients(acts, layer, l, actions, grad, {below, T, tiles_of(l.K)}, threads);
         } else {
             for (int64_t b = 0; b < B; b++)
                 for (int64_t n = 0; n < grad.columns; n++) {

@@ -1,0 +1,219 @@
+"""A dense policy as spikes: residuals by hand, thresholds of each neuron, and what is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import NEURON, fill, popsan, popsan_config
+from exports import policy_of, saved, task
+from shell import SHORT, spikerl
+
+import spikerl as library
+from spikerl.commands.convert import convert
+from spikerl.envs.make import EnvConfig
+from spikerl.kernels import reference
+from spikerl.kernels.reference import Carried
+from spikerl.models.actor import ActorConfig, MLPActor, MLPConfig, SpikingActor
+from spikerl.snn.decoders import DecoderConfig
+from spikerl.snn.encoders import EncoderConfig
+from spikerl.snn.neurons import ResidualIF, ResidualIFConfig
+from spikerl.training.evaluator import Evaluator
+
+DIRECT, LINEAR = EncoderConfig(name="direct"), DecoderConfig(name="linear")
+
+
+def residual_if(**changes: Any) -> ResidualIFConfig:
+    own = {"name": "residual_if", "threshold": 1.0, "reset": "soft", "start": 0.5, "alpha": 0.5}
+    return ResidualIFConfig(**(NEURON | own | changes))
+
+
+def one_neuron(spike_steps: int = 2, **changes: Any) -> SpikingActor:
+    """A neuron whose current is the observation, read out as its rate."""
+    parts: dict[str, Any] = {"encoder": DIRECT, "decoder": LINEAR}
+    actor = popsan(1, 1, [1], neuron=residual_if(**changes), spike_steps=spike_steps, **parts)
+    fill(actor, {"layers.0.weight_IN": [[1.0]], "layers.0.bias_N": [0.0]})
+    fill(actor, {"decoder.map.weight_IN": [[1.0]], "decoder.map.bias_N": [0.0]})
+    return actor
+
+
+def decisions(actor: SpikingActor, *currents: float) -> list[tuple[float, float]]:
+    """Spikes, and the residual that is left, of decisions one after the other."""
+    carried, found = Carried(), []
+    for x in currents:
+        act = reference.decide(actor, torch.tensor([[x]]), None, carried)
+        assert carried.fired_B is not None
+        fired = float(carried.fired_B)
+        assert float(act) == pytest.approx(np.tanh(fired / actor.spike_steps))
+        found.append((fired, float(carried.residuals[0])))
+    return found
+
+
+def test_residuals_by_hand() -> None:
+    """Threshold 1, two spike steps, alpha = 1/2. From 1/2:
+    0.75: 1.25 fires, 0.25; 1 does not, as it is not above. From 0.5 to 1: 1/2 of 0.5 is carried on.
+    0.75, from 0.75: 1.5 fires, 0.5; 1.25 fires, 0.25. From 0.75 to 0.25: 1/2 of -0.5.
+    -3, from 0.25: without a spike nothing below the start is carried on, as a ReLU has no less.
+    5, from 0.5: 5.5 and 9.5 fire, 8.5 is left: 1/2 of 8 is cut at half the threshold.
+    -0.5, from 1: 0.5, then 0: no spike.
+    """
+    expected = [(1.0, 0.25), (2.0, -0.25), (0.0, 0.0), (2.0, 0.5), (0.0, 0.0)]
+    assert decisions(one_neuron(), 0.75, 0.75, -3.0, 5.0, -0.5) == expected
+
+
+def test_residuals_are_of_the_threshold() -> None:
+    """Twice the threshold and the current are twice the residual; alpha = 0 carries nothing."""
+    expected = [(1.0, 0.5), (2.0, -0.5), (0.0, 0.0), (2.0, 1.0)]
+    assert decisions(one_neuron(threshold=2.0), 1.5, 1.5, -6.0, 10.0) == expected
+    assert decisions(one_neuron(alpha=0.0), 0.75, 0.75) == [(1.0, 0.0), (1.0, 0.0)]
+    assert decisions(one_neuron(alpha=0.0, start=0.0), 0.75, 1.0) == [(1.0, 0.0), (1.0, 0.0)]
+
+
+def test_a_negative_residual_is_no_more_than_what_was_fired() -> None:
+    """Threshold 4: from 2 by 4 to 6, which fires, then from 2 by -9 to -7. That is 9 below the
+    start, of which the one spike took 4; the rest a ReLU would not have given either. 1/4 of 4.
+    """
+    neuron = one_neuron(alpha=0.25, threshold=4.0).neurons[0]
+    assert isinstance(neuron, ResidualIF)
+    begin = neuron.initial(torch.tensor([[4.0]]))
+    states = [neuron.step(torch.tensor([[4.0]]), begin)]
+    states.append(neuron.step(torch.tensor([[-9.0]]), states[0]))
+    assert [float(s.spikes_BN) for s in states] == [1.0, 0.0]
+    assert float(neuron.residual(begin, states)) == -1.0
+
+
+def test_without_residuals_batches_act_as_ever() -> None:
+    """alpha = 0 is a neuron like others: what every kernel runs is what `decide` does."""
+    actor = one_neuron(alpha=0.0)
+    obs = torch.tensor([[0.75], [0.2], [5.0], [-1.0]])
+    assert torch.equal(actor(obs), reference.decide(actor, obs, None, Carried()))
+
+
+def test_thresholds_of_each_neuron() -> None:
+    """Activations (2, 8) and (4, 1): at most 4 and 8; then 4 * 0.25 + 8 and less: at most 9, 3."""
+    dense = MLPActor(2, 1, MLPConfig(name="mlp", hidden_sizes=[2, 1], lr=1e-3))
+    fill(dense, {"layers.0.weight_IN": [[2.0, 0.0], [0.0, 1.0]], "layers.0.bias_N": [0.0, 1.0]})
+    fill(dense, {"layers.1.weight_IN": [[0.25], [1.0]], "layers.1.bias_N": [0.5]})
+    fill(dense, {"layers.2.weight_IN": [[3.0]], "layers.2.bias_N": [0.125]})
+    obs = torch.tensor([[1.0, 7.0], [2.0, 0.0]])  # second layer: 0.5 + 8 + 0.5 = 9, and 2.5
+    spiking = popsan(2, 1, [2, 1], encoder=DIRECT, decoder=LINEAR, neuron=residual_if())
+    assert convert(dense, spiking, obs, 100.0, own=True) == [8.0, 9.0]
+    first, second = spiking.layers
+    assert first.weight_IN.tolist() == [[0.5, 0.0], [0.0, 0.125]]
+    assert first.bias_N.tolist() == [0.0, 0.125]
+    torch.testing.assert_close(second.weight_IN, torch.tensor([[1.0 / 9.0], [8.0 / 9.0]]))
+    torch.testing.assert_close(second.bias_N, torch.tensor([0.5 / 9.0]))
+    assert dict(spiking.decoder.named_parameters())["map.weight_IN"].tolist() == [[27.0]]
+    assert convert(dense, spiking, obs, 100.0) == [8.0, 9.0]
+    assert first.weight_IN.tolist() == [[0.25, 0.0], [0.0, 0.125]]
+
+
+@pytest.fixture
+def dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dense run of an environment that is there."""
+    monkeypatch.chdir(tmp_path)
+    said = spikerl("train", *SHORT, "actor=mlp", "actor.hidden_sizes=[6]", "run_dir=dense",
+                   "total_steps=120", "eval_episodes=0")  # fmt: skip
+    assert said.status == 0, said
+    return tmp_path / "dense"
+
+
+def test_what_is_compared_and_kept(dense: Path) -> None:
+    """A table of every pair; the best is the run folder, whose return is the table's."""
+    own = ["threshold=neuron", "start=0.5", "episodes=2", "percentile=100"]
+    said = spikerl(
+        "convert", "run=dense", "run_dir=new", "spike_steps=[2,6]", "alpha=[0,0.3]", *own
+    )
+    assert said.status == 0, said
+    header, whole, *lines, last = said.out.splitlines()
+    assert header.split() == ["spike_steps", "alpha", "return", "+-", "spikes"]
+    assert whole.split()[:2] == ["dense", "-"]
+    assert [line.split()[:2] for line in lines] == [
+        ["2", "0"], ["2", "0.3"], ["6", "0"], ["6", "0.3"]
+    ]  # fmt: skip
+    tried = json.loads(Path("new/manifest.json").read_text())["tried"]
+    best = max(tried, key=lambda choice: choice["return_mean"])
+    assert last.startswith(f"InvertedPendulum-v5: {best['spike_steps']} spike steps, alpha")
+    policy = library.load_policy("new")
+    neuron = policy.config.neuron
+    assert (neuron.alpha, neuron.start) == (best["alpha"], 0.5)  # type: ignore[union-attr]
+    for choice in tried:  # the same again, one by one
+        more = [f"spike_steps={choice['spike_steps']}", f"alpha={choice['alpha']}"]
+        folder = f"run_dir=one_{choice['spike_steps']}_{choice['alpha']}"
+        assert spikerl("convert", "run=dense", folder, *more, *own).status == 0
+    env = EnvConfig(name="gym", version=None, id="InvertedPendulum-v5", max_episode_steps=30,
+                    vectorizer="sync")  # fmt: skip
+    evaluator = Evaluator(env, 2, 0)
+    again = evaluator.run(library.load_policy("one_6_0.3"), 1)
+    evaluator.close()
+    assert (again.mean, again.carried_spikes) == (tried[3]["return_mean"], tried[3]["spikes"])
+    assert again.activity is None
+    said = spikerl("eval", "run=one_6_0.3", "episodes=1", "json=true")
+    facts = json.loads(said.out)
+    assert facts["firing_rate"] is None
+    assert facts["spikes_per_decision"] > 0.0
+    assert "leave ops out" in spikerl("eval", "run=one_6_0.3", "ops=true").line
+    assert "cannot hold neuron=residual_if" in spikerl("export", "run=one_6_0.3", "format=c").line
+    line = spikerl("train", "config=one_6_0.3/config.yaml", "run_dir=on").line
+    assert line.startswith("neuron.alpha=0.3: a replayed decision has none before it")
+
+
+def test_defaults_are_the_plain_conversion(dense: Path) -> None:
+    assert spikerl("convert", "run=dense", "run_dir=new", "episodes=1").status == 0
+    policy, source = library.load_policy("new"), library.load_policy("dense")
+    assert policy.config.neuron is not None
+    assert policy.config.neuron.name == "lif"
+    manifest = json.loads(Path("new/manifest.json").read_text())
+    assert "tried" not in manifest
+    (most,) = manifest["activations_reached"]
+    ours, theirs = (p.actor.layers[0].weight_IN for p in (policy, source))
+    assert torch.equal(ours, theirs * (1.0 / most))
+
+
+def test_a_policy_that_carries_on(tmp_path: Path) -> None:
+    """Decisions depend on those before; whoever does not say which they are is told."""
+    config = ActorConfig(
+        actor=popsan_config([4], 3),
+        encoder=DIRECT,
+        neuron=residual_if(alpha=1.0),
+        decoder=LINEAR,
+    )
+    made = policy_of(config, task())
+    with torch.no_grad():
+        # 0.5, 0.95, 1.4 fires, 0.85 and then from there 1.3 fires, 0.75, 1.2 fires.
+        made.actor.layers[0].weight_IN.zero_()
+        made.actor.layers[0].bias_N.fill_(0.45)
+    policy = library.load_policy(saved(made, tmp_path / "run"))
+    obs = np.array([0.4, -0.2, 0.9])
+    with pytest.raises(ValueError, match="a decision depends on the one before: give carried"):
+        policy(obs)
+    carried = policy.carried()
+    acts = [policy(obs, carried) for _ in range(2)]
+    assert not np.array_equal(acts[0], acts[1])
+    again, state = policy.predict(obs)
+    assert np.array_equal(again, acts[0])
+    again, state = policy.predict(obs, state, np.array([False]))
+    assert np.array_equal(again, acts[1])
+    again, _ = policy.predict(obs, state, np.array([True]))
+    assert np.array_equal(again, acts[0])
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        ("alpha=1.5", "alpha=[1.5]: give a value in [0, 1], or a list of them"),
+        ("alpha=[]", "alpha=[]: give a value in [0, 1], or a list of them"),
+        ("spike_steps=[5,x]", "spike_steps=[5, 'x']: give a whole number, or a list of them"),
+        ("start=-0.5", "start=-0.5: give a value in [0, 1]"),
+        ("threshold=all", "threshold=all: give layer or neuron"),
+        ("'alpha=0.5' reset=hard", "reset=hard: start and alpha need a soft reset"),
+    ],
+)
+def test_refused_requests(request_: str, line: str, tmp_path: Path) -> None:
+    words = request_.replace("'", "").split()
+    said = spikerl("convert", f"run={tmp_path}", f"run_dir={tmp_path / 'new'}", *words)
+    assert said.line.startswith(line)
