@@ -31,6 +31,7 @@ from spikerl.snn.decoders import (
     MembraneDecoder,
     RateDecoder,
 )
+from spikerl.snn.early_exit import EarlyExit
 from spikerl.snn.encoders import LearnedEncoder, PopulationEncoder, TanhPopulationEncoder
 from spikerl.snn.neurons import ALIF, PLIF, CubaLIF, Dynamic, Neuron
 
@@ -194,7 +195,14 @@ class _Spiking:
         self.encoder()
         for k, neuron in enumerate(actor.neurons):
             self.layer(k, neuron)
+        exit = actor.early_exit
+        # How many spike steps the decoder reads.
+        self.read = "(float)(t + 1)" if exit else number(actor.spike_steps)
         after = self.decoder(len(self.sizes) - 1)
+        if exit:
+            self.steps += after
+            self.early_exit(exit)
+            after = []
         self.body.append(f"for (t = 0; t < {actor.spike_steps}; t++) {{")
         self.body += [f"    {line}" for line in self.steps]
         self.body += ["}", *after]
@@ -352,8 +360,7 @@ class _Spiking:
 
     def decoder(self, k: int) -> list[str]:
         """Reads `fired` of the last layer at each spike step; the lines that follow the last."""
-        decoder, n, steps = self.actor.decoder, self.sizes[k], self.actor.spike_steps
-        acts = self.actor.act_dim
+        decoder, n, acts = self.actor.decoder, self.sizes[k], self.actor.act_dim
         if isinstance(decoder, MembraneDecoder):
             return self.membrane(decoder, k)
         if isinstance(decoder, LearnedDecoder):
@@ -376,7 +383,7 @@ class _Spiking:
             ]
         self.zeroed("count", n, "int")
         self.steps.append(f"for (i = 0; i < {n}; i++) count[i] += fired{k}[i];")
-        rate = f"(float)count[i] / {number(steps)}"
+        rate = f"(float)count[i] / {self.read}"
         if isinstance(decoder, LinearDecoder):
             self.constants += [
                 array("out_weight", decoder.map.weight_IN),
@@ -399,6 +406,20 @@ class _Spiking:
             f"    if (count[i]) y[i / {pop}] += out_weight[i] * ({rate});",
         ]
 
+    def early_exit(self, exit: EarlyExit) -> None:
+        """Leaves the loop over spike steps; see snn/early_exit.py."""
+        acts, k = self.actor.act_dim, exit.steps
+        self.state.append(f"static float each[{self.actor.spike_steps * acts}];\n")
+        self.body.append("int settled;")
+        self.steps += [
+            f"for (i = 0; i < {acts}; i++) each[{acts} * t + i] = tanhf(y[i]);",
+            f"settled = t >= {k};",
+            f"for (i = 0; settled && i < {k * acts}; i++)",
+            f"    settled = fabsf(each[{acts} * t + i % {acts}] - each[{acts} * (t - {k}) + i])"
+            f" < {number(exit.threshold)};",
+            "if (settled) break;",
+        ]
+
     def membrane(self, decoder: MembraneDecoder, k: int) -> list[str]:
         acts, n = self.actor.act_dim, self.sizes[k]
         c, pop = decoder.config, decoder.config.pop_size
@@ -410,7 +431,7 @@ class _Spiking:
         self.state.append(f"static float charge_out[{acts}];\n")
         keep = {
             "last": ["y[i] = membrane[i];"],
-            "mean": [f"y[i] += membrane[i] / {number(self.actor.spike_steps)};"],
+            "mean": ["total[i] += membrane[i];", f"y[i] = total[i] / {self.read};"],
             "max": [
                 "if (t == 0 || membrane[i] > high[i]) high[i] = membrane[i];",
                 "if (t == 0 || membrane[i] < low[i]) low[i] = membrane[i];",
@@ -420,7 +441,7 @@ class _Spiking:
         if c.read == "max":
             self.state += [f"static float high[{acts}];\n", f"static float low[{acts}];\n"]
         if c.read == "mean":
-            self.body.append(f"for (i = 0; i < {acts}; i++) y[i] = 0.0f;")
+            self.zeroed("total", acts)
         decay = number(c.voltage_decay)
         self.steps += [
             f"set(charge_out, out_bias, {acts});",
@@ -453,8 +474,10 @@ void run(int count, const float *obs, float *act, unsigned char *spikes);
 void run(int count, const float *obs, float *act, unsigned char *spikes)
 {{
     int i;
-    trace = spikes;
-    for (i = 0; i < count; i++) policy(obs + {obs} * i, act + {act} * i);
+    for (i = 0; i < count; i++) {{
+        trace = spikes ? spikes + {trace} * i : 0;
+        policy(obs + {obs} * i, act + {act} * i);
+    }}
     if (!trace) note(0, 0);
 }}
 """
@@ -472,7 +495,8 @@ class Interpreter:
         if self.steps and contract["encoder"]["name"] in ("population", "tanh_population"):
             self.sizes.insert(0, sizes["encoder"])
         harness = scratch / "harness.c"
-        harness.write_text(HARNESS.format(file=path, obs=self.obs, act=self.act))
+        sizes_of = {"obs": self.obs, "act": self.act, "trace": self.steps * sum(self.sizes)}
+        harness.write_text(HARNESS.format(file=path, **sizes_of))
         library = scratch / "harness.so"
         compile_c([str(harness), "-shared", "-fPIC", "-o", str(library), "-lm"])
         self.run = ctypes.CDLL(str(library)).run
