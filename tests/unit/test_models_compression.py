@@ -28,31 +28,36 @@ from spikerl.models.policy import Policy, load_policy
 from spikerl.snn.early_exit import EarlyExit
 
 
+def array(values: Any) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
 def test_a_grid_by_hand() -> None:
     """Three bits: -3 to 3 quarters. -1.6 quarters are -2, 0.4 are 0, and 3.6 are clipped."""
-    w = np.float32([[0.9, -0.4], [0.1, -5.0]])
+    w = array([[0.9, -0.4], [0.1, -5.0]])
     assert on_grid(w, 0.25, 3).tolist() == [[0.75, -0.5], [0.0, -0.75]]
 
 
 def test_a_scale_by_hand() -> None:
     """Of 1 and 99 times 0.3 at two bits, (1 - s)^2 + 99 (0.3 - s)^2 is least at s = 0.307."""
-    w = np.float32([1.0] + 99 * [0.3])
+    w = array([1.0] + 99 * [0.3])
     assert best_scale(w, 2) == np.float32(0.31)
-    assert best_scale(np.float32([0.75, -0.5, 0.25]), 3) == 0.25  # without error, at the largest
+    assert best_scale(array([0.75, -0.5, 0.25]), 3) == 0.25  # without error, at the largest
     assert best_scale(np.zeros(3, np.float32), 8) == 1.0
     # The largest weight is 127 steps of eight bits, or 32767 of sixteen.
-    assert best_scale(np.float32([127.0, 1.0, -64.0]), 8) == 1.0
-    assert best_scale(np.float32([-32767.0, 5.0]), 16) == 1.0
+    assert best_scale(array([127.0, 1.0, -64.0]), 8) == 1.0
+    assert best_scale(array([-32767.0, 5.0]), 16) == 1.0
 
 
 def test_weights_of_the_least_float() -> None:
-    tiny = np.float32([1e-45, 0.0])
+    tiny = array([1e-45, 0.0])
     assert on_grid(tiny, best_scale(tiny, 8), 8).tolist() == [0.0, 0.0]
 
 
 def test_quantise_takes_every_matrix() -> None:
     actor = rate_decoded()
     fill(actor, {"decoder.weight_AP": [[3.0, 1.25, 0.0]]})
+    weights = connections(actor)
     biases = [layer.bias_N.clone() for layer in actor.layers]
     names = ["layers.0.weight_IN", "layers.1.weight_IN", "decoder.weight_AP"]
     bits = bits_of(actor, [2, 4, 3])
@@ -61,13 +66,12 @@ def test_quantise_takes_every_matrix() -> None:
     assert list(scales) == names
     assert scales["layers.0.weight_IN"] == 1.0
     assert actor.layers[0].weight_IN.tolist() == [[1.0, 0.0], [1.0, 1.0]]
-    # Sevenths of 1, of which 0.375 is 2.6: no scale below it gives a smaller error.
+    # In sevenths of f: 4 (1 - f)^2 + (3 f / 7 - 0.375)^2 is 0.002870, 0.002828, 0.003625 at f = 1,
+    # 0.99, 0.98.
     scale = np.float32(scales["layers.1.weight_IN"])
+    assert scale == np.float32(0.99 / 7)
     assert actor.layers[1].weight_IN[0].tolist() == [7 * scale, 0.0, 3 * scale]
-    # 3 and 1.25 in three steps: with s = 0.99 to 1 the errors are 3 - 3 s and 1.25 - s.
-    assert actor.decoder.weight_AP.tolist() == [[np.float32(2.97), np.float32(0.99), 0.0]] or (
-        scales["decoder.weight_AP"] == pytest.approx(1.02, abs=0.03)
-    )
+    assert weights["decoder.weight_AP"].tolist() == [[3.0, 1.0, 0.0]]
     assert all(torch.equal(layer.bias_N, b) for layer, b in zip(actor.layers, biases, strict=True))
 
 
@@ -85,7 +89,7 @@ def test_a_population_keeps_its_neurons() -> None:
     actor = rate_decoded()
     prune(actor, 0.5)
     assert actor.layers[1].weight_IN.tolist() == [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
-    assert actor.decoder.weight_AP.tolist() == [[2.0, 1.0, 0.0]]
+    assert connections(actor)["decoder.weight_AP"].tolist() == [[2.0, 1.0, 0.0]]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 2.0])
@@ -142,11 +146,13 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     policy.save(tmp_path)
     again = load_policy(tmp_path)
     assert again.compression == policy.compression
+    assert again.compression is not None
     for key, weight in connections(again.actor).items():
         integers = weight.detach().double().numpy() / again.compression.scales[key]
-        assert np.abs(integers).max() <= 7
-        np.testing.assert_allclose(integers, np.round(integers), atol=1e-5)
-        assert float((weight == 0).double().mean()) >= (0.0 if "weight_AP" in key else 0.5)
+        np.testing.assert_allclose(integers, np.round(integers), rtol=0, atol=1e-5)
+        assert np.abs(np.round(integers)).max() <= 7
+        if "weight_AP" not in key:
+            assert int((weight == 0).sum()) >= round(0.5 * weight.numel())
     again.save(tmp_path)
     assert load_policy(tmp_path).compression == policy.compression
 
@@ -156,7 +162,7 @@ def test_an_early_exit_is_applied_on_loading(tmp_path: Path) -> None:
     assert policy.compression is not None
     policy.compression.early_exit = EarlyExit(threshold=0.25, steps=2)
     policy.save(tmp_path)
-    assert load_policy(tmp_path).actor.early_exit == EarlyExit(threshold=0.25, steps=2)  # type: ignore[union-attr]
+    assert vars(load_policy(tmp_path).actor)["early_exit"] == EarlyExit(threshold=0.25, steps=2)
 
 
 NAME = "layers.0.weight_IN"

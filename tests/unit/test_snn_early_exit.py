@@ -40,7 +40,7 @@ def loop(actor: SpikingActor, obs: np.ndarray, threshold: float, k: int) -> tupl
     activity = np.exp(-0.5 * ((obs[:, None] - mean) / std) ** 2).ravel()
     charge = np.zeros_like(activity)
     layers = range(len(actor.layers))
-    current, voltage, fired = ([0.0 for _ in layers] for _ in range(3))
+    current, voltage, fired = ([np.zeros(1) for _ in layers] for _ in range(3))
     total: Any = 0.0
     acts: list[Any] = []
     for t in range(1, STEPS + 1):
