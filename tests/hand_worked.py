@@ -35,9 +35,9 @@ def spiking(**parts: Any) -> SpikingActor:
     return actor
 
 
-def rate_decoded() -> SpikingActor:
+def rate_decoded(**parts: Any) -> SpikingActor:
     """Of the output's three neurons the first fires twice, the third (0.375, 0.656) once."""
-    actor = spiking(decoder=RateConfig(name="rate", pop_size=3))
+    actor = spiking(decoder=RateConfig(name="rate", pop_size=3), **parts)
     output = {"layers.1.weight_IN": [[1.0, 0.0, 0.375], [1.0, 1.0, 1.0]]}
     fill(actor, output | {"layers.1.bias_N": [0.0] * 3, "decoder.weight_AP": [[2.0, 1.0, 0.0]]})
     return actor

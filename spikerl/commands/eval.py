@@ -114,7 +114,8 @@ def report(
     found(env_id=env_id, eval_return=result.mean)
     counted = None
     if request.ops and isinstance(policy, Policy):
-        counted = operations.count(policy.actor, result.probed, policy.generator)
+        bits = policy.compression.bits if policy.compression else None
+        counted = operations.count(policy.actor, result.probed, policy.generator, bits)
     now = versions()
     moved = [
         f"{name} {version} (here {now[name]})"
@@ -132,6 +133,7 @@ def report(
             "episodes": len(result.returns),
             "env_id": env_id,
             "firing_rate": result.activity.firing_rate if result.activity else None,
+            "spike_steps": result.activity.spike_steps if result.activity else None,
             "seed": request.seed,
             **carried,
             **({"videos": [str(path) for path in videos]} if videos else {}),
@@ -152,6 +154,9 @@ def report(
     if result.activity:
         layers = ", ".join("-" if r is None else f"{r:.3f}" for r in result.activity.layers)
         print(f"firing rate {result.activity.firing_rate:.3f} (encoder and layers: {layers})")
+        if isinstance(policy, Policy) and policy.compression and policy.compression.early_exit:
+            steps = result.activity.spike_steps
+            print(f"spike steps {steps:.2f} of {policy.actor.spike_steps}, mean over decisions")
     if videos:
         print(f"videos: {shown(videos[0])}" + (f" to {videos[-1].name}" if len(videos) > 1 else ""))
     if counted:

@@ -49,7 +49,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     request = parse(ExportRequest, data)
     form = FORMATS[request.format]
     policy = policy_of(request)
-    verdicts = support.check(request.format, policy.config)
+    exits_early = policy.compression is not None and policy.compression.early_exit is not None
+    verdicts = support.check(request.format, policy.config, exits_early)
     form.check_here()
     form.check_policy(policy)
     file = Path(request.file or Path(request.run) / f"policy.{request.format}")

@@ -10,7 +10,7 @@ Shape legend   T spike steps, B observations, I inputs, N neurons, A action entr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from spikerl.errors import BadRequest
 from spikerl.kernels import reference
-from spikerl.models.actor import Actor, MLPActor, SpikingActor
+from spikerl.models.actor import Actor, MLPActor, SpikingActor, connections
+from spikerl.models.compression import footprints
 from spikerl.snn import decoders, encoders, neurons
 
 
@@ -42,6 +43,7 @@ NEURON_UPDATES = {
 }
 INTEGRATE_AND_FIRE = Update(0, 2, 1)
 COMPARISON = Update(0, 1, 0)
+DISTANCE = Update(0, 2, 0)  # of two actions, and whether it is below a threshold
 COUNTER = Update(0, 1, 1)
 LEAKY = Update(1, 0, 1)
 NO_UPDATE = Update(0, 0, 0)
@@ -69,6 +71,7 @@ class Count:
     update: Update = NO_UPDATE
     spikes: float = 0.0
     functions: float = 0.0  # exp and tanh, and random numbers drawn
+    bits: int | None = None  # of its weights, the widest; null: they are not quantised
 
 
 @dataclass(frozen=True)
@@ -98,21 +101,30 @@ class Operations:
     encoder: Count | None
     layers: list[Count]
     decoder: Count | None
+    early_exit: Count | None  # what it takes to find out that an action has settled
     observations: int
     spike_steps: int | None
+    steps_taken: float | None  # of the spike steps, mean over observations
     neuron: str | None
     activation_sparsity: float  # 1 - share of activations that are not zero
     connection_sparsity: float  # share of weights that are zero
     footprint_bytes: int  # of all parameters and buffers
+    packed_bytes: int  # the same without weights of 0: a bit for each says which they are
     twin: DenseTwin
 
     @property
     def coding(self) -> list[Count]:
-        return [part for part in (self.encoder, self.decoder) if part]
+        return [part for part in (self.encoder, self.decoder, self.early_exit) if part]
 
     @property
     def parts(self) -> list[Count]:
-        return [*filter(None, [self.encoder]), *self.layers, *filter(None, [self.decoder])]
+        behind = filter(None, [self.decoder, self.early_exit])
+        return [*filter(None, [self.encoder]), *self.layers, *behind]
+
+    @property
+    def bits(self) -> int | None:
+        """Of the widest weights; null: they are not quantised."""
+        return max((part.bits for part in self.parts if part.bits), default=None)
 
     @property
     def network(self) -> Synapses:
@@ -129,10 +141,13 @@ def add(*parts: Synapses) -> Synapses:
     return Synapses(*(sum(values) for values in zip(*parts, strict=True)))
 
 
-def through(x: Tensor, weight_IN: Tensor, spiking: bool) -> Synapses:
-    """Of inputs (..., B, I) through connections; a matrix may hold the fan-out of each input."""
+def through(x: Tensor, weight_IN: Tensor, spiking: bool, calls: float | None = None) -> Synapses:
+    """Of inputs (..., B, I) through connections; a matrix may hold the fan-out of each input.
+
+    `calls`: how often an observation's inputs come; null: as often as they stand in x.
+    """
     batch = x.shape[-2]
-    calls = x[..., 0].numel() / batch
+    calls = x[..., 0].numel() / batch if calls is None else calls
     fan_out_I = (weight_IN != 0).sum(1).double()
     active_I = (x != 0).flatten(0, -2).sum(0).double()
     effective = float(active_I @ fan_out_I) / batch
@@ -143,17 +158,23 @@ def through(x: Tensor, weight_IN: Tensor, spiking: bool) -> Synapses:
 
 
 @torch.no_grad()
-def count(actor: Actor, obs_BO: Tensor, generator: torch.Generator | None = None) -> Operations:
-    """Operations of an actor on normalised observations, some thousands at most."""
+def count(
+    actor: Actor,
+    obs_BO: Tensor,
+    generator: torch.Generator | None = None,
+    bits: Mapping[str, int] | None = None,
+) -> Operations:
+    """Operations on normalised observations, some thousands; `bits`: of quantised weights."""
     check(actor)
-    weights = [p for name, p in actor.named_parameters() if _is_weight(name, p)]
-    zeros = sum(int((w == 0).sum()) for w in weights)
-    stored = [*actor.parameters(), *actor.buffers()]
+    bits, weights = bits or {}, connections(actor)
+    zeros = sum(int((w == 0).sum()) for w in weights.values())
+    footprint, packed = footprints(actor, bits)
     measure = _dense if isinstance(actor, MLPActor) else _spiking
     return replace(
-        measure(actor, obs_BO, generator),  # type: ignore[arg-type]
-        connection_sparsity=zeros / sum(w.numel() for w in weights),
-        footprint_bytes=sum(p.numel() * p.element_size() for p in stored),
+        measure(actor, obs_BO, generator, bits),  # type: ignore[arg-type]
+        connection_sparsity=zeros / sum(w.numel() for w in weights.values()),
+        footprint_bytes=footprint,
+        packed_bytes=packed,
     )
 
 
@@ -175,14 +196,18 @@ def check(actor: Actor) -> None:
             raise BadRequest("ops", "true", remedy)
 
 
-def _is_weight(name: str, p: Tensor) -> bool:
-    return p.dim() > 1 and name not in ("encoder.mean_OP", "encoder.std_OP")
+def _widest(bits: Mapping[str, int], *parts: str) -> int | None:
+    """Of the weights whose names begin so."""
+    return max((b for name, b in bits.items() if name.startswith(parts)), default=None)
 
 
-def _dense(actor: MLPActor, obs_BO: Tensor, generator: torch.Generator | None) -> Operations:
+def _dense(
+    actor: MLPActor, obs_BO: Tensor, generator: torch.Generator | None, bits: Mapping[str, int]
+) -> Operations:
     x, parts, active = obs_BO, [], []
     for i, layer in enumerate(actor.layers, 1):
-        parts.append(Count(f"hidden {i}", through(x, layer.weight_IN, False)))
+        own = _widest(bits, f"layers.{i - 1}.")
+        parts.append(Count(f"hidden {i}", through(x, layer.weight_IN, False), bits=own))
         x = torch.relu(layer(x))
         active.append((x != 0).double())
     parts[-1] = replace(parts[-1], name="output", functions=actor.act_dim)
@@ -191,56 +216,102 @@ def _dense(actor: MLPActor, obs_BO: Tensor, generator: torch.Generator | None) -
         encoder=None,
         layers=parts,
         decoder=None,
+        early_exit=None,
         observations=len(obs_BO),
         spike_steps=None,
+        steps_taken=None,
         neuron=None,
         activation_sparsity=1.0 - float(torch.cat(active[:-1], 1).mean()),
         connection_sparsity=0.0,
         footprint_bytes=0,
+        packed_bytes=0,
         twin=DenseTwin(sizes),
     )
 
 
-def _spiking(actor: SpikingActor, obs_BO: Tensor, generator: torch.Generator | None) -> Operations:
-    batch, steps = len(obs_BO), actor.spike_steps
+def _spiking(
+    actor: SpikingActor,
+    obs_BO: Tensor,
+    generator: torch.Generator | None,
+    bits: Mapping[str, int],
+) -> Operations:
+    batch = len(obs_BO)
     given, *fired = reference.record(actor, obs_BO, generator)[0]
+    taken_TB1 = reference.taken(actor, fired[-1])
+    steps = float(taken_TB1.sum()) / batch
+    fired = [spikes * taken_TB1 for spikes in fired]
+    if len(given) > 1:
+        given = given * taken_TB1
     encoder = ENCODERS[type(actor.encoder)](actor.encoder, obs_BO, steps)
+    encoder = replace(encoder, bits=_widest(bits, "encoder."))
     if actor.encoder.spikes:
         encoder = replace(encoder, spikes=float(given.sum()) / batch)
-    parts, x = [], given
+    parts, x, calls = [], given, steps if len(given) > 1 else 1.0
     for i, (layer, neuron, spikes) in enumerate(
         zip(actor.layers, actor.neurons, fired, strict=True), 1
     ):
         part = Count(
             f"hidden {i}",
-            through(x, layer.weight_IN, i > 1 or actor.encoder.spikes),
+            through(x, layer.weight_IN, i > 1 or actor.encoder.spikes, calls),
             updates=steps * spikes.shape[-1],
             update=NEURON_UPDATES[type(neuron.config)],
             spikes=float(spikes.sum()) / batch,
+            bits=_widest(bits, f"layers.{i - 1}."),
         )
         parts.append(part)
-        x = spikes
+        x, calls = spikes, steps
     hidden = [layer.weight_IN.shape[1] for layer in actor.layers]
     if actor.decoder.population(actor.decoder.config, actor.act_dim):
         hidden.pop()
         parts[-1] = replace(parts[-1], name="output")
     if isinstance(actor.decoder, decoders.ILCDecoder):
         # What a spike step gets are the spikes of the one before it; the first gets none.
-        before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
-        lateral = through(before, actor.decoder.lateral_APP.flatten(0, 1), True)
+        before = torch.cat([torch.zeros_like(x[:1]), x[:-1]]) * taken_TB1
+        lateral = through(before, actor.decoder.lateral_APP.flatten(0, 1), True, steps)
         parts[-1] = replace(parts[-1], synapses=add(parts[-1].synapses, lateral))
+    decoder = DECODERS[type(actor.decoder)](actor.decoder, x, steps)
+    fires = sum(float(layer.sum()) for layer in fired)
+    neurons_each = sum(layer.shape[-1] for layer in fired)
     return Operations(
         encoder=encoder,
         layers=parts,
-        decoder=DECODERS[type(actor.decoder)](actor.decoder, x),
+        decoder=replace(decoder, bits=_widest(bits, "decoder.")),
+        early_exit=_early_exit(actor, x, taken_TB1, _widest(bits, "decoder.")),
         observations=batch,
-        spike_steps=steps,
+        spike_steps=actor.spike_steps,
+        steps_taken=steps,
         neuron=actor.neurons[0].config.name,
-        activation_sparsity=1.0 - float(torch.cat(fired, -1).double().mean()),
+        activation_sparsity=1.0 - fires / (neurons_each * steps * batch),
         connection_sparsity=0.0,
         footprint_bytes=0,
+        packed_bytes=0,
         twin=DenseTwin([actor.obs_dim, *hidden, actor.act_dim]),
     )
+
+
+def _early_exit(
+    actor: SpikingActor, spikes_TBN: Tensor, taken_TB1: Tensor, bits: int | None
+) -> Count | None:
+    """The action at each spike step before the last taken, and its distance from the k before it.
+
+    The membrane of `membrane` and `ilc` has it at every spike step; the others read their counters.
+    """
+    if actor.early_exit is None:
+        return None
+    decoder, k = actor.decoder, actor.early_exit.steps
+    read_TB1 = taken_TB1[1:]  # spike step t, counted from 1, is read apart if t + 1 is taken
+    reads = float(read_TB1.sum()) / read_TB1.shape[1]
+    counts_TBN = spikes_TBN.cumsum(0)[:-1] * read_TB1
+    synapses = NO_SYNAPSES
+    if isinstance(decoder, decoders.LinearDecoder):
+        synapses = through(counts_TBN, decoder.map.weight_IN, False, reads)
+    elif type(decoder) is decoders.RateDecoder:
+        synapses = through(counts_TBN, _by_input(decoder.weight_AP), False, reads)
+    compared = float(taken_TB1[k:-1].sum()) / taken_TB1.shape[1] * k * actor.act_dim
+    return Count(
+        "early exit", synapses, updates=compared, update=DISTANCE,
+        functions=reads * actor.act_dim, bits=bits,
+    )  # fmt: skip
 
 
 def _fields(encoder: Any) -> Count:
@@ -249,32 +320,32 @@ def _fields(encoder: Any) -> Count:
     return Count("encoder", Synapses(products, products), functions=encoder.outputs)
 
 
-def _population(encoder: Any, obs_BO: Tensor, steps: int) -> Count:
+def _population(encoder: Any, obs_BO: Tensor, steps: float) -> Count:
     updates = encoder.outputs * steps
     return replace(_fields(encoder), updates=updates, update=INTEGRATE_AND_FIRE)
 
 
-def _tanh_population(encoder: Any, obs_BO: Tensor, steps: int) -> Count:
+def _tanh_population(encoder: Any, obs_BO: Tensor, steps: float) -> Count:
     part = _population(encoder, obs_BO, steps)
     return replace(part, functions=part.functions + obs_BO.shape[1])
 
 
-def _poisson(encoder: Any, obs_BO: Tensor, steps: int) -> Count:
+def _poisson(encoder: Any, obs_BO: Tensor, steps: float) -> Count:
     """A random number and a comparison for each neuron and spike step; the other side stays."""
     part, draws = _fields(encoder), encoder.outputs * steps
     functions = part.functions + draws
     return replace(part, updates=draws, update=COMPARISON, functions=functions)
 
 
-def _analog(encoder: Any, obs_BO: Tensor, steps: int) -> Count:
+def _analog(encoder: Any, obs_BO: Tensor, steps: float) -> Count:
     return _fields(encoder)
 
 
-def _direct(encoder: Any, obs_BO: Tensor, steps: int) -> Count:
+def _direct(encoder: Any, obs_BO: Tensor, steps: float) -> Count:
     return Count("encoder")
 
 
-def _learned_encoder(encoder: Any, obs_BO: Tensor, steps: int) -> Count:
+def _learned_encoder(encoder: Any, obs_BO: Tensor, steps: float) -> Count:
     return Count("encoder", through(obs_BO, encoder.map.weight_IN, False))
 
 
@@ -290,31 +361,31 @@ def _counted(decoder_weight_IN: Tensor, spikes_TBN: Tensor) -> Count:
     return Count("decoder", synapses, updates=spikes, update=COUNTER)
 
 
-def _rate(decoder: Any, spikes_TBN: Tensor) -> Count:
+def _rate(decoder: Any, spikes_TBN: Tensor, steps: float) -> Count:
     part = _counted(_by_input(decoder.weight_AP), spikes_TBN)
     return replace(part, functions=len(decoder.weight_AP))
 
 
-def _linear(decoder: Any, spikes_TBN: Tensor) -> Count:
+def _linear(decoder: Any, spikes_TBN: Tensor, steps: float) -> Count:
     weight_NA = decoder.map.weight_IN
     return replace(_counted(weight_NA, spikes_TBN), functions=weight_NA.shape[1])
 
 
-def _membrane(decoder: Any, spikes_TBN: Tensor) -> Count:
+def _membrane(decoder: Any, spikes_TBN: Tensor, steps: float) -> Count:
     actions = len(decoder.weight_AP)
-    synapses = through(spikes_TBN, _by_input(decoder.weight_AP), True)
-    updates = len(spikes_TBN) * actions
+    synapses = through(spikes_TBN, _by_input(decoder.weight_AP), True, steps)
+    updates = steps * actions
     return Count("decoder", synapses, updates=updates, update=LEAKY, functions=actions)
 
 
-def _learned_decoder(decoder: Any, spikes_TBN: Tensor) -> Count:
+def _learned_decoder(decoder: Any, spikes_TBN: Tensor, steps: float) -> Count:
     over_time = spikes_TBN.transpose(0, 1).flatten(1)
     first = through(over_time, decoder.over_time.weight_IN, True)
     second = through(decoder.over_time(over_time), decoder.map.weight_IN, False)
     return Count("decoder", add(first, second), functions=decoder.map.weight_IN.shape[1])
 
 
-ENCODERS: dict[type[encoders.Encoder], Callable[[Any, Tensor, int], Count]] = {
+ENCODERS: dict[type[encoders.Encoder], Callable[[Any, Tensor, float], Count]] = {
     encoders.PopulationEncoder: _population,
     encoders.TanhPopulationEncoder: _tanh_population,
     encoders.PoissonEncoder: _poisson,
@@ -322,7 +393,7 @@ ENCODERS: dict[type[encoders.Encoder], Callable[[Any, Tensor, int], Count]] = {
     encoders.DirectEncoder: _direct,
     encoders.LearnedEncoder: _learned_encoder,
 }
-DECODERS: dict[type[decoders.Decoder], Callable[[Any, Tensor], Count]] = {
+DECODERS: dict[type[decoders.Decoder], Callable[[Any, Tensor, float], Count]] = {
     decoders.RateDecoder: _rate,
     decoders.MembraneDecoder: _membrane,
     decoders.ILCDecoder: _membrane,

@@ -31,11 +31,14 @@ from spikerl.snn.decoders import (
     MembraneDecoder,
     RateDecoder,
 )
+from spikerl.snn.early_exit import EarlyExit
 from spikerl.snn.encoders import LearnedEncoder, PopulationEncoder, TanhPopulationEncoder
+from spikerl.snn.linear import Linear
 from spikerl.snn.neurons import ALIF, PLIF, CubaLIF, Dynamic, Neuron
 
 FLAGS = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-O2"]
 SECONDS = 600  # that a compiler may take
+SPARSE = 0.25  # below this share of weights that are not 0 they alone are stored, with their places
 
 HEAD = """\
 /* The policy of {env_id}, written by spikerl.
@@ -80,6 +83,21 @@ static void add_scaled(float *sum, float factor, const float *row, int n)
     for (i = 0; i < n; i++) sum[i] += factor * row[i];
 }
 """,
+    "add_some": """
+static void add_some(float *sum, const int *index, const float *value, int n)
+{
+    int i;
+    for (i = 0; i < n; i++) sum[index[i]] += value[i];
+}
+""",
+    "add_some_scaled": """
+static void add_some_scaled(float *sum, float factor, const int *index, const float *value, int n)
+{
+    int i;
+    if (factor == 0.0f) return;
+    for (i = 0; i < n; i++) sum[index[i]] += factor * value[i];
+}
+""",
     "set": """
 static void set(float *to, const float *from, int n)
 {
@@ -115,11 +133,42 @@ def array(name: str, values: Tensor | np.ndarray, kind: str = "float") -> str:
     flat = np.asarray(values.detach() if isinstance(values, Tensor) else values).ravel()
     if kind == "double":
         texts = [repr(float(value)) for value in flat]
+    elif kind == "int":
+        texts = [str(int(value)) for value in flat]
     else:
         texts = [number(value) for value in flat]
     rows = (", ".join(texts[i : i + 8]) for i in range(0, len(texts), 8))
     body = ",\n    ".join(rows)
     return f"static const {kind} {name}[{len(texts)}] = {{\n    {body}}};\n"
+
+
+class Rows:
+    """A layer's weights by input, as constants; without the zeros where there are many."""
+
+    def __init__(self, k: int, layer: Linear) -> None:
+        weight_IN = layer.weight_IN.detach().numpy()
+        self.k, self.n = k, weight_IN.shape[1]
+        kept_IN = weight_IN != 0.0
+        self.sparse = bool(kept_IN.any() and kept_IN.mean() < SPARSE)
+        self.constants = [array(f"bias{k}", layer.bias_N)]
+        if not self.sparse:
+            self.constants.append(array(f"weight{k}", weight_IN))
+            return
+        first = np.concatenate([[0], kept_IN.sum(1).cumsum()])
+        self.constants += [
+            array(f"weight{k}", weight_IN[kept_IN]),
+            array(f"index{k}", kept_IN.nonzero()[1], "int"),
+            array(f"first{k}", first, "int"),
+        ]
+
+    def add(self, to: str, factor: str | None = None) -> str:
+        """The statement that adds the row of input i, times `factor` if there is one."""
+        k, n = self.k, self.n
+        scaled, times = ("_scaled", f", {factor}") if factor else ("", "")
+        if not self.sparse:
+            return f"add{scaled}({to}{times}, weight{k} + {n} * i, {n});"
+        at, count = f"first{k}[i]", f"first{k}[i + 1] - first{k}[i]"
+        return f"add_some{scaled}({to}{times}, index{k} + {at}, weight{k} + {at}, {count});"
 
 
 def write(policy: Policy, path: Path) -> None:
@@ -185,16 +234,13 @@ class _Dense:
         source, width = "x", actor.obs_dim
         for k, layer in enumerate(actor.layers):
             n, last = layer.bias_N.numel(), k == len(actor.layers) - 1
-            target = "y" if last else f"h{k}"
-            self.constants += [
-                array(f"weight{k}", layer.weight_IN),
-                array(f"bias{k}", layer.bias_N),
-            ]
+            target, rows = "y" if last else f"h{k}", Rows(k, layer)
+            self.constants += rows.constants
             self.state += [] if last else [f"static float h{k}[{n}];\n"]
             self.body += [
                 f"set({target}, bias{k}, {n});",
                 f"for (i = 0; i < {width}; i++)",
-                f"    add_scaled({target}, {source}[i], weight{k} + {n} * i, {n});",
+                f"    {rows.add(target, f'{source}[i]')}",
             ]
             if not last:
                 self.body.append(f"for (i = 0; i < {n}; i++) h{k}[i] = fmaxf(h{k}[i], 0.0f);")
@@ -212,7 +258,14 @@ class _Spiking:
         self.encoder()
         for k, neuron in enumerate(actor.neurons):
             self.layer(k, neuron)
+        exit = actor.early_exit
+        # How many spike steps the decoder reads.
+        self.read = "(float)(t + 1)" if exit else number(actor.spike_steps)
         after = self.decoder(len(self.sizes) - 1)
+        if exit:
+            self.steps += after
+            self.early_exit(exit)
+            after = []
         self.body.append(f"for (t = 0; t < {actor.spike_steps}; t++) {{")
         self.body += [f"    {line}" for line in self.steps]
         self.body += ["}", *after]
@@ -226,8 +279,8 @@ class _Spiking:
     def encoder(self) -> None:
         """Gives `drive0`, the first layer's drive: at each spike step, or once if constant."""
         encoder, n0 = self.actor.encoder, self.sizes[0]
-        layer, size = self.actor.layers[0], self.actor.encoder.outputs
-        self.constants += [array("weight0", layer.weight_IN), array("bias0", layer.bias_N)]
+        rows, size = Rows(0, self.actor.layers[0]), self.actor.encoder.outputs
+        self.constants += rows.constants
         self.state.append(f"static float drive0[{n0}];\n")
         if isinstance(encoder, PopulationEncoder):
             self.constants += [array("centre", encoder.mean_OP), array("width", encoder.std_OP)]
@@ -253,7 +306,7 @@ class _Spiking:
                 f"    in[i] = charge[i] > {threshold};",
                 "    if (!in[i]) continue;",
                 f"    charge[i] -= {threshold};",
-                f"    add(drive0, weight0 + {n0} * i, {n0});",
+                f"    {rows.add('drive0')}",
                 "}",
                 f"POLICY_SPIKES(0, t, in, {size});",
             ]
@@ -273,7 +326,7 @@ class _Spiking:
             self.steps += [
                 f"set(drive0, bias0, {n0});",
                 f"for (i = 0; i < {size}; i++)",
-                f"    add_scaled(drive0, currents[{size} * t + i], weight0 + {n0} * i, {n0});",
+                f"    {rows.add('drive0', f'currents[{size} * t + i]')}",
             ]
             return
         # The same currents at every spike step: their drive is computed once.
@@ -281,22 +334,19 @@ class _Spiking:
         self.body += [
             f"set(drive0, bias0, {n0});",
             f"for (i = 0; i < {size}; i++)",
-            f"    add_scaled(drive0, {current}[i], weight0 + {n0} * i, {n0});",
+            f"    {rows.add('drive0', f'{current}[i]')}",
         ]
 
     def layer(self, k: int, neuron: Neuron) -> None:
         n, last = self.sizes[k], k == len(self.sizes) - 1
         if k > 0:
-            layer, below = self.actor.layers[k], self.sizes[k - 1]
-            self.constants += [
-                array(f"weight{k}", layer.weight_IN),
-                array(f"bias{k}", layer.bias_N),
-            ]
+            rows, below = Rows(k, self.actor.layers[k]), self.sizes[k - 1]
+            self.constants += rows.constants
             self.state.append(f"static float drive{k}[{n}];\n")
             self.steps += [
                 f"set(drive{k}, bias{k}, {n});",
                 f"for (i = 0; i < {below}; i++)",
-                f"    if (fired{k - 1}[i]) add(drive{k}, weight{k} + {n} * i, {n});",
+                f"    if (fired{k - 1}[i]) {rows.add(f'drive{k}')}",
             ]
         self.zeroed(f"fired{k}", n, "unsigned char")
         drive = f"drive{k}[i]"
@@ -370,8 +420,7 @@ class _Spiking:
 
     def decoder(self, k: int) -> list[str]:
         """Reads `fired` of the last layer at each spike step; the lines that follow the last."""
-        decoder, n, steps = self.actor.decoder, self.sizes[k], self.actor.spike_steps
-        acts = self.actor.act_dim
+        decoder, n, acts = self.actor.decoder, self.sizes[k], self.actor.act_dim
         if isinstance(decoder, MembraneDecoder):
             return self.membrane(decoder, k)
         if isinstance(decoder, LearnedDecoder):
@@ -394,7 +443,7 @@ class _Spiking:
             ]
         self.zeroed("count", n, "int")
         self.steps.append(f"for (i = 0; i < {n}; i++) count[i] += fired{k}[i];")
-        rate = f"(float)count[i] / {number(steps)}"
+        rate = f"(float)count[i] / {self.read}"
         if isinstance(decoder, LinearDecoder):
             self.constants += [
                 array("out_weight", decoder.map.weight_IN),
@@ -417,6 +466,20 @@ class _Spiking:
             f"    if (count[i]) y[i / {pop}] += out_weight[i] * ({rate});",
         ]
 
+    def early_exit(self, exit: EarlyExit) -> None:
+        """Leaves the loop over spike steps; see snn/early_exit.py."""
+        acts, k = self.actor.act_dim, exit.steps
+        self.state.append(f"static float each[{self.actor.spike_steps * acts}];\n")
+        self.body.append("int settled;")
+        self.steps += [
+            f"for (i = 0; i < {acts}; i++) each[{acts} * t + i] = tanhf(y[i]);",
+            f"settled = t >= {k};",
+            f"for (i = 0; settled && i < {k * acts}; i++)",
+            f"    settled = fabsf(each[{acts} * t + i % {acts}] - each[{acts} * (t - {k}) + i])"
+            f" < {number(exit.threshold)};",
+            "if (settled) break;",
+        ]
+
     def membrane(self, decoder: MembraneDecoder, k: int) -> list[str]:
         acts, n = self.actor.act_dim, self.sizes[k]
         c, pop = decoder.config, decoder.config.pop_size
@@ -428,7 +491,7 @@ class _Spiking:
         self.state.append(f"static float charge_out[{acts}];\n")
         keep = {
             "last": ["y[i] = membrane[i];"],
-            "mean": [f"y[i] += membrane[i] / {number(self.actor.spike_steps)};"],
+            "mean": ["total[i] += membrane[i];", f"y[i] = total[i] / {self.read};"],
             "max": [
                 "if (t == 0 || membrane[i] > high[i]) high[i] = membrane[i];",
                 "if (t == 0 || membrane[i] < low[i]) low[i] = membrane[i];",
@@ -438,7 +501,7 @@ class _Spiking:
         if c.read == "max":
             self.state += [f"static float high[{acts}];\n", f"static float low[{acts}];\n"]
         if c.read == "mean":
-            self.body.append(f"for (i = 0; i < {acts}; i++) y[i] = 0.0f;")
+            self.zeroed("total", acts)
         decay = number(c.voltage_decay)
         self.steps += [
             f"set(charge_out, out_bias, {acts});",
@@ -478,8 +541,10 @@ void run(int count, const float *obs, float *act, unsigned char *spikes);
 void run(int count, const float *obs, float *act, unsigned char *spikes)
 {{
     int i;
-    trace = spikes;
-    for (i = 0; i < count; i++) policy(obs + {obs} * i, act + {act} * i);
+    for (i = 0; i < count; i++) {{
+        trace = spikes ? spikes + {trace} * i : 0;
+        policy(obs + {obs} * i, act + {act} * i);
+    }}
     if (!trace) note(0, 0);
 }}
 """
@@ -497,8 +562,10 @@ class Interpreter:
         if self.steps and contract["encoder"]["name"] in ("population", "tanh_population"):
             self.sizes.insert(0, sizes["encoder"])
         harness = scratch / "harness.c"
-        sizes = {"obs": self.obs, "act": self.act, "steps": self.steps}
-        harness.write_text(HARNESS.format(file=path, neurons=sum(self.sizes), **sizes))
+        sizes_of = {"obs": self.obs, "act": self.act, "steps": self.steps}
+        neurons = sum(self.sizes)
+        sizes_of |= {"neurons": neurons, "trace": self.steps * neurons}
+        harness.write_text(HARNESS.format(file=path, **sizes_of))
         library = scratch / "harness.so"
         compile_c([str(harness), "-shared", "-fPIC", "-o", str(library), "-lm"])
         self.run = ctypes.CDLL(str(library)).run

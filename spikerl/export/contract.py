@@ -51,6 +51,10 @@ DECODERS = {
     "linear": "y = mean(o) W + b of the last hidden layer",
     "learned": "y = (o W1 + b1) W2 + b2, o all spike steps of the last hidden layer",
 }
+EARLY_EXIT = (
+    "with a_t = tanh(y) of the first t spike steps, the last is the first t > steps at which"
+    " |a_t - a_(t-j)| < threshold in every entry for j = 1 to steps, else T"
+)
 
 
 def describe(format: str, policy: Policy, dt: float | None) -> dict[str, Any]:
@@ -99,6 +103,8 @@ def describe(format: str, policy: Policy, dt: float | None) -> dict[str, Any]:
             "neuron": {"equation": neuron, **asdict(config.neuron)},
             "decoder": {"equation": DECODERS[config.decoder.name], **asdict(config.decoder)},
         }
+        if actor.early_exit is not None:
+            data["early_exit"] = {"equation": EARLY_EXIT, **asdict(actor.early_exit)}
         if format in ("nir", "loihi"):
             data["encoder"] |= encoder_arrays(actor.encoder)
             data["decoder"] |= decoder_arrays(actor.decoder)

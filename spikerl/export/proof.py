@@ -218,20 +218,22 @@ def observations(policy: Policy, env: EnvConfig | None, episodes: int, seed: int
 def recorded_of(policy: Policy, obs_BO: np.ndarray) -> Recorded:
     actor = policy.actor
     x = policy.norm.normalize(torch.from_numpy(obs_BO))
-    if not isinstance(actor, SpikingActor):
-        exact = deepcopy(actor).double()
+    exact = deepcopy(actor).double()  # so that a difference is the file's rounding alone
+    if not isinstance(actor, SpikingActor) or not isinstance(exact, SpikingActor):
         exact.dtype = torch.float64
         return Recorded(obs_BO, [], in_units(policy, exact(x.double())), 0)
     layers, states = reference.record(actor, x, None)
-    act_BA = decoded(policy, layers[-1])
-    near = encoder_near(actor.encoder, x, actor.spike_steps)
+    taken_TB1 = reference.taken(actor, layers[-1])
+    act, near = decided(exact, layers[-1].double(), taken_TB1)
+    act_BA = in_units(policy, act)
+    near |= encoder_near(actor.encoder, x, actor.spike_steps)
     for neuron, own in zip(actor.neurons, states, strict=True):
         excess_TBN = torch.stack([neuron.excess(state) for state in own])
         largest = max(float(state.voltage_BN.abs().max()) for state in own)
         near |= (excess_TBN.abs() < ROUNDING * max(largest, 1.0)).any(2).any(0)
     clear = (~near).numpy()
     fired = layers if actor.encoder.spikes else layers[1:]
-    spikes = [layer.bool().numpy()[:, clear] for layer in fired]
+    spikes = [(layer.bool() & taken_TB1).numpy()[:, clear] for layer in fired]
     return Recorded(obs_BO[clear], spikes, act_BA[clear], int(near.sum()))
 
 
@@ -240,6 +242,22 @@ def decoded(policy: Policy, spikes_TBN: Tensor) -> np.ndarray:
     assert isinstance(policy.actor, SpikingActor)
     decoder = deepcopy(policy.actor.decoder).double()
     return in_units(policy, decoder(spikes_TBN.double()).tanh())
+
+
+def decided(actor: SpikingActor, spikes_TBN: Tensor, taken_TB1: Tensor) -> tuple[Tensor, Tensor]:
+    """Actions in [-1, 1], and where, (B,), rounding decides at which spike step they settled."""
+    near = torch.zeros(spikes_TBN.shape[1], dtype=torch.bool)
+    exit = actor.early_exit
+    if exit is None:
+        return actor.decoder(spikes_TBN).tanh(), near
+    act_TBA = torch.stack(
+        [actor.decoder(spikes_TBN[: t + 1]).tanh() for t in range(len(spikes_TBN))]
+    )
+    for t in range(exit.steps, len(act_TBA)):
+        moved_B = (act_TBA[t] - act_TBA[t - exit.steps : t]).abs().amax((0, 2))
+        near |= (moved_B - exit.threshold).abs() < TOLERANCE
+    last_B = taken_TB1.sum(0).squeeze(1) - 1
+    return act_TBA[last_B, torch.arange(len(last_B))], near
 
 
 def in_units(policy: Policy, act_BA: Tensor) -> np.ndarray:

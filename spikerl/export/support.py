@@ -89,8 +89,18 @@ def dense_verdict(format: str) -> Verdict:
     return YES
 
 
-def verdicts(format: str, config: ActorConfig) -> dict[str, Verdict]:
-    """By the config group of each part."""
+def early_exit_verdict(format: str) -> Verdict:
+    if format == "onnx":
+        return Verdict(REFUSED, "every observation of its graph goes through all spike steps")
+    if format == "nir":
+        return Verdict(REFUSED, "nothing in a NIR graph ends it")
+    if format == "loihi":
+        return Verdict(REFUSED, "the chip computes all spike steps")
+    return YES
+
+
+def verdicts(format: str, config: ActorConfig, exits_early: bool = False) -> dict[str, Verdict]:
+    """By the config group of each part, and of an early exit where there is one."""
     if isinstance(config.actor, MLPConfig):
         return {"actor": dense_verdict(format)}
     encoder, neuron, decoder = config.encoder, config.neuron, config.decoder
@@ -99,20 +109,23 @@ def verdicts(format: str, config: ActorConfig) -> dict[str, Verdict]:
     assert isinstance(decoder, DecoderConfig)
     keys = ("voltage_decay", "current_decay") if neuron.name != "plif" else ()
     decays = tuple(getattr(neuron, key) for key in keys if hasattr(neuron, key))
+    early = {"early_exit": early_exit_verdict(format)} if exits_early else {}
     return {
+        **early,
         "encoder": encoder_verdict(format, encoder.name),
         "neuron": neuron_verdict(format, neuron.name, neuron.reset, decays),
         "decoder": decoder_verdict(format, decoder.name),
     }
 
 
-def check(format: str, config: ActorConfig) -> dict[str, Verdict]:
+def check(format: str, config: ActorConfig, exits_early: bool = False) -> dict[str, Verdict]:
     """The verdicts; BadRequest where a part is refused, by its name."""
     parts: dict[str, Any] = vars(config)
-    answers = verdicts(format, config)
+    answers = verdicts(format, config, exits_early)
     for group, verdict in answers.items():
         if verdict.level == REFUSED:
-            remedy = f"cannot hold {group}={parts[group].name}: {verdict.reason}"
+            part = f"{group}={parts[group].name}" if group in parts else group
+            remedy = f"cannot hold {part}: {verdict.reason}"
             raise BadRequest("format", format, remedy)
     return answers
 
@@ -128,6 +141,7 @@ def table() -> list[str]:
     rows.append(("neuron `lif` or `cuba_lif` with a decay of 1", row))
     rows += [(f"encoder `{n}`", [encoder_verdict(f, n) for f in FORMATS]) for n in ENCODERS]
     rows += [(f"decoder `{n}`", [decoder_verdict(f, n) for f in FORMATS]) for n in DECODERS]
+    rows.append(("early exit", [early_exit_verdict(format) for format in FORMATS]))
     rows.append(("dense actor (`mlp`)", [dense_verdict(format) for format in FORMATS]))
     rows.append(("parts of a plugin", [neuron_verdict(format, "", "hard") for format in FORMATS]))
     lines = [f"| | {' | '.join(f'`{format}`' for format in FORMATS)} |"]

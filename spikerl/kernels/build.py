@@ -52,7 +52,8 @@ class Net(ctypes.Structure):
         *((n, ctypes.c_float) for n in ("threshold", "window")),
         *((n, Pointer) for n in ("widths", "mean", "std", "weights", "biases")),
         *((n, Pointer) for n in ("out_weight", "out_bias")),
-        ("squashes", ctypes.c_int32),
+        *((n, ctypes.c_int32) for n in ("squashes", "exit_steps")),
+        ("exit_threshold", ctypes.c_float),
     ]
 
 

@@ -81,6 +81,8 @@ class CPUKernel:
         """As `reference.actions`."""
         ready = self.prepare(net)
         if not covered(ready, obs_BO) or obs_BO.requires_grad:
+            if net.early_exit is not None and squash:
+                return reference.early_actions(net, obs_BO, generator, net.early_exit)
             return reference.act(reference.outputs(net, obs_BO, generator, self.scan), squash)
         obs_BO, uniform = self.inputs(net, obs_BO, generator)
         if not torch.is_grad_enabled():

@@ -29,7 +29,7 @@ class PreparedActor:
     def __init__(self, net: SpikingNet) -> None:
         self.params = list(net.parameters())
         self.at = addresses(self.params)
-        self.first = net.layers[0].weight_IN
+        self.first, self.early_exit = net.layers[0].weight_IN, net.early_exit
         self.fused = fused(net)
         if not self.fused:
             return
@@ -49,11 +49,14 @@ class PreparedActor:
             c.threshold, c.surrogate_window, self.widths.ctypes.data, mean, std,
             ctypes.addressof(self.weights), ctypes.addressof(self.biases), out_weight, out_bias,
             isinstance(encoder, TanhPopulationEncoder),
+            net.early_exit.steps if net.early_exit else 0,
+            net.early_exit.threshold if net.early_exit else 0.0,
         )  # fmt: skip
 
     def moved(self, net: SpikingNet) -> bool:
         """Whether its parameters lie elsewhere, or are others: `load_state_dict(assign=True)`."""
         same = net.layers[0]._parameters["weight_IN"] is self.first
+        same &= net.early_exit is self.early_exit
         return not same or addresses(self.params) != self.at
 
 

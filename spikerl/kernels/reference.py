@@ -19,6 +19,7 @@ from spikerl.kernels.dense import relu_values
 from spikerl.kernels.gradient import Gradient, Moments, Pullback, by_autograd
 from spikerl.snn.batchnorm import BATCH, RUNNING, CaReBN
 from spikerl.snn.decoders import Decoder, ILCDecoder
+from spikerl.snn.early_exit import EarlyExit
 from spikerl.snn.encoders import Encoder
 from spikerl.snn.linear import Linears, ListOf, product
 from spikerl.snn.neurons import Neuron, ResidualIF, State
@@ -36,6 +37,7 @@ class SpikingNet(Protocol):
     norms: ListOf[CaReBN]  # of each layer, or none
     decoder: Decoder
     spike_cost_L: Tensor | None  # of each layer now; None: spikes cost nothing
+    early_exit: EarlyExit | None
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -76,7 +78,51 @@ def actions(
     net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
 ) -> Tensor:
     """Actions (B, A) in [-1, 1]; before tanh, unless they are to be squashed."""
+    if net.early_exit is not None and squash:
+        return early_actions(net, obs_BO, generator, net.early_exit)
     return act(outputs(net, obs_BO, generator, scan), squash)
+
+
+def early_actions(
+    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, exit: EarlyExit
+) -> Tensor:
+    """Actions (B, A), spike step by spike step up to the last at which one is undecided."""
+    x_TBK = net.encoder(obs_BO, net.spike_steps, generator)
+    constant = len(x_TBK) == 1
+    first_TBN = _drive(net, 0, x_TBK[:1], RUNNING)
+    states: list[State | None] = [None] * len(net.neurons)
+    spikes_TBN: list[Tensor] = []
+    act_TBA: list[Tensor] = []
+    decided_BA = obs_BO.new_zeros(())
+    open_B1 = torch.ones(len(obs_BO), 1, dtype=torch.bool, device=obs_BO.device)
+    for t in range(net.spike_steps):
+        x_BI = x_TBK[0 if constant else t]
+        for i, neuron in enumerate(net.neurons):
+            known = i == 0 and (constant or t == 0)
+            drive = (first_TBN if known else _drive(net, i, x_BI.unsqueeze(0), RUNNING))[0]
+            state = states[i] or neuron.initial(drive)
+            if lateral := _lateral(net, i):
+                drive = drive + lateral(state.spikes_BN)
+            states[i] = state = neuron.step(drive, state)
+            x_BI = state.spikes_BN
+        spikes_TBN.append(x_BI)
+        act_TBA.append(torch.tanh(net.decoder(torch.stack(spikes_TBN))))
+        decided_BA = torch.where(open_B1, act_TBA[-1], decided_BA)
+        open_B1 &= ~exit.settled(act_TBA).unsqueeze(1)
+        if not open_B1.any():
+            break
+    return decided_BA
+
+
+def taken(net: SpikingNet, spikes_TBN: Tensor) -> Tensor:
+    """Which spike steps, (T, B, 1), decisions with these spikes of the last layer take."""
+    open_TB1 = torch.ones_like(spikes_TBN[..., :1], dtype=torch.bool)
+    if net.early_exit is not None:
+        act_TBA: list[Tensor] = []
+        for t in range(1, len(spikes_TBN)):
+            act_TBA.append(torch.tanh(net.decoder(spikes_TBN[:t])))
+            open_TB1[t] = open_TB1[t - 1] & ~net.early_exit.settled(act_TBA).unsqueeze(1)
+    return open_TB1
 
 
 def act(output_BA: Tensor, squash: bool) -> Tensor:

@@ -53,6 +53,8 @@ def actions(
     net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
 ) -> Tensor:
     """As `reference.actions`."""
+    if net.early_exit is not None and squash:
+        return reference.early_actions(net, obs_BO, generator, net.early_exit)
     return reference.act(reference.outputs(net, obs_BO, generator, scan), squash)
 
 

@@ -20,6 +20,7 @@ from spikerl.kernels.gradient import Pullback, by_autograd
 from spikerl.schema import Registry, check_sizes
 from spikerl.snn.batchnorm import RECALIBRATE, CaReBN
 from spikerl.snn.decoders import DECODERS, DecoderConfig
+from spikerl.snn.early_exit import EarlyExit
 from spikerl.snn.encoders import ENCODERS, EncoderConfig
 from spikerl.snn.linear import Linears, ListOf
 from spikerl.snn.neurons import NEURONS, Neuron, NeuronConfig
@@ -128,14 +129,21 @@ class Activity:
 
     spikes: list[Tensor]  # of the encoder, of each hidden layer, of the output: (N,)
     inside: list[Tensor]  # voltages inside the surrogate window, the same but for the encoder
-    samples: int  # observations times spike steps
+    samples: int  # spike steps of all observations
+    observations: int
     encoder_spikes: bool = True  # else it gives currents, whose sums have no meaning here
 
     def __add__(self, other: Activity) -> Activity:
         spikes = [a + b for a, b in zip(self.spikes, other.spikes, strict=True)]
         inside = [a + b for a, b in zip(self.inside, other.inside, strict=True)]
         samples = self.samples + other.samples
-        return Activity(spikes, inside, samples, self.encoder_spikes)
+        observations = self.observations + other.observations
+        return Activity(spikes, inside, samples, observations, self.encoder_spikes)
+
+    @property
+    def spike_steps(self) -> float:
+        """Of a decision, mean over observations."""
+        return self.samples / self.observations
 
     @property
     def firing_rate(self) -> float:
@@ -187,6 +195,7 @@ class SpikingActor(nn.Module):
         super().__init__()
         self.obs_dim, self.act_dim = obs_dim, act_dim
         self.spike_steps, self.kernel = actor.spike_steps, kernel
+        self.early_exit: EarlyExit | None = None  # of a policy that acts; training has none
         # Of the layers' products; voltages and thresholds keep the weights' type.
         self.dtype = dtype
         self.encoder = ENCODERS.part(encoder)(encoder, obs_dim, actor.spike_steps)
@@ -256,10 +265,12 @@ class SpikingActor(nn.Module):
                 torch.stack([neuron.passes(state) for state in own])
                 for neuron, own in zip(self.neurons, states, strict=True)
             ]
+            taken_TB1 = reference.taken(self, layers[-1])
             part = Activity(
-                [s.double().sum((0, 1)).cpu() for s in layers],
-                [near.double().sum((0, 1)).cpu() for near in inside],
-                len(piece) * self.spike_steps,
+                [(s * taken_TB1).double().sum((0, 1)).cpu() for s in layers],
+                [(near * taken_TB1).double().sum((0, 1)).cpu() for near in inside],
+                int(taken_TB1.sum()),
+                len(piece),
                 self.encoder.spikes,
             )
             activity = activity + part if activity else part
@@ -295,6 +306,13 @@ class MLPActor(nn.Module):
 
 
 Actor = SpikingActor | MLPActor
+
+
+def connections(actor: Actor) -> dict[str, nn.Parameter]:
+    """Its weight matrices by name: no biases, no receptive fields, nothing of a neuron."""
+    fields = ("encoder.mean_OP", "encoder.std_OP")
+    return {n: p for n, p in actor.named_parameters() if p.dim() > 1 and n not in fields}
+
 
 ACTORS: Registry[Any, Actor] = Registry(
     "actor",

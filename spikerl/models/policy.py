@@ -37,7 +37,9 @@ from spikerl.models.actor import (
     SpikingActor,
     build_actor,
 )
+from spikerl.models.compression import Compression
 from spikerl.models.normalizer import RunningNorm
+from spikerl.schema import parse
 from spikerl.snn.decoders import DECODERS
 from spikerl.snn.encoders import ENCODERS
 from spikerl.snn.neurons import NEURONS
@@ -74,6 +76,7 @@ class Policy:
         self.one_action = self._one_action()
         self.pid = _started_in
         self.trained_with: dict[str, str] = {}  # versions, where it was loaded from a file
+        self.compression: Compression | None = None
 
     def _one_action(self) -> kernels.cpu.OneAction | None:
         if not isinstance(self.actor, SpikingActor):
@@ -185,6 +188,8 @@ class Policy:
             **_parts(self.config),
             "versions": self.trained_with or versions(),
         }
+        if self.compression is not None:
+            data["compression"] = asdict(self.compression)
         if needed := plugins.versions_of(self.config.parts()):
             data["plugins"] = needed
         return {"policy.safetensors": tensor_bytes(tensors), "policy.json": json_bytes(data)}
@@ -392,9 +397,20 @@ def read_policy(
         raise BadRequest(key, folder, "policy.safetensors holds a NaN or an infinity")
     if moments["count"] < 0 or (moments["var"] < 0).any():
         raise BadRequest(key, folder, "the observation normaliser has a negative count or variance")
+    compression = None
+    if (compressed := data.get("compression")) is not None:
+        try:
+            if not isinstance(compressed, dict):
+                raise TypeError("compression")
+            compression = parse(Compression, compressed, key="compression")
+            compression.check(actor, weights)
+        except (TypeError, ValueError) as error:
+            raise BadRequest(key, folder, f"policy.json garbles {error}") from None
     actor.load_state_dict(weights, assign=True)
+    if compression is not None and isinstance(actor, SpikingActor):
+        actor.early_exit = compression.early_exit
     norm = RunningNorm(task.obs_dim, clip)
     norm.load(moments)
     policy = Policy(task, config, actor.to(device), norm)
-    policy.trained_with = trained_with
+    policy.trained_with, policy.compression = trained_with, compression
     return policy

@@ -11,6 +11,8 @@ from spikerl.energy.operations import Count, Operations
 
 def lines(ops: Operations) -> list[str]:
     steps = f", {ops.spike_steps} spike steps each" if ops.spike_steps else ""
+    if ops.early_exit:
+        steps = f", {ops.steps_taken:.2f} of {ops.spike_steps} spike steps"
     twin = "-".join(str(size) for size in ops.twin.sizes)
     return [
         f"operations per decision: mean over {ops.observations} observations{steps}",
@@ -21,9 +23,24 @@ def lines(ops: Operations) -> list[str]:
         f" connections {ops.connection_sparsity:.3f}",
         f"footprint: {ops.footprint_bytes:,} bytes;"
         f" dense twin ({twin}) {ops.twin.footprint_bytes:,} bytes",
+        *_compressed(ops),
         "",
         *_energies(ops),
     ]
+
+
+def _compressed(ops: Operations) -> list[str]:
+    text = []
+    if ops.bits is not None:
+        widths = ", ".join(
+            f"{part.name} {part.bits}"
+            for part in ops.parts
+            if part.bits and part is not ops.early_exit
+        )
+        text.append(f"bits of weights: {widths}")
+    if ops.connection_sparsity > 0.0:
+        text.append(f"without the weights of 0: {ops.packed_bytes:,} bytes")
+    return text
 
 
 def _row(name: str, cells: Sequence[str], width: int = 11) -> str:
@@ -46,7 +63,7 @@ def _energies(ops: Operations) -> list[str]:
     own, twins = modelled.memory(ops), modelled.twins(ops)
     for bits, dense_nj in twins.items():
         cells = _nj(own._replace(dense_twin=dense_nj))
-        if bits != modelled.BITS:
+        if bits != (ops.bits or modelled.BITS):
             cells[:-1] = ["", "", ""]
         text.append(_row(f"memory, {bits} bit", cells, 13))
     text += [_source(constants, ops) for constants in modelled.SETS]

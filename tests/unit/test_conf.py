@@ -211,6 +211,7 @@ def test_flags_anywhere(args: list[str], tmp_path: Path) -> None:
             {
                 "train",
                 "bench",
+                "compress",
                 "convert",
                 "doctor",
                 "eval",

@@ -75,12 +75,15 @@ def published(spike_steps: int, rate: float) -> Operations:
         encoder=None,
         layers=[layer],
         decoder=None,
+        early_exit=None,
         observations=1,
         spike_steps=spike_steps,
+        steps_taken=spike_steps,
         neuron="lif",
         activation_sparsity=0.0,
         connection_sparsity=0.0,
         footprint_bytes=0,
+        packed_bytes=0,
         twin=DenseTwin([256, 128, 10]),
     )
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,11 @@ from published import MODEL, STATS, needs_published_policy
 from shell import refusal, spikerl
 
 from spikerl.export import c, contract, proof
+from spikerl.models.actor import SpikingActor
+from spikerl.models.compression import prune
 from spikerl.models.policy import Policy
 from spikerl.snn.decoders import DecoderConfig
+from spikerl.snn.early_exit import EarlyExit
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler"
@@ -42,6 +46,24 @@ POLICIES = EVERYWHERE | {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["popsan", "converted", "plif mean", "alif last", "ilc max"])
+def test_it_decides_as_early(name: str, tmp_path: Path) -> None:
+    policy = policy_of(POLICIES[name], task())
+    assert isinstance(policy.actor, SpikingActor)
+    policy.actor.early_exit = EarlyExit(threshold=0.2, steps=1)
+    file = interpreter(policy, tmp_path)
+    proven = proof.prove(policy, file, None, 1, 0)
+    assert proven["observations"] >= 1000
+    recorded = proof.record(policy, None, 1, 0)
+    # No spike comes behind the step that decides.
+    steps = policy.actor.activity(policy.norm.normalize(torch.from_numpy(recorded.obs_BO)))
+    assert 2.0 < steps.spike_steps < 4.9
+    assert recorded.spikes[-1][4].any(1).mean() < 0.9
+    policy.actor.early_exit = None
+    with pytest.raises(proof.ProofFailed, match="first spike that differs"):
+        proof.prove(policy, file, None, 1, 0)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_it_acts_as_the_policy(name: str, tmp_path: Path) -> None:
     policy = policy_of(POLICIES[name], task())
@@ -52,6 +74,31 @@ def test_it_acts_as_the_policy(name: str, tmp_path: Path) -> None:
     steps, widths = 5, {"popsan": 30 + 12 + 9 + 20, "dense": 0}
     if name in widths:
         assert proven["spikes_compared"] == proven["observations"] * steps * widths[name]
+
+
+@pytest.mark.parametrize("name", ["popsan", "converted", "learned", "dense"])
+def test_weights_of_zero_are_left_out(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """The same bits as with them; some inputs have no weight left."""
+    policy = policy_of(POLICIES[name], task())
+    prune(policy.actor, 0.8)
+    with torch.no_grad():
+        for layer in policy.actor.layers:
+            layer.weight_IN[1] = 0.0
+    obs = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    acts, sizes = [], []
+    for share in (0.5, 0.0):
+        monkeypatch.setattr(c, "SPARSE", share)
+        folder = tmp_path / str(share)
+        folder.mkdir()
+        acts.append(interpreter(policy, folder).actions(obs))
+        text = (folder / "policy.c").read_text()
+        sizes.append(sum(text.count(f"static const float weight{k}[") for k in range(3)))
+        assert ("index1[" in text) == (share == 0.5)
+    np.testing.assert_array_equal(acts[0], acts[1])
+    assert len(np.unique(acts[0])) > 1
+    assert sizes[0] == sizes[1] == len(policy.actor.layers)
+    monkeypatch.undo()
+    assert proof.prove(policy, interpreter(policy, tmp_path), None, 1, 0)["observations"] >= 1000
 
 
 def test_by_hand(tmp_path: Path) -> None:

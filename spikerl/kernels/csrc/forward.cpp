@@ -173,17 +173,37 @@ void encode(const Activations& acts, int64_t b, const float* obs, const float* u
     }
 }
 
-// Rate decoder: actions of one sample.
-void decode(const Activations& acts, int64_t b, float* act, bool squash) {
+// Rate decoder: what one sample's first `steps` spike steps give.
+void decode_first(const Activations& acts, int64_t b, int steps, float* act, bool squash) {
     const Net& net = *acts.net;
     const int32_t* words = acts.words[net.layers] + b * padded(net.widths[net.layers]);
+    const uint32_t mask = ~0u >> (MAX_STEPS - steps);
     const float* weight = net.out_weight;
     for (int64_t a = 0; a < net.act_dim; a++) {
         float sum = 0.0f;
         for (int64_t p = 0; p < net.out_pop_size; p++)
-            sum += float(__builtin_popcount(*words++)) / float(net.spike_steps) * *weight++;
+            sum += float(__builtin_popcount(uint32_t(*words++) & mask)) / float(steps) * *weight++;
         act[a] = squash ? std::tanh(sum + net.out_bias[a]) : sum + net.out_bias[a];
     }
+}
+
+// The action of the first spike step at which it has settled. All steps were computed: their words cost little more
+// than those of some, and which steps are read does not change what they hold.
+void decode(const Activations& acts, int64_t b, float* act, bool squash) {
+    const Net& net = *acts.net;
+    if (!net.exit_steps || !squash) return decode_first(acts, b, net.spike_steps, act, squash);
+    Scratch memory;
+    const int64_t A = net.act_dim;
+    float* now = memory.array<float>(net.spike_steps * A);
+    for (int t = 0;; t++, now += A) {
+        decode_first(acts, b, t + 1, now, true);
+        if (t + 1 == net.spike_steps) break;
+        bool settled = t >= net.exit_steps;
+        for (int j = 1; settled && j <= net.exit_steps; j++)
+            for (int64_t a = 0; a < A; a++) settled &= std::abs(now[a] - now[a - j * A]) < net.exit_threshold;
+        if (settled) break;
+    }
+    std::memcpy(act, now, A * sizeof(float));
 }
 
 // All layers' weights, padded, and packed where that pays or an unpacked read would leave the matrix.

@@ -68,7 +68,9 @@ struct Net {
     const float* const* weights;
     const float* const* biases;
     const float *out_weight, *out_bias;
-    int32_t squashes;  // whether spikerl_act applies tanh to the observation; for batches the caller does
+    int32_t squashes;       // whether spikerl_act applies tanh to the observation; for batches the caller does
+    int32_t exit_steps;     // an action that stayed within the threshold over as many steps is the decision; 0: the last
+    float exit_threshold;
 };
 }
 

@@ -1,0 +1,227 @@
+"""`spikerl compress`: a smaller policy, and what that does to its return, work and energy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch import Tensor
+
+from spikerl.config.yaml_file import check_confirmed, overrides_of, read_config
+from spikerl.energy import modelled, operations
+from spikerl.envs.make import EnvConfig
+from spikerl.errors import DONE, BadRequest
+from spikerl.export.proof import known_env
+from spikerl.files import shown, write_json
+from spikerl.machine import versions
+from spikerl.models.actor import MLPActor, SpikingActor
+from spikerl.models.compression import Compression, bits_of, prune, quantise
+from spikerl.models.policy import Policy, load_policy
+from spikerl.runs import folder as run_folder
+from spikerl.schema import parse
+from spikerl.snn.early_exit import EarlyExit
+from spikerl.training.evaluator import Evaluator
+
+TIMED = 256  # decisions
+STORED_BITS = 32  # of what is not quantised
+
+
+@dataclass(kw_only=True)
+class CompressRequest:
+    run: str
+    run_dir: str | None
+    prune: float | None
+    bits: Any  # a number, or a list with one for each layer
+    early_exit: float | None
+    exit_steps: int
+    policy: str  # last, best
+    episodes: int
+    seed: int
+    env_id: str | None  # confirms an environment that names a module, or is given paths
+    plugins: list[str]
+
+    def __post_init__(self) -> None:
+        if self.prune is None and self.bits is None and self.early_exit is None:
+            raise BadRequest("bits", "null", "give bits, prune or early_exit")
+        if self.episodes < 1:
+            raise BadRequest("episodes", self.episodes, "give at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise BadRequest("seed", self.seed, "give 0 or more, below 2^63")
+
+    @property
+    def target(self) -> str:
+        """The folder to make."""
+        if self.run_dir is not None:
+            return self.run_dir
+        each = self.bits if isinstance(self.bits, list) else [self.bits]
+        done = [
+            ("prune", self.prune),
+            ("bits", self.bits and "-".join(map(str, each))),
+            ("exit", self.early_exit and f"{self.early_exit}x{self.exit_steps}"),
+        ]
+        return self.run.rstrip("/") + "".join(f"_{name}{v}" for name, v in done if v is not None)
+
+
+def main(data: dict[str, Any], argv: Sequence[str]) -> int:
+    """`spikerl compress`: a run folder with the smaller policy."""
+    request = parse(CompressRequest, data)
+    before = load_policy(request.run, policy=request.policy)
+    raw = config_of(request, before)
+    run_folder.check_free(request.target, named=True)
+    after = compress(before, request)
+    env = known_env(before, request.run, request.env_id)
+    if env is None:
+        remedy = f"{before.task.env_id} is not registered here, and nothing can be compared"
+        raise BadRequest("run", request.run, f"{remedy}; env_id=MODULE:NAME imports its module")
+    rows = [measure(policy, env, request) for policy in (before, after)]
+    assert after.compression is not None
+    facts = {
+        "run": request.run,
+        "policy": request.policy,
+        "env_id": env.id,
+        **asdict(after.compression),
+        "episodes": request.episodes,
+        "seed": request.seed,
+        "constants": {"45nm": "32-bit floats", "memory": "weights as stored, states of 32 bits"},
+        "before": rows[0],
+        "after": rows[1],
+        "versions": versions(),
+    }
+
+    def fill(folder: Path) -> None:
+        after.save(folder)
+        write_json(folder / "compressed.json", facts)
+
+    done = {"status": "done", "compressed_from": request.run}
+    record = run_folder.make_manifest(before.task.env_id, argv, {}, done)
+    folder = run_folder.create(request.target, raw, record, fill, named=True)
+    print("\n".join(table(env.id, request.episodes, rows)))
+    print(f"run folder: {shown(folder)}")
+    return DONE
+
+
+def config_of(request: CompressRequest, policy: Policy) -> dict[str, Any]:
+    """The run's config, for what is trained further from the new folder."""
+    path = Path(request.run) / "config.yaml"
+    raw = read_config(path)
+    env_id = policy.task.env_id
+    check_confirmed(request.run, env_id, dict(policy.task.env_kwargs), request.env_id)
+    typed = [f"env.id={env_id}", f"plugins=[{','.join(request.plugins)}]"]
+    overrides_of(path, typed, resumes=True)  # which refuses what is no plain data
+    own = {"run_dir": request.target, "resume": None, "init_from": None, "config": None}
+    return {**raw, **own, "plugins": request.plugins}
+
+
+def compress(policy: Policy, request: CompressRequest) -> Policy:
+    """Another policy: pruned, then quantised."""
+    actor = deepcopy(policy.actor)
+    if policy.compression is not None:
+        remedy = "it is compressed already; give the run that it was made from"
+        raise BadRequest("run", request.run, remedy)
+    if isinstance(actor, SpikingActor) and len(actor.norms):
+        remedy = "its batch normalisation is not folded into weights; give a policy that acts"
+        raise BadRequest("run", request.run, remedy)
+    try:
+        operations.check(actor)
+    except BadRequest as error:
+        what = error.args[2].partition(";")[0]
+        raise BadRequest("run", request.run, f"nothing can be compared, as {what}") from None
+    done = Compression(prune=request.prune, bits={}, scales={}, early_exit=None)
+    if request.bits is not None:
+        done.bits = bits_of(actor, request.bits)
+    if request.early_exit is not None:
+        if isinstance(actor, MLPActor):
+            remedy = "a dense policy has no spike steps; leave it out"
+            raise BadRequest("early_exit", request.early_exit, remedy)
+        done.early_exit = EarlyExit(threshold=request.early_exit, steps=request.exit_steps)
+        done.early_exit.check(actor.decoder, actor.spike_steps)
+        actor.early_exit = done.early_exit
+    if request.prune is not None:
+        prune(actor, request.prune)
+    if done.bits:
+        done.scales = quantise(actor, done.bits)
+    smaller = Policy(policy.task, policy.config, actor, policy.norm)
+    smaller.trained_with, smaller.compression = policy.trained_with, done
+    return smaller
+
+
+def measure(policy: Policy, env: EnvConfig, request: CompressRequest) -> dict[str, Any]:
+    """Return, work and modelled energy of one policy."""
+    evaluator = Evaluator(env, request.episodes, request.seed)
+    try:
+        result = evaluator.run(policy, 0)
+    finally:
+        evaluator.close()
+    bits = policy.compression.bits if policy.compression else None
+    ops = operations.count(policy.actor, result.probed, policy.generator, bits)
+    arithmetic = next(c for c in modelled.SETS if c.update_by_arithmetic)
+    return {
+        "return_mean": result.mean,
+        "return_std": result.std,
+        "returns": result.returns,
+        "act_us": act_us(policy, result.probed),
+        "firing_rate": result.activity.firing_rate if result.activity else None,
+        "spike_steps": ops.steps_taken,
+        "spikes": sum(part.spikes for part in ops.parts) if ops.spike_steps else None,
+        "macs": sum(part.synapses.macs for part in ops.parts),
+        "acs": sum(part.synapses.acs for part in ops.parts),
+        "updates": sum(part.updates for part in ops.parts),
+        "connection_sparsity": ops.connection_sparsity,
+        "footprint_bytes": ops.footprint_bytes,
+        "packed_bytes": ops.packed_bytes,
+        "modelled_45nm_nj": total(modelled.by_constants(ops, arithmetic)),
+        "modelled_memory_nj": total(modelled.memory(ops, STORED_BITS)),
+    }
+
+
+def total(energy: modelled.Energy) -> float | None:
+    """Of the policy, without its dense twin."""
+    parts = [energy.synapses, energy.neurons, energy.coding]
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def act_us(policy: Policy, probed_BO: Tensor) -> float:
+    """Microseconds of one decision on this machine, the median of some."""
+    mean, std = policy.norm.exact_mean_std
+    raw_BO = (probed_BO[:TIMED].double() * std + mean).numpy().reshape(-1, *policy.task.obs_shape)
+    times = []
+    for obs in raw_BO:
+        begun = time.perf_counter()
+        policy(obs)
+        times.append(time.perf_counter() - begun)
+    return median(times) * 1e6
+
+
+# What is printed of a row, and how.
+SHOWN = {
+    "us to act, measured here": ("act_us", ",.1f"),
+    "spike steps": ("spike_steps", ".2f"),
+    "spikes": ("spikes", ",.0f"),
+    "MACs": ("macs", ",.0f"),
+    "ACs": ("acs", ",.0f"),
+    "updates": ("updates", ",.0f"),
+    "bytes": ("footprint_bytes", ",d"),
+    "bytes without zeros": ("packed_bytes", ",d"),
+    "modelled nJ, 45nm": ("modelled_45nm_nj", ",.1f"),
+    "modelled nJ, memory": ("modelled_memory_nj", ",.1f"),
+}
+
+
+def table(env_id: str, episodes: int, rows: list[dict[str, Any]]) -> list[str]:
+    """Per decision, mean over observations of the episodes."""
+    returns = [f"{row['return_mean']:,.1f} +- {row['return_std']:,.1f}" for row in rows]
+    text = [line(env_id, ["before", "after"]), line(f"return, n={episodes}", returns)]
+    for name, (key, form) in SHOWN.items():
+        values = [row[key] for row in rows]
+        text.append(line(name, ["-" if v is None else format(v, form) for v in values]))
+    return text
+
+
+def line(name: str, cells: Sequence[str]) -> str:
+    return f"{name:<28}" + "".join(f"{cell:>22}" for cell in cells)

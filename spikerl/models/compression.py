@@ -1,0 +1,135 @@
+"""Smaller policies: pruned by magnitude, then quantised, matrix by matrix; decided early.
+
+prune      of a matrix's n weights, the round(share n) nearest to 0 become 0, of equal ones the
+           first; not where each neuron has a single weight (the populations that `rate`, `membrane`
+           and `ilc` read), which would remove neurons
+quantise   w = s q,  q = clip(round(w / s), -Q, Q),  Q = 2^(bits - 1) - 1;  of the scales
+           s = j max|w| / (100 Q), j = 1 to 100, the one of the least squared error, the largest if
+           there are several; a matrix of zeros has s = 1
+
+Biases, receptive fields and whatever neurons learn stay float32. Products with w = s q are those
+with the integers q, up to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spikerl.errors import BadRequest
+from spikerl.models.actor import Actor, SpikingActor, connections
+from spikerl.snn.early_exit import EarlyExit
+
+BITS = range(2, 17)
+CANDIDATES = 100  # scales
+SCALE_BYTES = 4  # of a quantised matrix, in float32
+
+
+@dataclass(kw_only=True)
+class Compression:
+    """What was done to a policy, as its policy.json says it."""
+
+    prune: float | None  # share of each matrix
+    bits: dict[str, int]  # by the names of matrices; empty: none is quantised
+    scales: dict[str, float]  # of the same
+    early_exit: EarlyExit | None
+
+    def check(self, actor: Actor, weights: dict[str, Tensor]) -> None:
+        """ValueError where it does not describe these weights of this actor."""
+        if self.prune is not None and not 0.0 < self.prune < 1.0:
+            raise ValueError("compression.prune")
+        if self.bits.keys() != self.scales.keys():
+            raise ValueError("compression.scales")
+        if not self.bits.keys() <= connections(actor).keys():
+            raise ValueError("compression.bits")
+        if any(bits not in BITS for bits in self.bits.values()):
+            raise ValueError("compression.bits")
+        for name, bits in self.bits.items():
+            scale = self.scales[name]
+            if not (scale > 0.0 and float(np.float32(scale)) == scale):
+                raise ValueError("compression.scales")
+            w = weights[name].numpy()
+            if not np.array_equal(on_grid(w, scale, bits), w):
+                raise ValueError(f"compression: {name} does not lie on its grid")
+        if self.early_exit is not None:
+            if not isinstance(actor, SpikingActor):
+                raise ValueError("compression.early_exit")
+            self.early_exit.check(actor.decoder, actor.spike_steps)
+
+
+@torch.no_grad()
+def prune(actor: Actor, share: float) -> None:
+    """Raises BadRequest where that is none, or all, of a matrix."""
+    if not 0.0 < share < 1.0:
+        raise BadRequest("prune", share, "give a share above 0 and below 1")
+    for name, weight in connections(actor).items():
+        if name == "decoder.weight_AP":
+            continue
+        flat = weight.view(-1)
+        count = round(share * len(flat))
+        if not 0 < count < len(flat):
+            remedy = f"of the {len(flat)} weights of {name} that is {'all' if count else 'none'}"
+            raise BadRequest("prune", share, f"{remedy}; give another share")
+        flat[flat.abs().argsort(stable=True)[:count]] = 0.0
+
+
+@torch.no_grad()
+def quantise(actor: Actor, bits: dict[str, int]) -> dict[str, float]:
+    """Put each matrix on its grid; the scales."""
+    scales = {}
+    for name, weight in connections(actor).items():
+        w = weight.numpy()
+        scales[name] = best_scale(w, bits[name])
+        weight.copy_(torch.from_numpy(on_grid(w, scales[name], bits[name])))
+    return scales
+
+
+def best_scale(w: np.ndarray, bits: int) -> float:
+    most = float(np.abs(w).max())
+    if most == 0.0:
+        return 1.0
+    unit = most / (CANDIDATES * (2 ** (bits - 1) - 1))
+    candidates = [float(np.float32(j * unit)) for j in range(CANDIDATES, 0, -1)]
+    # A weight so small that its scale is no float32 has no grid.
+    usable = [s for s in candidates if s >= float(np.finfo(np.float32).tiny)] or [1.0]
+    return min(usable, key=lambda s: float(np.square(np.float64(w) - on_grid(w, s, bits)).sum()))
+
+
+def on_grid(w: np.ndarray, scale: float, bits: int) -> np.ndarray:
+    """Of each weight the nearest that the grid has, float32."""
+    most = 2 ** (bits - 1) - 1
+    integers = np.clip(np.round(np.float64(w) / scale), -most, most)
+    return np.asarray(integers.astype(np.float32) * np.float32(scale))
+
+
+def footprints(actor: Actor, bits: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes of all parameters and buffers; the same without weights of 0.
+
+    Without: each matrix has a bit for each weight that says whether it is there.
+    """
+    weights = connections(actor)
+    stored = sum(p.numel() * p.element_size() for p in [*actor.parameters(), *actor.buffers()])
+    full = packed = stored - sum(w.numel() * w.element_size() for w in weights.values())
+    for name, w in weights.items():
+        each, scale = bits.get(name, 8 * w.element_size()), SCALE_BYTES * (name in bits)
+        full += math.ceil(w.numel() * each / 8) + scale
+        packed += math.ceil(int((w != 0).sum()) * each / 8) + math.ceil(w.numel() / 8) + scale
+    return full, packed
+
+
+def bits_of(actor: Actor, given: object) -> dict[str, int]:
+    """By matrix: one number for all, or a list with one for each."""
+    names = list(connections(actor))
+    each = given if isinstance(given, list) else [given] * len(names)
+    if len(each) != len(names):
+        remedy = f"give one number, or one for each of {', '.join(names)}"
+        raise BadRequest("bits", given, remedy)
+    if any(type(bits) is not int or bits not in BITS for bits in each):
+        remedy = f"give {BITS[0]} to {BITS[-1]}, or a list of such numbers"
+        raise BadRequest("bits", given, remedy)
+    return dict(zip(names, each, strict=True))

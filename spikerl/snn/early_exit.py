@@ -1,0 +1,57 @@
+"""A decision before the last spike step, once the action has settled.
+
+Shape legend   B batch, A action entries.
+
+With a_t the action that the decoder makes of the first t of T spike steps, the decision is a_e, e
+the first t above k at which |a_t - a_(t-j)| < threshold for every action entry and j = 1 to k;
+where there is none, e = T. RAPID-RL (arXiv:2109.08231) ends a decision early over the layers of a
+network; this does over spike steps, and each observation by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spikerl.errors import BadRequest
+from spikerl.snn.decoders import (
+    Decoder,
+    ILCDecoder,
+    LinearDecoder,
+    MembraneDecoder,
+    RateDecoder,
+)
+
+# They read any number of spike steps.
+DECODERS = (RateDecoder, LinearDecoder, MembraneDecoder, ILCDecoder)
+
+
+@dataclass(kw_only=True)
+class EarlyExit:
+    threshold: float  # of an action's change, in [-1, 1]
+    steps: int  # k, spike steps over which it must have stayed
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0.0:
+            raise BadRequest("early_exit", self.threshold, "give a value above 0")
+        if self.steps < 1:
+            raise BadRequest("exit_steps", self.steps, "give at least 1")
+
+    def check(self, decoder: Decoder, spike_steps: int) -> None:
+        """Refuse a network that has no actions on the way, or that ends no earlier."""
+        if type(decoder) not in DECODERS:
+            remedy = f"decoder={decoder.config.name} reads all spike steps at once; leave it out"
+            raise BadRequest("early_exit", self.threshold, remedy)
+        if self.steps >= spike_steps:
+            remedy = f"the policy has {spike_steps} spike steps; give less than that"
+            raise BadRequest("exit_steps", self.steps, remedy)
+
+    def settled(self, act_BA: Sequence[Tensor]) -> Tensor:
+        """Where, (B,), the last of the actions of the spike steps so far ends the decision."""
+        *before, last = act_BA[-1 - self.steps :]
+        settled = last.new_full(last.shape[:1], len(before) == self.steps).bool()
+        for act in before:
+            settled &= ((last - act).abs() < self.threshold).all(1)
+        return settled

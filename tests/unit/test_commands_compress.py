@@ -1,0 +1,153 @@
+"""`spikerl compress` as it is typed: what is left, what is said, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from builders import INVERTED_PENDULUM, care_bn_config
+from exports import DENSE, config, policy_of
+from shell import SHORT, spikerl, tree
+
+from spikerl import load_policy
+from spikerl.envs.make import make_env, task_of
+from spikerl.models.actor import ActorConfig, connections
+from spikerl.models.policy import Policy
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs: their policies act on InvertedPendulum for 50 steps at most."""
+    root = tmp_path_factory.mktemp("runs")
+    env = make_env(INVERTED_PENDULUM)
+    task = task_of(env)
+    env.close()
+    actors: dict[str, ActorConfig] = {"spiking": config(), "dense": DENSE}
+    for name, actor in actors.items():
+        folder = root / name
+        folder.mkdir()
+        policy: Policy = policy_of(actor, task)
+        policy.save(folder)
+        text = spikerl("train", *SHORT, "--cfg", "job").out
+        (folder / "config.yaml").write_text(text)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(made)
+    return made
+
+
+def test_all_of_it(folder: Path) -> None:
+    said = spikerl(
+        "compress", "run=spiking", "bits=[4,8,8,6]", "prune=0.5", "early_exit=0.3", "exit_steps=2",
+        "episodes=2",
+    )  # fmt: skip
+    assert said.status == 0, said.err
+    made = folder / "spiking_prune0.5_bits4-8-8-6_exit0.3x2"
+    assert said.out.splitlines()[-1] == f"run folder: {made.name}"
+    facts = json.loads((made / "compressed.json").read_text())
+    assert (facts["prune"], facts["early_exit"]) == (0.5, {"threshold": 0.3, "steps": 2})
+    assert list(facts["bits"].values()) == [4, 8, 8, 6]
+    before, after = facts["before"], facts["after"]
+    assert len(before["returns"]) == len(after["returns"]) == 2
+    # 40 inputs, layers of 12, 9 and 10, one action: 480, 108, 90 and 10 weights; 80 numbers of
+    # fields, 31 biases and 1.
+    others = 4 * (80 + 31 + 1)
+    assert before["footprint_bytes"] == others + 4 * (480 + 108 + 90 + 10)
+    assert after["footprint_bytes"] == others + 240 + 108 + 90 + 8 + 4 * 4
+    assert after["packed_bytes"] < after["footprint_bytes"] < before["footprint_bytes"]
+    assert before["spike_steps"] == 5.0
+    assert 3.0 <= after["spike_steps"] < 5.0
+    assert after["acs"] < before["acs"]
+    # What is evaluated, counted and loaded is what was compared.
+    answer = json.loads(spikerl("eval", f"run={made}", "episodes=2", "ops=true", "json=true").out)
+    assert answer["returns"] == after["returns"]
+    assert answer["spike_steps"] == after["spike_steps"]
+    assert answer["operations"]["footprint_bytes"] == after["footprint_bytes"]
+    assert answer["modelled_memory"]["constants"]["weight_bits"]["hidden 1"] == 4
+    said = spikerl("eval", f"run={made}", "episodes=2", "ops=true")
+    assert f"spike steps {after['spike_steps']:.2f} of 5, mean over decisions\n" in said.out
+    assert "bits of weights: hidden 1 4, hidden 2 8, output 8, decoder 6\n" in said.out
+    for form, remedy in (("onnx", "every observation of its graph"), ("nir", "nothing in a NIR")):
+        line = spikerl("export", f"run={made}", f"format={form}").line
+        assert line.startswith(f"format={form}: cannot hold early_exit: {remedy}")
+    line = spikerl("compress", f"run={made}", "bits=8").line
+    assert line.endswith("it is compressed already; give the run that it was made from")
+    assert yaml.safe_load((made / "config.yaml").read_text())["run_dir"].endswith(made.name)
+
+
+def test_a_dense_policy(folder: Path) -> None:
+    said = spikerl("compress", "run=dense", "run_dir=small", "bits=8", "prune=0.5", "episodes=1")
+    assert said.status == 0, said.err
+    facts = json.loads(Path("small/compressed.json").read_text())
+    assert facts["after"]["spikes"] is facts["after"]["spike_steps"] is None
+    assert facts["after"]["acs"] == 0
+    assert facts["after"]["macs"] <= facts["before"]["macs"] / 2
+    assert "spikes                                           -" in said.out
+    weights = connections(load_policy("small").actor)
+    assert all(int((w == 0).sum()) >= w.numel() // 2 for w in weights.values())
+
+
+def test_what_was_not_asked_for_stays(folder: Path) -> None:
+    said = spikerl("compress", "run=spiking", "run_dir=early", "early_exit=0.1", "episodes=1")
+    assert said.status == 0, said.err
+    names = ("spiking", "early")
+    assert len({(Path(name) / "policy.safetensors").read_bytes() for name in names}) == 1
+    early = load_policy("early")
+    assert early.compression is not None
+    assert (early.compression.bits, early.compression.prune) == ({}, None)
+    obs = np.random.default_rng(0).normal(size=(50, 4))
+    assert np.abs(early(obs) - load_policy("spiking")(obs)).max() > 0.0
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("run=spiking", "bits=null: give bits, prune or early_exit"),
+        ("run=spiking bits=1", "bits=1: give 2 to 16, or a list of such numbers"),
+        ("run=spiking bits=[8,8]", "bits=[8, 8]: give one number, or one for each of"),
+        ("run=spiking prune=0", "prune=0.0: give a share above 0 and below 1"),
+        ("run=spiking prune=0.001", "prune=0.001: of the 480 weights of layers.0.weight_IN that"),
+        ("run=spiking early_exit=0.1 exit_steps=5", "exit_steps=5: the policy has 5 spike steps"),
+        ("run=dense early_exit=0.1", "early_exit=0.1: a dense policy has no spike steps"),
+        ("run=spiking bits=8 run_dir=dense", "run_dir="),
+        ("run=spiking bits=8 episodes=0", "episodes=0: give at least 1"),
+        ("run=nowhere bits=8", "run="),
+    ],
+)
+def test_refusals(typed: str, line: str, folder: Path) -> None:
+    before = tree(folder)
+    assert spikerl("compress", *typed.split()).line.startswith(line)
+    assert tree(folder) == before
+
+
+def test_normalised_drives_are_folded_first(folder: Path) -> None:
+    policy = load_policy("spiking")
+    parts = ActorConfig(**{**vars(config()), "actor": care_bn_config([12, 9])})
+    torch.manual_seed(0)
+    normed = policy_of(parts, policy.task)
+    normed.save(Path("dense"))
+    try:
+        line = spikerl("compress", "run=dense", "run_dir=new", "bits=8").line
+    finally:
+        policy_of(DENSE, policy.task).save(Path("dense"))
+    assert line.endswith("is not folded into weights; give a policy that acts")
+
+
+def test_it_is_trained_further(folder: Path) -> None:
+    """As numbers like any others: neither grid nor zeros nor early exit are kept."""
+    assert spikerl("compress", "run=spiking", "run_dir=base", "bits=4", "episodes=1").status == 0
+    more = ["total_steps=60", "steps_per_epoch=60", "actor.hidden_sizes=[12,9]"]
+    said = spikerl("train", *SHORT, *more, "init_from=base", "run_dir=on")
+    assert said.status == 0, said.err
+    first = load_policy("on/checkpoints/step_0000000000")
+    assert first.compression is None
+    base = load_policy("base")
+    for name, weight in connections(base.actor).items():
+        assert torch.equal(weight, connections(first.actor)[name])
