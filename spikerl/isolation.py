@@ -148,7 +148,7 @@ def end_if_forked(pid: int) -> None:
     """
     if os.getpid() != pid:
         if sys.exc_info()[0] is not None:
-            traceback.print_exc()
+            traceback.print_exc(file=sys.__stderr__)  # each line of which is written at once
         os._exit(1)
 
 

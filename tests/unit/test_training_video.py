@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from shell import Said, refusal, spikerl
 from spikerl.models.actor import ActorConfig, build_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
-from spikerl.training import video
+from spikerl.training import evaluator, video
 from spikerl.types import Task
 
 WIDTH, HEIGHT, STEPS = 320, 240, 5
@@ -105,6 +106,24 @@ def test_a_file_for_each_episode(run: Path) -> None:
     assert (facts["codec"], facts["fps"], facts["size"]) == ("h264", 10.0, (WIDTH, HEIGHT))
     brightness = frames.reshape(len(frames), -1).mean(1)
     np.testing.assert_allclose(brightness, 40.0 * np.arange(STEPS + 1), atol=4.0)
+
+
+def test_a_stop_leaves_whole_films_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 12 episodes 10 run side by side; it comes amid the other two."""
+    looks = iter(range(1, 99))
+    look = evaluator.StopWatch.look
+
+    def striking(watch: evaluator.StopWatch) -> None:
+        if next(looks) == STEPS + 3:
+            signal.raise_signal(signal.SIGTERM)
+        look(watch)
+
+    monkeypatch.setattr(evaluator, "ASK_S", 0.0)
+    monkeypatch.setattr(evaluator.StopWatch, "look", striking)
+    said = evaluate("episodes=12", "video=true")
+    assert (said.status, said.out) == (75, "")
+    assert said.err == "spikerl: stopped on SIGTERM; the evaluation has no result\n"
+    assert sorted(os.listdir("run/videos")) == sorted(f"seed0_episode{i}.mp4" for i in range(10))
 
 
 def test_what_is_said() -> None:
