@@ -17,7 +17,7 @@ from spikerl.algos.replay import Replay
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest, NonFinite
 from spikerl.kernels.gradient import Gradient, Moments
-from spikerl.models.actor import Actor, SpikingActor
+from spikerl.models.actor import Actor
 from spikerl.models.critic import Critics
 from spikerl.schema import check_sizes
 
@@ -244,8 +244,7 @@ class Learner:
     def act_on_cpu(self, kernel: str) -> None:
         """From now on a copy of the actor explores there, run by `kernel`."""
         self.acting = copy.deepcopy(self.actor).cpu().requires_grad_(False)
-        if isinstance(self.acting, SpikingActor):
-            self.acting.kernel = kernel
+        self.acting.kernel = kernel
         self.acting_flat = flatten(self.acting)
 
     def refresh(self) -> None:

@@ -79,7 +79,8 @@ class SAC(OffPolicy):
         if config.log_std == "separate":
             sizes, lr = config.log_std_hidden_sizes, config.log_std_lr
             dense = MLPConfig(name="mlp", hidden_sizes=sizes, lr=lr)
-            self.log_std = MLPActor(actor.obs_dim, actor.act_dim, dense).to(device)
+            head = MLPActor(actor.obs_dim, actor.act_dim, dense, kernel=critic.kernel)
+            self.log_std = head.to(device)
             self.optimizers["log_std"] = self.optimizer(self.log_std, lr)
         self.acting_log_std = self.log_std
         self.log_temperature = LogTemperature(config.temperature).to(device)
@@ -167,6 +168,7 @@ class SAC(OffPolicy):
         super().act_on_cpu(kernel)
         if self.log_std:
             self.acting_log_std = copy.deepcopy(self.log_std).cpu().requires_grad_(False)
+            self.acting_log_std.kernel = kernel
             self.acting_log_std_flat = flatten(self.acting_log_std)
 
     def refresh(self) -> None:

@@ -138,7 +138,8 @@ def run(
     `mailbox` is shared with the parent that launched it, if one did, `after` why it did so again.
     """
     torch.set_num_threads(int(config.resolved.threads.choice))
-    torch.use_deterministic_algorithms(config.run.deterministic)
+    # As torch.use_deterministic_algorithms, which also imports torch's compiler: a second.
+    torch.set_deterministic_debug_mode("error" if config.run.deterministic else "default")
     if config.run.deterministic:  # what cuBLAS needs for it, read when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = own_device(config.resolved.device.choice)

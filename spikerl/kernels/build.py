@@ -136,7 +136,10 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_critic_backward.argtypes = [critic, Count, p, p, p, real, p, p, p, threads]
     lib.spikerl_actor_loss_grad.argtypes = [critic, Count, p, p, real, p, threads]
     lib.spikerl_actor_loss_grad.restype = real
-    lib.spikerl_dense_actions.argtypes = [critic, Count, p, p, threads]
+    lib.spikerl_dense_saved_bytes.argtypes = [critic, Count]
+    lib.spikerl_dense_saved_bytes.restype = Count
+    lib.spikerl_dense_forward.argtypes = [critic, Count, p, p, p, ctypes.c_bool, threads]
+    lib.spikerl_dense_backward.argtypes = [critic, Count, p, p, p, p, p, threads]
     lib.spikerl_mse_backward.argtypes = [critic, Count, p, p, real, p, p, threads]
     lib.spikerl_adam.argtypes = [Count, p, p, p, p, p, real, real, p]
     lib.spikerl_adam.restype = None
@@ -150,7 +153,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_shm_sum.restype = ctypes.c_int
     for name in (
         "forward", "backward", "scan", "scan_back", "values", "td_target", "add_clipped_noise",
-        "critic_backward", "dense_actions", "mse_backward", "count_spikes",
+        "critic_backward", "dense_forward", "dense_backward", "mse_backward", "count_spikes",
     ):  # fmt: skip
         getattr(lib, f"spikerl_{name}").restype = None
     lib.spikerl_act.restype = ctypes.c_bool

@@ -274,16 +274,44 @@ class CPUKernel:
 
     # --- a dense actor ----------------------------------------------------------------------------
 
-    def dense_actions(self, net: DenseNet, obs_BO: Tensor) -> Tensor:
+    def dense_actions(self, net: DenseNet, obs_BO: Tensor, squash: bool = True) -> Tensor:
         """As `reference.dense_actions`."""
         ready = self.prepare_dense(net)
         if not covered(ready, obs_BO) or torch.is_grad_enabled():
-            return reference.dense_actions(net, obs_BO)
-        obs = obs_BO.contiguous()
-        act = obs.new_empty(len(obs), ready.widths[-1])
-        places = (obs.data_ptr(), act.data_ptr())
-        self.lib.spikerl_dense_actions(ready.net, len(obs), *places, torch.get_num_threads())
+            return reference.dense_actions(net, obs_BO, squash)
+        return self.dense_forward(ready, obs_BO.contiguous(), None, squash)
+
+    def dense_forward(
+        self, ready: PreparedDense, obs_BO: Tensor, saved: Tensor | None, squash: bool
+    ) -> Tensor:
+        """Actions; `saved` takes what the way back needs."""
+        act = obs_BO.new_empty(len(obs_BO), ready.widths[-1])
+        self.lib.spikerl_dense_forward(
+            ready.net, len(obs_BO), obs_BO.data_ptr(), act.data_ptr(),
+            None if saved is None else saved.data_ptr(), squash, torch.get_num_threads(),
+        )  # fmt: skip
         return act
+
+    def dense_vjp(
+        self, net: DenseNet, obs_BO: Tensor, squash: bool = True
+    ) -> tuple[Tensor, Pullback]:
+        """As `reference.dense_vjp`, without autograd."""
+        ready = self.prepare_dense(net)
+        if not covered(ready, obs_BO):
+            return reference.dense_vjp(net, obs_BO, squash)
+        obs, batch = obs_BO.contiguous(), len(obs_BO)
+        saved = [_blocks.acquire(self.lib.spikerl_dense_saved_bytes(ready.net, batch) // 4)]
+        act = self.dense_forward(ready, obs, saved[0], squash)
+
+        def pull(grad_BA: Tensor, into: Gradient) -> None:
+            room, grad = saved.pop(), grad_BA.contiguous()  # a second way back finds nothing
+            self.lib.spikerl_dense_backward(
+                ready.net, batch, obs.data_ptr(), act.data_ptr() if squash else None,
+                grad.data_ptr(), room.data_ptr(), into.at, torch.get_num_threads(),
+            )  # fmt: skip
+            _blocks.release(room)
+
+        return act, pull
 
     def mse_backward(self, net: DenseNet, obs_BO: Tensor, goal_BA: Tensor, into: Gradient) -> None:
         """As `reference.mse_backward`."""

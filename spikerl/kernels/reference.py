@@ -274,6 +274,11 @@ def dense_actions(net: DenseNet, obs_BO: Tensor, squash: bool = True) -> Tensor:
     return act(product(x, last, net.dtype), squash)
 
 
+def dense_vjp(net: DenseNet, obs_BO: Tensor, squash: bool = True) -> tuple[Tensor, Pullback]:
+    """As `vjp`, of a dense network."""
+    return by_autograd(dense_actions(net, obs_BO, squash))
+
+
 def mse_backward(net: DenseNet, obs_BO: Tensor, goal_BA: Tensor, into: Gradient) -> None:
     """Gradient of the mean squared error of the actions from `goal`, over batch and entries."""
     into.differentiate((dense_actions(net, obs_BO) - goal_BA).square().mean())

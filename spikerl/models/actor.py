@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spikerl import kernels
 from spikerl.errors import BadRequest
 from spikerl.kernels import reference
-from spikerl.kernels.gradient import Pullback, by_autograd
+from spikerl.kernels.gradient import Pullback
 from spikerl.schema import Registry, check_sizes
 from spikerl.snn.batchnorm import RECALIBRATE, CaReBN
 from spikerl.snn.decoders import DECODERS, DecoderConfig
@@ -284,25 +284,31 @@ class MLPActor(nn.Module):
     carries = False
 
     def __init__(
-        self, obs_dim: int, act_dim: int, actor: MLPConfig, *, dtype: torch.dtype = torch.float32
+        self,
+        obs_dim: int,
+        act_dim: int,
+        actor: MLPConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        kernel: str = "reference",
     ) -> None:
         super().__init__()
-        self.obs_dim, self.act_dim, self.dtype = obs_dim, act_dim, dtype
+        self.obs_dim, self.act_dim, self.dtype, self.kernel = obs_dim, act_dim, dtype, kernel
         sizes = [obs_dim, *actor.hidden_sizes, act_dim]
         self.layers = Linears(sizes)
 
     def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return reference.dense_actions(self, obs_BO)
+        return kernels.named(self.kernel).dense_actions(self, obs_BO)
 
     def mean(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Actions before their tanh."""
-        return reference.dense_actions(self, obs_BO, False)
+        return kernels.named(self.kernel).dense_actions(self, obs_BO, False)
 
     def vjp(
         self, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
     ) -> tuple[Tensor, Pullback]:
         """As `SpikingActor.vjp`."""
-        return by_autograd(self(obs_BO) if squash else self.mean(obs_BO))
+        return kernels.named(self.kernel).dense_vjp(self, obs_BO, squash)
 
 
 Actor = SpikingActor | MLPActor
@@ -331,7 +337,7 @@ def build_actor(
     kernel: str = "reference",
 ) -> Actor:
     if isinstance(config.actor, MLPConfig):
-        return MLPActor(obs_dim, act_dim, config.actor, dtype=dtype)
+        return MLPActor(obs_dim, act_dim, config.actor, dtype=dtype, kernel=kernel)
     encoder, neuron, decoder = config.encoder, config.neuron, config.decoder
     if encoder is None or neuron is None or decoder is None:
         raise ValueError("a spiking actor needs an encoder, a neuron and a decoder")
@@ -366,9 +372,8 @@ def inference_actor(config: ActorConfig, actor: Actor, act_dim: int) -> tuple[Ac
             name="popsan", hidden_sizes=c.hidden_sizes, spike_steps=c.spike_steps, lr=c.lr
         )
         config = replace(config, actor=plain)
-    kernel = actor.kernel if isinstance(actor, SpikingActor) else "reference"
     with torch.device("meta"):
-        small = build_actor(config, actor.obs_dim, act_dim, dtype=actor.dtype, kernel=kernel)
+        small = build_actor(config, actor.obs_dim, act_dim, dtype=actor.dtype, kernel=actor.kernel)
     small.load_state_dict(first, assign=True)
     return config, small
 

@@ -92,8 +92,7 @@ class Policy:
         self.pid = _started_in
         self.generator = torch.Generator(self.device)
         self.generator.set_state(state["generator"])
-        if isinstance(self.actor, SpikingActor):
-            self.actor.kernel = kernels.here(self.actor.kernel, str(self.device))
+        self.actor.kernel = kernels.here(self.actor.kernel, str(self.device))
         self.one_action = self._one_action()
 
     def carried(self) -> Carried | None:

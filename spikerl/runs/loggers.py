@@ -11,12 +11,13 @@ cannot be taken back: it is sent once it is committed, and a step that was sent 
 
 from __future__ import annotations
 
-import io
 import platform
+import struct
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from os import environ, getpid
 from pathlib import Path
@@ -88,6 +89,34 @@ def tagged(row: Mapping[str, Any]) -> dict[str, float]:
     return shown
 
 
+def framed(data: bytes) -> bytes:
+    """A record of an event file: length, data, and a masked CRC-32C behind each.
+
+    As tensorboard's RecordWriter writes it, whose import takes a tenth of a second.
+    """
+    length = struct.pack("<Q", len(data))
+    return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in (length, data))
+
+
+def masked_crc32c(data: bytes) -> int:
+    table, crc = crc32c_table(), 0xFFFFFFFF
+    for byte in data:
+        crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+@cache
+def crc32c_table() -> tuple[int, ...]:
+    """What each byte contributes, by Castagnoli's polynomial."""
+    table = []
+    for crc in range(256):
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+        table.append(crc)
+    return tuple(table)
+
+
 class Events(Journal):
     """A file of TensorBoard events.
 
@@ -105,11 +134,8 @@ class Events(Journal):
 
     def event(self, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        record = io.BytesIO()
-        RecordWriter(record).write(Event(wall_time=time.time(), **content).SerializeToString())
-        self.add(record.getvalue())
+        self.add(framed(Event(wall_time=time.time(), **content).SerializeToString()))
 
     def row(self, row: Mapping[str, Any]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary

@@ -82,9 +82,12 @@ class PopulationEncoder(Encoder):
     def __init__(self, config: PopulationConfig, obs_dim: int, spike_steps: int) -> None:
         super().__init__(config, obs_dim, spike_steps)
         low, high = config.mean_range
-        centres = torch.linspace(low, high, config.pop_size, dtype=torch.float32)
-        self.mean_OP = nn.Parameter(centres.repeat(obs_dim, 1))
-        self.std_OP = nn.Parameter(torch.full_like(self.mean_OP, math.sqrt(config.var)))
+        # From lists, because for the device "meta" torch imports its compiler in linspace, repeat
+        # and full_like.
+        centres = torch.linspace(low, high, config.pop_size, dtype=torch.float32, device="cpu")
+        means, stds = centres.tolist(), [math.sqrt(config.var)] * config.pop_size
+        self.mean_OP = nn.Parameter(torch.tensor([means] * obs_dim, dtype=torch.float32))
+        self.std_OP = nn.Parameter(torch.tensor([stds] * obs_dim, dtype=torch.float32))
         self.outputs = self.mean_OP.numel()
 
     def squash(self, obs_BO: Tensor) -> Tensor:

@@ -37,6 +37,20 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def test_what_start_up_leaves_out() -> None:
+    """torch's compiler, sympy and most of tensorboard, which take as long as all else together."""
+    heavy = ("torch._inductor", "torch._dynamo", "sympy", "tensorboard.summary", "zeus", "pandas")
+    code = f"""
+import sys
+from spikerl.cli.main import run
+assert run({["train", *SHORT, "total_steps=1", "steps_per_epoch=1", "run_dir=run"]}) == 0
+print("imported:", [name for name in {heavy} if name in sys.modules])
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.splitlines()[-1] == "imported: []"
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"

@@ -13,7 +13,7 @@ from spikerl import kernels
 from spikerl.algos.td3 import TD3
 from spikerl.kernels import build as native
 from spikerl.kernels.gradient import Moments
-from spikerl.models.actor import Actor, MLPActor, MLPConfig, SpikingActor
+from spikerl.models.actor import Actor, MLPActor, MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
@@ -81,8 +81,7 @@ def test_polyak(kernel: str) -> None:
 def learner(kernel: str, actor: Actor) -> TD3:
     torch.manual_seed(3)
     critic = Critics(4, 2, [32, 24], kernel=kernel)
-    if isinstance(actor, SpikingActor):
-        actor.kernel = kernel
+    actor.kernel = kernel
     generator = torch.Generator().manual_seed(0)
     return TD3(actor, critic, td3_config(batch_size=32), actor_lr=1e-3, generator=generator)
 

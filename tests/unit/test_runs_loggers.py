@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 from shell import SHORT, refusal, spikerl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from spikerl.cli.compose import expand
 from spikerl.runs import folder as run_folder
-from spikerl.runs.loggers import Service, check_loggers
+from spikerl.runs.loggers import Service, check_loggers, framed, masked_crc32c
 from spikerl.runs.record import RunLog
 
 EVERY: dict[str, Any] = {
@@ -63,6 +65,17 @@ def test_every_number_reaches_tensorboard(tmp_path: Path) -> None:
     assert {e.step for e in first.values()} == {300}
     later = {tag for tag in first if len(events.Scalars(tag)) > 1}
     assert later == {"time/total_timesteps", "layers/firing_rate/1"}  # what is null is nothing
+
+
+def test_records_of_events_are_tensorboards() -> None:
+    assert masked_crc32c(b"") == 0xA282EAD8  # the mask of 0
+    assert (
+        masked_crc32c(b"123456789") == 0xC78AB0E5
+    )  # RFC 3720: E3069283, turned by 15 bits, and the mask
+    for data in (b"", b"spikes", bytes(range(256)) * 3):
+        theirs = io.BytesIO()
+        RecordWriter(theirs).write(data)
+        assert framed(data) == theirs.getvalue()
 
 
 def test_csv(tmp_path: Path) -> None:

@@ -163,13 +163,37 @@ float spikerl_actor_loss_grad(const Critic* critic, int64_t B, const float* obs,
     return float(sum / double(B));
 }
 
-// Actions (B, M) of observations (B, O): tanh of the outputs of one network.
-void spikerl_dense_actions(const Critic* critic, int64_t B, const float* obs, float* act, int threads) {
+// Bytes of what spikerl_dense_forward saves and spikerl_dense_backward reads for B samples.
+int64_t spikerl_dense_saved_bytes(const Critic* critic, int64_t B) {
+    Arena saved;
+    for (int64_t l = 0; l < critic->layers - 1; l++) saved.array<float>(hidden_size(*critic, l, B));
+    return saved.used;
+}
+
+// Outputs (B, M) of one network for observations (B, O), or with `squash` their tanh. `saved` is null where no gradient
+// is wanted.
+void spikerl_dense_forward(const Critic* critic, int64_t B, const float* obs, float* act, char* saved, bool squash,
+                           int threads) {
     dispatch(*critic, B, [&](auto way) {
         Scratch memory;
-        const auto nets = prepare(*critic, B, obs, nullptr, NOTHING, way.lists, memory);
+        const auto nets = prepare(*critic, B, obs, nullptr, NOTHING, way.lists, memory, saved);
         parallel_rows(nets, way.row_multiple, threads, way.forward);
-        for (int64_t i = 0; i < B * nets[0].outputs(); i++) act[i] = std::tanh(nets[0].values[i]);
+        const float* values = nets[0].values;
+        for (int64_t i = 0; i < B * nets[0].outputs(); i++) act[i] = squash ? std::tanh(values[i]) : values[i];
+    });
+}
+
+// `grads`: the gradients of each layer's weights and biases, from `grad` (B, M), that of what spikerl_dense_forward gave.
+// `act` (B, M) is that where it was squashed, else null.
+void spikerl_dense_backward(const Critic* critic, int64_t B, const float* obs, const float* act, const float* grad,
+                            char* saved, float* const* grads, int threads) {
+    dispatch(*critic, B, [&](auto way) {
+        Scratch memory;
+        const auto nets = prepare(*critic, B, obs, nullptr, PARAMETERS, way.lists, memory, saved);
+        for (int64_t i = 0; i < B * nets[0].outputs(); i++)
+            nets[0].grad[i] = act ? grad[i] * (1.0f - act[i] * act[i]) : grad[i];
+        parallel_rows(nets, way.row_multiple, threads, way.backward);
+        parameter_gradients(way, nets, grads, 2, 1, threads);
     });
 }
 

@@ -77,9 +77,16 @@ struct Network {
 
 enum GradientsOf { NOTHING, INPUTS, PARAMETERS };
 
-// The networks with memory for a call that forms such gradients, and their input (B, O + A).
+// Values (B, Np) of a hidden layer's units: whole tiles are read and written.
+inline int64_t hidden_size(const Critic& critic, int64_t l, int64_t B) {
+    return (B + W) * whole_panels(critic.widths[l + 1]);
+}
+
+// The networks with memory for a call that forms such gradients, and their input (B, O + A). Where another call is to
+// read them or has written them, hidden units lie in `saved`.
 inline std::vector<Network> prepare(const Critic& critic, int64_t B, const float* obs, const float* act,
-                                    GradientsOf gradients, bool lists, Scratch& memory) {
+                                    GradientsOf gradients, bool lists, Scratch& memory, char* saved = nullptr) {
+    Arena own(saved);
     const int64_t O = critic.obs_dim, A = critic.act_dim;
     float* x = memory.array<float>(B * critic.widths[0]);
     for (int64_t b = 0; b < B; b++) {
@@ -90,8 +97,8 @@ inline std::vector<Network> prepare(const Critic& critic, int64_t B, const float
     for (int64_t c = 0; c < critic.networks; c++) {
         Network net{&critic, c, B, x, {}, {}, {}, nullptr, nullptr};
         for (int64_t l = 0; l < net.last(); l++) {
-            const int64_t Np = net.layer(l).Np, size = (B + W) * Np;  // whole tiles are read and written
-            net.hidden.push_back(memory.array<float>(size));
+            const int64_t Np = net.layer(l).Np, size = hidden_size(critic, l, B);
+            net.hidden.push_back(saved ? own.array<float>(size) : memory.array<float>(size));
             if (gradients == PARAMETERS || (gradients == INPUTS && !lists))
                 net.grad_hidden.push_back(memory.array<float>(size));
             if (gradients != NOTHING && lists) net.grad_hidden_lists.push_back(Lists::allocate(memory, B, Np));
