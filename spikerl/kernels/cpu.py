@@ -303,13 +303,14 @@ class CPUKernel:
         saved = [_blocks.acquire(self.lib.spikerl_dense_saved_bytes(ready.net, batch) // 4)]
         act = self.dense_forward(ready, obs, saved[0], squash)
 
-        def pull(grad_BA: Tensor, into: Gradient) -> None:
+        def pull(grad_BA: Tensor, into: Gradient) -> dict[str, Tensor]:
             room, grad = saved.pop(), grad_BA.contiguous()  # a second way back finds nothing
             self.lib.spikerl_dense_backward(
                 ready.net, batch, obs.data_ptr(), act.data_ptr() if squash else None,
                 grad.data_ptr(), room.data_ptr(), into.at, torch.get_num_threads(),
             )  # fmt: skip
             _blocks.release(room)
+            return {}
 
         return act, pull
 
