@@ -230,10 +230,17 @@ class MLPActor(nn.Module):
     """Dense actor, (B, O) -> (B, A) in [-1, 1]."""
 
     def __init__(
-        self, obs_dim: int, act_dim: int, actor: MLPConfig, *, dtype: torch.dtype = torch.float32
+        self,
+        obs_dim: int,
+        act_dim: int,
+        actor: MLPConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        kernel: str = "reference",
     ) -> None:
         super().__init__()
         self.obs_dim, self.act_dim, self.dtype = obs_dim, act_dim, dtype
+        self.kernel = kernel  # of what a learner does with its weights; its own layers are PyTorch's
         sizes = [obs_dim, *actor.hidden_sizes, act_dim]
         self.layers = Linears(sizes)
 
@@ -270,7 +277,7 @@ def build_actor(
     kernel: str = "reference",
 ) -> Actor:
     if isinstance(config.actor, MLPConfig):
-        return MLPActor(obs_dim, act_dim, config.actor, dtype=dtype)
+        return MLPActor(obs_dim, act_dim, config.actor, dtype=dtype, kernel=kernel)
     encoder, neuron, decoder = config.encoder, config.neuron, config.decoder
     if encoder is None or neuron is None or decoder is None:
         raise ValueError("a spiking actor needs an encoder, a neuron and a decoder")
@@ -305,9 +312,8 @@ def inference_actor(config: ActorConfig, actor: Actor, act_dim: int) -> tuple[Ac
             name="popsan", hidden_sizes=c.hidden_sizes, spike_steps=c.spike_steps, lr=c.lr
         )
         config = replace(config, actor=plain)
-    kernel = actor.kernel if isinstance(actor, SpikingActor) else "reference"
     with torch.device("meta"):
-        small = build_actor(config, actor.obs_dim, act_dim, dtype=actor.dtype, kernel=kernel)
+        small = build_actor(config, actor.obs_dim, act_dim, dtype=actor.dtype, kernel=actor.kernel)
     small.load_state_dict(first, assign=True)
     return config, small
 
