@@ -55,7 +55,7 @@ class DQN(OffPolicy):
         self.policy_delay = config.target_interval
         self.first_policy_update = config.target_interval - 1
         super().__init__(actor, critic, config, **settings)
-        self.target = self.add_target("actor", actor)
+        self.actor_target = self.add_target("actor", actor)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
         """Updates with these numbers, each on its share of the rows."""
@@ -67,7 +67,7 @@ class DQN(OffPolicy):
             # y = r + gamma^n (1 - terminated) Q'(s', a') with a' = argmax Q'(s', .), or, double,
             # argmax Q(s', .).
             with torch.no_grad():
-                next_q = self.values(self.target.mean(batch.next_obs, self.generator))
+                next_q = self.values(self.actor_target.mean(batch.next_obs, self.generator))
                 choosing = next_q
                 if c.double:
                     choosing = self.values(self.actor.mean(batch.next_obs, self.generator))
@@ -109,9 +109,7 @@ class DQN(OffPolicy):
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         """One-hot (B, A): the greedy action, or with probability epsilon any."""
         greedy = self.values(self.acting.mean(obs, generator))
-        draws = torch.rand(
-            len(obs), 2, generator=generator, dtype=torch.float32, device=obs.device
-        )
+        draws = torch.rand(len(obs), 2, generator=generator, dtype=torch.float32, device=obs.device)
         count = greedy.shape[1]
         random = (draws[:, 1] * count).long().clamp(max=count - 1)
         act = torch.where(draws[:, 0] < self.epsilon, random, greedy.argmax(-1))

@@ -237,7 +237,7 @@ def task_of(env: CheckedEnv) -> Task:
     return Task(
         env.spec.id,
         env.shape,
-        tuple(space.shape),
+        tuple(space.shape or ()),
         *bounds,
         limit,
         act_dtype="float16" if space.dtype == np.float16 else "float32",

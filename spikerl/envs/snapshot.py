@@ -89,7 +89,8 @@ def restore(env: gym.Env[Any, Any], state: Snapshot) -> None:
         base.state = np.array(state["state"])  # type: ignore[attr-defined]
         if isinstance(base, CartPoleEnv):
             beyond = int(state["beyond"])
-            base.steps_beyond_terminated = None if beyond < 0 else beyond
+            steps = None if beyond < 0 else beyond
+            base.steps_beyond_terminated = steps  # type: ignore[assignment]
         return
     assert isinstance(base, MujocoEnv)
     mujoco.mj_resetData(base.model, base.data)  # type: ignore[attr-defined]

@@ -61,6 +61,8 @@ def encoder_verdict(format: str, name: str) -> Verdict:
 def decoder_verdict(format: str, name: str) -> Verdict:
     if name not in DECODERS:
         return Verdict(REFUSED, "a plugin's equation is not known here")
+    if name == "voltage":
+        return Verdict(REFUSED, "it reads values, and files hold actions alone")
     if format == "nir" and name == "ilc":
         return Verdict(REFUSED, "NIR leaves the delay of a recurrent connection open")
     if format == "nir" and name == "learned":

@@ -240,7 +240,7 @@ class MLPActor(nn.Module):
     ) -> None:
         super().__init__()
         self.obs_dim, self.act_dim, self.dtype = obs_dim, act_dim, dtype
-        self.kernel = kernel  # of what a learner does with its weights; its own layers are PyTorch's
+        self.kernel = kernel  # of a learner's steps; the layers are PyTorch's
         sizes = [obs_dim, *actor.hidden_sizes, act_dim]
         self.layers = Linears(sizes)
 
