@@ -100,6 +100,7 @@ def test_what_will_not_fit_is_refused(
     assert not Path("r").exists()
 
 
+STEP = np.array([1.0, 0.0], np.float32)  # from one observation to the next
 Step = tuple[list[float], list[bool], list[bool]]
 
 
@@ -112,7 +113,7 @@ def stored(width: int, capacity: int, steps: list[Step]) -> Replay:
     for t, (rew, terminated, last) in enumerate(steps):
         obs = np.array([[t, n] for n in range(width)], np.float32)
         flags = np.array(terminated), np.array(last)
-        replay.add(obs, np.zeros((width, 1)), np.array(rew), obs + [1, 0], *flags, discount=0.5)
+        replay.add(obs, np.zeros((width, 1)), np.array(rew), obs + STEP, *flags, discount=0.5)
     return replay
 
 
@@ -153,6 +154,6 @@ def test_rows_of_several_steps_end_where_environments_were_reset_amid_an_episode
     replay = stored(1, 8, [([1.0], [False], [False])] * 2)
     reset = np.array([[7.0, 0.0]], np.float32)
     flags = np.zeros(1, bool), np.zeros(1, bool)
-    replay.add(reset, np.zeros((1, 1)), np.ones(1), reset + [1, 0], *flags, discount=0.5)
+    replay.add(reset, np.zeros((1, 1)), np.ones(1), reset + STEP, *flags, discount=0.5)
     assert over(replay, 0, 5) == (1.5, 0.25, 2.0, False)
     assert over(replay, 2, 5) == (1.0, 0.5, 8.0, False)
