@@ -88,7 +88,7 @@ def restore(env: gym.Env[Any, Any], state: Snapshot) -> None:
     if type(base) in CLASSIC:
         base.state = np.array(state["state"])  # type: ignore[attr-defined]
         if isinstance(base, CartPoleEnv):
-            beyond = int(state["beyond"])
+            beyond = int(state["beyond"][0])
             steps = None if beyond < 0 else beyond
             base.steps_beyond_terminated = steps  # type: ignore[assignment]
         return
@@ -132,7 +132,7 @@ def _inner(base: gym.Env[Any, Any]) -> Snapshot | None:
         if not isinstance(base, CartPoleEnv):
             return {"state": held}
         beyond = base.steps_beyond_terminated
-        return {"state": held, "beyond": np.array(-1 if beyond is None else beyond, np.int64)}
+        return {"state": held, "beyond": np.array([-1 if beyond is None else beyond], np.int64)}
     ours = type(base).__module__.startswith("gymnasium.envs.mujoco.")
     if not (isinstance(base, MujocoEnv) and ours):
         return None

@@ -97,8 +97,8 @@ DQN = dqn_config(
 
 @contextmanager
 def trained(algo: str, kind: str, seed: int, *, shuffled: bool = False) -> Iterator[Trainer]:
-    task: type[gym.Env[Any, Any]] = Sign if algo == "dqn" else Identity
-    env = registered(task.__name__, task, limit=1, shuffled=shuffled)
+    made = Sign if algo == "dqn" else Identity
+    env = registered(made.__name__, made, limit=1, shuffled=shuffled)
     config = small_config(
         env=env, total_steps=STEPS, steps_per_epoch=STEPS, eval_episodes=1, seed=seed
     )

@@ -287,9 +287,9 @@ def test_dqn_updates_of_replayed_rows(clipped: float, monkeypatch: pytest.Monkey
         policy_kwargs={"net_arch": [16, 12]},
     )
     theirs.set_logger(Logger(None, []))
-    weights, biases = [x.weight_IN for x in actor.layers], [x.bias_N for x in actor.layers]
     for net in (theirs.q_net, theirs.q_net_target):
-        give(linears(net.q_net), weights, biases)
+        layers = actor.layers
+        give(linears(net.q_net), [x.weight_IN for x in layers], [x.bias_N for x in layers])
     for number, batch in enumerate(cut(transitions(7 * 32, torch.float32), 32)):
         batch = batch._replace(act=nn.functional.one_hot((batch.act[:, 0] > 0).long(), 2).float())
         act, end = batch.act[:, 1:].long(), batch.terminated.float().unsqueeze(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +146,7 @@ def test_two_workers_are_one_with_both_batches(kind: str, kernel: str) -> None:
     for _ in range(3):
         whole.learn(rows, 1)
         parts = [Batch(*(field[i::2] for field in rows)) for i in range(2)]
-        calls = [lambda own=own, part=part: own.learn(part, 1)
-                 for own, part in zip(both, parts, strict=True)]  # fmt: skip
-        run_in_threads(calls)
+        run_in_threads([partial(own.learn, part, 1) for own, part in zip(both, parts, strict=True)])
     first, second = (own.actor_optimizer.flat for own in both)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, whole.actor_optimizer.flat, rtol=1e-4, atol=1e-5)
@@ -185,7 +184,8 @@ def test_an_action_is_the_largest_entry_and_the_first_of_equals() -> None:
     task = Task("any", (1,), (), np.empty(0), np.empty(0), 9, choices=range(-1, 2))
     assert (task.act_dim, task.kind) == (3, "discrete")
     acts = task.to_env(np.array([[0.1, -2.0, 0.0], [0.0, 7.0, 7.0], [-3.0, -2.0, -1.0]]))
-    assert (acts.dtype, acts.tolist()) == (np.int64, [-1, 0, 1])
+    assert acts.dtype == np.int64
+    assert acts.tolist() == [-1, 0, 1]
 
 
 def task(kind: str) -> Task:
@@ -237,7 +237,9 @@ def test_a_run_its_policy_and_what_reads_it(
     assert policy.task.choices == range(2)
     obs = np.random.default_rng(0).normal(size=(50, 4))
     many = policy(obs)
-    assert (many.dtype, many.shape, set(many.tolist())) == (np.int64, (50,), {0, 1})
+    assert many.dtype == np.int64
+    assert many.shape == (50,)
+    assert set(many.tolist()) == {0, 1}
     one, _ = policy.predict(obs[3])
     assert isinstance(one, np.int64)
     assert one == many[3]

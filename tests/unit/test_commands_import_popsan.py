@@ -249,3 +249,4 @@ def test_one_bound_for_all_actions(files: Path, monkeypatch: pytest.MonkeyPatch)
                                 "act_high": np.array([high])})  # fmt: skip
         monkeypatch.setattr("spikerl.commands.import_popsan.task_of", lambda env, odd=odd: odd)
         assert "one symmetric bound" in bring().line
+    assert "env=CartPole-v1: such code acts continuously" in bring("env=CartPole").line
