@@ -231,7 +231,7 @@ def test_a_run_its_policy_and_what_reads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    own = ["algo.duelling=true", "algo.n_step=3", "run_dir=run"]
+    own = ["algo.duelling=true", "algo.n_step=3", "run_dir=run", "logger=[]", "total_steps=150"]
     assert spikerl("train", *CARTPOLE, *own).status == 0
     policy = library.load_policy("run")
     assert policy.task.choices == range(2)
