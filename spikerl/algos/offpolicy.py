@@ -110,8 +110,8 @@ class OffPolicy(Learner):
         most = max(BATCHES_AT_ONCE // self.batches_per_update, 1)
         while len(metrics) < gradient_steps:
             count = min(gradient_steps - len(metrics), most)
-            batches = count * self.batches_per_update
-            rows = replay.sample(batches * batch_size, generator, normalize, self.n_step)
+            size = count * self.batches_per_update * batch_size
+            rows = replay.sample(size, generator, normalize, self.n_step)
             metrics += self.learn(rows, count)
         return metrics
 
