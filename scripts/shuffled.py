@@ -1,4 +1,4 @@
-"""Pendulum and CartPole whose rewards come in random order: the control that nothing can learn from.
+"""Pendulum and CartPole with rewards in random order: the control that nothing can learn from.
 
 `PYTHONPATH=scripts spikerl train env=gym env.id=shuffled:ShuffledPendulum-v0 ...` trains on it, and
 `spikerl eval run=RUN env_id=Pendulum-v1` says what came of it. CartPole gives 1 at every step, in
