@@ -1,7 +1,8 @@
-"""Pendulum whose rewards come in random order: the control that nothing can learn from.
+"""Pendulum and CartPole with rewards in random order: the control that nothing can learn from.
 
 `PYTHONPATH=scripts spikerl train env=gym env.id=shuffled:ShuffledPendulum-v0 ...` trains on it, and
-`spikerl eval run=RUN env_id=Pendulum-v1` says what came of it.
+`spikerl eval run=RUN env_id=Pendulum-v1` says what came of it. CartPole gives 1 at every step, in
+whatever order; here it gives -1 where the pole falls and 0 elsewhere, and that is shuffled.
 """
 
 from __future__ import annotations
@@ -36,4 +37,9 @@ def make(**kwargs: Any) -> gym.Env[Any, Any]:
     return Shuffled(gym.make("Pendulum-v1", **kwargs))
 
 
+def make_cartpole(**kwargs: Any) -> gym.Env[Any, Any]:
+    return Shuffled(gym.make("CartPole-v1", sutton_barto_reward=True, **kwargs))
+
+
 gym.register("ShuffledPendulum-v0", make, max_episode_steps=200)
+gym.register("ShuffledCartPole-v0", make_cartpole, max_episode_steps=500)

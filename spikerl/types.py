@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     """Transitions as the losses see them; truncation is deliberately not a field."""
 
     obs: Tensor  # (B, O) normalised
-    act: Tensor  # (B, A) in [-1, 1]
+    act: Tensor  # (B, A) in [-1, 1]; one-hot where actions are discrete
     rew: Tensor  # (B,)
     next_obs: Tensor  # (B, O) normalised; the true successor, never a reset observation
     terminated: Tensor  # (B,) bool
@@ -87,7 +87,8 @@ class Task:
     """What a policy must know of its environment.
 
     Inside the program every action lies in [-1, 1]; `to_env` is the only place where it gets the
-    environment's units, each entry with its own bounds.
+    environment's units, each entry with its own bounds. Where the environment's actions are
+    numbers, an action has an entry for each of them, and the largest is the one that is meant.
     """
 
     env_id: str
@@ -97,6 +98,7 @@ class Task:
     act_high: np.ndarray  # (A,) float64
     max_episode_steps: int
     act_dtype: str = "float32"  # or float16
+    choices: range | None = None  # the actions of a Discrete space; None where they are continuous
     layout: tuple[Entry, ...] = ()  # of dictionary observations
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
     env_wrappers: tuple[Any, ...] = ()
@@ -107,10 +109,18 @@ class Task:
 
     @property
     def act_dim(self) -> int:
-        return math.prod(self.act_shape)
+        return math.prod(self.act_shape) if self.choices is None else len(self.choices)
+
+    @property
+    def kind(self) -> str:
+        return "continuous" if self.choices is None else "discrete"
 
     def to_env(self, act: np.ndarray) -> np.ndarray:
-        """Map actions (..., A) in [-1, 1] to (..., *act_shape) in the environment's units."""
+        """Map actions (..., A) in [-1, 1] to (..., *act_shape) in the environment's units; where it
+        has numbered actions, values (..., A) of each to the number (...) of the first largest.
+        """
+        if self.choices is not None:
+            return np.asarray(act.argmax(-1) + self.choices.start, np.int64)
         low, half_range, least, most = self.units
         scaled = (low + (act + 1.0) * half_range).astype(np.float32)
         scaled = self.typed(np.minimum(np.maximum(scaled, least), most))

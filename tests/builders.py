@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from spikerl.algos.ddpg import DDPGConfig
+from spikerl.algos.dqn import DQNConfig
 from spikerl.algos.ppo import PPOConfig
 from spikerl.algos.proxy_td3 import ProxyTD3Config
 from spikerl.algos.sac import SACConfig
@@ -20,7 +21,7 @@ from spikerl.envs.make import EnvConfig
 from spikerl.models.actor import ActorConfig, CareBNConfig, MLPConfig, PopSANConfig, SpikingActor
 from spikerl.models.critic import Critics
 from spikerl.models.precision import PrecisionConfig
-from spikerl.snn.decoders import DecoderConfig, MembraneConfig, RateConfig
+from spikerl.snn.decoders import DecoderConfig, MembraneConfig, RateConfig, VoltageConfig
 from spikerl.snn.encoders import EncoderConfig, PopulationConfig
 from spikerl.snn.linear import ListOf
 from spikerl.snn.neurons import (
@@ -94,6 +95,10 @@ RATE = RateConfig(name="rate", pop_size=10)
 def membrane_config(**changes: Any) -> MembraneConfig:
     own: dict[str, Any] = {"name": "membrane", "pop_size": 10, "voltage_decay": 1.0, "read": "last"}
     return MembraneConfig(**(own | changes))
+
+
+def voltage_config(read: str = "last", voltage_decay: float = 0.5) -> VoltageConfig:
+    return VoltageConfig(name="voltage", read=read, voltage_decay=voltage_decay)
 
 
 def popsan_config(hidden: list[int], spike_steps: int = 5, **changes: Any) -> PopSANConfig:
@@ -188,15 +193,29 @@ def ppo_config(**changes: Any) -> PPOConfig:
     return PPOConfig(**(COMMON | own | changes))
 
 
-COMMON: dict[str, Any] = {
+def dqn_config(**changes: Any) -> DQNConfig:
+    own = {
+        "name": "dqn",
+        "tau": 1.0,
+        "double": False,
+        "duelling": False,
+        "n_step": 1,
+        "target_interval": 1,
+        "epsilon_start": 1.0,
+        "epsilon_end": 0.1,
+        "epsilon_steps": 100,
+    }
+    return DQNConfig(**(ALL | REPLAYING | own | changes))
+
+
+ALL: dict[str, Any] = {
     "batch_size": 32,
     "gamma": 0.99,
-    "critic_lr": 1e-3,
-    "critic_hidden_sizes": [64, 64],
     "norm_interval": 50,
     "norm_clip": 3.0,
     "max_grad_norm": None,
 }
+COMMON: dict[str, Any] = {**ALL, "critic_lr": 1e-3, "critic_hidden_sizes": [64, 64]}
 REPLAYING: dict[str, Any] = {
     "tau": 0.005,
     "replay_capacity": 1000,
@@ -220,6 +239,11 @@ INVERTED_PENDULUM = EnvConfig(
     id="InvertedPendulum-v5",
     max_episode_steps=50,
     vectorizer="sync",
+)
+
+
+CARTPOLE = EnvConfig(
+    name="CartPole", version="v1", id="CartPole-v1", max_episode_steps=50, vectorizer="sync"
 )
 
 

@@ -27,6 +27,8 @@ def make(env_id: str, max_episode_steps: int | None = None) -> CheckedEnv:
 
 
 def random_actions(space: gym.Space[Any], count: int, seed: int) -> np.ndarray:
+    if isinstance(space, gym.spaces.Discrete):
+        return np.random.default_rng(seed).integers(space.n, size=count)
     assert isinstance(space, gym.spaces.Box)
     size = (count, *space.shape)
     return np.random.default_rng(seed).uniform(space.low, space.high, size).astype(np.float32)

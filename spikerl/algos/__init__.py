@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spikerl.algos.base import AlgoConfig, Learner
 from spikerl.algos.ddpg import DDPG, DDPGConfig
+from spikerl.algos.dqn import DQN, DQNConfig
 from spikerl.algos.ppo import PPO, PPOConfig
 from spikerl.algos.proxy_td3 import ProxyTD3, ProxyTD3Config
 from spikerl.algos.sac import SAC, SACConfig
@@ -17,6 +18,7 @@ ALGOS: Registry[AlgoConfig, Learner] = Registry(
     proxy_td3=(ProxyTD3Config, ProxyTD3),
     sac=(SACConfig, SAC),
     ppo=(PPOConfig, PPO),
+    dqn=(DQNConfig, DQN),
 )
 
 __all__ = ["ALGOS", "AlgoConfig", "Learner"]

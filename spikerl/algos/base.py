@@ -26,22 +26,16 @@ from spikerl.schema import check_sizes
 class AlgoConfig:
     """What every algorithm has; every count of steps is a total over all environments."""
 
-    critics: ClassVar[int]
-
     name: str
     batch_size: int
     gamma: float  # discount per step
-    critic_lr: float
-    critic_hidden_sizes: list[int]
     norm_interval: int | None  # steps between merges of the observation normaliser; null: none
     norm_clip: float | None  # bound of normalised observations; null: they are not clipped
     max_grad_norm: float | None  # of each network's gradient; null: gradients are not clipped
 
     def __post_init__(self) -> None:
-        check_sizes("algo.critic_hidden_sizes", self.critic_hidden_sizes)
         self.check("give at least 1", lambda x: x >= 1, "batch_size")
         self.check("give a value in [0, 1]", lambda x: 0.0 <= x <= 1.0, "gamma")
-        self.check("give a value above 0", lambda x: x > 0.0, "critic_lr")
         self.check("give at least 1, or null", lambda x: x is None or x >= 1, "norm_interval")
         above = "give a value above 0, or null"
         self.check(above, lambda x: x is None or x > 0.0, "norm_clip", "max_grad_norm")
@@ -63,6 +57,21 @@ class AlgoConfig:
     def capacity(self) -> int:
         """Transitions that are kept."""
         raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class CriticsConfig(AlgoConfig):
+    """Of algorithms with critics beside their actor."""
+
+    critics: ClassVar[int]
+
+    critic_lr: float
+    critic_hidden_sizes: list[int]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes("algo.critic_hidden_sizes", self.critic_hidden_sizes)
+        self.check("give a value above 0", lambda x: x > 0.0, "critic_lr")
 
 
 def flatten(module: nn.Module) -> Tensor:
@@ -176,17 +185,21 @@ Metrics = dict[str, Tensor]
 
 
 class Learner:
-    """An actor and critics, and how they learn; what algorithms share."""
+    """An actor and critics, or a network of values, and how they learn; what algorithms share."""
 
     config: AlgoConfig
+    critic: Critics  # of algorithms that have critics
+    critic_optimizer: Optimizer
+    acts: tuple[str, ...] = ("continuous",)  # the kinds of actions that it can learn
     on_policy = False
     random_steps = 0  # the first steps act uniformly at random
+    step = 0  # of the run, over all workers, for schedules; the trainer sets it
     metrics: tuple[str, ...] = ()  # of its updates, beside those that all have
 
     def __init__(
         self,
         actor: Actor,
-        critic: Critics,
+        critic: Critics | None,
         config: AlgoConfig,
         *,
         actor_lr: float,
@@ -196,7 +209,8 @@ class Learner:
         weight: float = 1.0,
     ) -> None:
         self.config, self.generator, self.world = config, generator, world
-        self.actor, self.critic, self.kernel = actor, critic, kernels.named(critic.kernel)
+        kernel = actor.kernel if critic is None else critic.kernel
+        self.actor, self.kernel = actor, kernels.named(kernel)
         self.guard = Guard(generator.device, scales_loss=scales_loss)
         self.optimizer = partial(
             Optimizer,
@@ -204,12 +218,15 @@ class Learner:
             max_grad_norm=config.max_grad_norm,
             world=world,
             weight=weight,
-            kernel=critic.kernel,
+            kernel=kernel,
         )
-        self.critic_optimizer = self.optimizer(critic, config.critic_lr)
-        self.actor_optimizer = self.optimizer(actor, actor_lr)
         # What an update depends on and changes, by the names that checkpoints have for it.
-        self.optimizers = {"critic": self.critic_optimizer, "actor": self.actor_optimizer}
+        self.optimizers: dict[str, Optimizer] = {}
+        if critic is not None:
+            assert isinstance(config, CriticsConfig)
+            self.critic, self.critic_optimizer = critic, self.optimizer(critic, config.critic_lr)
+            self.optimizers["critic"] = self.critic_optimizer
+        self.actor_optimizer = self.optimizers["actor"] = self.optimizer(actor, actor_lr)
         self.targets: dict[str, Tensor] = {}
         self.acting: Actor = actor  # explores
         self.acting_flat = self.actor_optimizer.flat

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spikerl.algos.base import AlgoConfig, Learner, Metrics, flatten, normal_like
+from spikerl.algos.base import AlgoConfig, CriticsConfig, Learner, Metrics, flatten, normal_like
 from spikerl.algos.graphs import Graphed
 from spikerl.algos.replay import Replay
 from spikerl.models.actor import Actor
@@ -24,9 +24,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(kw_only=True)
-class OffPolicyConfig(AlgoConfig):
-    critics: ClassVar[int] = 2
-
+class ReplayConfig(AlgoConfig):
     tau: float  # target <- (1 - tau) target + tau online
     replay_capacity: int  # transitions
     random_steps: int  # the first steps act uniformly at random
@@ -52,6 +50,11 @@ class OffPolicyConfig(AlgoConfig):
         return int(updates + 1e-6)  # 100 * 0.29 is 28.999...
 
 
+@dataclass(kw_only=True)
+class OffPolicyConfig(ReplayConfig, CriticsConfig):
+    critics: ClassVar[int] = 2
+
+
 class OffPolicy(Learner):
     """Updates from replayed rows, with target networks.
 
@@ -59,20 +62,22 @@ class OffPolicy(Learner):
     round: they have the same targets, whose values are then computed in one pass.
     """
 
-    config: OffPolicyConfig
+    config: ReplayConfig
+    n_step = 1  # steps that a replayed transition spans
     batches_per_update = 1
     policy_delay = 1  # actor and targets change on one update of so many:
     first_policy_update = 0  # on this one first, counted from 0
 
     def __init__(
-        self, actor: Actor, critic: Critics, config: OffPolicyConfig, **settings: Any
+        self, actor: Actor, critic: Critics | None, config: ReplayConfig, **settings: Any
     ) -> None:
         super().__init__(actor, critic, config, **settings)
         self.random_steps = config.random_steps
-        self.critic_target = self.add_target("critic", critic)
         self.graph: Graphed | None = None
-        if critic.kernel == "triton/graphs":
-            self.graph = Graphed(self.whole_round, self.generator)
+        if critic is not None:
+            self.critic_target = self.add_target("critic", critic)
+            if critic.kernel == "triton/graphs":
+                self.graph = Graphed(self.whole_round, self.generator)
 
     def add_target(self, name: str, module: M) -> M:
         """A target network of a module, which `update_targets` averages."""
@@ -105,7 +110,8 @@ class OffPolicy(Learner):
         most = max(BATCHES_AT_ONCE // self.batches_per_update, 1)
         while len(metrics) < gradient_steps:
             count = min(gradient_steps - len(metrics), most)
-            rows = replay.sample(count * self.batches_per_update * batch_size, generator, normalize)
+            size = count * self.batches_per_update * batch_size
+            rows = replay.sample(size, generator, normalize, self.n_step)
             metrics += self.learn(rows, count)
         return metrics
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spikerl.algos.base import AlgoConfig, Learner, Metrics, normal_like
+from spikerl.algos.base import CriticsConfig, Learner, Metrics, normal_like
 from spikerl.algos.replay import Replay
 from spikerl.algos.returns import gae
 from spikerl.models.actor import Actor
@@ -22,7 +22,7 @@ from spikerl.types import Batch
 
 
 @dataclass(kw_only=True)
-class PPOConfig(AlgoConfig):
+class PPOConfig(CriticsConfig):
     critics: ClassVar[int] = 1
 
     rollout_steps: int  # steps, over all environments, that the policy is then updated with

@@ -109,10 +109,40 @@ class Replay:
         count: int,
         generator: torch.Generator,
         normalize: Callable[[Tensor], Tensor],
+        n_step: int = 1,
     ) -> Batch:
-        """Rows drawn with replacement, their observations normalised."""
+        """Rows drawn with replacement, their observations normalised; of `n_step` steps each, of
+        fewer where an episode ends or its next step is not stored.
+        """
         index = torch.randint(self.size, (count,), generator=generator, dtype=torch.int64)
-        return self._batch(self.rows[index.to(self.rows.device)], normalize)[0]
+        index = index.to(self.rows.device)
+        rows = self.rows[index] if n_step == 1 else self._over(index, n_step)
+        return self._batch(rows, normalize)[0]
+
+    def _over(self, index: Tensor, n_step: int) -> Tensor:
+        """Rows from there over up to `n_step` steps: their rewards' discounted sum, the product of
+        their discounts, and the end of the last of them.
+        """
+        O, rew = self.obs_dim, 2 * self.obs_dim + self.act_dim  # noqa: E741
+        newest = self.added - 1
+        number = newest - (newest - index) % self.capacity  # of the last step so far
+        whole = self.rows[index]
+        end = whole.clone()
+        for _ in range(n_step - 1):
+            following = number + self.width
+            there = following <= newest
+            following = torch.where(there, following, number)
+            step = self.rows[following % self.capacity]
+            # It begins where the last one ended: not so behind a resume that reset environments.
+            there &= (step[:, :O] == end[:, O : 2 * O]).all(-1) & (end[:, rew + 2] == 0.0)
+            discount = whole[:, -1]
+            whole[:, rew] += torch.where(there, discount * step[:, rew], 0.0)
+            whole[:, -1] = torch.where(there, discount * step[:, -1], discount)
+            number = torch.where(there, following, number)
+            end = torch.where(there.unsqueeze(1), step, end)
+        whole[:, O : 2 * O] = end[:, O : 2 * O]
+        whole[:, rew + 1 : rew + 3] = end[:, rew + 1 : rew + 3]
+        return whole
 
     def newest(self, count: int, normalize: Callable[[Tensor], Tensor]) -> tuple[Batch, Tensor]:
         """The newest rows as they came, step by step and environment by environment; of each,

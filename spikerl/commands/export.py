@@ -119,6 +119,9 @@ def policy_of(request: ExportRequest) -> Policy:
     if isinstance(policy.actor, SpikingActor) and len(policy.actor.norms):
         remedy = "its batch normalisation is not folded into weights; give a policy that acts"
         raise BadRequest("run", request.run, remedy)
+    if policy.task.choices is not None:
+        remedy = "a file holds continuous actions, and its policy chooses one of"
+        raise BadRequest("run", request.run, f"{remedy} {policy.task.act_dim}; use load_policy")
     if policy.norm.far:
         remedy = "an observation entry lies so far from 0 that a file's float32 loses its digits;"
         remedy += " subtract a constant from it in the environment"

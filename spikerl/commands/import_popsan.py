@@ -93,6 +93,9 @@ def settle(data: dict[str, Any], foreign: Foreign, *, normalises: bool) -> None:
 
 
 def check_task(task: Task, foreign: Foreign, key: str, model: Path) -> None:
+    if task.choices is not None:
+        raise BadRequest("env", task.env_id, "such code acts continuously, and this task's actions"
+                         " are discrete")  # fmt: skip
     if (task.obs_dim, task.act_dim) != (foreign.obs, foreign.act):
         remedy = (
             f"the policy maps {foreign.obs} observations to {foreign.act} actions,"

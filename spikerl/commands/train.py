@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from spikerl.config.build import Config, build
+from spikerl.config.build import Config, build, check_actions
 from spikerl.config.memory import check_memory
 from spikerl.distributed import launch, mpi
 from spikerl.distributed.launchers import ranked
@@ -178,6 +178,7 @@ def task_for(config: Config) -> Task:
     env = make_env(config.env)
     env_task = task_of(env)
     env.close()
+    check_actions(config.algo, env_task)
     return env_task
 
 

@@ -12,7 +12,7 @@ import torch
 
 from spikerl import kernels, plugins
 from spikerl.algos import ALGOS, AlgoConfig
-from spikerl.algos.offpolicy import OffPolicyConfig
+from spikerl.algos.offpolicy import ReplayConfig
 from spikerl.algos.ppo import PPOConfig
 from spikerl.distributed import hosts
 from spikerl.distributed.launchers import ranked
@@ -34,7 +34,7 @@ from spikerl.models.policy import ACTOR_GROUPS, CHOICES, parse_actor
 from spikerl.models.precision import PRECISIONS, PrecisionConfig, check_precision
 from spikerl.runs.loggers import check_loggers
 from spikerl.schema import parse
-from spikerl.types import Resolved
+from spikerl.types import Resolved, Task
 
 MOST = 4096  # environments, workers, threads: a config file starts no more processes
 GROUPS = ("env", *ACTOR_GROUPS, "algo", "precision", "kernel", "backend", "energy")
@@ -231,12 +231,20 @@ def check_shares(run: RunConfig, algo: AlgoConfig, world_size: int) -> None:
     if run.scaling == "strong" and algo.batch_size < world_size:
         remedy = f"algo.batch_size={algo.batch_size} has fewer rows than that; use fewer workers"
         raise BadRequest("world_size", world_size, remedy)
-    if isinstance(algo, OffPolicyConfig) and algo.replay_capacity < num_envs:
+    if isinstance(algo, ReplayConfig) and algo.replay_capacity < num_envs:
         remedy = f"give at least num_envs={num_envs}, a row for each environment"
         raise BadRequest("algo.replay_capacity", algo.replay_capacity, remedy)
     if isinstance(algo, PPOConfig) and algo.rollout_steps % num_envs:
         remedy = f"give a multiple of num_envs={num_envs}"
         raise BadRequest("algo.rollout_steps", algo.rollout_steps, remedy)
+
+
+def check_actions(algo: AlgoConfig, task: Task) -> None:
+    """Refuse an algorithm that does not learn the task's kind of actions."""
+    if task.kind not in ALGOS.part(algo).acts:
+        fit = [name for name, (_, learner) in ALGOS.options.items() if task.kind in learner.acts]
+        remedy = f"the actions of {task.env_id} are {task.kind}; use algo={' or '.join(fit)}"
+        raise BadRequest("algo", algo.name, remedy)
 
 
 def check_together(algo: AlgoConfig, actor: ActorConfig, kernel: kernels.KernelConfig) -> None:

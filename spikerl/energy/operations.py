@@ -378,6 +378,13 @@ def _membrane(decoder: Any, spikes_TBN: Tensor, steps: float) -> Count:
     return Count("decoder", synapses, updates=updates, update=LEAKY, functions=actions)
 
 
+def _voltage(decoder: Any, spikes_TBN: Tensor, steps: float) -> Count:
+    weight_NA = decoder.map.weight_IN
+    updates, actions = steps * weight_NA.shape[1], weight_NA.shape[1]
+    synapses = through(spikes_TBN, weight_NA, True)
+    return Count("decoder", synapses, updates=updates, update=LEAKY, functions=actions)
+
+
 def _learned_decoder(decoder: Any, spikes_TBN: Tensor, steps: float) -> Count:
     over_time = spikes_TBN.transpose(0, 1).flatten(1)
     first = through(over_time, decoder.over_time.weight_IN, True)
@@ -399,4 +406,5 @@ DECODERS: dict[type[decoders.Decoder], Callable[[Any, Tensor, float], Count]] = 
     decoders.ILCDecoder: _membrane,
     decoders.LinearDecoder: _linear,
     decoders.LearnedDecoder: _learned_decoder,
+    decoders.VoltageDecoder: _voltage,
 }

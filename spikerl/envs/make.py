@@ -1,5 +1,5 @@
 """Environments: any registered Gymnasium task with Box observations, or dictionaries of them, and
-bounded Box actions.
+bounded Box or Discrete actions.
 
 Shape legend   N environments, O observation entries, A action entries.
 """
@@ -231,19 +231,23 @@ def _made(config: EnvConfig, key: str, value: str | None) -> CheckedEnv:
 def task_of(env: CheckedEnv) -> Task:
     """What a policy must know of `env`."""
     space = env.action_space
-    assert isinstance(space, gym.spaces.Box)
     assert env.spec is not None
-    low, high = (np.asarray(bound, np.float64).ravel() for bound in (space.low, space.high))
     limit = _step_limit(env)
     assert limit is not None
+    choices, bounds = None, (np.empty(0), np.empty(0))
+    if isinstance(space, gym.spaces.Discrete):
+        choices = range(int(space.start), int(space.start + space.n))
+    else:
+        assert isinstance(space, gym.spaces.Box)
+        bounds = (np.array(space.low, np.float64).ravel(), np.array(space.high, np.float64).ravel())
     return Task(
         env.spec.id,
         env.shape,
-        tuple(space.shape),
-        low,
-        high,
+        tuple(space.shape or ()),
+        *bounds,
         limit,
         act_dtype="float16" if space.dtype == np.float16 else "float32",
+        choices=choices,
         layout=env.layout,
         env_kwargs=env.config.kwargs or {},
         env_wrappers=tuple(env.config.wrappers or ()),
@@ -287,9 +291,15 @@ def _check_spaces(env: gym.Env[Any, Any], config: EnvConfig) -> None:
         raise BadRequest("env.id", env_id, remedy) from None
     if not size:
         raise BadRequest("env.id", env_id, "its observations are empty")
+    if isinstance(act, gym.spaces.Discrete):
+        if act.n < 2:
+            raise BadRequest("env.id", env_id, "it has one action, which leaves no choice")
+        if config.action_bounds == "first":
+            raise BadRequest("env.action_bounds", "first", "its actions have no bounds; give each")
+        return
     if not isinstance(act, gym.spaces.Box) or not np.prod(act.shape):
-        kind = type(act).__name__
-        raise BadRequest("env.id", env_id, f"its actions are {kind}; a Box (continuous) is needed")
+        remedy = f"its actions are {type(act).__name__}; a Box (continuous) or Discrete is needed"
+        raise BadRequest("env.id", env_id, remedy)
     if not np.issubdtype(act.dtype, np.floating):
         raise BadRequest("env.id", env_id, f"its actions are {act.dtype}; floats are needed")
     if not (np.isfinite(act.low).all() and np.isfinite(act.high).all()):

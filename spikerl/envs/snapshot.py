@@ -8,7 +8,8 @@ What a snapshot holds:
   positions, velocities, activations, controls, warm start of the solver, applied forces, ...);
   `xpos` and `xipos`, where the bodies were before the last substep. Ant and Reacher-v4 (xpos) and
   Humanoid (xipos) read these before they step, and no later state gives them back.
-- Pendulum: `state`, its angle and speed.
+- Classic control: `state`, Pendulum's angle and speed, and what CartPole, Acrobot and MountainCar
+  call theirs; CartPole: `beyond`, steps since its pole fell, -1 while it stands.
 
 Left out, because nothing reads it before it is computed anew: all else in MjData, goals (they are
 in the positions), the spaces' generators (nothing samples a space), what is only drawn.
@@ -24,6 +25,9 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import mujoco
 import numpy as np
+from gymnasium.envs.classic_control.acrobot import AcrobotEnv
+from gymnasium.envs.classic_control.cartpole import CartPoleEnv
+from gymnasium.envs.classic_control.mountain_car import MountainCarEnv
 from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.wrappers import (
@@ -42,6 +46,8 @@ INTEGRATION = int(mujoco.mjtState.mjSTATE_INTEGRATION)  # type: ignore[attr-defi
 SLEEP = int(mujoco.mjtEnableBit.mjENBL_SLEEP)  # type: ignore[attr-defined]
 READ_BEFORE_STEP = ("xpos", "xipos")
 WORD = (1 << 64) - 1
+# Their state's entries.
+CLASSIC = {PendulumEnv: 2, CartPoleEnv: 4, AcrobotEnv: 4, MountainCarEnv: 2}
 STATELESS = (
     *(ClipReward, FlattenObservation, RescaleAction),
     *(RescaleObservation, ReshapeObservation),
@@ -79,8 +85,12 @@ def restore(env: gym.Env[Any, Any], state: Snapshot) -> None:
     for order in layers.orders:
         order._has_reset = True
     base.np_random = _generator(state["random"])
-    if isinstance(base, PendulumEnv):
-        base.state = np.array(state["state"])
+    if type(base) in CLASSIC:
+        base.state = np.array(state["state"])  # type: ignore[attr-defined]
+        if isinstance(base, CartPoleEnv):
+            beyond = int(state["beyond"][0])
+            steps = None if beyond < 0 else beyond
+            base.steps_beyond_terminated = steps  # type: ignore[assignment]
         return
     assert isinstance(base, MujocoEnv)
     mujoco.mj_resetData(base.model, base.data)  # type: ignore[attr-defined]
@@ -116,8 +126,13 @@ def _layers(env: gym.Env[Any, Any]) -> _Layers | None:
 
 def _inner(base: gym.Env[Any, Any]) -> Snapshot | None:
     """What the environment itself keeps between steps; None where that is not known."""
-    if type(base) is PendulumEnv:
-        return {"state": np.array(getattr(base, "state", np.zeros(2)))}
+    if type(base) in CLASSIC:
+        held = getattr(base, "state", None)
+        held = np.zeros(CLASSIC[type(base)]) if held is None else np.array(held, np.float64)
+        if not isinstance(base, CartPoleEnv):
+            return {"state": held}
+        beyond = base.steps_beyond_terminated
+        return {"state": held, "beyond": np.array([-1 if beyond is None else beyond], np.int64)}
     ours = type(base).__module__.startswith("gymnasium.envs.mujoco.")
     if not (isinstance(base, MujocoEnv) and ours):
         return None

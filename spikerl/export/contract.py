@@ -49,6 +49,8 @@ DECODERS = {
     "ilc": f"{MEMBRANE}; y is what `read` names of V; the population's spikes of the step before"
     " drive it through a lateral matrix",
     "linear": "y = mean(o) W + b of the last hidden layer",
+    "voltage": "V = voltage_decay V + (1 - voltage_decay) (o W + b) at each spike step, per action,"
+    " o of the last hidden layer; y is what `read` names of V",
     "learned": "y = (o W1 + b1) W2 + b2, o all spike steps of the last hidden layer",
 }
 EARLY_EXIT = (

@@ -72,6 +72,8 @@ def encoder_verdict(format: str, name: str) -> Verdict:
 def decoder_verdict(format: str, name: str) -> Verdict:
     if name not in DECODERS:
         return Verdict(REFUSED, "a plugin's equation is not known here")
+    if name == "voltage":
+        return Verdict(REFUSED, "it reads values, and files hold actions alone")
     if format in ("c", "onnx"):
         return YES
     if name == "learned":

@@ -79,7 +79,7 @@ class Policy:
         self.compression: Compression | None = None
 
     def _one_action(self) -> kernels.cpu.OneAction | None:
-        if not isinstance(self.actor, SpikingActor):
+        if not isinstance(self.actor, SpikingActor) or self.task.choices is not None:
             return None
         return kernels.one_action(self.actor.kernel, self.actor, self.task)
 
@@ -106,8 +106,10 @@ class Policy:
         environment's are dictionaries, such a one, or what it is flat.
 
         `carried`: of this episode's decisions, `policy.carried()` at its first, where that is not
-        None. Raises TypeError for other than real numbers, ValueError for another shape than
-        (*obs_shape) or (B, *obs_shape), or a value that is not finite.
+        None. Discrete actions are numbers of int64, one (a scalar) for each observation.
+
+        Raises TypeError for other than real numbers, ValueError for another shape than (*obs_shape)
+        or (B, *obs_shape), or a value that is not finite.
         """
         if self.pid != os.getpid():
             leave_thread_pool()
@@ -154,13 +156,16 @@ class Policy:
     def act(
         self, obs_BO: np.ndarray, generator: torch.Generator, carried: Carried | None = None
     ) -> np.ndarray:
-        """Actions (B, A) in [-1, 1]; `carried` as in a call."""
+        """Actions (B, A) in [-1, 1], or a value of each where they are discrete; `carried` as in a
+        call.
+        """
         obs = self.observe(obs_BO)
         if isinstance(self.actor, SpikingActor) and self.actor.carries:
             if carried is None:
                 raise ValueError("a decision depends on the one before: give carried")
             return reference.decide(self.actor, obs, generator, carried).cpu().numpy()
-        return self.actor(obs, generator).cpu().numpy()
+        acts = self.actor if self.task.choices is None else self.actor.mean
+        return acts(obs, generator).cpu().numpy()
 
     def observe(self, obs_BO: np.ndarray) -> Tensor:
         """What the actor sees of raw observations, (B, O)."""
@@ -206,10 +211,15 @@ def leave_thread_pool() -> None:
 
 def check_shapes(key: str, value: object, policy: Task, task: Task) -> None:
     """Refuse a policy whose observations or actions have other shapes than the task's."""
-    theirs, ours = (policy.obs_shape, policy.act_shape), (task.obs_shape, task.act_shape)
-    if theirs != ours:
-        remedy = f"its policy maps {theirs[0]} to {theirs[1]} ({policy.env_id}),"
-        raise BadRequest(key, value, f"{remedy} but {task.env_id} needs {ours[0]} to {ours[1]}")
+    (obs, act), (our_obs, our_act) = (_shapes(one) for one in (policy, task))
+    if (obs, act) != (our_obs, our_act):
+        remedy = f"its policy maps {obs} to {act} ({policy.env_id}),"
+        raise BadRequest(key, value, f"{remedy} but {task.env_id} needs {our_obs} to {our_act}")
+
+
+def _shapes(task: Task) -> tuple[str, str]:
+    act = task.act_shape if task.choices is None else f"one of {task.act_dim} actions"
+    return str(task.obs_shape), str(act)
 
 
 def load_policy(
@@ -286,7 +296,8 @@ def read_task(data: dict[str, Any]) -> Task:
         raise ValueError("obs_shape, act_shape or max_episode_steps")
     if task.max_episode_steps > MAX_EPISODE_STEPS:
         raise ValueError(f"max_episode_steps, which is above {MAX_EPISODE_STEPS}")
-    if task.act_low.shape != (task.act_dim,) or task.act_high.shape != (task.act_dim,):
+    bounded = (task.act_dim if task.choices is None else 0,)
+    if task.act_low.shape != bounded or task.act_high.shape != bounded:
         raise ValueError("act_low and act_high, which do not fit act_shape")
     if not np.isfinite([task.act_low, task.act_high]).all():
         raise ValueError("act_low or act_high, which are not finite")
@@ -307,11 +318,19 @@ def _optional(task: Task) -> dict[str, Any]:
     layout = [[list(entry.path), list(entry.shape), entry.start] for entry in task.layout]
     every = {
         "act_dtype": task.act_dtype if task.act_dtype != "float32" else None,
+        "act_choices": [task.choices.start, task.choices.stop] if task.choices else None,
         "obs_layout": layout,
         "env_kwargs": dict(task.env_kwargs),
         "env_wrappers": list(task.env_wrappers),
     }
     return {key: value for key, value in every.items() if value}
+
+
+def _two(value: Any) -> tuple[int, int]:
+    first, last = value
+    if not all(type(n) is int and abs(n) < 1 << 62 for n in value):
+        raise ValueError("act_choices, which are no whole numbers")
+    return first, last
 
 
 def _read_optional(data: dict[str, Any]) -> dict[str, Any]:
@@ -330,8 +349,12 @@ def _read_optional(data: dict[str, Any]) -> dict[str, Any]:
     kwargs, wrappers = data.get("env_kwargs", {}), data.get("env_wrappers", [])
     if not isinstance(kwargs, dict) or not isinstance(wrappers, list):
         raise ValueError("env_kwargs or env_wrappers")
+    choices = range(*_two(data["act_choices"])) if "act_choices" in data else None
+    if choices is not None and (len(choices) < 2 or data["act_shape"] != []):
+        raise ValueError("act_choices, which are fewer than 2 or have a shape")
     return {
         "act_dtype": data.get("act_dtype", "float32"),
+        "choices": choices,
         "layout": layout,
         "env_kwargs": kwargs,
         "env_wrappers": tuple(wrappers),

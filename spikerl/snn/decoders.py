@@ -5,10 +5,12 @@ one population.
 
 `rate`       an output population for each action entry; an affine map of its mean firing rate
 `membrane`   the same map at every spike step charges a membrane that never fires: its last, mean
-             or extreme value (ILC-SAN, DSQN)
+             or extreme value (ILC-SAN)
 `ilc`        `membrane`, and connections within each output population (ILC-SAN)
 `learned`    a learned matrix over all spike steps of the last hidden layer (ACSF)
 `linear`     an affine map of the last hidden layer's mean firing rates (converted networks)
+`voltage`    the same map at every spike step charges a membrane that never fires: its last, mean
+             or largest voltage (DSQN)
 """
 
 from __future__ import annotations
@@ -54,6 +56,21 @@ class MembraneConfig(RateConfig):
         super().__post_init__()
         if not 0.0 <= self.voltage_decay <= 1.0:
             raise BadRequest("decoder.voltage_decay", self.voltage_decay, "give a value in [0, 1]")
+        if self.read not in ("last", "mean", "max"):
+            raise BadRequest("decoder.read", self.read, "give last, mean or max")
+
+
+@dataclass(kw_only=True)
+class VoltageConfig(DecoderConfig):
+    """Read-out of values from the membranes of a non-spiking layer (DSQN, arXiv:2201.09754)."""
+
+    voltage_decay: float  # share of the membrane kept from one spike step to the next
+    read: str  # last, mean, max (the largest voltage)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.voltage_decay < 1.0:
+            remedy = "give a value in [0, 1), as a charge counts 1 minus that"
+            raise BadRequest("decoder.voltage_decay", self.voltage_decay, remedy)
         if self.read not in ("last", "mean", "max"):
             raise BadRequest("decoder.read", self.read, "give last, mean or max")
 
@@ -146,6 +163,24 @@ class LinearDecoder(Decoder):
         return self.map(spikes_TBN.mean(0))
 
 
+class VoltageDecoder(LinearDecoder):
+    """V = decay V + (1 - decay) (o W + b) at every spike step."""
+
+    config: VoltageConfig
+
+    def forward(self, spikes_TBN: Tensor) -> Tensor:
+        decay, voltages = self.config.voltage_decay, []
+        charge_TBA = self.map(spikes_TBN.flatten(0, 1)).unflatten(0, spikes_TBN.shape[:2])
+        voltage = torch.zeros_like(charge_TBA[0])
+        for charge_BA in charge_TBA:
+            voltage = decay * voltage + (1.0 - decay) * charge_BA
+            voltages.append(voltage)
+        if self.config.read == "last":
+            return voltage
+        voltages_TBA = torch.stack(voltages)
+        return voltages_TBA.mean(0) if self.config.read == "mean" else voltages_TBA.amax(0)
+
+
 class LearnedDecoder(Decoder):
     """The learned matrix decoder of the adaptive coding framework (2211.11760), two affine maps.
 
@@ -168,4 +203,5 @@ DECODERS: Registry[DecoderConfig, Decoder] = Registry(
     ilc=(MembraneConfig, ILCDecoder),
     linear=(DecoderConfig, LinearDecoder),
     learned=(DecoderConfig, LearnedDecoder),
+    voltage=(VoltageConfig, VoltageDecoder),
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spikerl import kernels
 from spikerl.algos import ALGOS
+from spikerl.algos.base import CriticsConfig
 from spikerl.algos.replay import Replay
 from spikerl.config.build import Config
 from spikerl.distributed.world import ALONE, World, share
@@ -92,19 +93,21 @@ class Trainer:
                 dtype=c.precision.actor_dtype,
                 kernel=kernel,
             )
-            critic = Critics(
-                task.obs_dim,
-                0 if learner.on_policy else task.act_dim,
-                algo.critic_hidden_sizes,
-                networks=algo.critics,
-                dtype=c.precision.critic_dtype,
-                kernel=kernel,
-            )
+            critic = None
+            if isinstance(algo, CriticsConfig):
+                critic = Critics(
+                    task.obs_dim,
+                    0 if learner.on_policy else task.act_dim,
+                    algo.critic_hidden_sizes,
+                    networks=algo.critics,
+                    dtype=c.precision.critic_dtype,
+                    kernel=kernel,
+                ).to(device)
             if init is not None:
                 copy_weights(actor, init.actor)
             self.algo = learner(
                 actor.to(device),
-                critic.to(device),
+                critic,
                 algo,
                 actor_lr=c.actor.actor.lr,
                 generator=self.streams.update,
@@ -206,7 +209,7 @@ class Trainer:
     def act(self) -> None:
         """One step in every environment, stored with its true successors."""
         algo, explore = self.config.algo, self.streams.explore
-        obs_NO = self.envs.obs
+        obs_NO, self.algo.step = self.envs.obs, self.step
         if self.step < self.algo.random_steps:
             shape = (len(obs_NO), self.task.act_dim)
             uniform = torch.rand(

@@ -102,7 +102,7 @@ REFUSED = [
     ("eval run=null", "run=null: expected str"),
     ("eval run=run device=tpu", "device=tpu: give auto, cpu"),
     ("eval run=run env_id=Pendulum-v1", "env_id=Pendulum-v1: its policy maps (4,) to (1,) (I"),
-    ("eval run=run env_id=CartPole-v1", "env_id=CartPole-v1: its actions are Discrete"),
+    ("eval run=run env_id=CartPole-v1", "env_id=CartPole-v1: its policy maps (4,) to (1,) (I"),
     ("eval run=run env_id=InvertedPendulum-v9", "env_id=InvertedPendulum-v9: "),
     ("eval run=run env_id=nomodule:X-v0", "env_id=nomodule:X-v0: "),
     ("eval run=run env=Ant", "env=Ant: no such key; did you mean env_id?"),
@@ -143,7 +143,7 @@ def copy_of(run: Path, to: Path, **changes: Any) -> Path:
 
 ENVIRONMENTS = {
     "Nowhere-v0": "Nowhere-v0 is no registered environment",
-    "CartPole-v1": "its actions are Discrete",
+    "CartPole-v1": "its policy maps (4,) to (1,) (CartPole-v1), but CartPole-v1 needs (4,) to one",
     "Pendulum-v1": "its policy maps (4,) to (1,) (Pendulum-v1), but Pendulum-v1 needs (3,) to (1,)",
     "os:X-v0": "its environment os:X-v0 names a module to import; confirm with env_id=os:X-v0",
     "X-v0\n\x1b[2J": "policy.json lacks or garbles env_id",

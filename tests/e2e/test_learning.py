@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from builders import (
     ddpg_config,
+    dqn_config,
     popsan_config,
     ppo_config,
     proxy_td3_config,
@@ -58,6 +59,15 @@ class Identity(gym.Env[np.ndarray, np.ndarray]):
         return self.obs, rew, True, False, {}
 
 
+class Sign(Identity):
+    """The same of two actions, the first of which is right below 0."""
+
+    action_space: Any = gym.spaces.Discrete(2)
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        return super().step(self.obs if action == (self.obs[0] > 0.0) else self.obs + 1.0)
+
+
 FAST: dict[str, Any] = {
     "batch_size": 32,
     "critic_hidden_sizes": [32, 32],
@@ -79,11 +89,16 @@ ALGOS: dict[str, AlgoConfig] = {
     "sac": sac_config(**FAST, **REPLAYING, temperature=0.02, log_std_hidden_sizes=[16]),
     "ppo": ppo_config(**FAST, rollout_steps=100, epochs=10, log_std=-1.0),
 }
+DQN = dqn_config(
+    **{key: value for key, value in (FAST | REPLAYING).items() if "critic" not in key},
+    epsilon_steps=STEPS,
+)
 
 
 @contextmanager
 def trained(algo: str, kind: str, seed: int, *, shuffled: bool = False) -> Iterator[Trainer]:
-    env = registered("Identity", Identity, limit=1, shuffled=shuffled)
+    made = Sign if algo == "dqn" else Identity
+    env = registered(made.__name__, made, limit=1, shuffled=shuffled)
     config = small_config(
         env=env, total_steps=STEPS, steps_per_epoch=STEPS, eval_episodes=1, seed=seed
     )
@@ -95,7 +110,7 @@ def trained(algo: str, kind: str, seed: int, *, shuffled: bool = False) -> Itera
     config = replace(
         config,
         actor=actor,
-        algo=ALGOS[algo],
+        algo=DQN if algo == "dqn" else ALGOS[algo],
         resolved=replace(config.resolved, kernel=fastest),
     )
     with closing(make_env(env)) as one:
@@ -127,3 +142,22 @@ def test_not_from_shuffled_rewards(algo: str) -> None:
             assert trainer.algo.updates >= 300
             errors.append(error(trainer))
     assert np.mean(errors) > 2 * LEARNED
+
+
+def wrong(trainer: Trainer) -> float:
+    """The share of observations between -1 and 1 for which the policy takes the other action."""
+    obs = np.linspace(-1.0, 1.0, 100)[:, None]
+    return float((trainer.policy(obs) != (obs[:, 0] > 0.0)).mean())
+
+
+def test_of_two_actions_the_right_one_is_learned() -> None:
+    with trained("dqn", "spiking", seed=0) as trainer:
+        assert wrong(trainer) < 0.1
+
+
+def test_of_two_actions_none_is_from_shuffled_rewards() -> None:
+    shares = []
+    for seed in range(2):
+        with trained("dqn", "dense", seed, shuffled=True) as trainer:
+            shares.append(wrong(trainer))
+    assert np.mean(shares) > 0.2

@@ -32,7 +32,7 @@ class Odd(gym.Env[Any, Any]):
 
 ODD: dict[str, dict[str, gym.Space[Any]]] = {
     "TextObs-v0": {"obs": gym.spaces.Dict(a=gym.spaces.Text(3))},
-    "DiscreteAct-v0": {"act": gym.spaces.Discrete(3)},
+    "OddAct-v0": {"act": gym.spaces.MultiBinary(3)},
     "UnboundedAct-v0": {"act": gym.spaces.Box(-np.inf, np.inf, (2,))},
 }
 
@@ -210,9 +210,14 @@ def test_no_meter(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("env_id", [*ODD, "CartPole-v1"])
+@pytest.mark.parametrize("env_id", ODD)
 def test_unusable_environment(said: Said, env_id: str) -> None:
     assert said("train", "env=gym", f"env.id={env_id}").startswith(f"env.id={env_id}: its ")
+
+
+def test_discrete_actions(said: Said) -> None:
+    line = said("train", "env=gym", "env.id=CartPole-v1")
+    assert line == "algo=td3: the actions of CartPole-v1 are discrete; use algo=dqn"
 
 
 def test_run_dir(said: Said, tmp_path: Path) -> None:

@@ -110,9 +110,9 @@ def test_a_bad_job_stops_no_other(tmp_path: Path) -> None:
         ["env.id=RAISES-v0", "failed (1)", "-",
          "step 60: RAISES-v0 raised ValueError: [/b] the robot fell over"],
         ["env.id=CartPole-v1", "refused", "-",
-         "env.id=CartPole-v1: its actions are Discrete; a Box (continuous) is needed"],
+         "algo=td3: the actions of CartPole-v1 are discrete; use algo=dqn"],
     ]  # fmt: skip
-    assert "spikerl: env.id=CartPole-v1: its actions" in said.err
+    assert "spikerl: algo=td3: the actions of CartPole-v1" in said.err
     failed = tmp_path / "s" / "env.id=RAISES-v0"
     assert json.loads((failed / "manifest.json").read_text())["status"] == "failed"
     assert not (tmp_path / "s" / "env.id=CartPole-v1").exists()

@@ -178,7 +178,9 @@ def test_experiments_learn(name: str) -> None:
     assert spikerl("train", f"experiment={name}", *few, *short, "run_dir=run").status == 0
     (row,) = rows(Path("run"))
     assert row["updates"] == updates
-    assert np.isfinite([row["critic_loss"], row["actor_loss"]]).all()
+    assert np.isfinite(row["critic_loss"])
+    alone = name in ("dense/dqn", "dsqn/cartpole")  # no actor beside what the loss is of
+    assert row["actor_loss"] is None if alone else np.isfinite(row["actor_loss"])
     first, last = actor(Path("run/checkpoints/step_0000000000")), actor(Path("run"))
     assert not all(torch.equal(first[k], last[k]) for k in first)
 

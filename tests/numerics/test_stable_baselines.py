@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import stable_baselines3 as sb3
 import torch
-from builders import ppo_config, sac_config
+from builders import dqn_config, ppo_config, sac_config
 from plain import cut, flat, linears, transitions
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import (
@@ -23,6 +23,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor, nn
 
+from spikerl.algos.dqn import DQN
 from spikerl.algos.ppo import PPO
 from spikerl.algos.replay import Replay
 from spikerl.algos.returns import gae
@@ -260,3 +261,50 @@ def test_updates_of_replayed_rows(learned: bool, monkeypatch: pytest.MonkeyPatch
     both.bias.data = torch.cat([pi.mu.bias, pi.log_std.bias]).detach()
     their_actor = flat(nn.Sequential(*linears(pi.latent_pi), both))
     torch.testing.assert_close(ours.actor_optimizer.flat, their_actor, **close)
+
+
+class Choices(gym.Env[Any, Any]):
+    """The same with numbered actions."""
+
+    observation_space, action_space = OBS, gym.spaces.Discrete(2)
+
+
+@pytest.mark.parametrize("clipped", [10.0, 0.01])
+def test_dqn_updates_of_replayed_rows(clipped: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its DQN is neither double nor duelling, and changes its target outside `train`."""
+    torch.manual_seed(0)
+    actor = MLPActor(3, 2, MLPConfig(name="mlp", hidden_sizes=[16, 12], lr=1e-3))
+    config = dqn_config(max_grad_norm=clipped, target_interval=3)
+    ours = DQN(actor, None, config, actor_lr=3e-3, generator=torch.Generator())
+    theirs = sb3.DQN(
+        "MlpPolicy",
+        Choices(),
+        learning_rate=3e-3,
+        gamma=0.9,
+        max_grad_norm=clipped,
+        buffer_size=1,
+        device="cpu",
+        policy_kwargs={"net_arch": [16, 12]},
+    )
+    theirs.set_logger(Logger(None, []))
+    for net in (theirs.q_net, theirs.q_net_target):
+        layers = actor.layers
+        give(linears(net.q_net), [x.weight_IN for x in layers], [x.bias_N for x in layers])
+    for number, batch in enumerate(cut(transitions(7 * 32, torch.float32), 32)):
+        batch = batch._replace(act=nn.functional.one_hot((batch.act[:, 0] > 0).long(), 2).float())
+        act, end = batch.act[:, 1:].long(), batch.terminated.float().unsqueeze(1)
+        rew = 5.0 * batch.rew  # on both sides of where the loss turns linear
+        rows = ReplayBufferSamples(batch.obs, act, batch.next_obs, end, rew.unsqueeze(1))
+        monkeypatch.setattr(theirs.replay_buffer, "sample", lambda *_, rows=rows, **__: rows)
+        (found,) = ours.learn(batch._replace(rew=rew), 1)
+        theirs.train(1, batch_size=32)
+        if number % 3 == 2:
+            theirs.q_net_target.load_state_dict(theirs.q_net.state_dict())
+        logged = theirs.logger.name_to_value["train/loss"]
+        assert float(found["critic_loss"]) == pytest.approx(logged, rel=1e-4)
+    close: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
+    for mine, net in (
+        (ours.actor_optimizer.flat, theirs.q_net),
+        (ours.targets["actor"], theirs.q_net_target),
+    ):
+        torch.testing.assert_close(mine, flat(nn.Sequential(*linears(net.q_net))), **close)

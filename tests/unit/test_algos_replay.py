@@ -98,3 +98,62 @@ def test_what_will_not_fit_is_refused(
         " this; this machine has 0.00781"
     )
     assert not Path("r").exists()
+
+
+STEP = np.array([1.0, 0.0], np.float32)  # from one observation to the next
+Step = tuple[list[float], list[bool], list[bool]]
+
+
+def stored(width: int, capacity: int, steps: list[Step]) -> Replay:
+    """Rewards, terminated and last of each environment, at a discount of a half.
+
+    An observation is the number of the step and of the environment, and goes on unless it is reset.
+    """
+    replay = Replay(capacity, 2, 1, width=width)
+    for t, (rew, terminated, last) in enumerate(steps):
+        obs = np.array([[t, n] for n in range(width)], np.float32)
+        flags = np.array(terminated), np.array(last)
+        replay.add(obs, np.zeros((width, 1)), np.array(rew), obs + STEP, *flags, discount=0.5)
+    return replay
+
+
+def over(replay: Replay, place: int, n_step: int) -> tuple[float, float, float, bool]:
+    """Reward, discount, number of the last step's successor and whether it terminated."""
+    (row,) = replay._over(torch.tensor([place]), n_step)
+    return float(row[5]), float(row[8]), float(row[2]), bool(row[6])
+
+
+NO = [False, False]
+
+
+def test_rows_of_several_steps_by_hand() -> None:
+    """Of two environments side by side; the second one's first episode is truncated at step 1."""
+    steps = [
+        ([1.0, 10.0], NO, NO),
+        ([2.0, 20.0], NO, [False, True]),
+        ([4.0, 40.0], [True, False], [True, False]),
+        ([8.0, 80.0], NO, NO),
+    ]
+    replay = stored(2, 8, steps)
+    assert over(replay, 0, 1) == (1.0, 0.5, 1.0, False)
+    assert over(replay, 0, 2) == (1.0 + 0.5 * 2.0, 0.25, 2.0, False)
+    assert over(replay, 0, 3) == (1.0 + 0.5 * 2.0 + 0.25 * 4.0, 0.125, 3.0, True)
+    assert over(replay, 0, 9) == over(replay, 0, 3)  # nothing beyond the end
+    assert over(replay, 1, 3) == (10.0 + 0.5 * 20.0, 0.25, 2.0, False)  # truncated: not terminated
+    assert over(replay, 5, 3) == (40.0 + 0.5 * 80.0, 0.25, 4.0, False)  # the newest is the last
+
+
+def test_rows_of_several_steps_where_the_ring_wraps() -> None:
+    replay = stored(1, 4, [([float(2**t)], [False], [False]) for t in range(6)])
+    # Places 0 to 3 hold steps 4, 5, 2, 3.
+    assert over(replay, 2, 3) == (4.0 + 0.5 * 8.0 + 0.25 * 16.0, 0.125, 5.0, False)
+    assert over(replay, 1, 3) == (32.0, 0.5, 6.0, False)
+
+
+def test_rows_of_several_steps_end_where_environments_were_reset_amid_an_episode() -> None:
+    replay = stored(1, 8, [([1.0], [False], [False])] * 2)
+    reset = np.array([[7.0, 0.0]], np.float32)
+    flags = np.zeros(1, bool), np.zeros(1, bool)
+    replay.add(reset, np.zeros((1, 1)), np.ones(1), reset + STEP, *flags, discount=0.5)
+    assert over(replay, 0, 5) == (1.5, 0.25, 2.0, False)
+    assert over(replay, 2, 5) == (1.0, 0.5, 8.0, False)

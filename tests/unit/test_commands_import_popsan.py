@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -244,6 +245,9 @@ def test_one_bound_for_all_actions(files: Path, monkeypatch: pytest.MonkeyPatch)
         name="gym", version=None, id="Pendulum-v1", max_episode_steps=None, vectorizer="sync"
     )
     task = task_of(make_env(config))
+    numbered = replace(task, choices=range(1), act_shape=())
+    monkeypatch.setattr("spikerl.commands.import_popsan.task_of", lambda env: numbered)
+    assert "env=Pendulum-v1: such code acts continuously" in bring().line
     for low, high in ((-1.0, 2.0), (0.0, 2.0)):
         odd = task.__class__(**{**vars(task), "act_low": np.array([low]),
                                 "act_high": np.array([high])})  # fmt: skip

@@ -17,7 +17,7 @@ from spikerl.envs.make import CheckedEnv
 from spikerl.envs.snapshot import SLEEP, Snapshot, restore, snapshot
 from spikerl.errors import EnvironmentFailed
 
-TASKS = ["Hopper-v5", "Ant-v5", "Pendulum-v1"]
+TASKS = ["Hopper-v5", "Ant-v5", "Pendulum-v1", "CartPole-v1", "Acrobot-v1", "MountainCar-v0"]
 LIMIT = 30
 
 

@@ -382,8 +382,8 @@ def test_the_task_survives(tmp_path: Path) -> None:
     """With a dictionary's layout, arguments and an action type of its own."""
     layout = (Entry(("a", 0), (2,)), Entry(("b",), (1,), -1))
     own = Task(
-        "Pendulum-v1", (3,), (1, 1), np.array([-2.0]), np.array([1.0]), 7, "float16", layout,
-        {"g": 9.0}, ("one",),
+        "Pendulum-v1", (3,), (1, 1), np.array([-2.0]), np.array([1.0]), 7, "float16",
+        layout=layout, env_kwargs={"g": 9.0}, env_wrappers=("one",),
     )  # fmt: skip
     read = reading.read(exported(policy_of(config(), own), "loihi", tmp_path)).task
     assert repr(read) == repr(own)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import POPULATION, RATE, fill, lif_config, membrane_config, popsan
+from builders import POPULATION, RATE, fill, lif_config, membrane_config, popsan, voltage_config
 
 from spikerl.kernels import reference
 from spikerl.snn.decoders import (
@@ -153,3 +153,21 @@ def test_without_an_output_population(name: str) -> None:
     actor = popsan(3, 2, [5, 4], decoder=DecoderConfig(name=name))
     assert [layer.weight_IN.shape[1] for layer in actor.layers] == [5, 4]
     assert actor(torch.zeros(7, 3)).shape == (7, 2)
+
+
+@pytest.mark.parametrize(
+    ("read", "decay", "expected"),
+    [
+        # charges 4, -2, 1 and 1, -5, -3 at half weight leave 2, 0, .5 and .5, -2.25, -2.625
+        ("last", 0.5, [0.5, -2.625]),
+        ("mean", 0.5, [2.5 / 3, -4.375 / 3]),
+        ("max", 0.5, [2.0, 0.5]),  # the largest, not the farthest from 0
+        ("last", 0.0, [1.0, -3.0]),  # the charges themselves
+        ("max", 0.75, [1.0, 0.25]),  # a charge counts a quarter
+    ],
+)
+def test_voltages_of_values_by_hand(read: str, decay: float, expected: list[float]) -> None:
+    made = built(voltage_config(read, decay), 2, 2, 3)
+    fill(made, {"map.weight_IN": [[3.0, 2.0], [-3.0, -4.0]], "map.bias_N": [1.0, -1.0]})
+    spikes = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[1.0, 1.0]]])
+    torch.testing.assert_close(made(spikes), torch.tensor([expected]))

@@ -90,7 +90,12 @@ def test_one_bound_for_all_entries() -> None:
 
 
 REFUSED: dict[str, tuple[Any, Any, str]] = {
-    "discrete actions": (BOX, gym.spaces.Discrete(3), "its actions are Discrete"),
+    "several discrete actions": (
+        BOX,
+        gym.spaces.MultiDiscrete([3, 2]),
+        r"its actions are MultiDiscrete; a Box \(continuous\) or Discrete is needed",
+    ),
+    "one action": (BOX, gym.spaces.Discrete(1), "it has one action, which leaves no choice"),
     "discrete observations": (gym.spaces.Discrete(3), BOX, "its observations are Discrete"),
     "graph": (gym.spaces.Graph(BOX, None), BOX, "its observations are Graph"),
     "words": (
