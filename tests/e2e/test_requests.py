@@ -288,7 +288,7 @@ def test_config_file_that_is_none(said: Said, tmp_path: Path) -> None:
     [
         (["train", "env=HalfCheeta"], "env=HalfCheeta: no such option"),
         (["train", "world_size=0"], "world_size=0: give 1 to 4096"),
-        (["train", "env=gym", "env.id=CartPole-v1"], "env.id=CartPole-v1: its actions"),
+        (["train", "env=gym", "env.id=CartPole-v1"], "algo=td3: the actions of CartPole-v1"),
         (["frain"], "frain: no such command"),
     ],
 )
