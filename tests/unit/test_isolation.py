@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sympy  # noqa: F401  # which adds a filter to warnings when it is first imported
+import sympy  # type: ignore[import-untyped]  # noqa: F401  # its import adds a filter of warnings
 import torch
 from builders import small_config
 from transitions_env import CounterEnv, registered
