@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sympy  # type: ignore[import-untyped]  # noqa: F401  # its import adds a filter of warnings
 import torch
 from builders import small_config
 from transitions_env import CounterEnv, registered
