@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from textwrap import fill
 from typing import Any, NamedTuple
 
 from spikerl.reporting import statistics
@@ -14,6 +15,7 @@ from spikerl.reporting.statistics import Array, Interval
 
 PM = "\N{PLUS-MINUS SIGN}"
 SHORT = {"max_average": "maximum", "last_ten_mean": "last ten"}
+WIDTH = 100  # of prose in Markdown
 
 
 def steps(count: int) -> str:
@@ -260,12 +262,17 @@ def sections(results: Results) -> list[Section]:
 
 def markdown(results: Results, sections: Sequence[Section]) -> str:
     table = results.table
-    parts = [f"# {table.title}", f"{table.source}. {asked(results)}"]
+    parts = [f"# {table.title}", fill(f"{table.source}. {asked(results)}", WIDTH)]
     for section in sections:
         parts += [f"## {section.title}", markdown_grid(section.grid)]
-    parts += ["## Notes", "\n".join(f"- {line}" for line in notes(results))]
-    parts += ["## Made by", "\n".join(f"- {line}" for line in provenance(results.runs))]
+    parts += ["## Notes", bullets(notes(results))]
+    parts += ["## Made by", bullets(provenance(results.runs))]
     return "\n\n".join(parts) + "\n"
+
+
+def bullets(lines: Sequence[str]) -> str:
+    kept: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(fill(f"- {line}", WIDTH, subsequent_indent="  ", **kept) for line in lines)
 
 
 def asked(results: Results) -> str:
