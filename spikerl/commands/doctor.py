@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spikerl import kernels, machine
-from spikerl.config.yaml_file import group_options
+from spikerl.config.yaml_file import group_options, option_file, read_config
 from spikerl.distributed import mpi
 from spikerl.energy import meter as energy
 from spikerl.envs.make import EnvConfig, make_env
@@ -137,7 +137,7 @@ def meters() -> Iterator[Finding]:
 
 def environments() -> Iterator[Finding]:
     for name in (n for n in group_options("env") if n != "gym"):
-        version = "v1" if name == "Pendulum" else "v5"
+        version = read_config(option_file("env", name))["version"]
         config = EnvConfig(
             name=name,
             version=version,

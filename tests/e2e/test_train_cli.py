@@ -194,7 +194,7 @@ def test_load_policy_is_evals_actor(run: Path) -> None:
     answer = json.loads(said.out)
     assert answer.keys() == {
         "return_mean", "return_std", "returns", "lengths", "episodes", "env_id", "firing_rate",
-        "seed", "versions", "trained_with",
+        "spike_steps", "seed", "versions", "trained_with",
     }  # fmt: skip
     policy, env = load_policy(run), gym.make("InvertedPendulum-v5", max_episode_steps=30)
     obs, _ = env.reset(seed=seed_for(5, "eval", 0, 0))
@@ -260,7 +260,7 @@ def test_a_resumed_runs_policy_is_not_its_old_one(
     shutil.copytree(run, tmp_path / "run", symlinks=True)
     (tmp_path / "run" / "error.txt").write_text("why it failed\n")
 
-    def fails(trainer: Trainer) -> None:
+    def fails(trainer: Trainer, stop_signal: Any) -> None:
         raise OSError("the disk went away")
 
     monkeypatch.setattr(Trainer, "row", fails)
@@ -306,8 +306,10 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = json.loads(said.out)
     assert (said.status, answer["usable"]) == (0, True)
     found = {(f["part"], f["name"]): f for f in answer["findings"]}
-    names = [option for option in group_options("env") if option not in ("gym", "Pendulum")]
-    assert all(found["environment", f"{name}-v5"]["there"] for name in names)
+    versions = {"Pendulum": "v1", "CartPole": "v1", "Acrobot": "v1", "MountainCar": "v0"}
+    names = [option for option in group_options("env") if option != "gym"]
+    ids = [f"{name}-{versions.get(name, 'v5')}" for name in names]
+    assert all(found["environment", env_id]["there"] for env_id in ids)
     for part in ("version", "device", "precision", "backend", "energy", "renderer", "output"):
         assert any(kind == part for kind, _ in found), part
     assert all(f["detail"] for f in found.values())
