@@ -65,6 +65,10 @@ class Reading(NamedTuple):
     # By device, of the window that its joules are of, where that is another worker's.
     lasted: Mapping[str, float] | None = None
 
+    def kept(self) -> list[Any]:
+        """What a checkpoint keeps: the window as one worker's own."""
+        return [self.seconds, self.joules, self.missing]
+
     def seconds_of(self, device: str) -> float:
         return self.lasted[device] if self.lasted else self.seconds
 

@@ -51,7 +51,7 @@ def progress_of(data: Mapping[str, Any], step: int) -> Progress:
     sums = [number for pair in progress.sums.values() for number in pair]
     spent, reasons = [progress.train_s], list[str]()
     for reading in (progress.energy, progress.eval_energy):
-        seconds, joules, missing = Reading(*reading or (0.0, {}, {}))[:3]
+        seconds, joules, missing = reading or (0.0, {}, {})
         spent += [seconds, *joules.values()]
         reasons += missing.values()
     numbers = [*progress.losses.values(), *progress.returns, *sums, *spent]

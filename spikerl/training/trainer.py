@@ -290,7 +290,7 @@ class Trainer:
             evaluation = self.evaluator.run(self.policy, p.epoch + 1, stop_signal)
         finally:
             evaluated = since(p.eval_energy, self.meter.end("eval"))
-            p.eval_energy = list(evaluated[:3])
+            p.eval_energy = evaluated.kept()
         self.check_equal()
         everyone = self.world.gather_objects((p.returns, p.sums, p.train_s, trained, evaluated))
         returns = [ret for part in everyone for ret in part[0]]
@@ -341,7 +341,7 @@ class Trainer:
         p = self.progress
         p.train_s += time.perf_counter() - self.clock
         reading = since(p.energy, self.meter.end("train"))
-        p.energy = list(reading[:3])
+        p.energy = reading.kept()
         return reading
 
     def idle_power(self) -> float | None:
