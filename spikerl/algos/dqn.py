@@ -82,8 +82,8 @@ class DQN(OffPolicy):
             loss = nn.functional.smooth_l1_loss(q, y)
             (by_output,) = torch.autograd.grad(loss, output, optimizer.gradient.factor)
             optimizer.gradient.loss.copy_(loss.detach() * optimizer.gradient.weight)
-            backward(by_output, optimizer.gradient)
-            metric = {"critic_loss": optimizer.step(), "q_mean": q.detach().mean()}
+            spikes = backward(by_output, optimizer.gradient)
+            metric = {"critic_loss": optimizer.step(), "q_mean": q.detach().mean(), **spikes}
 
             if self.is_policy_update(number):
                 self.update_targets()

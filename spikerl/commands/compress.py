@@ -138,6 +138,9 @@ def compress(policy: Policy, request: CompressRequest) -> Policy:
         if isinstance(actor, MLPActor):
             remedy = "a dense policy has no spike steps; leave it out"
             raise BadRequest("early_exit", request.early_exit, remedy)
+        if policy.task.choices is not None:
+            remedy = "an action that is chosen by its value has no distance; leave it out"
+            raise BadRequest("early_exit", request.early_exit, remedy)
         done.early_exit = EarlyExit(threshold=request.early_exit, steps=request.exit_steps)
         done.early_exit.check(actor.decoder, actor.spike_steps)
         actor.early_exit = done.early_exit

@@ -139,11 +139,12 @@ class FilePolicy:
         file: Interpreter,
         *,
         encoder_spikes: bool = True,
+        exits_early: bool = False,
         trained_with: dict[str, str] | None = None,
     ) -> None:
         self.trained_with = trained_with or {}
         self.task: Task = InUnits(**{f.name: getattr(task, f.name) for f in fields(task)})
-        self.file, self.encoder_spikes = file, encoder_spikes
+        self.file, self.encoder_spikes, self.exits_early = file, encoder_spikes, exits_early
         self.device = torch.device("cpu")
 
     def act(
@@ -163,7 +164,9 @@ class FilePolicy:
         return torch.from_numpy(obs_BO.astype(np.float32))
 
     def activity(self, seen_BO: Tensor, generator: torch.Generator) -> Activity | None:
-        """None where it is dense."""
+        """None where it is dense, or does not say how many spike steps it took."""
+        if self.exits_early:
+            return None
         counts: list[Tensor] = []
         for piece in seen_BO.split(PIECE):
             spikes = self.file.spikes(piece.numpy())
@@ -174,7 +177,7 @@ class FilePolicy:
         samples = len(seen_BO) * len(spikes[0])
         if not self.encoder_spikes:
             counts.insert(0, torch.zeros(1, dtype=torch.float64))
-        return Activity(counts, [], samples, self.encoder_spikes)
+        return Activity(counts, [], samples, len(seen_BO), self.encoder_spikes)
 
 
 def record(

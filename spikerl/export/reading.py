@@ -62,6 +62,7 @@ class Exported:
             self.task,
             interpreter,
             encoder_spikes=encoder in ("population", "tanh_population"),
+            exits_early="early_exit" in self.contract,
             trained_with=self.trained_with,
         )
 

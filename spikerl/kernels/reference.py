@@ -208,9 +208,13 @@ def record(
 
 @torch.no_grad()
 def decide(
-    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, carried: Carried
+    net: SpikingNet,
+    obs_BO: Tensor,
+    generator: torch.Generator | None,
+    carried: Carried,
+    squash: bool = True,
 ) -> Tensor:
-    """Actions (B, A) of neurons that carry residuals on; `carried` becomes the next decision's."""
+    """As `actions`, of neurons that carry residuals on; `carried` becomes the next decision's."""
     x = net.encoder(obs_BO, net.spike_steps, generator)
     fired_B = torch.zeros(len(obs_BO), dtype=torch.float64, device=obs_BO.device)
     residuals = []
@@ -223,7 +227,7 @@ def decide(
         x = _spikes(states)
         fired_B += x.double().sum((0, 2))
     carried.residuals, carried.fired_B = residuals, fired_B
-    return act(net.decoder(x), True)
+    return act(net.decoder(x), squash)
 
 
 def values(critic: ValueNet, obs_BO: Tensor, act_BA: Tensor) -> Tensor:

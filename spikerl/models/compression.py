@@ -24,6 +24,7 @@ from torch import Tensor
 from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor, SpikingActor, connections
 from spikerl.snn.early_exit import EarlyExit
+from spikerl.types import Task
 
 BITS = range(2, 17)
 CANDIDATES = 100  # scales
@@ -39,7 +40,7 @@ class Compression:
     scales: dict[str, float]  # of the same
     early_exit: EarlyExit | None
 
-    def check(self, actor: Actor, weights: dict[str, Tensor]) -> None:
+    def check(self, actor: Actor, weights: dict[str, Tensor], task: Task) -> None:
         """ValueError where it does not describe these weights of this actor."""
         if self.prune is not None and not 0.0 < self.prune < 1.0:
             raise ValueError("compression.prune")
@@ -57,7 +58,7 @@ class Compression:
             if not np.array_equal(on_grid(w, scale, bits), w):
                 raise ValueError(f"compression: {name} does not lie on its grid")
         if self.early_exit is not None:
-            if not isinstance(actor, SpikingActor):
+            if not isinstance(actor, SpikingActor) or actor.carries or task.choices is not None:
                 raise ValueError("compression.early_exit")
             self.early_exit.check(actor.decoder, actor.spike_steps)
 

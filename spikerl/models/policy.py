@@ -159,12 +159,12 @@ class Policy:
         """Actions (B, A) in [-1, 1], or a value of each where they are discrete; `carried` as in a
         call.
         """
-        obs = self.observe(obs_BO)
+        obs, squash = self.observe(obs_BO), self.task.choices is None
         if isinstance(self.actor, SpikingActor) and self.actor.carries:
             if carried is None:
                 raise ValueError("a decision depends on the one before: give carried")
-            return reference.decide(self.actor, obs, generator, carried).cpu().numpy()
-        acts = self.actor if self.task.choices is None else self.actor.mean
+            return reference.decide(self.actor, obs, generator, carried, squash).cpu().numpy()
+        acts = self.actor if squash else self.actor.mean
         return acts(obs, generator).cpu().numpy()
 
     def observe(self, obs_BO: np.ndarray) -> Tensor:
@@ -425,7 +425,7 @@ def read_policy(
             if not isinstance(compressed, dict):
                 raise TypeError("compression")
             compression = parse(Compression, compressed, key="compression")
-            compression.check(actor, weights)
+            compression.check(actor, weights, task)
         except (TypeError, ValueError) as error:
             raise BadRequest(key, folder, f"policy.json garbles {error}") from None
     actor.load_state_dict(weights, assign=True)

@@ -20,7 +20,7 @@ from spikerl.algos.dqn import DQN
 from spikerl.config.build import check_actions
 from spikerl.distributed.world import World
 from spikerl.kernels import build as native
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor, MLPConfig, SpikingActor
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.types import Batch, Task
 
@@ -99,6 +99,24 @@ def test_a_gradient_by_hand() -> None:
     assert [g.tolist() for g in gradients] == [weights, biases, [[-1.0, 0.0]], [-1.0, 0.0]]
 
 
+@pytest.mark.parametrize("kernel", ["reference", CPU])
+def test_spikes_cost_what_is_said(kernel: str) -> None:
+    """The loss grows by the cost, half of the firing rate of the one layer."""
+    found = []
+    for cost in (0.0, 0.5):
+        net = spiking(2, kernel, spike_cost=cost)
+        net.schedule(0, 1)
+        rows = transitions(32, torch.float32)
+        rate = net.activity(rows.obs).firing_rate
+        found.append(learner(net).learn(rows, 1)[0])
+    without, metrics = found
+    assert "spike_loss" not in without
+    assert rate > 0.1
+    assert float(metrics["spike_loss"]) == pytest.approx(0.5 * rate, rel=1e-5)
+    added = float(metrics["critic_loss"] - without["critic_loss"])
+    assert added == pytest.approx(0.5 * rate, rel=1e-4)
+
+
 @pytest.mark.parametrize(("interval", "tau"), [(3, 1.0), (1, 0.25)])
 def test_when_and_how_the_target_changes(interval: int, tau: float) -> None:
     made = learner(dense(2), target_interval=interval, tau=tau)
@@ -124,10 +142,10 @@ def test_several_updates_at_once_are_as_many_alone() -> None:
     assert torch.equal(together.targets["actor"], alone.targets["actor"])
 
 
-def spiking(outputs: int, kernel: str) -> Actor:
+def spiking(outputs: int, kernel: str, **changes: Any) -> SpikingActor:
     torch.manual_seed(0)
     parts: dict[str, Any] = {"encoder": EncoderConfig(name="direct"), "decoder": voltage_config()}
-    net = popsan(3, outputs, [12], spike_steps=4, neuron=lif_config(), **parts)
+    net = popsan(3, outputs, [12], spike_steps=4, neuron=lif_config(), **parts, **changes)
     net.kernel = kernel
     return net
 

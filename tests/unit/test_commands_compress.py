@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from spikerl.envs.make import make_env, task_of
 from spikerl.models.actor import ActorConfig, connections
 from spikerl.models.policy import Policy
 
+NONE = np.empty(0)
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -26,11 +29,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     env = make_env(INVERTED_PENDULUM)
     task = task_of(env)
     env.close()
-    actors: dict[str, ActorConfig] = {"spiking": config(), "dense": DENSE}
-    for name, actor in actors.items():
+    discrete = replace(task, act_shape=(), act_low=NONE, act_high=NONE, choices=range(2))
+    actors = {"spiking": (config(), task), "dense": (DENSE, task), "values": (config(), discrete)}
+    for name, (actor, own_task) in actors.items():
         folder = root / name
         folder.mkdir()
-        policy: Policy = policy_of(actor, task)
+        policy: Policy = policy_of(actor, own_task)
         policy.save(folder)
         text = spikerl("train", *SHORT, "--cfg", "job").out
         (folder / "config.yaml").write_text(text)
@@ -116,6 +120,7 @@ def test_what_was_not_asked_for_stays(folder: Path) -> None:
         ("run=spiking prune=0.001", "prune=0.001: of the 480 weights of layers.0.weight_IN that"),
         ("run=spiking early_exit=0.1 exit_steps=5", "exit_steps=5: the policy has 5 spike steps"),
         ("run=dense early_exit=0.1", "early_exit=0.1: a dense policy has no spike steps"),
+        ("run=values early_exit=0.1", "early_exit=0.1: an action that is chosen by its value has"),
         ("run=spiking bits=8 run_dir=dense", "run_dir="),
         ("run=spiking bits=8 episodes=0", "episodes=0: give at least 1"),
         ("run=nowhere bits=8", "run="),

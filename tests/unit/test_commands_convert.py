@@ -23,6 +23,7 @@ from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.snn.neurons import ResidualIF, ResidualIFConfig
 from spikerl.training.evaluator import Evaluator
+from spikerl.types import Task
 
 DIRECT, LINEAR = EncoderConfig(name="direct"), DecoderConfig(name="linear")
 
@@ -200,6 +201,26 @@ def test_a_policy_that_carries_on(tmp_path: Path) -> None:
     assert np.array_equal(again, acts[1])
     again, _ = policy.predict(obs, state, np.array([True]))
     assert np.array_equal(again, acts[0])
+
+
+def test_discrete_actions_that_carry_on(tmp_path: Path) -> None:
+    """Of values 100 and 200 the second is chosen; their tanh is 1 and 1."""
+    config = ActorConfig(
+        actor=popsan_config([4], 3),
+        encoder=DIRECT,
+        neuron=residual_if(alpha=1.0),
+        decoder=LINEAR,
+    )
+    none = np.empty(0)
+    discrete = Task("Nowhere-v0", (3,), (), none, none, 20, choices=range(2))
+    made = policy_of(config, discrete)
+    with torch.no_grad():
+        made.actor.get_parameter("decoder.map.weight_IN").zero_()
+        made.actor.get_parameter("decoder.map.bias_N").copy_(torch.tensor([100.0, 200.0]))
+    policy = library.load_policy(saved(made, tmp_path / "run"))
+    obs = np.zeros((1, 3))
+    assert policy.act(obs, policy.generator, policy.carried()).tolist() == [[100.0, 200.0]]
+    assert policy(obs[0], policy.carried()) == 1
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from shell import refusal, spikerl
 
 from spikerl.errors import NonFinite
 from spikerl.export import c, nir, onnx, proof, reading
-from spikerl.models.actor import ActorConfig
+from spikerl.models.actor import ActorConfig, SpikingActor
+from spikerl.models.compression import Compression
+from spikerl.snn.early_exit import EarlyExit
 from spikerl.types import Entry, Task
 
 onnx_package = pytest.importorskip("onnx")
@@ -54,6 +56,7 @@ def test_it_is_evaluated_as_the_policy_is(format: str, tmp_path: Path) -> None:
     assert own["returns"] == pytest.approx(policy["returns"], rel=close)
     assert own["lengths"] == [20, 20, 20]
     assert own["firing_rate"] == pytest.approx(policy["firing_rate"], rel=close)
+    assert own["spike_steps"] == policy["spike_steps"] == 5.0
     assert own["trained_with"] == policy["versions"]
     text = spikerl("eval", *confirmed(file), "episodes=1").out.splitlines()
     assert text[0].startswith("episode 0  return -")
@@ -69,9 +72,28 @@ def test_encoders_that_fire_nothing_and_dense_ones(tmp_path: Path) -> None:
     text = spikerl("eval", f"run={file}", "episodes=1").out.splitlines()
     assert text[2].startswith("firing rate 0.")
     assert "layers: -, 0." in text[2]
+    facts = json.loads(spikerl("eval", f"run={file}", "episodes=1", "json=true").out)
+    assert facts["spike_steps"] == 5.0
     (tmp_path / "dense").mkdir()
     file = small(tmp_path / "dense", "onnx", DENSE)
     assert len(spikerl("eval", f"run={file}", "episodes=1").out.splitlines()) == 2
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
+def test_of_a_file_that_decides_early_no_firing_is_said(tmp_path: Path) -> None:
+    """Spike steps that it left out would count as silent ones."""
+    policy = policy_of(config(), task(3, 1, "Pendulum-v1"))
+    assert isinstance(policy.actor, SpikingActor)
+    early = policy.actor.early_exit = EarlyExit(threshold=0.3, steps=1)
+    policy.compression = Compression(prune=None, bits={}, scales={}, early_exit=early)
+    run, file = saved(policy, tmp_path / "run"), exported(policy, "c", tmp_path)
+    answers = [
+        json.loads(spikerl("eval", *args, "episodes=1", "json=true").out)
+        for args in ([f"run={run}"], confirmed(file))
+    ]
+    assert answers[1]["returns"] == pytest.approx(answers[0]["returns"], rel=1e-4)
+    assert 2.0 <= answers[0]["spike_steps"] < 5.0
+    assert (answers[1]["firing_rate"], answers[1]["spike_steps"]) == (None, None)
 
 
 def test_c_is_not_compiled_unless_its_checksum_is_typed(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders import fill
+from builders import CUBA_LIF, fill
 from exports import POLICIES, policy_of, task
 from hand_worked import dense, rate_decoded
 from shell import refusal
@@ -163,6 +164,29 @@ def test_an_early_exit_is_applied_on_loading(tmp_path: Path) -> None:
     policy.compression.early_exit = EarlyExit(threshold=0.25, steps=2)
     policy.save(tmp_path)
     assert vars(load_policy(tmp_path).actor)["early_exit"] == EarlyExit(threshold=0.25, steps=2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"act_shape": [], "act_low": [], "act_high": [], "act_choices": [0, 2]},
+        {"neuron": {**asdict(CUBA_LIF), "name": "residual_if", "reset": "soft", "start": 0.5}},
+    ],
+    ids=["discrete", "carries"],
+)
+def test_early_exits_that_would_not_be_applied(change: dict[str, Any], tmp_path: Path) -> None:
+    policy = compressed()
+    assert policy.compression is not None
+    policy.compression.early_exit = EarlyExit(threshold=0.25, steps=2)
+    policy.save(tmp_path)
+    file = tmp_path / "policy.json"
+    data = json.loads(file.read_text()) | change
+    if "neuron" in change:
+        data["neuron"]["alpha"] = 0.5
+        del data["neuron"]["current_decay"], data["neuron"]["voltage_decay"]
+    file.write_text(json.dumps(data))
+    line = str(refusal(load_policy, tmp_path))
+    assert line == f"run={tmp_path}: policy.json garbles compression.early_exit"
 
 
 NAME = "layers.0.weight_IN"
