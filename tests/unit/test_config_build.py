@@ -64,6 +64,8 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "neuron.surrogate_slope_end": ([TINY, None], [0.0]),
     "neuron.adaptation": ([0.0], [-TINY]),
     "neuron.adaptation_decay": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "neuron.start": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "neuron.alpha": ([0.0], [-TINY, 1.0000001]),  # a converted policy's may be above 0
     "neuron.theta_v": ([-1.0, 0.0], [math.nan]),
     "neuron.theta_u": ([-1.0, 0.0], [math.nan]),
     "neuron.theta_r": ([-1.0, 0.0], [math.nan]),
