@@ -59,6 +59,9 @@ class BenchFixtures:
                 raise BadRequest("run", self.run, f"its task is not {self.task.env_id}")
             if not isinstance(policy.actor, SpikingActor):
                 raise BadRequest("run", self.run, "its actor is dense")
+            own, typed = policy.config.shape(), self.config.actor.shape()
+            if own != typed:
+                raise BadRequest("run", self.run, f"its actor is {own}; give its keys, not {typed}")
             return policy.actor, "run"
         return self.actor_at_trained_rates(self.config.actor), "trained rates"
 
