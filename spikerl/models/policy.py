@@ -218,8 +218,10 @@ def check_shapes(key: str, value: object, policy: Task, task: Task) -> None:
 
 
 def _shapes(task: Task) -> tuple[str, str]:
-    act = task.act_shape if task.choices is None else f"one of {task.act_dim} actions"
-    return str(task.obs_shape), str(act)
+    if task.choices is None:
+        return str(task.obs_shape), str(task.act_shape)
+    first = f" from {task.choices.start} on" if task.choices.start else ""
+    return str(task.obs_shape), f"one of {task.act_dim} actions{first}"
 
 
 def load_policy(

@@ -21,6 +21,7 @@ from spikerl.config.build import check_actions
 from spikerl.distributed.world import World
 from spikerl.kernels import build as native
 from spikerl.models.actor import Actor, MLPActor, MLPConfig, SpikingActor
+from spikerl.models.policy import check_shapes
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.types import Batch, Task
 
@@ -243,6 +244,18 @@ def test_refused(
     monkeypatch.chdir(tmp_path)
     assert spikerl("train", *CARTPOLE, *typed).line.startswith(line)
     assert not any(tmp_path.iterdir())
+
+
+def test_other_numbers_of_actions_are_refused() -> None:
+    """Two actions each; the first is 0 for the one and 5 for the other."""
+    none = np.empty(0)
+    zero, five = (
+        Task("Nowhere-v0", (4,), (), none, none, 9, choices=range(first, first + 2))
+        for first in (0, 5)
+    )
+    check_shapes("run", "run", zero, zero)
+    line = str(refusal(check_shapes, "run", "run", five, zero))
+    assert "one of 2 actions from 5 on (Nowhere-v0), but Nowhere-v0 needs (4,) to one of 2" in line
 
 
 def test_a_run_its_policy_and_what_reads_it(
