@@ -260,7 +260,7 @@ def decided(actor: SpikingActor, spikes_TBN: Tensor, taken_TB1: Tensor) -> tuple
         moved_B = (act_TBA[t] - act_TBA[t - exit.steps : t]).abs().amax((0, 2))
         near |= (moved_B - exit.threshold).abs() < TOLERANCE
     last_B = taken_TB1.sum(0).squeeze(1) - 1
-    return act_TBA[last_B, torch.arange(len(last_B))], near
+    return act_TBA[last_B, torch.arange(len(last_B), dtype=torch.int64)], near
 
 
 def in_units(policy: Policy, act_BA: Tensor) -> np.ndarray:
