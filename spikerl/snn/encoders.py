@@ -82,12 +82,13 @@ class PopulationEncoder(Encoder):
     def __init__(self, config: PopulationConfig, obs_dim: int, spike_steps: int) -> None:
         super().__init__(config, obs_dim, spike_steps)
         low, high = config.mean_range
-        # From lists, because for the device "meta" torch imports its compiler in linspace, repeat
-        # and full_like.
+        # Copied from a row: for the device "meta" torch imports its compiler in linspace, repeat,
+        # full_like and clone; and there a size, which a file may name, must take no memory.
         centres = torch.linspace(low, high, config.pop_size, dtype=torch.float32, device="cpu")
-        means, stds = centres.tolist(), [math.sqrt(config.var)] * config.pop_size
-        self.mean_OP = nn.Parameter(torch.tensor([means] * obs_dim, dtype=torch.float32))
-        self.std_OP = nn.Parameter(torch.tensor([stds] * obs_dim, dtype=torch.float32))
+        self.mean_OP, self.std_OP = (
+            nn.Parameter(torch.empty(obs_dim, config.pop_size, dtype=torch.float32).copy_(row_P))
+            for row_P in (centres, torch.tensor(math.sqrt(config.var), dtype=torch.float32))
+        )
         self.outputs = self.mean_OP.numel()
 
     def squash(self, obs_BO: Tensor) -> Tensor:

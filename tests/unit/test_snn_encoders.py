@@ -162,3 +162,11 @@ def test_learned_encoder_by_hand() -> None:
     grad = made.get_parameter("map.weight_IN").grad
     assert grad is not None
     assert grad.tolist() == [[0, 0, 2, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
+
+
+def test_a_shape_alone_takes_no_memory() -> None:
+    """What a policy's file names is built on the device meta first: 10^12 entries of 10 fields."""
+    with torch.device("meta"):
+        encoder = PopulationEncoder(POPULATION, 10**12, 5)
+    assert encoder.mean_OP.shape == encoder.std_OP.shape == (10**12, 10)
+    assert encoder.mean_OP.is_meta
