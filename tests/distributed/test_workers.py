@@ -147,7 +147,7 @@ def everything(world: World) -> None:
     training_stays_identical(world)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_workers(world_size: int) -> None:
     run_workers(everything, world_size)
 

@@ -188,7 +188,7 @@ def test_an_environment_that_fails_in_one_worker(tmp_path: Path) -> None:
     assert record(tmp_path / "run")["status"] == "failed"
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpiexec", marks=pytest.mark.slow)])
 def test_a_killed_launcher_leaves_nobody_behind(launcher: str, tmp_path: Path) -> None:
     start = mpi.mpiexec(2)
     assert start

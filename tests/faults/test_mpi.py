@@ -54,6 +54,7 @@ def test_mpiexec_starts_the_workers(whole: Path, tmp_path: Path) -> None:
     assert computed(tmp_path / "run") == computed(whole)
 
 
+@pytest.mark.slow
 def test_mpiexec_and_another_request(tmp_path: Path) -> None:
     for asked, line in (
         ("backend=gloo", "backend=gloo: mpiexec started the workers; use backend=mpi"),
@@ -77,6 +78,7 @@ def worker(run: Run, rank: str) -> int:
     return found
 
 
+@pytest.mark.slow
 def test_a_worker_killed_before_it_joined_the_others(tmp_path: Path) -> None:
     run = train(tmp_path, *OVER_MPI)
     run.until(lambda: workers(run, "1"))

@@ -69,6 +69,7 @@ def test_a_worker_that_hangs_over_mpi(whole: Path, tmp_path: Path) -> None:
     check(run, whole, f"worker 0 of 2: {late}")
 
 
+@pytest.mark.slow
 def test_one_worker_alone(tmp_path: Path) -> None:
     alone = ["env=HalfCheetah", "num_envs=2", "env.vectorizer=async"]
     undisturbed = train(tmp_path / "whole", *alone)

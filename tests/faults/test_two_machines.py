@@ -101,6 +101,7 @@ def test_they_train_together_and_outlive_a_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("link")
+@pytest.mark.slow
 def test_nobody_there(tmp_path: Path) -> None:
     machines = [spikerl(tmp_path, 1, *TINY, *TWO, "backend.timeout_s=2"),
                 spikerl(tmp_path, 0, *TINY, *TWO, "rdzv=10.77.0.2:29500")]  # fmt: skip

@@ -44,7 +44,10 @@ def poisoned(tmp_path: Path) -> Path:
     "typed",
     [
         ["env=gym", "env.id=own:Own-v0", "world_size=2"],
-        ["-m", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        pytest.param(
+            ["-m", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["workers", "joblib"],
 )
