@@ -82,13 +82,14 @@ class PopulationEncoder(Encoder):
     def __init__(self, config: PopulationConfig, obs_dim: int, spike_steps: int) -> None:
         super().__init__(config, obs_dim, spike_steps)
         low, high = config.mean_range
-        # Copied from a row: for the device "meta" torch imports its compiler in linspace, repeat,
-        # full_like and clone; and there a size, which a file may name, must take no memory.
-        centres = torch.linspace(low, high, config.pop_size, dtype=torch.float32, device="cpu")
-        self.mean_OP, self.std_OP = (
-            nn.Parameter(torch.empty(obs_dim, config.pop_size, dtype=torch.float32).copy_(row_P))
-            for row_P in (centres, torch.tensor(math.sqrt(config.var), dtype=torch.float32))
-        )
+        shape = (obs_dim, config.pop_size)
+        mean_OP, std_OP = (torch.empty(shape, dtype=torch.float32) for _ in range(2))
+        # On the device "meta" sizes, which a file may name, must take no memory, and torch imports
+        # its compiler in linspace.
+        if not mean_OP.is_meta:
+            mean_OP.copy_(torch.linspace(low, high, config.pop_size, dtype=torch.float32))
+            std_OP.fill_(math.sqrt(config.var))
+        self.mean_OP, self.std_OP = nn.Parameter(mean_OP), nn.Parameter(std_OP)
         self.outputs = self.mean_OP.numel()
 
     def squash(self, obs_BO: Tensor) -> Tensor:

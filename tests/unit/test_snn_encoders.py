@@ -164,9 +164,11 @@ def test_learned_encoder_by_hand() -> None:
     assert grad.tolist() == [[0, 0, 2, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
 
 
-def test_a_shape_alone_takes_no_memory() -> None:
-    """What a policy's file names is built on the device meta first: 10^12 entries of 10 fields."""
+@pytest.mark.parametrize(("entries", "fields"), [(10**12, 10), (3, 10**12)])
+def test_a_shape_alone_takes_no_memory(entries: int, fields: int) -> None:
+    """What a policy's file names is built on the device meta first."""
+    config = replace(POPULATION, pop_size=fields)
     with torch.device("meta"):
-        encoder = PopulationEncoder(POPULATION, 10**12, 5)
-    assert encoder.mean_OP.shape == encoder.std_OP.shape == (10**12, 10)
+        encoder = PopulationEncoder(config, entries, 5)
+    assert encoder.mean_OP.shape == encoder.std_OP.shape == (entries, fields)
     assert encoder.mean_OP.is_meta
