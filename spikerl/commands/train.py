@@ -182,7 +182,13 @@ def dataset_of(config: Config, task: Task) -> Dataset | None:
     """What an offline algorithm learns from; a resumed run has it in its checkpoint."""
     if config.run.dataset is None or config.run.resume:
         return None
-    return Dataset.open(Path(config.run.dataset), task, memory())
+    dataset = Dataset.open(Path(config.run.dataset), task, memory())
+    if dataset.transitions < config.num_envs:
+        remedy = (
+            f"it has {dataset.transitions} transitions; num_envs={config.num_envs} needs as many"
+        )
+        raise BadRequest("dataset", dataset.folder, remedy)
+    return dataset
 
 
 def task_for(config: Config) -> Task:

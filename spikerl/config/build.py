@@ -244,7 +244,11 @@ def check_shares(run: RunConfig, algo: AlgoConfig, world_size: int) -> None:
 def check_actions(algo: AlgoConfig, task: Task) -> None:
     """Refuse an algorithm that does not learn the task's kind of actions."""
     if task.kind not in ALGOS.part(algo).acts:
-        fit = [name for name, (_, learner) in ALGOS.options.items() if task.kind in learner.acts]
+        fit = [
+            name
+            for name, (config, learner) in ALGOS.options.items()
+            if task.kind in learner.acts and not issubclass(config, OfflineConfig)
+        ]
         remedy = f"the actions of {task.env_id} are {task.kind}; use algo={' or '.join(fit)}"
         raise BadRequest("algo", algo.name, remedy)
 

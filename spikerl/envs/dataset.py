@@ -256,13 +256,15 @@ def length_of(group: Any, task: Task) -> int:
         raise ValueError(f"{group.name} is no group")
     rows = [member(group, name) for name in FIELDS]
     length = rows[2].shape[0] if isinstance(rows[2], h5py.Dataset) and rows[2].shape else 0
+    if length < 1:
+        raise ValueError(f"{group.name} has rewards of no steps")
     act_shape = () if task.choices is not None else task.act_shape
     shapes = ((length + 1, *task.obs_shape), (length, *act_shape), *[(length,)] * 3)
     kinds = ("fiu", "iu" if task.choices is not None else "f", "fiu", "b", "b")
     for name, data, shape, kind in zip(FIELDS, rows, shapes, kinds, strict=True):
         if not isinstance(data, h5py.Dataset) or data.dtype.kind not in kind:
             raise ValueError(f"{group.name} has no {name} of numbers")
-        if data.shape != shape or length < 1:
+        if data.shape != shape:
             raise ValueError(f"{group.name} has {name} {data.shape}; {shape} are needed")
         made = data.id.get_create_plist()
         filters = [made.get_filter(i)[0] for i in range(made.get_nfilters())]

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from shell import refusal
 
 from spikerl.algos import ALGOS
+from spikerl.algos.offpolicy import OfflineConfig
 from spikerl.config.build import RunConfig, build
 from spikerl.distributed.world import BACKENDS
 from spikerl.energy.meter import METERS
@@ -109,6 +110,7 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "algo.entropy_coef": ([0.0], [-TINY]),
     "algo.log_std": ([-1.0, 0.5], [math.nan]),
     "algo.target_kl": ([TINY, None], [0.0]),
+    "algo.alpha": ([0.0, 2.5], [-TINY]),
 }
 GROUPS: list[Registry[Any, Any]] = [
     ACTORS, ENCODERS, NEURONS, DECODERS, ALGOS, PRECISIONS, KERNELS, BACKENDS, METERS
@@ -162,7 +164,8 @@ def with_number(default: dict[str, Any], key: str) -> dict[str, Any]:
     option = next(option for option, schema in options.items() if name in numbers(schema))
     composed = compose("train", [f"{group}={option}"])
     data: Any = OmegaConf.to_container(composed, resolve=True)
-    return changed(default, **{group: data[group]})
+    recorded = "d" if issubclass(options[option], OfflineConfig) else None
+    return changed(default, **{group: data[group]}, dataset=recorded)
 
 
 @pytest.mark.parametrize("key", BOUNDS)
