@@ -11,6 +11,7 @@ from torch import nn
 from spikerl.algos.bc import BCConfig
 from spikerl.algos.ddpg import DDPGConfig
 from spikerl.algos.dqn import DQNConfig
+from spikerl.algos.iql import IQLConfig
 from spikerl.algos.ppo import PPOConfig
 from spikerl.algos.proxy_td3 import ProxyTD3Config
 from spikerl.algos.sac import SACConfig
@@ -217,6 +218,11 @@ def bc_config(**changes: Any) -> BCConfig:
 def td3_bc_config(**changes: Any) -> TD3BCConfig:
     own = {"name": "td3_bc", "tau": 0.005, "alpha": 2.5}
     return TD3BCConfig(**(COMMON | DELAY | own | changes))
+
+
+def iql_config(**changes: Any) -> IQLConfig:
+    own = {"name": "iql", "tau": 0.005, "expectile": 0.7, "beta": 3.0}
+    return IQLConfig(**(COMMON | own | changes))
 
 
 ALL: dict[str, Any] = {

@@ -6,6 +6,7 @@ from spikerl.algos.base import AlgoConfig, Learner
 from spikerl.algos.bc import BC, BCConfig
 from spikerl.algos.ddpg import DDPG, DDPGConfig
 from spikerl.algos.dqn import DQN, DQNConfig
+from spikerl.algos.iql import IQL, IQLConfig
 from spikerl.algos.ppo import PPO, PPOConfig
 from spikerl.algos.proxy_td3 import ProxyTD3, ProxyTD3Config
 from spikerl.algos.sac import SAC, SACConfig
@@ -23,6 +24,7 @@ ALGOS: Registry[AlgoConfig, Learner] = Registry(
     dqn=(DQNConfig, DQN),
     bc=(BCConfig, BC),
     td3_bc=(TD3BCConfig, TD3BC),
+    iql=(IQLConfig, IQL),
 )
 
 __all__ = ["ALGOS", "AlgoConfig", "Learner"]

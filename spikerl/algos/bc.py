@@ -38,8 +38,10 @@ class BC(OffPolicy):
         return metrics
 
 
-def add_imitation(mine_BA: Tensor, act_BA: Tensor, into: Gradient) -> Tensor:
-    """Add mean (mine - act)^2, over batch and entries, to the loss; its gradient by `mine`."""
+def add_imitation(
+    mine_BA: Tensor, act_BA: Tensor, into: Gradient, weight_B1: Tensor | float = 1.0
+) -> Tensor:
+    """Add mean w (mine - act)^2, over batch and entries, to the loss; its gradient by `mine`."""
     error_BA = mine_BA - act_BA
-    into.loss += error_BA.square().mean() * into.weight
-    return error_BA * (2.0 / error_BA.numel() * into.factor)
+    into.loss += (weight_B1 * error_BA.square()).mean() * into.weight
+    return weight_B1 * error_BA * (2.0 / error_BA.numel() * into.factor)

@@ -111,6 +111,8 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "algo.log_std": ([-1.0, 0.5], [math.nan]),
     "algo.target_kl": ([TINY, None], [0.0]),
     "algo.alpha": ([0.0, 2.5], [-TINY]),
+    "algo.beta": ([0.0, 3.0], [-TINY]),
+    "algo.expectile": ([TINY, 0.9999999], [0.0, 1.0]),
 }
 GROUPS: list[Registry[Any, Any]] = [
     ACTORS, ENCODERS, NEURONS, DECODERS, ALGOS, PRECISIONS, KERNELS, BACKENDS, METERS

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import INVERTED_PENDULUM, bc_config, small_config, td3_bc_config
+from builders import INVERTED_PENDULUM, bc_config, iql_config, small_config, td3_bc_config
 from recorded import episode, task_for, write
 from threads import run_in_threads, worlds
 
@@ -115,7 +115,9 @@ def test_another_number_of_workers_takes_the_same_rows(dataset: Dataset, tmp_pat
         assert rewards(both[1]) == [2.0, 3.0, 1001.0, 1002.0, 2002.0, 2003.0]
 
 
-@pytest.mark.parametrize("algo", [td3_bc_config(**SMALL), bc_config(batch_size=6)])
+@pytest.mark.parametrize(
+    "algo", [td3_bc_config(**SMALL), bc_config(batch_size=6), iql_config(**SMALL)]
+)
 def test_resumed_it_is_the_uninterrupted_run(
     algo: AlgoConfig, dataset: Dataset, tmp_path: Path
 ) -> None:
