@@ -82,8 +82,11 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         return stop_status(stopped.number)
     finally:
         env.close()
-    mean = f"return {np.mean(returns):.1f} +- {np.std(returns):.1f} over" if returns else "no"
-    print(f"{policy.task.env_id}: {steps} transitions, {mean} {len(returns)} whole episodes")
+    whole = "no whole episode"
+    if returns:
+        spread = f"{np.mean(returns):.1f} +- {np.std(returns):.1f}"
+        whole = f"return {spread} over {len(returns)} whole episodes"
+    print(f"{policy.task.env_id}: {steps} transitions, {whole}")
     print(f"dataset: {shown(Path(request.dataset))}")
     return DONE
 

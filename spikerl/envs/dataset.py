@@ -28,13 +28,14 @@ from spikerl.envs.make import FLOAT32_MAX
 from spikerl.envs.vector import Steps
 from spikerl.errors import BadRequest
 from spikerl.files import checksum_of, read_json, write_json
-from spikerl.types import Task
+from spikerl.types import MAX_EPISODE_STEPS, Task
 
 METADATA, MAIN = "data/metadata.json", "data/main_data.hdf5"
 VERSION = "0.5.4"  # of Minari, whose format this is
 MAX_BYTES = 1 << 24  # of metadata.json
 FIELDS = ("observations", "actions", "rewards", "terminations", "truncations")
 FILTERS = (1, 2, 3, 32000)  # gzip, shuffle, checksums, LZF: those that h5py itself has
+DEFLATED = 1032  # to how many bytes one may be unpacked, at most
 ROUNDING = 1e-5  # by which an action may lie outside its bounds, in units of half its range
 
 
@@ -256,8 +257,8 @@ def length_of(group: Any, task: Task) -> int:
         raise ValueError(f"{group.name} is no group")
     rows = [member(group, name) for name in FIELDS]
     length = rows[2].shape[0] if isinstance(rows[2], h5py.Dataset) and rows[2].shape else 0
-    if length < 1:
-        raise ValueError(f"{group.name} has rewards of no steps")
+    if not 1 <= length <= MAX_EPISODE_STEPS:
+        raise ValueError(f"{group.name} has {length} rewards; 1 to {MAX_EPISODE_STEPS} can be")
     act_shape = () if task.choices is not None else task.act_shape
     shapes = ((length + 1, *task.obs_shape), (length, *act_shape), *[(length,)] * 3)
     kinds = ("fiu", "iu" if task.choices is not None else "f", "fiu", "b", "b")
@@ -270,6 +271,10 @@ def length_of(group: Any, task: Task) -> int:
         filters = [made.get_filter(i)[0] for i in range(made.get_nfilters())]
         if data.is_virtual or made.get_external_count() or not set(filters) <= set(FILTERS):
             raise ValueError(f"{group.name} has {name} that lie elsewhere, or in a code of others")
+        if data.nbytes > DEFLATED * data.id.get_storage_size():
+            raise ValueError(
+                f"{group.name} has {name} that would take more memory than it has data"
+            )
     return int(length)
 
 

@@ -123,6 +123,14 @@ def test_a_seed_decides_every_number() -> None:
     assert digests[0] != digests[2]
 
 
+def test_less_than_an_episode() -> None:
+    asked = ["policy=random", "steps=1"]
+    said = spikerl("collect", "run=run", "dataset=short", *asked)
+    assert said.out.splitlines()[0] == "InvertedPendulum-v5: 1 transitions, no whole episode"
+    (one,) = numbers("short")
+    assert (one["terminations"].tolist(), one["truncations"].tolist()) == ([False], [True])
+
+
 def test_random_actions_are_uniform_within_their_bounds() -> None:
     """Mean 0 and variance 3^2 / 3 of actions in [-3, 3]."""
     asked = ["policy=random", "steps=1500"]

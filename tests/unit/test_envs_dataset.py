@@ -94,7 +94,7 @@ def other(name: str, at: tuple[int, ...], value: float) -> Fields:
         (episode(3) | {"actions": np.zeros((4, 1), np.float32)}, "has actions (4, 1); (3, 1) are"),
         (episode(3) | {"observations": np.zeros((3, 4))}, "has observations (3, 4); (4, 4) are"),
         (episode(3) | {"observations": np.zeros((4, 5))}, "has observations (4, 5); (4, 4) are"),
-        (episode(0), "has rewards of no steps"),
+        (episode(0), "has 0 rewards; 1 to 1000000 can be"),
         (episode(3) | {"rewards": np.array([b"x"] * 3)}, "has no rewards of numbers"),
         (episode(3) | {"terminations": np.zeros(3)}, "has no terminations of numbers"),
         (episode(3) | {"actions": np.zeros((3, 1), np.int64)}, "has no actions of numbers"),
@@ -131,15 +131,19 @@ def virtual(file: Any) -> None:
     file["episode_0"].create_virtual_dataset("rewards", layout)
 
 
-def endless(file: Any) -> None:
-    """A few kB that claim 2^60 steps."""
-    del file["episode_0"]
-    shapes = {"observations": (2**60 + 1, 4), "actions": (2**60, 1)}
-    kinds = {"actions": np.float32, "terminations": bool, "truncations": bool}
-    for name in ("observations", "actions", "rewards", "terminations", "truncations"):
-        shape, kind = shapes.get(name, (2**60,)), kinds.get(name, np.float64)
-        chunk = (1024,) if len(shape) == 1 else (1024, shape[1])
-        file.create_dataset(f"episode_0/{name}", shape, kind, chunks=chunk)
+def claiming(steps: int) -> Callable[[Any], None]:
+    """A few kB that say to hold so many steps, and hold none."""
+
+    def touch(file: Any) -> None:
+        del file["episode_0"]
+        shapes = {"observations": (steps + 1, 4), "actions": (steps, 1)}
+        kinds = {"actions": np.float32, "terminations": bool, "truncations": bool}
+        for name in ("observations", "actions", "rewards", "terminations", "truncations"):
+            shape, kind = shapes.get(name, (steps,)), kinds.get(name, np.float64)
+            chunk = (64,) if len(shape) == 1 else (64, shape[1])
+            file.create_dataset(f"episode_0/{name}", shape, kind, chunks=chunk)
+
+    return touch
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,8 @@ def endless(file: Any) -> None:
         (without("episode_1"), "it holds 1 episodes; metadata.json says 2"),
         (elsewhere, "/episode_0 has rewards that lie elsewhere, or in a code of others"),
         (virtual, "/episode_0 has rewards that lie elsewhere, or in a code of others"),
-        (endless, "1152921504606846978 transitions need "),
+        (claiming(2**60), "/episode_0 has 1152921504606846976 rewards; 1 to 1000000 can be"),
+        (claiming(900), "/episode_0 has observations that would take more memory than it has data"),
     ],
 )
 def test_what_a_file_may_not_hold(
@@ -162,6 +167,18 @@ def test_what_a_file_may_not_hold(
 ) -> None:
     folder = write(tmp_path / "d", [episode(3), episode(2)], touch)
     assert reason(folder, task).startswith(told)
+
+
+def test_packed_numbers_are_read(task: Task, tmp_path: Path) -> None:
+    def packed(file: Any) -> None:
+        values = file["episode_0/observations"][()]
+        del file["episode_0/observations"]
+        settings = {"compression": "gzip", "shuffle": True, "fletcher32": True}
+        file["episode_0"].create_dataset("observations", data=values, **settings)
+
+    folder = write(tmp_path / "d", [episode(300)], packed)
+    (one,) = Dataset.open(folder, task, MUCH).episodes()
+    assert one.obs[:, 0].tolist() == [4.0 * t for t in range(301)]
 
 
 @pytest.mark.parametrize(
