@@ -133,12 +133,12 @@ def test_less_than_an_episode() -> None:
 
 def test_random_actions_are_uniform_within_their_bounds() -> None:
     """Mean 0 and variance 3^2 / 3 of actions in [-3, 3]."""
-    asked = ["policy=random", "steps=1500"]
+    asked = ["policy=random", "steps=800"]
     assert spikerl("collect", "run=run", "dataset=random", *asked).status == 0
     acts = np.concatenate([one["actions"] for one in numbers("random")])
     assert np.abs(acts).max() <= 3.0
-    assert abs(acts.mean()) < 4 * (3.0 / 1500) ** 0.5
-    assert acts.var() == pytest.approx(3.0, rel=0.1)
+    assert abs(acts.mean()) < 4 * (3.0 / 800) ** 0.5
+    assert acts.var() == pytest.approx(3.0, rel=0.12)
 
 
 def test_shares_and_sizes_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,12 +146,12 @@ def test_shares_and_sizes_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "spikerl.models.policy.Policy.act", lambda self, obs, *others: np.zeros((len(obs), 1))
     )
-    asked = ["noise=0.2", "random_share=0.5", "steps=1500"]
+    asked = ["noise=0.2", "random_share=0.5", "steps=800"]
     assert spikerl("collect", "run=run", "dataset=shares", *asked).status == 0
     acts = np.concatenate([one["actions"] for one in numbers("shares")])
-    assert acts.var() == pytest.approx(0.5 * 3.0 + 0.5 * 0.6**2, rel=0.12)
+    assert acts.var() == pytest.approx(0.5 * 3.0 + 0.5 * 0.6**2, rel=0.15)
     # Beyond 1.8, three deviations: 2 in 5 of uniform ones.
-    assert (np.abs(acts) > 1.8).mean() == pytest.approx(0.2, abs=0.04)
+    assert (np.abs(acts) > 1.8).mean() == pytest.approx(0.2, abs=0.05)
 
 
 def test_discrete_actions() -> None:

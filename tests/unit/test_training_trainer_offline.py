@@ -30,7 +30,7 @@ SMALL = {"batch_size": 6, "critic_hidden_sizes": [8]}
 
 
 def training(algo: AlgoConfig | None = None, num_envs: int = 1) -> Config:
-    made = small_config(total_steps=130, steps_per_epoch=70, eval_episodes=1, num_envs=num_envs)
+    made = small_config(total_steps=80, steps_per_epoch=60, eval_episodes=1, num_envs=num_envs)
     return replace(made, algo=algo or td3_bc_config(**SMALL))
 
 
@@ -125,7 +125,7 @@ def test_resumed_it_is_the_uninterrupted_run(
     config, task = training(algo), task_for(INVERTED_PENDULUM)
     with closing(Trainer(config, task, dataset=dataset)) as whole:
         rows = list(whole.epochs())
-    assert [(row["step"], row["updates"]) for row in rows] == [(70, 70), (130, 130)]
+    assert [(row["step"], row["updates"]) for row in rows] == [(60, 60), (80, 80)]
     with closing(Trainer(config, task, dataset=dataset)) as first:
         while first.step < 50:
             first.advance()
