@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from spikerl.algos.bc import BCConfig
 from spikerl.algos.ddpg import DDPGConfig
 from spikerl.algos.dqn import DQNConfig
+from spikerl.algos.iql import IQLConfig
 from spikerl.algos.ppo import PPOConfig
 from spikerl.algos.proxy_td3 import ProxyTD3Config
 from spikerl.algos.sac import SACConfig
 from spikerl.algos.td3 import TD3Config
+from spikerl.algos.td3_bc import TD3BCConfig
 from spikerl.config.build import Choices, Config, RunConfig
 from spikerl.distributed.world import BackendConfig
 from spikerl.energy.meter import EnergyConfig
@@ -206,6 +209,20 @@ def dqn_config(**changes: Any) -> DQNConfig:
         "epsilon_steps": 100,
     }
     return DQNConfig(**(ALL | REPLAYING | own | changes))
+
+
+def bc_config(**changes: Any) -> BCConfig:
+    return BCConfig(**(ALL | {"name": "bc"} | changes))
+
+
+def td3_bc_config(**changes: Any) -> TD3BCConfig:
+    own = {"name": "td3_bc", "tau": 0.005, "alpha": 2.5}
+    return TD3BCConfig(**(COMMON | DELAY | own | changes))
+
+
+def iql_config(**changes: Any) -> IQLConfig:
+    own = {"name": "iql", "tau": 0.005, "expectile": 0.7, "beta": 3.0}
+    return IQLConfig(**(COMMON | own | changes))
 
 
 ALL: dict[str, Any] = {

@@ -24,8 +24,16 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(kw_only=True)
-class ReplayConfig(AlgoConfig):
+class TargetConfig(AlgoConfig):
     tau: float  # target <- (1 - tau) target + tau online
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("give a value in (0, 1]", lambda x: 0.0 < x <= 1.0, "tau")
+
+
+@dataclass(kw_only=True)
+class ReplayConfig(TargetConfig):
     replay_capacity: int  # transitions
     random_steps: int  # the first steps act uniformly at random
     learning_starts: int  # steps before the first update
@@ -36,7 +44,6 @@ class ReplayConfig(AlgoConfig):
         super().__post_init__()
         self.check("give at least 1", lambda x: x >= 1, "replay_capacity", "update_interval")
         self.check("give 0 or more", lambda x: x >= 0, "random_steps", "learning_starts")
-        self.check("give a value in (0, 1]", lambda x: 0.0 < x <= 1.0, "tau")
         self.check("give a value above 0", lambda x: x > 0.0, "updates_per_step")
 
     def capacity(self) -> int:
@@ -55,6 +62,19 @@ class OffPolicyConfig(ReplayConfig, CriticsConfig):
     critics: ClassVar[int] = 2
 
 
+@dataclass(kw_only=True)
+class OfflineConfig(AlgoConfig):
+    """Of algorithms that learn from a dataset and never act: a step of the run is one update."""
+
+    MOST: ClassVar[int] = 1 << 40  # transitions; the machine's memory bounds them before
+
+    def updates_due(self, step: int, batches: int) -> int:
+        return step // batches
+
+    def capacity(self) -> int:
+        return self.MOST
+
+
 class OffPolicy(Learner):
     """Updates from replayed rows, with target networks.
 
@@ -62,17 +82,18 @@ class OffPolicy(Learner):
     round: they have the same targets, whose values are then computed in one pass.
     """
 
-    config: ReplayConfig
+    config: AlgoConfig
     n_step = 1  # steps that a replayed transition spans
     batches_per_update = 1
     policy_delay = 1  # actor and targets change on one update of so many:
     first_policy_update = 0  # on this one first, counted from 0
 
     def __init__(
-        self, actor: Actor, critic: Critics | None, config: ReplayConfig, **settings: Any
+        self, actor: Actor, critic: Critics | None, config: AlgoConfig, **settings: Any
     ) -> None:
         super().__init__(actor, critic, config, **settings)
-        self.random_steps = config.random_steps
+        if isinstance(config, ReplayConfig):
+            self.random_steps = config.random_steps
         self.graph: Graphed | None = None
         if critic is not None:
             self.critic_target = self.add_target("critic", critic)
@@ -94,6 +115,7 @@ class OffPolicy(Learner):
 
     def update_targets(self) -> None:
         """Target <- (1 - tau) target + tau online."""
+        assert isinstance(self.config, TargetConfig)
         for name, target in self.targets.items():
             online = self.optimizers[name].flat
             self.kernel.polyak(target, online, self.config.tau, self.guard.masked)

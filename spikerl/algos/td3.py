@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from spikerl.algos.base import Metrics, normal_like
+from spikerl.algos.base import CriticsConfig, Metrics, normal_like
 from spikerl.algos.offpolicy import OffPolicy, OffPolicyConfig, batches
 from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor
@@ -17,21 +17,32 @@ from spikerl.types import Batch
 
 
 @dataclass(kw_only=True)
-class TD3Config(OffPolicyConfig):
+class DelayConfig(CriticsConfig):
+    """Delayed policy updates, and target policy smoothing."""
+
+    critics: ClassVar[int] = 2
+
     policy_delay: int  # the actor and all targets change on one update of so many:
     first_policy_update: int  # on this one first, counted from 0
-    explore_noise: float  # std of acting noise, in units of half the action range
-    target_noise: float  # std of target smoothing noise, same unit
+    target_noise: float  # std of target smoothing noise, in units of half the action range
     noise_clip: float  # bound of target smoothing noise, same unit
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("give 0 or more", lambda x: x >= 0, "explore_noise")
         self.check("give at least 1", lambda x: x >= 1, "policy_delay")
         self.check("give 0 or more", lambda x: x >= 0, "target_noise", "noise_clip")
         if not 0 <= self.first_policy_update < self.policy_delay:
             remedy = f"give 0 or more, below algo.policy_delay={self.policy_delay}"
             raise BadRequest("algo.first_policy_update", self.first_policy_update, remedy)
+
+
+@dataclass(kw_only=True)
+class TD3Config(OffPolicyConfig, DelayConfig):
+    explore_noise: float  # std of acting noise, in units of half the action range
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("give 0 or more", lambda x: x >= 0, "explore_noise")
 
 
 class TD3(OffPolicy):

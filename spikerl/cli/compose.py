@@ -47,7 +47,7 @@ OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra passes 
 MAX_BYTES = 1 << 28  # of a manifest.json
 # Values that are taken as they are typed: a sweep names its folders with '=' and ','.
 PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "dense", "stats", "path",
-         "energy.file", "runs", "out")  # fmt: skip
+         "energy.file", "runs", "out", "dataset")  # fmt: skip
 
 
 @cache

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from spikerl.config.build import Config, build, check_actions
-from spikerl.config.memory import check_memory
+from spikerl.config.memory import check_memory, memory
 from spikerl.distributed import launch, mpi
 from spikerl.distributed.launchers import ranked
 from spikerl.distributed.world import ALONE, join, leave
 from spikerl.energy.meter import open_meter
+from spikerl.envs.dataset import Dataset
 from spikerl.envs.make import make_env, task_of
 from spikerl.envs.process import start_server
 from spikerl.errors import DONE, FAILED, BadRequest, EnvironmentFailed
@@ -45,6 +46,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     check_memory(config, task)
     if settings.init_from:
         read_init(settings.init_from, config, task)
+    if dataset := dataset_of(config, task):
+        dataset.check()
     if settings.resume:
         if finished(Path(settings.resume), config):
             return DONE
@@ -158,7 +161,8 @@ def run(
             meter = open_meter(config.energy, device=device, local_rank=world.local_rank)
             init_from = config.run.init_from
             init = read_init(init_from, config, task) if init_from else None
-            trainer = Trainer(config, task, init, world, meter, device)
+            dataset = dataset_of(config, task)
+            trainer = Trainer(config, task, init, world, meter, device, dataset)
             session = Session(config, trainer, world, target, command, after, announce_folder)
             status = session.run(lambda: stop[0] if stop else 0)
             mpi.leave()
@@ -172,6 +176,19 @@ def run(
                     raise
             finally:
                 leave()
+
+
+def dataset_of(config: Config, task: Task) -> Dataset | None:
+    """What an offline algorithm learns from; a resumed run has it in its checkpoint."""
+    if config.run.dataset is None or config.run.resume:
+        return None
+    dataset = Dataset.open(Path(config.run.dataset), task, memory())
+    if dataset.transitions < config.num_envs:
+        remedy = (
+            f"it has {dataset.transitions} transitions; num_envs={config.num_envs} needs as many"
+        )
+        raise BadRequest("dataset", dataset.folder, remedy)
+    return dataset
 
 
 def task_for(config: Config) -> Task:

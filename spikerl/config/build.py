@@ -12,7 +12,7 @@ import torch
 
 from spikerl import kernels, plugins
 from spikerl.algos import ALGOS, AlgoConfig
-from spikerl.algos.offpolicy import ReplayConfig
+from spikerl.algos.offpolicy import OfflineConfig, ReplayConfig
 from spikerl.algos.ppo import PPOConfig
 from spikerl.distributed import hosts
 from spikerl.distributed.launchers import ranked
@@ -45,7 +45,7 @@ class RunConfig:
     """The keys at the top level."""
 
     seed: int
-    total_steps: int  # environment steps over all workers
+    total_steps: int  # environment steps over all workers; of an offline algorithm, updates
     steps_per_epoch: int  # an evaluation, a row of metrics and a checkpoint after each epoch
     eval_episodes: int  # deterministic episodes per evaluation; 0: there are none
     num_envs: int | None  # over all workers; null: one per worker
@@ -65,6 +65,7 @@ class RunConfig:
     config: str | None
     keep_replay: bool  # and the checkpoints, of a run that is done
     logger: list[str]  # views of metrics.jsonl
+    dataset: str | None = None  # recorded transitions, for offline algorithms
     energy_to: dict[str, float] | None = None  # {return: R}: summary.json has the joules up to that
     plugins: list[str]  # packages that register parts of one's own
 
@@ -77,7 +78,7 @@ class RunConfig:
                 raise BadRequest(key, getattr(self, key), f"give 1 to {MOST}, or null")
         if not 0 <= self.seed < 2**63:
             raise BadRequest("seed", self.seed, "give 0 to 2^63 - 1")
-        for key in ("run_dir", "init_from"):
+        for key in ("run_dir", "init_from", "dataset"):
             if getattr(self, key) == "":
                 raise BadRequest(key, "", "give a path, or null")
             if getattr(self, key):
@@ -177,6 +178,7 @@ def parse_groups(raw: Mapping[str, Any]) -> Parsed:
         energy=METERS.parse(raw["energy"]),
     )
     check_together(parsed.algo, parsed.actor, parsed.kernel)
+    check_dataset(parsed.run, parsed.algo)
     return parsed
 
 
@@ -242,9 +244,26 @@ def check_shares(run: RunConfig, algo: AlgoConfig, world_size: int) -> None:
 def check_actions(algo: AlgoConfig, task: Task) -> None:
     """Refuse an algorithm that does not learn the task's kind of actions."""
     if task.kind not in ALGOS.part(algo).acts:
-        fit = [name for name, (_, learner) in ALGOS.options.items() if task.kind in learner.acts]
+        fit = [
+            name
+            for name, (config, learner) in ALGOS.options.items()
+            if task.kind in learner.acts and not issubclass(config, OfflineConfig)
+        ]
         remedy = f"the actions of {task.env_id} are {task.kind}; use algo={' or '.join(fit)}"
         raise BadRequest("algo", algo.name, remedy)
+
+
+def check_dataset(run: RunConfig, algo: AlgoConfig) -> None:
+    """Refuse an offline algorithm without a dataset, and a dataset with any other."""
+    offline = isinstance(algo, OfflineConfig)
+    if offline and not run.dataset and not run.resume:
+        remedy = f"algo={algo.name} learns from recorded transitions; give a folder of `spikerl"
+        raise BadRequest("dataset", None, f"{remedy} collect`")
+    if run.dataset and not offline:
+        parts = ALGOS.options.items()
+        fit = [name for name, (config, _) in parts if issubclass(config, OfflineConfig)]
+        remedy = f"algo={algo.name} learns from steps of its own; use algo={' or '.join(fit)}"
+        raise BadRequest("dataset", run.dataset, remedy)
 
 
 def check_together(algo: AlgoConfig, actor: ActorConfig, kernel: kernels.KernelConfig) -> None:

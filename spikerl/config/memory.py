@@ -11,6 +11,7 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
+from spikerl.algos.offpolicy import OfflineConfig
 from spikerl.config.build import Config
 from spikerl.errors import BadRequest
 from spikerl.machine import CGROUP, GROUPS, control_groups
@@ -58,6 +59,8 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
     widths = [first, *actor.hidden_sizes, last]
     steps = actor.spike_steps if isinstance(actor, PopSANConfig) else 1
     rows = min(algo.capacity(), config.run.total_steps) // config.run.nnodes
+    if isinstance(algo, OfflineConfig):
+        rows = 0  # a dataset's size is checked where it is opened
     rollout = "rollout_steps" if hasattr(algo, "rollout_steps") else "replay_capacity"
     needs = {
         f"algo.{rollout}": rows * (2 * O + A + 4) * NUMBER,

@@ -25,7 +25,8 @@ NOT_CARRIED = ("run_dir", "resume", "config", "nnodes", "node_rank", "rdzv")
 COUNTS = re.compile(r"(?:^|[._])(?:steps|interval|capacity|starts|episodes|envs|size|per_epoch)$")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 PLAIN = ("env.kwargs", "env.wrappers")  # arguments of others' code, whole
-READ = ("init_from", "energy.file")  # paths that a run reads
+STARTED_FROM = ("init_from", "dataset")  # read once, at the start
+READ = (*STARTED_FROM, "energy.file")  # paths that a run reads
 
 
 def conf_folder() -> Path:
@@ -95,7 +96,7 @@ def overrides_of(path: Path, typed: Sequence[str], *, resumes: bool = False) -> 
             raise BadRequest("config", path, f"the key {key} is not accepted in a config file")
         if key == "plugins":
             plugins.check_typed(path, value, typed_plugins(typed))
-        if key in NOT_CARRIED or (resumes and key == "init_from"):
+        if key in NOT_CARRIED or (resumes and key in STARTED_FROM):
             continue
         if key in groups:
             if key in chosen:

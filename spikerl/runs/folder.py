@@ -40,17 +40,17 @@ from spikerl.schema import dotted
 MAX_BYTES = 1 << 28  # of a file that is read whole; a record of 100 000 epochs has half of that
 
 
-def check_free(target: str, *, named: bool) -> None:
+def check_free(target: str, *, named: bool, key: str = "run_dir") -> None:
     """Refuse early, before anything is built, what `create` would refuse late."""
     folder = Path(target)
     if named and os.path.lexists(folder):
-        remedy = "it exists already; give another run_dir, or leave it out for a dated one"
-        raise BadRequest("run_dir", target, remedy)
+        dated = ", or leave it out for a dated one" if key == "run_dir" else ""
+        raise BadRequest(key, target, f"it exists already; give another {key}{dated}")
     parent = folder.absolute().parent
     while not os.path.lexists(parent):
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise BadRequest("run_dir", target, f"{parent} cannot be written to; give another run_dir")
+        raise BadRequest(key, target, f"{parent} cannot be written to; give another {key}")
 
 
 def partial_of(target: str) -> Path:

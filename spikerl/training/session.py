@@ -362,6 +362,8 @@ class Session:
         num_envs, precision = self.config.num_envs, self.config.precision.name
         facts = {"world_size": self.world.size, "num_envs": num_envs, "precision": precision,
                  "power_idle_w": self.idle_w}  # fmt: skip
+        if dataset := self.trainer.dataset:
+            facts["dataset"] = {"folder": str(dataset.folder), "sha256": dataset.sha256}
         return run_folder.make_manifest(self.trainer.task.env_id, command, resolved, facts)
 
     def wall(self) -> float:
@@ -407,6 +409,11 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
         lines.append(trainer.evaluator.note)
     if trainer.updates_by(run.total_steps) == 0:
         lines.append(NOTHING_LEARNED)
+    if dataset := trainer.dataset:
+        lines.append(
+            f"dataset={shown(dataset.folder)}: {dataset.transitions} transitions of"
+            f" {len(dataset.lengths)} episodes, sha256 {dataset.sha256}"
+        )
     if slow := why_slow(config.precision, config.resolved.device.choice):
         lines.append(f"note: {slow}")
     if config.run.init_from:

@@ -18,11 +18,13 @@ from torch import Tensor
 from spikerl import kernels
 from spikerl.algos import ALGOS
 from spikerl.algos.base import CriticsConfig
+from spikerl.algos.offpolicy import OfflineConfig
 from spikerl.algos.replay import Replay
 from spikerl.config.build import Config
 from spikerl.distributed.world import ALONE, World, share
 from spikerl.energy.meter import Meter, Reading, energy_row, merge, power
-from spikerl.envs.vector import make_envs
+from spikerl.envs.dataset import Dataset
+from spikerl.envs.vector import Steps, make_envs
 from spikerl.errors import BadRequest, NonFinite, Stopped
 from spikerl.models.actor import (
     CareBNConfig,
@@ -72,9 +74,13 @@ class Trainer:
         world: World = ALONE,
         meter: Meter | None = None,
         device: torch.device | None = None,
+        dataset: Dataset | None = None,
     ) -> None:
-        """`device`: this worker's own, where several share what was resolved."""
+        """`device`: this worker's own, where several share what was resolved. `dataset`: what an
+        offline algorithm learns from, unless a checkpoint is loaded, which holds it.
+        """
         self.config, self.run, self.task, self.world = config, config.run, task, world
+        self.dataset, self.offline = dataset, isinstance(config.algo, OfflineConfig)
         self.meter = meter or Meter("none: not asked for")
         c, run, algo = config, config.run, config.algo
         device = device or torch.device(c.resolved.device.choice)
@@ -126,6 +132,8 @@ class Trainer:
                 norm.sum_ = world.sum_  # over the rows of all workers
         capacity = algo.capacity() // c.num_envs * each  # whole steps of all environments
         self.replay = Replay(capacity, task.obs_dim, task.act_dim, device, width=each)
+        if dataset is not None:
+            self.fill_replay(dataset)
         self.envs = make_envs(c.env, each, task)
         self.seed_bits = RESET_BITS  # of resets
         self.reset_envs()
@@ -148,6 +156,27 @@ class Trainer:
         """What is evaluated and saved."""
         config, actor = inference_actor(self.config.actor, self.algo.actor, self.task.act_dim)
         return Policy(self.task, config, actor, self.norm)
+
+    def fill_replay(self, dataset: Dataset) -> None:
+        """Take the moments of all that was recorded, and this worker's share of it.
+
+        Transition k is environment k mod N's, as if N of them had made the dataset in turn; what
+        is left over, fewer than N, is not learned from.
+        """
+        each, total = self.replay.width, self.config.num_envs
+        scale, gamma = self.config.env.reward_scale, self.config.algo.gamma
+        self.replay.reserve(dataset.transitions // total * each)
+        first, end = 0, dataset.transitions // total * total
+        for episode in dataset.episodes():
+            if self.config.algo.norm_interval is not None:
+                self.norm.add(episode.obs[:-1])
+                self.norm.merge([self.norm.collect()])  # the same on every worker
+            steps = episode.steps()
+            number = first + np.arange(len(steps.rew))
+            mine = (number % total // each == self.world.rank) & (number < end)
+            scaled = steps._replace(rew=steps.rew * scale)
+            self.replay.add(*Steps(*(field[mine] for field in scaled)), discount=gamma)
+            first += len(steps.rew)
 
     def reset_envs(self, *resumed_at: int) -> None:
         first = self.world.rank * len(self.envs)
@@ -194,7 +223,10 @@ class Trainer:
     def advance(self, stop_signal: Callable[[], int] = lambda: 0) -> None:
         """One step in every environment, and the updates that became due with it."""
         before, algo = self.step, self.config.algo
-        self.act()
+        if self.offline:
+            self.progress.step += self.updates_ahead()
+        else:
+            self.act()
         try:
             if self.algo.on_policy:  # from what it did, seen as it saw it
                 self.learn(before)
@@ -205,6 +237,11 @@ class Trainer:
             self.recalibrate(before)
         except NonFinite as error:
             raise NonFinite(f"step {self.step}: {error}") from error
+
+    def updates_ahead(self) -> int:
+        """Steps of an offline run up to where workers meet, an epoch ends, or the run does."""
+        ends = [each - self.step % each for each in (SYNC_INTERVAL, self.run.steps_per_epoch)]
+        return min(*ends, self.run.total_steps - self.step)
 
     def act(self) -> None:
         """One step in every environment, stored with its true successors."""
@@ -321,7 +358,7 @@ class Trainer:
             "layer_silent": activity.silent if activity else None,
             "layer_saturated": activity.saturated if activity else None,
             **{name: mean_of(sums, name) for name in self.algo.metrics},
-            "env_steps_per_s": (p.step - p.first_step) / train_s,
+            "env_steps_per_s": None if self.offline else (p.step - p.first_step) / train_s,
             "updates_per_s": (p.updates - p.first_update) / train_s,
             **joules,
         }
@@ -411,7 +448,7 @@ class Trainer:
             self.envs.load(envs)
         else:
             self.reset_envs(self.step)
-        return bool(notes["exact"])
+        return bool(notes["exact"]) or self.offline  # which only evaluates in them
 
     def close(self) -> None:
         with ExitStack() as stack:  # each, whatever becomes of the other

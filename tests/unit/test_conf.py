@@ -21,7 +21,8 @@ from spikerl.errors import BadRequest
 
 GROUPS = sorted(folder.name for folder in conf_folder().iterdir() if folder.is_dir())
 # What an option needs beside it.
-NEEDS = {"env=gym": ["env.id=MountainCarContinuous-v0"], "energy=replay": ["energy.file=t.csv"]}
+NEEDS = {"env=gym": ["env.id=MountainCarContinuous-v0"], "energy=replay": ["energy.file=t.csv"],
+         **{f"algo={name}": ["dataset=d"] for name in ("bc", "td3_bc", "iql")}}  # fmt: skip
 # What only some machines can run; it composes on all.
 ELSEWHERE = ("kernel=triton", "backend=nccl", "precision=fp16", "energy=zeus", "energy=replay")
 # `base` is what config files share, a table is a group of `reproduce`.
@@ -211,6 +212,7 @@ def test_flags_anywhere(args: list[str], tmp_path: Path) -> None:
             {
                 "train",
                 "bench",
+                "collect",
                 "compress",
                 "convert",
                 "doctor",

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from shell import refusal
 
 from spikerl.algos import ALGOS
+from spikerl.algos.offpolicy import OfflineConfig
 from spikerl.config.build import RunConfig, build
 from spikerl.distributed.world import BACKENDS
 from spikerl.energy.meter import METERS
@@ -111,6 +112,9 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "algo.entropy_coef": ([0.0], [-TINY]),
     "algo.log_std": ([-1.0, 0.5], [math.nan]),
     "algo.target_kl": ([TINY, None], [0.0]),
+    "algo.alpha": ([0.0, 2.5], [-TINY]),
+    "algo.beta": ([0.0, 3.0], [-TINY]),
+    "algo.expectile": ([TINY, 0.9999999], [0.0, 1.0]),
 }
 GROUPS: list[Registry[Any, Any]] = [
     ACTORS, ENCODERS, NEURONS, DECODERS, ALGOS, PRECISIONS, KERNELS, BACKENDS, METERS
@@ -164,7 +168,8 @@ def with_number(default: dict[str, Any], key: str) -> dict[str, Any]:
     option = next(option for option, schema in options.items() if name in numbers(schema))
     composed = compose("train", [f"{group}={option}"])
     data: Any = OmegaConf.to_container(composed, resolve=True)
-    return changed(default, **{group: data[group]})
+    recorded = "d" if issubclass(options[option], OfflineConfig) else None
+    return changed(default, **{group: data[group]}, dataset=recorded)
 
 
 @pytest.mark.parametrize("key", BOUNDS)

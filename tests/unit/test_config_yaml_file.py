@@ -12,7 +12,7 @@ from shell import refusal
 from spikerl.config.yaml_file import overrides_of
 
 
-@pytest.mark.parametrize("key", ["init_from", "energy.file"])
+@pytest.mark.parametrize("key", ["init_from", "dataset", "energy.file"])
 @pytest.mark.parametrize("path", ["/etc/x", "../x", "a/../../x"])
 def test_a_config_leads_nowhere_else(key: str, path: str, tmp_path: Path) -> None:
     group, _, name = key.partition(".")
@@ -22,4 +22,4 @@ def test_a_config_leads_nowhere_else(key: str, path: str, tmp_path: Path) -> Non
     assert line.startswith(f"{key}={path}: not accepted from ")
     assert not any(path in arg for arg in overrides_of(tmp_path / "c.yaml", [f"{key}={path}"]))
     resumed = overrides_of(tmp_path / "c.yaml", [], resumes=True)
-    assert any(path in arg for arg in resumed) == (key != "init_from")
+    assert any(path in arg for arg in resumed) == (key == "energy.file")

@@ -32,7 +32,11 @@ def test_bf16_without_matrix_units(
     config = configs.build({**default, "precision": own, "kernel": kernel, "device": "cpu"})
     task = SimpleNamespace(env_id="Some-v1", obs_dim=3, act_dim=1)
     trainer: Any = SimpleNamespace(
-        world=ALONE, task=task, updates_by=lambda steps: steps, evaluator=SimpleNamespace(note=None)
+        world=ALONE,
+        task=task,
+        updates_by=lambda steps: steps,
+        dataset=None,
+        evaluator=SimpleNamespace(note=None),
     )
     note = "note: bf16 is usually slower than fp32 here: this processor has no matrix units (AMX)"
     assert (note in announce(config, trainer)) == noted
@@ -43,7 +47,11 @@ def test_what_a_resumed_run_keeps_was_not_requested(resume: str | None, said: st
     config = with_run(small_config(), resume=resume)
     task = SimpleNamespace(env_id="Some-v1", obs_dim=3, act_dim=1)
     trainer: Any = SimpleNamespace(
-        world=ALONE, task=task, updates_by=lambda steps: steps, evaluator=SimpleNamespace(note=None)
+        world=ALONE,
+        task=task,
+        updates_by=lambda steps: steps,
+        dataset=None,
+        evaluator=SimpleNamespace(note=None),
     )
     assert announce(config, trainer)[2] == (
         f"device=cpu (requested); threads=1 ({said}); kernel=reference ({said});"

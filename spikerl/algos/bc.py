@@ -1,0 +1,47 @@
+"""Behaviour cloning: the actions of a dataset, learned as they are (Pomerleau, 1988)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from spikerl.algos.base import Metrics
+from spikerl.algos.offpolicy import OfflineConfig, OffPolicy, batches
+from spikerl.kernels.gradient import Gradient
+from spikerl.models.actor import Actor
+from spikerl.types import Batch
+
+
+@dataclass(kw_only=True)
+class BCConfig(OfflineConfig):
+    pass
+
+
+class BC(OffPolicy):
+    config: BCConfig
+
+    def __init__(self, actor: Actor, critic: None, config: BCConfig, **settings: Any) -> None:
+        super().__init__(actor, critic, config, **settings)
+
+    def update(self, rows: Batch, numbers: range) -> list[Metrics]:
+        """Updates with these numbers, each on its share of the rows."""
+        optimizer, metrics = self.actor_optimizer, []
+        for obs, act in batches(len(numbers), rows.obs, rows.act):
+            # Minimise mean (pi(s) - a)^2, over batch and action entries.
+            mine, backward = self.actor.vjp(obs, self.generator)
+            optimizer.gradient.loss.zero_()
+            metric = backward(add_imitation(mine, act, optimizer.gradient), optimizer.gradient)
+            metrics.append(metric | {"actor_loss": optimizer.step()})
+            self.guard.end_update()
+        return metrics
+
+
+def add_imitation(
+    mine_BA: Tensor, act_BA: Tensor, into: Gradient, weight_B1: Tensor | float = 1.0
+) -> Tensor:
+    """Add mean w (mine - act)^2, over batch and entries, to the loss; its gradient by `mine`."""
+    error_BA = mine_BA - act_BA
+    into.loss += (weight_B1 * error_BA.square()).mean() * into.weight
+    return weight_B1 * error_BA * (2.0 / error_BA.numel() * into.factor)

@@ -1,0 +1,86 @@
+"""IQL, implicit Q-learning (Kostrikov et al., 2021, arXiv:2110.06169): only actions of the dataset
+are ever valued.
+
+Shape legend   B batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from spikerl.algos.base import CriticsConfig, Metrics
+from spikerl.algos.bc import add_imitation
+from spikerl.algos.offpolicy import OfflineConfig, OffPolicy, TargetConfig, batches
+from spikerl.kernels import reference
+from spikerl.models.actor import Actor
+from spikerl.models.critic import Critics
+from spikerl.types import Batch
+
+MOST_WEIGHT = 100.0  # of a transition in the actor's loss
+
+
+@dataclass(kw_only=True)
+class IQLConfig(OfflineConfig, TargetConfig, CriticsConfig):
+    critics: ClassVar[int] = 2
+
+    expectile: float  # of the actions' values that V(s) is; 0.5: their mean, towards 1: the best
+    beta: float  # how much better actions count in the actor's loss; 0: imitation alone
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("give a value between 0 and 1", lambda x: 0.0 < x < 1.0, "expectile")
+        self.check("give 0 or more", lambda x: x >= 0.0, "beta")
+
+
+class IQL(OffPolicy):
+    config: IQLConfig
+    metrics = ("value_loss", "imitation_weight")
+
+    def __init__(self, actor: Actor, critic: Critics, config: IQLConfig, **settings: Any) -> None:
+        super().__init__(actor, critic, config, **settings)
+        sizes = config.critic_hidden_sizes
+        self.value = Critics(actor.obs_dim, 0, sizes, networks=1).to(self.generator.device)
+        self.optimizers["value"] = self.optimizer(self.value, config.critic_lr)
+
+    def update(self, rows: Batch, numbers: range) -> list[Metrics]:
+        """Updates with these numbers, each on its share of the rows."""
+        c, metrics, value_opt = self.config, [], self.optimizers["value"]
+        critic_opt, actor_opt = self.critic_optimizer, self.actor_optimizer
+        for fields in batches(len(numbers), *rows):
+            batch = Batch(*fields)
+
+            # Value: minimise mean |expectile - [u < 0]| u^2, u = min_i Q_i'(s, a) - V(s).
+            with torch.no_grad():
+                q = self.critic_target(batch.obs, batch.act).amin(0)
+            excess = q - self.state_value(batch.obs)
+            asymmetry = torch.where(excess < 0.0, 1.0 - c.expectile, c.expectile)
+            value_opt.gradient.differentiate((asymmetry * excess.square()).mean())
+            metric = {"value_loss": value_opt.step()}
+
+            # Actor: minimise mean w (pi(s) - a)^2 with w = exp(beta (min_i Q_i'(s, a) - V(s))).
+            with torch.no_grad():
+                advantage = q - self.state_value(batch.obs)
+                weight = (c.beta * advantage).exp().clamp(max=MOST_WEIGHT)
+                q_target = batch.td_target(self.state_value(batch.next_obs))
+            mine, backward = self.actor.vjp(batch.obs, self.generator)
+            actor_opt.gradient.loss.zero_()
+            grad = add_imitation(mine, batch.act, actor_opt.gradient, weight.unsqueeze(1))
+            metric |= backward(grad, actor_opt.gradient)
+            metric |= {"actor_loss": actor_opt.step(), "imitation_weight": weight.mean()}
+
+            # Critics: minimise sum_i mean (Q_i(s, a) - y)^2, y = r + gamma (1 - terminated) V(s').
+            into = critic_opt.gradient
+            q_mean = self.critic.critic_backward(batch.obs, batch.act, q_target, into)
+            metrics.append(metric | {"critic_loss": critic_opt.step(), "q_mean": q_mean})
+
+            self.update_targets()
+            self.guard.end_update()
+        return metrics
+
+    def state_value(self, obs_BO: Tensor) -> Tensor:
+        """V, (B,)."""
+        return reference.values(self.value, obs_BO, obs_BO.new_empty(len(obs_BO), 0))[0]

@@ -1,0 +1,221 @@
+"""`spikerl collect`: a policy's transitions as a dataset for offline learning."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spikerl.config.yaml_file import check_confirmed
+from spikerl.distributed.launch import stop_signals
+from spikerl.envs.dataset import Writer, check_extra
+from spikerl.envs.make import FLOAT32_MAX, CheckedEnv, EnvConfig, make_env, task_of
+from spikerl.errors import DONE, BadRequest, NonFinite, Stopped, stop_status
+from spikerl.files import absolute, checksum_of, shown, sync_folder
+from spikerl.isolation import UserCode
+from spikerl.machine import git_state, versions
+from spikerl.models.policy import Policy, check_shapes, find_policy, load_policy
+from spikerl.runs import folder as run_folder
+from spikerl.schema import parse
+from spikerl.seeding import RESET_BITS, reset_seed, seed_for
+
+
+@dataclass(kw_only=True)
+class CollectRequest:
+    run: str
+    dataset: str
+    policy: str  # last, best, random
+    episodes: int | None
+    steps: int | None
+    noise: float
+    random_share: float
+    seed: int
+    env_id: str | None  # confirms an environment that names a module, or is given paths
+    plugins: list[str]
+
+    def __post_init__(self) -> None:
+        self.dataset = str(absolute(self.dataset))
+        if (self.episodes is None) == (self.steps is None):
+            raise BadRequest("episodes", self.episodes, "give either episodes=N or steps=N")
+        for key in ("episodes", "steps"):
+            if (count := getattr(self, key)) is not None and count < 1:
+                raise BadRequest(key, count, "give at least 1")
+        if self.noise < 0.0:
+            raise BadRequest("noise", self.noise, "give 0 or more")
+        if not 0.0 <= self.random_share <= 1.0:
+            raise BadRequest("random_share", self.random_share, "give a value in [0, 1]")
+        if self.policy == "random":
+            for key in ("noise", "random_share"):
+                if getattr(self, key):
+                    remedy = "policy=random acts at random already; leave it out"
+                    raise BadRequest(key, getattr(self, key), remedy)
+        if not 0 <= self.seed < 2**63:
+            raise BadRequest("seed", self.seed, "give 0 or more, below 2^63")
+
+
+def main(data: dict[str, Any], argv: Sequence[str]) -> int:
+    """`spikerl collect`: a folder that is whole, or none."""
+    request = parse(CollectRequest, data)
+    check_extra()
+    kind = "last" if request.policy == "random" else request.policy
+    policy = load_policy(request.run, policy=kind)
+    if request.noise and policy.task.choices is not None:
+        remedy = f"the actions of {policy.task.env_id} are discrete; use random_share"
+        raise BadRequest("noise", request.noise, remedy)
+    run_folder.check_free(request.dataset, named=True, key="dataset")
+    check_confirmed(request.run, policy.task.env_id, dict(policy.task.env_kwargs), request.env_id)
+    env = environment(request, policy)
+    try:
+        with stop_signals() as stop:
+            returns, steps = collect(request, policy, env, lambda: stop[0] if stop else 0)
+    except Stopped as stopped:
+        name = signal.Signals(stopped.number).name
+        print(f"spikerl: stopped on {name}; nothing was kept", file=sys.stderr)
+        return stop_status(stopped.number)
+    finally:
+        env.close()
+    whole = "no whole episode"
+    if returns:
+        spread = f"{np.mean(returns):.1f} +- {np.std(returns):.1f}"
+        whole = f"return {spread} over {len(returns)} whole episodes"
+    print(f"{policy.task.env_id}: {steps} transitions, {whole}")
+    print(f"dataset: {shown(Path(request.dataset))}")
+    return DONE
+
+
+def environment(request: CollectRequest, policy: Policy) -> CheckedEnv:
+    """The one that the policy was trained on."""
+    task = policy.task
+    config = EnvConfig(
+        name="gym",
+        version=None,
+        id=task.env_id,
+        max_episode_steps=task.max_episode_steps,
+        vectorizer="sync",
+        kwargs=dict(task.env_kwargs),
+        wrappers=list(task.env_wrappers),
+    )
+    try:
+        env = make_env(config)
+    except BadRequest as error:
+        raise BadRequest("run", request.run, error.args[2]) from error
+    check_shapes("run", request.run, task, task_of(env))
+    return env
+
+
+def collect(
+    request: CollectRequest, policy: Policy, env: CheckedEnv, stop_signal: Callable[[], int]
+) -> tuple[list[float], int]:
+    """Record into a hidden folder and rename it; returns of whole episodes, and all steps."""
+    target = Path(request.dataset)
+    partial = run_folder.partial_of(request.dataset)
+    run_folder.remove_abandoned(partial.parent)
+    try:
+        partial.mkdir(parents=True)
+        with run_folder.lock(partial):
+            try:
+                writer = Writer(partial, policy.task)
+            except ValueError as error:
+                raise BadRequest("run", request.run, str(error)) from error
+            returns = record(request, policy, env, writer, stop_signal)
+            name = re.sub(r"[^A-Za-z0-9_-]", "_", target.name)
+            named = name if re.search(r"-v\d+$", name) else f"{name}-v0"
+            writer.finish(named, recipe(request, policy, returns))
+            (partial / ".lock").unlink()
+            run_folder.check_free(request.dataset, named=True, key="dataset")
+            partial.rename(target)
+            sync_folder(target.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BadRequest("dataset", request.dataset, f"{reason}; nothing was kept") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return returns, writer.steps
+
+
+def record(
+    request: CollectRequest,
+    policy: Policy,
+    env: CheckedEnv,
+    writer: Writer,
+    stop_signal: Callable[[], int],
+) -> list[float]:
+    """Episode i starts from seed (seed, i); undiscounted returns of whole episodes."""
+    draws = np.random.default_rng(seed_for(request.seed, "explore"))
+    returns = []
+    most_episodes, most_steps = request.episodes or math.inf, request.steps or math.inf
+    while writer.episodes < most_episodes and writer.steps < most_steps:
+        seed = reset_seed(RESET_BITS, request.seed, "env", writer.episodes)
+        with UserCode():
+            obs = [env.reset(seed=seed)[0]]
+        acts, rewards = list[np.ndarray](), list[float]()
+        terminated = truncated = False
+        carried = policy.carried()
+        while not (terminated or truncated) and writer.steps + len(acts) < most_steps:
+            if number := stop_signal():
+                raise Stopped(number)
+            act = policy.task.to_env(behave(request, policy, obs[-1], draws, carried))
+            with UserCode():
+                next_obs, rew, terminated, truncated, _ = env.step(act)
+            if not (abs(rew) <= FLOAT32_MAX and (np.abs(next_obs) <= FLOAT32_MAX).all()):
+                where = f"episode {writer.episodes}, step {len(acts) + 1}"
+                raise NonFinite(f"{where}: {policy.task.env_id} gave a NaN or infinity")
+            obs.append(next_obs)
+            acts.append(act)
+            rewards.append(rew)
+        whole = terminated or truncated
+        ends = np.arange(1, len(acts) + 1) == len(acts)
+        writer.add(seed, np.stack(obs), np.stack(acts), np.array(rewards), ends & terminated,
+                   ends & (truncated or not whole))  # fmt: skip
+        returns += [sum(rewards)] * whole
+    return returns
+
+
+def behave(
+    request: CollectRequest,
+    policy: Policy,
+    obs: np.ndarray,
+    draws: np.random.Generator,
+    carried: Any,
+) -> np.ndarray:
+    """(A,) in [-1, 1]: the policy's action with noise, or with `random_share` a uniform one."""
+    size = policy.task.act_dim
+    if request.policy == "random" or draws.random() < request.random_share:
+        return draws.uniform(-1.0, 1.0, size)
+    act = policy.act(obs[None], policy.generator, carried)[0]
+    if request.noise:
+        act = np.clip(act + request.noise * draws.standard_normal(size), -1.0, 1.0)
+    return act
+
+
+def recipe(request: CollectRequest, policy: Policy, returns: list[float]) -> dict[str, Any]:
+    """How to make it again, and what from."""
+    kind = "last" if request.policy == "random" else request.policy
+    folder = find_policy(Path(request.run), kind, key="run")
+    return {
+        "command": "spikerl collect",
+        "run": request.run,
+        "policy": request.policy,
+        "policy_sha256": {
+            name: checksum_of(folder / name) for name in ("policy.json", "policy.safetensors")
+        },
+        "noise": request.noise,
+        "random_share": request.random_share,
+        "seed": request.seed,
+        "episodes": request.episodes,
+        "steps": request.steps,
+        "max_episode_steps": policy.task.max_episode_steps,
+        "return_mean": float(np.mean(returns)) if returns else None,
+        "return_std": float(np.std(returns)) if returns else None,
+        "whole_episodes": len(returns),
+        "versions": versions(),
+        "git": git_state(),
+    }

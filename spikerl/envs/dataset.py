@@ -1,0 +1,305 @@
+"""Recorded transitions of a task, in Minari's format, written and read with h5py alone.
+
+FOLDER/data/metadata.json, and FOLDER/data/main_data.hdf5 whose group episode_i holds observations
+(T + 1, *obs_shape), actions (T, *act_shape), rewards, terminations and truncations (T,). A folder
+may be a stranger's: nothing in it executes, no link out of it is followed, and every size, type and
+number is checked before it is used.
+
+Shape legend   T steps of an episode, O observation entries, A action entries.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+
+from spikerl.envs.make import FLOAT32_MAX
+from spikerl.envs.vector import Steps
+from spikerl.errors import BadRequest
+from spikerl.files import checksum_of, read_json, write_json
+from spikerl.types import MAX_EPISODE_STEPS, Task
+
+METADATA, MAIN = "data/metadata.json", "data/main_data.hdf5"
+VERSION = "0.5.4"  # of Minari, whose format this is
+MAX_BYTES = 1 << 24  # of metadata.json
+FIELDS = ("observations", "actions", "rewards", "terminations", "truncations")
+FILTERS = (1, 2, 3, 32000)  # gzip, shuffle, checksums, LZF: those that h5py itself has
+DEFLATED = 1032  # to how many bytes one may be unpacked, at most
+ROUNDING = 1e-5  # by which an action may lie outside its bounds, in units of half its range
+
+
+class Recorded(NamedTuple):
+    """One episode, whole or cut off."""
+
+    obs: np.ndarray  # (T + 1, O) float64
+    act: np.ndarray  # (T, A) in [-1, 1]; one-hot where actions are discrete
+    rew: np.ndarray  # (T,)
+    terminated: np.ndarray  # (T,) bool
+    truncated: np.ndarray  # (T,) bool
+
+    def steps(self) -> Steps:
+        """Its transitions; the last one ends it, whether or not a flag says so."""
+        last = self.terminated | self.truncated
+        last[-1] = True
+        return Steps(self.obs[:-1], self.act, self.rew, self.obs[1:], self.terminated, last)
+
+
+def check_extra() -> None:
+    """BadRequest where h5py is not installed."""
+    if find_spec("h5py") is None:
+        remedy = "h5py is not installed; pip install 'spikerl[offline]'"
+        raise BadRequest("dataset", "hdf5", remedy)
+
+
+class Writer:
+    """Episodes on their way into `folder`, which is nobody's yet."""
+
+    def __init__(self, folder: Path, task: Task) -> None:
+        self.folder, self.task, self.spec = folder, task, environment_of(task)
+        self.episodes = self.steps = 0
+        (folder / "data").mkdir()
+        h5py: Any = import_module("h5py")
+        self.file = h5py.File(folder / MAIN, "w", track_order=True)
+
+    def add(self, seed: int, obs: np.ndarray, act: np.ndarray, rew: np.ndarray,
+            terminated: np.ndarray, truncated: np.ndarray) -> None:  # fmt: skip
+        """An episode; `obs` (T + 1, O), `act` as the environment got it, the others (T,)."""
+        group = self.file.create_group(f"episode_{self.episodes}")
+        group.attrs.update({"id": self.episodes, "seed": seed, "total_steps": len(rew)})
+        shaped = obs.reshape(len(obs), *self.task.obs_shape)
+        for name, rows in zip(FIELDS, (shaped, act, rew, terminated, truncated), strict=True):
+            group.create_dataset(name, data=rows)
+        self.episodes += 1
+        self.steps += len(rew)
+
+    def finish(self, name: str, recipe: Mapping[str, Any]) -> None:
+        """Write what the dataset is; `recipe`: how it was made."""
+        self.file.close()
+        size = (self.folder / MAIN).stat().st_size
+        facts = {
+            "dataset_id": name,
+            "minari_version": VERSION,
+            "data_format": "hdf5",
+            "jpeg_encoding": False,
+            "total_episodes": self.episodes,
+            "total_steps": self.steps,
+            "dataset_size": round(size / 1e6, 1),  # MB, as Minari has it
+            "observation_space": box(-math.inf, math.inf, self.task.obs_shape, "float64"),
+            "action_space": action_space(self.task),
+            "env_spec": self.spec,
+            "env_wrappers": list(self.task.env_wrappers),
+            "sha256": checksum_of(self.folder / MAIN),
+            "recipe": dict(recipe),
+        }
+        write_json(self.folder / METADATA, facts)
+
+
+def environment_of(task: Task) -> str:
+    """Gymnasium's specification of it as JSON; a ValueError where it is no data."""
+    spec = copy.deepcopy(gym.spec(task.env_id))
+    spec.kwargs = {**spec.kwargs, **task.env_kwargs}
+    spec.max_episode_steps = task.max_episode_steps
+    try:
+        return spec.to_json()
+    except Exception as error:  # an entry point that is a function, arguments that are objects
+        raise ValueError(f"its environment cannot be written down: {error}") from error
+
+
+def box(low: Any, high: Any, shape: Sequence[int], dtype: str) -> str:
+    """A Box as Minari writes it."""
+    bounds = {name: np.broadcast_to(np.reshape(bound, shape) if np.size(bound) > 1 else bound,
+                                    shape).tolist()
+              for name, bound in (("low", low), ("high", high))}  # fmt: skip
+    return json.dumps({"type": "Box", "dtype": dtype, "shape": list(shape), **bounds})
+
+
+def action_space(task: Task) -> str:
+    if task.choices is not None:
+        space = {"type": "Discrete", "dtype": "int64", "start": task.choices.start}
+        return json.dumps({**space, "n": len(task.choices)})
+    return box(task.act_low, task.act_high, task.act_shape, task.act_dtype)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset whose metadata and sizes fit a task; its numbers are checked as they are read."""
+
+    folder: Path
+    task: Task
+    lengths: tuple[int, ...]  # steps of each episode
+    sha256: str  # of its numbers
+
+    @classmethod
+    def open(cls, folder: Path, task: Task, most_bytes: int) -> Dataset:
+        """BadRequest: there is none, it is damaged, another task's, or larger than `most_bytes`."""
+        check_extra()
+        main = folder / MAIN
+        with refusing(folder):
+            if not main.is_file():
+                raise ValueError("no dataset there; give a folder that holds data/main_data.hdf5")
+            metadata = read_json(folder / METADATA, MAX_BYTES)
+            if not isinstance(metadata, dict) or metadata.get("data_format") != "hdf5":
+                raise ValueError("its metadata.json describes no HDF5 file")
+            check_task(metadata, task)
+            digest = checksum_of(main)
+            if metadata.get("sha256", digest) != digest:
+                raise ValueError("its main_data.hdf5 is not the one that metadata.json names")
+            with opened(main) as file:
+                lengths = tuple(length_of(group, task) for group in groups_of(file, metadata))
+            row = (2 * task.obs_dim + task.act_dim + 4) * 4
+            if (needed := sum(lengths) * row) > most_bytes:
+                raise ValueError(
+                    f"{sum(lengths)} transitions need {needed / 2**30:.3g} GiB; this machine has"
+                    f" {most_bytes / 2**30:.3g}"
+                )
+        return cls(folder, task, lengths, digest)
+
+    @property
+    def transitions(self) -> int:
+        return sum(self.lengths)
+
+    def episodes(self) -> Iterator[Recorded]:
+        """One after another; a BadRequest for the first number that cannot be."""
+        with refusing(self.folder), opened(self.folder / MAIN) as file:
+            for i, length in enumerate(self.lengths):
+                group = member(file, f"episode_{i}")
+                if length_of(group, self.task) != length:
+                    raise ValueError(f"episode_{i} has changed")
+                yield recorded(group, self.task)
+
+    def check(self) -> None:
+        """Read all of it."""
+        for _ in self.episodes():
+            pass
+
+
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """What a file that may be anybody's raises, as a BadRequest."""
+    try:
+        yield
+    except BadRequest:
+        raise
+    except Exception as error:  # h5py raises almost anything
+        first = (str(error).splitlines() or [""])[0]
+        reason = first if isinstance(error, ValueError) else f"cannot be read: {first[:200]}"
+        raise BadRequest("dataset", folder, reason) from None
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    h5py: Any = import_module("h5py")
+    with h5py.File(path, "r", locking=False) as file:
+        yield file
+
+
+def check_task(metadata: Mapping[str, Any], task: Task) -> None:
+    """A ValueError unless it was recorded on that task."""
+    spec = json.loads(metadata.get("env_spec") or "null")
+    if not isinstance(spec, dict) or not isinstance(spec.get("id"), str):
+        raise ValueError("its metadata.json names no environment (env_spec)")
+    if spec["id"] != task.env_id:
+        raise ValueError(f"it was recorded on {spec['id']:.100}, and this is {task.env_id}")
+    ours = {**gym.spec(task.env_id).kwargs, **task.env_kwargs}
+    for what, theirs, mine in (
+        ("env.kwargs", spec.get("kwargs") or {}, ours),
+        ("env.wrappers", metadata.get("env_wrappers", []), list(task.env_wrappers)),
+    ):
+        if theirs != json.loads(json.dumps(mine)):
+            raise ValueError(f"it was recorded with {what}={theirs!s:.100}, and this is {mine}")
+    if "action_space" in metadata and not same(metadata["action_space"], action_space(task)):
+        raise ValueError(f"its actions have other bounds than those of {task.env_id} here")
+
+
+def same(theirs: str, ours: str) -> bool:
+    """Whether two spaces have the same type, shape and bounds."""
+    one, other = json.loads(theirs), json.loads(ours)
+    keys = (one.keys() | other.keys()) - {"dtype", "low", "high"}
+    return all(one.get(key) == other.get(key) for key in keys) and all(
+        np.shape(one[key]) == np.shape(other[key]) and np.allclose(one[key], other[key])
+        for key in ("low", "high")
+        if key in other
+    )
+
+
+def groups_of(file: Any, metadata: Mapping[str, Any]) -> Iterator[Any]:
+    """Its episodes in their order."""
+    count = metadata.get("total_episodes")
+    if type(count) is not int or count < 1 or len(file) != count:
+        raise ValueError(f"it holds {len(file)} episodes; metadata.json says {count!s:.20}")
+    for i in range(count):
+        yield member(file, f"episode_{i}")
+
+
+def member(group: Any, name: str) -> Any:
+    """What lies in the file itself by that name."""
+    h5py: Any = import_module("h5py")
+    if name not in group or type(group.get(name, getlink=True)) is not h5py.HardLink:
+        raise ValueError(f"{group.name.strip('/') or 'it'} lacks {name}, or it is a link")
+    return group[name]
+
+
+def length_of(group: Any, task: Task) -> int:
+    """Steps of an episode whose fields have the shapes and types of the task's."""
+    h5py: Any = import_module("h5py")
+    if not isinstance(group, h5py.Group):
+        raise ValueError(f"{group.name} is no group")
+    rows = [member(group, name) for name in FIELDS]
+    length = rows[2].shape[0] if isinstance(rows[2], h5py.Dataset) and rows[2].shape else 0
+    if not 1 <= length <= MAX_EPISODE_STEPS:
+        raise ValueError(f"{group.name} has {length} rewards; 1 to {MAX_EPISODE_STEPS} can be")
+    act_shape = () if task.choices is not None else task.act_shape
+    shapes = ((length + 1, *task.obs_shape), (length, *act_shape), *[(length,)] * 3)
+    kinds = ("fiu", "iu" if task.choices is not None else "f", "fiu", "b", "b")
+    for name, data, shape, kind in zip(FIELDS, rows, shapes, kinds, strict=True):
+        if not isinstance(data, h5py.Dataset) or data.dtype.kind not in kind:
+            raise ValueError(f"{group.name} has no {name} of numbers")
+        if data.shape != shape:
+            raise ValueError(f"{group.name} has {name} {data.shape}; {shape} are needed")
+        made = data.id.get_create_plist()
+        filters = [made.get_filter(i)[0] for i in range(made.get_nfilters())]
+        if data.is_virtual or made.get_external_count() or not set(filters) <= set(FILTERS):
+            raise ValueError(f"{group.name} has {name} that lie elsewhere, or in a code of others")
+        if data.nbytes > DEFLATED * data.id.get_storage_size():
+            raise ValueError(
+                f"{group.name} has {name} that would take more memory than it has data"
+            )
+    return int(length)
+
+
+def recorded(group: Any, task: Task) -> Recorded:
+    """An episode that `length_of` accepted; a ValueError where a number of it cannot be."""
+    obs, act, rew, terminated, truncated = (group[name][()] for name in FIELDS)
+    flat = obs.reshape(len(obs), task.obs_dim).astype(np.float64)
+    rew = rew.astype(np.float64)
+    for name, values in (("observations", flat), ("rewards", rew)):
+        if not (np.abs(values) <= FLOAT32_MAX).all():
+            raise ValueError(f"{group.name} has {name} that are NaN, infinite or beyond float32")
+    if (terminated | truncated)[:-1].any():
+        raise ValueError(f"{group.name} goes on after its end")
+    return Recorded(flat, inside(act, task, group.name), rew, terminated, truncated)
+
+
+def inside(act: np.ndarray, task: Task, where: str) -> np.ndarray:
+    """The environment's actions as (T, A) in [-1, 1]; what `Task.to_env` maps back."""
+    if task.choices is not None:
+        one_hot = act[:, None] == np.array(task.choices)
+        if not one_hot.any(-1).all():
+            raise ValueError(f"{where} has actions that are none of {task.act_dim}")
+        return one_hot.astype(np.float64)
+    low, half_range, _, _ = task.units
+    scaled = (act.reshape(len(act), task.act_dim).astype(np.float64) - low) / half_range - 1.0
+    if not (np.abs(scaled) <= 1.0 + ROUNDING).all():
+        raise ValueError(f"{where} has actions outside the bounds of {task.env_id}")
+    return np.clip(scaled, -1.0, 1.0)

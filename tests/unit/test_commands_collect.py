@@ -1,0 +1,270 @@
+"""`spikerl collect` as it is typed, and what learns from what it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import CARTPOLE, INVERTED_PENDULUM
+from exports import config, policy_of
+from recorded import episode, task_for, write
+from shell import SHORT, spikerl, tree
+
+import spikerl as library
+from spikerl.commands import collect
+from spikerl.envs.make import make_env
+
+h5py: Any = pytest.importorskip("h5py")
+OFFLINE = [
+    *(
+        word
+        for word in SHORT
+        if not word.startswith(("algo.learn", "algo.random", "total", "steps"))
+    ),
+    *(
+        "algo=td3_bc",
+        "total_steps=30",
+        "steps_per_epoch=20",
+        "logger=[]",
+        "env.max_episode_steps=50",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs with a policy each, on InvertedPendulum for 50 steps at most and on CartPole."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, env in (("run", INVERTED_PENDULUM), ("cart", CARTPOLE)):
+        (root / name).mkdir()
+        policy_of(config(), task_for(env)).save(root / name)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(made)
+    return made
+
+
+def numbers(dataset: str) -> list[dict[str, np.ndarray]]:
+    with h5py.File(f"{dataset}/data/main_data.hdf5") as file:
+        groups = [file[f"episode_{i}"] for i in range(len(file))]
+        return [{name: values[()] for name, values in group.items()} for group in groups]
+
+
+def facts(dataset: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(dataset, "data/metadata.json").read_text())
+    return found
+
+
+def test_what_the_policy_does() -> None:
+    """The rows are what the environment gives when the recorded actions are taken again."""
+    said = spikerl("collect", "run=run", "dataset=own", "episodes=3", "seed=5")
+    assert said.status == 0, said
+    policy, env = library.load_policy("run"), make_env(INVERTED_PENDULUM)
+    found = numbers("own")
+    assert len(found) == 3
+    with h5py.File("own/data/main_data.hdf5") as file:
+        seeds = [int(file[f"episode_{i}"].attrs["seed"]) for i in range(3)]
+    for one, seed in zip(found, seeds, strict=True):
+        obs, _ = env.reset(seed=seed)
+        for t, act in enumerate(one["actions"]):
+            assert np.array_equal(one["observations"][t], obs)
+            np.testing.assert_allclose(act, policy(obs), rtol=1e-5)
+            obs, rew, terminated, truncated, _ = env.step(act)
+            assert one["rewards"][t] == rew
+            assert (one["terminations"][t], one["truncations"][t]) == (terminated, truncated)
+        assert np.array_equal(one["observations"][-1], obs)
+        assert terminated or truncated
+    returns = [one["rewards"].sum() for one in found]
+    steps = sum(len(one["rewards"]) for one in found)
+    assert said.out.splitlines() == [
+        f"InvertedPendulum-v5: {steps} transitions, return {np.mean(returns):.1f}"
+        f" +- {np.std(returns):.1f} over 3 whole episodes",
+        "dataset: own",
+    ]
+    assert len(set(seeds)) == 3
+
+
+def test_what_is_recorded_of_it(folder: Path) -> None:
+    told = ["noise=0.5", "random_share=0.25", "steps=70", "seed=3"]
+    assert spikerl("collect", "run=run", "dataset=told-v3", *told).status == 0
+    found, recipe = facts("told-v3"), facts("told-v3")["recipe"]
+    digests = {
+        name: hashlib.sha256((folder / "run" / name).read_bytes()).hexdigest()
+        for name in ("policy.json", "policy.safetensors")
+    }
+    main = (folder / "told-v3/data/main_data.hdf5").read_bytes()
+    assert found["sha256"] == hashlib.sha256(main).hexdigest()
+    assert (found["dataset_id"], found["total_steps"]) == ("told-v3", 70)
+    assert json.loads(found["env_spec"])["id"] == "InvertedPendulum-v5"
+    assert (recipe["noise"], recipe["random_share"], recipe["seed"]) == (0.5, 0.25, 3)
+    assert recipe["policy_sha256"] == digests
+    assert {"mujoco", "gymnasium", "torch"} <= recipe["versions"].keys()
+    last = numbers("told-v3")[-1]
+    assert last["terminations"][-1] or last["truncations"][-1]  # the last one is cut off
+    assert sum(len(one["rewards"]) for one in numbers("told-v3")) == 70
+
+
+def test_a_seed_decides_every_number() -> None:
+    told = ["run=run", "steps=40", "noise=0.1", "random_share=0.5"]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert spikerl("collect", f"dataset=seed_{name}", f"seed={seed}", *told).status == 0
+    digests = [facts(f"seed_{name}")["sha256"] for name in "abc"]
+    first, again, other = ([one["actions"].tolist() for one in numbers(f"seed_{n}")] for n in "abc")
+    assert first == again != other
+    assert digests[0] != digests[2]
+
+
+def test_less_than_an_episode() -> None:
+    asked = ["policy=random", "steps=1"]
+    said = spikerl("collect", "run=run", "dataset=short", *asked)
+    assert said.out.splitlines()[0] == "InvertedPendulum-v5: 1 transitions, no whole episode"
+    (one,) = numbers("short")
+    assert (one["terminations"].tolist(), one["truncations"].tolist()) == ([False], [True])
+
+
+def test_random_actions_are_uniform_within_their_bounds() -> None:
+    """Mean 0 and variance 3^2 / 3 of actions in [-3, 3]."""
+    asked = ["policy=random", "steps=800"]
+    assert spikerl("collect", "run=run", "dataset=random", *asked).status == 0
+    acts = np.concatenate([one["actions"] for one in numbers("random")])
+    assert np.abs(acts).max() <= 3.0
+    assert abs(acts.mean()) < 4 * (3.0 / 800) ** 0.5
+    assert acts.var() == pytest.approx(3.0, rel=0.12)
+
+
+def test_shares_and_sizes_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a policy that says 0: half of the actions uniform, half of deviation .2 times 3."""
+    monkeypatch.setattr(
+        "spikerl.models.policy.Policy.act", lambda self, obs, *others: np.zeros((len(obs), 1))
+    )
+    asked = ["noise=0.2", "random_share=0.5", "steps=800"]
+    assert spikerl("collect", "run=run", "dataset=shares", *asked).status == 0
+    acts = np.concatenate([one["actions"] for one in numbers("shares")])
+    assert acts.var() == pytest.approx(0.5 * 3.0 + 0.5 * 0.6**2, rel=0.15)
+    # Beyond 1.8, three deviations: 2 in 5 of uniform ones.
+    assert (np.abs(acts) > 1.8).mean() == pytest.approx(0.2, abs=0.05)
+
+
+def test_discrete_actions() -> None:
+    asked = ["steps=30", "random_share=0.5"]
+    assert spikerl("collect", "run=cart", "dataset=cart-v0", *asked).status == 0
+    acts = np.concatenate([one["actions"] for one in numbers("cart-v0")])
+    assert acts.dtype == np.int64
+    assert set(acts.tolist()) == {0, 1}
+    assert json.loads(facts("cart-v0")["action_space"]) == {
+        "type": "Discrete", "dtype": "int64", "start": 0, "n": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ("run=run", "episodes=null: give either episodes=N or steps=N"),
+        ("run=run episodes=1 steps=1", "episodes=1: give either episodes=N or steps=N"),
+        ("run=run steps=0", "steps=0: give at least 1"),
+        ("run=run steps=1 noise=-1", "noise=-1.0: give 0 or more"),
+        ("run=run steps=1 noise=nan", "noise=nan: give a finite number"),
+        ("run=run steps=1 random_share=1.1", "random_share=1.1: give a value in [0, 1]"),
+        ("run=run steps=1 policy=random noise=1", "noise=1.0: policy=random acts at random"),
+        ("run=run steps=1 policy=first", "policy=first: give last or best"),
+        ("run=run steps=1 policy=best", "run=run: no best policy there"),
+        ("run=nowhere steps=1", "run=nowhere: no policy there"),
+        ("run=cart steps=1 noise=1", "noise=1.0: the actions of CartPole-v1 are discrete; use ran"),
+        ("run=run steps=1 dataset=run", "dataset=run: it exists already; give another dataset"),
+        ("run=run steps=1 dataset=run/policy.json/d", "dataset="),
+    ],
+)
+def test_refused(asked: str, line: str, folder: Path) -> None:
+    before = tree(folder)
+    assert spikerl("collect", "dataset=new", *asked.split()).line.startswith(line)
+    assert tree(folder) == before
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ctrl-C at the third step."""
+    behave, calls = collect.behave, []
+
+    def acting(*args: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return behave(*args)
+
+    monkeypatch.setattr(collect, "behave", acting)
+    yield
+    assert len(calls) == 3
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_stopped_halfway_it_leaves_nothing(folder: Path) -> None:
+    before = tree(folder)
+    said = spikerl("collect", "run=run", "dataset=new", "steps=1000")
+    assert said.status == 130
+    assert said.err == "spikerl: stopped on SIGINT; nothing was kept\n"
+    assert tree(folder) == before
+
+
+def test_training_on_it(folder: Path) -> None:
+    assert spikerl("collect", "run=run", "dataset=learn", "steps=60", "noise=0.3").status == 0
+    said = spikerl("train", *OFFLINE, "dataset=learn", "run_dir=learned")
+    assert said.status == 0, said
+    digest = facts("learn")["sha256"]
+    assert (
+        f"dataset=learn: 60 transitions of {len(numbers('learn'))} episodes, sha256 {digest}"
+        in (said.out)
+    )
+    manifest = json.loads((folder / "learned/manifest.json").read_text())
+    assert manifest["dataset"] == {"folder": str(folder / "learn"), "sha256": digest}
+    rows = [json.loads(line) for line in (folder / "learned/metrics.jsonl").open()]
+    assert [(row["step"], row["updates"]) for row in rows] == [(20, 20), (30, 30)]
+    assert rows[0]["env_steps_per_s"] is rows[0]["train_return"] is None
+    assert rows[0]["updates_per_s"] > 0
+    # A resumed run has the transitions in its checkpoint.
+    (folder / "learn").rename(folder / "moved")
+    said = spikerl("train", "resume=learned", "total_steps=45")
+    assert said.status == 0, said
+    assert "normaliser, 60 transitions, random streams" in said.out
+    assert "done: 45 steps, 45 updates" in said.out
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ("", "dataset=null: algo=td3_bc learns from recorded transitions; give a folder"),
+        ("dataset=none", "dataset=none: no dataset there; give a folder that holds data/main"),
+        (
+            "dataset=hand algo=td3",
+            "dataset=hand: algo=td3 learns from steps of its own; use algo=bc",
+        ),
+        (
+            "dataset=hand env=Pendulum",
+            "dataset=hand: it was recorded on InvertedPendulum-v5, and this is Pendulum-v1",
+        ),
+        ("dataset=hand env=CartPole", "algo=td3_bc: the actions of CartPole-v1 are discrete; use"),
+        ("dataset=odd", "dataset=odd: /episode_0 has actions outside the bounds of"),
+        ("dataset=odd world_size=2", "dataset=odd: /episode_0 has actions outside the bounds of"),
+        ("dataset=hand algo.alpha=-1", "algo.alpha=-1.0: give 0 or more"),
+        ("dataset=hand algo.explore_noise=1", "algo.explore_noise=1: no such key"),
+        ("dataset=hand world_size=4", "dataset=hand: it has 3 transitions; num_envs=4 "),
+    ],
+)
+def test_training_refused(asked: str, line: str, folder: Path) -> None:
+    if not (folder / "hand").exists():
+        write(folder / "hand", [episode(3)])
+        odd = episode(3)
+        odd["actions"][0] = 4.0
+        write(folder / "odd", [odd])
+    before = tree(folder)
+    said = spikerl("train", *OFFLINE, *asked.split())
+    assert said.line.startswith(line)
+    assert tree(folder) == before

@@ -1,0 +1,149 @@
+"""A trainer that learns from a dataset: what each worker takes of it, and its exact resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import INVERTED_PENDULUM, bc_config, iql_config, small_config, td3_bc_config
+from recorded import episode, task_for, write
+from threads import run_in_threads, worlds
+
+from spikerl.algos.base import AlgoConfig
+from spikerl.config.build import Config
+from spikerl.config.memory import least_bytes
+from spikerl.distributed.world import ALONE
+from spikerl.envs.dataset import Dataset
+from spikerl.runs.checkpoint import save_checkpoint, verified
+from spikerl.training.trainer import Trainer
+
+pytest.importorskip("h5py")
+LENGTHS = (5, 3, 6)
+FIRST = (0.0, 1000.0, 2000.0)  # of each episode's observations and rewards
+SMALL = {"batch_size": 6, "critic_hidden_sizes": [8]}
+
+
+def training(algo: AlgoConfig | None = None, num_envs: int = 1) -> Config:
+    made = small_config(total_steps=80, steps_per_epoch=60, eval_episodes=1, num_envs=num_envs)
+    return replace(made, algo=algo or td3_bc_config(**SMALL))
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    parts = zip(LENGTHS, FIRST, (True, False, True), strict=True)
+    folder = write(tmp_path / "d", [episode(*part) for part in parts])
+    return Dataset.open(folder, task_for(INVERTED_PENDULUM), 1 << 20)
+
+
+@contextmanager
+def workers(config: Config, size: int, dataset: Dataset | None) -> Iterator[list[Trainer]]:
+    task = task_for(INVERTED_PENDULUM)
+    made = [Trainer(config, task, world=w, dataset=dataset) for w in worlds(size)]
+    try:
+        yield made
+    finally:
+        for one in made:
+            one.close()
+
+
+def rewards(trainer: Trainer) -> list[float]:
+    rows = trainer.replay.between(0, trainer.replay.added)
+    return [float(r) for r in rows[:, 2 * 4 + 1]]
+
+
+def test_rows_and_moments(dataset: Dataset) -> None:
+    with workers(training(), 1, dataset) as (one,):
+        first = torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 7, -1.0, 0.0, 0.0, 0.0, 0.99])
+        torch.testing.assert_close(one.replay.rows[0], first)
+        ends = one.replay.rows[: one.replay.added, -3:-1]
+        assert ends[4].tolist() == [1.0, 1.0]  # terminated, and the episode's last
+        assert ends[7].tolist() == [0.0, 1.0]  # cut off
+        assert [float(r) for r in rewards(one)] == [
+            0, 1, 2, 3, 4, 1000, 1001, 1002, 2000, 2001, 2002, 2003, 2004, 2005,
+        ]  # fmt: skip
+        seen = np.concatenate([episode(n, at)["observations"][:-1]
+                               for n, at in zip(LENGTHS, FIRST, strict=True)])  # fmt: skip
+        np.testing.assert_allclose(one.norm.mean_O, seen.mean(0))
+        np.testing.assert_allclose(one.norm.var_O, seen.var(0))
+        assert one.norm.count == 14
+
+
+def test_rewards_are_scaled_and_observations_left_alone(dataset: Dataset) -> None:
+    config = training(td3_bc_config(**SMALL, norm_interval=None))
+    config = replace(config, env=replace(config.env, reward_scale=0.5))
+    with workers(config, 1, dataset) as (one,):
+        assert rewards(one)[:4] == [0.0, 0.5, 1.0, 1.5]
+        assert one.norm.count == 0
+
+
+def test_workers_share_it_out(dataset: Dataset) -> None:
+    """Of 14 transitions over 4 environments, 12; a worker has those of its two environments."""
+    with workers(training(num_envs=4), 2, dataset) as (first, second):
+        assert rewards(first) == [0.0, 1.0, 4.0, 1000.0, 2000.0, 2001.0]
+        assert rewards(second) == [2.0, 3.0, 1001.0, 1002.0, 2002.0, 2003.0]
+        assert np.array_equal(first.norm.mean_O, second.norm.mean_O)
+        assert first.norm.count == second.norm.count == 14
+        run_in_threads([one.advance for one in (first, second)])
+        run_in_threads([one.check_equal for one in (first, second)])
+        assert first.step == first.algo.updates == 50
+
+
+def save(run: Path, trainers: list[Trainer]) -> None:
+    facts = {"step": trainers[0].step, "world_size": len(trainers), "reset_seed_bits": 31}
+    calls: list[Callable[[], None]] = [
+        partial(
+            save_checkpoint, run, t.world, t.shard(), t.learner_state(), facts, t.policy.files()
+        )
+        for t in trainers
+    ]
+    run_in_threads(calls)
+
+
+def test_another_number_of_workers_takes_the_same_rows(dataset: Dataset, tmp_path: Path) -> None:
+    with workers(training(num_envs=4), 1, dataset) as (one,):
+        save(tmp_path, [one])
+    with workers(training(num_envs=4), 2, None) as both:
+        for trainer in both:
+            assert trainer.load(verified(tmp_path, print))
+        assert rewards(both[0]) == [0.0, 1.0, 4.0, 1000.0, 2000.0, 2001.0]
+        assert rewards(both[1]) == [2.0, 3.0, 1001.0, 1002.0, 2002.0, 2003.0]
+
+
+@pytest.mark.parametrize(
+    "algo", [td3_bc_config(**SMALL), bc_config(batch_size=6), iql_config(**SMALL)]
+)
+def test_resumed_it_is_the_uninterrupted_run(
+    algo: AlgoConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Updates are as many as steps, and rows end where epochs do; the dataset is not read again."""
+    config, task = training(algo), task_for(INVERTED_PENDULUM)
+    with closing(Trainer(config, task, dataset=dataset)) as whole:
+        rows = list(whole.epochs())
+    assert [(row["step"], row["updates"]) for row in rows] == [(60, 60), (80, 80)]
+    with closing(Trainer(config, task, dataset=dataset)) as first:
+        while first.step < 50:
+            first.advance()
+        save(tmp_path, [first])
+    torch.rand(3)
+    with closing(Trainer(config, task)) as second:
+        assert second.load(verified(tmp_path, print))
+        rest = list(second.epochs())
+    assert second.world is ALONE
+    mine, theirs = second.learner_state(), whole.learner_state()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert [row["eval_return"] for row in rest] == [row["eval_return"] for row in rows]
+    assert not torch.equal(first.algo.actor_optimizer.flat, whole.algo.actor_optimizer.flat)
+
+
+def test_memory_is_the_datasets(dataset: Dataset) -> None:
+    """Not that of as many transitions as there are updates."""
+    config = training()
+    many = replace(config, run=replace(config.run, total_steps=10**15))
+    assert least_bytes(many, dataset.task) == least_bytes(config, dataset.task)
