@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -126,6 +127,21 @@ def test_a_stop_is_passed_on(number: int, status: int) -> None:
     assert "preempted" in words
     assert wait(start(2)) == 0
     check_whole()
+
+
+def test_a_stop_while_a_run_is_being_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run gets it once it is there."""
+    popen = subprocess.Popen
+
+    def interrupted(*args: Any, **settings: Any) -> Any:
+        process = popen(*args, **settings)
+        signal.raise_signal(signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr("subprocess.Popen", interrupted)
+    status, states = table_runs.work(1)
+    assert status == 75
+    assert [state.word for state in states.values()].count("stopped") == 1
 
 
 def test_a_failure_stops_no_other() -> None:

@@ -124,8 +124,7 @@ class Job:
         return self.process.poll()
 
     def signal(self, number: int) -> None:
-        assert self.process is not None
-        if self.process.poll() is None:
+        if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
 
     def keep_evaluation(self) -> None:

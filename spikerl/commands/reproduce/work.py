@@ -37,6 +37,7 @@ class Work:
         self.jobs: list[Job] = []
         self.states = states_of(cells, total_steps)
         self.stopping = 0  # the signal
+        self.unsent: list[int] = []  # signals that the jobs have not got yet
 
     def run(self) -> int:
         with stop_signals(self.stop):
@@ -57,6 +58,10 @@ class Work:
 
     def step(self) -> bool:
         """Look at every job and place once; whether anything is left to wait for."""
+        while self.unsent:
+            number = self.unsent.pop(0)
+            for job in self.jobs:
+                job.signal(number)
         for job in list(self.jobs):
             if (status := job.status()) is not None:
                 self.ended(job, status)
@@ -141,9 +146,9 @@ class Work:
         job.close()
 
     def stop(self, number: int) -> None:
+        """Note the signal, which may come in the middle of anything; the next step passes it on."""
         self.stopping = number
-        for job in self.jobs:
-            job.signal(number)
+        self.unsent.append(number)
 
 
 def ready(cell: Cell) -> bool:
@@ -216,7 +221,7 @@ def _mean_speed(states: Mapping[Cell, State], cells: set[Cell]) -> float | None:
 
 @contextmanager
 def stop_signals(stop: Callable[[int], None]) -> Iterator[None]:
-    """Pass SIGTERM, SIGUSR1 and Ctrl-C on, each time that one comes."""
+    """Call `stop` with SIGTERM, SIGUSR1 and Ctrl-C, each time that one comes."""
     caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {n: signal.signal(n, lambda number, frame: stop(number)) for n in caught}
     try:
