@@ -1,0 +1,30 @@
+"""Every policy that the project keeps acts as its evaluation says, in a fresh clone too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from shell import spikerl
+
+ROOT = Path(__file__).resolve().parents[2] / "outputs" / "reproduced"
+KEPT = sorted(path.parent for path in ROOT.glob("*/*/*/seed*/evaluation.json"))
+
+
+def test_there_are_some() -> None:
+    assert KEPT
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_kept_policy(folder: Path) -> None:
+    """Episode 0 again; from the same state, but on another machine sums may round otherwise."""
+    kept = json.loads((folder / "evaluation.json").read_text())
+    seed = f"seed={kept['seed']}"
+    said = spikerl("eval", f"run={folder}", "episodes=1", seed, "json=true")
+    assert (said.status, said.err) == (0, "")
+    answer = json.loads(said.out)
+    assert answer["env_id"] == kept["env_id"]
+    assert len(answer["returns"]) == 1
+    assert answer["returns"][0] > 0.5 * min(kept["returns"])
+    assert (folder / "POLICY.md").read_text().startswith("# ")
