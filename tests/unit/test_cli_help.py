@@ -22,6 +22,22 @@ def test_each_key_with_its_comment() -> None:
     assert with_meanings("no list of keys", "train") == "no list of keys"
 
 
+def test_a_comment_is_that_of_the_option_chosen() -> None:
+    """The same key means something else to another algorithm; what it says nothing of is td3's."""
+    td3 = "algo:\n  name: td3\n  gamma: 0.99\n  tau: 0.005\n"
+    assert with_meanings(td3, "train") == (
+        "algo:\n  name: td3\n  gamma: 0.99  # discount of a step\n"
+        "  tau: 0.005  # share of the online weights in the target's, at each of its updates\n"
+    )
+    bc = "algo:\n  name: bc\n  gamma: 0.99\n  batch_size: 1\n"
+    bc += "neuron:\n  name: plif\n  surrogate: rect\n"
+    assert with_meanings(bc, "train") == (
+        "algo:\n  name: bc\n  gamma: 0.99  # unused: nothing looks ahead\n"
+        "  batch_size: 1  # transitions of an update: over all workers, with scaling=weak of each\n"
+        "neuron:\n  name: plif\n  surrogate: rect  # triangle, sigmoid, atan\n"
+    )
+
+
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_help(command: str) -> None:
     said = spikerl(command, "--help")
