@@ -195,6 +195,7 @@ class Sweep:
         from rich.console import Console
         from rich.table import Column, Table
 
+        end_pool()
         jobs = self.outcomes()
         measure = "eval return" if self.command == "eval" else "best eval return"
         words = ("job", "status", measure, "reason or folder")
@@ -306,6 +307,12 @@ def result(job: dict[str, Any]) -> dict[str, Any]:
         known = json.loads(summary.read_text(encoding="utf-8"))
     task = known.get("env_id", "~")  # after all names of tasks
     return {"task": task, "return": known.get("eval_return", known.get("best_eval_return"))}
+
+
+def end_pool() -> None:
+    """End the processes of hydra/launcher=joblib, which joblib keeps for calls that never come."""
+    if loky := sys.modules.get("joblib.externals.loky"):
+        loky.get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
 
 
 def over_seeds(jobs: Sequence[dict[str, Any]], measure: str) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import signal
 import statistics
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,8 @@ def test_joblib(tmp_path: Path) -> None:
     for env_id, name in zip(ids[1:], names[1:], strict=True):
         summary = json.loads((tmp_path / "s" / name / "summary.json").read_text())
         assert (summary["env_id"], summary["updates"]) == (env_id, 100)
+    left = {thread.name for thread in threading.enumerate()}  # which would delay the end
+    assert "ExecutorManagerThread" not in left
 
 
 def test_a_launcher_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
