@@ -174,14 +174,24 @@ def _aggregate_texts(a: Aggregate) -> list[str]:
 
 
 def differing(runs: Sequence[Run], *path: str) -> list[str]:
-    """The different values of a manifest's entry."""
+    """The different values of an entry of the manifests, of each start and each resume."""
     seen: dict[str, None] = {}
     for run in runs:
-        value: Any = run.manifest
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
-        seen[str(value)] = None
+        for value in attempts(run):
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else None
+            seen[str(value)] = None
     return list(seen)
+
+
+def attempts(run: Run) -> list[Any]:
+    """What the start and each resume say of the code, packages and machine that they ran on."""
+    resumed = run.manifest.get("resumed")
+    events = resumed if isinstance(resumed, list) else []
+    return [
+        run.manifest,
+        *(event for event in events if isinstance(event, dict) and "git" in event),
+    ]
 
 
 def provenance(runs: Sequence[Run]) -> list[str]:
@@ -193,7 +203,7 @@ def provenance(runs: Sequence[Run]) -> list[str]:
         f"{cpu} ({', '.join(gpus)})" if gpus else str(cpu)
         for cpu, gpus in {
             (str(hw.get("cpu")), tuple(map(str, hw.get("gpus") or [])))
-            for hw in (run.manifest.get("hardware") for run in runs)
+            for hw in (attempt.get("hardware") for run in runs for attempt in attempts(run))
             if isinstance(hw, dict)
         }
     ]

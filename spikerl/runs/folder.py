@@ -139,11 +139,14 @@ def make_manifest(
         "env_id": env_id,
         **facts,
         "resolved": dict(resolved),
-        "git": git_state(),
-        "versions": versions(),
-        "hardware": machine.describe(),
+        **made_by(),
         "resumed": [],
     }
+
+
+def made_by() -> dict[str, Any]:
+    """What computes from now on: code, packages and machine."""
+    return {"git": git_state(), "versions": versions(), "hardware": machine.describe()}
 
 
 def read_manifest(folder: Path, *, key: str) -> dict[str, Any]:

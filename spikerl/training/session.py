@@ -157,7 +157,7 @@ class Session:
         event = {"time": run_folder.now(), "step": self.trainer.step, "exact": not reasons,
                  "not_exact_because": "; ".join(reasons) or None, "world_size": size,
                  "world_size_before": had, "discarded_rows": lost, "command": " ".join(command),
-                 "after": restart_reason}  # fmt: skip
+                 "after": restart_reason, **run_folder.made_by()}  # fmt: skip
         changes: dict[str, Any] = {"resumed": [*record.get("resumed", []), event]}
         if had != size:
             choices = vars(self.config.resolved)

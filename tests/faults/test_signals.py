@@ -115,7 +115,9 @@ def test_a_stop_amid_an_evaluation_which_is_repeated(
     strike.next(0, 0)
     assert spikerl("train", *args).status == 0
     assert computed(run) == computed(tmp_path / "whole")
-    assert [event["exact"] for event in record(run)["resumed"]] == [True] * 3
+    manifest = record(run)
+    assert [event["exact"] for event in manifest["resumed"]] == [True] * 3
+    assert all(event["git"] == manifest["git"] != {} for event in manifest["resumed"])
     assert not rows(run, "discarded.jsonl")
 
 

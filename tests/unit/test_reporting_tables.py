@@ -270,6 +270,17 @@ def test_mixed_results_are_said() -> None:
     assert warning in tables.provenance(results().runs)
 
 
+def test_a_resume_by_another_commit_is_said() -> None:
+    first, later = ({"git": {"commit": commit, "dirty": commit == "b"}} for commit in "ab")
+    write("spiking", "Ant", 0, [1.0], **first, resumed=[{"step": 5}, {"step": 9, **later}])
+    said = tables.provenance(results().runs)
+    assert said[:2] == [
+        "commits: a, b",
+        "warning: some ran from a checkout with changes of its own",
+    ]
+    assert said[-1] == "warning: these results are of different commits"
+
+
 def test_tex() -> None:
     fill()
     text = tables.tex(results())
