@@ -20,7 +20,7 @@ from exports import POLICIES as EVERYWHERE
 from published import MODEL, STATS, needs_published_policy
 from shell import refusal, spikerl
 
-from spikerl.export import c, contract, proof
+from spikerl.export import c, c_actor, contract, proof
 from spikerl.models.actor import SpikingActor
 from spikerl.models.compression import prune
 from spikerl.models.policy import Policy
@@ -87,7 +87,7 @@ def test_weights_of_zero_are_left_out(name: str, tmp_path: Path, monkeypatch: An
     obs = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
     acts, sizes = [], []
     for share in (0.5, 0.0):
-        monkeypatch.setattr(c, "SPARSE", share)
+        monkeypatch.setattr(c_actor, "SPARSE", share)
         folder = tmp_path / str(share)
         folder.mkdir()
         acts.append(interpreter(policy, folder).actions(obs))
@@ -148,7 +148,7 @@ def test_a_silent_input_adds_nothing(tmp_path: Path) -> None:
     "value", [0.1, 1000.00006103515625, -3.4028235e38, 1e-45, 1.0, 16777216.0, 0.0]
 )
 def test_numbers_survive(value: float) -> None:
-    text = c.number(value)
+    text = c_actor.number(value)
     assert text.endswith("f")
     assert re.search(r"[.e]", text)
     assert np.float32(text[:-1]) == np.float32(value)

@@ -271,8 +271,8 @@ def test_mixed_results_are_said() -> None:
 
 
 def test_a_resume_by_another_commit_is_said() -> None:
-    first, later = ({"git": {"commit": commit, "dirty": commit == "b"}} for commit in "ab")
-    write("spiking", "Ant", 0, [1.0], **first, resumed=[{"step": 5}, {"step": 9, **later}])
+    first, later = ({"commit": commit, "dirty": commit == "b"} for commit in "ab")
+    write("spiking", "Ant", 0, [1.0], git=first, resumed=[{"step": 5}, {"step": 9, "git": later}])
     said = tables.provenance(results().runs)
     assert said[:2] == [
         "commits: a, b",
