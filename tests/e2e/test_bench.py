@@ -89,6 +89,7 @@ def exchanges() -> list[str]:
     return [*shared, "gloo"] + ([] if mpi.missing() else ["mpi"])
 
 
+@pytest.mark.slow
 def test_two_workers() -> None:
     answer = bench("parts=[workers]", "world_sizes=[2]")
     measurements = {m["what"]: m for m in answer["measurements"]}
@@ -115,6 +116,7 @@ def test_two_workers() -> None:
         assert share["ratio"] == pytest.approx(part / whole)
 
 
+@pytest.mark.slow
 def test_exchanges_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mpi, "missing", lambda: "it is not there")
     answer = bench("parts=[exchange]", "world_sizes=[2]", "rounds=1")

@@ -100,7 +100,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
 
 @pytest.mark.parametrize(
     ("number", "more"),
-    [(errno.ENOSPC, 0), (errno.EIO, 0), (errno.EACCES, 0), (errno.ENOSPC, 10**9)],
+    [
+        (errno.ENOSPC, 0),
+        pytest.param(errno.EIO, 0, marks=pytest.mark.slow),
+        pytest.param(errno.EACCES, 0, marks=pytest.mark.slow),
+        (errno.ENOSPC, 10**9),
+    ],
     ids=["ENOSPC", "EIO", "EACCES", "ENOSPC from it on"],
 )
 def test_a_disk_that_refuses_any_call(saved: Saved, tmp_path: Path, number: int, more: int) -> None:

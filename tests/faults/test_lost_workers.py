@@ -188,7 +188,8 @@ def test_an_environment_that_fails_in_one_worker(tmp_path: Path) -> None:
     assert record(tmp_path / "run")["status"] == "failed"
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("mpiexec", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
 def test_a_killed_launcher_leaves_nobody_behind(launcher: str, tmp_path: Path) -> None:
     start = mpi.mpiexec(2)
     assert start
@@ -210,6 +211,7 @@ def test_a_killed_launcher_leaves_nobody_behind(launcher: str, tmp_path: Path) -
     gone(tmp_path)
 
 
+@pytest.mark.slow
 def test_torchrun_and_world_size_must_agree(tmp_path: Path) -> None:
     ended = torchrun(tmp_path / "home", *TWO, "world_size=3")
     assert ended.returncode != 0

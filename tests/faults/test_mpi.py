@@ -46,6 +46,7 @@ def mpiexec(home: Path, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *args], cwd=home, capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.slow
 def test_mpiexec_starts_the_workers(whole: Path, tmp_path: Path) -> None:
     ended = mpiexec(tmp_path)
     assert ended.returncode == 0, ended.stderr

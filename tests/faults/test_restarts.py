@@ -53,6 +53,7 @@ def test_a_killed_worker(backend: str, whole: Path, tmp_path: Path) -> None:
     check(run, whole, "worker 1 of 2 was killed by SIGKILL")
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs(whole: Path, tmp_path: Path) -> None:
     run = train(tmp_path, *TWO, RESTARTS, "backend.timeout_s=2")
     hit(run, "1", signal.SIGSTOP)
@@ -104,6 +105,7 @@ def test_a_run_that_was_told_to_stop_stays_stopped(tmp_path: Path) -> None:
     assert "restarting" not in run.err.read_text()
 
 
+@pytest.mark.slow
 def test_restarts_are_the_launchers(tmp_path: Path) -> None:
     alone = [arg for arg in TWO if not arg.startswith("world_size")]
     ended = torchrun(tmp_path / "home", *alone, RESTARTS)

@@ -21,7 +21,7 @@ from spikerl.errors import BadRequest
 from spikerl.runs import folder as run_folder
 from spikerl.training.session import Session
 
-SHORT = ("td3", "ppo", "workers")  # all of them: scripts/soak
+SHORT = ("td3", "ppo", pytest.param("workers", marks=pytest.mark.slow))  # all: scripts/soak
 HOPPER = ["env=Hopper", "num_envs=2"]
 
 

@@ -20,12 +20,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strike", "restarts"),
     [
         (Strike("1", "collective", 101, behind=False), 1),
-        pytest.param(Strike("0", "checkpoint", 2, behind=True), 0, marks=pytest.mark.slow),
-        pytest.param(Strike("parent", "evaluation", 1, behind=False), 1, marks=pytest.mark.slow),
+        (Strike("0", "checkpoint", 2, behind=True), 0),
+        (Strike("parent", "evaluation", 1, behind=False), 1),
     ],
 )
 def test_a_kill_amid(strike: Strike, restarts: int, whole: Path, tmp_path: Path) -> None:

@@ -297,6 +297,7 @@ def test_a_compiler_that_fails(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not list((fresh / "cache" / "spikerl").glob("*.so"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("avx512" not in PATHS, reason="needs a processor with AVX-512")
 def test_a_compiler_older_than_the_processor(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next best path is taken, and it is said; a path that was named is no other."""

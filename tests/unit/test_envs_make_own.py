@@ -144,7 +144,15 @@ def test_torch_runs_in_processes_whose_parent_has_threads() -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        signal.SIGINT,
+    ],
+)
 def test_signals_to_all_processes_are_for_the_run_alone(number: int) -> None:
     forkserver._forkserver._stop()  # type: ignore[attr-defined]  # of other tests, not a run's own
     env = own("Base", vectorizer="async")
