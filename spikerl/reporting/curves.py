@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 # Okabe and Ito's, told apart by most eyes, then others.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555",
            "#882255", "#117733", "#999933")  # fmt: skip
+STYLES = ("-", "--", ":", "-.")  # of further lines, where the colours come again
 REPETITIONS = 2_000  # of a band's bootstrap, at each of its points
 POINTS = 100  # of a curve over time or joules, whose runs share no points
 ACROSS = {"step": "environment steps", "wall": "hours", "joules": "joules"}
 WIDE, HIGH, PER_LINE = 3.4, 2.7, 5  # inches of a panel, panels side by side
 LETTERS = 15  # of a legend in an inch
+LEGEND_LINE = 0.17  # inches
 
 Line = tuple[Array, Array]  # x and y of one run
 Panel = Mapping[str, Sequence[Line]]  # by label, a line for each seed
@@ -78,7 +80,7 @@ def curves(panels: Mapping[str, Panel], across: str, ylabel: str) -> Figure | No
     for ax, panel in zip(axes, panels.values(), strict=True):
         for label, lines in panel.items():
             if lines:
-                _draw(ax, label, COLOURS[labels.index(label) % len(COLOURS)], lines, across)
+                _draw(ax, label, _look(labels.index(label)), lines, across)
         ax.set_xlabel(ACROSS[across])
         if across != "wall":
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
@@ -87,12 +89,18 @@ def curves(panels: Mapping[str, Panel], across: str, ylabel: str) -> Figure | No
     return figure
 
 
-def _draw(ax: Axes, label: str, colour: str, lines: Sequence[Line], across: str) -> None:
+def _look(i: int) -> dict[str, Any]:
+    """Of the line number i in a picture."""
+    turn, colour = divmod(i, len(COLOURS))
+    return {"color": COLOURS[colour], "linestyle": STYLES[turn % len(STYLES)]}
+
+
+def _draw(ax: Axes, label: str, look: dict[str, Any], lines: Sequence[Line], across: str) -> None:
     x, mean, low, high = band(lines, shared=across == "step")
     name = f"{label} (n={len(lines)})" if len(lines) > 1 else label
     mark = "o" if len(x) == 1 else None
-    ax.plot(x, mean, color=colour, linewidth=1.5, marker=mark, markersize=4, label=name)
-    ax.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0.0)
+    ax.plot(x, mean, **look, linewidth=1.5, marker=mark, markersize=4, label=name)
+    ax.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0.0)
 
 
 def profiles(scores: Mapping[str, Sequence[Array]]) -> Figure | None:
@@ -105,7 +113,7 @@ def profiles(scores: Mapping[str, Sequence[Array]]) -> Figure | None:
     figure, axes = _grid(["performance profile"])
     for i, (label, tasks) in enumerate(scores.items()):
         shares = statistics.performance_profile(tasks, levels.tolist())
-        axes[0].plot(levels, shares, color=COLOURS[i % len(COLOURS)], linewidth=1.5, label=label)
+        axes[0].plot(levels, shares, **_look(i), linewidth=1.5, label=label)
     axes[0].set_xlabel("return over the baseline's mean")
     axes[0].set_ylabel("share of runs above")
     _legend(figure, axes)
@@ -139,6 +147,8 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
         shown, labels = zip(*handles.values(), strict=True)
         fit = int(figure.get_figwidth() * LETTERS / (max(map(len, labels)) + 8))
         ncols = max(1, min(len(labels), fit))
+        below = math.ceil(len(labels) / ncols) * LEGEND_LINE
+        figure.set_figheight(figure.get_figheight() + below)
         figure.legend(shown, labels, loc="outside lower center", fontsize=8, ncols=ncols,
                       frameon=False)  # fmt: skip
 
