@@ -89,9 +89,8 @@ class Conv(Linear):
             x = x_BI.unflatten(1, (self.channels, *self.size))
         else:
             x = x_BI.unflatten(1, (*self.size, self.channels)).permute(0, 3, 1, 2)
-        return (
-            nn.functional.unfold(x, self.kernel, stride=self.stride).transpose(1, 2).flatten(0, 1)
-        )
+        patches_BIP = nn.functional.unfold(x, self.kernel, stride=self.stride)
+        return patches_BIP.transpose(1, 2).flatten(0, 1)
 
     def forward(self, x_BI: Tensor) -> Tensor:
         return super().forward(self.rows(x_BI)).view(len(x_BI), self.outputs)
