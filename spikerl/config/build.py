@@ -221,7 +221,9 @@ def why_layered(actor: ActorConfig, dtype: torch.dtype) -> str | None:
     """Why kernel=cpu runs such an actor layer by layer; None where one call runs all of it."""
     with torch.device("meta"):
         net = build_actor(actor, least_obs(actor), 1, dtype=dtype)
-    return coverage.why_layered(net) if isinstance(net, SpikingActor) else None
+    if isinstance(net, SpikingActor):
+        return coverage.why_layered(net)
+    return coverage.why_no_matrix(net.layers)
 
 
 def check_shares(run: RunConfig, algo: AlgoConfig, world_size: int) -> None:

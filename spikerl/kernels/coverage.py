@@ -26,8 +26,10 @@ def why_no_scan(neuron: Neuron) -> str | None:
     return None
 
 
-def convolves(layers: Iterable[Linear]) -> bool:
-    return any(type(layer) is not Linear for layer in layers)
+def why_no_matrix(layers: Iterable[Linear]) -> str | None:
+    """Why no kernel runs such layers' products; None where each does."""
+    plain = all(type(layer) is Linear for layer in layers)
+    return None if plain else "convolutions, which run in PyTorch"
 
 
 def why_layered(net: SpikingNet) -> str | None:
@@ -40,8 +42,8 @@ def why_layered(net: SpikingNet) -> str | None:
         return f"encoder={encoder.config.name}, which {kind}"
     if len(net.norms):
         return "normalised drives"
-    if convolves(net.layers):
-        return "convolutions, which run in PyTorch"
+    if why := why_no_matrix(net.layers):
+        return why
     if why := why_no_scan(net.neurons[0]):
         return why
     if type(decoder) is not RateDecoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from builders import lif_config, voltage_config
+from builders import CUBA_LIF, POPULATION, RATE, lif_config, voltage_config
 from shell import SHORT, refusal, spikerl
 from torch import Tensor, nn
 
 import spikerl as library
+from spikerl.config.build import why_layered
 from spikerl.energy import operations
 from spikerl.export import support
 from spikerl.kernels import build as native
@@ -143,12 +145,15 @@ def test_what_is_no_stack(changes: dict[str, Any], line: str) -> None:
     assert str(refusal(config, "conv", **changes)).startswith(line)
 
 
-def test_what_does_not_know_them_says_so() -> None:
-    actor = build_actor(config("cnn"), 60, 3)
+@pytest.mark.parametrize("kind", ["cnn", "conv"])
+def test_what_does_not_know_them_says_so(kind: str) -> None:
+    actor = build_actor(config(kind), 60, 3)
     line = "ops=true: the operations of Conv are not known; leave ops out"
     assert str(refusal(operations.check, actor)) == line
-    line = "format=onnx: cannot hold actor=conv: no format has its convolutions here"
-    assert str(refusal(support.check, "onnx", config("conv"))) == line
+    line = f"format=onnx: cannot hold actor={kind}: no format has its convolutions here"
+    assert str(refusal(support.check, "onnx", config(kind))) == line
+    made = replace(config(kind), encoder=POPULATION, neuron=CUBA_LIF, decoder=RATE)
+    assert why_layered(made, torch.float32) == "convolutions, which run in PyTorch"
 
 
 class Stripes(gym.Env[np.ndarray, int]):
