@@ -8,7 +8,7 @@ import numpy as np
 from minatar.gym import BaseEnv
 
 
-class MinAtar(BaseEnv):
+class MinAtar(BaseEnv):  # type: ignore[misc]  # it has no types
     """An episode begins without a last action: its own repeats it with a probability of 0.1, and so
     would carry one episode's into the next.
     """
