@@ -13,6 +13,7 @@ import torch
 from builders import CUBA_LIF, POPULATION, RATE, lif_config, voltage_config
 from shell import SHORT, refusal, spikerl
 from torch import Tensor, nn
+from transitions_env import registered
 
 import spikerl as library
 from spikerl.config.build import why_layered
@@ -176,7 +177,7 @@ class Stripes(gym.Env[np.ndarray, int]):
         return self.obs, float(action == self.column), True, False, {}
 
 
-gym.register("Stripes-v0", Stripes)
+registered("Stripes", Stripes)
 
 OWN = [word for word in SHORT if "critic" not in word and not word.startswith("env")]
 OWN += ["env=gym", "env.id=Stripes-v0", "algo=dqn", "encoder=direct", "neuron=lif"]
