@@ -207,8 +207,10 @@ class Learner:
         scales_loss: bool = False,
         world: World = ALONE,
         weight: float = 1.0,
+        discrete: bool = False,
     ) -> None:
         self.config, self.generator, self.world = config, generator, world
+        self.discrete = discrete  # whether actions are
         kernel = actor.kernel if critic is None else critic.kernel
         self.actor, self.kernel = actor, kernels.named(kernel)
         self.guard = Guard(generator.device, scales_loss=scales_loss)

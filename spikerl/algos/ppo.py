@@ -1,6 +1,7 @@
 """PPO, proximal policy optimisation (Schulman et al., 2017, arXiv:1707.06347).
 
-Shape legend   T steps, N environments, B rows, A action entries.
+Shape legend   T steps, N environments, B rows, A action entries, K entries that have a probability
+each: A of a Gaussian, one of a categorical policy.
 """
 
 from __future__ import annotations
@@ -72,32 +73,80 @@ class LogStd(nn.Module):
         self.value_A = nn.Parameter(torch.full((act_dim,), start, dtype=torch.float32))
 
 
+class Gaussian:
+    """N(mean, std) of each action entry, the mean being the actor's action."""
+
+    squash = True
+
+    def __init__(self, log_std_A: nn.Parameter) -> None:
+        self.log_std_A = log_std_A
+        self.learned = (log_std_A,)  # beside the actor
+
+    def log_prob(self, mean_BA: Tensor, act_BA: Tensor) -> Tensor:
+        log_std = self.log_std_A
+        z = (act_BA - mean_BA) * torch.exp(-log_std)
+        return -0.5 * z.square() - log_std - 0.5 * math.log(2.0 * math.pi)
+
+    def entropy(self, mean_BA: Tensor) -> Tensor:
+        """(A,), the same for every row."""
+        return self.log_std_A + 0.5 * math.log(2.0 * math.pi * math.e)
+
+    def sample(self, mean_BA: Tensor, generator: torch.Generator) -> Tensor:
+        """It may leave [-1, 1]; the environment clips it."""
+        std = self.log_std_A.exp().to(mean_BA.device)
+        return mean_BA + std * normal_like(mean_BA, generator)
+
+
+class Categorical:
+    """The softmax of what the actor gives before its tanh; actions are one-hot."""
+
+    squash = False
+    learned: tuple[nn.Parameter, ...] = ()
+
+    def log_prob(self, logits_BA: Tensor, act_BA: Tensor) -> Tensor:
+        return logits_BA.log_softmax(-1).gather(1, act_BA.argmax(-1, keepdim=True))
+
+    def entropy(self, logits_BA: Tensor) -> Tensor:
+        """(B, 1)."""
+        log_prob = logits_BA.log_softmax(-1)
+        return -(log_prob.exp() * log_prob).sum(-1, keepdim=True)
+
+    def sample(self, logits_BA: Tensor, generator: torch.Generator) -> Tensor:
+        number = torch.multinomial(logits_BA.softmax(-1), 1, generator=generator).squeeze(1)
+        return nn.functional.one_hot(number, logits_BA.shape[1]).to(logits_BA.dtype)
+
+
 class Rows(NamedTuple):
     """What a minibatch is drawn from."""
 
     obs: Tensor  # (B, O)
     act: Tensor  # (B, A)
-    log_prob: Tensor  # (B, A) of the policy that acted, for each entry
+    log_prob: Tensor  # (B, K) of the policy that acted, for each entry
     advantage: Tensor  # (B,)
     ret: Tensor  # (B,) what the critic is to say
 
 
 class PPO(Learner):
-    """A Gaussian around the actor's action, which moves within a clip of the policy that acted.
+    """A Gaussian around the actor's action, or the softmax of its outputs where actions are
+    discrete, which moves within a clip of the policy that acted.
 
     Every worker has rows of its own environments, and as many; advantages are normalised with
     moments over all workers, and all stop together.
     """
 
     config: PPOConfig
+    acts = ("continuous", "discrete")
     metrics = ("entropy", "approx_kl", "clip_fraction")
     on_policy = True
 
     def __init__(self, actor: Actor, critic: Critics, config: PPOConfig, **settings: Any) -> None:
         super().__init__(actor, critic, config, **settings)
-        self.log_std = LogStd(actor.act_dim, config.log_std).to(self.generator.device)
-        lr = self.actor_optimizer.lr
-        self.optimizers["log_std"] = self.optimizer(self.log_std, lr)
+        self.pi: Gaussian | Categorical = Categorical()
+        if not self.discrete:
+            self.log_std = LogStd(actor.act_dim, config.log_std).to(self.generator.device)
+            self.pi = Gaussian(self.log_std.value_A)
+            lr = self.actor_optimizer.lr
+            self.optimizers["log_std"] = self.optimizer(self.log_std, lr)
 
     def train(
         self,
@@ -137,37 +186,37 @@ class PPO(Learner):
         ret = advantage + value
         if c.normalize_advantage == "rollout":
             advantage = self.normalized(advantage)
-        log_prob = self.log_prob(self.actor(batch.obs), batch.act)
+        log_prob = self.pi.log_prob(self.output(self.actor, batch.obs), batch.act)
         return Rows(batch.obs, batch.act, log_prob, advantage, ret)
 
     def update(self, rows: Rows) -> Metrics | None:
         """One minibatch; None where the policy is too far from the one that acted."""
         c, actor_opt, critic_opt = self.config, self.actor_optimizer, self.critic_optimizer
-        log_std = self.optimizers["log_std"]
-        advantage = rows.advantage
+        pi, advantage = self.pi, rows.advantage
         if c.normalize_advantage == "minibatch":
             advantage = self.normalized(advantage)
 
         # Ratio of new to old probability, and the divergence KL = E[ratio - 1 - log ratio].
-        act, backward = self.actor.vjp(rows.obs, self.generator)
-        act.requires_grad_()
-        log_ratio_BA = self.log_prob(act, rows.act) - rows.log_prob
-        log_ratio = log_ratio_BA.sum(-1, keepdim=True)
+        output, backward = self.actor.vjp(rows.obs, self.generator, squash=pi.squash)
+        output.requires_grad_()
+        log_ratio_BK = pi.log_prob(output, rows.act) - rows.log_prob
+        log_ratio = log_ratio_BK.sum(-1, keepdim=True)
         approx_kl = (log_ratio.detach().expm1() - log_ratio.detach()).mean()
         if c.target_kl is not None and self.mean_over_workers(approx_kl) > 1.5 * c.target_kl:
             return None
 
         # Actor: minimise -mean min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) - coef entropy.
-        ratio = (log_ratio if c.ratio == "joint" else log_ratio_BA).exp()
+        ratio = (log_ratio if c.ratio == "joint" else log_ratio_BK).exp()
         clipped = ratio.clamp(1.0 - c.clip_ratio, 1.0 + c.clip_ratio)
         surrogate = torch.min(ratio * advantage.unsqueeze(-1), clipped * advantage.unsqueeze(-1))
-        entropy_A = self.log_std.value_A + 0.5 * math.log(2.0 * math.pi * math.e)
-        entropy = entropy_A.sum() if c.ratio == "joint" else entropy_A.mean()
+        entropy = pi.entropy(output)
+        entropy = (entropy.sum(-1) if c.ratio == "joint" else entropy).mean()
         loss = -surrogate.mean() - c.entropy_coef * entropy
-        grads = torch.autograd.grad(loss, (act, self.log_std.value_A), actor_opt.gradient.factor)
+        by_output, *by_log_std = torch.autograd.grad(
+            loss, (output, *pi.learned), actor_opt.gradient.factor
+        )
         actor_opt.gradient.loss.copy_(loss.detach() * actor_opt.gradient.weight)
-        spikes = backward(grads[0], actor_opt.gradient)
-        log_std.gradient.slots[0].copy_(grads[1])
+        spikes = backward(by_output, actor_opt.gradient)
 
         # Critic: minimise mean (V(s) - return)^2.
         no_act = self.no_act(rows.obs)
@@ -182,16 +231,17 @@ class PPO(Learner):
             "clip_fraction": (ratio.detach() != clipped.detach()).to(loss.dtype).mean(),
             **spikes,
         }
-        log_std.step()
+        for gradient in by_log_std:
+            self.optimizers["log_std"].gradient.slots[0].copy_(gradient)
+            self.optimizers["log_std"].step()
         self.guard.end_update()
         self.updates += 1
         return metrics
 
-    def log_prob(self, mean_BA: Tensor, act_BA: Tensor) -> Tensor:
-        """log N(act; mean, std) of each entry, (B, A)."""
-        log_std = self.log_std.value_A
-        z = (act_BA - mean_BA) * torch.exp(-log_std)
-        return -0.5 * z.square() - log_std - 0.5 * math.log(2.0 * math.pi)
+    def output(self, actor: Actor, obs: Tensor) -> Tensor:
+        """What the policy's distribution is made of, (B, A)."""
+        acts = actor if self.pi.squash else actor.mean
+        return acts(obs, self.generator)
 
     def value(self, obs: Tensor) -> Tensor:
         return self.critic(obs, self.no_act(obs))[0]
@@ -217,7 +267,5 @@ class PPO(Learner):
 
     @torch.no_grad()
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
-        """Actions drawn from the policy; they may leave [-1, 1], the environment clips them."""
-        act = self.acting(obs, generator)
-        noise = normal_like(act, generator)
-        return act + self.log_std.value_A.exp().to(act.device) * noise
+        """Actions drawn from the policy."""
+        return self.pi.sample(self.output(self.acting, obs), generator)

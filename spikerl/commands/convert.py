@@ -83,7 +83,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl convert`: a run folder with the spiking policy."""
     request = parse(ConvertRequest, data)
     dense = load_policy(request.run)
-    if not isinstance(dense.actor, MLPActor):
+    if not isinstance(dense.actor, MLPActor) or dense.config.actor.name != "mlp":
         remedy = f"its actor is {dense.config.actor.name}; a dense one (actor=mlp) is converted"
         raise BadRequest("run", request.run, remedy)
     choices = list(product(request.spike_steps, request.alpha))

@@ -17,6 +17,7 @@ from spikerl import kernels, machine
 from spikerl.config.yaml_file import group_options, option_file, read_config
 from spikerl.distributed import mpi
 from spikerl.energy import meter as energy
+from spikerl.envs import extras
 from spikerl.envs.make import EnvConfig, make_env
 from spikerl.errors import DONE, FAILED, BadRequest
 from spikerl.machine import git_state, versions
@@ -136,8 +137,9 @@ def meters() -> Iterator[Finding]:
 
 
 def environments() -> Iterator[Finding]:
-    for name in (n for n in group_options("env") if n != "gym"):
-        version = read_config(option_file("env", name))["version"]
+    for option in (n for n in group_options("env") if n != "gym"):
+        given = read_config(option_file("env", option))
+        name, version = given["name"], given["version"]
         config = EnvConfig(
             name=name,
             version=version,
@@ -145,13 +147,15 @@ def environments() -> Iterator[Finding]:
             max_episode_steps=None,
             vectorizer="sync",
         )
+        part = "extra" if extras.needs(config.id) else "environment"
         try:
             env = make_env(config)
             env.reset(seed=0)
             env.close()
-            yield Finding("environment", config.id, True, f"{env.size} observations")
+            yield Finding(part, config.id, True, f"{env.size} observations")
         except Exception as error:  # whatever is wrong with an installation is what we report
-            yield Finding("environment", config.id, False, str(error))
+            detail = error.args[2] if isinstance(error, BadRequest) else str(error)
+            yield Finding(part, config.id, False, detail)
 
 
 def renderers() -> Iterator[Finding]:

@@ -29,7 +29,13 @@ from spikerl.errors import BadRequest
 from spikerl.files import absolute
 from spikerl.kernels import KERNELS, coverage
 from spikerl.machine import cores, resolve_device, resolve_threads
-from spikerl.models.actor import ActorConfig, CareBNConfig, SpikingActor, build_actor
+from spikerl.models.actor import (
+    ActorConfig,
+    CareBNConfig,
+    SpikingActor,
+    build_actor,
+    least_obs,
+)
 from spikerl.models.policy import ACTOR_GROUPS, CHOICES, parse_actor
 from spikerl.models.precision import PRECISIONS, PrecisionConfig, check_precision
 from spikerl.runs.loggers import check_loggers
@@ -214,8 +220,10 @@ def build(raw: Mapping[str, Any]) -> Config:
 def why_layered(actor: ActorConfig, dtype: torch.dtype) -> str | None:
     """Why kernel=cpu runs such an actor layer by layer; None where one call runs all of it."""
     with torch.device("meta"):
-        net = build_actor(actor, 1, 1, dtype=dtype)
-    return coverage.why_layered(net) if isinstance(net, SpikingActor) else None
+        net = build_actor(actor, least_obs(actor), 1, dtype=dtype)
+    if isinstance(net, SpikingActor):
+        return coverage.why_layered(net)
+    return coverage.why_no_matrix(net.layers)
 
 
 def check_shares(run: RunConfig, algo: AlgoConfig, world_size: int) -> None:

@@ -23,6 +23,7 @@ from spikerl.kernels import reference
 from spikerl.models.actor import Actor, MLPActor, SpikingActor, connections
 from spikerl.models.compression import footprints
 from spikerl.snn import decoders, encoders, neurons
+from spikerl.snn.conv import Conv
 
 
 class Update(NamedTuple):
@@ -180,6 +181,8 @@ def count(
 
 def check(actor: Actor) -> None:
     """Refuse an actor with a part whose operations are not known."""
+    if any(isinstance(layer, Conv) for layer in actor.layers):
+        raise BadRequest("ops", "true", "the operations of Conv are not known; leave ops out")
     if isinstance(actor, MLPActor):
         return
     kinds: list[tuple[Any, dict[Any, Any]]] = [

@@ -18,6 +18,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
+from spikerl.envs import extras
 from spikerl.envs.snapshot import Snapshot, restore, snapshot
 from spikerl.envs.wrappers import check_wrappers, wrapped
 from spikerl.errors import BadRequest, EnvironmentFailed, Interrupted
@@ -184,6 +185,8 @@ def describe_raised(error: BaseException) -> str:
 def make_env(config: EnvConfig) -> CheckedEnv:
     """One environment; what cannot be made or trained on is a BadRequest that names the remedy."""
     _quiet_mujoco()
+    if missing := extras.why_missing(config.id):
+        raise BadRequest("env.id", config.id, missing)
     named = config.id == f"{config.name}-{config.version}"
     key, value = ("env.version", config.version) if named else ("env.id", config.id)
     try:

@@ -8,6 +8,7 @@ from typing import Any
 from spikerl.errors import BadRequest
 from spikerl.export.contract import DECODERS, ENCODERS, NEURONS
 from spikerl.models.actor import ActorConfig, MLPConfig
+from spikerl.snn.conv import ConvConfig
 from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.snn.neurons import NeuronConfig
@@ -103,6 +104,8 @@ def early_exit_verdict(format: str) -> Verdict:
 
 def verdicts(format: str, config: ActorConfig, exits_early: bool = False) -> dict[str, Verdict]:
     """By the config group of each part, and of an early exit where there is one."""
+    if isinstance(config.actor, ConvConfig):
+        return {"actor": Verdict(REFUSED, "no format has its convolutions here")}
     if isinstance(config.actor, MLPConfig):
         return {"actor": dense_verdict(format)}
     encoder, neuron, decoder = config.encoder, config.neuron, config.decoder

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from spikerl.kernels.reference import SpikingNet
 from spikerl.snn.decoders import RateDecoder
 from spikerl.snn.encoders import PoissonEncoder, PopulationEncoder, TanhPopulationEncoder
+from spikerl.snn.linear import Linear
 from spikerl.snn.neurons import CubaLIF, Neuron
 
 MAX_LAYERS, MAX_STEPS = 16, 32  # of csrc/spiking.h
@@ -23,6 +26,12 @@ def why_no_scan(neuron: Neuron) -> str | None:
     return None
 
 
+def why_no_matrix(layers: Iterable[Linear]) -> str | None:
+    """Why no kernel runs such layers' products; None where each does."""
+    plain = all(type(layer) is Linear for layer in layers)
+    return None if plain else "convolutions, which run in PyTorch"
+
+
 def why_layered(net: SpikingNet) -> str | None:
     """Why kernel=cpu runs a network layer by layer; None where one call runs all of it."""
     encoder, decoder = net.encoder, net.decoder
@@ -33,6 +42,8 @@ def why_layered(net: SpikingNet) -> str | None:
         return f"encoder={encoder.config.name}, which {kind}"
     if len(net.norms):
         return "normalised drives"
+    if why := why_no_matrix(net.layers):
+        return why
     if why := why_no_scan(net.neurons[0]):
         return why
     if type(decoder) is not RateDecoder:

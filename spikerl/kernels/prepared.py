@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spikerl.kernels.build import Critic, Net, Pointer
-from spikerl.kernels.coverage import why_layered
+from spikerl.kernels.coverage import why_layered, why_no_matrix
 from spikerl.kernels.reference import DenseNet, SpikingNet, ValueNet
 from spikerl.snn.decoders import RateDecoder
 from spikerl.snn.encoders import PopulationEncoder, TanhPopulationEncoder
@@ -89,6 +89,7 @@ class PreparedDense:
         self.params = [p for layer in net.layers for p in (layer.weight_IN, layer.bias_N)]
         self.at = addresses(self.params)
         self.fused = net.dtype == torch.float32 and all(map(_plain, self.params))
+        self.fused &= why_no_matrix(net.layers) is None
         widths = [net.layers[0].weight_IN.shape[0], *(len(layer.bias_N) for layer in net.layers)]
         self.widths = np.array(widths, np.int32)
         self.places = pointers(self.at[0::2]), pointers(self.at[1::2])

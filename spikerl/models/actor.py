@@ -19,10 +19,11 @@ from spikerl.kernels import reference
 from spikerl.kernels.gradient import Pullback
 from spikerl.schema import Registry, check_sizes
 from spikerl.snn.batchnorm import RECALIBRATE, CaReBN
+from spikerl.snn.conv import ConvConfig
 from spikerl.snn.decoders import DECODERS, DecoderConfig
 from spikerl.snn.early_exit import EarlyExit
 from spikerl.snn.encoders import ENCODERS, EncoderConfig
-from spikerl.snn.linear import Linears, ListOf
+from spikerl.snn.linear import Linear, Linears, ListOf
 from spikerl.snn.neurons import NEURONS, Neuron, NeuronConfig
 
 
@@ -97,6 +98,24 @@ class MLPConfig:
 
 
 @dataclass(kw_only=True)
+class ConvSANConfig(ConvConfig, PopSANConfig):
+    """Spiking convolutions before the spiking layers (DSQN, arXiv:2201.09754)."""
+
+    def __post_init__(self) -> None:
+        PopSANConfig.__post_init__(self)
+        self.check()
+
+
+@dataclass(kw_only=True)
+class CNNConfig(ConvConfig, MLPConfig):
+    """Their dense twin: ReLU convolutions before the ReLU layers."""
+
+    def __post_init__(self) -> None:
+        MLPConfig.__post_init__(self)
+        self.check()
+
+
+@dataclass(kw_only=True)
 class ActorConfig:
     """What an actor's shape and arithmetic depend on; a dense actor has no spiking parts."""
 
@@ -116,6 +135,9 @@ class ActorConfig:
     def shape(self) -> str:
         """Whatever two actors must share for one to take the other's weights."""
         text = f"{self.actor.name} {self.actor.hidden_sizes}"
+        if isinstance(self.actor, ConvConfig):
+            c = self.actor
+            text += f" behind {c.filters} filters of {c.kernel_sizes}, {c.strides} on {c.image}"
         if self.encoder and self.decoder and self.neuron:
             text += f" with {self.encoder.name}, {self.neuron.name}, {self.decoder.name}"
             sizes = [getattr(part, "pop_size", None) for part in (self.encoder, self.decoder)]
@@ -203,8 +225,8 @@ class SpikingActor(nn.Module):
         decodes = DECODERS.part(decoder)
         population = decodes.population(decoder, act_dim)
         sizes = [self.encoder.outputs, *hidden, *([population] if population else [])]
-        self.layers = Linears(sizes)
-        self.neurons = ListOf[Neuron](NEURONS.part(neuron)(neuron) for _ in sizes[1:])
+        self.layers = Linears(sizes, convolutions(actor, sizes[0]))
+        self.neurons = ListOf[Neuron](NEURONS.part(neuron)(neuron) for _ in self.layers)
         normed = sizes[1:] if isinstance(actor, CareBNConfig) else []
         self.norms = ListOf[CaReBN](CaReBN(size, neuron.threshold) for size in normed)
         self.decoder = decodes(decoder, act_dim, hidden[-1], actor.spike_steps)
@@ -295,7 +317,7 @@ class MLPActor(nn.Module):
         super().__init__()
         self.obs_dim, self.act_dim, self.dtype, self.kernel = obs_dim, act_dim, dtype, kernel
         sizes = [obs_dim, *actor.hidden_sizes, act_dim]
-        self.layers = Linears(sizes)
+        self.layers = Linears(sizes, convolutions(actor, obs_dim))
 
     def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return kernels.named(self.kernel).dense_actions(self, obs_BO)
@@ -314,6 +336,15 @@ class MLPActor(nn.Module):
 Actor = SpikingActor | MLPActor
 
 
+def convolutions(actor: PopSANConfig | MLPConfig, inputs: int) -> list[Linear]:
+    return actor.layers(inputs) if isinstance(actor, ConvConfig) else []
+
+
+def least_obs(config: ActorConfig) -> int:
+    """Entries of the smallest observation that such an actor takes."""
+    return config.actor.places if isinstance(config.actor, ConvConfig) else 1
+
+
 def connections(actor: Actor) -> dict[str, nn.Parameter]:
     """Its weight matrices by name: no biases, no receptive fields, nothing of a neuron."""
     fields = ("encoder.mean_OP", "encoder.std_OP")
@@ -324,7 +355,9 @@ ACTORS: Registry[Any, Actor] = Registry(
     "actor",
     popsan=(PopSANConfig, SpikingActor),
     care_bn=(CareBNConfig, SpikingActor),
+    conv=(ConvSANConfig, SpikingActor),
     mlp=(MLPConfig, MLPActor),
+    cnn=(CNNConfig, MLPActor),
 )
 
 

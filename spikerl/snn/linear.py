@@ -27,6 +27,11 @@ class Linear(nn.Module):
         bound = 1.0 / math.sqrt(inputs)  # as torch's own linear layer
         self.weight_IN = uniform(bound, inputs, outputs)
         self.bias_N = uniform(bound, outputs)
+        self.outputs = outputs
+
+    def rows(self, x: Tensor) -> Tensor:
+        """What W multiplies."""
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias_N, x, self.weight_IN)
@@ -46,10 +51,11 @@ class ListOf(nn.ModuleList, Generic[M]):
 
 
 class Linears(ListOf[Linear]):
-    """Linear layers between widths that follow each other."""
+    """Linear layers between widths that follow each other, `first` before them."""
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        super().__init__(Linear(i, n) for i, n in pairwise(sizes))
+    def __init__(self, sizes: Sequence[int], first: Sequence[Linear] = ()) -> None:
+        behind = [first[-1].outputs, *sizes[1:]] if first else sizes
+        super().__init__([*first, *(Linear(i, n) for i, n in pairwise(behind))])
 
 
 def product(x: Tensor, layer: Linear, dtype: torch.dtype) -> Tensor:
@@ -57,5 +63,5 @@ def product(x: Tensor, layer: Linear, dtype: torch.dtype) -> Tensor:
     own = layer.weight_IN.dtype
     if dtype == own:
         return layer(x)
-    rounded = (layer.bias_N.to(dtype), x.to(dtype), layer.weight_IN.to(dtype))
-    return torch.addmm(*rounded).to(own)
+    rounded = (layer.bias_N.to(dtype), layer.rows(x).to(dtype), layer.weight_IN.to(dtype))
+    return torch.addmm(*rounded).to(own).view(len(x), layer.outputs)

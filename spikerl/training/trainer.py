@@ -120,6 +120,7 @@ class Trainer:
                 scales_loss=c.precision.scales_loss,
                 world=world,
                 weight=weight,
+                discrete=task.kind == "discrete",
             )
         self.norm = RunningNorm(task.obs_dim, algo.norm_clip)
         if init is not None:

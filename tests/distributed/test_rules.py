@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders import (
+    CARTPOLE,
     CUBA_LIF,
     INVERTED_PENDULUM,
     POPULATION,
@@ -47,7 +48,14 @@ CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-13}
 Work = Callable[[Any, slice], object]
 
 
-def learner(kind: type[Learner], config: Any, world: World, weight: float, **parts: Any) -> Any:
+def learner(
+    kind: type[Learner],
+    config: Any,
+    world: World,
+    weight: float,
+    discrete: bool = False,
+    **parts: Any,
+) -> Any:
     torch.manual_seed(0)
     double = torch.float64
     actor = parts.get("actor") or MLPActor(
@@ -63,6 +71,7 @@ def learner(kind: type[Learner], config: Any, world: World, weight: float, **par
         generator=torch.Generator(),
         world=world,
         weight=weight,
+        discrete=discrete,
     )
     for part in ("log_std", "proxy"):
         if isinstance(getattr(found, part, None), MLPActor):
@@ -111,11 +120,11 @@ def of_workers(field: Tensor, world: World) -> Tensor:
     return field.unflatten(0, (5, 4))[:, mine].flatten(0, 1)
 
 
-def rollout_learned_as_one(world: World, **rules: Any) -> None:
+def rollout_learned_as_one(world: World, discrete: bool = False, **rules: Any) -> None:
     """Advantages, their moments, and every gradient of one process with all environments."""
     with float64():
         config = ppo_config(entropy_coef=0.01, **rules)
-        alone, ours = (learner(PPO, config, w, 1.0 / w.size) for w in (ALONE, world))
+        alone, ours = (learner(PPO, config, w, 1.0 / w.size, discrete) for w in (ALONE, world))
         batch, last = transitions(ROWS, torch.float64), torch.arange(ROWS) % 5 < 2
         whole = alone.prepare(batch, last, 4)
         part = Batch(*(of_workers(field, world) for field in batch))
@@ -125,8 +134,8 @@ def rollout_learned_as_one(world: World, **rules: Any) -> None:
         for _ in range(3):
             alone.update(whole)
             ours.update(mine)
-            for name in ("actor", "critic", "log_std"):
-                one, other = (x.optimizers[name].gradient.vector for x in (ours, alone))
+            for name, optimizer in ours.optimizers.items():
+                one, other = (x.gradient.vector for x in (optimizer, alone.optimizers[name]))
                 torch.testing.assert_close(one, other, **CLOSE)
 
 
@@ -136,7 +145,7 @@ def all_stop_together(world: World) -> None:
         ppo = learner(PPO, ppo_config(target_kl=target_kl), world, 0.5)
         n = torch.ones(4, dtype=torch.float64)
         obs, act = torch.zeros(4, 3).double(), torch.zeros(4, 2).double()
-        logp = ppo.log_prob(ppo.actor(obs), act).detach() + 5.0 * world.rank
+        logp = ppo.pi.log_prob(ppo.actor(obs), act).detach() + 5.0 * world.rank
         assert (ppo.update(Rows(obs, act, logp, n, n)) is None) == stops
         assert ppo.updates == (not stops)
 
@@ -150,8 +159,10 @@ REPLAYING: dict[str, Any] = {
     "norm_interval": 10,
 }
 POPSAN = small_config().actor
+PPO_RUN: dict[str, Any] = {"rollout_steps": 60, "norm_interval": 60, "batch_size": 20}
 RUNS = {
-    "ppo": (ppo_config(rollout_steps=60, norm_interval=60, batch_size=20, target_kl=0.1), POPSAN),
+    "ppo_discrete": (ppo_config(**PPO_RUN), POPSAN),
+    "ppo": (ppo_config(**PPO_RUN, target_kl=0.1), POPSAN),
     "sac": (sac_config(**REPLAYING, learn_temperature=True), POPSAN),
     "proxy_td3": (proxy_td3_config(**REPLAYING, proxy_hidden_sizes=[8]), POPSAN),
     "care_bn": (
@@ -166,10 +177,13 @@ RUNS = {
 
 def trained_alike(world: World) -> None:
     """Everything that a rule changes is the same bits everywhere; what each has seen is not."""
-    for algo, actor in RUNS.values():
-        training = small_config(num_envs=4, total_steps=120, steps_per_epoch=60, eval_episodes=2)
-        with closing(make_env(INVERTED_PENDULUM)) as env:
-            task = task_of(env)
+    for name, (algo, actor) in RUNS.items():
+        env = CARTPOLE if name == "ppo_discrete" else INVERTED_PENDULUM
+        training = small_config(
+            env=env, num_envs=4, total_steps=120, steps_per_epoch=60, eval_episodes=2
+        )
+        with closing(make_env(env)) as one:
+            task = task_of(one)
         training = replace(training, algo=algo, actor=actor)
         with closing(Trainer(training, task, world=world)) as trainer:
             before = fingerprint(trainer.algo.actor_optimizer.flat)
@@ -198,6 +212,7 @@ def everything(world: World) -> None:
     )
     rollout_learned_as_one(world)
     rollout_learned_as_one(world, normalize_advantage="rollout", ratio="per_entry")
+    rollout_learned_as_one(world, discrete=True)
     all_stop_together(world)
     trained_alike(world)
 

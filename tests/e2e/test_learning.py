@@ -96,8 +96,9 @@ DQN = dqn_config(
 
 
 @contextmanager
-def trained(algo: str, kind: str, seed: int, *, shuffled: bool = False) -> Iterator[Trainer]:
-    made = Sign if algo == "dqn" else Identity
+def trained(
+    algo: str, kind: str, seed: int, *, shuffled: bool = False, made: type[Identity] = Identity
+) -> Iterator[Trainer]:
     env = registered(made.__name__, made, limit=1, shuffled=shuffled)
     config = small_config(
         env=env, total_steps=STEPS, steps_per_epoch=STEPS, eval_episodes=1, seed=seed
@@ -150,14 +151,16 @@ def wrong(trainer: Trainer) -> float:
     return float((trainer.policy(obs) != (obs[:, 0] > 0.0)).mean())
 
 
-def test_of_two_actions_the_right_one_is_learned() -> None:
-    with trained("dqn", "spiking", seed=0) as trainer:
+@pytest.mark.parametrize("algo", ["dqn", "ppo"])
+def test_of_two_actions_the_right_one_is_learned(algo: str) -> None:
+    with trained(algo, "spiking", seed=0, made=Sign) as trainer:
         assert wrong(trainer) < 0.1
 
 
-def test_of_two_actions_none_is_from_shuffled_rewards() -> None:
+@pytest.mark.parametrize("algo", ["dqn", "ppo"])
+def test_of_two_actions_none_is_from_shuffled_rewards(algo: str) -> None:
     shares = []
     for seed in range(2):
-        with trained("dqn", "dense", seed, shuffled=True) as trainer:
+        with trained(algo, "dense", seed, shuffled=True, made=Sign) as trainer:
             shares.append(wrong(trainer))
     assert np.mean(shares) > 0.2

@@ -108,7 +108,7 @@ def ppo(**given: Any) -> PPO:
 def test_a_gaussian() -> None:
     ours, mean, act = ppo(), random(50, 2).float(), random(50, 2, seed=1).float()
     theirs = DiagGaussianDistribution(2).proba_distribution(mean, ours.log_std.value_A.detach())
-    logp = ours.log_prob(mean, act).detach()
+    logp = ours.pi.log_prob(mean, act).detach()
     assert logp.shape == (50, 2)
     torch.testing.assert_close(logp.sum(1), theirs.log_prob(act))
 

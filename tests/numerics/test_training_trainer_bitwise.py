@@ -154,6 +154,13 @@ DQN = {key: value for key, value in REPLAYING.items() if "critic" not in key}
 RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sac": ({"algo": sac_config(**REPLAYING, learn_temperature=True)}, {}),
     "ppo": ({"algo": ppo_config(rollout_steps=60, norm_interval=60, batch_size=20)}, {}),
+    "ppo_discrete": (
+        {
+            "algo": ppo_config(rollout_steps=60, norm_interval=60, batch_size=20),
+            "env": CARTPOLE,
+        },
+        {},
+    ),
     "proxy_td3": ({"algo": proxy_td3_config(**REPLAYING, proxy_hidden_sizes=[8])}, {}),
     "dqn": (
         {"algo": dqn_config(**DQN, duelling=True, double=True, n_step=3), "env": CARTPOLE},

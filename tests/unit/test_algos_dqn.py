@@ -229,7 +229,7 @@ CARTPOLE = [
 @pytest.mark.parametrize(
     ("typed", "line"),
     [
-        (["algo=td3"], "algo=td3: the actions of CartPole-v1 are discrete; use algo=dqn"),
+        (["algo=td3"], "algo=td3: the actions of CartPole-v1 are discrete; use algo=ppo or dqn"),
         (["env=Pendulum"], "algo=dqn: the actions of Pendulum-v1 are continuous; use algo="),
         (["env.action_bounds=first"], "env.action_bounds=first: its actions have no bounds"),
         (["algo.epsilon_end=1.5"], "algo.epsilon_end=1.5: give a value in [0, 1]"),

@@ -6,6 +6,8 @@ Shape legend   T steps, N environments, B rows, A action entries.
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -14,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import popsan, ppo_config, small_config
+from builders import fill, popsan, ppo_config, small_config
 from plain import descend, doubled, flat, float64, length, q_networks
 from torch import Tensor, nn
-from torch.distributions import Normal
+from torch.distributions import Categorical, Normal
 from transitions_env import COUNTER
 
 from spikerl.algos.ppo import PPO, Rows
@@ -33,7 +35,9 @@ from spikerl.types import Batch
 STEPS, ENVS, EPOCHS = 25, 4, 3  # rollouts of 100 rows
 
 
-def learner(kind: str = "dense", dtype: torch.dtype = torch.float64, **given: Any) -> PPO:
+def learner(
+    kind: str = "dense", dtype: torch.dtype = torch.float64, discrete: bool = False, **given: Any
+) -> PPO:
     own = {"batch_size": 30, "epochs": EPOCHS, "gamma": 0.9, "critic_hidden_sizes": [24, 16]}
     torch.manual_seed(0)
     actor: Actor = popsan(3, 2, [16, 12], dtype=dtype)
@@ -42,7 +46,7 @@ def learner(kind: str = "dense", dtype: torch.dtype = torch.float64, **given: An
     critic = Critics(3, 0, [24, 16], networks=1, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     config = ppo_config(**(own | given))
-    ppo = PPO(actor, critic, config, actor_lr=0.01, generator=generator)
+    ppo = PPO(actor, critic, config, actor_lr=0.01, generator=generator, discrete=discrete)
     return doubled(ppo) if dtype == torch.float64 else ppo
 
 
@@ -61,6 +65,8 @@ class Rollout:
             mean = ppo.actor(torch.tensor(self.obs[:-1].reshape(-1, 3), dtype=ppo.actor.dtype))
         noise = np.exp(-0.5) * draw.normal(size=mean.shape)
         self.act = (mean.numpy() + noise).astype(np.float32).reshape(STEPS, ENVS, 2)
+        if ppo.discrete:
+            self.act = np.eye(2, dtype=np.float32)[self.act.argmax(-1)]
         self.replay = Replay(STEPS * ENVS, 3, 2, width=ENVS)
         fields = (self.obs, self.act, self.rew, self.next_obs, self.terminated, self.last)
         for t in range(STEPS):
@@ -115,7 +121,18 @@ RULES: dict[str, dict[str, Any]] = {
     "entropy": {"entropy_coef": 0.05, "gae_lambda": 0.5, "log_std": -1.0},
     "per_entry_entropy": {"ratio": "per_entry", "entropy_coef": 0.05},
     "clipped": {"max_grad_norm": 0.05, "clip_ratio": 0.05, "entropy_coef": 0.05},
+    "discrete": {"discrete": True, "entropy_coef": 0.05},
+    "discrete_per_entry": {"discrete": True, "ratio": "per_entry", "max_grad_norm": 0.05},
 }
+
+
+def usual(pi: Actor, obs: Tensor, act: Tensor, log_std: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of each entry that has a probability, (B, K): its logarithm, and the entropy."""
+    if log_std is not None:
+        gaussian = Normal(pi(obs), log_std.exp())
+        return gaussian.log_prob(act), gaussian.entropy()
+    softmax = Categorical(logits=pi.mean(obs))
+    return softmax.log_prob(act.argmax(1))[:, None], softmax.entropy()[:, None]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -129,17 +146,17 @@ def test_a_rollouts_updates_are_the_usual_ones(
         c, rollout = ours.config, Rollout(ours)
         pi, values = copy.deepcopy(ours.actor), q_networks(ours.critic)
         (value,) = values
-        log_std = torch.full((2,), c.log_std, requires_grad=True)
+        std = None if ours.discrete else torch.full((2,), c.log_std, requires_grad=True)
         chosen = minibatches(ours, monkeypatch, rollout)
         found = burst(ours, rollout)
 
         pi_adam = torch.optim.Adam(pi.parameters(), lr=0.01)
-        std_adam = torch.optim.Adam([log_std], lr=0.01)
+        adams = [pi_adam] if std is None else [pi_adam, torch.optim.Adam([std], lr=0.01)]
         value_adam = torch.optim.Adam(value.parameters(), lr=1e-3)
         obs, act = rollout.tensor(rollout.obs[:-1]), rollout.tensor(rollout.act)
         advantage, ret = advantages(rollout, value, c.gae_lambda)
         with torch.no_grad():
-            before = Normal(pi(obs), log_std.exp()).log_prob(act)
+            before, _ = usual(pi, obs, act, std)
         whole = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         assert len(chosen) == len(found) == 3 * EPOCHS
         for index, metrics in zip(chosen, found, strict=True):
@@ -147,16 +164,15 @@ def test_a_rollouts_updates_are_the_usual_ones(
             a = (a - a.mean()) / (a.std() + 1e-8)
             if c.normalize_advantage == "rollout":
                 a = whole[index]
-            gaussian = Normal(pi(obs[index]), log_std.exp())
-            change = gaussian.log_prob(act[index]) - before[index]
-            entropy = gaussian.entropy()
+            log_prob, entropy = usual(pi, obs[index], act[index], std)
+            change = log_prob - before[index]
             if c.ratio == "joint":
                 ratio, entropy = change.sum(1).exp(), entropy.sum(1)
             else:
                 ratio, a = change.exp(), a[:, None]
             bounded = ratio.clamp(1.0 - c.clip_ratio, 1.0 + c.clip_ratio)
             loss = -torch.minimum(ratio * a, bounded * a).mean() - c.entropy_coef * entropy.mean()
-            descend(loss, pi_adam, std_adam, max_norm=c.max_grad_norm)
+            descend(loss, *adams, max_norm=c.max_grad_norm)
             v = value(obs[index]).squeeze(1)
             value_loss = ((v - ret[index]) ** 2).mean()
             descend(value_loss, value_adam, max_norm=c.max_grad_norm)
@@ -173,14 +189,68 @@ def test_a_rollouts_updates_are_the_usual_ones(
             assert got == pytest.approx(expected, rel=1e-6, abs=1e-9)
         assert float(found[-1]["clip_fraction"]) > 0.0
         ours.check()
-        for stepper, adam, weights in (
+        checked = [
             (ours.actor_optimizer, pi_adam, flat(pi)),
             (ours.critic_optimizer, value_adam, flat(values)),
-            (ours.optimizers["log_std"], std_adam, log_std.detach()),
-        ):
+        ]
+        if std is not None:
+            checked.append((ours.optimizers["log_std"], adams[1], std.detach()))
+        assert len(ours.optimizers) == len(checked)
+        for stepper, adam, weights in checked:
             torch.testing.assert_close(stepper.flat, weights, rtol=1e-6, atol=1e-8)
             gradient = stepper.gradient.vector[:-1].norm().item()
             assert gradient == pytest.approx(length(adam), rel=1e-5)
+
+
+def by_hand(**given: Any) -> PPO:
+    """Of an observation of 1, two actions with probabilities of a quarter and three quarters."""
+    own = {"normalize_advantage": "rollout", "critic_hidden_sizes": [1], "clip_ratio": 0.2}
+    actor = MLPActor(1, 2, MLPConfig(name="mlp", hidden_sizes=[1], lr=1e-3))
+    fill(actor, {"layers.0.weight_IN": [[1.0]], "layers.0.bias_N": [0.0]})
+    fill(actor, {"layers.1.weight_IN": [[0.0, math.log(3.0)]], "layers.1.bias_N": [5.0, 5.0]})
+    critic, generator = Critics(1, 0, [1], networks=1), torch.Generator().manual_seed(0)
+    config = ppo_config(**(own | given))
+    return PPO(actor, critic, config, actor_lr=0.01, generator=generator, discrete=True)
+
+
+ENTROPY = 0.25 * math.log(4.0) + 0.75 * math.log(4.0 / 3.0)
+
+
+def test_a_categorical_update_by_hand() -> None:
+    """Twice the second action, whose probability was a half: the ratio is 1.5, the bound 1.2.
+
+    One row gains, min(1.5, 1.2); one loses, min(-1.5, -1.2). By the logits l the first has no
+    gradient, the second half of 1.5 ([second] - p); the entropy has -p (log p + H).
+    """
+    ppo = by_hand(entropy_coef=0.1)
+    gradients: list[Tensor] = []
+    step = ppo.actor_optimizer.step
+
+    def noting() -> Tensor:
+        gradients.extend(slot.clone() for slot in ppo.actor_optimizer.gradient.slots)
+        return step()
+
+    ppo.actor_optimizer.step = noting  # type: ignore[method-assign]
+    act, old = torch.tensor([[0.0, 1.0]] * 2), torch.full((2, 1), math.log(0.5))
+    rows = Rows(torch.ones(2, 1), act, old, torch.tensor([1.0, -1.0]), torch.zeros(2))
+    found = ppo.update(rows)
+    assert found is not None
+    assert float(found["entropy"]) == pytest.approx(ENTROPY)
+    assert float(found["actor_loss"]) == pytest.approx(0.5 * (1.5 - 1.2) - 0.1 * ENTROPY)
+    assert float(found["approx_kl"]) == pytest.approx(0.5 - math.log(1.5))
+    assert float(found["clip_fraction"]) == 1.0
+    p = (0.25, 0.75)
+    by_entropy = [0.1 * q * (math.log(q) + ENTROPY) for q in p]
+    wanted = [0.75 * -0.25 + by_entropy[0], 0.75 * 0.25 + by_entropy[1]]
+    assert gradients[3].tolist() == pytest.approx(wanted)  # of the last layer's bias
+
+
+def test_numbered_actions_are_drawn_as_often_as_they_are_likely() -> None:
+    ppo = by_hand()
+    act = ppo.explore(torch.ones(9000, 1), torch.Generator().manual_seed(0))
+    assert torch.equal(act.sum(1), torch.ones(9000))
+    counts = Counter(act.argmax(1).tolist())
+    assert abs(counts[1] - 6750) < 4.0 * math.sqrt(9000 * 0.25 * 0.75)
 
 
 def test_every_row_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,7 +212,7 @@ def test_known_keys() -> None:
 
 
 def test_group_options() -> None:
-    assert group_options("actor") == ["care_bn", "mlp", "popsan"]
+    assert group_options("actor") == ["care_bn", "cnn", "conv", "mlp", "popsan"]
     assert {"care_bn", "popsan/ddpg", "popsan/td3"} < set(group_options("experiment"))
 
 

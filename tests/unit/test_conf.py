@@ -226,7 +226,10 @@ def test_flags_anywhere(args: list[str], tmp_path: Path) -> None:
         ),
         ("spikerl tr", {"train"}),
         ("spikerl train env=Half", {"env=HalfCheetah"}),
-        ("spikerl train env=Ant actor=", {"actor=care_bn", "actor=mlp", "actor=popsan"}),
+        (
+            "spikerl train env=Ant actor=",
+            {"actor=care_bn", "actor=cnn", "actor=conv", "actor=mlp", "actor=popsan"},
+        ),
         ("spikerl train algo.gam", {"algo.gamma="}),
         ("spikerl eval epi", {"episodes="}),
         ("spikerl reproduce table=mdc", {"table=mdc_san_table1"}),

@@ -1,0 +1,96 @@
+"""Convolutions as linear layers: the same matrix at every place of an image.
+
+Shape legend   B batch, P places, C channels, F filters, I inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from spikerl.errors import BadRequest
+from spikerl.snn.linear import Linear
+
+MOST = 16  # layers, pixels of a kernel's side
+
+
+@dataclass(kw_only=True)
+class ConvConfig:
+    """Of what takes images, as the keys of `actor`: one entry of each list for each layer."""
+
+    image: list[int]  # height and width of an observation, whose other entries are channels
+    channels_first: bool  # observations are (C, height, width); else (height, width, C)
+    filters: list[int]
+    kernel_sizes: list[int]  # of squares
+    strides: list[int]
+
+    def check(self) -> None:
+        sizes = {"image": self.image, "filters": self.filters, "kernel_sizes": self.kernel_sizes}
+        for key, given in (sizes | {"strides": self.strides}).items():
+            count = 2 if key == "image" else len(self.filters)
+            most = MOST if key == "kernel_sizes" else 1 << 16
+            if not 1 <= len(given) == count <= MOST or not all(1 <= n <= most for n in given):
+                remedy = "give height and width" if key == "image" else "give one for each layer"
+                raise BadRequest(f"actor.{key}", given, f"{remedy}, 1 to {most}")
+        height, width = self.image
+        for kernel, stride in zip(self.kernel_sizes, self.strides, strict=True):
+            if kernel > min(height, width):
+                remedy = f"a layer sees {height} x {width} places; give smaller ones"
+                raise BadRequest("actor.kernel_sizes", self.kernel_sizes, remedy)
+            height, width = ((n - kernel) // stride + 1 for n in (height, width))
+
+    @property
+    def places(self) -> int:
+        return math.prod(self.image)
+
+    def layers(self, inputs: int) -> list[Linear]:
+        """The convolutions, for so many inputs; BadRequest where they are no such images."""
+        channels, rest = divmod(inputs, self.places)
+        if rest:
+            height, width = self.image
+            remedy = f"{inputs} inputs are no images of {height} x {width}; give height and width"
+            raise BadRequest("actor.image", self.image, remedy)
+        size, first, found = (self.image[0], self.image[1]), self.channels_first, list[Linear]()
+        for filters, kernel, stride in zip(
+            self.filters, self.kernel_sizes, self.strides, strict=True
+        ):
+            found.append(Conv(channels, filters, size, kernel, stride, channels_first=first))
+            size = tuple((n - kernel) // stride + 1 for n in size)  # type: ignore[assignment]
+            channels, first = filters, False
+        return found
+
+
+class Conv(Linear):
+    """x is cut into patches of kernel x kernel places, and W maps each, (C kernel kernel) to F.
+
+    What comes out is an image again, flat as (height, width, F). No padding, as in DQN's networks.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        filters: int,
+        size: tuple[int, int],
+        kernel: int,
+        stride: int,
+        *,
+        channels_first: bool = False,
+    ) -> None:
+        super().__init__(channels * kernel * kernel, filters)
+        self.channels, self.size, self.channels_first = channels, size, channels_first
+        self.kernel, self.stride = kernel, stride
+        self.outputs = math.prod((n - kernel) // stride + 1 for n in size) * filters
+
+    def rows(self, x_BI: Tensor) -> Tensor:
+        """The patches, (B P, C kernel kernel)."""
+        if self.channels_first:
+            x = x_BI.unflatten(1, (self.channels, *self.size))
+        else:
+            x = x_BI.unflatten(1, (*self.size, self.channels)).permute(0, 3, 1, 2)
+        patches_BIP = nn.functional.unfold(x, self.kernel, stride=self.stride)
+        return patches_BIP.transpose(1, 2).flatten(0, 1)
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        return super().forward(self.rows(x_BI)).view(len(x_BI), self.outputs)

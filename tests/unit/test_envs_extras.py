@@ -1,0 +1,134 @@
+"""Tasks whose packages are extras: what is said without them, and what they are with them."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from shell import SHORT, spikerl
+from transitions_env import registered
+
+from spikerl.commands import doctor
+from spikerl.config.yaml_file import group_options, option_file, read_config
+from spikerl.envs import extras
+from spikerl.envs.make import EnvConfig, make_env, task_of
+
+GAMES = [option for option in group_options("env") if option.startswith("minatar/")]
+WITHOUT = {
+    "minatar/Breakout": "env.id=MinAtar/Breakout-v1: minatar is not installed; pip install"
+    " 'spikerl[minatar]'",
+    "LunarLander": "env.id=LunarLander-v3: Box2D is not installed; pip install 'spikerl[box2d]'",
+}
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda module: None)
+
+
+@pytest.mark.parametrize("option", WITHOUT)
+def test_what_brings_a_task_is_said(
+    option: str, bare: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = [word for word in SHORT if "critic" not in word and not word.startswith("env")]
+    said = spikerl("train", *own, f"env={option}", "algo=dqn")
+    assert said.line == WITHOUT[option]
+    assert not any(tmp_path.iterdir())
+
+
+def test_training_can_run_without_them(bare: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "group_options", lambda group: [*WITHOUT, "CartPole"])
+    found = [finding[:3] for finding in doctor.environments()]
+    assert found == [
+        ("extra", "MinAtar/Breakout-v1", False),
+        ("extra", "LunarLander-v3", False),
+        ("environment", "CartPole-v1", True),
+    ]
+
+
+def test_each_game_has_a_file_and_a_name() -> None:
+    assert len(GAMES) == 5
+    for option in GAMES:
+        given = read_config(option_file("env", option))
+        name = option.removeprefix("minatar/")
+        assert (given["name"], given["version"]) == (f"MinAtar/{name}", "v1")
+        assert {f"MinAtar/{name}-v0", f"MinAtar/{name}-v1"} <= gym.registry.keys()
+
+
+class Picture(gym.Env[np.ndarray, int]):
+    """As MinAtar's: a bool for each place and channel; the first observation counts in binary."""
+
+    observation_space = gym.spaces.Box(0.0, 1.0, (2, 2, 3), bool)
+    action_space: Any = gym.spaces.Discrete(3)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.arange(12).reshape(2, 2, 3) % 2 == 1, {}
+
+
+def test_pictures_of_bools_are_numbers_in_their_order() -> None:
+    with closing(make_env(registered("Picture", Picture))) as env:
+        obs, _ = env.reset(seed=0)
+        assert obs.dtype == np.float64
+        assert obs.tolist() == [0.0, 1.0] * 6
+        task = task_of(env)
+    assert (task.obs_shape, task.obs_dim, task.act_dim) == ((2, 2, 3), 12, 3)
+
+
+def made(option: str) -> Any:
+    given = read_config(option_file("env", option))
+    name, version = given["name"], given["version"]
+    return make_env(
+        EnvConfig(
+            name=name,
+            version=version,
+            id=f"{name}-{version}",
+            max_episode_steps=None,
+            vectorizer="sync",
+        )
+    )
+
+
+@pytest.mark.parametrize("option", [*GAMES, "LunarLander"])
+def test_an_episode_follows_from_its_seed_alone(option: str) -> None:
+    """Whatever was played before; sticky actions would tell."""
+    pytest.importorskip(option.partition("/")[0] if "/" in option else "Box2D")
+    seen = []
+    for before in (0, 1, 7):
+        with closing(made(option)) as env:
+            draw, n = np.random.default_rng(1), env.action_space.n
+            env.reset(seed=before)
+            for _ in range(before):
+                env.step(n - 1)
+            rows = [env.reset(seed=5)[0]]
+            for _ in range(60):
+                obs, rew, terminated, _, _ = env.step(int(draw.integers(n)))
+                rows.append(np.append(obs, rew))
+                if terminated:
+                    rows.append(env.reset()[0])
+        seen.append(np.concatenate(rows))
+    assert np.array_equal(seen[0], seen[1])
+    assert np.array_equal(seen[0], seen[2])
+
+
+def test_the_first_action_is_not_the_last_of_the_episode_before() -> None:
+    """All actions are sticky: without one before it, that is none, and the paddle stays."""
+    pytest.importorskip("minatar")
+    with closing(made("minatar/Breakout")) as env:
+        game = env.unwrapped.game
+        for action in (1, 2):  # left, right
+            game.sticky_action_prob = 0.0
+            env.reset(seed=0)
+            env.step(action)
+            game.sticky_action_prob = 1.0
+            env.reset(seed=0)
+            at = game.env.pos
+            env.step(action)
+            assert game.env.pos == at
