@@ -162,11 +162,22 @@ class OffPolicy(Learner):
         first = next(n for n in range(1, delay + 1) if self.is_policy_update(n + delay - 1))
         return self.update(rows, range(first, first + delay))
 
-    def explore_with_noise(self, obs: Tensor, generator: torch.Generator, std: float) -> Tensor:
-        """Actions with Gaussian noise, one draw for every environment and entry, clipped."""
-        act = self.acting(obs, generator)
+    def critic_step(self, obs: Tensor, act: Tensor, q_target: Tensor) -> Metrics:
+        """One step of the critics down sum_i mean (Q_i(s, a) - y)^2."""
+        optimizer = self.critic_optimizer
+        q_mean = self.critic.critic_backward(obs, act, q_target, optimizer.gradient)
+        return {"critic_loss": optimizer.step(), "q_mean": q_mean}
+
+    def add_noise(
+        self, act: Tensor, generator: torch.Generator, std: float, bound: float = math.inf
+    ) -> Tensor:
+        """clip(act + clip(eps, -bound, bound), -1, 1); eps ~ N(0, std) for each row and entry."""
         noise = normal_like(act, generator)
-        return self.kernel.add_clipped_noise(act, noise, std, math.inf)
+        return self.kernel.add_clipped_noise(act, noise, std, bound)
+
+    def explore_with_noise(self, obs: Tensor, generator: torch.Generator, std: float) -> Tensor:
+        """Actions with Gaussian noise."""
+        return self.add_noise(self.acting(obs, generator), generator, std)
 
 
 def batches(count: int, *fields: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -96,7 +96,7 @@ class SAC(OffPolicy):
         return self.optimizers["temperature"].flat.exp().squeeze(0)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        c, critic_opt, actor_opt = self.config, self.critic_optimizer, self.actor_optimizer
+        c, actor_opt = self.config, self.actor_optimizer
         obs = rows.obs
 
         # y = r + gamma (1 - terminated) (min_i Q_i'(s', a') - alpha log pi(a' | s')), a' ~ pi(s')
@@ -107,8 +107,7 @@ class SAC(OffPolicy):
             q_target = rows.td_target(next_q - self.temperature * log_prob)
 
         # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
-        q_mean = self.critic.critic_backward(obs, rows.act, q_target, critic_opt.gradient)
-        metrics = {"critic_loss": critic_opt.step(), "q_mean": q_mean}
+        metrics = self.critic_step(obs, rows.act, q_target)
 
         # Actor: minimise mean (alpha log pi(a | s) - min_i Q_i(s, a)), a = tanh(mean + std noise).
         # The critics give the gradient by a, alpha that by log pi; autograd takes both to mean and
