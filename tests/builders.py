@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from spikerl.algos.bc import BCConfig
+from spikerl.algos.bcq import BCQConfig
 from spikerl.algos.ddpg import DDPGConfig
 from spikerl.algos.dqn import DQNConfig
 from spikerl.algos.iql import IQLConfig
@@ -223,6 +224,20 @@ def td3_bc_config(**changes: Any) -> TD3BCConfig:
 def iql_config(**changes: Any) -> IQLConfig:
     own = {"name": "iql", "tau": 0.005, "expectile": 0.7, "beta": 3.0}
     return IQLConfig(**(COMMON | own | changes))
+
+
+def bcq_config(**changes: Any) -> BCQConfig:
+    own = {
+        "name": "bcq",
+        "tau": 0.005,
+        "phi": 0.05,
+        "least_weight": 0.75,
+        "target_samples": 3,
+        "act_samples": 4,
+        "vae_hidden_sizes": [8],
+        "vae_lr": 1e-3,
+    }
+    return BCQConfig(**(COMMON | own | changes))
 
 
 ALL: dict[str, Any] = {
