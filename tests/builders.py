@@ -176,6 +176,7 @@ def sac_config(**changes: Any) -> SACConfig:
         "log_std_hidden_sizes": [64, 64],
         "log_std_lr": 1e-3,
         "log_std_range": [-20.0, 2.0],
+        "critic_warmup": 0,
     }
     return SACConfig(**(COMMON | REPLAYING | own | changes))
 
@@ -256,7 +257,7 @@ REPLAYING: dict[str, Any] = {
     "update_interval": 1,
     "updates_per_step": 1.0,
 }
-NOISE: dict[str, Any] = {"explore_noise": 0.1}
+NOISE: dict[str, Any] = {"explore_noise": 0.1, "critic_warmup": 0}
 DELAY: dict[str, Any] = {
     "policy_delay": 2,
     "first_policy_update": 0,

@@ -170,6 +170,7 @@ class Optimizer:
         zeros = torch.zeros_like(self.flat)
         self.moments = Moments(self.flat, step, zeros, zeros.clone())
         self.guard, self.world, self.kernel = guard, world, kernels.named(kernel)
+        self.held = False  # where it is true, a step leaves the weights as they are
 
     def step(self) -> Tensor:
         """Step, unless something was not finite; the loss over the global batch."""
@@ -178,6 +179,8 @@ class Optimizer:
         if guard.scales_loss:
             vector[:-1] /= guard.scale
         loss = self.gradient.loss.clone()
+        if self.held:
+            return loss
         self.kernel.adam(self.moments, vector, self.lr, self.max_norm, guard.masked)
         return loss
 

@@ -71,6 +71,7 @@ class SAC(OffPolicy):
 
     config: SACConfig
     metrics = ("entropy", "temperature")
+    policy_parts = ("actor", "temperature")
 
     def __init__(self, actor: Actor, critic: Critics, config: SACConfig, **settings: Any) -> None:
         super().__init__(actor, critic, config, **settings)
@@ -82,6 +83,7 @@ class SAC(OffPolicy):
             head = MLPActor(actor.obs_dim, actor.act_dim, dense, kernel=critic.kernel)
             self.log_std = head.to(device)
             self.optimizers["log_std"] = self.optimizer(self.log_std, lr)
+            self.policy_parts = (*self.policy_parts, "log_std")
         self.acting_log_std = self.log_std
         self.log_temperature = LogTemperature(config.temperature).to(device)
         learned = self.optimizer(self.log_temperature, config.temperature_lr)
