@@ -46,7 +46,7 @@ class BCQConfig(OfflineConfig, TargetConfig, CriticsConfig):
         super().__post_init__()
         self.check("give a value in [0, 1]", lambda x: 0.0 <= x <= 1.0, "least_weight")
         self.check("give a value in [0, 2]", lambda x: 0.0 <= x <= 2.0, "phi")
-        self.check("give 1 to 10000", lambda x: 1 <= x <= 10000, "target_samples", "act_samples")
+        self.check("give 1 to 1000", lambda x: 1 <= x <= 1000, "target_samples", "act_samples")
         self.check("give a value above 0", lambda x: x > 0.0, "vae_lr")
         check_sizes("algo.vae_hidden_sizes", self.vae_hidden_sizes)
 

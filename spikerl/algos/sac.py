@@ -71,7 +71,7 @@ class SAC(OffPolicy):
 
     config: SACConfig
     metrics = ("entropy", "temperature")
-    policy_parts = ("actor", "temperature")
+    policy_parts: tuple[str, ...] = ("actor", "temperature")
 
     def __init__(self, actor: Actor, critic: Critics, config: SACConfig, **settings: Any) -> None:
         super().__init__(actor, critic, config, **settings)

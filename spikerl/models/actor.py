@@ -108,8 +108,8 @@ class ProposalConfig:
     def __post_init__(self) -> None:
         check_sizes("proposals.hidden_sizes", self.hidden_sizes)
         check_sizes("proposals.critic_hidden_sizes", self.critic_hidden_sizes)
-        if not (1 <= self.samples <= 10000 and 0.0 <= self.phi <= 2.0):
-            raise BadRequest("proposals.samples", self.samples, "give 1 to 10000; phi 0 to 2")
+        if not (1 <= self.samples <= 1000 and 0.0 <= self.phi <= 2.0):
+            raise BadRequest("proposals.samples", self.samples, "give 1 to 1000; phi 0 to 2")
 
 
 @dataclass(kw_only=True)

@@ -118,8 +118,8 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "algo.critic_warmup": ([0, 9], [-1]),
     "algo.phi": ([0.0, 2.0], [-TINY, 2.0000001]),
     "algo.least_weight": ([0.0, 1.0], [-TINY, 1.0000001]),
-    "algo.target_samples": ([1, 10000], [0, 10001]),
-    "algo.act_samples": ([1, 10000], [0, 10001]),
+    "algo.target_samples": ([1, 1000], [0, 1001]),
+    "algo.act_samples": ([1, 1000], [0, 1001]),
     "algo.vae_lr": ([TINY], [0.0]),
     "algo.vae_hidden_sizes": ([[1]], [[], [0]]),
 }
