@@ -72,7 +72,7 @@ def computed(folder: Path) -> list[dict[str, Any]]:
 
 
 def actor(folder: Path) -> dict[str, torch.Tensor]:
-    return load_policy(folder).actor.state_dict()
+    return load_policy(folder).network.state_dict()
 
 
 # --- where a run goes, and what it says of itself ----------------------------------------------
