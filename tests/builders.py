@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from spikerl.algos.bc import BCConfig
+from spikerl.algos.bcq import BCQConfig
 from spikerl.algos.ddpg import DDPGConfig
 from spikerl.algos.dqn import DQNConfig
 from spikerl.algos.iql import IQLConfig
@@ -175,6 +176,7 @@ def sac_config(**changes: Any) -> SACConfig:
         "log_std_hidden_sizes": [64, 64],
         "log_std_lr": 1e-3,
         "log_std_range": [-20.0, 2.0],
+        "critic_warmup": 0,
     }
     return SACConfig(**(COMMON | REPLAYING | own | changes))
 
@@ -225,6 +227,20 @@ def iql_config(**changes: Any) -> IQLConfig:
     return IQLConfig(**(COMMON | own | changes))
 
 
+def bcq_config(**changes: Any) -> BCQConfig:
+    own = {
+        "name": "bcq",
+        "tau": 0.005,
+        "phi": 0.05,
+        "least_weight": 0.75,
+        "target_samples": 3,
+        "act_samples": 4,
+        "vae_hidden_sizes": [8],
+        "vae_lr": 1e-3,
+    }
+    return BCQConfig(**(COMMON | own | changes))
+
+
 ALL: dict[str, Any] = {
     "batch_size": 32,
     "gamma": 0.99,
@@ -241,7 +257,7 @@ REPLAYING: dict[str, Any] = {
     "update_interval": 1,
     "updates_per_step": 1.0,
 }
-NOISE: dict[str, Any] = {"explore_noise": 0.1}
+NOISE: dict[str, Any] = {"explore_noise": 0.1, "critic_warmup": 0}
 DELAY: dict[str, Any] = {
     "policy_delay": 2,
     "first_policy_update": 0,

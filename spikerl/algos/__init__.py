@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spikerl.algos.base import AlgoConfig, Learner
 from spikerl.algos.bc import BC, BCConfig
+from spikerl.algos.bcq import BCQ, BCQConfig
 from spikerl.algos.ddpg import DDPG, DDPGConfig
 from spikerl.algos.dqn import DQN, DQNConfig
 from spikerl.algos.iql import IQL, IQLConfig
@@ -25,6 +26,7 @@ ALGOS: Registry[AlgoConfig, Learner] = Registry(
     bc=(BCConfig, BC),
     td3_bc=(TD3BCConfig, TD3BC),
     iql=(IQLConfig, IQL),
+    bcq=(BCQConfig, BCQ),
 )
 
 __all__ = ["ALGOS", "AlgoConfig", "Learner"]

@@ -17,8 +17,9 @@ from spikerl.algos.replay import Replay
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest, NonFinite
 from spikerl.kernels.gradient import Gradient, Moments
-from spikerl.models.actor import Actor
+from spikerl.models.actor import Actor, ActorConfig, inference_actor
 from spikerl.models.critic import Critics
+from spikerl.models.proposals import Proposer
 from spikerl.schema import check_sizes
 
 
@@ -45,6 +46,10 @@ class AlgoConfig:
         for key in keys:
             if not holds(getattr(self, key)):
                 raise BadRequest(f"algo.{key}", getattr(self, key), remedy)
+
+    def inputs(self, obs_dim: int, act_dim: int) -> int:
+        """Of the actor, for so many entries."""
+        return obs_dim
 
     def outputs(self, act_dim: int) -> int:
         """Of the actor, for so many action entries."""
@@ -165,6 +170,7 @@ class Optimizer:
         zeros = torch.zeros_like(self.flat)
         self.moments = Moments(self.flat, step, zeros, zeros.clone())
         self.guard, self.world, self.kernel = guard, world, kernels.named(kernel)
+        self.held = False  # where it is true, a step leaves the weights as they are
 
     def step(self) -> Tensor:
         """Step, unless something was not finite; the loss over the global batch."""
@@ -173,6 +179,8 @@ class Optimizer:
         if guard.scales_loss:
             vector[:-1] /= guard.scale
         loss = self.gradient.loss.clone()
+        if self.held:
+            return loss
         self.kernel.adam(self.moments, vector, self.lr, self.max_norm, guard.masked)
         return loss
 
@@ -259,6 +267,10 @@ class Learner:
         parts = {name: optimizer.state() for name, optimizer in self.optimizers.items()}
         parts |= {"guard": self.guard.state(), "target": self.targets}
         return {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
+
+    def inference(self, config: ActorConfig, act_dim: int) -> tuple[ActorConfig, Actor | Proposer]:
+        """What is evaluated and saved, of an actor with that config."""
+        return inference_actor(config, self.actor, act_dim)
 
     def act_on_cpu(self, kernel: str) -> None:
         """From now on a copy of the actor explores there, run by `kernel`."""

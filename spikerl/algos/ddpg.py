@@ -34,7 +34,7 @@ class DDPG(OffPolicy):
         self.actor_target = self.add_target("actor", actor)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        critic_opt, actor_opt = self.critic_optimizer, self.actor_optimizer
+        actor_opt = self.actor_optimizer
 
         # y = r + gamma (1 - terminated) Q'(s', pi'(s'))
         with torch.no_grad():
@@ -42,8 +42,7 @@ class DDPG(OffPolicy):
             q_target = self.critic_target.td_target(rows, next_act)
 
         # Critic: minimise mean (Q(s, a) - y)^2.
-        q_mean = self.critic.critic_backward(rows.obs, rows.act, q_target, critic_opt.gradient)
-        metrics = {"critic_loss": critic_opt.step(), "q_mean": q_mean}
+        metrics = self.critic_step(rows.obs, rows.act, q_target)
 
         # Actor: minimise -mean Q(s, pi(s)). By the chain rule, its gradient by the actions is taken
         # back through the actor.

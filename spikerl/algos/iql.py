@@ -49,7 +49,7 @@ class IQL(OffPolicy):
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
         """Updates with these numbers, each on its share of the rows."""
         c, metrics, value_opt = self.config, [], self.optimizers["value"]
-        critic_opt, actor_opt = self.critic_optimizer, self.actor_optimizer
+        actor_opt = self.actor_optimizer
         for fields in batches(len(numbers), *rows):
             batch = Batch(*fields)
 
@@ -73,9 +73,7 @@ class IQL(OffPolicy):
             metric |= {"actor_loss": actor_opt.step(), "imitation_weight": weight.mean()}
 
             # Critics: minimise sum_i mean (Q_i(s, a) - y)^2, y = r + gamma (1 - terminated) V(s').
-            into = critic_opt.gradient
-            q_mean = self.critic.critic_backward(batch.obs, batch.act, q_target, into)
-            metrics.append(metric | {"critic_loss": critic_opt.step(), "q_mean": q_mean})
+            metrics.append(metric | self.critic_step(batch.obs, batch.act, q_target))
 
             self.update_targets()
             self.guard.end_update()

@@ -61,6 +61,12 @@ class ReplayConfig(TargetConfig):
 class OffPolicyConfig(ReplayConfig, CriticsConfig):
     critics: ClassVar[int] = 2
 
+    critic_warmup: int  # the first updates, in which the policy stays as it is
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("give 0 or more", lambda x: x >= 0, "critic_warmup")
+
 
 @dataclass(kw_only=True)
 class OfflineConfig(AlgoConfig):
@@ -87,6 +93,8 @@ class OffPolicy(Learner):
     batches_per_update = 1
     policy_delay = 1  # actor and targets change on one update of so many:
     first_policy_update = 0  # on this one first, counted from 0
+    critic_warmup = 0  # the first updates leave these alone:
+    policy_parts: tuple[str, ...] = ("actor",)
 
     def __init__(
         self, actor: Actor, critic: Critics | None, config: AlgoConfig, **settings: Any
@@ -94,6 +102,8 @@ class OffPolicy(Learner):
         super().__init__(actor, critic, config, **settings)
         if isinstance(config, ReplayConfig):
             self.random_steps = config.random_steps
+        if isinstance(config, OffPolicyConfig):
+            self.critic_warmup = config.critic_warmup
         self.graph: Graphed | None = None
         if critic is not None:
             self.critic_target = self.add_target("critic", critic)
@@ -146,9 +156,12 @@ class OffPolicy(Learner):
         size = len(rows.rew) // gradient_steps
         sizes = [len(numbers) * size for numbers in rounds]
         for numbers, *fields in zip(rounds, *(field.split(sizes) for field in rows), strict=True):
-            own = Batch(*fields)
+            own, held = Batch(*fields), numbers.stop <= self.critic_warmup
+            for name in self.policy_parts:
+                self.optimizers[name].held = held
             # A whole round begins behind a policy update.
-            if self.graph is not None and self.updates > 0 and len(numbers) == self.policy_delay:
+            whole = self.updates > 0 and len(numbers) == self.policy_delay
+            if self.graph is not None and whole and not held:
                 metrics += self.graph(own)
             else:
                 metrics += self.update(own, numbers)
@@ -162,11 +175,22 @@ class OffPolicy(Learner):
         first = next(n for n in range(1, delay + 1) if self.is_policy_update(n + delay - 1))
         return self.update(rows, range(first, first + delay))
 
-    def explore_with_noise(self, obs: Tensor, generator: torch.Generator, std: float) -> Tensor:
-        """Actions with Gaussian noise, one draw for every environment and entry, clipped."""
-        act = self.acting(obs, generator)
+    def critic_step(self, obs: Tensor, act: Tensor, q_target: Tensor) -> Metrics:
+        """One step of the critics down sum_i mean (Q_i(s, a) - y)^2."""
+        optimizer = self.critic_optimizer
+        q_mean = self.critic.critic_backward(obs, act, q_target, optimizer.gradient)
+        return {"critic_loss": optimizer.step(), "q_mean": q_mean}
+
+    def add_noise(
+        self, act: Tensor, generator: torch.Generator, std: float, bound: float = math.inf
+    ) -> Tensor:
+        """clip(act + clip(eps, -bound, bound), -1, 1); eps ~ N(0, std) for each row and entry."""
         noise = normal_like(act, generator)
-        return self.kernel.add_clipped_noise(act, noise, std, math.inf)
+        return self.kernel.add_clipped_noise(act, noise, std, bound)
+
+    def explore_with_noise(self, obs: Tensor, generator: torch.Generator, std: float) -> Tensor:
+        """Actions with Gaussian noise."""
+        return self.add_noise(self.acting(obs, generator), generator, std)
 
 
 def batches(count: int, *fields: Tensor) -> Iterator[tuple[Tensor, ...]]:

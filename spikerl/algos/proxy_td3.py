@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikerl.algos.base import Metrics, normal_like
+from spikerl.algos.base import Metrics
 from spikerl.algos.offpolicy import OffPolicy, batches
 from spikerl.algos.td3 import TD3Config
 from spikerl.models.actor import Actor, MLPActor, MLPConfig
@@ -55,7 +55,7 @@ class ProxyTD3(OffPolicy):
         Critics and actor learn from the last of them.
         """
         c, kernel, proxy = self.config, self.kernel, self.optimizers["proxy"]
-        critic_opt, actor_opt = self.critic_optimizer, self.actor_optimizer
+        actor_opt = self.actor_optimizer
 
         # What the proxy imitates. The actor changes with the last of these updates at the earliest.
         with torch.no_grad():
@@ -76,16 +76,12 @@ class ProxyTD3(OffPolicy):
                 # Target policy smoothing, with eps ~ N(0, target_noise):
                 # a' = clip(proxy(s') + clip(eps, -noise_clip, noise_clip), -1, 1).
                 next_act = kernel.dense_actions(self.proxy, batch.next_obs)
-                noise = normal_like(next_act, self.generator)
-                next_act = kernel.add_clipped_noise(next_act, noise, c.target_noise, c.noise_clip)
+                next_act = self.add_noise(next_act, self.generator, c.target_noise, c.noise_clip)
                 # Clipped double Q-learning: y = r + gamma (1 - terminated) min_i Q_i'(s', a').
                 q_target = self.critic_target.td_target(batch, next_act)
 
             # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
-            q_mean = self.critic.critic_backward(
-                batch.obs, batch.act, q_target, critic_opt.gradient
-            )
-            metric = {"critic_loss": critic_opt.step(), "q_mean": q_mean}
+            metric = self.critic_step(batch.obs, batch.act, q_target)
 
             # Delayed policy update: minimise -mean Q_1(s, pi(s)). By the chain rule, its gradient
             # by the actions is taken back through the actor.

@@ -71,6 +71,7 @@ class SAC(OffPolicy):
 
     config: SACConfig
     metrics = ("entropy", "temperature")
+    policy_parts: tuple[str, ...] = ("actor", "temperature")
 
     def __init__(self, actor: Actor, critic: Critics, config: SACConfig, **settings: Any) -> None:
         super().__init__(actor, critic, config, **settings)
@@ -82,6 +83,7 @@ class SAC(OffPolicy):
             head = MLPActor(actor.obs_dim, actor.act_dim, dense, kernel=critic.kernel)
             self.log_std = head.to(device)
             self.optimizers["log_std"] = self.optimizer(self.log_std, lr)
+            self.policy_parts = (*self.policy_parts, "log_std")
         self.acting_log_std = self.log_std
         self.log_temperature = LogTemperature(config.temperature).to(device)
         learned = self.optimizer(self.log_temperature, config.temperature_lr)
@@ -96,7 +98,7 @@ class SAC(OffPolicy):
         return self.optimizers["temperature"].flat.exp().squeeze(0)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        c, critic_opt, actor_opt = self.config, self.critic_optimizer, self.actor_optimizer
+        c, actor_opt = self.config, self.actor_optimizer
         obs = rows.obs
 
         # y = r + gamma (1 - terminated) (min_i Q_i'(s', a') - alpha log pi(a' | s')), a' ~ pi(s')
@@ -107,8 +109,7 @@ class SAC(OffPolicy):
             q_target = rows.td_target(next_q - self.temperature * log_prob)
 
         # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
-        q_mean = self.critic.critic_backward(obs, rows.act, q_target, critic_opt.gradient)
-        metrics = {"critic_loss": critic_opt.step(), "q_mean": q_mean}
+        metrics = self.critic_step(obs, rows.act, q_target)
 
         # Actor: minimise mean (alpha log pi(a | s) - min_i Q_i(s, a)), a = tanh(mean + std noise).
         # The critics give the gradient by a, alpha that by log pi; autograd takes both to mean and

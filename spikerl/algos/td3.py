@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from spikerl.algos.base import CriticsConfig, Metrics, normal_like
+from spikerl.algos.base import CriticsConfig, Metrics
 from spikerl.algos.offpolicy import OffPolicy, OffPolicyConfig, batches
 from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor
@@ -60,14 +60,13 @@ class TD3(OffPolicy):
         The target networks change with the last of them at the earliest, so the target values of
         all are computed first, in one pass.
         """
-        c, critic_opt, actor_opt = self.config, self.critic_optimizer, self.actor_optimizer
+        c, actor_opt = self.config, self.actor_optimizer
 
         with torch.no_grad():
             # Target policy smoothing, with eps ~ N(0, target_noise):
             # a' = clip(pi'(s') + clip(eps, -noise_clip, noise_clip), -1, 1).
             next_act = self.actor_target(rows.next_obs, self.generator)
-            noise = normal_like(next_act, self.generator)
-            next_act = self.kernel.add_clipped_noise(next_act, noise, c.target_noise, c.noise_clip)
+            next_act = self.add_noise(next_act, self.generator, c.target_noise, c.noise_clip)
             # Clipped double Q-learning: y = r + gamma (1 - terminated) min_i Q_i'(s', a').
             q_target = self.critic_target.td_target(rows, next_act)
 
@@ -76,8 +75,7 @@ class TD3(OffPolicy):
             numbers, batches(len(numbers), rows.obs, rows.act, q_target), strict=True
         ):
             # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
-            q_mean = self.critic.critic_backward(obs, act, y, critic_opt.gradient)
-            metric = {"critic_loss": critic_opt.step(), "q_mean": q_mean}
+            metric = self.critic_step(obs, act, y)
 
             # Delayed policy update: minimise -mean Q_1(s, pi(s)). By the chain rule, its gradient
             # by the actions is taken back through the actor.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from spikerl.algos.base import Metrics, normal_like
+from spikerl.algos.base import Metrics
 from spikerl.algos.bc import add_imitation
 from spikerl.algos.offpolicy import OfflineConfig, OffPolicy, TargetConfig, batches
 from spikerl.algos.td3 import DelayConfig
@@ -43,14 +43,13 @@ class TD3BC(OffPolicy):
         The target networks change with the last of them at the earliest, so the target values of
         all are computed first, in one pass.
         """
-        c, critic_opt, actor_opt = self.config, self.critic_optimizer, self.actor_optimizer
+        c, actor_opt = self.config, self.actor_optimizer
 
         with torch.no_grad():
             # a' = clip(pi'(s') + clip(eps, -noise_clip, noise_clip), -1, 1), eps ~ N(0,
             # target_noise); y = r + gamma (1 - terminated) min_i Q_i'(s', a').
             next_act = self.actor_target(rows.next_obs, self.generator)
-            noise = normal_like(next_act, self.generator)
-            next_act = self.kernel.add_clipped_noise(next_act, noise, c.target_noise, c.noise_clip)
+            next_act = self.add_noise(next_act, self.generator, c.target_noise, c.noise_clip)
             q_target = self.critic_target.td_target(rows, next_act)
 
         metrics = []
@@ -58,8 +57,7 @@ class TD3BC(OffPolicy):
             numbers, batches(len(numbers), rows.obs, rows.act, q_target), strict=True
         ):
             # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
-            q_mean = self.critic.critic_backward(obs, act, y, critic_opt.gradient)
-            metric = {"critic_loss": critic_opt.step(), "q_mean": q_mean}
+            metric = self.critic_step(obs, act, y)
 
             # Delayed policy update: minimise -lambda mean Q_1(s, pi(s)) + mean (pi(s) - a)^2,
             # where lambda = alpha / mean |Q_1(s, pi(s))| has no gradient.

@@ -1,4 +1,4 @@
-"""`spikerl collect`: a policy's transitions as a dataset for offline learning."""
+"""`spikerl collect`: transitions of a policy, or of a run, as a dataset for offline learning."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spikerl.config.yaml_file import check_confirmed
+from spikerl.algos import ALGOS
+from spikerl.algos.offpolicy import ReplayConfig
+from spikerl.config.build import MOST
+from spikerl.config.yaml_file import check_confirmed, read_config
 from spikerl.distributed.launch import stop_signals
 from spikerl.envs.dataset import Writer, check_extra
 from spikerl.envs.make import FLOAT32_MAX, CheckedEnv, EnvConfig, make_env, task_of
@@ -24,15 +27,20 @@ from spikerl.isolation import UserCode
 from spikerl.machine import git_state, versions
 from spikerl.models.policy import Policy, check_shapes, find_policy, load_policy
 from spikerl.runs import folder as run_folder
+from spikerl.runs.checkpoint import Checkpoint, verified
+from spikerl.runs.replayed import episodes
 from spikerl.schema import parse
 from spikerl.seeding import RESET_BITS, reset_seed, seed_for
+from spikerl.types import Task
+
+LAST = {"random": "last", "replay": "last"}  # the policy that says what the task is
 
 
 @dataclass(kw_only=True)
 class CollectRequest:
     run: str
     dataset: str
-    policy: str  # last, best, random
+    policy: str  # last, best, random, replay
     episodes: int | None
     steps: int | None
     noise: float
@@ -43,7 +51,12 @@ class CollectRequest:
 
     def __post_init__(self) -> None:
         self.dataset = str(absolute(self.dataset))
-        if (self.episodes is None) == (self.steps is None):
+        if self.policy == "replay":
+            for key in ("episodes", "steps", "noise", "random_share"):
+                if value := getattr(self, key):
+                    remedy = "policy=replay takes what the run did while it learned; leave it out"
+                    raise BadRequest(key, value, remedy)
+        elif (self.episodes is None) == (self.steps is None):
             raise BadRequest("episodes", self.episodes, "give either episodes=N or steps=N")
         for key in ("episodes", "steps"):
             if (count := getattr(self, key)) is not None and count < 1:
@@ -65,8 +78,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl collect`: a folder that is whole, or none."""
     request = parse(CollectRequest, data)
     check_extra()
-    kind = "last" if request.policy == "random" else request.policy
-    policy = load_policy(request.run, policy=kind)
+    policy = load_policy(request.run, policy=LAST.get(request.policy, request.policy))
     if request.noise and policy.task.choices is not None:
         remedy = f"the actions of {policy.task.env_id} are discrete; use random_share"
         raise BadRequest("noise", request.noise, remedy)
@@ -74,8 +86,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     check_confirmed(request.run, policy.task.env_id, dict(policy.task.env_kwargs), request.env_id)
     env = environment(request, policy)
     try:
+        kept = Kept.of(request) if request.policy == "replay" else None
         with stop_signals() as stop:
-            returns, steps = collect(request, policy, env, lambda: stop[0] if stop else 0)
+            returns, steps = collect(request, policy, env, kept, lambda: stop[0] if stop else 0)
     except Stopped as stopped:
         name = signal.Signals(stopped.number).name
         print(f"spikerl: stopped on {name}; nothing was kept", file=sys.stderr)
@@ -112,7 +125,11 @@ def environment(request: CollectRequest, policy: Policy) -> CheckedEnv:
 
 
 def collect(
-    request: CollectRequest, policy: Policy, env: CheckedEnv, stop_signal: Callable[[], int]
+    request: CollectRequest,
+    policy: Policy,
+    env: CheckedEnv,
+    kept: Kept | None,
+    stop_signal: Callable[[], int],
 ) -> tuple[list[float], int]:
     """Record into a hidden folder and rename it; returns of whole episodes, and all steps."""
     target = Path(request.dataset)
@@ -125,10 +142,14 @@ def collect(
                 writer = Writer(partial, policy.task)
             except ValueError as error:
                 raise BadRequest("run", request.run, str(error)) from error
-            returns = record(request, policy, env, writer, stop_signal)
+            if kept is None:
+                returns = record(request, policy, env, writer, stop_signal)
+            else:
+                returns = kept.write(policy.task, writer, stop_signal)
+            made = acted(request) if kept is None else kept.facts()
             name = re.sub(r"[^A-Za-z0-9_-]", "_", target.name)
             named = name if re.search(r"-v\d+$", name) else f"{name}-v0"
-            writer.finish(named, recipe(request, policy, returns))
+            writer.finish(named, recipe(request, policy, made, returns))
             (partial / ".lock").unlink()
             run_folder.check_free(request.dataset, named=True, key="dataset")
             partial.rename(target)
@@ -196,14 +217,29 @@ def behave(
     return act
 
 
-def recipe(request: CollectRequest, policy: Policy, returns: list[float]) -> dict[str, Any]:
+def recipe(
+    request: CollectRequest, policy: Policy, made: Mapping[str, Any], returns: list[float]
+) -> dict[str, Any]:
     """How to make it again, and what from."""
-    kind = "last" if request.policy == "random" else request.policy
-    folder = find_policy(Path(request.run), kind, key="run")
     return {
         "command": "spikerl collect",
         "run": request.run,
         "policy": request.policy,
+        **made,
+        "max_episode_steps": policy.task.max_episode_steps,
+        "return_mean": float(np.mean(returns)) if returns else None,
+        "return_std": float(np.std(returns)) if returns else None,
+        "whole_episodes": len(returns),
+        "versions": versions(),
+        "git": git_state(),
+    }
+
+
+def acted(request: CollectRequest) -> dict[str, Any]:
+    """What a policy that acts for the dataset depends on."""
+    kind = LAST.get(request.policy, request.policy)
+    folder = find_policy(Path(request.run), kind, key="run")
+    return {
         "policy_sha256": {
             name: checksum_of(folder / name) for name in ("policy.json", "policy.safetensors")
         },
@@ -212,10 +248,61 @@ def recipe(request: CollectRequest, policy: Policy, returns: list[float]) -> dic
         "seed": request.seed,
         "episodes": request.episodes,
         "steps": request.steps,
-        "max_episode_steps": policy.task.max_episode_steps,
-        "return_mean": float(np.mean(returns)) if returns else None,
-        "return_std": float(np.std(returns)) if returns else None,
-        "whole_episodes": len(returns),
-        "versions": versions(),
-        "git": git_state(),
     }
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run stored while it learned from steps of its own."""
+
+    run: Path
+    checkpoint: Checkpoint
+    num_envs: int
+    reward_scale: float  # of the rewards in it
+    seed: int  # of the run
+
+    @classmethod
+    def of(cls, request: CollectRequest) -> Kept:
+        """BadRequest: it has none, or still changes it."""
+        run = Path(request.run)
+        manifest = run_folder.read_manifest(run, key="run")
+        if freed := manifest.get("freed"):
+            raise BadRequest("run", run, f"its replay was removed on {freed}; keep_replay=true")
+        if run_folder.is_held(run):
+            raise BadRequest("run", run, "a process trains it; collect once it has ended")
+        config = read_config(run / "config.yaml")
+        env = parse(EnvConfig, config.get("env") or {}, key="env")
+        algo, seed = config.get("algo") or {}, config.get("seed")
+        name = str(algo.get("name") if isinstance(algo, dict) else algo)
+        if name not in ALGOS.options or not issubclass(ALGOS.options[name][0], ReplayConfig):
+            remedy = f"algo={name} keeps no replay of its own steps; give last, best or random"
+            raise BadRequest("policy", "replay", remedy)
+        num_envs = manifest.get("num_envs")
+        if type(num_envs) is not int or not 1 <= num_envs <= MOST or type(seed) is not int:
+            raise BadRequest("run", run, "its manifest.json has no num_envs, or its config no seed")
+        found = verified(run, lambda text: print(f"note: {text}", file=sys.stderr), key="run")
+        return cls(run, found, num_envs, env.reward_scale, seed)
+
+    def write(self, task: Task, writer: Writer, stop_signal: Callable[[], int]) -> list[float]:
+        """Every episode that the newest checkpoint holds; undiscounted returns of whole ones."""
+        returns = []
+        try:
+            for played, whole in episodes(self.checkpoint, task, self.num_envs):
+                if number := stop_signal():
+                    raise Stopped(number)
+                rew, act = played.rew / self.reward_scale, task.to_env(played.act)
+                writer.add(None, played.obs, act, rew, played.terminated, played.truncated)
+                returns += [float(rew.sum())] * whole
+        except ValueError as error:
+            raise BadRequest("run", self.run, str(error)) from None
+        if not writer.steps:
+            raise BadRequest("run", self.run, "it has stored no transition yet")
+        return returns
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "num_envs": self.num_envs,
+            "checkpoint": self.checkpoint.folder.name,
+            "replay_sha256": dict(self.checkpoint.manifest["segments"]),
+        }

@@ -239,6 +239,9 @@ def read_init(source: str, config: Config, task: Task) -> Policy:
         find_policy(Path(source), config.run.init_policy, key="init_from"), key="init_from"
     )
     check_shapes("init_from", source, policy.task, task)
+    if config.algo.inputs(task.obs_dim, task.act_dim) != task.obs_dim:
+        remedy = f"the actor of algo={config.algo.name} acts on no observation alone; leave it out"
+        raise BadRequest("init_from", source, remedy)
     if policy.config.shape() != config.actor.shape():
         remedy = f"its actor is {policy.config.shape()}, this run's is {config.actor.shape()}"
         raise BadRequest("init_from", source, remedy)

@@ -12,6 +12,7 @@ import torch
 
 from spikerl import kernels, plugins
 from spikerl.algos import ALGOS, AlgoConfig
+from spikerl.algos.bcq import BCQConfig
 from spikerl.algos.offpolicy import OfflineConfig, ReplayConfig
 from spikerl.algos.ppo import PPOConfig
 from spikerl.distributed import hosts
@@ -281,6 +282,9 @@ def check_together(algo: AlgoConfig, actor: ActorConfig, kernel: kernels.KernelC
         raise BadRequest("encoder", "poisson", remedy)
     if isinstance(algo, PPOConfig) and isinstance(actor.actor, CareBNConfig):
         remedy = "ppo compares two passes, which batch moments set apart; use actor=popsan"
+        raise BadRequest("actor", "care_bn", remedy)
+    if isinstance(algo, BCQConfig) and isinstance(actor.actor, CareBNConfig):
+        remedy = "its moments are of observations, and bcq's actor sees actions too; use popsan"
         raise BadRequest("actor", "care_bn", remedy)
     if kernel.path == "graphs" and algo.name not in ("ddpg", "td3"):
         remedy = f"graphs are of ddpg and td3, not of {algo.name}; use kernel=triton alone"

@@ -61,10 +61,12 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
     rows = min(algo.capacity(), config.run.total_steps) // config.run.nnodes
     if isinstance(algo, OfflineConfig):
         rows = 0  # a dataset's size is checked where it is opened
+    several = "target_samples" if hasattr(algo, "target_samples") else "batch_size"
+    at_once = algo.batch_size * getattr(algo, "target_samples", 1)  # rows, of which each is several
     rollout = "rollout_steps" if hasattr(algo, "rollout_steps") else "replay_capacity"
     needs = {
         f"algo.{rollout}": rows * (2 * O + A + 4) * NUMBER,
-        "algo.batch_size": algo.batch_size * (sum(widths) * steps + 2 * O) * NUMBER,
+        f"algo.{several}": at_once * (sum(widths) * steps + 2 * O) * NUMBER,
         "actor.hidden_sizes": weights(list(actor.hidden_sizes)),
     }
     ends = {"encoder": (first, actor.hidden_sizes[0]), "decoder": (actor.hidden_sizes[-1], last)}

@@ -72,11 +72,16 @@ class Writer:
         h5py: Any = import_module("h5py")
         self.file = h5py.File(folder / MAIN, "w", track_order=True)
 
-    def add(self, seed: int, obs: np.ndarray, act: np.ndarray, rew: np.ndarray,
+    def add(self, seed: int | None, obs: np.ndarray, act: np.ndarray, rew: np.ndarray,
             terminated: np.ndarray, truncated: np.ndarray) -> None:  # fmt: skip
-        """An episode; `obs` (T + 1, O), `act` as the environment got it, the others (T,)."""
+        """An episode; `obs` (T + 1, O), `act` as the environment got it, the others (T,).
+
+        `seed`: of its reset, where that had one.
+        """
         group = self.file.create_group(f"episode_{self.episodes}")
-        group.attrs.update({"id": self.episodes, "seed": seed, "total_steps": len(rew)})
+        group.attrs.update({"id": self.episodes, "total_steps": len(rew)})
+        if seed is not None:
+            group.attrs["seed"] = seed
         shaped = obs.reshape(len(obs), *self.task.obs_shape)
         for name, rows in zip(FIELDS, (shaped, act, rew, terminated, truncated), strict=True):
             group.create_dataset(name, data=rows)

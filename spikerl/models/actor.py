@@ -116,6 +116,22 @@ class CNNConfig(ConvConfig, MLPConfig):
 
 
 @dataclass(kw_only=True)
+class ProposalConfig:
+    """Of a policy that chooses among proposed actions (`models/proposals.py`)."""
+
+    samples: int  # n, from which it chooses
+    phi: float  # most that the actor changes one
+    hidden_sizes: list[int]  # of what proposes
+    critic_hidden_sizes: list[int]  # of what chooses
+
+    def __post_init__(self) -> None:
+        check_sizes("proposals.hidden_sizes", self.hidden_sizes)
+        check_sizes("proposals.critic_hidden_sizes", self.critic_hidden_sizes)
+        if not (1 <= self.samples <= 1000 and 0.0 <= self.phi <= 2.0):
+            raise BadRequest("proposals.samples", self.samples, "give 1 to 1000; phi 0 to 2")
+
+
+@dataclass(kw_only=True)
 class ActorConfig:
     """What an actor's shape and arithmetic depend on; a dense actor has no spiking parts."""
 
@@ -123,6 +139,7 @@ class ActorConfig:
     encoder: EncoderConfig | None
     neuron: NeuronConfig | None
     decoder: DecoderConfig | None
+    proposals: ProposalConfig | None = None  # else the actor's outputs are the actions
 
     def parts(self) -> list[type[Any]]:
         """The classes that it configures."""
@@ -142,6 +159,8 @@ class ActorConfig:
             text += f" with {self.encoder.name}, {self.neuron.name}, {self.decoder.name}"
             sizes = [getattr(part, "pop_size", None) for part in (self.encoder, self.decoder)]
             text += f", populations {sizes[0]}, {sizes[1]}"
+        if self.proposals:
+            text += ", choosing among proposals"
         return text
 
 

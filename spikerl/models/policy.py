@@ -33,12 +33,14 @@ from spikerl.models.actor import (
     Activity,
     Actor,
     ActorConfig,
+    MLPActor,
     PopSANConfig,
+    ProposalConfig,
     SpikingActor,
-    build_actor,
 )
 from spikerl.models.compression import Compression
 from spikerl.models.normalizer import RunningNorm
+from spikerl.models.proposals import Proposer, build_policy
 from spikerl.schema import parse
 from spikerl.snn.decoders import DECODERS
 from spikerl.snn.encoders import ENCODERS
@@ -56,21 +58,29 @@ _started_in = os.getpid()  # the process whose thread pool torch may have starte
 def parse_actor(data: dict[str, Any]) -> ActorConfig:
     """The actor's part of a config; a dense one has no spiking parts."""
     actor = ACTORS.parse(data.get("actor"))
+    proposals = None
+    if (given := data.get("proposals")) is not None:
+        proposals = parse(ProposalConfig, given, key="proposals")
     if not isinstance(actor, PopSANConfig):
-        return ActorConfig(actor=actor, encoder=None, neuron=None, decoder=None)
+        return ActorConfig(
+            actor=actor, encoder=None, neuron=None, decoder=None, proposals=proposals
+        )
     return ActorConfig(
         actor=actor,
         encoder=ENCODERS.parse(data.get("encoder")),
         neuron=NEURONS.parse(data.get("neuron")),
         decoder=DECODERS.parse(data.get("decoder")),
+        proposals=proposals,
     )
 
 
 class Policy:
     """Acts on raw observations; deterministic (a Poisson encoder draws from its own generator)."""
 
-    def __init__(self, task: Task, config: ActorConfig, actor: Actor, norm: RunningNorm) -> None:
-        self.task, self.config, self.actor, self.norm = task, config, actor, norm
+    def __init__(
+        self, task: Task, config: ActorConfig, actor: Actor | Proposer, norm: RunningNorm
+    ) -> None:
+        self.task, self.config, self.network, self.norm = task, config, actor, norm
         self.device = next(actor.parameters()).device
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.one_action = self._one_action()
@@ -78,10 +88,18 @@ class Policy:
         self.trained_with: dict[str, str] = {}  # versions, where it was loaded from a file
         self.compression: Compression | None = None
 
+    @property
+    def actor(self) -> Actor:
+        """The network that acts; a BadRequest where it only changes what is proposed to it."""
+        if isinstance(self.network, Proposer):
+            remedy = "its policy chooses among proposed actions, which no network does alone"
+            raise BadRequest("algo", "bcq", f"{remedy}; eval, collect and load_policy run it")
+        return self.network
+
     def _one_action(self) -> kernels.cpu.OneAction | None:
-        if not isinstance(self.actor, SpikingActor) or self.task.choices is not None:
+        if not isinstance(self.network, SpikingActor) or self.task.choices is not None:
             return None
-        return kernels.one_action(self.actor.kernel, self.actor, self.task)
+        return kernels.one_action(self.network.kernel, self.network, self.task)
 
     def __getstate__(self) -> dict[str, Any]:
         # A generator cannot be pickled, nor pointers into the C++ library.
@@ -92,14 +110,14 @@ class Policy:
         self.pid = _started_in
         self.generator = torch.Generator(self.device)
         self.generator.set_state(state["generator"])
-        self.actor.kernel = kernels.here(self.actor.kernel, str(self.device))
+        self.network.kernel = kernels.here(self.network.kernel, str(self.device))
         self.one_action = self._one_action()
 
     def carried(self) -> Carried | None:
         """For the decisions of an episode, or of several side by side, where one depends on the one
         before; None where none does.
         """
-        return Carried() if self.actor.carries else None
+        return Carried() if self.network.carries else None
 
     def __call__(self, obs: Any, carried: Carried | None = None) -> np.ndarray:
         """Actions in the environment's units for one raw observation or a batch of them; where the
@@ -160,12 +178,13 @@ class Policy:
         call.
         """
         obs, squash = self.observe(obs_BO), self.task.choices is None
-        if isinstance(self.actor, SpikingActor) and self.actor.carries:
+        if isinstance(self.network, SpikingActor) and self.network.carries:
             if carried is None:
                 raise ValueError("a decision depends on the one before: give carried")
-            return reference.decide(self.actor, obs, generator, carried, squash).cpu().numpy()
-        acts = self.actor if squash else self.actor.mean
-        return acts(obs, generator).cpu().numpy()
+            return reference.decide(self.network, obs, generator, carried, squash).cpu().numpy()
+        if squash or isinstance(self.network, Proposer):
+            return self.network(obs, generator).cpu().numpy()
+        return self.network.mean(obs, generator).cpu().numpy()
 
     def observe(self, obs_BO: np.ndarray) -> Tensor:
         """What the actor sees of raw observations, (B, O)."""
@@ -173,9 +192,9 @@ class Policy:
 
     def activity(self, seen_BO: Tensor, generator: torch.Generator) -> Activity | None:
         """How it fires on what `observe` gave; None where it is dense."""
-        if not isinstance(self.actor, SpikingActor):
+        if isinstance(self.network, MLPActor):
             return None
-        return self.actor.activity(seen_BO, generator)
+        return self.network.activity(seen_BO, generator)
 
     def save(self, folder: Path) -> None:
         for name, content in self.files().items():
@@ -183,7 +202,7 @@ class Policy:
 
     def files(self) -> dict[str, bytes]:
         """What `save` writes, by name."""
-        tensors = {f"actor.{k}": v.detach().clone() for k, v in self.actor.state_dict().items()}
+        tensors = {f"actor.{k}": v.detach().clone() for k, v in self.network.state_dict().items()}
         tensors |= {f"norm.{k}": v for k, v in self.norm.state().items()}
         data = {
             "schema": SCHEMA,
@@ -400,7 +419,7 @@ def read_policy(
             raise ValueError("hidden_sizes")
         config = parse_actor(data)
         with torch.device("meta"):  # so that a hostile size in the JSON allocates nothing
-            actor = build_actor(config, task.obs_dim, task.act_dim, kernel=kernel)
+            actor = build_policy(config, task.obs_dim, task.act_dim, kernel=kernel)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadRequest(key, folder, f"policy.json lacks or garbles {reason}") from None
@@ -427,6 +446,8 @@ def read_policy(
             if not isinstance(compressed, dict):
                 raise TypeError("compression")
             compression = parse(Compression, compressed, key="compression")
+            if isinstance(actor, Proposer):
+                raise ValueError("compression")
             compression.check(actor, weights, task)
         except (TypeError, ValueError) as error:
             raise BadRequest(key, folder, f"policy.json garbles {error}") from None

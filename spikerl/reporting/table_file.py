@@ -22,7 +22,7 @@ ROOT = Path("outputs/reproduced")
 NAME = r"[A-Za-z0-9][A-Za-z0-9_]*"
 # What names a run or places it is the cell's, not the table's.
 PLACED = ("env", "env.version", "env.id", "seed", "total_steps", "run_dir", "resume", "config",
-          "init_from", "threads", "experiment")  # fmt: skip
+          "init_from", "dataset", "threads", "experiment")  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -65,6 +65,7 @@ class Row:
 class Column:
     env: str
     version: str
+    dataset: str | None = None  # what its runs learn from, a folder of `spikerl collect`
     overrides: dict[str, list[str]] = field(default_factory=dict)  # by row
 
 
@@ -135,6 +136,7 @@ def cell_of(table: Table, row: str, column: str, seed: int) -> Cell | None:
         f"env={c.env}",
         f"env.version={c.version}",
         f"eval_episodes={protocol.eval_episodes}",
+        *([f"dataset={c.dataset}"] if c.dataset else []),
         *own,
         *protocol.overrides,
         f"seed={seed}",
@@ -269,7 +271,8 @@ def _check_same(table: Table, key: str, same_as: str) -> None:
         raise BadRequest(f"{key}.same_as", same_as, remedy)
     for column, own in table.columns.items():
         there = other.columns.get(column)
-        if there is None or (there.env, there.version) != (own.env, own.version):
+        task = (own.env, own.version, own.dataset)
+        if there is None or (there.env, there.version, there.dataset) != task:
             raise BadRequest(f"{key}.same_as", same_as, f"its column {column} is another")
     steps = (table.protocol.total_steps, other.protocol.total_steps)
     if steps[0] != steps[1]:
@@ -306,7 +309,8 @@ def _check_overlaps(table: Table) -> None:
             continue
         for column, c in table.columns.items():
             overrides = frozenset((*r.overrides, *c.overrides.get(row, [])))
-            what = (r.experiment, r.convert, r.same_as, overrides, c.env, c.version)
+            task = (c.env, c.version, c.dataset)
+            what = (r.experiment, r.convert, r.same_as, overrides, *task)
             if what in seen:
                 remedy = f"the cell {row}/{column} is the same run as {seen[what]}"
                 raise BadRequest("table.rows", row, remedy)

@@ -208,8 +208,29 @@ class Checkpoint:
         if not replay.rows[: replay.size].isfinite().all():
             raise ValueError("its replay lacks rows, or holds a NaN or an infinity")
 
+    def steps_of(self, env: int, num_envs: int) -> tuple[int, list[np.ndarray]]:
+        """The rows of an environment, (T, C) of each segment, mapped; the number of its step that
+        the first is of. A ValueError where rows are missing in between.
+        """
+        parts: dict[int, np.ndarray] = {}
+        for path in self.manifest["segments"]:
+            segment = _parse(path)
+            theirs, odd = divmod(num_envs, segment.workers or num_envs + 1)
+            if odd or segment.start % theirs or segment.stop % theirs:
+                raise ValueError(f"{num_envs} environments did not fill {path}")
+            if segment.worker == env // theirs:
+                rows = np.memmap(self.run / path, np.float32, "r")
+                rows_TNC = rows.reshape((segment.stop - segment.start) // theirs, theirs, -1)
+                parts[segment.start // theirs] = rows_TNC[:, env % theirs]
+        first = due = min(parts, default=0)
+        for start in sorted(parts):
+            if start != due:
+                raise ValueError("its replay lacks rows")
+            due += len(parts[start])
+        return first, [parts[start] for start in sorted(parts)]
 
-def verified(run: Path, report: Callable[[str], None]) -> Checkpoint:
+
+def verified(run: Path, report: Callable[[str], None], *, key: str = "resume") -> Checkpoint:
     """The newest checkpoint that verifies; each damaged one is named to `report`."""
     said = "start anew"
     for folder in _folders(run):
@@ -221,13 +242,13 @@ def verified(run: Path, report: Callable[[str], None]) -> Checkpoint:
         if manifest.get("schema") != SCHEMA:
             schema = manifest.get("schema")
             remedy = f"{folder.name} has schema {schema}, this version reads {SCHEMA}"
-            raise BadRequest("resume", run, remedy)
+            raise BadRequest(key, run, remedy)
         damaged = list(_damaged(run, folder, manifest))
         if not damaged:
             return Checkpoint(run, folder, manifest)
         said = f"checkpoint {folder.name} is damaged ({damaged[0]})"
         report(f"{said}; trying the one before")
-    raise BadRequest("resume", run, f"holds no complete checkpoint; {said}")
+    raise BadRequest(key, run, f"holds no complete checkpoint; {said}")
 
 
 def remove_newer(checkpoint: Checkpoint) -> None:

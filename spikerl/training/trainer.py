@@ -31,7 +31,6 @@ from spikerl.models.actor import (
     SpikingActor,
     build_actor,
     copy_weights,
-    inference_actor,
 )
 from spikerl.models.critic import Critics
 from spikerl.models.normalizer import RunningNorm
@@ -94,7 +93,7 @@ class Trainer:
         with initialising(run.seed):
             actor = build_actor(
                 c.actor,
-                task.obs_dim,
+                algo.inputs(task.obs_dim, task.act_dim),
                 algo.outputs(task.act_dim),
                 dtype=c.precision.actor_dtype,
                 kernel=kernel,
@@ -155,7 +154,7 @@ class Trainer:
     @property
     def policy(self) -> Policy:
         """What is evaluated and saved."""
-        config, actor = inference_actor(self.config.actor, self.algo.actor, self.task.act_dim)
+        config, actor = self.algo.inference(self.config.actor, self.task.act_dim)
         return Policy(self.task, config, actor, self.norm)
 
     def fill_replay(self, dataset: Dataset) -> None:

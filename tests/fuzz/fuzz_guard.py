@@ -17,6 +17,8 @@ from spikerl.errors import BadRequest
 SECONDS = 10.0  # of one case
 ROOM = 1 << 30  # address space beyond what the process has
 PEAK = 256 << 20  # by which the resident memory may grow in one case
+# HDF5 asks for as much as a file claims, and fills it only as far as that has bytes.
+IMAGE = "memory allocation failed for on disk image buffer"
 
 # What only code that a file brought would do.
 RUNS = {
@@ -124,6 +126,8 @@ def _refused(error: BadRequest) -> str:
     link: BaseException | None = error
     while link is not None:
         text = str(link).lower()
+        if IMAGE in text:
+            return "refused"
         if isinstance(link, MemoryError) or ("memory" in text and "alloc" in text):
             return f"memory: {type(link).__name__}: {link}"[:300]
         link = link.__cause__ or link.__context__

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import yaml
 from builders import POPULATION, popsan_config, small_config
+from fuzz_dataset import dataset
 from safetensors.torch import load
 from shell import spikerl
 
@@ -406,7 +407,8 @@ TARGETS: dict[str, tuple[Callable[[Path], Case], int]] = {
     "PopSAN statistics": (statistics, 20),
     "PopSAN model": (model, 12),
     "checkpoint": (checkpoint, 12),
-    "run to resume": (resumed, 8),
-    "config=FILE": (config_file, 4),
+    "run to resume": (resumed, 6),
+    "dataset": (dataset, 4),
+    "config=FILE": (config_file, 2),
     "overrides": (overrides, 4),
 }

@@ -17,7 +17,7 @@ from spikerl.commands import train
 from spikerl.distributed import launch
 from spikerl.errors import BadRequest
 
-CASES = {"run to resume": 60, "checkpoint": 60, "config=FILE": 25, "overrides": 25}
+CASES = {"run to resume": 60, "checkpoint": 60, "dataset": 60, "config=FILE": 25, "overrides": 25}
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -198,3 +198,14 @@ def test_a_burst_draws_its_batches_together(monkeypatch: pytest.MonkeyPatch) -> 
     assert drawn == [21 * 3 * 8, 21 * 3 * 8, 8 * 3 * 8]
     assert td3.updates == len(found) == 50
     assert int(td3.optimizers["proxy"].moments.step) == 150
+
+
+def test_in_a_warm_up_the_proxy_learns_too() -> None:
+    """It imitates the policy that stays."""
+    with float64():
+        td3 = learner("dense", critic_warmup=2, proxy_steps=1)
+        before = {name: own.flat.clone() for name, own in td3.optimizers.items()}
+        td3.learn(transitions(16, torch.float64), 2)
+        after = {name: own.flat for name, own in td3.optimizers.items()}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"critic", "proxy"}

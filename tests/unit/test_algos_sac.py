@@ -219,3 +219,18 @@ def test_a_copy_that_explores_draws_from_the_policy(kind: str, log_std: str) -> 
         torch.testing.assert_close(found[-1], expected, rtol=0, atol=1e-5)
         sac.learn(rows, 4)
     assert float((found[0] - found[1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("log_std", ["separate", "shared"])
+def test_a_warm_up_leaves_mean_deviation_and_temperature(log_std: str) -> None:
+    with float64():
+        settings = {"critic_warmup": 2, "learn_temperature": True, "log_std": log_std}
+        sac = learner(**settings)
+        before = {name: own.flat.clone() for name, own in sac.optimizers.items()}
+        rows = transitions(24, torch.float64)
+        sac.learn(Batch(*(field[:16] for field in rows)), 2)
+        after = {name: own.flat for name, own in sac.optimizers.items()}
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {"critic"}
+        sac.learn(Batch(*(field[16:] for field in rows)), 1)
+        assert not any(torch.equal(before[name], own.flat) for name, own in sac.optimizers.items())

@@ -350,3 +350,29 @@ def test_smoothing_noise_is_each_batchs_own() -> None:
     twice = Batch(*(torch.cat([field, field]) for field in rows))
     first, second = target_actions(learner(target_noise=0.2), twice)[0].split(len(rows.rew))
     assert not torch.equal(first, second)
+
+
+def test_a_warm_up_leaves_the_policy_alone() -> None:
+    """Four updates, of which the first and the third would change it; the critics learn in all."""
+    td3, plain = learner(critic_warmup=4), learner()
+    before = weights(td3)
+    for seed in range(4):
+        metrics, usual = td3.learn(batch(seed=seed), 1)[0], plain.learn(batch(seed=seed), 1)[0]
+        assert metrics.keys() == usual.keys()
+        assert torch.equal(metrics["critic_loss"], usual["critic_loss"]) == (seed == 0)
+    critic, actor, critic_target, actor_target = same(before, weights(td3))
+    assert (critic, actor, critic_target, actor_target) == (False, True, False, True)
+    assert float(td3.actor_optimizer.moments.step) == 0.0
+    td3.learn(batch(seed=4), 1)
+    critic, actor, critic_target, actor_target = same(before, weights(td3))
+    assert (critic, actor, critic_target, actor_target) == (False, False, False, False)
+
+
+def test_a_warm_up_that_ends_between_changes_of_the_policy() -> None:
+    """Of updates 0 to 4 it covers 0 to 2: the change at 2 is still left out, that at 4 made."""
+    td3 = learner(critic_warmup=3)
+    before = weights(td3)
+    td3.learn(batch(32), 4)
+    assert same(before, weights(td3))[1]
+    td3.learn(batch(), 1)
+    assert not same(before, weights(td3))[1]

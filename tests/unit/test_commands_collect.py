@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from shell import SHORT, spikerl, tree
 import spikerl as library
 from spikerl.commands import collect
 from spikerl.envs.make import make_env
+from spikerl.runs import folder as run_folder
+from spikerl.seeding import RESET_BITS, reset_seed
 
 h5py: Any = pytest.importorskip("h5py")
 OFFLINE = [
@@ -176,6 +181,9 @@ def test_discrete_actions() -> None:
         ("run=run steps=1 random_share=1.1", "random_share=1.1: give a value in [0, 1]"),
         ("run=run steps=1 policy=random noise=1", "noise=1.0: policy=random acts at random"),
         ("run=run steps=1 policy=first", "policy=first: give last or best"),
+        ("run=run steps=1 policy=replay", "steps=1: policy=replay takes what the run did while"),
+        ("run=run noise=1 policy=replay", "noise=1.0: policy=replay takes what the run did while"),
+        ("run=run policy=replay", "run=run: is no run folder (it has no readable manifest.json)"),
         ("run=run steps=1 policy=best", "run=run: no best policy there"),
         ("run=nowhere steps=1", "run=nowhere: no policy there"),
         ("run=cart steps=1 noise=1", "noise=1.0: the actions of CartPole-v1 are discrete; use ran"),
@@ -268,3 +276,117 @@ def test_training_refused(asked: str, line: str, folder: Path) -> None:
     said = spikerl("train", *OFFLINE, *asked.split())
     assert said.line.startswith(line)
     assert tree(folder) == before
+
+
+LEARNS = ["env.max_episode_steps=20", "total_steps=120", "steps_per_epoch=60", "eval_episodes=0",
+          "num_envs=2", "logger=[]", "seed=3"]  # fmt: skip
+
+
+def taken_again(seed: int, env_number: int, acts: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """What an environment of a run gives where these actions are taken, and ends behind each."""
+    env = make_env(replace(INVERTED_PENDULUM, max_episode_steps=20))
+    obs, _ = env.reset(seed=reset_seed(RESET_BITS, seed, "env", env_number))
+    rows: list[tuple[Any, ...]] = []
+    for act in acts:
+        next_obs, rew, terminated, truncated, _ = env.step(act)
+        rows.append((obs, next_obs, rew, terminated, truncated))
+        obs = env.reset()[0] if terminated or truncated else next_obs
+    names = ("obs", "next_obs", "rew", "terminated", "truncated")
+    return {k: np.array(v) for k, v in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+@pytest.fixture(scope="module")
+def learned(made: Path) -> Path:
+    """A run of two environments, 60 steps of each, whose learning sees halved rewards."""
+    told = ["env.reward_scale=0.5", "run_dir=replaying"]
+    with chdir(made):
+        assert spikerl("train", *SHORT, *LEARNS, *told).status == 0
+    return made / "replaying"
+
+
+@pytest.mark.usefixtures("learned")
+def test_what_a_run_did_itself() -> None:
+    """Environment by environment, cut at ends; the rewards are the environment's."""
+    said = spikerl("collect", "run=replaying", "dataset=replay-v0", "policy=replay")
+    assert said.status == 0, said
+    found = numbers("replay-v0")
+    lengths = [len(one["rewards"]) for one in found]
+    assert sum(lengths) == 120
+    border = next(i for i in range(len(lengths)) if sum(lengths[:i]) == 60)
+    whole = []
+    for number, own in enumerate((found[:border], found[border:])):
+        acts = [act for one in own for act in one["actions"]]
+        again, at = taken_again(3, number, acts), 0
+        assert again["terminated"].any()
+        for one in own:
+            steps = slice(at, at := at + len(one["rewards"]))
+            seen = np.concatenate([again["obs"][steps], again["next_obs"][steps][-1:]])
+            assert np.array_equal(one["observations"], seen.astype(np.float32))
+            assert np.array_equal(one["rewards"], again["rew"][steps])
+            assert np.array_equal(one["terminations"], again["terminated"][steps])
+            ended = bool((again["terminated"] | again["truncated"])[steps][-1])
+            assert ended or at == 60  # where the run ended
+            assert one["terminations"][-1] != one["truncations"][-1]
+            whole += [one["rewards"].sum()] * ended
+        assert at == 60
+    recipe = facts("replay-v0")["recipe"]
+    assert (recipe["policy"], recipe["seed"], recipe["num_envs"]) == ("replay", 3, 2)
+    assert recipe["whole_episodes"] == len(whole)
+    assert recipe["return_mean"] == pytest.approx(np.mean(whole))
+    segments = {str(p.relative_to("replaying")): hashlib.sha256(p.read_bytes()).hexdigest()
+                for p in Path("replaying").rglob("*.f32")}  # fmt: skip
+    assert recipe["replay_sha256"] == segments
+    learns = [*OFFLINE, "env.max_episode_steps=20", "dataset=replay-v0", "run_dir=from_replay"]
+    assert spikerl("train", *learns).status == 0
+
+
+def test_a_replay_that_has_overwritten_its_beginning() -> None:
+    told = ["algo.replay_capacity=40", "run_dir=ring"]
+    assert spikerl("train", *SHORT, *LEARNS, *told).status == 0
+    assert spikerl("collect", "run=ring", "dataset=ring-v0", "policy=replay").status == 0
+    found = numbers("ring-v0")
+    lengths = [len(one["rewards"]) for one in found]
+    assert sum(lengths) == 40
+    border = next(i for i in range(len(lengths)) if sum(lengths[:i]) == 20)
+    ends = [bool(one["terminations"][-1]) for one in found]
+    # The first of each environment lacks its beginning, the last its end unless it terminated.
+    assert facts("ring-v0")["recipe"]["whole_episodes"] <= len(found) - 2
+    assert border >= 1
+    assert any(ends)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"freed": "then"}, "run=changed: its replay was removed on then"),
+        ({"num_envs": 7}, "run=changed: 7 environments did not fill replay/worker_0_of_1/rows_"),
+        ({"num_envs": 0}, "run=changed: its manifest.json has no num_envs"),
+    ],
+)
+@pytest.mark.usefixtures("learned")
+def test_a_replay_that_cannot_be_one(change: dict[str, Any], line: str, folder: Path) -> None:
+    run = folder / "changed"
+    shutil.copytree(folder / "replaying", run, symlinks=True)
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | change))
+    try:
+        said = spikerl("collect", "run=changed", "dataset=new", "policy=replay")
+        assert said.line.startswith(line)
+        assert not (folder / "new").exists()
+    finally:
+        shutil.rmtree(run)
+
+
+@pytest.mark.usefixtures("learned")
+def test_a_run_that_goes_on_is_left_alone(folder: Path) -> None:
+    with run_folder.lock(folder / "replaying"):
+        said = spikerl("collect", "run=replaying", "dataset=new", "policy=replay")
+    assert said.line.startswith("run=replaying: a process trains it")
+
+
+def test_an_offline_run_has_no_replay_of_its_own(folder: Path) -> None:
+    write(folder / "given", [episode(30)])
+    told = ["dataset=given", "run_dir=offline"]
+    assert spikerl("train", *OFFLINE, *told).status == 0
+    said = spikerl("collect", "run=offline", "dataset=new", "policy=replay")
+    assert said.line.startswith("policy=replay: algo=td3_bc keeps no replay of its own steps")

@@ -22,7 +22,7 @@ from spikerl.errors import BadRequest
 GROUPS = sorted(folder.name for folder in conf_folder().iterdir() if folder.is_dir())
 # What an option needs beside it.
 NEEDS = {"env=gym": ["env.id=MountainCarContinuous-v0"], "energy=replay": ["energy.file=t.csv"],
-         **{f"algo={name}": ["dataset=d"] for name in ("bc", "td3_bc", "iql")}}  # fmt: skip
+         **{f"algo={name}": ["dataset=d"] for name in ("bc", "td3_bc", "iql", "bcq")}}  # fmt: skip
 # What only some machines can run; it composes on all.
 ELSEWHERE = ("kernel=triton", "backend=nccl", "precision=fp16", "energy=zeus", "energy=replay")
 # `base` is what config files share, a table is a group of `reproduce`.

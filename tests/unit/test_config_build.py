@@ -119,6 +119,13 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "algo.alpha": ([0.0, 2.5], [-TINY]),
     "algo.beta": ([0.0, 3.0], [-TINY]),
     "algo.expectile": ([TINY, 0.9999999], [0.0, 1.0]),
+    "algo.critic_warmup": ([0, 9], [-1]),
+    "algo.phi": ([0.0, 2.0], [-TINY, 2.0000001]),
+    "algo.least_weight": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "algo.target_samples": ([1, 1000], [0, 1001]),
+    "algo.act_samples": ([1, 1000], [0, 1001]),
+    "algo.vae_lr": ([TINY], [0.0]),
+    "algo.vae_hidden_sizes": ([[1]], [[], [0]]),
 }
 GROUPS: list[Registry[Any, Any]] = [
     ACTORS, ENCODERS, NEURONS, DECODERS, ALGOS, PRECISIONS, KERNELS, BACKENDS, METERS

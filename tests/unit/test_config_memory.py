@@ -20,6 +20,7 @@ HUGE = [
     ("algo.critic_hidden_sizes=[2000000,2000000]", "algo.critic_hidden_sizes"),
     ("algo.replay_capacity=100000000000 total_steps=100000000000", "algo.replay_capacity"),
     ("world_size=4000 num_envs=4000 algo.batch_size=4000", "world_size"),
+    ("algo=bcq dataset=d algo.batch_size=1000000 algo.target_samples=1000", "algo.target_samples"),
     ("num_envs=100000", "num_envs"),
     ("threads=100000", "threads"),
     (f"total_steps={1 << 63}", "total_steps"),

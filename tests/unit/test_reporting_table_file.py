@@ -128,6 +128,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("protocol/seeds", 0, "table.protocol.seeds=0: give at least 1"),
     ("protocol/metric", "median", "table.protocol.metric=median: one of max_average"),
     ("protocol/overrides", ["seed=3"], "table.protocol.overrides=seed=3: a cell sets it"),
+    ("protocol/overrides", ["dataset=d"], "table.protocol.overrides=dataset=d: a cell sets it"),
     ("protocol/overrides", ["tau"], "table.protocol.overrides=tau: cannot be read"),
     ("baseline", "dens", "table.baseline=dens: no such row; did you mean dense?"),
     ("rows/spiking/experiment", "popsan/td4",
@@ -174,6 +175,18 @@ def test_base_is_right() -> None:
     assert list(table.columns) == ["Ant", "Hopper"]
 
 
+def test_two_datasets_of_a_task_are_two_columns() -> None:
+    two = {name: {"env": "Ant", "version": "v5", "dataset": f"d/{name}-v0"} for name in ("a", "b")}
+    table = table_of(changed("columns", BASE["columns"] | two))
+    row = next(iter(table.rows))
+    cells = [cell_of(table, row, column, 0) for column in two]
+    given = [o for cell in cells if cell for o in cell.overrides if o.startswith("dataset")]
+    assert given == ["dataset=d/a-v0", "dataset=d/b-v0"]
+    two["b"]["dataset"] = "d/a-v0"
+    line = str(refusal(table_of, changed("columns", BASE["columns"] | two)))
+    assert line == "table.rows=spiking: the cell spiking/b is the same run as spiking/a"
+
+
 def test_selection() -> None:
     names = ["a", "b", "c"]
     assert select(names, None, key="rows") == names
@@ -200,7 +213,7 @@ def overridden() -> list[tuple[str, ...]]:
         if r.experiment and (r.overrides or row in c.overrides)
     ]
     by_rest = {
-        tuple(o for o in cell.overrides if not o.startswith("env")): cell.overrides
+        tuple(o for o in cell.overrides if not o.startswith(("env", "dataset"))): cell.overrides
         for cell in cells
         if cell
     }

@@ -11,7 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import INVERTED_PENDULUM, bc_config, iql_config, small_config, td3_bc_config
+from builders import (
+    INVERTED_PENDULUM,
+    bc_config,
+    bcq_config,
+    iql_config,
+    small_config,
+    td3_bc_config,
+)
 from recorded import episode, task_for, write
 from threads import run_in_threads, worlds
 
@@ -116,7 +123,8 @@ def test_another_number_of_workers_takes_the_same_rows(dataset: Dataset, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "algo", [td3_bc_config(**SMALL), bc_config(batch_size=6), iql_config(**SMALL)]
+    "algo",
+    [td3_bc_config(**SMALL), bc_config(batch_size=6), iql_config(**SMALL), bcq_config(**SMALL)],
 )
 def test_resumed_it_is_the_uninterrupted_run(
     algo: AlgoConfig, dataset: Dataset, tmp_path: Path
@@ -140,6 +148,16 @@ def test_resumed_it_is_the_uninterrupted_run(
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert [row["eval_return"] for row in rest] == [row["eval_return"] for row in rows]
     assert not torch.equal(first.algo.actor_optimizer.flat, whole.algo.actor_optimizer.flat)
+
+
+def test_workers_of_bcq_stay_the_same(dataset: Dataset) -> None:
+    """Each draws proposals of its own."""
+    with workers(training(bcq_config(**SMALL), num_envs=2), 2, dataset) as both:
+        run_in_threads([one.advance for one in both])
+        run_in_threads([one.check_equal for one in both])
+        first, second = (one.algo.generator.get_state() for one in both)
+        assert not torch.equal(first, second)
+        assert both[0].algo.updates == 50
 
 
 def test_memory_is_the_datasets(dataset: Dataset) -> None:

@@ -1,0 +1,27 @@
+"""Where the rows of an environment are cut."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spikerl.runs.replayed import cut
+
+
+def rows(*steps: tuple[float, float, bool]) -> np.ndarray:
+    """Of one observation and no action entry: obs next_obs rew terminated last discount."""
+    return np.array([[obs, following, 0.0, 0.0, last, 1.0] for obs, following, last in steps])
+
+
+def test_behind_ends_and_where_a_row_does_not_follow() -> None:
+    """An end that comes last in a file, an episode over two files, and a run reset amid one."""
+    files = [
+        rows((1, 2, False), (2, 3, True), (7, 8, False)),
+        rows((8, 9, False), (20, 21, False), (21, 22, True)),
+        rows((22, 23, True)),  # it begins where the last one ended, by chance
+    ]
+    found = [piece[:, 0].tolist() for piece in cut(files, 1)]
+    assert found == [[1, 2], [7, 8], [20, 21], [22]]
+
+
+def test_nothing_gives_nothing() -> None:
+    assert list(cut([], 1)) == []
