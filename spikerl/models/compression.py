@@ -64,10 +64,14 @@ class Compression:
 
 
 @torch.no_grad()
-def prune(actor: Actor, share: float) -> None:
-    """Raises BadRequest where that is none, or all, of a matrix."""
+def prune(actor: Actor, share: float, key: str = "prune") -> Tensor:
+    """Of all parameters in their order, 1 for each that is kept and 0 for each that is not.
+
+    Raises BadRequest, in the name of `key`, where that is none, or all, of a matrix.
+    """
     if not 0.0 < share < 1.0:
-        raise BadRequest("prune", share, "give a share above 0 and below 1")
+        raise BadRequest(key, share, "give a share above 0 and below 1")
+    kept = {name: torch.ones_like(p) for name, p in actor.named_parameters()}
     for name, weight in connections(actor).items():
         if name == "decoder.weight_AP":
             continue
@@ -75,8 +79,10 @@ def prune(actor: Actor, share: float) -> None:
         count = round(share * len(flat))
         if not 0 < count < len(flat):
             remedy = f"of the {len(flat)} weights of {name} that is {'all' if count else 'none'}"
-            raise BadRequest("prune", share, f"{remedy}; give another share")
-        flat[flat.abs().argsort(stable=True)[:count]] = 0.0
+            raise BadRequest(key, share, f"{remedy}; give another share")
+        gone = flat.abs().argsort(stable=True)[:count]
+        flat[gone] = kept[name].view(-1)[gone] = 0.0
+    return torch.cat([own.flatten() for own in kept.values()])
 
 
 @torch.no_grad()
