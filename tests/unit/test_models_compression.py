@@ -198,6 +198,7 @@ NAME = "layers.0.weight_IN"
     ("change", "said"),
     [
         ({"prune": 1.5}, "compression.prune"),
+        ({"finetune": 0}, "compression.finetune"),
         ({"scales": {}}, "compression.scales"),
         ({"bits": {NAME: 17}, "scales": {NAME: 1.0}}, "compression.bits"),
         ({"bits": {"layers.0.bias_N": 8}, "scales": {"layers.0.bias_N": 1.0}}, "compression.bits"),
