@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.algos.base import Learner, flatten
-from spikerl.models.actor import MLPActor
+from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
@@ -61,6 +61,52 @@ def dense(actor: MLPActor) -> nn.Sequential:
     """Its actions before tanh."""
     layers = list(actor.layers)
     return relu_net([x.weight_IN for x in layers], [x.bias_N for x in layers])
+
+
+class Fire(nn.Module):
+    """A spike where a voltage is above the threshold."""
+
+    def forward(self, voltage_BN: Tensor) -> Tensor:
+        return (voltage_BN > 0.5).float()
+
+
+class Spiking(nn.Module):
+    """PopSAN's equations on torch's own layers."""
+
+    def __init__(self, actor: SpikingActor) -> None:
+        super().__init__()
+        self.encoder, self.spike_steps = actor.encoder, actor.spike_steps
+        layers = list(actor.layers)
+        net = relu_net([x.weight_IN for x in layers], [x.bias_N for x in layers])
+        self.linear = nn.Sequential(*(x for x in net if isinstance(x, nn.Linear)))
+        self.fire = nn.Sequential(*(Fire() for _ in layers))
+        weight_AP = actor.decoder.get_parameter("weight_AP").detach()
+        actions, self.pop_size = weight_AP.shape
+        self.decoder = nn.Conv1d(actions, actions, self.pop_size, groups=actions)
+        self.decoder.weight.data = weight_AP.unsqueeze(1).clone()
+        self.decoder.bias = nn.Parameter(actor.decoder.get_parameter("bias_A").detach().clone())
+
+    def forward(self, obs_BO: Tensor) -> Tensor:
+        zero = torch.zeros(len(obs_BO), 1)
+        states = [(zero, zero, zero) for _ in self.linear]
+        total = zero
+        for x in self.encoder(obs_BO, self.spike_steps, None):
+            for i, (layer, fire) in enumerate(zip(self.linear, self.fire, strict=True)):
+                current, voltage, fired = states[i]
+                current = 0.5 * current + layer(x)
+                voltage = 0.75 * voltage * (1.0 - fired) + current
+                x = fire(voltage)
+                states[i] = (current, voltage, x)
+            total = total + x
+        rates_BAP = (total / self.spike_steps).unflatten(1, (-1, self.pop_size))
+        return torch.tanh(self.decoder(rates_BAP).squeeze(-1))
+
+
+def cut_weights(weights: list[Tensor], draw: torch.Generator) -> None:
+    """Three tenths of the weights become 0."""
+    with torch.no_grad():
+        for w in weights:
+            w[torch.rand(w.shape, generator=draw) < 0.3] = 0.0
 
 
 def values(nets: nn.ModuleList, *inputs: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spikerl.config.yaml_file import check_confirmed, overrides_of, read_config
@@ -24,8 +25,10 @@ from spikerl.models.compression import Compression, bits_of, prune, quantise
 from spikerl.models.policy import Policy, load_policy
 from spikerl.runs import folder as run_folder
 from spikerl.schema import parse
+from spikerl.seeding import generator_for
 from spikerl.snn.early_exit import EarlyExit
 from spikerl.training.evaluator import Evaluator
+from spikerl.training.finetune import finetune
 
 TIMED = 256  # decisions
 STORED_BITS = 32  # of what is not quantised
@@ -39,6 +42,7 @@ class CompressRequest:
     bits: Any  # a number, or a list with one for each layer
     early_exit: float | None
     exit_steps: int
+    finetune: int | None
     policy: str  # last, best
     episodes: int
     seed: int
@@ -48,6 +52,11 @@ class CompressRequest:
     def __post_init__(self) -> None:
         if self.prune is None and self.bits is None and self.early_exit is None:
             raise BadRequest("bits", "null", "give bits, prune or early_exit")
+        if self.finetune is not None and self.finetune < 1:
+            raise BadRequest("finetune", self.finetune, "give at least 1, or null")
+        if self.finetune is not None and self.prune is None and self.bits is None:
+            remedy = "it makes up for bits or prune; give one of them, or leave it out"
+            raise BadRequest("finetune", self.finetune, remedy)
         if self.episodes < 1:
             raise BadRequest("episodes", self.episodes, "give at least 1")
         if not 0 <= self.seed < 2**63:
@@ -63,6 +72,7 @@ class CompressRequest:
             ("prune", self.prune),
             ("bits", self.bits and "-".join(map(str, each))),
             ("exit", self.early_exit and f"{self.early_exit}x{self.exit_steps}"),
+            ("finetune", self.finetune),
         ]
         return self.run.rstrip("/") + "".join(f"_{name}{v}" for name, v in done if v is not None)
 
@@ -73,13 +83,20 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     before = load_policy(request.run, policy=request.policy)
     raw = config_of(request, before)
     run_folder.check_free(request.target, named=True)
-    after = compress(before, request)
+    after, kept = compress(before, request)
     env = known_env(before, request.run, request.env_id)
     if env is None:
         remedy = f"{before.task.env_id} is not registered here, and nothing can be compared"
         raise BadRequest("run", request.run, f"{remedy}; env_id=MODULE:NAME imports its module")
-    rows = [measure(policy, env, request) for policy in (before, after)]
     assert after.compression is not None
+    if request.finetune is not None:
+        losses = relearn(before, after, kept, env, request)
+        print(
+            f"fine-tuned for {request.finetune} steps: loss {losses[0]:.3g}, then {losses[-1]:.3g}"
+        )
+    if isinstance(after.actor, SpikingActor):
+        after.actor.early_exit = after.compression.early_exit
+    rows = [measure(policy, env, request) for policy in (before, after)]
     facts = {
         "run": request.run,
         "policy": request.policy,
@@ -117,8 +134,8 @@ def config_of(request: CompressRequest, policy: Policy) -> dict[str, Any]:
     return {**raw, **own, "plugins": request.plugins}
 
 
-def compress(policy: Policy, request: CompressRequest) -> Policy:
-    """Another policy: pruned, then quantised."""
+def compress(policy: Policy, request: CompressRequest) -> tuple[Policy, Tensor | None]:
+    """Another policy: pruned, then quantised; which of its parameters were not pruned."""
     actor = deepcopy(policy.actor)
     if policy.compression is not None:
         remedy = "it is compressed already; give the run that it was made from"
@@ -131,7 +148,9 @@ def compress(policy: Policy, request: CompressRequest) -> Policy:
     except BadRequest as error:
         what = error.args[2].partition(";")[0]
         raise BadRequest("run", request.run, f"nothing can be compared, as {what}") from None
-    done = Compression(prune=request.prune, bits={}, scales={}, early_exit=None)
+    done = Compression(
+        prune=request.prune, bits={}, scales={}, early_exit=None, finetune=request.finetune
+    )
     if request.bits is not None:
         done.bits = bits_of(actor, request.bits)
     if request.early_exit is not None:
@@ -143,14 +162,38 @@ def compress(policy: Policy, request: CompressRequest) -> Policy:
             raise BadRequest("early_exit", request.early_exit, remedy)
         done.early_exit = EarlyExit(threshold=request.early_exit, steps=request.exit_steps)
         done.early_exit.check(actor.decoder, actor.spike_steps)
-        actor.early_exit = done.early_exit
-    if request.prune is not None:
-        prune(actor, request.prune)
+    kept = None if request.prune is None else prune(actor, request.prune)
     if done.bits:
         done.scales = quantise(actor, done.bits)
     smaller = Policy(policy.task, policy.config, actor, policy.norm)
     smaller.trained_with, smaller.compression = policy.trained_with, done
-    return smaller
+    return smaller, kept
+
+
+def relearn(
+    before: Policy, after: Policy, kept: Tensor | None, env: EnvConfig, request: CompressRequest
+) -> list[float]:
+    """Fine-tune, in other episodes than those that are compared; the loss of each step."""
+    assert request.finetune is not None
+    assert after.compression is not None
+    evaluator, squash = Evaluator(env, request.episodes, request.seed), before.task.choices is None
+    generator = generator_for(request.seed, "update")
+
+    def observe(round_number: int) -> Tensor:
+        acting = after if round_number else before
+        return before.observe(evaluator.observations(acting, 1 + round_number))
+
+    @torch.no_grad()
+    def goal(obs_MO: Tensor) -> Tensor:
+        return (before.actor if squash else before.actor.mean)(obs_MO, generator)
+
+    try:
+        return finetune(
+            after.actor, observe, goal, request.finetune, after.compression, kept, generator,
+            squash=squash,
+        )  # fmt: skip
+    finally:
+        evaluator.close()
 
 
 def measure(policy: Policy, env: EnvConfig, request: CompressRequest) -> dict[str, Any]:

@@ -27,6 +27,11 @@ from spikerl.snn.linear import Linear, Linears, ListOf
 from spikerl.snn.neurons import NEURONS, Neuron, NeuronConfig
 
 
+def check_prune(share: float | None) -> None:
+    if share is not None and not 0.0 < share < 1.0:
+        raise BadRequest("actor.prune", share, "give a share above 0 and below 1, or null")
+
+
 @dataclass(kw_only=True)
 class PopSANConfig:
     """Population-coded spiking actor (Tang et al., CoRL 2020, arXiv:2010.09635)."""
@@ -40,9 +45,11 @@ class PopSANConfig:
     spike_cost: Any = 0.0
     spike_cost_start: int = 0  # steps before which spikes cost nothing
     spike_cost_warmup: int = 0  # steps, from there on, over which the costs rise from 0
+    prune: float | None = None  # share of each matrix of weights that is 0 from the first step on
 
     def __post_init__(self) -> None:
         check_sizes("actor.hidden_sizes", self.hidden_sizes)
+        check_prune(self.prune)
         if not 1 <= self.spike_steps <= 1000:
             raise BadRequest("actor.spike_steps", self.spike_steps, "give 1 to 1000")
         if not self.lr > 0.0:
@@ -90,9 +97,11 @@ class MLPConfig:
     name: str
     hidden_sizes: list[int]
     lr: float
+    prune: float | None = None  # as of PopSANConfig
 
     def __post_init__(self) -> None:
         check_sizes("actor.hidden_sizes", self.hidden_sizes)
+        check_prune(self.prune)
         if not self.lr > 0.0:
             raise BadRequest("actor.lr", self.lr, "give a value above 0")
 

@@ -39,11 +39,14 @@ class Compression:
     bits: dict[str, int]  # by the names of matrices; empty: none is quantised
     scales: dict[str, float]  # of the same
     early_exit: EarlyExit | None
+    finetune: int | None = None  # steps
 
     def check(self, actor: Actor, weights: dict[str, Tensor], task: Task) -> None:
         """ValueError where it does not describe these weights of this actor."""
         if self.prune is not None and not 0.0 < self.prune < 1.0:
             raise ValueError("compression.prune")
+        if self.finetune is not None and self.finetune < 1:
+            raise ValueError("compression.finetune")
         if self.bits.keys() != self.scales.keys():
             raise ValueError("compression.scales")
         if not self.bits.keys() <= connections(actor).keys():
@@ -64,10 +67,14 @@ class Compression:
 
 
 @torch.no_grad()
-def prune(actor: Actor, share: float) -> None:
-    """Raises BadRequest where that is none, or all, of a matrix."""
+def prune(actor: Actor, share: float, key: str = "prune") -> Tensor:
+    """Of all parameters in their order, 1 for each that is kept and 0 for each that is not.
+
+    Raises BadRequest, in the name of `key`, where that is none, or all, of a matrix.
+    """
     if not 0.0 < share < 1.0:
-        raise BadRequest("prune", share, "give a share above 0 and below 1")
+        raise BadRequest(key, share, "give a share above 0 and below 1")
+    kept = {name: torch.ones_like(p) for name, p in actor.named_parameters()}
     for name, weight in connections(actor).items():
         if name == "decoder.weight_AP":
             continue
@@ -75,19 +82,23 @@ def prune(actor: Actor, share: float) -> None:
         count = round(share * len(flat))
         if not 0 < count < len(flat):
             remedy = f"of the {len(flat)} weights of {name} that is {'all' if count else 'none'}"
-            raise BadRequest("prune", share, f"{remedy}; give another share")
-        flat[flat.abs().argsort(stable=True)[:count]] = 0.0
+            raise BadRequest(key, share, f"{remedy}; give another share")
+        gone = flat.abs().argsort(stable=True)[:count]
+        flat[gone] = kept[name].view(-1)[gone] = 0.0
+    return torch.cat([own.flatten() for own in kept.values()])
 
 
 @torch.no_grad()
-def quantise(actor: Actor, bits: dict[str, int]) -> dict[str, float]:
-    """Put each matrix on its grid; the scales."""
-    scales = {}
+def quantise(
+    actor: Actor, bits: Mapping[str, int], scales: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Put each matrix on its grid, of the best scale or of one that is given; the scales."""
+    found = {}
     for name, weight in connections(actor).items():
         w = weight.numpy()
-        scales[name] = best_scale(w, bits[name])
-        weight.copy_(torch.from_numpy(on_grid(w, scales[name], bits[name])))
-    return scales
+        found[name] = scales[name] if scales else best_scale(w, bits[name])
+        weight.copy_(torch.from_numpy(on_grid(w, found[name], bits[name])))
+    return found
 
 
 def best_scale(w: np.ndarray, bits: int) -> float:

@@ -328,10 +328,10 @@ def read_task(data: dict[str, Any]) -> Task:
 
 
 def _parts(config: ActorConfig) -> dict[str, Any]:
-    """The actor's groups; what its spikes cost in training is no part of a policy."""
+    """The actor's groups, without the keys that only training reads."""
     parts = {group: part for group, part in asdict(config).items() if part is not None}
-    actor = parts["actor"]
-    return parts | {"actor": {k: v for k, v in actor.items() if not k.startswith("spike_cost")}}
+    actor = parts["actor"].items()
+    return parts | {"actor": {k: v for k, v in actor if not k.startswith(("spike_cost", "prune"))}}
 
 
 def _optional(task: Task) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 `tensorboard`   events below tb/
 `csv`           metrics.csv, a column for each number by its name in metrics.jsonl
+`prometheus`    metrics.prom, the last row as gauges, for a collector of text files
 `wandb`         Weights & Biases; WANDB_MODE=offline needs no account
 `mlflow`        MLflow, at MLFLOW_TRACKING_URI
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from spikerl.errors import BadRequest
-from spikerl.files import Journal, make_folder, read_json, write_json
+from spikerl.files import Journal, make_folder, read_json, write_json, write_text
 from spikerl.schema import dotted
 
 # The tag of each number of metrics.jsonl, as users of other libraries know it. What is not here is
@@ -55,7 +56,7 @@ TAGS = {
 }
 WITH_ENCODER = ("layer_firing_rates",)  # layer 0; the other lists begin with layer 1
 SERVICES = ("wandb", "mlflow")
-NAMES = ("tensorboard", "csv", *SERVICES)
+NAMES = ("tensorboard", "csv", "prometheus", *SERVICES)
 STATE = "loggers.json"  # of each service: which run of it this is, and the last step sent
 MAX_BYTES = 1 << 16
 PARAMS = 100  # that MLflow accepts at once
@@ -173,6 +174,40 @@ class Table(Journal):
         cells = (repr(shown[name]) if name in shown else "" for name in self.columns)
         self.lines.append((",".join(cells) + "\n").encode())
         self.add(self.lines[-1])
+
+
+class Gauges:
+    """metrics.prom, in Prometheus' text format: what the last row measured, and nothing else.
+
+    Replaced whole, as a collector may read it at any moment.
+    """
+
+    def __init__(self, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.path = path
+        name = path.absolute().parent.name
+        for char, escaped in (("\\", r"\\"), ('"', r"\""), ("\n", r"\n")):
+            name = name.replace(char, escaped)
+        self.run = f'run="{name}"'
+        self.pending: str | None = ""  # of an epoch that was discarded
+        for row in rows[-1:]:
+            self.row(row)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        lines, last = [], ""
+        for name, layer, number in numbers(row):
+            gauge = f"spikerl_{name}"
+            if gauge != last:
+                lines.append(f"# HELP {gauge} {name} of metrics.jsonl, of the last epoch")
+                lines.append(f"# TYPE {gauge} gauge")
+            last = gauge
+            where = self.run if layer is None else f'{self.run},layer="{layer}"'
+            lines.append(f"{gauge}{{{where}}} {number!r}")
+        self.pending = "\n".join([*lines, ""])
+
+    def write(self, *, sync: bool) -> None:
+        if self.pending is not None:
+            write_text(self.path, self.pending)
+            self.pending = None
 
 
 class Service:

@@ -11,7 +11,7 @@ from typing import Any
 
 from spikerl.files import Journal
 from spikerl.runs.folder import read_rows
-from spikerl.runs.loggers import Events, Mlflow, Service, Table, Wandb
+from spikerl.runs.loggers import Events, Gauges, Mlflow, Service, Table, Wandb
 
 
 class RunLog:
@@ -26,7 +26,7 @@ class RunLog:
     ) -> None:
         self.metrics = Journal(folder / "metrics.jsonl")
         self.log = Journal(folder / "log.txt")
-        self.views: list[Events | Table] = []
+        self.views: list[Events | Gauges | Table] = []
         self.services: list[Service] = []
         past = read_rows(folder / "metrics.jsonl")
         for name in loggers:
@@ -34,6 +34,8 @@ class RunLog:
                 self.views.append(Events(folder / "tb", step + 1))
             elif name == "csv":
                 self.views.append(Table(folder / "metrics.csv", past))
+            elif name == "prometheus":
+                self.views.append(Gauges(folder / "metrics.prom", past))
             else:
                 kind = Wandb if name == "wandb" else Mlflow
                 self.services.append(kind(folder, config or {}))

@@ -155,12 +155,12 @@ class Evaluator:
         per_decision = fired / sum(lengths) if carries else None
         return Evaluation(returns, lengths, activity, probed, per_decision)
 
-    def observations(self, policy: Acting) -> np.ndarray:
-        """Every raw observation (M, O) of this worker's episodes, those of evaluation 0."""
-        generator = generator_for(self.run_seed, "eval", 0, self.world.rank, 0)
+    def observations(self, policy: Acting, evaluation: int = 0) -> np.ndarray:
+        """Every raw observation (M, O) of this worker's episodes in that evaluation."""
+        generator = generator_for(self.run_seed, "eval", evaluation, self.world.rank, 0)
         seen, watch = [], StopWatch(self.world, lambda: 0)
         for numbers in self._waves():
-            seeds = self._seeds(0, numbers)
+            seeds = self._seeds(evaluation, numbers)
             seen += self._wave(policy, seeds, generator, watch)[2]
         return np.concatenate(seen)
 

@@ -32,6 +32,7 @@ from spikerl.models.actor import (
     build_actor,
     copy_weights,
 )
+from spikerl.models.compression import prune
 from spikerl.models.critic import Critics
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
@@ -110,6 +111,9 @@ class Trainer:
                 ).to(device)
             if init is not None:
                 copy_weights(actor, init.actor)
+            share, kept = c.actor.actor.prune, None
+            if share is not None:
+                kept = prune(actor, share, "actor.prune").to(device)
             self.algo = learner(
                 actor.to(device),
                 critic,
@@ -120,6 +124,7 @@ class Trainer:
                 world=world,
                 weight=weight,
                 discrete=task.kind == "discrete",
+                kept=kept,
             )
         self.norm = RunningNorm(task.obs_dim, algo.norm_clip)
         if init is not None:

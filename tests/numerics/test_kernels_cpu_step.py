@@ -10,6 +10,7 @@ from builders import popsan, td3_config
 from torch import Tensor, nn
 
 from spikerl import kernels
+from spikerl.algos.base import Guard, Optimizer
 from spikerl.algos.td3 import TD3
 from spikerl.kernels import build as native
 from spikerl.kernels.gradient import Moments
@@ -66,6 +67,26 @@ def test_what_is_not_finite_masks(kernel: str, where: int, bad: float) -> None:
     assert float(masked) == 1
     adam(ours, torch.ones(38), 0.01, math.inf, masked)  # finite, and still masked
     assert all(torch.equal(a, b) for a, b in zip(ours, before, strict=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_pruned_weight_has_no_step(kernel: str) -> None:
+    """Nor a share of the norm: of (3, 4) with a bound of 1, (0, 1) is left. Adam's first step is
+    the rate, its second the rate times (0.14 / 0.19) / sqrt(1.249 / 1.999).
+    """
+    net = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0, 2.0]]))
+    guard, kept = Guard("cpu", scales_loss=False), torch.tensor([0.0, 1.0])
+    optimizer = Optimizer(net, 0.1, guard, max_grad_norm=1.0, kernel=kernel, kept=kept)
+    for gradient, expected in (([3.0, 4.0], 1.9), ([-9.0, 0.5], 1.9 - 0.0932179)):
+        optimizer.gradient.vector.copy_(torch.tensor([*gradient, 7.0]))
+        assert float(optimizer.step()) == 7.0
+        assert net.weight[0, 0].item() == 0.0
+        assert net.weight[0, 1].item() == pytest.approx(expected, rel=1e-6)
+    optimizer.gradient.vector.copy_(torch.tensor([math.nan, 1.0, 0.0]))
+    optimizer.step()
+    assert float(guard.masked) == 1.0  # a gradient that is not finite is noticed there, too
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

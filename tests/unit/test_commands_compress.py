@@ -98,6 +98,29 @@ def test_a_dense_policy(folder: Path) -> None:
     assert all(int((w == 0).sum()) >= w.numel() // 2 for w in weights.values())
 
 
+def test_fine_tuned(folder: Path) -> None:
+    said = spikerl(
+        "compress", "run=spiking", "bits=4", "prune=0.5", "finetune=20", "early_exit=0.2",
+        "episodes=1",
+    )  # fmt: skip
+    assert said.status == 0, said.err
+    made = "spiking_prune0.5_bits4_exit0.2x1_finetune20"
+    assert said.out.startswith("fine-tuned for 20 steps: loss ")
+    facts = json.loads(Path(made, "compressed.json").read_text())
+    assert facts["finetune"] == 20
+    tuned = load_policy(made)  # which refuses a matrix that is not on its grid
+    assert tuned.compression is not None
+    assert tuned.compression.finetune == 20
+    assert tuned.compression.early_exit is not None
+    plain = ["run_dir=plain", "bits=4", "prune=0.5", "episodes=1"]
+    assert spikerl("compress", "run=spiking", *plain).status == 0
+    first = load_policy("plain")
+    assert first.compression is not None
+    assert first.compression.scales == tuned.compression.scales
+    biases = [p.actor.get_parameter("layers.0.bias_N") for p in (first, tuned)]
+    assert not torch.equal(*biases)
+
+
 def test_what_was_not_asked_for_stays(folder: Path) -> None:
     said = spikerl("compress", "run=spiking", "run_dir=early", "early_exit=0.1", "episodes=1")
     assert said.status == 0, said.err
@@ -119,6 +142,8 @@ def test_what_was_not_asked_for_stays(folder: Path) -> None:
         ("run=spiking prune=0", "prune=0.0: give a share above 0 and below 1"),
         ("run=spiking prune=0.001", "prune=0.001: of the 480 weights of layers.0.weight_IN that"),
         ("run=spiking early_exit=0.1 exit_steps=5", "exit_steps=5: the policy has 5 spike steps"),
+        ("run=spiking bits=8 finetune=0", "finetune=0: give at least 1, or null"),
+        ("run=spiking early_exit=0.1 finetune=9", "finetune=9: it makes up for bits or prune"),
         ("run=dense early_exit=0.1", "early_exit=0.1: a dense policy has no spike steps"),
         ("run=values early_exit=0.1", "early_exit=0.1: an action that is chosen by its value has"),
         ("run=spiking bits=8 run_dir=dense", "run_dir="),

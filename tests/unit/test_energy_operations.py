@@ -180,7 +180,7 @@ def test_parts_of_unknown_kind_are_refused() -> None:
 
 
 # --- NeuroBench's rules, on plain modules -----------------------------------------------------
-# NeuroBench 2.3.0 itself gave the same numbers for both twins.
+# tests/numerics/test_neurobench.py asks NeuroBench itself, where it is installed.
 
 
 class NeuroBench:
@@ -210,52 +210,16 @@ class NeuroBench:
             self.macs += effective
 
 
-class Twin(nn.Module):
-    """PopSAN's equations on torch's own layers."""
-
-    def __init__(self, actor: SpikingActor) -> None:
-        super().__init__()
-        self.encoder, self.spike_steps = actor.encoder, actor.spike_steps
-        layers = list(actor.layers)
-        net = plain.relu_net([x.weight_IN for x in layers], [x.bias_N for x in layers])
-        self.linear = nn.Sequential(*(x for x in net if isinstance(x, nn.Linear)))
-        weight_AP = actor.decoder.get_parameter("weight_AP").detach()
-        actions, self.pop_size = weight_AP.shape
-        self.decoder = nn.Conv1d(actions, actions, self.pop_size, groups=actions)
-        self.decoder.weight.data = weight_AP.unsqueeze(1).clone()
-        self.decoder.bias = nn.Parameter(actor.decoder.get_parameter("bias_A").detach().clone())
-
-    def forward(self, obs_BO: Tensor) -> Tensor:
-        zero = torch.zeros(len(obs_BO), 1)
-        states = [(zero, zero, zero) for _ in self.linear]
-        total = zero
-        for x in self.encoder(obs_BO, self.spike_steps, None):
-            for i, layer in enumerate(self.linear):
-                current, voltage, fired = states[i]
-                current = 0.5 * current + layer(x)
-                voltage = 0.75 * voltage * (1.0 - fired) + current
-                x = (voltage > 0.5).float()
-                states[i] = (current, voltage, x)
-            total = total + x
-        rates_BAP = (total / self.spike_steps).unflatten(1, (-1, self.pop_size))
-        return torch.tanh(self.decoder(rates_BAP).squeeze(-1))
-
-
-def cut(weights: list[Tensor], draw: torch.Generator) -> None:
-    """Three tenths of the weights become 0."""
-    with torch.no_grad():
-        for w in weights:
-            w[torch.rand(w.shape, generator=draw) < 0.3] = 0.0
-
-
 def test_a_spiking_actor_by_the_rules_of_neurobench() -> None:
     draw = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         actor = builders.popsan(3, 2, [16, 12])
-    cut([*(x.weight_IN for x in actor.layers), actor.decoder.get_parameter("weight_AP")], draw)
+    plain.cut_weights(
+        [*(x.weight_IN for x in actor.layers), actor.decoder.get_parameter("weight_AP")], draw
+    )
     obs = torch.randn(50, 3, generator=draw)
-    twin = Twin(actor)
+    twin = plain.Spiking(actor)
     bench = NeuroBench(twin)
     torch.testing.assert_close(twin(obs), actor(obs))
     ops = operations.count(actor, obs)
@@ -270,7 +234,7 @@ def test_a_spiking_actor_by_the_rules_of_neurobench() -> None:
 def test_a_dense_actor_by_the_rules_of_neurobench() -> None:
     draw = torch.Generator().manual_seed(1)
     actor = MLPActor(3, 2, MLPConfig(name="mlp", hidden_sizes=[16, 12], lr=1e-3))
-    cut([x.weight_IN for x in actor.layers], draw)
+    plain.cut_weights([x.weight_IN for x in actor.layers], draw)
     obs = torch.randn(50, 3, generator=draw)
     obs[::2, 1] = 0.0
     twin = plain.dense(actor)

@@ -81,9 +81,11 @@ def test_pruning_by_hand() -> None:
     actor = dense()
     fill(actor, {"layers.0.weight_IN": [[3.0, -1.0], [0.5, 1.0]]})
     fill(actor, {"layers.1.weight_IN": [[-2.0], [0.25]]})
-    prune(actor, 0.5)
+    kept = prune(actor, 0.5)
     assert actor.layers[0].weight_IN.tolist() == [[3.0, 0.0], [0.0, 1.0]]
     assert actor.layers[1].weight_IN.tolist() == [[-2.0], [0.0]]
+    # Weights, biases, weights, bias.
+    assert kept.tolist() == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
 
 
 def test_a_population_keeps_its_neurons() -> None:
@@ -196,6 +198,7 @@ NAME = "layers.0.weight_IN"
     ("change", "said"),
     [
         ({"prune": 1.5}, "compression.prune"),
+        ({"finetune": 0}, "compression.finetune"),
         ({"scales": {}}, "compression.scales"),
         ({"bits": {NAME: 17}, "scales": {NAME: 1.0}}, "compression.bits"),
         ({"bits": {"layers.0.bias_N": 8}, "scales": {"layers.0.bias_N": 1.0}}, "compression.bits"),

@@ -92,6 +92,58 @@ def test_csv(tmp_path: Path) -> None:
     assert not (tmp_path / "tb").exists()
 
 
+def test_gauges_by_hand(tmp_path: Path) -> None:
+    """Of the last row alone; what is null is absent, and so are words."""
+    folder = tmp_path / 'a "b" \\ c'
+    folder.mkdir()
+    log = RunLog(folder, 0, ["prometheus"])
+    log.write()
+    path = folder / "metrics.prom"
+    assert path.read_text() == ""
+    log.row(row(100, energy_j=12.5, power_w=9.0))
+    log.row(row(200, energy_j=None, power_w=None, energy_source="none: requested",
+                layer_firing_rates=[None, 0.5], layer_silent=[0.25, 1e-05]))  # fmt: skip
+    log.write()
+    run = r'run="a \"b\" \\ c"'
+    expected = f"""\
+# HELP spikerl_step step of metrics.jsonl, of the last epoch
+# TYPE spikerl_step gauge
+spikerl_step{{{run}}} 200
+# HELP spikerl_eval_return eval_return of metrics.jsonl, of the last epoch
+# TYPE spikerl_eval_return gauge
+spikerl_eval_return{{{run}}} 200.0
+# HELP spikerl_layer_firing_rates layer_firing_rates of metrics.jsonl, of the last epoch
+# TYPE spikerl_layer_firing_rates gauge
+spikerl_layer_firing_rates{{{run},layer="1"}} 0.5
+# HELP spikerl_layer_silent layer_silent of metrics.jsonl, of the last epoch
+# TYPE spikerl_layer_silent gauge
+spikerl_layer_silent{{{run},layer="1"}} 0.25
+spikerl_layer_silent{{{run},layer="2"}} 1e-05
+"""
+    assert path.read_text() == expected
+    before = path.stat().st_ino
+    log.write()
+    assert path.stat().st_ino == before  # nothing new
+    log.row(row(300, energy_j=1.5))
+    log.write()
+    assert path.stat().st_ino != before  # another file in its place, which is whole
+    assert f"\nspikerl_energy_j{{{run}}} 1.5\n" in path.read_text()
+
+
+def test_gauges_go_back_with_the_run(tmp_path: Path) -> None:
+    """To the last row that was not discarded; to nothing, where all were."""
+    log = RunLog(tmp_path, 0, ["prometheus"])
+    for step in (100, 200):
+        log.row(row(step))
+    length = log.write()
+    for keep, shown in ((length // 2, " 100\n"), (0, "")):
+        run_folder.rewind(tmp_path, keep)
+        RunLog(tmp_path, 0, ["prometheus"]).write()
+        text = (tmp_path / "metrics.prom").read_text()
+        assert shown in text
+        assert bool(text) == bool(keep)
+
+
 def test_csv_that_cannot_be_read(tmp_path: Path) -> None:
     """It ends no training, and is whole once it can be written."""
     log = RunLog(tmp_path, 0, ["csv"])
@@ -246,7 +298,7 @@ def test_a_list_without_brackets(typed: str, composed: str, sweep: list[str]) ->
 
 def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     line = str(refusal(check_loggers, ["csv", "tensorbord"]))
-    assert line == "logger=tensorbord: give a list of tensorboard, csv, wandb, mlflow"
+    assert line == "logger=tensorbord: give a list of tensorboard, csv, prometheus, wandb, mlflow"
     monkeypatch.setattr("spikerl.runs.loggers.find_spec", lambda name: None)
     line = str(refusal(check_loggers, ["mlflow"]))
     assert line == "logger=mlflow: mlflow is missing; pip install 'spikerl[mlflow]'"

@@ -1,0 +1,84 @@
+"""A policy compressed and exported in every way, as rows of one table.
+
+`python scripts/hardware_table.py FOLDER RUN [EPISODES]` leaves what the commands make in FOLDER,
+takes up what is there already, and prints the rows. It only calls `spikerl compress` and `export`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from spikerl.cli.main import run
+
+COMPRESSED = ("bits=8", "bits=4", "prune=0.9")
+FORMATS = ("c", "onnx", "nir", "loihi")
+COLUMNS = ("return", "spikes", "MACs", "ACs", "updates", "bytes", "nJ, 45nm", "nJ, memory")
+
+
+def made(path: Path, *typed: str) -> dict[str, Any] | None:
+    """What the command wrote at `path`; None where it refused, and said why."""
+    if not path.exists():
+        with redirect_stdout(io.StringIO()):
+            if run(typed):
+                return None
+    facts: dict[str, Any] = json.loads(path.read_text())
+    return facts
+
+
+def line(name: str, cells: dict[str, str]) -> str:
+    return f"| `{name}` | " + " | ".join(cells.get(column, "-") for column in COLUMNS) + " |"
+
+
+def of_policy(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "return": f"{row['return_mean']:,.1f} ± {row['return_std']:,.1f}",
+        "spikes": f"{row['spikes']:,.0f}",
+        "MACs": f"{row['macs']:,.0f}",
+        "ACs": f"{row['acs']:,.0f}",
+        "updates": f"{row['updates']:,.0f}",
+        "bytes": f"{row['footprint_bytes']:,}",
+        "nJ, 45nm": f"{row['modelled_45nm_nj']:,.0f}",
+        "nJ, memory": f"{row['modelled_memory_nj']:,.0f}",
+    }
+
+
+def of_file(contract: dict[str, Any]) -> dict[str, str]:
+    """A file that is proven has its policy's spikes, and with them its operations and energy."""
+    proof, unlike = contract["proof"], contract["proof"].get("spikes_unlike_policy")
+    found = {"return": f"{proof['return_mean']:,.1f}", "bytes": f"{contract['bytes']:,}"}
+    if unlike:
+        return {**found, "spikes": f"{max(unlike):.1%} of a layer's differ"}
+    counted = ("spikes", "MACs", "ACs", "updates", "nJ, 45nm", "nJ, memory")
+    return {**found, **dict.fromkeys(counted, "as it was")}
+
+
+def main(folder: Path, source: str, episodes: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, dict[str, str]] = {}
+    for how in COMPRESSED:
+        target = folder / how.replace("=", "")
+        typed = (f"run={source}", how, f"run_dir={target}", f"episodes={episodes}")
+        facts = made(target / "compressed.json", "compress", *typed)
+        if facts is None:
+            raise SystemExit(1)
+        rows.setdefault("as it was", of_policy(facts["before"]))
+        rows[how] = of_policy(facts["after"])
+        print(how, "is there", file=sys.stderr, flush=True)
+    for form in FORMATS:
+        file = folder / f"policy.{form}"
+        typed = (f"run={source}", f"format={form}", f"file={file}", f"episodes={episodes}")
+        contract = made(Path(f"{file}.json"), "export", *typed)
+        rows[f"format={form}"] = of_file(contract) if contract else {"return": "no file"}
+        print(form, "is done", file=sys.stderr, flush=True)
+    print("| | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
+    for name, cells in rows.items():
+        print(line(name, cells))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], *(sys.argv[3:] or ["10"]))

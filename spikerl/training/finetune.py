@@ -1,0 +1,70 @@
+"""A compressed actor learns to act as it did before, where it takes itself.
+
+loss       mean (pi(s) - a)^2, over batch and entries: a the actions before (values, where actions
+           are discrete)
+s          drawn from what the policy before observes, and after each of ROUNDS - 1 equal parts of
+           the steps from what the compressed one observes then, too (DAgger, Ross et al., 2011,
+           arXiv:1011.0686)
+update     Adam, at a rate that falls evenly from RATE to 0; pruned weights stay 0
+grid       where a matrix is quantised, the actor acts with s q, Adam moves numbers w, and the
+           gradient by s q is taken for that by w (straight-through); s stays what it was
+
+Shape legend   M observations, B batch, O observation entries, A action entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from spikerl.algos.base import Guard, Optimizer
+from spikerl.algos.bc import add_imitation
+from spikerl.models.actor import Actor
+from spikerl.models.compression import Compression, quantise
+
+RATE = 3e-3
+BATCH = 256
+ROUNDS = 4
+
+
+def finetune(
+    actor: Actor,
+    observe: Callable[[int], Tensor],
+    goal: Callable[[Tensor], Tensor],
+    steps: int,
+    done: Compression,
+    kept: Tensor | None,
+    generator: torch.Generator,
+    *,
+    squash: bool = True,
+) -> list[float]:
+    """Change `actor`, which was compressed as `done` says; the loss of each step.
+
+    `observe`: observations (M, O), in round 0 of the policy before, then of this actor. `goal`:
+    what they ask for, (M, A). `kept`: of the parameters, 0 for those that were pruned. Raises
+    NonFinite if a loss was.
+    """
+    obs_MO = observe(0)
+    act_MA = goal(obs_MO)
+    guard = Guard(obs_MO.device, scales_loss=False)
+    optimizer = Optimizer(actor, RATE, guard, kernel=actor.kernel, kept=kept)
+    numbers, losses = optimizer.flat.clone(), []
+    for step in range(steps):
+        if step > 0 and (now := step * ROUNDS // steps) > (step - 1) * ROUNDS // steps:
+            more_MO = observe(now)
+            obs_MO, act_MA = torch.cat([obs_MO, more_MO]), torch.cat([act_MA, goal(more_MO)])
+        rows = torch.randint(len(obs_MO), (BATCH,), generator=generator)
+        mine, backward = actor.vjp(obs_MO[rows], generator, squash)
+        optimizer.gradient.loss.zero_()
+        backward(add_imitation(mine, act_MA[rows], optimizer.gradient), optimizer.gradient)
+        optimizer.flat.copy_(numbers)
+        optimizer.lr = RATE * (1.0 - step / steps)
+        losses.append(float(optimizer.step()))
+        numbers.copy_(optimizer.flat)
+        if done.bits:
+            quantise(actor, done.bits, done.scales)
+        guard.end_update()
+    guard.check(steps)
+    return losses

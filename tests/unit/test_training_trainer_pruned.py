@@ -1,0 +1,84 @@
+"""actor.prune: what is 0 at the first step is 0 at the last, everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from builders import small_config
+from shell import refusal
+from torch import Tensor
+from trainers import Workers
+
+from spikerl.config.build import Config
+from spikerl.models.actor import Actor, build_actor, connections
+from spikerl.models.normalizer import RunningNorm
+from spikerl.models.policy import Policy, load_policy
+from spikerl.training.trainer import Trainer
+
+
+def pruned(share: float) -> Config:
+    config = small_config(num_envs=2)
+    actor = replace(config.actor.actor, prune=share)
+    return replace(config, actor=replace(config.actor, actor=actor))
+
+
+def zeros(actor: Actor) -> dict[str, Tensor]:
+    return {name: (w == 0).clone() for name, w in connections(actor).items()}
+
+
+def test_zeros_stay(tmp_path: Path) -> None:
+    """Of two workers alike, through a checkpoint to the bit, and in the policy's file."""
+    config = pruned(0.9)
+    workers = Workers(config, 2)
+    first = {name: p.detach().clone() for name, p in workers.first.algo.actor.named_parameters()}
+    gone = zeros(workers.first.algo.actor)
+    for name, zero in gone.items():
+        share = 0.0 if name == "decoder.weight_AP" else 0.9
+        assert int(zero.sum()) == round(share * zero.numel())
+    workers.train(60)
+    workers.save(tmp_path)
+    again = Workers(config, 2)
+    again.load(tmp_path)
+    for each in (workers, again):
+        each.train(80)
+    states = [t.learner_state() for w in (workers, again) for t in w.trainers]
+    assert states[0]["actor.kept"].sum() < len(states[0]["actor.weights"])
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert all(torch.equal(tensor, states[0][name]) for name, tensor in state.items())
+    trained = again.first.algo.actor
+    for name, p in trained.named_parameters():
+        still = gone.get(name, torch.zeros_like(p, dtype=torch.bool))
+        assert (p[still] == 0).all()
+        assert (p[~still] != first[name][~still]).any()
+    again.first.policy.save(tmp_path)
+    for name, zero in zeros(load_policy(tmp_path).actor).items():
+        assert torch.equal(zero, gone[name])
+    for each in (workers, again):
+        each.close()
+
+
+def test_nothing_or_all_of_a_matrix() -> None:
+    """The first has 40 x 16 weights, which 0.0001 of are none."""
+    line = str(refusal(Workers, pruned(1e-4), 1))
+    assert line.startswith("actor.prune=0.0001: of the 640 weights of layers.0.weight_IN that is")
+
+
+def test_of_trained_weights_the_smallest(tmp_path: Path) -> None:
+    """Those of the policy that a run starts from, not those of a network of its own."""
+    config = pruned(0.5)
+    plain = small_config()
+    workers = Workers(plain, 1)
+    task = workers.first.task
+    workers.close()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        actor = build_actor(plain.actor, task.obs_dim, task.act_dim)
+    init = Policy(task, plain.actor, actor, RunningNorm(task.obs_dim, 3.0))
+    trainer = Trainer(config, task, init=init)
+    weight, own = (a.get_parameter("layers.0.weight_IN") for a in (actor, trainer.algo.actor))
+    middle = weight.abs().flatten().sort().values[len(weight.view(-1)) // 2]
+    assert torch.equal(own, torch.where(weight.abs() < middle, 0.0, weight))
+    trainer.close()
