@@ -224,8 +224,8 @@ def test_a_copy_that_explores_draws_from_the_policy(kind: str, log_std: str) -> 
 @pytest.mark.parametrize("log_std", ["separate", "shared"])
 def test_a_warm_up_leaves_mean_deviation_and_temperature(log_std: str) -> None:
     with float64():
-        settings = {"critic_warmup": 2, "learn_temperature": True, "log_std": log_std}
-        sac = learner(**settings)
+        settings: dict[str, Any] = {"critic_warmup": 2, "learn_temperature": True}
+        sac = learner(**settings, log_std=log_std)
         before = {name: own.flat.clone() for name, own in sac.optimizers.items()}
         rows = transitions(24, torch.float64)
         sac.learn(Batch(*(field[:16] for field in rows)), 2)
