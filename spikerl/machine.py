@@ -82,13 +82,22 @@ def resolve_device(asked: str) -> Resolved:
     return Resolved(f"cuda:{int(index or 0)}", "requested")
 
 
-def resolve_threads(asked: int | None, workers: int) -> Resolved:
-    """Threads of each of the workers that share this process's cores: by default its share."""
+# Rows of a batch up to which a second thread of the library's calls gains at most a fifth on idle
+# cores, and loses a tenth on busy ones: measured at 100 (docs/NEGATIVE.md).
+ONE_THREAD_ROWS = 128
+
+
+def resolve_threads(asked: int | None, workers: int, rows: int | None = None) -> Resolved:
+    """Threads of each of the workers that share this process's cores: by default its share; one
+    where updates are calls of the library on few `rows` (None: they are not).
+    """
     if asked is not None:
         return Resolved(str(asked), "requested")
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if given.isdecimal() and 0 < int(given) <= 4096:
         return Resolved(str(int(given)), "OMP_NUM_THREADS")
+    if rows is not None and rows <= ONE_THREAD_ROWS and cores() > workers:
+        return Resolved("1", f"batches of {rows} gain little from more")
     return Resolved(str(max(cores() // workers, 1)), f"{cores()} cores over {workers} workers")
 
 

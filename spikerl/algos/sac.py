@@ -52,18 +52,6 @@ class LogTemperature(nn.Module):
         self.value = nn.Parameter(torch.tensor([math.log(first)], dtype=torch.float32))
 
 
-def squashed(mean_BA: Tensor, log_std_BA: Tensor, noise_BA: Tensor) -> tuple[Tensor, Tensor]:
-    """a = tanh(u) with u = mean + std noise, and log pi(a), (B,).
-
-    log pi(a) = sum log N(u; mean, std) - log(1 - tanh(u)^2), the last in a form that does not
-    overflow: 2 (log 2 - u - softplus(-2 u)).
-    """
-    u = mean_BA + log_std_BA.exp() * noise_BA
-    normal = -0.5 * noise_BA.square() - log_std_BA - 0.5 * math.log(2.0 * math.pi)
-    slope = 2.0 * (math.log(2.0) - u - nn.functional.softplus(-2.0 * u))
-    return torch.tanh(u), (normal - slope).sum(-1)
-
-
 class SAC(OffPolicy):
     """A squashed Gaussian whose mean is the actor's; its log deviation is a dense network's, or
     comes from more outputs of the actor.
@@ -99,41 +87,45 @@ class SAC(OffPolicy):
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
         c, actor_opt = self.config, self.actor_optimizer
-        obs = rows.obs
+        obs, alpha = rows.obs, self.temperature
+        low, high = c.log_std_range
 
+        # A policy draws a = tanh(u), u = mean + std eps with eps ~ N(0, 1), so that
+        # log pi(a | s) = sum log N(u; mean, std) - log(1 - tanh(u)^2), over the entries of a.
         # y = r + gamma (1 - terminated) (min_i Q_i'(s', a') - alpha log pi(a' | s')), a' ~ pi(s')
         with torch.no_grad():
             mean, log_std = self.gaussian(self.actor, self.log_std, rows.next_obs, self.generator)
-            next_act, log_prob = squashed(mean, log_std, self.noise(mean))
-            next_q = self.critic_target(rows.next_obs, next_act).amin(0)
-            q_target = rows.td_target(next_q - self.temperature * log_prob)
+            noise = self.noise(mean)
+            next_act, log_prob = self.kernel.squashed(mean, log_std, noise, low, high)
+            q_target = self.critic_target.td_target(rows, next_act, -alpha * log_prob)
 
         # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
         metrics = self.critic_step(obs, rows.act, q_target)
 
-        # Actor: minimise mean (alpha log pi(a | s) - min_i Q_i(s, a)), a = tanh(mean + std noise).
-        # The critics give the gradient by a, alpha that by log pi; autograd takes both to mean and
-        # log std, whose networks take them to their weights.
+        # Actor: minimise mean (alpha log pi(a | s) - min_i Q_i(s, a)), a ~ pi(s). The critics give
+        # the gradient by a, alpha that by log pi; by the chain rule both are taken back to mean
+        # and log std, whose networks take them to their weights.
         output, mean_backward = self.actor.vjp(obs, self.generator, squash=False)
         if self.log_std:
-            raw, log_std_backward = self.log_std.vjp(obs, None, squash=False)
+            mean = output
+            log_std, log_std_backward = self.log_std.vjp(obs, None, squash=False)
         else:
-            output, raw = output.chunk(2, -1)
-        mean, raw = output.detach().requires_grad_(), raw.detach().requires_grad_()
-        act, log_prob = squashed(mean, raw.clamp(*c.log_std_range), self.noise(mean))
-        by_act = self.critic.actor_loss_grad(obs, act.detach(), actor_opt.gradient, lowest=True)
-        by_log_prob = (self.temperature * actor_opt.gradient.factor / len(obs)).expand_as(log_prob)
-        by_mean, by_raw = torch.autograd.grad((act, log_prob), (mean, raw), (by_act, by_log_prob))
-        entropy = -log_prob.detach().mean()
-        actor_opt.gradient.loss -= self.temperature * entropy * actor_opt.gradient.weight
+            mean, log_std = output.chunk(2, -1)
+        noise = self.noise(mean)
+        act, log_prob, sample_backward = self.kernel.squashed_vjp(mean, log_std, noise, low, high)
+        by_act = self.critic.actor_loss_grad(obs, act, actor_opt.gradient, lowest=True)
+        by_log_prob = (alpha * actor_opt.gradient.factor / len(obs)).expand_as(log_prob)
+        by_mean, by_log_std = sample_backward(by_act, by_log_prob)
+        entropy = -log_prob.mean()
+        actor_opt.gradient.loss -= alpha * entropy * actor_opt.gradient.weight
         if self.log_std:
             metrics |= mean_backward(by_mean, actor_opt.gradient)
-            log_std_backward(by_raw, self.optimizers["log_std"].gradient)
+            log_std_backward(by_log_std, self.optimizers["log_std"].gradient)
             self.optimizers["log_std"].step()
         else:
-            metrics |= mean_backward(torch.cat([by_mean, by_raw], -1), actor_opt.gradient)
+            metrics |= mean_backward(torch.cat([by_mean, by_log_std], -1), actor_opt.gradient)
         actor_loss = actor_opt.step()
-        metrics |= {"actor_loss": actor_loss, "entropy": entropy, "temperature": self.temperature}
+        metrics |= {"actor_loss": actor_loss, "entropy": entropy, "temperature": alpha}
 
         # Temperature: minimise log alpha (entropy - target entropy).
         if c.learn_temperature:
@@ -151,10 +143,10 @@ class SAC(OffPolicy):
     def gaussian(
         self, actor: Actor, log_std: MLPActor | None, obs: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Mean and log deviation before tanh."""
+        """Mean before tanh, and log deviation before it is clipped."""
         mean = actor.mean(obs, generator)
         mean, raw = (mean, log_std.mean(obs)) if log_std else mean.chunk(2, -1)
-        return mean, raw.clamp(*self.config.log_std_range)
+        return mean, raw
 
     def noise(self, like: Tensor) -> Tensor:
         return normal_like(like, self.generator)
@@ -163,7 +155,8 @@ class SAC(OffPolicy):
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         """Actions drawn from the policy."""
         mean, log_std = self.gaussian(self.acting, self.acting_log_std, obs, generator)
-        return squashed(mean, log_std, normal_like(mean, generator))[0]
+        std = log_std.clamp(*self.config.log_std_range).exp()
+        return torch.tanh(mean + std * normal_like(mean, generator))
 
     def act_on_cpu(self, kernel: str) -> None:
         super().act_on_cpu(kernel)

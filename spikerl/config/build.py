@@ -13,7 +13,7 @@ import torch
 from spikerl import kernels, plugins
 from spikerl.algos import ALGOS, AlgoConfig
 from spikerl.algos.bcq import BCQConfig
-from spikerl.algos.offpolicy import OfflineConfig, ReplayConfig
+from spikerl.algos.offpolicy import OfflineConfig, OffPolicyConfig, ReplayConfig
 from spikerl.algos.ppo import PPOConfig
 from spikerl.distributed import hosts
 from spikerl.distributed.launchers import ranked
@@ -59,7 +59,7 @@ class RunConfig:
     world_size: int | None  # null: 1, or as many as the launcher (torchrun) started
     scaling: str
     device: str
-    threads: int | None  # of each worker; null: cores over workers
+    threads: int | None  # of each worker; null: cores over workers, or 1 for small batches
     deterministic: bool
     max_restarts: int
     nnodes: int
@@ -197,10 +197,15 @@ def build(raw: Mapping[str, Any]) -> Config:
     sharers = 1 if hosts.has_own("cores") else hosts.workers_here(world_size, run.nnodes)
     check_shares(run, algo, world_size)
     check_precision(precision, torch.device(device.choice))
+    layered = why_layered(actor, precision.actor_dtype)
+    chosen = kernels.resolve(kernel, device.choice, layered)
+    whole = chosen.choice.startswith("cpu/") and layered is None  # PyTorch makes no product
+    whole &= precision.critic_dtype == torch.float32 and isinstance(algo, OffPolicyConfig)
+    rows = algo.batch_size if whole else None
     resolved = Choices(
         device=device,
-        threads=resolve_threads(run.threads, sharers),
-        kernel=kernels.resolve(kernel, device.choice, why_layered(actor, precision.actor_dtype)),
+        threads=resolve_threads(run.threads, sharers, rows),
+        kernel=chosen,
         backend=resolve_backend(backend, device.choice, world_size, run.nnodes),
         energy=meter.resolve(energy, device=torch.device(device.choice)),
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from spikerl.errors import BadRequest
 from spikerl.kernels import build as native
 from spikerl.kernels import cpu, reference
-from spikerl.kernels.gradient import Gradient, Moments, Pullback
+from spikerl.kernels.gradient import Gradient, Moments, Pullback, SamplePullback
 from spikerl.kernels.prepared import fused
 from spikerl.kernels.reference import DenseNet, SpikingNet, ValueNet
 from spikerl.schema import Registry
@@ -36,7 +36,17 @@ class Kernel(Protocol):
 
     def values(self, critic: ValueNet, obs: Tensor, act: Tensor, /) -> Tensor: ...
 
-    def td_target(self, critic: ValueNet, rows: Batch, act: Tensor, /) -> Tensor: ...
+    def td_target(
+        self, critic: ValueNet, rows: Batch, act: Tensor, bonus: Tensor | None = ..., /
+    ) -> Tensor: ...
+
+    def squashed(
+        self, mean: Tensor, log_std: Tensor, noise: Tensor, low: float, high: float, /
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def squashed_vjp(
+        self, mean: Tensor, log_std: Tensor, noise: Tensor, low: float, high: float, /
+    ) -> tuple[Tensor, Tensor, SamplePullback]: ...
 
     def add_clipped_noise(
         self, act: Tensor, noise: Tensor, std: float, bound: float, /

@@ -131,7 +131,9 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_act.argtypes = [net, ctypes.POINTER(Units), p, p, ctypes.c_float, p]
     critic, real = ctypes.POINTER(Critic), ctypes.c_float
     lib.spikerl_values.argtypes = [critic, Count, p, p, p, threads]
-    lib.spikerl_td_target.argtypes = [critic, Count, *[p] * 6, threads]
+    lib.spikerl_td_target.argtypes = [critic, Count, *[p] * 7, threads]
+    lib.spikerl_squashed.argtypes = [Count, Count, p, p, p, real, real, p, p, p]
+    lib.spikerl_squashed_backward.argtypes = [Count, Count, *[p] * 5, real, real, p, p]
     lib.spikerl_add_clipped_noise.argtypes = [Count, p, p, real, real]
     lib.spikerl_critic_backward.argtypes = [critic, Count, p, p, p, real, p, p, p, threads]
     lib.spikerl_actor_loss_grad.argtypes = [critic, Count, p, p, real, p, threads]
@@ -154,6 +156,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     for name in (
         "forward", "backward", "scan", "scan_back", "values", "td_target", "add_clipped_noise",
         "critic_backward", "dense_forward", "dense_backward", "mse_backward", "count_spikes",
+        "squashed", "squashed_backward",
     ):  # fmt: skip
         getattr(lib, f"spikerl_{name}").restype = None
     lib.spikerl_act.restype = ctypes.c_bool

@@ -25,7 +25,7 @@ from spikerl.kernels import build as native
 from spikerl.kernels import reference
 from spikerl.kernels.build import Net, Pointer, Units
 from spikerl.kernels.coverage import MAX_STEPS, why_no_scan
-from spikerl.kernels.gradient import Gradient, Moments, Pullback
+from spikerl.kernels.gradient import Gradient, Moments, Pullback, SamplePullback
 from spikerl.kernels.prepared import (
     PreparedActor,
     PreparedCritic,
@@ -213,16 +213,20 @@ class CPUKernel:
         self.lib.spikerl_values(ready.all, len(obs), *places, torch.get_num_threads())
         return values
 
-    def td_target(self, critic: ValueNet, rows: Batch, act_BA: Tensor) -> Tensor:
+    def td_target(
+        self, critic: ValueNet, rows: Batch, act_BA: Tensor, bonus_B: Tensor | None = None
+    ) -> Tensor:
         """As `reference.td_target`."""
         ready = self.prepare_critic(critic, act_BA.shape[1])
         obs, rew, discount = rows.next_obs, rows.rew, rows.discount
-        if not covered(ready, obs, act_BA, rew, discount) or torch.is_grad_enabled():
-            return reference.td_target(critic, rows, act_BA)
+        bonus = () if bonus_B is None else (bonus_B.contiguous(),)
+        if not covered(ready, obs, act_BA, rew, discount, *bonus) or torch.is_grad_enabled():
+            return reference.td_target(critic, rows, act_BA, bonus_B)
         fields = [x.contiguous() for x in (obs, act_BA, rew, discount, rows.terminated)]
         target = torch.empty_like(fields[2])
         places = (x.data_ptr() for x in (*fields, target))
-        self.lib.spikerl_td_target(ready.all, len(obs), *places, torch.get_num_threads())
+        added = bonus[0].data_ptr() if bonus else None
+        self.lib.spikerl_td_target(ready.all, len(obs), *places, added, torch.get_num_threads())
         return target
 
     def add_clipped_noise(
@@ -235,6 +239,42 @@ class CPUKernel:
             act_BA.numel(), act_BA.data_ptr(), noise_BA.data_ptr(), std, bound
         )
         return noise_BA
+
+    def squashed(
+        self, mean_BA: Tensor, log_std_BA: Tensor, noise_BA: Tensor, low: float, high: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `reference.squashed`."""
+        if torch.is_grad_enabled():
+            return reference.squashed(mean_BA, log_std_BA, noise_BA, low, high)
+        return self.squashed_vjp(mean_BA, log_std_BA, noise_BA, low, high)[:2]
+
+    def squashed_vjp(
+        self, mean_BA: Tensor, log_std_BA: Tensor, noise_BA: Tensor, low: float, high: float
+    ) -> tuple[Tensor, Tensor, SamplePullback]:
+        """As `reference.squashed_vjp`, without autograd."""
+        if any(x.dtype != torch.float32 for x in (mean_BA, log_std_BA, noise_BA)):
+            return reference.squashed_vjp(mean_BA, log_std_BA, noise_BA, low, high)
+        mean, log_std, noise = (x.contiguous() for x in (mean_BA, log_std_BA, noise_BA))
+        act, spread, log_prob = (
+            torch.empty_like(mean),
+            torch.empty_like(mean),
+            mean.new_empty(len(mean)),
+        )
+        places = (x.data_ptr() for x in (act, log_prob, spread))
+        self.lib.spikerl_squashed(
+            *mean.shape, mean.data_ptr(), log_std.data_ptr(), noise.data_ptr(), low, high, *places
+        )
+
+        def pull(by_act_BA: Tensor, by_log_prob_B: Tensor) -> tuple[Tensor, Tensor]:
+            given = (log_std, act, spread, by_act_BA.contiguous(), by_log_prob_B.contiguous())
+            found = torch.empty_like(mean), torch.empty_like(mean)
+            self.lib.spikerl_squashed_backward(
+                *mean.shape, *(x.data_ptr() for x in given), low, high,
+                *(x.data_ptr() for x in found),
+            )  # fmt: skip
+            return found
+
+        return act, log_prob, pull
 
     def critic_backward(
         self, critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, target_B: Tensor, into: Gradient

@@ -72,6 +72,11 @@ def by_autograd(output: Tensor, own_loss: Tensor | None = None) -> tuple[Tensor,
     return output.detach(), pull
 
 
+# Of the gradients by samples (B, A) and by their log probabilities (B,), it makes those by mean and
+# by log deviation.
+SamplePullback = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 class Moments(NamedTuple):
     """What Adam changes in a step: vectors of all parameters of a network, and its count."""
 

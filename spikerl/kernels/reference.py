@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.kernels.dense import relu_values
-from spikerl.kernels.gradient import Gradient, Moments, Pullback, by_autograd
+from spikerl.kernels.gradient import Gradient, Moments, Pullback, SamplePullback, by_autograd
 from spikerl.snn.batchnorm import BATCH, RUNNING, CaReBN
 from spikerl.snn.decoders import Decoder, ILCDecoder
 from spikerl.snn.early_exit import EarlyExit
@@ -236,9 +236,46 @@ def values(critic: ValueNet, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
     return relu_values(x_BI, list(critic.weights_CIN), list(critic.biases_C1N), critic.dtype)
 
 
-def td_target(critic: ValueNet, rows: Batch, act_BA: Tensor) -> Tensor:
-    """Target values (B,): the lowest critic's value of the next observations and `act`."""
-    return rows.td_target(values(critic, rows.next_obs, act_BA).amin(0))
+def td_target(
+    critic: ValueNet, rows: Batch, act_BA: Tensor, bonus_B: Tensor | None = None
+) -> Tensor:
+    """Target values (B,): the lowest critic's value of the next observations and `act`, and what
+    is added to that.
+    """
+    lowest_B = values(critic, rows.next_obs, act_BA).amin(0)
+    return rows.td_target(lowest_B if bonus_B is None else lowest_B + bonus_B)
+
+
+def squashed(
+    mean_BA: Tensor, log_std_BA: Tensor, noise_BA: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """a = tanh(u) with u = mean + std noise, and log pi(a), (B,); log std is clipped first.
+
+    log pi(a) = sum log N(u; mean, std) - log(1 - tanh(u)^2), the last in a form that does not
+    overflow: 2 (log 2 - u - softplus(-2 u)).
+    """
+    log_std_BA = log_std_BA.clamp(low, high)
+    u = mean_BA + log_std_BA.exp() * noise_BA
+    normal = -0.5 * noise_BA.square() - log_std_BA - 0.5 * math.log(2.0 * math.pi)
+    slope = 2.0 * (math.log(2.0) - u - nn.functional.softplus(-2.0 * u))
+    return torch.tanh(u), (normal - slope).sum(-1)
+
+
+def squashed_vjp(
+    mean_BA: Tensor, log_std_BA: Tensor, noise_BA: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor, SamplePullback]:
+    """As `squashed`, and the way back: from gradients by a and log pi(a) to those by mean and log
+    std.
+    """
+    inputs = mean_BA.detach().requires_grad_(), log_std_BA.detach().requires_grad_()
+    outputs = squashed(*inputs, noise_BA, low, high)
+
+    def pull(by_act_BA: Tensor, by_log_prob_B: Tensor) -> tuple[Tensor, Tensor]:
+        by_mean, by_log_std = torch.autograd.grad(outputs, inputs, (by_act_BA, by_log_prob_B))
+        return by_mean, by_log_std
+
+    act, log_prob = outputs
+    return act.detach(), log_prob.detach(), pull
 
 
 def add_clipped_noise(act_BA: Tensor, noise_BA: Tensor, std: float, bound: float) -> Tensor:

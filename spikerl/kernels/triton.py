@@ -28,6 +28,8 @@ from spikerl.kernels.reference import (
     dense_vjp,
     mse_backward,
     polyak,
+    squashed,
+    squashed_vjp,
     td_target,
     values,
 )
@@ -43,6 +45,8 @@ __all__ = [
     "dense_vjp",
     "mse_backward",
     "polyak",
+    "squashed",
+    "squashed_vjp",
     "td_target",
     "values",
     "vjp",

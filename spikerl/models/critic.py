@@ -43,9 +43,9 @@ class Critics(nn.Module):
         """Every network's values, (C, B)."""
         return kernels.named(self.kernel).values(self, obs_BO, act_BA)
 
-    def td_target(self, rows: Batch, next_act: Tensor) -> Tensor:
-        """rew + discount (1 - terminated) min_c Q_c(next_obs, next_act), (B,)."""
-        return kernels.named(self.kernel).td_target(self, rows, next_act)
+    def td_target(self, rows: Batch, next_act: Tensor, bonus_B: Tensor | None = None) -> Tensor:
+        """rew + discount (1 - terminated) (min_c Q_c(next_obs, next_act) + bonus), (B,)."""
+        return kernels.named(self.kernel).td_target(self, rows, next_act, bonus_B)
 
     def critic_backward(
         self, obs_BO: Tensor, act_BA: Tensor, target_B: Tensor, into: Gradient

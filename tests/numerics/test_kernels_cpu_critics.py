@@ -98,6 +98,11 @@ def test_target_values(path: str, size: tuple[Any, ...]) -> None:
         lowest = reference.values(critic, obs, act).amin(0)
         found = kernels.named(f"cpu/{path}").td_target(critic, batch, act)
         torch.testing.assert_close(found, torch.where(ends, rew, rew + discount * lowest))
+        bonus = rows[:, 0] - 0.5
+        more = kernels.named(f"cpu/{path}").td_target(critic, batch, act, bonus)
+        expected = torch.where(ends, rew, rew + discount * (lowest + bonus))
+        torch.testing.assert_close(more, expected)
+        torch.testing.assert_close(reference.td_target(critic, batch, act, bonus), expected)
         for c in range(2):  # a critic that went wrong is not passed over
             critic.biases_C1N[-1].zero_()[c] = float("nan")
             found = kernels.named(f"cpu/{path}").td_target(critic, batch, act)
@@ -338,7 +343,8 @@ def test_kernels_have_the_same_operations() -> None:
     names = [n for n in dir(kernels.Kernel) if not n.startswith("_")]
     assert sorted(names) == [
         "actions", "actor_loss_grad", "adam", "add_clipped_noise", "critic_backward",
-        "dense_actions", "dense_vjp", "mse_backward", "polyak", "td_target", "values", "vjp",
+        "dense_actions", "dense_vjp", "mse_backward", "polyak", "squashed",
+        "squashed_vjp", "td_target", "values", "vjp",
     ]  # fmt: skip
     for kernel in ("reference", f"cpu/{PATHS[0]}"):
         assert all(callable(getattr(kernels.named(kernel), name)) for name in names)

@@ -27,8 +27,9 @@ from spikerl.algos.dqn import DQN
 from spikerl.algos.ppo import PPO
 from spikerl.algos.replay import Replay
 from spikerl.algos.returns import gae
-from spikerl.algos.sac import SAC, squashed
+from spikerl.algos.sac import SAC
 from spikerl.envs.vector import Steps
+from spikerl.kernels import reference
 from spikerl.models.actor import MLPActor, MLPConfig
 from spikerl.models.critic import Critics
 
@@ -90,7 +91,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def test_a_squashed_gaussian() -> None:
     mean, log_std, noise = (0.5 * random(50, 3, seed=seed) for seed in range(3))
     theirs = SquashedDiagGaussianDistribution(3, epsilon=0.0).proba_distribution(mean, log_std)
-    act, logp = squashed(mean, log_std, noise)
+    act, logp = reference.squashed(mean, log_std, noise, -20.0, 2.0)
     u = mean + log_std.exp() * noise
     torch.testing.assert_close(act, torch.tanh(u))
     torch.testing.assert_close(logp, theirs.log_prob(act, u), rtol=1e-8, atol=1e-10)

@@ -25,7 +25,7 @@ from plain import (
 from torch import Tensor
 from torch.distributions import Normal
 
-from spikerl.algos.sac import SAC, squashed
+from spikerl.algos.sac import SAC
 from spikerl.kernels import build as native
 from spikerl.models.actor import Actor, MLPActor, MLPConfig
 from spikerl.models.critic import Critics
@@ -175,28 +175,6 @@ def test_the_kernels_updates_are_the_definitions() -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         for name, tensor in weights(ours).items():
             torch.testing.assert_close(tensor, weights(plain)[name], rtol=1e-3, atol=1e-4)
-
-
-def test_a_squashed_gaussian_by_hand() -> None:
-    """At u = 0 tanh has slope 1; at u = 1, from noise 2 and deviation 1/2, 1 - tanh(1)^2."""
-    mean, log_std = torch.zeros(2, 1), torch.tensor([[0.0], [-math.log(2.0)]])
-    act, logp = squashed(mean, log_std, torch.tensor([[0.0], [2.0]]))
-    at_zero = -0.5 * math.log(2.0 * math.pi)
-    at_one = at_zero - 2.0 + math.log(2.0) - math.log(1.0 - math.tanh(1.0) ** 2)
-    assert act.flatten().tolist() == pytest.approx([0.0, math.tanh(1.0)])
-    assert logp.tolist() == pytest.approx([at_zero, at_one])
-
-
-def test_log_probability_of_an_action_at_its_bound() -> None:
-    """tanh(20) is 1 in float32; log(1 - tanh(u)^2) is 2 (log 2 - |u|) for large |u|."""
-    mean = torch.tensor([[20.0], [-200.0]], requires_grad=True)
-    act, logp = squashed(mean, torch.zeros(2, 1), torch.zeros(2, 1))
-    at_zero = -0.5 * math.log(2.0 * math.pi)
-    assert act.flatten().tolist() == [1.0, -1.0]
-    expected = [at_zero - 2.0 * (math.log(2.0) - u) for u in (20.0, 200.0)]
-    assert logp.tolist() == pytest.approx(expected)
-    (slope,) = torch.autograd.grad(logp.sum(), mean)
-    assert slope.flatten().tolist() == pytest.approx([2.0, -2.0])
 
 
 @pytest.mark.parametrize("log_std", ["separate", "shared"])

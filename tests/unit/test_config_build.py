@@ -12,6 +12,7 @@ from hydra import compose
 from omegaconf import OmegaConf
 from shell import refusal
 
+from spikerl import machine
 from spikerl.algos import ALGOS
 from spikerl.algos.offpolicy import OfflineConfig
 from spikerl.config.build import RunConfig, build
@@ -220,6 +221,22 @@ def test_training_gets_what_was_asked_for(default: dict[str, Any]) -> None:
     assert config.resolved.device.choice == "cpu"
 
 
+def test_threads(default: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for small batches where updates are the library's calls, else a share of the cores."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machine, "cores", lambda: 6)
+
+    def threads(**given: Any) -> tuple[str, str]:
+        return build(changed(default, device="cpu", **given)).resolved.threads
+
+    assert threads() == ("1", "batches of 100 gain little from more")
+    assert threads(threads=3) == ("3", "requested")
+    others = ({"algo__batch_size": 256}, {"kernel__name": "reference"}, {"neuron__reset": "soft"},
+              {"precision__critic": "bf16"})  # fmt: skip
+    for other in others:
+        assert threads(**other) == ("6", "6 cores over 1 workers")
+
+
 def test_one_environment_for_each_worker(default: dict[str, Any]) -> None:
     assert build(default).num_envs == 1
     assert build(changed(default, world_size=3)).num_envs == 3
@@ -243,8 +260,6 @@ def test_what_auto_came_to(default: dict[str, Any]) -> None:
     assert chosen.device == ("cpu", "requested")
     assert chosen.kernel.choice == f"cpu/{native.supported_paths()[0]}"
     assert chosen.backend.choice == "none"
-    assert chosen.threads == (str(cores()), f"{cores()} cores over 1 workers")
-    assert build(changed(default, threads=3)).resolved.threads == ("3", "requested")
     many = build(changed(default, device="cpu", world_size=10 * cores())).resolved
     assert many.threads.choice == "1"
     assert many.backend.choice == "gloo"

@@ -75,6 +75,13 @@ def test_threads(
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     monkeypatch.setattr(machine, "cores", lambda: 6)
     assert machine.resolve_threads(asked, 2) == (choice, reason)
+    if choice == "3":  # of the default alone
+        small = ("1", "batches of 128 gain little from more")
+        assert machine.resolve_threads(None, 2, 128) == small
+        assert machine.resolve_threads(None, 2, 129) == (choice, reason)
+        assert machine.resolve_threads(None, 6, 128) == ("1", "6 cores over 6 workers")
+    else:
+        assert machine.resolve_threads(asked, 2, 100) == (choice, reason)
 
 
 @pytest.mark.parametrize("given", [None, "7"])

@@ -98,10 +98,10 @@ void spikerl_values(const Critic* critic, int64_t B, const float* obs, const flo
     });
 }
 
-// target (B) = rew + discount times the lowest value over networks of observations and actions, which counts only where
-// `terminated` is 0.
+// target (B) = rew + discount times the lowest value over networks of observations and actions, and `bonus` (null: 0),
+// which count only where `terminated` is 0.
 void spikerl_td_target(const Critic* critic, int64_t B, const float* obs, const float* act, const float* rew,
-                       const float* discount, const uint8_t* terminated, float* target, int threads) {
+                       const float* discount, const uint8_t* terminated, float* target, const float* bonus, int threads) {
     dispatch(*critic, B, [&](auto way) {
         Scratch memory;
         const auto nets = prepare(*critic, B, obs, act, NOTHING, way.lists, memory);
@@ -110,6 +110,7 @@ void spikerl_td_target(const Critic* critic, int64_t B, const float* obs, const 
             float lowest = nets[0].values[b];
             for (const Network& net : nets)
                 if (is_lower(net.values[b], lowest)) lowest = net.values[b];
+            if (bonus) lowest += bonus[b];
             target[b] = terminated[b] ? rew[b] : rew[b] + discount[b] * lowest;
         }
     });

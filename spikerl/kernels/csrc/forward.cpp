@@ -6,22 +6,6 @@
 
 namespace {
 
-// exp(x) for x <= 0, within 2 units in the last place; 0 below -87.
-inline vec exp_of(vec x) {
-    vec scaled = x * 1.44269504088896341f - 0.5f;
-    ivec n = __builtin_convertvector(scaled > -127.0f ? scaled : broadcast(-127.0f), ivec);
-    vec exponent = __builtin_convertvector(n, vec);
-    vec r = x - exponent * 0.693359375f + exponent * 2.12194440e-4f;
-    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    vec power = reinterpret_cast<vec>((n + 127) << 23);
-    return x < -87.0f ? vec{} : p * power;
-}
-
 // Counting sort of the inputs that fired in a chunk, by their words. The two halves of the inputs have counters of
 // their own, because a counter that was just written takes some cycles to be read again.
 void list_events(const int32_t* words, int64_t K, int first, int steps, Events events) {

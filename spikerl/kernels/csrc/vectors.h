@@ -37,6 +37,22 @@ inline ivec iota(int32_t first) {
 
 inline vec relu(vec v) { return v <= 0.0f ? vec{} : v; }  // NaN stays
 
+// exp(x) for x <= 0, within 2 units in the last place; 0 below -87.
+inline vec exp_of(vec x) {
+    vec scaled = x * 1.44269504088896341f - 0.5f;
+    ivec n = __builtin_convertvector(scaled > -127.0f ? scaled : broadcast(-127.0f), ivec);
+    vec exponent = __builtin_convertvector(n, vec);
+    vec r = x - exponent * 0.693359375f + exponent * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    vec power = reinterpret_cast<vec>((n + 127) << 23);
+    return x < -87.0f ? vec{} : p * power;
+}
+
 constexpr int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
 // One bit for each lane of a comparison's result.
