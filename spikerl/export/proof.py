@@ -27,6 +27,7 @@ from spikerl.training.evaluator import Evaluator
 from spikerl.types import Task
 
 LEAST, MOST = 1000, 3000  # observations that are reproduced
+MOST_RECORDED = 12_000  # of which so many are not decided by rounding
 MOST_EPISODES = 2048  # that are run for them
 TOLERANCE = 1e-6  # of actions, relative to the larger bound
 # Voltages nearer to their threshold, relative to the layer's largest, are decided by the order in
@@ -187,27 +188,31 @@ def record(
     seed: int,
     reference: Reference | None = None,
 ) -> Recorded:
-    """At least LEAST observations, of as many episodes as that takes."""
+    """At least LEAST observations, of as many steps and episodes as that takes."""
+    most = MOST
     while True:
         obs_BO = observations(policy, env, episodes, seed)
-        picked = obs_BO[np.linspace(0, len(obs_BO) - 1, min(len(obs_BO), MOST)).astype(int)]
+        picked = obs_BO[np.linspace(0, len(obs_BO) - 1, min(len(obs_BO), most)).astype(int)]
         recorded = (reference or recorded_of)(policy, picked)
-        episodes *= 2
-        if len(recorded.obs_BO) >= LEAST or len(obs_BO) > MOST or episodes > MOST_EPISODES:
+        if len(recorded.obs_BO) >= LEAST:
+            return recorded
+        if len(obs_BO) > most:
+            most *= 2
+        else:
+            episodes *= 2
+        if most > MOST_RECORDED or episodes > MOST_EPISODES:
             break
-    if len(recorded.obs_BO) < LEAST:
-        raise ProofFailed(
-            f"{len(recorded.obs_BO)} observations were recorded, {LEAST} are needed;"
-            f" {recorded.set_aside} more lie so near to a threshold that rounding decides"
-        )
-    return recorded
+    raise ProofFailed(
+        f"{len(recorded.obs_BO)} observations were recorded, {LEAST} are needed;"
+        f" {recorded.set_aside} more lie so near to a threshold that rounding decides"
+    )
 
 
 def observations(policy: Policy, env: EnvConfig | None, episodes: int, seed: int) -> np.ndarray:
     """Raw, float32 (B, O)."""
     if env is None:
         rng = np.random.default_rng(seed_for(seed, "eval"))
-        drawn = rng.standard_normal((MOST + 1, policy.task.obs_dim))
+        drawn = rng.standard_normal((MOST_RECORDED + 1, policy.task.obs_dim))
         mean, std = policy.norm.mean_std.numpy()
         return (mean + std * drawn).astype(np.float32)
     evaluator = Evaluator(env, episodes, seed)

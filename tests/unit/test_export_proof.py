@@ -20,6 +20,7 @@ from spikerl.export.contract import DECODERS, ENCODERS, NEURONS
 from spikerl.export.formats import FORMATS
 from spikerl.models.actor import CareBNConfig, SpikingActor
 from spikerl.models.normalizer import RunningNorm
+from spikerl.models.policy import Policy
 from spikerl.seeding import RESET_BITS, reset_seed
 from spikerl.snn import decoders, encoders, neurons
 from spikerl.snn.decoders import DecoderConfig
@@ -108,6 +109,20 @@ def test_an_encoder_that_rounding_decides() -> None:
     near = proof.encoder_near(policy.actor.encoder, torch.from_numpy(obs), 1)
     assert near.tolist() == [True, False]
     assert proof.recorded_of(policy, obs).obs_BO.tolist() in ([], obs[1:].tolist())
+
+
+def test_more_are_recorded_where_rounding_decides_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third is left: 500 of 1500, which is too few, and 1000 of 3000."""
+    monkeypatch.setattr(proof, "MOST", 1500)
+
+    def third(policy: Policy, obs_BO: np.ndarray) -> proof.Recorded:
+        return proof.Recorded(obs_BO[::3], [], obs_BO[::3], len(obs_BO) - len(obs_BO[::3]))
+
+    recorded = proof.record(policy_of(config(), task(3, 1)), None, 1, 0, third)
+    assert (len(recorded.obs_BO), recorded.set_aside) == (1000, 2000)
+    monkeypatch.setattr(proof, "MOST_RECORDED", 2000)
+    with pytest.raises(proof.ProofFailed, match=r"^500 observations were .* 1000 more lie so near"):
+        proof.record(policy_of(config(), task(3, 1)), None, 1, 0, third)
 
 
 def test_too_few_observations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
