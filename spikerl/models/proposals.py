@@ -75,7 +75,7 @@ class Proposer(nn.Module):
         act = proposed(self.decoder, obs, generator)
         act = changed(act, self.change(torch.cat([obs, act], 1), generator), self.config.phi)
         best_B = self.value(obs, act)[0].view(-1, n).argmax(1)
-        return act[torch.arange(0, len(act), n, device=act.device) + best_B]
+        return act[torch.arange(0, len(act), n, device=act.device, dtype=torch.int64) + best_B]
 
     def activity(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Activity | None:
         """Of the network that changes actions, on one proposal for each observation; None where it

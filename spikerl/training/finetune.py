@@ -55,7 +55,7 @@ def finetune(
         if step > 0 and (now := step * ROUNDS // steps) > (step - 1) * ROUNDS // steps:
             more_MO = observe(now)
             obs_MO, act_MA = torch.cat([obs_MO, more_MO]), torch.cat([act_MA, goal(more_MO)])
-        rows = torch.randint(len(obs_MO), (BATCH,), generator=generator)
+        rows = torch.randint(len(obs_MO), (BATCH,), generator=generator, dtype=torch.int64)
         mine, backward = actor.vjp(obs_MO[rows], generator, squash)
         optimizer.gradient.loss.zero_()
         backward(add_imitation(mine, act_MA[rows], optimizer.gradient), optimizer.gradient)

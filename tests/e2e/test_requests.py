@@ -217,7 +217,7 @@ def test_unusable_environment(said: Said, env_id: str) -> None:
 
 def test_discrete_actions(said: Said) -> None:
     line = said("train", "env=gym", "env.id=CartPole-v1")
-    assert line == "algo=td3: the actions of CartPole-v1 are discrete; use algo=dqn"
+    assert line == "algo=td3: the actions of CartPole-v1 are discrete; use algo=ppo or dqn"
 
 
 def test_run_dir(said: Said, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_bad_job_stops_no_other(tmp_path: Path) -> None:
         ["env.id=RAISES-v0", "failed (1)", "-",
          "step 60: RAISES-v0 raised ValueError: [/b] the robot fell over"],
         ["env.id=CartPole-v1", "refused", "-",
-         "algo=td3: the actions of CartPole-v1 are discrete; use algo=dqn"],
+         "algo=td3: the actions of CartPole-v1 are discrete; use algo=ppo or dqn"],
     ]  # fmt: skip
     assert "spikerl: algo=td3: the actions of CartPole-v1" in said.err
     failed = tmp_path / "s" / "env.id=RAISES-v0"

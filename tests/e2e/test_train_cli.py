@@ -317,7 +317,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {(f["part"], f["name"]): f for f in answer["findings"]}
     versions = {"Pendulum": "v1", "CartPole": "v1", "Acrobot": "v1", "MountainCar": "v0"}
     extra = ("gym", "LunarLander")
-    names = [n for n in group_options("env") if n not in extra and not n.startswith("minatar/")]
+    names = [n for n in group_options("env") if n not in extra and not n.startswith("MinAtar/")]
     ids = [f"{name}-{versions.get(name, 'v5')}" for name in names]
     assert all(found["environment", env_id]["there"] for env_id in ids)
     for part in ("version", "device", "precision", "backend", "energy", "renderer", "output"):

@@ -17,7 +17,8 @@ def test_each_key_with_its_comment() -> None:
         "neuron:\n  reset: hard  # soft: a spike takes the threshold from the voltage\n"
         "  name: lif\n"
         "actor:\n  reset: 1\n"
-        "threads: null  # of each worker; null: its share of the cores\nseed: 0\n"
+        "threads: null  # of each worker; null: its share of the cores, or 1 for batches up to"
+        " 128\nseed: 0\n"
     )
     assert with_meanings("no list of keys", "train") == "no list of keys"
 

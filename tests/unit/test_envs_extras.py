@@ -17,9 +17,9 @@ from spikerl.config.yaml_file import group_options, option_file, read_config
 from spikerl.envs import extras
 from spikerl.envs.make import EnvConfig, make_env, task_of
 
-GAMES = [option for option in group_options("env") if option.startswith("minatar/")]
+GAMES = [option for option in group_options("env") if option.startswith("MinAtar/")]
 WITHOUT = {
-    "minatar/Breakout": "env.id=MinAtar/Breakout-v1: minatar is not installed; pip install"
+    "MinAtar/Breakout": "env.id=MinAtar/Breakout-v1: minatar is not installed; pip install"
     " 'spikerl[minatar]'",
     "LunarLander": "env.id=LunarLander-v3: Box2D is not installed; pip install 'spikerl[box2d]'",
 }
@@ -55,7 +55,7 @@ def test_each_game_has_a_file_and_a_name() -> None:
     assert len(GAMES) == 5
     for option in GAMES:
         given = read_config(option_file("env", option))
-        name = option.removeprefix("minatar/")
+        name = option.removeprefix("MinAtar/")
         assert (given["name"], given["version"]) == (f"MinAtar/{name}", "v1")
         assert {f"MinAtar/{name}-v0", f"MinAtar/{name}-v1"} <= gym.registry.keys()
 
@@ -121,7 +121,7 @@ def test_an_episode_follows_from_its_seed_alone(option: str) -> None:
 def test_the_first_action_is_not_the_last_of_the_episode_before() -> None:
     """All actions are sticky: without one before it, that is none, and the paddle stays."""
     pytest.importorskip("minatar")
-    with closing(made("minatar/Breakout")) as env:
+    with closing(made("MinAtar/Breakout")) as env:
         game = env.unwrapped.game
         for action in (1, 2):  # left, right
             game.sticky_action_prob = 0.0
