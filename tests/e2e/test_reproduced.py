@@ -26,5 +26,6 @@ def test_a_kept_policy(folder: Path) -> None:
     answer = json.loads(said.out)
     assert answer["env_id"] == kept["env_id"]
     assert len(answer["returns"]) == 1
-    assert answer["returns"][0] > 0.5 * min(kept["returns"])
+    least = min(kept["returns"])
+    assert answer["returns"][0] > least - 0.5 * abs(least)
     assert (folder / "POLICY.md").read_text().startswith("# ")
