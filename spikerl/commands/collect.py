@@ -223,7 +223,7 @@ def recipe(
     """How to make it again, and what from."""
     return {
         "command": "spikerl collect",
-        "run": request.run,
+        "run": shown(Path(request.run)),
         "policy": request.policy,
         **made,
         "max_episode_steps": policy.task.max_episode_steps,

@@ -98,7 +98,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         after.actor.early_exit = after.compression.early_exit
     rows = [measure(policy, env, request) for policy in (before, after)]
     facts = {
-        "run": request.run,
+        "run": shown(Path(request.run)),
         "policy": request.policy,
         "env_id": env.id,
         **asdict(after.compression),
@@ -114,7 +114,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         after.save(folder)
         write_json(folder / "compressed.json", facts)
 
-    done = {"status": "done", "compressed_from": request.run}
+    done = {"status": "done", "compressed_from": shown(Path(request.run))}
     record = run_folder.make_manifest(before.task.env_id, argv, {}, done)
     folder = run_folder.create(request.target, raw, record, fill, named=True)
     print("\n".join(table(env.id, request.episodes, rows)))
@@ -130,7 +130,8 @@ def config_of(request: CompressRequest, policy: Policy) -> dict[str, Any]:
     check_confirmed(request.run, env_id, dict(policy.task.env_kwargs), request.env_id)
     typed = [f"env.id={env_id}", f"plugins=[{','.join(request.plugins)}]"]
     overrides_of(path, typed, resumes=True)  # which refuses what is no plain data
-    own = {"run_dir": request.target, "resume": None, "init_from": None, "config": None}
+    target = shown(Path(request.target))
+    own = {"run_dir": target, "resume": None, "init_from": None, "config": None}
     return {**raw, **own, "plugins": request.plugins}
 
 

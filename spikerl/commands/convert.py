@@ -108,7 +108,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     finally:
         evaluator.close()
     best = max(range(len(tried)), key=lambda i: tried[i]["return_mean"]) if tried else 0
-    facts = {"status": "done", "converted_from": request.run, "activations_reached": reached}
+    facts = {"status": "done", "converted_from": shown(Path(request.run)),
+             "activations_reached": reached}  # fmt: skip
     if tried:
         facts["tried"] = tried
     record = run_folder.make_manifest(dense.task.env_id, argv, {}, facts)
@@ -188,7 +189,8 @@ def spiking_config(
         "surrogate_slope": 2.0,
         "surrogate_slope_end": None,
     }
-    own = {"run_dir": request.run_dir, "resume": None, "init_from": None, "config": None}
+    target = shown(Path(request.run_dir))
+    own = {"run_dir": target, "resume": None, "init_from": None, "config": None}
     return {**raw, **own, "plugins": request.plugins}
 
 

@@ -90,6 +90,9 @@ def test_a_dense_policy(folder: Path) -> None:
     said = spikerl("compress", "run=dense", "run_dir=small", "bits=8", "prune=0.5", "episodes=1")
     assert said.status == 0, said.err
     facts = json.loads(Path("small/compressed.json").read_text())
+    manifest = json.loads(Path("small/manifest.json").read_text())
+    assert facts["run"] == manifest["compressed_from"] == "dense"  # no path of this machine
+    assert "\nrun_dir: small\n" in Path("small/config.yaml").read_text()
     assert facts["after"]["spikes"] is facts["after"]["spike_steps"] is None
     assert facts["after"]["acs"] == 0
     assert facts["after"]["macs"] <= facts["before"]["macs"] / 2

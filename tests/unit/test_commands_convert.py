@@ -170,6 +170,8 @@ def test_defaults_are_the_plain_conversion(dense: Path) -> None:
     assert policy.config.neuron.name == "lif"
     manifest = json.loads(Path("new/manifest.json").read_text())
     assert "tried" not in manifest
+    assert manifest["converted_from"] == "dense"  # no path of this machine
+    assert "\nrun_dir: new\n" in Path("new/config.yaml").read_text()
     (most,) = manifest["activations_reached"]
     ours, theirs = (p.actor.layers[0].weight_IN for p in (policy, source))
     assert torch.equal(ours, theirs * (1.0 / most))

@@ -113,7 +113,7 @@ def test_an_import_makes_a_run_folder(files: Path) -> None:
     assert "popsan" not in config
     manifest = json.loads(Path("run/manifest.json").read_text())
     assert manifest["status"] == "done"
-    assert manifest["imported_from"] == [str(files / "m.pt"), str(files / "s.p")]
+    assert manifest["imported_from"] == ["m.pt", "s.p"]
     assert manifest["command"] == (
         "spikerl import popsan=m.pt stats=s.p env=Pendulum run_dir=run"
         " algo.norm_clip=2.0 encoder.pop_size=9"
