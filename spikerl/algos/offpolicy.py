@@ -61,7 +61,7 @@ class ReplayConfig(TargetConfig):
 class OffPolicyConfig(ReplayConfig, CriticsConfig):
     critics: ClassVar[int] = 2
 
-    critic_warmup: int  # the first updates, in which the policy stays as it is
+    critic_warmup: int = 0  # the first updates, in which the policy stays as it is
 
     def __post_init__(self) -> None:
         super().__post_init__()

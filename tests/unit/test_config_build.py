@@ -15,6 +15,7 @@ from shell import refusal
 from spikerl import machine
 from spikerl.algos import ALGOS
 from spikerl.algos.offpolicy import OfflineConfig
+from spikerl.algos.td3 import TD3Config
 from spikerl.config.build import RunConfig, build
 from spikerl.distributed.world import BACKENDS
 from spikerl.energy.meter import METERS
@@ -219,6 +220,15 @@ def test_training_gets_what_was_asked_for(default: dict[str, Any]) -> None:
     assert (config.num_envs, config.world_size) == (6, 2)
     assert config.algo.gamma == 0.25
     assert config.resolved.device.choice == "cpu"
+
+
+def test_a_config_from_before_a_key_was_there(default: dict[str, Any]) -> None:
+    """Of a dense run, which `convert` reads as it is."""
+    actor = {"name": "mlp", "hidden_sizes": [4], "lr": 1e-3}
+    algo = {key: value for key, value in default["algo"].items() if key != "critic_warmup"}
+    config = build(changed(default, actor=actor, algo=algo))
+    assert isinstance(config.algo, TD3Config)
+    assert config.algo.critic_warmup == 0
 
 
 def test_threads(default: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
