@@ -42,7 +42,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     env.close()
     check_task(task, foreign, key, model)
     policy = policy_of(foreign, config.actor, task, stats, config.algo.norm_clip)
-    sources = [shown(Path(path)) for path in (model, files["stats"]) if path is not None]
+    read = [model] if stats is None else [model, Path(str(files["stats"]))]
+    sources = [shown(path) for path in read]
     facts = {"status": "done", "imported_from": sources, "algo": None}
     target = config.run.run_dir or train.default_folder(config, "imported")
     named = config.run.run_dir is not None
