@@ -16,7 +16,16 @@ from importlib import import_module
 
 from spikerl import output
 from spikerl.children import safe_path
-from spikerl.cli.compose import PATHS, commands, expand, explain, module_of, searchpath, usage
+from spikerl.cli.compose import (
+    PATHS,
+    commands,
+    expand,
+    explain,
+    module_of,
+    searchpath,
+    split,
+    usage,
+)
 from spikerl.cli.help import with_meanings
 from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.launchers import adopt
@@ -145,7 +154,11 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
             safe_path() if sweep else nullcontext(),
             redirect_stdout(text) if helps else nullcontext(),
         ):
-            hydra.main(str(conf_folder()), command, version_base="1.3")(job)()
+            if sweep or split(args)[1]:
+                hydra.main(str(conf_folder()), command, version_base="1.3")(job)()
+            else:  # hydra.main would compose twice, to find out that this is no sweep
+                with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+                    job(hydra.compose(command, [*own, *args]))
     except SystemExit as ended:
         if called:  # somebody's code has no say in how the program ends
             statuses.append(FAILED)

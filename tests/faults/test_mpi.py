@@ -115,6 +115,7 @@ def test_a_killed_worker_ends_the_run_and_the_rest_can_be_resumed(
     assert computed(tmp_path / "run") == computed(whole)
 
 
+@pytest.mark.slow
 def test_an_environment_that_fails_in_one_worker(tmp_path: Path) -> None:
     text = FAILING.replace("SEED", str(reset_seed(RESET_BITS, 0, "env", 1)))  # worker 1's
     (tmp_path / "burning.py").write_text(text)
