@@ -172,13 +172,10 @@ FEW = {
 @pytest.mark.parametrize("name", group_options("experiment"))
 def test_experiments_learn(name: str) -> None:
     """Each published setting with the networks that it has, for a few updates."""
-    if "minatar" in name:
-        pytest.importorskip("minatar")
     offline = name.startswith("offline/") or name.endswith("/bcq")
     short, updates = FEW["ppo" if name.endswith("ppo") else "offline" if offline else "replaying"]
     steps = updates if offline else 60
     if offline:
-        pytest.importorskip("h5py")
         write(Path("d"), [episode(9)])
     if name == "spikerl/td3_4000":  # is for GPUs: gigabytes of checkpoints
         short = [*short, "actor.hidden_sizes=[400,400]", "algo.critic_hidden_sizes=[400,400]"]

@@ -75,7 +75,6 @@ def test_srun_and_a_requeued_run_that_equals_an_undisturbed_one(tmp_path: Path) 
 
 
 def test_a_sweep_with_a_bad_job(tmp_path: Path) -> None:
-    pytest.importorskip("submitit")
     sweep = [sys.executable, "-m", "spikerl", "train", "-m", *TINY,
              "env=gym", "env.id=Pendulum-v1,CartPole-v1", "seed=0,1",
              "hydra/launcher=submitit_slurm", "run_dir=s"]  # fmt: skip

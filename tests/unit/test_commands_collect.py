@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import chdir
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from spikerl.envs.make import make_env
 from spikerl.runs import folder as run_folder
 from spikerl.seeding import RESET_BITS, reset_seed
 
-h5py: Any = pytest.importorskip("h5py")
+h5py: Any = import_module("h5py")
 OFFLINE = [
     *(
         word

@@ -20,7 +20,7 @@ from spikerl.envs.dataset import MAIN, METADATA, Dataset, Writer
 from spikerl.errors import BadRequest
 from spikerl.types import Task
 
-h5py: Any = pytest.importorskip("h5py")
+h5py: Any = import_module("h5py")
 MUCH = 1 << 30  # bytes
 
 
@@ -275,7 +275,7 @@ def test_written_and_read_again(task: Task, tmp_path: Path) -> None:
 
 
 def test_minari_reads_it(task: Task, tmp_path: Path) -> None:
-    minari: Any = pytest.importorskip("minari")
+    minari: Any = import_module("minari")
     written(tmp_path / "d", task)
     found = minari.MinariDataset(tmp_path / "d" / "data")
     assert (found.id, found.total_episodes, found.total_steps) == ("pendulum-v0", 2, 8)
@@ -289,7 +289,6 @@ def test_minari_reads_it(task: Task, tmp_path: Path) -> None:
 
 
 def test_what_minari_writes(task: Task, tmp_path: Path) -> None:
-    pytest.importorskip("minari")
     storage_of = import_module("minari.dataset.minari_storage").MinariStorage
     buffer_of = import_module("minari.data_collector").EpisodeBuffer
     (tmp_path / "d").mkdir()

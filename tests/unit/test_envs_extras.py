@@ -99,7 +99,6 @@ def made(option: str) -> Any:
 @pytest.mark.parametrize("option", [*GAMES, "LunarLander"])
 def test_an_episode_follows_from_its_seed_alone(option: str) -> None:
     """Whatever was played before; sticky actions would tell."""
-    pytest.importorskip("minatar" if "/" in option else "Box2D")
     seen = []
     for before in (0, 1, 7):
         with closing(made(option)) as env:
@@ -120,7 +119,6 @@ def test_an_episode_follows_from_its_seed_alone(option: str) -> None:
 
 def test_the_first_action_is_not_the_last_of_the_episode_before() -> None:
     """All actions are sticky: without one before it, that is none, and the paddle stays."""
-    pytest.importorskip("minatar")
     with closing(made("MinAtar/Breakout")) as env:
         game = env.unwrapped.game
         for action in (1, 2):  # left, right

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.snn.neurons import CubaLIFConfig
 
-reader: Any = pytest.importorskip("nir")
+reader: Any = import_module("nir")
 
 
 def interpreter(policy: Policy, folder: Path) -> nir.Interpreter:

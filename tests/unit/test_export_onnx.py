@@ -13,9 +13,6 @@ from shell import refusal, spikerl
 from spikerl.export import contract, onnx, proof
 from spikerl.models.policy import Policy
 
-pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-
 
 def interpreter(policy: Policy, folder: Path) -> onnx.Interpreter:
     file = folder / "policy.onnx"

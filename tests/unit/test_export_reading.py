@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,9 @@ from spikerl.models.compression import Compression
 from spikerl.snn.early_exit import EarlyExit
 from spikerl.types import Entry, Task
 
-onnx_package = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-nir_package = pytest.importorskip("nir")
-h5py = pytest.importorskip("h5py")
+onnx_package = import_module("onnx")
+nir_package = import_module("nir")
+h5py = import_module("h5py")
 
 FORMATS = ["c", "onnx", "nir", "loihi"]
 SEALED = [format for format in FORMATS if format != "c"]  # that run no code

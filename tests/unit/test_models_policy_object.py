@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import time
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +190,8 @@ def test_predict() -> None:
 
 
 def test_stable_baselines_evaluates_it() -> None:
-    gymnasium = pytest.importorskip("gymnasium")
-    evaluation = pytest.importorskip("stable_baselines3.common.evaluation")
+    gymnasium = import_module("gymnasium")
+    evaluation = import_module("stable_baselines3.common.evaluation")
     policy = make("popsan", "Pendulum-v1", obs_dim=3)
     env = gymnasium.make("Pendulum-v1", max_episode_steps=20)
     obs, _ = env.reset(seed=5)
@@ -199,8 +199,8 @@ def test_stable_baselines_evaluates_it() -> None:
     for _ in range(20):
         obs, rew, *_ = env.step(policy(obs))
         wanted += rew
-    vectors = pytest.importorskip("stable_baselines3.common.vec_env").DummyVecEnv
-    monitor = pytest.importorskip("stable_baselines3.common.monitor").Monitor
+    vectors = import_module("stable_baselines3.common.vec_env").DummyVecEnv
+    monitor = import_module("stable_baselines3.common.monitor").Monitor
     envs = vectors([lambda: monitor(gymnasium.make("Pendulum-v1", max_episode_steps=20))])
     envs.seed(5)
     returns, lengths = evaluation.evaluate_policy(

@@ -70,7 +70,6 @@ OFFLINE = [w for w in SHORT if not w.startswith(("algo.learn", "algo.random", "t
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a dataset, and a run of each kind of actor."""
-    pytest.importorskip("h5py")
     made = tmp_path_factory.mktemp("bcq")
     write(made / "d", [episode(30)])
     with pytest.MonkeyPatch.context() as patch:

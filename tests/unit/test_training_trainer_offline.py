@@ -30,7 +30,6 @@ from spikerl.envs.dataset import Dataset
 from spikerl.runs.checkpoint import save_checkpoint, verified
 from spikerl.training.trainer import Trainer
 
-pytest.importorskip("h5py")
 LENGTHS = (5, 3, 6)
 FIRST = (0.0, 1000.0, 2000.0)  # of each episode's observations and rewards
 SMALL = {"batch_size": 6, "critic_hidden_sizes": [8]}

@@ -63,7 +63,6 @@ class Broken(Painted):
 @pytest.fixture(autouse=True)
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A policy of the painted environment."""
-    pytest.importorskip("imageio_ffmpeg")
     monkeypatch.chdir(tmp_path)
     for kind in (Painted, Unpainted, Broken):
         gym.register(f"{kind.__name__}-v0", f"{__name__}:{kind.__name__}", max_episode_steps=STEPS)
