@@ -146,6 +146,7 @@ def environments() -> Iterator[Finding]:
             id=f"{name}-{version}",
             max_episode_steps=None,
             vectorizer="sync",
+            kwargs=given.get("kwargs"),
         )
         part = "extra" if extras.needs(config.id) else "environment"
         try:

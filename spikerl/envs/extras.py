@@ -8,6 +8,7 @@ import gymnasium as gym
 
 # What an id begins with: the module that such tasks need, and the extra that brings it.
 EXTRAS = {
+    "ALE/": ("ale_py", "atari"),
     "MinAtar/": ("minatar", "minatar"),
     **dict.fromkeys(("BipedalWalker", "CarRacing", "LunarLander"), ("Box2D", "box2d")),
 }
@@ -26,6 +27,16 @@ def why_missing(env_id: str) -> str | None:
         return None
     module, extra = needed
     return f"{module} is not installed; pip install 'spikerl[{extra}]'"
+
+
+def register_ale(env_id: str) -> None:
+    """Atari's games, if this is one: ale_py registers them where it is imported, and else says who
+    it is on stderr.
+    """
+    if env_id.startswith("ALE/"):
+        import ale_py
+
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 
 def register_minatar() -> None:

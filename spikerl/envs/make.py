@@ -187,6 +187,7 @@ def make_env(config: EnvConfig) -> CheckedEnv:
     _quiet_mujoco()
     if missing := extras.why_missing(config.id):
         raise BadRequest("env.id", config.id, missing)
+    extras.register_ale(config.id)
     named = config.id == f"{config.name}-{config.version}"
     key, value = ("env.version", config.version) if named else ("env.id", config.id)
     try:

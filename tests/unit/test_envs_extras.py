@@ -19,6 +19,7 @@ from spikerl.envs.make import EnvConfig, make_env, task_of
 
 GAMES = [option for option in group_options("env") if option.startswith("MinAtar/")]
 WITHOUT = {
+    "ALE/Pong": "env.id=ALE/Pong-v5: ale_py is not installed; pip install 'spikerl[atari]'",
     "MinAtar/Breakout": "env.id=MinAtar/Breakout-v1: minatar is not installed; pip install"
     " 'spikerl[minatar]'",
     "LunarLander": "env.id=LunarLander-v3: Box2D is not installed; pip install 'spikerl[box2d]'",
@@ -45,6 +46,7 @@ def test_training_can_run_without_them(bare: None, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(doctor, "group_options", lambda group: [*WITHOUT, "CartPole"])
     found = [finding[:3] for finding in doctor.environments()]
     assert found == [
+        ("extra", "ALE/Pong-v5", False),
         ("extra", "MinAtar/Breakout-v1", False),
         ("extra", "LunarLander-v3", False),
         ("environment", "CartPole-v1", True),
@@ -90,13 +92,24 @@ def made(option: str) -> Any:
             name=name,
             version=version,
             id=f"{name}-{version}",
-            max_episode_steps=None,
+            max_episode_steps=given.get("max_episode_steps"),
             vectorizer="sync",
+            kwargs=given.get("kwargs"),
         )
     )
 
 
-@pytest.mark.parametrize("option", [*GAMES, "LunarLander"])
+def test_the_memory_of_an_atari_game(capfd: pytest.CaptureFixture[str]) -> None:
+    with closing(made("ALE/Pong")) as env:
+        task = task_of(env)
+        obs, _ = env.reset(seed=0)
+        assert (obs.min(), obs.max()) == (0.0, 255.0)
+    assert (task.obs_shape, task.obs_dim, task.act_dim) == ((128,), 128, 6)
+    assert task.max_episode_steps == 27000
+    assert capfd.readouterr() == ("", "")  # the emulator says nothing of itself
+
+
+@pytest.mark.parametrize("option", [*GAMES, "LunarLander", "ALE/Pong"])
 def test_an_episode_follows_from_its_seed_alone(option: str) -> None:
     """Whatever was played before; sticky actions would tell."""
     seen = []
