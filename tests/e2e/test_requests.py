@@ -87,6 +87,12 @@ REFUSED = [
     ("kernel.path=avx512", "kernel.path=avx512: ", "kernel=cpu"),
     ("kernel=triton kernel.path=avx512", "kernel.path=avx512: ", "graphs"),
     ("kernel=cpu kernel.path=graphs", "kernel.path=graphs: ", "this processor runs"),
+    ("kernel=triton kernel.path=graphs algo=sac", "kernel.path=graphs: ", "of ddpg and td3"),
+    (
+        "kernel=triton kernel.path=graphs neuron.surrogate=atan neuron.surrogate_slope_end=9",
+        "neuron.surrogate_slope_end=9.0: ",
+        "kernel=triton alone",
+    ),
     ("experiment=popsan/td4", "experiment=popsan/td4: ", "popsan/td3"),
     ("sedd=1", "sedd=1: no such key", "seed"),
     ("algo.batchsize=1", "algo.batchsize=1: no such key", "algo.batch_size"),
