@@ -10,6 +10,7 @@ What a snapshot holds:
   Humanoid (xipos) read these before they step, and no later state gives them back.
 - Classic control: `state`, Pendulum's angle and speed, and what CartPole, Acrobot and MountainCar
   call theirs; CartPole: `beyond`, steps since its pole fell, -1 while it stands.
+- MinAtar: `mersenne` and `game`, spikerl/envs/minatar.py.
 
 Left out, because nothing reads it before it is computed anew: all else in MjData, goals (they are
 in the positions), the spaces' generators (nothing samples a space), what is only drawn.
@@ -54,6 +55,17 @@ STATELESS = (
 )
 
 
+class Restorable(gym.Env[Any, Any]):
+    """An environment of this program that says itself what it keeps between steps."""
+
+    def inner_state(self) -> Snapshot:
+        raise NotImplementedError
+
+    def restore_inner(self, state: Snapshot) -> None:
+        """A ValueError says why a state does not fit; the environment is then as it was."""
+        raise NotImplementedError
+
+
 def snapshot(env: gym.Env[Any, Any]) -> Snapshot | None:
     """None where the kind is unknown, or before the first reset: then go on from a reset."""
     layers = _layers(env)
@@ -79,12 +91,16 @@ def restore(env: gym.Env[Any, Any], state: Snapshot) -> None:
     base = layers.base
     fresh = {"random": np.zeros(6, np.int64), "elapsed": np.zeros(len(layers.limits), np.int64)}
     _check_fit(state, {"kind": _kind(base), **fresh, **inner})
+    if isinstance(base, Restorable):
+        base.restore_inner(state)
 
     for limit, steps in zip(layers.limits, state["elapsed"], strict=True):
         limit._elapsed_steps = int(steps)
     for order in layers.orders:
         order._has_reset = True
     base.np_random = _generator(state["random"])
+    if isinstance(base, Restorable):
+        return
     if type(base) in CLASSIC:
         base.state = np.array(state["state"])  # type: ignore[attr-defined]
         if isinstance(base, CartPoleEnv):
@@ -126,6 +142,8 @@ def _layers(env: gym.Env[Any, Any]) -> _Layers | None:
 
 def _inner(base: gym.Env[Any, Any]) -> Snapshot | None:
     """What the environment itself keeps between steps; None where that is not known."""
+    if isinstance(base, Restorable):
+        return base.inner_state()
     if type(base) in CLASSIC:
         held = getattr(base, "state", None)
         held = np.zeros(CLASSIC[type(base)]) if held is None else np.array(held, np.float64)
@@ -188,6 +206,8 @@ def _check_fit(state: Snapshot, own: Snapshot) -> None:
         raise ValueError("the snapshot counts steps below 0")
     for name, want in own.items():
         got = state[name]
+        if name == "game" and got.dtype == np.uint8 and got.ndim == 1:
+            continue  # a text, as long as it is
         if (got.dtype, got.shape) != (want.dtype, want.shape):
             raise ValueError(
                 f"the snapshot's {name} is {got.dtype} {got.shape}, not {want.dtype} {want.shape}"

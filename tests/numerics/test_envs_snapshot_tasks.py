@@ -33,6 +33,7 @@ TASKS = [
     *(pytest.param(name, marks=pytest.mark.slow if name.endswith("v4") else ()) for name in MUJOCO),
     "Pendulum-v1",
 ]
+GAMES = ["Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders"]
 LIMIT = 47  # so that every task is cut off and reset several times
 AHEAD = 210
 
@@ -62,7 +63,7 @@ class Run:
         return rows(env, self.actions[step : step + AHEAD]) != told
 
 
-@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("env_id", [*TASKS, *(f"MinAtar/{game}-v1" for game in GAMES)])
 def test_goes_on_bit_for_bit(env_id: str) -> None:
     used = make(env_id, LIMIT)
     used.reset(seed=99)

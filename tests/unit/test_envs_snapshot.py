@@ -230,6 +230,40 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes() -> None:
         assert ahead(env) == ahead(started("Hopper-v5")), reason
 
 
+def game(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8).copy()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda text: text[:-1], "delimiter"),
+        (lambda text: "[" * 100_000, "nested too deep"),
+        (lambda text: "[]", "of another game"),
+        (lambda text: text.replace('"pos"', '"place"'), "of another game"),
+        (lambda text: text.replace('"pos": ', '"pos": 1e9'), "pos is no state"),
+        (lambda text: text.replace('"pos": ', '"pos": "left", "x": '), "of another game"),
+        (lambda text: text.replace('"strike": false', '"strike": 0'), "strike is no state"),
+        (lambda text: text.replace("[[", "[[[", 1).replace("]]", "]]]", 1), "brick_map is no"),
+        (lambda text: text.replace("[[", "[[1.0,", 1), "brick_map is no"),
+        (lambda text: text.replace("[[0.0", "[[NaN", 1), "brick_map is no"),
+        (lambda text: text.replace("[[0.0", "[[null", 1), "brick_map is no"),
+    ],
+)
+def test_a_state_of_a_game_may_be_a_strangers(change: Callable[[str], str], reason: str) -> None:
+    env = started("MinAtar/Breakout-v1", 2)
+    before = taken(env)
+    text = bytes(before["game"]).decode()
+    assert change(text) != text
+    with pytest.raises(ValueError, match=reason):
+        restore(env.env, {**before, "game": game(change(text))})
+    for place in (-1, 625):
+        with pytest.raises(ValueError, match="random state"):
+            restore(env.env, {**before, "mersenne": np.append(before["mersenne"][:-1], place)})
+    after = taken(env)
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+
+
 def test_a_fresh_environment_that_refused_still_wants_a_reset() -> None:
     env = make("Hopper-v5")
     with pytest.raises(ValueError, match="lacks xpos"):
