@@ -1,4 +1,4 @@
-"""Spiking reinforcement learning for continuous control: `spikerl train`, and `load_policy`."""
+"""Spiking reinforcement learning: `spikerl train`, and `load_policy`."""
 
 from __future__ import annotations
 

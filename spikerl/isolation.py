@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from numpy._core.umath import _extobj_contextvar as numpy_errors
 
-STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+from spikerl.signals import STOPS
+
 DENORMAL = 5e-324
 
 
@@ -123,7 +124,7 @@ _theirs: Settings | None = None  # where they differ from ours
 
 
 class UserCode:
-    """Inside runs code of the user, with the settings that it left; behind it, ours are back."""
+    """Inside runs code of the user, with the settings that it left; afterwards ours are back."""
 
     __slots__ = ("ours", "pid")
 

@@ -99,6 +99,10 @@ def found(**facts: Any) -> None:
     _found.update(facts)
 
 
+def several(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def duration(seconds: float | None) -> str:
     """As short as it can be read."""
     if seconds is None:

@@ -1,4 +1,4 @@
-"""What every algorithm shares: the one door from a gradient to new weights."""
+"""What every algorithm shares: the step from a gradient to new weights."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class Guard:
 
 
 class Optimizer:
-    """The one door from a gradient to new weights: sum over workers, unscale, check, clip, Adam.
+    """From a gradient to new weights: sum over workers, unscale, check, clip, Adam.
 
     `gradient` is what an algorithm fills before each step.
     """

@@ -159,7 +159,7 @@ class OffPolicy(Learner):
             own, held = Batch(*fields), numbers.stop <= self.critic_warmup
             for name in self.policy_parts:
                 self.optimizers[name].held = held
-            # A whole round begins behind a policy update.
+            # A whole round begins after a policy update.
             whole = self.updates > 0 and len(numbers) == self.policy_delay
             if self.graph is not None and whole and not held:
                 metrics += self.graph(own)

@@ -133,7 +133,7 @@ class Replay:
             there = following <= newest
             following = torch.where(there, following, number)
             step = self.rows[following % self.capacity]
-            # It begins where the last one ended: not so behind a resume that reset environments.
+            # It begins where the last one ended: not so after a resume that reset environments.
             there &= (step[:, :O] == end[:, O : 2 * O]).all(-1) & (end[:, rew + 2] == 0.0)
             discount = whole[:, -1]
             whole[:, rew] += torch.where(there, discount * step[:, rew], 0.0)

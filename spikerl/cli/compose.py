@@ -110,11 +110,15 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
             remedy = "not accepted; of Hydra, launcher and sweeper can be chosen and set"
             raise BadRequest(flag, arg.partition("=")[2], remedy)
         _check_choice(flag, arg.partition("=")[2])
-    if "actor=mlp" in args:
+    chooses_actor = any(arg.startswith("actor=") for arg in args)
+    for dense in args:
+        of_experiment = dense.startswith("experiment=dense/") and not chooses_actor
+        if dense not in ("actor=mlp", "actor=cnn") and not of_experiment:
+            continue
         for arg in args:
             if re.match(r"^(encoder|neuron|decoder)[=.]", arg):
                 key, _, value = arg.partition("=")
-                raise BadRequest(key, value, "has no effect with actor=mlp; leave it out")
+                raise BadRequest(key, value, f"has no effect with {dense}; leave it out")
     named = {a.partition("=")[0]: a for a in args if re.match(r"^(config|resume)=(?!null$)", a)}
     overrides, flags = split(args)
     sweeps = not {"-m", "--multirun"}.isdisjoint(flags)
@@ -174,8 +178,8 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _literal(arg: str, sweeps: bool) -> str:
-    """A path in quotes, for to Hydra many characters mean something, and 1e3 is a number; a list
-    of loggers in brackets.
+    """Quotes around a path, in which many characters would mean something to Hydra and 1e3 is a
+    number; brackets around a list of loggers.
     """
     key, _, value = arg.partition("=")
     if key == "logger" and not value.startswith("["):
@@ -214,7 +218,7 @@ def _check_choice(key: str, value: str) -> None:
 
 
 def _without_dashes(command: str, flag: str) -> str:
-    """Who comes from other programs writes --env X."""
+    """Users of other programs write --env X."""
     name = flag.lstrip("-").replace("-", "_")
     if name in ("help", "cfg", "multirun") or name not in known_keys(command):
         return nearest(flag, FLAGS)

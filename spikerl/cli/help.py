@@ -1,4 +1,4 @@
-"""`--help` with what the keys mean: the comments of conf/, behind Hydra's list of defaults."""
+"""`--help` with what the keys mean: the comments of conf/, after Hydra's list of defaults."""
 
 from __future__ import annotations
 

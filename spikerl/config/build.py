@@ -294,6 +294,6 @@ def check_together(algo: AlgoConfig, actor: ActorConfig, kernel: kernels.KernelC
     if kernel.path == "graphs" and algo.name not in ("ddpg", "td3"):
         remedy = f"graphs are of ddpg and td3, not of {algo.name}; use kernel=triton alone"
         raise BadRequest("kernel.path", "graphs", remedy)
-    if kernel.path == "graphs" and actor.neuron and actor.neuron.surrogate_slope_end is not None:
+    if kernel.path == "graphs" and actor.neuron and actor.neuron.slope_moves:
         remedy = "a graph keeps the slope that it was recorded with; use kernel=triton alone"
         raise BadRequest("neuron.surrogate_slope_end", actor.neuron.surrogate_slope_end, remedy)

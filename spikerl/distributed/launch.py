@@ -31,8 +31,8 @@ from spikerl.children import PYTHON
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.errors import FAILED, EnvironmentFailed, Interrupted, NonFinite
+from spikerl.signals import STOPS, handled, listened_to
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
 LATE = ("did not come", "Timed out", "timeout")
 THREADS = "OMP_NUM_THREADS"
@@ -239,12 +239,6 @@ def first_failure(failures: dict[int, int], mailbox: Path, world_size: int) -> W
     return lost
 
 
-def listened_to() -> list[signal.Signals]:
-    """What stops a run, without the end of the terminal that nohup has it ignore."""
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [number for number in FORWARDED if not (ignored and number == signal.SIGHUP)]
-
-
 @contextmanager
 def forward_signals(mailbox: Path) -> Iterator[None]:
     """Meanwhile what stops a run reaches every worker; a second Ctrl-C ends at once."""
@@ -259,12 +253,8 @@ def forward_signals(mailbox: Path) -> Iterator[None]:
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(int(read(path)), number)
 
-    before = {number: signal.signal(number, pass_on) for number in listened_to()}
-    try:
+    with handled(pass_on, listened_to()):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -280,15 +270,10 @@ def stop_signals(mailbox: Path | None = None) -> Iterator[list[int]]:
             raise Interrupted
         received.append(number)
 
-    caught = FORWARDED if mailbox else listened_to()
-    before = {number: signal.signal(number, receive) for number in caught}
-    if mailbox and (number := stop_requested(mailbox)) is not None:
-        received.append(number)  # before this worker listened
-    try:
+    with handled(receive, STOPS if mailbox else listened_to()):
+        if mailbox and (number := stop_requested(mailbox)) is not None:
+            received.append(number)  # before this worker listened
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def write(path: Path, text: str) -> None:
@@ -304,9 +289,9 @@ def read(path: Path) -> str:
 
 
 def work(mailbox: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> int:
-    """A worker's life: die with the parent, run the spec, leave word of a failure."""
+    """A worker's life: die with the parent, run the spec, report a failure."""
     die_with_parent(parent)
-    for number in FORWARDED:  # until the run listens, and again while it leaves word of a failure
+    for number in STOPS:  # until the run listens, and again while it reports a failure
         signal.signal(number, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
     write(mailbox / f"pid.{rank}", str(os.getpid()))

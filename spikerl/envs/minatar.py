@@ -47,10 +47,10 @@ class MinAtar(BaseEnv, Restorable):  # type: ignore[misc]  # it has no types
         values = {name: _like(value, given[name], name) for name, value in own.items()}
         self.game.last_action = values.pop("last_action")
         vars(self.game.env).update(values)
-        random = np.random.RandomState()
+        generator = type(self.game.random)(0)
         mersenne = {"key": words[:-1].astype(np.uint32), "pos": int(words[-1])}
-        random.set_state({"bit_generator": "MT19937", "state": mersenne})
-        self.game.random = self.game.env.random = random
+        generator.set_state({"bit_generator": "MT19937", "state": mersenne})
+        self.game.random = self.game.env.random = generator
 
     def _fields(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self.game.env).items() if name not in FIXED}

@@ -6,9 +6,10 @@ import os
 import signal
 
 from spikerl.distributed.process_lifetime import die_with_parent
+from spikerl.signals import STOPS
 
 die_with_parent(int(os.environ.pop("SPIKERL_ENVS_OF")))
-for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+for number in STOPS:
     signal.signal(number, signal.SIG_IGN)  # they are the run's to answer
 if os.environ.pop("SPIKERL_ENVS_SAFE_PATH"):  # it was set for the server alone
     os.environ.pop("PYTHONSAFEPATH", None)

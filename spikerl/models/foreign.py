@@ -1,7 +1,7 @@
 """Policies of other programs, read without running code of theirs.
 
 `popsan`      the actors of combra-lab/pop-spiking-deep-rl (Tang et al., arXiv:2010.09635): of TD3
-              and DDPG; of SAC, whose dense network of deviations stays behind; of PPO, whose mean
+              and DDPG; of SAC, whose dense network of deviations is left out; of PPO, whose mean
               gets no action bound
 `ilc_san`     those of lucifer2859/ILC-SAN (Chen et al., arXiv:2401.05444), all connections
 `dense`       ReLU layers and tanh: l1 l2 l3, fc1 fc2 fc_mu (xuzijie32/ANN2SNN-CRPI,

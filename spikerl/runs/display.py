@@ -62,7 +62,8 @@ def energy_text(row: Mapping[str, Any]) -> str:
     """
     source = str(row.get("energy_source", "none"))
     if row.get("energy_j") is None:
-        return f"energy - ({source[:REASON]})"
+        cut = source[:REASON].rpartition(" ")[0] or source[:REASON]
+        return f"energy - ({source if len(source) <= REASON else f'{cut} ...'})"
     power = row.get("power_w")
     watts = f" {number(power)} W" if power else ""
     return f"energy {number(row['energy_j'])} J{watts} ({source.partition(':/')[0]})"

@@ -19,7 +19,7 @@ def episodes(checkpoint: Checkpoint, task: Task, num_envs: int) -> Iterator[tupl
     those that learning saw. A ValueError: the rows are not those of such a run.
 
     The files are mapped: what is in memory is an episode, and one environment's share of a file.
-    What has no end is cut off: the last episode, and one behind which the run went on from a reset.
+    What has no end is cut off: the last episode, and one after which the run went on from a reset.
     What has no beginning is the oldest of a replay that has overwritten it.
     """
     O, rew = task.obs_dim, 2 * task.obs_dim + task.act_dim  # noqa: E741
@@ -45,7 +45,7 @@ def episodes(checkpoint: Checkpoint, task: Task, num_envs: int) -> Iterator[tupl
 
 
 def cut(parts: Iterable[np.ndarray], obs_dim: int) -> Iterator[np.ndarray]:
-    """Rows (T, C) behind which an episode ended, or the next row does not follow."""
+    """Rows (T, C) after which an episode ended, or the next row does not follow."""
     held: np.ndarray | None = None
     for part in parts:
         rows = part if held is None else np.concatenate([held, part])

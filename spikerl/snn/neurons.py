@@ -19,11 +19,11 @@ reset=soft (on the right-hand sides, values of the spike step before):
 `dynamic`    c = dc c + x;  v' = (1 - o) v + th_r o;  u' = u + th_s o;
              v = v' + v'^2 - v' - u' + c;  u = u' + th_v v' - th_u u'
     elsewhere: MDC-SAN's dynamic neuron, Proxy Target "DN" (whose code adds th_u u': theta_u < 0)
-`residual_if` v = v - th o + x, from v = start th + r at a decision's beginning; behind its n spikes
+`residual_if` v = v - th o + x, from v = start th + r at a decision's beginning; after its n spikes
     r = clip(alpha max(v_end - v_begin, -th n), -th / 2, th / 2); 0 at an episode's beginning
     elsewhere: CRPI's, with start = 1/2
 
-"CLIF" also names the unrelated Complementary LIF (ICML 2024) and is therefore not used here.
+"CLIF" also names the unrelated Complementary LIF (ICML 2024); no neuron has that name here.
 """
 
 from __future__ import annotations
@@ -67,6 +67,10 @@ class NeuronConfig:
         for key in ("voltage_decay", "current_decay", "adaptation_decay"):
             if hasattr(self, key) and not 0.0 <= getattr(self, key) <= 1.0:
                 raise BadRequest(f"neuron.{key}", getattr(self, key), "give a value in [0, 1]")
+
+    @property
+    def slope_moves(self) -> bool:
+        return self.surrogate != "rect" and self.surrogate_slope_end is not None
 
 
 @dataclass(kw_only=True)
@@ -179,11 +183,12 @@ class Neuron(nn.Module):
     def schedule(self, share: float) -> None:
         """Give the surrogate its slope after this share of the run."""
         c = self.config
-        if c.surrogate != "rect" and c.surrogate_slope_end is not None:
+        if c.slope_moves:
+            assert c.surrogate_slope_end is not None
             self.scale = c.surrogate_slope + share * (c.surrogate_slope_end - c.surrogate_slope)
 
     def kept(self, state: State) -> Tensor:
-        """The voltage behind the reset."""
+        """The voltage after the reset."""
         if self.config.reset == "hard":
             return state.voltage_BN * (1.0 - state.spikes_BN)
         return state.voltage_BN - self.config.threshold * state.spikes_BN
@@ -280,6 +285,7 @@ class Dynamic(Neuron):
         current = c.current_decay * state.others[0] + drive_BN
         v = state.voltage_BN * (1.0 - fired) + c.theta_r * fired
         u = state.others[1] + c.theta_s * fired
+        # v is not cancelled: the order of float32 operations is that of the published code.
         voltage = v + v.square() - v - u + current
         recovery = u + c.theta_v * v - c.theta_u * u
         return State(voltage, self.fire(voltage - c.threshold), (current, recovery))

@@ -19,6 +19,7 @@ from spikerl.errors import DONE, FAILED, INTERRUPTED, BadRequest, DiskError, sto
 from spikerl.files import shown, write_json, write_text
 from spikerl.machine import versions
 from spikerl.models.precision import why_slow
+from spikerl.output import several
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, verified
 from spikerl.runs.display import View, epoch_line, idle_line, spent_text, stuck_layers
@@ -397,10 +398,10 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
     over = "in shared memory" if trainer.world.shm else f"over {config.resolved.backend.choice}"
     exchange = f"; gradients are summed {over}" if size > 1 else ""
     lines = [
-        f"{task.env_id}: {task.obs_dim} observations, {task.act_dim} actions;"
+        f"{task.env_id}: {several(task.obs_dim, 'observation')}, {several(task.act_dim, 'action')};"
         f" {config.actor.actor.name} actor, {algo.name}, seed {run.seed},"
         f" precision {config.precision.name}",
-        f"{size} worker{'s' * (size > 1)} x {config.num_envs // size} environments;"
+        f"{several(size, 'worker')} x {several(config.num_envs // size, 'environment')};"
         f" global batch {sum(rows)} ({each} per worker, {run.scaling} scaling);"
         f" {trainer.updates_by(run.total_steps)} updates in {run.total_steps} steps{exchange}",
         "; ".join(f"{name}={r.choice} ({why(name, r)})" for name, r in resolved.items()),

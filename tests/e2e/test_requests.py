@@ -146,6 +146,8 @@ REFUSED = [
     ("energy=replay energy.file=none.csv", "energy.file=none.csv: ", "give a CSV"),
     ("energy=none energy.file=a.csv", "energy.file=a.csv: ", "energy=replay"),
     ("actor=mlp encoder=poisson", "encoder=poisson: ", "leave it out"),
+    ("actor=cnn neuron=lif", "neuron=lif: ", "actor=cnn; leave it out"),
+    ("experiment=dense/sac neuron.threshold=1", "neuron.threshold=1: ", "dense/sac; leave it out"),
     ("resume=nowhere", "resume=nowhere: ", "no run folder"),
     ("init_from=nowhere", "init_from=nowhere: ", "give a run folder"),
     ("--config-dir=.", "--config-dir=: ", "config=FILE"),

@@ -13,7 +13,7 @@ import spikerl
 ROOT = Path(spikerl.__file__).parent
 # Folders, and the modules that stand beside them, from the bottom to the top.
 LEVELS = [
-    "types errors seeding schema files children output machine isolation plugins",
+    "types errors seeding schema files children signals output machine isolation plugins",
     "snn",
     "kernels",
     "models energy distributed",

@@ -29,7 +29,7 @@ NOT_MEASURED = {"energy_j": None, "power_w": None, "energy_source": "none: no pe
         ({"power_w": None}, "energy 1234.6 J (zeus:rapl)"),
         ({"energy_j": 0.0, "energy_source": "replay:/a/b.csv"}, "energy 0 J 45.7 W (replay)"),
         (NOT_MEASURED, "energy - (none: no permission)"),
-        ({**NOT_MEASURED, "energy_source": "none: " + "x" * 99}, f"energy - (none: {'x' * 54})"),
+        ({**NOT_MEASURED, "energy_source": "none: " + "x" * 99}, "energy - (none: ...)"),
     ],
 )
 def test_energy(changes: dict[str, Any], text: str) -> None:

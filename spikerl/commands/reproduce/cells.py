@@ -60,7 +60,7 @@ def done(cell: Cell, total_steps: int) -> bool:
 
 
 def next_command(cell: Cell, total_steps: int) -> list[str] | None:
-    """What the cell needs next; None if it is done, or if what it is made from is not."""
+    """What the cell, whose source is done, needs next; None if it is done itself."""
     if trained(cell, total_steps):
         if evaluation_of(cell).exists():
             return None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spikerl.commands.reproduce import cells as steps
+from spikerl.commands.reproduce.cells import check, config_of
 from spikerl.commands.reproduce.measure import measured_seconds_per_step
 from spikerl.commands.reproduce.screen import Screen, State
 from spikerl.commands.reproduce.work import Work, cell_left_s, left_s, states_of
@@ -57,7 +57,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             raise BadRequest("render", True, lacking)
         render(table, total_steps)
         return 0
-    steps.check(table, cells, total_steps)
+    check(table, cells, total_steps)
     slots = places(request.jobs, cells)
     if request.plan:
         tell_plan(table, states_of(cells, total_steps), len(slots))
@@ -104,7 +104,7 @@ def places(jobs: int | None, cells: Sequence[Cell]) -> list[str | None]:
 def workers(cells: Sequence[Cell]) -> int:
     """The most processes that one of these runs has."""
     train = [cell for cell in cells if cell.command == "train"]
-    sizes = [steps.config_of(cell)["world_size"] for cell in train]
+    sizes = [config_of(cell)["world_size"] for cell in train]
     return max([int(size) for size in sizes if size.isdecimal()], default=1)
 
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from types import FrameType
 
-from spikerl.commands.reproduce import cells as steps
-from spikerl.commands.reproduce.cells import Job
+from spikerl.commands.reproduce.cells import (
+    Job,
+    claim,
+    done,
+    next_command,
+    read,
+    read_folder,
+    tidy,
+)
 from spikerl.commands.reproduce.screen import Screen, State
-from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest
+from spikerl.errors import DONE, FAILED, INTERRUPTED, PREEMPTED, BadRequest, stop_status
 from spikerl.reporting.table_file import Cell
+from spikerl.signals import handled, listened_to
 
 POLL = 0.2  # seconds
 
@@ -40,7 +48,7 @@ class Work:
         self.unsent: list[int] = []  # signals that the jobs have not got yet
 
     def run(self) -> int:
-        with stop_signals(self.stop):
+        with handled(self.stop, listened_to()):
             try:
                 while self.step():
                     time.sleep(POLL)
@@ -50,7 +58,7 @@ class Work:
                 self.draw()
                 self.screen.close()
         if self.stopping:
-            return INTERRUPTED if self.stopping == signal.SIGINT else PREEMPTED
+            return stop_status(self.stopping)
         words = {state.word for state in self.states.values()}
         if words & {"failed", "waiting"}:
             return FAILED
@@ -86,7 +94,7 @@ class Work:
                 return
             if not ready(cell):
                 continue
-            lock = steps.claim(cell)
+            lock = claim(cell)
             if lock is None:
                 if self.states[cell].word != "elsewhere":
                     self.states[cell] = look(cell, "elsewhere", self.total_steps)
@@ -99,10 +107,10 @@ class Work:
     def go_on(self, job: Job) -> None:
         """Start what the job's cell needs next, or end the job."""
         cell = job.cell
-        command = steps.next_command(cell, self.total_steps)  # another may have done some of it
+        command = next_command(cell, self.total_steps)  # another may have done some of it
         if command is None:
             if not self.keep:
-                steps.tidy(cell)
+                tidy(cell)
             self.end(job, "done")
             return
         if self.stopping:
@@ -145,7 +153,7 @@ class Work:
             self.screen.event(f"{job.cell.name}: {said[word]}")
         job.close()
 
-    def stop(self, number: int) -> None:
+    def stop(self, number: int, frame: FrameType | None) -> None:
         """Note the signal, which may come in the middle of anything; the next step passes it on."""
         self.stopping = number
         self.unsent.append(number)
@@ -157,7 +165,7 @@ def ready(cell: Cell) -> bool:
         return True
     if not (cell.source / "policy.json").exists():
         return False
-    run = steps.read_folder(cell.source)
+    run = read_folder(cell.source)
     return run is not None and run.status == "done"
 
 
@@ -165,7 +173,7 @@ def look(cell: Cell, word: str, total_steps: int, note: str = "") -> State:
     """The cell's state as its folder has it."""
     total = cell.times_steps * total_steps
     try:
-        run = steps.read(cell)
+        run = read(cell)
     except BadRequest:  # as it is while it appears
         run = None
     if run is None:
@@ -174,7 +182,7 @@ def look(cell: Cell, word: str, total_steps: int, note: str = "") -> State:
 
 
 def states_of(cells: Sequence[Cell], total_steps: int) -> dict[Cell, State]:
-    words = {cell: "done" if steps.done(cell, total_steps) else "waiting" for cell in cells}
+    words = {cell: "done" if done(cell, total_steps) else "waiting" for cell in cells}
     return {cell: look(cell, word, total_steps) for cell, word in words.items()}
 
 
@@ -217,15 +225,3 @@ def _mean_speed(states: Mapping[Cell, State], cells: set[Cell]) -> float | None:
     known = [(states[c].wall_s or 0.0, states[c].step) for c in cells if states[c].wall_s]
     steps = sum(step for _, step in known)
     return sum(seconds for seconds, _ in known) / steps if steps else None
-
-
-@contextmanager
-def stop_signals(stop: Callable[[int], None]) -> Iterator[None]:
-    """Call `stop` with SIGTERM, SIGUSR1 and Ctrl-C, each time that one comes."""
-    caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {n: signal.signal(n, lambda number, frame: stop(number)) for n in caught}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
