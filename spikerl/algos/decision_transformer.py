@@ -103,7 +103,8 @@ class DecisionTransformer(Learner):
         error_BKA = self.actor(scaled, self.generator) - steps.act
         total = (error_BKA.square() * steps.there.unsqueeze(2)).sum()
         entries = count.to(total.dtype) * steps.act.shape[2] * optimizer.gradient.weight
-        optimizer.gradient.differentiate(total / entries)
+        # What is mixed in at a share of 0 has no gradient any more.
+        optimizer.gradient.differentiate(total / entries, partly=True)
         loss = optimizer.step()
 
         self.guard.end_update()

@@ -138,6 +138,17 @@ class TDBN(BatchNorm):
         super().__init__(neurons, threshold, 0.0)
 
     @torch.no_grad()
+    def sums(self, drive_TBN: Tensor) -> Tensor:
+        """From moments in the drive's own type, which needs no copy of it in float64."""
+        rows = drive_TBN.shape[0] * drive_TBN.shape[1]
+        mean = drive_TBN.sum((0, 1)) / rows
+        within = (drive_TBN - mean).square_().sum((0, 1)).double()
+        mean = mean.double()
+        total = torch.cat([mean.new_tensor([rows]), rows * mean, within + rows * mean.square()])
+        self.sum_(total)
+        return total
+
+    @torch.no_grad()
     def follow(self, mean: Tensor, var: Tensor, samples: float, spike_steps: int) -> None:
         """By a tenth; the variance is the unbiased one."""
         rows = samples * spike_steps

@@ -32,9 +32,10 @@ class PTBN(nn.Module):
     def forward(self, x_TMN: Tensor, training: bool) -> Tensor:
         if not training:
             return self.bn(x_TMN)
-        # Both, whatever theta is, so that every parameter has its gradient.
-        mixed: Tensor = self.theta * self.ln(x_TMN)
-        return mixed + (1.0 - self.theta) * self.bn(x_TMN, BATCH)
+        y: Tensor = self.bn(x_TMN, BATCH)
+        if self.theta == 0.0:
+            return y
+        return torch.lerp(y, self.ln(x_TMN), self.theta)
 
 
 class NormedLinear(nn.Module):
