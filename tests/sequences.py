@@ -63,9 +63,13 @@ def network(kind: str = "pssa", **changes: Any) -> Spikeformer | Transformer:
         return Transformer(3, 2, transformer_config(**changes))
     made = Spikeformer(3, 2, spikeformer_config(attention=kind, **changes), LIF)
     with torch.no_grad():
-        for name, p in made.named_parameters():  # so that no part does nothing
+        for name, p in made.named_parameters():  # so that every layer fires
             if "bias_N" in name or "beta_N" in name or "position" in name:
                 p += 0.3 * torch.randn(p.shape, dtype=torch.float32)
+            if "gamma_N" in name or "ln.weight" in name:
+                p *= 2.0
+            if "linear.weight_IN" in name:
+                p *= 20.0
     return made
 
 

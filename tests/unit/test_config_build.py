@@ -129,6 +129,18 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "algo.act_samples": ([1, 1000], [0, 1001]),
     "algo.vae_lr": ([TINY], [0.0]),
     "algo.vae_hidden_sizes": ([[1]], [[], [0]]),
+    "algo.weight_decay": ([0.0, 1.0], [-TINY]),
+    "algo.warmup_share": ([0.0, 0.9999999], [-TINY, 1.0]),
+    "algo.return_scale": ([TINY, 1e30], [0.0, 1e31]),
+    "algo.target_return": ([-1e30, 0.0, None], [-1e31, 1e31]),
+    "actor.context": ([1, 1000], [0, 1001]),
+    "actor.dim": ([1, 16384], [0, 16385]),
+    "actor.layers": ([1, 100], [0, 101]),
+    "actor.heads": ([1, 128], [0, 3, 16385]),
+    "actor.window": ([1, 1000], [0, 1001]),
+    "actor.norm_share": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "actor.timesteps": ([1, 1_000_000], [0, 1_000_001]),
+    "actor.dropout": ([0.0, 0.9999999], [-TINY, 1.0]),
 }
 GROUPS: list[Registry[Any, Any]] = [
     ACTORS, ENCODERS, NEURONS, DECODERS, ALGOS, PRECISIONS, KERNELS, BACKENDS, METERS
@@ -180,10 +192,16 @@ def with_number(default: dict[str, Any], key: str) -> dict[str, Any]:
     if group == "" or group == "env" or name in numbers(options[default[group]["name"]]):
         return default
     option = next(option for option, schema in options.items() if name in numbers(schema))
-    composed = compose("train", [f"{group}={option}"])
+    typed = [f"{group}={option}"]
+    if option in ("spikeformer", "transformer"):
+        typed.append("algo=decision_transformer")
+    elif option == "decision_transformer":
+        typed.append("actor=transformer")
+    composed = compose("train", typed)
     data: Any = OmegaConf.to_container(composed, resolve=True)
-    recorded = "d" if issubclass(options[option], OfflineConfig) else None
-    return changed(default, **{group: data[group]}, dataset=recorded)
+    changes = {group: data[group] for group in ("actor", "algo")} | {group: data[group]}
+    recorded = "d" if issubclass(OPTIONS["algo"][data["algo"]["name"]], OfflineConfig) else None
+    return changed(default, **changes, dataset=recorded)
 
 
 @pytest.mark.parametrize("key", BOUNDS)

@@ -99,9 +99,9 @@ def test_folded_it_does_the_same() -> None:
     x = torch.randn(2, 5, 3, generator=draw)
     plain.load_state_dict(made.folded())
     torch.testing.assert_close(plain(x), made(x))
-    assert math.isclose(float(plain.linear.bias_N[0]), float(
-        made.norm.bn.beta_N[0] - made.norm.bn.mean_N[0] * made.norm.bn.gamma_N[0]
-        / math.sqrt(float(made.norm.bn.var_N[0]) + 1e-5)), rel_tol=1e-5)  # fmt: skip
+    gamma, beta, mean, var = (p[0].item() for p in made.norm.bn.parameters())
+    expected = beta - mean * gamma / math.sqrt(var + 1e-5)  # the layer's own bias begins as 0
+    assert math.isclose(plain.linear.bias_N[0].item(), expected, rel_tol=1e-5)
 
 
 def test_folded_into_what_follows() -> None:
