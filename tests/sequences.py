@@ -65,11 +65,11 @@ def network(kind: str = "pssa", **changes: Any) -> Spikeformer | Transformer:
     with torch.no_grad():
         for name, p in made.named_parameters():  # so that every layer fires
             if "bias_N" in name or "beta_N" in name or "position" in name:
-                p += 0.3 * torch.randn(p.shape, dtype=torch.float32)
+                p.add_(0.3 * torch.randn(p.shape, dtype=torch.float32))
             if "gamma_N" in name or "ln.weight" in name:
-                p *= 2.0
+                p.mul_(2.0)
             if "linear.weight_IN" in name:
-                p *= 20.0
+                p.mul_(20.0)
     return made
 
 
@@ -245,8 +245,8 @@ class PlainTransformer(nn.Module):
         for i in range(self.c.layers):
             b = f"blocks_{i}"
             q, k, v = p[f"{b}_qkv"](p[f"{b}_norms_0"](x)).chunk(3, 2)
-            heads = [one.unflatten(2, (self.c.heads, -1)).transpose(1, 2) for one in (q, k, v)]
-            y = functional.scaled_dot_product_attention(*heads, attn_mask=seen)
+            q, k, v = (one.unflatten(2, (self.c.heads, -1)).transpose(1, 2) for one in (q, k, v))
+            y = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
             x = x + p[f"{b}_out"](y.transpose(1, 2).flatten(2))
             x = x + p[f"{b}_narrow"](torch.relu(p[f"{b}_wide"](p[f"{b}_norms_1"](x))))
         return torch.tanh(p["head"](p["norm"](x)[:, 1::3]))

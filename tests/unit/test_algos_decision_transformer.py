@@ -107,8 +107,10 @@ def test_two_workers_are_one_with_both_batches(kind: str) -> None:
         parts = [Contexts(*(field[at] for field in steps)) for at in (slice(2), slice(2, 8))]
         for _ in range(3):
             alone = float(whole.update(steps)["actor_loss"])
-            calls = [partial(own.update, part) for own, part in zip(both, parts, strict=True)]
-            losses = [float(found["actor_loss"]) for found in run_in_threads(calls)]
+            found = run_in_threads(
+                [partial(own.update, part) for own, part in zip(both, parts, strict=True)]
+            )
+            losses = [float(one["actor_loss"]) for one in found]
             assert losses == pytest.approx([alone] * 2, rel=1e-9)
         first, second = (own.actor_optimizer.flat for own in both)
         assert torch.equal(first, second)

@@ -31,7 +31,7 @@ def policy(kind: str = "pssa") -> Policy:
     network = build_sequence(config, task.obs_dim, task.act_dim, folded=True)
     with torch.no_grad():  # so that something fires
         for p in network.parameters():
-            p *= 3.0
+            p.mul_(3.0)
     return Policy(task, config, network, RunningNorm(task.obs_dim, 3.0))
 
 
