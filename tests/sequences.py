@@ -50,9 +50,11 @@ def decision_config(**changes: Any) -> DecisionTransformerConfig:
 
 
 def actor_config(kind: str = "pssa") -> ActorConfig:
+    """Of one block."""
     if kind == "dense":
-        return ActorConfig(actor=transformer_config(), encoder=None, neuron=None, decoder=None)
-    actor = spikeformer_config(attention=kind)
+        dense = transformer_config(layers=1)
+        return ActorConfig(actor=dense, encoder=None, neuron=None, decoder=None)
+    actor = spikeformer_config(attention=kind, layers=1)
     return ActorConfig(actor=actor, encoder=None, neuron=LIF, decoder=None)
 
 

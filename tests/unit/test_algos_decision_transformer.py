@@ -145,12 +145,12 @@ def test_dropout_is_drawn_from_the_run_s_own_stream() -> None:
 @pytest.mark.parametrize("kind", ["pssa", "dense"])
 def test_it_learns_the_actions_that_a_return_followed(kind: str) -> None:
     """The action is the sign of the return to go."""
-    made = learner(network(kind), weight_decay=0.0)
+    made = learner(network(kind, layers=1), weight_decay=0.0)
     made.total_updates = 80
     losses = []
     for n in range(80):
         steps = contexts(16, seed=n)
         sign = 0.5 * steps.togo.sign().unsqueeze(2).expand_as(steps.act)
         losses.append(float(made.update(steps._replace(act=sign))["actor_loss"]))
-    assert losses[0] > 0.2
-    assert sum(losses[-5:]) / 5 < 0.08
+    assert losses[0] > 0.25  # as for an action of 0
+    assert sum(losses[-5:]) / 5 < 0.14

@@ -230,6 +230,27 @@ def test_the_dense_actor_has_the_same_bounds(default: dict[str, Any]) -> None:
                 build(changed(default, actor={**mlp, key: value}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"actor__attention": "full"}, "actor.attention=full: one of pssa, tssa"),
+        ({"actor__heads": 3}, "actor.heads=3: give a number that divides actor.dim=128"),
+        ({"precision__name": "bf16"}, "precision=bf16: actor=spikeformer learns in fp32 alone"),
+        ({"env__reward_scale": 2.0}, "env.reward_scale=2.0: returns to go are divided by algo"),
+        ({"algo": "td3"}, "actor=spikeformer: algo=td3 learns from single steps; use algo=decis"),
+        ({"actor": "popsan"}, "actor=popsan: algo=decision_transformer learns from sequences"),
+    ],
+)
+def test_what_goes_with_sequences(
+    changes: dict[str, Any], line: str, default: dict[str, Any]
+) -> None:
+    made = with_number(default, "actor.window")
+    was = {"td3": {"algo": default["algo"], "dataset": None}, "popsan": {"actor": default["actor"]}}
+    for name in ("algo", "actor"):
+        changes = was.get(changes.get(name), changes)
+    assert str(refusal(build, changed(made, **changes))).startswith(line)
+
+
 def test_training_gets_what_was_asked_for(default: dict[str, Any]) -> None:
     asked = {"seed": 11, "total_steps": 12, "steps_per_epoch": 13, "eval_episodes": 14,
              "num_envs": 6, "scaling": "weak", "world_size": 2}  # fmt: skip
@@ -281,6 +302,11 @@ def test_why_layer_by_layer(default: dict[str, Any]) -> None:
         " neuron.surrogate=rect, which run in PyTorch",
         "a C++ compiler is there; layer by layer because of products in bfloat16",
     ]
+    sequences = build(changed(with_number(default, "actor.window"), device="cpu"))
+    assert sequences.resolved.kernel.reason == (
+        "a C++ compiler is there; layer by layer because of actor=spikeformer, whose products run"
+        " in PyTorch"
+    )
 
 
 def test_what_auto_came_to(default: dict[str, Any]) -> None:

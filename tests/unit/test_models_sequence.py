@@ -212,7 +212,6 @@ def test_a_trained_one_is_evaluated(
     ("asked", "line"),
     [
         ("export run=pssa format=c", "actor=spikeformer: its decisions depend on an episode's"),
-        ("export run=tssa format=onnx", "actor=spikeformer: its decisions depend"),
         ("compress run=pssa prune=0.5 run_dir=small", "actor=spikeformer: its decisions depend"),
         ("convert run=decision_transformer run_dir=new", "actor=transformer: its decisions depend"),
         ("eval run=pssa ops=true", "actor=spikeformer: its decisions depend"),
@@ -221,14 +220,6 @@ def test_a_trained_one_is_evaluated(
         ("train TINY init_from=pssa", "init_from=pssa: a saved policy over sequences has its"),
         ("train TINY dataset=null", "dataset=null: algo=decision_transformer learns from recorded"),
         ("train TINY env=CartPole", "algo=decision_transformer: the actions of CartPole-v1 are"),
-        ("train TINY actor.heads=3", "actor.heads=3: give a number that divides actor.dim=8"),
-        ("train TINY actor.context=0", "actor.context=0: give 1 to 1000"),
-        ("train TINY actor.attention=full", "actor.attention=full: one of pssa, tssa"),
-        ("train TINY precision=bf16", "precision=bf16: actor=spikeformer learns in fp32 alone"),
-        ("train TINY env.reward_scale=2", "env.reward_scale=2.0: returns to go are divided by"),
-        ("train TINY algo.return_scale=0", "algo.return_scale=0.0: give a value above 0"),
-        ("train algo=decision_transformer dataset=d", "actor=popsan: algo=decision_transformer"),
-        ("train actor=transformer", "actor=transformer: algo=td3 learns from single steps"),
     ],
 )
 def test_refused(asked: str, line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

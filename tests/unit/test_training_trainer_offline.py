@@ -51,7 +51,7 @@ def sequences(num_envs: int = 1) -> Config:
 
 def dropping() -> ActorConfig:
     """A dense network that draws what it drops."""
-    actor = transformer_config(dropout=0.2)
+    actor = transformer_config(dropout=0.2, layers=1)
     return ActorConfig(actor=actor, encoder=None, neuron=None, decoder=None)
 
 
