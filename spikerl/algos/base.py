@@ -187,13 +187,11 @@ class Optimizer:
         loss = self.gradient.loss.clone()
         if self.held:
             return loss
-        decay = self.weight_decay
-        params = [p.data for p in self.gradient.params] if decay else []
+        params = [p.data for p in self.gradient.params] if self.weight_decay else []
         before = [p.clone() for p in params]
         self.kernel.adam(self.moments, vector, self.lr, self.max_norm, guard.masked)
-        lost = self.lr * decay * (1.0 - guard.masked)
         for p, old in zip(params, before, strict=True):
-            p.sub_(lost * old)
+            p.sub_(self.lr * self.weight_decay * (1.0 - guard.masked) * old)
         return loss
 
     def state(self) -> dict[str, Tensor]:

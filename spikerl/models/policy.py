@@ -465,7 +465,7 @@ def read_policy(
             raise ValueError("versions, which cannot be printed")
         if not (clip > 0.0 and np.isfinite(clip)):
             raise ValueError("norm_clip")
-        if len(data["actor"].get("hidden_sizes", [])) > len(tensors):
+        if len(dict(data["actor"]).get("hidden_sizes", [])) > len(tensors):
             raise ValueError("hidden_sizes")
         config = parse_actor(data)
         if isinstance(config.actor, SequenceConfig) and config.conditioning is None:

@@ -149,6 +149,7 @@ def test_saved_and_loaded_it_acts_the_same(kind: str, tmp_path: Path) -> None:
         ("actor.layers", 10**9, "give 1 to 100"),
         ("actor.attention", "softmax", "one of pssa, tssa"),
         ("neuron", None, "one of"),
+        ("conditioning", 3, "lacks or garbles"),
         ("compression", {"bits": {}}, "garbles"),
     ],
 )
