@@ -246,8 +246,8 @@ def test_what_goes_with_sequences(
 ) -> None:
     made = with_number(default, "actor.window")
     was = {"td3": {"algo": default["algo"], "dataset": None}, "popsan": {"actor": default["actor"]}}
-    for name in ("algo", "actor"):
-        changes = was.get(changes.get(name), changes)
+    for name in changes.keys() & {"algo", "actor"}:
+        changes = was[changes[name]]
     assert str(refusal(build, changed(made, **changes))).startswith(line)
 
 
