@@ -45,6 +45,11 @@ HYDRAS = {
 }
 OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra passes over
 MAX_BYTES = 1 << 28  # of a manifest.json
+# Networks over sequences, and the groups that they have no part of.
+UNREAD = (
+    (r"actor=transformer", r"(encoder|neuron|decoder)[=.]"),
+    (r"actor=spikeformer|experiment=dsformer/.*", r"(encoder|decoder)[=.]"),
+)
 # Values that are taken as they are typed: a sweep names its folders with '=' and ','.
 PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "dense", "stats", "path",
          "energy.file", "runs", "out", "dataset")  # fmt: skip
@@ -115,6 +120,11 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
             if re.match(r"^(encoder|neuron|decoder)[=.]", arg):
                 key, _, value = arg.partition("=")
                 raise BadRequest(key, value, "has no effect with actor=mlp; leave it out")
+    for chosen_actor, unread in UNREAD:
+        for actor in filter(re.compile(chosen_actor).fullmatch, args):
+            for arg in filter(re.compile(unread).match, args):
+                key, _, value = arg.partition("=")
+                raise BadRequest(key, value, f"has no effect with {actor}; leave it out")
     named = {a.partition("=")[0]: a for a in args if re.match(r"^(config|resume)=(?!null$)", a)}
     overrides, flags = split(args)
     sweeps = not {"-m", "--multirun"}.isdisjoint(flags)
