@@ -1,6 +1,6 @@
 """Words that every layer shares.
 
-Shape legend   B batch, O observation entries, A action entries.
+Shape legend   B batch, K steps of a context, O observation entries, A action entries.
 """
 
 from __future__ import annotations
@@ -38,6 +38,16 @@ class Batch(NamedTuple):
     def td_target(self, next_value: Tensor) -> Tensor:
         """rew + discount * next_value, without the second term where the episode terminated."""
         return self.rew + self.discount * (~self.terminated) * next_value
+
+
+class Contexts(NamedTuple):
+    """The last K steps of B moments of an episode, the newest last; padding stands before them."""
+
+    obs: Tensor  # (B, K, O) normalised
+    act: Tensor  # (B, K, A) in [-1, 1], taken there; of the newest it may not be known yet
+    togo: Tensor  # (B, K) return from there to the episode's end, recorded or aimed at
+    time: Tensor  # (B, K) int64, steps since the episode began
+    there: Tensor  # (B, K) bool; where it is false everything else is 0
 
 
 class Entry(NamedTuple):

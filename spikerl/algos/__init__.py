@@ -6,6 +6,7 @@ from spikerl.algos.base import AlgoConfig, Learner
 from spikerl.algos.bc import BC, BCConfig
 from spikerl.algos.bcq import BCQ, BCQConfig
 from spikerl.algos.ddpg import DDPG, DDPGConfig
+from spikerl.algos.decision_transformer import DecisionTransformer, DecisionTransformerConfig
 from spikerl.algos.dqn import DQN, DQNConfig
 from spikerl.algos.iql import IQL, IQLConfig
 from spikerl.algos.ppo import PPO, PPOConfig
@@ -27,6 +28,7 @@ ALGOS: Registry[AlgoConfig, Learner] = Registry(
     td3_bc=(TD3BCConfig, TD3BC),
     iql=(IQLConfig, IQL),
     bcq=(BCQConfig, BCQ),
+    decision_transformer=(DecisionTransformerConfig, DecisionTransformer),
 )
 
 __all__ = ["ALGOS", "AlgoConfig", "Learner"]

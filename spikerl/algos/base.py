@@ -17,7 +17,7 @@ from spikerl.algos.replay import Replay
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest, NonFinite
 from spikerl.kernels.gradient import Gradient, Moments
-from spikerl.models.actor import Actor, ActorConfig, inference_actor
+from spikerl.models.actor import Actor, ActorConfig, SequenceActor, inference_actor
 from spikerl.models.critic import Critics
 from spikerl.models.proposals import Proposer
 from spikerl.schema import check_sizes
@@ -172,6 +172,7 @@ class Optimizer:
         zeros = torch.zeros_like(self.flat)
         self.moments = Moments(self.flat, step, zeros, zeros.clone())
         self.guard, self.world, self.kernel = guard, world, kernels.named(kernel)
+        self.weight_decay = 0.0  # of AdamW: a step takes lr times this from what is learned
         self.held = False  # where it is true, a step leaves the weights as they are
 
     def step(self) -> Tensor:
@@ -186,7 +187,11 @@ class Optimizer:
         loss = self.gradient.loss.clone()
         if self.held:
             return loss
+        params = [p.data for p in self.gradient.params] if self.weight_decay else []
+        before = [p.clone() for p in params]
         self.kernel.adam(self.moments, vector, self.lr, self.max_norm, guard.masked)
+        for p, old in zip(params, before, strict=True):
+            p.sub_(self.lr * self.weight_decay * (1.0 - guard.masked) * old)
         return loss
 
     def state(self) -> dict[str, Tensor]:
@@ -202,17 +207,21 @@ class Learner:
     """An actor and critics, or a network of values, and how they learn; what algorithms share."""
 
     config: AlgoConfig
+    actor: Actor | SequenceActor
+    acting: Actor | SequenceActor  # explores
     critic: Critics  # of algorithms that have critics
     critic_optimizer: Optimizer
     acts: tuple[str, ...] = ("continuous",)  # the kinds of actions that it can learn
     on_policy = False
     random_steps = 0  # the first steps act uniformly at random
-    step = 0  # of the run, over all workers, for schedules; the trainer sets it
+    # For schedules; the trainer sets them.
+    step = 0  # of the run, over all workers
+    total_updates = 1  # that the whole run makes
     metrics: tuple[str, ...] = ()  # of its updates, beside those that all have
 
     def __init__(
         self,
-        actor: Actor,
+        actor: Actor | SequenceActor,
         critic: Critics | None,
         config: AlgoConfig,
         *,
@@ -246,7 +255,7 @@ class Learner:
             self.optimizers["critic"] = self.critic_optimizer
         self.actor_optimizer = self.optimizers["actor"] = self.optimizer(actor, actor_lr, kept=kept)
         self.targets: dict[str, Tensor] = {}
-        self.acting: Actor = actor  # explores
+        self.acting = actor
         self.acting_flat = self.actor_optimizer.flat
         self.updates = 0
 
@@ -276,7 +285,13 @@ class Learner:
         parts |= {"guard": self.guard.state(), "target": self.targets}
         return {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
 
-    def inference(self, config: ActorConfig, act_dim: int) -> tuple[ActorConfig, Actor | Proposer]:
+    def notes(self) -> list[str]:
+        """What else is to be said before it runs."""
+        return []
+
+    def inference(
+        self, config: ActorConfig, act_dim: int
+    ) -> tuple[ActorConfig, Actor | SequenceActor | Proposer]:
         """What is evaluated and saved, of an actor with that config."""
         return inference_actor(config, self.actor, act_dim)
 

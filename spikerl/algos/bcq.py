@@ -129,7 +129,7 @@ class BCQ(OffPolicy):
         """The actor with what proposes and what chooses."""
         c = self.config
         config, change = super().inference(config, act_dim)
-        assert not isinstance(change, Proposer)
+        assert isinstance(change, Actor)
         proposals = ProposalConfig(
             samples=c.act_samples,
             phi=c.phi,

@@ -89,6 +89,8 @@ class OffPolicy(Learner):
     """
 
     config: AlgoConfig
+    actor: Actor
+    acting: Actor
     n_step = 1  # steps that a replayed transition spans
     batches_per_update = 1
     policy_delay = 1  # actor and targets change on one update of so many:

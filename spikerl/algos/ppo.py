@@ -135,6 +135,8 @@ class PPO(Learner):
     """
 
     config: PPOConfig
+    actor: Actor
+    acting: Actor
     acts = ("continuous", "discrete")
     metrics = ("entropy", "approx_kl", "clip_fraction")
     on_policy = True

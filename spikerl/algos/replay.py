@@ -1,6 +1,6 @@
 """Replay: transitions as they were seen, raw and unnormalised.
 
-Shape legend   B batch, O observation entries, A action entries.
+Shape legend   B batch, K steps of a context, O observation entries, A action entries.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikerl.types import Batch
+from spikerl.types import Batch, Contexts
 
 
 class Replay:
@@ -50,7 +50,7 @@ class Replay:
         next_obs: np.ndarray,
         terminated: np.ndarray,
         last: np.ndarray,
-        discount: float,
+        discount: float | np.ndarray,
     ) -> None:
         """Store B transitions: obs and next_obs (B, O), act (B, A), the others (B,)."""
         rows = np.empty((len(rew), self.rows.shape[1]), np.float32)
@@ -95,6 +95,12 @@ class Replay:
     def restore(self, numbers: Tensor, rows: Tensor) -> None:
         """Write rows with these numbers, of which it holds as many at once."""
         self.rows[(numbers % self.capacity).to(self.rows.device)] = rows.to(self.rows.device)
+
+    def interleave(self) -> None:
+        """Take rows that came environment by environment, as many of each, for steps of all."""
+        rows = self.rows[: self.added]
+        each = rows.unflatten(0, (self.width, -1))
+        rows.copy_(each.transpose(0, 1).flatten(0, 1).clone())
 
     def between(self, start: int, stop: int) -> Tensor:
         """Rows number `start` to `stop`, which it must still hold."""
@@ -143,6 +149,39 @@ class Replay:
         whole[:, O : 2 * O] = end[:, O : 2 * O]
         whole[:, rew + 1 : rew + 3] = end[:, rew + 1 : rew + 3]
         return whole
+
+    def contexts(
+        self,
+        count: int,
+        length: int,
+        generator: torch.Generator,
+        normalize: Callable[[Tensor], Tensor],
+    ) -> Contexts:
+        """From steps drawn with replacement, the `length` steps that follow, up to their episode's
+        end; where they are fewer, padding comes before.
+
+        Of rows whose `rew` is a return to go, and whose `discount` is a time.
+        """
+        O, A = self.obs_dim, self.act_dim  # noqa: E741
+        rew, device = 2 * O + A, self.rows.device
+        first = torch.randint(self.size, (count,), generator=generator, dtype=torch.int64)
+        place = torch.arange(length, dtype=torch.int64, device=device)
+        first = first.to(device).unsqueeze(1)
+        number = first + self.width * place
+        last = self.rows[number.clamp(max=self.added - 1), rew + 2]
+        ended = (last.cumsum(1) - last > 0.0) | (number >= self.added)
+        missing = ended.sum(1, keepdim=True)
+        there = place >= missing
+        rows = self.rows[first + self.width * (place - missing).clamp(min=0)]
+        obs = normalize(rows[:, :, :O])
+        mask = there.unsqueeze(2)
+        return Contexts(
+            obs=torch.where(mask, obs, 0.0),
+            act=torch.where(mask, rows[:, :, 2 * O : rew], 0.0),
+            togo=torch.where(there, rows[:, :, rew], 0.0),
+            time=torch.where(there, rows[:, :, -1].long(), 0),
+            there=there,
+        )
 
     def newest(self, count: int, normalize: Callable[[Tensor], Tensor]) -> tuple[Batch, Tensor]:
         """The newest rows as they came, step by step and environment by environment; of each,

@@ -1,12 +1,18 @@
-"""Returns and advantages of what was just seen.
+"""Returns and advantages.
 
 Shape legend   T steps, N environments.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def returns_to_go(rew_T: np.ndarray) -> np.ndarray:
+    """Of each step of an episode the sum of rewards from there on, undiscounted; float64 (T,)."""
+    return np.cumsum(rew_T[::-1].astype(np.float64))[::-1]
 
 
 def gae(

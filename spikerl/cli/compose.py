@@ -45,6 +45,11 @@ HYDRAS = {
 }
 OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra passes over
 MAX_BYTES = 1 << 28  # of a manifest.json
+# Networks over sequences, and the groups that they have no part of.
+UNREAD = (
+    (r"actor=(mlp|cnn|transformer)|experiment=dense/.*", r"(encoder|neuron|decoder)[=.]"),
+    (r"actor=spikeformer|experiment=dsformer/.*", r"(encoder|decoder)[=.]"),
+)
 # Values that are taken as they are typed: a sweep names its folders with '=' and ','.
 PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "dense", "stats", "path",
          "energy.file", "runs", "out", "dataset")  # fmt: skip
@@ -110,15 +115,7 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
             remedy = "not accepted; of Hydra, launcher and sweeper can be chosen and set"
             raise BadRequest(flag, arg.partition("=")[2], remedy)
         _check_choice(flag, arg.partition("=")[2])
-    chooses_actor = any(arg.startswith("actor=") for arg in args)
-    for dense in args:
-        of_experiment = dense.startswith("experiment=dense/") and not chooses_actor
-        if dense not in ("actor=mlp", "actor=cnn") and not of_experiment:
-            continue
-        for arg in args:
-            if re.match(r"^(encoder|neuron|decoder)[=.]", arg):
-                key, _, value = arg.partition("=")
-                raise BadRequest(key, value, f"has no effect with {dense}; leave it out")
+    _check_read(args)
     named = {a.partition("=")[0]: a for a in args if re.match(r"^(config|resume)=(?!null$)", a)}
     overrides, flags = split(args)
     sweeps = not {"-m", "--multirun"}.isdisjoint(flags)
@@ -215,6 +212,18 @@ def _check_choice(key: str, value: str) -> None:
         known = key not in OPTIONAL or unquoted(option) in options
         if not known or re.fullmatch(r"[-+]?[0-9._]+|null|true|false", option):
             raise BadRequest(key, option, f"no such option; {nearest(option, options)}")
+
+
+def _check_read(args: Sequence[str]) -> None:
+    """Refuse groups that the chosen actor does not have."""
+    chosen = [arg for arg in args if arg.startswith("actor=")]
+    for actor in chosen or [arg for arg in args if arg.startswith("experiment=")]:
+        for pattern, groups in UNREAD:
+            if not re.fullmatch(pattern, actor):
+                continue
+            for arg in filter(re.compile(groups).match, args):
+                key, _, value = arg.partition("=")
+                raise BadRequest(key, value, f"has no effect with {actor}; leave it out")
 
 
 def _without_dashes(command: str, flag: str) -> str:

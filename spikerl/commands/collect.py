@@ -26,6 +26,7 @@ from spikerl.files import absolute, checksum_of, shown, sync_folder
 from spikerl.isolation import UserCode
 from spikerl.machine import git_state, versions
 from spikerl.models.policy import Policy, check_shapes, find_policy, load_policy
+from spikerl.models.sequence import History
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, verified
 from spikerl.runs.replayed import episodes
@@ -179,7 +180,7 @@ def record(
             obs = [env.reset(seed=seed)[0]]
         acts, rewards = list[np.ndarray](), list[float]()
         terminated = truncated = False
-        carried = policy.carried()
+        carried = policy.carried() if request.policy != "random" else None
         while not (terminated or truncated) and writer.steps + len(acts) < most_steps:
             if number := stop_signal():
                 raise Stopped(number)
@@ -189,6 +190,8 @@ def record(
             if not (abs(rew) <= FLOAT32_MAX and (np.abs(next_obs) <= FLOAT32_MAX).all()):
                 where = f"episode {writer.episodes}, step {len(acts) + 1}"
                 raise NonFinite(f"{where}: {policy.task.env_id} gave a NaN or infinity")
+            if carried is not None:
+                carried.reward(rew)
             obs.append(next_obs)
             acts.append(act)
             rewards.append(rew)
@@ -209,11 +212,16 @@ def behave(
 ) -> np.ndarray:
     """(A,) in [-1, 1]: the policy's action with noise, or with `random_share` a uniform one."""
     size = policy.task.act_dim
-    if request.policy == "random" or draws.random() < request.random_share:
+    anything = request.policy == "random" or draws.random() < request.random_share
+    if anything and not isinstance(carried, History):
         return draws.uniform(-1.0, 1.0, size)
     act = policy.act(obs[None], policy.generator, carried)[0]
-    if request.noise:
+    if anything:
+        act = draws.uniform(-1.0, 1.0, size)
+    elif request.noise:
         act = np.clip(act + request.noise * draws.standard_normal(size), -1.0, 1.0)
+    if isinstance(carried, History):
+        carried.acted(act[None])  # what is done, which later decisions see
     return act
 
 

@@ -28,7 +28,7 @@ from spikerl.config.yaml_file import check_confirmed, overrides_of, read_config
 from spikerl.envs.make import task_of
 from spikerl.errors import BadRequest
 from spikerl.files import shown
-from spikerl.models.actor import MLPActor, SpikingActor, build_actor
+from spikerl.models.actor import MLPActor, MLPConfig, SpikingActor, build_actor
 from spikerl.models.policy import Policy, load_policy
 from spikerl.runs import folder as run_folder
 from spikerl.schema import parse
@@ -170,11 +170,13 @@ def spiking_config(
     check_confirmed(run, env_id, env.get("kwargs"), request.env_id)
     typed = [f"env.id={env_id}", f"plugins=[{','.join(request.plugins)}]"]
     overrides_of(path, typed, resumes=True)  # which refuses what is no plain data
+    actor = dense.config.actor
+    assert isinstance(actor, MLPConfig)
     raw["actor"] = {
         "name": "popsan",
-        "hidden_sizes": dense.config.actor.hidden_sizes,
+        "hidden_sizes": actor.hidden_sizes,
         "spike_steps": spike_steps,
-        "lr": dense.config.actor.lr,
+        "lr": actor.lr,
     }
     raw["encoder"], raw["decoder"] = {"name": "direct"}, {"name": "linear"}
     kind: dict[str, Any] = {"name": "lif", "voltage_decay": 1.0}

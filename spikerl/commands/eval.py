@@ -35,6 +35,7 @@ class EvalRequest:
     seed: int
     env_id: str | None
     video: str  # false; true; spikes: with the return and every layer's firing drawn in
+    target_return: float | None  # null: the one that training evaluated with
     ops: bool
     json: bool
     device: str
@@ -135,6 +136,7 @@ def report(
             "firing_rate": result.activity.firing_rate if result.activity else None,
             "spike_steps": result.activity.spike_steps if result.activity else None,
             "seed": request.seed,
+            **aim_of(policy),
             **carried,
             **({"videos": [str(path) for path in videos]} if videos else {}),
             "versions": now,
@@ -149,6 +151,8 @@ def report(
         f"{env_id}: return {result.mean:.1f} +- {result.std:.1f}"
         f" over {len(result.returns)} episodes"
     )
+    if aim := aim_of(policy):
+        print(f"aimed at a return of {aim['target_return']:.6g}")
     if result.carried_spikes is not None:
         print(f"{result.carried_spikes:.1f} spikes per decision")
     if result.activity:
@@ -166,12 +170,20 @@ def report(
     return 0
 
 
+def aim_of(policy: Policy | FilePolicy) -> dict[str, float]:
+    """The return that it aims at, if it does."""
+    aim = policy.config.conditioning if isinstance(policy, Policy) else None
+    return {"target_return": aim.target_return} if aim else {}
+
+
 def run_policy(request: EvalRequest) -> Policy:
     """Of a run folder."""
     if request.sha256 is not None:
         remedy = "it is an exported file's, and run names none; leave it out"
         raise BadRequest("sha256", request.sha256, remedy)
     policy = load_policy(request.run, request.device, policy=request.policy)
+    if request.target_return is not None:
+        policy.aim(request.target_return)
     if request.ops:
         operations.check(policy.actor)
     return policy
@@ -180,6 +192,7 @@ def run_policy(request: EvalRequest) -> Policy:
 def file_policy(request: EvalRequest) -> FilePolicy:
     """Of an exported file, which runs in its own interpreter."""
     for key, plain, remedy in (
+        ("target_return", None, "an exported file aims at none; leave it out"),
         ("policy", "last", "an exported file holds one policy; leave it out"),
         ("video", "false", "videos are put into a run folder; give run=RUN"),
         ("ops", False, "operations are counted of a run folder's policy; give run=RUN"),

@@ -27,6 +27,7 @@ from spikerl.envs.process import start_server
 from spikerl.errors import DONE, FAILED, BadRequest, EnvironmentFailed
 from spikerl.files import absolute, shown, write_text
 from spikerl.models.policy import Policy, check_shapes, find_policy, read_policy
+from spikerl.models.sequence import SequenceConfig
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
 from spikerl.snn.neurons import ResidualIFConfig
@@ -239,6 +240,9 @@ def read_init(source: str, config: Config, task: Task) -> Policy:
         find_policy(Path(source), config.run.init_policy, key="init_from"), key="init_from"
     )
     check_shapes("init_from", source, policy.task, task)
+    if isinstance(config.actor.actor, SequenceConfig):
+        remedy = "a saved policy over sequences has its normalisation in its weights, and cannot be"
+        raise BadRequest("init_from", source, f"{remedy} trained on; leave it out")
     if config.algo.inputs(task.obs_dim, task.act_dim) != task.obs_dim:
         remedy = f"the actor of algo={config.algo.name} acts on no observation alone; leave it out"
         raise BadRequest("init_from", source, remedy)

@@ -13,6 +13,7 @@ import torch
 from spikerl import kernels, plugins
 from spikerl.algos import ALGOS, AlgoConfig
 from spikerl.algos.bcq import BCQConfig
+from spikerl.algos.decision_transformer import DecisionTransformerConfig
 from spikerl.algos.offpolicy import OfflineConfig, OffPolicyConfig, ReplayConfig
 from spikerl.algos.ppo import PPOConfig
 from spikerl.distributed import hosts
@@ -39,6 +40,7 @@ from spikerl.models.actor import (
 )
 from spikerl.models.policy import ACTOR_GROUPS, CHOICES, parse_actor
 from spikerl.models.precision import PRECISIONS, PrecisionConfig, check_precision
+from spikerl.models.sequence import SequenceConfig
 from spikerl.runs.loggers import check_loggers
 from spikerl.schema import parse
 from spikerl.types import Resolved, Task
@@ -185,6 +187,7 @@ def parse_groups(raw: Mapping[str, Any]) -> Parsed:
         energy=METERS.parse(raw["energy"]),
     )
     check_together(parsed.algo, parsed.actor, parsed.kernel)
+    check_sequence(parsed)
     check_dataset(parsed.run, parsed.algo)
     return parsed
 
@@ -225,6 +228,8 @@ def build(raw: Mapping[str, Any]) -> Config:
 
 def why_layered(actor: ActorConfig, dtype: torch.dtype) -> str | None:
     """Why kernel=cpu runs such an actor layer by layer; None where one call runs all of it."""
+    if isinstance(actor.actor, SequenceConfig):
+        return f"actor={actor.actor.name}, whose products run in PyTorch"
     with torch.device("meta"):
         net = build_actor(actor, least_obs(actor), 1, dtype=dtype)
     if isinstance(net, SpikingActor):
@@ -297,3 +302,22 @@ def check_together(algo: AlgoConfig, actor: ActorConfig, kernel: kernels.KernelC
     if kernel.path == "graphs" and actor.neuron and actor.neuron.slope_moves:
         remedy = "a graph keeps the slope that it was recorded with; use kernel=triton alone"
         raise BadRequest("neuron.surrogate_slope_end", actor.neuron.surrogate_slope_end, remedy)
+
+
+def check_sequence(parsed: Parsed) -> None:
+    """Refuse a network over sequences without the algorithm that trains one, and the reverse."""
+    algo, name = parsed.algo, parsed.actor.actor.name
+    learns = isinstance(algo, DecisionTransformerConfig)
+    if isinstance(parsed.actor.actor, SequenceConfig) != learns:
+        fits = "spikeformer or transformer" if learns else "decision_transformer"
+        remedy = f"algo={algo.name} learns from single steps; use algo={fits}"
+        if learns:
+            remedy = f"algo={algo.name} learns from sequences; use actor={fits}"
+        raise BadRequest("actor", name, remedy)
+    if not learns:
+        return
+    if parsed.env.reward_scale != 1.0:
+        remedy = "returns to go are divided by algo.return_scale; give 1"
+        raise BadRequest("env.reward_scale", parsed.env.reward_scale, remedy)
+    if parsed.precision.name != "fp32":
+        raise BadRequest("precision", parsed.precision.name, f"actor={name} learns in fp32 alone")

@@ -16,6 +16,9 @@ from spikerl.config.build import Config
 from spikerl.errors import BadRequest
 from spikerl.machine import CGROUP, GROUPS, control_groups
 from spikerl.models.actor import PopSANConfig
+from spikerl.models.sequence import SequenceConfig
+from spikerl.models.spikeformer import SpikeformerConfig
+from spikerl.models.transformer import TransformerConfig
 from spikerl.types import Task
 
 NUMBER = 4  # bytes
@@ -53,6 +56,8 @@ def memory(groups: Path = GROUPS, root: Path = CGROUP) -> int:
 def least_bytes(config: Config, task: Task) -> dict[str, int]:
     """By the key that it grows with; of several machines each holds its share of the rows."""
     algo, actor = config.algo, config.actor.actor
+    if isinstance(actor, SequenceConfig):
+        return sequence_bytes(actor, algo.batch_size)
     O, A = task.obs_dim, task.act_dim  # noqa: E741
     first = O * getattr(config.actor.encoder, "pop_size", 1)
     last = A * getattr(config.actor.decoder, "pop_size", 1)
@@ -76,6 +81,21 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
         needs[key] = needs.get(key, 0) + weights([inputs, outputs])
     own = [name for name in vars(algo) if name.endswith("hidden_sizes")]
     return needs | {f"algo.{name}": weights([O, *getattr(algo, name), 1]) for name in own}
+
+
+def sequence_bytes(actor: SequenceConfig, batch_size: int) -> dict[str, int]:
+    """A block has 12 D^2 weights, and 12 D entries of a token between them."""
+    D, each = actor.dim, 3  # tokens of a step
+    if isinstance(actor, SpikeformerConfig):
+        each = actor.spike_steps
+    tokens = batch_size * actor.context * each
+    needs = {
+        "algo.batch_size": tokens * 12 * D * actor.layers * NUMBER,
+        "actor.dim": actor.layers * 12 * D * D * NUMBER * COPIES,
+    }
+    if isinstance(actor, TransformerConfig):
+        needs["actor.timesteps"] = actor.timesteps * D * NUMBER * COPIES
+    return needs
 
 
 def weights(widths: list[int]) -> int:

@@ -21,6 +21,7 @@ from spikerl.kernels import reference
 from spikerl.kernels.reference import Carried
 from spikerl.models.actor import Activity, SpikingActor
 from spikerl.models.policy import Policy, check_shapes
+from spikerl.models.sequence import History
 from spikerl.seeding import seed_for
 from spikerl.snn.encoders import Encoder, PopulationEncoder
 from spikerl.training.evaluator import Evaluator
@@ -149,7 +150,10 @@ class FilePolicy:
         self.device = torch.device("cpu")
 
     def act(
-        self, obs_BO: np.ndarray, generator: torch.Generator, carried: Carried | None = None
+        self,
+        obs_BO: np.ndarray,
+        generator: torch.Generator,
+        carried: Carried | History | None = None,
     ) -> np.ndarray:
         """Actions (B, A), here in the environment's units."""
         act_BA = self.file.actions(obs_BO.astype(np.float32))

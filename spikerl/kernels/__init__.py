@@ -20,11 +20,12 @@ from spikerl.kernels.gradient import Gradient, Moments, Pullback, SamplePullback
 from spikerl.kernels.prepared import fused
 from spikerl.kernels.reference import DenseNet, SpikingNet, ValueNet
 from spikerl.schema import Registry
+from spikerl.snn.neurons import Neuron
 from spikerl.types import Batch, Resolved, Task
 
 
 class Kernel(Protocol):
-    """Shapes: observations (B, O), actions (B, A) in [-1, 1], values (C, B)."""
+    """Shapes: observations (B, O), actions (B, A) in [-1, 1], values (C, B), drive (T, B, N)."""
 
     def actions(
         self, net: SpikingNet, obs: Tensor, generator: torch.Generator | None, squash: bool = ..., /
@@ -33,6 +34,8 @@ class Kernel(Protocol):
     def vjp(
         self, net: SpikingNet, obs: Tensor, generator: torch.Generator | None, squash: bool = ..., /
     ) -> tuple[Tensor, Pullback]: ...
+
+    def scan(self, neuron: Neuron, drive: Tensor, /) -> Tensor: ...
 
     def values(self, critic: ValueNet, obs: Tensor, act: Tensor, /) -> Tensor: ...
 

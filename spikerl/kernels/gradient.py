@@ -41,9 +41,9 @@ class Gradient:
         """What a loss is multiplied with before it is differentiated."""
         return self.whole if self.scale is None else self.scale * self.weight
 
-    def differentiate(self, loss: Tensor) -> None:
-        """Differentiate `loss`, which depends on the parameters."""
-        pieces = torch.autograd.grad(loss, self.params, self.factor)
+    def differentiate(self, loss: Tensor, *, partly: bool = False) -> None:
+        """Differentiate `loss`, which depends on the parameters; `partly`: on some of them."""
+        pieces = torch.autograd.grad(loss, self.params, self.factor, materialize_grads=partly)
         torch._foreach_copy_([*self.slots, self.loss], [*pieces, loss.detach() * self.weight])
 
 

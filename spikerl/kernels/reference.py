@@ -64,6 +64,9 @@ class Carried:
     residuals: list[Tensor] = field(default_factory=list)  # (B, N) of each layer
     fired_B: Tensor | None = None  # spikes of all layers in that decision
 
+    def reward(self, rew_B: object) -> None:
+        """Take what the decisions earned, which changes none that follow."""
+
     def restart(self, which_B: Tensor) -> None:
         """Forget those of some episodes, which begin anew."""
         for residual_BN in self.residuals:

@@ -45,6 +45,7 @@ __all__ = [
     "dense_vjp",
     "mse_backward",
     "polyak",
+    "scan",
     "squashed",
     "squashed_vjp",
     "td_target",

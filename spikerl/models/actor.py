@@ -17,6 +17,9 @@ from spikerl import kernels
 from spikerl.errors import BadRequest
 from spikerl.kernels import reference
 from spikerl.kernels.gradient import Pullback
+from spikerl.models.sequence import ConditionConfig, SequenceConfig
+from spikerl.models.spikeformer import Spikeformer, SpikeformerConfig
+from spikerl.models.transformer import Transformer, TransformerConfig
 from spikerl.schema import Registry, check_sizes
 from spikerl.snn.batchnorm import RECALIBRATE, CaReBN
 from spikerl.snn.conv import ConvConfig
@@ -142,24 +145,32 @@ class ProposalConfig:
 
 @dataclass(kw_only=True)
 class ActorConfig:
-    """What an actor's shape and arithmetic depend on; a dense actor has no spiking parts."""
+    """What an actor's shape and arithmetic depend on; a dense actor has no spiking parts, and one
+    over sequences neurons alone.
+    """
 
-    actor: PopSANConfig | MLPConfig
+    actor: PopSANConfig | MLPConfig | SequenceConfig
     encoder: EncoderConfig | None
     neuron: NeuronConfig | None
     decoder: DecoderConfig | None
     proposals: ProposalConfig | None = None  # else the actor's outputs are the actions
+    conditioning: ConditionConfig | None = None  # of a saved policy over sequences
 
     def parts(self) -> list[type[Any]]:
         """The classes that it configures."""
         parts: list[type[Any]] = [ACTORS.part(self.actor)]
-        if self.encoder and self.neuron and self.decoder:
-            parts += [ENCODERS.part(self.encoder), NEURONS.part(self.neuron)]
+        if self.encoder:
+            parts.append(ENCODERS.part(self.encoder))
+        if self.neuron:
+            parts.append(NEURONS.part(self.neuron))
+        if self.decoder:
             parts.append(DECODERS.part(self.decoder))
         return parts
 
     def shape(self) -> str:
         """Whatever two actors must share for one to take the other's weights."""
+        if isinstance(self.actor, SequenceConfig):
+            return self.actor.shape()
         text = f"{self.actor.name} {self.actor.hidden_sizes}"
         if isinstance(self.actor, ConvConfig):
             c = self.actor
@@ -362,6 +373,7 @@ class MLPActor(nn.Module):
 
 
 Actor = SpikingActor | MLPActor
+SequenceActor = Spikeformer | Transformer
 
 
 def convolutions(actor: PopSANConfig | MLPConfig, inputs: int) -> list[Linear]:
@@ -379,13 +391,15 @@ def connections(actor: Actor) -> dict[str, nn.Parameter]:
     return {n: p for n, p in actor.named_parameters() if p.dim() > 1 and n not in fields}
 
 
-ACTORS: Registry[Any, Actor] = Registry(
+ACTORS: Registry[Any, Actor | SequenceActor] = Registry(
     "actor",
     popsan=(PopSANConfig, SpikingActor),
     care_bn=(CareBNConfig, SpikingActor),
     conv=(ConvSANConfig, SpikingActor),
     mlp=(MLPConfig, MLPActor),
     cnn=(CNNConfig, MLPActor),
+    spikeformer=(SpikeformerConfig, Spikeformer),
+    transformer=(TransformerConfig, Transformer),
 )
 
 
@@ -402,16 +416,51 @@ def build_actor(
     encoder, neuron, decoder = config.encoder, config.neuron, config.decoder
     if encoder is None or neuron is None or decoder is None:
         raise ValueError("a spiking actor needs an encoder, a neuron and a decoder")
+    assert isinstance(config.actor, PopSANConfig)
     return SpikingActor(
         obs_dim, act_dim, config.actor, encoder, neuron, decoder, dtype=dtype, kernel=kernel
     )
 
 
-def inference_actor(config: ActorConfig, actor: Actor, act_dim: int) -> tuple[ActorConfig, Actor]:
+def build_sequence(
+    config: ActorConfig,
+    obs_dim: int,
+    act_dim: int,
+    *,
+    kernel: str = "reference",
+    folded: bool = False,
+) -> SequenceActor:
+    """`folded`: what acts, its normalisation in its weights."""
+    if isinstance(config.actor, TransformerConfig):
+        return Transformer(obs_dim, act_dim, config.actor, kernel=kernel)
+    if not isinstance(config.actor, SpikeformerConfig) or config.neuron is None:
+        raise ValueError("a spikeformer needs a neuron")
+    return Spikeformer(obs_dim, act_dim, config.actor, config.neuron, kernel=kernel, folded=folded)
+
+
+def build_network(
+    config: ActorConfig,
+    obs_dim: int,
+    act_dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    kernel: str = "reference",
+) -> Actor | SequenceActor:
+    """What is trained."""
+    if isinstance(config.actor, SequenceConfig):
+        return build_sequence(config, obs_dim, act_dim, kernel=kernel)
+    return build_actor(config, obs_dim, act_dim, dtype=dtype, kernel=kernel)
+
+
+def inference_actor(
+    config: ActorConfig, actor: Actor | SequenceActor, act_dim: int
+) -> tuple[ActorConfig, Actor | SequenceActor]:
     """What acts once it is trained: the first `act_dim` outputs, normalisation in the weights.
 
     The same two where that is what they are.
     """
+    if isinstance(actor, SequenceActor):
+        return config, actor.inference()
     if actor.act_dim == act_dim and not isinstance(config.actor, CareBNConfig):
         return config, actor
     with torch.device("meta"):
@@ -440,7 +489,7 @@ def inference_actor(config: ActorConfig, actor: Actor, act_dim: int) -> tuple[Ac
 
 
 @torch.no_grad()
-def copy_weights(actor: Actor, source: Actor) -> None:
+def copy_weights(actor: nn.Module, source: nn.Module) -> None:
     """Give `actor` the weights of `source`, which may have only its first outputs."""
     own = actor.state_dict()
     for name, p in source.state_dict().items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,19 @@ from spikerl.models.actor import (
     MLPActor,
     PopSANConfig,
     ProposalConfig,
+    SequenceActor,
     SpikingActor,
 )
 from spikerl.models.compression import Compression
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.proposals import Proposer, build_policy
+from spikerl.models.sequence import ConditionConfig, History, SequenceConfig
+from spikerl.models.spikeformer import Spikeformer, SpikeformerConfig
 from spikerl.schema import parse
 from spikerl.snn.decoders import DECODERS
 from spikerl.snn.encoders import ENCODERS
 from spikerl.snn.neurons import NEURONS
-from spikerl.types import MAX_EPISODE_STEPS, Entry, Task, flat
+from spikerl.types import MAX_EPISODE_STEPS, Contexts, Entry, Task, flat
 
 SCHEMA = 3  # 2: weights are input-major; 3: neurons have a reset and a choice of surrogate
 MAX_BYTES = 1 << 20  # of a policy.json; action bounds take most of it
@@ -61,6 +64,14 @@ def parse_actor(data: dict[str, Any]) -> ActorConfig:
     proposals = None
     if (given := data.get("proposals")) is not None:
         proposals = parse(ProposalConfig, given, key="proposals")
+    if isinstance(actor, SequenceConfig):
+        neuron = NEURONS.parse(data.get("neuron")) if isinstance(actor, SpikeformerConfig) else None
+        conditioning = None
+        if (given := data.get("conditioning")) is not None:
+            conditioning = parse(ConditionConfig, given, key="conditioning")
+        return ActorConfig(
+            actor=actor, encoder=None, neuron=neuron, decoder=None, conditioning=conditioning
+        )
     if not isinstance(actor, PopSANConfig):
         return ActorConfig(
             actor=actor, encoder=None, neuron=None, decoder=None, proposals=proposals
@@ -78,7 +89,11 @@ class Policy:
     """Acts on raw observations; deterministic (a Poisson encoder draws from its own generator)."""
 
     def __init__(
-        self, task: Task, config: ActorConfig, actor: Actor | Proposer, norm: RunningNorm
+        self,
+        task: Task,
+        config: ActorConfig,
+        actor: Actor | SequenceActor | Proposer,
+        norm: RunningNorm,
     ) -> None:
         self.task, self.config, self.network, self.norm = task, config, actor, norm
         self.device = next(actor.parameters()).device
@@ -90,10 +105,14 @@ class Policy:
 
     @property
     def actor(self) -> Actor:
-        """The network that acts; a BadRequest where it only changes what is proposed to it."""
+        """The network that maps an observation to an action; a BadRequest where none does."""
         if isinstance(self.network, Proposer):
             remedy = "its policy chooses among proposed actions, which no network does alone"
             raise BadRequest("algo", "bcq", f"{remedy}; eval, collect and load_policy run it")
+        if isinstance(self.network, SequenceActor):
+            remedy = "its decisions depend on an episode's steps and rewards before, which no"
+            remedy += " network sees alone; eval, collect and load_policy run it"
+            raise BadRequest("actor", self.config.actor.name, remedy)
         return self.network
 
     def _one_action(self) -> kernels.cpu.OneAction | None:
@@ -113,21 +132,33 @@ class Policy:
         self.network.kernel = kernels.here(self.network.kernel, str(self.device))
         self.one_action = self._one_action()
 
-    def carried(self) -> Carried | None:
+    def carried(self) -> Carried | History | None:
         """For the decisions of an episode, or of several side by side, where one depends on the one
         before; None where none does.
         """
+        if isinstance(self.config.actor, SequenceConfig):
+            assert self.config.conditioning is not None
+            return History(self.config.actor.context, self.config.conditioning)
         return Carried() if self.network.carries else None
 
-    def __call__(self, obs: Any, carried: Carried | None = None) -> np.ndarray:
+    def aim(self, target_return: float) -> None:
+        """Ask for that return of an episode from now on, in the environment's units."""
+        if (aimed := self.config.conditioning) is None:
+            remedy = "its policy does not depend on a return that it aims at; leave it out"
+            raise BadRequest("target_return", target_return, remedy)
+        aimed = replace(aimed, target_return=target_return)
+        self.config = replace(self.config, conditioning=aimed)
+
+    def __call__(self, obs: Any, carried: Carried | History | None = None) -> np.ndarray:
         """Actions in the environment's units for one raw observation or a batch of them; where the
         environment's are dictionaries, such a one, or what it is flat.
 
         `carried`: of this episode's decisions, `policy.carried()` at its first, where that is not
-        None. Discrete actions are numbers of int64, one (a scalar) for each observation.
+        None; `carried.reward(rew)` takes what each of them earned, before the next. Discrete
+        actions are numbers of int64, one (a scalar) for each observation.
 
         Raises TypeError for other than real numbers, ValueError for another shape than (*obs_shape)
-        or (B, *obs_shape), or a value that is not finite.
+        or (B, *obs_shape), a value that is not finite, or a missing `carried` or reward.
         """
         if self.pid != os.getpid():
             leave_thread_pool()
@@ -154,10 +185,10 @@ class Policy:
     def predict(
         self,
         obs: np.ndarray,
-        state: Carried | None = None,
+        state: Carried | History | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool = True,
-    ) -> tuple[np.ndarray, Carried | None]:
+    ) -> tuple[np.ndarray, Carried | History | None]:
         """The action, and what it leaves to the next one where that depends on it, else None.
 
         As Stable-Baselines3 and the tools around it call a policy. ValueError for
@@ -172,14 +203,23 @@ class Policy:
 
     @torch.no_grad()
     def act(
-        self, obs_BO: np.ndarray, generator: torch.Generator, carried: Carried | None = None
+        self,
+        obs_BO: np.ndarray,
+        generator: torch.Generator,
+        carried: Carried | History | None = None,
     ) -> np.ndarray:
         """Actions (B, A) in [-1, 1], or a value of each where they are discrete; `carried` as in a
         call.
         """
         obs, squash = self.observe(obs_BO), self.task.choices is None
+        if isinstance(self.network, SequenceActor):
+            if not isinstance(carried, History):
+                raise ValueError("a decision depends on those before: give carried")
+            act: Tensor = self.network(carried.see(obs, self.task.act_dim))[:, -1]
+            carried.acted(act)
+            return act.cpu().numpy()
         if isinstance(self.network, SpikingActor) and self.network.carries:
-            if carried is None:
+            if not isinstance(carried, Carried):
                 raise ValueError("a decision depends on the one before: give carried")
             return reference.decide(self.network, obs, generator, carried, squash).cpu().numpy()
         if squash or isinstance(self.network, Proposer):
@@ -191,10 +231,20 @@ class Policy:
         return self.norm.observe(obs_BO, self.device)
 
     def activity(self, seen_BO: Tensor, generator: torch.Generator) -> Activity | None:
-        """How it fires on what `observe` gave; None where it is dense."""
-        if isinstance(self.network, MLPActor):
+        """How it fires on what `observe` gave; None where it is dense, or sees more than that."""
+        if isinstance(self.network, MLPActor | SequenceActor):
             return None
         return self.network.activity(seen_BO, generator)
+
+    @torch.no_grad()
+    def activity_in(self, steps: Contexts) -> Activity | None:
+        """How one over sequences fires on what its decisions saw; None where it is dense."""
+        if not isinstance(self.network, Spikeformer):
+            return None
+        spikes, inside = self.network.counts(steps)
+        tokens, none = int(steps.there.sum()), torch.zeros(1, dtype=torch.float64)
+        samples = tokens * self.network.config.spike_steps
+        return Activity([none, *spikes], inside, samples, tokens, encoder_spikes=False)
 
     def save(self, folder: Path) -> None:
         for name, content in self.files().items():
@@ -415,9 +465,11 @@ def read_policy(
             raise ValueError("versions, which cannot be printed")
         if not (clip > 0.0 and np.isfinite(clip)):
             raise ValueError("norm_clip")
-        if len(data["actor"]["hidden_sizes"]) > len(tensors):
+        if len(dict(data["actor"]).get("hidden_sizes", [])) > len(tensors):
             raise ValueError("hidden_sizes")
         config = parse_actor(data)
+        if isinstance(config.actor, SequenceConfig) and config.conditioning is None:
+            raise KeyError("conditioning")
         with torch.device("meta"):  # so that a hostile size in the JSON allocates nothing
             actor = build_policy(config, task.obs_dim, task.act_dim, kernel=kernel)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -446,7 +498,7 @@ def read_policy(
             if not isinstance(compressed, dict):
                 raise TypeError("compression")
             compression = parse(Compression, compressed, key="compression")
-            if isinstance(actor, Proposer):
+            if isinstance(actor, Proposer | SequenceActor):
                 raise ValueError("compression")
             compression.check(actor, weights, task)
         except (TypeError, ValueError) as error:

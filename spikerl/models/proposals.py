@@ -16,10 +16,13 @@ from spikerl.models.actor import (
     MLPActor,
     MLPConfig,
     ProposalConfig,
+    SequenceActor,
     SpikingActor,
     build_actor,
+    build_sequence,
 )
 from spikerl.models.critic import Critics
+from spikerl.models.sequence import SequenceConfig
 
 LATENT_BOUND = 0.5  # of latent entries that actions are proposed from
 
@@ -89,9 +92,11 @@ class Proposer(nn.Module):
 
 def build_policy(
     config: ActorConfig, obs_dim: int, act_dim: int, *, kernel: str = "reference"
-) -> Actor | Proposer:
+) -> Actor | SequenceActor | Proposer:
     """What acts in a saved policy."""
     proposals = config.proposals
+    if isinstance(config.actor, SequenceConfig):
+        return build_sequence(config, obs_dim, act_dim, kernel=kernel, folded=True)
     if proposals is None:
         return build_actor(config, obs_dim, act_dim, kernel=kernel)
     change = build_actor(config, obs_dim + act_dim, act_dim, kernel=kernel)

@@ -1,9 +1,13 @@
-"""CaRe-BN: batch normalisation of a spiking layer's drive (Xu et al., ICLR 2026, arXiv:2509.23791).
+"""Batch normalisation of a spiking layer's drive.
 
-Moments are over the batch and all spike steps. What acts uses running moments: each update moves
-them by a Kalman gain, so that they follow quickly while the network changes and average while it
-stands still; now and then they are measured anew on many replayed observations (recalibration).
-With running moments it is an affine map, which folds into the layer's weights.
+Moments are over the batch and all spike steps, of all workers. What acts uses running moments, with
+which it is an affine map that folds into the layer's weights.
+
+`CaReBN` (Xu et al., ICLR 2026, arXiv:2509.23791): each update moves the running moments by a Kalman
+gain, so that they follow quickly while the network changes and average while it stands still; now
+and then they are measured anew on many replayed observations (recalibration).
+`TDBN` (Zheng et al., AAAI 2021, arXiv:2011.05280): gamma begins at the threshold, beta at 0; each
+update moves the running moments by a tenth of the way.
 
 Shape legend   T spike steps, B batch, N neurons, M = T B.
 """
@@ -17,46 +21,42 @@ import torch
 from torch import Tensor, nn
 
 EPS = 1e-5  # added to the variance
+MOMENTUM = 0.1  # of TDBN's running moments, as torch's BatchNorm has it
 MEMORY = 0.8  # share of the running moments' expected error that is kept from update to update
 
 RUNNING, BATCH, RECALIBRATE = "running", "batch", "recalibrate"  # which moments a pass uses
+
+
+def fixed(value: Tensor) -> nn.Parameter:
+    """A parameter that no gradient reaches."""
+    return nn.Parameter(value, requires_grad=False)
 
 
 def alone(total: Tensor) -> None:
     """The sum over one worker."""
 
 
-class CaReBN(nn.Module):
+class BatchNorm(nn.Module):
     """y = gamma (x - mean) / sqrt(var + eps) + beta.
 
     The running moments are parameters that no gradient reaches, so that whatever copies, averages
     or commits a network's parameters has them too.
     """
 
-    def __init__(self, neurons: int, threshold: float) -> None:
+    def __init__(self, neurons: int, gamma: float, beta: float) -> None:
         super().__init__()
-        start = torch.full((neurons,), 0.5 * threshold, dtype=torch.float32)
-        self.gamma_N, self.beta_N = nn.Parameter(start), nn.Parameter(start.clone())
-
-        def fixed(value: Tensor) -> nn.Parameter:
-            return nn.Parameter(value, requires_grad=False)
-
-        zero = torch.zeros(neurons, dtype=torch.float32)
-        self.mean_N, self.var_N = fixed(zero.clone()), fixed(torch.ones_like(zero))
-        # Expected squares of what the running moments are off by.
-        self.mean_error_N, self.var_error_N = fixed(zero.clone()), fixed(zero.clone())
+        start = torch.full((neurons,), gamma, dtype=torch.float32)
+        self.gamma_N, self.beta_N = nn.Parameter(start), nn.Parameter(torch.full_like(start, beta))
+        self.mean_N = fixed(torch.zeros_like(start))
+        self.var_N = fixed(torch.ones_like(start))
         self.sum_: Callable[[Tensor], None] = alone  # over workers, in place
-        self.measured = torch.zeros(1 + 2 * neurons, dtype=torch.float64)  # while recalibrating
 
     def forward(self, drive_TBN: Tensor, moments: str = RUNNING) -> Tensor:
         if moments == RUNNING:
             return self.affine(drive_TBN, self.mean_N, self.var_N)
-        if moments == RECALIBRATE:
-            self.measured = self.measured.to(drive_TBN.device) + self.sums(drive_TBN)
-            return self.affine(drive_TBN, *self.moments_of(self.measured, drive_TBN))
         sums = self.sums(drive_TBN)
         mean, var = self.moments_of(sums, drive_TBN)
-        self.follow(mean, var, float(sums[0]) / len(drive_TBN))
+        self.follow(mean, var, float(sums[0]) / len(drive_TBN), len(drive_TBN))
         y: Tensor = _Normalise.apply(drive_TBN, self.gamma_N, self.beta_N, mean, var, sums[0],
                                      self.sum_)  # fmt: skip
         return y
@@ -78,9 +78,39 @@ class CaReBN(nn.Module):
         var = (squares / count - mean.square()).clamp(min=0.0)
         return mean.to(like.dtype), var.to(like.dtype)
 
-    @torch.no_grad()
-    def follow(self, mean: Tensor, var: Tensor, samples: float) -> None:
+    def follow(self, mean: Tensor, var: Tensor, samples: float, spike_steps: int) -> None:
         """Move the running moments towards those of a batch of so many samples."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def factor(self) -> Tensor:
+        """What the affine map by the running moments multiplies with, (N,)."""
+        return self.gamma_N * (self.var_N + EPS).rsqrt()
+
+    @torch.no_grad()
+    def folded(self, weight_IN: Tensor, bias_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's weights and biases with this map, by the running moments, in them."""
+        factor = self.factor()
+        return weight_IN * factor, (bias_N - self.mean_N) * factor + self.beta_N
+
+
+class CaReBN(BatchNorm):
+    def __init__(self, neurons: int, threshold: float) -> None:
+        super().__init__(neurons, 0.5 * threshold, 0.5 * threshold)
+        # Expected squares of what the running moments are off by.
+        self.mean_error_N = fixed(torch.zeros_like(self.mean_N))
+        self.var_error_N = fixed(torch.zeros_like(self.mean_N))
+        self.measured = torch.zeros(1 + 2 * neurons, dtype=torch.float64)  # while recalibrating
+
+    def forward(self, drive_TBN: Tensor, moments: str = RUNNING) -> Tensor:
+        if moments == RECALIBRATE:
+            self.measured = self.measured.to(drive_TBN.device) + self.sums(drive_TBN)
+            return self.affine(drive_TBN, *self.moments_of(self.measured, drive_TBN))
+        return super().forward(drive_TBN, moments)
+
+    @torch.no_grad()
+    def follow(self, mean: Tensor, var: Tensor, samples: float, spike_steps: int) -> None:
+        """By a Kalman gain; the spike steps of a sample are taken for one."""
         freedom = max(samples - 1.0, 1.0)
         noise = var / freedom, 2.0 * var.square() / freedom  # variances of the batch's moments
         for running, error, new, own in (
@@ -102,11 +132,28 @@ class CaReBN(nn.Module):
         self.mean_N.copy_(mean)
         self.var_N.copy_(var)
 
+
+class TDBN(BatchNorm):
+    def __init__(self, neurons: int, threshold: float) -> None:
+        super().__init__(neurons, threshold, 0.0)
+
     @torch.no_grad()
-    def folded(self, weight_IN: Tensor, bias_N: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's weights and biases with this map, by the running moments, in them."""
-        factor = self.gamma_N * (self.var_N + EPS).rsqrt()
-        return weight_IN * factor, (bias_N - self.mean_N) * factor + self.beta_N
+    def sums(self, drive_TBN: Tensor) -> Tensor:
+        """From moments in the drive's own type, which needs no copy of it in float64."""
+        rows = drive_TBN.shape[0] * drive_TBN.shape[1]
+        mean = drive_TBN.sum((0, 1)) / rows
+        within = (drive_TBN - mean).square_().sum((0, 1)).double()
+        mean = mean.double()
+        total = torch.cat([mean.new_tensor([rows]), rows * mean, within + rows * mean.square()])
+        self.sum_(total)
+        return total
+
+    @torch.no_grad()
+    def follow(self, mean: Tensor, var: Tensor, samples: float, spike_steps: int) -> None:
+        """By a tenth; the variance is the unbiased one."""
+        rows = samples * spike_steps
+        self.mean_N.add_(MOMENTUM * (mean - self.mean_N))
+        self.var_N.add_(MOMENTUM * (var * (rows / max(rows - 1.0, 1.0)) - self.var_N))
 
 
 class _Normalise(torch.autograd.Function):

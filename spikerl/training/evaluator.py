@@ -23,12 +23,15 @@ from spikerl.errors import BadRequest, EnvironmentFailed, NonFinite, Stopped
 from spikerl.isolation import UserCode
 from spikerl.kernels.reference import Carried
 from spikerl.models.actor import Activity
+from spikerl.models.policy import Policy
+from spikerl.models.sequence import History
 from spikerl.seeding import RESET_BITS, generator_for, reset_seed
-from spikerl.types import Task
+from spikerl.types import Contexts, Task
 
 SIDE_BY_SIDE = 10  # episodes that run together, as one batch through the actor
 ASK_S = 0.5  # seconds between the moments at which workers ask each other whether to stop
 PROBED = 1024  # observations, evenly spaced over all episodes, that firing is measured on
+LOOKED_AT = 20  # of so many decisions one, where a decision sees those before it
 
 
 @dataclass
@@ -61,10 +64,13 @@ class Acting(Protocol):
     task: Task
     device: torch.device
 
-    def carried(self) -> Carried | None: ...
+    def carried(self) -> Carried | History | None: ...
 
     def act(
-        self, obs_BO: np.ndarray, generator: torch.Generator, carried: Carried | None = None
+        self,
+        obs_BO: np.ndarray,
+        generator: torch.Generator,
+        carried: Carried | History | None = None,
     ) -> np.ndarray: ...
 
     def observe(self, obs_BO: np.ndarray) -> Tensor: ...
@@ -134,19 +140,25 @@ class Evaluator:
         watch = StopWatch(self.world, stop_signal)
         key = (evaluation, self.world.rank, 0)  # longer than an episode's, so never the same
         generator = generator_for(self.run_seed, "eval", *key, device=policy.device)
-        episodes, seen, fired = [], [], 0.0
+        episodes, seen, fired, contexts = [], [], 0.0, list[Contexts]()
         for numbers in self._waves():
             seeds = self._seeds(evaluation, numbers)
-            returns, lengths, observed, spikes = self._wave(policy, seeds, generator, watch)
+            returns, lengths, observed, spikes = self._wave(
+                policy, seeds, generator, watch, contexts
+            )
             fired += spikes
             episodes += list(zip(numbers, returns, lengths, strict=True))
             seen += observed
         watch.finish()
         probed = self._probed(policy, seen)
         # Single observations do not tell the firing of one that carries its state over.
-        carries = policy.carried() is not None
+        carried = policy.carried()
+        carries = isinstance(carried, Carried)
         assert self.world.size == 1 or not carries
-        own = policy.activity(probed, generator) if len(probed) and not carries else None
+        own = policy.activity(probed, generator) if len(probed) and carried is None else None
+        if contexts and isinstance(policy, Policy):
+            fields = zip(*contexts, strict=True)
+            own = policy.activity_in(Contexts(*(torch.cat(parts) for parts in fields)))
         parts = self.world.gather_objects((episodes, own))
         merged = sorted(episode for episodes, _ in parts for episode in episodes)
         activities = [activity for _, activity in parts if activity is not None]
@@ -180,10 +192,15 @@ class Evaluator:
             yield self.mine[first : first + at_once]
 
     def _wave(
-        self, policy: Acting, seeds: list[int], generator: torch.Generator, watch: StopWatch
+        self,
+        policy: Acting,
+        seeds: list[int],
+        generator: torch.Generator,
+        watch: StopWatch,
+        contexts: list[Contexts] | None = None,
     ) -> tuple[list[float], list[int], list[np.ndarray], float]:
         """Returns, lengths, observations; the spikes of a policy whose decisions depend on those
-        before.
+        before. Some of what one over sequences saw is added to `contexts`.
         """
         envs = self.envs[: len(seeds)]
         env_id = policy.task.env_id
@@ -204,22 +221,29 @@ class Evaluator:
             seen.append(obs[running])
             # The batch keeps its size to the end: products of other sizes round differently.
             act = policy.task.to_env(policy.act(obs, generator, carried))
-            if carried is not None and carried.fired_B is not None:
+            if isinstance(carried, Carried) and carried.fired_B is not None:
                 fired += float(carried.fired_B[running].sum())
+            steps = carried.steps if isinstance(carried, History) else None
+            if steps is not None and contexts is not None and len(seen) % LOOKED_AT == 1:
+                contexts.append(Contexts(*(field[running] for field in steps)))
             where = f"evaluation, step {max(lengths) + 1}: {env_id}"
             try:
                 with UserCode():
-                    steps = {i: envs[i].step(act[i]) for i in running}
+                    made = {i: envs[i].step(act[i]) for i in running}
             except Exception as error:
                 raise EnvironmentFailed(f"{where} {describe_error(error)}") from error
-            for i, (next_obs, rew, terminated, truncated, _) in steps.items():
+            earned = np.zeros(len(envs))
+            for i, (next_obs, rew, terminated, truncated, _) in made.items():
                 obs[i] = next_obs
                 if not (abs(rew) <= FLOAT32_MAX and (np.abs(obs[i]) <= FLOAT32_MAX).all()):
                     raise NonFinite(f"{where} gave a NaN or infinity")
                 returns[i] += rew
+                earned[i] = rew
                 lengths[i] += 1
                 if terminated or truncated:
                     running.remove(i)
+            if carried is not None:
+                carried.reward(earned)
         return returns, lengths, seen, fired
 
     def _probed(self, policy: Acting, seen: list[np.ndarray]) -> Tensor:

@@ -415,6 +415,7 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
             f"dataset={shown(dataset.folder)}: {dataset.transitions} transitions of"
             f" {len(dataset.lengths)} episodes, sha256 {dataset.sha256}"
         )
+    lines += trainer.algo.notes()
     if (kept := trainer.algo.actor_optimizer.kept) is not None:
         gone = int((kept == 0).sum())
         lines.append(f"actor.prune={config.actor.actor.prune}: {gone} weights are 0 and stay so")

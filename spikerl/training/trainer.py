@@ -18,6 +18,7 @@ from torch import Tensor
 from spikerl import kernels
 from spikerl.algos import ALGOS
 from spikerl.algos.base import CriticsConfig
+from spikerl.algos.decision_transformer import DecisionTransformer
 from spikerl.algos.offpolicy import OfflineConfig
 from spikerl.algos.replay import Replay
 from spikerl.config.build import Config
@@ -27,15 +28,17 @@ from spikerl.envs.dataset import Dataset
 from spikerl.envs.vector import Steps, make_envs
 from spikerl.errors import BadRequest, NonFinite, Stopped
 from spikerl.models.actor import (
+    Actor,
     CareBNConfig,
     SpikingActor,
-    build_actor,
+    build_network,
     copy_weights,
 )
 from spikerl.models.compression import prune
 from spikerl.models.critic import Critics
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
+from spikerl.models.spikeformer import Spikeformer
 from spikerl.runs.checkpoint import Checkpoint, Shard, check_fit
 from spikerl.seeding import RESET_BITS, Streams, initialising, reset_seed
 from spikerl.training.evaluator import Evaluator
@@ -92,7 +95,7 @@ class Trainer:
         # Batches of an update: with weak scaling each worker has one of the whole size.
         self.batches = world.size if run.scaling == "weak" else 1
         with initialising(run.seed):
-            actor = build_actor(
+            actor = build_network(
                 c.actor,
                 algo.inputs(task.obs_dim, task.act_dim),
                 algo.outputs(task.act_dim),
@@ -113,6 +116,7 @@ class Trainer:
                 copy_weights(actor, init.actor)
             share, kept = c.actor.actor.prune, None
             if share is not None:
+                assert isinstance(actor, Actor)
                 kept = prune(actor, share, "actor.prune").to(device)
             self.algo = learner(
                 actor.to(device),
@@ -132,7 +136,8 @@ class Trainer:
         if self.acting_on != device:
             auto = kernels.KernelConfig(name="auto", path=None)
             self.algo.act_on_cpu(kernels.resolve(auto, "cpu").choice)
-        if isinstance(self.algo.actor, SpikingActor):
+        self.algo.total_updates = self.updates_due(run.total_steps)
+        if isinstance(self.algo.actor, SpikingActor | Spikeformer):
             for norm in self.algo.actor.norms:
                 norm.sum_ = world.sum_  # over the rows of all workers
         capacity = algo.capacity() // c.num_envs * each  # whole steps of all environments
@@ -166,22 +171,33 @@ class Trainer:
         """Take the moments of all that was recorded, and this worker's share of it.
 
         Transition k is environment k mod N's, as if N of them had made the dataset in turn; what
-        is left over, fewer than N, is not learned from.
+        is left over, fewer than N, is not learned from. Where sequences are learned from, each has
+        as many that follow each other, with returns to go and times in place of their rewards and
+        discounts; so an episode that is cut between two keeps its returns.
         """
-        each, total = self.replay.width, self.config.num_envs
+        each, total, algo = self.replay.width, self.config.num_envs, self.algo
+        sequences = isinstance(algo, DecisionTransformer)
         scale, gamma = self.config.env.reward_scale, self.config.algo.gamma
-        self.replay.reserve(dataset.transitions // total * each)
-        first, end = 0, dataset.transitions // total * total
+        column = dataset.transitions // total
+        self.replay.reserve(column * each)
+        first, end = 0, column * total
         for episode in dataset.episodes():
             if self.config.algo.norm_interval is not None:
                 self.norm.add(episode.obs[:-1])
                 self.norm.merge([self.norm.collect()])  # the same on every worker
             steps = episode.steps()
-            number = first + np.arange(len(steps.rew))
-            mine = (number % total // each == self.world.rank) & (number < end)
-            scaled = steps._replace(rew=steps.rew * scale)
-            self.replay.add(*Steps(*(field[mine] for field in scaled)), discount=gamma)
+            time = np.arange(len(steps.rew))
+            number = first + time
+            if isinstance(algo, DecisionTransformer):
+                env, rew = number // column, algo.recorded(steps.rew)
+            else:
+                env, rew = number % total, steps.rew * scale
+            mine = (env // each == self.world.rank) & (number < end)
+            kept = Steps(*(field[mine] for field in steps._replace(rew=rew)))
+            self.replay.add(*kept, discount=time[mine] if sequences else gamma)
             first += len(steps.rew)
+        if sequences:
+            self.replay.interleave()
 
     def reset_envs(self, *resumed_at: int) -> None:
         first = self.world.rank * len(self.envs)

@@ -157,3 +157,58 @@ def test_rows_of_several_steps_end_where_environments_were_reset_amid_an_episode
     replay.add(reset, np.zeros((1, 1)), np.ones(1), reset + STEP, *flags, discount=0.5)
     assert over(replay, 0, 5) == (1.5, 0.25, 2.0, False)
     assert over(replay, 2, 5) == (1.0, 0.5, 8.0, False)
+
+
+def sequences(width: int = 1) -> Replay:
+    """Two episodes of 3 and 2 steps whose rewards, here returns to go, count from 10 and 50."""
+    replay = Replay(1 << 40, 2, 1, width=width)
+    for first, length in ((10, 3), (50, 2)):
+        numbers = np.arange(first, first + length, dtype=np.float32)
+        obs = np.stack([numbers, -numbers], 1)
+        last = np.arange(length) == length - 1
+        replay.add(obs, numbers[:, None], numbers, obs, last, last, discount=np.arange(length))
+    return replay
+
+
+def test_contexts_by_hand() -> None:
+    """Up to the episode's end, behind padding; each first step is drawn."""
+    replay = sequences()
+    found = replay.contexts(200, 3, torch.Generator().manual_seed(0), lambda obs: obs + 1.0)
+    expected = {
+        (10.0, 11.0, 12.0): (True, True, True),
+        (0.0, 11.0, 12.0): (False, True, True),
+        (0.0, 0.0, 12.0): (False, False, True),
+        (0.0, 50.0, 51.0): (False, True, True),
+        (0.0, 0.0, 51.0): (False, False, True),
+    }
+    seen = {tuple(row) for row in found.togo.tolist()}
+    assert seen == expected.keys()
+    for i, row in enumerate(found.togo.tolist()):
+        there = found.there[i]
+        assert tuple(there.tolist()) == expected[tuple(row)]
+        assert torch.equal(found.act[i, :, 0], found.togo[i])
+        assert torch.equal(found.obs[i, :, 0], torch.where(there, found.togo[i] + 1.0, 0.0))
+        start = 50.0 if max(row) > 20 else 10.0
+        assert torch.equal(found.time[i], torch.where(there, found.togo[i] - start, 0.0).long())
+    assert found.time.dtype == torch.int64
+
+
+def test_contexts_of_several_environments() -> None:
+    """Their rows, that came one environment after the other, are steps of both."""
+    replay = Replay(1 << 40, 2, 1, width=2)
+    for first in (10, 50):
+        add_ended(replay, first, 3)
+    assert rewards(replay, 0, 6) == [10, 11, 12, 50, 51, 52]
+    replay.interleave()
+    assert rewards(replay, 0, 6) == [10, 50, 11, 51, 12, 52]
+    found = replay.contexts(100, 2, torch.Generator().manual_seed(0), lambda obs: obs)
+    assert {tuple(row) for row in found.togo.tolist()} == {
+        (10.0, 11.0), (11.0, 12.0), (0.0, 12.0), (50.0, 51.0), (51.0, 52.0), (0.0, 52.0),
+    }  # fmt: skip
+
+
+def add_ended(replay: Replay, first: int, count: int) -> None:
+    """Of one episode that goes on behind what is there."""
+    numbers = np.arange(first, first + count, dtype=np.float32)
+    obs, none = np.stack([numbers, -numbers], 1), np.zeros(count, bool)
+    replay.add(obs, numbers[:, None], numbers, obs, none, none, discount=np.arange(count))

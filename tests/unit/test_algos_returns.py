@@ -5,11 +5,12 @@ Shape legend   T steps, N environments.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from spikerl.algos.returns import gae
+from spikerl.algos.returns import gae, returns_to_go
 
 # One environment's episode terminates, the next is truncated, the third goes on; the other's never
 # ends. What follows a termination is worth nothing, whatever the critic says.
@@ -43,3 +44,10 @@ def test_a_termination_a_truncation_and_an_unfinished_end() -> None:
 )
 def test_the_ends_of_the_trace(trace: float, expected: list[float]) -> None:
     assert advantages(0.5, trace)[:, 0].tolist() == expected
+
+
+def test_returns_to_go_by_hand() -> None:
+    """In float64, whatever the rewards are."""
+    rew = np.array([1.0, -2.0, 4.0, 0.5], np.float32)
+    assert returns_to_go(rew).tolist() == [3.5, 2.5, 4.5, 0.5]
+    assert returns_to_go(np.full(3, 1e8, np.float32) + 8).dtype == np.float64

@@ -213,7 +213,8 @@ def test_known_keys() -> None:
 
 
 def test_group_options() -> None:
-    assert group_options("actor") == ["care_bn", "cnn", "conv", "mlp", "popsan"]
+    actors = ["care_bn", "cnn", "conv", "mlp", "popsan", "spikeformer", "transformer"]
+    assert group_options("actor") == actors
     assert {"care_bn", "popsan/ddpg", "popsan/td3"} < set(group_options("experiment"))
 
 

@@ -22,7 +22,10 @@ from spikerl.errors import BadRequest
 GROUPS = sorted(folder.name for folder in conf_folder().iterdir() if folder.is_dir())
 # What an option needs beside it.
 NEEDS = {"env=gym": ["env.id=MountainCarContinuous-v0"], "energy=replay": ["energy.file=t.csv"],
-         **{f"algo={name}": ["dataset=d"] for name in ("bc", "td3_bc", "iql", "bcq")}}  # fmt: skip
+         **{f"algo={name}": ["dataset=d"] for name in ("bc", "td3_bc", "iql", "bcq")},
+         "algo=decision_transformer": ["actor=spikeformer", "dataset=d"],
+         **{f"actor={name}": ["algo=decision_transformer", "dataset=d"]
+            for name in ("spikeformer", "transformer")}}  # fmt: skip
 # What only some machines can run; it composes on all.
 ELSEWHERE = ("kernel=triton", "backend=nccl", "precision=fp16", "energy=zeus", "energy=replay")
 # `base` is what config files share, a table is a group of `reproduce`.
@@ -228,7 +231,15 @@ def test_flags_anywhere(args: list[str], tmp_path: Path) -> None:
         ("spikerl train env=Half", {"env=HalfCheetah"}),
         (
             "spikerl train env=Ant actor=",
-            {"actor=care_bn", "actor=cnn", "actor=conv", "actor=mlp", "actor=popsan"},
+            {
+                "actor=care_bn",
+                "actor=cnn",
+                "actor=conv",
+                "actor=mlp",
+                "actor=popsan",
+                "actor=spikeformer",
+                "actor=transformer",
+            },
         ),
         ("spikerl train algo.gam", {"algo.gamma="}),
         ("spikerl eval epi", {"episodes="}),

@@ -129,6 +129,18 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "algo.act_samples": ([1, 1000], [0, 1001]),
     "algo.vae_lr": ([TINY], [0.0]),
     "algo.vae_hidden_sizes": ([[1]], [[], [0]]),
+    "algo.weight_decay": ([0.0, 1.0], [-TINY]),
+    "algo.warmup_share": ([0.0, 0.9999999], [-TINY, 1.0]),
+    "algo.return_scale": ([TINY, 1e30], [0.0, 1e31]),
+    "algo.target_return": ([-1e30, 0.0, None], [-1e31, 1e31]),
+    "actor.context": ([1, 1000], [0, 1001]),
+    "actor.dim": ([1, 16384], [0, 16385]),
+    "actor.layers": ([1, 100], [0, 101]),
+    "actor.heads": ([1, 128], [0, 3, 16385]),
+    "actor.window": ([1, 1000], [0, 1001]),
+    "actor.norm_share": ([0.0, 1.0], [-TINY, 1.0000001]),
+    "actor.timesteps": ([1, 1_000_000], [0, 1_000_001]),
+    "actor.dropout": ([0.0, 0.9999999], [-TINY, 1.0]),
 }
 GROUPS: list[Registry[Any, Any]] = [
     ACTORS, ENCODERS, NEURONS, DECODERS, ALGOS, PRECISIONS, KERNELS, BACKENDS, METERS
@@ -180,10 +192,16 @@ def with_number(default: dict[str, Any], key: str) -> dict[str, Any]:
     if group == "" or group == "env" or name in numbers(options[default[group]["name"]]):
         return default
     option = next(option for option, schema in options.items() if name in numbers(schema))
-    composed = compose("train", [f"{group}={option}"])
+    typed = [f"{group}={option}"]
+    if option in ("spikeformer", "transformer"):
+        typed.append("algo=decision_transformer")
+    elif option == "decision_transformer":
+        typed.append("actor=transformer")
+    composed = compose("train", typed)
     data: Any = OmegaConf.to_container(composed, resolve=True)
-    recorded = "d" if issubclass(options[option], OfflineConfig) else None
-    return changed(default, **{group: data[group]}, dataset=recorded)
+    changes = {group: data[group] for group in ("actor", "algo")} | {group: data[group]}
+    recorded = "d" if issubclass(OPTIONS["algo"][data["algo"]["name"]], OfflineConfig) else None
+    return changed(default, **changes, dataset=recorded)
 
 
 @pytest.mark.parametrize("key", BOUNDS)
@@ -210,6 +228,27 @@ def test_the_dense_actor_has_the_same_bounds(default: dict[str, Any]) -> None:
         for value in BOUNDS[f"actor.{key}"][1]:
             with pytest.raises(BadRequest, match=rf"^actor\.{key}="):
                 build(changed(default, actor={**mlp, key: value}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"actor__attention": "full"}, "actor.attention=full: one of pssa, tssa"),
+        ({"actor__heads": 3}, "actor.heads=3: give a number that divides actor.dim=128"),
+        ({"precision__name": "bf16"}, "precision=bf16: actor=spikeformer learns in fp32 alone"),
+        ({"env__reward_scale": 2.0}, "env.reward_scale=2.0: returns to go are divided by algo"),
+        ({"algo": "td3"}, "actor=spikeformer: algo=td3 learns from single steps; use algo=decis"),
+        ({"actor": "popsan"}, "actor=popsan: algo=decision_transformer learns from sequences"),
+    ],
+)
+def test_what_goes_with_sequences(
+    changes: dict[str, Any], line: str, default: dict[str, Any]
+) -> None:
+    made = with_number(default, "actor.window")
+    was = {"td3": {"algo": default["algo"], "dataset": None}, "popsan": {"actor": default["actor"]}}
+    for name in changes.keys() & {"algo", "actor"}:
+        changes = was[changes[name]]
+    assert str(refusal(build, changed(made, **changes))).startswith(line)
 
 
 def test_training_gets_what_was_asked_for(default: dict[str, Any]) -> None:
@@ -263,6 +302,11 @@ def test_why_layer_by_layer(default: dict[str, Any]) -> None:
         " neuron.surrogate=rect, which run in PyTorch",
         "a C++ compiler is there; layer by layer because of products in bfloat16",
     ]
+    sequences = build(changed(with_number(default, "actor.window"), device="cpu"))
+    assert sequences.resolved.kernel.reason == (
+        "a C++ compiler is there; layer by layer because of actor=spikeformer, whose products run"
+        " in PyTorch"
+    )
 
 
 def test_what_auto_came_to(default: dict[str, Any]) -> None:

@@ -21,6 +21,19 @@ HUGE = [
     ("algo.replay_capacity=100000000000 total_steps=100000000000", "algo.replay_capacity"),
     ("world_size=4000 num_envs=4000 algo.batch_size=4000", "world_size"),
     ("algo=bcq dataset=d algo.batch_size=1000000 algo.target_samples=1000", "algo.target_samples"),
+    (
+        "algo=decision_transformer dataset=d actor=transformer actor.dim=16000 actor.layers=100",
+        "actor.dim",
+    ),
+    (
+        "algo=decision_transformer dataset=d actor=transformer actor.dim=16384"
+        " actor.timesteps=1000000",
+        "actor.timesteps",
+    ),
+    (
+        "algo=decision_transformer dataset=d actor=spikeformer algo.batch_size=9000000",
+        "algo.batch_size",
+    ),
     ("num_envs=100000", "num_envs"),
     ("threads=100000", "threads"),
     (f"total_steps={1 << 63}", "total_steps"),

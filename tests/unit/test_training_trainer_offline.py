@@ -20,6 +20,7 @@ from builders import (
     td3_bc_config,
 )
 from recorded import episode, task_for, write
+from sequences import actor_config, decision_config, transformer_config
 from threads import run_in_threads, worlds
 
 from spikerl.algos.base import AlgoConfig
@@ -27,6 +28,7 @@ from spikerl.config.build import Config
 from spikerl.config.memory import least_bytes
 from spikerl.distributed.world import ALONE
 from spikerl.envs.dataset import Dataset
+from spikerl.models.actor import ActorConfig
 from spikerl.runs.checkpoint import save_checkpoint, verified
 from spikerl.training.trainer import Trainer
 
@@ -35,9 +37,21 @@ FIRST = (0.0, 1000.0, 2000.0)  # of each episode's observations and rewards
 SMALL = {"batch_size": 6, "critic_hidden_sizes": [8]}
 
 
-def training(algo: AlgoConfig | None = None, num_envs: int = 1) -> Config:
+def training(
+    algo: AlgoConfig | None = None, num_envs: int = 1, actor: ActorConfig | None = None
+) -> Config:
     made = small_config(total_steps=80, steps_per_epoch=60, eval_episodes=1, num_envs=num_envs)
-    return replace(made, algo=algo or td3_bc_config(**SMALL))
+    return replace(made, algo=algo or td3_bc_config(**SMALL), actor=actor or made.actor)
+
+
+def sequences(num_envs: int = 1) -> Config:
+    return training(decision_config(warmup_share=0.2), num_envs, actor_config())
+
+
+def dropping() -> ActorConfig:
+    """A dense network that draws what it drops."""
+    actor = transformer_config(dropout=0.2, layers=1)
+    return ActorConfig(actor=actor, encoder=None, neuron=None, decoder=None)
 
 
 @pytest.fixture
@@ -100,6 +114,58 @@ def test_workers_share_it_out(dataset: Dataset) -> None:
         assert first.step == first.algo.updates == 50
 
 
+def returns(first: int, length: int) -> list[int]:
+    """To go, of rewards first, first + 1, ..."""
+    rewards = range(first, first + length)
+    return [sum(rewards[i:]) for i in range(length)]
+
+
+def test_sequences_have_returns_to_go_and_times(dataset: Dataset) -> None:
+    with workers(sequences(), 1, dataset) as (one,):
+        assert rewards(one) == returns(0, 5) + returns(1000, 3) + returns(2000, 6)
+        rows = one.replay.rows[:14]
+        assert rows[:, -1].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4, 5]
+        assert rows[:, -2].nonzero().flatten().tolist() == [4, 7, 13]
+        assert one.norm.count == 14
+        conditioning = one.policy.config.conditioning
+        assert conditioning is not None
+        assert conditioning.target_return == sum(range(2000, 2006))
+        assert one.algo.notes() == [
+            "evaluations aim at a return of 12015 (the best of the dataset); the dataset's best"
+            " episode has 12015"
+        ]
+
+
+def test_workers_share_sequences_out(dataset: Dataset) -> None:
+    """Of 14 transitions each of 4 environments has 3 that follow each other, with the returns of
+    episodes that are cut; rows are steps of a worker's environments.
+    """
+    all_of_them = returns(0, 5) + returns(1000, 3) + returns(2000, 6)
+    columns = [all_of_them[i : i + 3] for i in (0, 3, 6, 9)]
+    with workers(sequences(4), 2, dataset) as (first, second):
+        for one, (a, b) in ((first, columns[:2]), (second, columns[2:])):
+            assert rewards(one) == [x for pair in zip(a, b, strict=True) for x in pair]
+        run_in_threads([one.advance for one in (first, second)])
+        run_in_threads([one.check_equal for one in (first, second)])
+        assert first.step == first.algo.updates == 50
+        assert first.algo.total_updates == 80
+
+
+def test_another_number_of_workers_takes_the_same_sequences(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    with workers(sequences(4), 2, dataset) as both:
+        held = [rewards(one) for one in both]
+        save(tmp_path, both)
+    with workers(sequences(4), 1, None) as (one,):
+        assert one.load(verified(tmp_path, print))
+        rows = [held[k % 4 // 2][k // 4 * 2 + k % 2] for k in range(12)]
+        assert rewards(one) == rows
+        conditioning = one.policy.config.conditioning
+        assert conditioning is not None
+        assert conditioning.target_return == 12015.0
+
+
 def save(run: Path, trainers: list[Trainer]) -> None:
     facts = {"step": trainers[0].step, "world_size": len(trainers), "reset_seed_bits": 31}
     calls: list[Callable[[], None]] = [
@@ -122,14 +188,21 @@ def test_another_number_of_workers_takes_the_same_rows(dataset: Dataset, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "algo",
-    [td3_bc_config(**SMALL), bc_config(batch_size=6), iql_config(**SMALL), bcq_config(**SMALL)],
+    "config",
+    [
+        training(td3_bc_config(**SMALL)),
+        training(bc_config(batch_size=6)),
+        training(iql_config(**SMALL)),
+        training(bcq_config(**SMALL)),
+        sequences(),
+        training(decision_config(), 1, dropping()),
+    ],
 )
 def test_resumed_it_is_the_uninterrupted_run(
-    algo: AlgoConfig, dataset: Dataset, tmp_path: Path
+    config: Config, dataset: Dataset, tmp_path: Path
 ) -> None:
     """Updates are as many as steps, and rows end where epochs do; the dataset is not read again."""
-    config, task = training(algo), task_for(INVERTED_PENDULUM)
+    task = task_for(INVERTED_PENDULUM)
     with closing(Trainer(config, task, dataset=dataset)) as whole:
         rows = list(whole.epochs())
     assert [(row["step"], row["updates"]) for row in rows] == [(60, 60), (80, 80)]

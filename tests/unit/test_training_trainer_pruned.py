@@ -12,7 +12,7 @@ from torch import Tensor
 from trainers import Workers
 
 from spikerl.config.build import Config
-from spikerl.models.actor import Actor, build_actor, connections
+from spikerl.models.actor import Actor, PopSANConfig, build_actor, connections
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy, load_policy
 from spikerl.training.trainer import Trainer
@@ -20,6 +20,7 @@ from spikerl.training.trainer import Trainer
 
 def pruned(share: float) -> Config:
     config = small_config(num_envs=2)
+    assert isinstance(config.actor.actor, PopSANConfig)
     actor = replace(config.actor.actor, prune=share)
     return replace(config, actor=replace(config.actor, actor=actor))
 
@@ -33,7 +34,9 @@ def test_zeros_stay(tmp_path: Path) -> None:
     config = pruned(0.9)
     workers = Workers(config, 2)
     first = {name: p.detach().clone() for name, p in workers.first.algo.actor.named_parameters()}
-    gone = zeros(workers.first.algo.actor)
+    learned = workers.first.algo.actor
+    assert isinstance(learned, Actor)
+    gone = zeros(learned)
     for name, zero in gone.items():
         share = 0.0 if name == "decoder.weight_AP" else 0.9
         assert int(zero.sum()) == round(share * zero.numel())

@@ -1,0 +1,178 @@
+"""Decision SpikeFormer: a transformer whose blocks compute with spikes (Huang et al., CVPR 2025,
+arXiv:2504.03800).
+
+    x = LN(W [s_t, a_t-1, R_t] + b), the same at each spike step
+    x = x + norm(o(attention(q(x), k(x), v(x))))       each of q, k, v: LIF(norm(W LIF(x) + b))
+    x = x + norm(W LIF(norm(W LIF(x) + b)) + b)                         in each block
+    a = tanh(W mean over spike steps of norm(x) + b)
+
+norm is that of `snn/ptbn.py`. What multiplies spikes are the matrices of the blocks; the embedding
+and the head are dense, and x, which the blocks add to, is real.
+
+Shape legend   T spike steps, B batch, K steps of a context, M = B K tokens, D entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spikerl import kernels
+from spikerl.models.sequence import SequenceConfig
+from spikerl.snn.attention import ATTENTIONS
+from spikerl.snn.batchnorm import TDBN
+from spikerl.snn.linear import Linear, ListOf
+from spikerl.snn.neurons import NEURONS, Neuron, NeuronConfig, State
+from spikerl.snn.ptbn import PTBN, NormedLinear, folded_behind
+from spikerl.types import Contexts
+
+WIDER = 4  # entries between the two layers behind an attention, for each of a token
+
+
+@dataclass(kw_only=True)
+class SpikeformerConfig(SequenceConfig):
+    attention: str  # pssa, tssa
+    window: int  # steps that pssa sees
+    spike_steps: int  # T, spike steps per decision
+    norm_share: float  # of a run, over which layer normalisation becomes batch normalisation
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        remedy = f"one of {', '.join(sorted(ATTENTIONS))}"
+        self.check(remedy, "attention", self.attention in ATTENTIONS)
+        self.check("give 1 to 1000", "window", 1 <= self.window <= 1000)
+        self.check("give 1 to 1000", "spike_steps", 1 <= self.spike_steps <= 1000)
+        self.check("give a value in [0, 1]", "norm_share", 0.0 <= self.norm_share <= 1.0)
+
+    def shape(self) -> str:
+        return f"{super().shape()} with {self.attention}"
+
+
+Scan = Callable[[Neuron, Tensor], Tensor]
+
+
+class Block(nn.Module):
+    def __init__(self, config: SpikeformerConfig, neuron: NeuronConfig, norm: float | None) -> None:
+        super().__init__()
+        D, made = config.dim, NEURONS.part(neuron)
+        self.query, self.key, self.value, self.out = (NormedLinear(D, D, norm) for _ in range(4))
+        self.wide, self.narrow = NormedLinear(D, WIDER * D, norm), NormedLinear(WIDER * D, D, norm)
+        attention = ATTENTIONS[config.attention]
+        self.attention = attention(config.context, config.heads, config.window)
+        # Before the queries, keys and values, of each of them, of the attention, and of the two
+        # layers behind it.
+        self.neurons = ListOf[Neuron](made(neuron) for _ in range(7))
+
+    def forward(self, x_TMD: Tensor, there_BK: Tensor, training: bool, scan: Scan) -> Tensor:
+        first, *qkv, attended, before, between = self.neurons
+        shape = (len(x_TMD), *there_BK.shape, x_TMD.shape[-1])
+        s = scan(first, x_TMD)
+        parts = zip(qkv, (self.query, self.key, self.value), strict=True)
+        q, k, v = (scan(neuron, layer(s, training)).view(shape) for neuron, layer in parts)
+        drive = self.attention(q, k, v, there_BK).flatten(1, 2)
+        x_TMD = x_TMD + self.out(scan(attended, drive), training)
+        s = scan(between, self.wide(scan(before, x_TMD), training))
+        return x_TMD + self.narrow(s, training)
+
+
+class Spikeformer(nn.Module):
+    """Contexts (B, K, ...) to actions (B, K, A) in [-1, 1]."""
+
+    carries = True
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        config: SpikeformerConfig,
+        neuron: NeuronConfig,
+        *,
+        kernel: str = "reference",
+        folded: bool = False,
+    ) -> None:
+        """`folded`: what acts, without normalisation in its blocks."""
+        super().__init__()
+        self.obs_dim, self.act_dim, self.kernel = obs_dim, act_dim, kernel
+        self.config, self.neuron = config, neuron
+        norm = None if folded else neuron.threshold
+        self.embed = Linear(obs_dim + act_dim + 1, config.dim)
+        self.embed_norm = nn.LayerNorm(config.dim, dtype=torch.float32)
+        self.blocks = ListOf[Block](Block(config, neuron, norm) for _ in range(config.layers))
+        self.norm = None if norm is None else PTBN(config.dim, norm)
+        self.head = Linear(config.dim, act_dim)
+
+    def forward(
+        self,
+        steps: Contexts,
+        generator: torch.Generator | None = None,
+        scan: Scan | None = None,
+    ) -> Tensor:
+        """`generator`: given in training alone, where moments are the batch's. `scan`: of a layer's
+        neurons, the kernel's where it is None.
+        """
+        training = generator is not None
+        scan = scan or kernels.named(self.kernel).scan
+        before = nn.functional.pad(steps.act[:, :-1], (0, 0, 1, 0))
+        token = torch.cat([steps.obs, before, steps.togo.unsqueeze(2)], 2).flatten(0, 1)
+        x_MD = self.embed_norm(self.embed(token))
+        x_TMD = x_MD.expand(self.config.spike_steps, *x_MD.shape)
+        for block in self.blocks:
+            x_TMD = block(x_TMD, steps.there, training, scan)
+        if self.norm is not None:
+            x_TMD = self.norm(x_TMD, training)
+        act: Tensor = torch.tanh(self.head(x_TMD.mean(0)))
+        return act.view(*steps.there.shape, self.act_dim)
+
+    def counts(self, steps: Contexts) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each layer of neurons, spikes and voltages inside the surrogate's window, (N,), summed
+        over the spike steps of all tokens that are no padding.
+        """
+        there_M = steps.there.flatten()
+        spikes, inside = list[Tensor](), list[Tensor]()
+
+        def watched(neuron: Neuron, drive_TMN: Tensor) -> Tensor:
+            state, states = neuron.initial(drive_TMN[0]), list[State]()
+            for drive in drive_TMN:
+                state = neuron.step(drive, state)
+                states.append(state)
+            fired = torch.stack([state.spikes_BN for state in states])
+            passed = torch.stack([neuron.passes(state) for state in states])
+            for counts, which in ((spikes, fired), (inside, passed)):
+                counts.append(which[:, there_M].double().sum((0, 1)).cpu())
+            return fired
+
+        self(steps, None, watched)
+        return spikes, inside
+
+    @property
+    def norms(self) -> list[TDBN]:
+        return [part for part in self.modules() if isinstance(part, TDBN)]
+
+    def schedule(self, share: float) -> None:
+        """Set what changes with the share of a run that lies behind."""
+        span = self.config.norm_share
+        for part in self.modules():
+            if isinstance(part, PTBN):
+                part.theta = max(1.0 - share / span, 0.0) if span > 0.0 else 0.0
+            elif isinstance(part, Neuron):
+                part.schedule(min(share, 1.0))
+
+    def inference(self) -> Spikeformer:
+        """What acts: this network with its normalisation in its weights."""
+        assert self.norm is not None
+        state = {name: p.detach().clone() for name, p in self.state_dict().items()}
+        for name, part in self.named_modules():
+            if isinstance(part, NormedLinear):
+                state |= {f"{name}.{key}": value for key, value in part.folded().items()}
+        state |= {f"head.{k}": v for k, v in folded_behind(self.norm, self.head).items()}
+        with torch.device("meta"):
+            small = Spikeformer(
+                self.obs_dim, self.act_dim, self.config, self.neuron, kernel=self.kernel,
+                folded=True,
+            )  # fmt: skip
+        kept = small.state_dict()
+        small.load_state_dict({name: state[name] for name in kept}, assign=True)
+        return small

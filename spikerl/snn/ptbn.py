@@ -1,0 +1,71 @@
+"""Progressive threshold-dependent batch normalisation (Huang et al., CVPR 2025, arXiv:2504.03800).
+
+    y = theta tdLN(x) + (1 - theta) tdBN(x)
+
+tdLN normalises a token's own entries, tdBN an entry over batch, tokens and spike steps; both begin
+with gamma = the neurons' threshold. theta falls evenly from 1 to 0 over the first updates of a run.
+What acts has tdBN by its running moments alone, an affine map that folds into the layer beside it.
+
+Shape legend   T spike steps, M tokens, I inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spikerl.snn.batchnorm import BATCH, TDBN
+from spikerl.snn.linear import Linear
+
+WEIGHT_STD = 0.02  # of the first weights before a normalisation
+
+
+class PTBN(nn.Module):
+    """`theta` is given from outside, by whoever knows how far training is."""
+
+    def __init__(self, neurons: int, threshold: float) -> None:
+        super().__init__()
+        self.ln, self.bn = nn.LayerNorm(neurons, dtype=torch.float32), TDBN(neurons, threshold)
+        nn.init.constant_(self.ln.weight, threshold)
+        self.theta = 0.0
+
+    def forward(self, x_TMN: Tensor, training: bool) -> Tensor:
+        if not training:
+            return self.bn(x_TMN)
+        y: Tensor = self.bn(x_TMN, BATCH)
+        if self.theta == 0.0:
+            return y
+        return torch.lerp(y, self.ln(x_TMN), self.theta)
+
+
+class NormedLinear(nn.Module):
+    """norm(x W + b); without a threshold x W + b alone, which the former folds into."""
+
+    def __init__(self, inputs: int, outputs: int, threshold: float | None) -> None:
+        super().__init__()
+        self.linear = Linear(inputs, outputs)
+        nn.init.normal_(self.linear.weight_IN, std=WEIGHT_STD)
+        nn.init.zeros_(self.linear.bias_N)
+        self.norm = None if threshold is None else PTBN(outputs, threshold)
+
+    def forward(self, x_TMI: Tensor, training: bool = False) -> Tensor:
+        x_TMN = self.linear(x_TMI.flatten(0, 1)).view(*x_TMI.shape[:2], self.linear.outputs)
+        return x_TMN if self.norm is None else self.norm(x_TMN, training)
+
+    def folded(self) -> dict[str, Tensor]:
+        """The state of one without a norm that does the same as this one does when it acts."""
+        assert self.norm is not None
+        weight, bias = self.norm.bn.folded(self.linear.weight_IN, self.linear.bias_N)
+        return {"linear.weight_IN": weight, "linear.bias_N": bias}
+
+
+@torch.no_grad()
+def folded_behind(norm: PTBN, layer: Linear) -> dict[str, Tensor]:
+    """The state of a linear layer that has what is normalised before it in its own weights."""
+    bn = norm.bn
+    factor_I = bn.factor()
+    offset_I = bn.beta_N - bn.mean_N * factor_I
+    return {
+        "weight_IN": factor_I.unsqueeze(1) * layer.weight_IN,
+        "bias_N": layer.bias_N + offset_I @ layer.weight_IN,
+    }
