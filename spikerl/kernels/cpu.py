@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from spikerl.kernels import build as native
 from spikerl.kernels import reference
-from spikerl.kernels.build import Net, Pointer, Units
+from spikerl.kernels.build import Neurons, Pointer, Units
 from spikerl.kernels.coverage import MAX_STEPS, why_no_scan
 from spikerl.kernels.gradient import Gradient, Moments, Pullback, SamplePullback
 from spikerl.kernels.prepared import (
@@ -31,12 +31,12 @@ from spikerl.kernels.prepared import (
     PreparedCritic,
     PreparedDense,
     addresses,
-    neuron_only,
+    constants,
     pointers,
 )
 from spikerl.kernels.reference import DenseNet, SpikingNet, ValueNet
 from spikerl.snn.encoders import PoissonEncoder, PopulationEncoder
-from spikerl.snn.neurons import Neuron
+from spikerl.snn.neurons import PLIF, Neuron
 from spikerl.types import Batch, Task
 
 
@@ -164,7 +164,8 @@ class CPUKernel:
             return reference.scan(neuron, drive_TBN)
         neurons = drive_TBN[0].numel()
         flat = nn.functional.pad(drive_TBN.flatten(1), (0, -neurons % 16))
-        spikes: Tensor = _Scan.apply(self, neuron_only(neuron, len(drive_TBN)), flat)
+        decay = neuron.decay if isinstance(neuron, PLIF) else None
+        spikes: Tensor = _Scan.apply(self, constants(neuron), flat, decay)
         return spikes[:, :neurons].reshape(drive_TBN.shape)
 
     def vjp(
@@ -464,12 +465,16 @@ class _Actions(torch.autograd.Function):
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernel: CPUKernel, net: Net, drive_TM: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, kernel: CPUKernel, neurons: Neurons, drive_TM: Tensor, decay: Tensor | None
+    ) -> Tensor:
         drive_TM = drive_TM.contiguous()
         spikes, voltage = torch.empty_like(drive_TM), torch.empty_like(drive_TM)
+        if decay is not None:
+            neurons.voltage_decay = float(decay)
         places = (t.data_ptr() for t in (drive_TM, spikes, voltage))
-        kernel.lib.spikerl_scan(net, drive_TM.shape[1], *places, torch.get_num_threads())
-        ctx.kernel, ctx.net = kernel, net
+        kernel.lib.spikerl_scan(neurons, *drive_TM.shape, *places, torch.get_num_threads())
+        ctx.kernel, ctx.neurons, ctx.learns = kernel, neurons, decay is not None
         ctx.save_for_backward(voltage)
         return spikes
 
@@ -480,8 +485,8 @@ class _Scan(torch.autograd.Function):
         grad_TM, out = grad_TM.contiguous(), torch.empty_like(voltage)
         places = (t.data_ptr() for t in (grad_TM, voltage, out))
         threads = torch.get_num_threads()
-        ctx.kernel.lib.spikerl_scan_back(ctx.net, grad_TM.shape[1], *places, threads)
-        return None, None, out
+        by_decay = ctx.kernel.lib.spikerl_scan_back(ctx.neurons, *grad_TM.shape, *places, threads)
+        return None, None, out, voltage.new_tensor(by_decay) if ctx.learns else None
 
 
 class _BlockCache:

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikerl.kernels.build import Critic, Net, Pointer
-from spikerl.kernels.coverage import why_layered, why_no_matrix
+from spikerl.kernels.build import Critic, Net, Neurons, Pointer
+from spikerl.kernels.coverage import EQUATIONS, why_layered, why_no_matrix
 from spikerl.kernels.reference import DenseNet, SpikingNet, ValueNet
 from spikerl.snn.decoders import RateDecoder
-from spikerl.snn.encoders import PopulationEncoder, TanhPopulationEncoder
-from spikerl.snn.neurons import CubaLIF, Neuron
+from spikerl.snn.encoders import AnalogEncoder, PopulationEncoder, TanhPopulationEncoder
+from spikerl.snn.neurons import PLIF, Neuron
+from spikerl.snn.surrogates import SURROGATES
 
 
 def fused(net: SpikingNet) -> bool:
@@ -35,20 +36,21 @@ class PreparedActor:
             return
         encoder, neuron, layers = net.encoder, net.neurons[0], list(net.layers)
         assert isinstance(encoder, PopulationEncoder)
-        assert isinstance(neuron, CubaLIF)
         assert isinstance(net.decoder, RateDecoder)
-        c = neuron.config
+        self.neuron, self.scale = neuron, neuron.scale
         act_dim, out_pop = net.decoder.weight_AP.shape
         widths = [layers[0].weight_IN.shape[0], *(len(layer.bias_N) for layer in layers)]
         self.widths = np.array(widths, np.int32)
         mean, std, *between, out_weight, out_bias = self.at
-        self.weights, self.biases = pointers(between[0::2]), pointers(between[1::2])
+        of_layers, decays = between[: 2 * len(layers)], between[2 * len(layers) :]
+        self.weights, self.biases = pointers(of_layers[0::2]), pointers(of_layers[1::2])
+        self.decays = pointers(decays)
         self.net = Net(
             len(encoder.mean_OP), encoder.config.pop_size, act_dim, out_pop, net.spike_steps,
-            len(layers), encoder.config.threshold, neuron.current_decay, c.voltage_decay,
-            c.threshold, c.surrogate_window, self.widths.ctypes.data, mean, std,
+            len(layers), encoder.config.threshold, constants(neuron),
+            ctypes.addressof(self.decays) if decays else None, self.widths.ctypes.data, mean, std,
             ctypes.addressof(self.weights), ctypes.addressof(self.biases), out_weight, out_bias,
-            isinstance(encoder, TanhPopulationEncoder),
+            isinstance(encoder, AnalogEncoder), isinstance(encoder, TanhPopulationEncoder),
             net.early_exit.steps if net.early_exit else 0,
             net.early_exit.threshold if net.early_exit else 0.0,
         )  # fmt: skip
@@ -57,6 +59,7 @@ class PreparedActor:
         """Whether its parameters lie elsewhere, or are others: `load_state_dict(assign=True)`."""
         same = net.layers[0]._parameters["weight_IN"] is self.first
         same &= net.early_exit is self.early_exit
+        same &= not self.fused or self.neuron.scale == self.scale  # which a schedule changes
         return not same or addresses(self.params) != self.at
 
 
@@ -109,13 +112,19 @@ def pointers(at: Sequence[int]) -> ctypes.Array[Any]:
     return (Pointer * len(at))(*at)
 
 
-def neuron_only(neuron: Neuron, spike_steps: int) -> Net:
-    assert isinstance(neuron, CubaLIF)
+def constants(neuron: Neuron) -> Neurons:
+    """What its equation and its surrogate read; a learned decay is another for each layer."""
     c = neuron.config
-    return Net(
-        spike_steps=spike_steps, current_decay=neuron.current_decay,
-        voltage_decay=c.voltage_decay, threshold=c.threshold, window=c.surrogate_window,
-    )  # fmt: skip
+    places = {
+        "equation": EQUATIONS[type(neuron), c.reset],
+        "surrogate": SURROGATES.index(c.surrogate),
+    }
+    given = {"scale": neuron.scale, "start": getattr(c, "start", 0.0) * c.threshold}
+    if isinstance(neuron, PLIF):
+        given["voltage_decay"] = 0.0
+    for name, _ in Neurons._fields_[2:]:
+        given.setdefault(name, getattr(c, name, 1.0 if name == "voltage_decay" else 0.0))
+    return Neurons(**places, **given)
 
 
 def _plain(tensor: Tensor) -> bool:

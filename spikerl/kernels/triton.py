@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spikerl.kernels import reference
-from spikerl.kernels.coverage import why_no_scan
+from spikerl.kernels.coverage import triton_scans
 from spikerl.kernels.gradient import Pullback
 from spikerl.kernels.reference import (
     SpikingNet,
@@ -73,7 +73,7 @@ def vjp(
 
 def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
     """Spikes (T, B, N) of one layer, from rest, in the drive's type."""
-    if why_no_scan(neuron):
+    if not triton_scans(neuron):
         return reference.scan(neuron, drive_TBN)
     assert isinstance(neuron, CubaLIF)
     c = neuron.config

@@ -62,23 +62,6 @@ void multiply_active(const ActiveNeurons& active, const float* weights, int64_t 
         for (int j = 0; j < V; j++) store(out + t * Kp + j * W, sums[t][j]);
 }
 
-// out (samples, Kp) = grad (samples, Np) times N rows of V vectors of weights, R samples at a time.
-template <int R, int V>
-void multiply_dense(int64_t from, int64_t to, int64_t N, const float* grad, int64_t Np, const float* weights,
-                    float* out, int64_t Kp) {
-    for (; to - from >= R; from += R) {
-        vec sums[R][V] = {};
-        for (int64_t n = 0; n < N; n++)
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++)
-                for (int j = 0; j < V; j++) sums[r][j] += load(weights + (n * V + j) * W) * grad[(from + r) * Np + n];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-            for (int j = 0; j < V; j++) store(out + (from + r) * Kp + j * W, sums[r][j]);
-    }
-    if constexpr (R > 1) multiply_dense<R / 2, V>(from, to, N, grad, Np, weights, out, Kp);
-}
-
 // A layer's weights by neuron, in blocks of V vectors of inputs from k on, (blocks, N, V W), zero beyond K; the first
 // input beyond the blocks.
 template <int V>
@@ -136,15 +119,18 @@ struct InputGradients {
         return k;
     }
 
+    template <int V>
+    void multiply(int64_t count, int64_t k) {
+        multiply_dense<V>(0, count, l.N, summed, l.Np, PackedColumns<V>{by_neuron + k * l.N}, out + k, Kp);
+    }
+
     void run(int64_t count) { run_blocks<1>(run_blocks<BLOCK>(0, count), count); }
 
     // Of `summed`, in which few neurons have no gradient.
     void run_dense(int64_t count) {
-        constexpr int R = W == 16 ? 8 : 4;
         int64_t k = 0;
-        for (; Kp - k >= BLOCK * W; k += BLOCK * W)
-            multiply_dense<R, BLOCK>(0, count, l.N, summed, l.Np, by_neuron + k * l.N, out + k, Kp);
-        for (; k < Kp; k += W) multiply_dense<R, 1>(0, count, l.N, summed, l.Np, by_neuron + k * l.N, out + k, Kp);
+        for (; Kp - k >= BLOCK * W; k += BLOCK * W) multiply<BLOCK>(count, k);
+        for (; k < Kp; k += W) multiply<1>(count, k);
     }
 };
 
@@ -170,11 +156,24 @@ inline void scatter(Events events, const float* grad, int64_t Np, float* block) 
     }
 }
 
+// Puts gradients of weights, (K, V W), and of biases where those of neurons n to n + V W belong.
+template <int V>
+void put_columns(const Layer& l, int64_t n, const float* block, const vec* bias, float* grad_weight, float* grad_bias) {
+    const int64_t width = V * W, count = std::min(width, l.N - n);
+    for (int64_t k = 0; k < l.K; k++) {
+        float* row = grad_weight + k * l.N + n;
+        if (count < width) std::memcpy(row, block + k * width, count * sizeof(float));
+        else
+            for (int j = 0; j < V; j++) store(row + j * W, load(block + k * width + j * W));
+    }
+    std::memcpy(grad_bias + n, bias, count * sizeof(float));
+}
+
 // Gradients of a layer's weights and biases for neurons n to n + V W, over the whole batch.
 template <int V>
 void weight_gradients(const Activations& acts, int layer, const Layer& l, int64_t n, const float* grad,
                       float* grad_weight, float* grad_bias) {
-    const int64_t T = acts.net->spike_steps, width = V * W, count = std::min(width, l.N - n);
+    const int64_t T = acts.net->spike_steps, width = V * W;
     Scratch memory;
     float* block = memory.array<float>(l.K * width);
     std::memset(block, 0, l.K * width * sizeof(float));
@@ -198,13 +197,43 @@ void weight_gradients(const Activations& acts, int layer, const Layer& l, int64_
         for (int64_t t = 0; t < T; t++)
             for (int j = 0; j < V; j++) bias[j] += load(g + t * l.Np + j * W);
     }
-    for (int64_t k = 0; k < l.K; k++) {
-        float* row = grad_weight + k * l.N + n;
-        if (count < width) std::memcpy(row, block + k * width, count * sizeof(float));
-        else
-            for (int j = 0; j < V; j++) store(row + j * W, load(block + k * width + j * W));
-    }
-    std::memcpy(grad_bias + n, bias, count * sizeof(float));
+    put_columns<V>(l, n, block, bias, grad_weight, grad_bias);
+}
+
+// The same of a layer that is driven by the same currents at every step: `by_input` (K, Bp) are its inputs, `summed`
+// (B, Np) its drives' gradients over all steps.
+template <int V>
+void weight_gradients(const Layer& l, int64_t n, int64_t B, const float* by_input, const float* summed,
+                      float* grad_weight, float* grad_bias) {
+    Scratch memory;
+    float* block = memory.array<float>(l.K * V * W);
+    const UnpackedColumns columns{summed + n, l.Np, nullptr, -1};
+    multiply_dense<V>(0, l.K, B, by_input, padded(B), columns, block, V * W);
+    vec bias[V] = {};
+    for (int64_t b = 0; b < B; b++)
+        for (int j = 0; j < V; j++) bias[j] += load(columns.row(b) + j * W);
+    put_columns<V>(l, n, block, bias, grad_weight, grad_bias);
+}
+
+// The encoder's activities by neuron, (K0, Bp).
+const float* transposed_activities(const Activations& acts, Scratch& memory) {
+    const int64_t K = acts.net->widths[0], Kp = padded(K), Bp = padded(acts.samples);
+    float* by_neuron = memory.array<float>(K * Bp);
+    transpose(acts.activity, Kp, acts.samples, K, by_neuron, Bp);
+    return by_neuron;
+}
+
+// Drives' gradients (B, T, Np) added up over the steps, (B, Np).
+const float* sums_over_steps(const Activations& acts, const float* grad, int64_t Np, Scratch& memory) {
+    const int64_t B = acts.samples, T = acts.net->spike_steps;
+    float* summed = memory.array<float>(B * Np);
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t n = 0; n < Np; n += W) {
+            vec sum = {};
+            for (int64_t t = 0; t < T; t++) sum += load(grad + (b * T + t) * Np + n);
+            store(summed + b * Np + n, sum);
+        }
+    return summed;
 }
 
 // Gradients of all layers' weights, and of the encoder's activities, (B, K0p), which are returned; from those of the
@@ -217,21 +246,31 @@ const float* backward_events(const Activations& acts, const float* encoder_weigh
     // Gradients of the drives of two consecutive layers.
     float *above = memory.array<float>(B * T * widest), *below = memory.array<float>(B * T * widest);
     int32_t* active_steps = memory.array<int32_t>(B * widest);
+    float* by_decay = memory.array<float>(B);  // gradients by a layer's decay
     const int64_t Np = padded(net.widths[net.layers]);
+    const int last = net.layers - 1;
     actions.decoder_backward(acts, out, [&](int64_t b, const float* grad_spikes) {
-        scan_back(net, Np, Np, grad_spikes, 0, acts.voltage[net.layers - 1] + b * T * Np, above + b * T * Np,
-                  active_steps + b * widest);
+        by_decay[b] = scan_back(acts.neurons[last], int(T), Np, Np, grad_spikes, 0, acts.voltage[last] + b * T * Np,
+                                above + b * T * Np, active_steps + b * widest);
     });
-    for (int layer = net.layers - 1; layer >= 0; layer--) {
+    for (int layer = last; layer >= 0; layer--) {
+        out.put_decay(acts, layer, by_decay);
         const Layer l(net, layer);
         const int64_t columns = (l.Np + BLOCK * W - 1) / (BLOCK * W);
+        const float *by_input = nullptr, *summed = nullptr;  // of a layer that currents drive
+        if (layer == 0 && net.analog) {
+            by_input = transposed_activities(acts, memory);
+            summed = sums_over_steps(acts, above, l.Np, memory);
+        }
+        const auto weights = [&](auto V, int64_t n) {
+            if (summed) weight_gradients<V>(l, n, B, by_input, summed, out.weight(0), out.bias(0));
+            else weight_gradients<V>(acts, layer, l, n, above, out.weight(layer), out.bias(layer));
+        };
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
         for (int64_t column = 0; column < columns; column++) {
             const int64_t n = column * BLOCK * W;
-            if (l.Np - n >= BLOCK * W)
-                weight_gradients<BLOCK>(acts, layer, l, n, above, out.weight(layer), out.bias(layer));
-            else
-                weight_gradients<1>(acts, layer, l, n, above, out.weight(layer), out.bias(layer));
+            if (l.Np - n >= BLOCK * W) weights(std::integral_constant<int, BLOCK>{}, n);
+            else weights(std::integral_constant<int, 1>{}, n);
         }
         const int64_t Kp = padded(l.K), rows = layer == 0 ? 1 : T;
         Scratch of_layer;
@@ -263,8 +302,9 @@ const float* backward_events(const Activations& acts, const float* encoder_weigh
                     continue;
                 }
                 actions.add_cost(layer - 1, grad, T, Kp, l.K);
-                scan_back(net, Kp, Kp, grad, Kp, acts.voltage[layer - 1] + b * T * Kp, below + b * T * Kp,
-                          active_steps + b * widest);
+                by_decay[b] = scan_back(acts.neurons[layer - 1], int(T), Kp, Kp, grad, Kp,
+                                        acts.voltage[layer - 1] + b * T * Kp, below + b * T * Kp,
+                                        active_steps + b * widest);
             }
         }
         std::swap(above, below);
@@ -274,16 +314,17 @@ const float* backward_events(const Activations& acts, const float* encoder_weigh
 
 void backward(const Net& net, int64_t B, const float* obs, bool poisson, const ActionGradients& actions, char* saved,
               const Gradients& out, int threads) {
-    const Activations acts(&net, B, true, uses_events(B), saved);
+    const Activations acts(&net, B, true, uses_events(net, B), saved);
     const int64_t T = net.spike_steps, K0 = net.widths[0], K0p = padded(K0);
     // The encoder's spikes have a straight-through gradient: dA = sum over t of d(spike t) times w_t, where w_t =
-    // dv_t / dA = sum over i <= t of (1 - threshold)^i for the deterministic coder, and 1 for Poisson.
+    // dv_t / dA = sum over i <= t of (1 - threshold)^i for the deterministic coder, and 1 for Poisson; and dA is the sum of
+    // the gradients of all steps' currents.
     float weight[MAX_STEPS], power = 1.0f, total = 0.0f;
     for (int64_t t = 0; t < T; t++, power *= 1.0f - net.encoder_threshold)
-        weight[t] = poisson ? 1.0f : total += power;
+        weight[t] = poisson || net.analog ? 1.0f : total += power;
     Scratch memory;
 #if HAS_TILES
-    const float* grad_activity = uses_events(B) ? backward_events(acts, weight, actions, out, memory, threads)
+    const float* grad_activity = uses_events(net, B) ? backward_events(acts, weight, actions, out, memory, threads)
                                                 : backward_tiles(acts, weight, actions, out, memory, threads);
 #else
     const float* grad_activity = backward_events(acts, weight, actions, out, memory, threads);
@@ -310,15 +351,21 @@ void backward(const Net& net, int64_t B, const float* obs, bool poisson, const A
 
 extern "C" {
 
-// Gradients of the drive (T, M) from those of the spikes.
-void spikerl_scan_back(const Net* net, int64_t M, const float* grad, const float* voltage, float* out,
-                       int threads) {
+// Gradients of the drive (T, M) from those of the spikes. Returns the gradient by voltage_decay, where that is learned.
+float spikerl_scan_back(const Neurons* neurons, int steps, int64_t M, const float* grad, const float* voltage,
+                        float* out, int threads) {
+    Scratch memory;
+    float* by_decay = memory.array<float>(M / 16);
 #pragma omp parallel for num_threads(threads) if (M > 4096)
-    for (int64_t m = 0; m < M; m += 16) scan_back(*net, 16, M, grad + m, M, voltage + m, out + m, nullptr);
+    for (int64_t m = 0; m < M; m += 16)
+        by_decay[m / 16] = scan_back(*neurons, steps, 16, M, grad + m, M, voltage + m, out + m, nullptr);
+    double sum = 0.0;
+    for (int64_t i = 0; i < M / 16; i++) sum += by_decay[i];
+    return float(sum);
 }
 
 // Gradients of all parameters, `grads`: the encoder's means and standard deviations, each layer's weights and biases,
-// the decoder's; `saved` as spikerl_forward left it; `act` is null where that did not squash, `by_spike` (layers), the
+// each layer's decay where it is learned, the decoder's; `saved` as spikerl_forward left it; `act` is null where that did not squash, `by_spike` (layers), the
 // gradient by each spike of a layer, where spikes cost nothing.
 void spikerl_backward(const Net* net, int64_t B, const float* obs, int poisson, const float* act, const float* grad_act,
                       const float* by_spike, char* saved, float* const* grads, int threads) {
@@ -327,7 +374,7 @@ void spikerl_backward(const Net* net, int64_t B, const float* obs, int poisson, 
 
 // Spikes of each layer over all samples and steps, from `saved` as spikerl_forward left it.
 void spikerl_count_spikes(const Net* net, int64_t B, char* saved, int64_t* counts) {
-    const Activations acts(net, B, true, uses_events(B), saved);
+    const Activations acts(net, B, true, uses_events(*net, B), saved);
     for (int layer = 1; layer <= net->layers; layer++) {
         const int64_t N = net->widths[layer], Np = padded(N);
         int64_t count = 0;

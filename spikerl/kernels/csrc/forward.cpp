@@ -50,23 +50,6 @@ void pack(const Layer& l, int64_t from, int64_t to, int64_t width, float* out) {
         for (int64_t k = 0; k < l.K; k++, out += width) copy_padded(l.weight + k * l.N + n, l.N - n, width, out);
 }
 
-// Columns of a layer's weights as they are: row k begins at `first + k * stride`, except that of the last row there is
-// a copy, which may be read to the end of a whole vector.
-struct UnpackedColumns {
-    const float* first;
-    int64_t stride;
-    const float* last;
-    int64_t last_row;
-    const float* row(int64_t k) const { return k == last_row ? last : first + k * stride; }
-};
-
-// V vectors of columns, packed row after row.
-template <int V>
-struct PackedColumns {
-    const float* first;
-    const float* row(int64_t k) const { return first + k * V * W; }
-};
-
 // drive[t] += the weights of all inputs that fired at step t, for the S steps of a chunk and V vectors.
 template <int S, int V, class Columns>
 inline void gather(Events events, const Columns& columns, float* drive) {
@@ -98,12 +81,35 @@ inline void gather(Events events, const Columns& columns, float* drive) {
         for (int j = 0; j < V; j++) store(drive + (t * V + j) * W, sums[t][j]);
 }
 
+// Voltages and words of neurons n to n + V W of one layer and sample, from their drive.
+template <int V>
+inline void run_scans(const Activations& acts, int layer, int64_t b, int64_t n, const float* drive, int64_t stride) {
+    const int T = acts.net->spike_steps;
+    const int64_t Np = padded(acts.net->widths[layer + 1]);
+    int32_t* words = acts.words[layer + 1] + b * Np + n;
+    float* voltage = acts.voltage[layer] + (acts.for_backward ? b : 0) * T * Np + n;
+    for (int j = 0; j < V; j++)
+        store(words + j * W, scan(acts.neurons[layer], T, drive + j * W, stride, voltage + j * W, Np));
+}
+
+// Neurons n to n + V W of the first layer, of samples `from` to `to`, driven by the same currents at every step.
+template <int V, class Columns>
+void run_currents(const Activations& acts, int64_t from, int64_t to, int64_t n, const Columns& columns,
+                  const float* bias) {
+    const int64_t K = acts.net->widths[0], Kp = padded(K);
+    float drive[SAMPLE_BLOCK * V * W];
+    multiply_dense<V>(0, to - from, K, acts.activity + from * Kp, Kp, columns, drive, V * W);
+    for (int64_t b = from; b < to; b++) {
+        float* own = drive + (b - from) * V * W;
+        for (int j = 0; j < V; j++) store(own + j * W, load(own + j * W) + load(bias + j * W));
+        run_scans<V>(acts, 0, b, n, own, 0);
+    }
+}
+
 // Neurons n to n + V W of one layer and sample: drive, voltages and words.
 template <int V, class Columns>
 void run_neurons(const Activations& acts, int layer, int64_t b, int64_t n, const Columns& columns, const float* bias) {
-    const Net& net = *acts.net;
-    const int T = net.spike_steps;
-    const int64_t Np = padded(net.widths[layer + 1]);
+    const int T = acts.net->spike_steps;
     float drive[MAX_STEPS * V * W];
     for (int t = 0; t < T; t++)
         for (int j = 0; j < V; j++) store(drive + (t * V + j) * W, load(bias + j * W));
@@ -113,9 +119,7 @@ void run_neurons(const Activations& acts, int layer, int64_t b, int64_t n, const
             gather<S, V>(acts.events(layer, b, c), columns, drive + first * V * W);
         });
     }
-    int32_t* words = acts.words[layer + 1] + b * Np + n;
-    float* voltage = acts.voltage[layer] + (acts.for_backward ? b : 0) * T * Np + n;
-    for (int j = 0; j < V; j++) store(words + j * W, scan(net, drive + j * W, V * W, voltage + j * W, Np));
+    run_scans<V>(acts, layer, b, n, drive, V * W);
 }
 
 // Activities and words of the encoder for one sample. With uniform draws (K0 for each step) it is a Poisson coder,
@@ -138,6 +142,7 @@ void encode(const Activations& acts, int64_t b, const float* obs, const float* u
         vec distance = load(activity + k) - mean;
         vec a = exp_of(distance * distance * -0.5f / (std * std));
         store(activity + k, a);
+        if (net.analog) continue;
         vec v = {};
         ivec word = {};
         for (int t = 0; t < net.spike_steps; t++) {
@@ -217,16 +222,18 @@ struct Layers {
 template <int V>
 int64_t run_blocks(const Activations& acts, int layer, const Layer& l, int64_t n, int64_t from, int64_t to) {
     for (; l.Np - n >= V * W; n += V * W) {
-        const UnpackedColumns unpacked{l.weight + n, l.N, l.last + n, l.K - 1};
-        for (int64_t b = from; b < to; b++)
-            if (l.packed) run_neurons<V>(acts, layer, b, n, PackedColumns<V>{l.packed + n * l.K}, l.bias + n);
-            else run_neurons<V>(acts, layer, b, n, unpacked, l.bias + n);
+        const auto run = [&](const auto& columns) {
+            if (layer == 0 && acts.net->analog) return run_currents<V>(acts, from, to, n, columns, l.bias + n);
+            for (int64_t b = from; b < to; b++) run_neurons<V>(acts, layer, b, n, columns, l.bias + n);
+        };
+        if (l.packed) run(PackedColumns<V>{l.packed + n * l.K});
+        else run(UnpackedColumns{l.weight + n, l.N, l.last + n, l.K - 1});
     }
     return n;
 }
 
 void run_layer(const Activations& acts, int layer, const Layer& l, int64_t from, int64_t to) {
-    for (int64_t b = from; b < to; b++)
+    for (int64_t b = from; b < to && !(layer == 0 && acts.net->analog); b++)
         for (int64_t c = 0; c < acts.chunks; c++) {
             const int first = int(acts.first_step(c)), steps = int(acts.first_step(c + 1)) - first;
             list_events(acts.words[layer] + b * padded(l.K), l.K, first, steps, acts.events(layer, b, c));
@@ -241,7 +248,7 @@ void run_layer(const Activations& acts, int layer, const Layer& l, int64_t from,
 template <class F>
 void for_each_block(const Net& net, int64_t B, const float* obs, const float* uniform, float* act, char* saved,
                     bool squash, int threads, F run_layers) {
-    const bool has_events = uses_events(B);
+    const bool has_events = uses_events(net, B);
     const int64_t share = (B + threads - 1) / threads;
     const int64_t multiple = (share + SAMPLE_BLOCK - 1) / SAMPLE_BLOCK * SAMPLE_BLOCK;
     const int64_t size = has_events ? SAMPLE_BLOCK : std::min(multiple, TILE_SAMPLE_BLOCK);
@@ -265,7 +272,7 @@ void for_each_block(const Net& net, int64_t B, const float* obs, const float* un
 void forward(const Net& net, int64_t B, const float* obs, const float* uniform, float* act, char* saved,
              bool squash, int threads) {
 #if HAS_TILES
-    if (!uses_events(B)) {
+    if (!uses_events(net, B)) {
         const TileLayers layers(net);
         for_each_block(net, B, obs, uniform, act, saved, squash, threads,
                        [&](const Activations& acts, int64_t from, int64_t to) {
@@ -314,7 +321,7 @@ bool spikerl_act(const Net* net, const Units* units, const double* obs, const fl
 
 // Bytes of what spikerl_forward saves and spikerl_backward reads for B samples.
 int64_t spikerl_saved_bytes(const Net* net, int64_t B) {
-    return Activations(net, B, true, uses_events(B), nullptr).memory.used;
+    return Activations(net, B, true, uses_events(*net, B), nullptr).memory.used;
 }
 
 // act (B, A) from normalised observations (B, O). With `uniform` (T, B, K0) the encoder is a Poisson coder; `saved` is
@@ -325,12 +332,12 @@ void spikerl_forward(const Net* net, int64_t B, const float* obs, const float* u
 }
 
 // One layer of M neurons (a multiple of 16) over T spike steps, from its drive (T, M): spikes and voltages (T, M).
-void spikerl_scan(const Net* net, int64_t M, const float* drive, float* spikes, float* voltage, int threads) {
+void spikerl_scan(const Neurons* neurons, int steps, int64_t M, const float* drive, float* spikes, float* voltage,
+                  int threads) {
 #pragma omp parallel for num_threads(threads) if (M > 4096)
     for (int64_t m = 0; m < M; m += W) {
-        const ivec word = scan(*net, drive + m, M, voltage + m, M);
-        for (int t = 0; t < net->spike_steps; t++)
-            store(spikes + t * M + m, (word >> t & 1) != 0 ? broadcast(1.0f) : vec{});
+        const ivec word = scan(*neurons, steps, drive + m, M, voltage + m, M);
+        for (int t = 0; t < steps; t++) store(spikes + t * M + m, (word >> t & 1) != 0 ? broadcast(1.0f) : vec{});
     }
 }
 }
