@@ -137,6 +137,10 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_forward.argtypes = [net, Count, p, p, p, p, ctypes.c_bool, threads]
     lib.spikerl_backward.argtypes = [net, Count, p, threads, p, p, p, p, p, threads]
     lib.spikerl_count_spikes.argtypes = [net, Count, p, p]
+    lib.spikerl_drive_saved_bytes.argtypes = [net, Count]
+    lib.spikerl_drive_saved_bytes.restype = Count
+    lib.spikerl_drive.argtypes = [net, Count, p, p, p, p, p, threads]
+    lib.spikerl_drive_back.argtypes = [net, Count, p, threads, p, p, p, p, threads]
     neurons = ctypes.POINTER(Neurons)
     lib.spikerl_scan.argtypes = [neurons, threads, Count, p, p, p, threads]
     lib.spikerl_scan_back.argtypes = [neurons, threads, Count, p, p, p, threads]
@@ -167,9 +171,9 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_shm_sum.argtypes = [p, threads, threads, Count, ctypes.c_uint32, p, ctypes.c_bool]
     lib.spikerl_shm_sum.restype = ctypes.c_int
     for name in (
-        "forward", "backward", "scan", "values", "td_target", "add_clipped_noise",
-        "critic_backward", "dense_forward", "dense_backward", "mse_backward", "count_spikes",
-        "squashed", "squashed_backward",
+        "forward", "backward", "drive", "drive_back", "scan", "values", "td_target",
+        "add_clipped_noise", "critic_backward", "dense_forward", "dense_backward", "mse_backward",
+        "count_spikes", "squashed", "squashed_backward",
     ):  # fmt: skip
         getattr(lib, f"spikerl_{name}").restype = None
     lib.spikerl_act.restype = ctypes.c_bool

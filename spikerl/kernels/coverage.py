@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from spikerl.kernels.reference import SpikingNet
+from spikerl.kernels.nets import SpikingNet
 from spikerl.snn.decoders import RateDecoder
 from spikerl.snn.encoders import (
     AnalogEncoder,
@@ -50,6 +50,15 @@ def why_no_matrix(layers: Iterable[Linear]) -> str | None:
     """Why no kernel runs such layers' products; None where each does."""
     plain = all(type(layer) is Linear for layer in layers)
     return None if plain else "convolutions, which run in PyTorch"
+
+
+def events(net: SpikingNet, i: int) -> bool:
+    """Whether kernel=cpu forms layer i's products from the spikes alone, where it runs layer by
+    layer.
+    """
+    spikes = i > 0 or (type(net.encoder) in ENCODERS and net.encoder.spikes)
+    plain = net.dtype == torch.float32 and why_no_matrix([net.layers[i]]) is None
+    return spikes and plain and net.spike_steps <= MAX_STEPS
 
 
 def why_layered(net: SpikingNet) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spikerl.kernels.build import Critic, Net, Neurons, Pointer
 from spikerl.kernels.coverage import EQUATIONS, why_layered, why_no_matrix
-from spikerl.kernels.reference import DenseNet, SpikingNet, ValueNet
+from spikerl.kernels.nets import DenseNet, SpikingNet, ValueNet
 from spikerl.snn.decoders import RateDecoder
 from spikerl.snn.encoders import AnalogEncoder, PopulationEncoder, TanhPopulationEncoder
 from spikerl.snn.neurons import PLIF, Neuron
@@ -63,6 +63,27 @@ class PreparedActor:
         return not same or addresses(self.params) != self.at
 
 
+class PreparedLayer:
+    """Layer `i` alone, with the encoder where it is the first."""
+
+    def __init__(self, net: SpikingNet, i: int) -> None:
+        layer, encoder = net.layers[i], net.encoder
+        self.params = [layer.weight_IN, layer.bias_N]
+        self.widths = np.array(layer.weight_IN.shape, np.int32)
+        self.weights, self.biases = (pointers([p.data_ptr()]) for p in self.params)
+        self.net = Net(
+            spike_steps=net.spike_steps, layers=1, widths=self.widths.ctypes.data,
+            weights=ctypes.addressof(self.weights), biases=ctypes.addressof(self.biases),
+        )  # fmt: skip
+        if i == 0:
+            assert isinstance(encoder, PopulationEncoder)
+            fields = [encoder.mean_OP, encoder.std_OP]
+            self.params = [*fields, *self.params]
+            self.net.obs_dim, self.net.pop_size = encoder.mean_OP.shape
+            self.net.mean, self.net.std = addresses(fields)
+            self.net.encoder_threshold = encoder.config.threshold
+
+
 class PreparedCritic:
     """`first` is the first of the networks alone; products of bf16 take matrix units."""
 
@@ -104,6 +125,10 @@ class PreparedDense:
         return not same or addresses(self.params) != self.at
 
 
+def covered(ready: PreparedActor | PreparedCritic | PreparedDense, *inputs: Tensor) -> bool:
+    return ready.fused and all(x.dtype == torch.float32 for x in inputs)
+
+
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
@@ -122,7 +147,7 @@ def constants(neuron: Neuron) -> Neurons:
     given = {"scale": neuron.scale, "start": getattr(c, "start", 0.0) * c.threshold}
     if isinstance(neuron, PLIF):
         given["voltage_decay"] = 0.0
-    for name, _ in Neurons._fields_[2:]:
+    for name in (field[0] for field in Neurons._fields_[2:]):
         given.setdefault(name, getattr(c, name, 1.0 if name == "voltage_decay" else 0.0))
     return Neurons(**places, **given)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from spikerl.kernels import reference
 from spikerl.kernels.coverage import triton_scans
 from spikerl.kernels.gradient import Pullback
+from spikerl.kernels.nets import SpikingNet
 from spikerl.kernels.reference import (
-    SpikingNet,
     actor_loss_grad,
     adam,
     add_clipped_noise,
@@ -61,14 +61,14 @@ def actions(
     """As `reference.actions`."""
     if net.early_exit is not None and squash:
         return reference.early_actions(net, obs_BO, generator, net.early_exit)
-    return reference.act(reference.outputs(net, obs_BO, generator, scan), squash)
+    return reference.act(reference.outputs(net, obs_BO, generator, PARTS), squash)
 
 
 def vjp(
     net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
 ) -> tuple[Tensor, Pullback]:
     """As `reference.vjp`."""
-    return reference.vjp(net, obs_BO, generator, squash, scan)
+    return reference.vjp(net, obs_BO, generator, squash, PARTS)
 
 
 def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
@@ -80,6 +80,9 @@ def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
     constants = (neuron.current_decay, c.voltage_decay, c.threshold, c.surrogate_window)
     spikes: Tensor = _Scan.apply(drive_TBN.contiguous(), *constants)
     return spikes
+
+
+PARTS = reference.PLAIN._replace(scan=scan)
 
 
 class _Scan(torch.autograd.Function):

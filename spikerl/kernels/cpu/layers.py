@@ -1,0 +1,168 @@
+"""One layer at a time: products of spikes and weights by events, and neurons' scans.
+
+Shape legend   T spike steps, B batch, I inputs, N neurons, M = B N.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikerl.kernels import reference
+from spikerl.kernels.build import Neurons
+from spikerl.kernels.coverage import MAX_STEPS, events, why_no_scan
+from spikerl.kernels.cpu.blocks import blocks
+from spikerl.kernels.nets import SpikingNet
+from spikerl.kernels.prepared import PreparedLayer, addresses, constants, pointers
+from spikerl.kernels.reference import Parts
+from spikerl.snn.encoders import PoissonEncoder, PopulationEncoder
+from spikerl.snn.neurons import PLIF, Neuron
+
+
+def encoded(
+    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor | None]:
+    """What the receptive fields see, and what a random encoder draws."""
+    encoder = net.encoder
+    assert isinstance(encoder, PopulationEncoder)  # the caller has looked
+    uniform = None
+    if isinstance(encoder, PoissonEncoder):
+        uniform = encoder.uniform(len(obs_BO), net.spike_steps, generator)
+    return encoder.squash(obs_BO).contiguous(), uniform
+
+
+class LayerCalls:
+    """What is not covered runs in PyTorch."""
+
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        self.lib = lib
+        self.parts = Parts(self.first, self.drive, self.scan)
+
+    def first(self, net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
+        """As `reference.first`."""
+        if not events(net, 0) or obs_BO.dtype != torch.float32 or obs_BO.requires_grad:
+            return reference.first(net, obs_BO, generator)
+        return self.driven(PreparedLayer(net, 0), *encoded(net, obs_BO, generator), None)
+
+    def drive(self, net: SpikingNet, i: int, x_TBI: Tensor) -> Tensor:
+        """As `reference.drive`."""
+        if not events(net, i) or x_TBI.dtype != torch.float32:
+            return reference.drive(net, i, x_TBI)
+        return self.driven(PreparedLayer(net, i), None, None, x_TBI)
+
+    def driven(
+        self,
+        layer: PreparedLayer,
+        obs_BO: Tensor | None,
+        uniform_TBI: Tensor | None,
+        spikes_TBI: Tensor | None,
+    ) -> Tensor:
+        """The layer's drive (T, B, N) by the spikes that its encoder makes, or by these."""
+        if torch.is_grad_enabled():
+            drive_TBN: Tensor = _Drive.apply(
+                self, layer, obs_BO, uniform_TBI, spikes_TBI, *layer.params
+            )
+            return drive_TBN
+        drive_TBN, saved = self.run_drive(layer, obs_BO, uniform_TBI, spikes_TBI)
+        blocks.release(saved)
+        return drive_TBN
+
+    def run_drive(
+        self,
+        layer: PreparedLayer,
+        obs_BO: Tensor | None,
+        uniform_TBI: Tensor | None,
+        spikes_TBI: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The drive, and what the way back needs."""
+        if spikes_TBI is not None:
+            spikes_TBI = spikes_TBI.contiguous()
+        given = obs_BO if spikes_TBI is None else spikes_TBI[0]
+        assert given is not None
+        batch, net = len(given), layer.net
+        saved = blocks.acquire(-(-self.lib.spikerl_drive_saved_bytes(net, batch) // 4))
+        drive_TBN = given.new_empty(net.spike_steps, batch, int(layer.widths[1]))
+        self.lib.spikerl_drive(
+            net, batch, *map(_at, (obs_BO, uniform_TBI, spikes_TBI, drive_TBN, saved)),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return drive_TBN, saved
+
+    def scan(self, neuron: Neuron, drive_TBN: Tensor) -> Tensor:
+        """As `reference.scan`."""
+        covers = why_no_scan(neuron) is None and len(drive_TBN) <= MAX_STEPS
+        if drive_TBN.dtype != torch.float32 or not covers:
+            return reference.scan(neuron, drive_TBN)
+        neurons = drive_TBN[0].numel()
+        flat = nn.functional.pad(drive_TBN.flatten(1), (0, -neurons % 16))
+        decay = neuron.decay if isinstance(neuron, PLIF) else None
+        spikes: Tensor = _Scan.apply(self, constants(neuron), flat, decay)
+        return spikes[:, :neurons].reshape(drive_TBN.shape)
+
+
+class _Drive(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        calls: LayerCalls,
+        layer: PreparedLayer,
+        obs_BO: Tensor | None,
+        uniform_TBI: Tensor | None,
+        spikes_TBI: Tensor | None,
+        *params: Tensor,
+    ) -> Tensor:
+        drive_TBN, ctx.saved = calls.run_drive(layer, obs_BO, uniform_TBI, spikes_TBI)
+        ctx.calls, ctx.layer, ctx.poisson = calls, layer, uniform_TBI is not None
+        ctx.save_for_backward(obs_BO, *params)
+        return drive_TBN
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TBN: Tensor) -> tuple[Tensor | None, ...]:
+        obs_BO, *params = ctx.saved_tensors
+        saved, ctx.saved = ctx.saved, None  # a second backward pass finds nothing, and fails
+        grads, grad_TBN = [torch.empty_like(p) for p in params], grad_TBN.contiguous()
+        steps, batch, _ = grad_TBN.shape
+        by_spike = None
+        if obs_BO is None:
+            by_spike = grad_TBN.new_empty(steps, batch, int(ctx.layer.widths[0]))
+        places = pointers(addresses(grads))
+        ctx.calls.lib.spikerl_drive_back(
+            ctx.layer.net, batch, _at(obs_BO), ctx.poisson, _at(grad_TBN), _at(saved),
+            ctypes.addressof(places), _at(by_spike), torch.get_num_threads(),
+        )  # fmt: skip
+        blocks.release(saved)
+        return None, None, None, None, by_spike, *grads
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, calls: LayerCalls, neurons: Neurons, drive_TM: Tensor, decay: Tensor | None
+    ) -> Tensor:
+        drive_TM = drive_TM.contiguous()
+        spikes, voltage = torch.empty_like(drive_TM), torch.empty_like(drive_TM)
+        if decay is not None:
+            neurons.voltage_decay = float(decay)
+        places = (t.data_ptr() for t in (drive_TM, spikes, voltage))
+        calls.lib.spikerl_scan(neurons, *drive_TM.shape, *places, torch.get_num_threads())
+        ctx.calls, ctx.neurons, ctx.learns = calls, neurons, decay is not None
+        ctx.save_for_backward(voltage)
+        return spikes
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
+        (voltage,) = ctx.saved_tensors
+        grad_TM, out = grad_TM.contiguous(), torch.empty_like(voltage)
+        places = (t.data_ptr() for t in (grad_TM, voltage, out))
+        threads = torch.get_num_threads()
+        by_decay = ctx.calls.lib.spikerl_scan_back(ctx.neurons, *grad_TM.shape, *places, threads)
+        return None, None, out, voltage.new_tensor(by_decay) if ctx.learns else None
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
