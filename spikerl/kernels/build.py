@@ -145,6 +145,14 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_scan.argtypes = [neurons, threads, Count, p, p, p, threads]
     lib.spikerl_scan_back.argtypes = [neurons, threads, Count, p, p, p, threads]
     lib.spikerl_scan_back.restype = ctypes.c_float
+    lib.spikerl_connected_scan.argtypes = [neurons, threads, *[Count] * 3, *[p] * 5]
+    lib.spikerl_connected_scan_back.argtypes = [neurons, threads, *[Count] * 3, *[p] * 7]
+    lib.spikerl_connected_scan_back.restype = ctypes.c_float
+    lib.spikerl_row_sums.argtypes = [Count, Count, p, p]
+    lib.spikerl_row_affine.argtypes = [Count, Count, *[p] * 5]
+    lib.spikerl_row_normalise.argtypes = [Count, Count, *[p] * 7]
+    lib.spikerl_row_gradient_sums.argtypes = [Count, Count, p, p, p]
+    lib.spikerl_row_gradient.argtypes = [Count, Count, *[p] * 5]
     lib.spikerl_act.argtypes = [net, ctypes.POINTER(Units), p, p, ctypes.c_float, p]
     critic, real = ctypes.POINTER(Critic), ctypes.c_float
     lib.spikerl_values.argtypes = [critic, Count, p, p, p, threads]
@@ -173,7 +181,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     for name in (
         "forward", "backward", "drive", "drive_back", "scan", "values", "td_target",
         "add_clipped_noise", "critic_backward", "dense_forward", "dense_backward", "mse_backward",
-        "count_spikes", "squashed", "squashed_backward",
+        "count_spikes", "squashed", "squashed_backward", "connected_scan", "row_sums", "row_affine",
+        "row_normalise", "row_gradient_sums", "row_gradient",
     ):  # fmt: skip
         getattr(lib, f"spikerl_{name}").restype = None
     lib.spikerl_act.restype = ctypes.c_bool

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spikerl.kernels.dense import relu_values
 from spikerl.kernels.gradient import Gradient, Moments, Pullback, SamplePullback, by_autograd
 from spikerl.kernels.nets import DenseNet, SpikingNet, ValueNet
-from spikerl.snn.batchnorm import BATCH, RUNNING
+from spikerl.snn.batchnorm import BATCH, ROWS, RUNNING, Rows
 from spikerl.snn.decoders import ILCDecoder
 from spikerl.snn.early_exit import EarlyExit
 from spikerl.snn.linear import product
@@ -46,6 +46,9 @@ class Parts(NamedTuple):
     first: Callable[[SpikingNet, Tensor, torch.Generator | None], Tensor]
     drive: Callable[[SpikingNet, int, Tensor], Tensor]  # the same of layer i by spikes
     scan: Callable[[Neuron, Tensor], Tensor]  # spikes (T, B, N) of a layer from its drive
+    # The same of neurons that the decoder connects.
+    connected_scan: Callable[[Neuron, Tensor, ILCDecoder], Tensor]
+    rows: Rows  # of a normalisation
 
 
 def actions(
@@ -119,7 +122,12 @@ def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
     return _spikes(_states(neuron, drive_TBN))
 
 
-PLAIN = Parts(first, drive, scan)
+def connected_scan(neuron: Neuron, drive_TBN: Tensor, decoder: ILCDecoder) -> Tensor:
+    """The same of neurons that get something from each other's spikes."""
+    return _spikes(_states(neuron, drive_TBN, decoder.lateral))
+
+
+PLAIN = Parts(first, drive, scan, connected_scan, ROWS)
 
 
 def vjp(
@@ -176,9 +184,9 @@ def layer_spikes(
     """
     drive_TBN = parts.first(net, obs_BO, generator)
     for i, neuron in enumerate(net.neurons):
-        drive_TBN, lateral = normed(net, i, drive_TBN, moments), _lateral(net, i)
-        if lateral:
-            x_TBN = _spikes(_states(neuron, drive_TBN, lateral))
+        drive_TBN = normed(net, i, drive_TBN, moments, parts.rows)
+        if (connected := _connected(net, i)) is not None:
+            x_TBN = parts.connected_scan(neuron, drive_TBN, connected)
         else:
             x_TBN = parts.scan(neuron, drive_TBN)
         yield x_TBN
@@ -357,17 +365,25 @@ def polyak(target: Tensor, online: Tensor, tau: float, masked: Tensor) -> None:
     target.lerp_(online, (tau * (1.0 - masked)).to(target.dtype))
 
 
-def normed(net: SpikingNet, i: int, drive_TBN: Tensor, moments: str = RUNNING) -> Tensor:
+def normed(
+    net: SpikingNet, i: int, drive_TBN: Tensor, moments: str = RUNNING, rows: Rows = ROWS
+) -> Tensor:
     """The drive of layer `i` at every spike step, normalised where it is to be."""
     if len(net.norms):
-        drive_TBN = net.norms[i](drive_TBN, moments)
+        drive_TBN = net.norms[i](drive_TBN, moments, rows)
     return drive_TBN.expand(net.spike_steps, -1, -1)
 
 
-def _lateral(net: SpikingNet, i: int) -> Callable[[Tensor], Tensor] | None:
-    """What the output layer's neurons get from its own spikes, where they are connected."""
+def _connected(net: SpikingNet, i: int) -> ILCDecoder | None:
+    """The decoder, where it connects the neurons of layer `i`, which is its output population."""
     last = i == len(net.neurons) - 1
-    return net.decoder.lateral if last and isinstance(net.decoder, ILCDecoder) else None
+    return net.decoder if last and isinstance(net.decoder, ILCDecoder) else None
+
+
+def _lateral(net: SpikingNet, i: int) -> Callable[[Tensor], Tensor] | None:
+    """What the neurons of layer `i` get from their own spikes."""
+    connected = _connected(net, i)
+    return connected.lateral if connected is not None else None
 
 
 def _states(

@@ -18,6 +18,8 @@ from spikerl.kernels.cpu.blocks import blocks
 from spikerl.kernels.nets import SpikingNet
 from spikerl.kernels.prepared import PreparedLayer, addresses, constants, pointers
 from spikerl.kernels.reference import Parts
+from spikerl.snn.batchnorm import ROWS, Rows
+from spikerl.snn.decoders import ILCDecoder
 from spikerl.snn.encoders import PoissonEncoder, PopulationEncoder
 from spikerl.snn.neurons import PLIF, Neuron
 
@@ -39,7 +41,11 @@ class LayerCalls:
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         self.lib = lib
-        self.parts = Parts(self.first, self.drive, self.scan)
+        rows = Rows(
+            self.row_sums, self.row_affine, self.row_normalise, self.row_gradient_sums,
+            self.row_gradient,
+        )  # fmt: skip
+        self.parts = Parts(self.first, self.drive, self.scan, self.connected_scan, rows)
 
     def first(self, net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
         """As `reference.first`."""
@@ -91,16 +97,70 @@ class LayerCalls:
         )  # fmt: skip
         return drive_TBN, saved
 
+    # --- neurons ----------------------------------------------------------------------------------
+
     def scan(self, neuron: Neuron, drive_TBN: Tensor) -> Tensor:
         """As `reference.scan`."""
-        covers = why_no_scan(neuron) is None and len(drive_TBN) <= MAX_STEPS
-        if drive_TBN.dtype != torch.float32 or not covers:
+        if not _scans(neuron, drive_TBN):
             return reference.scan(neuron, drive_TBN)
         neurons = drive_TBN[0].numel()
-        flat = nn.functional.pad(drive_TBN.flatten(1), (0, -neurons % 16))
-        decay = neuron.decay if isinstance(neuron, PLIF) else None
-        spikes: Tensor = _Scan.apply(self, constants(neuron), flat, decay)
+        flat = drive_TBN.flatten(1)
+        if neurons % 16:
+            flat = nn.functional.pad(flat, (0, -neurons % 16))
+        spikes: Tensor = _Scan.apply(self, constants(neuron), flat, _decay(neuron))
         return spikes[:, :neurons].reshape(drive_TBN.shape)
+
+    def connected_scan(self, neuron: Neuron, drive_TBN: Tensor, decoder: ILCDecoder) -> Tensor:
+        """As `reference.connected_scan`."""
+        if not _scans(neuron, drive_TBN):
+            return reference.connected_scan(neuron, drive_TBN, decoder)
+        lateral = decoder.lateral_APP, decoder.lateral_bias_N
+        spikes: Tensor = _ConnectedScan.apply(
+            self, constants(neuron), drive_TBN, *lateral, _decay(neuron)
+        )
+        return spikes
+
+    # --- normalisation ----------------------------------------------------------------------------
+
+    def row_sums(self, x_TBN: Tensor) -> Tensor:
+        if x_TBN.dtype != torch.float32:
+            return ROWS.sums(x_TBN)
+        x = x_TBN.contiguous()
+        sums = x.new_empty(2 * x.shape[-1], dtype=torch.float64)
+        self.lib.spikerl_row_sums(*_rows(x), _at(x), _at(sums))
+        return sums
+
+    def row_affine(self, x_TBN: Tensor, *given: Tensor) -> Tensor:
+        if x_TBN.dtype != torch.float32:
+            return ROWS.affine(x_TBN, *given)
+        x = x_TBN.contiguous()
+        y = torch.empty_like(x)
+        self.lib.spikerl_row_affine(*_rows(x), *map(_at, (x, *given, y)))
+        return y
+
+    def row_normalise(self, x_TBN: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        if x_TBN.dtype != torch.float32:
+            return ROWS.normalise(x_TBN, *given)
+        x = x_TBN.contiguous()
+        normal, y = torch.empty_like(x), torch.empty_like(x)
+        self.lib.spikerl_row_normalise(*_rows(x), *map(_at, (x, *given, normal, y)))
+        return normal, y
+
+    def row_gradient_sums(self, grad_TBN: Tensor, normal_TBN: Tensor) -> Tensor:
+        if grad_TBN.dtype != torch.float32:
+            return ROWS.gradient_sums(grad_TBN, normal_TBN)
+        grad = grad_TBN.contiguous()
+        sums = grad.new_empty(2, grad.shape[-1])
+        self.lib.spikerl_row_gradient_sums(*_rows(grad), *map(_at, (grad, normal_TBN, sums)))
+        return sums
+
+    def row_gradient(self, grad_TBN: Tensor, *given: Tensor) -> Tensor:
+        if grad_TBN.dtype != torch.float32:
+            return ROWS.gradient(grad_TBN, *given)
+        grad = grad_TBN.contiguous()
+        out = torch.empty_like(grad)
+        self.lib.spikerl_row_gradient(*_rows(grad), *map(_at, (grad, *given, out)))
+        return out
 
 
 class _Drive(torch.autograd.Function):
@@ -147,7 +207,7 @@ class _Scan(torch.autograd.Function):
         spikes, voltage = torch.empty_like(drive_TM), torch.empty_like(drive_TM)
         if decay is not None:
             neurons.voltage_decay = float(decay)
-        places = (t.data_ptr() for t in (drive_TM, spikes, voltage))
+        places = map(_at, (drive_TM, spikes, voltage))
         calls.lib.spikerl_scan(neurons, *drive_TM.shape, *places, torch.get_num_threads())
         ctx.calls, ctx.neurons, ctx.learns = calls, neurons, decay is not None
         ctx.save_for_backward(voltage)
@@ -158,10 +218,61 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
         (voltage,) = ctx.saved_tensors
         grad_TM, out = grad_TM.contiguous(), torch.empty_like(voltage)
-        places = (t.data_ptr() for t in (grad_TM, voltage, out))
-        threads = torch.get_num_threads()
+        places, threads = map(_at, (grad_TM, voltage, out)), torch.get_num_threads()
         by_decay = ctx.calls.lib.spikerl_scan_back(ctx.neurons, *grad_TM.shape, *places, threads)
         return None, None, out, voltage.new_tensor(by_decay) if ctx.learns else None
+
+
+class _ConnectedScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        calls: LayerCalls,
+        neurons: Neurons,
+        drive_TBN: Tensor,
+        lateral_APP: Tensor,
+        bias_N: Tensor,
+        decay: Tensor | None,
+    ) -> Tensor:
+        drive_TBN = drive_TBN.contiguous()
+        steps, batch, width = drive_TBN.shape
+        if decay is not None:
+            neurons.voltage_decay = float(decay)
+        spikes = torch.empty_like(drive_TBN)
+        voltage = drive_TBN.new_empty(batch, steps, width + -width % 16)
+        calls.lib.spikerl_connected_scan(
+            neurons, steps, batch, *lateral_APP.shape[:2],
+            *map(_at, (lateral_APP, bias_N, drive_TBN, spikes, voltage)),
+        )  # fmt: skip
+        ctx.calls, ctx.neurons, ctx.learns = calls, neurons, decay is not None
+        ctx.save_for_backward(lateral_APP, spikes, voltage)
+        return spikes
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TBN: Tensor) -> tuple[Tensor | None, ...]:
+        lateral_APP, spikes, voltage = ctx.saved_tensors
+        grad_TBN, out = grad_TBN.contiguous(), torch.empty_like(spikes)
+        grad_APP, grad_N = torch.empty_like(lateral_APP), spikes.new_empty(spikes.shape[-1])
+        by_decay = ctx.calls.lib.spikerl_connected_scan_back(
+            ctx.neurons, *grad_TBN.shape[:2], *lateral_APP.shape[:2],
+            *map(_at, (lateral_APP, grad_TBN, spikes, voltage, out, grad_APP, grad_N)),
+        )  # fmt: skip
+        decay = voltage.new_tensor(by_decay) if ctx.learns else None
+        return None, None, out, grad_APP, grad_N, decay
+
+
+def _scans(neuron: Neuron, drive_TBN: Tensor) -> bool:
+    covers = why_no_scan(neuron) is None and len(drive_TBN) <= MAX_STEPS
+    return covers and drive_TBN.dtype == torch.float32
+
+
+def _decay(neuron: Neuron) -> Tensor | None:
+    return neuron.decay if isinstance(neuron, PLIF) else None
+
+
+def _rows(x_TBN: Tensor) -> tuple[int, int]:
+    return x_TBN.shape[:-1].numel(), x_TBN.shape[-1]
 
 
 def _at(tensor: Tensor | None) -> int | None:

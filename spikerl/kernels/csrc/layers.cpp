@@ -27,6 +27,30 @@ void take_gradients(const float* grad, int64_t stride, int64_t N, int T, float* 
     }
 }
 
+// The output population of intralayer connections (ILC-SAN): A populations of P neurons, N = A P. Neuron q of one gets
+// bias[q] at every spike step, and weight[p, q] at the one behind a spike of neuron p of its population.
+struct Connections {
+    int64_t A, P;
+    const float *weight, *bias;  // (A, P, P), (N)
+
+    // to (N) = what spikes (N) bring; without spikes the bias alone.
+    void bring(const float* spikes, float* to) const {
+        std::memcpy(to, bias, A * P * sizeof(float));
+        for (int64_t n = 0; spikes && n < A * P; n++)
+            if (spikes[n] > 0.5f)
+                for (int64_t q = 0; q < P; q++) to[n / P * P + q] += weight[n * P + q];
+    }
+
+    // From what the drives' gradients (N) of a step are to the spikes (N) of the one before, which are added to.
+    void back(const float* grad, float* grad_spikes) const {
+        for (int64_t n = 0; n < A * P; n++) {
+            float sum = 0.0f;
+            for (int64_t q = 0; q < P; q++) sum += weight[n * P + q] * grad[n / P * P + q];
+            grad_spikes[n] += sum;
+        }
+    }
+};
+
 }  // namespace
 
 extern "C" {
@@ -111,5 +135,78 @@ float spikerl_scan_back(const Neurons* neurons, int steps, int64_t M, const floa
     double sum = 0.0;
     for (int64_t i = 0; i < M / 16; i++) sum += by_decay[i];
     return float(sum);
+}
+
+// As spikerl_scan, of connected neurons of B samples: drive, spikes (T, B, N); voltage (B, T, Np).
+void spikerl_connected_scan(const Neurons* neurons, int steps, int64_t B, int64_t A, int64_t P, const float* weight,
+                            const float* bias, const float* drive, float* spikes, float* voltage) {
+    const Connections connections{A, P, weight, bias};
+    const int64_t N = A * P, Np = padded(N);
+    Scratch memory;
+    float *x = memory.array<float>(Np), *brought = memory.array<float>(Np), *fired = memory.array<float>(Np);
+    std::memset(brought, 0, Np * sizeof(float));
+    with_neuron(*neurons, [&](auto rest) {
+        std::vector<decltype(rest)> states(Np / W, rest);
+        for (int64_t b = 0; b < B; b++) {
+            std::fill(states.begin(), states.end(), rest);
+            for (int64_t t = 0; t < steps; t++) {
+                connections.bring(t ? fired : nullptr, brought);
+                copy_padded(drive + (t * B + b) * N, N, Np, x);
+                float* v = voltage + (b * steps + t) * Np;
+                for (int64_t n = 0; n < Np; n += W) {
+                    auto& state = states[n / W];
+                    state.step(*neurons, load(x + n) + load(brought + n));
+                    state.fired = state.v > state.threshold;
+                    store(v + n, state.v);
+                    store(fired + n, state.fired ? broadcast(1.0f) : vec{});
+                }
+                std::memcpy(spikes + (t * B + b) * N, fired, N * sizeof(float));
+            }
+        }
+    });
+}
+
+// The way back, `out` (T, B, N), and the gradients of weight and bias. Returns that by voltage_decay.
+float spikerl_connected_scan_back(const Neurons* neurons, int steps, int64_t B, int64_t A, int64_t P,
+                                  const float* weight, const float* grad, const float* spikes, const float* voltage,
+                                  float* out, float* grad_weight, float* grad_bias) {
+    const Connections connections{A, P, weight, nullptr};
+    const int64_t N = A * P, Np = padded(N);
+    Scratch memory;
+    float *g = memory.array<float>(Np), *gx = memory.array<float>(Np);
+    std::memset(grad_weight, 0, N * P * sizeof(float));
+    std::memset(grad_bias, 0, N * sizeof(float));
+    double decay = 0.0;
+    with_neuron(*neurons, [&](auto neuron) {
+        using Back = typename decltype(neuron)::Back;
+        with_surrogate(*neurons, [&](auto surrogate) {
+            std::vector<Back> backs;
+            for (int64_t b = 0; b < B; b++) {
+                const float* own = voltage + b * steps * Np;
+                backs.clear();
+                for (int64_t n = 0; n < Np; n += W) backs.emplace_back(*neurons, steps, own + n, Np);
+                for (int t = steps - 1; t >= 0; t--) {
+                    const int64_t row = (t * B + b) * N;
+                    copy_padded(grad + row, N, Np, g);
+                    if (t < steps - 1) connections.back(gx, g);
+                    for (int64_t n = 0; n < Np; n += W) {
+                        ivec passes;
+                        const vec v = load(own + t * Np + n);
+                        store(gx + n, backs[n / W].step(*neurons, t, v, load(g + n), surrogate, passes));
+                    }
+                    std::memcpy(out + row, gx, N * sizeof(float));
+                    for (int64_t n = 0; n < N; n++) grad_bias[n] += gx[n];
+                    const float* before = t ? spikes + row - B * N : nullptr;
+                    for (int64_t n = 0; before && n < N; n++)
+                        if (before[n] > 0.5f)
+                            for (int64_t q = 0; q < P; q++) grad_weight[n * P + q] += gx[n / P * P + q];
+                }
+                if constexpr (decltype(neuron)::learns)
+                    for (const Back& back : backs)
+                        for (int i = 0; i < W; i++) decay += back.decay[i];
+            }
+        });
+    });
+    return float(decay);
 }
 }
