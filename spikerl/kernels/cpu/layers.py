@@ -191,7 +191,7 @@ class _Drive(torch.autograd.Function):
             by_spike = grad_TBN.new_empty(steps, batch, int(ctx.layer.widths[0]))
         places = pointers(addresses(grads))
         ctx.calls.lib.spikerl_drive_back(
-            ctx.layer.net, batch, _at(obs_BO), ctx.poisson, _at(grad_TBN), _at(saved),
+            ctx.layer.net, batch, _at(obs_BO), ctx.poisson, _at(grad_TBN), saved.data_ptr(),
             ctypes.addressof(places), _at(by_spike), torch.get_num_threads(),
         )  # fmt: skip
         blocks.release(saved)

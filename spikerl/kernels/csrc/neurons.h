@@ -66,7 +66,7 @@ struct Atan {
 
 // Calls `f` with the surrogate.
 template <class F>
-inline void with_surrogate(const Neurons& k, F f) {
+inline __attribute__((always_inline)) void with_surrogate(const Neurons& k, F f) {
     switch (k.surrogate) {
         case 0: return f(Rect{k.scale});
         case 1: return f(Triangle{k.scale});
@@ -189,7 +189,7 @@ struct Dynamic {
 
 // Calls `f` with a neuron at rest.
 template <class F>
-inline void with_neuron(const Neurons& k, F f) {
+inline __attribute__((always_inline)) void with_neuron(const Neurons& k, F f) {
     switch (k.equation) {
         case 0: return f(LIF<false>(k));
         case 1: return f(LIF<true>(k));
@@ -202,10 +202,11 @@ inline void with_neuron(const Neurons& k, F f) {
 }
 
 // W neurons over all spike steps, from their drive: voltages, and the words of their spikes.
-inline ivec scan(const Neurons& k, int steps, const float* drive, int64_t drive_stride, float* voltage,
+inline ivec scan(const Neurons& neurons, int steps, const float* drive, int64_t drive_stride, float* voltage,
                  int64_t stride) {
     ivec word = {};
-    with_neuron(k, [&](auto neuron) {
+    const Neurons k = neurons;  // which what is stored cannot change
+    with_neuron(k, [&](auto neuron) __attribute__((always_inline)) {
         for (int t = 0; t < steps; t++) {
             neuron.step(k, load(drive + t * drive_stride));
             neuron.fired = neuron.v > neuron.threshold;
@@ -220,11 +221,13 @@ inline ivec scan(const Neurons& k, int steps, const float* drive, int64_t drive_
 // `stride` is 0, (Np) for every t. Beyond the last step at which the surrogate passes something a neuron has no
 // gradient: `active_steps` (Np) is the number of steps up to it, unless null. Returns the gradient by voltage_decay,
 // summed over the neurons, where that is learned.
-__attribute__((noinline)) float scan_back(const Neurons& k, int steps, int64_t count, int64_t Np, const float* grad,
-                                          int64_t stride, const float* voltage, float* out, int32_t* active_steps) {
+__attribute__((noinline)) float scan_back(const Neurons& neurons, int steps, int64_t count, int64_t Np,
+                                          const float* grad, int64_t stride, const float* voltage, float* out,
+                                          int32_t* active_steps) {
     float decay = 0.0f;
-    with_neuron(k, [&](auto neuron) {
-        with_surrogate(k, [&](auto surrogate) {
+    const Neurons k = neurons;  // which what is stored cannot change
+    with_neuron(k, [&](auto neuron) __attribute__((always_inline)) {
+        with_surrogate(k, [&](auto surrogate) __attribute__((always_inline)) {
             for (int64_t n = 0; n < count; n += W) {
                 typename decltype(neuron)::Back back(k, steps, voltage + n, Np);
                 ivec active = {};
