@@ -53,10 +53,13 @@ def why_no_matrix(layers: Iterable[Linear]) -> str | None:
 
 
 def events(net: SpikingNet, i: int) -> bool:
-    """Whether kernel=cpu forms layer i's products from the spikes alone, where it runs layer by
-    layer.
+    """Whether kernel=cpu forms layer i's products from lists of its inputs' spikes, where it runs
+    layer by layer: those of a neuron or encoder of which it is known that they are 0 or 1.
     """
-    spikes = i > 0 or (type(net.encoder) in ENCODERS and net.encoder.spikes)
+    if i > 0:
+        spikes = why_no_scan(net.neurons[i - 1]) is None
+    else:
+        spikes = type(net.encoder) in ENCODERS and net.encoder.spikes
     plain = net.dtype == torch.float32 and why_no_matrix([net.layers[i]]) is None
     return spikes and plain and net.spike_steps <= MAX_STEPS
 

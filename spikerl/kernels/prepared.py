@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spikerl.kernels.build import Critic, Net, Neurons, Pointer
-from spikerl.kernels.coverage import EQUATIONS, why_layered, why_no_matrix
+from spikerl.kernels.coverage import EQUATIONS, events, why_layered, why_no_matrix
 from spikerl.kernels.nets import DenseNet, SpikingNet, ValueNet
 from spikerl.snn.decoders import RateDecoder
 from spikerl.snn.encoders import AnalogEncoder, PopulationEncoder, TanhPopulationEncoder
@@ -69,6 +69,9 @@ class PreparedLayer:
     def __init__(self, net: SpikingNet, i: int) -> None:
         layer, encoder = net.layers[i], net.encoder
         self.params = [layer.weight_IN, layer.bias_N]
+        self.fused = events(net, i) and all(map(_plain, self.params))
+        if not self.fused:
+            return
         self.widths = np.array(layer.weight_IN.shape, np.int32)
         self.weights, self.biases = (pointers([p.data_ptr()]) for p in self.params)
         self.net = Net(
@@ -125,7 +128,9 @@ class PreparedDense:
         return not same or addresses(self.params) != self.at
 
 
-def covered(ready: PreparedActor | PreparedCritic | PreparedDense, *inputs: Tensor) -> bool:
+def covered(
+    ready: PreparedActor | PreparedLayer | PreparedCritic | PreparedDense, *inputs: Tensor
+) -> bool:
     return ready.fused and all(x.dtype == torch.float32 for x in inputs)
 
 

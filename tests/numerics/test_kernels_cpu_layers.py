@@ -24,12 +24,15 @@ from torch import Tensor
 
 from spikerl.kernels import build as native
 from spikerl.kernels import cpu, reference
+from spikerl.kernels.coverage import events
 from spikerl.kernels.gradient import Gradient
 from spikerl.kernels.prepared import fused
 from spikerl.models.actor import SpikingActor
 from spikerl.snn.batchnorm import ROWS
 from spikerl.snn.decoders import DecoderConfig, ILCDecoder
 from spikerl.snn.encoders import EncoderConfig
+from spikerl.snn.linear import ListOf
+from spikerl.snn.neurons import CubaLIF, NeuronConfig, State
 
 PATHS = native.supported_paths()
 TANH = replace(POPULATION, name="tanh_population", mean_range=[-1.0, 1.0], var=0.05)
@@ -129,14 +132,14 @@ def test_rows_of_a_normalisation(path: str) -> None:
 
 
 @pytest.mark.parametrize("neuron", [CUBA_LIF, plif_config(reset="soft"), alif_config()])
-def test_connected_neurons(neuron: object) -> None:
+def test_connected_neurons(neuron: NeuronConfig) -> None:
     """Exactly: every number is a binary fraction, and two steps keep them in 24 bits."""
     decoder = ILCDecoder(membrane_config(name="ilc", pop_size=3), 2, 0, 2)
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in decoder.parameters():
             p.copy_(torch.randint(-3, 4, p.shape, generator=draw) / 4.0)
-    made = built(replace(neuron, voltage_decay=0.5))  # type: ignore[type-var]
+    made = built(replace(neuron, voltage_decay=0.5))  # type: ignore[call-arg]
     drive = torch.randint(-1, 4, (2, 9, 6), generator=draw) / 4.0
     weight = torch.randint(-3, 4, drive.shape, generator=draw) / 2.0
     found = []
@@ -178,3 +181,33 @@ def test_more_spike_steps_than_a_word_has_bits_run_in_pytorch() -> None:
     actor = popsan(4, 2, [9], spike_steps=33)
     ours = directions(copy.deepcopy(actor), f"cpu/{PATHS[0]}", 3)
     assert torch.equal(ours["actions"], directions(actor, "reference", 3)["actions"])
+
+
+class Doubled(CubaLIF):
+    """Somebody's own, whose spikes are 0 or 2."""
+
+    def step(self, drive_BN: Tensor, state: State) -> State:
+        return super().step(drive_BN, state)._replace(spikes_BN=2.0 * state.spikes_BN)
+
+
+def test_what_is_no_spike_runs_in_pytorch() -> None:
+    """A neuron that is not known, and weights of another format than products."""
+    torch.manual_seed(3)
+    actor = popsan(4, 2, [9, 8], decoder=membrane_config())
+    wide = copy.deepcopy(actor).double()
+    assert events(actor, 0)
+    assert events(actor, 1)
+    actor.neurons = ListOf(Doubled(CUBA_LIF) for _ in actor.layers)
+    assert not events(actor, 1)
+    with torch.no_grad():
+        for layer in actor.layers:
+            layer.weight_IN.mul_(4.0)
+    ours = directions(copy.deepcopy(actor), f"cpu/{PATHS[0]}")
+    for name, theirs in directions(actor, "reference").items():
+        assert close(ours[name], theirs), name
+    obs = torch.randn(3, 4, dtype=torch.float64)
+    acts = []
+    for kernel in ("reference", f"cpu/{PATHS[0]}"):
+        wide.kernel = kernel
+        acts.append(wide(obs))
+    assert torch.equal(*acts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_currents_of_any_number_of_samples_and_steps(batch: int, steps: int) -> 
 @pytest.mark.parametrize("config", [*HARD, *SOFT], ids=name)
 def test_exact_where_nothing_rounds(path: str, surrogate: str, config: NeuronConfig) -> None:
     """Constants, drives and gradients are binary fractions, which so few steps keep in 24 bits."""
-    given = {"surrogate": surrogate, "surrogate_slope": 1.0}
+    given: dict[str, Any] = {"surrogate": surrogate, "surrogate_slope": 1.0}
     if hasattr(config, "voltage_decay"):
         given["voltage_decay"] = 0.5
     neuron, steps = built(replace(config, **given)), 2 if config.name == "dynamic" else 3

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from spikerl.kernels import reference
 from spikerl.kernels.build import Neurons
-from spikerl.kernels.coverage import MAX_STEPS, events, why_no_scan
+from spikerl.kernels.coverage import MAX_STEPS, why_no_scan
 from spikerl.kernels.cpu.blocks import blocks
 from spikerl.kernels.nets import SpikingNet
-from spikerl.kernels.prepared import PreparedLayer, addresses, constants, pointers
+from spikerl.kernels.prepared import PreparedLayer, addresses, constants, covered, pointers
 from spikerl.kernels.reference import Parts
 from spikerl.snn.batchnorm import ROWS, Rows
 from spikerl.snn.decoders import ILCDecoder
@@ -49,15 +49,17 @@ class LayerCalls:
 
     def first(self, net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
         """As `reference.first`."""
-        if not events(net, 0) or obs_BO.dtype != torch.float32 or obs_BO.requires_grad:
+        layer = PreparedLayer(net, 0)
+        if not covered(layer, obs_BO) or obs_BO.requires_grad:
             return reference.first(net, obs_BO, generator)
-        return self.driven(PreparedLayer(net, 0), *encoded(net, obs_BO, generator), None)
+        return self.driven(layer, *encoded(net, obs_BO, generator), None)
 
     def drive(self, net: SpikingNet, i: int, x_TBI: Tensor) -> Tensor:
         """As `reference.drive`."""
-        if not events(net, i) or x_TBI.dtype != torch.float32:
+        layer = PreparedLayer(net, i)
+        if not covered(layer, x_TBI):
             return reference.drive(net, i, x_TBI)
-        return self.driven(PreparedLayer(net, i), None, None, x_TBI)
+        return self.driven(layer, None, None, x_TBI)
 
     def driven(
         self,

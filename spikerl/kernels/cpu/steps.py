@@ -15,8 +15,7 @@ from spikerl.kernels.gradient import Moments, SamplePullback
 
 
 class StepCalls:
-    def __init__(self, lib: ctypes.CDLL) -> None:
-        self.lib = lib
+    lib: ctypes.CDLL
 
     def add_clipped_noise(
         self, act_BA: Tensor, noise_BA: Tensor, std: float, bound: float
