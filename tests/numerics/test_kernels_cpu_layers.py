@@ -187,7 +187,8 @@ class Doubled(CubaLIF):
     """Somebody's own, whose spikes are 0 or 2."""
 
     def step(self, drive_BN: Tensor, state: State) -> State:
-        return super().step(drive_BN, state)._replace(spikes_BN=2.0 * state.spikes_BN)
+        after = super().step(drive_BN, state)
+        return after._replace(spikes_BN=2.0 * after.spikes_BN)
 
 
 def test_what_is_no_spike_runs_in_pytorch() -> None:
