@@ -1,15 +1,15 @@
-"""What kernels read of networks."""
+"""What kernels read of networks, and the parts that one which runs layer by layer brings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from spikerl.snn.batchnorm import CaReBN
-from spikerl.snn.decoders import Decoder
+from spikerl.snn.batchnorm import CaReBN, Rows
+from spikerl.snn.decoders import Decoder, ILCDecoder
 from spikerl.snn.early_exit import EarlyExit
 from spikerl.snn.encoders import Encoder
 from spikerl.snn.linear import Linears, ListOf
@@ -45,3 +45,15 @@ class DenseNet(Protocol):
 
     dtype: torch.dtype  # of the layers' products
     layers: Linears
+
+
+class Parts(NamedTuple):
+    """What a kernel that runs layer by layer brings; drives are those before a normalisation."""
+
+    # The first layer's drive by observations, (T, B, N), or (1, B, N) where all steps get the same.
+    first: Callable[[SpikingNet, Tensor, torch.Generator | None], Tensor]
+    drive: Callable[[SpikingNet, int, Tensor], Tensor]  # the same of layer i by spikes
+    scan: Callable[[Neuron, Tensor], Tensor]  # spikes (T, B, N) of a layer from its drive
+    # The same of neurons that the decoder connects.
+    connected_scan: Callable[[Neuron, Tensor, ILCDecoder], Tensor]
+    rows: Rows  # of a normalisation

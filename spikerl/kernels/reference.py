@@ -10,14 +10,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from spikerl.kernels.dense import relu_values
 from spikerl.kernels.gradient import Gradient, Moments, Pullback, SamplePullback, by_autograd
-from spikerl.kernels.nets import DenseNet, SpikingNet, ValueNet
+from spikerl.kernels.nets import DenseNet, Parts, SpikingNet, ValueNet
 from spikerl.snn.batchnorm import BATCH, ROWS, RUNNING, Rows
 from spikerl.snn.decoders import ILCDecoder
 from spikerl.snn.early_exit import EarlyExit
@@ -37,18 +36,6 @@ class Carried:
         """Forget those of some episodes, which begin anew."""
         for residual_BN in self.residuals:
             residual_BN[which_B] = 0.0
-
-
-class Parts(NamedTuple):
-    """What a kernel that runs layer by layer brings; drives are those before a normalisation."""
-
-    # The first layer's drive by observations, (T, B, N), or (1, B, N) where all steps get the same.
-    first: Callable[[SpikingNet, Tensor, torch.Generator | None], Tensor]
-    drive: Callable[[SpikingNet, int, Tensor], Tensor]  # the same of layer i by spikes
-    scan: Callable[[Neuron, Tensor], Tensor]  # spikes (T, B, N) of a layer from its drive
-    # The same of neurons that the decoder connects.
-    connected_scan: Callable[[Neuron, Tensor, ILCDecoder], Tensor]
-    rows: Rows  # of a normalisation
 
 
 def actions(

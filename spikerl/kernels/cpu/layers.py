@@ -15,9 +15,8 @@ from spikerl.kernels import reference
 from spikerl.kernels.build import Neurons
 from spikerl.kernels.coverage import MAX_STEPS, why_no_scan
 from spikerl.kernels.cpu.blocks import blocks
-from spikerl.kernels.nets import SpikingNet
+from spikerl.kernels.nets import Parts, SpikingNet
 from spikerl.kernels.prepared import PreparedLayer, addresses, constants, covered, pointers
-from spikerl.kernels.reference import Parts
 from spikerl.snn.batchnorm import ROWS, Rows
 from spikerl.snn.decoders import ILCDecoder
 from spikerl.snn.encoders import PoissonEncoder, PopulationEncoder
