@@ -17,8 +17,8 @@ from spikerl.errors import BadRequest
 from spikerl.kernels import build as native
 from spikerl.kernels import cpu, reference
 from spikerl.kernels.gradient import Gradient, Moments, Pullback, SamplePullback
+from spikerl.kernels.nets import DenseNet, SpikingNet, ValueNet
 from spikerl.kernels.prepared import fused
-from spikerl.kernels.reference import DenseNet, SpikingNet, ValueNet
 from spikerl.schema import Registry
 from spikerl.snn.neurons import Neuron
 from spikerl.types import Batch, Resolved, Task

@@ -42,17 +42,28 @@ class Unbuilt(Exception):
     """The kernels cannot be built or loaded here; the text says why, in a line."""
 
 
+class Neurons(ctypes.Structure):
+    """`struct Neurons` of the source."""
+
+    _fields_ = [
+        *((n, ctypes.c_int32) for n in ("equation", "surrogate")),
+        *((n, ctypes.c_float) for n in ("current_decay", "voltage_decay", "threshold")),
+        *((n, ctypes.c_float) for n in ("scale", "start", "adaptation", "adaptation_decay")),
+        *((n, ctypes.c_float) for n in ("theta_v", "theta_u", "theta_r", "theta_s")),
+    ]
+
+
 class Net(ctypes.Structure):
     """`struct Net` of the source."""
 
     _fields_ = [
         *((n, ctypes.c_int32) for n in ("obs_dim", "pop_size", "act_dim", "out_pop_size")),
         *((n, ctypes.c_int32) for n in ("spike_steps", "layers")),
-        *((n, ctypes.c_float) for n in ("encoder_threshold", "current_decay", "voltage_decay")),
-        *((n, ctypes.c_float) for n in ("threshold", "window")),
-        *((n, Pointer) for n in ("widths", "mean", "std", "weights", "biases")),
+        ("encoder_threshold", ctypes.c_float),
+        ("neurons", Neurons),
+        *((n, Pointer) for n in ("decay_logits", "widths", "mean", "std", "weights", "biases")),
         *((n, Pointer) for n in ("out_weight", "out_bias")),
-        *((n, ctypes.c_int32) for n in ("squashes", "exit_steps")),
+        *((n, ctypes.c_int32) for n in ("analog", "squashes", "exit_steps")),
         ("exit_threshold", ctypes.c_float),
     ]
 
@@ -126,8 +137,22 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_forward.argtypes = [net, Count, p, p, p, p, ctypes.c_bool, threads]
     lib.spikerl_backward.argtypes = [net, Count, p, threads, p, p, p, p, p, threads]
     lib.spikerl_count_spikes.argtypes = [net, Count, p, p]
-    lib.spikerl_scan.argtypes = [net, Count, p, p, p, threads]
-    lib.spikerl_scan_back.argtypes = [net, Count, p, p, p, threads]
+    lib.spikerl_drive_saved_bytes.argtypes = [net, Count]
+    lib.spikerl_drive_saved_bytes.restype = Count
+    lib.spikerl_drive.argtypes = [net, Count, p, p, p, p, p, threads]
+    lib.spikerl_drive_back.argtypes = [net, Count, p, threads, p, p, p, p, threads]
+    neurons = ctypes.POINTER(Neurons)
+    lib.spikerl_scan.argtypes = [neurons, threads, Count, p, p, p, threads]
+    lib.spikerl_scan_back.argtypes = [neurons, threads, Count, p, p, p, threads]
+    lib.spikerl_scan_back.restype = ctypes.c_float
+    lib.spikerl_connected_scan.argtypes = [neurons, threads, *[Count] * 3, *[p] * 5]
+    lib.spikerl_connected_scan_back.argtypes = [neurons, threads, *[Count] * 3, *[p] * 7]
+    lib.spikerl_connected_scan_back.restype = ctypes.c_float
+    lib.spikerl_row_sums.argtypes = [Count, Count, p, p]
+    lib.spikerl_row_affine.argtypes = [Count, Count, *[p] * 5]
+    lib.spikerl_row_normalise.argtypes = [Count, Count, *[p] * 7]
+    lib.spikerl_row_gradient_sums.argtypes = [Count, Count, p, p, p]
+    lib.spikerl_row_gradient.argtypes = [Count, Count, *[p] * 5]
     lib.spikerl_act.argtypes = [net, ctypes.POINTER(Units), p, p, ctypes.c_float, p]
     critic, real = ctypes.POINTER(Critic), ctypes.c_float
     lib.spikerl_values.argtypes = [critic, Count, p, p, p, threads]
@@ -154,9 +179,10 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.spikerl_shm_sum.argtypes = [p, threads, threads, Count, ctypes.c_uint32, p, ctypes.c_bool]
     lib.spikerl_shm_sum.restype = ctypes.c_int
     for name in (
-        "forward", "backward", "scan", "scan_back", "values", "td_target", "add_clipped_noise",
-        "critic_backward", "dense_forward", "dense_backward", "mse_backward", "count_spikes",
-        "squashed", "squashed_backward",
+        "forward", "backward", "drive", "drive_back", "scan", "values", "td_target",
+        "add_clipped_noise", "critic_backward", "dense_forward", "dense_backward", "mse_backward",
+        "count_spikes", "squashed", "squashed_backward", "connected_scan", "row_sums", "row_affine",
+        "row_normalise", "row_gradient_sums", "row_gradient",
     ):  # fmt: skip
         getattr(lib, f"spikerl_{name}").restype = None
     lib.spikerl_act.restype = ctypes.c_bool

@@ -6,30 +6,62 @@ from collections.abc import Iterable
 
 import torch
 
-from spikerl.kernels.reference import SpikingNet
+from spikerl.kernels.nets import SpikingNet
 from spikerl.snn.decoders import RateDecoder
-from spikerl.snn.encoders import PoissonEncoder, PopulationEncoder, TanhPopulationEncoder
+from spikerl.snn.encoders import (
+    AnalogEncoder,
+    PoissonEncoder,
+    PopulationEncoder,
+    TanhPopulationEncoder,
+)
 from spikerl.snn.linear import Linear
-from spikerl.snn.neurons import CubaLIF, Neuron
+from spikerl.snn.neurons import ALIF, PLIF, CubaLIF, Dynamic, Neuron, ResidualIF
 
-MAX_LAYERS, MAX_STEPS = 16, 32  # of csrc/spiking.h
-ENCODERS = (PopulationEncoder, PoissonEncoder, TanhPopulationEncoder)
+MAX_LAYERS, MAX_STEPS = 16, 32  # of csrc/spiking.h and csrc/neurons.h
+ENCODERS = (PopulationEncoder, PoissonEncoder, TanhPopulationEncoder, AnalogEncoder)
+# The numbers that `with_neuron` of csrc/neurons.h gives a neuron with a reset. Surrogates have
+# their places in snn.surrogates.SURROGATES.
+EQUATIONS: dict[tuple[type[Neuron], str], int] = {
+    (CubaLIF, "hard"): 0,
+    (CubaLIF, "soft"): 1,
+    (ResidualIF, "soft"): 1,  # from a voltage of its own on
+    (PLIF, "hard"): 2,
+    (PLIF, "soft"): 3,
+    (ALIF, "hard"): 4,
+    (ALIF, "soft"): 5,
+    (Dynamic, "hard"): 6,
+}
 
 
 def why_no_scan(neuron: Neuron) -> str | None:
-    """Why no kernel runs a layer's neurons over all spike steps; None where each does."""
-    c = neuron.config
-    if type(neuron) is not CubaLIF:
-        return f"neuron={c.name}, which runs in PyTorch"
-    if c.reset != "hard" or c.surrogate != "rect":
-        return f"neuron.reset={c.reset} and neuron.surrogate={c.surrogate}, which run in PyTorch"
+    """Why kernel=cpu does not run a layer's neurons over all spike steps; None where it does."""
+    if (type(neuron), neuron.config.reset) not in EQUATIONS:
+        return f"neuron={neuron.config.name}, which runs in PyTorch"
     return None
+
+
+def triton_scans(neuron: Neuron) -> bool:
+    """Whether kernel=triton runs a layer's neurons over all spike steps."""
+    c = neuron.config
+    return type(neuron) is CubaLIF and c.reset == "hard" and c.surrogate == "rect"
 
 
 def why_no_matrix(layers: Iterable[Linear]) -> str | None:
     """Why no kernel runs such layers' products; None where each does."""
     plain = all(type(layer) is Linear for layer in layers)
     return None if plain else "convolutions, which run in PyTorch"
+
+
+def events(net: SpikingNet, i: int) -> bool:
+    """Whether kernel=cpu forms layer i's products from lists of its inputs' spikes, where it runs
+    layer by layer: those of a neuron or encoder of which it is known that they are 0 or 1.
+    """
+    if i > 0:
+        spikes = why_no_scan(net.neurons[i - 1]) is None
+    else:
+        spikes = type(net.encoder) in ENCODERS and net.encoder.spikes
+    plain = net.dtype == torch.float32 and why_no_matrix([net.layers[i]]) is None
+    return spikes and plain and net.spike_steps <= MAX_STEPS
 
 
 def why_layered(net: SpikingNet) -> str | None:
@@ -46,6 +78,8 @@ def why_layered(net: SpikingNet) -> str | None:
         return why
     if why := why_no_scan(net.neurons[0]):
         return why
+    if net.neurons[0].carries:
+        return "residuals that a decision leaves to the next"
     if type(decoder) is not RateDecoder:
         return f"decoder={decoder.config.name}, which runs in PyTorch"
     if net.spike_steps > MAX_STEPS:

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikerl.kernels.build import Critic, Net, Pointer
-from spikerl.kernels.coverage import why_layered, why_no_matrix
-from spikerl.kernels.reference import DenseNet, SpikingNet, ValueNet
+from spikerl.kernels.build import Critic, Net, Neurons, Pointer
+from spikerl.kernels.coverage import EQUATIONS, events, why_layered, why_no_matrix
+from spikerl.kernels.nets import DenseNet, SpikingNet, ValueNet
 from spikerl.snn.decoders import RateDecoder
-from spikerl.snn.encoders import PopulationEncoder, TanhPopulationEncoder
-from spikerl.snn.neurons import CubaLIF, Neuron
+from spikerl.snn.encoders import AnalogEncoder, PopulationEncoder, TanhPopulationEncoder
+from spikerl.snn.neurons import PLIF, Neuron
+from spikerl.snn.surrogates import SURROGATES
 
 
 def fused(net: SpikingNet) -> bool:
@@ -35,20 +36,21 @@ class PreparedActor:
             return
         encoder, neuron, layers = net.encoder, net.neurons[0], list(net.layers)
         assert isinstance(encoder, PopulationEncoder)
-        assert isinstance(neuron, CubaLIF)
         assert isinstance(net.decoder, RateDecoder)
-        c = neuron.config
+        self.neuron, self.scale = neuron, neuron.scale
         act_dim, out_pop = net.decoder.weight_AP.shape
         widths = [layers[0].weight_IN.shape[0], *(len(layer.bias_N) for layer in layers)]
         self.widths = np.array(widths, np.int32)
         mean, std, *between, out_weight, out_bias = self.at
-        self.weights, self.biases = pointers(between[0::2]), pointers(between[1::2])
+        of_layers, decays = between[: 2 * len(layers)], between[2 * len(layers) :]
+        self.weights, self.biases = pointers(of_layers[0::2]), pointers(of_layers[1::2])
+        self.decays = pointers(decays)
         self.net = Net(
             len(encoder.mean_OP), encoder.config.pop_size, act_dim, out_pop, net.spike_steps,
-            len(layers), encoder.config.threshold, neuron.current_decay, c.voltage_decay,
-            c.threshold, c.surrogate_window, self.widths.ctypes.data, mean, std,
+            len(layers), encoder.config.threshold, constants(neuron),
+            ctypes.addressof(self.decays) if decays else None, self.widths.ctypes.data, mean, std,
             ctypes.addressof(self.weights), ctypes.addressof(self.biases), out_weight, out_bias,
-            isinstance(encoder, TanhPopulationEncoder),
+            isinstance(encoder, AnalogEncoder), isinstance(encoder, TanhPopulationEncoder),
             net.early_exit.steps if net.early_exit else 0,
             net.early_exit.threshold if net.early_exit else 0.0,
         )  # fmt: skip
@@ -57,7 +59,32 @@ class PreparedActor:
         """Whether its parameters lie elsewhere, or are others: `load_state_dict(assign=True)`."""
         same = net.layers[0]._parameters["weight_IN"] is self.first
         same &= net.early_exit is self.early_exit
+        same &= not self.fused or self.neuron.scale == self.scale  # which a schedule changes
         return not same or addresses(self.params) != self.at
+
+
+class PreparedLayer:
+    """Layer `i` alone, with the encoder where it is the first."""
+
+    def __init__(self, net: SpikingNet, i: int) -> None:
+        layer, encoder = net.layers[i], net.encoder
+        self.params = [layer.weight_IN, layer.bias_N]
+        self.fused = events(net, i) and all(map(_plain, self.params))
+        if not self.fused:
+            return
+        self.widths = np.array(layer.weight_IN.shape, np.int32)
+        self.weights, self.biases = (pointers([p.data_ptr()]) for p in self.params)
+        self.net = Net(
+            spike_steps=net.spike_steps, layers=1, widths=self.widths.ctypes.data,
+            weights=ctypes.addressof(self.weights), biases=ctypes.addressof(self.biases),
+        )  # fmt: skip
+        if i == 0:
+            assert isinstance(encoder, PopulationEncoder)
+            fields = [encoder.mean_OP, encoder.std_OP]
+            self.params = [*fields, *self.params]
+            self.net.obs_dim, self.net.pop_size = encoder.mean_OP.shape
+            self.net.mean, self.net.std = addresses(fields)
+            self.net.encoder_threshold = encoder.config.threshold
 
 
 class PreparedCritic:
@@ -101,6 +128,12 @@ class PreparedDense:
         return not same or addresses(self.params) != self.at
 
 
+def covered(
+    ready: PreparedActor | PreparedLayer | PreparedCritic | PreparedDense, *inputs: Tensor
+) -> bool:
+    return ready.fused and all(x.dtype == torch.float32 for x in inputs)
+
+
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
@@ -109,13 +142,19 @@ def pointers(at: Sequence[int]) -> ctypes.Array[Any]:
     return (Pointer * len(at))(*at)
 
 
-def neuron_only(neuron: Neuron, spike_steps: int) -> Net:
-    assert isinstance(neuron, CubaLIF)
+def constants(neuron: Neuron) -> Neurons:
+    """What its equation and its surrogate read; a learned decay is another for each layer."""
     c = neuron.config
-    return Net(
-        spike_steps=spike_steps, current_decay=neuron.current_decay,
-        voltage_decay=c.voltage_decay, threshold=c.threshold, window=c.surrogate_window,
-    )  # fmt: skip
+    places = {
+        "equation": EQUATIONS[type(neuron), c.reset],
+        "surrogate": SURROGATES.index(c.surrogate),
+    }
+    given = {"scale": neuron.scale, "start": getattr(c, "start", 0.0) * c.threshold}
+    if isinstance(neuron, PLIF):
+        given["voltage_decay"] = 0.0
+    for name in (field[0] for field in Neurons._fields_[2:]):
+        given.setdefault(name, getattr(c, name, 1.0 if name == "voltage_decay" else 0.0))
+    return Neurons(**places, **given)
 
 
 def _plain(tensor: Tensor) -> bool:

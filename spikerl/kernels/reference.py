@@ -10,51 +10,19 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from spikerl.kernels.dense import relu_values
 from spikerl.kernels.gradient import Gradient, Moments, Pullback, SamplePullback, by_autograd
-from spikerl.snn.batchnorm import BATCH, RUNNING, CaReBN
-from spikerl.snn.decoders import Decoder, ILCDecoder
+from spikerl.kernels.nets import DenseNet, Parts, SpikingNet, ValueNet
+from spikerl.snn.batchnorm import BATCH, ROWS, RUNNING, Rows
+from spikerl.snn.decoders import ILCDecoder
 from spikerl.snn.early_exit import EarlyExit
-from spikerl.snn.encoders import Encoder
-from spikerl.snn.linear import Linears, ListOf, product
+from spikerl.snn.linear import product
 from spikerl.snn.neurons import Neuron, ResidualIF, State
 from spikerl.types import Batch
-
-
-class SpikingNet(Protocol):
-    """What a kernel reads of a network."""
-
-    spike_steps: int
-    dtype: torch.dtype  # of the layers' products
-    encoder: Encoder
-    layers: Linears
-    neurons: ListOf[Neuron]  # of each layer
-    norms: ListOf[CaReBN]  # of each layer, or none
-    decoder: Decoder
-    spike_cost_L: Tensor | None  # of each layer now; None: spikes cost nothing
-    early_exit: EarlyExit | None
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-
-class ValueNet(Protocol):
-    """What a kernel reads of critics."""
-
-    dtype: torch.dtype  # of the layers' products
-    weights_CIN: nn.ParameterList
-    biases_C1N: nn.ParameterList
-
-
-class DenseNet(Protocol):
-    """What a kernel reads of a dense actor."""
-
-    dtype: torch.dtype  # of the layers' products
-    layers: Linears
 
 
 @dataclass
@@ -73,17 +41,13 @@ class Carried:
             residual_BN[which_B] = 0.0
 
 
-# Spikes (T, B, N) of one layer from its drive.
-Scan = Callable[[Neuron, Tensor], Tensor]
-
-
 def actions(
     net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
 ) -> Tensor:
     """Actions (B, A) in [-1, 1]; before tanh, unless they are to be squashed."""
     if net.early_exit is not None and squash:
         return early_actions(net, obs_BO, generator, net.early_exit)
-    return act(outputs(net, obs_BO, generator, scan), squash)
+    return act(outputs(net, obs_BO, generator), squash)
 
 
 def early_actions(
@@ -92,7 +56,7 @@ def early_actions(
     """Actions (B, A), spike step by spike step up to the last at which one is undecided."""
     x_TBK = net.encoder(obs_BO, net.spike_steps, generator)
     constant = len(x_TBK) == 1
-    first_TBN = _drive(net, 0, x_TBK[:1], RUNNING)
+    first_TBN = normed(net, 0, drive(net, 0, x_TBK[:1]))
     states: list[State | None] = [None] * len(net.neurons)
     spikes_TBN: list[Tensor] = []
     act_TBA: list[Tensor] = []
@@ -102,11 +66,11 @@ def early_actions(
         x_BI = x_TBK[0 if constant else t]
         for i, neuron in enumerate(net.neurons):
             known = i == 0 and (constant or t == 0)
-            drive = (first_TBN if known else _drive(net, i, x_BI.unsqueeze(0), RUNNING))[0]
-            state = states[i] or neuron.initial(drive)
+            drive_BN = (first_TBN if known else normed(net, i, drive(net, i, x_BI.unsqueeze(0))))[0]
+            state = states[i] or neuron.initial(drive_BN)
             if lateral := _lateral(net, i):
-                drive = drive + lateral(state.spikes_BN)
-            states[i] = state = neuron.step(drive, state)
+                drive_BN = drive_BN + lateral(state.spikes_BN)
+            states[i] = state = neuron.step(drive_BN, state)
             x_BI = state.spikes_BN
         spikes_TBN.append(x_BI)
         act_TBA.append(torch.tanh(net.decoder(torch.stack(spikes_TBN))))
@@ -132,9 +96,28 @@ def act(output_BA: Tensor, squash: bool) -> Tensor:
     return torch.tanh(output_BA) if squash else output_BA
 
 
+def first(net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The first layer's drive."""
+    return drive(net, 0, net.encoder(obs_BO, net.spike_steps, generator))
+
+
+def drive(net: SpikingNet, i: int, x_TBI: Tensor) -> Tensor:
+    """What the inputs of layer `i` give its neurons, (T, B, N), in one product."""
+    layer = product(x_TBI.flatten(0, 1), net.layers[i], net.dtype)
+    return layer.unflatten(0, (len(x_TBI), -1))
+
+
 def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
     """Spikes (T, B, N) of one layer, from rest."""
     return _spikes(_states(neuron, drive_TBN))
+
+
+def connected_scan(neuron: Neuron, drive_TBN: Tensor, decoder: ILCDecoder) -> Tensor:
+    """The same of neurons that get something from each other's spikes."""
+    return _spikes(_states(neuron, drive_TBN, decoder.lateral))
+
+
+PLAIN = Parts(first, drive, scan, connected_scan, ROWS)
 
 
 def vjp(
@@ -142,15 +125,15 @@ def vjp(
     obs_BO: Tensor,
     generator: torch.Generator | None,
     squash: bool = True,
-    scan: Scan = scan,
+    parts: Parts = PLAIN,
 ) -> tuple[Tensor, Pullback]:
     """Actions, and the way back from their gradient to the parameters'.
 
     Where spikes cost something, it adds that to the loss: sum_l cost_l mean_tbn spikes_l.
     """
     if net.spike_cost_L is None:
-        return by_autograd(act(outputs(net, obs_BO, generator, scan, BATCH), squash))
-    layers = list(layer_spikes(net, obs_BO, generator, scan, BATCH))
+        return by_autograd(act(outputs(net, obs_BO, generator, parts, BATCH), squash))
+    layers = list(layer_spikes(net, obs_BO, generator, parts, BATCH))
     rate_L = torch.stack([layer.mean() for layer in layers])
     output = act(net.decoder(layers[-1]), squash)
     return by_autograd(output, (net.spike_cost_L * rate_L).sum())
@@ -160,40 +143,45 @@ def outputs(
     net: SpikingNet,
     obs_BO: Tensor,
     generator: torch.Generator | None,
-    scan: Scan = scan,
+    parts: Parts = PLAIN,
     moments: str = RUNNING,
 ) -> Tensor:
     """What the decoder makes of the last layer's spikes, (B, A)."""
-    return net.decoder(spikes(net, obs_BO, generator, scan, moments))
+    return net.decoder(spikes(net, obs_BO, generator, parts, moments))
 
 
 def spikes(
     net: SpikingNet,
     obs_BO: Tensor,
     generator: torch.Generator | None,
-    scan: Scan = scan,
+    parts: Parts = PLAIN,
     moments: str = RUNNING,
 ) -> Tensor:
     """The last layer's spikes (T, B, N)."""
-    return deque(layer_spikes(net, obs_BO, generator, scan, moments), maxlen=1).pop()
+    return deque(layer_spikes(net, obs_BO, generator, parts, moments), maxlen=1).pop()
 
 
 def layer_spikes(
     net: SpikingNet,
     obs_BO: Tensor,
     generator: torch.Generator | None,
-    scan: Scan,
+    parts: Parts,
     moments: str,
 ) -> Iterator[Tensor]:
-    """Each layer's spikes (T, B, N), `scan` running its neurons.
+    """Each layer's spikes (T, B, N).
 
     `moments`: which ones normalise a layer's drive, where one is normalised.
     """
-    x = net.encoder(obs_BO, net.spike_steps, generator)
+    drive_TBN = parts.first(net, obs_BO, generator)
     for i, neuron in enumerate(net.neurons):
-        drive, lateral = _drive(net, i, x, moments), _lateral(net, i)
-        x = _spikes(_states(neuron, drive, lateral)) if lateral else scan(neuron, drive)
-        yield x
+        drive_TBN = normed(net, i, drive_TBN, moments, parts.rows)
+        if (connected := _connected(net, i)) is not None:
+            x_TBN = parts.connected_scan(neuron, drive_TBN, connected)
+        else:
+            x_TBN = parts.scan(neuron, drive_TBN)
+        yield x_TBN
+        if i < len(net.neurons) - 1:
+            drive_TBN = parts.drive(net, i + 1, x_TBN)
 
 
 @torch.no_grad()
@@ -204,7 +192,8 @@ def record(
     layers = [net.encoder(obs_BO, net.spike_steps, generator)]
     states = []
     for i, neuron in enumerate(net.neurons):
-        states.append(_states(neuron, _drive(net, i, layers[-1], RUNNING), _lateral(net, i)))
+        drive_TBN = normed(net, i, drive(net, i, layers[-1]))
+        states.append(_states(neuron, drive_TBN, _lateral(net, i)))
         layers.append(_spikes(states[-1]))
     return layers, states
 
@@ -223,9 +212,9 @@ def decide(
     residuals = []
     for i, neuron in enumerate(net.neurons):
         assert isinstance(neuron, ResidualIF)
-        drive = _drive(net, i, x, RUNNING)
-        begin = neuron.initial(drive[0], carried.residuals[i] if carried.residuals else None)
-        states = _states(neuron, drive, _lateral(net, i), begin)
+        drive_TBN = normed(net, i, drive(net, i, x))
+        begin = neuron.initial(drive_TBN[0], carried.residuals[i] if carried.residuals else None)
+        states = _states(neuron, drive_TBN, _lateral(net, i), begin)
         residuals.append(neuron.residual(begin, states))
         x = _spikes(states)
         fired_B += x.double().sum((0, 2))
@@ -366,19 +355,25 @@ def polyak(target: Tensor, online: Tensor, tau: float, masked: Tensor) -> None:
     target.lerp_(online, (tau * (1.0 - masked)).to(target.dtype))
 
 
-def _drive(net: SpikingNet, i: int, x_TBI: Tensor, moments: str) -> Tensor:
-    """What layer `i` is driven with, (T, B, N)."""
-    steps = x_TBI.shape[0]  # 1 where all spike steps get the same
-    drive = product(x_TBI.flatten(0, 1), net.layers[i], net.dtype).unflatten(0, (steps, -1))
+def normed(
+    net: SpikingNet, i: int, drive_TBN: Tensor, moments: str = RUNNING, rows: Rows = ROWS
+) -> Tensor:
+    """The drive of layer `i` at every spike step, normalised where it is to be."""
     if len(net.norms):
-        drive = net.norms[i](drive, moments)
-    return drive.expand(net.spike_steps, -1, -1)
+        drive_TBN = net.norms[i](drive_TBN, moments, rows)
+    return drive_TBN.expand(net.spike_steps, -1, -1)
+
+
+def _connected(net: SpikingNet, i: int) -> ILCDecoder | None:
+    """The decoder, where it connects the neurons of layer `i`, which is its output population."""
+    last = i == len(net.neurons) - 1
+    return net.decoder if last and isinstance(net.decoder, ILCDecoder) else None
 
 
 def _lateral(net: SpikingNet, i: int) -> Callable[[Tensor], Tensor] | None:
-    """What the output layer's neurons get from its own spikes, where they are connected."""
-    last = i == len(net.neurons) - 1
-    return net.decoder.lateral if last and isinstance(net.decoder, ILCDecoder) else None
+    """What the neurons of layer `i` get from their own spikes."""
+    connected = _connected(net, i)
+    return connected.lateral if connected is not None else None
 
 
 def _states(

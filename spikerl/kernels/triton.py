@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from spikerl.kernels import reference
-from spikerl.kernels.coverage import why_no_scan
+from spikerl.kernels.coverage import triton_scans
 from spikerl.kernels.gradient import Pullback
+from spikerl.kernels.nets import SpikingNet
 from spikerl.kernels.reference import (
-    SpikingNet,
     actor_loss_grad,
     adam,
     add_clipped_noise,
@@ -62,25 +62,28 @@ def actions(
     """As `reference.actions`."""
     if net.early_exit is not None and squash:
         return reference.early_actions(net, obs_BO, generator, net.early_exit)
-    return reference.act(reference.outputs(net, obs_BO, generator, scan), squash)
+    return reference.act(reference.outputs(net, obs_BO, generator, PARTS), squash)
 
 
 def vjp(
     net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
 ) -> tuple[Tensor, Pullback]:
     """As `reference.vjp`."""
-    return reference.vjp(net, obs_BO, generator, squash, scan)
+    return reference.vjp(net, obs_BO, generator, squash, PARTS)
 
 
 def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
     """Spikes (T, B, N) of one layer, from rest, in the drive's type."""
-    if why_no_scan(neuron):
+    if not triton_scans(neuron):
         return reference.scan(neuron, drive_TBN)
     assert isinstance(neuron, CubaLIF)
     c = neuron.config
     constants = (neuron.current_decay, c.voltage_decay, c.threshold, c.surrogate_window)
     spikes: Tensor = _Scan.apply(drive_TBN.contiguous(), *constants)
     return spikes
+
+
+PARTS = reference.PLAIN._replace(scan=scan)
 
 
 class _Scan(torch.autograd.Function):

@@ -15,7 +15,7 @@ Shape legend   T spike steps, B batch, N neurons, M = T B.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,45 @@ def alone(total: Tensor) -> None:
     """The sum over one worker."""
 
 
+class Rows(NamedTuple):
+    """What is computed with every row of a drive (T, B, N), and nothing else is."""
+
+    sums: Callable[[Tensor], Tensor]  # of x and of its squares, (2 N,) in float64
+    affine: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x - mean) factor + beta
+    # z = (x - mean) inverse, and z gamma + beta: of x, mean, inverse, gamma, beta
+    normalise: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    gradient_sums: Callable[[Tensor, Tensor], Tensor]  # of g and of g z, (2, N)
+    # factor (g - mean of g - z mean of g z): of g, z, factor and the two means (2, N)
+    gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _sums(x_TBN: Tensor) -> Tensor:
+    x = x_TBN.flatten(0, 1).double()
+    return torch.cat([x.sum(0), x.square().sum(0)])
+
+
+def _affine(x_TBN: Tensor, mean_N: Tensor, factor_N: Tensor, beta_N: Tensor) -> Tensor:
+    return (x_TBN - mean_N) * factor_N + beta_N
+
+
+def _normalise(
+    x_TBN: Tensor, mean_N: Tensor, inverse_N: Tensor, gamma_N: Tensor, beta_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    normal = (x_TBN - mean_N) * inverse_N
+    return normal, normal * gamma_N + beta_N
+
+
+def _gradient_sums(grad_TBN: Tensor, normal_TBN: Tensor) -> Tensor:
+    return torch.stack([grad_TBN.sum((0, 1)), (grad_TBN * normal_TBN).sum((0, 1))])
+
+
+def _gradient(grad_TBN: Tensor, normal_TBN: Tensor, factor_N: Tensor, mean_2N: Tensor) -> Tensor:
+    return factor_N * (grad_TBN - mean_2N[0] - normal_TBN * mean_2N[1])
+
+
+ROWS = Rows(_sums, _affine, _normalise, _gradient_sums, _gradient)
+
+
 class BatchNorm(nn.Module):
     """y = gamma (x - mean) / sqrt(var + eps) + beta.
 
@@ -51,24 +90,25 @@ class BatchNorm(nn.Module):
         self.var_N = fixed(torch.ones_like(start))
         self.sum_: Callable[[Tensor], None] = alone  # over workers, in place
 
-    def forward(self, drive_TBN: Tensor, moments: str = RUNNING) -> Tensor:
+    def forward(self, drive_TBN: Tensor, moments: str = RUNNING, rows: Rows = ROWS) -> Tensor:
         if moments == RUNNING:
-            return self.affine(drive_TBN, self.mean_N, self.var_N)
-        sums = self.sums(drive_TBN)
+            return self.affine(drive_TBN, self.mean_N, self.var_N, rows)
+        sums = self.sums(drive_TBN, rows)
         mean, var = self.moments_of(sums, drive_TBN)
         self.follow(mean, var, float(sums[0]) / len(drive_TBN), len(drive_TBN))
         y: Tensor = _Normalise.apply(drive_TBN, self.gamma_N, self.beta_N, mean, var, sums[0],
-                                     self.sum_)  # fmt: skip
+                                     self.sum_, rows)  # fmt: skip
         return y
 
-    def affine(self, drive_TBN: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        return (drive_TBN - mean) * (self.gamma_N * (var + EPS).rsqrt()) + self.beta_N
+    def affine(self, drive_TBN: Tensor, mean: Tensor, var: Tensor, rows: Rows = ROWS) -> Tensor:
+        affine = _affine if torch.is_grad_enabled() else rows.affine
+        return affine(drive_TBN, mean, self.gamma_N * (var + EPS).rsqrt(), self.beta_N)
 
     @torch.no_grad()
-    def sums(self, drive_TBN: Tensor) -> Tensor:
+    def sums(self, drive_TBN: Tensor, rows: Rows) -> Tensor:
         """Rows, sums and sums of squares over all workers, (1 + 2 N,) in float64."""
-        x = drive_TBN.flatten(0, 1).double()
-        total = torch.cat([x.new_tensor([len(x)]), x.sum(0), x.square().sum(0)])
+        sums = rows.sums(drive_TBN)
+        total = torch.cat([sums.new_tensor([drive_TBN[..., 0].numel()]), sums])
         self.sum_(total)
         return total
 
@@ -102,11 +142,11 @@ class CaReBN(BatchNorm):
         self.var_error_N = fixed(torch.zeros_like(self.mean_N))
         self.measured = torch.zeros(1 + 2 * neurons, dtype=torch.float64)  # while recalibrating
 
-    def forward(self, drive_TBN: Tensor, moments: str = RUNNING) -> Tensor:
+    def forward(self, drive_TBN: Tensor, moments: str = RUNNING, rows: Rows = ROWS) -> Tensor:
         if moments == RECALIBRATE:
-            self.measured = self.measured.to(drive_TBN.device) + self.sums(drive_TBN)
-            return self.affine(drive_TBN, *self.moments_of(self.measured, drive_TBN))
-        return super().forward(drive_TBN, moments)
+            self.measured = self.measured.to(drive_TBN.device) + self.sums(drive_TBN, rows)
+            return self.affine(drive_TBN, *self.moments_of(self.measured, drive_TBN), rows)
+        return super().forward(drive_TBN, moments, rows)
 
     @torch.no_grad()
     def follow(self, mean: Tensor, var: Tensor, samples: float, spike_steps: int) -> None:
@@ -138,13 +178,13 @@ class TDBN(BatchNorm):
         super().__init__(neurons, threshold, 0.0)
 
     @torch.no_grad()
-    def sums(self, drive_TBN: Tensor) -> Tensor:
+    def sums(self, drive_TBN: Tensor, rows: Rows) -> Tensor:
         """From moments in the drive's own type, which needs no copy of it in float64."""
-        rows = drive_TBN.shape[0] * drive_TBN.shape[1]
-        mean = drive_TBN.sum((0, 1)) / rows
+        count = drive_TBN.shape[0] * drive_TBN.shape[1]
+        mean = drive_TBN.sum((0, 1)) / count
         within = (drive_TBN - mean).square_().sum((0, 1)).double()
         mean = mean.double()
-        total = torch.cat([mean.new_tensor([rows]), rows * mean, within + rows * mean.square()])
+        total = torch.cat([mean.new_tensor([count]), count * mean, within + count * mean.square()])
         self.sum_(total)
         return total
 
@@ -167,23 +207,23 @@ class _Normalise(torch.autograd.Function):
         beta_N: Tensor,
         mean_N: Tensor,
         var_N: Tensor,
-        rows: Tensor,
+        count: Tensor,
         sum_: Callable[[Tensor], None],
+        rows: Rows,
     ) -> Tensor:
         inverse_N = (var_N + EPS).rsqrt()
-        normal = (x_TBN - mean_N) * inverse_N
-        ctx.save_for_backward(normal, gamma_N * inverse_N, rows)
-        ctx.sum_ = sum_
-        return normal * gamma_N + beta_N
+        normal, y = rows.normalise(x_TBN, mean_N, inverse_N, gamma_N, beta_N)
+        ctx.save_for_backward(normal, gamma_N * inverse_N, count)
+        ctx.sum_, ctx.rows = sum_, rows
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        normal, factor_N, rows = ctx.saved_tensors
+        normal, factor_N, count = ctx.saved_tensors
         (grad,) = grads
-        own = torch.stack([grad.sum((0, 1)), (grad * normal).sum((0, 1))])
+        own = ctx.rows.gradient_sums(grad, normal)
         beta, gamma = own.clone()  # of this worker's rows; the gradient is summed with the others
         ctx.sum_(own)
-        mean = own / rows.to(own.dtype)
-        x = factor_N * (grad - mean[0] - normal * mean[1])
-        return x, gamma, beta, None, None, None, None
+        x = ctx.rows.gradient(grad, normal, factor_N, own / count.to(own.dtype))
+        return x, gamma, beta, None, None, None, None, None

@@ -225,8 +225,12 @@ class PLIF(Neuron):
         logit = math.log(decay / (1.0 - decay))
         self.decay_logit = nn.Parameter(torch.tensor(logit, dtype=torch.float32))
 
+    @property
+    def decay(self) -> Tensor:
+        return torch.sigmoid(self.decay_logit)
+
     def step(self, drive_BN: Tensor, state: State) -> State:
-        voltage = torch.sigmoid(self.decay_logit) * self.kept(state) + drive_BN
+        voltage = self.decay * self.kept(state) + drive_BN
         return State(voltage, self.fire(voltage - self.config.threshold))
 
 

@@ -28,7 +28,7 @@ from spikerl.algos.replay import Replay
 from spikerl.kernels import build as native
 from spikerl.kernels import reference
 from spikerl.kernels.gradient import Gradient
-from spikerl.kernels.reference import DenseNet
+from spikerl.kernels.nets import DenseNet
 from spikerl.models.actor import Actor, ActorConfig, MLPActor, MLPConfig, build_actor
 from spikerl.models.critic import Critics
 from spikerl.types import Batch

@@ -280,7 +280,8 @@ def test_threads(default: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> No
 
     assert threads() == ("1", "batches of 100 gain little from more")
     assert threads(threads=3) == ("3", "requested")
-    others = ({"algo__batch_size": 256}, {"kernel__name": "reference"}, {"neuron__reset": "soft"},
+    assert threads(neuron__reset="soft")[0] == "1"
+    others = ({"algo__batch_size": 256}, {"kernel__name": "reference"}, {"actor__spike_steps": 33},
               {"precision__critic": "bf16"})  # fmt: skip
     for other in others:
         assert threads(**other) == ("6", "6 cores over 1 workers")
@@ -294,12 +295,17 @@ def test_one_environment_for_each_worker(default: dict[str, Any]) -> None:
 def test_why_layer_by_layer(default: dict[str, Any]) -> None:
     reasons = [
         build(changed(default, device="cpu", **change)).resolved.kernel.reason
-        for change in ({}, {"neuron__reset": "soft"}, {"precision__actor": "bf16"})
+        for change in (
+            {},
+            {"neuron__reset": "soft", "neuron__surrogate": "atan"},
+            {"actor__spike_steps": 33},
+            {"precision__actor": "bf16"},
+        )
     ]
     assert reasons == [
         "a C++ compiler is there",
-        "a C++ compiler is there; layer by layer because of neuron.reset=soft and"
-        " neuron.surrogate=rect, which run in PyTorch",
+        "a C++ compiler is there",
+        "a C++ compiler is there; layer by layer because of more than 32 spike steps",
         "a C++ compiler is there; layer by layer because of products in bfloat16",
     ]
     sequences = build(changed(with_number(default, "actor.window"), device="cpu"))

@@ -234,7 +234,7 @@ def observations(rows: int) -> Tensor:
 def test_an_update_normalises_by_its_batch_and_acting_by_the_running_moments() -> None:
     torch.manual_seed(0)
     actor, _ = actor_and_config(2)
-    drives = reference._drive(actor, 0, actor.encoder(observations(32), 5, None), "running")
+    drives = reference.normed(actor, 0, reference.first(actor, observations(32), None))
     untouched = copy.deepcopy(actor.state_dict())
     acted = actor(observations(32))
     assert all(torch.equal(value, untouched[name]) for name, value in actor.state_dict().items())

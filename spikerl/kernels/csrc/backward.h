@@ -9,16 +9,26 @@ namespace {
 
 // Where the gradient of each parameter goes.
 struct Gradients {
-    float* const* all;
-    float *mean, *std, *out_weight, *out_bias;
+    float *mean, *std;
+    float* const* layers;
+    float* const* decay_logits;  // of each layer, where neurons learn their decays
+    float *out_weight, *out_bias;
     Gradients(const Net& net, float* const* grads)
-        : all(grads),
-          mean(grads[0]),
-          std(grads[1]),
-          out_weight(grads[2 + 2 * net.layers]),
-          out_bias(grads[3 + 2 * net.layers]) {}
-    float* weight(int layer) const { return all[2 + 2 * layer]; }
-    float* bias(int layer) const { return all[3 + 2 * layer]; }
+        : mean(grads[0]), std(grads[1]), layers(grads + 2), decay_logits(layers + 2 * net.layers) {
+        float* const* decoder = decay_logits + (net.decay_logits ? net.layers : 0);
+        out_weight = decoder[0], out_bias = decoder[1];
+    }
+    float* weight(int layer) const { return layers[2 * layer]; }
+    float* bias(int layer) const { return layers[2 * layer + 1]; }
+
+    // From the gradients by a layer's decay, of each sample.
+    void put_decay(const Activations& acts, int layer, const float* by_decay) const {
+        if (!acts.net->decay_logits) return;
+        const float decay = acts.neurons[layer].voltage_decay;
+        double sum = 0.0;
+        for (int64_t b = 0; b < acts.samples; b++) sum += by_decay[b];
+        *decay_logits[layer] = float(sum) * decay * (1.0f - decay);
+    }
 };
 
 // Actions (null where they are not squashed) and their gradient, (B, A). What the spikes themselves cost: the gradient

@@ -99,9 +99,9 @@ Operand<PLANES> pack_weights_by_output(const Layer& l, Scratch& memory) {
     return packed;
 }
 
-// Gradients of the drives of the layer below, from those of this layer's.
+// Gradients of the drives of the layer below, from those of this layer's, and by its decay, (B).
 void drive_gradients(const Activations& acts, int layer, const Layer& l, const ActionGradients& actions,
-                     DriveGradients grad, DriveGradients out, int threads) {
+                     DriveGradients grad, DriveGradients out, float* by_decay, int threads) {
     const int64_t B = acts.samples, T = grad.T, square = SIDE * SIDE, tiles = tiles_of(B);
     Scratch memory;
     const Operand<PLANES> weights = pack_weights_by_output(l, memory);
@@ -112,6 +112,8 @@ void drive_gradients(const Activations& acts, int layer, const Layer& l, const A
         Scratch of_thread;
         const auto drives = Operand<PLANES>::allocate(of_thread, T, weights.blocks);
         float* grad_spikes = of_thread.array<float>(T * square);
+        float* own_decay = by_decay + tile * SIDE;
+        std::memset(own_decay, 0, count * sizeof(float));
         for (int64_t n = 0; n < grad.columns; n += 2)
             for (int64_t t = 0; t < T; t++)
                 for (int64_t i = 0; i < SIDE; i++) {
@@ -126,8 +128,9 @@ void drive_gradients(const Activations& acts, int layer, const Layer& l, const A
             multiply(drives, T, weights, k, {ZEROS, 0, 0, grad_spikes, square, SIDE});
             actions.add_cost(layer - 1, grad_spikes, T * SIDE, SIDE, std::min(SIDE, l.K - k * SIDE));
             const float* voltage = acts.voltage[layer - 1] + acts.square_offset(layer - 1, tile * SIDE, k * SIDE);
-            for (int64_t i = 0; i < count * SIDE; i += SIDE)
-                scan_back(*acts.net, SIDE, square, grad_spikes + i, square, voltage + i, out.at(tile, k) + i, nullptr);
+            for (int64_t b = 0, i = 0; b < count; b++, i += SIDE)
+                own_decay[b] += scan_back(acts.neurons[layer - 1], int(T), SIDE, square, grad_spikes + i, square,
+                                          voltage + i, out.at(tile, k) + i, nullptr);
         }
     }
 }
@@ -154,20 +157,23 @@ const float* backward_tiles(const Activations& acts, const float* encoder_weight
     const int64_t widest = widest_layer(net);
     float *above = memory.array<float>(rows * T * widest), *below = memory.array<float>(rows * T * widest);
     float* summed = memory.array<float>(rows * widest);  // drives' gradients, weighted by step
+    float* by_decay = memory.array<float>(B);             // gradients by a layer's decay
+    std::memset(by_decay, 0, B * sizeof(float));
     const int last = net.layers - 1;
     const DriveGradients last_grad{above, T, tiles_of(net.widths[net.layers])};
     actions.decoder_backward(acts, out, [&](int64_t b, const float* grad_spikes) {
         for (int64_t n = 0; n < last_grad.columns; n++)
-            scan_back(net, SIDE, square, grad_spikes + n * SIDE, 0,
-                      acts.voltage[last] + acts.square_offset(last, b, n * SIDE),
-                      last_grad.at(b / SIDE, n) + b % SIDE * SIDE, nullptr);
+            by_decay[b] += scan_back(acts.neurons[last], int(T), SIDE, square, grad_spikes + n * SIDE, 0,
+                                     acts.voltage[last] + acts.square_offset(last, b, n * SIDE),
+                                     last_grad.at(b / SIDE, n) + b % SIDE * SIDE, nullptr);
     });
     for (int layer = last; layer >= 0; layer--) {
         const Layer l(net, layer);
         const DriveGradients grad{above, T, tiles_of(l.N)};
+        out.put_decay(acts, layer, by_decay);
         weight_gradients(acts, layer, l, grad, out.weight(layer), out.bias(layer), threads);
         if (layer > 0) {
-            drive_gradients(acts, layer, l, actions, grad, {below, T, tiles_of(l.K)}, threads);
+            drive_gradients(acts, layer, l, actions, grad, {below, T, tiles_of(l.K)}, by_decay, threads);
         } else {
             for (int64_t b = 0; b < B; b++)
                 for (int64_t n = 0; n < grad.columns; n++) {

@@ -52,8 +52,7 @@ void pack_spikes_by_sample(const int32_t* words, int64_t K, int64_t count, int T
 
 // One layer of samples `from` to `to`, at most `part` depth blocks at a time.
 inline void run_layer(const Activations& acts, int layer, const TileLayer& l, int64_t from, int64_t to, int64_t part) {
-    const Net& net = *acts.net;
-    const int T = net.spike_steps;
+    const int T = acts.net->spike_steps;
     const int64_t blocks = blocks_of(l.K), Np = padded(l.N), rows = tiles_of(to - from) * T, square = SIDE * SIDE;
     Scratch memory;
     const auto spikes = Operand<1>::allocate(memory, rows, blocks);
@@ -72,7 +71,7 @@ inline void run_layer(const Activations& acts, int layer, const TileLayer& l, in
             for (int64_t b = from; b < to; b++) {
                 float* voltage = acts.voltage[layer] + (acts.for_backward ? acts.square_offset(layer, b, n) : 0);
                 const float* own = drive + (b - from) / SIDE * T * square + (b - from) % SIDE * SIDE;
-                store(acts.words[layer + 1] + b * Np + n, scan(net, own, square, voltage, square));
+                store(acts.words[layer + 1] + b * Np + n, scan(acts.neurons[layer], T, own, square, voltage, square));
             }
         }
 }

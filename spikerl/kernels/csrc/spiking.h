@@ -15,20 +15,17 @@
 #include <type_traits>
 
 #include "memory.h"
+#include "neurons.h"
 #include "tiles.h"
 
 namespace {
 
 constexpr int CHUNK = 8;                   // spike steps that one list of events covers, at most
-constexpr int MAX_STEPS = 32;              // spike steps, the bits of a word
 constexpr int MAX_LAYERS = 16;
 constexpr int BLOCK = 2;                   // vectors of neurons that are computed together
 constexpr int64_t SAMPLE_BLOCK = 16;       // samples per block of weights in the first-level cache
 constexpr int64_t TILE_SAMPLE_BLOCK = 64;  // samples per AMX operand of weights in the second-level cache
 constexpr int64_t MAX_UNPACKED = 4;        // samples up to which packing weights costs more than it gains
-
-// Whether a batch is computed from lists of events; otherwise on AMX.
-constexpr bool uses_events(int64_t B) { return !HAS_TILES || B <= MAX_UNPACKED; }
 
 // Calls `f` with the number of steps of a chunk as a compile-time constant.
 template <class F>
@@ -62,12 +59,15 @@ extern "C" {
 
 struct Net {
     int32_t obs_dim, pop_size, act_dim, out_pop_size, spike_steps, layers;
-    float encoder_threshold, current_decay, voltage_decay, threshold, window;
+    float encoder_threshold;
+    Neurons neurons;
+    const float* const* decay_logits;  // of each layer, where the neurons learn their voltage_decay; else null
     const int32_t* widths;  // layers + 1: of the encoder and of every layer
     const float *mean, *std;
     const float* const* weights;
     const float* const* biases;
     const float *out_weight, *out_bias;
+    int32_t analog;         // whether the encoder gives its activities at every spike step; else spikes
     int32_t squashes;       // whether spikerl_act applies tanh to the observation; for batches the caller does
     int32_t exit_steps;     // an action that stayed within the threshold over as many steps is the decision; 0: the last
     float exit_threshold;
@@ -75,6 +75,16 @@ struct Net {
 }
 
 namespace {
+
+// Whether a batch is computed from lists of events; otherwise on AMX.
+inline bool uses_events(const Net& net, int64_t B) { return !HAS_TILES || B <= MAX_UNPACKED || net.analog; }
+
+// The neurons of a layer, which may learn their own voltage_decay: the sigmoid of a parameter.
+inline Neurons neurons_of(const Net& net, int layer) {
+    Neurons k = net.neurons;
+    if (net.decay_logits) k.voltage_decay = 1.0f / (1.0f + std::exp(-*net.decay_logits[layer]));
+    return k;
+}
 
 struct Segment {
     int32_t word, end;  // inputs of the list up to `end` have this word
@@ -91,6 +101,7 @@ struct Events {
 struct Activations {
     Arena memory;
     const Net* net;
+    Neurons neurons[MAX_LAYERS];
     int64_t samples, chunks;
     bool for_backward;               // else voltages are not read, and all samples share one place for them
     bool has_events;
@@ -111,6 +122,7 @@ struct Activations {
             const int64_t K = net->widths[l];
             words[l] = memory.array<int32_t>(samples * padded(K));
             if (l > 0) voltage[l - 1] = memory.array<float>(voltage_rows * T * padded(K));
+            if (l < net->layers) neurons[l] = neurons_of(*net, l);
             if (l == net->layers || !has_events) continue;
             counts[l] = memory.array<int32_t>(samples * chunks);
             segments[l] = memory.array<Segment>(samples * chunks * (K + 1));
@@ -145,47 +157,48 @@ struct Layer {
     Layer() = default;
 };
 
+// Columns of a layer's weights as they are: row k begins at `first + k * stride`, except that of the last row there is
+// a copy, which may be read to the end of a whole vector.
+struct UnpackedColumns {
+    const float* first;
+    int64_t stride;
+    const float* last;
+    int64_t last_row;
+    const float* row(int64_t k) const { return k == last_row ? last : first + k * stride; }
+};
+
+// V vectors of columns, packed row after row.
+template <int V>
+struct PackedColumns {
+    const float* first;
+    const float* row(int64_t k) const { return first + k * V * W; }
+};
+
+// Rows of a matrix that are multiplied at once with V vectors of columns: as many sums as registers hold.
+template <int V>
+constexpr int ROWS_AT_ONCE = W == 16 ? 16 / V : V == 4 ? 2 : 4;
+
+// out (rows, out_stride) = left (rows, K) times K rows of V vectors of columns, R rows at a time.
+template <int V, class Columns, int R = ROWS_AT_ONCE<V>>
+void multiply_dense(int64_t from, int64_t to, int64_t K, const float* left, int64_t stride, const Columns& columns,
+                    float* out, int64_t out_stride) {
+    for (; to - from >= R; from += R) {
+        vec sums[R][V] = {};
+        for (int64_t k = 0; k < K; k++) {
+            const float* row = columns.row(k);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++)
+                for (int j = 0; j < V; j++) sums[r][j] += load(row + j * W) * left[(from + r) * stride + k];
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < V; j++) store(out + (from + r) * out_stride + j * W, sums[r][j]);
+    }
+    if constexpr (R > 1) multiply_dense<V, Columns, R / 2>(from, to, K, left, stride, columns, out, out_stride);
+}
+
 inline int64_t widest_layer(const Net& net) {
     return padded(*std::max_element(net.widths, net.widths + net.layers + 1));
-}
-
-// Current-based LIF of W neurons over all spike steps, from their drive: voltages, and the words of their spikes.
-//   c = current_decay c + drive;  v = voltage_decay (1 - o) v + c;  o = [v > threshold]
-inline ivec scan(const Net& net, const float* drive, int64_t drive_stride, float* voltage, int64_t stride) {
-    vec c = {}, v = {};
-    ivec fired = {}, word = {};
-    for (int t = 0; t < net.spike_steps; t++) {
-        c = c * net.current_decay + load(drive + t * drive_stride);
-        v = (fired ? vec{} : v) * net.voltage_decay + c;
-        fired = v > net.threshold;
-        word |= fired & int32_t(1u << t);
-        store(voltage + t * stride, v);
-    }
-    return word;
-}
-
-// Gradients of the drive of `count` neurons, `out` (T, Np), from those of their spikes, `grad`: (T, Np), or, where
-// `stride` is 0, (Np) for every t. Beyond the last step at which a voltage lies inside the surrogate window a neuron
-// has no gradient: `active_steps` (Np) is the number of steps up to it, unless null.
-//   gv = [|v - threshold| < window] (grad - kept v) + kept (1 - o);  kept = voltage_decay gv_next
-//   out = current_decay out_next + gv
-inline void scan_back(const Net& net, int64_t count, int64_t Np, const float* grad, int64_t stride,
-                      const float* voltage, float* out, int32_t* active_steps) {
-    for (int64_t n = 0; n < count; n += W) {
-        vec gc = {}, gv = {};
-        ivec steps = {};
-        for (int32_t t = net.spike_steps - 1; t >= 0; t--) {
-            vec v = load(voltage + t * Np + n), excess = v - net.threshold;
-            ivec inside = (excess < net.window) & (excess > -net.window);
-            steps = steps == 0 ? inside & (t + 1) : steps;
-            vec kept = gv * net.voltage_decay;
-            vec spike = load(grad + t * stride + n) - kept * v;
-            gv = (inside ? spike : vec{}) + (excess > 0.0f ? vec{} : kept);
-            gc = gc * net.current_decay + gv;
-            store(out + t * Np + n, gc);
-        }
-        if (active_steps) store(active_steps + n, steps);
-    }
 }
 
 }  // namespace
