@@ -99,7 +99,8 @@ class Transformer(nn.Module):
         D = config.dim
         self.embed_togo, self.embed_obs = Linear(1, D), Linear(obs_dim, D)
         self.embed_act = Linear(act_dim, D)
-        self.embed_time = nn.Parameter(torch.randn(config.timesteps, D, dtype=torch.float32))
+        times = torch.empty(config.timesteps, D, dtype=torch.float32)
+        self.embed_time = nn.Parameter(times.normal_())
         self.embed_norm, self.norm = norm_of(D), norm_of(D)
         self.blocks = ListOf[Block](Block(config) for _ in range(config.layers))
         self.head = Linear(D, act_dim)

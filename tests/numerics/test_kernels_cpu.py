@@ -330,19 +330,18 @@ def test_a_cache_that_others_can_write_to(fresh: Path) -> None:
     assert "can be written to by others" in kernels.resolve(AUTO, "cpu").reason
 
 
-def test_it_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_built_once_and_damage_is_noticed(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert kernels.resolve(PORTABLE, "cpu").choice == "cpu/portable"
     (built,) = (fresh / "cache" / "spikerl").glob("*.so")
     native.library.cache_clear()
     monkeypatch.setattr(native, "_build", None)
     assert native.library("portable")._name == str(built)
 
-
-def test_damage_is_noticed(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = Path(native.library("portable")._name).name
     other = fresh / "other" / "spikerl"
     other.mkdir(parents=True)
-    (other / name).write_bytes(b"no library")
+    (other / built.name).write_bytes(b"no library")
     monkeypatch.setenv("SPIKERL_CACHE", str(fresh / "other"))
     native.library.cache_clear()
     with pytest.raises(BadRequest, match="cannot be loaded"):

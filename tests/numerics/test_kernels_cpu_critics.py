@@ -343,7 +343,7 @@ def test_kernels_have_the_same_operations() -> None:
     names = [n for n in dir(kernels.Kernel) if not n.startswith("_")]
     assert sorted(names) == [
         "actions", "actor_loss_grad", "adam", "add_clipped_noise", "critic_backward",
-        "dense_actions", "dense_vjp", "mse_backward", "polyak", "squashed",
+        "dense_actions", "dense_vjp", "mse_backward", "polyak", "scan", "squashed",
         "squashed_vjp", "td_target", "values", "vjp",
     ]  # fmt: skip
     for kernel in ("reference", f"cpu/{PATHS[0]}"):

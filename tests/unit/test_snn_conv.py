@@ -180,8 +180,9 @@ class Stripes(gym.Env[np.ndarray, int]):
 registered("Stripes", Stripes)
 
 OWN = [word for word in SHORT if "critic" not in word and not word.startswith("env")]
-OWN += ["env=gym", "env.id=Stripes-v0", "algo=dqn", "encoder=direct", "neuron=lif"]
-OWN += ["decoder=voltage", "actor.image=[5,5]", "actor.filters=[4]", "logger=[]"]
+OWN += ["env=gym", "env.id=Stripes-v0", "algo=dqn", "actor.image=[5,5]", "actor.filters=[4]"]
+OWN += ["logger=[]"]
+SPIKING = ["encoder=direct", "neuron=lif", "decoder=voltage", "actor.spike_steps=4"]
 
 
 @pytest.mark.parametrize("kind", ["conv", "cnn"])
@@ -189,7 +190,8 @@ def test_a_run_and_its_policy(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
     """Learned, saved, resumed and loaded: actions of raw pictures are those of the run."""
     monkeypatch.chdir(tmp_path)
     own = [*OWN, f"actor={kind}", "actor.lr=1e-2", "run_dir=run", "algo.epsilon_steps=100"]
-    said = spikerl("train", *own, *(["actor.spike_steps=4"] if kind == "conv" else []))
+    own += SPIKING if kind == "conv" else []
+    said = spikerl("train", *own)
     assert said.status == 0, said
     assert spikerl("train", "resume=run", "total_steps=350").status == 0
     policy, env = library.load_policy("run"), Stripes()
