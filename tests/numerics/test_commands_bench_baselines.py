@@ -45,9 +45,9 @@ def test_its_update_is_td3s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "TARGET_NOISE", 0.0)
     torch.manual_seed(0)
     actor, critic = popsan(11, 3, [32, 24]), Critics(11, 3, [256, 256])
-    loop = baselines.popsan_loop(actor, 11, 3)
+    loop = baselines.popsan_loop(actor, 11, 3, [256, 256])
     for i, q in enumerate((loop.q1, loop.q2)):
-        for n, layer in enumerate((q.fc1, q.fc2, q.fc3)):
+        for n, layer in enumerate((*q.hidden, q.value)):
             with torch.no_grad():
                 layer.weight.copy_(critic.weights_CIN[n][i].T)
                 layer.bias.copy_(critic.biases_C1N[n][i, 0])
@@ -58,8 +58,9 @@ def test_its_update_is_td3s(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(4):
         ours.learn(batch, 1)
         loop.update(batch)
-    fc2 = torch.stack([loop.q1.fc2.weight.T, loop.q2.fc2.weight.T])
-    torch.testing.assert_close(fc2, critic.weights_CIN[1], rtol=1e-3, atol=1e-5)
+    second: Any = [q.hidden[1] for q in (loop.q1, loop.q2)]
+    theirs_CIN = torch.stack([layer.weight.T for layer in second])
+    torch.testing.assert_close(theirs_CIN, critic.weights_CIN[1], rtol=1e-3, atol=1e-5)
     theirs: Any = loop.actor.layers
     torch.testing.assert_close(theirs[1].weight.T, actor.layers[1].weight_IN, rtol=1e-3, atol=1e-5)
     assert ours.updates == loop.updates == 4
@@ -79,7 +80,9 @@ def test_weights_that_fire_as_trained_ones_do() -> None:
 
 
 def test_training_with_a_baseline() -> None:
-    loop = baselines.dense_loop(4, 1, torch.device("cpu"))
+    loop = baselines.dense_loop(4, 1, [16, 8], [12], torch.device("cpu"))
+    assert [p.shape[0] for p in loop.q1.parameters()] == [12, 12, 1, 1]
+    assert [p.shape[0] for p in loop.actor.parameters()] == [16, 16, 8, 8, 1, 1]
     steps = loop.train("InvertedPendulum-v5", batch_size=8, update_interval=10)
     for _ in range(40):
         next(steps)

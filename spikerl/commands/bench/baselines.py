@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from itertools import count
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, pairwise
 from typing import Any
 
 import gymnasium as gym
@@ -109,36 +109,53 @@ class DenseActor(nn.Module):
     action_scale: Tensor
     action_bias: Tensor
 
-    def __init__(self, obs_dim: int, act_dim: int) -> None:
+    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: Sequence[int]) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(obs_dim, 256), nn.Linear(256, 256)
-        self.fc_mu = nn.Linear(256, act_dim)
+        self.hidden = layers_of(obs_dim, hidden_sizes)
+        self.fc_mu = nn.Linear(hidden_sizes[-1], act_dim)
         self.register_buffer("action_scale", torch.ones(act_dim))
         self.register_buffer("action_bias", torch.zeros(act_dim))
 
     def forward(self, obs: Tensor) -> Tensor:
-        x = torch.relu(self.fc2(torch.relu(self.fc1(obs))))
+        x = obs
+        for layer in self.hidden:
+            x = torch.relu(layer(x))
         return torch.tanh(self.fc_mu(x)) * self.action_scale + self.action_bias
 
 
 class QNetwork(nn.Module):
-    def __init__(self, obs_dim: int, act_dim: int) -> None:
+    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: Sequence[int]) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(obs_dim + act_dim, 256), nn.Linear(256, 256)
-        self.fc3 = nn.Linear(256, 1)
+        self.hidden = layers_of(obs_dim + act_dim, hidden_sizes)
+        self.value = nn.Linear(hidden_sizes[-1], 1)
 
     def forward(self, obs: Tensor, act: Tensor) -> Tensor:
         x = torch.cat([obs, act], 1)
-        return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x)))))
+        for layer in self.hidden:
+            x = torch.relu(layer(x))
+        return self.value(x)
+
+
+def layers_of(inputs: int, sizes: Sequence[int]) -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(i, n) for i, n in pairwise([inputs, *sizes]))
 
 
 class Loop:
     """TD3 as both write it: one module after the other, one parameter after the other."""
 
-    def __init__(self, actor: nn.Module, obs_dim: int, act_dim: int, actor_lr: float) -> None:
+    def __init__(
+        self,
+        actor: nn.Module,
+        obs_dim: int,
+        act_dim: int,
+        actor_lr: float,
+        critic_hidden_sizes: Sequence[int],
+    ) -> None:
         self.actor = actor
         self.device = next(actor.parameters()).device
-        self.q1, self.q2 = (QNetwork(obs_dim, act_dim).to(self.device) for _ in range(2))
+        self.q1, self.q2 = (
+            QNetwork(obs_dim, act_dim, critic_hidden_sizes).to(self.device) for _ in range(2)
+        )
         self.actor_target = copy.deepcopy(actor)
         self.q1_target, self.q2_target = copy.deepcopy(self.q1), copy.deepcopy(self.q2)
         self.q_params = [*self.q1.parameters(), *self.q2.parameters()]
@@ -207,14 +224,23 @@ def draw(rows: dict[str, np.ndarray], filled: int, batch_size: int, device: torc
     return Batch(parts["obs"], parts["act"], rew, parts["next_obs"], done, discount)
 
 
-def popsan_loop(source: SpikingActor, obs_dim: int, act_dim: int) -> Loop:
+def popsan_loop(
+    source: SpikingActor, obs_dim: int, act_dim: int, critic_hidden_sizes: Sequence[int]
+) -> Loop:
     """With the weights of `source`, on its device."""
-    device = source.layers[0].weight_IN.device
-    return Loop(PopSANActor(source).to(device), obs_dim, act_dim, 1e-4)
+    actor = PopSANActor(source).to(source.layers[0].weight_IN.device)
+    return Loop(actor, obs_dim, act_dim, 1e-4, critic_hidden_sizes)
 
 
-def dense_loop(obs_dim: int, act_dim: int, device: torch.device) -> Loop:
-    return Loop(DenseActor(obs_dim, act_dim).to(device), obs_dim, act_dim, 1e-3)
+def dense_loop(
+    obs_dim: int,
+    act_dim: int,
+    hidden_sizes: Sequence[int],
+    critic_hidden_sizes: Sequence[int],
+    device: torch.device,
+) -> Loop:
+    actor = DenseActor(obs_dim, act_dim, hidden_sizes).to(device)
+    return Loop(actor, obs_dim, act_dim, 1e-3, critic_hidden_sizes)
 
 
 # Standard deviation of a layer's drive, if its inputs fired independently. With it, the shares of

@@ -19,7 +19,13 @@ from spikerl.algos.offpolicy import OffPolicy
 from spikerl.algos.proxy_td3 import ProxyTD3Config
 from spikerl.children import PYTHON
 from spikerl.commands.bench import workers as bench_workers
-from spikerl.commands.bench.baselines import DenseActor, PopSANActor, dense_loop, popsan_loop
+from spikerl.commands.bench.baselines import (
+    DenseActor,
+    Loop,
+    PopSANActor,
+    dense_loop,
+    popsan_loop,
+)
 from spikerl.commands.bench.fixtures import UPDATES_PER_TURN, BenchFixtures
 from spikerl.commands.bench.progress import BenchProgress
 from spikerl.commands.bench.roofline import Roofline, roofline
@@ -46,7 +52,6 @@ from spikerl.training.trainer import Trainer
 from spikerl.types import Batch
 
 PARTS = ("acting", "update", "training", "proxy", "workers", "exchange", "start")
-DENSE_ACTOR = MLPConfig(name="mlp", hidden_sizes=[256, 256], lr=1e-3)
 NEURON: dict[str, Any] = {
     "voltage_decay": 0.75, "threshold": 0.5, "reset": "hard", "surrogate": "rect",
     "surrogate_window": 0.5, "surrogate_slope": 2.0, "surrogate_slope_end": None,
@@ -103,6 +108,8 @@ class Bench(BenchFixtures):
     def __init__(self, config: Config, request: BenchRequest, progress: BenchProgress) -> None:
         super().__init__(config, request.run)
         self.request, self.progress = request, progress
+        self.hidden = [layer.outputs for layer in list(self.actor.layers)[:-1]]
+        self.dense = MLPConfig(name="mlp", hidden_sizes=self.hidden, lr=1e-3)
 
     def measure(self) -> Results:
         results = Results()
@@ -147,7 +154,7 @@ class Bench(BenchFixtures):
         policy = self.policy(self.spiking(kernel))
         modules: dict[str, nn.Module] = {
             "popsan loop": PopSANActor(self.actor).to(self.device),
-            "dense loop": DenseActor(task.obs_dim, task.act_dim).to(self.device),
+            "dense loop": DenseActor(task.obs_dim, task.act_dim, self.hidden).to(self.device),
             kernel: self.spiking(kernel),
         }
 
@@ -206,15 +213,23 @@ class Bench(BenchFixtures):
             learner = self.learner(self.spiking(kernel), DTYPES[precision])
             return benchmark(kernel, precision, learner)
 
-        dense = MLPActor(O, A, DENSE_ACTOR).to(self.device)
+        dense = MLPActor(O, A, self.dense).to(self.device)
         return [
             spiking(self.kernel, "fp32"),
             spiking(self.kernel, "bf16"),
             *([spiking("reference", "fp32")] if self.kernel != "reference" else []),
             benchmark(DENSE, "fp32", self.learner(dense)),
-            benchmark("popsan loop", "fp32", popsan_loop(self.actor, O, A)),
-            benchmark("dense loop", "fp32", dense_loop(O, A, self.device)),
+            *(benchmark(name, "fp32", loop) for name, loop in self.loops().items()),
         ]
+
+    def loops(self) -> dict[str, Loop]:
+        """Both baselines, with networks as wide as those that are timed."""
+        O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
+        critics = self.algo.critic_hidden_sizes
+        return {
+            "popsan loop": popsan_loop(self.actor, O, A, critics),
+            "dense loop": dense_loop(O, A, self.hidden, critics, self.device),
+        }
 
     def proxies(self) -> Results:
         """Updates of TD3 with a proxy target, and of TD3."""
@@ -245,18 +260,14 @@ class Bench(BenchFixtures):
 
     def training(self) -> list[Benchmark]:
         """Steps of a whole training loop, updates included, without evaluations."""
-        O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
         algo, interval = self.algo, self.algo.update_interval
         short = replace(algo, random_steps=0, learning_starts=interval, replay_capacity=100_000)
         run = replace(self.config.run, num_envs=1)
         config = replace(self.config, run=run, algo=short)
-        dense = replace(config, actor=replace(config.actor, actor=DENSE_ACTOR))
+        dense = replace(config, actor=replace(config.actor, actor=self.dense))
         spiking = Trainer(config, self.task, self.policy(self.actor))
         trainers = {self.kernel: spiking, DENSE: Trainer(dense, self.task)}
-        loops = {
-            "popsan loop": popsan_loop(self.actor, O, A),
-            "dense loop": dense_loop(O, A, self.device),
-        }
+        loops = self.loops()
 
         def benchmark(kernel: str, step: Callable[[], object]) -> Benchmark:
             def call() -> None:
