@@ -169,7 +169,17 @@ FEW = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", group_options("experiment"))
+# Large networks, and second kinds of what another has.
+LONG = ("dsformer/tssa", "dense/dqn_minatar", "proxy_target/clif", "dense/dqn_ram_pong")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
+        for name in group_options("experiment")
+    ],
+)
 def test_experiments_learn(name: str) -> None:
     """Each published setting with the networks that it has, for a few updates."""
     sequences = name.startswith("dsformer/") or name.endswith("/decision_transformer")

@@ -262,7 +262,8 @@ def test_rounded_products_run_layer_by_layer() -> None:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty cache, in memory and on disk."""
+    """An empty cache, in memory and on disk; how fast what is built there runs does not matter."""
+    monkeypatch.setattr(native, "FLAGS", [{"-O3": "-O0"}.get(flag, flag) for flag in native.FLAGS])
     monkeypatch.setenv("SPIKERL_CACHE", str(tmp_path / "cache"))
     native.library.cache_clear()
     cpu.kernel.cache_clear()
