@@ -87,7 +87,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     with open(descriptor, "rb") as f:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{path.name} is no regular file")
+            raise OSError(f"{path.name} is not a regular file")
         if status.st_size > most:
             raise OSError(f"{path.name} is larger than {most} bytes")
         return f.read(status.st_size)  # not `most`, which would be reserved
@@ -108,7 +108,7 @@ def parse_json(text: bytes) -> Any:
 
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text[:20]} is no finite number")
+        raise ValueError(f"{text[:20]} is not a finite number")
     return value
 
 

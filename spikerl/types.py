@@ -78,7 +78,7 @@ def flat(layout: Sequence[Entry], obs: Any) -> np.ndarray:
             raise ValueError(f"without {name}") from None
         given = np.asarray(value)
         if given.dtype.kind not in "biuf":
-            raise ValueError(f"whose {name} is of {given.dtype}, which is no number")
+            raise ValueError(f"whose {name} is of {given.dtype}, which is not a number")
         if entry.start is not None:
             given = given[..., None] - entry.start == np.arange(*entry.shape)
             if not given.any(-1).all():

@@ -95,7 +95,7 @@ class DecisionTransformer(Learner):
         self.actor.schedule(self.updates / self.total_updates)
         optimizer.lr = self.lr * c.lr_share(self.updates, self.total_updates)
 
-        # Minimise mean (pi(..., R_t, s_t)_t - a_t)^2, over all steps that are no padding, of all
+        # Minimise mean (pi(..., R_t, s_t)_t - a_t)^2, over all steps that are not padding, of all
         # workers, and over action entries.
         count = steps.there.sum(dtype=torch.float64)
         self.world.sum_(count)

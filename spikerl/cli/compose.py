@@ -235,9 +235,9 @@ def _without_dashes(command: str, flag: str) -> str:
 
 
 def check_resume(args: Sequence[str], run: Path) -> None:
-    """Refuse what is no run folder, and to change what a resumed run computes."""
+    """Refuse what is not a run folder, and to change what a resumed run computes."""
     if not os.path.isfile(run / "manifest.json"):
-        raise BadRequest("resume", run, "is no run folder (it has no manifest.json)")
+        raise BadRequest("resume", run, "is not a run folder (it has no manifest.json)")
     for arg in args:
         key, _, value = arg.partition("=")
         if key == "env.id":

@@ -156,7 +156,7 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
         ):
             if sweep or split(args)[1]:
                 hydra.main(str(conf_folder()), command, version_base="1.3")(job)()
-            else:  # hydra.main would compose twice, to find out that this is no sweep
+            else:  # hydra.main would compose twice, to find out that this is not a sweep
                 with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
                     job(hydra.compose(command, [*own, *args]))
     except SystemExit as ended:
@@ -201,7 +201,7 @@ def check_text(args: Sequence[str]) -> None:
             text.encode()
         except UnicodeEncodeError:
             key, _, value = text.partition("=")
-            remedy = "its name is no UTF-8; give another"
+            remedy = "its name is not UTF-8; give another"
             raise BadRequest(key, value, remedy) from None
 
 

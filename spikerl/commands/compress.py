@@ -129,7 +129,7 @@ def config_of(request: CompressRequest, policy: Policy) -> dict[str, Any]:
     env_id = policy.task.env_id
     check_confirmed(request.run, env_id, dict(policy.task.env_kwargs), request.env_id)
     typed = [f"env.id={env_id}", f"plugins=[{','.join(request.plugins)}]"]
-    overrides_of(path, typed, resumes=True)  # which refuses what is no plain data
+    overrides_of(path, typed, resumes=True)  # which refuses what is not plain data
     target = shown(Path(request.target))
     own = {"run_dir": target, "resume": None, "init_from": None, "config": None}
     return {**raw, **own, "plugins": request.plugins}

@@ -169,7 +169,7 @@ def spiking_config(
     env_id = str(env.get("id", ""))
     check_confirmed(run, env_id, env.get("kwargs"), request.env_id)
     typed = [f"env.id={env_id}", f"plugins=[{','.join(request.plugins)}]"]
-    overrides_of(path, typed, resumes=True)  # which refuses what is no plain data
+    overrides_of(path, typed, resumes=True)  # which refuses what is not plain data
     actor = dense.config.actor
     assert isinstance(actor, MLPConfig)
     raw["actor"] = {

@@ -87,7 +87,7 @@ def evaluate(
         probe = make_env(env)
     except BadRequest as error:
         remedy = error.args[2]
-        if key == "run" and "is no registered environment" in remedy:
+        if key == "run" and "is not a registered environment" in remedy:
             remedy += "; env_id=MODULE:NAME imports the module that registers it"
         raise BadRequest(key, value, remedy) from error
     task = task_of(probe)

@@ -134,7 +134,7 @@ def check_free(file: Path, beside: Path) -> None:
         if os.path.lexists(path):
             raise BadRequest("file", path, "it exists already; remove it, or give another file")
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
-        remedy = f"{file.parent} is no folder that can be written to; give another file"
+        remedy = f"{file.parent} is not a folder that can be written to; give another file"
         raise BadRequest("file", file, remedy)
 
 

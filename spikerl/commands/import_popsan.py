@@ -56,7 +56,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
 
 
 def statistics(given: Any, foreign: Foreign) -> tuple[np.ndarray, np.ndarray] | None:
-    """What the observations are normalised with; a forgotten file is no decision against it."""
+    """What the observations are normalised with; a forgotten file is not a decision against it."""
     if given is None and foreign.normalises:
         remedy = "such a policy sees normalised observations; give its MEAN_VAR.p, or stats=none"
         raise BadRequest("stats", None, remedy)

@@ -99,7 +99,7 @@ def _packages() -> dict[int, str]:
     zones = [z for z in folder.glob("intel-rapl:*") if z.name.split(":")[1].isdecimal()]
     zones.sort(key=lambda zone: int(zone.name.split(":")[1]))  # Zeus counts zones so
     names = {i: (zone / "name").read_text().strip() for i, zone in enumerate(zones)}
-    # A zone that is no package (psys) contains packages and would count them twice.
+    # A zone that is not a package (psys) contains packages and would count them twice.
     packages = {i: name for i, name in names.items() if name.startswith("package-")}
     if not packages:
         raise NoCounter(f"no RAPL (no package in {folder})")

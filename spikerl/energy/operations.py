@@ -1,9 +1,9 @@
 """What a policy computes for one decision, counted on observations that it met.
 
 Synaptic operations are NeuroBench's (Yik et al., 2025, arXiv:2304.04640): a product with an input
-that is no spike is a multiply-accumulate (MAC), a weight that a spike adds an accumulate (AC), and
-weights and inputs of zero count only as dense operations. Biases count nowhere. A current that is
-the same at every spike step is multiplied once.
+that is not a spike is a multiply-accumulate (MAC), a weight that a spike adds an accumulate (AC),
+and weights and inputs of zero count only as dense operations. Biases count nowhere. A current that
+is the same at every spike step is multiplied once.
 
 Shape legend   T spike steps, B observations, I inputs, N neurons, A action entries.
 """

@@ -111,7 +111,7 @@ class Writer:
 
 
 def environment_of(task: Task) -> str:
-    """Gymnasium's specification of it as JSON; a ValueError where it is no data."""
+    """Gymnasium's specification of it as JSON; a ValueError where it is not data."""
     spec = copy.deepcopy(gym.spec(task.env_id))
     spec.kwargs = {**spec.kwargs, **task.env_kwargs}
     spec.max_episode_steps = task.max_episode_steps
@@ -259,7 +259,7 @@ def length_of(group: Any, task: Task) -> int:
     """Steps of an episode whose fields have the shapes and types of the task's."""
     h5py: Any = import_module("h5py")
     if not isinstance(group, h5py.Group):
-        raise ValueError(f"{group.name} is no group")
+        raise ValueError(f"{group.name} is not a group")
     rows = [member(group, name) for name in FIELDS]
     length = rows[2].shape[0] if isinstance(rows[2], h5py.Dataset) and rows[2].shape else 0
     if not 1 <= length <= MAX_EPISODE_STEPS:

@@ -163,7 +163,7 @@ def _scalar(what: str, value: Any, kinds: str = REAL) -> Any:
     given = np.asarray(value)
     if given.size != 1 or given.dtype.kind not in kinds:
         kind = "number" if kinds == REAL else "bool"
-        raise EnvironmentFailed(f"returned {value!r:.40} as {what}, which is no {kind}")
+        raise EnvironmentFailed(f"returned {value!r:.40} as {what}, which is not a {kind}")
     return given.item()
 
 
@@ -199,7 +199,8 @@ def make_env(config: EnvConfig) -> CheckedEnv:
         known = sorted(gym.registry)
         near = difflib.get_close_matches(config.id, known, 3, 0.4)
         hint = f"nearest: {', '.join(near)}" if near else f"{len(known)} are registered"
-        raise BadRequest(key, value, f"{config.id} is no registered environment; {hint}") from None
+        remedy = f"{config.id} is not a registered environment; {hint}"
+        raise BadRequest(key, value, remedy) from None
     except BaseException as error:  # its own code raises any, and calls sys.exit
         plain = first_line(error) if isinstance(error, Exception) else ""
         reason = plain or describe_raised(error)

@@ -34,7 +34,7 @@ class MinAtar(BaseEnv, Restorable):  # type: ignore[misc]  # it has no types
         return {"mersenne": words, "game": np.frombuffer(text.encode(), np.uint8).copy()}
 
     def restore_inner(self, state: Snapshot) -> None:
-        """A ValueError if it is no state of this game, which is then as it was."""
+        """A ValueError if it is not a state of this game, which is then as it was."""
         words = state["mersenne"]
         if not (words[:-1] >> 32 == 0).all() or not 0 <= words[-1] <= 624:
             raise ValueError("the snapshot's random state is none")
@@ -72,7 +72,7 @@ def _like(own: Any, given: Any, name: str) -> Any:
     else:
         fits = isinstance(own, bool) is isinstance(given, bool) and _numbers(given, 0)
     if not fits:
-        raise ValueError(f"the snapshot's {name} is no state of it")
+        raise ValueError(f"the snapshot's {name} is not a state of it")
     return given
 
 

@@ -42,7 +42,7 @@ class Envs:
     """N environments stepped together, whatever their autoreset mode.
 
     Under SAME_STEP the successor of a last step is found in `final_obs`. Under NEXT_STEP the step
-    after a last step only resets: it is no transition and yields no row.
+    after a last step only resets: it is not a transition and yields no row.
     """
 
     def __init__(self, vector: VectorEnv[Any, Any, Any], task: Task) -> None:

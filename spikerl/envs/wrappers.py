@@ -42,7 +42,7 @@ MOST = 10_000  # of a whole number among the arguments: frames, steps, pixels
 
 
 def check_wrappers(wrappers: Sequence[Any]) -> None:
-    """BadRequest for what is no list of accepted wrappers."""
+    """BadRequest for what is not a list of accepted wrappers."""
     for one in wrappers:
         name, arguments = _parts(one)
         if name not in ACCEPTED:

@@ -123,4 +123,4 @@ def array(data: dict[str, Any], key: str) -> np.ndarray:
     try:
         return np.array(data[key], np.float64)
     except (TypeError, ValueError):  # a ragged one, or words
-        raise ValueError(f"{key}, which is no array of numbers") from None
+        raise ValueError(f"{key}, which is not an array of numbers") from None

@@ -344,7 +344,7 @@ def known_env(policy: Policy, run: str, env_id: str | None) -> EnvConfig | None:
     try:
         probe = make_env(env)
     except BadRequest as error:
-        if env_id is None and "is no registered environment" in error.args[2]:
+        if env_id is None and "is not a registered environment" in error.args[2]:
             return None
         raise BadRequest(key, value, error.args[2]) from error
     task = task_of(probe)

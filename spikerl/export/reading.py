@@ -71,7 +71,7 @@ def read(path: Path) -> Exported:
     """BadRequest where the file or the contract beside it is missing, foreign or damaged."""
     beside = path.with_name(f"{path.name}.json")
     if not beside.is_file():
-        remedy = f"is no run folder, and no exported file: {beside.name} is not beside it"
+        remedy = f"is not a run folder, and no exported file: {beside.name} is not beside it"
         raise BadRequest("run", path, remedy)
     try:
         contract = read_json(beside, MAX_CONTRACT)
@@ -103,7 +103,7 @@ def read(path: Path) -> Exported:
 
 
 def check_sizes(contract: dict[str, Any]) -> None:
-    """A KeyError, TypeError or ValueError where they are no sizes of a policy."""
+    """A KeyError, TypeError or ValueError where they are not sizes of a policy."""
     sizes = contract["sizes"]
     every = list(sizes["layers"])
     if "spike_steps" in contract:

@@ -107,7 +107,7 @@ def best_scale(w: np.ndarray, bits: int) -> float:
         return 1.0
     unit = most / (CANDIDATES * (2 ** (bits - 1) - 1))
     candidates = [float(np.float32(j * unit)) for j in range(CANDIDATES, 0, -1)]
-    # A weight so small that its scale is no float32 has no grid.
+    # A weight so small that its scale is not a float32 has no grid.
     usable = [s for s in candidates if s >= float(np.finfo(np.float32).tiny)] or [1.0]
     return min(usable, key=lambda s: float(np.square(np.float64(w) - on_grid(w, s, bits)).sum()))
 

@@ -76,7 +76,7 @@ class Foreign:
 
 def recognise(weights: Mapping[str, Tensor], path: Path, key: str = "popsan") -> Foreign:
     """What `weights` are, by their names and shapes; anything inconsistent is refused."""
-    foreign = BadRequest(key, path, "is no actor of a form that is known (see docs/import.md)")
+    foreign = BadRequest(key, path, "is not an actor of a form that is known (see docs/import.md)")
     own = {name: t for name, t in weights.items() if not BESIDE.fullmatch(name)}
     try:
         spiking = "decoder.decoder.weight" in own

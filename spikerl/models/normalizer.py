@@ -55,7 +55,7 @@ class RunningNorm:
     def merge(self, collected: Sequence[np.ndarray]) -> None:
         """Take the collected moments of every worker, in rank order, into these.
 
-        NonFinite: they are no moments any more.
+        NonFinite: they are not moments any more.
         """
         O = len(self.mean_O)  # noqa: E741
         with np.errstate(over="ignore", invalid="ignore"):  # `merge` looks

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-# What torch writes into a file that is no archive: three numbers of its own, the state dict, the
-# names of its storages.
+# What torch writes into a file that is not an archive: three numbers of its own, the state dict,
+# the names of its storages.
 HEADERS, PICKLES = 3, 2
 
 

@@ -400,7 +400,7 @@ def _optional(task: Task) -> dict[str, Any]:
 def _two(value: Any) -> tuple[int, int]:
     first, last = value
     if not all(type(n) is int and abs(n) < 1 << 62 for n in value):
-        raise ValueError("act_choices, which are no whole numbers")
+        raise ValueError("act_choices, which are not whole numbers")
     return first, last
 
 

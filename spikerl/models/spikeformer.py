@@ -128,7 +128,7 @@ class Spikeformer(nn.Module):
 
     def counts(self, steps: Contexts) -> tuple[list[Tensor], list[Tensor]]:
         """Of each layer of neurons, spikes and voltages inside the surrogate's window, (N,), summed
-        over the spike steps of all tokens that are no padding.
+        over the spike steps of all tokens that are not padding.
         """
         there_M = steps.there.flatten()
         spikes, inside = list[Tensor](), list[Tensor]()

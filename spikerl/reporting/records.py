@@ -156,7 +156,7 @@ def read_record(path: Path) -> list[dict[str, Any]]:
     for i, row in enumerate(rows):
         sound = isinstance(row, dict) and type(row.get("step")) is int
         if not sound or (row.get("energy_j") is not None and number(row["energy_j"]) is None):
-            raise ValueError(f"line {i + 1} of {path.name} is no row")
+            raise ValueError(f"line {i + 1} of {path.name} is not a row")
     return rows
 
 

@@ -177,7 +177,7 @@ def table_of(data: Mapping[str, Any]) -> Table:
 
 @dataclass(kw_only=True)
 class _Head:
-    """The keys of a table file that are no part of their own."""
+    """The keys of a table file that are not part of their own."""
 
     name: str
     title: str

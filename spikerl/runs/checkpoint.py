@@ -301,7 +301,7 @@ class _Segment(NamedTuple):
 def _parse(path: str) -> _Segment:
     match = re.fullmatch(r"replay/worker_(\d+)_of_(\d+)/rows_(\d+)_(\d+)\.f32", path)
     if match is None:
-        raise ValueError(f"{path} is no replay segment")
+        raise ValueError(f"{path} is not a replay segment")
     return _Segment(*map(int, match.groups()))
 
 
@@ -343,7 +343,7 @@ def _check(manifest: Mapping[str, Any]) -> None:
         raise ValueError("step, world_size or metrics_bytes")
     for name, sums in manifest["files"].items():
         if not isinstance(sums, str) or not re.fullmatch(FILE, name):
-            raise ValueError(f"{name} is no file of a checkpoint")
+            raise ValueError(f"{name} is not a file of a checkpoint")
     for path, _ in manifest["segments"].items():
         _parse(path)
 

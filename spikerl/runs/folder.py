@@ -156,7 +156,7 @@ def read_manifest(folder: Path, *, key: str) -> dict[str, Any]:
         data = None
     sound = isinstance(data, dict) and isinstance(data.get("status"), str)
     if not sound or not isinstance(data.get("resumed", []), list):
-        raise BadRequest(key, folder, "is no run folder (it has no readable manifest.json)")
+        raise BadRequest(key, folder, "is not a run folder (it has no readable manifest.json)")
     return dict(data)
 
 
@@ -309,7 +309,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _rows(content: bytes) -> list[dict[str, Any]]:
     rows = [_row(line) for line in content.splitlines()]
     if None in rows:
-        raise ValueError(f"line {rows.index(None) + 1} is no row")
+        raise ValueError(f"line {rows.index(None) + 1} is not a row")
     return [row for row in rows if row is not None]
 
 

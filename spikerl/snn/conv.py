@@ -46,11 +46,11 @@ class ConvConfig:
         return math.prod(self.image)
 
     def layers(self, inputs: int) -> list[Linear]:
-        """The convolutions, for so many inputs; BadRequest where they are no such images."""
+        """The convolutions, for so many inputs; BadRequest where they are not such images."""
         channels, rest = divmod(inputs, self.places)
         if rest:
             height, width = self.image
-            remedy = f"{inputs} inputs are no images of {height} x {width}; give height and width"
+            remedy = f"{inputs} inputs are not images of {height} x {width}; give height and width"
             raise BadRequest("actor.image", self.image, remedy)
         size, first, found = (self.image[0], self.image[1]), self.channels_first, list[Linear]()
         for filters, kernel, stride in zip(

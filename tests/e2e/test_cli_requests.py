@@ -75,7 +75,7 @@ REFUSED = [
     ("train run_dir=/proc/spikerl/run", "run_dir=/proc/spikerl/run: "),
     (f"train run_dir={LONG}", f"run_dir={LONG}: File name too long"),
     (f"train run_dir=new/{LONG}", f"run_dir=new/{LONG}: File name too long"),
-    (f"train resume={LONG}", f"resume={LONG}: is no run folder"),
+    (f"train resume={LONG}", f"resume={LONG}: is not a run folder"),
     (f"train config={LONG}", f"config={LONG}: cannot be read"),
     (f"train init_from={LONG}", f"init_from={LONG}: no policy there"),
     (f"eval run={LONG}", f"run={LONG}: no policy there"),
@@ -87,7 +87,7 @@ REFUSED = [
     ("train resume=run config=run/config.yaml", "config=run/config.yaml: a resumed run keeps it"),
     ("train resume=run -m", "resume=run: one run at a time"),
     ("train resume=run total_steps=0", "total_steps=0: give at least 1"),
-    ("train resume=run/checkpoints", "resume=run/checkpoints: is no run folder"),
+    ("train resume=run/checkpoints", "resume=run/checkpoints: is not a run folder"),
     # init_from
     ("train init_from=run env=Pendulum", "init_from=run: its policy maps (4,) to (1,)"),
     ("train init_from=run actor.hidden_sizes=[15]", "init_from=run: its actor is popsan [16]"),
@@ -142,7 +142,7 @@ def copy_of(run: Path, to: Path, **changes: Any) -> Path:
 
 
 ENVIRONMENTS = {
-    "Nowhere-v0": "Nowhere-v0 is no registered environment",
+    "Nowhere-v0": "Nowhere-v0 is not a registered environment",
     "CartPole-v1": "its policy maps (4,) to (1,) (CartPole-v1), but CartPole-v1 needs (4,) to one",
     "Pendulum-v1": "its policy maps (4,) to (1,) (Pendulum-v1), but Pendulum-v1 needs (3,) to (1,)",
     "os:X-v0": "its environment os:X-v0 names a module to import; confirm with env_id=os:X-v0",

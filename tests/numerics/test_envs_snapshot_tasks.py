@@ -28,7 +28,7 @@ NAMES = [
 ]
 MUJOCO = [f"{name}-{version}" for name in NAMES for version in ("v5", "v4")]
 MUJOCO.remove("Pusher-v4")  # Gymnasium refuses to make it with this MuJoCo
-# What v5 changed of a task is no part of its state; of the two humanoids one will do.
+# What v5 changed of a task is not part of its state; of the two humanoids one will do.
 LONG = [name for name in MUJOCO if name.endswith("v4") or name == "HumanoidStandup-v5"]
 TASKS = [
     *(pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in MUJOCO),

@@ -32,7 +32,7 @@ def test_by_hand() -> None:
 
 
 def test_as_pytorch_counts() -> None:
-    """But for the critics' last layer, which is no product of matrices here."""
+    """But for the critics' last layer, which is not a product of matrices here."""
     actor = MLPActor(17, 6, MLPConfig(name="mlp", hidden_sizes=[64, 64], lr=1e-3))
     critic = Critics(17, 6, [64, 64])
     generator = torch.Generator().manual_seed(0)

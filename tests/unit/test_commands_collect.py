@@ -184,7 +184,10 @@ def test_discrete_actions() -> None:
         ("run=run steps=1 policy=first", "policy=first: give last or best"),
         ("run=run steps=1 policy=replay", "steps=1: policy=replay takes what the run did while"),
         ("run=run noise=1 policy=replay", "noise=1.0: policy=replay takes what the run did while"),
-        ("run=run policy=replay", "run=run: is no run folder (it has no readable manifest.json)"),
+        (
+            "run=run policy=replay",
+            "run=run: is not a run folder (it has no readable manifest.json)",
+        ),
         ("run=run steps=1 policy=best", "run=run: no best policy there"),
         ("run=nowhere steps=1", "run=nowhere: no policy there"),
         ("run=cart steps=1 noise=1", "noise=1.0: the actions of CartPole-v1 are discrete; use ran"),

@@ -57,7 +57,7 @@ def test_an_address_that_the_user_gave_stays(environ: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("tasks", ["1", None])
 def test_no_rank(environ: dict[str, str], tasks: str | None) -> None:
-    """A step of one task, as submitit's jobs are, and a batch script, which is no step."""
+    """A step of one task, as submitit's jobs are, and a batch script, which is not a step."""
     environ |= STEP | ({"SLURM_STEP_NUM_TASKS": tasks} if tasks else {})
     if tasks is None:
         del environ["SLURM_STEP_NUM_TASKS"]

@@ -128,7 +128,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(words: list[str], run: Path) -> None:
     """Compose what a command composes; raises where it is refused."""
     command, *args = words
-    assert command in commands(), f"{command} is no command"
+    assert command in commands(), f"{command} is not a command"
     args = [re.sub(r"^resume=.*", f"resume={run}", arg) for arg in args]
     args = [re.sub(r"^config=.*", f"config={run}/config.yaml", arg) for arg in args]
     overrides, _ = split(expand(command, args))
@@ -221,7 +221,7 @@ scripts/spikerl eval run=RUN
 | `sbatch -n8 scripts/slurm.sbatch RUN env=Ant` | `spikerl doctor` |
 
 1. An item
-    that goes on, which is no code: spikerl train seed=2
+    that goes on, which is not code: spikerl train seed=2
 """
 
 
@@ -261,7 +261,7 @@ def test_variants() -> None:
         (["train", "sed=1"], "sed"),
         (["train", "algo.gamma=2"], "algo.gamma=2"),
         (["train", "seed=one"], "seed=one"),
-        (["evaluate", "run=RUN"], "no command"),
+        (["evaluate", "run=RUN"], "not a command"),
         (["eval", "seed=1"], "run"),
     ],
 )

@@ -197,9 +197,9 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
         (["format=tpu"], "format=tpu: give one of c, onnx, nir, loihi"),
         (["policy=step_3"], "policy=step_3: give last or best"),
         (["episodes=0"], "episodes=0: give at least 1"),
-        (["file={run}/no/x.c"], "file={run}/no/x.c: {run}/no is no folder that can be written"),
+        (["file={run}/no/x.c"], "file={run}/no/x.c: {run}/no is not a folder that can be written"),
         (["run={run}/no"], "run={run}/no: no policy there"),
-        (["env_id=Nowhere-v0"], "env_id=Nowhere-v0: Nowhere-v0 is no registered environment"),
+        (["env_id=Nowhere-v0"], "env_id=Nowhere-v0: Nowhere-v0 is not a registered environment"),
         (["env_id=Pendulum-v1"], "env_id=Pendulum-v1: its policy maps"),
     ],
 )

@@ -43,7 +43,7 @@ def interpreter(policy: Policy, folder: Path) -> nir.Interpreter:
 SLOW = CubaLIFConfig(name="cuba_lif", current_decay=0.3, voltage_decay=0.9, **NEURON)
 POLICIES: dict[str, ActorConfig] = {
     "popsan": config(),
-    "decays that are no binary fractions": config(neuron=SLOW),
+    "decays that are not binary fractions": config(neuron=SLOW),
     "direct linear": config(
         encoder=DIRECT, neuron=lif_config(), decoder=DecoderConfig(name="linear")
     ),

@@ -173,7 +173,7 @@ def test_no_contract(tmp_path: Path) -> None:
     assert "has schema None, this version reads 2" in str(refusal(reading.read, file))
     beside.unlink()
     assert spikerl("eval", f"run={file}").line == (
-        f"run={file}: is no run folder, and no exported file: policy.loihi.json is not beside it"
+        f"run={file}: is not a run folder, and no exported file: policy.loihi.json is not beside it"
     )
 
 

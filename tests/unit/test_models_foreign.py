@@ -445,5 +445,5 @@ def test_refused(weights: Weights, args: list[str], line: str, folder: Path) -> 
 )
 def test_foreign(weights: Weights) -> None:
     tensors = {name: torch.from_numpy(w) for name, w in weights.items()}
-    with pytest.raises(BadRequest, match=r"^popsan=m\.pt: (is no actor|holds values that)"):
+    with pytest.raises(BadRequest, match=r"^popsan=m\.pt: (is not an actor|holds values that)"):
         recognise(tensors, Path("m.pt"))

@@ -58,7 +58,7 @@ def test_what_does_not_vary_changes_nothing(steps: int) -> None:
 
 
 def test_replayed_rows_are_centred_exactly() -> None:
-    """1.7e9 is no float32 number of its own; the mean is not rounded to one."""
+    """1.7e9 is not a float32 number of its own; the mean is not rounded to one."""
     norm = norm_of(waves(1.7e9 + 37.0))
     stored = torch.tensor([[1.7e9]], dtype=torch.float32)
     deviation = np.sqrt(np.linspace(-1.0, 1.0, 50).var() + 2.0**-23)

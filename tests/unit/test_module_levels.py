@@ -107,7 +107,7 @@ def test_the_checks_see_what_they_should() -> None:
     assert seen == ["typing", "spikerl.commands.train", module, module, "os.path"]
 
 
-# Unit tests of what is no module of the package.
+# Unit tests of what is not a module of the package.
 OF_OTHERS = ("conf", "docs", "module_levels", "scripts")
 
 

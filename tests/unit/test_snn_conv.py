@@ -200,6 +200,6 @@ def test_a_run_and_its_policy(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
         right += int(policy(env.reset(seed=seed)[0]) == env.column)
     assert right >= 45
     wrong = [*own, "run_dir=other", "actor.image=[5,4]"]
-    line = "actor.image=[5, 4]: 50 inputs are no images of 5 x 4; give height and width"
+    line = "actor.image=[5, 4]: 50 inputs are not images of 5 x 4; give height and width"
     assert spikerl("train", *wrong).line == line
     assert not Path("other").exists()
