@@ -180,7 +180,7 @@ def test_parts_of_unknown_kind_are_refused() -> None:
 
 
 # --- NeuroBench's rules, on plain modules -----------------------------------------------------
-# tests/numerics/test_neurobench.py asks NeuroBench itself, where it is installed.
+# tests/numerics/check_neurobench.py asks NeuroBench itself.
 
 
 class NeuroBench:

@@ -1,11 +1,12 @@
 """Operations, sparsity and footprint by NeuroBench's own package, on twins of plain modules.
 
-Where it is not installed nothing here runs: its datasets bring more than it needs here.
-`pip install neurobench` beside this program, then `pytest tests/numerics/test_neurobench.py`.
+The suite does not collect this file, because NeuroBench's datasets bring more than it needs here.
+`pip install neurobench` beside this program, then `pytest tests/numerics/check_neurobench.py`.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from spikerl.energy import operations
 from spikerl.models.actor import Actor, MLPActor, SpikingActor, connections
 from spikerl.models.compression import prune
 
-benchmarks = pytest.importorskip("neurobench.benchmarks")
+benchmarks: Any = import_module("neurobench.benchmarks")
 
 TRAINED = Path(__file__).parents[2] / "outputs/reproduced/popsan_table1"
 OBSERVATIONS = 200
