@@ -119,7 +119,7 @@ REFUSED = [
     ("actor.hidden_sizes=[a]", "actor.hidden_sizes[0]=a: ", "expected list[int]"),
     ("env.id={a:1}", "env.id={'a': 1}: ", "expected str"),
     ("env=gym", "env.id=???: ", "give it a value"),
-    ("env.id=Nowhere-v0", "env.id=Nowhere-v0: ", "no registered environment"),
+    ("env.id=Nowhere-v0", "env.id=Nowhere-v0: ", "not a registered environment"),
     ("env.version=v9", "env.version=v9: ", "HalfCheetah-v5"),
     ("env.vectorizer=both", "env.vectorizer=both: ", "sync or async"),
     ("env.action_bounds=one", "env.action_bounds=one: ", "each or first"),
@@ -148,7 +148,7 @@ REFUSED = [
     ("actor=mlp encoder=poisson", "encoder=poisson: ", "leave it out"),
     ("actor=cnn neuron=lif", "neuron=lif: ", "actor=cnn; leave it out"),
     ("experiment=dense/sac neuron.threshold=1", "neuron.threshold=1: ", "dense/sac; leave it out"),
-    ("resume=nowhere", "resume=nowhere: ", "no run folder"),
+    ("resume=nowhere", "resume=nowhere: ", "not a run folder"),
     ("init_from=nowhere", "init_from=nowhere: ", "give a run folder"),
     ("--config-dir=.", "--config-dir=: ", "config=FILE"),
     ("--config-path .", "--config-path=: ", "config=FILE"),
@@ -241,7 +241,7 @@ def test_run_dir(said: Said, tmp_path: Path) -> None:
 def test_resume_keeps_what_a_run_computes(said: Said, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    assert "no run folder" in said("train", "resume=run")
+    assert "not a run folder" in said("train", "resume=run")
     (run / "manifest.json").write_text("{}")
     assert said("train", "resume=run", "seed=1").startswith("seed=1: a resumed run keeps it")
     assert said("train", "resume=run", "env=Ant").startswith("env=Ant: a resumed run keeps it")

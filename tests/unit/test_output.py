@@ -206,11 +206,11 @@ def test_the_lines_of_jobs_side_by_side_have_names(monkeypatch: pytest.MonkeyPat
 
 def test_bytes_that_are_no_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said = spikerl("train", *SHORT, "run_dir=caf\udce9")
-    assert said.line == "run_dir=caf\\xe9: its name is no UTF-8; give another"
+    assert said.line == "run_dir=caf\\xe9: its name is not UTF-8; give another"
     odd = tmp_path / "caf\udce9"
     odd.mkdir()
     monkeypatch.chdir(odd)
-    assert "caf\\xe9=: its name is no UTF-8" in spikerl("train", *SHORT).line
+    assert "caf\\xe9=: its name is not UTF-8" in spikerl("train", *SHORT).line
     odd.rmdir()
     with pytest.raises(BadRequest, match="it was removed"):
         check_text([])
