@@ -15,9 +15,9 @@ ROOM = 4 << 30
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Three more than cores, as much of the suite waits; none for files that are named."""
+    """Two more than there are cores, as much of the suite waits; none for files that are named."""
     named = all(str(arg).partition("::")[0].endswith(".py") for arg in config.args)
-    return 0 if named else min(len(os.sched_getaffinity(0)) + 3, 8)
+    return 0 if named else min(len(os.sched_getaffinity(0)) + 2, 8)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -147,7 +147,10 @@ def everything(world: World) -> None:
     training_stays_identical(world)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+SLOW = [pytest.param(size, marks=pytest.mark.slow) for size in (1, 4)]
+
+
+@pytest.mark.parametrize("world_size", [2, *SLOW])
 def test_workers(world_size: int) -> None:
     run_workers(everything, world_size)
 

@@ -211,6 +211,7 @@ def test_a_stopped_sweep_again(tmp_path: Path) -> None:
     assert (said.status, said.out.count("resumed at step 150 of 160")) == (0, 2)
 
 
+@pytest.mark.slow
 def test_another_sweep_in_the_same_root(tmp_path: Path) -> None:
     assert sweep("seed=0,1", "run_dir=s").status == 0
     before = tree(tmp_path)

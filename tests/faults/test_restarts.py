@@ -94,6 +94,7 @@ def test_no_more_than_asked_for(tmp_path: Path) -> None:
     assert last.startswith("spikerl: worker 1 of 2 was killed by SIGKILL (spikerl train resume=run")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_told_to_stop_stays_stopped(tmp_path: Path) -> None:
     """Also where a worker is killed because it does not hear."""
     run = train(tmp_path, *TWO, RESTARTS)
