@@ -110,7 +110,8 @@ def lose(run: Run, rank: int, size: int) -> None:
     assert error == f"worker {rank} of {size} was killed by SIGKILL"
 
 
-@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_restarts kills one, too
+@pytest.mark.parametrize("again", [False, True])
 def test_a_killed_worker_ends_the_run_and_the_rest_can_be_resumed(
     again: bool, whole: Path, tmp_path: Path
 ) -> None:
