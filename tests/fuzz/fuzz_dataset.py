@@ -7,14 +7,12 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import fuzz_inputs as odd
 import numpy as np
-import pytest
 import torch
 from builders import INVERTED_PENDULUM
 from recorded import episode, task_for, write
@@ -27,8 +25,6 @@ UNMADE = (ValueError, TypeError, KeyError, OSError, RuntimeError, OverflowError,
 
 def dataset(folder: Path) -> Callable[[Random], bool]:
     """Odd bytes, odd HDF5, odd descriptions; the checksum mostly follows the damage."""
-    if find_spec("h5py") is None:
-        pytest.skip("h5py is not installed")
     task = task_for(INVERTED_PENDULUM)
     write(folder / "d", [episode(5), episode(3, 9.0, False)])
     main, metadata = folder / "d" / MAIN, folder / "d" / METADATA

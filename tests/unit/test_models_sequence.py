@@ -177,7 +177,6 @@ TINY = ["env=InvertedPendulum", "env.max_episode_steps=30", "actor.dim=8", "acto
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a dataset, and a run of each kind of network."""
-    pytest.importorskip("h5py")
     made = tmp_path_factory.mktemp("sequences")
     write(made / "d", [episode(30), episode(8, 100.0)])
     with pytest.MonkeyPatch.context() as patch:
