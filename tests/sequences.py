@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spikerl.algos.decision_transformer import DecisionTransformer, DecisionTransformerConfig
-from spikerl.models.actor import ActorConfig
+from spikerl.models.actor_config import ActorConfig
 from spikerl.models.spikeformer import Spikeformer, SpikeformerConfig
 from spikerl.models.transformer import Transformer, TransformerConfig
 from spikerl.types import Contexts

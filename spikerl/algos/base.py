@@ -17,8 +17,10 @@ from spikerl.algos.replay import Replay
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest, NonFinite
 from spikerl.kernels.gradient import Gradient, Moments
-from spikerl.models.actor import Actor, ActorConfig, SequenceActor, inference_actor
+from spikerl.models.actor import Actor
+from spikerl.models.actor_config import ActorConfig
 from spikerl.models.critic import Critics
+from spikerl.models.networks import SequenceActor, inference_actor
 from spikerl.models.proposals import Proposer
 from spikerl.schema import check_sizes
 

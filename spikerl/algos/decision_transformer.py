@@ -22,7 +22,8 @@ from spikerl.algos.base import Learner, Metrics
 from spikerl.algos.offpolicy import OfflineConfig
 from spikerl.algos.replay import Replay
 from spikerl.algos.returns import returns_to_go
-from spikerl.models.actor import ActorConfig, SequenceActor
+from spikerl.models.actor_config import ActorConfig
+from spikerl.models.networks import SequenceActor
 from spikerl.models.proposals import Proposer
 from spikerl.models.sequence import ConditionConfig
 from spikerl.types import Contexts

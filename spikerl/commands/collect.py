@@ -25,10 +25,11 @@ from spikerl.errors import DONE, BadRequest, NonFinite, Stopped, stop_status
 from spikerl.files import absolute, checksum_of, shown, sync_folder
 from spikerl.isolation import UserCode
 from spikerl.machine import git_state, versions
-from spikerl.models.policy import Policy, check_shapes, find_policy, load_policy
+from spikerl.models.policy import Policy, check_shapes
 from spikerl.models.sequence import History
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, verified
+from spikerl.runs.policies import find_policy, load_policy
 from spikerl.runs.replayed import episodes
 from spikerl.schema import parse
 from spikerl.seeding import RESET_BITS, reset_seed, seed_for

@@ -22,8 +22,9 @@ from spikerl.files import shown, write_json
 from spikerl.machine import versions
 from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.compression import Compression, bits_of, prune, quantise
-from spikerl.models.policy import Policy, load_policy
+from spikerl.models.policy import Policy
 from spikerl.runs import folder as run_folder
+from spikerl.runs.policies import load_policy
 from spikerl.schema import parse
 from spikerl.seeding import generator_for
 from spikerl.snn.early_exit import EarlyExit

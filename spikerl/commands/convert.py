@@ -28,9 +28,12 @@ from spikerl.config.yaml_file import check_confirmed, overrides_of, read_config
 from spikerl.envs.make import task_of
 from spikerl.errors import BadRequest
 from spikerl.files import shown
-from spikerl.models.actor import MLPActor, MLPConfig, SpikingActor, build_actor
-from spikerl.models.policy import Policy, load_policy
+from spikerl.models.actor import MLPActor, SpikingActor
+from spikerl.models.actor_config import MLPConfig
+from spikerl.models.networks import build_actor
+from spikerl.models.policy import Policy
 from spikerl.runs import folder as run_folder
+from spikerl.runs.policies import load_policy
 from spikerl.schema import parse
 from spikerl.snn.decoders import LinearDecoder
 from spikerl.snn.linear import Linear

@@ -19,9 +19,10 @@ from spikerl.export import reading
 from spikerl.export.proof import FilePolicy
 from spikerl.files import shown
 from spikerl.machine import versions
-from spikerl.models.policy import Policy, check_shapes, load_policy
+from spikerl.models.policy import Policy, check_shapes
 from spikerl.output import answer, found
 from spikerl.reporting.operations import lines
+from spikerl.runs.policies import load_policy
 from spikerl.schema import parse
 from spikerl.training.evaluator import Evaluation, Evaluator
 from spikerl.training.video import Filmed, check_video, rates_of

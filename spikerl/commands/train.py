@@ -26,10 +26,11 @@ from spikerl.envs.make import make_env, task_of
 from spikerl.envs.process import start_server
 from spikerl.errors import DONE, FAILED, BadRequest, EnvironmentFailed
 from spikerl.files import absolute, shown, write_text
-from spikerl.models.policy import Policy, check_shapes, find_policy, read_policy
+from spikerl.models.policy import Policy, check_shapes, read_policy
 from spikerl.models.sequence import SequenceConfig
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
+from spikerl.runs.policies import find_policy
 from spikerl.snn.neurons import ResidualIFConfig
 from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer

@@ -31,17 +31,13 @@ from spikerl.errors import BadRequest
 from spikerl.files import absolute
 from spikerl.kernels import KERNELS, coverage
 from spikerl.machine import cores, resolve_device, resolve_threads
-from spikerl.models.actor import (
-    ActorConfig,
-    CareBNConfig,
-    SpikingActor,
-    build_actor,
-    least_obs,
-)
-from spikerl.models.policy import ACTOR_GROUPS, CHOICES, parse_actor
+from spikerl.models.actor import SpikingActor
+from spikerl.models.actor_config import ActorConfig, CareBNConfig
+from spikerl.models.networks import ACTOR_GROUPS, build_actor, least_obs, parse_actor
 from spikerl.models.precision import PRECISIONS, PrecisionConfig, check_precision
 from spikerl.models.sequence import SequenceConfig
 from spikerl.runs.loggers import check_loggers
+from spikerl.runs.policies import CHOICES
 from spikerl.schema import parse
 from spikerl.types import Resolved, Task
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from spikerl.errors import BadRequest
-from spikerl.models.actor import ActorConfig, build_actor
+from spikerl.models.actor_config import ActorConfig
+from spikerl.models.networks import build_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.pickles import check_torch_file, read_arrays
 from spikerl.models.policy import Policy

@@ -35,9 +35,12 @@ from spikerl.algos.sac import SAC
 from spikerl.algos.td3 import TD3
 from spikerl.distributed.world import ALONE, World
 from spikerl.envs.make import make_env, task_of
-from spikerl.models.actor import ActorConfig, MLPActor, MLPConfig, SpikingActor, build_actor
+from spikerl.models.actor import MLPActor, SpikingActor
+from spikerl.models.actor_config import ActorConfig, MLPConfig
 from spikerl.models.critic import Critics
-from spikerl.training.trainer import Trainer, batch_share, fingerprint
+from spikerl.models.networks import build_actor
+from spikerl.training.learner import batch_share
+from spikerl.training.trainer import Trainer, fingerprint
 from spikerl.types import Batch
 
 ROWS = 20  # of a batch, shared out unevenly: 11 and 9

@@ -17,7 +17,8 @@ from spikerl.algos.td3 import TD3
 from spikerl.distributed.world import World, share
 from spikerl.envs.make import make_env, task_of
 from spikerl.errors import NonFinite
-from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.actor import MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.normalizer import RunningNorm
 from spikerl.training.trainer import Trainer, fingerprint
 from spikerl.types import Batch

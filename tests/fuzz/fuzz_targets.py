@@ -33,9 +33,9 @@ from spikerl.distributed import launch
 from spikerl.envs.make import make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.models.foreign import read_stats, read_weights, recognise
-from spikerl.models.policy import load_policy
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
+from spikerl.runs.policies import load_policy
 from spikerl.snn.decoders import RateConfig
 from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer

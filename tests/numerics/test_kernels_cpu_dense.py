@@ -13,7 +13,8 @@ from torch import Tensor
 from spikerl.algos.sac import SAC
 from spikerl.kernels import build as native
 from spikerl.kernels.gradient import Gradient
-from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.actor import MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 

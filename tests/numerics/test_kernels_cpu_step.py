@@ -14,7 +14,8 @@ from spikerl.algos.base import Guard, Optimizer
 from spikerl.algos.td3 import TD3
 from spikerl.kernels import build as native
 from spikerl.kernels.gradient import Moments
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 

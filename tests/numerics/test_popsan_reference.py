@@ -13,7 +13,8 @@ from published import MODEL, STATS, needs_published_policy
 from spikerl.algos.td3 import TD3
 from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.kernels import reference
-from spikerl.models.actor import ActorConfig, SpikingActor
+from spikerl.models.actor import SpikingActor
+from spikerl.models.actor_config import ActorConfig
 from spikerl.models.critic import Critics
 from spikerl.models.foreign import policy_of, read_stats, read_weights, recognise, translate
 from spikerl.models.policy import Policy

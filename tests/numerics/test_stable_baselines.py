@@ -30,7 +30,8 @@ from spikerl.algos.returns import gae
 from spikerl.algos.sac import SAC
 from spikerl.envs.vector import Steps
 from spikerl.kernels import reference
-from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.actor import MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 
 OBS = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)

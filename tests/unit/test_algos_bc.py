@@ -12,7 +12,8 @@ from plain import cut, transitions
 from threads import run_in_threads, worlds
 
 from spikerl.algos.bc import BC
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.types import Batch
 
 

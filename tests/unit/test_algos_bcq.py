@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from spikerl.algos.bcq import BCQ
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.types import Batch
 
 

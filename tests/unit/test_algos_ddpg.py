@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from spikerl.algos.ddpg import DDPG
 from spikerl.kernels import build as native
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 

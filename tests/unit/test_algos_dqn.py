@@ -20,7 +20,8 @@ from spikerl.algos.dqn import DQN
 from spikerl.config.build import check_actions
 from spikerl.distributed.world import World
 from spikerl.kernels import build as native
-from spikerl.models.actor import Actor, MLPActor, MLPConfig, SpikingActor
+from spikerl.models.actor import Actor, MLPActor, SpikingActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.policy import check_shapes
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.types import Batch, Task

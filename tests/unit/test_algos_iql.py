@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from spikerl.algos.iql import IQL
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.types import Batch
 
 

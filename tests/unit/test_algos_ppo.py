@@ -27,7 +27,8 @@ from spikerl.algos.replay import Replay
 from spikerl.envs.make import make_env, task_of
 from spikerl.envs.vector import Steps
 from spikerl.errors import BadRequest
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.training.trainer import Trainer
 from spikerl.types import Batch

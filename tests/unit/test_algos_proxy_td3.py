@@ -29,8 +29,10 @@ from spikerl.kernels import build as native
 from spikerl.kernels import reference
 from spikerl.kernels.gradient import Gradient
 from spikerl.kernels.nets import DenseNet
-from spikerl.models.actor import Actor, ActorConfig, MLPActor, MLPConfig, build_actor
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import ActorConfig, MLPConfig
 from spikerl.models.critic import Critics
+from spikerl.models.networks import build_actor
 from spikerl.types import Batch
 
 CPU = f"cpu/{native.supported_paths()[0]}"

@@ -27,7 +27,8 @@ from torch.distributions import Normal
 
 from spikerl.algos.sac import SAC
 from spikerl.kernels import build as native
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 

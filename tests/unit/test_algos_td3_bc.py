@@ -25,7 +25,8 @@ from threads import run_in_threads, worlds
 from torch.nn import functional
 
 from spikerl.algos.td3_bc import TD3BC
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.types import Batch
 
 

@@ -11,7 +11,8 @@ from spikerl.algos.td3 import TD3
 from spikerl.commands.bench import roofline
 from spikerl.commands.bench.roofline import flops_per_row, product_gflops
 from spikerl.commands.bench.table import roofline_lines
-from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.actor import MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 

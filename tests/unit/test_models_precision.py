@@ -10,7 +10,8 @@ from torch import Tensor
 from spikerl.algos.td3 import TD3
 from spikerl.errors import BadRequest
 from spikerl.kernels import reference
-from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.actor import MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.precision import PrecisionConfig, check_precision
 from spikerl.types import Batch
 

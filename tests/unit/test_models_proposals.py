@@ -12,10 +12,11 @@ from exports import config
 from recorded import episode, task_for, write
 from shell import SHORT, spikerl
 
-from spikerl.models.actor import ProposalConfig
+from spikerl.models.actor_config import ProposalConfig
 from spikerl.models.normalizer import RunningNorm
-from spikerl.models.policy import Policy, load_policy
+from spikerl.models.policy import Policy
 from spikerl.models.proposals import Proposer, build_policy
+from spikerl.runs.policies import load_policy
 
 SIZES = {"hidden_sizes": [8], "critic_hidden_sizes": [8]}
 

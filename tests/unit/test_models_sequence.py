@@ -14,10 +14,11 @@ from sequences import actor_config
 from shell import refusal, spikerl
 
 from spikerl.commands.collect import CollectRequest, behave
-from spikerl.models.actor import build_sequence
+from spikerl.models.networks import build_sequence
 from spikerl.models.normalizer import RunningNorm
-from spikerl.models.policy import Policy, load_policy
+from spikerl.models.policy import Policy
 from spikerl.models.sequence import ConditionConfig, History
+from spikerl.runs.policies import load_policy
 from spikerl.types import Contexts
 
 AIM = ConditionConfig(target_return=7.0, return_scale=2.0)

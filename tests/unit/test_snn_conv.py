@@ -20,7 +20,9 @@ from spikerl.config.build import why_layered
 from spikerl.energy import operations
 from spikerl.export import support
 from spikerl.kernels import build as native
-from spikerl.models.actor import ActorConfig, CNNConfig, ConvSANConfig, SpikingActor, build_actor
+from spikerl.models.actor import SpikingActor
+from spikerl.models.actor_config import ActorConfig, CNNConfig, ConvSANConfig
+from spikerl.models.networks import build_actor
 from spikerl.snn.conv import Conv
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.snn.linear import product

@@ -30,8 +30,9 @@ from spikerl.envs.make import EnvConfig
 from spikerl.runs.checkpoint import verified
 from spikerl.seeding import generator_for, seed_for
 from spikerl.training import evaluator
+from spikerl.training.epoch_row import Row
 from spikerl.training.evaluator import Evaluator
-from spikerl.training.trainer import Row, batch_share
+from spikerl.training.learner import batch_share
 
 W, N = 3, 6
 PENDULUM = EnvConfig(

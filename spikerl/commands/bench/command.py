@@ -43,7 +43,8 @@ from spikerl.config.build import Config
 from spikerl.errors import DONE, BadRequest
 from spikerl.kernels.cpu import OneAction
 from spikerl.machine import git_state, versions
-from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.actor import MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.precision import DTYPES
 from spikerl.output import answer
 from spikerl.schema import parse

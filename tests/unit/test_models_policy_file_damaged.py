@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from spikerl import load_policy
 from spikerl.errors import BadRequest
-from spikerl.models.actor import ActorConfig, build_actor
+from spikerl.models.actor_config import ActorConfig
+from spikerl.models.networks import build_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
 from spikerl.types import Task
