@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl import kernels
-from spikerl.algos.replay import Replay
+from spikerl.algos.replay import Sampler
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest, NonFinite
 from spikerl.kernels.gradient import Gradient, Moments
@@ -261,15 +261,8 @@ class Learner:
         self.acting_flat = self.actor_optimizer.flat
         self.updates = 0
 
-    def train(
-        self,
-        replay: Replay,
-        gradient_steps: int,
-        batch_size: int,
-        generator: torch.Generator,
-        normalize: Callable[[Tensor], Tensor],
-    ) -> list[Metrics]:
-        """The updates that are due, `batch_size` rows of `replay` for each; metrics of each."""
+    def train(self, sampler: Sampler, gradient_steps: int, batch_size: int) -> list[Metrics]:
+        """So many updates, each on `batch_size` rows that it draws; metrics of each."""
         raise NotImplementedError
 
     @torch.no_grad()

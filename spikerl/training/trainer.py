@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spikerl import kernels
 from spikerl.algos.offpolicy import OfflineConfig
-from spikerl.algos.replay import Replay
+from spikerl.algos.replay import Replay, Sampler
 from spikerl.config.build import Config
 from spikerl.distributed.world import ALONE, World
 from spikerl.energy.meter import Meter, Reading, merge, power
@@ -108,6 +108,10 @@ class Trainer:
         """What is evaluated and saved."""
         config, actor = self.algo.inference(self.config.actor, self.task.act_dim)
         return Policy(self.task, config, actor, self.norm)
+
+    @property
+    def sampler(self) -> Sampler:
+        return Sampler(self.replay, self.streams.sample, self.norm.normalize)
 
     def reset_envs(self, *resumed_at: int) -> None:
         first = self.world.rank * len(self.envs)
@@ -210,8 +214,7 @@ class Trainer:
         if due == 0:
             return
         self.schedule(self.step)
-        normalize = self.norm.normalize
-        metrics = self.algo.train(self.replay, due, self.batch_size, self.streams.sample, normalize)
+        metrics = self.algo.train(self.sampler, due, self.batch_size)
         self.algo.check()
         self.progress.updates = self.algo.updates
         self.progress.add(metrics)
@@ -237,7 +240,7 @@ class Trainer:
             return
         assert isinstance(actor, SpikingActor)
         count = config.recalibration_batches * self.batch_size
-        rows = self.replay.sample(count, self.streams.sample, self.norm.normalize)
+        rows = self.sampler.batch(count)
         actor.recalibrate(rows.obs.split(self.batch_size), self.streams.update)
         self.algo.refresh()
 

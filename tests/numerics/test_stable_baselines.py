@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from spikerl.algos.dqn import DQN
 from spikerl.algos.ppo import PPO
-from spikerl.algos.replay import Replay
+from spikerl.algos.replay import Replay, Sampler
 from spikerl.algos.returns import gae
 from spikerl.algos.sac import SAC
 from spikerl.envs.vector import Steps
@@ -174,7 +174,7 @@ def test_a_rollouts_updates(target_kl: float | None, monkeypatch: pytest.MonkeyP
         return (order % ENVS * STEPS + order // ENVS).numpy()
 
     monkeypatch.setattr(np.random, "permutation", permutation)
-    found = ours.train(replay, 12, 25, draw, lambda obs: obs)
+    found = ours.train(Sampler(replay, draw, lambda obs: obs), 12, 25)
     theirs.train()
     logged = theirs.logger.name_to_value
     assert len(found) == 12 if target_kl is None else 2 < len(found) < 12

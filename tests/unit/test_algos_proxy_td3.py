@@ -24,7 +24,7 @@ from plain import (
 from torch import Tensor, nn
 
 from spikerl.algos.proxy_td3 import ProxyTD3
-from spikerl.algos.replay import Replay
+from spikerl.algos.replay import Replay, Sampler
 from spikerl.kernels import build as native
 from spikerl.kernels import reference
 from spikerl.kernels.gradient import Gradient
@@ -196,7 +196,7 @@ def test_a_burst_draws_its_batches_together(monkeypatch: pytest.MonkeyPatch) -> 
         return sample(count, *args)
 
     monkeypatch.setattr(replay, "sample", noting)
-    found = td3.train(replay, 50, 8, torch.Generator(), lambda x: x)
+    found = td3.train(Sampler(replay, torch.Generator(), lambda x: x), 50, 8)
     assert drawn == [21 * 3 * 8, 21 * 3 * 8, 8 * 3 * 8]
     assert td3.updates == len(found) == 50
     assert int(td3.optimizers["proxy"].moments.step) == 150

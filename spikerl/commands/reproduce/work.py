@@ -85,7 +85,7 @@ class Work:
             if state.word in ("running", "elsewhere"):
                 self.states[cell] = look(cell, state.word, self.total_steps)
         places = len(self.free) + len(self.jobs)
-        self.screen.draw(self.states, left_s(self.states, places))
+        self.screen.draw(self.states, left_s(self.states, places, measured={}))
 
     def start(self) -> None:
         """Fill the free places with cells that nobody holds."""
@@ -187,7 +187,7 @@ def states_of(cells: Sequence[Cell], total_steps: int) -> dict[Cell, State]:
 
 
 def left_s(
-    states: Mapping[Cell, State], places: int, measured: Mapping[str, float] = {}
+    states: Mapping[Cell, State], places: int, measured: Mapping[str, float]
 ) -> float | None:
     """Of all cells that are neither done nor failed, so many at a time; None where unknown."""
     each = [
@@ -200,7 +200,7 @@ def left_s(
 
 
 def cell_left_s(
-    states: Mapping[Cell, State], cell: Cell, measured: Mapping[str, float] = {}
+    states: Mapping[Cell, State], cell: Cell, measured: Mapping[str, float]
 ) -> float | None:
     if cell.command == "convert":
         return 0.0  # seconds, beside hours
