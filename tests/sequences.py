@@ -120,7 +120,7 @@ def lif(drive: list[Tensor]) -> list[Tensor]:
 
 
 class PlainSpikeformer(nn.Module):
-    """The paper's equations on torch's own layers, with loops over places and spike steps."""
+    """The paper's equations on torch's own layers, with loops over positions and spike steps."""
 
     def __init__(self, source: Spikeformer) -> None:
         super().__init__()

@@ -163,10 +163,10 @@ class Optimizer:
         world: World = ALONE,
         weight: float = 1.0,
         kernel: str = "reference",
-        kept: Tensor | None = None,
+        unpruned: Tensor | None = None,
     ) -> None:
-        """`kept`: of the parameters, 1 for those that are learned and 0 for those that stay 0."""
-        self.flat, self.kept = flatten(module), kept
+        """`unpruned`: of the parameters, 1 for those that are learned, 0 for those that stay 0."""
+        self.flat, self.unpruned = flatten(module), unpruned
         scale = guard.scale if guard.scales_loss else None
         self.gradient = Gradient(list(module.parameters()), weight=weight, scale=scale)
         self.lr, self.max_norm = lr, math.inf if max_grad_norm is None else max_grad_norm
@@ -183,9 +183,9 @@ class Optimizer:
         self.world.sum_(vector)
         if guard.scales_loss:
             vector[:-1] /= guard.scale
-        if self.kept is not None:
+        if self.unpruned is not None:
             # Adam leaves a weight whose gradient was always 0 as it is, to the bit.
-            vector[:-1] *= self.kept
+            vector[:-1] *= self.unpruned
         loss = self.gradient.loss.clone()
         if self.held:
             return loss
@@ -198,7 +198,7 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors of weights, of Adam's moments, and of what pruning left."""
-        pruned = {} if self.kept is None else {"kept": self.kept}
+        pruned = {} if self.unpruned is None else {"kept": self.unpruned}
         return self.moments._asdict() | pruned
 
 
@@ -233,9 +233,9 @@ class Learner:
         world: World = ALONE,
         weight: float = 1.0,
         discrete: bool = False,
-        kept: Tensor | None = None,
+        unpruned: Tensor | None = None,
     ) -> None:
-        """`kept`: of the actor's parameters, as `Optimizer` takes it."""
+        """`unpruned`: of the actor's parameters, as `Optimizer` takes it."""
         self.config, self.generator, self.world = config, generator, world
         self.discrete = discrete  # whether actions are
         kernel = actor.kernel if critic is None else critic.kernel
@@ -255,7 +255,9 @@ class Learner:
             assert isinstance(config, CriticsConfig)
             self.critic, self.critic_optimizer = critic, self.optimizer(critic, config.critic_lr)
             self.optimizers["critic"] = self.critic_optimizer
-        self.actor_optimizer = self.optimizers["actor"] = self.optimizer(actor, actor_lr, kept=kept)
+        self.actor_optimizer = self.optimizers["actor"] = self.optimizer(
+            actor, actor_lr, unpruned=unpruned
+        )
         self.targets: dict[str, Tensor] = {}
         self.acting = actor
         self.acting_flat = self.actor_optimizer.flat

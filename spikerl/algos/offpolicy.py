@@ -139,10 +139,10 @@ class OffPolicy(Learner):
             count = min(gradient_steps - len(metrics), most)
             size = count * self.batches_per_update * batch_size
             rows = sampler.batch(size, self.n_step)
-            metrics += self.learn(rows, count)
+            metrics += self.run_updates(rows, count)
         return metrics
 
-    def learn(self, rows: Batch, gradient_steps: int) -> list[Metrics]:
+    def run_updates(self, rows: Batch, gradient_steps: int) -> list[Metrics]:
         """So many updates with equal shares of the rows, in order, round by round."""
         first, metrics = self.updates, []
         last = first + gradient_steps

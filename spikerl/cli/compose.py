@@ -90,8 +90,8 @@ def usage() -> str:
 
 def searchpath() -> list[str]:
     """What makes Hydra search the conf/ folders of plugins, too."""
-    places = [quoted(folder.as_uri()) for folder in plugins.conf_folders()]
-    return [f"hydra.searchpath=[{','.join(places)}]"] if places else []
+    folders = [quoted(folder.as_uri()) for folder in plugins.conf_folders()]
+    return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
 
 
 def expand(command: str, args: Sequence[str]) -> list[str]:

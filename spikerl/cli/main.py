@@ -216,7 +216,7 @@ def escaped(character: str) -> str:
 
 
 def say(line: str) -> None:
-    """One line of bounded length, whatever the text holds: some may be from a stranger's file."""
+    """One line of bounded length, whatever the text holds: some may be from an untrusted file."""
     shown = "".join(c if c.isprintable() else escaped(c) for c in line[:LONGEST])
     shown += "..." * (len(line) > LONGEST)
     print(f"spikerl: {shown}", file=sys.stderr)

@@ -142,7 +142,7 @@ def compare(
 
     Spikes are those of all hidden neurons per decision.
     """
-    found = []
+    measured = []
     print(f"{'spike_steps':>11} {'alpha':>6} {'return':>10} {'+-':>8} {'spikes':>8}")
     whole = evaluator.run(dense, 1)
     print(f"{'dense':>11} {'-':>6} {whole.mean:>10.1f} {whole.std:>8.1f} {'-':>8}")
@@ -157,9 +157,9 @@ def compare(
             f"{spike_steps:>11} {alpha:>6g} {result.mean:>10.1f} {result.std:>8.1f} {spikes:>8.1f}",
             flush=True,
         )
-        found.append({"spike_steps": spike_steps, "alpha": alpha, "return_mean": result.mean,
+        measured.append({"spike_steps": spike_steps, "alpha": alpha, "return_mean": result.mean,
                       "return_std": result.std, "spikes": spikes})  # fmt: skip
-    return found
+    return measured
 
 
 def spiking_config(

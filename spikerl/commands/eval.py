@@ -20,7 +20,7 @@ from spikerl.export.proof import FilePolicy
 from spikerl.files import shown
 from spikerl.machine import versions
 from spikerl.models.policy import Policy, check_shapes
-from spikerl.output import answer, found
+from spikerl.output import add_results, answer
 from spikerl.reporting.operations import lines
 from spikerl.runs.policies import load_policy
 from spikerl.schema import parse
@@ -113,7 +113,7 @@ def report(
     result: Evaluation,
     videos: list[Path],
 ) -> int:
-    found(env_id=env_id, eval_return=result.mean)
+    add_results(env_id=env_id, eval_return=result.mean)
     counted = None
     if request.ops and isinstance(policy, Policy):
         bits = policy.compression.bits if policy.compression else None

@@ -62,14 +62,14 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     if not root.is_dir():
         raise BadRequest("path", request.path, "no such folder")
     folders = list(find_runs(root))
-    freed, kept = clean(folders) if request.clean else ({}, [])
+    freed, not_freed = clean(folders) if request.clean else ({}, [])
     runs = sorted((describe(folder) for folder in folders), key=lambda run: order(run, request))
     if request.json:
         rows = [asdict(run) for run in runs]
         answer({"runs": rows, "freed_bytes": sum(freed.values())})
         return 0
     show(runs)
-    for line in kept:
+    for line in not_freed:
         print(f"note: {line}")
     if request.clean:
         gone = readable(sum(freed.values()))
@@ -133,7 +133,7 @@ def last_change(folder: Path, manifest: dict[str, Any]) -> float:
 
 def clean(folders: Sequence[Path]) -> tuple[dict[Path, int], list[str]]:
     """The bytes that each finished run gave back, and why others did not."""
-    freed, kept = {}, []
+    freed, not_freed = {}, []
     for folder in folders:
         if run_folder.read_manifest(folder, key="path")["status"] != "done":
             continue
@@ -143,8 +143,8 @@ def clean(folders: Sequence[Path]) -> tuple[dict[Path, int], list[str]]:
                     freed[folder] = gone
         except (BadRequest, OSError) as error:
             why = error.args[2] if isinstance(error, BadRequest) else error
-            kept.append(f"{shown(folder)} keeps its replay: {why}")
-    return freed, kept
+            not_freed.append(f"{shown(folder)} keeps its replay: {why}")
+    return freed, not_freed
 
 
 def order(run: Run, request: RunsRequest) -> tuple[Any, ...]:

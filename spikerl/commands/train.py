@@ -111,10 +111,10 @@ def check_launch(config: Config) -> None:
         raise BadRequest("nnodes", settings.nnodes, remedy)
 
 
-def work(spec: Mapping[str, Any], mailbox: Path) -> int:
+def run_in_worker(spec: Mapping[str, Any], shared_dir: Path) -> int:
     """A worker that `train` launched."""
     config = build(spec["raw"])
-    return run(config, task_for(config), spec["target"], spec["command"], mailbox, spec["after"])
+    return run(config, task_for(config), spec["target"], spec["command"], shared_dir, spec["after"])
 
 
 def record_lost_worker(lost: launch.WorkerLost) -> int:
@@ -135,12 +135,12 @@ def run(
     task: Task,
     target: str,
     command: Sequence[str],
-    mailbox: Path | None = None,
+    shared_dir: Path | None = None,
     after: str | None = None,
 ) -> int:
     """One worker's part of a run; all of them return the same status.
 
-    `mailbox` is shared with the parent that launched it, if one did, `after` why it did so again.
+    `shared_dir` is the launching parent's, if there is one; `after`: why it launches the run again.
     """
     torch.set_num_threads(int(config.resolved.threads.choice))
     # As torch.use_deterministic_algorithms, which also imports torch's compiler: a second.
@@ -152,12 +152,12 @@ def run(
     world = join(choice, device, config.backend.timeout_s) if ranked() else ALONE
 
     def announce_folder(folder: Path) -> None:
-        if mailbox:
-            launch.announce_folder(mailbox, folder)
+        if shared_dir:
+            launch.announce_folder(shared_dir, folder)
 
     if config.env.vectorizer == "async":
         start_server()  # which takes a while
-    with launch.stop_signals(mailbox) as stop:
+    with launch.stop_signals(shared_dir) as stop:
         trainer, status = None, None
         try:
             meter = open_meter(config.energy, device=device, local_rank=world.local_rank)

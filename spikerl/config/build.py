@@ -236,7 +236,7 @@ def why_layered(actor: ActorConfig, dtype: torch.dtype) -> str | None:
 def check_shares(run: RunConfig, algo: AlgoConfig, world_size: int) -> None:
     """Refuse what cannot be shared out over the workers."""
     most = max(64, 4 * cores()) * run.nnodes
-    if world_size > most and not ranked():  # a stranger's file starts no thousands of processes
+    if world_size > most and not ranked():  # an untrusted file starts no thousands of processes
         raise BadRequest("world_size", world_size, f"give at most {most} here")
     num_envs = run.num_envs or world_size
     if num_envs % world_size and run.resume:

@@ -83,7 +83,7 @@ def parts_of(config: ActorConfig) -> list[type[Any]]:
 
 def least_obs(config: ActorConfig) -> int:
     """Entries of the smallest observation that such an actor takes."""
-    return config.actor.places if isinstance(config.actor, ConvConfig) else 1
+    return config.actor.pixels if isinstance(config.actor, ConvConfig) else 1
 
 
 def build_actor(

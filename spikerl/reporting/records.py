@@ -1,4 +1,4 @@
-"""Run folders as they are read for a report, those of strangers and of runs that go on included."""
+"""Run folders as they are read for a report, untrusted ones and runs that go on included."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def read_manifest(folder: Path, *, key: str) -> dict[str, Any]:
 
 
 def check_own(folder: Path) -> None:
-    """Refuse to write into a folder of which a part lies elsewhere, as one from a stranger may.
+    """Refuse to write into a folder of which a part lies elsewhere, as an untrusted one may.
 
     Through a link, a resume would add to somebody's file, cut it, or remove folders.
     """

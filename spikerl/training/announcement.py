@@ -27,8 +27,8 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
 
     def why(name: str, resolved: Resolved) -> str:
         """Nobody typed what a resumed run keeps."""
-        kept = run.resume and name in ("threads", "kernel") and resolved.reason == "requested"
-        return "as before" if kept else resolved.reason
+        unchanged = run.resume and name in ("threads", "kernel") and resolved.reason == "requested"
+        return "as before" if unchanged else resolved.reason
 
     over = "in shared memory" if trainer.world.shm else f"over {config.resolved.backend.choice}"
     exchange = f"; gradients are summed {over}" if size > 1 else ""
@@ -51,8 +51,8 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
             f" {len(dataset.lengths)} episodes, sha256 {dataset.sha256}"
         )
     lines += trainer.algo.notes()
-    if (kept := trainer.algo.actor_optimizer.kept) is not None:
-        gone = int((kept == 0).sum())
+    if (unpruned := trainer.algo.actor_optimizer.unpruned) is not None:
+        gone = int((unpruned == 0).sum())
         lines.append(f"actor.prune={config.actor.actor.prune}: {gone} weights are 0 and stay so")
     if slow := why_slow(config.precision, config.resolved.device.choice):
         lines.append(f"note: {slow}")

@@ -73,5 +73,5 @@ def build_learner(
             world=world,
             weight=batch_share(config, world)[1],
             discrete=task.kind == "discrete",
-            kept=unpruned,
+            unpruned=unpruned,
         )

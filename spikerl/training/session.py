@@ -172,7 +172,7 @@ class Session:
         """Whether all of it was; nothing in the folder has changed so far."""
         try:
             return self.trainer.load(checkpoint)
-        except Exception as error:  # a checkpoint of another run, or a stranger's, raises any
+        except Exception as error:  # a checkpoint of another run, or a forged one, raises any
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             remedy = f"its {checkpoint.folder.name} does not fit this run ({reason})"
             raise BadRequest("resume", self.folder, remedy) from error

@@ -164,11 +164,11 @@ class Trainer:
             self.act()
         try:
             if self.algo.on_policy:  # from what it did, seen as it saw it
-                self.learn(before)
+                self.make_updates(before)
             if crossed(before, self.step, algo.norm_interval or SYNC_INTERVAL):
                 self.synchronise(stop_signal())
             if not self.algo.on_policy:
-                self.learn(before)
+                self.make_updates(before)
             self.recalibrate(before)
         except NonFinite as error:
             raise NonFinite(f"step {self.step}: {error}") from error
@@ -208,7 +208,7 @@ class Trainer:
         self.norm.merge([part[:-1] for part in everyone])
         self.stopping = int(max(part[-1] for part in everyone))
 
-    def learn(self, before: int) -> None:
+    def make_updates(self, before: int) -> None:
         """The updates that became due since step `before`."""
         due = self.updates_due(self.step) - self.updates_due(before)
         if due == 0:
@@ -261,7 +261,7 @@ class Trainer:
             evaluation = self.evaluator.run(self.policy, p.epoch + 1, stop_signal)
         finally:
             evaluated = since(p.eval_energy, self.meter.end("eval"))
-            p.eval_energy = evaluated.kept()
+            p.eval_energy = evaluated.as_data()
         self.check_equal()
         own = WorkerEpoch(p.returns, p.sums, p.train_s, trained, evaluated)
         everyone = self.world.gather_objects(own)
@@ -277,7 +277,7 @@ class Trainer:
         p = self.progress
         p.train_s += time.perf_counter() - self.clock
         reading = since(p.energy, self.meter.end("train"))
-        p.energy = reading.kept()
+        p.energy = reading.as_data()
         return reading
 
     def idle_power(self) -> float | None:
@@ -366,9 +366,9 @@ def crossed(before: int, now: int, interval: int) -> bool:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """An int64 that depends on every bit of `tensor`: its words, weighted by their places."""
+    """An int64 that depends on every bit of `tensor`: its words, weighted by their positions."""
     words = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     words = torch.nn.functional.pad(words, (0, -len(words) % 8)).view(torch.int64)
     # Odd, so that no bit is lost.
-    places = torch.arange(1, len(words) + 1, dtype=torch.int64) * 2 - 1
-    return (words * places).sum()
+    odd = torch.arange(1, len(words) + 1, dtype=torch.int64) * 2 - 1
+    return (words * odd).sum()

@@ -48,7 +48,7 @@ PARTS = (slice(0, 11), slice(11, 20))
 CARE_BN = ActorConfig(actor=care_bn_config([16]), encoder=POPULATION, neuron=CUBA_LIF, decoder=RATE)
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-13}
 
-Work = Callable[[Any, slice], object]
+Updates = Callable[[Any, slice], object]
 
 
 def learner(
@@ -86,7 +86,7 @@ def learner(
 
 
 def check_gradients(
-    world: World, kind: type[Learner], config: Any, work: Work, **parts: Any
+    world: World, kind: type[Learner], config: Any, updates: Updates, **parts: Any
 ) -> None:
     """After each of three updates: of all networks, with their losses; the weights at the end."""
     mine = PARTS[world.rank]
@@ -95,8 +95,8 @@ def check_gradients(
         ours = learner(kind, config, world, (mine.stop - mine.start) / ROWS, **parts)
         assert len(ours.optimizers) >= 2
         for _ in range(3):
-            work(alone, slice(0, ROWS))
-            work(ours, mine)
+            updates(alone, slice(0, ROWS))
+            updates(ours, mine)
             for name, optimizer in ours.optimizers.items():
                 one, other = (o.gradient.vector for o in (optimizer, alone.optimizers[name]))
                 torch.testing.assert_close(one, other, **CLOSE)
@@ -106,7 +106,7 @@ def check_gradients(
 
 def replayed(learner: Any, part: slice) -> None:
     rows = transitions(ROWS, torch.float64)
-    learner.learn(Batch(*(field[part] for field in rows)), 1)
+    learner.run_updates(Batch(*(field[part] for field in rows)), 1)
 
 
 def with_noise(learner: SAC, part: slice) -> None:

@@ -176,7 +176,7 @@ def repacked(chance: Random, whole: bytes) -> bytes:
 
 
 def checkpoint(folder: Path) -> Case:
-    """Spoilt, and mostly sealed again: a stranger can do that, too."""
+    """Spoilt, and mostly with checksums that fit again, which whoever forges one can do, too."""
     honest = trained(folder)
     training = small_config(
         total_steps=40, steps_per_epoch=20, eval_episodes=1, replay_capacity=30, batch_size=4,
@@ -211,7 +211,7 @@ def checkpoint(folder: Path) -> Case:
         path = chance.choice(sorted(files))
         path.write_bytes(spoil(chance, path))
         if chance.random() < 0.8:
-            seal(kept, run)
+            rewrite_checksums(kept, run)
         found = verified(run, lambda text: None)
         trainer.norm.pending = []
         return Session.restore(SimpleNamespace(trainer=trainer, folder=run), found)  # type: ignore[arg-type]
@@ -219,7 +219,7 @@ def checkpoint(folder: Path) -> Case:
     return case
 
 
-def seal(kept: Path, run: Path) -> None:
+def rewrite_checksums(kept: Path, run: Path) -> None:
     try:
         data = json.loads((kept / "manifest.json").read_text())
         data.pop("seal", None)
@@ -324,7 +324,7 @@ def config_file(folder: Path) -> Case:
         (folder / "c.yaml").write_bytes(yaml_text(chance, whole))
         if chance.random() < 0.9:
             return bool(expand("train", ["config=c.yaml"]))
-        return told("train", "config=c.yaml")
+        return accepts("train", "config=c.yaml")
 
     return case
 
@@ -375,7 +375,7 @@ def overrides(folder: Path) -> Case:
             if chance.random() < 0.1:
                 words.append(chance.choice(FLAGS))
         whole = chance.random() < 0.1 and not {"-m", "--multirun"} & set(words)
-        return told("train", *words) if whole else bool(expand("train", words))
+        return accepts("train", *words) if whole else bool(expand("train", words))
 
     return case
 
@@ -386,7 +386,7 @@ def stand_in() -> None:
     launch.launch = lambda *args: 0
 
 
-def told(*args: str) -> bool:
+def accepts(*args: str) -> bool:
     """The program's own exit status: 0, or 2 with one line."""
     handler = signal.getsignal(signal.SIGINT)
     said = spikerl(*args)

@@ -204,7 +204,7 @@ def test_updates_of_sac_with_its_log_deviation(kernel: str) -> None:
         sac = SAC(actor, critic, config, actor_lr=1e-3, generator=torch.Generator().manual_seed(0))
         assert sac.log_std is not None
         assert sac.log_std.kernel == name
-        found.append((sac.learn(rows, 5), sac))
+        found.append((sac.run_updates(rows, 5), sac))
     (expected, theirs), (got, ours) = found
     for one, other in zip(got, expected, strict=True):
         for key, value in other.items():

@@ -245,7 +245,7 @@ def test_updates_of_replayed_rows(learned: bool, monkeypatch: pytest.MonkeyPatch
             batch.obs, batch.act, batch.next_obs, end.unsqueeze(1), rew.unsqueeze(1)
         )
         monkeypatch.setattr(theirs.replay_buffer, "sample", lambda *_, rows=rows, **__: rows)
-        found = {name: float(value) for name, value in ours.learn(batch, 1)[0].items()}
+        found = {name: float(value) for name, value in ours.run_updates(batch, 1)[0].items()}
         theirs.train(1)
         logged = theirs.logger.name_to_value
         assert found["critic_loss"] == pytest.approx(2.0 * logged["train/critic_loss"], rel=1e-3)
@@ -298,7 +298,7 @@ def test_dqn_updates_of_replayed_rows(clipped: float, monkeypatch: pytest.Monkey
         rew = 5.0 * batch.rew  # on both sides of where the loss turns linear
         rows = ReplayBufferSamples(batch.obs, act, batch.next_obs, end, rew.unsqueeze(1))
         monkeypatch.setattr(theirs.replay_buffer, "sample", lambda *_, rows=rows, **__: rows)
-        (found,) = ours.learn(batch._replace(rew=rew), 1)
+        (found,) = ours.run_updates(batch._replace(rew=rew), 1)
         theirs.train(1, batch_size=32)
         if number % 3 == 2:
             theirs.q_net_target.load_state_dict(theirs.q_net.state_dict())

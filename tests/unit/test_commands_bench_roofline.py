@@ -42,7 +42,7 @@ def test_as_pytorch_counts() -> None:
     obs, act, next_obs = rows[:, :17], rows[:, 17:23], rows[:, 23:40]
     batch = Batch(obs, act, rows[:, 40], next_obs, rows[:, 41] > 9, rows[:, 41])
     with FlopCounterMode(display=False) as counter:
-        td3.learn(batch, 2)
+        td3.run_updates(batch, 2)
     counted = counter.get_total_flops() / 64
     assert counted == pytest.approx(flops_per_row(actor, critic, 2), rel=0.03)
 

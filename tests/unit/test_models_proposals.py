@@ -75,8 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(made / "d", [episode(30)])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made)
-        told = ["encoder=learned", "decoder=learned", "neuron=lif", "run_dir=run"]
-        assert spikerl("train", *OFFLINE, *TINY, *told).status == 0
+        keys = ["encoder=learned", "decoder=learned", "neuron=lif", "run_dir=run"]
+        assert spikerl("train", *OFFLINE, *TINY, *keys).status == 0
         assert spikerl("train", *OFFLINE, *TINY, "actor=mlp", "run_dir=dense").status == 0
     return made
 

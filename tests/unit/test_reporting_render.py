@@ -17,8 +17,8 @@ from shell import refusal, spikerl
 from table_runs import write_run
 
 from spikerl.commands import report
+from spikerl.commands.reproduce.scheduler import cell_left_s, left_s
 from spikerl.commands.reproduce.screen import Screen, State, summary
-from spikerl.commands.reproduce.work import cell_left_s, left_s
 from spikerl.reporting import curves
 from spikerl.reporting.records import Run, run_folders
 from spikerl.reporting.side_by_side import SideBySide, names_of

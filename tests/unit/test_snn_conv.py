@@ -141,7 +141,7 @@ def test_a_gradient_reaches_every_layer(kind: str) -> None:
         ({"strides": [1]}, "actor.strides=[1]: give one for each layer"),
         ({"filters": []}, "actor.filters=[]: give one for each layer"),
         ({"filters": [4, 0]}, "actor.filters=[4, 0]: give one for each layer, 1 to"),
-        ({"kernel_sizes": [3, 5]}, "actor.kernel_sizes=[3, 5]: a layer sees 3 x 4 places"),
+        ({"kernel_sizes": [3, 5]}, "actor.kernel_sizes=[3, 5]: a layer sees 3 x 4 positions"),
     ],
 )
 def test_what_is_no_stack(changes: dict[str, Any], line: str) -> None:

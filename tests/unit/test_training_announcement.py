@@ -34,7 +34,7 @@ def test_bf16_without_matrix_units(
         task=task,
         updates_by=lambda steps: steps,
         dataset=None,
-        algo=SimpleNamespace(actor_optimizer=SimpleNamespace(kept=None), notes=list),
+        algo=SimpleNamespace(actor_optimizer=SimpleNamespace(unpruned=None), notes=list),
         evaluator=SimpleNamespace(note=None),
     )
     note = "note: bf16 is usually slower than fp32 here: this processor has no matrix units (AMX)"
@@ -50,7 +50,7 @@ def test_what_a_resumed_run_keeps_was_not_requested(resume: str | None, said: st
         task=task,
         updates_by=lambda steps: steps,
         dataset=None,
-        algo=SimpleNamespace(actor_optimizer=SimpleNamespace(kept=None), notes=list),
+        algo=SimpleNamespace(actor_optimizer=SimpleNamespace(unpruned=None), notes=list),
         evaluator=SimpleNamespace(note=None),
     )
     assert announce(config, trainer)[2] == (

@@ -118,7 +118,7 @@ def test_workers_learn_from_rows_drawn_with_their_own_stream(
     drawn: list[tuple[int, Tensor]] = []
     learned: list[tuple[int, Tensor]] = []
     for rank, trainer in enumerate(workers.trainers):
-        sample, learn = trainer.replay.sample, trainer.algo.learn  # type: ignore[attr-defined]
+        sample, run = trainer.replay.sample, trainer.algo.run_updates  # type: ignore[attr-defined]
 
         def sampling(count: int, generator: torch.Generator, *rest: Any, own: Any = trainer,
                      sample: Any = sample) -> Any:  # fmt: skip
@@ -128,12 +128,12 @@ def test_workers_learn_from_rows_drawn_with_their_own_stream(
             drawn.append((own.world.rank, index))
             return sample(count, generator, *rest)
 
-        def learning(rows: Any, count: int, rank: int = rank, learn: Any = learn) -> Any:
+        def learning(rows: Any, count: int, rank: int = rank, run: Any = run) -> Any:
             learned.append((rank, rows.rew))
-            return learn(rows, count)
+            return run(rows, count)
 
         monkeypatch.setattr(trainer.replay, "sample", sampling)
-        monkeypatch.setattr(trainer.algo, "learn", learning)
+        monkeypatch.setattr(trainer.algo, "run_updates", learning)
     workers.train(54)  # the first updates are of step 50
     assert sorted(rank for rank, _ in drawn) == [0, 1, 2]
     assert [len(index) for _, index in sorted(drawn, key=lambda pair: pair[0])] == [40, 30, 30]

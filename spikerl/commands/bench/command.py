@@ -201,7 +201,7 @@ class Bench(BenchFixtures):
         def benchmark(kernel: str, precision: str, learner: Any) -> Benchmark:
             def call() -> None:
                 if isinstance(learner, OffPolicy):
-                    learner.learn(rows, UPDATES_PER_TURN)
+                    learner.run_updates(rows, UPDATES_PER_TURN)
                     learner.check()
                     return
                 for batch in batches:
@@ -240,7 +240,7 @@ class Bench(BenchFixtures):
             rows = self.batch(UPDATES_PER_TURN * learner.batches_per_update * batch)
 
             def call() -> None:
-                learner.learn(rows, UPDATES_PER_TURN)
+                learner.run_updates(rows, UPDATES_PER_TURN)
                 learner.check()
 
             what, times = f"update, {name}", UPDATES_PER_TURN
