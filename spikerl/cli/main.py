@@ -20,12 +20,12 @@ from spikerl.cli.compose import (
     PATHS,
     commands,
     expand,
-    explain,
     module_of,
     searchpath,
     split,
     usage,
 )
+from spikerl.cli.explain import explain
 from spikerl.cli.help import with_meanings
 from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.launchers import adopt

@@ -228,7 +228,7 @@ class Sweep:
 
     def mixed(self, jobs: Sequence[dict[str, Any]]) -> str | None:
         """What the runs of the table differ in beside what the sweep varies."""
-        from spikerl.runs.folder import differences
+        from spikerl.runs.differences import differences
 
         shown = [Path(job["folder"]) for job in jobs if self.keep and job["return"] is not None]
         # An experiment sets keys of every group.

@@ -21,6 +21,7 @@ from spikerl.files import shown
 from spikerl.output import answer
 from spikerl.runs import folder as run_folder
 from spikerl.runs.display import number
+from spikerl.runs.rows import read_rows
 from spikerl.schema import parse
 
 LAST_FIRST = ("steps", "return", "best", "joules", "size")  # sorted from the largest down
@@ -95,8 +96,8 @@ def describe(folder: Path) -> Run:
     if state == "running" and not run_folder.is_held(folder):
         state = "lost"
     try:
-        rows = run_folder.read_rows(folder / "metrics.jsonl")
-        discarded = run_folder.read_rows(folder / "discarded.jsonl")
+        rows = read_rows(folder / "metrics.jsonl")
+        discarded = read_rows(folder / "discarded.jsonl")
     except (OSError, ValueError):
         rows, discarded = [], []
     returns = [row["eval_return"] for row in rows if isinstance(row.get("eval_return"), float)]

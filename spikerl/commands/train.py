@@ -31,6 +31,7 @@ from spikerl.models.sequence import SequenceConfig
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
 from spikerl.runs.policies import find_policy
+from spikerl.runs.rows import check_record, read_rows
 from spikerl.snn.neurons import ResidualIFConfig
 from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
@@ -218,16 +219,14 @@ def finished(folder: Path, config: Config) -> bool:
         run_folder.lock(folder).close()
     freed, total = record.get("freed"), config.run.total_steps
     if freed:
-        step = max(
-            (row["step"] for row in run_folder.read_rows(folder / "metrics.jsonl")), default=0
-        )
+        step = max((row["step"] for row in read_rows(folder / "metrics.jsonl")), default=0)
         further = f"init_from={shown(folder)} starts from its policy"
         if step < total:
             remedy = f"its replay was removed when it was done, at step {step}; {further}"
             raise BadRequest("resume", folder, remedy)
     else:
         checkpoint = verified(folder, lambda text: None)
-        run_folder.check_record(folder, checkpoint.manifest)
+        check_record(folder, checkpoint.manifest)
         step, further = checkpoint.step, "a larger total_steps trains it further"
     if record["status"] == "done" and step >= total:
         print(f"{shown(folder)} is done at step {step}; {further}")

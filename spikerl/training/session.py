@@ -22,6 +22,7 @@ from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, verified
 from spikerl.runs.display import View, epoch_line, idle_line, spent_text, stuck_layers
 from spikerl.runs.record import RunLog
+from spikerl.runs.rows import cut_back, read_rows
 from spikerl.runs.summary import summary_of
 from spikerl.training.announcement import NOTHING_LEARNED, announce
 from spikerl.training.epoch_row import Row
@@ -76,8 +77,8 @@ class Session:
         if self.is_rank0:
             title = f"{trainer.task.env_id}  {config.algo.name}  {shown(self.folder)}"
             self.log = RunLog(self.folder, trainer.step, config.run.logger, config.raw)
-            past = run_folder.read_rows(self.folder / "metrics.jsonl")
-            past += run_folder.read_rows(self.folder / "discarded.jsonl")
+            past = read_rows(self.folder / "metrics.jsonl")
+            past += read_rows(self.folder / "discarded.jsonl")
             self.view = View(title, config.run.total_steps, trainer.step, past)
             for text in [
                 *announce(config, trainer),
@@ -141,7 +142,7 @@ class Session:
         if not self.is_rank0:
             return
         remove_newer(checkpoint)
-        lost = run_folder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
+        lost = cut_back(self.folder, int(checkpoint.manifest["metrics_bytes"]))
         run_folder.write_total_steps(self.folder, self.config.run.total_steps)
         run_folder.remove_results(self.folder)
         self.restore_best(checkpoint)
@@ -179,7 +180,7 @@ class Session:
 
     def restore_best(self, checkpoint: Checkpoint) -> None:
         """What was best when `checkpoint` was committed, not by rows that are discarded."""
-        rows = run_folder.read_rows(self.folder / "metrics.jsonl")
+        rows = read_rows(self.folder / "metrics.jsonl")
         returns = [row["eval_return"] for row in rows if row["eval_return"] is not None]
         self.best, self.best_return = checkpoint.best(), max(returns, default=-math.inf)
 
@@ -335,8 +336,8 @@ class Session:
             write_text(self.folder / "error.txt", text)
 
     def summarise(self) -> None:
-        rows = run_folder.read_rows(self.folder / "metrics.jsonl")
-        discarded = run_folder.read_rows(self.folder / "discarded.jsonl")
+        rows = read_rows(self.folder / "metrics.jsonl")
+        discarded = read_rows(self.folder / "discarded.jsonl")
         manifest = run_folder.read_manifest(self.folder, key="resume")
         summary = {
             "env_id": self.trainer.task.env_id,

@@ -36,6 +36,7 @@ from spikerl.models.foreign import read_stats, read_weights, recognise
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
 from spikerl.runs.policies import load_policy
+from spikerl.runs.rows import cut_back, read_rows
 from spikerl.snn.decoders import RateConfig
 from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
@@ -273,12 +274,12 @@ def resumed(folder: Path) -> Case:
         try:
             expand("train", [f"resume={run}"])
             train.finished(run, config)
-            run_folder.rewind(run, verified(run, lambda text: None).manifest["metrics_bytes"])
+            cut_back(run, verified(run, lambda text: None).manifest["metrics_bytes"])
             run_folder.remove_results(run)
             record = run_folder.read_manifest(run, key="resume")
             run_folder.update_manifest(run, resumed=[*record.get("resumed", []), {}])
-            run_folder.read_rows(run / "metrics.jsonl")
-            run_folder.read_rows(run / "discarded.jsonl")
+            read_rows(run / "metrics.jsonl")
+            read_rows(run / "discarded.jsonl")
         finally:
             if (run / name).is_symlink():
                 (run / name).unlink()
