@@ -50,11 +50,11 @@ def of_policy(row: dict[str, Any]) -> dict[str, str]:
 def of_file(contract: dict[str, Any]) -> dict[str, str]:
     """A file that is proven has its policy's spikes, and with them its operations and energy."""
     proof, unlike = contract["proof"], contract["proof"].get("spikes_unlike_policy")
-    found = {"return": f"{proof['return_mean']:,.1f}", "bytes": f"{contract['bytes']:,}"}
+    columns = {"return": f"{proof['return_mean']:,.1f}", "bytes": f"{contract['bytes']:,}"}
     if unlike:
-        return {**found, "spikes": f"{max(unlike):.1%} of a layer's differ"}
+        return {**columns, "spikes": f"{max(unlike):.1%} of a layer's differ"}
     counted = ("spikes", "MACs", "ACs", "updates", "nJ, 45nm", "nJ, memory")
-    return {**found, **dict.fromkeys(counted, "as it was")}
+    return {**columns, **dict.fromkeys(counted, "as it was")}
 
 
 def main(folder: Path, source: str, episodes: str) -> None:

@@ -7,7 +7,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from spikerl.models.policy import Policy, load_policy
+    from spikerl.models.policy import Policy
+    from spikerl.runs.policies import load_policy
 
     __version__: str
 
@@ -22,6 +23,7 @@ def __getattr__(name: str) -> Any:
         return version("spikerl")
     if name not in __all__:
         raise AttributeError(f"module 'spikerl' has no attribute {name!r}")
-    from spikerl.models import policy
+    from spikerl.models.policy import Policy
+    from spikerl.runs.policies import load_policy
 
-    return getattr(policy, name)
+    return Policy if name == "Policy" else load_policy

@@ -1,7 +1,7 @@
 """Python processes that this program starts import nothing from the folder that they stand in.
 
 `python -m` and `python -c` put that folder first on the path, and what lies there, such as a
-queue.py or a stranger's run, takes the place of what was meant. `python -P` does not.
+queue.py or an untrusted run folder, takes the place of what was meant. `python -P` does not.
 """
 
 from __future__ import annotations

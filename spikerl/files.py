@@ -1,4 +1,4 @@
-"""Files that are whole or absent, files that grow, and files of strangers."""
+"""Files that are whole or absent, files that grow, and untrusted files."""
 
 from __future__ import annotations
 

@@ -131,8 +131,8 @@ class UserCode:
     def __enter__(self) -> None:
         self.ours, self.pid = settings(), os.getpid()
         if _theirs is not None:
-            kept = {name: getattr(self.ours, name) for name in OURS}
-            change(self.ours, _theirs._replace(**kept))
+            ours = {name: getattr(self.ours, name) for name in OURS}
+            change(self.ours, _theirs._replace(**ours))
 
     def __exit__(self, *error: object) -> None:
         global _theirs

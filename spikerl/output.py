@@ -12,7 +12,7 @@ from typing import IO, Any, TypeVar
 
 T = TypeVar("T")
 _answers: IO[str] | None = None  # where `answer` writes, if not to standard output
-_found: dict[str, Any] = {}  # of the job that runs
+_results: dict[str, Any] = {}  # of the job that runs
 
 
 class Stream(io.TextIOWrapper):
@@ -88,15 +88,15 @@ def only_answers() -> Iterator[None]:
 
 
 @contextmanager
-def findings() -> Iterator[dict[str, Any]]:
-    """What the command that runs inside finds, for the table of a sweep."""
-    global _found
-    _found = {}
-    yield _found
+def results() -> Iterator[dict[str, Any]]:
+    """What the command that runs inside says, for the table of a sweep."""
+    global _results
+    _results = {}
+    yield _results
 
 
-def found(**facts: Any) -> None:
-    _found.update(facts)
+def add_results(**facts: Any) -> None:
+    _results.update(facts)
 
 
 def several(count: int, noun: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from spikerl import kernels
 from spikerl.algos.bc import BCConfig
 from spikerl.algos.bcq import BCQConfig
 from spikerl.algos.ddpg import DDPGConfig
@@ -22,8 +24,13 @@ from spikerl.config.build import Choices, Config, RunConfig
 from spikerl.distributed.world import BackendConfig
 from spikerl.energy.meter import EnergyConfig
 from spikerl.envs.make import EnvConfig
-from spikerl.models.actor import ActorConfig, CareBNConfig, MLPConfig, PopSANConfig, SpikingActor
+from spikerl.kernels import KernelConfig
+from spikerl.models.actor import SpikingActor
+from spikerl.models.actor_config import ActorConfig, CareBNConfig, MLPConfig, PopSANConfig
 from spikerl.models.critic import Critics
+from spikerl.models.networks import build_actor
+from spikerl.models.normalizer import RunningNorm
+from spikerl.models.policy import Policy
 from spikerl.models.precision import PrecisionConfig
 from spikerl.snn.decoders import DecoderConfig, MembraneConfig, RateConfig, VoltageConfig
 from spikerl.snn.encoders import EncoderConfig, PopulationConfig
@@ -38,7 +45,7 @@ from spikerl.snn.neurons import (
     NeuronConfig,
     PLIFConfig,
 )
-from spikerl.types import Resolved
+from spikerl.types import Resolved, Task
 
 POPULATION = PopulationConfig(
     name="population", pop_size=10, mean_range=[-3.0, 3.0], var=0.15, threshold=0.999
@@ -350,3 +357,19 @@ def small_config(
 def with_run(config: Config, **changes: Any) -> Config:
     """The same with other keys of the top level."""
     return replace(config, run=replace(config.run, **changes))
+
+
+LOW, HIGH = np.array([-1.0, 0.0, -3.0]), np.array([2.0, 0.4, -1.0])
+
+
+def toy_policy(config: ActorConfig, obs_shape: tuple[int, ...] = (4,)) -> Policy:
+    """A policy with actions from LOW to HIGH that has seen 50 observations around 3."""
+    task = Task("Toy-v0", obs_shape, (3,), LOW, HIGH, 10)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kernel = kernels.resolve(KernelConfig(name="auto", path=None), "cpu").choice
+        actor = build_actor(config, task.obs_dim, 3, kernel=kernel)
+    norm = RunningNorm(task.obs_dim, 2.5)
+    norm.add(np.random.default_rng(1).normal(3.0, 2.0, (50, task.obs_dim)))
+    norm.merge([norm.collect()])
+    return Policy(task, config, actor, norm)

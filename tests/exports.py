@@ -24,7 +24,8 @@ from builders import (
 from spikerl.export import contract
 from spikerl.export.formats import FORMATS
 from spikerl.files import checksum, json_bytes
-from spikerl.models.actor import ActorConfig, build_actor
+from spikerl.models.actor_config import ActorConfig
+from spikerl.models.networks import build_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
 from spikerl.snn.decoders import DecoderConfig

@@ -7,7 +7,8 @@ from typing import Any
 import builders
 from builders import fill
 
-from spikerl.models.actor import MLPActor, MLPConfig, SpikingActor
+from spikerl.models.actor import MLPActor, SpikingActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.snn.decoders import RateConfig
 from spikerl.snn.encoders import PopulationConfig
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spikerl.algos.decision_transformer import DecisionTransformer, DecisionTransformerConfig
-from spikerl.models.actor import ActorConfig
+from spikerl.models.actor_config import ActorConfig
 from spikerl.models.spikeformer import Spikeformer, SpikeformerConfig
 from spikerl.models.transformer import Transformer, TransformerConfig
 from spikerl.types import Contexts
@@ -120,7 +120,7 @@ def lif(drive: list[Tensor]) -> list[Tensor]:
 
 
 class PlainSpikeformer(nn.Module):
-    """The paper's equations on torch's own layers, with loops over places and spike steps."""
+    """The paper's equations on torch's own layers, with loops over positions and spike steps."""
 
     def __init__(self, source: Spikeformer) -> None:
         super().__init__()

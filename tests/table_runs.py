@@ -96,25 +96,24 @@ TABLE = {
 }
 
 
-def work(jobs: int = 2, total_steps: int = 50) -> tuple[int, dict[Any, Any]]:
+def run_cells(jobs: int = 2, total_steps: int = 50) -> tuple[int, dict[Any, Any]]:
     """Do the table in the working folder; the exit status, and the states of its cells."""
     from rich.console import Console
 
-    from spikerl.commands.reproduce import cells
-    from spikerl.commands.reproduce import work as module
+    from spikerl.commands.reproduce import cells, scheduler
     from spikerl.commands.reproduce.screen import Screen
     from spikerl.reporting.table_file import cell_of, table_of
 
-    module.POLL = 0.02
+    scheduler.POLL = 0.02
     cells.PROGRAM = [sys.executable, str(Path(__file__).resolve())]
     table = table_of(TABLE)
     wanted = [(r, c, seed) for seed in (0, 1) for c in table.columns for r in table.rows]
     every = [cell for which in wanted if (cell := cell_of(table, *which))]
     screen = Screen("small", Console(file=sys.stdout, soft_wrap=True))
-    job = module.Work(
+    running = scheduler.Scheduler(
         every, total_steps, screen, slots=[None] * jobs, nice=0, keep=total_steps < 50
     )
-    return job.run(), job.states
+    return running.run(), running.states
 
 
 def write_run(folder: Path, *, algo: str = "td3", seed: int = 0, **facts: Any) -> Path:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from spikerl import kernels
-from spikerl.algos.replay import Replay
+from spikerl.algos.replay import Sampler
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest, NonFinite
 from spikerl.kernels.gradient import Gradient, Moments
-from spikerl.models.actor import Actor, ActorConfig, SequenceActor, inference_actor
+from spikerl.models.actor import Actor
+from spikerl.models.actor_config import ActorConfig
 from spikerl.models.critic import Critics
+from spikerl.models.networks import SequenceActor, inference_actor
 from spikerl.models.proposals import Proposer
 from spikerl.schema import check_sizes
 
@@ -161,10 +163,10 @@ class Optimizer:
         world: World = ALONE,
         weight: float = 1.0,
         kernel: str = "reference",
-        kept: Tensor | None = None,
+        unpruned: Tensor | None = None,
     ) -> None:
-        """`kept`: of the parameters, 1 for those that are learned and 0 for those that stay 0."""
-        self.flat, self.kept = flatten(module), kept
+        """`unpruned`: of the parameters, 1 for those that are learned, 0 for those that stay 0."""
+        self.flat, self.unpruned = flatten(module), unpruned
         scale = guard.scale if guard.scales_loss else None
         self.gradient = Gradient(list(module.parameters()), weight=weight, scale=scale)
         self.lr, self.max_norm = lr, math.inf if max_grad_norm is None else max_grad_norm
@@ -181,9 +183,9 @@ class Optimizer:
         self.world.sum_(vector)
         if guard.scales_loss:
             vector[:-1] /= guard.scale
-        if self.kept is not None:
+        if self.unpruned is not None:
             # Adam leaves a weight whose gradient was always 0 as it is, to the bit.
-            vector[:-1] *= self.kept
+            vector[:-1] *= self.unpruned
         loss = self.gradient.loss.clone()
         if self.held:
             return loss
@@ -196,7 +198,7 @@ class Optimizer:
 
     def state(self) -> dict[str, Tensor]:
         """The live tensors of weights, of Adam's moments, and of what pruning left."""
-        pruned = {} if self.kept is None else {"kept": self.kept}
+        pruned = {} if self.unpruned is None else {"kept": self.unpruned}
         return self.moments._asdict() | pruned
 
 
@@ -231,9 +233,9 @@ class Learner:
         world: World = ALONE,
         weight: float = 1.0,
         discrete: bool = False,
-        kept: Tensor | None = None,
+        unpruned: Tensor | None = None,
     ) -> None:
-        """`kept`: of the actor's parameters, as `Optimizer` takes it."""
+        """`unpruned`: of the actor's parameters, as `Optimizer` takes it."""
         self.config, self.generator, self.world = config, generator, world
         self.discrete = discrete  # whether actions are
         kernel = actor.kernel if critic is None else critic.kernel
@@ -253,21 +255,16 @@ class Learner:
             assert isinstance(config, CriticsConfig)
             self.critic, self.critic_optimizer = critic, self.optimizer(critic, config.critic_lr)
             self.optimizers["critic"] = self.critic_optimizer
-        self.actor_optimizer = self.optimizers["actor"] = self.optimizer(actor, actor_lr, kept=kept)
+        self.actor_optimizer = self.optimizers["actor"] = self.optimizer(
+            actor, actor_lr, unpruned=unpruned
+        )
         self.targets: dict[str, Tensor] = {}
         self.acting = actor
         self.acting_flat = self.actor_optimizer.flat
         self.updates = 0
 
-    def train(
-        self,
-        replay: Replay,
-        gradient_steps: int,
-        batch_size: int,
-        generator: torch.Generator,
-        normalize: Callable[[Tensor], Tensor],
-    ) -> list[Metrics]:
-        """The updates that are due, `batch_size` rows of `replay` for each; metrics of each."""
+    def train(self, sampler: Sampler, gradient_steps: int, batch_size: int) -> list[Metrics]:
+        """So many updates, each on `batch_size` rows that it draws; metrics of each."""
         raise NotImplementedError
 
     @torch.no_grad()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from spikerl.algos.base import CriticsConfig, Metrics, normal_like
 from spikerl.algos.offpolicy import OfflineConfig, OffPolicy, TargetConfig, batches
-from spikerl.models.actor import Actor, ActorConfig, MLPActor, MLPConfig, ProposalConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import ActorConfig, MLPConfig, ProposalConfig
 from spikerl.models.critic import Critics
 from spikerl.models.proposals import (
     Proposer,

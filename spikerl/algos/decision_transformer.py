@@ -10,7 +10,6 @@ Shape legend   B batch, K steps of a context, A action entries, T steps of an ep
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +19,10 @@ from torch import Tensor
 
 from spikerl.algos.base import Learner, Metrics
 from spikerl.algos.offpolicy import OfflineConfig
-from spikerl.algos.replay import Replay
+from spikerl.algos.replay import Sampler
 from spikerl.algos.returns import returns_to_go
-from spikerl.models.actor import ActorConfig, SequenceActor
+from spikerl.models.actor_config import ActorConfig
+from spikerl.models.networks import SequenceActor
 from spikerl.models.proposals import Proposer
 from spikerl.models.sequence import ConditionConfig
 from spikerl.types import Contexts
@@ -75,19 +75,9 @@ class DecisionTransformer(Learner):
         self.episodes += 1
         return togo_T
 
-    def train(
-        self,
-        replay: Replay,
-        gradient_steps: int,
-        batch_size: int,
-        generator: torch.Generator,
-        normalize: Callable[[Tensor], Tensor],
-    ) -> list[Metrics]:
+    def train(self, sampler: Sampler, gradient_steps: int, batch_size: int) -> list[Metrics]:
         length = self.actor.config.context
-        return [
-            self.update(replay.contexts(batch_size, length, generator, normalize))
-            for _ in range(gradient_steps)
-        ]
+        return [self.update(sampler.contexts(batch_size, length)) for _ in range(gradient_steps)]
 
     def update(self, steps: Contexts) -> Metrics:
         """One update from this worker's contexts, whose returns to go are unscaled."""

@@ -1,11 +1,11 @@
 """Updates as one CUDA graph: captured once, then launched without Python.
 
-What a graph is made of lies in fixed places: the rows are copied into them, the random state is
+What a graph is made of lies at fixed addresses: the rows are copied there, the random state is
 registered, weights and moments never move. Only the first `WARM_UP` calls run as they are written,
 on a stream of their own as capturing demands; they are updates like any other.
 
 UNRUN: written without a GPU at hand. A test on the CPU covers the data flow, with a recorder that
-runs the same function over the same fixed places.
+runs the same function over the same tensors.
 """
 
 from __future__ import annotations
@@ -13,58 +13,60 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
+from spikerl.algos.base import Metrics
 from spikerl.types import Batch
 
 WARM_UP = 3
 
-Metrics = list[dict[str, Tensor]]
-Work = Callable[[Batch], Metrics]
+Updates = Callable[[], list[Metrics]]
 # Records a call, without making it; what comes back makes it.
-Recorder = Callable[[Callable[[], Metrics], torch.Generator], tuple[Callable[[], None], Metrics]]
+Recorder = Callable[[Updates, torch.Generator], tuple[Callable[[], None], list[Metrics]]]
 
 
 def record_on_gpu(
-    work: Callable[[], Metrics], generator: torch.Generator
-) -> tuple[Callable[[], None], Metrics]:
+    updates: Updates, generator: torch.Generator
+) -> tuple[Callable[[], None], list[Metrics]]:
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
-        metrics = work()
+        metrics = updates()
     return graph.replay, metrics
 
 
 class Graphed:
-    """`work` over rows of one shape."""
+    """`update` over rows of one shape."""
 
     def __init__(
-        self, work: Work, generator: torch.Generator, record: Recorder = record_on_gpu
+        self,
+        update: Callable[[Batch], list[Metrics]],
+        generator: torch.Generator,
+        record: Recorder = record_on_gpu,
     ) -> None:
-        self.work, self.generator, self.record = work, generator, record
+        self.update, self.generator, self.record = update, generator, record
         self.calls = 0
         self.rows: Batch | None = None
         self.launch: Callable[[], None] = lambda: None
-        self.metrics: Metrics = []
+        self.metrics: list[Metrics] = []
 
-    def __call__(self, rows: Batch) -> Metrics:
+    def __call__(self, rows: Batch) -> list[Metrics]:
         self.calls += 1
         if self.calls <= WARM_UP:
             return self._aside(rows)
         if self.rows is None:
             fixed = self.rows = Batch(*(field.clone() for field in rows))
-            self.launch, self.metrics = self.record(lambda: self.work(fixed), self.generator)
+            self.launch, self.metrics = self.record(lambda: self.update(fixed), self.generator)
         for mine, new in zip(self.rows, rows, strict=True):
             mine.copy_(new)
         self.launch()
         return [{name: value.clone() for name, value in m.items()} for m in self.metrics]
 
-    def _aside(self, rows: Batch) -> Metrics:
+    def _aside(self, rows: Batch) -> list[Metrics]:
         if rows.obs.device.type != "cuda":
-            return self.work(rows)
+            return self.update(rows)
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            metrics = self.work(rows)
+            metrics = self.update(rows)
         current.wait_stream(stream)
         return metrics

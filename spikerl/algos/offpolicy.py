@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spikerl.algos.base import AlgoConfig, CriticsConfig, Learner, Metrics, flatten, normal_like
 from spikerl.algos.graphs import Graphed
-from spikerl.algos.replay import Replay
+from spikerl.algos.replay import Sampler
 from spikerl.models.actor import Actor
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
@@ -132,24 +132,17 @@ class OffPolicy(Learner):
             online = self.optimizers[name].flat
             self.kernel.polyak(target, online, self.config.tau, self.guard.masked)
 
-    def train(
-        self,
-        replay: Replay,
-        gradient_steps: int,
-        batch_size: int,
-        generator: torch.Generator,
-        normalize: Callable[[Tensor], Tensor],
-    ) -> list[Metrics]:
+    def train(self, sampler: Sampler, gradient_steps: int, batch_size: int) -> list[Metrics]:
         metrics: list[Metrics] = []
         most = max(BATCHES_AT_ONCE // self.batches_per_update, 1)
         while len(metrics) < gradient_steps:
             count = min(gradient_steps - len(metrics), most)
             size = count * self.batches_per_update * batch_size
-            rows = replay.sample(size, generator, normalize, self.n_step)
-            metrics += self.learn(rows, count)
+            rows = sampler.batch(size, self.n_step)
+            metrics += self.run_updates(rows, count)
         return metrics
 
-    def learn(self, rows: Batch, gradient_steps: int) -> list[Metrics]:
+    def run_updates(self, rows: Batch, gradient_steps: int) -> list[Metrics]:
         """So many updates with equal shares of the rows, in order, round by round."""
         first, metrics = self.updates, []
         last = first + gradient_steps

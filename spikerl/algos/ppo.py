@@ -7,7 +7,6 @@ each: A of a Gaussian, one of a categorical policy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.algos.base import CriticsConfig, Learner, Metrics, normal_like
-from spikerl.algos.replay import Replay
+from spikerl.algos.replay import Sampler
 from spikerl.algos.returns import gae
 from spikerl.models.actor import Actor
 from spikerl.models.critic import Critics
@@ -150,21 +149,14 @@ class PPO(Learner):
             lr = self.actor_optimizer.lr
             self.optimizers["log_std"] = self.optimizer(self.log_std, lr)
 
-    def train(
-        self,
-        replay: Replay,
-        gradient_steps: int,
-        batch_size: int,
-        generator: torch.Generator,
-        normalize: Callable[[Tensor], Tensor],
-    ) -> list[Metrics]:
+    def train(self, sampler: Sampler, gradient_steps: int, batch_size: int) -> list[Metrics]:
         """`epochs` passes over the newest rollout, in minibatches."""
-        batch, last = replay.newest(self.config.rollout_steps // self.world.size, normalize)
-        rows = self.prepare(batch, last, replay.width)
+        batch, last = sampler.newest(self.config.rollout_steps // self.world.size)
+        rows = self.prepare(batch, last, sampler.replay.width)
         minibatches = gradient_steps // self.config.epochs
         metrics: list[Metrics] = []
         for _ in range(self.config.epochs):
-            order = torch.randperm(len(rows.ret), generator=generator).to(rows.ret.device)
+            order = torch.randperm(len(rows.ret), generator=sampler.generator).to(rows.ret.device)
             for index in order.tensor_split(minibatches):
                 own = self.update(Rows(*(field[index] for field in rows)))
                 if own is None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from spikerl.algos.base import Metrics
 from spikerl.algos.offpolicy import OffPolicy, batches
 from spikerl.algos.td3 import TD3Config
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.schema import check_sizes
 from spikerl.types import Batch

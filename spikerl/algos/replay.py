@@ -6,6 +6,7 @@ Shape legend   B batch, K steps of a context, O observation entries, A action en
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -196,3 +197,20 @@ class Replay:
         act = rows[:, 2 * O : 2 * O + A]
         fields = (obs, act, rew, next_obs, terminated > 0, discount)
         return Batch(*(field.contiguous() for field in fields)), last > 0
+
+
+class Sampler(NamedTuple):
+    """Where the rows of updates come from: drawn with this stream, normalised as they are now."""
+
+    replay: Replay
+    generator: torch.Generator
+    normalize: Callable[[Tensor], Tensor]
+
+    def batch(self, count: int, n_step: int = 1) -> Batch:
+        return self.replay.sample(count, self.generator, self.normalize, n_step)
+
+    def contexts(self, count: int, length: int) -> Contexts:
+        return self.replay.contexts(count, length, self.generator, self.normalize)
+
+    def newest(self, count: int) -> tuple[Batch, Tensor]:
+        return self.replay.newest(count, self.normalize)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from spikerl.algos.base import Metrics, flatten, normal_like
 from spikerl.algos.offpolicy import OffPolicy, OffPolicyConfig
 from spikerl.errors import BadRequest
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.schema import check_sizes
 from spikerl.types import Batch

@@ -32,9 +32,9 @@ def offers_for(word: str) -> list[str] | None:
         return None
     if key in PATHS:
         start = os.path.expanduser(value)
-        places = sorted(glob(f"{escape(start)}*"))
-        typed = (value + place[len(start) :] for place in places)
-        ends = ("/" if os.path.isdir(place) else "" for place in places)
+        paths = sorted(glob(f"{escape(start)}*"))
+        typed = (value + path[len(start) :] for path in paths)
+        ends = ("/" if os.path.isdir(path) else "" for path in paths)
         return [f"{key}={place}{end}" for place, end in zip(typed, ends, strict=True)]
     if key in VALUES:
         return [f"{key}={one}" for one in VALUES[key]]

@@ -1,4 +1,4 @@
-"""From what was typed to what Hydra composes, and from Hydra's complaints to one line."""
+"""From what was typed to what Hydra composes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from typing import Any
 
 from spikerl import plugins
 from spikerl.config.yaml_file import (
-    NAME,
     conf_folder,
     counted,
     group_options,
-    option_file,
     overrides_of,
     quoted,
     read_config,
@@ -23,7 +21,7 @@ from spikerl.config.yaml_file import (
 )
 from spikerl.distributed.launchers import ranked
 from spikerl.errors import BadRequest, nearest
-from spikerl.files import absolute, read_json
+from spikerl.files import read_json
 
 FLAGS = ("--help", "-h", "--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m",
          "--info", "-i", "--hydra-help", "--run", "-r")  # fmt: skip
@@ -39,10 +37,6 @@ RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend", "backen
              "max_restarts", "nnodes", "node_rank", "rdzv", "plugins")  # fmt: skip
 # Its other settings can name code to run: callbacks, logging, the search path.
 HYDRA = r"\+{0,2}hydra(/(launcher|sweeper)|\.(launcher|sweeper)(\.\w+)+)"
-HYDRAS = {
-    "hydra/launcher": ["basic", "joblib", "submitit_local", "submitit_slurm"],
-    "hydra/sweeper": ["basic", "optuna"],
-}
 OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra passes over
 MAX_BYTES = 1 << 28  # of a manifest.json
 # Networks over sequences, and the groups that they have no part of.
@@ -90,8 +84,8 @@ def usage() -> str:
 
 def searchpath() -> list[str]:
     """What makes Hydra search the conf/ folders of plugins, too."""
-    places = [quoted(folder.as_uri()) for folder in plugins.conf_folders()]
-    return [f"hydra.searchpath=[{','.join(places)}]"] if places else []
+    folders = [quoted(folder.as_uri()) for folder in plugins.conf_folders()]
+    return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
 
 
 def expand(command: str, args: Sequence[str]) -> list[str]:
@@ -183,7 +177,7 @@ def _literal(arg: str, sweeps: bool) -> str:
         return f"logger=[{'' if value in ('null', 'none') else value}]"
     if key not in PATHS or value in ("", "null") or value[0] in "'\"":
         return arg
-    several = sweeps and re.search(r"[,(]", value) and _readable(arg)
+    several = sweeps and re.search(r"[,(]", value) and readable(arg)
     return arg if several else f"{key}={quoted(value)}"
 
 
@@ -251,48 +245,7 @@ def check_resume(args: Sequence[str], run: Path) -> None:
             raise BadRequest(key, value, remedy)
 
 
-def explain(command: str, args: Sequence[str], error: Exception) -> str:
-    """Hydra's or OmegaConf's complaint as one line with key, value and remedy."""
-    text = str(error)
-    if isinstance(error, BadRequest):
-        return str(_as_typed(error, args))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        group, option = match.groups()
-        options = HYDRAS.get(group) or group_options(group)
-        version = re.fullmatch(r"(\w+)-(v\d+)", option)
-        if group == "env" and version and version[1] in options:
-            return f"env={option}: no such option; write env={version[1]} env.version={version[2]}"
-        return f"{group}={option}: no such option; {nearest(option, options)}"
-    if match := re.search(r"Could not override '([^']+)'", text):
-        key = match[1]
-        value = next((unquoted(a.partition("=")[2]) for a in args if a.startswith(f"{key}=")), "")
-        return f"{key}={value}: no such key; {_having(key) or nearest(key, known_keys(command))}"
-    if "issing mandatory value" in text:
-        key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
-        return f"{key}=???: it has no default; give it a value"
-    if match := re.search(r"Ambiguous value for argument '(.*?)'\n", text):
-        return f"{match[1]}: several values; sweep over them with -m"
-    unread = [arg for arg in split(args)[0] if not _readable(arg)]
-    if unread:
-        return f"{unread[0]}: cannot be read; write key=value"
-    return f"config: {lines[0] if lines else type(error).__name__}"
-
-
-def _as_typed(error: BadRequest, args: Sequence[str]) -> BadRequest:
-    """With a path as the user wrote it; inside the program all are absolute."""
-    key, value, remedy = error.args
-    for arg in args:
-        name, _, given = arg.partition("=")
-        if name != key or key not in PATHS or not value:
-            continue
-        for one in (unquoted(given), *given.split(",")):  # of a sweep
-            if str(absolute(one)) == str(value):
-                return BadRequest(key, one, remedy)
-    return error
-
-
-def _readable(override: str) -> bool:
+def readable(override: str) -> bool:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     try:
@@ -317,15 +270,3 @@ def known_keys(command: str) -> list[str]:
                 yield from walk(node[key], f"{prefix}{key}.")
 
     return [*walk(config, ""), *(["experiment"] if command == "train" else [])]
-
-
-def _having(key: str) -> str:
-    """Which options of its group have a key that the chosen one lacks."""
-    group, _, name = key.rpartition(".")
-    line = re.compile(rf"^{re.escape(name)}:", re.MULTILINE)
-    options = [
-        option
-        for option in (group_options(group) if re.fullmatch(NAME, group) else [])
-        if line.search(option_file(group, option).read_text(encoding="utf-8"))
-    ]
-    return f"it goes with {group}={', '.join(options)}" if options else ""

@@ -20,12 +20,12 @@ from spikerl.cli.compose import (
     PATHS,
     commands,
     expand,
-    explain,
     module_of,
     searchpath,
     split,
     usage,
 )
+from spikerl.cli.explain import explain
 from spikerl.cli.help import with_meanings
 from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.launchers import adopt
@@ -216,7 +216,7 @@ def escaped(character: str) -> str:
 
 
 def say(line: str) -> None:
-    """One line of bounded length, whatever the text holds: some may be from a stranger's file."""
+    """One line of bounded length, whatever the text holds: some may be from an untrusted file."""
     shown = "".join(c if c.isprintable() else escaped(c) for c in line[:LONGEST])
     shown += "..." * (len(line) > LONGEST)
     print(f"spikerl: {shown}", file=sys.stderr)

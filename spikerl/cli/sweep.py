@@ -35,7 +35,7 @@ from spikerl.errors import (
     with_notes,
 )
 from spikerl.files import absolute, lock_file
-from spikerl.output import duration, findings
+from spikerl.output import duration, results
 from spikerl.schema import dotted
 
 STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
@@ -70,8 +70,8 @@ class Sweep:
             if self.root != root:
                 self.made = [self.root]
             self.held = hold(self.root) if self.keep else None
-            kept = {name: self.root / name for name in ("multirun.yaml", "jobs.jsonl")}
-            self.before = {n: p.read_bytes() if p.exists() else b"" for n, p in kept.items()}
+            records = {name: self.root / name for name in ("multirun.yaml", "jobs.jsonl")}
+            self.before = {n: p.read_bytes() if p.exists() else b"" for n, p in records.items()}
         except OSError as error:
             reason = error.strerror or str(error)
             raise BadRequest("run_dir", root, f"{reason}; give another run_dir") from None
@@ -143,11 +143,11 @@ class Sweep:
             elif (folder / "manifest.json").exists() and self.done(config, folder):
                 outcome |= {"status": 0, "note": "done already"}
             else:
-                with safe_path(self.safe), findings() as found:
+                with safe_path(self.safe), results() as own:
                     if os.getpid() != self.pid and not hosts.submitted():
                         os.environ["SPIKERL_JOB"] = name  # which its lines begin with
                     outcome["status"] = call(config)
-                outcome |= found
+                outcome |= own
         except (BadRequest, OmegaConfBaseException) as error:
             outcome |= {"status": WRONG, "error": explain(error)}
             print(f"spikerl: {outcome['error']}", file=sys.stderr)
@@ -228,7 +228,7 @@ class Sweep:
 
     def mixed(self, jobs: Sequence[dict[str, Any]]) -> str | None:
         """What the runs of the table differ in beside what the sweep varies."""
-        from spikerl.runs.folder import differences
+        from spikerl.runs.differences import differences
 
         shown = [Path(job["folder"]) for job in jobs if self.keep and job["return"] is not None]
         # An experiment sets keys of every group.
@@ -300,7 +300,7 @@ def hold(root: Path) -> IO[str]:
 
 
 def result(job: dict[str, Any]) -> dict[str, Any]:
-    """The task and the return of a job: what it found, or what its run folder says."""
+    """The task and the return of a job: what it gave, or what its run folder says."""
     summary = Path(job["folder"]) / "summary.json"
     known = job
     if job["status"] != WRONG and summary.exists():

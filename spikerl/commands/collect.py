@@ -25,10 +25,11 @@ from spikerl.errors import DONE, BadRequest, NonFinite, Stopped, stop_status
 from spikerl.files import absolute, checksum_of, shown, sync_folder
 from spikerl.isolation import UserCode
 from spikerl.machine import git_state, versions
-from spikerl.models.policy import Policy, check_shapes, find_policy, load_policy
+from spikerl.models.policy import Policy, check_shapes
 from spikerl.models.sequence import History
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, verified
+from spikerl.runs.policies import find_policy, load_policy
 from spikerl.runs.replayed import episodes
 from spikerl.schema import parse
 from spikerl.seeding import RESET_BITS, reset_seed, seed_for
@@ -87,9 +88,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     check_confirmed(request.run, policy.task.env_id, dict(policy.task.env_kwargs), request.env_id)
     env = environment(request, policy)
     try:
-        kept = Kept.of(request) if request.policy == "replay" else None
+        stored = StoredSteps.of(request) if request.policy == "replay" else None
         with stop_signals() as stop:
-            returns, steps = collect(request, policy, env, kept, lambda: stop[0] if stop else 0)
+            returns, steps = collect(request, policy, env, stored, lambda: stop[0] if stop else 0)
     except Stopped as stopped:
         name = signal.Signals(stopped.number).name
         print(f"spikerl: stopped on {name}; nothing was kept", file=sys.stderr)
@@ -129,7 +130,7 @@ def collect(
     request: CollectRequest,
     policy: Policy,
     env: CheckedEnv,
-    kept: Kept | None,
+    stored: StoredSteps | None,
     stop_signal: Callable[[], int],
 ) -> tuple[list[float], int]:
     """Record into a hidden folder and rename it; returns of whole episodes, and all steps."""
@@ -143,11 +144,11 @@ def collect(
                 writer = Writer(partial, policy.task)
             except ValueError as error:
                 raise BadRequest("run", request.run, str(error)) from error
-            if kept is None:
+            if stored is None:
                 returns = record(request, policy, env, writer, stop_signal)
             else:
-                returns = kept.write(policy.task, writer, stop_signal)
-            made = acted(request) if kept is None else kept.facts()
+                returns = stored.write(policy.task, writer, stop_signal)
+            made = acted(request) if stored is None else stored.facts()
             name = re.sub(r"[^A-Za-z0-9_-]", "_", target.name)
             named = name if re.search(r"-v\d+$", name) else f"{name}-v0"
             writer.finish(named, recipe(request, policy, made, returns))
@@ -260,7 +261,7 @@ def acted(request: CollectRequest) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredSteps:
     """What a run stored while it learned from steps of its own."""
 
     run: Path
@@ -270,7 +271,7 @@ class Kept:
     seed: int  # of the run
 
     @classmethod
-    def of(cls, request: CollectRequest) -> Kept:
+    def of(cls, request: CollectRequest) -> StoredSteps:
         """BadRequest: it has none, or still changes it."""
         run = Path(request.run)
         manifest = run_folder.read_manifest(run, key="run")
@@ -288,8 +289,8 @@ class Kept:
         num_envs = manifest.get("num_envs")
         if type(num_envs) is not int or not 1 <= num_envs <= MOST or type(seed) is not int:
             raise BadRequest("run", run, "its manifest.json has no num_envs, or its config no seed")
-        found = verified(run, lambda text: print(f"note: {text}", file=sys.stderr), key="run")
-        return cls(run, found, num_envs, env.reward_scale, seed)
+        checkpoint = verified(run, lambda text: print(f"note: {text}", file=sys.stderr), key="run")
+        return cls(run, checkpoint, num_envs, env.reward_scale, seed)
 
     def write(self, task: Task, writer: Writer, stop_signal: Callable[[], int]) -> list[float]:
         """Every episode that the newest checkpoint holds; undiscounted returns of whole ones."""

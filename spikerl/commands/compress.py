@@ -22,8 +22,9 @@ from spikerl.files import shown, write_json
 from spikerl.machine import versions
 from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.compression import Compression, bits_of, prune, quantise
-from spikerl.models.policy import Policy, load_policy
+from spikerl.models.policy import Policy
 from spikerl.runs import folder as run_folder
+from spikerl.runs.policies import load_policy
 from spikerl.schema import parse
 from spikerl.seeding import generator_for
 from spikerl.snn.early_exit import EarlyExit
@@ -83,14 +84,14 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     before = load_policy(request.run, policy=request.policy)
     raw = config_of(request, before)
     run_folder.check_free(request.target, named=True)
-    after, kept = compress(before, request)
+    after, unpruned = compress(before, request)
     env = known_env(before, request.run, request.env_id)
     if env is None:
         remedy = f"{before.task.env_id} is not registered here, and nothing can be compared"
         raise BadRequest("run", request.run, f"{remedy}; env_id=MODULE:NAME imports its module")
     assert after.compression is not None
     if request.finetune is not None:
-        losses = relearn(before, after, kept, env, request)
+        losses = relearn(before, after, unpruned, env, request)
         print(
             f"fine-tuned for {request.finetune} steps: loss {losses[0]:.3g}, then {losses[-1]:.3g}"
         )
@@ -163,16 +164,16 @@ def compress(policy: Policy, request: CompressRequest) -> tuple[Policy, Tensor |
             raise BadRequest("early_exit", request.early_exit, remedy)
         done.early_exit = EarlyExit(threshold=request.early_exit, steps=request.exit_steps)
         done.early_exit.check(actor.decoder, actor.spike_steps)
-    kept = None if request.prune is None else prune(actor, request.prune)
+    unpruned = None if request.prune is None else prune(actor, request.prune)
     if done.bits:
         done.scales = quantise(actor, done.bits)
     smaller = Policy(policy.task, policy.config, actor, policy.norm)
     smaller.trained_with, smaller.compression = policy.trained_with, done
-    return smaller, kept
+    return smaller, unpruned
 
 
 def relearn(
-    before: Policy, after: Policy, kept: Tensor | None, env: EnvConfig, request: CompressRequest
+    before: Policy, after: Policy, unpruned: Tensor | None, env: EnvConfig, request: CompressRequest
 ) -> list[float]:
     """Fine-tune, in other episodes than those that are compared; the loss of each step."""
     assert request.finetune is not None
@@ -190,7 +191,7 @@ def relearn(
 
     try:
         return finetune(
-            after.actor, observe, goal, request.finetune, after.compression, kept, generator,
+            after.actor, observe, goal, request.finetune, after.compression, unpruned, generator,
             squash=squash,
         )  # fmt: skip
     finally:

@@ -28,9 +28,12 @@ from spikerl.config.yaml_file import check_confirmed, overrides_of, read_config
 from spikerl.envs.make import task_of
 from spikerl.errors import BadRequest
 from spikerl.files import shown
-from spikerl.models.actor import MLPActor, MLPConfig, SpikingActor, build_actor
-from spikerl.models.policy import Policy, load_policy
+from spikerl.models.actor import MLPActor, SpikingActor
+from spikerl.models.actor_config import MLPConfig
+from spikerl.models.networks import build_actor
+from spikerl.models.policy import Policy
 from spikerl.runs import folder as run_folder
+from spikerl.runs.policies import load_policy
 from spikerl.schema import parse
 from spikerl.snn.decoders import LinearDecoder
 from spikerl.snn.linear import Linear
@@ -139,7 +142,7 @@ def compare(
 
     Spikes are those of all hidden neurons per decision.
     """
-    found = []
+    measured = []
     print(f"{'spike_steps':>11} {'alpha':>6} {'return':>10} {'+-':>8} {'spikes':>8}")
     whole = evaluator.run(dense, 1)
     print(f"{'dense':>11} {'-':>6} {whole.mean:>10.1f} {whole.std:>8.1f} {'-':>8}")
@@ -154,9 +157,9 @@ def compare(
             f"{spike_steps:>11} {alpha:>6g} {result.mean:>10.1f} {result.std:>8.1f} {spikes:>8.1f}",
             flush=True,
         )
-        found.append({"spike_steps": spike_steps, "alpha": alpha, "return_mean": result.mean,
+        measured.append({"spike_steps": spike_steps, "alpha": alpha, "return_mean": result.mean,
                       "return_std": result.std, "spikes": spikes})  # fmt: skip
-    return found
+    return measured
 
 
 def spiking_config(

@@ -19,9 +19,10 @@ from spikerl.export import reading
 from spikerl.export.proof import FilePolicy
 from spikerl.files import shown
 from spikerl.machine import versions
-from spikerl.models.policy import Policy, check_shapes, load_policy
-from spikerl.output import answer, found
+from spikerl.models.policy import Policy, check_shapes
+from spikerl.output import add_results, answer
 from spikerl.reporting.operations import lines
+from spikerl.runs.policies import load_policy
 from spikerl.schema import parse
 from spikerl.training.evaluator import Evaluation, Evaluator
 from spikerl.training.video import Filmed, check_video, rates_of
@@ -112,7 +113,7 @@ def report(
     result: Evaluation,
     videos: list[Path],
 ) -> int:
-    found(env_id=env_id, eval_return=result.mean)
+    add_results(env_id=env_id, eval_return=result.mean)
     counted = None
     if request.ops and isinstance(policy, Policy):
         bits = policy.compression.bits if policy.compression else None

@@ -17,7 +17,8 @@ from spikerl.export import contract, proof, support
 from spikerl.export.formats import FORMATS
 from spikerl.files import checksum, json_bytes, write_atomic
 from spikerl.models.actor import SpikingActor
-from spikerl.models.policy import Policy, load_policy
+from spikerl.models.policy import Policy
+from spikerl.runs.policies import load_policy
 from spikerl.schema import parse
 
 # Tang et al., arXiv:2010.09635, Table 1: Loihi against GPU, HalfCheetah to Walker2d.

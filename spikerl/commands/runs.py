@@ -21,6 +21,7 @@ from spikerl.files import shown
 from spikerl.output import answer
 from spikerl.runs import folder as run_folder
 from spikerl.runs.display import number
+from spikerl.runs.rows import read_rows
 from spikerl.schema import parse
 
 LAST_FIRST = ("steps", "return", "best", "joules", "size")  # sorted from the largest down
@@ -62,14 +63,14 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     if not root.is_dir():
         raise BadRequest("path", request.path, "no such folder")
     folders = list(find_runs(root))
-    freed, kept = clean(folders) if request.clean else ({}, [])
+    freed, not_freed = clean(folders) if request.clean else ({}, [])
     runs = sorted((describe(folder) for folder in folders), key=lambda run: order(run, request))
     if request.json:
         rows = [asdict(run) for run in runs]
         answer({"runs": rows, "freed_bytes": sum(freed.values())})
         return 0
     show(runs)
-    for line in kept:
+    for line in not_freed:
         print(f"note: {line}")
     if request.clean:
         gone = readable(sum(freed.values()))
@@ -95,8 +96,8 @@ def describe(folder: Path) -> Run:
     if state == "running" and not run_folder.is_held(folder):
         state = "lost"
     try:
-        rows = run_folder.read_rows(folder / "metrics.jsonl")
-        discarded = run_folder.read_rows(folder / "discarded.jsonl")
+        rows = read_rows(folder / "metrics.jsonl")
+        discarded = read_rows(folder / "discarded.jsonl")
     except (OSError, ValueError):
         rows, discarded = [], []
     returns = [row["eval_return"] for row in rows if isinstance(row.get("eval_return"), float)]
@@ -133,7 +134,7 @@ def last_change(folder: Path, manifest: dict[str, Any]) -> float:
 
 def clean(folders: Sequence[Path]) -> tuple[dict[Path, int], list[str]]:
     """The bytes that each finished run gave back, and why others did not."""
-    freed, kept = {}, []
+    freed, not_freed = {}, []
     for folder in folders:
         if run_folder.read_manifest(folder, key="path")["status"] != "done":
             continue
@@ -143,8 +144,8 @@ def clean(folders: Sequence[Path]) -> tuple[dict[Path, int], list[str]]:
                     freed[folder] = gone
         except (BadRequest, OSError) as error:
             why = error.args[2] if isinstance(error, BadRequest) else error
-            kept.append(f"{shown(folder)} keeps its replay: {why}")
-    return freed, kept
+            not_freed.append(f"{shown(folder)} keeps its replay: {why}")
+    return freed, not_freed
 
 
 def order(run: Run, request: RunsRequest) -> tuple[Any, ...]:

@@ -26,10 +26,12 @@ from spikerl.envs.make import make_env, task_of
 from spikerl.envs.process import start_server
 from spikerl.errors import DONE, FAILED, BadRequest, EnvironmentFailed
 from spikerl.files import absolute, shown, write_text
-from spikerl.models.policy import Policy, check_shapes, find_policy, read_policy
+from spikerl.models.policy import Policy, check_shapes, read_policy
 from spikerl.models.sequence import SequenceConfig
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
+from spikerl.runs.policies import find_policy
+from spikerl.runs.rows import check_record, read_rows
 from spikerl.snn.neurons import ResidualIFConfig
 from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
@@ -110,10 +112,10 @@ def check_launch(config: Config) -> None:
         raise BadRequest("nnodes", settings.nnodes, remedy)
 
 
-def work(spec: Mapping[str, Any], mailbox: Path) -> int:
+def run_in_worker(spec: Mapping[str, Any], shared_dir: Path) -> int:
     """A worker that `train` launched."""
     config = build(spec["raw"])
-    return run(config, task_for(config), spec["target"], spec["command"], mailbox, spec["after"])
+    return run(config, task_for(config), spec["target"], spec["command"], shared_dir, spec["after"])
 
 
 def record_lost_worker(lost: launch.WorkerLost) -> int:
@@ -134,12 +136,12 @@ def run(
     task: Task,
     target: str,
     command: Sequence[str],
-    mailbox: Path | None = None,
+    shared_dir: Path | None = None,
     after: str | None = None,
 ) -> int:
     """One worker's part of a run; all of them return the same status.
 
-    `mailbox` is shared with the parent that launched it, if one did, `after` why it did so again.
+    `shared_dir` is the launching parent's, if there is one; `after`: why it launches the run again.
     """
     torch.set_num_threads(int(config.resolved.threads.choice))
     # As torch.use_deterministic_algorithms, which also imports torch's compiler: a second.
@@ -151,12 +153,12 @@ def run(
     world = join(choice, device, config.backend.timeout_s) if ranked() else ALONE
 
     def announce_folder(folder: Path) -> None:
-        if mailbox:
-            launch.announce_folder(mailbox, folder)
+        if shared_dir:
+            launch.announce_folder(shared_dir, folder)
 
     if config.env.vectorizer == "async":
         start_server()  # which takes a while
-    with launch.stop_signals(mailbox) as stop:
+    with launch.stop_signals(shared_dir) as stop:
         trainer, status = None, None
         try:
             meter = open_meter(config.energy, device=device, local_rank=world.local_rank)
@@ -217,16 +219,14 @@ def finished(folder: Path, config: Config) -> bool:
         run_folder.lock(folder).close()
     freed, total = record.get("freed"), config.run.total_steps
     if freed:
-        step = max(
-            (row["step"] for row in run_folder.read_rows(folder / "metrics.jsonl")), default=0
-        )
+        step = max((row["step"] for row in read_rows(folder / "metrics.jsonl")), default=0)
         further = f"init_from={shown(folder)} starts from its policy"
         if step < total:
             remedy = f"its replay was removed when it was done, at step {step}; {further}"
             raise BadRequest("resume", folder, remedy)
     else:
         checkpoint = verified(folder, lambda text: None)
-        run_folder.check_record(folder, checkpoint.manifest)
+        check_record(folder, checkpoint.manifest)
         step, further = checkpoint.step, "a larger total_steps trains it further"
     if record["status"] == "done" and step >= total:
         print(f"{shown(folder)} is done at step {step}; {further}")

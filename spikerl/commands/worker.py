@@ -1,4 +1,4 @@
-"""One worker of a run: python -m spikerl.commands.worker MAILBOX [PID].
+"""One worker of a run: python -m spikerl.commands.worker SHARED_DIR [PID].
 
 The elastic agent starts it, whose process it names, or mpiexec, which cannot know its own.
 """
@@ -15,21 +15,21 @@ from spikerl.distributed.process_lifetime import die_if_spawned, end_despite_thr
 die_if_spawned()
 
 
-def main(mailbox: Path, parent: int | None = None) -> int:
+def main(shared_dir: Path, parent: int | None = None) -> int:
     if parent is None:
         adopt()
-        parent = watched(mailbox)
+        parent = watched(shared_dir)
     from spikerl.commands import train
     from spikerl.distributed import launch
 
-    def work(spec: dict[str, Any]) -> int:
+    def command(spec: dict[str, Any]) -> int:
         if "bench" in spec:
             from spikerl.commands.bench import workers
 
-            return workers.work(spec)
-        return train.work(spec, mailbox)
+            return workers.run_in_worker(spec)
+        return train.run_in_worker(spec, shared_dir)
 
-    return launch.work(mailbox, parent, work)
+    return launch.run_worker(shared_dir, parent, command)
 
 
 if __name__ == "__main__":

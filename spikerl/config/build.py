@@ -31,17 +31,13 @@ from spikerl.errors import BadRequest
 from spikerl.files import absolute
 from spikerl.kernels import KERNELS, coverage
 from spikerl.machine import cores, resolve_device, resolve_threads
-from spikerl.models.actor import (
-    ActorConfig,
-    CareBNConfig,
-    SpikingActor,
-    build_actor,
-    least_obs,
-)
-from spikerl.models.policy import ACTOR_GROUPS, CHOICES, parse_actor
+from spikerl.models.actor import SpikingActor
+from spikerl.models.actor_config import ActorConfig, CareBNConfig
+from spikerl.models.networks import ACTOR_GROUPS, build_actor, least_obs, parse_actor
 from spikerl.models.precision import PRECISIONS, PrecisionConfig, check_precision
 from spikerl.models.sequence import SequenceConfig
 from spikerl.runs.loggers import check_loggers
+from spikerl.runs.policies import CHOICES
 from spikerl.schema import parse
 from spikerl.types import Resolved, Task
 
@@ -51,17 +47,17 @@ GROUPS = ("env", *ACTOR_GROUPS, "algo", "precision", "kernel", "backend", "energ
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """The keys at the top level."""
+    """The keys at the top level; `conf/train.yaml` says what each means, and its default."""
 
     seed: int
-    total_steps: int  # environment steps over all workers; of an offline algorithm, updates
-    steps_per_epoch: int  # an evaluation, a row of metrics and a checkpoint after each epoch
-    eval_episodes: int  # deterministic episodes per evaluation; 0: there are none
-    num_envs: int | None  # over all workers; null: one per worker
-    world_size: int | None  # null: 1, or as many as the launcher (torchrun) started
+    total_steps: int
+    steps_per_epoch: int
+    eval_episodes: int
+    num_envs: int | None
+    world_size: int | None
     scaling: str
     device: str
-    threads: int | None  # of each worker; null: cores over workers, or 1 for small batches
+    threads: int | None
     deterministic: bool
     max_restarts: int
     nnodes: int
@@ -69,14 +65,15 @@ class RunConfig:
     rdzv: str | None
     run_dir: str | None
     init_from: str | None
-    init_policy: str  # last, best
+    init_policy: str
     resume: str | None
     config: str | None
-    keep_replay: bool  # and the checkpoints, of a run that is done
-    logger: list[str]  # views of metrics.jsonl
-    dataset: str | None = None  # recorded transitions, for offline algorithms
-    energy_to: dict[str, float] | None = None  # {return: R}: summary.json has the joules up to that
-    plugins: list[str]  # packages that register parts of one's own
+    keep_replay: bool
+    logger: list[str]
+    plugins: list[str]
+    # Configs of older runs lack these.
+    dataset: str | None = None
+    energy_to: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         for key, least in (("total_steps", 1), ("steps_per_epoch", 1), ("eval_episodes", 0)):
@@ -240,7 +237,7 @@ def why_layered(actor: ActorConfig, dtype: torch.dtype) -> str | None:
 def check_shares(run: RunConfig, algo: AlgoConfig, world_size: int) -> None:
     """Refuse what cannot be shared out over the workers."""
     most = max(64, 4 * cores()) * run.nnodes
-    if world_size > most and not ranked():  # a stranger's file starts no thousands of processes
+    if world_size > most and not ranked():  # an untrusted file starts no thousands of processes
         raise BadRequest("world_size", world_size, f"give at most {most} here")
     num_envs = run.num_envs or world_size
     if num_envs % world_size and run.resume:

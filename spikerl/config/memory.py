@@ -15,7 +15,7 @@ from spikerl.algos.offpolicy import OfflineConfig
 from spikerl.config.build import Config
 from spikerl.errors import BadRequest
 from spikerl.machine import CGROUP, GROUPS, control_groups
-from spikerl.models.actor import PopSANConfig
+from spikerl.models.actor_config import PopSANConfig
 from spikerl.models.sequence import SequenceConfig
 from spikerl.models.spikeformer import SpikeformerConfig
 from spikerl.models.transformer import TransformerConfig

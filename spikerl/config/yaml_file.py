@@ -1,6 +1,6 @@
 """A config file as plain data, and the overrides that make Hydra compose the same.
 
-The file may be a stranger's: it is only ever values.
+The file may be untrusted: it is only ever values.
 """
 
 from __future__ import annotations

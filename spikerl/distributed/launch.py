@@ -1,10 +1,10 @@
 """Workers as subprocesses under PyTorch's elastic agent, or mpiexec, watched from the parent.
 
-Parent and workers share a mailbox, a temporary folder: `spec.json` (what to run), `pid.RANK`,
-`stop` (a signal that the parent got), `failure.RANK` (why a worker failed), `ended.RANK` (how it
-ended, under mpiexec, if not well), `folder` (the run's, once it trains), `result` (the exit
-status). Workers are in sessions of their own, so the parent passes signals on, and all ask the
-kernel to die with their parents.
+Parent and workers share a temporary folder: `spec.json` (what to run), `pid.RANK`, `stop` (a signal
+that the parent got), `failure.RANK` (why a worker failed), `ended.RANK` (how it ended, under
+mpiexec, if not well), `folder` (the run's, once it trains), `result` (the exit status). Workers are
+in sessions of their own, so the parent passes signals on, and all ask the kernel to die with their
+parents.
 """
 
 from __future__ import annotations
@@ -71,19 +71,19 @@ def launch(spec: dict[str, Any], workers: Workers) -> int:
     spec = {**spec, THREADS: os.environ.get(THREADS)}
     start = run_under_mpiexec if workers.backend == "mpi" else run_under_agent
     with tempfile.TemporaryDirectory(prefix="spikerl-") as name, forward_signals(Path(name)):
-        mailbox = Path(name)
-        (mailbox / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        shared_dir = Path(name)
+        (shared_dir / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         os.environ[THREADS] = str(workers.threads)  # which libraries read as they are loaded
         try:
-            if failures := start(mailbox, workers):
-                raise first_failure(failures, mailbox, workers.size)
+            if failures := start(shared_dir, workers):
+                raise first_failure(failures, shared_dir, workers.size)
         except WorkerLost as lost:
-            lost.folder = read(mailbox / "folder") or None
-            lost.stopping = stop_requested(mailbox) is not None
+            lost.folder = read(shared_dir / "folder") or None
+            lost.stopping = stop_requested(shared_dir) is not None
             raise
         finally:
             set_threads(spec[THREADS])
-        return int(read(mailbox / "result"))
+        return int(read(shared_dir / "result"))
 
 
 def set_threads(number: str | None) -> None:
@@ -93,7 +93,7 @@ def set_threads(number: str | None) -> None:
         os.environ[THREADS] = number
 
 
-def run_under_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
+def run_under_agent(shared_dir: Path, workers: Workers) -> dict[int, int]:
     """Exit statuses of workers that failed, by rank."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -119,12 +119,12 @@ def run_under_agent(mailbox: Path, workers: Workers) -> dict[int, int]:
         shutdown_timeout=SHUTDOWN_S,
         # On one machine the agent would look up its own name, which may lead nowhere.
         local_addr=None if several else "127.0.0.1",
-        logs_specs=DefaultLogsSpecs(log_dir=str(mailbox)),
+        logs_specs=DefaultLogsSpecs(log_dir=str(shared_dir)),
     )
     python, *flags = PYTHON
-    worker = (*flags, "-m", "spikerl.commands.worker", str(mailbox), str(os.getpid()))
+    worker = (*flags, "-m", "spikerl.commands.worker", str(shared_dir), str(os.getpid()))
     over = threading.Event()
-    threading.Thread(target=kill_hung_workers, args=(mailbox, over), daemon=True).start()
+    threading.Thread(target=kill_hung_workers, args=(shared_dir, over), daemon=True).start()
     try:
         elastic_launch(config, python)(*worker)
     except ChildFailedError as error:
@@ -144,21 +144,21 @@ def cannot_meet(workers: Workers) -> str | None:
     return hosts.cannot_reach(workers.host, workers.port, workers.timeout_s)
 
 
-def kill_hung_workers(mailbox: Path, over: threading.Event) -> None:
+def kill_hung_workers(shared_dir: Path, over: threading.Event) -> None:
     """Kill workers that outlive another's failure because they hang: the agent gives them 30 s."""
     while not over.wait(0.2):
-        if any(mailbox.glob("failure.*")) and not over.wait(SHUTDOWN_S):
-            for path in mailbox.glob("pid.*"):
+        if any(shared_dir.glob("failure.*")) and not over.wait(SHUTDOWN_S):
+            for path in shared_dir.glob("pid.*"):
                 with suppress(ProcessLookupError):
                     os.kill(int(read(path)), signal.SIGKILL)
             return
 
 
-def run_under_mpiexec(mailbox: Path, workers: Workers) -> dict[int, int]:
+def run_under_mpiexec(shared_dir: Path, workers: Workers) -> dict[int, int]:
     """The same under MPI, where one that fails ends all: only the one that did so is known."""
     start = mpi.mpiexec(workers.size)
     assert start is not None  # the config was checked
-    command = [*start, *PYTHON, "-m", "spikerl.commands.worker", str(mailbox)]
+    command = [*start, *PYTHON, "-m", "spikerl.commands.worker", str(shared_dir)]
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -169,7 +169,7 @@ def run_under_mpiexec(mailbox: Path, workers: Workers) -> dict[int, int]:
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
-    threading.Thread(target=end_all_with_one, args=(process, mailbox), daemon=True).start()
+    threading.Thread(target=end_all_with_one, args=(process, shared_dir), daemon=True).start()
     assert process.stdout is not None
     last_words: list[str] = []  # of mpiexec, about one that failed
     for line in process.stdout:
@@ -178,16 +178,16 @@ def run_under_mpiexec(mailbox: Path, workers: Workers) -> dict[int, int]:
         else:
             print(line, end="", flush=True)
     status = process.wait()
-    if failures := {rank_in(path): int(read(path)) for path in mailbox.glob("ended.*")}:
+    if failures := {rank_in(path): int(read(path)) for path in shared_dir.glob("ended.*")}:
         return failures
-    if failures := {rank_in(path): FAILED for path in mailbox.glob("failure.*")}:
+    if failures := {rank_in(path): FAILED for path in shared_dir.glob("failure.*")}:
         return failures
     if status != 0:
         raise WorkerLost(f"mpiexec ended with status {status}: {''.join(last_words).strip()}")
     return {}
 
 
-def end_all_with_one(process: subprocess.Popen[str], mailbox: Path) -> None:
+def end_all_with_one(process: subprocess.Popen[str], shared_dir: Path) -> None:
     """End mpiexec, and with it all workers, when one of them ended badly.
 
     MPICH's does so itself only if it sees the worker's connection close before its output does, and
@@ -195,7 +195,7 @@ def end_all_with_one(process: subprocess.Popen[str], mailbox: Path) -> None:
     """
     while process.poll() is None:
         time.sleep(0.1)
-        if any(mailbox.glob("ended.*")):
+        if any(shared_dir.glob("ended.*")):
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(SHUTDOWN_S)
@@ -207,7 +207,7 @@ def rank_in(path: Path) -> int:
     return int(path.suffix[1:])
 
 
-def first_failure(failures: dict[int, int], mailbox: Path, world_size: int) -> WorkerLost:
+def first_failure(failures: dict[int, int], shared_dir: Path, world_size: int) -> WorkerLost:
     """Rank and cause of what went wrong first.
 
     A lost worker makes the others fail in a collective, and they may be noticed before it: so a
@@ -216,7 +216,7 @@ def first_failure(failures: dict[int, int], mailbox: Path, world_size: int) -> W
     """
 
     def report(rank: int) -> dict[str, Any]:
-        return dict(json.loads(read(mailbox / f"failure.{rank}") or "{}"))
+        return dict(json.loads(read(shared_dir / f"failure.{rank}") or "{}"))
 
     def status(rank: int) -> int:
         return failures.get(rank, FAILED)
@@ -227,7 +227,7 @@ def first_failure(failures: dict[int, int], mailbox: Path, world_size: int) -> W
         sure = reason.get("late", False) or reason.get("environment", False)
         return not sure, not killed, reason.get("collective", not reason), reason.get("time", 0.0)
 
-    ranks = {*failures, *map(rank_in, mailbox.glob("failure.*"))}
+    ranks = {*failures, *map(rank_in, shared_dir.glob("failure.*"))}
     rank = min(ranks, key=order)
     who = f"worker {rank} of {world_size}"
     code, reason = status(rank), report(rank)
@@ -240,7 +240,7 @@ def first_failure(failures: dict[int, int], mailbox: Path, world_size: int) -> W
 
 
 @contextmanager
-def forward_signals(mailbox: Path) -> Iterator[None]:
+def forward_signals(shared_dir: Path) -> Iterator[None]:
     """Meanwhile what stops a run reaches every worker; a second Ctrl-C ends at once."""
     seen: list[int] = []
 
@@ -248,8 +248,8 @@ def forward_signals(mailbox: Path) -> Iterator[None]:
         if seen and number == signal.SIGINT:
             raise Interrupted
         seen.append(number)
-        write(mailbox / "stop", str(number))
-        for path in mailbox.glob("pid.*"):
+        write(shared_dir / "stop", str(number))
+        for path in shared_dir.glob("pid.*"):
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(int(read(path)), number)
 
@@ -258,10 +258,10 @@ def forward_signals(mailbox: Path) -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals(mailbox: Path | None = None) -> Iterator[list[int]]:
+def stop_signals(shared_dir: Path | None = None) -> Iterator[list[int]]:
     """Collect SIGTERM, SIGUSR1, SIGHUP and Ctrl-C for a loop to see; a second Ctrl-C ends at once.
 
-    `mailbox` is shared with the parent that launched this worker, if one did.
+    `shared_dir` is shared with the parent that launched this worker, if one did.
     """
     received: list[int] = []
 
@@ -270,8 +270,8 @@ def stop_signals(mailbox: Path | None = None) -> Iterator[list[int]]:
             raise Interrupted
         received.append(number)
 
-    with handled(receive, STOPS if mailbox else listened_to()):
-        if mailbox and (number := stop_requested(mailbox)) is not None:
+    with handled(receive, STOPS if shared_dir else listened_to()):
+        if shared_dir and (number := stop_requested(shared_dir)) is not None:
             received.append(number)  # before this worker listened
         yield received
 
@@ -288,26 +288,26 @@ def read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def work(mailbox: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> int:
+def run_worker(shared_dir: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> int:
     """A worker's life: die with the parent, run the spec, report a failure."""
     die_with_parent(parent)
     for number in STOPS:  # until the run listens, and again while it reports a failure
         signal.signal(number, signal.SIG_IGN)
     rank = int(os.environ["RANK"])
-    write(mailbox / f"pid.{rank}", str(os.getpid()))
-    spec = json.loads(read(mailbox / "spec.json"))
+    write(shared_dir / f"pid.{rank}", str(os.getpid()))
+    spec = json.loads(read(shared_dir / "spec.json"))
     set_threads(spec[THREADS])  # or a worker would take it for the user's word
     try:
         status = run(spec)
     except Exception as error:
-        write_failure(mailbox, rank, error)
+        write_failure(shared_dir, rank, error)
         mpi.abort()
         return FAILED
-    write(mailbox / "result", str(status))  # they all say the same
+    write(shared_dir / "result", str(status))  # they all say the same
     return 0
 
 
-def write_failure(mailbox: Path, rank: int, error: BaseException) -> None:
+def write_failure(shared_dir: Path, rank: int, error: BaseException) -> None:
     import torch.distributed as dist
 
     first = (str(error).splitlines() or [""])[0]
@@ -323,15 +323,15 @@ def write_failure(mailbox: Path, rank: int, error: BaseException) -> None:
         "traceback": "".join(traceback.format_exception(error)),
         "time": time.time(),
     }
-    write(mailbox / f"failure.{rank}", json.dumps(reason))
+    write(shared_dir / f"failure.{rank}", json.dumps(reason))
 
 
-def stop_requested(mailbox: Path) -> signal.Signals | None:
+def stop_requested(shared_dir: Path) -> signal.Signals | None:
     """A signal that the parent got before this worker could receive it."""
-    number = read(mailbox / "stop")
+    number = read(shared_dir / "stop")
     return signal.Signals(int(number)) if number else None
 
 
-def announce_folder(mailbox: Path, folder: Path) -> None:
+def announce_folder(shared_dir: Path, folder: Path) -> None:
     """Tell the parent which folder to resume if a worker is lost."""
-    write(mailbox / "folder", str(folder))
+    write(shared_dir / "folder", str(folder))

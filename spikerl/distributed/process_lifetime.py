@@ -62,7 +62,7 @@ def _end(status: int) -> None:
         os._exit(status)
 
 
-def watched(mailbox: Path) -> int:
+def watched(shared_dir: Path) -> int:
     """Go on in a child, whose parent tells how it ended if not well; the parent's process id.
 
     mpiexec does not say which of the workers failed.
@@ -75,7 +75,7 @@ def watched(mailbox: Path) -> int:
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     if code != 0:
-        partial = mailbox / f".ended.{rank}"
+        partial = shared_dir / f".ended.{rank}"
         partial.write_text(str(code))
-        partial.rename(mailbox / f"ended.{rank}")
+        partial.rename(shared_dir / f"ended.{rank}")
     os._exit(code & 0xFF)

@@ -65,7 +65,7 @@ class Reading(NamedTuple):
     # By device, of the window that its joules are of, where that is another worker's.
     lasted: Mapping[str, float] | None = None
 
-    def kept(self) -> list[Any]:
+    def as_data(self) -> list[Any]:
         """What a checkpoint keeps: the window as one worker's own."""
         return [self.seconds, self.joules, self.missing]
 

@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from spikerl.energy.operations import Count, DenseTwin, Operations
+from spikerl.energy.operations import DenseTwin, Operations
+from spikerl.energy.synapses import Count
 
 
 class Energy(NamedTuple):

@@ -2,7 +2,7 @@
 
 FOLDER/data/metadata.json, and FOLDER/data/main_data.hdf5 whose group episode_i holds observations
 (T + 1, *obs_shape), actions (T, *act_shape), rewards, terminations and truncations (T,). A folder
-may be a stranger's: nothing in it executes, no link out of it is followed, and every size, type and
+may be untrusted: nothing in it executes, no link out of it is followed, and every size, type and
 number is checked before it is used.
 
 Shape legend   T steps of an episode, O observation entries, A action entries.

@@ -181,12 +181,12 @@ def _words(generator: np.random.Generator) -> np.ndarray | None:
 
 
 def _generator(words: np.ndarray) -> np.random.Generator:
-    low, high, inc_low, inc_high, kept, draw = (int(word) & WORD for word in words)
+    low, high, inc_low, inc_high, has_uint32, draw = (int(word) & WORD for word in words)
     bits = np.random.PCG64(0)
     bits.state = {
         "bit_generator": "PCG64",
         "state": {"state": high << 64 | low, "inc": inc_high << 64 | inc_low},
-        "has_uint32": kept,
+        "has_uint32": has_uint32,
         "uinteger": draw,
     }
     return np.random.Generator(bits)

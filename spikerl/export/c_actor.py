@@ -21,7 +21,7 @@ from spikerl.snn.encoders import LearnedEncoder, PopulationEncoder, TanhPopulati
 from spikerl.snn.linear import Linear
 from spikerl.snn.neurons import ALIF, PLIF, CubaLIF, Dynamic, Neuron
 
-SPARSE = 0.25  # below this share of weights that are not 0 they alone are stored, with their places
+SPARSE = 0.25  # below this share of weights that are not 0 those alone are stored, with indices
 
 
 def number(value: float) -> str:

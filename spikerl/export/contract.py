@@ -12,7 +12,8 @@ from torch import Tensor
 
 from spikerl.machine import versions
 from spikerl.models.actor import MLPActor
-from spikerl.models.policy import Policy, task_data
+from spikerl.models.policy import Policy
+from spikerl.models.policy_file import task_data
 from spikerl.snn.decoders import LinearDecoder, RateDecoder
 from spikerl.snn.encoders import PopulationEncoder
 

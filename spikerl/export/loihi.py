@@ -196,9 +196,9 @@ def emulated(policy: Policy, obs_BO: np.ndarray) -> proof.Recorded:
     for layer in quantised(actor):
         spikes.append(scan(layer, spikes[-1]))
     act_BA = proof.decoded(policy, torch.from_numpy(spikes[-1]))
-    kept = clear.numpy()
+    certain = clear.numpy()
     fired = [layer.astype(bool) for layer in spikes]
-    return proof.Recorded(obs_BO[kept], fired, act_BA, int((~kept).sum()))
+    return proof.Recorded(obs_BO[certain], fired, act_BA, int((~certain).sum()))
 
 
 def scan(layer: Layer, below_TBI: np.ndarray) -> np.ndarray:

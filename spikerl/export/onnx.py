@@ -89,7 +89,7 @@ class Graph:
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
         self.names: dict[Any, str] = {}  # of constants that are there already
-        self.kept: list[Value] = []  # so that no other gets the id of one
+        self.alive: list[Value] = []  # so that no other gets the id of one
 
     def op(self, kind: str, *inputs: Value, name: str | None = None, **settings: Any) -> str:
         name = name or f"{kind.lower()}_{len(self.nodes)}"
@@ -104,7 +104,7 @@ class Graph:
             if array.dtype != np.int64:
                 array = array.astype(np.float32)
             self.names[key] = f"constant_{len(self.constants)}"
-            self.kept.append(value)
+            self.alive.append(value)
             self.constants.append(self.onnx.numpy_helper.from_array(array, self.names[key]))
         return self.names[key]
 

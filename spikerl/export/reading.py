@@ -13,7 +13,7 @@ from spikerl.export.formats import FORMATS
 from spikerl.export.host import check_outside
 from spikerl.export.proof import FilePolicy
 from spikerl.files import checksum, read_bytes, read_json
-from spikerl.models.policy import read_task
+from spikerl.models.policy_file import read_task
 from spikerl.types import Task
 
 MAX_CONTRACT = 1 << 26  # bytes; receptive fields of many observation entries take most of it

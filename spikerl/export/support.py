@@ -7,7 +7,7 @@ from typing import Any
 
 from spikerl.errors import BadRequest
 from spikerl.export.contract import DECODERS, ENCODERS, NEURONS
-from spikerl.models.actor import ActorConfig, MLPConfig
+from spikerl.models.actor_config import ActorConfig, MLPConfig
 from spikerl.snn.conv import ConvConfig
 from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import EncoderConfig

@@ -68,13 +68,13 @@ class Compression:
 
 @torch.no_grad()
 def prune(actor: Actor, share: float, key: str = "prune") -> Tensor:
-    """Of all parameters in their order, 1 for each that is kept and 0 for each that is not.
+    """Of all parameters in their order, 1 for each that stays and 0 for each that is pruned.
 
     Raises BadRequest, in the name of `key`, where that is none, or all, of a matrix.
     """
     if not 0.0 < share < 1.0:
         raise BadRequest(key, share, "give a share above 0 and below 1")
-    kept = {name: torch.ones_like(p) for name, p in actor.named_parameters()}
+    unpruned = {name: torch.ones_like(p) for name, p in actor.named_parameters()}
     for name, weight in connections(actor).items():
         if name == "decoder.weight_AP":
             continue
@@ -84,8 +84,8 @@ def prune(actor: Actor, share: float, key: str = "prune") -> Tensor:
             remedy = f"of the {len(flat)} weights of {name} that is {'all' if count else 'none'}"
             raise BadRequest(key, share, f"{remedy}; give another share")
         gone = flat.abs().argsort(stable=True)[:count]
-        flat[gone] = kept[name].view(-1)[gone] = 0.0
-    return torch.cat([own.flatten() for own in kept.values()])
+        flat[gone] = unpruned[name].view(-1)[gone] = 0.0
+    return torch.cat([own.flatten() for own in unpruned.values()])
 
 
 @torch.no_grad()
@@ -93,12 +93,12 @@ def quantise(
     actor: Actor, bits: Mapping[str, int], scales: Mapping[str, float] | None = None
 ) -> dict[str, float]:
     """Put each matrix on its grid, of the best scale or of one that is given; the scales."""
-    found = {}
+    used = {}
     for name, weight in connections(actor).items():
         w = weight.numpy()
-        found[name] = scales[name] if scales else best_scale(w, bits[name])
-        weight.copy_(torch.from_numpy(on_grid(w, found[name], bits[name])))
-    return found
+        used[name] = scales[name] if scales else best_scale(w, bits[name])
+        weight.copy_(torch.from_numpy(on_grid(w, used[name], bits[name])))
+    return used
 
 
 def best_scale(w: np.ndarray, bits: int) -> float:

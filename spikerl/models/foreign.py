@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from spikerl.errors import BadRequest
-from spikerl.models.actor import ActorConfig, build_actor
+from spikerl.models.actor_config import ActorConfig
+from spikerl.models.networks import build_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.pickles import check_torch_file, read_arrays
 from spikerl.models.policy import Policy
@@ -80,14 +81,14 @@ def recognise(weights: Mapping[str, Tensor], path: Path, key: str = "popsan") ->
     own = {name: t for name, t in weights.items() if not BESIDE.fullmatch(name)}
     try:
         spiking = "decoder.decoder.weight" in own
-        found = _spiking(own) if spiking else _dense(own)
+        read = _spiking(own) if spiking else _dense(own)
     except (KeyError, ValueError, IndexError):
         raise foreign from None
     if not all(t.is_floating_point() and t.isfinite().all() for t in weights.values()):
         raise BadRequest(key, path, "holds values that are not finite numbers")
     if "log_std" in weights:  # PPO's
-        found.normalises = found.scales = False
-    return found
+        read.normalises = read.scales = False
+    return read
 
 
 def _spiking(weights: dict[str, Tensor]) -> Foreign:

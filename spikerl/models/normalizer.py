@@ -98,13 +98,13 @@ class RunningNorm:
 
     def coarse(self) -> dict[int, str]:
         """What to say of each entry whose digits float32, and so the replay, does not keep."""
-        found = np.flatnonzero(self._varies() & (np.abs(self.mean_O) > TOO_FAR * self._std()))
+        far = np.flatnonzero(self._varies() & (np.abs(self.mean_O) > TOO_FAR * self._std()))
         return {
             int(i): f"warning: observation entry {i} lies around {self.mean_O[i]:.3g} and deviates"
             f" by {np.sqrt(self.var_O[i]):.2g}: learning replays float32, which has steps of"
             f" {np.spacing(np.float32(abs(self.mean_O[i]))):.2g} there; subtract a constant from it"
             " in the environment"
-            for i in found
+            for i in far
         }
 
     def _std(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pickles of strangers: nothing in them runs, and nothing is allocated that they do not hold."""
+"""Untrusted pickles: nothing in them runs, and nothing is allocated that they do not hold."""
 
 from __future__ import annotations
 

@@ -1,88 +1,37 @@
-"""A trained policy as one artefact: actor, normaliser, action scaling, environment id, versions.
-
-`policy.json` holds the plain data and `policy.safetensors` the tensors; loading either executes
-nothing.
+"""A trained policy: actor, normaliser and action scaling, from raw observations to actions.
 
 Shape legend   B batch, O observation entries, A action entries.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
-from safetensors.torch import load
-from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from spikerl import kernels, plugins
+from spikerl import kernels
 from spikerl.errors import BadRequest
-from spikerl.files import json_bytes, read_bytes, read_json, write_atomic
+from spikerl.files import write_atomic
 from spikerl.kernels import reference
 from spikerl.kernels.reference import Carried
-from spikerl.machine import resolve_device, versions
-from spikerl.models.actor import (
-    ACTORS,
-    Activity,
-    Actor,
-    ActorConfig,
-    MLPActor,
-    PopSANConfig,
-    ProposalConfig,
-    SequenceActor,
-    SpikingActor,
-)
+from spikerl.machine import versions
+from spikerl.models.actor import Activity, Actor, MLPActor, SpikingActor
+from spikerl.models.actor_config import ActorConfig
 from spikerl.models.compression import Compression
+from spikerl.models.networks import SequenceActor
 from spikerl.models.normalizer import RunningNorm
-from spikerl.models.proposals import Proposer, build_policy
-from spikerl.models.sequence import ConditionConfig, History, SequenceConfig
-from spikerl.models.spikeformer import Spikeformer, SpikeformerConfig
-from spikerl.schema import parse
-from spikerl.snn.decoders import DECODERS
-from spikerl.snn.encoders import ENCODERS
-from spikerl.snn.neurons import NEURONS
-from spikerl.types import MAX_EPISODE_STEPS, Contexts, Entry, Task, flat
+from spikerl.models.policy_file import Saved, read_files, to_bytes
+from spikerl.models.proposals import Proposer
+from spikerl.models.sequence import History, SequenceConfig
+from spikerl.models.spikeformer import Spikeformer
+from spikerl.types import Contexts, Task, flat
 
-SCHEMA = 3  # 2: weights are input-major; 3: neurons have a reset and a choice of surrogate
-MAX_BYTES = 1 << 20  # of a policy.json; action bounds take most of it
-MAX_TENSORS = 1 << 30
-CHOICES = ("last", "best")  # of a run's policies
-ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")
 _started_in = os.getpid()  # the process whose thread pool torch may have started
-
-
-def parse_actor(data: dict[str, Any]) -> ActorConfig:
-    """The actor's part of a config; a dense one has no spiking parts."""
-    actor = ACTORS.parse(data.get("actor"))
-    proposals = None
-    if (given := data.get("proposals")) is not None:
-        proposals = parse(ProposalConfig, given, key="proposals")
-    if isinstance(actor, SequenceConfig):
-        neuron = NEURONS.parse(data.get("neuron")) if isinstance(actor, SpikeformerConfig) else None
-        conditioning = None
-        if (given := data.get("conditioning")) is not None:
-            conditioning = parse(ConditionConfig, given, key="conditioning")
-        return ActorConfig(
-            actor=actor, encoder=None, neuron=neuron, decoder=None, conditioning=conditioning
-        )
-    if not isinstance(actor, PopSANConfig):
-        return ActorConfig(
-            actor=actor, encoder=None, neuron=None, decoder=None, proposals=proposals
-        )
-    return ActorConfig(
-        actor=actor,
-        encoder=ENCODERS.parse(data.get("encoder")),
-        neuron=NEURONS.parse(data.get("neuron")),
-        decoder=DECODERS.parse(data.get("decoder")),
-        proposals=proposals,
-    )
 
 
 class Policy:
@@ -252,20 +201,19 @@ class Policy:
 
     def files(self) -> dict[str, bytes]:
         """What `save` writes, by name."""
-        tensors = {f"actor.{k}": v.detach().clone() for k, v in self.network.state_dict().items()}
-        tensors |= {f"norm.{k}": v for k, v in self.norm.state().items()}
-        data = {
-            "schema": SCHEMA,
-            **task_data(self.task),
-            "norm_clip": self.norm.clip,
-            **_parts(self.config),
-            "versions": self.trained_with or versions(),
-        }
-        if self.compression is not None:
-            data["compression"] = asdict(self.compression)
-        if needed := plugins.versions_of(self.config.parts()):
-            data["plugins"] = needed
-        return {"policy.safetensors": tensor_bytes(tensors), "policy.json": json_bytes(data)}
+        made_with = self.trained_with or versions()
+        return to_bytes(
+            Saved(self.task, self.config, self.network, self.norm, made_with, self.compression)
+        )
+
+
+def read_policy(
+    folder: Path, device: str = "cpu", *, key: str, kernel: str = "reference"
+) -> Policy:
+    saved = read_files(folder, key=key, kernel=kernel)
+    policy = Policy(saved.task, saved.config, saved.network.to(device), saved.norm)
+    policy.trained_with, policy.compression = saved.trained_with, saved.compression
+    return policy
 
 
 def leave_thread_pool() -> None:
@@ -291,223 +239,3 @@ def _shapes(task: Task) -> tuple[str, str]:
         return str(task.obs_shape), str(task.act_shape)
     first = f" from {task.choices.start} on" if task.choices.start else ""
     return str(task.obs_shape), f"one of {task.act_dim} actions{first}"
-
-
-def load_policy(
-    run: str | Path, device: str | torch.device = "cpu", *, policy: str = "last"
-) -> Policy:
-    """The policy of a run folder: its final one, else that of its newest checkpoint.
-
-    `policy`: last, or best, which had the highest evaluation return so far. `device`: auto, cpu,
-    cuda or cuda:N. Raises BadRequest, a ValueError, for a device that is not there, and for a
-    policy that is missing, foreign, damaged or inconsistent.
-    """
-    leave_thread_pool()
-    choice = resolve_device(str(device).removesuffix(":0")).choice
-    kernel = kernels.resolve(kernels.KernelConfig(name="auto", path=None), choice).choice
-    folder = find_policy(Path(run), policy, key="run")
-    return read_policy(folder, choice, key="run", kernel=kernel)
-
-
-def find_policy(run: Path, policy: str = "last", *, key: str) -> Path:
-    """The folder below `run` that holds the policy to use."""
-    if policy not in CHOICES:
-        raise BadRequest("policy", policy, f"give {' or '.join(CHOICES)}")
-    folders, root = [run], run / "checkpoints"
-    with suppress(OSError, ValueError):  # a name that cannot be one
-        # What the link points at, as it may move meanwhile; without it, the newest that is there.
-        folders.append(Path(os.path.realpath(root / "latest")))
-        folders += sorted(root.glob("step_*"), reverse=True)
-    if policy == "best":
-        folders = [folder / "best" for folder in folders]
-    for folder in folders:
-        if os.path.isfile(folder / "policy.json"):  # False, too, for a name that is too long
-            return folder
-    remedy = "no policy there; give a run folder (it holds policy.json and policy.safetensors)"
-    if policy == "best":
-        remedy = "no best policy there: a run has one once it was evaluated; give policy=last"
-    raise BadRequest(key, run, remedy)
-
-
-def upgraded(data: dict[str, Any]) -> dict[str, Any]:
-    """Schema 2 as schema 3: all neurons were of one kind of reset and surrogate."""
-    if isinstance(neuron := data.get("neuron"), dict):
-        then = {"reset": "hard", "surrogate": "rect", "surrogate_slope": 2.0}
-        data = {**data, "neuron": {**neuron, **then, "surrogate_slope_end": None}}
-    return {**data, "schema": SCHEMA}
-
-
-def task_data(task: Task) -> dict[str, Any]:
-    """What `read_task` reads."""
-    return {
-        "env_id": task.env_id,
-        "obs_shape": list(task.obs_shape),
-        "act_shape": list(task.act_shape),
-        "act_low": task.act_low.tolist(),
-        "act_high": task.act_high.tolist(),
-        "max_episode_steps": task.max_episode_steps,
-        **_optional(task),
-    }
-
-
-def read_task(data: dict[str, Any]) -> Task:
-    """A KeyError, TypeError, ValueError or OverflowError names the key that is not sound."""
-    task = Task(
-        str(data["env_id"]),
-        tuple(int(n) for n in data["obs_shape"]),
-        tuple(int(n) for n in data["act_shape"]),
-        np.array(data["act_low"], np.float64),
-        np.array(data["act_high"], np.float64),
-        int(data["max_episode_steps"]),
-        **_read_optional(data),
-    )
-    if not task.env_id.isprintable():
-        raise ValueError("env_id, which cannot be printed")
-    if min(*task.obs_shape, *task.act_shape, task.max_episode_steps, 1) < 1:
-        raise ValueError("obs_shape, act_shape or max_episode_steps")
-    if task.max_episode_steps > MAX_EPISODE_STEPS:
-        raise ValueError(f"max_episode_steps, which is above {MAX_EPISODE_STEPS}")
-    bounded = (task.act_dim if task.choices is None else 0,)
-    if task.act_low.shape != bounded or task.act_high.shape != bounded:
-        raise ValueError("act_low and act_high, which do not fit act_shape")
-    if not np.isfinite([task.act_low, task.act_high]).all():
-        raise ValueError("act_low or act_high, which are not finite")
-    if not (task.act_low < task.act_high).all():
-        raise ValueError("act_low and act_high, which leave no room")
-    return task
-
-
-def _parts(config: ActorConfig) -> dict[str, Any]:
-    """The actor's groups, without the keys that only training reads."""
-    parts = {group: part for group, part in asdict(config).items() if part is not None}
-    actor = parts["actor"].items()
-    return parts | {"actor": {k: v for k, v in actor if not k.startswith(("spike_cost", "prune"))}}
-
-
-def _optional(task: Task) -> dict[str, Any]:
-    """What only some tasks have."""
-    layout = [[list(entry.path), list(entry.shape), entry.start] for entry in task.layout]
-    every = {
-        "act_dtype": task.act_dtype if task.act_dtype != "float32" else None,
-        "act_choices": [task.choices.start, task.choices.stop] if task.choices else None,
-        "obs_layout": layout,
-        "env_kwargs": dict(task.env_kwargs),
-        "env_wrappers": list(task.env_wrappers),
-    }
-    return {key: value for key, value in every.items() if value}
-
-
-def _two(value: Any) -> tuple[int, int]:
-    first, last = value
-    if not all(type(n) is int and abs(n) < 1 << 62 for n in value):
-        raise ValueError("act_choices, which are not whole numbers")
-    return first, last
-
-
-def _read_optional(data: dict[str, Any]) -> dict[str, Any]:
-    layout = tuple(
-        Entry(tuple(path), tuple(int(n) for n in shape), None if start is None else int(start))
-        for path, shape, start in data.get("obs_layout", [])
-    )
-    obs_shape = [int(n) for n in data["obs_shape"]]
-    if layout and [sum(entry.size for entry in layout)] != obs_shape:
-        raise ValueError("obs_layout, which does not fit obs_shape")
-    names = [name for entry in layout for name in entry.path]
-    if not all(type(name) is int or (type(name) is str and name.isprintable()) for name in names):
-        raise ValueError("obs_layout, whose names cannot be printed")
-    if data.get("act_dtype", "float32") not in ("float16", "float32"):
-        raise ValueError("act_dtype")
-    kwargs, wrappers = data.get("env_kwargs", {}), data.get("env_wrappers", [])
-    if not isinstance(kwargs, dict) or not isinstance(wrappers, list):
-        raise ValueError("env_kwargs or env_wrappers")
-    choices = range(*_two(data["act_choices"])) if "act_choices" in data else None
-    if choices is not None and (len(choices) < 2 or data["act_shape"] != []):
-        raise ValueError("act_choices, which are fewer than 2 or have a shape")
-    return {
-        "act_dtype": data.get("act_dtype", "float32"),
-        "choices": choices,
-        "layout": layout,
-        "env_kwargs": kwargs,
-        "env_wrappers": tuple(wrappers),
-    }
-
-
-def read_policy(
-    folder: Path, device: str = "cpu", *, key: str, kernel: str = "reference"
-) -> Policy:
-    try:
-        data = read_json(folder / "policy.json", MAX_BYTES)
-        if "${" in json.dumps(data):
-            raise ValueError("policy.json refers to something outside it")
-        # Of its own: a file that is mapped ends the process if somebody writes over it.
-        tensors = load(read_bytes(folder / "policy.safetensors", MAX_TENSORS))
-    except (OSError, ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadRequest(key, folder, f"its policy cannot be read: {reason}") from None
-    if isinstance(data, dict) and data.get("schema") == 2:
-        data = upgraded(data)
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        schema = data.get("schema") if isinstance(data, dict) else None
-        raise BadRequest(
-            key, folder, f"policy.json has schema {schema}; this version reads {SCHEMA}"
-        )
-    needed = data.get("plugins", {})
-    if not isinstance(needed, dict):
-        raise BadRequest(key, folder, "policy.json garbles plugins")
-    plugins.check_there(key, folder, needed)
-    try:
-        task = read_task(data)
-        clip = float(data["norm_clip"])
-        trained_with = {str(k): str(v) for k, v in dict(data["versions"]).items()}
-        if not trained_with:
-            raise ValueError("versions")
-        if not all(text.isprintable() for text in trained_with.values()):
-            raise ValueError("versions, which cannot be printed")
-        if not (clip > 0.0 and np.isfinite(clip)):
-            raise ValueError("norm_clip")
-        if len(dict(data["actor"]).get("hidden_sizes", [])) > len(tensors):
-            raise ValueError("hidden_sizes")
-        config = parse_actor(data)
-        if isinstance(config.actor, SequenceConfig) and config.conditioning is None:
-            raise KeyError("conditioning")
-        with torch.device("meta"):  # so that a hostile size in the JSON allocates nothing
-            actor = build_policy(config, task.obs_dim, task.act_dim, kernel=kernel)
-    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadRequest(key, folder, f"policy.json lacks or garbles {reason}") from None
-    weights = {k.removeprefix("actor."): v for k, v in tensors.items() if k.startswith("actor.")}
-    moments = {k.removeprefix("norm."): v for k, v in tensors.items() if k.startswith("norm.")}
-    expected = {name: (p.shape, p.dtype) for name, p in actor.state_dict().items()}
-    if {name: (p.shape, p.dtype) for name, p in weights.items()} != expected:
-        raise BadRequest(key, folder, "policy.safetensors does not fit the shapes in policy.json")
-    wanted = {"count": (), "mean": (task.obs_dim,), "var": (task.obs_dim,)}
-    if {name: tuple(v.shape) for name, v in moments.items()} != wanted:
-        raise BadRequest(key, folder, "the observation normaliser is missing or does not fit")
-    types = {"count": torch.int64, "mean": torch.float64, "var": torch.float64}
-    if {name: v.dtype for name, v in moments.items()} != types:
-        raise BadRequest(key, folder, "the observation normaliser has other number types")
-    if len(weights) + len(moments) != len(tensors):
-        raise BadRequest(key, folder, "policy.safetensors holds tensors of no policy")
-    if not all(v.isfinite().all() for v in tensors.values()):
-        raise BadRequest(key, folder, "policy.safetensors holds a NaN or an infinity")
-    if moments["count"] < 0 or (moments["var"] < 0).any():
-        raise BadRequest(key, folder, "the observation normaliser has a negative count or variance")
-    compression = None
-    if (compressed := data.get("compression")) is not None:
-        try:
-            if not isinstance(compressed, dict):
-                raise TypeError("compression")
-            compression = parse(Compression, compressed, key="compression")
-            if isinstance(actor, Proposer | SequenceActor):
-                raise ValueError("compression")
-            compression.check(actor, weights, task)
-        except (TypeError, ValueError) as error:
-            raise BadRequest(key, folder, f"policy.json garbles {error}") from None
-    actor.load_state_dict(weights, assign=True)
-    if compression is not None and isinstance(actor, SpikingActor):
-        actor.early_exit = compression.early_exit
-    norm = RunningNorm(task.obs_dim, clip)
-    norm.load(moments)
-    policy = Policy(task, config, actor.to(device), norm)
-    policy.trained_with, policy.compression = trained_with, compression
-    return policy

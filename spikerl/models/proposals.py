@@ -9,19 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spikerl.models.actor import (
-    Activity,
-    Actor,
-    ActorConfig,
-    MLPActor,
-    MLPConfig,
-    ProposalConfig,
-    SequenceActor,
-    SpikingActor,
-    build_actor,
-    build_sequence,
-)
+from spikerl.models.actor import Activity, Actor, MLPActor, SpikingActor
+from spikerl.models.actor_config import ActorConfig, MLPConfig, ProposalConfig
 from spikerl.models.critic import Critics
+from spikerl.models.networks import SequenceActor, build_actor, build_sequence
 from spikerl.models.sequence import SequenceConfig
 
 LATENT_BOUND = 0.5  # of latent entries that actions are proposed from

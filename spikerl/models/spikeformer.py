@@ -173,6 +173,6 @@ class Spikeformer(nn.Module):
                 self.obs_dim, self.act_dim, self.config, self.neuron, kernel=self.kernel,
                 folded=True,
             )  # fmt: skip
-        kept = small.state_dict()
-        small.load_state_dict({name: state[name] for name in kept}, assign=True)
+        own = small.state_dict()
+        small.load_state_dict({name: state[name] for name in own}, assign=True)
         return small

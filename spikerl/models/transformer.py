@@ -57,8 +57,8 @@ def dropped(x: Tensor, share: float, generator: torch.Generator | None) -> Tenso
     """Without that share of entries, and the others larger; without a generator as it is."""
     if generator is None or share == 0.0:
         return x
-    kept = torch.rand(x.shape, generator=generator, dtype=torch.float32, device=x.device) >= share
-    return x * kept / (1.0 - share)
+    mask = torch.rand(x.shape, generator=generator, dtype=torch.float32, device=x.device) >= share
+    return x * mask / (1.0 - share)
 
 
 class Block(nn.Module):

@@ -161,5 +161,5 @@ def encoded(figure: Figure, kind: str) -> bytes:
     with rc_context({"svg.hashsalt": "spikerl", "svg.fonttype": "none"}):
         metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(out, format=kind, dpi=150, metadata=metadata if kind == "svg" else None)
-    figure.set_layout_engine("none")  # it has its places, for the next kind too
+    figure.set_layout_engine("none")  # axes stay where they are, for the next format too
     return out.getvalue()

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from spikerl.energy import modelled
 from spikerl.energy.modelled import Constants, Energy
-from spikerl.energy.operations import Count, Operations
+from spikerl.energy.operations import Operations
+from spikerl.energy.synapses import Count
 
 
 def lines(ops: Operations) -> list[str]:

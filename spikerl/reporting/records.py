@@ -1,4 +1,4 @@
-"""Run folders as they are read for a report, those of strangers and of runs that go on included."""
+"""Run folders as they are read for a report, untrusted ones and runs that go on included."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from spikerl.errors import BadRequest
 from spikerl.files import parse_json, read_bytes, read_json
 from spikerl.reporting import statistics
 from spikerl.reporting.statistics import Array
-from spikerl.runs.folder import MAX_BYTES, NAMES, read_manifest
+from spikerl.runs.differences import NAMES
+from spikerl.runs.folder import read_manifest
+from spikerl.runs.rows import MAX_BYTES
 from spikerl.schema import dotted
 
 METRICS = {

@@ -211,10 +211,10 @@ def provenance(runs: Sequence[Run]) -> list[str]:
     if "True" in differing(runs, "git", "dirty"):
         said.append("warning: some ran from a checkout with changes of its own")
     packages = ("spikerl", "torch", "numpy", "gymnasium", "mujoco")
-    found = {name: differing(runs, "versions", name) for name in packages}
-    said.append("versions: " + ", ".join(f"{n} {' and '.join(v)}" for n, v in found.items()))
+    versions = {name: differing(runs, "versions", name) for name in packages}
+    said.append("versions: " + ", ".join(f"{n} {' and '.join(v)}" for n, v in versions.items()))
     said.append(f"machines: {'; '.join(sorted(machines)) or 'unknown'}")
-    mixed = ["commits"] * (len(commits) > 1) + [n for n, v in found.items() if len(v) > 1]
+    mixed = ["commits"] * (len(commits) > 1) + [n for n, v in versions.items() if len(v) > 1]
     mixed += ["machines"] * (len(machines) > 1)
     if mixed:
         said.append(f"warning: these results are of different {', '.join(mixed)}")
@@ -281,8 +281,8 @@ def markdown(results: Results, sections: Sequence[Section]) -> str:
 
 
 def bullets(lines: Sequence[str]) -> str:
-    kept: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(fill(f"- {line}", WIDTH, subsequent_indent="  ", **kept) for line in lines)
+    wrapping: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(fill(f"- {line}", WIDTH, subsequent_indent="  ", **wrapping) for line in lines)
 
 
 def asked(results: Results) -> str:

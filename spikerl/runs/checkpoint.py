@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `checkpoints/step_N`, complete or absent: every worker writes its shard
 into a hidden folder, then rank 0 adds `manifest.json` (each file with its checksum, the schema
-version, the length of metrics.jsonl, and a seal on all this) and renames the folder into place.
+version, the length of metrics.jsonl, and a checksum of all this) and renames the folder into place.
 Replay rows are written once, into segments below `replay/` that successive checkpoints share; a
 segment's name says which worker of how many wrote it, hence whose environments' rows it holds, and
 which rows. All of it is plain data; loading it executes nothing.
@@ -114,7 +114,8 @@ def save_checkpoint(
             "files": files,
             "segments": {p: s for p, s in segments.items() if _reaches(p, world, replay)},
         }
-        write_synced(partial / "manifest.json", json_bytes({**manifest, "seal": _seal(manifest)}))
+        manifest["seal"] = _checksum(manifest)
+        write_synced(partial / "manifest.json", json_bytes(manifest))
         for folder in {(partial / file).parent for file in files}:
             sync_folder(folder)
         place = root / name
@@ -267,10 +268,10 @@ def remove_unreferenced(run: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    kept = [_read_manifest(folder) for folder in _folders(run)]
-    if None in kept:  # its segments are not known
+    manifests = [_read_manifest(folder) for folder in _folders(run)]
+    if None in manifests:  # its segments are not known
         return
-    named = {path for manifest in kept if manifest for path in manifest["segments"]}
+    named = {path for manifest in manifests if manifest for path in manifest["segments"]}
     for path in run.glob("replay/worker_*/rows_*.f32"):
         if str(path.relative_to(run)) not in named:
             path.unlink()
@@ -327,7 +328,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """None where it is missing or was damaged."""
     try:
         manifest = read_json(folder / "manifest.json", MAX_BYTES)
-        if manifest.pop("seal", None) != _seal(manifest):
+        if manifest.pop("seal", None) != _checksum(manifest):
             return None
         if manifest["schema"] == SCHEMA:
             _check(manifest)
@@ -360,7 +361,7 @@ def check_fit(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
             raise ValueError(f"its {name} holds a NaN or an infinity")
 
 
-def _seal(manifest: Mapping[str, Any]) -> str:
+def _checksum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 

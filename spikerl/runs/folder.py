@@ -1,24 +1,22 @@
-"""A run folder on disk: how it appears, its manifest and lock, and what a resume does to it."""
+"""A run folder on disk: how it appears, its manifest, its lock, and what ends up in it."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import platform
 import re
 import shlex
 import shutil
 import stat
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import OmegaConf
-from yaml import YAMLError
 
 from spikerl import machine
 from spikerl.errors import BadRequest
@@ -26,7 +24,6 @@ from spikerl.files import (
     LACKING,
     lock_file,
     make_folder,
-    parse_json,
     read_bytes,
     read_json,
     sync_folder,
@@ -35,9 +32,7 @@ from spikerl.files import (
     write_text,
 )
 from spikerl.machine import git_state, versions
-from spikerl.schema import dotted
-
-MAX_BYTES = 1 << 28  # of a file that is read whole; a record of 100 000 epochs has half of that
+from spikerl.runs.rows import MAX_BYTES
 
 
 def check_free(target: str, *, named: bool, key: str = "run_dir") -> None:
@@ -161,7 +156,7 @@ def read_manifest(folder: Path, *, key: str) -> dict[str, Any]:
 
 
 def check_own(folder: Path) -> None:
-    """Refuse to write into a folder of which a part lies elsewhere, as one from a stranger may.
+    """Refuse to write into a folder of which a part lies elsewhere, as an untrusted one may.
 
     Through a link, a resume would add to somebody's file, cut it, or remove folders.
     """
@@ -233,26 +228,6 @@ def free(folder: Path) -> int:
     return size
 
 
-def rewind(folder: Path, length: int) -> int:
-    """Cut metrics.jsonl back to the commit; the rows beyond go to discarded.jsonl. How many."""
-    path = folder / "metrics.jsonl"
-    content = read_bytes(path, MAX_BYTES)
-    if len(content) < length:
-        raise BadRequest("resume", folder, "its metrics.jsonl is shorter than its checkpoint says")
-    beyond = content[length:].splitlines(keepends=True)
-    whole = [line for line in beyond if line.endswith(b"\n") and _row(line) is not None]
-    discarded = folder / "discarded.jsonl"
-    before = read_bytes(discarded, MAX_BYTES) if discarded.exists() else b""
-    rows = b"".join(whole)
-    if not before.endswith(rows):  # else an earlier resume was killed before it cut
-        write_text(discarded, (before + rows).decode("utf-8"))
-    if len(content) != length:
-        with path.open("r+b") as f:
-            f.truncate(length)
-            os.fsync(f.fileno())
-    return len(whole)
-
-
 def write_total_steps(folder: Path, total_steps: int) -> None:
     """How far the run goes from now on, for resumes that do not say it again."""
     path = folder / "config.yaml"
@@ -278,86 +253,3 @@ def write_best(folder: Path, files: Mapping[str, bytes]) -> None:
     for name, content in sorted(files.items(), reverse=True):
         make_folder(folder / "best")
         write_atomic(folder / "best" / name, content)
-
-
-def check_record(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Refuse a record that does not lead up to the commit which says these `facts`."""
-    step, length, wall_s = facts["step"], facts.get("metrics_bytes"), facts.get("wall_s")
-    try:
-        if type(length) is not int or length < 0 or not _finite(wall_s):
-            raise ValueError("its checkpoint does not say where it ends")
-        rows = _rows(read_bytes(folder / "metrics.jsonl", MAX_BYTES)[:length])
-        steps = [row["step"] for row in rows]
-        if steps != sorted(set(steps)) or not all(0 < n <= step for n in steps):
-            raise ValueError("its steps do not rise up to its checkpoint's")
-        sound = [
-            (_finite(row["eval_return"]) or row["eval_return"] is None)
-            and isinstance(row["energy_source"], str)
-            for row in rows
-        ]
-        if not all(sound):
-            raise ValueError("a line lacks eval_return or energy_source")
-        read_rows(folder / "discarded.jsonl")
-    except (OSError, ValueError, KeyError) as error:
-        raise BadRequest("resume", folder, f"its record cannot be read: {error}") from None
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return _rows(read_bytes(path, MAX_BYTES)) if path.exists() else []
-
-
-def _rows(content: bytes) -> list[dict[str, Any]]:
-    rows = [_row(line) for line in content.splitlines()]
-    if None in rows:
-        raise ValueError(f"line {rows.index(None) + 1} is not a row")
-    return [row for row in rows if row is not None]
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """None where it is none, such as what a power cut leaves of one."""
-    try:
-        row = parse_json(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        return None
-    return row if row.get("energy_j") is None or _finite(row["energy_j"]) else None
-
-
-def _finite(value: object) -> bool:
-    return type(value) is float and math.isfinite(value)
-
-
-def differences(folders: Sequence[Path], varied: Set[str] | None = None) -> str | None:
-    """A line that says in what runs differ whose results stand side by side, or None: in code,
-    versions and machine, and in config beyond the `varied` keys (None: in any).
-    """
-    records = [_record(folder, configs=varied is not None) for folder in folders]
-    keys = sorted({key for record in records for key in record})
-    apart = [key for key in keys if len({record.get(key) for record in records}) > 1]
-    free = varied or set()
-    within = [any(key == v or key.startswith(f"{v}.") for v in free) for key in apart]
-    odd = [key for key, asked in zip(apart, within, strict=True) if not asked]
-    lacking = [str(folder) for folder, record in zip(folders, records, strict=True) if not record]
-    said = [f"these runs differ in {', '.join(odd)}"] * bool(odd)
-    said += [f"nothing is known of how {', '.join(lacking)} came about"] * bool(lacking)
-    return f"note: {'; '.join(said)}" if said else None
-
-
-# Of a config: what names a run, and what does not change what it computes.
-NAMES = ("run_dir", "resume", "config", "threads", "nnodes", "node_rank", "rdzv", "max_restarts",
-         "logger", "keep_replay")  # fmt: skip
-
-
-def _record(folder: Path, *, configs: bool) -> dict[str, str]:
-    """Code, versions, machine and config of a run, by dotted keys; empty where they are unknown."""
-    try:
-        manifest = read_json(folder / "manifest.json", MAX_BYTES)
-        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        known = {"git": manifest["git"], "versions": manifest["versions"],
-                 "hardware": {k: manifest["hardware"][k] for k in ("cpu", "gpus")}}  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, YAMLError):
-        return {}
-    assert isinstance(config, dict)
-    own = {k: v for k, v in config.items() if configs and k not in NAMES}
-    return {key: str(value) for key, value in dotted({**known, **own})}

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from spikerl.files import Journal
-from spikerl.runs.folder import read_rows
 from spikerl.runs.loggers import Events, Gauges, Mlflow, Service, Table, Wandb
+from spikerl.runs.rows import read_rows
 
 
 class RunLog:

@@ -21,7 +21,7 @@ def summary_of(
     returns = [row["eval_return"] for row in rows if row["eval_return"] is not None]
     last_ten = returns[-10:]
     joules, (mean, peak) = total_joules([*rows, *discarded]), power_over(rows)
-    found = {
+    summary = {
         "evaluations": len(returns),
         "last_eval_return": returns[-1] if returns else None,
         "best_eval_return": max(returns) if returns else None,
@@ -36,5 +36,5 @@ def summary_of(
     }
     if energy_to:
         wanted = energy_to["return"]
-        found["energy_to"] = {"return": wanted, "energy_j": joules_to_reach(rows, wanted)}
-    return found
+        summary["energy_to"] = {"return": wanted, "energy_j": joules_to_reach(rows, wanted)}
+    return summary

@@ -2,13 +2,13 @@
 arXiv:2504.03800): queries, keys and values are spikes, and there is no softmax.
 
 `pssa`   x_i = q_i * sum_j P_ij (k_j * v_j), of j <= i with i - j < window: P is learned, one for
-         each pair of places in a context, and begins as 1; * is by entry
+         each pair of positions in a context, and begins as 1; * is by entry
 `tssa`   x_i = sum_j (q_i . k_j) v_j, of j <= i: a head's entries of all spike steps stand side by
          side, so the product sums over both
 
 Both give the drive of one more layer of neurons. Padding takes no part.
 
-Shape legend   T spike steps, B batch, K places of a context, D entries, H heads.
+Shape legend   T spike steps, B batch, K positions of a context, D entries, H heads.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Convolutions as linear layers: the same matrix at every place of an image.
 
-Shape legend   B batch, P places, C channels, F filters, I inputs, N outputs.
+Shape legend   B batch, P positions, C channels, F filters, I inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ class ConvConfig:
         height, width = self.image
         for kernel, stride in zip(self.kernel_sizes, self.strides, strict=True):
             if kernel > min(height, width):
-                remedy = f"a layer sees {height} x {width} places; give smaller ones"
+                remedy = f"a layer sees {height} x {width} positions; give smaller ones"
                 raise BadRequest("actor.kernel_sizes", self.kernel_sizes, remedy)
             height, width = ((n - kernel) // stride + 1 for n in (height, width))
 
     @property
-    def places(self) -> int:
+    def pixels(self) -> int:
         return math.prod(self.image)
 
     def layers(self, inputs: int) -> list[Linear]:
         """The convolutions, for so many inputs; BadRequest where they are not such images."""
-        channels, rest = divmod(inputs, self.places)
+        channels, rest = divmod(inputs, self.pixels)
         if rest:
             height, width = self.image
             remedy = f"{inputs} inputs are not images of {height} x {width}; give height and width"
             raise BadRequest("actor.image", self.image, remedy)
-        size, first, found = (self.image[0], self.image[1]), self.channels_first, list[Linear]()
+        size, first, layers = (self.image[0], self.image[1]), self.channels_first, list[Linear]()
         for filters, kernel, stride in zip(
             self.filters, self.kernel_sizes, self.strides, strict=True
         ):
-            found.append(Conv(channels, filters, size, kernel, stride, channels_first=first))
+            layers.append(Conv(channels, filters, size, kernel, stride, channels_first=first))
             size = tuple((n - kernel) // stride + 1 for n in size)  # type: ignore[assignment]
             channels, first = filters, False
-        return found
+        return layers
 
 
 class Conv(Linear):
-    """x is cut into patches of kernel x kernel places, and W maps each, (C kernel kernel) to F.
+    """x is cut into patches of kernel x kernel positions, and W maps each, (C kernel kernel) to F.
 
     What comes out is an image again, flat as (height, width, F). No padding, as in DQN's networks.
     """

@@ -35,7 +35,7 @@ def finetune(
     goal: Callable[[Tensor], Tensor],
     steps: int,
     done: Compression,
-    kept: Tensor | None,
+    unpruned: Tensor | None,
     generator: torch.Generator,
     *,
     squash: bool = True,
@@ -43,13 +43,13 @@ def finetune(
     """Change `actor`, which was compressed as `done` says; the loss of each step.
 
     `observe`: observations (M, O), in round 0 of the policy before, then of this actor. `goal`:
-    what they ask for, (M, A). `kept`: of the parameters, 0 for those that were pruned. Raises
+    what they ask for, (M, A). `unpruned`: of the parameters, 0 for those that were pruned. Raises
     NonFinite if a loss was.
     """
     obs_MO = observe(0)
     act_MA = goal(obs_MO)
     guard = Guard(obs_MO.device, scales_loss=False)
-    optimizer = Optimizer(actor, RATE, guard, kernel=actor.kernel, kept=kept)
+    optimizer = Optimizer(actor, RATE, guard, kernel=actor.kernel, unpruned=unpruned)
     numbers, losses = optimizer.flat.clone(), []
     for step in range(steps):
         if step > 0 and (now := step * ROUNDS // steps) > (step - 1) * ROUNDS // steps:

@@ -65,4 +65,4 @@ def merge_progress(parts: Sequence[Mapping[str, Any]], size: int) -> dict[str, A
 def merged(readings: Sequence[list[Any] | None]) -> list[Any] | None:
     """The workers' readings of one window as one; None if no worker has any."""
     known = [Reading(*reading) for reading in readings if reading is not None]
-    return merge(known).kept() if known else None
+    return merge(known).as_data() if known else None

@@ -14,25 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from spikerl.config.build import Config
-from spikerl.distributed.world import World, share
+from spikerl.distributed.world import World
 from spikerl.errors import DONE, FAILED, INTERRUPTED, BadRequest, DiskError, stop_status
 from spikerl.files import shown, write_json, write_text
 from spikerl.machine import versions
-from spikerl.models.precision import why_slow
-from spikerl.output import several
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, verified
 from spikerl.runs.display import View, epoch_line, idle_line, spent_text, stuck_layers
 from spikerl.runs.record import RunLog
+from spikerl.runs.rows import cut_back, read_rows
 from spikerl.runs.summary import summary_of
-from spikerl.training.trainer import Row, Trainer
-from spikerl.types import Resolved
+from spikerl.training.announcement import NOTHING_LEARNED, announce
+from spikerl.training.epoch_row import Row
+from spikerl.training.trainer import Trainer
 
 FEW = 3  # warnings of one kind, at a time
-NOTHING_LEARNED = (
-    "warning: this run makes no update, so its policy is the one that it starts with; give more"
-    " total_steps, or less algo.learning_starts or algo.rollout_steps"
-)
 
 
 class Session:
@@ -81,8 +77,8 @@ class Session:
         if self.is_rank0:
             title = f"{trainer.task.env_id}  {config.algo.name}  {shown(self.folder)}"
             self.log = RunLog(self.folder, trainer.step, config.run.logger, config.raw)
-            past = run_folder.read_rows(self.folder / "metrics.jsonl")
-            past += run_folder.read_rows(self.folder / "discarded.jsonl")
+            past = read_rows(self.folder / "metrics.jsonl")
+            past += read_rows(self.folder / "discarded.jsonl")
             self.view = View(title, config.run.total_steps, trainer.step, past)
             for text in [
                 *announce(config, trainer),
@@ -146,7 +142,7 @@ class Session:
         if not self.is_rank0:
             return
         remove_newer(checkpoint)
-        lost = run_folder.rewind(self.folder, int(checkpoint.manifest["metrics_bytes"]))
+        lost = cut_back(self.folder, int(checkpoint.manifest["metrics_bytes"]))
         run_folder.write_total_steps(self.folder, self.config.run.total_steps)
         run_folder.remove_results(self.folder)
         self.restore_best(checkpoint)
@@ -177,14 +173,14 @@ class Session:
         """Whether all of it was; nothing in the folder has changed so far."""
         try:
             return self.trainer.load(checkpoint)
-        except Exception as error:  # a checkpoint of another run, or a stranger's, raises any
+        except Exception as error:  # a checkpoint of another run, or a forged one, raises any
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             remedy = f"its {checkpoint.folder.name} does not fit this run ({reason})"
             raise BadRequest("resume", self.folder, remedy) from error
 
     def restore_best(self, checkpoint: Checkpoint) -> None:
         """What was best when `checkpoint` was committed, not by rows that are discarded."""
-        rows = run_folder.read_rows(self.folder / "metrics.jsonl")
+        rows = read_rows(self.folder / "metrics.jsonl")
         returns = [row["eval_return"] for row in rows if row["eval_return"] is not None]
         self.best, self.best_return = checkpoint.best(), max(returns, default=-math.inf)
 
@@ -340,8 +336,8 @@ class Session:
             write_text(self.folder / "error.txt", text)
 
     def summarise(self) -> None:
-        rows = run_folder.read_rows(self.folder / "metrics.jsonl")
-        discarded = run_folder.read_rows(self.folder / "discarded.jsonl")
+        rows = read_rows(self.folder / "metrics.jsonl")
+        discarded = read_rows(self.folder / "discarded.jsonl")
         manifest = run_folder.read_manifest(self.folder, key="resume")
         summary = {
             "env_id": self.trainer.task.env_id,
@@ -379,49 +375,3 @@ class Session:
         if self.log:
             with suppress(OSError):
                 self.log.write()
-
-
-def announce(config: Config, trainer: Trainer) -> list[str]:
-    """What is about to run and what each worker has of it, with every choice that was made."""
-    run, size, algo = config.run, trainer.world.size, config.algo
-    rows = [share(algo.batch_size, rank, size) for rank in range(size)]
-    if run.scaling == "weak":
-        rows = [algo.batch_size] * size
-    each = str(rows[0]) if len(set(rows)) == 1 else f"{min(rows)} to {max(rows)}"
-    task, resolved = trainer.task, vars(config.resolved)
-
-    def why(name: str, resolved: Resolved) -> str:
-        """Nobody typed what a resumed run keeps."""
-        kept = run.resume and name in ("threads", "kernel") and resolved.reason == "requested"
-        return "as before" if kept else resolved.reason
-
-    over = "in shared memory" if trainer.world.shm else f"over {config.resolved.backend.choice}"
-    exchange = f"; gradients are summed {over}" if size > 1 else ""
-    lines = [
-        f"{task.env_id}: {several(task.obs_dim, 'observation')}, {several(task.act_dim, 'action')};"
-        f" {config.actor.actor.name} actor, {algo.name}, seed {run.seed},"
-        f" precision {config.precision.name}",
-        f"{several(size, 'worker')} x {several(config.num_envs // size, 'environment')};"
-        f" global batch {sum(rows)} ({each} per worker, {run.scaling} scaling);"
-        f" {trainer.updates_by(run.total_steps)} updates in {run.total_steps} steps{exchange}",
-        "; ".join(f"{name}={r.choice} ({why(name, r)})" for name, r in resolved.items()),
-    ]
-    if trainer.evaluator.note:
-        lines.append(trainer.evaluator.note)
-    if trainer.updates_by(run.total_steps) == 0:
-        lines.append(NOTHING_LEARNED)
-    if dataset := trainer.dataset:
-        lines.append(
-            f"dataset={shown(dataset.folder)}: {dataset.transitions} transitions of"
-            f" {len(dataset.lengths)} episodes, sha256 {dataset.sha256}"
-        )
-    lines += trainer.algo.notes()
-    if (kept := trainer.algo.actor_optimizer.kept) is not None:
-        gone = int((kept == 0).sum())
-        lines.append(f"actor.prune={config.actor.actor.prune}: {gone} weights are 0 and stay so")
-    if slow := why_slow(config.precision, config.resolved.device.choice):
-        lines.append(f"note: {slow}")
-    if config.run.init_from:
-        norm = f"normaliser ({trainer.norm.count} observations)"
-        lines.append(f"init_from={config.run.init_from}: actor weights and {norm}")
-    return lines

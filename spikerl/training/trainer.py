@@ -9,61 +9,39 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spikerl import kernels
-from spikerl.algos import ALGOS
-from spikerl.algos.base import CriticsConfig
-from spikerl.algos.decision_transformer import DecisionTransformer
 from spikerl.algos.offpolicy import OfflineConfig
-from spikerl.algos.replay import Replay
+from spikerl.algos.replay import Replay, Sampler
 from spikerl.config.build import Config
-from spikerl.distributed.world import ALONE, World, share
-from spikerl.energy.meter import Meter, Reading, energy_row, merge, power
+from spikerl.distributed.world import ALONE, World
+from spikerl.energy.meter import Meter, Reading, merge, power
 from spikerl.envs.dataset import Dataset
-from spikerl.envs.vector import Steps, make_envs
+from spikerl.envs.vector import make_envs
 from spikerl.errors import BadRequest, NonFinite, Stopped
-from spikerl.models.actor import (
-    Actor,
-    CareBNConfig,
-    SpikingActor,
-    build_network,
-    copy_weights,
-)
-from spikerl.models.compression import prune
-from spikerl.models.critic import Critics
+from spikerl.models.actor import SpikingActor
+from spikerl.models.actor_config import CareBNConfig
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
 from spikerl.models.spikeformer import Spikeformer
 from spikerl.runs.checkpoint import Checkpoint, Shard, check_fit
-from spikerl.seeding import RESET_BITS, Streams, initialising, reset_seed
+from spikerl.seeding import RESET_BITS, Streams, reset_seed
+from spikerl.training.epoch_row import Row, WorkerEpoch, epoch_row
 from spikerl.training.evaluator import Evaluator
-from spikerl.training.progress import Progress, mean_of, progress_of, since
+from spikerl.training.learner import batch_share, build_learner
+from spikerl.training.offline import store_dataset
+from spikerl.training.progress import Progress, progress_of, since
 from spikerl.training.resize import share_of
 from spikerl.types import Task
-
-Row = dict[str, Any]
-
 
 # Up to so many environments a worker acts on the CPU, whatever device it learns on: a kernel call
 # there takes microseconds, and on a GPU every operation as many. Not measured on a GPU yet.
 FEW_ENVS = 64
 SYNC_INTERVAL = 50  # steps between exchanges where the normaliser sets no interval
-
-
-def batch_share(config: Config, world: World) -> tuple[int, float]:
-    """Rows that a worker draws for an update, and their share of the global batch."""
-    size = config.algo.batch_size
-    if config.run.scaling == "weak":
-        return size, 1.0 / world.size
-    rows = share(size, world.rank, world.size)
-    # A rollout is cut into minibatches, so that all have as many.
-    equal = ALGOS.part(config.algo).on_policy
-    return rows, 1.0 / world.size if equal else rows / size
 
 
 class Trainer:
@@ -87,49 +65,13 @@ class Trainer:
         self.meter = meter or Meter("none: not asked for")
         c, run, algo = config, config.run, config.algo
         device = device or torch.device(c.resolved.device.choice)
-        learner, kernel = ALGOS.part(algo), c.resolved.kernel.choice
         each = c.num_envs // world.size
         self.acting_on = torch.device("cpu") if each <= FEW_ENVS else device
         self.streams = Streams(run.seed, world.rank, device, self.acting_on)
-        self.batch_size, weight = batch_share(c, world)
+        self.batch_size, _ = batch_share(c, world)
         # Batches of an update: with weak scaling each worker has one of the whole size.
         self.batches = world.size if run.scaling == "weak" else 1
-        with initialising(run.seed):
-            actor = build_network(
-                c.actor,
-                algo.inputs(task.obs_dim, task.act_dim),
-                algo.outputs(task.act_dim),
-                dtype=c.precision.actor_dtype,
-                kernel=kernel,
-            )
-            critic = None
-            if isinstance(algo, CriticsConfig):
-                critic = Critics(
-                    task.obs_dim,
-                    0 if learner.on_policy else task.act_dim,
-                    algo.critic_hidden_sizes,
-                    networks=algo.critics,
-                    dtype=c.precision.critic_dtype,
-                    kernel=kernel,
-                ).to(device)
-            if init is not None:
-                copy_weights(actor, init.actor)
-            share, kept = c.actor.actor.prune, None
-            if share is not None:
-                assert isinstance(actor, Actor)
-                kept = prune(actor, share, "actor.prune").to(device)
-            self.algo = learner(
-                actor.to(device),
-                critic,
-                algo,
-                actor_lr=c.actor.actor.lr,
-                generator=self.streams.update,
-                scales_loss=c.precision.scales_loss,
-                world=world,
-                weight=weight,
-                discrete=task.kind == "discrete",
-                kept=kept,
-            )
+        self.algo = build_learner(c, task, self.streams.update, world, device, init)
         self.norm = RunningNorm(task.obs_dim, algo.norm_clip)
         if init is not None:
             self.norm.load(init.norm.state())
@@ -143,7 +85,7 @@ class Trainer:
         capacity = algo.capacity() // c.num_envs * each  # whole steps of all environments
         self.replay = Replay(capacity, task.obs_dim, task.act_dim, device, width=each)
         if dataset is not None:
-            self.fill_replay(dataset)
+            store_dataset(dataset, c, self.algo, self.replay, self.norm, world.rank)
         self.envs = make_envs(c.env, each, task)
         self.seed_bits = RESET_BITS  # of resets
         self.reset_envs()
@@ -167,37 +109,9 @@ class Trainer:
         config, actor = self.algo.inference(self.config.actor, self.task.act_dim)
         return Policy(self.task, config, actor, self.norm)
 
-    def fill_replay(self, dataset: Dataset) -> None:
-        """Take the moments of all that was recorded, and this worker's share of it.
-
-        Transition k is environment k mod N's, as if N of them had made the dataset in turn; what
-        is left over, fewer than N, is not learned from. Where sequences are learned from, each has
-        as many that follow each other, with returns to go and times in place of their rewards and
-        discounts; so an episode that is cut between two keeps its returns.
-        """
-        each, total, algo = self.replay.width, self.config.num_envs, self.algo
-        sequences = isinstance(algo, DecisionTransformer)
-        scale, gamma = self.config.env.reward_scale, self.config.algo.gamma
-        column = dataset.transitions // total
-        self.replay.reserve(column * each)
-        first, end = 0, column * total
-        for episode in dataset.episodes():
-            if self.config.algo.norm_interval is not None:
-                self.norm.add(episode.obs[:-1])
-                self.norm.merge([self.norm.collect()])  # the same on every worker
-            steps = episode.steps()
-            time = np.arange(len(steps.rew))
-            number = first + time
-            if isinstance(algo, DecisionTransformer):
-                env, rew = number // column, algo.recorded(steps.rew)
-            else:
-                env, rew = number % total, steps.rew * scale
-            mine = (env // each == self.world.rank) & (number < end)
-            kept = Steps(*(field[mine] for field in steps._replace(rew=rew)))
-            self.replay.add(*kept, discount=time[mine] if sequences else gamma)
-            first += len(steps.rew)
-        if sequences:
-            self.replay.interleave()
+    @property
+    def sampler(self) -> Sampler:
+        return Sampler(self.replay, self.streams.sample, self.norm.normalize)
 
     def reset_envs(self, *resumed_at: int) -> None:
         first = self.world.rank * len(self.envs)
@@ -250,11 +164,11 @@ class Trainer:
             self.act()
         try:
             if self.algo.on_policy:  # from what it did, seen as it saw it
-                self.learn(before)
+                self.make_updates(before)
             if crossed(before, self.step, algo.norm_interval or SYNC_INTERVAL):
                 self.synchronise(stop_signal())
             if not self.algo.on_policy:
-                self.learn(before)
+                self.make_updates(before)
             self.recalibrate(before)
         except NonFinite as error:
             raise NonFinite(f"step {self.step}: {error}") from error
@@ -294,14 +208,13 @@ class Trainer:
         self.norm.merge([part[:-1] for part in everyone])
         self.stopping = int(max(part[-1] for part in everyone))
 
-    def learn(self, before: int) -> None:
+    def make_updates(self, before: int) -> None:
         """The updates that became due since step `before`."""
         due = self.updates_due(self.step) - self.updates_due(before)
         if due == 0:
             return
         self.schedule(self.step)
-        normalize = self.norm.normalize
-        metrics = self.algo.train(self.replay, due, self.batch_size, self.streams.sample, normalize)
+        metrics = self.algo.train(self.sampler, due, self.batch_size)
         self.algo.check()
         self.progress.updates = self.algo.updates
         self.progress.add(metrics)
@@ -327,7 +240,7 @@ class Trainer:
             return
         assert isinstance(actor, SpikingActor)
         count = config.recalibration_batches * self.batch_size
-        rows = self.replay.sample(count, self.streams.sample, self.norm.normalize)
+        rows = self.sampler.batch(count)
         actor.recalibrate(rows.obs.split(self.batch_size), self.streams.update)
         self.algo.refresh()
 
@@ -348,46 +261,11 @@ class Trainer:
             evaluation = self.evaluator.run(self.policy, p.epoch + 1, stop_signal)
         finally:
             evaluated = since(p.eval_energy, self.meter.end("eval"))
-            p.eval_energy = evaluated.kept()
+            p.eval_energy = evaluated.as_data()
         self.check_equal()
-        everyone = self.world.gather_objects((p.returns, p.sums, p.train_s, trained, evaluated))
-        returns = [ret for part in everyone for ret in part[0]]
-        sums = [part[1] for part in everyone]
-        train_s = max(part[2] for part in everyone)
-        joules = energy_row(
-            merge([Reading(*part[3]) for part in everyone]),
-            merge([Reading(*part[4]) for part in everyone]),
-            self.meter.source,
-        )
-        activity = evaluation.activity
-        row: Row = {
-            "epoch": p.epoch + 1,
-            "step": p.step,
-            "updates": p.updates,
-            "train_return": float(np.mean(returns)) if returns else None,
-            "train_episodes": len(returns),
-            "eval_return": evaluation.mean if evaluation.returns else None,
-            "eval_return_std": evaluation.std if evaluation.returns else None,
-            "eval_length": evaluation.length if evaluation.returns else None,
-            "critic_loss": mean_of(sums, "critic_loss"),
-            "actor_loss": mean_of(sums, "actor_loss"),
-            "q_mean": mean_of(sums, "q_mean"),
-            "firing_rate": activity.firing_rate if activity else None,
-            "window_fraction": activity.window_fraction if activity else None,
-            "layer_firing_rates": activity.layers if activity else None,
-            "layer_window_fractions": activity.layer_windows if activity else None,
-            "layer_silent": activity.silent if activity else None,
-            "layer_saturated": activity.saturated if activity else None,
-            **{name: mean_of(sums, name) for name in self.algo.metrics},
-            "env_steps_per_s": None if self.offline else (p.step - p.first_step) / train_s,
-            "updates_per_s": (p.updates - p.first_update) / train_s,
-            **joules,
-        }
-        if isinstance(self.algo.actor, SpikingActor) and self.algo.actor.spike_costs:
-            row["spike_loss"] = mean_of(sums, "spike_loss")
-        if self.algo.guard.scales_loss:
-            row["skipped_updates"] = int(self.algo.guard.skipped)
-        return row
+        own = WorkerEpoch(p.returns, p.sums, p.train_s, trained, evaluated)
+        everyone = self.world.gather_objects(own)
+        return epoch_row(p, everyone, evaluation, self.algo, self.meter.source)
 
     def start_window(self) -> None:
         self.world.barrier()  # windows of all workers are of one span of time
@@ -399,7 +277,7 @@ class Trainer:
         p = self.progress
         p.train_s += time.perf_counter() - self.clock
         reading = since(p.energy, self.meter.end("train"))
-        p.energy = reading.kept()
+        p.energy = reading.as_data()
         return reading
 
     def idle_power(self) -> float | None:
@@ -488,9 +366,9 @@ def crossed(before: int, now: int, interval: int) -> bool:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """An int64 that depends on every bit of `tensor`: its words, weighted by their places."""
+    """An int64 that depends on every bit of `tensor`: its words, weighted by their positions."""
     words = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     words = torch.nn.functional.pad(words, (0, -len(words) % 8)).view(torch.int64)
     # Odd, so that no bit is lost.
-    places = torch.arange(1, len(words) + 1, dtype=torch.int64) * 2 - 1
-    return (words * places).sum()
+    odd = torch.arange(1, len(words) + 1, dtype=torch.int64) * 2 - 1
+    return (words * odd).sum()

@@ -35,9 +35,12 @@ from spikerl.algos.sac import SAC
 from spikerl.algos.td3 import TD3
 from spikerl.distributed.world import ALONE, World
 from spikerl.envs.make import make_env, task_of
-from spikerl.models.actor import ActorConfig, MLPActor, MLPConfig, SpikingActor, build_actor
+from spikerl.models.actor import MLPActor, SpikingActor
+from spikerl.models.actor_config import ActorConfig, MLPConfig
 from spikerl.models.critic import Critics
-from spikerl.training.trainer import Trainer, batch_share, fingerprint
+from spikerl.models.networks import build_actor
+from spikerl.training.learner import batch_share
+from spikerl.training.trainer import Trainer, fingerprint
 from spikerl.types import Batch
 
 ROWS = 20  # of a batch, shared out unevenly: 11 and 9
@@ -45,7 +48,7 @@ PARTS = (slice(0, 11), slice(11, 20))
 CARE_BN = ActorConfig(actor=care_bn_config([16]), encoder=POPULATION, neuron=CUBA_LIF, decoder=RATE)
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-13}
 
-Work = Callable[[Any, slice], object]
+Updates = Callable[[Any, slice], object]
 
 
 def learner(
@@ -83,7 +86,7 @@ def learner(
 
 
 def check_gradients(
-    world: World, kind: type[Learner], config: Any, work: Work, **parts: Any
+    world: World, kind: type[Learner], config: Any, updates: Updates, **parts: Any
 ) -> None:
     """After each of three updates: of all networks, with their losses; the weights at the end."""
     mine = PARTS[world.rank]
@@ -92,8 +95,8 @@ def check_gradients(
         ours = learner(kind, config, world, (mine.stop - mine.start) / ROWS, **parts)
         assert len(ours.optimizers) >= 2
         for _ in range(3):
-            work(alone, slice(0, ROWS))
-            work(ours, mine)
+            updates(alone, slice(0, ROWS))
+            updates(ours, mine)
             for name, optimizer in ours.optimizers.items():
                 one, other = (o.gradient.vector for o in (optimizer, alone.optimizers[name]))
                 torch.testing.assert_close(one, other, **CLOSE)
@@ -103,7 +106,7 @@ def check_gradients(
 
 def replayed(learner: Any, part: slice) -> None:
     rows = transitions(ROWS, torch.float64)
-    learner.learn(Batch(*(field[part] for field in rows)), 1)
+    learner.run_updates(Batch(*(field[part] for field in rows)), 1)
 
 
 def with_noise(learner: SAC, part: slice) -> None:

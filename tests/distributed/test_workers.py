@@ -17,7 +17,8 @@ from spikerl.algos.td3 import TD3
 from spikerl.distributed.world import World, share
 from spikerl.envs.make import make_env, task_of
 from spikerl.errors import NonFinite
-from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.actor import MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.normalizer import RunningNorm
 from spikerl.training.trainer import Trainer, fingerprint
 from spikerl.types import Batch
@@ -54,16 +55,16 @@ def gradients_equal_one_process(world: World, rows: int) -> None:
     alone = learner(World(), 1.0)
     start = sum(share(rows, r, world.size) for r in range(world.rank))
     mine = slice(start, start + share(rows, world.rank, world.size))
-    together = learner(world, (mine.stop - mine.start) / rows)
+    shared = learner(world, (mine.stop - mine.start) / rows)
     whole = global_batch(rows)
     part = Batch(*(field[mine] for field in whole))
     for _ in range(3):
-        expected, got = alone.learn(whole, 1)[0], together.learn(part, 1)[0]
+        expected, got = alone.run_updates(whole, 1)[0], shared.run_updates(part, 1)[0]
         for name in ("critic_loss", "actor_loss"):
             torch.testing.assert_close(got[name], expected[name], rtol=1e-12, atol=0.0)
         for ours, theirs in (
-            (together.critic_optimizer, alone.critic_optimizer),
-            (together.actor_optimizer, alone.actor_optimizer),
+            (shared.critic_optimizer, alone.critic_optimizer),
+            (shared.actor_optimizer, alone.actor_optimizer),
         ):
             error = torch.linalg.vector_norm(ours.gradient.vector - theirs.gradient.vector)
             assert error <= 1e-12 * torch.linalg.vector_norm(theirs.gradient.vector)
@@ -91,7 +92,7 @@ def a_bad_worker_masks_all(world: World) -> None:
     td3 = learner(world, 1.0 / world.size)
     before = td3.critic_optimizer.flat.detach().clone()
     rows = global_batch(4)
-    td3.learn(rows._replace(rew=rows.rew * float("nan")) if world.rank == 1 else rows, 1)
+    td3.run_updates(rows._replace(rew=rows.rew * float("nan")) if world.rank == 1 else rows, 1)
     assert torch.equal(td3.critic_optimizer.flat.detach(), before)
     with pytest.raises(NonFinite, match="update 0:"):
         td3.check()

@@ -23,7 +23,7 @@ from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.world import BACKENDS
 from spikerl.energy.meter import METERS
 from spikerl.kernels import KERNELS
-from spikerl.models.actor import ACTORS
+from spikerl.models.networks import ACTORS
 from spikerl.models.precision import PRECISIONS
 from spikerl.schema import Registry
 from spikerl.snn.decoders import DECODERS

@@ -25,7 +25,7 @@ from transitions_env import registered
 from spikerl.algos import AlgoConfig
 from spikerl.envs.make import make_env, task_of
 from spikerl.kernels import build as native
-from spikerl.models.actor import ActorConfig, MLPConfig
+from spikerl.models.actor_config import ActorConfig, MLPConfig
 from spikerl.training.trainer import Trainer
 from spikerl.types import Resolved
 

@@ -86,7 +86,7 @@ def test_settings_of_the_environment_lie_in_the_config(tmp_path: Path) -> None:
     assert spikerl("eval", f"run={again}", "env_id=own_envs:Takes-v0", "episodes=1").status == 0
 
 
-def test_a_strangers_config_gives_no_paths(tmp_path: Path) -> None:
+def test_an_untrusted_config_gives_no_paths(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("env: {name: Ant, kwargs: {xml_file: /etc/passwd}}\n")
     assert spikerl("train", f"config={config}").line.startswith("env.kwargs=")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -15,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from recorded import episode, write
 from shell import SHORT, spikerl, tree
 
 from spikerl import load_policy
-from spikerl.config.yaml_file import conf_folder, group_options
-from spikerl.energy.operations import NEURON_UPDATES
+from spikerl.config.yaml_file import conf_folder
+from spikerl.energy.parts import NEURON_UPDATES
 from spikerl.seeding import seed_for
 from spikerl.snn.neurons import CubaLIFConfig
 from spikerl.training.evaluator import Evaluator
@@ -36,20 +33,6 @@ TIMES = ("wall_s", "env_steps_per_s", "updates_per_s")
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def test_what_start_up_leaves_out() -> None:
-    """torch's compiler, sympy and most of tensorboard, which take as long as all else together."""
-    heavy = ("torch._inductor", "torch._dynamo", "sympy", "tensorboard.summary", "zeus", "pandas")
-    code = f"""
-import sys
-from spikerl.cli.main import run
-assert run({["train", *SHORT, "total_steps=1", "steps_per_epoch=1", "run_dir=run"]}) == 0
-print("imported:", [name for name in {heavy} if name in sys.modules])
-"""
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert done.stdout.splitlines()[-1] == "imported: []"
 
 
 @pytest.fixture(scope="module")
@@ -154,54 +137,6 @@ def test_config_with_overrides(run: Path) -> None:
     assert OmegaConf.load("new/config.yaml") == wanted
     assert load_policy("new").task.env_id == "InvertedPendulum-v4"
     assert rows(Path("new"))[-1]["updates"] == 100
-
-
-# What makes runs of such rules short, and their updates.
-FEW = {
-    "ppo": (
-        ["algo.rollout_steps=60", "algo.norm_interval=60", "algo.batch_size=20", "algo.epochs=2"],
-        6,
-    ),
-    "replaying": (
-        ["algo.random_steps=30", "algo.learning_starts=60", "algo.update_interval=4",
-         "algo.batch_size=8"], 4),
-    "offline": (["env=InvertedPendulum", "dataset=d", "algo.batch_size=8"], 4),
-}  # fmt: skip
-
-
-# Large networks, and second kinds of what another has.
-LONG = ("dsformer/tssa", "dense/dqn_minatar", "proxy_target/clif", "dense/dqn_ram_pong")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in LONG else ())
-        for name in group_options("experiment")
-    ],
-)
-def test_experiments_learn(name: str) -> None:
-    """Each published setting with the networks that it has, for a few updates."""
-    sequences = name.startswith("dsformer/") or name.endswith("/decision_transformer")
-    offline = name.startswith("offline/") or name.endswith("/bcq") or sequences
-    short, updates = FEW["ppo" if name.endswith("ppo") else "offline" if offline else "replaying"]
-    steps = updates if offline else 60
-    if offline:
-        write(Path("d"), [episode(9)])
-    if name == "spikerl/td3_4000":  # is for GPUs: gigabytes of checkpoints
-        short = [*short, "actor.hidden_sizes=[400,400]", "algo.critic_hidden_sizes=[400,400]"]
-    few = [f"total_steps={steps}", f"steps_per_epoch={steps}", "eval_episodes=1",
-           "env.max_episode_steps=20", "threads=1", "energy=none", "world_size=1"]  # fmt: skip
-    assert spikerl("train", f"experiment={name}", *few, *short, "run_dir=run").status == 0
-    (row,) = rows(Path("run"))
-    assert row["updates"] == updates
-    none = name == "offline/bc" or sequences
-    assert row["critic_loss"] is None if none else np.isfinite(row["critic_loss"])
-    # No actor beside what the loss is of.
-    alone = "dqn" in name or name.startswith("dsqn/") or name == "care_bn/ram_pong"
-    assert row["actor_loss"] is None if alone else np.isfinite(row["actor_loss"])
-    first, last = actor(Path("run/checkpoints/step_0000000000")), actor(Path("run"))
-    assert not all(torch.equal(first[k], last[k]) for k in first)
 
 
 # --- policies of runs -------------------------------------------------------------------------
@@ -315,103 +250,3 @@ def test_killed_then_evaluated(tmp_path: Path) -> None:
     said = spikerl("eval", "run=run", "episodes=1", "json=true")
     assert said.status == 0
     assert json.loads(said.out)["env_id"] == "InvertedPendulum-v5"
-
-
-# --- doctor, and the program itself -------------------------------------------------------------
-
-
-def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = spikerl("doctor", "json=true")
-    answer = json.loads(said.out)
-    assert (said.status, answer["usable"]) == (0, True)
-    found = {(f["part"], f["name"]): f for f in answer["findings"]}
-    versions = {"Pendulum": "v1", "CartPole": "v1", "Acrobot": "v1", "MountainCar": "v0"}
-    extra = ("gym", "LunarLander")
-    names = [n for n in group_options("env") if n not in extra and "/" not in n]
-    ids = [f"{name}-{versions.get(name, 'v5')}" for name in names]
-    assert all(found["environment", env_id]["there"] for env_id in ids)
-    for part in ("version", "device", "precision", "backend", "energy", "renderer", "output"):
-        assert any(kind == part for kind, _ in found), part
-    assert all(f["detail"] for f in found.values())
-    shown = spikerl("doctor").out
-    assert "HalfCheetah-v5" in shown
-    assert shown.rstrip().endswith("training can run here")
-
-
-def test_doctor_where_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaks(config: Any) -> None:
-        raise OSError(f"{config.id} [/is] broken")
-
-    monkeypatch.setattr("spikerl.commands.doctor.make_env", breaks)
-    said = spikerl("doctor")
-    assert said.status == 1
-    assert "Ant-v5 [/is] broken" in said.out
-    assert said.out.rstrip().endswith("training cannot run here: see the rows above")
-    assert json.loads(spikerl("doctor", "json=true").out)["usable"] is False
-
-
-def process(*args: str) -> subprocess.CompletedProcess[str]:
-    """The program as a process; what it imported of the heavy parts is its last line."""
-    code = (
-        "import sys\nfrom spikerl.cli import main as cli\nsys.argv = ['spikerl', *sys.argv[1:]]\n"
-        "try:\n    cli.main()\nfinally:\n    print([m for m in ('hydra', 'torch', 'gymnasium')"
-        " if m in sys.modules], file=sys.stderr)"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60
-    )
-
-
-@pytest.mark.parametrize(
-    ("args", "status", "imported"),
-    [
-        (["--help"], 0, []),
-        (["--version"], 0, []),
-        (["fly"], 2, []),
-        (["train", "config=nowhere"], 2, []),
-        (["train", "--cfg", "job"], 0, ["hydra"]),
-        (["train", "--help"], 0, ["hydra"]),
-        (["-sc", "install=bash"], 0, ["hydra"]),
-        (["train", "env=Nope"], 2, ["hydra"]),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
-)
-def test_nothing_heavy_is_imported_to_answer(
-    args: list[str], status: int, imported: list[str]
-) -> None:
-    done = process(*args)
-    assert done.returncode == status
-    assert done.stderr.splitlines()[-1] == str(imported)
-
-
-@pytest.mark.parametrize(
-    ("line", "offers"),
-    [
-        ("experiment=popsan/t", ["experiment=popsan/td3", "experiment=popsan/td3_poisson"]),
-        ("experiment=x", []),
-        ("actor=m", ["actor=mlp"]),
-    ],
-)
-def test_completion(line: str, offers: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMP_LINE", f"spikerl train env=Ant {line}")
-    said = spikerl("-sc", "query=bash")
-    assert (said.status, said.out.split()) == (0, offers)
-
-
-def test_usage() -> None:
-    assert spikerl().status == 2
-    for word in ("--help", "-h", "help"):
-        assert spikerl(word).out == spikerl().out
-    assert spikerl("--version").out.startswith("spikerl ")
-
-
-def test_a_reader_that_goes_away() -> None:
-    command = f"{sys.executable} -m spikerl train --help | head -n 1"
-    done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {command}"],
-        capture_output=True,
-        text=True,
-        env=os.environ,
-    )
-    assert done.stdout.startswith("spikerl train ")
-    assert "Traceback" not in done.stderr

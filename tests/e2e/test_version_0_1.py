@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from shell import spikerl
 
 from spikerl.envs.make import EnvConfig
-from spikerl.models.policy import load_policy
+from spikerl.runs.policies import load_policy
 from spikerl.training.evaluator import Evaluator
 
 REFERENCE = Path(__file__).parents[1] / "reference"

@@ -17,9 +17,9 @@ from spikerl.distributed.world import ALONE
 from spikerl.envs.make import make_env, task_of
 from spikerl.errors import BadRequest, DiskError
 from spikerl.files import make_folder
-from spikerl.models.policy import find_policy
 from spikerl.runs import checkpoint
 from spikerl.runs.checkpoint import KEEP, remove_newer, save_checkpoint, verified
+from spikerl.runs.policies import find_policy
 from spikerl.training.trainer import Trainer
 
 CAPACITY = 70  # each checkpoint adds 50 rows: the ring wraps around in every second one

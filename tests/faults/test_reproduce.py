@@ -21,7 +21,7 @@ import torch
 from shell import refusal, spikerl
 
 from spikerl.commands.reproduce import cells, command
-from spikerl.commands.reproduce.work import ready
+from spikerl.commands.reproduce.scheduler import ready
 from spikerl.reporting.table_file import Cell, cell_of, read_table, table_of
 
 ROOT = Path("outputs/reproduced/small")
@@ -41,7 +41,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(jobs: int) -> ForkProcess:
     """Another process that does the table; forked, as it takes seconds to import torch."""
-    process = ForkProcess(target=lambda: os._exit(table_runs.work(jobs)[0]))
+    process = ForkProcess(target=lambda: os._exit(table_runs.run_cells(jobs)[0]))
     process.start()
     return process
 
@@ -74,13 +74,13 @@ def events() -> list[list[str]]:
 
 
 def test_all_cells_then_nothing() -> None:
-    status, states = table_runs.work()
+    status, states = table_runs.run_cells()
     assert status == 0
     assert {state.word for state in states.values()} == {"done"}
     check_whole()
     before = events()
     assert sorted(name for _, name, _ in before) == sorted(TRAINED)
-    assert table_runs.work()[0] == 0
+    assert table_runs.run_cells()[0] == 0
     assert events() == before
 
 
@@ -139,14 +139,14 @@ def test_a_stop_while_a_run_is_being_started(monkeypatch: pytest.MonkeyPatch) ->
         return process
 
     monkeypatch.setattr("subprocess.Popen", interrupted)
-    status, states = table_runs.work(1)
+    status, states = table_runs.run_cells(1)
     assert status == 75
     assert [state.word for state in states.values()].count("stopped") == 1
 
 
 def test_a_failure_stops_no_other() -> None:
     Path("fail").touch()
-    status, states = table_runs.work()
+    status, states = table_runs.run_cells()
     assert status == 1
     words = {cell.name: state for cell, state in states.items()}
     failed = words["popsan/Ant/seed1"]
@@ -155,17 +155,17 @@ def test_a_failure_stops_no_other() -> None:
     assert words["converted/Ant/seed0"].word == "done"
     assert words["converted/Ant/seed1"].word == "waiting"  # for what failed
     Path("fail").unlink()
-    assert table_runs.work()[0] == 0  # a failed cell is tried again from where it was
+    assert table_runs.run_cells()[0] == 0  # a failed cell is tried again from where it was
     check_whole()
 
 
 def test_fewer_steps_first() -> None:
     """A cell that the protocol will want longer keeps what it goes on from."""
-    assert table_runs.work(total_steps=20)[0] == 0
+    assert table_runs.run_cells(total_steps=20)[0] == 0
     assert (ROOT / "popsan/Ant/seed0/checkpoints").exists()
     assert returns("popsan/Ant/seed1") == [110.0, 120.0]
     (ROOT / "popsan/Ant/seed1/evaluation.json").write_text("{}")
-    assert table_runs.work()[0] == 0
+    assert table_runs.run_cells()[0] == 0
     check_whole()
     assert json.loads((ROOT / "popsan/Ant/seed1/evaluation.json").read_text()) != {}
 
@@ -246,23 +246,23 @@ def test_priority_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         (2, "5,7", 3, ["5", "7", "5"]),
     ],
 )
-def test_places(
+def test_slots(
     gpus: int, named: str, jobs: int | None, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert command.places(jobs, [cell()]) == expected
+    assert command.slots_of(jobs, [cell()]) == expected
 
 
 def test_one_place_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divided by the workers that a run of the table has."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(command, "cores", lambda: 16)
-    assert len(command.places(None, [cell()])) == 16
+    assert len(command.slots_of(None, [cell()])) == 16
     table = read_table("spikerl")
     both = [cell_of(table, row, "Ant", 0) for row in ("popsan_td3", "spikerl")]
-    assert len(command.places(None, [c for c in both if c])) == 2
+    assert len(command.slots_of(None, [c for c in both if c])) == 2
 
 
 def write_run(config: str, status: str, step: int) -> Path:

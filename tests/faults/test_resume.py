@@ -19,6 +19,7 @@ from soaks import CASES, Whole, soak
 
 from spikerl.errors import BadRequest
 from spikerl.runs import folder as run_folder
+from spikerl.runs.rows import cut_back, read_rows
 from spikerl.training.session import Session
 
 SHORT = ("td3", "ppo", pytest.param("workers", marks=pytest.mark.slow))  # all: scripts/soak
@@ -147,14 +148,14 @@ def test_rewinding_can_be_interrupted(tmp_path: Path) -> None:
     (tmp_path / "discarded.jsonl").write_text(json.dumps({"step": 9}) + "\n")
     metrics.write_text("".join(lines) + '{"step"')
     whole = metrics.read_bytes()
-    assert run_folder.rewind(tmp_path, len(lines[0])) == 2
+    assert cut_back(tmp_path, len(lines[0])) == 2
     metrics.write_bytes(whole)  # killed before it was cut
-    assert run_folder.rewind(tmp_path, len(lines[0])) == 2
-    assert [row["step"] for row in run_folder.read_rows(metrics)] == [1]
-    discarded = run_folder.read_rows(tmp_path / "discarded.jsonl")
+    assert cut_back(tmp_path, len(lines[0])) == 2
+    assert [row["step"] for row in read_rows(metrics)] == [1]
+    discarded = read_rows(tmp_path / "discarded.jsonl")
     assert [row["step"] for row in discarded] == [9, 2, 3]
     with pytest.raises(BadRequest, match="shorter"):
-        run_folder.rewind(tmp_path, 1000)
+        cut_back(tmp_path, 1000)
 
 
 def test_what_a_run_left_that_was_killed_before_its_folder_appeared(tmp_path: Path) -> None:

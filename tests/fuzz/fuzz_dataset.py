@@ -1,4 +1,4 @@
-"""Datasets as a stranger may send them."""
+"""Datasets that are untrusted."""
 
 from __future__ import annotations
 

@@ -33,9 +33,10 @@ from spikerl.distributed import launch
 from spikerl.envs.make import make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.models.foreign import read_stats, read_weights, recognise
-from spikerl.models.policy import load_policy
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
+from spikerl.runs.policies import load_policy
+from spikerl.runs.rows import cut_back, read_rows
 from spikerl.snn.decoders import RateConfig
 from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
@@ -176,7 +177,7 @@ def repacked(chance: Random, whole: bytes) -> bytes:
 
 
 def checkpoint(folder: Path) -> Case:
-    """Spoilt, and mostly sealed again: a stranger can do that, too."""
+    """Spoilt, and mostly with checksums that fit again, which whoever forges one can do, too."""
     honest = trained(folder)
     training = small_config(
         total_steps=40, steps_per_epoch=20, eval_episodes=1, replay_capacity=30, batch_size=4,
@@ -211,7 +212,7 @@ def checkpoint(folder: Path) -> Case:
         path = chance.choice(sorted(files))
         path.write_bytes(spoil(chance, path))
         if chance.random() < 0.8:
-            seal(kept, run)
+            rewrite_checksums(kept, run)
         found = verified(run, lambda text: None)
         trainer.norm.pending = []
         return Session.restore(SimpleNamespace(trainer=trainer, folder=run), found)  # type: ignore[arg-type]
@@ -219,7 +220,7 @@ def checkpoint(folder: Path) -> Case:
     return case
 
 
-def seal(kept: Path, run: Path) -> None:
+def rewrite_checksums(kept: Path, run: Path) -> None:
     try:
         data = json.loads((kept / "manifest.json").read_text())
         data.pop("seal", None)
@@ -273,12 +274,12 @@ def resumed(folder: Path) -> Case:
         try:
             expand("train", [f"resume={run}"])
             train.finished(run, config)
-            run_folder.rewind(run, verified(run, lambda text: None).manifest["metrics_bytes"])
+            cut_back(run, verified(run, lambda text: None).manifest["metrics_bytes"])
             run_folder.remove_results(run)
             record = run_folder.read_manifest(run, key="resume")
             run_folder.update_manifest(run, resumed=[*record.get("resumed", []), {}])
-            run_folder.read_rows(run / "metrics.jsonl")
-            run_folder.read_rows(run / "discarded.jsonl")
+            read_rows(run / "metrics.jsonl")
+            read_rows(run / "discarded.jsonl")
         finally:
             if (run / name).is_symlink():
                 (run / name).unlink()
@@ -324,7 +325,7 @@ def config_file(folder: Path) -> Case:
         (folder / "c.yaml").write_bytes(yaml_text(chance, whole))
         if chance.random() < 0.9:
             return bool(expand("train", ["config=c.yaml"]))
-        return told("train", "config=c.yaml")
+        return accepts("train", "config=c.yaml")
 
     return case
 
@@ -375,7 +376,7 @@ def overrides(folder: Path) -> Case:
             if chance.random() < 0.1:
                 words.append(chance.choice(FLAGS))
         whole = chance.random() < 0.1 and not {"-m", "--multirun"} & set(words)
-        return told("train", *words) if whole else bool(expand("train", words))
+        return accepts("train", *words) if whole else bool(expand("train", words))
 
     return case
 
@@ -386,7 +387,7 @@ def stand_in() -> None:
     launch.launch = lambda *args: 0
 
 
-def told(*args: str) -> bool:
+def accepts(*args: str) -> bool:
     """The program's own exit status: 0, or 2 with one line."""
     handler = signal.getsignal(signal.SIGINT)
     said = spikerl(*args)

@@ -44,7 +44,10 @@ def batch(device: str, seed: int) -> Batch:
 def test_updates_agree_with_the_cpu() -> None:
     cpu, gpu = td3_on("cpu", "fp32"), td3_on("cuda", "fp32")
     for i in range(5):
-        a, b = cpu.learn(batch("cpu", i), 1)[0], gpu.learn(batch("cuda", i), 1)[0]
+        a, b = (
+            cpu.run_updates(batch("cpu", i), 1)[0],
+            gpu.run_updates(batch("cuda", i), 1)[0],
+        )
         assert float(b["critic_loss"]) == pytest.approx(float(a["critic_loss"]), rel=1e-3)
     gpu.check()
 
@@ -53,9 +56,9 @@ def test_updates_agree_with_the_cpu() -> None:
 def test_critics_fit_a_fixed_target(precision: str) -> None:
     td3 = td3_on("cuda", precision)
     b = batch("cuda", 0)._replace(terminated=torch.ones(64, dtype=torch.bool, device="cuda"))
-    first = float(td3.learn(b, 1)[0]["critic_loss"])
+    first = float(td3.run_updates(b, 1)[0]["critic_loss"])
     for _ in range(200):
-        last = float(td3.learn(b, 1)[0]["critic_loss"])
+        last = float(td3.run_updates(b, 1)[0]["critic_loss"])
     td3.check()
     assert last < 0.1 * first
 
@@ -71,7 +74,7 @@ def test_graphs_agree_with_launches_one_by_one() -> None:
         generator = torch.Generator("cuda").manual_seed(0)
         td3 = TD3(actor, critic, td3_config(), actor_lr=1e-3, generator=generator)
         rows = [batch("cuda", seed) for seed in range(41)]
-        td3.learn(Batch(*map(torch.cat, zip(*rows, strict=True))), 41)
+        td3.run_updates(Batch(*map(torch.cat, zip(*rows, strict=True))), 41)
         td3.check()
         made.append(td3)
     one, other = made

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from spikerl import load_policy
 from spikerl.energy import operations
+from spikerl.energy.synapses import add
 from spikerl.models.actor import Actor, MLPActor, SpikingActor, connections
 from spikerl.models.compression import prune
 
@@ -44,7 +45,7 @@ def measured(net: nn.Module, obs_BO: Tensor) -> dict[str, Any]:
 def check(actor: Actor, net: nn.Module, obs_BO: Tensor) -> None:
     theirs, ours = measured(net, obs_BO), operations.count(actor, obs_BO)
     parts = [ours.network, *([ours.decoder.synapses] if ours.decoder else [])]
-    synapses, counted = operations.add(*parts), theirs["SynapticOperations"]
+    synapses, counted = add(*parts), theirs["SynapticOperations"]
     for name, value in (
         ("Dense", synapses.dense),
         ("Effective_MACs", synapses.macs),

@@ -56,7 +56,7 @@ def test_its_update_is_td3s(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = TD3(actor, critic, config, actor_lr=1e-4, generator=torch.Generator())
     batch = some_batch(40)
     for _ in range(4):
-        ours.learn(batch, 1)
+        ours.run_updates(batch, 1)
         loop.update(batch)
     second: Any = [q.hidden[1] for q in (loop.q1, loop.q2)]
     theirs_CIN = torch.stack([layer.weight.T for layer in second])

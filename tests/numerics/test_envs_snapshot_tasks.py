@@ -60,8 +60,8 @@ class Run:
 
     def differs(self, env: CheckedEnv, step: int) -> bool:
         """Whether `env`, brought to just before `step`, goes on otherwise than this run did."""
-        told = self.rows[step : step + AHEAD]
-        return rows(env, self.actions[step : step + AHEAD]) != told
+        expected = self.rows[step : step + AHEAD]
+        return rows(env, self.actions[step : step + AHEAD]) != expected
 
 
 @pytest.mark.parametrize("env_id", [*TASKS, *(f"MinAtar/{game}-v1" for game in GAMES)])

@@ -13,7 +13,8 @@ from torch import Tensor
 from spikerl.algos.sac import SAC
 from spikerl.kernels import build as native
 from spikerl.kernels.gradient import Gradient
-from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.actor import MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
@@ -203,7 +204,7 @@ def test_updates_of_sac_with_its_log_deviation(kernel: str) -> None:
         sac = SAC(actor, critic, config, actor_lr=1e-3, generator=torch.Generator().manual_seed(0))
         assert sac.log_std is not None
         assert sac.log_std.kernel == name
-        found.append((sac.learn(rows, 5), sac))
+        found.append((sac.run_updates(rows, 5), sac))
     (expected, theirs), (got, ours) = found
     for one, other in zip(got, expected, strict=True):
         for key, value in other.items():

@@ -14,7 +14,8 @@ from spikerl.algos.base import Guard, Optimizer
 from spikerl.algos.td3 import TD3
 from spikerl.kernels import build as native
 from spikerl.kernels.gradient import Moments
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
@@ -77,8 +78,8 @@ def test_a_pruned_weight_has_no_step(kernel: str) -> None:
     net = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         net.weight.copy_(torch.tensor([[0.0, 2.0]]))
-    guard, kept = Guard("cpu", scales_loss=False), torch.tensor([0.0, 1.0])
-    optimizer = Optimizer(net, 0.1, guard, max_grad_norm=1.0, kernel=kernel, kept=kept)
+    guard, unpruned = Guard("cpu", scales_loss=False), torch.tensor([0.0, 1.0])
+    optimizer = Optimizer(net, 0.1, guard, max_grad_norm=1.0, kernel=kernel, unpruned=unpruned)
     for gradient, expected in (([3.0, 4.0], 1.9), ([-9.0, 0.5], 1.9 - 0.0932179)):
         optimizer.gradient.vector.copy_(torch.tensor([*gradient, 7.0]))
         assert float(optimizer.step()) == 7.0
@@ -127,7 +128,7 @@ def test_a_whole_update_is_the_references(kernel: str, kind: str) -> None:
         dense = MLPConfig(name="mlp", hidden_sizes=[16], lr=1e-3)
         actor = popsan(4, 2, [24, 16]) if kind == "spiking" else MLPActor(4, 2, dense)
         td3 = learner(name, actor)
-        metrics = td3.learn(rows(5), 5)
+        metrics = td3.run_updates(rows(5), 5)
         found.append((metrics, td3))
     (expected, theirs), (got, ours) = found
     assert [m.keys() for m in got] == [m.keys() for m in expected]

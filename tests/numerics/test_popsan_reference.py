@@ -13,7 +13,8 @@ from published import MODEL, STATS, needs_published_policy
 from spikerl.algos.td3 import TD3
 from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.kernels import reference
-from spikerl.models.actor import ActorConfig, SpikingActor
+from spikerl.models.actor import SpikingActor
+from spikerl.models.actor_config import ActorConfig
 from spikerl.models.critic import Critics
 from spikerl.models.foreign import policy_of, read_stats, read_weights, recognise, translate
 from spikerl.models.policy import Policy
@@ -77,7 +78,7 @@ def test_ten_td3_updates() -> None:
             for k in ("obs", "next_obs", "action", "reward", "terminated")
         )
         discount = torch.full_like(rew, 0.99)
-        metrics = td3.learn(Batch(obs, act, rew, next_obs, terminated > 0, discount), 1)[0]
+        metrics = td3.run_updates(Batch(obs, act, rew, next_obs, terminated > 0, discount), 1)[0]
         assert float(metrics["critic_loss"]) == pytest.approx(data["critic_loss"][i], abs=1e-5)
         if "actor_loss" in metrics:
             actor_losses.append(float(metrics["actor_loss"]))

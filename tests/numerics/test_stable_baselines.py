@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from spikerl.algos.dqn import DQN
 from spikerl.algos.ppo import PPO
-from spikerl.algos.replay import Replay
+from spikerl.algos.replay import Replay, Sampler
 from spikerl.algos.returns import gae
 from spikerl.algos.sac import SAC
 from spikerl.envs.vector import Steps
 from spikerl.kernels import reference
-from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.actor import MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 
 OBS = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -173,7 +174,7 @@ def test_a_rollouts_updates(target_kl: float | None, monkeypatch: pytest.MonkeyP
         return (order % ENVS * STEPS + order // ENVS).numpy()
 
     monkeypatch.setattr(np.random, "permutation", permutation)
-    found = ours.train(replay, 12, 25, draw, lambda obs: obs)
+    found = ours.train(Sampler(replay, draw, lambda obs: obs), 12, 25)
     theirs.train()
     logged = theirs.logger.name_to_value
     assert len(found) == 12 if target_kl is None else 2 < len(found) < 12
@@ -244,7 +245,7 @@ def test_updates_of_replayed_rows(learned: bool, monkeypatch: pytest.MonkeyPatch
             batch.obs, batch.act, batch.next_obs, end.unsqueeze(1), rew.unsqueeze(1)
         )
         monkeypatch.setattr(theirs.replay_buffer, "sample", lambda *_, rows=rows, **__: rows)
-        found = {name: float(value) for name, value in ours.learn(batch, 1)[0].items()}
+        found = {name: float(value) for name, value in ours.run_updates(batch, 1)[0].items()}
         theirs.train(1)
         logged = theirs.logger.name_to_value
         assert found["critic_loss"] == pytest.approx(2.0 * logged["train/critic_loss"], rel=1e-3)
@@ -297,7 +298,7 @@ def test_dqn_updates_of_replayed_rows(clipped: float, monkeypatch: pytest.Monkey
         rew = 5.0 * batch.rew  # on both sides of where the loss turns linear
         rows = ReplayBufferSamples(batch.obs, act, batch.next_obs, end, rew.unsqueeze(1))
         monkeypatch.setattr(theirs.replay_buffer, "sample", lambda *_, rows=rows, **__: rows)
-        (found,) = ours.learn(batch._replace(rew=rew), 1)
+        (found,) = ours.run_updates(batch._replace(rew=rew), 1)
         theirs.train(1, batch_size=32)
         if number % 3 == 2:
             theirs.q_net_target.load_state_dict(theirs.q_net.state_dict())

@@ -243,7 +243,7 @@ def test_an_evaluation_moves_nothing_and_repeats_itself(
             trainer.act()
             if trainer.step // 10 > step // 10:
                 trainer.synchronise(0)
-            trainer.learn(step)
+            trainer.make_updates(step)
         assert len(trainer.norm.pending_rows()) > 0
 
         def everything() -> tuple[Any, ...]:

@@ -12,7 +12,8 @@ from plain import cut, transitions
 from threads import run_in_threads, worlds
 
 from spikerl.algos.bc import BC
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.types import Batch
 
 
@@ -33,7 +34,7 @@ def test_loss_and_gradient_by_hand() -> None:
     fill(actor, {"layers.1.weight_IN": [[0.0, 0.0]], "layers.1.bias_N": [0.0, 0.0]})
     made, one = learner(actor), torch.tensor([0.0])
     act, obs = torch.tensor([[1.0, -0.5]]), torch.ones(1, 3)
-    (found,) = made.learn(Batch(obs, act, one, obs, one > 0, one), 1)
+    (found,) = made.run_updates(Batch(obs, act, one, obs, one > 0, one), 1)
     assert float(found["actor_loss"]) == 0.625  # (1 + .25) / 2
     assert made.actor_optimizer.gradient.slots[3].tolist() == [-1.0, 0.5]  # 2 (0 - a) / 2
     assert found.keys() == {"actor_loss"}
@@ -49,10 +50,10 @@ def test_two_workers_are_one_with_both_batches(kind: str) -> None:
     whole, both = made(), [made(world=world, weight=0.5) for world in worlds(2)]
     rows = transitions(16, torch.float32)
     for _ in range(3):
-        losses = [float(whole.learn(rows, 1)[0]["actor_loss"])]
+        losses = [float(whole.run_updates(rows, 1)[0]["actor_loss"])]
         parts = cut(rows, 8)
         found = run_in_threads(
-            [partial(own.learn, part, 1) for own, part in zip(both, parts, strict=True)]
+            [partial(own.run_updates, part, 1) for own, part in zip(both, parts, strict=True)]
         )
         losses += [float(one[0]["actor_loss"]) for one in found]
         assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
@@ -65,6 +66,6 @@ def test_two_workers_are_one_with_both_batches(kind: str) -> None:
 def test_it_learns_the_actions() -> None:
     made, rows = learner(dense(32)), transitions(64, torch.float32)
     rows = rows._replace(act=torch.tanh(rows.obs[:, :2] - rows.obs[:, 1:]))
-    losses = [float(made.learn(rows, 1)[0]["actor_loss"]) for _ in range(300)]
+    losses = [float(made.run_updates(rows, 1)[0]["actor_loss"]) for _ in range(300)]
     assert losses[0] > 0.2
     assert losses[-1] < 0.01

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from spikerl.algos.bcq import BCQ
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.types import Batch
 
 
@@ -78,7 +79,7 @@ def test_losses_by_hand(phi: float, critic_loss: float, actor_loss: float, slope
         torch.tensor([[0.5], [1.0]]),
         torch.tensor([1.0, 2]),
     )
-    (found,) = made.learn(Batch(obs, act, rew, obs, rew > 1.5, torch.full((2,), 0.5)), 1)
+    (found,) = made.run_updates(Batch(obs, act, rew, obs, rew > 1.5, torch.full((2,), 0.5)), 1)
     # (.5 - .5)^2 and (.5 - 1)^2; m^2 + s^2 - 1 - log s^2 of (.3, e^.2) and of (-.1, e^-4).
     divergence = (0.09 + 1.4918247 - 1.4 + 0.01 + 0.00033546 + 7.0) / 2
     assert float(found["vae_loss"]) == pytest.approx(0.125 + 0.25 * divergence, rel=1e-5)
@@ -112,7 +113,7 @@ def test_updates_are_those_of_the_papers_code() -> None:
             return (act + 0.3 * torch.tanh(net(torch.cat([obs, act], 1)))).clamp(-1, 1)
 
         for batch in cut(transitions(5 * 8, torch.float64), 8):
-            (found,) = made.learn(batch, 1)
+            (found,) = made.run_updates(batch, 1)
             mean, log_std = encoder(torch.cat([batch.obs, batch.act], 1)).chunk(2, 1)
             std = log_std.clamp(-4, 15).exp()
             recon = decode(batch.obs, mean + std * noise(8))
@@ -163,9 +164,9 @@ def test_two_workers_are_one_with_both_batches(kind: str, monkeypatch: pytest.Mo
     both = [learner(network(kind), world=world, weight=0.5) for world in worlds(2)]
     first = transitions(18, torch.float32)
     for _ in range(3):
-        (alone,) = whole.learn(first, 1)
+        (alone,) = whole.run_updates(first, 1)
         parts = zip(both, cut(first, 9), strict=True)
-        found = run_in_threads([partial(own.learn, part, 1) for own, part in parts])
+        found = run_in_threads([partial(own.run_updates, part, 1) for own, part in parts])
         for name in ("vae_loss", "actor_loss", "critic_loss"):
             each = [float(one[0][name]) for one in found]
             assert each == pytest.approx([float(alone[name])] * 2, rel=1e-4)

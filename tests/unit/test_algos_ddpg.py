@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from spikerl.algos.ddpg import DDPG
 from spikerl.kernels import build as native
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
@@ -63,7 +64,7 @@ def test_six_updates_are_the_usual_ones(kind: str, kernel: str) -> None:
         ours.actor.kernel = ours.actor_target.kernel = kernel
     everything = transitions(6 * 32, torch.float32)
     critic_losses, actor_losses, weights = usual(ours, cut(everything, 32))
-    found = ours.learn(everything, 6)
+    found = ours.run_updates(everything, 6)
     assert ours.updates == 6
     assert [float(m["critic_loss"]) for m in found] == pytest.approx(critic_losses, rel=1e-4)
     assert [float(m["actor_loss"]) for m in found] == pytest.approx(actor_losses, rel=1e-3)
@@ -75,7 +76,7 @@ def test_six_updates_are_the_usual_ones(kind: str, kernel: str) -> None:
 def test_its_targets_are_not_smoothed() -> None:
     ours = learner("dense", "reference")
     before = ours.generator.get_state()
-    ours.learn(transitions(8, torch.float32), 1)
+    ours.run_updates(transitions(8, torch.float32), 1)
     assert torch.equal(ours.generator.get_state(), before)  # nothing was drawn
 
 
@@ -93,7 +94,7 @@ def test_a_copy_that_explores_has_the_actors_weights(kind: str) -> None:
     first = explored(ours)
     torch.testing.assert_close(first, explored(plain), rtol=0, atol=1e-6)
     for ddpg in (ours, plain):
-        ddpg.learn(transitions(4 * 32, torch.float32), 4)
+        ddpg.run_updates(transitions(4 * 32, torch.float32), 4)
     torch.testing.assert_close(explored(ours), explored(plain), rtol=0, atol=1e-6)
     assert not torch.equal(explored(ours), first)
     assert torch.equal(ours.acting_flat, ours.actor_optimizer.flat)

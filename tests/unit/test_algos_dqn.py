@@ -20,7 +20,8 @@ from spikerl.algos.dqn import DQN
 from spikerl.config.build import check_actions
 from spikerl.distributed.world import World
 from spikerl.kernels import build as native
-from spikerl.models.actor import Actor, MLPActor, MLPConfig, SpikingActor
+from spikerl.models.actor import Actor, MLPActor, SpikingActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.policy import check_shapes
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.types import Batch, Task
@@ -79,7 +80,7 @@ def test_loss_and_target_by_hand(
     q: float,
     loss: float,
 ) -> None:
-    (found,) = by_hand(last, target, **settings).learn(one_row(terminated), 1)
+    (found,) = by_hand(last, target, **settings).run_updates(one_row(terminated), 1)
     assert float(found["q_mean"]) == q
     assert float(found["critic_loss"]) == loss
 
@@ -95,7 +96,7 @@ def test_a_gradient_by_hand() -> None:
         return step()
 
     made.actor_optimizer.step = noting  # type: ignore[method-assign]
-    made.learn(one_row(), 1)
+    made.run_updates(one_row(), 1)
     weights, biases = [[-1.0]], [-1.0]  # through the weight 1 to the first action
     assert [g.tolist() for g in gradients] == [weights, biases, [[-1.0, 0.0]], [-1.0, 0.0]]
 
@@ -109,7 +110,7 @@ def test_spikes_cost_what_is_said(kernel: str) -> None:
         net.schedule(0, 1)
         rows = transitions(32, torch.float32)
         rate = net.activity(rows.obs).firing_rate
-        found.append(learner(net).learn(rows, 1)[0])
+        found.append(learner(net).run_updates(rows, 1)[0])
     without, metrics = found
     assert "spike_loss" not in without
     assert rate > 0.1
@@ -124,7 +125,7 @@ def test_when_and_how_the_target_changes(interval: int, tau: float) -> None:
     rows = transitions(8, torch.float32)
     for number in range(1, 8):
         before = made.targets["actor"].clone()
-        made.learn(rows, 1)
+        made.run_updates(rows, 1)
         online = made.actor_optimizer.flat
         wanted = before + tau * (online - before) if number % interval == 0 else before
         torch.testing.assert_close(made.targets["actor"], wanted)
@@ -135,12 +136,12 @@ def test_when_and_how_the_target_changes(interval: int, tau: float) -> None:
 def test_several_updates_at_once_are_as_many_alone() -> None:
     """Across changes of the target, which end a round."""
     rows = transitions(7 * 8, torch.float32)
-    together, alone = (learner(dense(2), target_interval=3, double=True) for _ in range(2))
-    losses = [float(m["critic_loss"]) for m in together.learn(rows, 7)]
+    batched, alone = (learner(dense(2), target_interval=3, double=True) for _ in range(2))
+    losses = [float(m["critic_loss"]) for m in batched.run_updates(rows, 7)]
     each = zip(*(field.split(8) for field in rows), strict=True)
-    assert losses == [float(alone.learn(Batch(*part), 1)[0]["critic_loss"]) for part in each]
-    assert torch.equal(together.actor_optimizer.flat, alone.actor_optimizer.flat)
-    assert torch.equal(together.targets["actor"], alone.targets["actor"])
+    assert losses == [float(alone.run_updates(Batch(*part), 1)[0]["critic_loss"]) for part in each]
+    assert torch.equal(batched.actor_optimizer.flat, alone.actor_optimizer.flat)
+    assert torch.equal(batched.targets["actor"], alone.targets["actor"])
 
 
 def spiking(outputs: int, kernel: str, **changes: Any) -> SpikingActor:
@@ -163,9 +164,11 @@ def test_two_workers_are_one_with_both_batches(kind: str, kernel: str) -> None:
     both = [made(world) for world in worlds(2)]
     rows = transitions(32, torch.float32)
     for _ in range(3):
-        whole.learn(rows, 1)
+        whole.run_updates(rows, 1)
         parts = [Batch(*(field[i::2] for field in rows)) for i in range(2)]
-        run_in_threads([partial(own.learn, part, 1) for own, part in zip(both, parts, strict=True)])
+        run_in_threads(
+            [partial(own.run_updates, part, 1) for own, part in zip(both, parts, strict=True)]
+        )
     first, second = (own.actor_optimizer.flat for own in both)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, whole.actor_optimizer.flat, rtol=1e-4, atol=1e-5)
@@ -179,7 +182,7 @@ def test_epsilon_by_hand(step: int, epsilon: float) -> None:
     made = learner(dense(3), epsilon_start=0.8, epsilon_end=0.2, epsilon_steps=100)
     made.step = step
     assert made.epsilon == pytest.approx(epsilon)
-    found = made.learn(transitions(4, torch.float32), 1)
+    found = made.run_updates(transitions(4, torch.float32), 1)
     assert float(found[0]["epsilon"]) == pytest.approx(epsilon)
 
 
@@ -282,5 +285,5 @@ def test_a_run_its_policy_and_what_reads_it(
     refused = spikerl("export", "run=run", "format=onnx").line
     assert refused.startswith("run=run: a file holds continuous actions, and its policy chooses")
     asked = ["train", "env=Pendulum", "algo=td3", "init_from=run", "env.max_episode_steps=9"]
-    told = "init_from=run: its policy maps (4,) to one of 2 actions (CartPole-v1), but Pendulum-v1"
-    assert spikerl(*asked).line.startswith(told)
+    line = "init_from=run: its policy maps (4,) to one of 2 actions (CartPole-v1), but Pendulum-v1"
+    assert spikerl(*asked).line.startswith(line)

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from spikerl.algos.iql import IQL
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.types import Batch
 
 
@@ -58,7 +59,7 @@ def test_losses_by_hand(beta: float, weights: list[float]) -> None:
     fill(made.value, state | {"weights_CIN.1": [[[0.0]]], "biases_C1N.1": [[[0.0]]]})
     obs = torch.tensor([[1.0, 0.0, 0.0], [0.0] * 3])  # V = 0 everywhere, min Q' = 2 and -1
     act, rew, half = torch.tensor([[1.0], [-0.5]]), torch.tensor([1.0, 2.0]), torch.full((2,), 0.5)
-    (found,) = made.learn(Batch(obs, act, rew, obs, rew > 1.5, half), 1)
+    (found,) = made.run_updates(Batch(obs, act, rew, obs, rew > 1.5, half), 1)
     assert float(found["value_loss"]) == pytest.approx((0.75 * 4.0 + 0.25 * 1.0) / 2)
     assert float(found["imitation_weight"]) == pytest.approx(sum(weights) / 2, rel=1e-5)
     loss = (weights[0] * 1.0 + weights[1] * 0.25) / 2  # the policy says 0
@@ -82,7 +83,7 @@ def test_updates_are_those_of_plain_pytorch() -> None:
         nets = {"actor": actor, "critic": critic, "value": value}
         adams = {k: torch.optim.Adam(net.parameters(), lr=1e-3) for k, net in nets.items()}
         for batch in cut(transitions(5 * 8, torch.float64), 8):
-            (found,) = made.learn(batch, 1)
+            (found,) = made.run_updates(batch, 1)
             q = values_of(target, batch.obs, batch.act).min(0).values.detach()
             value_loss = expectile_loss(q - values_of(value, batch.obs)[0], 0.7)
             descend(value_loss, adams["value"])
@@ -113,9 +114,9 @@ def test_two_workers_are_one_with_both_batches(kind: str) -> None:
     both = [learner(network(kind), world=world, weight=0.5) for world in worlds(2)]
     rows = transitions(16, torch.float32)
     for _ in range(3):
-        (alone,) = whole.learn(rows, 1)
+        (alone,) = whole.run_updates(rows, 1)
         parts = zip(both, cut(rows, 8), strict=True)
-        found = run_in_threads([partial(own.learn, part, 1) for own, part in parts])
+        found = run_in_threads([partial(own.run_updates, part, 1) for own, part in parts])
         for name in ("value_loss", "actor_loss", "critic_loss"):
             each = [float(one[0][name]) for one in found]
             assert each == pytest.approx([float(alone[name])] * 2, rel=1e-4)

@@ -23,11 +23,12 @@ from torch.distributions import Categorical, Normal
 from transitions_env import COUNTER
 
 from spikerl.algos.ppo import PPO, Rows
-from spikerl.algos.replay import Replay
+from spikerl.algos.replay import Replay, Sampler
 from spikerl.envs.make import make_env, task_of
 from spikerl.envs.vector import Steps
 from spikerl.errors import BadRequest
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.training.trainer import Trainer
 from spikerl.types import Batch
@@ -112,7 +113,7 @@ def minibatches(ppo: PPO, patch: pytest.MonkeyPatch, rollout: Rollout) -> list[T
 def burst(ppo: PPO, rollout: Rollout) -> list[dict[str, Tensor]]:
     due = ppo.config.updates_due(STEPS * ENVS, 1)
     draw = torch.Generator().manual_seed(1)
-    return ppo.train(rollout.replay, due, ppo.config.batch_size, draw, Tensor.double)
+    return ppo.train(Sampler(rollout.replay, draw, Tensor.double), due, ppo.config.batch_size)
 
 
 RULES: dict[str, dict[str, Any]] = {
@@ -260,7 +261,7 @@ def test_every_row_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = minibatches(ppo, monkeypatch, rollout)
     draw = torch.Generator().manual_seed(1)
     for _ in range(2):
-        assert len(ppo.train(rollout.replay, 9, 30, draw, Tensor.double)) == 9
+        assert len(ppo.train(Sampler(rollout.replay, draw, Tensor.double), 9, 30)) == 9
     assert ppo.updates == 18
     assert [len(index) for index in chosen] == [34, 33, 33] * 6
     epochs = [torch.cat(chosen[i : i + 3]) for i in range(0, 18, 3)]

@@ -24,13 +24,15 @@ from plain import (
 from torch import Tensor, nn
 
 from spikerl.algos.proxy_td3 import ProxyTD3
-from spikerl.algos.replay import Replay
+from spikerl.algos.replay import Replay, Sampler
 from spikerl.kernels import build as native
 from spikerl.kernels import reference
 from spikerl.kernels.gradient import Gradient
 from spikerl.kernels.nets import DenseNet
-from spikerl.models.actor import Actor, ActorConfig, MLPActor, MLPConfig, build_actor
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import ActorConfig, MLPConfig
 from spikerl.models.critic import Critics
+from spikerl.models.networks import build_actor
 from spikerl.types import Batch
 
 CPU = f"cpu/{native.supported_paths()[0]}"
@@ -115,19 +117,19 @@ def test_six_updates_are_the_usual_ones(kind: str, steps: int, first: int) -> No
     """
     with float64():
         rules: dict[str, Any] = {"proxy_steps": steps, "first_policy_update": first}
-        together, alone = learner(kind, **rules), learner(kind, **rules)
-        usual, rows = Usual(together), transitions(6 * steps * ROWS, torch.float64)
-        found = together.learn(rows, 6)
+        batched, alone = learner(kind, **rules), learner(kind, **rules)
+        usual, rows = Usual(batched), transitions(6 * steps * ROWS, torch.float64)
+        found = batched.run_updates(rows, 6)
         each = cut(rows, steps * ROWS)
         for number, batch in enumerate(each):
             expected = pytest.approx(usual.update(number, cut(batch, ROWS)), rel=1e-6)
             assert {k: float(v) for k, v in found[number].items()} == expected
-            assert {k: float(v) for k, v in alone.learn(batch, 1)[0].items()} == expected
+            assert {k: float(v) for k, v in alone.run_updates(batch, 1)[0].items()} == expected
         nets: dict[str, nn.Module] = {"critic": usual.q, "actor": usual.pi, "proxy": usual.proxy}
         weights = {f"{name}.weights": flat(net) for name, net in nets.items()}
         weights["target.critic"] = flat(usual.q_target)
         adams = [usual.q_adam, usual.pi_adam, usual.proxy_adam]
-        for ours in (together, alone):
+        for ours in (batched, alone):
             ours.check()
             assert ours.updates == 6
             for name, tensor in weights.items():
@@ -140,7 +142,7 @@ def test_six_updates_are_the_usual_ones(kind: str, steps: int, first: int) -> No
 def test_the_kernels_updates_are_the_definitions() -> None:
     plain, ours = (learner(dtype=torch.float32, kernel=kernel) for kernel in ("reference", CPU))
     rows = transitions(4 * 3 * ROWS, torch.float32)
-    for one, other in zip(ours.learn(rows, 4), plain.learn(rows, 4), strict=True):
+    for one, other in zip(ours.run_updates(rows, 4), plain.run_updates(rows, 4), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     for name, tensor in plain.state().items():
         torch.testing.assert_close(ours.state()[name], tensor, rtol=1e-3, atol=1e-4)
@@ -164,7 +166,7 @@ def test_it_imitates_what_acts(monkeypatch: pytest.MonkeyPatch) -> None:
         actor, Critics(3, 2, [8]), proxy_td3_config(), actor_lr=1e-3, generator=generator
     )
     for seed in range(3):  # the moments have begun to move
-        td3.learn(transitions(3 * ROWS, torch.float32, seed), 1)
+        td3.run_updates(transitions(3 * ROWS, torch.float32, seed), 1)
     rows = transitions(3 * ROWS, torch.float32, 3)
     with torch.no_grad():
         expected = actor(rows.obs)
@@ -176,7 +178,7 @@ def test_it_imitates_what_acts(monkeypatch: pytest.MonkeyPatch) -> None:
         imitate(net, obs, goal, into)
 
     monkeypatch.setattr(reference, "mse_backward", noting)
-    td3.learn(rows, 1)
+    td3.run_updates(rows, 1)
     assert torch.equal(torch.cat(goals), expected)
 
 
@@ -194,7 +196,7 @@ def test_a_burst_draws_its_batches_together(monkeypatch: pytest.MonkeyPatch) -> 
         return sample(count, *args)
 
     monkeypatch.setattr(replay, "sample", noting)
-    found = td3.train(replay, 50, 8, torch.Generator(), lambda x: x)
+    found = td3.train(Sampler(replay, torch.Generator(), lambda x: x), 50, 8)
     assert drawn == [21 * 3 * 8, 21 * 3 * 8, 8 * 3 * 8]
     assert td3.updates == len(found) == 50
     assert int(td3.optimizers["proxy"].moments.step) == 150
@@ -205,7 +207,7 @@ def test_in_a_warm_up_the_proxy_learns_too() -> None:
     with float64():
         td3 = learner("dense", critic_warmup=2, proxy_steps=1)
         before = {name: own.flat.clone() for name, own in td3.optimizers.items()}
-        td3.learn(transitions(16, torch.float64), 2)
+        td3.run_updates(transitions(16, torch.float64), 2)
         after = {name: own.flat for name, own in td3.optimizers.items()}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"critic", "proxy"}

@@ -27,7 +27,8 @@ from torch.distributions import Normal
 
 from spikerl.algos.sac import SAC
 from spikerl.kernels import build as native
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
@@ -153,7 +154,7 @@ def test_six_updates_are_the_usual_ones(kind: str, rule: str) -> None:
         ours, rows = learner(kind, **RULES[rule]), transitions(6 * 32, torch.float64)
         usual = Usual(ours)
         for number, batch in enumerate(cut(rows, 32)):
-            expected, found = usual.update(batch), ours.learn(batch, 1)[0]
+            expected, found = usual.update(batch), ours.run_updates(batch, 1)[0]
             assert {k: float(v) for k, v in found.items()} == pytest.approx(expected, rel=1e-6)
             assert lengths(ours) == pytest.approx(usual.lengths(), rel=1e-5)
             if number in (0, 5):
@@ -171,7 +172,7 @@ def test_the_kernels_updates_are_the_definitions() -> None:
             learner("spiking", torch.float32, k, **RULES[rule]) for k in ("reference", CPU)
         )
         rows = transitions(4 * 32, torch.float32)
-        for one, other in zip(ours.learn(rows, 4), plain.learn(rows, 4), strict=True):
+        for one, other in zip(ours.run_updates(rows, 4), plain.run_updates(rows, 4), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         for name, tensor in weights(ours).items():
             torch.testing.assert_close(tensor, weights(plain)[name], rtol=1e-3, atol=1e-4)
@@ -195,7 +196,7 @@ def test_a_copy_that_explores_draws_from_the_policy(kind: str, log_std: str) -> 
         assert (raw > HIGH).any()
         found.append(sac.explore(rows.obs, torch.Generator().manual_seed(3)))
         torch.testing.assert_close(found[-1], expected, rtol=0, atol=1e-5)
-        sac.learn(rows, 4)
+        sac.run_updates(rows, 4)
     assert float((found[0] - found[1]).abs().max()) > 1e-3
 
 
@@ -206,9 +207,9 @@ def test_a_warm_up_leaves_mean_deviation_and_temperature(log_std: str) -> None:
         sac = learner(**settings, log_std=log_std)
         before = {name: own.flat.clone() for name, own in sac.optimizers.items()}
         rows = transitions(24, torch.float64)
-        sac.learn(Batch(*(field[:16] for field in rows)), 2)
+        sac.run_updates(Batch(*(field[:16] for field in rows)), 2)
         after = {name: own.flat for name, own in sac.optimizers.items()}
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         assert changed == {"critic"}
-        sac.learn(Batch(*(field[16:] for field in rows)), 1)
+        sac.run_updates(Batch(*(field[16:] for field in rows)), 1)
         assert not any(torch.equal(before[name], own.flat) for name, own in sac.optimizers.items())

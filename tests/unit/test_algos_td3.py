@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +11,12 @@ import torch
 from builders import POISSON, popsan, td3_config, twin_critic
 from torch import Tensor
 
-from spikerl.algos.graphs import Graphed, Metrics
+from spikerl.algos.base import Metrics
+from spikerl.algos.graphs import Graphed, Updates
 from spikerl.algos.td3 import TD3
 from spikerl.errors import NonFinite
-from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.actor import MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
@@ -84,7 +85,7 @@ def test_critic_loss_is_the_textbook_formula() -> None:
         target = b.rew + 0.9 * (1.0 - b.terminated.float()) * torch.minimum(q1, q2)
         p1, p2 = before.critic(b.obs, b.act)
         expected = ((p1 - target) ** 2).mean() + ((p2 - target) ** 2).mean()
-    metrics = td3.learn(b, 1)[0]
+    metrics = td3.run_updates(b, 1)[0]
     torch.testing.assert_close(metrics["critic_loss"], expected)
     torch.testing.assert_close(metrics["q_mean"], (p1.mean() + p2.mean()) / 2)
 
@@ -92,7 +93,7 @@ def test_critic_loss_is_the_textbook_formula() -> None:
 def test_actor_loss_uses_the_first_critic_after_its_step() -> None:
     td3, b = learner(target_noise=0.0), batch()
     before = copy.deepcopy(td3.actor)
-    metrics = td3.learn(b, 1)[0]
+    metrics = td3.run_updates(b, 1)[0]
     with torch.no_grad():
         expected = -td3.critic(b.obs, before(b.obs))[0].mean()
     torch.testing.assert_close(metrics["actor_loss"], expected)
@@ -105,7 +106,7 @@ def test_first_adam_step_has_the_learning_rates_size() -> None:
         td3.critic_optimizer.flat.detach().clone(),
         td3.actor_optimizer.flat.detach().clone(),
     )
-    td3.learn(b, 1)
+    td3.run_updates(b, 1)
     for stepper, before, lr in (
         (td3.critic_optimizer, critic, 1e-3),
         (td3.actor_optimizer, actor, 1e-3),
@@ -120,7 +121,7 @@ def test_first_adam_step_has_the_learning_rates_size() -> None:
 def test_actor_step_leaves_the_critic_alone() -> None:
     """The actor's loss passes through the critic, whose weights and gradient must not notice."""
     td3, b = learner(), batch()
-    td3.learn(b, 1)
+    td3.run_updates(b, 1)
     before, grad = td3.critic_optimizer.flat.detach().clone(), td3.critic_optimizer.gradient.vector
     assert grad is not None
     grad_before = grad.clone()
@@ -138,7 +139,7 @@ def test_delay_counts_from_the_first_update(delay: int) -> None:
     td3 = learner(policy_delay=delay)
     for update in range(7):
         before = weights(td3)
-        metrics = td3.learn(batch(seed=update), 1)[0]
+        metrics = td3.run_updates(batch(seed=update), 1)[0]
         due = update % delay == 0
         assert ("actor_loss" in metrics) == due
         critic, actor, critic_target, actor_target = same(before, weights(td3))
@@ -150,7 +151,7 @@ def test_delay_counts_from_the_first_update(delay: int) -> None:
 def test_targets_move_by_exactly_tau() -> None:
     td3 = learner(tau=0.25)
     before = weights(td3)
-    td3.learn(batch(), 1)
+    td3.run_updates(batch(), 1)
     now = weights(td3)
     torch.testing.assert_close(now[2], 0.75 * before[2] + 0.25 * now[0])
     torch.testing.assert_close(now[3], 0.75 * before[3] + 0.25 * now[1])
@@ -167,7 +168,7 @@ def target_actions(td3: TD3, rows: Batch) -> list[Tensor]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(td3.critic_target, "td_target", noting)
-        td3.learn(rows, 1)
+        td3.run_updates(rows, 1)
     return asked
 
 
@@ -213,14 +214,14 @@ def test_targets_start_equal_and_apart() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_never_reaches_the_weights(field: str, bad: float) -> None:
     td3 = learner()
-    td3.learn(batch(seed=1), 1)
+    td3.run_updates(batch(seed=1), 1)
     td3.check()
     before, moments = weights(td3), adam(td3)
     good = batch(seed=2)
     poisoned = getattr(good, field).clone()
     poisoned.flatten()[3] = bad
-    td3.learn(good._replace(**{field: poisoned}), 1)
-    td3.learn(batch(seed=3), 1)  # and everything after it is masked until somebody looks
+    td3.run_updates(good._replace(**{field: poisoned}), 1)
+    td3.run_updates(batch(seed=3), 1)  # and everything after it is masked until somebody looks
     assert all(same(before, weights(td3)))
     assert all(same(moments, adam(td3)))
     with pytest.raises(NonFinite, match="update 1:"):
@@ -235,8 +236,8 @@ def adam(td3: TD3) -> list[Tensor]:
 def test_fp16_scaling_leaves_gradients_as_they_are() -> None:
     plain, scaled = learner(target_noise=0.0), learner(target_noise=0.0, scales_loss=True)
     for seed in range(3):
-        plain.learn(batch(seed=seed), 1)
-        scaled.learn(batch(seed=seed), 1)
+        plain.run_updates(batch(seed=seed), 1)
+        scaled.run_updates(batch(seed=seed), 1)
     for a, b in (
         (plain.critic_optimizer.gradient.vector, scaled.critic_optimizer.gradient.vector),
         (plain.actor_optimizer.gradient.vector, scaled.actor_optimizer.gradient.vector),
@@ -249,16 +250,16 @@ def test_fp16_scaling_leaves_gradients_as_they_are() -> None:
 
 def test_fp16_skips_a_bad_update_whole_and_halves_the_scale() -> None:
     td3 = learner(policy_delay=1, scales_loss=True)
-    td3.learn(batch(seed=0), 1)
+    td3.run_updates(batch(seed=0), 1)
     before, moments = weights(td3), adam(td3)
     bad = batch(seed=1)
-    td3.learn(bad._replace(rew=bad.rew * float("inf")), 1)
+    td3.run_updates(bad._replace(rew=bad.rew * float("inf")), 1)
     assert all(same(before, weights(td3)))
     assert all(same(moments, adam(td3)))
     assert int(td3.guard.skipped) == 1
     assert float(td3.guard.scale) == 32768.0
     td3.check()  # ordinary under fp16
-    td3.learn(batch(seed=2), 1)
+    td3.run_updates(batch(seed=2), 1)
     assert not any(same(before, weights(td3)))
     assert int(td3.guard.skipped) == 1
 
@@ -270,7 +271,7 @@ def test_poisson_update_repeats_with_its_generator() -> None:
         critic = Critics(3, 2, [8])
         td3 = TD3(actor, critic, td3_config(), actor_lr=1e-3, generator=generator(seed))
         for i in range(3):
-            td3.learn(batch(seed=i), 1)
+            td3.run_updates(batch(seed=i), 1)
         return td3.actor_optimizer.flat.detach()
 
     assert torch.equal(run(1), run(1))
@@ -281,34 +282,34 @@ def test_updates_up_to_the_next_change_of_the_targets_share_one_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Learning from five batches at once is learning from one after the other."""
-    together, alone = learner(target_noise=0.0), learner(target_noise=0.0)
+    batched, alone = learner(target_noise=0.0), learner(target_noise=0.0)
     batches = [batch(seed=seed) for seed in range(5)]
     passes, size = [], len(batches[0].rew)
-    td_target = together.critic_target.td_target
+    td_target = batched.critic_target.td_target
 
     def noting(rows: Batch, next_act: Tensor) -> Tensor:
         passes.append(len(rows.rew) // size)
         return td_target(rows, next_act)
 
-    monkeypatch.setattr(together.critic_target, "td_target", noting)
-    found = together.learn(Batch(*map(torch.cat, zip(*batches, strict=True))), 5)
-    expected = [alone.learn(b, 1)[0] for b in batches]
+    monkeypatch.setattr(batched.critic_target, "td_target", noting)
+    found = batched.run_updates(Batch(*map(torch.cat, zip(*batches, strict=True))), 5)
+    expected = [alone.run_updates(b, 1)[0] for b in batches]
     assert passes == [1, 2, 2]  # the targets change on updates 0, 2 and 4
     assert [m.keys() for m in found] == [m.keys() for m in expected]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
-    for name, tensor in together.state().items():
+    for name, tensor in batched.state().items():
         torch.testing.assert_close(tensor, alone.state()[name], rtol=1e-4, atol=1e-6)
-    together.learn(batches[0], 1)
+    batched.run_updates(batches[0], 1)
     assert passes[3:] == [1]  # update 5, and 6 would have been with it
 
 
 @pytest.mark.parametrize("delay", [1, 2, 3])
 def test_a_recorded_update_is_the_update(delay: int) -> None:
-    """Everything that changes lies in fixed places: run again from them, it is the next update."""
+    """What changes lies at fixed addresses: run again from them, it is the next update."""
 
-    def record(work: Callable[[], Metrics], generator: torch.Generator) -> Any:
-        found: Metrics = []
+    def record(updates: Updates, generator: torch.Generator) -> Any:
+        found: list[Metrics] = []
         slots: list[dict[str, Tensor]] = [
             {name: torch.zeros(()) for name in ("critic_loss", "q_mean", "actor_loss")}
             for _ in range(delay)
@@ -319,7 +320,7 @@ def test_a_recorded_update_is_the_update(delay: int) -> None:
         found += slots
 
         def launch() -> None:
-            for slot, m in zip(slots, work(), strict=True):
+            for slot, m in zip(slots, updates(), strict=True):
                 for name, value in m.items():
                     slot[name].copy_(value)
 
@@ -334,8 +335,8 @@ def test_a_recorded_update_is_the_update(delay: int) -> None:
         rows = Batch(
             *map(torch.cat, zip(*(batch(seed=4 * burst + k) for k in range(4)), strict=False))
         )
-        expected += plain.learn(rows, 4)
-        found += recorded.learn(rows, 4)
+        expected += plain.run_updates(rows, 4)
+        found += recorded.run_updates(rows, 4)
     assert recorded.graph.calls == {1: 23, 2: 6, 3: 4}[delay]
     assert recorded.updates == plain.updates == 24
     assert [m.keys() for m in found] == [m.keys() for m in expected]
@@ -357,13 +358,16 @@ def test_a_warm_up_leaves_the_policy_alone() -> None:
     td3, plain = learner(critic_warmup=4), learner()
     before = weights(td3)
     for seed in range(4):
-        metrics, usual = td3.learn(batch(seed=seed), 1)[0], plain.learn(batch(seed=seed), 1)[0]
+        metrics, usual = (
+            td3.run_updates(batch(seed=seed), 1)[0],
+            plain.run_updates(batch(seed=seed), 1)[0],
+        )
         assert metrics.keys() == usual.keys()
         assert torch.equal(metrics["critic_loss"], usual["critic_loss"]) == (seed == 0)
     critic, actor, critic_target, actor_target = same(before, weights(td3))
     assert (critic, actor, critic_target, actor_target) == (False, True, False, True)
     assert float(td3.actor_optimizer.moments.step) == 0.0
-    td3.learn(batch(seed=4), 1)
+    td3.run_updates(batch(seed=4), 1)
     critic, actor, critic_target, actor_target = same(before, weights(td3))
     assert (critic, actor, critic_target, actor_target) == (False, False, False, False)
 
@@ -372,7 +376,7 @@ def test_a_warm_up_that_ends_between_changes_of_the_policy() -> None:
     """Of updates 0 to 4 it covers 0 to 2: the change at 2 is still left out, that at 4 made."""
     td3 = learner(critic_warmup=3)
     before = weights(td3)
-    td3.learn(batch(32), 4)
+    td3.run_updates(batch(32), 4)
     assert same(before, weights(td3))[1]
-    td3.learn(batch(), 1)
+    td3.run_updates(batch(), 1)
     assert not same(before, weights(td3))[1]

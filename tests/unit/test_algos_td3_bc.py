@@ -25,7 +25,8 @@ from threads import run_in_threads, worlds
 from torch.nn import functional
 
 from spikerl.algos.td3_bc import TD3BC
-from spikerl.models.actor import Actor, MLPActor, MLPConfig
+from spikerl.models.actor import Actor, MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.types import Batch
 
 
@@ -60,7 +61,7 @@ def test_actor_loss_by_hand(alpha: float, weight: float, loss: float) -> None:
     fill(made.critic, weights)  # Q_1 = 2 relu(first entry) - 4
     obs, act = torch.tensor([[3.0, 0.0, 0.0], [0.0] * 3]), torch.tensor([[1.0], [-0.5]])
     zero = torch.zeros(2)
-    (found,) = made.learn(Batch(obs, act, zero, obs, zero > 0, zero), 1)
+    (found,) = made.run_updates(Batch(obs, act, zero, obs, zero > 0, zero), 1)
     assert float(found["value_weight"]) == pytest.approx(weight)
     assert float(found["actor_loss"]) == pytest.approx(loss)
     # By the bias of the last layer: Q_1 does not depend on actions; 2 (0 - a) / 2, summed.
@@ -78,7 +79,7 @@ def test_updates_are_those_of_the_papers_code() -> None:
         actor_adam = torch.optim.Adam(actor.parameters(), lr=1e-3)
         critic_adam = torch.optim.Adam(critic.parameters(), lr=1e-3)
         for number, batch in enumerate(rows):
-            (found,) = made.learn(batch, 1)
+            (found,) = made.run_updates(batch, 1)
             with torch.no_grad():
                 next_act = torch.tanh(actor_target(batch.next_obs))
                 least = values(critic_target, batch.next_obs, next_act).min(0).values
@@ -114,9 +115,9 @@ def test_two_workers_are_one_with_both_batches(kind: str) -> None:
     both = [learner(network(kind), world=world, weight=0.5) for world in worlds(2)]
     rows = transitions(16, torch.float32)
     for number in range(3):
-        (alone,) = whole.learn(rows, 1)
+        (alone,) = whole.run_updates(rows, 1)
         parts = zip(both, cut(rows, 8), strict=True)
-        found = run_in_threads([partial(own.learn, part, 1) for own, part in parts])
+        found = run_in_threads([partial(own.run_updates, part, 1) for own, part in parts])
         for name in ("actor_loss", "value_weight") if number % 2 == 0 else ():
             each = [float(one[0][name]) for one in found]
             assert each == pytest.approx([float(alone[name])] * 2, rel=1e-4)

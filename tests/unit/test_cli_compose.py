@@ -9,7 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from shell import refusal, spikerl
 
-from spikerl.cli.compose import expand, explain, known_keys, split, unquoted
+from spikerl.cli.compose import expand, known_keys, split, unquoted
 from spikerl.config.yaml_file import group_options, quoted
 
 
@@ -185,24 +185,6 @@ def test_resume_takes_no_other_config(args: list[str]) -> None:
     resumable(name="Ant")
     write("c.yaml", {"seed": 9})
     assert refused("train", *args).startswith("config=c.yaml: a resumed run keeps it")
-
-
-# --- complaints -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "error", [ValueError("first\nsecond"), ValueError(""), KeyError("x"), OSError(2, "none")]
-)
-def test_whatever_hydra_raises_is_one_line(error: Exception) -> None:
-    line = explain("train", ["seed=1"], error)
-    assert line.startswith("config: ")
-    assert "\n" not in line
-
-
-def test_a_line_stays_one_whatever_it_quotes() -> None:
-    assert spikerl("train", "run_dir=a", "seed=x\ny\x1b[2J").line == (
-        r"seed=x\x0ay\x1b[2J: cannot be read; write key=value"
-    )
 
 
 def test_known_keys() -> None:

@@ -17,8 +17,8 @@ def test_an_actor_of_another_shape_is_refused(tmp_path: Path) -> None:
     asked = small_config()
     line = str(refusal(BenchFixtures, asked, str(run)))
     parts = "with population, cuba_lif, rate, populations 10, 10"
-    told = f"its actor is popsan [12, 9] {parts}; give its keys, not popsan [16] {parts}"
-    assert line == f"run={run}: {told}"
+    remedy = f"its actor is popsan [12, 9] {parts}; give its keys, not popsan [16] {parts}"
+    assert line == f"run={run}: {remedy}"
     asked.actor.actor = popsan_config([12, 9])
     timed = BenchFixtures(asked, str(run)).spiking("reference")
     weight = policy_of(config(), task(4, 1)).actor.layers[0].weight_IN

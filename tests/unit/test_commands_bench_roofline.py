@@ -11,7 +11,8 @@ from spikerl.algos.td3 import TD3
 from spikerl.commands.bench import roofline
 from spikerl.commands.bench.roofline import flops_per_row, product_gflops
 from spikerl.commands.bench.table import roofline_lines
-from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.actor import MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
@@ -41,7 +42,7 @@ def test_as_pytorch_counts() -> None:
     obs, act, next_obs = rows[:, :17], rows[:, 17:23], rows[:, 23:40]
     batch = Batch(obs, act, rows[:, 40], next_obs, rows[:, 41] > 9, rows[:, 41])
     with FlopCounterMode(display=False) as counter:
-        td3.learn(batch, 2)
+        td3.run_updates(batch, 2)
     counted = counter.get_total_flops() / 64
     assert counted == pytest.approx(flops_per_row(actor, critic, 2), rel=0.03)
 

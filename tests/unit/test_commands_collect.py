@@ -100,8 +100,8 @@ def test_what_the_policy_does() -> None:
 
 
 def test_what_is_recorded_of_it(folder: Path) -> None:
-    told = ["noise=0.5", "random_share=0.25", "steps=70", "seed=3"]
-    assert spikerl("collect", "run=run", "dataset=told-v3", *told).status == 0
+    keys = ["noise=0.5", "random_share=0.25", "steps=70", "seed=3"]
+    assert spikerl("collect", "run=run", "dataset=told-v3", *keys).status == 0
     found, recipe = facts("told-v3"), facts("told-v3")["recipe"]
     digests = {
         name: hashlib.sha256((folder / "run" / name).read_bytes()).hexdigest()
@@ -120,9 +120,9 @@ def test_what_is_recorded_of_it(folder: Path) -> None:
 
 
 def test_a_seed_decides_every_number() -> None:
-    told = ["run=run", "steps=40", "noise=0.1", "random_share=0.5"]
+    keys = ["run=run", "steps=40", "noise=0.1", "random_share=0.5"]
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert spikerl("collect", f"dataset=seed_{name}", f"seed={seed}", *told).status == 0
+        assert spikerl("collect", f"dataset=seed_{name}", f"seed={seed}", *keys).status == 0
     digests = [facts(f"seed_{name}")["sha256"] for name in "abc"]
     first, again, other = ([one["actions"].tolist() for one in numbers(f"seed_{n}")] for n in "abc")
     assert first == again != other
@@ -302,9 +302,9 @@ def taken_again(seed: int, env_number: int, acts: list[np.ndarray]) -> dict[str,
 @pytest.fixture(scope="module")
 def learned(made: Path) -> Path:
     """A run of two environments, 60 steps of each, whose learning sees halved rewards."""
-    told = ["env.reward_scale=0.5", "run_dir=replaying"]
+    keys = ["env.reward_scale=0.5", "run_dir=replaying"]
     with chdir(made):
-        assert spikerl("train", *SHORT, *LEARNS, *told).status == 0
+        assert spikerl("train", *SHORT, *LEARNS, *keys).status == 0
     return made / "replaying"
 
 
@@ -345,8 +345,8 @@ def test_what_a_run_did_itself() -> None:
 
 
 def test_a_replay_that_has_overwritten_its_beginning() -> None:
-    told = ["algo.replay_capacity=40", "run_dir=ring"]
-    assert spikerl("train", *SHORT, *LEARNS, *told).status == 0
+    keys = ["algo.replay_capacity=40", "run_dir=ring"]
+    assert spikerl("train", *SHORT, *LEARNS, *keys).status == 0
     assert spikerl("collect", "run=ring", "dataset=ring-v0", "policy=replay").status == 0
     found = numbers("ring-v0")
     lengths = [len(one["rewards"]) for one in found]
@@ -390,7 +390,7 @@ def test_a_run_that_goes_on_is_left_alone(folder: Path) -> None:
 
 def test_an_offline_run_has_no_replay_of_its_own(folder: Path) -> None:
     write(folder / "given", [episode(30)])
-    told = ["dataset=given", "run_dir=offline"]
-    assert spikerl("train", *OFFLINE, *told).status == 0
+    keys = ["dataset=given", "run_dir=offline"]
+    assert spikerl("train", *OFFLINE, *keys).status == 0
     said = spikerl("collect", "run=offline", "dataset=new", "policy=replay")
     assert said.line.startswith("policy=replay: algo=td3_bc keeps no replay of its own steps")

@@ -16,7 +16,8 @@ from shell import SHORT, spikerl, tree
 
 from spikerl import load_policy
 from spikerl.envs.make import make_env, task_of
-from spikerl.models.actor import ActorConfig, connections
+from spikerl.models.actor import connections
+from spikerl.models.actor_config import ActorConfig
 from spikerl.models.policy import Policy
 
 NONE = np.empty(0)

@@ -18,7 +18,8 @@ from spikerl.commands.convert import convert
 from spikerl.envs.make import EnvConfig
 from spikerl.kernels import reference
 from spikerl.kernels.reference import Carried
-from spikerl.models.actor import ActorConfig, MLPActor, MLPConfig, SpikingActor
+from spikerl.models.actor import MLPActor, SpikingActor
+from spikerl.models.actor_config import ActorConfig, MLPConfig
 from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.snn.neurons import ResidualIF, ResidualIFConfig

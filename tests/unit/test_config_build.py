@@ -24,7 +24,7 @@ from spikerl.errors import BadRequest
 from spikerl.kernels import KERNELS
 from spikerl.kernels import build as native
 from spikerl.machine import cores
-from spikerl.models.actor import ACTORS
+from spikerl.models.networks import ACTORS
 from spikerl.models.precision import PRECISIONS
 from spikerl.schema import Registry
 from spikerl.snn.decoders import DECODERS

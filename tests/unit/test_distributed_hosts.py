@@ -36,23 +36,24 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return os.environ  # type: ignore[return-value]
 
 
-def told(environ: dict[str, str]) -> list[str | None]:
+def adopted(environ: dict[str, str]) -> list[str | None]:
     launchers.adopt()
     return [environ.get(name) for name in RANK]
 
 
 def test_a_task_of_a_step(environ: dict[str, str]) -> None:
     environ |= STEP
-    assert told(environ) == ["4", "5", "1", "2", "node07", "25061"]  # 20000 + 37 * 407 % 10000 + 2
+    port = "25061"  # 20000 + 37 * 407 % 10000 + 2
+    assert adopted(environ) == ["4", "5", "1", "2", "node07", port]
     assert resolve_world_size(None) == 5
     assert (hosts.workers_here(5), hosts.workers_here(8, 2)) == (2, 2)
     environ["SLURM_PROCID"] = "0"
-    assert told(environ)[0] == "4"  # once adopted, it stays
+    assert adopted(environ)[0] == "4"  # once adopted, it stays
 
 
 def test_an_address_that_the_user_gave_stays(environ: dict[str, str]) -> None:
     environ |= {**STEP, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert told(environ)[4:] == ["10.0.0.1", "29500"]
+    assert adopted(environ)[4:] == ["10.0.0.1", "29500"]
 
 
 @pytest.mark.parametrize("tasks", ["1", None])
@@ -62,7 +63,7 @@ def test_no_rank(environ: dict[str, str], tasks: str | None) -> None:
     if tasks is None:
         del environ["SLURM_STEP_NUM_TASKS"]
         environ["SLURM_NTASKS"] = "5"
-    assert told(environ) == [None] * 6
+    assert adopted(environ) == [None] * 6
     assert not ranked()
     assert (resolve_world_size(None), resolve_world_size(8)) == (1, 8)
     assert (hosts.workers_here(8), hosts.workers_here(8, 2)) == (8, 4)
@@ -71,11 +72,11 @@ def test_no_rank(environ: dict[str, str], tasks: str | None) -> None:
 def test_torchrun_inside_srun_and_an_mpi_under_it(environ: dict[str, str]) -> None:
     agents = ["6", "8", "2", "4", "node07", "29500"]
     environ |= STEP | dict(zip(RANK, agents, strict=True))
-    assert told(environ) == agents
+    assert adopted(environ) == agents
     for name in RANK:
         del environ[name]
     environ |= {"PMI_RANK": "4", "PMI_SIZE": "5"}
-    assert told(environ) == ["4", "5", "1", "2", None, None]
+    assert adopted(environ) == ["4", "5", "1", "2", None, None]
 
 
 def test_first_host() -> None:

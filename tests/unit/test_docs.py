@@ -23,7 +23,7 @@ from spikerl.distributed.world import BACKENDS
 from spikerl.energy.meter import METERS
 from spikerl.envs.make import EnvConfig
 from spikerl.kernels import KERNELS
-from spikerl.models.policy import ACTOR_GROUPS, parse_actor
+from spikerl.models.networks import ACTOR_GROUPS, parse_actor
 from spikerl.models.precision import PRECISIONS
 from spikerl.schema import parse
 

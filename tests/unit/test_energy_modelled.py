@@ -11,7 +11,8 @@ from hand_worked import SEEN, dense, rate_decoded
 
 from spikerl.energy import modelled, operations
 from spikerl.energy.modelled import Energy
-from spikerl.energy.operations import Count, DenseTwin, Operations, Synapses, Update
+from spikerl.energy.operations import DenseTwin, Operations
+from spikerl.energy.synapses import Count, Synapses, Update
 from spikerl.reporting.operations import lines
 
 SETS = {constants.name: constants for constants in modelled.SETS}

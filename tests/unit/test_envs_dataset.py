@@ -81,7 +81,7 @@ def other(name: str, at: tuple[int, ...], value: float) -> Fields:
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "line"),
     [
         (other("rewards", (1,), np.nan), "has rewards that are NaN, infinite or beyond float32"),
         (other("observations", (3, 3), np.inf), "has observations that are NaN, infinite or"),
@@ -100,9 +100,9 @@ def other(name: str, at: tuple[int, ...], value: float) -> Fields:
         (episode(3) | {"actions": np.zeros((3, 1), np.int64)}, "has no actions of numbers"),
     ],
 )
-def test_numbers_that_cannot_be(fields: Fields, told: str, task: Task, tmp_path: Path) -> None:
+def test_numbers_that_cannot_be(fields: Fields, line: str, task: Task, tmp_path: Path) -> None:
     folder = write(tmp_path / "d", [episode(2), fields])
-    assert reason(folder, task).startswith(f"/episode_1 {told}")
+    assert reason(folder, task).startswith(f"/episode_1 {line}")
 
 
 def linked(link: Any) -> Callable[[Any], None]:
@@ -147,7 +147,7 @@ def claiming(steps: int) -> Callable[[Any], None]:
 
 
 @pytest.mark.parametrize(
-    ("touch", "told"),
+    ("touch", "line"),
     [
         (
             linked(h5py.ExternalLink("/etc/passwd", "/x")),
@@ -163,10 +163,10 @@ def claiming(steps: int) -> Callable[[Any], None]:
     ],
 )
 def test_what_a_file_may_not_hold(
-    touch: Callable[[Any], None], told: str, task: Task, tmp_path: Path
+    touch: Callable[[Any], None], line: str, task: Task, tmp_path: Path
 ) -> None:
     folder = write(tmp_path / "d", [episode(3), episode(2)], touch)
-    assert reason(folder, task).startswith(told)
+    assert reason(folder, task).startswith(line)
 
 
 def test_packed_numbers_are_read(task: Task, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_packed_numbers_are_read(task: Task, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "told"),
+    ("metadata", "line"),
     [
         ({"env_spec": None}, "its metadata.json names no environment (env_spec)"),
         ({"env_spec": "{]"}, "Expecting"),
@@ -206,15 +206,15 @@ def test_packed_numbers_are_read(task: Task, tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_describe_it(
-    metadata: dict[str, Any], told: str, task: Task, tmp_path: Path
+    metadata: dict[str, Any], line: str, task: Task, tmp_path: Path
 ) -> None:
     folder = write(tmp_path / "d", [episode(3), episode(2)], **metadata)
-    assert reason(folder, task).startswith(told)
+    assert reason(folder, task).startswith(line)
 
 
 def test_no_dataset_and_half_of_one(task: Task, tmp_path: Path) -> None:
-    told = "no dataset there; give a folder that holds data/main_data.hdf5"
-    assert reason(tmp_path / "none", task) == told
+    line = "no dataset there; give a folder that holds data/main_data.hdf5"
+    assert reason(tmp_path / "none", task) == line
     folder = write(tmp_path / "d", [episode(300)])
     whole = (folder / MAIN).read_bytes()
     for size in (0, 7, 100, 2000, len(whole) // 2, len(whole) - 1):

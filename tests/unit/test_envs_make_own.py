@@ -23,7 +23,7 @@ from shell import refusal
 from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.envs.vector import make_envs
 from spikerl.errors import BadRequest, EnvironmentFailed, Interrupted
-from spikerl.models.policy import load_policy
+from spikerl.runs.policies import load_policy
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.trainer import Trainer
 from spikerl.types import Task

@@ -42,11 +42,11 @@ def ahead(env: CheckedEnv, steps: int = 80) -> list[tuple[bytes, bool, bool]]:
 def test_fresh_and_used_environments_go_on_bit_for_bit(env_id: str) -> None:
     env = started(env_id)
     state = taken(env)
-    told = ahead(env)
-    assert any(terminated or truncated for _, terminated, truncated in told)
+    expected = ahead(env)
+    assert any(terminated or truncated for _, terminated, truncated in expected)
     for other in (make(env_id, LIMIT), started(env_id, steps=41, seed=6)):
         restore(other.env, through_file(state))
-        assert ahead(other) == told
+        assert ahead(other) == expected
 
 
 @pytest.mark.parametrize("env_id", TASKS)
@@ -250,7 +250,7 @@ def game(text: str) -> np.ndarray:
         (lambda text: text.replace("[[0.0", "[[null", 1), "brick_map is no"),
     ],
 )
-def test_a_state_of_a_game_may_be_a_strangers(change: Callable[[str], str], reason: str) -> None:
+def test_a_state_of_a_game_may_be_untrusted(change: Callable[[str], str], reason: str) -> None:
     env = started("MinAtar/Breakout-v1", 2)
     before = taken(env)
     text = bytes(before["game"]).decode()
@@ -316,10 +316,10 @@ def test_vector_environments_take_and_set_by_name(before: str, after: str) -> No
         envs.reset(seed=[1, 2, 3])
         vector_rows(envs, seed=1, steps=37)
         states = envs.call("snapshot")
-        told = vector_rows(envs, seed=2, steps=60)
-        assert any(len(row) > 4 for row in told)
+        expected = vector_rows(envs, seed=2, steps=60)
+        assert any(len(row) > 4 for row in expected)
         other.set_attr("snapshot", [through_file(state) for state in states])
-        assert vector_rows(other, seed=2, steps=60) == told
+        assert vector_rows(other, seed=2, steps=60) == expected
     finally:
         envs.close()
         other.close()

@@ -24,7 +24,8 @@ from shell import refusal, spikerl
 
 from spikerl.export import loihi, loihi_chip, proof, support
 from spikerl.export.formats import FORMATS
-from spikerl.models.actor import ActorConfig, SpikingActor
+from spikerl.models.actor import SpikingActor
+from spikerl.models.actor_config import ActorConfig
 from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import EncoderConfig, PopulationConfig
 from spikerl.snn.neurons import CubaLIFConfig

@@ -24,7 +24,7 @@ from shell import refusal, spikerl
 
 from spikerl.export import contract, nir, proof
 from spikerl.files import json_bytes
-from spikerl.models.actor import ActorConfig
+from spikerl.models.actor_config import ActorConfig
 from spikerl.models.policy import Policy
 from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import EncoderConfig

@@ -18,7 +18,8 @@ from spikerl.envs.make import EnvConfig
 from spikerl.export import proof, support
 from spikerl.export.contract import DECODERS, ENCODERS, NEURONS
 from spikerl.export.formats import FORMATS
-from spikerl.models.actor import CareBNConfig, SpikingActor
+from spikerl.models.actor import SpikingActor
+from spikerl.models.actor_config import CareBNConfig
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
 from spikerl.seeding import RESET_BITS, reset_seed

@@ -26,7 +26,7 @@ import spikerl
 from spikerl import isolation
 from spikerl.envs.make import make_env, task_of
 from spikerl.isolation import UserCode, settings
-from spikerl.models.policy import load_policy
+from spikerl.runs.policies import load_policy
 from spikerl.training.trainer import Trainer
 
 

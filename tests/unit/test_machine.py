@@ -93,10 +93,10 @@ def test_what_workers_are_given_is_not_the_users_word(
     launch.set_threads(given)
     seen: list[Any] = []
 
-    def start(mailbox: Path, workers: launch.Workers) -> dict[int, int]:
+    def start(shared_dir: Path, workers: launch.Workers) -> dict[int, int]:
         seen.append(os.environ["OMP_NUM_THREADS"])
-        seen.append(json.loads((mailbox / "spec.json").read_text())["OMP_NUM_THREADS"])
-        (mailbox / "result").write_text("0")
+        seen.append(json.loads((shared_dir / "spec.json").read_text())["OMP_NUM_THREADS"])
+        (shared_dir / "result").write_text("0")
         return {}
 
     monkeypatch.setattr(launch, "run_under_agent", start)

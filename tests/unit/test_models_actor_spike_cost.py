@@ -144,7 +144,7 @@ def test_every_algorithm_adds_it_to_its_own_loss(rule: str) -> None:
                 logp = torch.full((20, 2), -1.0)
                 metrics = learner.update(Rows(rows.obs, rows.act, logp, rows.rew, rows.rew))
             else:
-                (metrics,) = learner.learn(rows, 1)
+                (metrics,) = learner.run_updates(rows, 1)
             gradient = learner.actor_optimizer.gradient
             found.append((metrics, [slot.clone() for slot in gradient.slots]))
     (without, plain), (metrics, ours) = found

@@ -25,7 +25,8 @@ from spikerl.models.compression import (
     prune,
     quantise,
 )
-from spikerl.models.policy import Policy, load_policy
+from spikerl.models.policy import Policy
+from spikerl.runs.policies import load_policy
 from spikerl.snn.early_exit import EarlyExit
 
 

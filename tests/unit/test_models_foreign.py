@@ -380,7 +380,7 @@ def test_what_is_imported_goes_on(folder: Path) -> None:
 
 @pytest.mark.parametrize("command", ["convert run_dir=new", "eval", "export format=c"])
 def test_paths_that_an_environment_is_given_are_confirmed(folder: Path, command: str) -> None:
-    """A run from a stranger may name any file."""
+    """An untrusted run may name any file."""
     save(dense(["l1", "l2", "l3"], [3, 6, 5, 1]))
     assert spikerl("import", "dense=m.pt", "env=Pendulum", "run_dir=run").status == 0
     policy, config = Path("run/policy.json"), Path("run/config.yaml")

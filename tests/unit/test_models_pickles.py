@@ -1,4 +1,4 @@
-"""Files of strangers: nothing in them runs, nothing in them allocates what they do not hold."""
+"""Untrusted files: nothing in them runs, nothing in them allocates what they do not hold."""
 
 from __future__ import annotations
 

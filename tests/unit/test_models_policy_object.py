@@ -15,14 +15,15 @@ import builders
 import numpy as np
 import pytest
 import torch
-from shell import refusal
 
 import spikerl
 from spikerl import kernels
 from spikerl.kernels import KernelConfig
-from spikerl.models.actor import SpikingActor, build_actor
+from spikerl.models.actor import SpikingActor
+from spikerl.models.networks import build_actor
 from spikerl.models.normalizer import RunningNorm
-from spikerl.models.policy import Policy, load_policy
+from spikerl.models.policy import Policy
+from spikerl.runs.policies import load_policy
 from spikerl.types import Task
 
 CONFIGS = {
@@ -82,32 +83,6 @@ def test_a_pickle_of_another_processor() -> None:
     chosen = kernels.resolve(KernelConfig(name="auto", path=None), "cpu").choice
     assert twin.actor.kernel == chosen
     np.testing.assert_allclose(twin(OBS), make("popsan")(OBS), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu"), torch.device("cpu", 0)])
-def test_devices(device: str | torch.device, tmp_path: Path) -> None:
-    policy = make("popsan")
-    policy.save(tmp_path)
-    loaded = load_policy(tmp_path, device=device)
-    assert loaded.device == torch.device("cpu")
-    np.testing.assert_array_equal(loaded(OBS), policy(OBS))
-
-
-@pytest.mark.parametrize(
-    ("device", "line"),
-    [
-        ("cuda", "device=cuda: 0 CUDA devices are visible here"),
-        (torch.device("cuda", 3), "device=cuda:3: 0 CUDA devices are visible here"),
-        ("tpu", "device=tpu: give auto, cpu, cuda or cuda:N"),
-        (torch.device("meta"), "device=meta: give auto, cpu, cuda or cuda:N"),
-    ],
-)
-def test_devices_that_are_not_there(
-    device: str | torch.device, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    make("mlp").save(tmp_path)
-    assert str(refusal(load_policy, tmp_path, device=device)).startswith(line)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -10,7 +10,8 @@ from torch import Tensor
 from spikerl.algos.td3 import TD3
 from spikerl.errors import BadRequest
 from spikerl.kernels import reference
-from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.actor import MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.precision import PrecisionConfig, check_precision
 from spikerl.types import Batch
 
@@ -84,9 +85,9 @@ def test_updates_learn_in_low_precision(name: str, actor: str) -> None:
         obs = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
         done = torch.ones(64, dtype=torch.bool)
         b = Batch(obs, obs[:, :1].clamp(-1, 1), obs.sum(1), obs, done, torch.full((64,), 0.9))
-        first = float(td3.learn(b, 1)[0]["critic_loss"])
+        first = float(td3.run_updates(b, 1)[0]["critic_loss"])
         for _ in range(150):
-            last = float(td3.learn(b, 1)[0]["critic_loss"])
+            last = float(td3.run_updates(b, 1)[0]["critic_loss"])
         td3.check()
         losses[which] = last / first
         for stepper in (td3.actor_optimizer, td3.critic_optimizer):

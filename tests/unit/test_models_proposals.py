@@ -12,10 +12,11 @@ from exports import config
 from recorded import episode, task_for, write
 from shell import SHORT, spikerl
 
-from spikerl.models.actor import ProposalConfig
+from spikerl.models.actor_config import ProposalConfig
 from spikerl.models.normalizer import RunningNorm
-from spikerl.models.policy import Policy, load_policy
+from spikerl.models.policy import Policy
 from spikerl.models.proposals import Proposer, build_policy
+from spikerl.runs.policies import load_policy
 
 SIZES = {"hidden_sizes": [8], "critic_hidden_sizes": [8]}
 
@@ -74,8 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(made / "d", [episode(30)])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made)
-        told = ["encoder=learned", "decoder=learned", "neuron=lif", "run_dir=run"]
-        assert spikerl("train", *OFFLINE, *TINY, *told).status == 0
+        keys = ["encoder=learned", "decoder=learned", "neuron=lif", "run_dir=run"]
+        assert spikerl("train", *OFFLINE, *TINY, *keys).status == 0
         assert spikerl("train", *OFFLINE, *TINY, "actor=mlp", "run_dir=dense").status == 0
     return made
 

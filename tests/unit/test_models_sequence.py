@@ -14,10 +14,11 @@ from sequences import actor_config
 from shell import refusal, spikerl
 
 from spikerl.commands.collect import CollectRequest, behave
-from spikerl.models.actor import build_sequence
+from spikerl.models.networks import build_sequence
 from spikerl.models.normalizer import RunningNorm
-from spikerl.models.policy import Policy, load_policy
+from spikerl.models.policy import Policy
 from spikerl.models.sequence import ConditionConfig, History
+from spikerl.runs.policies import load_policy
 from spikerl.types import Contexts
 
 AIM = ConditionConfig(target_return=7.0, return_scale=2.0)
@@ -124,12 +125,12 @@ def test_saved_and_loaded_it_acts_the_same(kind: str, tmp_path: Path) -> None:
     made.save(tmp_path)
     loaded = load_policy(tmp_path)
     assert loaded.config.conditioning == AIM
-    told, ours = loaded.carried(), made.carried()
-    assert told is not None
+    theirs, ours = loaded.carried(), made.carried()
+    assert theirs is not None
     assert ours is not None
     for _ in range(3):
-        np.testing.assert_allclose(loaded(obs, told), made(obs, ours), rtol=1e-4, atol=1e-6)
-        for one in (told, ours):
+        np.testing.assert_allclose(loaded(obs, theirs), made(obs, ours), rtol=1e-4, atol=1e-6)
+        for one in (theirs, ours):
             one.reward([1.0, 2.0])
     loaded.aim(3.0)
     carried = loaded.carried()
@@ -245,10 +246,10 @@ def test_a_dense_policy_aims_at_nothing(folder: Path, monkeypatch: pytest.Monkey
     assert line.startswith("target_return=5.0: its policy does not depend on a return")
 
 
-@pytest.mark.parametrize("told", [{"random_share": 1.0}, {"noise": 0.5}, {}])
-def test_what_is_recorded_is_what_later_decisions_see(told: dict[str, float]) -> None:
+@pytest.mark.parametrize("changes", [{"random_share": 1.0}, {"noise": 0.5}, {}])
+def test_what_is_recorded_is_what_later_decisions_see(changes: dict[str, float]) -> None:
     """Whatever `collect` made of the action."""
-    fields = {"noise": 0.0, "random_share": 0.0} | told
+    fields = {"noise": 0.0, "random_share": 0.0} | changes
     request = CollectRequest(run="r", dataset="d", policy="last", episodes=1, steps=None, seed=0,
                              env_id=None, plugins=[], **fields)  # fmt: skip
     made, draws = policy(), np.random.default_rng(0)
@@ -260,7 +261,7 @@ def test_what_is_recorded_is_what_later_decisions_see(told: dict[str, float]) ->
         carried.reward(0.0)
     assert carried.steps is not None
     np.testing.assert_allclose(carried.steps.act[0, 2:], np.stack(acts), rtol=1e-6)
-    if told:
+    if changes:
         assert len({round(float(act[0]), 6) for act in acts}) > 1
 
 
@@ -269,5 +270,5 @@ def test_collect_goes_on_with_rewards(folder: Path, monkeypatch: pytest.MonkeyPa
     asked = ["run=pssa", "dataset=again", "episodes=2", "noise=0.2", "random_share=0.5"]
     assert spikerl("collect", *asked).status == 0
     assert spikerl("collect", "run=pssa", "dataset=any", "episodes=1", "policy=random").status == 0
-    told = spikerl("collect", "run=pssa", "dataset=no", "policy=replay")
-    assert told.line.startswith("policy=replay: algo=decision_transformer keeps no replay of its")
+    said = spikerl("collect", "run=pssa", "dataset=no", "policy=replay")
+    assert said.line.startswith("policy=replay: algo=decision_transformer keeps no replay of its")

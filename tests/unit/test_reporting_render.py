@@ -17,8 +17,8 @@ from shell import refusal, spikerl
 from table_runs import write_run
 
 from spikerl.commands import report
+from spikerl.commands.reproduce.scheduler import cell_left_s, left_s
 from spikerl.commands.reproduce.screen import Screen, State, summary
-from spikerl.commands.reproduce.work import cell_left_s, left_s
 from spikerl.reporting import curves
 from spikerl.reporting.records import Run, run_folders
 from spikerl.reporting.side_by_side import SideBySide, names_of
@@ -284,7 +284,7 @@ def test_a_screen() -> None:
         Cell("other", "column", 0, Path("c"), "train", (), 1): state("failed", 0, None),
     }
     assert screen.due
-    screen.draw(named, left_s(named, 2))
+    screen.draw(named, left_s(named, 2, {}))
     screen.close()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     assert "row/column/seed1" in shown
@@ -298,9 +298,9 @@ def test_time_left() -> None:
     """From the cell's row, else from all rows: 0.6 s a step, of which 50 and 100 are to go."""
     cells = [Cell(row, "column", 0, Path(row), "train", (), 1) for row in ("a", "b")]
     states = {cells[0]: state("running", 50, 30.0), cells[1]: state("waiting", 0, None)}
-    assert cell_left_s(states, cells[0]) == 30.0
-    assert left_s(states, 1) == 90.0
+    assert cell_left_s(states, cells[0], {}) == 30.0
+    assert left_s(states, 1, {}) == 90.0
     assert left_s(states, 1, {"b": 2.0}) == 230.0
     states[cells[0]] = state("waiting", 0, None)
-    assert left_s(states, 1) is None
+    assert left_s(states, 1, {}) is None
     assert "time left: unknown" in summary(states, None)

@@ -17,9 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from spikerl.cli.compose import expand
-from spikerl.runs import folder as run_folder
 from spikerl.runs.loggers import Service, check_loggers, framed, masked_crc32c
 from spikerl.runs.record import RunLog
+from spikerl.runs.rows import cut_back
 
 EVERY: dict[str, Any] = {
     "epoch": 3, "step": 300, "updates": 200, "train_return": 1.5, "train_episodes": 4,
@@ -137,7 +137,7 @@ def test_gauges_go_back_with_the_run(tmp_path: Path) -> None:
         log.row(row(step))
     length = log.write()
     for keep, shown in ((length // 2, " 100\n"), (0, "")):
-        run_folder.rewind(tmp_path, keep)
+        cut_back(tmp_path, keep)
         RunLog(tmp_path, 0, ["prometheus"]).write()
         text = (tmp_path / "metrics.prom").read_text()
         assert shown in text
@@ -174,7 +174,7 @@ def test_csv_of_a_resumed_run(tmp_path: Path) -> None:
     first.write()
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("400,4")
-    run_folder.rewind(tmp_path, committed)
+    cut_back(tmp_path, committed)
     second = RunLog(tmp_path, 100, ["csv"])
     second.row(row(150))
     second.write()
@@ -240,7 +240,7 @@ def test_a_resumed_run_goes_on_in_a_service(
     log.publish()
     assert service.got == [200, 300]
 
-    run_folder.rewind(tmp_path, committed)
+    cut_back(tmp_path, committed)
     log, service = remote(tmp_path, monkeypatch)
     for step in (300, 400):
         log.row(row(step))

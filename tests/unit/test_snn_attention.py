@@ -39,7 +39,7 @@ def test_pssa_keeps_spike_steps_apart() -> None:
 
 
 def test_tssa_by_hand() -> None:
-    """Two spike steps, two places, one entry: q_0 = (1, 0), q_1 = (1, 1) over spike steps."""
+    """Two spike steps, two positions, one entry: q_0 = (1, 0), q_1 = (1, 1) over spike steps."""
     q, k, v = spikes([[[1], [1]], [[0], [1]]]), spikes([[[1], [0]], [[1], [1]]]), spikes(
         [[[1], [1]], [[0], [1]]]
     )  # fmt: skip

@@ -23,7 +23,9 @@ from builders import (
 from torch import Tensor
 
 from spikerl.kernels import reference
-from spikerl.models.actor import ActorConfig, SpikingActor, build_actor, inference_actor
+from spikerl.models.actor import SpikingActor
+from spikerl.models.actor_config import ActorConfig
+from spikerl.models.networks import build_actor, inference_actor
 from spikerl.snn.batchnorm import BATCH, RECALIBRATE, CaReBN
 
 # Two spike steps of three samples: mean 3, variance 12/6 = 2.

@@ -20,7 +20,9 @@ from spikerl.config.build import why_layered
 from spikerl.energy import operations
 from spikerl.export import support
 from spikerl.kernels import build as native
-from spikerl.models.actor import ActorConfig, CNNConfig, ConvSANConfig, SpikingActor, build_actor
+from spikerl.models.actor import SpikingActor
+from spikerl.models.actor_config import ActorConfig, CNNConfig, ConvSANConfig
+from spikerl.models.networks import build_actor
 from spikerl.snn.conv import Conv
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.snn.linear import product
@@ -139,7 +141,7 @@ def test_a_gradient_reaches_every_layer(kind: str) -> None:
         ({"strides": [1]}, "actor.strides=[1]: give one for each layer"),
         ({"filters": []}, "actor.filters=[]: give one for each layer"),
         ({"filters": [4, 0]}, "actor.filters=[4, 0]: give one for each layer, 1 to"),
-        ({"kernel_sizes": [3, 5]}, "actor.kernel_sizes=[3, 5]: a layer sees 3 x 4 places"),
+        ({"kernel_sizes": [3, 5]}, "actor.kernel_sizes=[3, 5]: a layer sees 3 x 4 positions"),
     ],
 )
 def test_what_is_no_stack(changes: dict[str, Any], line: str) -> None:

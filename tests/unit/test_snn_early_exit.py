@@ -13,7 +13,7 @@ from hand_worked import rate_decoded
 from shell import refusal
 
 from spikerl.energy import operations
-from spikerl.energy.operations import Count, Synapses, Update
+from spikerl.energy.synapses import Count, Synapses, Update
 from spikerl.kernels import build as native
 from spikerl.kernels import reference
 from spikerl.models.actor import SpikingActor

@@ -12,9 +12,12 @@ from torch import Tensor
 from trainers import Workers
 
 from spikerl.config.build import Config
-from spikerl.models.actor import Actor, PopSANConfig, build_actor, connections
+from spikerl.models.actor import Actor, connections
+from spikerl.models.actor_config import PopSANConfig
+from spikerl.models.networks import build_actor
 from spikerl.models.normalizer import RunningNorm
-from spikerl.models.policy import Policy, load_policy
+from spikerl.models.policy import Policy
+from spikerl.runs.policies import load_policy
 from spikerl.training.trainer import Trainer
 
 

@@ -30,8 +30,9 @@ from spikerl.envs.make import EnvConfig
 from spikerl.runs.checkpoint import verified
 from spikerl.seeding import generator_for, seed_for
 from spikerl.training import evaluator
+from spikerl.training.epoch_row import Row
 from spikerl.training.evaluator import Evaluator
-from spikerl.training.trainer import Row, batch_share
+from spikerl.training.learner import batch_share
 
 W, N = 3, 6
 PENDULUM = EnvConfig(
@@ -117,7 +118,7 @@ def test_workers_learn_from_rows_drawn_with_their_own_stream(
     drawn: list[tuple[int, Tensor]] = []
     learned: list[tuple[int, Tensor]] = []
     for rank, trainer in enumerate(workers.trainers):
-        sample, learn = trainer.replay.sample, trainer.algo.learn  # type: ignore[attr-defined]
+        sample, run = trainer.replay.sample, trainer.algo.run_updates  # type: ignore[attr-defined]
 
         def sampling(count: int, generator: torch.Generator, *rest: Any, own: Any = trainer,
                      sample: Any = sample) -> Any:  # fmt: skip
@@ -127,12 +128,12 @@ def test_workers_learn_from_rows_drawn_with_their_own_stream(
             drawn.append((own.world.rank, index))
             return sample(count, generator, *rest)
 
-        def learning(rows: Any, count: int, rank: int = rank, learn: Any = learn) -> Any:
+        def learning(rows: Any, count: int, rank: int = rank, run: Any = run) -> Any:
             learned.append((rank, rows.rew))
-            return learn(rows, count)
+            return run(rows, count)
 
         monkeypatch.setattr(trainer.replay, "sample", sampling)
-        monkeypatch.setattr(trainer.algo, "learn", learning)
+        monkeypatch.setattr(trainer.algo, "run_updates", learning)
     workers.train(54)  # the first updates are of step 50
     assert sorted(rank for rank, _ in drawn) == [0, 1, 2]
     assert [len(index) for _, index in sorted(drawn, key=lambda pair: pair[0])] == [40, 30, 30]

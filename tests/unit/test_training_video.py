@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from shell import Said, refusal, spikerl
 
-from spikerl.models.actor import ActorConfig, build_actor
+from spikerl.models.actor_config import ActorConfig
+from spikerl.models.networks import build_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
 from spikerl.training import evaluator, video

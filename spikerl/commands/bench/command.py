@@ -43,7 +43,8 @@ from spikerl.config.build import Config
 from spikerl.errors import DONE, BadRequest
 from spikerl.kernels.cpu import OneAction
 from spikerl.machine import git_state, versions
-from spikerl.models.actor import MLPActor, MLPConfig
+from spikerl.models.actor import MLPActor
+from spikerl.models.actor_config import MLPConfig
 from spikerl.models.precision import DTYPES
 from spikerl.output import answer
 from spikerl.schema import parse
@@ -200,7 +201,7 @@ class Bench(BenchFixtures):
         def benchmark(kernel: str, precision: str, learner: Any) -> Benchmark:
             def call() -> None:
                 if isinstance(learner, OffPolicy):
-                    learner.learn(rows, UPDATES_PER_TURN)
+                    learner.run_updates(rows, UPDATES_PER_TURN)
                     learner.check()
                     return
                 for batch in batches:
@@ -239,7 +240,7 @@ class Bench(BenchFixtures):
             rows = self.batch(UPDATES_PER_TURN * learner.batches_per_update * batch)
 
             def call() -> None:
-                learner.learn(rows, UPDATES_PER_TURN)
+                learner.run_updates(rows, UPDATES_PER_TURN)
                 learner.check()
 
             what, times = f"update, {name}", UPDATES_PER_TURN

@@ -15,10 +15,13 @@ from spikerl.commands.train import task_for
 from spikerl.config.build import Config, why_layered
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest
-from spikerl.models.actor import Actor, ActorConfig, SpikingActor, build_actor
+from spikerl.models.actor import Actor, SpikingActor
+from spikerl.models.actor_config import ActorConfig
 from spikerl.models.critic import Critics
+from spikerl.models.networks import build_actor
 from spikerl.models.normalizer import RunningNorm
-from spikerl.models.policy import Policy, load_policy
+from spikerl.models.policy import Policy
+from spikerl.runs.policies import load_policy
 from spikerl.snn.neurons import NeuronConfig
 from spikerl.types import Batch
 

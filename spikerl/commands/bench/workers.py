@@ -106,7 +106,7 @@ def launch_workers(config: Config, job: Job, backend: str, size: int) -> dict[st
 # --- a worker -------------------------------------------------------------------------------------
 
 
-def work(spec: Mapping[str, Any]) -> int:
+def run_in_worker(spec: Mapping[str, Any]) -> int:
     """A worker that `measure` launched."""
     config, job = configs.build(spec["raw"]), Job(**spec["bench"])
     device = own_device(config.resolved.device.choice)
@@ -176,7 +176,7 @@ class Worker:
             sample, world = fixtures.batch(UPDATES_PER_TURN * batch), learner.world
 
             def call() -> None:
-                learner.learn(sample, UPDATES_PER_TURN)
+                learner.run_updates(sample, UPDATES_PER_TURN)
                 learner.check()
                 if isinstance(world, TimedWorld):
                     own = exchange_ms.setdefault(name, [])

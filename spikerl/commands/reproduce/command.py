@@ -10,8 +10,8 @@ from typing import Any
 
 from spikerl.commands.reproduce.cells import check, config_of
 from spikerl.commands.reproduce.measure import measured_seconds_per_step
+from spikerl.commands.reproduce.scheduler import Scheduler, cell_left_s, left_s, states_of
 from spikerl.commands.reproduce.screen import Screen, State
-from spikerl.commands.reproduce.work import Work, cell_left_s, left_s, states_of
 from spikerl.config.yaml_file import group_options
 from spikerl.errors import BadRequest
 from spikerl.machine import cores
@@ -58,11 +58,11 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         render(table, total_steps)
         return 0
     check(table, cells, total_steps)
-    slots = places(request.jobs, cells)
+    slots = slots_of(request.jobs, cells)
     if request.plan:
         tell_plan(table, states_of(cells, total_steps), len(slots))
         return 0
-    work = Work(
+    scheduler = Scheduler(
         cells,
         total_steps,
         Screen(f"{table.title} ({table.name})"),
@@ -71,8 +71,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         keep=total_steps < table.protocol.total_steps,
         plugins=request.plugins,
     )
-    status = work.run()
-    tell_rest(work.states)
+    status = scheduler.run()
+    tell_rest(scheduler.states)
     render(table, total_steps)
     return status
 
@@ -89,8 +89,8 @@ def selected(table: Table, request: ReproduceRequest) -> list[Cell]:
     return cells
 
 
-def places(jobs: int | None, cells: Sequence[Cell]) -> list[str | None]:
-    """A place for each run that goes on at a time: the name of its GPU, or None on processors."""
+def slots_of(jobs: int | None, cells: Sequence[Cell]) -> list[str | None]:
+    """A slot for each run that goes on at a time: the name of its GPU, or None on processors."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

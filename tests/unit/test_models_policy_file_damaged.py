@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from spikerl import load_policy
 from spikerl.errors import BadRequest
-from spikerl.models.actor import ActorConfig, build_actor
+from spikerl.models.actor_config import ActorConfig
+from spikerl.models.networks import build_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
 from spikerl.types import Task
@@ -193,7 +194,7 @@ TENSORS: dict[str, Callable[[Tensors], Any]] = {
     "double layer": lambda t: t.update({"actor.decoder.bias_A": torch.zeros(1).double()}),
     "nan weight": lambda t: t["actor.layers.0.weight_IN"].fill_(torch.nan),
     "infinite weight": lambda t: t["actor.decoder.bias_A"].fill_(torch.inf),
-    "stranger": lambda t: t.update({"x": torch.zeros(2)}),
+    "foreign": lambda t: t.update({"x": torch.zeros(2)}),
     "strange type": lambda t: t.update({"x": torch.zeros(2).to(torch.float8_e4m3fn)}),
     "nothing": lambda t: t.clear(),
 }

@@ -24,7 +24,7 @@ from spikerl.signals import handled, listened_to
 POLL = 0.2  # seconds
 
 
-class Work:
+class Scheduler:
     """All cells that were selected, and the jobs that do them; `run` gives the exit status."""
 
     def __init__(
@@ -65,7 +65,7 @@ class Work:
         return PREEMPTED if "stopped" in words else DONE
 
     def step(self) -> bool:
-        """Look at every job and place once; whether anything is left to wait for."""
+        """Look at every job and slot once; whether anything is left to wait for."""
         while self.unsent:
             number = self.unsent.pop(0)
             for job in self.jobs:
@@ -84,11 +84,11 @@ class Work:
         for cell, state in self.states.items():
             if state.word in ("running", "elsewhere"):
                 self.states[cell] = look(cell, state.word, self.total_steps)
-        places = len(self.free) + len(self.jobs)
-        self.screen.draw(self.states, left_s(self.states, places))
+        slots = len(self.free) + len(self.jobs)
+        self.screen.draw(self.states, left_s(self.states, slots, measured={}))
 
     def start(self) -> None:
-        """Fill the free places with cells that nobody holds."""
+        """Fill the free slots with cells that nobody holds."""
         for cell in list(self.waiting):
             if not self.free:
                 return
@@ -140,7 +140,7 @@ class Work:
             self.go_on(job)
 
     def end(self, job: Job, word: str, reason: str = "") -> None:
-        """Give the job's place and its cell free; say what became of it if it did anything."""
+        """Give the job's slot and its cell free; say what became of it if it did anything."""
         self.jobs.remove(job)
         self.free.append(job.device)
         state = self.states[job.cell] = look(job.cell, word, self.total_steps, reason)
@@ -186,9 +186,7 @@ def states_of(cells: Sequence[Cell], total_steps: int) -> dict[Cell, State]:
     return {cell: look(cell, word, total_steps) for cell, word in words.items()}
 
 
-def left_s(
-    states: Mapping[Cell, State], places: int, measured: Mapping[str, float] = {}
-) -> float | None:
+def left_s(states: Mapping[Cell, State], slots: int, measured: Mapping[str, float]) -> float | None:
     """Of all cells that are neither done nor failed, so many at a time; None where unknown."""
     each = [
         cell_left_s(states, cell, measured)
@@ -196,11 +194,11 @@ def left_s(
         if state.word not in ("done", "failed")
     ]
     known = [seconds for seconds in each if seconds is not None]
-    return sum(known) / places if len(known) == len(each) else None
+    return sum(known) / slots if len(known) == len(each) else None
 
 
 def cell_left_s(
-    states: Mapping[Cell, State], cell: Cell, measured: Mapping[str, float] = {}
+    states: Mapping[Cell, State], cell: Cell, measured: Mapping[str, float]
 ) -> float | None:
     if cell.command == "convert":
         return 0.0  # seconds, beside hours

@@ -28,7 +28,7 @@ from spikerl.config.build import Config
 from spikerl.config.memory import least_bytes
 from spikerl.distributed.world import ALONE
 from spikerl.envs.dataset import Dataset
-from spikerl.models.actor import ActorConfig
+from spikerl.models.actor_config import ActorConfig
 from spikerl.runs.checkpoint import save_checkpoint, verified
 from spikerl.training.trainer import Trainer
 

@@ -1,0 +1,69 @@
+"""Complaints of Hydra and of the program as one line with key, value and remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from spikerl.cli.compose import PATHS, known_keys, readable, split, unquoted
+from spikerl.config.yaml_file import NAME, group_options, option_file
+from spikerl.errors import BadRequest, nearest
+from spikerl.files import absolute
+
+HYDRAS = {
+    "hydra/launcher": ["basic", "joblib", "submitit_local", "submitit_slurm"],
+    "hydra/sweeper": ["basic", "optuna"],
+}
+
+
+def explain(command: str, args: Sequence[str], error: Exception) -> str:
+    """Hydra's or OmegaConf's complaint as one line with key, value and remedy."""
+    text = str(error)
+    if isinstance(error, BadRequest):
+        return str(_as_typed(error, args))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group, option = match.groups()
+        options = HYDRAS.get(group) or group_options(group)
+        version = re.fullmatch(r"(\w+)-(v\d+)", option)
+        if group == "env" and version and version[1] in options:
+            return f"env={option}: no such option; write env={version[1]} env.version={version[2]}"
+        return f"{group}={option}: no such option; {nearest(option, options)}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match[1]
+        value = next((unquoted(a.partition("=")[2]) for a in args if a.startswith(f"{key}=")), "")
+        return f"{key}={value}: no such key; {_having(key) or nearest(key, known_keys(command))}"
+    if "issing mandatory value" in text:
+        key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
+        return f"{key}=???: it has no default; give it a value"
+    if match := re.search(r"Ambiguous value for argument '(.*?)'\n", text):
+        return f"{match[1]}: several values; sweep over them with -m"
+    unread = [arg for arg in split(args)[0] if not readable(arg)]
+    if unread:
+        return f"{unread[0]}: cannot be read; write key=value"
+    return f"config: {lines[0] if lines else type(error).__name__}"
+
+
+def _as_typed(error: BadRequest, args: Sequence[str]) -> BadRequest:
+    """With a path as the user wrote it; inside the program all are absolute."""
+    key, value, remedy = error.args
+    for arg in args:
+        name, _, given = arg.partition("=")
+        if name != key or key not in PATHS or not value:
+            continue
+        for one in (unquoted(given), *given.split(",")):  # of a sweep
+            if str(absolute(one)) == str(value):
+                return BadRequest(key, one, remedy)
+    return error
+
+
+def _having(key: str) -> str:
+    """Which options of its group have a key that the chosen one lacks."""
+    group, _, name = key.rpartition(".")
+    line = re.compile(rf"^{re.escape(name)}:", re.MULTILINE)
+    options = [
+        option
+        for option in (group_options(group) if re.fullmatch(NAME, group) else [])
+        if line.search(option_file(group, option).read_text(encoding="utf-8"))
+    ]
+    return f"it goes with {group}={', '.join(options)}" if options else ""

@@ -1,0 +1,72 @@
+"""What one part of a network does for one decision, and how synapses are counted.
+
+Synaptic operations are NeuroBench's (Yik et al., 2025, arXiv:2304.04640): a product with an input
+that is not a spike is a multiply-accumulate (MAC), a weight that a spike adds an accumulate (AC),
+and weights and inputs of zero count only as dense operations. Biases count nowhere. A current that
+is the same at every spike step is multiplied once.
+
+Shape legend   B observations, I inputs, N neurons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Update(NamedTuple):
+    """The arithmetic of one update of a membrane or counter; comparisons are additions."""
+
+    macs: int
+    acs: int
+    states: int  # numbers that it keeps from one spike step to the next
+
+
+NO_UPDATE = Update(0, 0, 0)
+
+
+class Synapses(NamedTuple):
+    """Synaptic operations per decision."""
+
+    dense: float = 0.0  # with no weight and no input of zero
+    macs: float = 0.0
+    acs: float = 0.0
+    most_acs: float = 0.0  # if every input fired at every spike step
+
+
+NO_SYNAPSES = Synapses()
+
+
+@dataclass(frozen=True)
+class Count:
+    """One part of a network, per decision: all T spike steps, mean over observations."""
+
+    name: str
+    synapses: Synapses = NO_SYNAPSES
+    updates: float = 0.0
+    update: Update = NO_UPDATE
+    spikes: float = 0.0
+    functions: float = 0.0  # exp and tanh, and random numbers drawn
+    bits: int | None = None  # of its weights, the widest; null: they are not quantised
+
+
+def add(*parts: Synapses) -> Synapses:
+    return Synapses(*(sum(values) for values in zip(*parts, strict=True)))
+
+
+def through(x: Tensor, weight_IN: Tensor, spiking: bool, calls: float | None = None) -> Synapses:
+    """Of inputs (..., B, I) through connections; a matrix may hold the fan-out of each input.
+
+    `calls`: how often an observation's inputs come; null: as often as they stand in x.
+    """
+    batch = x.shape[-2]
+    calls = x[..., 0].numel() / batch if calls is None else calls
+    fan_out_I = (weight_IN != 0).sum(1).double()
+    active_I = (x != 0).flatten(0, -2).sum(0).double()
+    effective = float(active_I @ fan_out_I) / batch
+    dense = calls * weight_IN.numel()
+    if spiking:
+        return Synapses(dense, 0.0, effective, calls * float(fan_out_I.sum()))
+    return Synapses(dense, effective)

@@ -1,0 +1,158 @@
+"""What an actor's config says: one class for each kind, and all of its groups together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from spikerl.errors import BadRequest
+from spikerl.models.sequence import ConditionConfig, SequenceConfig
+from spikerl.schema import check_sizes
+from spikerl.snn.conv import ConvConfig
+from spikerl.snn.decoders import DecoderConfig
+from spikerl.snn.encoders import EncoderConfig
+from spikerl.snn.neurons import NeuronConfig
+
+
+def check_prune(share: float | None) -> None:
+    if share is not None and not 0.0 < share < 1.0:
+        raise BadRequest("actor.prune", share, "give a share above 0 and below 1, or null")
+
+
+@dataclass(kw_only=True)
+class PopSANConfig:
+    """Population-coded spiking actor (Tang et al., CoRL 2020, arXiv:2010.09635)."""
+
+    name: str
+    hidden_sizes: list[int]
+    spike_steps: int  # T, spike steps per decision
+    lr: float  # of the actor's Adam
+    # Of the loss: a layer's cost times the mean number of its spikes per neuron and spike step. One
+    # for all layers, or a list of one for each, the output population last.
+    spike_cost: Any = 0.0
+    spike_cost_start: int = 0  # steps before which spikes cost nothing
+    spike_cost_warmup: int = 0  # steps, from there on, over which the costs rise from 0
+    prune: float | None = None  # share of each matrix of weights that is 0 from the first step on
+
+    def __post_init__(self) -> None:
+        check_sizes("actor.hidden_sizes", self.hidden_sizes)
+        check_prune(self.prune)
+        if not 1 <= self.spike_steps <= 1000:
+            raise BadRequest("actor.spike_steps", self.spike_steps, "give 1 to 1000")
+        if not self.lr > 0.0:
+            raise BadRequest("actor.lr", self.lr, "give a value above 0")
+        costs = self.spike_cost if isinstance(self.spike_cost, list) else [self.spike_cost]
+        real = all(type(cost) in (int, float) and 0.0 <= cost < math.inf for cost in costs)
+        if not real or not costs:
+            remedy = "give a number of 0 or more, or a list of one for each layer"
+            raise BadRequest("actor.spike_cost", self.spike_cost, remedy)
+        for key in ("spike_cost_start", "spike_cost_warmup"):
+            if getattr(self, key) < 0:
+                raise BadRequest(f"actor.{key}", getattr(self, key), "give 0 or more")
+
+    def spike_costs(self, layers: int) -> list[float]:
+        """Of each layer; empty where spikes cost nothing."""
+        given = self.spike_cost
+        costs = given if isinstance(given, list) else [given] * layers
+        if len(costs) != layers:
+            remedy = f"the actor has {layers} spiking layers; give one number, or as many as those"
+            raise BadRequest("actor.spike_cost", given, remedy)
+        return [float(cost) for cost in costs] if any(costs) else []
+
+
+@dataclass(kw_only=True)
+class CareBNConfig(PopSANConfig):
+    """The same with CaRe-BN between a layer's weights and its neurons (arXiv:2509.23791)."""
+
+    recalibration_interval: int | None  # steps; null: running moments are only followed
+    recalibration_batches: int  # of algo.batch_size observations
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recalibration_interval is not None and self.recalibration_interval < 1:
+            remedy = "give at least 1, or null"
+            raise BadRequest("actor.recalibration_interval", self.recalibration_interval, remedy)
+        if self.recalibration_batches < 1:
+            remedy = "give at least 1"
+            raise BadRequest("actor.recalibration_batches", self.recalibration_batches, remedy)
+
+
+@dataclass(kw_only=True)
+class MLPConfig:
+    """Dense baseline: ReLU layers and tanh."""
+
+    name: str
+    hidden_sizes: list[int]
+    lr: float
+    prune: float | None = None  # as of PopSANConfig
+
+    def __post_init__(self) -> None:
+        check_sizes("actor.hidden_sizes", self.hidden_sizes)
+        check_prune(self.prune)
+        if not self.lr > 0.0:
+            raise BadRequest("actor.lr", self.lr, "give a value above 0")
+
+
+@dataclass(kw_only=True)
+class ConvSANConfig(ConvConfig, PopSANConfig):
+    """Spiking convolutions before the spiking layers (DSQN, arXiv:2201.09754)."""
+
+    def __post_init__(self) -> None:
+        PopSANConfig.__post_init__(self)
+        self.check()
+
+
+@dataclass(kw_only=True)
+class CNNConfig(ConvConfig, MLPConfig):
+    """Their dense twin: ReLU convolutions before the ReLU layers."""
+
+    def __post_init__(self) -> None:
+        MLPConfig.__post_init__(self)
+        self.check()
+
+
+@dataclass(kw_only=True)
+class ProposalConfig:
+    """Of a policy that chooses among proposed actions (`models/proposals.py`)."""
+
+    samples: int  # n, from which it chooses
+    phi: float  # most that the actor changes one
+    hidden_sizes: list[int]  # of what proposes
+    critic_hidden_sizes: list[int]  # of what chooses
+
+    def __post_init__(self) -> None:
+        check_sizes("proposals.hidden_sizes", self.hidden_sizes)
+        check_sizes("proposals.critic_hidden_sizes", self.critic_hidden_sizes)
+        if not (1 <= self.samples <= 1000 and 0.0 <= self.phi <= 2.0):
+            raise BadRequest("proposals.samples", self.samples, "give 1 to 1000; phi 0 to 2")
+
+
+@dataclass(kw_only=True)
+class ActorConfig:
+    """What an actor's shape and arithmetic depend on; a dense actor has no spiking parts, and one
+    over sequences neurons alone.
+    """
+
+    actor: PopSANConfig | MLPConfig | SequenceConfig
+    encoder: EncoderConfig | None
+    neuron: NeuronConfig | None
+    decoder: DecoderConfig | None
+    proposals: ProposalConfig | None = None  # else the actor's outputs are the actions
+    conditioning: ConditionConfig | None = None  # of a saved policy over sequences
+
+    def shape(self) -> str:
+        """Whatever two actors must share for one to take the other's weights."""
+        if isinstance(self.actor, SequenceConfig):
+            return self.actor.shape()
+        text = f"{self.actor.name} {self.actor.hidden_sizes}"
+        if isinstance(self.actor, ConvConfig):
+            c = self.actor
+            text += f" behind {c.filters} filters of {c.kernel_sizes}, {c.strides} on {c.image}"
+        if self.encoder and self.decoder and self.neuron:
+            text += f" with {self.encoder.name}, {self.neuron.name}, {self.decoder.name}"
+            sizes = [getattr(part, "pop_size", None) for part in (self.encoder, self.decoder)]
+            text += f", populations {sizes[0]}, {sizes[1]}"
+        if self.proposals:
+            text += ", choosing among proposals"
+        return text

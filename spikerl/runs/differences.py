@@ -1,0 +1,47 @@
+"""In what runs differ whose results stand side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from spikerl.files import read_json
+from spikerl.runs.rows import MAX_BYTES
+from spikerl.schema import dotted
+
+# Of a config: what names a run, and what does not change what it computes.
+NAMES = ("run_dir", "resume", "config", "threads", "nnodes", "node_rank", "rdzv", "max_restarts",
+         "logger", "keep_replay")  # fmt: skip
+
+
+def differences(folders: Sequence[Path], varied: Set[str] | None = None) -> str | None:
+    """A line that says in what runs differ whose results stand side by side, or None: in code,
+    versions and machine, and in config beyond the `varied` keys (None: in any).
+    """
+    records = [_record(folder, configs=varied is not None) for folder in folders]
+    keys = sorted({key for record in records for key in record})
+    apart = [key for key in keys if len({record.get(key) for record in records}) > 1]
+    free = varied or set()
+    within = [any(key == v or key.startswith(f"{v}.") for v in free) for key in apart]
+    odd = [key for key, asked in zip(apart, within, strict=True) if not asked]
+    lacking = [str(folder) for folder, record in zip(folders, records, strict=True) if not record]
+    said = [f"these runs differ in {', '.join(odd)}"] * bool(odd)
+    said += [f"nothing is known of how {', '.join(lacking)} came about"] * bool(lacking)
+    return f"note: {'; '.join(said)}" if said else None
+
+
+def _record(folder: Path, *, configs: bool) -> dict[str, str]:
+    """Code, versions, machine and config of a run, by dotted keys; empty where they are unknown."""
+    try:
+        manifest = read_json(folder / "manifest.json", MAX_BYTES)
+        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        known = {"git": manifest["git"], "versions": manifest["versions"],
+                 "hardware": {k: manifest["hardware"][k] for k in ("cpu", "gpus")}}  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, YAMLError):
+        return {}
+    assert isinstance(config, dict)
+    own = {k: v for k, v in config.items() if configs and k not in NAMES}
+    return {key: str(value) for key, value in dotted({**known, **own})}

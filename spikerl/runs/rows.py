@@ -1,0 +1,82 @@
+"""A run's record, metrics.jsonl: read, checked, and cut back to a commit."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spikerl.errors import BadRequest
+from spikerl.files import parse_json, read_bytes, write_text
+
+MAX_BYTES = 1 << 28  # of a file that is read whole; a record of 100 000 epochs has half of that
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return _rows(read_bytes(path, MAX_BYTES)) if path.exists() else []
+
+
+def cut_back(folder: Path, length: int) -> int:
+    """Cut metrics.jsonl back to the commit; the rows beyond go to discarded.jsonl. How many."""
+    path = folder / "metrics.jsonl"
+    content = read_bytes(path, MAX_BYTES)
+    if len(content) < length:
+        raise BadRequest("resume", folder, "its metrics.jsonl is shorter than its checkpoint says")
+    beyond = content[length:].splitlines(keepends=True)
+    whole = [line for line in beyond if line.endswith(b"\n") and _row(line) is not None]
+    discarded = folder / "discarded.jsonl"
+    before = read_bytes(discarded, MAX_BYTES) if discarded.exists() else b""
+    rows = b"".join(whole)
+    if not before.endswith(rows):  # else an earlier resume was killed before it cut
+        write_text(discarded, (before + rows).decode("utf-8"))
+    if len(content) != length:
+        with path.open("r+b") as f:
+            f.truncate(length)
+            os.fsync(f.fileno())
+    return len(whole)
+
+
+def check_record(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse a record that does not lead up to the commit which says these `facts`."""
+    step, length, wall_s = facts["step"], facts.get("metrics_bytes"), facts.get("wall_s")
+    try:
+        if type(length) is not int or length < 0 or not _finite(wall_s):
+            raise ValueError("its checkpoint does not say where it ends")
+        rows = _rows(read_bytes(folder / "metrics.jsonl", MAX_BYTES)[:length])
+        steps = [row["step"] for row in rows]
+        if steps != sorted(set(steps)) or not all(0 < n <= step for n in steps):
+            raise ValueError("its steps do not rise up to its checkpoint's")
+        sound = [
+            (_finite(row["eval_return"]) or row["eval_return"] is None)
+            and isinstance(row["energy_source"], str)
+            for row in rows
+        ]
+        if not all(sound):
+            raise ValueError("a line lacks eval_return or energy_source")
+        read_rows(folder / "discarded.jsonl")
+    except (OSError, ValueError, KeyError) as error:
+        raise BadRequest("resume", folder, f"its record cannot be read: {error}") from None
+
+
+def _rows(content: bytes) -> list[dict[str, Any]]:
+    rows = [_row(line) for line in content.splitlines()]
+    if None in rows:
+        raise ValueError(f"line {rows.index(None) + 1} is not a row")
+    return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """None where it is none, such as what a power cut leaves of one."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return row if row.get("energy_j") is None or _finite(row["energy_j"]) else None
+
+
+def _finite(value: object) -> bool:
+    return type(value) is float and math.isfinite(value)

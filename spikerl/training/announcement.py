@@ -1,0 +1,62 @@
+"""The first lines of a run: what it is about to do, and every choice that was made."""
+
+from __future__ import annotations
+
+from spikerl.config.build import Config
+from spikerl.distributed.world import share
+from spikerl.files import shown
+from spikerl.models.precision import why_slow
+from spikerl.output import several
+from spikerl.training.trainer import Trainer
+from spikerl.types import Resolved
+
+NOTHING_LEARNED = (
+    "warning: this run makes no update, so its policy is the one that it starts with; give more"
+    " total_steps, or less algo.learning_starts or algo.rollout_steps"
+)
+
+
+def announce(config: Config, trainer: Trainer) -> list[str]:
+    """What is about to run and what each worker has of it, with every choice that was made."""
+    run, size, algo = config.run, trainer.world.size, config.algo
+    rows = [share(algo.batch_size, rank, size) for rank in range(size)]
+    if run.scaling == "weak":
+        rows = [algo.batch_size] * size
+    each = str(rows[0]) if len(set(rows)) == 1 else f"{min(rows)} to {max(rows)}"
+    task, resolved = trainer.task, vars(config.resolved)
+
+    def why(name: str, resolved: Resolved) -> str:
+        """Nobody typed what a resumed run keeps."""
+        unchanged = run.resume and name in ("threads", "kernel") and resolved.reason == "requested"
+        return "as before" if unchanged else resolved.reason
+
+    over = "in shared memory" if trainer.world.shm else f"over {config.resolved.backend.choice}"
+    exchange = f"; gradients are summed {over}" if size > 1 else ""
+    lines = [
+        f"{task.env_id}: {several(task.obs_dim, 'observation')}, {several(task.act_dim, 'action')};"
+        f" {config.actor.actor.name} actor, {algo.name}, seed {run.seed},"
+        f" precision {config.precision.name}",
+        f"{several(size, 'worker')} x {several(config.num_envs // size, 'environment')};"
+        f" global batch {sum(rows)} ({each} per worker, {run.scaling} scaling);"
+        f" {trainer.updates_by(run.total_steps)} updates in {run.total_steps} steps{exchange}",
+        "; ".join(f"{name}={r.choice} ({why(name, r)})" for name, r in resolved.items()),
+    ]
+    if trainer.evaluator.note:
+        lines.append(trainer.evaluator.note)
+    if trainer.updates_by(run.total_steps) == 0:
+        lines.append(NOTHING_LEARNED)
+    if dataset := trainer.dataset:
+        lines.append(
+            f"dataset={shown(dataset.folder)}: {dataset.transitions} transitions of"
+            f" {len(dataset.lengths)} episodes, sha256 {dataset.sha256}"
+        )
+    lines += trainer.algo.notes()
+    if (unpruned := trainer.algo.actor_optimizer.unpruned) is not None:
+        gone = int((unpruned == 0).sum())
+        lines.append(f"actor.prune={config.actor.actor.prune}: {gone} weights are 0 and stay so")
+    if slow := why_slow(config.precision, config.resolved.device.choice):
+        lines.append(f"note: {slow}")
+    if config.run.init_from:
+        norm = f"normaliser ({trainer.norm.count} observations)"
+        lines.append(f"init_from={config.run.init_from}: actor weights and {norm}")
+    return lines

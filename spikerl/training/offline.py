@@ -1,0 +1,48 @@
+"""A dataset as the rows that an offline run learns from."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spikerl.algos.base import Learner
+from spikerl.algos.decision_transformer import DecisionTransformer
+from spikerl.algos.replay import Replay
+from spikerl.config.build import Config
+from spikerl.envs.dataset import Dataset
+from spikerl.envs.vector import Steps
+from spikerl.models.normalizer import RunningNorm
+
+
+def store_dataset(
+    dataset: Dataset, config: Config, algo: Learner, replay: Replay, norm: RunningNorm, rank: int
+) -> None:
+    """Give `norm` the moments of all that was recorded, and `replay` worker `rank`'s share of it.
+
+    Transition k is environment k mod N's, as if N of them had made the dataset in turn; what
+    is left over, fewer than N, is not learned from. Where sequences are learned from, each has
+    as many that follow each other, with returns to go and times in place of their rewards and
+    discounts; so an episode that is cut between two keeps its returns.
+    """
+    each, total = replay.width, config.num_envs
+    sequences = isinstance(algo, DecisionTransformer)
+    scale, gamma = config.env.reward_scale, config.algo.gamma
+    column = dataset.transitions // total
+    replay.reserve(column * each)
+    first, end = 0, column * total
+    for episode in dataset.episodes():
+        if config.algo.norm_interval is not None:
+            norm.add(episode.obs[:-1])
+            norm.merge([norm.collect()])  # the same on every worker
+        steps = episode.steps()
+        time = np.arange(len(steps.rew))
+        number = first + time
+        if isinstance(algo, DecisionTransformer):
+            env, rew = number // column, algo.recorded(steps.rew)
+        else:
+            env, rew = number % total, steps.rew * scale
+        mine = (env // each == rank) & (number < end)
+        own = Steps(*(field[mine] for field in steps._replace(rew=rew)))
+        replay.add(*own, discount=time[mine] if sequences else gamma)
+        first += len(steps.rew)
+    if sequences:
+        replay.interleave()

@@ -1,0 +1,23 @@
+"""Whatever goes wrong in what was typed is one line."""
+
+from __future__ import annotations
+
+import pytest
+from shell import spikerl
+
+from spikerl.cli.explain import explain
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("first\nsecond"), ValueError(""), KeyError("x"), OSError(2, "none")]
+)
+def test_whatever_hydra_raises_is_one_line(error: Exception) -> None:
+    line = explain("train", ["seed=1"], error)
+    assert line.startswith("config: ")
+    assert "\n" not in line
+
+
+def test_a_line_stays_one_whatever_it_quotes() -> None:
+    assert spikerl("train", "run_dir=a", "seed=x\ny\x1b[2J").line == (
+        r"seed=x\x0ay\x1b[2J: cannot be read; write key=value"
+    )

@@ -1,0 +1,59 @@
+"""The lines that a run begins with."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from builders import small_config, with_run
+
+from spikerl.config import build as configs
+from spikerl.distributed.world import ALONE
+from spikerl.training.announcement import announce
+
+
+@pytest.mark.parametrize(
+    ("precision", "paths", "noted"),
+    [("bf16", ["avx512"], True), ("bf16", ["amx", "avx512"], False), ("fp32", ["avx512"], False)],
+)
+def test_bf16_without_matrix_units(
+    default: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    paths: list[str],
+    noted: bool,
+) -> None:
+    monkeypatch.setattr("spikerl.models.precision.supported_paths", lambda: paths)
+    own = {"name": precision, "actor": "fp32", "critic": precision}
+    kernel = {**default["kernel"], "name": "reference"}
+    config = configs.build({**default, "precision": own, "kernel": kernel, "device": "cpu"})
+    task = SimpleNamespace(env_id="Some-v1", obs_dim=3, act_dim=1)
+    trainer: Any = SimpleNamespace(
+        world=ALONE,
+        task=task,
+        updates_by=lambda steps: steps,
+        dataset=None,
+        algo=SimpleNamespace(actor_optimizer=SimpleNamespace(unpruned=None), notes=list),
+        evaluator=SimpleNamespace(note=None),
+    )
+    note = "note: bf16 is usually slower than fp32 here: this processor has no matrix units (AMX)"
+    assert (note in announce(config, trainer)) == noted
+
+
+@pytest.mark.parametrize(("resume", "said"), [(None, "requested"), ("r", "as before")])
+def test_what_a_resumed_run_keeps_was_not_requested(resume: str | None, said: str) -> None:
+    config = with_run(small_config(), resume=resume)
+    task = SimpleNamespace(env_id="Some-v1", obs_dim=3, act_dim=1)
+    trainer: Any = SimpleNamespace(
+        world=ALONE,
+        task=task,
+        updates_by=lambda steps: steps,
+        dataset=None,
+        algo=SimpleNamespace(actor_optimizer=SimpleNamespace(unpruned=None), notes=list),
+        evaluator=SimpleNamespace(note=None),
+    )
+    assert announce(config, trainer)[2] == (
+        f"device=cpu (requested); threads=1 ({said}); kernel=reference ({said});"
+        " backend=none (one worker exchanges nothing); energy=none (requested)"
+    )
