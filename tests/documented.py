@@ -14,7 +14,9 @@ LAUNCHER = r"(?:(?:srun|mpiexec|torchrun)\b.*? )?"
 COMMAND = re.compile(rf"(?:\$ )?(?:[A-Z]+=\S+ )?{LAUNCHER}(?:-m )?(?:scripts/)?spikerl ([a-z].*)")
 SBATCH = re.compile(r"sbatch .*?scripts/slurm\.sbatch \S+ (.*)")
 # What pages write for a value that the reader chooses.
-PLACEHOLDERS = {"S": "0", "W": "2", "T": "25", "R": "hard", "K": "4.0", "ENV": "Hopper"}
+PLACEHOLDERS = {
+    "S": "0", "W": "2", "T": "25", "R": "hard", "K": "4.0", "ENV": "Hopper", "...": "c",
+}  # fmt: skip
 
 
 def lines(text: str) -> Iterator[tuple[str, str]]:

@@ -255,6 +255,24 @@ def readable(override: str) -> bool:
     return True
 
 
+def deferred(args: Sequence[str]) -> list[str]:
+    """Of a sweep: a key that a swept option may bring is applied to each job alone, as a choice of
+    one value. Else Hydra would miss it in the config of all jobs, which has no swept option.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    overrides, flags = split(args)
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
+    for i, override in enumerate(parsed):
+        key = override.get_key_element()
+        group = key.lstrip("+").rpartition(".")[0]
+        single = not override.is_sweep_override() and not override.is_delete()
+        if single and group and swept & {group, "experiment"}:
+            overrides[i] = f"{key}=choice({overrides[i].partition('=')[2]})"
+    return [*overrides, *flags]
+
+
 def known_keys(command: str) -> list[str]:
     """Every key that the command's default config has, and every group."""
     from hydra import compose, initialize_config_dir

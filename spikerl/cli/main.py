@@ -19,6 +19,7 @@ from spikerl.children import safe_path
 from spikerl.cli.compose import (
     PATHS,
     commands,
+    deferred,
     expand,
     module_of,
     searchpath,
@@ -107,7 +108,7 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing and exiting
     sweep = Sweep.of(command, args)
     own = [*searchpath(), *(sweep.hydra_args() if sweep else [])]
-    sys.argv = ["spikerl", *own, *args]
+    sys.argv = ["spikerl", *own, *(deferred(args) if sweep else args)]
     statuses: list[int] = []
     failures: list[Exception] = []
     called = False

@@ -21,7 +21,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -66,12 +66,17 @@ class Workers:
     port: int = 0
 
 
-def launch(spec: dict[str, Any], workers: Workers) -> int:
-    """Run this machine's workers on `spec`; the run's exit status. Raises WorkerLost."""
+def launch(spec: dict[str, Any], workers: Workers, *, stoppable: bool = True) -> int:
+    """Run this machine's workers on `spec`; the run's exit status. Raises WorkerLost.
+
+    `stoppable`: they end by themselves after a signal. Others are killed at a Ctrl-C.
+    """
     spec = {**spec, THREADS: os.environ.get(THREADS)}
     start = run_under_mpiexec if workers.backend == "mpi" else run_under_agent
-    with tempfile.TemporaryDirectory(prefix="spikerl-") as name, forward_signals(Path(name)):
+    with tempfile.TemporaryDirectory(prefix="spikerl-") as name, ExitStack() as stack:
         shared_dir = Path(name)
+        if stoppable:
+            stack.enter_context(forward_signals(shared_dir))
         (shared_dir / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         os.environ[THREADS] = str(workers.threads)  # which libraries read as they are loaded
         try:

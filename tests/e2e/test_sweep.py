@@ -81,6 +81,16 @@ def test_all_good(tmp_path: Path) -> None:
     assert said.out.rstrip().endswith(f"4 of 4 jobs done; {root}")
 
 
+def test_a_key_that_only_the_swept_options_have(tmp_path: Path) -> None:
+    options = "experiment=proxy_target/lif,proxy_target/dn"
+    said = sweep(options, "algo.proxy_steps=1", "total_steps=10", "run_dir=s")
+    assert (said.status, said.err) == (0, "")
+    for folder in (tmp_path / "s").glob("experiment=*"):
+        assert "  proxy_steps: 1\n" in (folder / "config.yaml").read_text()
+    said = sweep("neuron=alif,dynamic", "neuron.theta_v=0.5", "run_dir=t")
+    assert said.line == "neuron.theta_v=0.5: no such key; it goes with neuron=dynamic"
+
+
 def test_a_jobs_folder_can_be_typed_as_it_is_shown(tmp_path: Path) -> None:
     said = sweep("seed=0,1", "actor.hidden_sizes=[4],[5,6]", "run_dir=s")
     folder = tmp_path / "s" / "actor.hidden_sizes=[5,6],seed=1"

@@ -9,7 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from shell import refusal, spikerl
 
-from spikerl.cli.compose import expand, known_keys, split, unquoted
+from spikerl.cli.compose import deferred, expand, known_keys, split, unquoted
 from spikerl.config.yaml_file import group_options, quoted
 
 
@@ -74,6 +74,16 @@ def test_flags_keep_their_values() -> None:
     assert split(args) == (["seed=1", "env=Ant"], ["-c", "job", "--package", "algo", "-m"])
     assert split(["--info", "seed=1"]) == (["seed=1"], ["--info"])
     assert split(["--cfg=job"]) == ([], ["--cfg=job"])
+
+
+def test_what_a_swept_option_brings_is_each_jobs() -> None:
+    typed = ["-m", "actor=popsan,mlp", "actor.lr=1e-3", "+actor.x=[1,2]", "~actor.y", "seed=1",
+             "actor.hidden_sizes=[4],[5]", "algo.gamma=0.9"]  # fmt: skip
+    assert deferred(typed) == [
+        "actor=popsan,mlp", "actor.lr=choice(1e-3)", "+actor.x=choice([1,2])", "~actor.y", "seed=1",
+        "actor.hidden_sizes=[4],[5]", "algo.gamma=0.9", "-m"]  # fmt: skip
+    typed = ["experiment=care_bn,mdc_san", "algo.gamma=0.9", "seed=1", "--multirun"]
+    assert deferred(typed) == ["experiment=care_bn,mdc_san", "algo.gamma=choice(0.9)", *typed[2:]]
 
 
 @pytest.mark.parametrize(

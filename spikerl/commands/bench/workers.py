@@ -99,7 +99,7 @@ def launch_workers(config: Config, job: Job, backend: str, size: int) -> dict[st
         workers = launch.Workers(
             size=size, threads=1, backend=backend, timeout_s=config.backend.timeout_s
         )
-        launch.launch(spec, workers)
+        launch.launch(spec, workers, stoppable=False)
         return dict(json.loads(answer.read_text(encoding="utf-8")))
 
 
