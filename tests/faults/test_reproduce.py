@@ -281,7 +281,6 @@ REFUSED: list[tuple[str, str, int, int, str]] = [
     ("seed: 4", "done", 50, 50,
      "table=small: {} was made with other settings: seed=4 (here 0)"),
     ("seed: 0", "running", 50, 40, "total_steps=40: {} has 50 steps already"),
-    ("seed: 0", "done", 40, 50, "total_steps=50: {} was done at 40 steps and kept no checkpoint"),
 ]  # fmt: skip
 
 
@@ -290,6 +289,39 @@ def test_other_runs_are_refused(config: str, status: str, step: int, asked: int,
     folder = write_run(config, status, step)
     error = refusal(cells.check, table_of(table_runs.TABLE), [cell()], asked)
     assert str(error).startswith(line.format(folder))
+
+
+def test_a_result_with_fewer_steps_stays_as_it_is() -> None:
+    """Without checkpoints, as results are that come with the sources; with one it is resumed."""
+    folder = write_run("seed: 0", "done", 40)
+    (folder / "evaluation.json").write_text("{}")
+    note = (f"{folder} was done at 40 steps, not 50, and kept no checkpoint to go on from; "
+            "move that folder away to train it anew")  # fmt: skip
+    assert cells.shorter(cell(), 50) == note
+    assert cells.shorter(cell(), 40) is None
+    assert cells.next_command(cell(), 50) is None
+    assert cells.done(cell(), 50)
+    (folder / "checkpoints").mkdir()
+    assert cells.shorter(cell(), 50) is None
+    assert cells.next_command(cell(), 50) == ["train", f"resume={folder}", "total_steps=50"]
+
+
+def test_more_steps_are_refused_only_where_they_are_typed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = write_run("seed: 0", "done", 40)
+    (folder / "evaluation.json").write_text("{}")
+    table = json.loads(json.dumps(table_runs.TABLE))
+    table["protocol"]["total_steps"] = 50
+    one = {"rows": ["popsan"], "columns": ["Ant"], "seeds": [0], "jobs": 1, "nice": 0}
+    request = {"table": table, **one, "total_steps": None, "plan": True, "render": False,
+               "plugins": []}  # fmt: skip
+    assert command.main(request, []) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(f"{folder} was done at 40 steps, not 50")
+    assert "small: 1 runs, 1 done, 0 begun" in said.out
+    error = refusal(command.main, {**request, "total_steps": 60}, [])
+    assert str(error).startswith(f"total_steps=60: {folder} was done at 40 steps, not 60")
 
 
 def test_what_a_later_version_added_sets_nothing_apart() -> None:

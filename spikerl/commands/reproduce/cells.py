@@ -45,10 +45,26 @@ def read_folder(folder: Path) -> Run | None:
 
 
 def trained(cell: Cell, total_steps: int) -> bool:
+    """Done, and not to be trained any further; a run without checkpoints cannot be."""
     run = read(cell)
     if run is None or run.status != "done":
         return False
-    return cell.command == "convert" or run.step >= cell.times_steps * total_steps
+    return cell.command == "convert" or not _resumable(run, cell.times_steps * total_steps)
+
+
+def _resumable(run: Run, total_steps: int) -> bool:
+    return run.step < total_steps and (run.folder / "checkpoints").is_dir()
+
+
+def shorter(cell: Cell, total_steps: int) -> str | None:
+    """What to say of a result that has fewer steps than asked for, and stays as it is."""
+    run = read(cell) if cell.command == "train" and trained(cell, total_steps) else None
+    if run is None or run.step >= (wanted := cell.times_steps * total_steps):
+        return None
+    return (
+        f"{run.folder} was done at {run.step} steps, not {wanted}, and kept no checkpoint to go on "
+        "from; move that folder away to train it anew"
+    )
 
 
 def evaluation_of(cell: Cell) -> Path:
@@ -170,7 +186,7 @@ def tidy(cell: Cell) -> None:
 
 
 def check(table: Table, cells: Sequence[Cell], total_steps: int) -> None:
-    """Refuse folders that hold other runs than the table's, before anything is started.
+    """Refuse folders that hold other runs than the table's, or longer ones, before anything starts.
 
     Keys that only one of the two configs has are of another version of the program, not another
     setting, and set nothing apart.
@@ -188,21 +204,9 @@ def check(table: Table, cells: Sequence[Cell], total_steps: int) -> None:
         if apart:
             remedy = f"{cell.folder} was made with other settings: {', '.join(apart)}"
             raise BadRequest("table", table.name, f"{remedy}; move that folder away")
-        if cell.command == "train":
-            _check_steps(run, cell.times_steps * total_steps)
-
-
-def _check_steps(run: Run, total_steps: int) -> None:
-    if run.step > total_steps:
-        remedy = f"{run.folder} has {run.step} steps already; give at least that"
-        raise BadRequest("total_steps", total_steps, remedy)
-    if run.status == "done" and run.step < total_steps and not _resumable(run.folder):
-        remedy = f"{run.folder} was done at {run.step} steps and kept no checkpoint to go on from"
-        raise BadRequest("total_steps", total_steps, f"{remedy}; move that folder away")
-
-
-def _resumable(folder: Path) -> bool:
-    return (folder / "checkpoints").is_dir()
+        if cell.command == "train" and run.step > cell.times_steps * total_steps:
+            remedy = f"{run.folder} has {run.step} steps already; give at least that"
+            raise BadRequest("total_steps", cell.times_steps * total_steps, remedy)
 
 
 def differing(asked: Mapping[str, str], had: Mapping[str, str]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spikerl.commands.reproduce.cells import check, config_of
+from spikerl.commands.reproduce.cells import check, config_of, shorter
 from spikerl.commands.reproduce.measure import measured_seconds_per_step
 from spikerl.commands.reproduce.scheduler import Scheduler, cell_left_s, left_s, states_of
 from spikerl.commands.reproduce.screen import Screen, State
@@ -58,6 +58,10 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         render(table, total_steps)
         return 0
     check(table, cells, total_steps)
+    for note in filter(None, (shorter(cell, total_steps) for cell in cells)):
+        if request.total_steps is not None:
+            raise BadRequest("total_steps", total_steps, note)
+        print(note, file=sys.stderr)
     slots = slots_of(request.jobs, cells)
     if request.plan:
         tell_plan(table, states_of(cells, total_steps), len(slots))
