@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -23,8 +25,7 @@ def trainer_of(keys: list[str]) -> Trainer:
     own = [f"algo.learning_starts={first}", f"algo.random_steps={first}", "threads=1"]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         composed = compose("train", [*own, "energy=none", *keys])
-    data = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(data, dict)
+    data: Any = OmegaConf.to_container(composed, resolve=True)
     config = build(data)
     torch.set_num_threads(1)
     trainer = Trainer(config, task_for(config))
