@@ -119,3 +119,14 @@ def rewritten(file: Path, content: bytes | None = None, **changes: Any) -> Path:
     data = json.loads(beside.read_text()) | {"sha256": checksum(file.read_bytes())} | changes
     beside.write_text(json.dumps(data))
     return file
+
+
+def small(folder: Path, format: str, parts: ActorConfig | None = None) -> Path:
+    """An exported policy of a task that can be evaluated."""
+    return exported(policy_of(parts or config(), task(3, 1, "Pendulum-v1")), format, folder)
+
+
+def confirmed(file: Path) -> list[str]:
+    """What `spikerl eval` takes for this file, which may be code."""
+    described = json.loads(file.with_name(f"{file.name}.json").read_text())
+    return [f"run={file}", f"sha256={described['sha256']}"]

@@ -21,7 +21,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -73,10 +73,11 @@ def launch(spec: dict[str, Any], workers: Workers, *, stoppable: bool = True) ->
     """
     spec = {**spec, THREADS: os.environ.get(THREADS)}
     start = run_under_mpiexec if workers.backend == "mpi" else run_under_agent
-    with tempfile.TemporaryDirectory(prefix="spikerl-") as name, ExitStack() as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="spikerl-") as name,
+        forward_signals(Path(name)) if stoppable else nullcontext(),
+    ):
         shared_dir = Path(name)
-        if stoppable:
-            stack.enter_context(forward_signals(shared_dir))
         (shared_dir / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         os.environ[THREADS] = str(workers.threads)  # which libraries read as they are loaded
         try:

@@ -24,7 +24,7 @@ def store_dataset(
     discounts; so an episode that is cut between two keeps its returns.
     """
     each, total = replay.width, config.num_envs
-    sequences = isinstance(algo, DecisionTransformer)
+    sequences = algo if isinstance(algo, DecisionTransformer) else None
     scale, gamma = config.env.reward_scale, config.algo.gamma
     column = dataset.transitions // total
     replay.reserve(column * each)
@@ -36,8 +36,8 @@ def store_dataset(
         steps = episode.steps()
         time = np.arange(len(steps.rew))
         number = first + time
-        if isinstance(algo, DecisionTransformer):
-            env, rew = number // column, algo.recorded(steps.rew)
+        if sequences:
+            env, rew = number // column, sequences.recorded(steps.rew)
         else:
             env, rew = number % total, steps.rew * scale
         mine = (env // each == rank) & (number < end)

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exports import config, exported, policy_of, saved, task
+from exports import config, confirmed, exported, policy_of, saved, small, task
 from shell import spikerl
 
 from spikerl.errors import NonFinite
 from spikerl.export import c, proof, reading
 from spikerl.models.actor import SpikingActor
-from spikerl.models.actor_config import ActorConfig
 from spikerl.models.compression import Compression
 from spikerl.snn.early_exit import EarlyExit
 from spikerl.types import Entry, Task
@@ -25,15 +24,6 @@ nir_package = import_module("nir")
 h5py = import_module("h5py")
 
 FORMATS = ["c", "onnx", "nir", "loihi"]
-
-
-def small(folder: Path, format: str, parts: ActorConfig | None = None) -> Path:
-    return exported(policy_of(parts or config(), task(3, 1, "Pendulum-v1")), format, folder)
-
-
-def confirmed(file: Path) -> list[str]:
-    contract = json.loads(file.with_name(f"{file.name}.json").read_text())
-    return [f"run={file}", f"sha256={contract['sha256']}"]
 
 
 @pytest.mark.parametrize("format", FORMATS)

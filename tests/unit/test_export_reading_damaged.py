@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exports import config, exported, policy_of, population, rewritten, task
+from exports import config, confirmed, population, rewritten, small
 from safetensors.numpy import load_file
 from safetensors.numpy import save as tensor_bytes
 from shell import refusal, spikerl
 
 from spikerl.export import nir, onnx, reading
-from spikerl.models.actor_config import ActorConfig
 
 onnx_package = import_module("onnx")
 nir_package = import_module("nir")
@@ -23,15 +22,6 @@ h5py = import_module("h5py")
 
 FORMATS = ["c", "onnx", "nir", "loihi"]
 WITHOUT_CODE = [format for format in FORMATS if format != "c"]
-
-
-def small(folder: Path, format: str, parts: ActorConfig | None = None) -> Path:
-    return exported(policy_of(parts or config(), task(3, 1, "Pendulum-v1")), format, folder)
-
-
-def confirmed(file: Path) -> list[str]:
-    contract = json.loads(file.with_name(f"{file.name}.json").read_text())
-    return [f"run={file}", f"sha256={contract['sha256']}"]
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -12,6 +12,15 @@ from spikerl.config import build as configs
 from spikerl.distributed.world import ALONE
 from spikerl.training.announcement import announce
 
+TRAINER: Any = SimpleNamespace(  # what is announced of one
+    world=ALONE,
+    task=SimpleNamespace(env_id="Some-v1", obs_dim=3, act_dim=1),
+    updates_by=lambda steps: steps,
+    dataset=None,
+    algo=SimpleNamespace(actor_optimizer=SimpleNamespace(unpruned=None), notes=list),
+    evaluator=SimpleNamespace(note=None),
+)
+
 
 @pytest.mark.parametrize(
     ("precision", "paths", "noted"),
@@ -28,32 +37,14 @@ def test_bf16_without_matrix_units(
     own = {"name": precision, "actor": "fp32", "critic": precision}
     kernel = {**default["kernel"], "name": "reference"}
     config = configs.build({**default, "precision": own, "kernel": kernel, "device": "cpu"})
-    task = SimpleNamespace(env_id="Some-v1", obs_dim=3, act_dim=1)
-    trainer: Any = SimpleNamespace(
-        world=ALONE,
-        task=task,
-        updates_by=lambda steps: steps,
-        dataset=None,
-        algo=SimpleNamespace(actor_optimizer=SimpleNamespace(unpruned=None), notes=list),
-        evaluator=SimpleNamespace(note=None),
-    )
     note = "note: bf16 is usually slower than fp32 here: this processor has no matrix units (AMX)"
-    assert (note in announce(config, trainer)) == noted
+    assert (note in announce(config, TRAINER)) == noted
 
 
 @pytest.mark.parametrize(("resume", "said"), [(None, "requested"), ("r", "as before")])
 def test_what_a_resumed_run_keeps_was_not_requested(resume: str | None, said: str) -> None:
     config = with_run(small_config(), resume=resume)
-    task = SimpleNamespace(env_id="Some-v1", obs_dim=3, act_dim=1)
-    trainer: Any = SimpleNamespace(
-        world=ALONE,
-        task=task,
-        updates_by=lambda steps: steps,
-        dataset=None,
-        algo=SimpleNamespace(actor_optimizer=SimpleNamespace(unpruned=None), notes=list),
-        evaluator=SimpleNamespace(note=None),
-    )
-    assert announce(config, trainer)[2] == (
+    assert announce(config, TRAINER)[2] == (
         f"device=cpu (requested); threads=1 ({said}); kernel=reference ({said});"
         " backend=none (one worker exchanges nothing); energy=none (requested)"
     )
