@@ -10,13 +10,18 @@ from shell import spikerl
 
 ROOT = Path(__file__).resolve().parents[2] / "outputs" / "reproduced"
 KEPT = sorted(path.parent for path in ROOT.glob("*/*/*/seed*/evaluation.json"))
+FIRST = {folder.parents[1]: folder for folder in reversed(KEPT)}  # of each row of a table
+CASES = [
+    pytest.param(folder, marks=[] if folder in FIRST.values() else pytest.mark.slow)
+    for folder in KEPT
+]
 
 
 def test_there_are_some() -> None:
     assert KEPT
 
 
-@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: str(folder.relative_to(ROOT)))
+@pytest.mark.parametrize("folder", CASES, ids=lambda folder: str(folder.relative_to(ROOT)))
 def test_a_kept_policy(folder: Path) -> None:
     """Episode 0 again; from the same state, but on another machine sums may round otherwise."""
     kept = json.loads((folder / "evaluation.json").read_text())

@@ -29,7 +29,10 @@ from spikerl.schema import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-OTHERS = [*(ROOT / "outputs" / "reproduced").rglob("*.md"), *(ROOT / "tests").rglob("*.md")]
+RESULTS = ROOT / "outputs" / "reproduced"
+# Of the cards that a table's rendering writes for its policies, the first.
+CARDS = [card for t in RESULTS.iterdir() for card in sorted(t.rglob("POLICY.md"))[:1]]
+OTHERS = [*RESULTS.glob("*/*.md"), *CARDS, *(ROOT / "tests").rglob("*.md")]
 PAGES = [ROOT / "README.md", *DOCS, *sorted(OTHERS)]
 WIDTH = 100
 
