@@ -215,6 +215,7 @@ class Learner:
     critic_optimizer: Optimizer
     acts: tuple[str, ...] = ("continuous",)  # the kinds of actions that it can learn
     on_policy = False
+    has_graphs = False  # whether a round of updates can be one CUDA graph
     random_steps = 0  # the first steps act uniformly at random
     # For schedules; the trainer sets them.
     step = 0  # of the run, over all workers

@@ -28,6 +28,7 @@ class DDPGConfig(OffPolicyConfig):
 
 class DDPG(OffPolicy):
     config: DDPGConfig
+    has_graphs = True
 
     def __init__(self, actor: Actor, critic: Critics, config: DDPGConfig, **settings: Any) -> None:
         super().__init__(actor, critic, config, **settings)

@@ -37,6 +37,7 @@ class ProxyTD3Config(TD3Config):
 
 class ProxyTD3(OffPolicy):
     config: ProxyTD3Config
+    has_graphs = True
     metrics = ("proxy_loss",)
 
     def __init__(

@@ -59,6 +59,7 @@ class SAC(OffPolicy):
     """
 
     config: SACConfig
+    has_graphs = True
     metrics = ("entropy", "temperature")
     policy_parts: tuple[str, ...] = ("actor", "temperature")
 

@@ -47,6 +47,7 @@ class TD3Config(OffPolicyConfig, DelayConfig):
 
 class TD3(OffPolicy):
     config: TD3Config
+    has_graphs = True
 
     def __init__(self, actor: Actor, critic: Critics, config: TD3Config, **settings: Any) -> None:
         self.policy_delay = config.policy_delay

@@ -183,7 +183,7 @@ def parse_groups(raw: Mapping[str, Any]) -> Parsed:
         backend=BACKENDS.parse(raw["backend"]),
         energy=METERS.parse(raw["energy"]),
     )
-    check_together(parsed.algo, parsed.actor, parsed.kernel)
+    check_together(parsed.algo, parsed.actor)
     check_sequence(parsed)
     check_dataset(parsed.run, parsed.algo)
     return parsed
@@ -198,7 +198,9 @@ def build(raw: Mapping[str, Any]) -> Config:
     check_shares(run, algo, world_size)
     check_precision(precision, torch.device(device.choice))
     layered = why_layered(actor, precision.actor_dtype)
-    chosen = kernels.resolve(kernel, device.choice, layered)
+    if (refusal := why_no_graphs(algo, actor, world_size)) and kernel.path == "graphs":
+        raise refusal
+    chosen = kernels.resolve(kernel, device.choice, layered, graphs=refusal is None)
     whole = chosen.choice.startswith("cpu/") and layered is None  # PyTorch makes no product
     whole &= precision.critic_dtype == torch.float32 and isinstance(algo, OffPolicyConfig)
     rows = algo.batch_size if whole else None
@@ -282,7 +284,7 @@ def check_dataset(run: RunConfig, algo: AlgoConfig) -> None:
         raise BadRequest("dataset", run.dataset, remedy)
 
 
-def check_together(algo: AlgoConfig, actor: ActorConfig, kernel: kernels.KernelConfig) -> None:
+def check_together(algo: AlgoConfig, actor: ActorConfig) -> None:
     """Refuse what does not go together."""
     if isinstance(algo, PPOConfig) and actor.encoder and actor.encoder.name == "poisson":
         remedy = "ppo needs an action's probability, which random spikes hide; use population"
@@ -293,12 +295,21 @@ def check_together(algo: AlgoConfig, actor: ActorConfig, kernel: kernels.KernelC
     if isinstance(algo, BCQConfig) and isinstance(actor.actor, CareBNConfig):
         remedy = "its moments are of observations, and bcq's actor sees actions too; use popsan"
         raise BadRequest("actor", "care_bn", remedy)
-    if kernel.path == "graphs" and algo.name not in ("ddpg", "td3"):
-        remedy = f"graphs are of ddpg and td3, not of {algo.name}; use kernel=triton alone"
-        raise BadRequest("kernel.path", "graphs", remedy)
-    if kernel.path == "graphs" and actor.neuron and actor.neuron.slope_moves:
+
+
+def why_no_graphs(algo: AlgoConfig, actor: ActorConfig, world_size: int) -> BadRequest | None:
+    """What stands against a round of updates as one CUDA graph, if anything does."""
+    if not ALGOS.part(algo).has_graphs:
+        fit = [name for name, (_, learner) in ALGOS.options.items() if learner.has_graphs]
+        remedy = f"graphs are of {', '.join(fit)}, not of {algo.name}; use kernel=triton alone"
+        return BadRequest("kernel.path", "graphs", remedy)
+    if actor.neuron and actor.neuron.slope_moves:
         remedy = "a graph keeps the slope that it was recorded with; use kernel=triton alone"
-        raise BadRequest("neuron.surrogate_slope_end", actor.neuron.surrogate_slope_end, remedy)
+        return BadRequest("neuron.surrogate_slope_end", actor.neuron.surrogate_slope_end, remedy)
+    if world_size > 1:
+        remedy = "a graph holds no exchange between workers; use kernel=triton alone"
+        return BadRequest("world_size", world_size, remedy)
+    return None
 
 
 def check_sequence(parsed: Parsed) -> None:

@@ -122,11 +122,12 @@ def run_under_agent(shared_dir: Path, workers: Workers) -> dict[int, int]:
         rdzv_configs={"rank": workers.node_rank, "timeout": int(workers.timeout_s)},
         max_restarts=0,
         signals_to_handle="",  # they are passed on instead
-        shutdown_timeout=SHUTDOWN_S,
         # On one machine the agent would look up its own name, which may lead nowhere.
         local_addr=None if several else "127.0.0.1",
         logs_specs=DefaultLogsSpecs(log_dir=str(shared_dir)),
     )
+    if hasattr(config, "shutdown_timeout"):  # torch 2.11 has none: it gives survivors 30 s
+        config.shutdown_timeout = SHUTDOWN_S
     python, *flags = PYTHON
     worker = (*flags, "-m", "spikerl.commands.worker", str(shared_dir), str(os.getpid()))
     over = threading.Event()

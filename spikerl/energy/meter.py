@@ -60,7 +60,9 @@ class Reading(NamedTuple):
     """One window. A device is in `joules`, or in `missing`, or was never to be measured."""
 
     seconds: float
-    joules: dict[str, float]  # by device, each above 0
+    # By device: above 0, or 0 where the window was too short for its counter to move. Sums over
+    # windows count that, and are missing themselves where it is all that they have.
+    joules: dict[str, float]
     missing: dict[str, str]  # by device, why this window lacks it
     # By device, of the window that its joules are of, where that is another worker's.
     lasted: Mapping[str, float] | None = None
@@ -118,6 +120,8 @@ class Meter:
             # A counter that stands still gives 0, one that wraps a negative difference.
             good = {d: j for d, j in read.items() if math.isfinite(j) and j > 0}
             counters.devices |= good.keys()
+            if now - began < counters.least_s:
+                good |= {d: j for d, j in read.items() if j == 0 and d in counters.devices}
             joules |= good
             caveat = counters.caveat(began, now)
             if good and caveat and caveat not in self.caveats:
@@ -213,7 +217,7 @@ def power(*windows: Reading) -> float | None:
         if seconds <= 0.0:
             return None
         watts.append(math.fsum(w.joules[device] for w in windows) / seconds)
-    return math.fsum(watts) if watts else None
+    return math.fsum(watts) if watts and all(watts) else None
 
 
 def consecutive(first: Reading, second: Reading) -> Reading:
@@ -237,13 +241,17 @@ def energy_row(train: Reading, evaluation: Reading, source: str) -> dict[str, An
 
     def total(*windows: Reading, kinds: tuple[str, ...] = KINDS) -> float | None:
         chosen = [device for device in devices if device.startswith(kinds)]
-        if not chosen or any(d not in w.joules for d in chosen for w in windows):
+        if any(d not in w.joules for d in chosen for w in windows):
             return None
-        return math.fsum(w.joules[d] for d in chosen for w in windows)
+        sums = [math.fsum(w.joules[d] for w in windows) for d in chosen]
+        return math.fsum(sums) if sums and all(sums) else None
 
     joules = total(train, evaluation)
     if joules is None and not source.startswith("none"):
-        why = "; ".join(f"{device}: {reason}" for device, reason in missing.items())
+        still = [d for d in devices if train.joules.get(d) == evaluation.joules.get(d) == 0.0]
+        said = f"gave 0 J in {train.seconds + evaluation.seconds:.3g} s"
+        reasons = {**missing, **dict.fromkeys(still, said)}
+        why = "; ".join(f"{device}: {reason}" for device, reason in reasons.items())
         source = f"none: {why or 'no device was read in both windows'}"
     return {
         "energy_j": joules,
@@ -261,6 +269,12 @@ def total_joules(rows: Sequence[Mapping[str, Any]]) -> float | None:
     joules = [row.get("energy_j") for row in rows]
     measured = [j for j in joules if j is not None]
     return math.fsum(measured) if measured and len(measured) == len(joules) else None
+
+
+def source_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Where the joules of all these rows come from, or why their sum is null."""
+    said = [row for row in rows if row["energy_j"] is None] or rows
+    return said[-1]["energy_source"] if said else None
 
 
 def power_over(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:

@@ -104,15 +104,18 @@ KERNELS: Registry[KernelConfig, None] = Registry(
 )
 
 
-def resolve(config: KernelConfig, device: str, layered: str | None = None) -> Resolved:
+def resolve(
+    config: KernelConfig, device: str, layered: str | None = None, *, graphs: bool = False
+) -> Resolved:
     """The kernel that runs, and why; what it needs is built here, before any worker starts.
 
-    `layered`: why no call covers the whole actor.
+    `layered`: why no call covers the whole actor. `graphs`: whether a round of updates can be one
+    CUDA graph.
     """
     if config.name == "reference":
         return Resolved("reference", "requested")
     if device != "cpu":
-        return _on_gpu(config, device)
+        return _on_gpu(config, device, graphs)
     if config.name == "triton":
         raise BadRequest("kernel", "triton", f"this run uses {device}; it needs a CUDA device")
     paths = [config.path] if config.path else native.supported_paths()
@@ -137,7 +140,7 @@ def here(name: str, device: str) -> str:
     return resolve(KernelConfig(name="auto", path=None), device).choice
 
 
-def _on_gpu(config: KernelConfig, device: str) -> Resolved:
+def _on_gpu(config: KernelConfig, device: str, graphs: bool) -> Resolved:
     if config.name == "cpu":
         raise BadRequest("kernel", "cpu", f"this run uses {device}; use kernel=auto")
     try:
@@ -147,8 +150,9 @@ def _on_gpu(config: KernelConfig, device: str) -> Resolved:
             remedy = "triton is not installed; use kernel=auto"
             raise BadRequest("kernel", "triton", remedy) from None
         return Resolved("reference", "triton is not installed")
-    name = "triton/graphs" if config.path else "triton"
-    return Resolved(name, "requested" if config.name == "triton" else "a CUDA device")
+    if config.name == "triton":
+        return Resolved("triton/graphs" if config.path else "triton", "requested")
+    return Resolved("triton/graphs" if graphs else "triton", "a CUDA device")
 
 
 @cache

@@ -317,12 +317,20 @@ def mse_backward(net: DenseNet, obs_BO: Tensor, goal_BA: Tensor, into: Gradient)
     into.differentiate((dense_actions(net, obs_BO) - goal_BA).square().mean())
 
 
-def adam(moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor) -> None:
+def adam(
+    moments: Moments,
+    gradient: Tensor,
+    lr: float,
+    max_norm: float,
+    masked: Tensor,
+    piece: int | None = None,
+) -> None:
     """One step of Adam with a gradient whose last entry is the loss.
 
     The gradient is first scaled to a norm of at most `max_norm`. If something is not finite,
     `masked` becomes 1; where it is, nothing else changes. The step is the function below
-    torch.optim.Adam(fused=True), whose own bookkeeping takes longer than that.
+    torch.optim.Adam(fused=True), whose own bookkeeping takes longer than that. `piece`: entries
+    that it is given as a tensor of their own.
     """
     grad, step = gradient[:-1], moments.step
     # The sum of squares is finite only if every entry is; NaN is below nothing.
@@ -331,13 +339,15 @@ def adam(moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked:
     if max_norm < math.inf:
         grad *= (max_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
     step += 1.0
+    vectors = (moments.weights, grad, moments.exp_avg, moments.exp_avg_sq)
+    weights, grads, exp_avgs, exp_avg_sqs = ([*v.split(piece or len(v))] for v in vectors)
     torch._fused_adam_(
-        [moments.weights],
-        [grad],
-        [moments.exp_avg],
-        [moments.exp_avg_sq],
+        weights,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
         [],
-        [step],
+        [step] * len(weights),
         lr=lr,
         beta1=0.9,
         beta2=0.999,

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from spikerl.kernels import reference
 from spikerl.kernels.coverage import triton_scans
-from spikerl.kernels.gradient import Pullback
+from spikerl.kernels.gradient import Moments, Pullback
 from spikerl.kernels.nets import SpikingNet
 from spikerl.kernels.reference import (
     actor_loss_grad,
-    adam,
     add_clipped_noise,
     critic_backward,
     dense_actions,
@@ -84,6 +83,17 @@ def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
 
 
 PARTS = reference.PLAIN._replace(scan=scan)
+
+
+def adam(moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor) -> None:
+    """As `reference.adam`.
+
+    PyTorch's function gives 65 536 entries of a tensor to one block of threads, so that a small
+    network keeps a few multiprocessors busy and the others idle; of small tensors it takes up to
+    36 in one launch, a block each.
+    """
+    piece = max(4096, 4 * -(-len(gradient) // 128))
+    reference.adam(moments, gradient, lr, max_norm, masked, piece)
 
 
 class _Scan(torch.autograd.Function):

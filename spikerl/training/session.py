@@ -15,6 +15,7 @@ from typing import Any
 
 from spikerl.config.build import Config
 from spikerl.distributed.world import World
+from spikerl.energy.meter import source_of
 from spikerl.errors import DONE, FAILED, INTERRUPTED, BadRequest, DiskError, stop_status
 from spikerl.files import shown, write_json, write_text
 from spikerl.machine import versions
@@ -348,7 +349,7 @@ class Session:
             "wall_s": self.wall(),
             **summary_of(rows, discarded, self.config.run.energy_to),
             "power_idle_w": manifest.get("power_idle_w"),
-            "energy_source": rows[-1]["energy_source"] if rows else self.trainer.meter.source,
+            "energy_source": source_of(rows) or self.trainer.meter.source,
             "versions": versions(),
         }
         write_json(self.folder / "summary.json", summary)

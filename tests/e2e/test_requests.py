@@ -87,7 +87,12 @@ REFUSED = [
     ("kernel.path=avx512", "kernel.path=avx512: ", "kernel=cpu"),
     ("kernel=triton kernel.path=avx512", "kernel.path=avx512: ", "graphs"),
     ("kernel=cpu kernel.path=graphs", "kernel.path=graphs: ", "this processor runs"),
-    ("kernel=triton kernel.path=graphs algo=sac", "kernel.path=graphs: ", "of ddpg and td3"),
+    (
+        "kernel=triton kernel.path=graphs algo=ppo",
+        "kernel.path=graphs: ",
+        "proxy_td3, sac, not of ppo",
+    ),
+    ("kernel=triton kernel.path=graphs world_size=2", "world_size=2: ", "kernel=triton alone"),
     (
         "kernel=triton kernel.path=graphs neuron.surrogate=atan neuron.surrogate_slope_end=9",
         "neuron.surrogate_slope_end=9.0: ",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from builders import popsan, td3_config, twin_critic
+from builders import popsan, proxy_td3_config, sac_config, td3_config, twin_critic
 
+from spikerl.algos.offpolicy import OffPolicy
+from spikerl.algos.proxy_td3 import ProxyTD3
 from spikerl.algos.replay import Replay
+from spikerl.algos.sac import SAC
 from spikerl.algos.td3 import TD3
 from spikerl.models.critic import Critics
 from spikerl.models.normalizer import RunningNorm
@@ -63,8 +68,18 @@ def test_critics_fit_a_fixed_target(precision: str) -> None:
     assert last < 0.1 * first
 
 
-def test_graphs_agree_with_launches_one_by_one() -> None:
-    """The smoothing noise included: the graph advances the same random stream."""
+LEARNERS: dict[str, Callable[..., OffPolicy]] = {
+    "td3": lambda actor, critic, **settings: TD3(actor, critic, td3_config(), **settings),
+    "sac": lambda actor, critic, **settings: SAC(actor, critic, sac_config(), **settings),
+    "proxy_td3": lambda actor, critic, **settings: ProxyTD3(
+        actor, critic, proxy_td3_config(), **settings
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_graphs_agree_with_launches_one_by_one(name: str) -> None:
+    """The noise included: the graph advances the same random stream."""
     made = []
     for kernel in ("triton", "triton/graphs"):
         torch.manual_seed(0)
@@ -72,16 +87,20 @@ def test_graphs_agree_with_launches_one_by_one() -> None:
         actor = popsan(3, 1, [32, 32]).to("cuda")
         actor.kernel = kernel
         generator = torch.Generator("cuda").manual_seed(0)
-        td3 = TD3(actor, critic, td3_config(), actor_lr=1e-3, generator=generator)
-        rows = [batch("cuda", seed) for seed in range(41)]
-        td3.run_updates(Batch(*map(torch.cat, zip(*rows, strict=True))), 41)
-        td3.check()
-        made.append(td3)
-    one, other = made
+        learner = LEARNERS[name](actor, critic, actor_lr=1e-3, generator=generator)
+        rows = [batch("cuda", seed) for seed in range(41 * learner.batches_per_update)]
+        metrics = learner.run_updates(Batch(*map(torch.cat, zip(*rows, strict=True))), 41)
+        learner.check()
+        made.append((learner, metrics))
+    (one, metrics), (other, recorded) = made
     assert other.graph is not None
-    assert other.graph.calls == 20  # 17 of them launched
+    assert other.graph.calls == (40 if name == "sac" else 20)  # all but 3 of them launched
     for name, tensor in other.state().items():
         torch.testing.assert_close(tensor, one.state()[name], rtol=1e-4, atol=1e-5)
+    assert [m.keys() for m in recorded] == [m.keys() for m in metrics]
+    for ours, theirs in zip(recorded, metrics, strict=True):
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_replay_and_normaliser_live_on_the_device() -> None:

@@ -13,6 +13,8 @@ import torch
 
 from spikerl import kernels
 from spikerl.errors import BadRequest
+from spikerl.kernels import reference
+from spikerl.kernels.gradient import Moments
 
 HERE = Path(__file__).parent
 CHECKS = HERE / "triton_interpreted.py"
@@ -40,6 +42,38 @@ def test_compiled() -> None:
     run_checks()
 
 
+@needs_triton
+@pytest.mark.parametrize("entries", [1, 4096, 5001, 300_003])
+def test_adam_in_pieces(entries: int) -> None:
+    """To the bit; no more pieces than one launch takes."""
+    from spikerl.kernels import triton
+
+    def moments() -> Moments:
+        zeros = torch.zeros(entries)
+        return Moments(torch.linspace(-1, 1, entries), torch.zeros(()), zeros, zeros.clone())
+
+    whole, pieces, masked = moments(), moments(), torch.zeros(())
+    for seed in range(3):
+        gradient = torch.randn(entries + 1, generator=torch.Generator().manual_seed(seed))
+        reference.adam(whole, gradient.clone(), 1e-3, 0.5, masked)
+        triton.adam(pieces, gradient.clone(), 1e-3, 0.5, masked)
+    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+    assert not torch.equal(whole.weights, moments().weights)
+
+
+@needs_triton
+@pytest.mark.parametrize("entries", [1, 147_456, 147_457, 33_000_000])
+def test_a_launch_of_adam_takes_all_pieces(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spikerl.kernels import triton
+
+    seen: list[int] = []
+    monkeypatch.setattr(reference, "adam", lambda *args: seen.append(args[5]))
+    flat = torch.empty(entries + 1, device="meta")
+    triton.adam(Moments(flat, flat, flat, flat), flat, 1e-3, 1.0, flat)
+    assert -(-entries // seen[0]) <= 36
+    assert seen[0] % 4 == 0  # pieces begin where 16 bytes do
+
+
 def asked(name: str) -> kernels.KernelConfig:
     return kernels.KernelConfig(name=name, path=None)
 
@@ -48,6 +82,23 @@ def asked(name: str) -> kernels.KernelConfig:
 def test_without_a_gpu() -> None:
     with pytest.raises(BadRequest, match="kernel=triton: this run uses cpu; it needs a CUDA"):
         kernels.resolve(asked("triton"), "cpu")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("name", "path", "graphs", "chosen"),
+    [
+        ("auto", None, True, ("triton/graphs", "a CUDA device")),
+        ("auto", None, False, ("triton", "a CUDA device")),
+        ("triton", None, True, ("triton", "requested")),
+        ("triton", "graphs", True, ("triton/graphs", "requested")),
+    ],
+)
+def test_graphs_are_chosen_by_auto_alone(
+    name: str, path: str | None, graphs: bool, chosen: tuple[str, str]
+) -> None:
+    config = kernels.KernelConfig(name=name, path=path)
+    assert kernels.resolve(config, "cuda:0", graphs=graphs) == chosen
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

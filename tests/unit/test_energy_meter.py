@@ -13,6 +13,7 @@ from clock import Clock, window
 from spikerl.energy import counters
 from spikerl.energy.meter import (
     EnergyConfig,
+    Meter,
     Reading,
     energy_row,
     joules_to_reach,
@@ -21,6 +22,7 @@ from spikerl.energy.meter import (
     power,
     power_over,
     resolve,
+    source_of,
     total_joules,
 )
 from spikerl.errors import BadRequest
@@ -64,6 +66,81 @@ def test_power_is_the_sum_of_every_devices_own() -> None:
     assert power(Reading(1.0, {}, {})) is None
     assert power(Reading(1.0, {"gpu:a": 1.0}, {"gpu:b": "lost"})) is None
     assert power(first, Reading(1.0, {"gpu:a": 1.0}, {})) is None
+
+
+class Ticking:
+    """A counter that moves once a second, by 100 J."""
+
+    least_s = 1.0
+
+    def __init__(self) -> None:
+        self.devices = {"gpu:a"}
+        self.began: dict[str, float] = {}
+
+    def begin(self, window: str, now: float) -> None:
+        self.began[window] = now
+
+    def end(self, window: str, now: float) -> dict[str, float]:
+        return {"gpu:a": 100.0 * (int(now) - int(self.began.pop(window)))}
+
+    def caveat(self, began: float, now: float) -> str | None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("train_s", "eval_s", "energy_j", "train_j", "eval_j"),
+    [
+        (3.5, 0.25, 300.0, 300.0, None),  # the evaluation ends before the counter moves
+        (0.25, 3.5, 300.0, None, 300.0),
+        (0.25, 0.25, None, None, None),
+        (0.75, 0.75, 100.0, None, 100.0),
+    ],
+)
+def test_a_window_too_short_for_its_counter(
+    train_s: float, eval_s: float, energy_j: float | None, train_j: float | None,
+    eval_j: float | None,
+) -> None:  # fmt: skip
+    """What a counter did not see alone is null; a sum that it saw is not lost with it."""
+    clock = Clock()
+    clock.now = 0.0
+    meter = Meter("zeus:nvml", [Ticking()], clock=clock)
+
+    def measure(window: str, seconds: float) -> Reading:
+        meter.begin(window)
+        clock.now += seconds
+        return merge([Reading(*meter.end(window).as_data())])
+
+    row = energy_row(measure("train", train_s), measure("eval", eval_s), meter.source)
+    assert (row["energy_j"], row["energy_train_j"], row["energy_eval_j"]) == (
+        energy_j, train_j, eval_j,
+    )  # fmt: skip
+    assert row["energy_gpu_j"] == energy_j
+    watts = None if energy_j is None else energy_j / (train_s + eval_s)
+    assert row["power_w"] == watts
+    source = "zeus:nvml" if energy_j else f"none: gpu:a: gave 0 J in {train_s + eval_s:.3g} s"
+    assert row["energy_source"] == source
+
+
+def test_a_still_counter_is_no_energy() -> None:
+    """In a window that is long enough for it, 0 J are a fault."""
+    clock = Clock()
+    clock.now = 0.0
+    still = Ticking()
+    still.least_s = 0.5
+    meter = Meter("zeus:nvml", [still], clock=clock)
+    meter.begin("train")
+    clock.now = 0.75
+    reading = meter.end("train")
+    assert reading == Reading(0.75, {}, {"gpu:a": "gave 0 J in 0.75 s"})
+
+
+def test_a_sum_says_why_it_is_missing() -> None:
+    """Also where a later row was measured."""
+    lost = {"energy_j": None, "energy_source": "none: gpu:a: lost"}
+    good = {"energy_j": 1.0, "energy_source": "zeus:nvml"}
+    assert source_of([good, lost, good]) == "none: gpu:a: lost"
+    assert source_of([good, good]) == "zeus:nvml"
+    assert source_of([]) is None
 
 
 def test_power_over_rows() -> None:

@@ -144,7 +144,7 @@ def test_weights(name: str, zipped: bool, tmp_path: Path, monkeypatch: pytest.Mo
     assert os.listdir() == ["m.pt"]
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", os.urandom(500), b"\x80\x02."])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", bytes(range(250)), b"\x80\x02."])
 def test_no_weights(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "m.pt").write_bytes(content)
     with pytest.raises(BadRequest):
