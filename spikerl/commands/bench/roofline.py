@@ -16,7 +16,7 @@ from spikerl.models.critic import Critics
 
 @dataclass(kw_only=True)
 class Roofline:
-    product_gflops: dict[str, float]  # of float32 products, 512 x 512 x 512, by library
+    product_gflops: dict[str, float]  # of large float32 products, by library
     copy_gb_s: float  # read and written, 64 MB
     update_gflop: dict[int, float]  # dense arithmetic of an update, by batch
 
@@ -43,14 +43,15 @@ def product_gflops(device: torch.device) -> dict[str, float]:
 
     PyTorch's are MKL's, which on AMD's processors run at half the rate of oneDNN's or less.
     """
-    left, right = torch.randn(2, 512, 512, device=device).unbind()
+    width = 512 if device.type == "cpu" else 4096  # enough to keep it busy
+    left, right = torch.randn(2, width, width, device=device).unbind()
     products: dict[str, Callable[[], object]] = {"PyTorch": lambda: torch.mm(left, right)}
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         blocked, weight = left.to_mkldnn(), right.to_mkldnn()
         products["oneDNN"] = lambda: nn.functional.linear(blocked, weight)
     with torch.no_grad():
         return {
-            library: 2 * 512**3 / _least_s(product, device) / 1e9
+            library: 2 * width**3 / _least_s(product, device) / 1e9
             for library, product in products.items()
         }
 
