@@ -45,8 +45,8 @@ class DDPG(OffPolicy):
         # Critic: minimise mean (Q(s, a) - y)^2.
         metrics = self.critic_step(rows.obs, rows.act, q_target)
 
-        # Actor: minimise -mean Q(s, pi(s)). By the chain rule, its gradient by the actions is taken
-        # back through the actor.
+        # Actor: minimise -mean Q(s, pi(s)). The kernels differentiate, not autograd: the critic
+        # gives the gradient by the actions, the actor takes it back to its weights.
         act, backward = self.actor.vjp(rows.obs, self.generator)
         grad = self.critic.actor_loss_grad(rows.obs, act, actor_opt.gradient)
         metrics |= backward(grad, actor_opt.gradient)

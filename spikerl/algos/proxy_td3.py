@@ -85,8 +85,9 @@ class ProxyTD3(OffPolicy):
             # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
             metric = self.critic_step(batch.obs, batch.act, q_target)
 
-            # Delayed policy update: minimise -mean Q_1(s, pi(s)). By the chain rule, its gradient
-            # by the actions is taken back through the actor.
+            # Delayed policy update: minimise -mean Q_1(s, pi(s)). The kernels differentiate, not
+            # autograd: the critic gives the gradient by the actions, the actor takes it back to its
+            # weights. Then targets <- (1 - tau) targets + tau online.
             if self.is_policy_update(number):
                 act, backward = self.actor.vjp(batch.obs, self.generator)
                 grad = self.critic.actor_loss_grad(batch.obs, act, actor_opt.gradient)

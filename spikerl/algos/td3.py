@@ -1,4 +1,7 @@
-"""TD3, twin delayed DDPG (Fujimoto et al., 2018, arXiv:1802.09477)."""
+"""TD3, twin delayed DDPG (Fujimoto et al., 2018, arXiv:1802.09477).
+
+Values: conf/algo/td3.yaml. Differences from the paper: docs/td3.md.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ class DelayConfig(CriticsConfig):
 
     critics: ClassVar[int] = 2
 
-    policy_delay: int  # the actor and all targets change on one update of so many:
-    first_policy_update: int  # on this one first, counted from 0
+    policy_delay: int  # critic updates for each update of the actor and all targets
+    first_policy_update: int  # the first critic update, counted from 0, with such a one
     target_noise: float  # std of target smoothing noise, in units of half the action range
     noise_clip: float  # bound of target smoothing noise, same unit
 
@@ -56,10 +59,10 @@ class TD3(OffPolicy):
         self.actor_target = self.add_target("actor", actor)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        """Updates with these numbers, each on its share of the rows.
+        """Gradient steps with these numbers, each on its own minibatch, an equal share of `rows`.
 
-        The target networks change with the last of them at the earliest, so the target values of
-        all are computed first, in one pass.
+        The target networks change with the last of them at the earliest (`run_updates` sees to it),
+        so the target values of all are computed first, in one pass.
         """
         c, actor_opt = self.config, self.actor_optimizer
 
@@ -78,8 +81,9 @@ class TD3(OffPolicy):
             # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
             metric = self.critic_step(obs, act, y)
 
-            # Delayed policy update: minimise -mean Q_1(s, pi(s)). By the chain rule, its gradient
-            # by the actions is taken back through the actor.
+            # Delayed policy update: minimise -mean Q_1(s, pi(s)). The kernels differentiate, not
+            # autograd: the critic gives the gradient by the actions, the actor takes it back to its
+            # weights. Then targets <- (1 - tau) targets + tau online.
             if self.is_policy_update(number):
                 act, backward = self.actor.vjp(obs, self.generator)
                 grad = self.critic.actor_loss_grad(obs, act, actor_opt.gradient)

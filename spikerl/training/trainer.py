@@ -1,4 +1,4 @@
-"""The training loop: act, store, update, evaluate. It holds no file and no terminal.
+"""The training loop: act, store, update, evaluate. It reads and writes no file.
 
 Shape legend   N environments, A action entries.
 """
@@ -38,8 +38,8 @@ from spikerl.training.progress import Progress, progress_of, since
 from spikerl.training.resize import share_of
 from spikerl.types import Task
 
-# Up to so many environments a worker acts on the CPU, whatever device it learns on: a kernel call
-# there takes microseconds, and on a GPU every operation as many. Not measured on a GPU yet.
+# Up to so many environments a worker acts on the CPU, whatever device it learns on: an action there
+# takes 0.01 ms, on an H100 0.7 ms (docs/speed.md).
 FEW_ENVS = 64
 SYNC_INTERVAL = 50  # steps between exchanges where the normaliser sets no interval
 
@@ -65,8 +65,8 @@ class Trainer:
         self.meter = meter or Meter("none: not asked for")
         c, run, algo = config, config.run, config.algo
         device = device or torch.device(c.resolved.device.choice)
-        each = c.num_envs // world.size
-        self.acting_on = torch.device("cpu") if each <= FEW_ENVS else device
+        own_envs = c.num_envs // world.size
+        self.acting_on = torch.device("cpu") if own_envs <= FEW_ENVS else device
         self.streams = Streams(run.seed, world.rank, device, self.acting_on)
         self.batch_size, _ = batch_share(c, world)
         # Batches of an update: with weak scaling each worker has one of the whole size.
@@ -82,11 +82,11 @@ class Trainer:
         if isinstance(self.algo.actor, SpikingActor | Spikeformer):
             for norm in self.algo.actor.norms:
                 norm.sum_ = world.sum_  # over the rows of all workers
-        capacity = algo.capacity() // c.num_envs * each  # whole steps of all environments
-        self.replay = Replay(capacity, task.obs_dim, task.act_dim, device, width=each)
+        capacity = algo.capacity() // c.num_envs * own_envs  # whole steps of all environments
+        self.replay = Replay(capacity, task.obs_dim, task.act_dim, device, width=own_envs)
         if dataset is not None:
             store_dataset(dataset, c, self.algo, self.replay, self.norm, world.rank)
-        self.envs = make_envs(c.env, each, task)
+        self.envs = make_envs(c.env, own_envs, task)
         self.seed_bits = RESET_BITS  # of resets
         self.reset_envs()
         try:
@@ -134,7 +134,7 @@ class Trainer:
         while not self.stopping:
             if self.evaluation_due():
                 try:
-                    row = self.row(stop_signal)
+                    row = self.evaluate_epoch(stop_signal)
                 except Stopped as stopped:
                     self.stopping = stopped.number
                     return
@@ -150,7 +150,7 @@ class Trainer:
         self.end_window()
 
     def evaluation_due(self) -> bool:
-        """Whether the steps of an epoch are made, and it has no row yet."""
+        """Whether an epoch's steps are done and its evaluation is not."""
         p, run = self.progress, self.run
         ended = p.step > p.first_step and p.step >= run.total_steps
         return ended or crossed(p.first_step, p.step, run.steps_per_epoch)
@@ -163,7 +163,7 @@ class Trainer:
         else:
             self.act()
         try:
-            if self.algo.on_policy:  # from what it did, seen as it saw it
+            if self.algo.on_policy:  # before the normaliser changes what its observations were
                 self.make_updates(before)
             if crossed(before, self.step, algo.norm_interval or SYNC_INTERVAL):
                 self.synchronise(stop_signal())
@@ -181,7 +181,8 @@ class Trainer:
     def act(self) -> None:
         """One step in every environment, stored with its true successors."""
         algo, explore = self.config.algo, self.streams.explore
-        obs_NO, self.algo.step = self.envs.obs, self.step
+        obs_NO = self.envs.obs
+        self.algo.step = self.step  # of schedules
         if self.step < self.algo.random_steps:
             shape = (len(obs_NO), self.task.act_dim)
             uniform = torch.rand(
@@ -252,8 +253,8 @@ class Trainer:
         """Updates that will have been made then; before a resize there were others."""
         return self.algo.updates + self.updates_due(step) - self.updates_due(self.step)
 
-    def row(self, stop_signal: Callable[[], int] = lambda: 0) -> Row:
-        """The epoch's line of metrics.jsonl: means over the epoch, and an evaluation."""
+    def evaluate_epoch(self, stop_signal: Callable[[], int] = lambda: 0) -> Row:
+        """Evaluate; the epoch's line of metrics.jsonl, with means over the epoch's steps."""
         p = self.progress
         trained = self.end_window()
         self.meter.begin("eval")
@@ -262,7 +263,7 @@ class Trainer:
         finally:
             evaluated = since(p.eval_energy, self.meter.end("eval"))
             p.eval_energy = evaluated.as_data()
-        self.check_equal()
+        self.check_in_sync()
         own = WorkerEpoch(p.returns, p.sums, p.train_s, trained, evaluated)
         everyone = self.world.gather_objects(own)
         return epoch_row(p, everyone, evaluation, self.algo, self.meter.source)
@@ -286,7 +287,7 @@ class Trainer:
         readings = self.world.gather_objects(tuple(self.meter.idle()))
         return power(merge([Reading(*reading) for reading in readings]))
 
-    def check_equal(self) -> None:
+    def check_in_sync(self) -> None:
         """Raise unless all workers have the same parameters and normaliser, to the bit."""
         state = [*self.algo.state().values(), *self.norm.state().values()]
         digest = torch.stack([fingerprint(tensor) for tensor in state])

@@ -134,7 +134,7 @@ def training_stays_identical(world: World) -> None:
         if world.rank == 1:
             trainer.norm.mean_O[0] = np.nextafter(trainer.norm.mean_O[0], np.inf)
         with pytest.raises(RuntimeError, match=r"workers 0 and 1 have diverged|diverged"):
-            trainer.check_equal()
+            trainer.check_in_sync()
     trainer.close()
 
 

@@ -110,7 +110,7 @@ def test_workers_share_it_out(dataset: Dataset) -> None:
         assert np.array_equal(first.norm.mean_O, second.norm.mean_O)
         assert first.norm.count == second.norm.count == 14
         run_in_threads([one.advance for one in (first, second)])
-        run_in_threads([one.check_equal for one in (first, second)])
+        run_in_threads([one.check_in_sync for one in (first, second)])
         assert first.step == first.algo.updates == 50
 
 
@@ -146,7 +146,7 @@ def test_workers_share_sequences_out(dataset: Dataset) -> None:
         for one, (a, b) in ((first, columns[:2]), (second, columns[2:])):
             assert rewards(one) == [x for pair in zip(a, b, strict=True) for x in pair]
         run_in_threads([one.advance for one in (first, second)])
-        run_in_threads([one.check_equal for one in (first, second)])
+        run_in_threads([one.check_in_sync for one in (first, second)])
         assert first.step == first.algo.updates == 50
         assert first.algo.total_updates == 80
 
@@ -226,7 +226,7 @@ def test_workers_of_bcq_stay_the_same(dataset: Dataset) -> None:
     """Each draws proposals of its own."""
     with workers(training(bcq_config(**SMALL), num_envs=2), 2, dataset) as both:
         run_in_threads([one.advance for one in both])
-        run_in_threads([one.check_equal for one in both])
+        run_in_threads([one.check_in_sync for one in both])
         first, second = (one.algo.generator.get_state() for one in both)
         assert not torch.equal(first, second)
         assert both[0].algo.updates == 50

@@ -241,7 +241,7 @@ def test_episodes_of_all_workers_make_a_rows_mean(workers: Workers) -> None:
         trainer.progress.train_s = 100.0 * trainer.world.rank
         trainer.progress.returns = [float(trainer.world.rank)] * (trainer.world.rank + 1)
         trainer.progress.sums = {"critic_loss": (float(trainer.world.rank), 1)}
-    rows = run_in_threads([trainer.row for trainer in workers.trainers])
+    rows = run_in_threads([trainer.evaluate_epoch for trainer in workers.trainers])
     assert all(row["train_episodes"] == 6 for row in rows)
     assert all(row["train_return"] == (0.0 + 2 * 1.0 + 3 * 2.0) / 6 for row in rows)
     assert all(row["critic_loss"] == 1.0 for row in rows)
