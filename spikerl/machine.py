@@ -98,7 +98,8 @@ def resolve_threads(asked: int | None, workers: int, rows: int | None = None) ->
         return Resolved(str(int(given)), "OMP_NUM_THREADS")
     if rows is not None and rows <= ONE_THREAD_ROWS and cores() > workers:
         return Resolved("1", f"batches of {rows} gain little from more")
-    return Resolved(str(max(cores() // workers, 1)), f"{cores()} cores over {workers} workers")
+    sharers = f"{workers} worker{'s' if workers > 1 else ''}"
+    return Resolved(str(max(cores() // workers, 1)), f"{cores()} cores over {sharers}")
 
 
 def describe() -> dict[str, Any]:

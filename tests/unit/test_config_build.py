@@ -284,7 +284,7 @@ def test_threads(default: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> No
     others = ({"algo__batch_size": 256}, {"kernel__name": "reference"}, {"actor__spike_steps": 33},
               {"precision__critic": "bf16"})  # fmt: skip
     for other in others:
-        assert threads(**other) == ("6", "6 cores over 1 workers")
+        assert threads(**other) == ("6", "6 cores over 1 worker")
 
 
 def test_one_environment_for_each_worker(default: dict[str, Any]) -> None:
