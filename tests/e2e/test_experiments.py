@@ -54,6 +54,8 @@ def test_experiments_learn(name: str) -> None:
     offline = name.startswith("offline/") or name.endswith("/bcq") or sequences
     short, updates = FEW["ppo" if name.endswith("ppo") else "offline" if offline else "replaying"]
     steps = updates if offline else 60
+    if name.endswith("lunarlander"):  # a quarter of an update at each step
+        updates = 2
     if offline:
         write(Path("d"), [episode(9)])
     if name == "spikerl/td3_4000":  # is for GPUs: gigabytes of checkpoints
