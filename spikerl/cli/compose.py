@@ -129,7 +129,8 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
 def chosen(run: Path, typed: Sequence[str]) -> list[str]:
     """What the run chose at its start: a resume on another day must not choose anew.
 
-    On another device another kernel has to run; other workers have another share of the cores.
+    On another device another kernel has to run; other workers have another share of the cores, and
+    more than one no graphs.
     """
     given = dict(arg.partition("=")[::2] for arg in typed)
     try:
@@ -147,6 +148,8 @@ def chosen(run: Path, typed: Sequence[str]) -> list[str]:
         overrides.append(f"threads={threads}")
     if "device" in given or kernel not in group_options("kernel") or not re.fullmatch(r"\w*", path):
         return overrides
+    if path == "graphs" and size != "1":
+        path = ""
     return [*overrides, f"kernel={kernel}", *([f"kernel.path={path}"] if path else [])]
 
 

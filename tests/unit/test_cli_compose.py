@@ -240,6 +240,13 @@ def test_a_resume_keeps_what_the_run_chose(tmp_path: Path, monkeypatch: pytest.M
     assert kept() == {"num_envs=4", "world_size=1", *kernel}
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert kept() == {"num_envs=4", "world_size=2", "threads=3", *kernel}
+    chosen["kernel"]["choice"] = "triton/graphs"  # of one worker
+    manifest["world_size"] = 1
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert kept() == {"num_envs=4", "world_size=2", "kernel=triton"}
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    graphs = {"kernel=triton", "kernel.path=graphs"}
+    assert kept() == {"num_envs=4", "world_size=1", "threads=3", *graphs}
     chosen["kernel"]["choice"] = "cpu/${evil}"
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert not any("evil" in arg for arg in expand("train", [f"resume={tmp_path}"]))
