@@ -95,7 +95,7 @@ class BatchNorm(nn.Module):
             return self.affine(drive_TBN, self.mean_N, self.var_N, rows)
         sums = self.sums(drive_TBN, rows)
         mean, var = self.moments_of(sums, drive_TBN)
-        self.follow(mean, var, float(sums[0]) / len(drive_TBN), len(drive_TBN))
+        self.follow(mean, var, sums[0] / len(drive_TBN), len(drive_TBN))
         y: Tensor = _Normalise.apply(drive_TBN, self.gamma_N, self.beta_N, mean, var, sums[0],
                                      self.sum_, rows)  # fmt: skip
         return y
@@ -108,7 +108,7 @@ class BatchNorm(nn.Module):
     def sums(self, drive_TBN: Tensor, rows: Rows) -> Tensor:
         """Rows, sums and sums of squares over all workers, (1 + 2 N,) in float64."""
         sums = rows.sums(drive_TBN)
-        total = torch.cat([sums.new_tensor([drive_TBN[..., 0].numel()]), sums])
+        total = torch.cat([sums.new_full((1,), drive_TBN[..., 0].numel()), sums])
         self.sum_(total)
         return total
 
@@ -118,7 +118,7 @@ class BatchNorm(nn.Module):
         var = (squares / count - mean.square()).clamp(min=0.0)
         return mean.to(like.dtype), var.to(like.dtype)
 
-    def follow(self, mean: Tensor, var: Tensor, samples: float, spike_steps: int) -> None:
+    def follow(self, mean: Tensor, var: Tensor, samples: Tensor, spike_steps: int) -> None:
         """Move the running moments towards those of a batch of so many samples."""
         raise NotImplementedError
 
@@ -149,9 +149,9 @@ class CaReBN(BatchNorm):
         return super().forward(drive_TBN, moments, rows)
 
     @torch.no_grad()
-    def follow(self, mean: Tensor, var: Tensor, samples: float, spike_steps: int) -> None:
+    def follow(self, mean: Tensor, var: Tensor, samples: Tensor, spike_steps: int) -> None:
         """By a Kalman gain; the spike steps of a sample are taken for one."""
-        freedom = max(samples - 1.0, 1.0)
+        freedom = (samples - 1.0).clamp(min=1.0)
         noise = var / freedom, 2.0 * var.square() / freedom  # variances of the batch's moments
         for running, error, new, own in (
             (self.mean_N, self.mean_error_N, mean, noise[0]),
@@ -184,16 +184,17 @@ class TDBN(BatchNorm):
         mean = drive_TBN.sum((0, 1)) / count
         within = (drive_TBN - mean).square_().sum((0, 1)).double()
         mean = mean.double()
-        total = torch.cat([mean.new_tensor([count]), count * mean, within + count * mean.square()])
+        squares = within + count * mean.square()
+        total = torch.cat([mean.new_full((1,), count), count * mean, squares])
         self.sum_(total)
         return total
 
     @torch.no_grad()
-    def follow(self, mean: Tensor, var: Tensor, samples: float, spike_steps: int) -> None:
+    def follow(self, mean: Tensor, var: Tensor, samples: Tensor, spike_steps: int) -> None:
         """By a tenth; the variance is the unbiased one."""
         rows = samples * spike_steps
         self.mean_N.add_(MOMENTUM * (mean - self.mean_N))
-        self.var_N.add_(MOMENTUM * (var * (rows / max(rows - 1.0, 1.0)) - self.var_N))
+        self.var_N.add_(MOMENTUM * (var * (rows / (rows - 1.0).clamp(min=1.0)) - self.var_N))
 
 
 class _Normalise(torch.autograd.Function):
