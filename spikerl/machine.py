@@ -87,6 +87,14 @@ def resolve_device(asked: str) -> Resolved:
 ONE_THREAD_ROWS = 128
 
 
+def current_device(choice: str) -> torch.device:
+    """That device; a GPU is made the current one, on which graphs are recorded."""
+    device = torch.device(choice)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def resolve_threads(asked: int | None, workers: int, rows: int | None = None) -> Resolved:
     """Threads of each of the workers that share this process's cores: by default its share; one
     where updates are calls of the library on few `rows` (None: they are not).

@@ -146,10 +146,10 @@ def chosen(run: Path, typed: Sequence[str]) -> list[str]:
         overrides.append(f"world_size={size}")
     if size == workers:
         overrides.append(f"threads={threads}")
-    if "device" in given or kernel not in group_options("kernel") or not re.fullmatch(r"\w*", path):
-        return overrides
     if path == "graphs" and size != "1":
-        path = ""
+        path = "null"
+    if "device" in given or kernel not in group_options("kernel") or not re.fullmatch(r"\w*", path):
+        return [*overrides, *(["kernel.path=null"] if path == "null" else [])]
     return [*overrides, f"kernel={kernel}", *([f"kernel.path={path}"] if path else [])]
 
 

@@ -26,6 +26,7 @@ from spikerl.envs.make import make_env, task_of
 from spikerl.envs.process import start_server
 from spikerl.errors import DONE, FAILED, BadRequest, EnvironmentFailed
 from spikerl.files import absolute, shown, write_text
+from spikerl.machine import current_device
 from spikerl.models.policy import Policy, check_shapes, read_policy
 from spikerl.models.sequence import SequenceConfig
 from spikerl.runs import folder as run_folder
@@ -205,10 +206,9 @@ def task_for(config: Config) -> Task:
 def own_device(choice: str) -> torch.device:
     """The device of the calling worker; several on CUDA take the devices in turn."""
     if not choice.startswith("cuda") or not ranked():
-        return torch.device(choice)
+        return current_device(choice)
     index = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % torch.cuda.device_count()
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    return current_device(f"cuda:{index}")
 
 
 def finished(folder: Path, config: Config) -> bool:

@@ -16,6 +16,7 @@ from spikerl.algos.bcq import BCQConfig
 from spikerl.algos.decision_transformer import DecisionTransformerConfig
 from spikerl.algos.offpolicy import OfflineConfig, OffPolicyConfig, ReplayConfig
 from spikerl.algos.ppo import PPOConfig
+from spikerl.algos.td3 import DelayConfig
 from spikerl.distributed import hosts
 from spikerl.distributed.launchers import ranked
 from spikerl.distributed.world import (
@@ -198,9 +199,10 @@ def build(raw: Mapping[str, Any]) -> Config:
     check_shares(run, algo, world_size)
     check_precision(precision, torch.device(device.choice))
     layered = why_layered(actor, precision.actor_dtype)
-    if (refusal := why_no_graphs(algo, actor, world_size)) and kernel.path == "graphs":
+    if (refusal := why_no_graphs(run, algo, actor, world_size)) and kernel.path == "graphs":
         raise refusal
-    chosen = kernels.resolve(kernel, device.choice, layered, graphs=refusal is None)
+    no_graphs = "{}={}".format(*refusal.args) if refusal else None
+    chosen = kernels.resolve(kernel, device.choice, layered, no_graphs)
     whole = chosen.choice.startswith("cpu/") and layered is None  # PyTorch makes no product
     whole &= precision.critic_dtype == torch.float32 and isinstance(algo, OffPolicyConfig)
     rows = algo.batch_size if whole else None
@@ -297,18 +299,29 @@ def check_together(algo: AlgoConfig, actor: ActorConfig) -> None:
         raise BadRequest("actor", "care_bn", remedy)
 
 
-def why_no_graphs(algo: AlgoConfig, actor: ActorConfig, world_size: int) -> BadRequest | None:
+def why_no_graphs(
+    run: RunConfig, algo: AlgoConfig, actor: ActorConfig, world_size: int
+) -> BadRequest | None:
     """What stands against a round of updates as one CUDA graph, if anything does."""
     if not ALGOS.part(algo).has_graphs:
         fit = [name for name, (_, learner) in ALGOS.options.items() if learner.has_graphs]
-        remedy = f"graphs are of {', '.join(fit)}, not of {algo.name}; use kernel=triton alone"
-        return BadRequest("kernel.path", "graphs", remedy)
+        remedy = f"graphs are of {', '.join(fit)}; use kernel=triton alone"
+        return BadRequest("algo", algo.name, remedy)
     if actor.neuron and actor.neuron.slope_moves:
         remedy = "a graph keeps the slope that it was recorded with; use kernel=triton alone"
         return BadRequest("neuron.surrogate_slope_end", actor.neuron.surrogate_slope_end, remedy)
     if world_size > 1:
         remedy = "a graph holds no exchange between workers; use kernel=triton alone"
         return BadRequest("world_size", world_size, remedy)
+    if run.plugins:
+        remedy = "a graph keeps what their parts compute in Python; use kernel=triton alone"
+        return BadRequest("plugins", run.plugins, remedy)
+    assert isinstance(algo, ReplayConfig)
+    together = max(int(algo.update_interval * algo.updates_per_step + 1e-6), 1)
+    delay = algo.policy_delay if isinstance(algo, DelayConfig) else 1
+    if together < 2 * delay - 1:  # no round of algo.policy_delay updates is sure to be whole
+        remedy = f"give {2 * delay - 1} updates or more at once, or use kernel=triton alone"
+        return BadRequest("algo.update_interval", algo.update_interval, remedy)
     return None
 
 

@@ -29,6 +29,7 @@ RAPL_FOLDERS = [Path("/sys/class/powercap/intel-rapl"),
                 Path("/zeus_sys/class/powercap/intel-rapl")]  # fmt: skip
 # NVML's counters move every 20 to 100 ms, RAPL's every millisecond, both with what a read takes.
 LEAST_S = {"gpu": 1.0, "cpu": 0.05}
+TICK_S = {"gpu": 0.2, "cpu": 0.01}
 MAX_TRACE_BYTES = 8 << 20
 MAX_TRACE_VALUE = 1e12  # seconds or watts: products stay far from overflow
 
@@ -38,6 +39,7 @@ class Counters(Protocol):
 
     devices: set[str]  # what every window must bring; the meter adds what one has brought
     least_s: float  # seconds of the shortest window that it tells well
+    tick_s: float  # seconds in which it moves, if it works
 
     def begin(self, window: str, now: float) -> None: ...
     def end(self, window: str, now: float) -> Mapping[str, float]: ...
@@ -121,7 +123,8 @@ class ZeusCounters:
     """
 
     def __init__(self, kind: str, names: dict[int, str]) -> None:
-        self.names, self.kind, self.least_s = names, kind, LEAST_S[kind]
+        self.names, self.kind = names, kind
+        self.least_s, self.tick_s = LEAST_S[kind], TICK_S[kind]
         # Memory is not demanded before it has counted: some machines' zones never do.
         self.devices = {f"{kind}:{name}" for name in names.values()}
         gpus, packages = (list(names), []) if kind == "gpu" else ([], list(names))
@@ -188,7 +191,7 @@ class Trace(NamedTuple):
 class ReplayCounters:
     """Worker i has the trace's GPU i (modulo their number), local rank 0 also what is no GPU."""
 
-    least_s = 0.0
+    least_s = tick_s = 0.0
 
     def __init__(self, trace: Trace, local_rank: int, opened: float) -> None:
         gpus = [device for device in trace.watts if device.startswith("gpu:")]

@@ -120,7 +120,7 @@ class Meter:
             # A counter that stands still gives 0, one that wraps a negative difference.
             good = {d: j for d, j in read.items() if math.isfinite(j) and j > 0}
             counters.devices |= good.keys()
-            if now - began < counters.least_s:
+            if now - began < counters.tick_s:
                 good |= {d: j for d, j in read.items() if j == 0 and d in counters.devices}
             joules |= good
             caveat = counters.caveat(began, now)
@@ -191,14 +191,17 @@ def open_meter(
 
 
 def merge(readings: Sequence[Reading]) -> Reading:
-    """One window of all workers, in rank order: each device once, from the first that has it."""
+    """One window of all workers, in rank order: each device once, from the first that has it, above
+    0 if any has.
+    """
     joules: dict[str, float] = {}
     missing: dict[str, str] = {}
     lasted: dict[str, float] = {}
     for reading in readings:
-        joules = {**reading.joules, **joules}
         missing = {**reading.missing, **missing}
-        lasted = {**dict.fromkeys(reading.joules, reading.seconds), **lasted}
+        for device, j in reading.joules.items():
+            if device not in joules or (joules[device] == 0.0 < j):
+                joules[device], lasted[device] = j, reading.seconds
     missing = {device: why for device, why in missing.items() if device not in joules}
     return Reading(max((r.seconds for r in readings), default=0.0), joules, missing, lasted)
 
@@ -273,8 +276,8 @@ def total_joules(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 def source_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Where the joules of all these rows come from, or why their sum is null."""
-    said = [row for row in rows if row["energy_j"] is None] or rows
-    return said[-1]["energy_source"] if said else None
+    said = [row for row in rows if row.get("energy_j") is None] or rows
+    return said[-1].get("energy_source") if said else None
 
 
 def power_over(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:

@@ -105,17 +105,20 @@ KERNELS: Registry[KernelConfig, None] = Registry(
 
 
 def resolve(
-    config: KernelConfig, device: str, layered: str | None = None, *, graphs: bool = False
+    config: KernelConfig,
+    device: str,
+    layered: str | None = None,
+    no_graphs: str | None = "no updates",
 ) -> Resolved:
     """The kernel that runs, and why; what it needs is built here, before any worker starts.
 
-    `layered`: why no call covers the whole actor. `graphs`: whether a round of updates can be one
-    CUDA graph.
+    `layered`: why no call covers the whole actor. `no_graphs`: what keeps a round of updates from
+    being one CUDA graph.
     """
     if config.name == "reference":
         return Resolved("reference", "requested")
     if device != "cpu":
-        return _on_gpu(config, device, graphs)
+        return _on_gpu(config, device, no_graphs)
     if config.name == "triton":
         raise BadRequest("kernel", "triton", f"this run uses {device}; it needs a CUDA device")
     paths = [config.path] if config.path else native.supported_paths()
@@ -140,7 +143,7 @@ def here(name: str, device: str) -> str:
     return resolve(KernelConfig(name="auto", path=None), device).choice
 
 
-def _on_gpu(config: KernelConfig, device: str, graphs: bool) -> Resolved:
+def _on_gpu(config: KernelConfig, device: str, no_graphs: str | None) -> Resolved:
     if config.name == "cpu":
         raise BadRequest("kernel", "cpu", f"this run uses {device}; use kernel=auto")
     try:
@@ -152,7 +155,9 @@ def _on_gpu(config: KernelConfig, device: str, graphs: bool) -> Resolved:
         return Resolved("reference", "triton is not installed")
     if config.name == "triton":
         return Resolved("triton/graphs" if config.path else "triton", "requested")
-    return Resolved("triton/graphs" if graphs else "triton", "a CUDA device")
+    if no_graphs is None:
+        return Resolved("triton/graphs", "a CUDA device")
+    return Resolved("triton", f"a CUDA device; no graphs with {no_graphs}")
 
 
 @cache

@@ -92,7 +92,7 @@ def adam(moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked:
     network keeps a few multiprocessors busy and the others idle; of small tensors it takes up to
     36 in one launch, a block each.
     """
-    piece = max(4096, 4 * -(-len(gradient) // 128))
+    piece = max(4096, 16 * -(-len(gradient) // 512))  # a multiple of what a vector holds
     reference.adam(moments, gradient, lr, max_norm, masked, piece)
 
 
@@ -103,7 +103,8 @@ class _Scan(torch.autograd.Function):
         spikes = torch.empty_like(drive_TBN)
         voltage = torch.empty_like(drive_TBN, dtype=torch.float32)
         grid = (triton.cdiv(neurons, BLOCK),)
-        _forward[grid](drive_TBN, spikes, voltage, neurons, *constants[:3], steps, BLOCK)
+        with torch.cuda.device_of(drive_TBN):  # Triton launches on the current one
+            _forward[grid](drive_TBN, spikes, voltage, neurons, *constants[:3], steps, BLOCK)
         ctx.save_for_backward(voltage)
         ctx.constants = constants
         return spikes
@@ -116,7 +117,8 @@ class _Scan(torch.autograd.Function):
         grad_TBN = grad_TBN.contiguous()
         out = torch.empty_like(grad_TBN)
         grid = (triton.cdiv(neurons, BLOCK),)
-        _backward[grid](grad_TBN, voltage, out, neurons, *ctx.constants, steps, BLOCK)
+        with torch.cuda.device_of(voltage):
+            _backward[grid](grad_TBN, voltage, out, neurons, *ctx.constants, steps, BLOCK)
         return out, None, None, None, None
 
 

@@ -84,7 +84,7 @@ def facts(run: Run) -> Grid:
         ["actor loss", rounded(number(run.last("actor_loss")))],
         ["mean Q", rounded(number(run.last("q_mean")))],
         ["updates/s", rounded(number(run.last("updates_per_s")))],
-        ["joules measured by", str(run.last("energy_source") or "-")],
+        ["joules measured by", str(run.energy_source or "-")],
         ["commit", str(commit)],
         ["folder", str(run.folder)],
     ]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from spikerl.config.yaml_file import read_config
-from spikerl.energy.meter import total_joules
+from spikerl.energy.meter import source_of, total_joules
 from spikerl.errors import BadRequest
 from spikerl.files import parse_json, read_bytes, read_json
 from spikerl.reporting import statistics
@@ -105,6 +105,11 @@ class Run:
     def joules(self) -> float | None:
         """Spent on all rows, discarded ones included; None unless each was measured."""
         return total_joules([*self.rows, *self.discarded])
+
+    @property
+    def energy_source(self) -> str | None:
+        """Where these come from, or why there are none."""
+        return source_of([*self.rows, *self.discarded])
 
     @cached_property
     def settings(self) -> dict[str, str]:

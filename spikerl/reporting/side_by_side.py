@@ -141,7 +141,7 @@ def runs_table(report: SideBySide, names: Sequence[str]) -> str:
     lines = [
         [name, of[id(run)], run.env_id, run.seed, run.status, run.step,
          *(run.score(metric) for metric in METRICS), run.last("firing_rate"),
-         run.last("env_steps_per_s"), run.wall_s, run.joules, run.last("energy_source")]
+         run.last("env_steps_per_s"), run.wall_s, run.joules, run.energy_source]
         for name, run in zip(names, report.runs, strict=True)
     ]  # fmt: skip
     return tables.as_csv(FIELDS, lines)

@@ -159,7 +159,7 @@ class Session:
         changes: dict[str, Any] = {"resumed": [*record.get("resumed", []), event]}
         if had != size:
             choices = vars(self.config.resolved)
-            placed = {name: choices[name]._asdict() for name in ("threads", "backend")}
+            placed = {n: choices[n]._asdict() for n in ("threads", "backend", "kernel")}
             changes |= {"world_size": size, "resolved": {**record["resolved"], **placed}}
         run_folder.update_manifest(self.folder, status="running", **changes)
         total, replay = self.config.run.total_steps, self.trainer.replay
@@ -349,7 +349,7 @@ class Session:
             "wall_s": self.wall(),
             **summary_of(rows, discarded, self.config.run.energy_to),
             "power_idle_w": manifest.get("power_idle_w"),
-            "energy_source": source_of(rows) or self.trainer.meter.source,
+            "energy_source": source_of([*rows, *discarded]) or self.trainer.meter.source,
             "versions": versions(),
         }
         write_json(self.folder / "summary.json", summary)

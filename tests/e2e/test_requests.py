@@ -89,10 +89,15 @@ REFUSED = [
     ("kernel=cpu kernel.path=graphs", "kernel.path=graphs: ", "this processor runs"),
     (
         "kernel=triton kernel.path=graphs algo=ppo",
-        "kernel.path=graphs: ",
-        "proxy_td3, sac, not of ppo",
+        "algo=ppo: ",
+        "graphs are of ddpg, td3, proxy_td3, sac;",
     ),
     ("kernel=triton kernel.path=graphs world_size=2", "world_size=2: ", "kernel=triton alone"),
+    (
+        "kernel=triton kernel.path=graphs algo.update_interval=2",
+        "algo.update_interval=2: ",
+        "give 3 updates or more at once",
+    ),
     (
         "kernel=triton kernel.path=graphs neuron.surrogate=atan neuron.surrogate_slope_end=9",
         "neuron.surrogate_slope_end=9.0: ",

@@ -243,7 +243,10 @@ def test_a_resume_keeps_what_the_run_chose(tmp_path: Path, monkeypatch: pytest.M
     chosen["kernel"]["choice"] = "triton/graphs"  # of one worker
     manifest["world_size"] = 1
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert kept() == {"num_envs=4", "world_size=2", "kernel=triton"}
+    plain = {"kernel=triton", "kernel.path=null"}
+    assert kept() == {"num_envs=4", "world_size=2", *plain}
+    moved = {"num_envs=4", "world_size=2", "device=cuda", "kernel.path=null"}
+    assert kept("device=cuda") == moved
     monkeypatch.setenv("WORLD_SIZE", "1")
     graphs = {"kernel=triton", "kernel.path=graphs"}
     assert kept() == {"num_envs=4", "world_size=1", "threads=3", *graphs}

@@ -46,6 +46,8 @@ def test_merge_takes_each_device_once_from_the_first_rank_that_has_it() -> None:
         ]
     )
     joules = {"gpu:a": 10.0, "gpu:b": 20.0, "cpu:n1:0": 5.0}
+    late = merge([Reading(1.0, {"gpu:a": 0.0}, {}), Reading(2.0, {"gpu:a": 90.0}, {})])
+    assert late == Reading(2.0, {"gpu:a": 90.0}, {}, {"gpu:a": 2.0})
     lasted = {"gpu:a": 2.0, "gpu:b": 3.0, "cpu:n1:0": 1.0}
     assert merged == Reading(3.0, joules, {"gpu:z": "lost"}, lasted)
     assert merge([]) == Reading(0.0, {}, {}, {})
@@ -71,7 +73,7 @@ def test_power_is_the_sum_of_every_devices_own() -> None:
 class Ticking:
     """A counter that moves once a second, by 100 J."""
 
-    least_s = 1.0
+    least_s = tick_s = 1.0
 
     def __init__(self) -> None:
         self.devices = {"gpu:a"}
@@ -126,7 +128,7 @@ def test_a_still_counter_is_no_energy() -> None:
     clock = Clock()
     clock.now = 0.0
     still = Ticking()
-    still.least_s = 0.5
+    still.tick_s = 0.5  # `least_s` is longer: until there its joules are rough
     meter = Meter("zeus:nvml", [still], clock=clock)
     meter.begin("train")
     clock.now = 0.75
@@ -140,6 +142,9 @@ def test_a_sum_says_why_it_is_missing() -> None:
     good = {"energy_j": 1.0, "energy_source": "zeus:nvml"}
     assert source_of([good, lost, good]) == "none: gpu:a: lost"
     assert source_of([good, good]) == "zeus:nvml"
+    assert (
+        source_of([{"energy_source": "none: of an older version"}]) == "none: of an older version"
+    )
     assert source_of([]) is None
 
 

@@ -15,6 +15,7 @@ from spikerl.commands.train import task_for
 from spikerl.config.build import Config, why_layered
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest
+from spikerl.machine import current_device
 from spikerl.models.actor import Actor, SpikingActor
 from spikerl.models.actor_config import ActorConfig
 from spikerl.models.critic import Critics
@@ -49,7 +50,7 @@ class BenchFixtures:
         self.task = task_for(config)
         self.threads = int(config.resolved.threads.choice)
         torch.set_num_threads(self.threads)
-        self.device = torch.device(config.resolved.device.choice)
+        self.device = current_device(config.resolved.device.choice)
         self.obs = torch.randn(4096, self.task.obs_dim).clamp(-3.0, 3.0)
         self.actor, self.weights = self.given_actor()
         self.obs, self.actor = self.obs.to(self.device), self.actor.to(self.device)
