@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spikerl.algos import ALGOS
 from spikerl.algos.offpolicy import OffPolicy
 from spikerl.commands.train import task_for
-from spikerl.config.build import build
+from spikerl.config.build import build, parse_groups, why_no_graphs
 from spikerl.config.yaml_file import conf_folder, group_options
 from spikerl.distributed.world import ALONE
 from spikerl.models.actor import SpikingActor
@@ -47,12 +48,15 @@ class Recording(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def learner_of(*keys: str) -> Any:
+def data_of(*keys: str) -> Any:
     common = ("env=InvertedPendulum", "kernel=reference", "device=cpu", "energy=none")
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        composed = compose("train", [*common, "world_size=1", "threads=1", *keys])
-    data: Any = OmegaConf.to_container(composed, resolve=True)
-    config = build(data)
+        composed = compose("train", [*common, "threads=1", *keys])
+    return OmegaConf.to_container(composed, resolve=True)
+
+
+def learner_of(*keys: str) -> Any:
+    config = build(data_of("world_size=1", *keys))
     generator = torch.Generator().manual_seed(0)
     return build_learner(config, task_for(config), generator, ALONE, torch.device("cpu"))
 
@@ -100,6 +104,38 @@ def test_every_algorithm_with_graphs_is_tried() -> None:
     graphs = {name for name, (_, learner) in ALGOS.options.items() if learner.has_graphs}
     assert graphs == {"ddpg", "td3", "sac", "proxy_td3"}
     assert {"popsan/ddpg", "popsan/sac", "popsan/td3", "proxy_target/lif"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize(
+    ("keys", "against"),
+    [
+        ("", None),
+        ("algo=sac algo.update_interval=1", None),  # each update is a round
+        ("algo=ddpg algo.update_interval=50 algo.updates_per_step=0.1", None),
+        ("algo.update_interval=3", None),  # 1 2, 3 4 5: updates 3 and 4 are a round
+        ("algo.update_interval=2", "algo.update_interval=2"),  # 0 1, 2 3: none is whole
+        ("algo.update_interval=6 algo.updates_per_step=0.4", "algo.update_interval=6"),
+        ("experiment=proxy_target/lif", "algo.update_interval=1"),
+        ("experiment=care_bn", "algo.update_interval=1"),
+        ("algo=ppo", "algo=ppo"),
+        ("algo=iql dataset=d", "algo=iql"),
+        ("neuron.surrogate=atan neuron.surrogate_slope_end=9", "neuron.surrogate_slope_end=9.0"),
+        ("world_size=2", "world_size=2"),
+    ],
+)
+def test_what_is_against_graphs(keys: str, against: str | None) -> None:
+    parsed = parse_groups(data_of(*keys.split()))
+    size = parsed.run.world_size or 1
+    refusal = why_no_graphs(parsed.run, parsed.algo, parsed.actor, size)
+    assert (None if refusal is None else str(refusal).partition(": ")[0]) == against
+
+
+def test_parts_of_plugins_are_no_graphs() -> None:
+    """They may keep in Python what changes from update to update."""
+    parsed = parse_groups(data_of())
+    run = replace(parsed.run, plugins=["mine"])
+    refusal = why_no_graphs(run, parsed.algo, parsed.actor, 1)
+    assert str(refusal).startswith("plugins=['mine']: ")
 
 
 def test_what_is_refused_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
