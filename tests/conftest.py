@@ -14,6 +14,12 @@ import torch
 ROOM = 4 << 30
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """GPUs are for `-m gpu`: elsewhere device=auto would take one, and results be its own."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Two more than there are cores, as much of the suite waits; none for files that are named."""
     named = all(str(arg).partition("::")[0].endswith(".py") for arg in config.args)

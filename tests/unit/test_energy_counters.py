@@ -165,7 +165,7 @@ for uj in (1_500_000, 1_500_000):
     for zone, times in (("0", 5), ("2", 1), ("10", 2), ("2/intel-rapl:2:0", 3)):
         (folder / f"intel-rapl:{zone}" / "energy_uj").write_text(str(uj * times))
     readings.append(meter.end("w"))
-still = sorted(device for device, joules in readings[1].joules.items() if joules == 0.0)
+still = sorted(device for device in readings[0].joules if not readings[1].joules.get(device))
 print(json.dumps([meter.source, readings[0].joules, still]))
 """
 
