@@ -77,12 +77,13 @@ def recorded(learner: OffPolicy) -> list[str]:
     return recording.seen
 
 
-# Of its own: on images, from data, or with another algorithm than those that are graphs.
-OTHERS = ("dqn", "ram_pong", "dsqn/", "ppo", "offline/", "bcq", "dsformer/", "decision_transformer")
+# On images, from data, with another algorithm than those that are graphs, or as one that is here.
+OTHERS = ("dqn", "ram_pong", "dsqn/", "ppo", "offline/", "bcq", "dsformer/", "decision_transformer",
+          "spikerl/", "_poisson")  # fmt: skip
 EXPERIMENTS = [
-    name for name in group_options("experiment")
-    if not any(other in name for other in OTHERS) and name != "spikerl/td3_4000"
-]  # fmt: skip
+    name for name in group_options("experiment") if not any(other in name for other in OTHERS)
+]
+
 PARTS = [
     *(f"neuron={name}" for name in ("alif", "plif", "dynamic", "lif")),
     *(f"encoder={name}" for name in ("learned", "direct", "poisson", "analog", "tanh_population")),
