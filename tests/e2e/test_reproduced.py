@@ -32,5 +32,5 @@ def test_a_kept_policy(folder: Path) -> None:
     assert answer["env_id"] == kept["env_id"]
     assert len(answer["returns"]) == 1
     least = min(kept["returns"])
-    assert answer["returns"][0] > least - 0.5 * abs(least)
+    assert answer["returns"][0] >= least - 0.5 * abs(least)
     assert (folder / "POLICY.md").read_text().startswith("# ")
