@@ -217,7 +217,7 @@ def test_a_resumed_runs_policy_is_not_its_old_one(
     def fails(trainer: Trainer, stop_signal: Any) -> None:
         raise OSError("the disk went away")
 
-    monkeypatch.setattr(Trainer, "row", fails)
+    monkeypatch.setattr(Trainer, "evaluate_epoch", fails)
     said = spikerl("train", "resume=run", "total_steps=450")
     assert said.status == 1
     assert "failed at step 450: OSError: the disk went away" in said.out
