@@ -340,10 +340,10 @@ def adam(
         grad *= (max_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
     step += 1.0
     vectors = (moments.weights, grad, moments.exp_avg, moments.exp_avg_sq)
-    weights, grads, first, second = ([*v.split(piece or len(v))] for v in vectors)
+    weights, grads, exp_avgs, exp_avg_sqs = ([*v.split(piece or len(v))] for v in vectors)
     torch._fused_adam_(
-        weights, grads, first, second, [], [step] * len(weights), lr=lr, beta1=0.9, beta2=0.999,
-        weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False, found_inf=masked,
+        weights, grads, exp_avgs, exp_avg_sqs, [], [step] * len(weights), lr=lr, beta1=0.9,
+        beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False, found_inf=masked,
     )  # fmt: skip
     step -= masked
 

@@ -39,7 +39,7 @@ from spikerl.training.resize import share_of
 from spikerl.types import Task
 
 # Up to so many environments a worker acts on the CPU, whatever device it learns on: an action there
-# takes 0.01 ms, on an H100 0.7 ms (docs/speed.md).
+# takes 0.01 ms, on an H100 0.95 (docs/speed.md).
 FEW_ENVS = 64
 SYNC_INTERVAL = 50  # steps between exchanges where the normaliser sets no interval
 
