@@ -205,9 +205,8 @@ def measure(policy: Policy, env: EnvConfig, request: CompressRequest) -> dict[st
         result = evaluator.run(policy, 0)
     finally:
         evaluator.close()
-    bits = policy.compression.bits if policy.compression else None
-    ops = operations.count(policy.actor, result.probed, policy.generator, bits)
-    arithmetic = next(c for c in modelled.SETS if c.update_by_arithmetic)
+    ops = result.operations
+    assert ops is not None  # checked when the policy was read
     return {
         "return_mean": result.mean,
         "return_std": result.std,
@@ -216,22 +215,12 @@ def measure(policy: Policy, env: EnvConfig, request: CompressRequest) -> dict[st
         "firing_rate": result.activity.firing_rate if result.activity else None,
         "spike_steps": ops.steps_taken,
         "spikes": sum(part.spikes for part in ops.parts) if ops.spike_steps else None,
-        "macs": sum(part.synapses.macs for part in ops.parts),
-        "acs": sum(part.synapses.acs for part in ops.parts),
         "updates": sum(part.updates for part in ops.parts),
         "connection_sparsity": ops.connection_sparsity,
         "footprint_bytes": ops.footprint_bytes,
         "packed_bytes": ops.packed_bytes,
-        "modelled_45nm_nj": total(modelled.by_constants(ops, arithmetic)),
-        "modelled_memory_nj": total(modelled.memory(ops, STORED_BITS)),
+        **modelled.per_decision(ops, STORED_BITS),
     }
-
-
-def total(energy: modelled.Energy) -> float | None:
-    """Of the policy, without its dense twin."""
-    parts = [energy.synapses, energy.neurons, energy.coding]
-    known = [part for part in parts if part is not None]
-    return sum(known) if len(known) == len(parts) else None
 
 
 def act_us(policy: Policy, probed_BO: Tensor) -> float:

@@ -114,10 +114,6 @@ def report(
     videos: list[Path],
 ) -> int:
     add_results(env_id=env_id, eval_return=result.mean)
-    counted = None
-    if request.ops and isinstance(policy, Policy):
-        bits = policy.compression.bits if policy.compression else None
-        counted = operations.count(policy.actor, result.probed, policy.generator, bits)
     now = versions()
     moved = [
         f"{name} {version} (here {now[name]})"
@@ -142,7 +138,7 @@ def report(
             **({"videos": [str(path) for path in videos]} if videos else {}),
             "versions": now,
             "trained_with": policy.trained_with,
-            **(modelled.facts(counted) if counted else {}),
+            **(modelled.facts(result.operations) if result.operations else {}),
         }
         answer(facts)
         return 0
@@ -164,8 +160,8 @@ def report(
             print(f"spike steps {steps:.2f} of {policy.actor.spike_steps}, mean over decisions")
     if videos:
         print(f"videos: {shown(videos[0])}" + (f" to {videos[-1].name}" if len(videos) > 1 else ""))
-    if counted:
-        print("\n" + "\n".join(lines(counted)))
+    if request.ops and result.operations:
+        print("\n" + "\n".join(lines(result.operations)))
     if moved:
         print(f"note: trained with {', '.join(moved)}; physics differ between versions")
     return 0

@@ -21,6 +21,11 @@ class Energy(NamedTuple):
     coding: float | None
     dense_twin: float | None
 
+    @property
+    def total(self) -> float | None:
+        """Of the policy, without its dense twin."""
+        return _sum([self.synapses, self.neurons, self.coding])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
@@ -35,15 +40,16 @@ class Constants:
     update_by_arithmetic: bool = False  # an update costs the MACs and ACs that it consists of
 
 
+ARITHMETIC = Constants(
+    name="45nm",
+    source="Horowitz, ISSCC 2014, 32-bit floats",
+    mac=4.6,
+    ac=0.9,
+    update=None,
+    update_by_arithmetic=True,
+)
 SETS = (
-    Constants(
-        name="45nm",
-        source="Horowitz, ISSCC 2014, 32-bit floats",
-        mac=4.6,
-        ac=0.9,
-        update=None,
-        update_by_arithmetic=True,
-    ),
+    ARITHMETIC,
     Constants(
         name="proxy_target",
         source="arXiv:2505.24161, Table 2",
@@ -122,10 +128,24 @@ def break_even(ops: Operations, dense_nj: float, bits: int = BITS) -> float | No
     return min(rate, 1.0) if rate > 0.0 else None
 
 
+def per_decision(ops: Operations, bits: int = BITS) -> dict[str, float | None]:
+    """What the whole policy does and costs; `bits`: as `memory` takes them."""
+    return {
+        "macs": sum(part.synapses.macs for part in ops.parts),
+        "acs": sum(part.synapses.acs for part in ops.parts),
+        "modelled_45nm_nj": by_constants(ops, ARITHMETIC).total,
+        "modelled_memory_nj": memory(ops, bits).total,
+    }
+
+
+PER_DECISION = ("macs", "acs", "modelled_45nm_nj", "modelled_memory_nj")  # its keys
+
+
 def facts(ops: Operations) -> dict[str, Any]:
     """Counts and what is modelled from them, as plain data."""
     energies = {c.name: {**stated(c, ops), **_named(by_constants(ops, c))} for c in SETS}
     return {
+        **per_decision(ops),
         "operations": {
             "observations": ops.observations,
             "spike_steps": ops.spike_steps,

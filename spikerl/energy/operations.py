@@ -19,6 +19,7 @@ from spikerl.errors import BadRequest
 from spikerl.kernels import reference
 from spikerl.models.actor import Actor, MLPActor, SpikingActor, connections
 from spikerl.models.compression import footprints
+from spikerl.models.policy import Policy
 from spikerl.snn import decoders
 from spikerl.snn.conv import Conv
 
@@ -105,6 +106,15 @@ def count(
         footprint_bytes=footprint,
         packed_bytes=packed,
     )
+
+
+def of_policy(policy: Policy, obs_BO: Tensor, generator: torch.Generator) -> Operations | None:
+    """The same of a policy; None where its operations are not known."""
+    bits = policy.compression.bits if policy.compression else None
+    try:
+        return count(policy.actor, obs_BO, generator, bits)
+    except BadRequest:
+        return None
 
 
 def check(actor: Actor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,13 @@ REPETITIONS = 2_000  # of a band's bootstrap, at each of its points
 POINTS = 100  # of a curve over time or joules, whose runs share no points
 ACROSS = {"step": "environment steps", "wall": "hours", "joules": "joules"}
 WIDE, HIGH, PER_LINE = 3.4, 2.7, 5  # inches of a panel, panels side by side
-LETTERS = 15  # of a legend in an inch
+LETTERS, MARK = 15, 8  # of a legend in an inch; what a line's mark takes
 LEGEND_LINE = 0.17  # inches
+SPREAD = 10.0  # of the largest to the smallest point, beyond which their axis is logarithmic
 
 Line = tuple[Array, Array]  # x and y of one run
 Panel = Mapping[str, Sequence[Line]]  # by label, a line for each seed
+Point = tuple[float | None, float]  # of one run; None: it has no such number
 
 
 def band(lines: Sequence[Line], *, shared: bool) -> tuple[Array, Array, Array, Array]:
@@ -103,6 +106,52 @@ def _draw(ax: Axes, label: str, look: dict[str, Any], lines: Sequence[Line], acr
     ax.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0.0)
 
 
+def points_of(runs: Sequence[Run], keys: Sequence[str]) -> list[Point]:
+    return [point for run in runs if (point := run.point(keys)) is not None]
+
+
+def scatter(
+    panels: Mapping[str, Mapping[str, Sequence[Point]]], xlabel: str, ylabel: str, *, lines: bool
+) -> Figure | None:
+    """Every run as a point, and the mean of a label's with a cross; None where there is none.
+
+    `lines`: a label whose runs have no x is a line at their mean; else it is not drawn.
+    """
+    panels = {
+        name: {label: points for label, points in panel.items()
+               if points and (lines or any(x is not None for x, _ in points))}
+        for name, panel in panels.items()
+    }  # fmt: skip
+    panels = {
+        name: panel for name, panel in panels.items()
+        if any(x is not None for points in panel.values() for x, _ in points)
+    }  # fmt: skip
+    if not panels:
+        return None
+    figure, axes = _grid(list(panels))
+    labels = list(dict.fromkeys(label for panel in panels.values() for label in panel))
+    for ax, panel in zip(axes, panels.values(), strict=True):
+        every = []
+        for label, points in panel.items():
+            colour, n = _look(labels.index(label))["color"], len(points)
+            name = f"{label} (n={n})" if n > 1 else label
+            known = np.array([point for point in points if point[0] is not None], np.float64)
+            if not len(known):
+                mean = float(np.mean([y for _, y in points]))
+                ax.axhline(mean, color=colour, linestyle="--", label=name)
+                continue
+            ax.plot(*known.T, "o", color=colour, markersize=4, alpha=0.7, label=name)
+            if len(known) > 1:
+                ax.plot(*known.mean(0), "x", color=colour, markersize=9, markeredgewidth=2)
+            every += known[:, 0].tolist()
+        if min(every) > 0.0 and max(every) > SPREAD * min(every):
+            ax.set_xscale("log")
+        ax.set_xlabel(xlabel)
+    axes[0].set_ylabel(ylabel)
+    _legend(figure, axes)
+    return figure
+
+
 def profiles(scores: Mapping[str, Sequence[Array]]) -> Figure | None:
     """The share of runs above each score, in units of the baseline's mean."""
     scores = {label: tasks for label, tasks in scores.items() if tasks}
@@ -145,9 +194,11 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
             handles.setdefault(label.partition(" (n=")[0], (handle, label))
     if handles:
         shown, labels = zip(*handles.values(), strict=True)
-        fit = int(figure.get_figwidth() * LETTERS / (max(map(len, labels)) + 8))
-        ncols = max(1, min(len(labels), fit))
-        below = math.ceil(len(labels) / ncols) * LEGEND_LINE
+        letters = int(figure.get_figwidth() * LETTERS) - MARK
+        labels = tuple(textwrap.fill(label, letters) for label in labels)
+        ncols = max(1, min(len(labels), letters // (max(map(len, labels)) + MARK)))
+        lines = max(label.count("\n") + 1 for label in labels)
+        below = math.ceil(len(labels) / ncols) * lines * LEGEND_LINE
         figure.set_figheight(figure.get_figheight() + below)
         figure.legend(shown, labels, loc="outside lower center", fontsize=8, ncols=ncols,
                       frameon=False)  # fmt: skip

@@ -8,6 +8,7 @@ from spikerl.energy import modelled
 from spikerl.energy.modelled import Constants, Energy
 from spikerl.energy.operations import Operations
 from spikerl.energy.synapses import Count
+from spikerl.reporting.records import Run
 
 
 def lines(ops: Operations) -> list[str]:
@@ -27,6 +28,20 @@ def lines(ops: Operations) -> list[str]:
         *_compressed(ops),
         "",
         *_energies(ops),
+    ]
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """What a report says of modelled energies, where one of the runs has some."""
+    if all(run.decision("modelled_memory_nj") is None for run in runs):
+        return []
+    c = modelled.ARITHMETIC
+    return [
+        "energy of a decision is modelled from counted operations and published constants, nothing"
+        f" of it measured: {c.name}: arithmetic alone, a MAC {c.mac:g} pJ, an AC {c.ac:g} pJ"
+        f" ({c.source}); memory: traffic alone, a weight fetched {modelled.DRAM_PJ_PER_BIT:g}"
+        f" pJ/bit, a membrane read or written {modelled.ON_CHIP_PJ_PER_BIT:g} pJ/bit"
+        f" ({modelled.MEMORY_SOURCE}), {modelled.BITS} bits each unless compressed"
     ]
 
 

@@ -21,6 +21,14 @@ OVERVIEW = ("run", "task", "status", "seed", "steps", "maximum", "last ten", "fi
             "steps/s", "hours", "joules")  # fmt: skip
 
 
+DECISION = {  # of its policy
+    "macs": "MACs a decision",
+    "acs": "ACs a decision",
+    "modelled_45nm_nj": "modelled nJ a decision, arithmetic at 45 nm",
+    "modelled_memory_nj": "modelled nJ a decision, memory traffic",
+}
+
+
 class Picture(NamedTuple):
     title: str
     base64: str
@@ -84,6 +92,7 @@ def facts(run: Run) -> Grid:
         ["actor loss", rounded(number(run.last("actor_loss")))],
         ["mean Q", rounded(number(run.last("q_mean")))],
         ["updates/s", rounded(number(run.last("updates_per_s")))],
+        *([title, rounded(run.decision(key))] for key, title in DECISION.items()),
         ["joules measured by", str(run.energy_source or "-")],
         ["commit", str(commit)],
         ["folder", str(run.folder)],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +93,23 @@ class Run:
     def score(self, metric: str) -> float | None:
         return METRICS[metric](self.returns) if self.returns else None
 
+    def point(self, keys: Sequence[str]) -> tuple[float | None, float] | None:
+        """Its policy in the end: the sum of `keys`, None unless it has them all, and its return.
+
+        Means over the last ten evaluations; of records that lack one of `keys`, the evaluation of
+        the final policy's file. None where there was neither.
+        """
+        rows = self.evaluated[-statistics.LAST :]
+        if rows and all(key in row for row in rows for key in keys):
+            return _sum(rows, keys), statistics.last_ten_mean(self.returns)
+        ret = number(self.evaluation.get("return_mean"))
+        return None if ret is None else (_sum([self.evaluation], keys), ret)
+
+    def decision(self, key: str) -> float | None:
+        """What a decision of its policy takes in the end."""
+        point = self.point((key,))
+        return point[0] if point else None
+
     def last(self, key: str) -> Any:
         """What the last row says of `key`."""
         return self.rows[-1].get(key) if self.rows else None
@@ -138,6 +155,12 @@ class Run:
                 points.append((x, y))
         array = np.array(points, dtype=np.float64).reshape(-1, 2)
         return array[:, 0], array[:, 1]
+
+
+def _sum(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> float | None:
+    """Mean over rows; None unless each is known."""
+    known = values([number(row.get(key)) for row in rows for key in keys])
+    return float(known.sum()) / len(rows) if len(known) == len(rows) * len(keys) else None
 
 
 def _entry(value: Any, index: str) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spikerl.files import write_atomic, write_text
-from spikerl.reporting import curves, page, tables
+from spikerl.reporting import curves, operations, page, tables
 from spikerl.reporting.page import Card, Picture
 from spikerl.reporting.policy_card import policy_card
 from spikerl.reporting.records import Run
@@ -25,6 +25,15 @@ OVER = (
     ("curves_wall", "wall", "Return over wall time"),
     ("curves_joules", "joules", "Return over joules"),
 )
+# File, what of a policy its return is drawn against, its title, and the axis.
+AGAINST = (
+    ("against_firing", ("firing_rate",), "Return against firing", "firing rate"),
+    ("against_operations", ("macs", "acs"), "Return against operations", "MACs and ACs a decision"),
+    ("against_45nm", ("modelled_45nm_nj",), "Return against modelled energy, arithmetic at 45 nm",
+     "nJ a decision, modelled"),
+    ("against_memory", ("modelled_memory_nj",), "Return against modelled energy, memory traffic",
+     "nJ a decision, modelled"),
+)  # fmt: skip
 
 
 def missing_extra() -> str | None:
@@ -60,6 +69,7 @@ def render_table(table: Table, total_steps: int) -> list[str]:
             }  # fmt: skip
             figure = curves.curves(panels, across, "evaluation return")
             written += keep(folder, name, title, figure, pictures)
+        written += against(folder, by_task, pictures)
         scores = {table.rows[row].label: results.normalised(row)[0] for row in table.rows}
         title = "Performance profile"
         written += keep(folder, "profiles", title, curves.profiles(scores), pictures)
@@ -99,6 +109,22 @@ def keep(
     return [path.name for path in files.values()]
 
 
+def against(
+    folder: Path, by_task: Mapping[str, Mapping[str, Sequence[Run]]], pictures: list[Picture]
+) -> list[str]:
+    """What the policies reach beside what they spend; the names of the files."""
+    written = []
+    for name, keys, title, xlabel in AGAINST:
+        panels = {
+            task: {label: curves.points_of(runs, keys) for label, runs in labels.items()}
+            for task, labels in by_task.items()
+        }
+        lines = name == "against_firing"  # a dense actor has none
+        figure = curves.scatter(panels, xlabel, "return", lines=lines)
+        written += keep(folder, name, title, figure, pictures)
+    return written
+
+
 def runs_by_task(results: Results) -> dict[str, dict[str, list[Run]]]:
     table = results.table
     return {
@@ -118,7 +144,7 @@ def table_page(results: Results, sections: Sequence[Section], pictures: Sequence
         lines=[f"{table.source}. {tables.asked(results)}"],
         sections=sections,
         pictures=pictures,
-        notes=tables.notes(results),
+        notes=[*tables.notes(results), *operations.notes(results.runs)],
         provenance=tables.provenance(results.runs),
         cards=[Card.of(name, i, run) for i, (name, run) in enumerate(seeds)],
     )

@@ -8,12 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from spikerl.energy import modelled
 from spikerl.errors import BadRequest
 from spikerl.files import write_text
-from spikerl.reporting import curves, page, statistics, tables
+from spikerl.reporting import curves, operations, page, statistics, tables
 from spikerl.reporting.page import Card, Picture
 from spikerl.reporting.records import METRIC_NAMES, METRICS, Run, values
-from spikerl.reporting.render import OVER, keep
+from spikerl.reporting.render import OVER, against, keep
 from spikerl.reporting.tables import Grid, Section
 
 IN_WINDOW = "in the surrogate window"
@@ -132,7 +133,8 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 
 FIELDS = ("run", "group", "env_id", "seed", "status", "steps", "max_average", "last_ten_mean",
-          "firing_rate", "env_steps_per_s", "wall_s", "energy_j", "energy_source")  # fmt: skip
+          "firing_rate", *modelled.PER_DECISION, "env_steps_per_s", "wall_s", "energy_j",
+          "energy_source")  # fmt: skip
 
 
 def runs_table(report: SideBySide, names: Sequence[str]) -> str:
@@ -141,7 +143,8 @@ def runs_table(report: SideBySide, names: Sequence[str]) -> str:
     lines = [
         [name, of[id(run)], run.env_id, run.seed, run.status, run.step,
          *(run.score(metric) for metric in METRICS), run.last("firing_rate"),
-         run.last("env_steps_per_s"), run.wall_s, run.joules, run.energy_source]
+         *(run.decision(key) for key in modelled.PER_DECISION), run.last("env_steps_per_s"),
+         run.wall_s, run.joules, run.energy_source]
         for name, run in zip(names, report.runs, strict=True)
     ]  # fmt: skip
     return tables.as_csv(FIELDS, lines)
@@ -164,6 +167,7 @@ def render_runs(report: SideBySide, folder: Path, left_out: Sequence[str]) -> li
     pictures, written = draw(report, folder)
     title = f"{len(report.runs)} runs"
     notes = [f"groups are set apart by {', '.join(report.group_by) or 'nothing'}"]
+    notes += operations.notes(report.runs)
     notes += [f"left out: {line}" for line in left_out]
     named = [(group, run) for group, runs in report.groups.items() for run in runs]
     texts = {
@@ -192,14 +196,18 @@ def render_runs(report: SideBySide, folder: Path, left_out: Sequence[str]) -> li
 def draw(report: SideBySide, folder: Path) -> tuple[list[Picture], list[str]]:
     pictures: list[Picture] = []
     written: list[str] = []
+    by_task = {
+        task: {group: report.of(group, task) for group in report.groups} for task in report.tasks
+    }
     for name, across, title in OVER:
         panels = {
-            task: {group: curves.lines_of(report.of(group, task), "eval_return", across)
-                   for group in report.groups}
-            for task in report.tasks
+            task: {group: curves.lines_of(runs, "eval_return", across)
+                   for group, runs in groups.items()}
+            for task, groups in by_task.items()
         }  # fmt: skip
         figure = curves.curves(panels, across, "evaluation return")
         written += keep(folder, name, title, figure, pictures)
+    written += against(folder, by_task, pictures)
     layers = max(_count(run.last("layer_firing_rates")) for run in report.runs)
     keys = INSIDE | {f"layer_firing_rates.{i}": f"firing rate, layer {i}" for i in range(1, layers)}
     keys |= {
@@ -207,8 +215,8 @@ def draw(report: SideBySide, folder: Path) -> tuple[list[Picture], list[str]]:
     }
     for task in report.tasks:
         panels = {
-            title: {group: curves.lines_of(report.of(group, task), key, "step")
-                    for group in report.groups}
+            title: {group: curves.lines_of(runs, key, "step")
+                    for group, runs in by_task[task].items()}
             for key, title in keys.items()
         }  # fmt: skip
         name = "inside_" + re.sub(r"[^A-Za-z0-9_-]", "_", task)

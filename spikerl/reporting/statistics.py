@@ -16,6 +16,7 @@ Interval = tuple[float, float]
 
 REPETITIONS = 50_000
 LEVEL = 0.95
+LAST = 10  # evaluations, whose mean is a metric
 
 
 def max_average(returns: Sequence[float]) -> float:
@@ -23,8 +24,8 @@ def max_average(returns: Sequence[float]) -> float:
     return float(max(returns))
 
 
-def last_ten_mean(returns: Sequence[float]) -> float:
-    return float(np.mean(returns[-10:]))
+def last_ten_mean(numbers: Sequence[float]) -> float:
+    return float(np.mean(numbers[-LAST:]))
 
 
 def sd(scores: Array) -> float | None:

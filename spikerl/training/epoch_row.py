@@ -9,6 +9,7 @@ import numpy as np
 
 from spikerl.algos.base import Learner
 from spikerl.algos.offpolicy import OfflineConfig
+from spikerl.energy import modelled
 from spikerl.energy.meter import Reading, energy_row, merge
 from spikerl.models.actor import SpikingActor
 from spikerl.training.evaluator import Evaluation
@@ -41,6 +42,7 @@ def epoch_row(
     trained = merge([worker.trained for worker in workers])
     evaluated = merge([worker.evaluated for worker in workers])
     activity, acts = evaluation.activity, not isinstance(algo.config, OfflineConfig)
+    ops = evaluation.operations
     row: Row = {
         "epoch": p.epoch + 1,
         "step": p.step,
@@ -59,6 +61,7 @@ def epoch_row(
         "layer_window_fractions": activity.layer_windows if activity else None,
         "layer_silent": activity.silent if activity else None,
         "layer_saturated": activity.saturated if activity else None,
+        **(modelled.per_decision(ops) if ops else dict.fromkeys(modelled.PER_DECISION)),
         **{name: mean_of(sums, name) for name in algo.metrics},
         "env_steps_per_s": (p.step - p.first_step) / train_s if acts else None,
         "updates_per_s": (p.updates - p.first_update) / train_s,

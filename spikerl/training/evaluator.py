@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from spikerl.distributed.world import ALONE, World
+from spikerl.energy import operations
+from spikerl.energy.operations import Operations
 from spikerl.envs.make import FLOAT32_MAX, CheckedEnv, EnvConfig, make_env
 from spikerl.envs.vector import describe_error
 from spikerl.errors import BadRequest, EnvironmentFailed, NonFinite, Stopped
@@ -42,6 +44,7 @@ class Evaluation:
     lengths: list[int]
     activity: Activity | None
     probed: Tensor  # this worker's normalised observations that firing is measured on, (M, O)
+    operations: Operations | None  # per decision, on the same; None where they are not known
     # Spikes of all layers per decision, over all decisions; None where none depends on another.
     carried_spikes: float | None = None
 
@@ -164,8 +167,11 @@ class Evaluator:
         activities = [activity for _, activity in parts if activity is not None]
         activity = reduce(Activity.__add__, activities) if activities else None
         returns, lengths = [ret for _, ret, _ in merged], [n for _, _, n in merged]
+        counted = None
+        if isinstance(policy, Policy) and len(probed):
+            counted = operations.of_policy(policy, probed, generator)
         per_decision = fired / sum(lengths) if carries else None
-        return Evaluation(returns, lengths, activity, probed, per_decision)
+        return Evaluation(returns, lengths, activity, probed, counted, per_decision)
 
     def observations(self, policy: Acting, evaluation: int = 0) -> np.ndarray:
         """Every raw observation (M, O) of this worker's episodes in that evaluation."""

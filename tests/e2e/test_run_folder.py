@@ -32,7 +32,8 @@ ROW = {
     "eval_length", "critic_loss", "actor_loss", "q_mean", "firing_rate", "window_fraction",
     "env_steps_per_s", "updates_per_s", "energy_j", "energy_gpu_j", "energy_cpu_j",
     "energy_source", "power_w", "energy_train_j", "energy_eval_j", "layer_firing_rates",
-    "layer_window_fractions", "layer_silent", "layer_saturated",
+    "layer_window_fractions", "layer_silent", "layer_saturated", "macs", "acs",
+    "modelled_45nm_nj", "modelled_memory_nj",
 }  # fmt: skip
 
 
@@ -149,6 +150,8 @@ SHOWN = {
     "train/firing_rate": "firing_rate", "train/window_fraction": "window_fraction",
     "time/fps": "env_steps_per_s", "time/updates_per_s": "updates_per_s",
     "time/time_elapsed": "wall_s", "time/epoch": "epoch", "time/total_timesteps": "step",
+    "decision/macs": "macs", "decision/acs": "acs", "modelled/45nm_nj": "modelled_45nm_nj",
+    "modelled/memory_nj": "modelled_memory_nj",
 }  # fmt: skip
 LAYERS = {
     "layers/firing_rate": ("layer_firing_rates", (0, 1, 2)),

@@ -38,7 +38,10 @@ def test_it_is_evaluated_as_the_policy_is(format: str, tmp_path: Path) -> None:
         assert said.status == 0, said
         answers.append(json.loads(said.out))
     policy, own = answers
-    assert list(own) == list(policy)
+    counted = [name for name in policy if name not in own]  # of a file nothing is counted
+    assert counted == ["macs", "acs", "modelled_45nm_nj", "modelled_memory_nj", "operations",
+                       "modelled_energy", "modelled_memory"]  # fmt: skip
+    assert list(own) == [name for name in policy if name not in counted]
     close = 0.02 if format == "loihi" else 1e-4
     assert own["returns"] == pytest.approx(policy["returns"], rel=close)
     assert own["lengths"] == [20, 20, 20]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -125,6 +126,49 @@ def test_pictures_are_the_same_bytes() -> None:
     assert curves.curves({"a": {"x": []}}, "step", "y") is None
 
 
+def test_a_policy_beside_what_it_spends(tmp_path: Path) -> None:
+    """Means over the last ten evaluations; of an older record, what its policy's file gave."""
+    folder = write_run(tmp_path / "a")
+    rows = [
+        {"step": i, "eval_return": float(i), "macs": 2.0 * i, "acs": 10.0, "firing_rate": None}
+        for i in range(1, 13)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = Run.read(folder)
+    assert run.point(("macs",)) == (15.0, 7.5)  # of 3 to 12
+    assert run.point(("macs", "acs")) == (25.0, 7.5)
+    assert run.point(("firing_rate",)) == (None, 7.5)
+    assert run.decision("acs") == 10.0
+    assert run.point(("modelled_45nm_nj",)) is None
+    (folder / "evaluation.json").write_text('{"return_mean": 4.0, "modelled_45nm_nj": 3.0}')
+    assert Run.read(folder).point(("modelled_45nm_nj",)) == (3.0, 4.0)
+    assert Run.read(folder).point(("modelled_45nm_nj", "modelled_memory_nj")) == (None, 4.0)
+    rows[5]["macs"] = None  # one that was not known
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert Run.read(folder).decision("macs") is None
+
+
+def test_points() -> None:
+    """A dense label is a line where it has no x, or is not there."""
+    dense: list[curves.Point] = [(None, 4.0), (None, 8.0)]
+    panel: dict[str, list[curves.Point]] = {
+        "spiking": [(1.0, 5.0), (3.0, 7.0)], "dense": dense, "none": [],
+    }  # fmt: skip
+    figure = curves.scatter({"Ant": panel, "Hopper": {"dense": dense}}, "x", "y", lines=True)
+    assert figure is not None
+    (ax,) = figure.axes  # nothing on Hopper has an x
+    drawn = [np.array(line.get_data()).tolist() for line in ax.lines]
+    assert drawn == [[[1.0, 3.0], [5.0, 7.0]], [[2.0], [6.0]], [[0.0, 1.0], [6.0, 6.0]]]
+    assert ax.get_xscale() == "linear"
+    figure = curves.scatter({"Ant": panel}, "x", "y", lines=False)
+    assert figure is not None
+    assert len(figure.axes[0].lines) == 2
+    assert curves.scatter({"Ant": {"dense": dense}}, "x", "y", lines=True) is None
+    wide = curves.scatter({"Ant": {"a": [(1.0, 5.0), (11.0, 7.0)]}}, "x", "y", lines=False)
+    assert wide is not None
+    assert wide.axes[0].get_xscale() == "log"
+
+
 def test_groups(tmp_path: Path) -> None:
     specs = [("td3", 0), ("td3", 1), ("sac", 0)]
     runs = [Run.read(write_run(tmp_path / f"{a}{s}", algo=a, seed=s)) for a, s in specs]
@@ -167,7 +211,17 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert table[0].startswith("run,group,env_id,seed,status,steps,max_average")
     assert table[2].startswith("b,algo.name=sac,Ant-v5,1,done,200,2001.0,1501.0")
     assert (tmp_path / "out" / "runs.csv").read_text().count("\n") == 5
-    for name in ("curves.svg", "curves.png", "curves_joules.png", "inside_Ant-v5.svg"):
+    assert ",200,2001.0,1501.0,0.25,1.0,2.5,30.5,400.5," in table[2]
+    assert "a weight fetched 20 pJ/bit" in page
+    for name in (
+        "curves.svg",
+        "curves.png",
+        "curves_joules.png",
+        "inside_Ant-v5.svg",
+        "against_firing.png",
+        "against_45nm.png",
+        "against_memory.png",
+    ):
         assert (tmp_path / "out" / name).stat().st_size > 1000
 
 

@@ -27,6 +27,7 @@ EVERY: dict[str, Any] = {
     "actor_loss": -0.75, "q_mean": 1.25, "firing_rate": 0.125, "window_fraction": 0.375,
     "layer_firing_rates": [0.1, 0.2, 0.3], "layer_window_fractions": [0.4, 0.5],
     "layer_silent": [0.6, 0.7], "layer_saturated": [0.8, 0.9], "entropy": -1.0,
+    "macs": 91.0, "acs": 92.0, "modelled_45nm_nj": 93.0, "modelled_memory_nj": 94.0,
     "temperature": 0.2, "approx_kl": 0.01, "clip_fraction": 0.02, "proxy_loss": 0.03,
     "skipped_updates": 7, "something_new": 8.0, "env_steps_per_s": 100.0, "updates_per_s": 50.0,
     "energy_j": 12.0, "energy_gpu_j": 11.0, "energy_cpu_j": 10.0, "energy_source": "zeus:nvml",
@@ -45,7 +46,8 @@ TAGGED = {
     "train/skipped_updates": 7, "train/something_new": 8.0, "time/fps": 100.0,
     "time/updates_per_s": 50.0, "energy/joules": 12.0, "energy/gpu_joules": 11.0,
     "energy/cpu_joules": 10.0, "energy/watts": 9.0, "energy/train_joules": 8.5,
-    "energy/eval_joules": 3.5, "time/time_elapsed": 6.0,
+    "energy/eval_joules": 3.5, "time/time_elapsed": 6.0, "decision/macs": 91.0,
+    "decision/acs": 92.0, "modelled/45nm_nj": 93.0, "modelled/memory_nj": 94.0,
 }  # fmt: skip
 
 
