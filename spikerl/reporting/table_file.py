@@ -58,6 +58,7 @@ class Row:
     convert: str | None = None  # they are made by `spikerl convert` from this row's
     overrides: list[str] = field(default_factory=list)
     times_steps: int = 1  # its runs have so many times the protocol's steps
+    columns: list[str] | None = None  # that it has cells in; null: in all
     published: Published | None = None
 
 
@@ -86,6 +87,10 @@ class Table:
         c = self.columns[column]
         task = f"{c.env}-{c.version}"
         return task if column == c.env else f"{task} ({column})"
+
+    def has(self, row: str, column: str) -> bool:
+        wanted = self.rows[row].columns
+        return wanted is None or column in wanted
 
     def owner(self, row: str) -> tuple[Table, str]:
         """The table and row whose cells a row's are."""
@@ -120,14 +125,17 @@ class Cell:
 
 
 def cell_of(table: Table, row: str, column: str, seed: int) -> Cell | None:
-    """None where a row has published values alone."""
+    """None where a row has published values alone, or no cell in that column."""
+    if not table.has(row, column):
+        return None
     owner, name = table.owner(row)
     r, c, protocol = owner.rows[name], owner.columns[column], owner.protocol
     folder = ROOT / owner.name / name / column / f"seed{seed}"
     own = (*r.overrides, *c.overrides.get(name, []))
     if r.convert is not None:
         source = cell_of(owner, r.convert, column, seed)
-        assert source is not None
+        if source is None:
+            return None
         return Cell(row, column, seed, folder, "convert", own, 1, source.folder)
     if r.experiment is None:
         return None
@@ -249,6 +257,7 @@ def _check_row(table: Table, name: str, row: Row) -> None:
     _check_overrides(f"{key}.overrides", row.overrides)
     if row.times_steps < 1:
         raise BadRequest(f"{key}.times_steps", row.times_steps, "give at least 1")
+    select(list(table.columns), row.columns, key=f"{key}.columns")
     if row.convert is not None:
         source = table.rows.get(row.convert)
         if source is None or source.experiment is None:
@@ -308,6 +317,8 @@ def _check_overlaps(table: Table) -> None:
         if r.experiment is None and r.convert is None and r.same_as is None:
             continue
         for column, c in table.columns.items():
+            if not table.has(row, column):
+                continue
             overrides = frozenset((*r.overrides, *c.overrides.get(row, [])))
             task = (c.env, c.version, c.dataset)
             what = (r.experiment, r.convert, r.same_as, overrides, *task)

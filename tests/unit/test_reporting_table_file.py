@@ -28,7 +28,8 @@ def test_shipped_tables(name: str) -> None:
         for column in table.columns:
             cell = cell_of(table, row, column, 3)
             r = table.rows[row]
-            assert (cell is None) == (not (r.experiment or r.same_as or r.convert))
+            runs = bool(r.experiment or r.same_as or r.convert)
+            assert (cell is not None) == (runs and (r.columns is None or column in r.columns))
             assert cell is None or cell.folder.parts[-3:-1] == (cell.folder.parts[-3], column)
 
 
@@ -74,6 +75,13 @@ def test_cells() -> None:
     assert converted is not None
     assert (converted.command, converted.source) == ("convert", dense.folder)
     assert converted.overrides == ("spike_steps=5", "reset=soft")
+
+
+def test_a_row_may_leave_columns_out() -> None:
+    table = table_of(changed("rows/dense/columns", ["Hopper"]))
+    assert cell_of(table, "dense", "Ant", 0) is None
+    assert cell_of(table, "dense", "Hopper", 0) is not None
+    assert cell_of(table, "spiking", "Ant", 0) is not None
 
 
 def test_cells_of_another_table() -> None:
@@ -138,6 +146,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("rows/dense/experiment", None, "table.rows.dense.experiment=null: give one, or published"),
     ("rows/dense/overrides", ["env=Ant"], "table.rows.dense.overrides=env=Ant: a cell sets it"),
     ("rows/dense/times_steps", 0, "table.rows.dense.times_steps=0: give at least 1"),
+    ("rows/dense/columns", ["Ants"], "table.rows.dense.columns=Ants: no such name; did you mean"),
+    ("rows/dense/columns", [], "table.rows.dense.columns=[]: no cell is selected"),
     ("rows/c", {"label": "c", "convert": "spikin"}, "table.rows.c.convert=spikin: give a row"),
     ("rows/c", {"label": "c", "same_as": "popsan_table1/x"}, "table.rows.c.same_as=popsan_table1/x:"
      " no such row there"),
