@@ -110,6 +110,7 @@ class Task:
     act_dtype: str = "float32"  # or float16
     choices: range | None = None  # the actions of a Discrete space; None where they are continuous
     layout: tuple[Entry, ...] = ()  # of dictionary observations
+    obs_bytes: bool = False  # observations are whole numbers from 0 to 255
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
     env_wrappers: tuple[Any, ...] = ()
 

@@ -1,11 +1,13 @@
 """Replay: transitions as they were seen, raw and unnormalised.
 
-Shape legend   B batch, K steps of a context, O observation entries, A action entries.
+Shape legend   B batch, K steps of a context, O observation entries, A action entries, W columns of
+               an observation, C columns of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +17,57 @@ from torch import Tensor
 from spikerl.types import Batch, Contexts
 
 
+@dataclass(frozen=True)
+class Row:
+    """How a transition lies in C columns of float32: obs next_obs act rew terminated last discount.
+
+    Observations of bytes lie four to a column, as bits that are never read as numbers.
+    """
+
+    obs_dim: int
+    act_dim: int
+    obs_bytes: bool = False
+
+    @property
+    def obs(self) -> int:
+        """W."""
+        return -(-self.obs_dim // 4) if self.obs_bytes else self.obs_dim
+
+    @property
+    def act(self) -> int:
+        """Where the action begins, behind both observations."""
+        return 2 * self.obs
+
+    @property
+    def rew(self) -> int:
+        return self.act + self.act_dim
+
+    @property
+    def width(self) -> int:
+        return self.rew + 4
+
+    @property
+    def numbers(self) -> slice:
+        """The columns that must be finite."""
+        return slice(self.act if self.obs_bytes else 0, self.width)
+
+    def pack(self, obs_BO: np.ndarray) -> np.ndarray:
+        """Observations as columns, (B, W)."""
+        if not self.obs_bytes:
+            return obs_BO
+        bytes_BX = np.zeros((len(obs_BO), 4 * self.obs), np.uint8)
+        bytes_BX[:, : self.obs_dim] = obs_BO
+        return bytes_BX.view(np.float32)
+
+    def unpack(self, columns: Tensor) -> Tensor:
+        """Columns (..., W) as observations, (..., O)."""
+        if not self.obs_bytes:
+            return columns
+        return columns.contiguous().view(torch.uint8)[..., : self.obs_dim].float()
+
+
 class Replay:
-    """Ring of transitions, a packed float32 row each:
-    obs next_obs act rew terminated last discount.
+    """Ring of transitions, a `Row` each.
 
     Normalisation happens at sampling, with the moments of that moment, so that no stored row is
     ever stale. Memory grows with what is stored.
@@ -33,14 +83,14 @@ class Replay:
         device: torch.device | str = "cpu",
         *,
         width: int = 1,
+        obs_bytes: bool = False,
     ) -> None:
         self.capacity = capacity
         self.added = 0  # rows ever stored; row k lies at k modulo capacity
         self.saved = 0  # rows that a checkpoint holds already
         self.width = width  # environments whose rows come together, in their order
-        self.obs_dim, self.act_dim = obs_dim, act_dim
-        width_of_row = 2 * obs_dim + act_dim + 4
-        self.rows = torch.empty(0, width_of_row, dtype=torch.float32, device=device)
+        self.row = Row(obs_dim, act_dim, obs_bytes)
+        self.rows = torch.empty(0, self.row.width, dtype=torch.float32, device=device)
         self.reserve(min(capacity, self.FIRST))
 
     def add(
@@ -54,11 +104,12 @@ class Replay:
         discount: float | np.ndarray,
     ) -> None:
         """Store B transitions: obs and next_obs (B, O), act (B, A), the others (B,)."""
-        rows = np.empty((len(rew), self.rows.shape[1]), np.float32)
-        O, end = self.obs_dim, 2 * self.obs_dim + self.act_dim  # noqa: E741
-        rows[:, :O], rows[:, O : 2 * O], rows[:, 2 * O : end] = obs, next_obs, act
-        rows[:, end], rows[:, end + 1], rows[:, end + 2] = rew, terminated, last
-        rows[:, end + 3] = discount
+        row = self.row
+        rows = np.empty((len(rew), row.width), np.float32)
+        rows[:, : row.obs], rows[:, row.obs : row.act] = row.pack(obs), row.pack(next_obs)
+        rows[:, row.act : row.rew], rows[:, row.rew] = act, rew
+        rows[:, row.rew + 1], rows[:, row.rew + 2] = terminated, last
+        rows[:, row.rew + 3] = discount
         self.put(self.added, torch.from_numpy(rows))
         self.added += len(rows)
 
@@ -97,6 +148,10 @@ class Replay:
         """Write rows with these numbers, of which it holds as many at once."""
         self.rows[(numbers % self.capacity).to(self.rows.device)] = rows.to(self.rows.device)
 
+    def sound(self) -> bool:
+        """Whether every number that it holds is finite."""
+        return bool(self.rows[: self.size, self.row.numbers].isfinite().all())
+
     def interleave(self) -> None:
         """Take rows that came environment by environment, as many of each, for steps of all."""
         rows = self.rows[: self.added]
@@ -130,7 +185,7 @@ class Replay:
         """Rows from there over up to `n_step` steps: their rewards' discounted sum, the product of
         their discounts, and the end of the last of them.
         """
-        O, rew = self.obs_dim, 2 * self.obs_dim + self.act_dim  # noqa: E741
+        W, act, rew = self.row.obs, self.row.act, self.row.rew
         newest = self.added - 1
         number = newest - (newest - index) % self.capacity  # of the last step so far
         whole = self.rows[index]
@@ -141,15 +196,21 @@ class Replay:
             following = torch.where(there, following, number)
             step = self.rows[following % self.capacity]
             # It begins where the last one ended: not so after a resume that reset environments.
-            there &= (step[:, :O] == end[:, O : 2 * O]).all(-1) & (end[:, rew + 2] == 0.0)
+            there &= self._same(step[:, :W], end[:, W:act]) & (end[:, rew + 2] == 0.0)
             discount = whole[:, -1]
             whole[:, rew] += torch.where(there, discount * step[:, rew], 0.0)
             whole[:, -1] = torch.where(there, discount * step[:, -1], discount)
             number = torch.where(there, following, number)
             end = torch.where(there.unsqueeze(1), step, end)
-        whole[:, O : 2 * O] = end[:, O : 2 * O]
+        whole[:, W:act] = end[:, W:act]
         whole[:, rew + 1 : rew + 3] = end[:, rew + 1 : rew + 3]
         return whole
+
+    def _same(self, obs: Tensor, other: Tensor) -> Tensor:
+        """Whether columns (B, W) hold the same observation, (B,)."""
+        if self.row.obs_bytes:
+            obs, other = obs.view(torch.int32), other.view(torch.int32)
+        return (obs == other).all(-1)
 
     def contexts(
         self,
@@ -163,8 +224,7 @@ class Replay:
 
         Of rows whose `rew` is a return to go, and whose `discount` is a time.
         """
-        O, A = self.obs_dim, self.act_dim  # noqa: E741
-        rew, device = 2 * O + A, self.rows.device
+        W, act, rew, device = self.row.obs, self.row.act, self.row.rew, self.rows.device
         first = torch.randint(self.size, (count,), generator=generator, dtype=torch.int64)
         place = torch.arange(length, dtype=torch.int64, device=device)
         first = first.to(device).unsqueeze(1)
@@ -174,11 +234,11 @@ class Replay:
         missing = ended.sum(1, keepdim=True)
         there = place >= missing
         rows = self.rows[first + self.width * (place - missing).clamp(min=0)]
-        obs = normalize(rows[:, :, :O])
+        obs = normalize(self.row.unpack(rows[:, :, :W]))
         mask = there.unsqueeze(2)
         return Contexts(
             obs=torch.where(mask, obs, 0.0),
-            act=torch.where(mask, rows[:, :, 2 * O : rew], 0.0),
+            act=torch.where(mask, rows[:, :, act:rew], 0.0),
             togo=torch.where(there, rows[:, :, rew], 0.0),
             time=torch.where(there, rows[:, :, -1].long(), 0),
             there=there,
@@ -191,10 +251,11 @@ class Replay:
         return self._batch(self.between(self.added - count, self.added), normalize)
 
     def _batch(self, rows: Tensor, normalize: Callable[[Tensor], Tensor]) -> tuple[Batch, Tensor]:
-        O, A = self.obs_dim, self.act_dim  # noqa: E741
-        obs, next_obs = normalize(rows[:, : 2 * O].unflatten(1, (2, O))).unbind(1)
-        rew, terminated, last, discount = rows[:, 2 * O + A :].unbind(1)
-        act = rows[:, 2 * O : 2 * O + A]
+        row = self.row
+        both = row.unpack(rows[:, : row.act].unflatten(1, (2, row.obs)))
+        obs, next_obs = normalize(both).unbind(1)
+        rew, terminated, last, discount = rows[:, row.rew :].unbind(1)
+        act = rows[:, row.act : row.rew]
         fields = (obs, act, rew, next_obs, terminated > 0, discount)
         return Batch(*(field.contiguous() for field in fields)), last > 0
 

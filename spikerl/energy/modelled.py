@@ -6,6 +6,7 @@ All in nJ per decision. Null: the constants do not cover what that part of the p
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -139,6 +140,16 @@ def per_decision(ops: Operations, bits: int = BITS) -> dict[str, float | None]:
 
 
 PER_DECISION = ("macs", "acs", "modelled_45nm_nj", "modelled_memory_nj")  # its keys
+
+
+def mean(parts: Sequence[tuple[int, Mapping[str, float | None]]]) -> dict[str, float | None]:
+    """Of what was counted `per_decision` over so many observations each; null where one is."""
+    total = sum(observations for observations, _ in parts)
+    means: dict[str, float | None] = dict.fromkeys(PER_DECISION)
+    for key in means if parts else ():
+        values = [(n, part[key]) for n, part in parts]
+        means[key] = _sum(None if value is None else value * (n / total) for n, value in values)
+    return means
 
 
 def facts(ops: Operations) -> dict[str, Any]:

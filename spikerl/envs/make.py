@@ -82,6 +82,7 @@ class CheckedEnv(gym.Wrapper[np.ndarray, Any, Any, Any]):
             most = bounds.high.flat[0]
             self.action_space = gym.spaces.Box(-most, most, bounds.shape, bounds.dtype)
         self.layout = layout_of(env.observation_space)
+        self.obs_bytes = env.observation_space.dtype in (np.uint8, np.bool_)
         shape = env.observation_space.shape
         self.shape = shape or (sum(entry.size for entry in self.layout),)
         self.size = int(np.prod(self.shape))
@@ -153,10 +154,17 @@ class CheckedEnv(gym.Wrapper[np.ndarray, Any, Any, Any]):
         if given.shape != self.shape or given.dtype.kind not in REAL:
             what = f"an observation {given.shape} of {given.dtype}"
             raise EnvironmentFailed(f"returned {what}; its space says {self.shape} of numbers")
+        if self.obs_bytes and given.dtype.kind != "b" and not _are_bytes(given):
+            said = "returned an observation that is not of whole numbers from 0 to 255"
+            raise EnvironmentFailed(f"{said}, as its space says")
         return np.array(given, np.float64).reshape(self.size)
 
 
 REAL = "biuf"  # numpy's kinds of numbers
+
+
+def _are_bytes(obs: np.ndarray) -> bool:
+    return obs.dtype == np.uint8 or bool(((obs >= 0) & (obs <= 255) & (obs % 1 == 0)).all())
 
 
 def _scalar(what: str, value: Any, kinds: str = REAL) -> Any:
@@ -254,6 +262,7 @@ def task_of(env: CheckedEnv) -> Task:
         act_dtype="float16" if space.dtype == np.float16 else "float32",
         choices=choices,
         layout=env.layout,
+        obs_bytes=env.obs_bytes,
         env_kwargs=env.config.kwargs or {},
         env_wrappers=tuple(env.config.wrappers or ()),
     )

@@ -16,6 +16,7 @@ import numpy as np
 from spikerl.errors import BadRequest
 
 ACCEPTED = (
+    "AtariPreprocessing",
     "ClipReward",
     "DelayObservation",
     "DtypeObservation",

@@ -239,6 +239,7 @@ def _optional(task: Task) -> dict[str, Any]:
         "act_dtype": task.act_dtype if task.act_dtype != "float32" else None,
         "act_choices": [task.choices.start, task.choices.stop] if task.choices else None,
         "obs_layout": layout,
+        "obs_bytes": task.obs_bytes,
         "env_kwargs": dict(task.env_kwargs),
         "env_wrappers": list(task.env_wrappers),
     }
@@ -263,6 +264,8 @@ def _read_optional(data: dict[str, Any]) -> dict[str, Any]:
     names = [name for entry in layout for name in entry.path]
     if not all(type(name) is int or (type(name) is str and name.isprintable()) for name in names):
         raise ValueError("obs_layout, whose names cannot be printed")
+    if type(data.get("obs_bytes", False)) is not bool:
+        raise ValueError("obs_bytes")
     if data.get("act_dtype", "float32") not in ("float16", "float32"):
         raise ValueError("act_dtype")
     kwargs, wrappers = data.get("env_kwargs", {}), data.get("env_wrappers", [])
@@ -275,6 +278,7 @@ def _read_optional(data: dict[str, Any]) -> dict[str, Any]:
         "act_dtype": data.get("act_dtype", "float32"),
         "choices": choices,
         "layout": layout,
+        "obs_bytes": data.get("obs_bytes", False),
         "env_kwargs": kwargs,
         "env_wrappers": tuple(wrappers),
     }

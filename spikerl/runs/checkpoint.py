@@ -201,12 +201,14 @@ class Checkpoint:
             if mine.start >= mine.stop or last <= oldest:
                 continue
             rows_TNC = np.fromfile(self.run / path, np.float32).reshape(last - first, theirs, -1)
+            if rows_TNC.shape[2] != replay.row.width:
+                raise ValueError("its replay holds observations of another kind")
             begin, end = max(first, oldest), min(last, steps)
             number_T1 = torch.arange(begin, end, dtype=torch.int64).unsqueeze(1) * width - offset
             number_TN = number_T1 + torch.arange(mine.start, mine.stop, dtype=torch.int64)
             held = torch.from_numpy(rows_TNC[begin - first : end - first, mine])
             replay.restore(number_TN, held)
-        if not replay.rows[: replay.size].isfinite().all():
+        if not replay.sound():
             raise ValueError("its replay lacks rows, or holds a NaN or an infinity")
 
     def steps_of(self, env: int, num_envs: int) -> tuple[int, list[np.ndarray]]:

@@ -1,6 +1,7 @@
 """The replay that a run left on disk, as the episodes that were played.
 
-Shape legend   T steps of an environment, O observation entries, A action entries, C columns.
+Shape legend   T steps of an environment, O observation entries, A action entries, C columns
+               of a row, W of them of an observation.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import torch
 
+from spikerl.algos.replay import Row
 from spikerl.envs.dataset import Recorded
 from spikerl.runs.checkpoint import Checkpoint
 from spikerl.types import Task
@@ -22,34 +25,38 @@ def episodes(checkpoint: Checkpoint, task: Task, num_envs: int) -> Iterator[tupl
     What has no end is cut off: the last episode, and one after which the run went on from a reset.
     What has no beginning is the oldest of a replay that has overwritten it.
     """
-    O, rew = task.obs_dim, 2 * task.obs_dim + task.act_dim  # noqa: E741
+    row = Row(task.obs_dim, task.act_dim, task.obs_bytes)
     for env in range(num_envs):
         first, parts = checkpoint.steps_of(env, num_envs)
-        if any(part.shape[1] != rew + 4 for part in parts):
+        if any(part.shape[1] != row.width for part in parts):
             raise ValueError(f"its replay is none of {task.env_id}")
         begun = first == 0
-        for rows_TC in cut(parts, O):
-            if not np.isfinite(rows_TC).all():
+        for rows_TC in cut(parts, row.obs):
+            if not np.isfinite(rows_TC[:, row.numbers]).all():
                 raise ValueError("its replay holds a NaN or an infinity")
-            obs = np.concatenate([rows_TC[:, :O], rows_TC[-1:, O : 2 * O]])
-            last, terminated = np.arange(len(rows_TC)) == len(rows_TC) - 1, rows_TC[:, rew + 1] > 0
+            seen_TW = np.concatenate([rows_TC[:, : row.obs], rows_TC[-1:, row.obs : row.act]])
+            last = np.arange(len(rows_TC)) == len(rows_TC) - 1
+            terminated = rows_TC[:, row.rew + 1] > 0
             played = Recorded(
-                obs.astype(np.float64),
-                rows_TC[:, 2 * O : rew],
-                rows_TC[:, rew].astype(np.float64),
+                row.unpack(torch.from_numpy(seen_TW)).numpy().astype(np.float64),
+                rows_TC[:, row.act : row.rew],
+                rows_TC[:, row.rew].astype(np.float64),
                 terminated,
                 last & ~terminated,
             )
-            yield played, begun and bool(rows_TC[-1, rew + 2] > 0.0)
+            yield played, begun and bool(rows_TC[-1, row.rew + 2] > 0.0)
             begun = True
 
 
-def cut(parts: Iterable[np.ndarray], obs_dim: int) -> Iterator[np.ndarray]:
-    """Rows (T, C) after which an episode ended, or the next row does not follow."""
+def cut(parts: Iterable[np.ndarray], width: int) -> Iterator[np.ndarray]:
+    """Rows (T, C) after which an episode ended, or the next row does not follow; an observation has
+    W = `width` columns.
+    """
     held: np.ndarray | None = None
     for part in parts:
         rows = part if held is None else np.concatenate([held, part])
-        follows = (rows[1:, :obs_dim] == rows[:-1, obs_dim : 2 * obs_dim]).all(1)
+        seen, then = rows[1:, :width], rows[:-1, width : 2 * width]
+        follows = (seen.view(np.int32) == then.view(np.int32)).all(1)  # bits: they may be bytes
         ends = np.flatnonzero((rows[:-1, -2] > 0.0) | ~follows) + 1
         *whole, held = np.split(rows, ends)
         yield from whole

@@ -25,6 +25,7 @@ class ConvConfig:
     filters: list[int]
     kernel_sizes: list[int]  # of squares
     strides: list[int]
+    pixel_max: float = 1.0  # that observations are divided by
 
     def check(self) -> None:
         sizes = {"image": self.image, "filters": self.filters, "kernel_sizes": self.kernel_sizes}
@@ -34,6 +35,10 @@ class ConvConfig:
             if not 1 <= len(given) == count <= MOST or not all(1 <= n <= most for n in given):
                 remedy = "give height and width" if key == "image" else "give one for each layer"
                 raise BadRequest(f"actor.{key}", given, f"{remedy}, 1 to {most}")
+        if not 0.0 < self.pixel_max < math.inf:
+            raise BadRequest(
+                "actor.pixel_max", self.pixel_max, "give a number above 0, such as 255"
+            )
         height, width = self.image
         for kernel, stride in zip(self.kernel_sizes, self.strides, strict=True):
             if kernel > min(height, width):
@@ -53,17 +58,21 @@ class ConvConfig:
             remedy = f"{inputs} inputs are not images of {height} x {width}; give height and width"
             raise BadRequest("actor.image", self.image, remedy)
         size, first, layers = (self.image[0], self.image[1]), self.channels_first, list[Linear]()
+        scale = 1.0 / self.pixel_max
         for filters, kernel, stride in zip(
             self.filters, self.kernel_sizes, self.strides, strict=True
         ):
-            layers.append(Conv(channels, filters, size, kernel, stride, channels_first=first))
+            layers.append(
+                Conv(channels, filters, size, kernel, stride, channels_first=first, scale=scale)
+            )
             size = tuple((n - kernel) // stride + 1 for n in size)  # type: ignore[assignment]
-            channels, first = filters, False
+            channels, first, scale = filters, False, 1.0
         return layers
 
 
 class Conv(Linear):
-    """x is cut into patches of kernel x kernel positions, and W maps each, (C kernel kernel) to F.
+    """x, times `scale`, is cut into patches of kernel x kernel positions, and W maps each,
+    (C kernel kernel) to F.
 
     What comes out is an image again, flat as (height, width, F). No padding, as in DQN's networks.
     """
@@ -77,10 +86,11 @@ class Conv(Linear):
         stride: int,
         *,
         channels_first: bool = False,
+        scale: float = 1.0,
     ) -> None:
         super().__init__(channels * kernel * kernel, filters)
         self.channels, self.size, self.channels_first = channels, size, channels_first
-        self.kernel, self.stride = kernel, stride
+        self.kernel, self.stride, self.scale = kernel, stride, scale
         self.outputs = math.prod((n - kernel) // stride + 1 for n in size) * filters
 
     def rows(self, x_BI: Tensor) -> Tensor:
@@ -89,6 +99,8 @@ class Conv(Linear):
             x = x_BI.unflatten(1, (self.channels, *self.size))
         else:
             x = x_BI.unflatten(1, (*self.size, self.channels)).permute(0, 3, 1, 2)
+        if self.scale != 1.0:
+            x = x * self.scale
         patches_BIP = nn.functional.unfold(x, self.kernel, stride=self.stride)
         return patches_BIP.transpose(1, 2).flatten(0, 1)
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from spikerl.algos.base import Learner
 from spikerl.algos.offpolicy import OfflineConfig
-from spikerl.energy import modelled
 from spikerl.energy.meter import Reading, energy_row, merge
 from spikerl.models.actor import SpikingActor
 from spikerl.training.evaluator import Evaluation
@@ -42,7 +41,6 @@ def epoch_row(
     trained = merge([worker.trained for worker in workers])
     evaluated = merge([worker.evaluated for worker in workers])
     activity, acts = evaluation.activity, not isinstance(algo.config, OfflineConfig)
-    ops = evaluation.operations
     row: Row = {
         "epoch": p.epoch + 1,
         "step": p.step,
@@ -61,7 +59,7 @@ def epoch_row(
         "layer_window_fractions": activity.layer_windows if activity else None,
         "layer_silent": activity.silent if activity else None,
         "layer_saturated": activity.saturated if activity else None,
-        **(modelled.per_decision(ops) if ops else dict.fromkeys(modelled.PER_DECISION)),
+        **evaluation.decision,
         **{name: mean_of(sums, name) for name in algo.metrics},
         "env_steps_per_s": (p.step - p.first_step) / train_s if acts else None,
         "updates_per_s": (p.updates - p.first_update) / train_s,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spikerl.distributed.world import ALONE, World
-from spikerl.energy import operations
+from spikerl.energy import modelled, operations
 from spikerl.energy.operations import Operations
 from spikerl.envs.make import FLOAT32_MAX, CheckedEnv, EnvConfig, make_env
 from spikerl.envs.vector import describe_error
@@ -44,7 +44,8 @@ class Evaluation:
     lengths: list[int]
     activity: Activity | None
     probed: Tensor  # this worker's normalised observations that firing is measured on, (M, O)
-    operations: Operations | None  # per decision, on the same; None where they are not known
+    operations: Operations | None  # on the same; None where they are not known
+    decision: dict[str, float | None]  # of them, over all workers: modelled.PER_DECISION
     # Spikes of all layers per decision, over all decisions; None where none depends on another.
     carried_spikes: float | None = None
 
@@ -162,16 +163,18 @@ class Evaluator:
         if contexts and isinstance(policy, Policy):
             fields = zip(*contexts, strict=True)
             own = policy.activity_in(Contexts(*(torch.cat(parts) for parts in fields)))
-        parts = self.world.gather_objects((episodes, own))
-        merged = sorted(episode for episodes, _ in parts for episode in episodes)
-        activities = [activity for _, activity in parts if activity is not None]
-        activity = reduce(Activity.__add__, activities) if activities else None
-        returns, lengths = [ret for _, ret, _ in merged], [n for _, _, n in merged]
         counted = None
         if isinstance(policy, Policy) and len(probed):
             counted = operations.of_policy(policy, probed, generator)
+        weighed = (len(probed), modelled.per_decision(counted)) if counted else None
+        parts = self.world.gather_objects((episodes, own, weighed))
+        merged = sorted(episode for part in parts for episode in part[0])
+        activities = [part[1] for part in parts if part[1] is not None]
+        decision = modelled.mean([part[2] for part in parts if part[2] is not None])
+        activity = reduce(Activity.__add__, activities) if activities else None
+        returns, lengths = [ret for _, ret, _ in merged], [n for _, _, n in merged]
         per_decision = fired / sum(lengths) if carries else None
-        return Evaluation(returns, lengths, activity, probed, counted, per_decision)
+        return Evaluation(returns, lengths, activity, probed, counted, decision, per_decision)
 
     def observations(self, policy: Acting, evaluation: int = 0) -> np.ndarray:
         """Every raw observation (M, O) of this worker's episodes in that evaluation."""

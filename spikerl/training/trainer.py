@@ -83,7 +83,9 @@ class Trainer:
             for norm in self.algo.actor.norms:
                 norm.sum_ = world.sum_  # over the rows of all workers
         capacity = algo.capacity() // c.num_envs * own_envs  # whole steps of all environments
-        self.replay = Replay(capacity, task.obs_dim, task.act_dim, device, width=own_envs)
+        self.replay = Replay(
+            capacity, task.obs_dim, task.act_dim, device, width=own_envs, obs_bytes=task.obs_bytes
+        )
         if dataset is not None:
             store_dataset(dataset, c, self.algo, self.replay, self.norm, world.rank)
         self.envs = make_envs(c.env, own_envs, task)

@@ -38,7 +38,8 @@ FEW = {
 
 
 # Large networks, and second kinds of what another has.
-LONG = ("dsformer/tssa", "dense/dqn_minatar", "proxy_target/clif", "dense/dqn_ram_pong")
+LONG = ("dsformer/tssa", "dense/dqn_minatar", "proxy_target/clif", "dense/dqn_ram_pong",
+        "dsqn/atari", "dense/dqn_atari")  # fmt: skip
 
 
 @pytest.mark.parametrize(

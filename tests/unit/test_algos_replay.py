@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,9 @@ from shell import SHORT, spikerl
 
 from spikerl.algos.replay import Replay
 from spikerl.config import memory
+from spikerl.runs.checkpoint import verified
+
+h5py = import_module("h5py")
 
 
 def add(replay: Replay, first: int, count: int) -> None:
@@ -98,6 +103,84 @@ def test_what_will_not_fit_is_refused(
         " this; this machine has 0.00781"
     )
     assert not Path("r").exists()
+
+
+def filled(obs_dim: int, capacity: int, *, obs_bytes: bool) -> Replay:
+    """Two environments side by side, whose episodes end now and then; of any bytes, NaN's too."""
+    rng = np.random.default_rng(0)
+    replay = Replay(capacity, obs_dim, 2, width=2, obs_bytes=obs_bytes)
+    obs = rng.integers(0, 256, (2, obs_dim)).astype(np.float64)
+    for t in range(25):
+        following = rng.integers(0, 256, (2, obs_dim)).astype(np.float64)
+        following[0, :4] = [1, 0, 128, 127]  # a NaN that signals, were it a number
+        last = rng.random(2) < 0.2
+        replay.add(
+            obs, rng.random((2, 2)), rng.random(2), following, last & (t % 2 == 0), last, 0.9
+        )
+        obs = np.where(last[:, None], rng.integers(0, 256, (2, obs_dim)), following)
+    return replay
+
+
+@pytest.mark.parametrize("obs_dim", [4, 7, 128])
+def test_bytes_are_the_same_numbers_in_a_quarter_of_the_room(obs_dim: int) -> None:
+    packed, plain = (filled(obs_dim, 30, obs_bytes=kind) for kind in (True, False))
+    columns = {4: 1, 7: 2, 128: 32}[obs_dim]
+    assert packed.rows.shape[1] == 2 * columns + 2 + 4
+    assert plain.rows.shape[1] == 2 * obs_dim + 2 + 4
+    drawn = [
+        replay.sample(64, torch.Generator().manual_seed(1), lambda obs: obs / 255.0, n_step)
+        for n_step in (1, 3)
+        for replay in (packed, plain)
+    ]
+    for packed_batch, plain_batch in (drawn[:2], drawn[2:]):
+        assert all(map(torch.equal, packed_batch, plain_batch))
+    assert (drawn[2].discount != drawn[0].discount).any()
+    every = [filled(obs_dim, 50, obs_bytes=kind) for kind in (True, False)]
+    seen = [r.contexts(9, 3, torch.Generator().manual_seed(1), torch.neg) for r in every]
+    assert all(map(torch.equal, *seen))
+    assert packed.sound()
+    packed.rows[3, packed.row.rew] = torch.nan
+    assert not packed.sound()
+
+
+def test_a_run_on_bytes_is_the_run_on_their_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same policy to the bit, resumed too, after the ring has wrapped."""
+    monkeypatch.chdir(tmp_path)
+    own = [word for word in SHORT if "critic" not in word and not word.startswith("env")]
+    own += [
+        "env=MinAtar/Breakout",
+        "env.max_episode_steps=30",
+        "algo=dqn",
+        "actor=mlp",
+        "logger=[]",
+    ]
+    own += ["algo.replay_capacity=150", "actor.hidden_sizes=[8]"]
+    floats = "env.wrappers=[{name: DtypeObservation, dtype: float32}]"
+    for more in (["run_dir=a"], ["run_dir=b", floats], ["run_dir=c", "total_steps=150"]):
+        said = spikerl("train", *own, *more)
+        assert said.status == 0, said.err
+    total = next(word for word in own if word.startswith("total_steps"))
+    assert spikerl("train", "resume=c", total).status == 0
+    policies = [Path(run, "policy.safetensors").read_bytes() for run in "abc"]
+    assert policies[0] == policies[1] == policies[2]
+    size = {run: sum(p.stat().st_size for p in Path(run).glob("replay/*/*")) for run in "ab"}
+    assert size["a"] * (2 * 400 + 3 + 4) == size["b"] * (2 * 100 + 3 + 4)
+    columns = [json.loads(Path(run, "policy.json").read_text()).get("obs_bytes") for run in "ab"]
+    assert columns == [True, None]
+    played = []
+    for run in "ab":
+        said = spikerl("collect", f"run={run}", f"dataset={run}-v0", "policy=replay")
+        assert said.status == 0, said.err
+        with h5py.File(f"{run}-v0/data/main_data.hdf5") as file:
+            played.append({name: file[name]["observations"][()] for name in file})
+    assert played[0].keys() == played[1].keys()
+    assert all((played[0][name] == played[1][name]).all() for name in played[0])
+    checkpoint = verified(Path("a").absolute(), print)
+    checkpoint.fill_replay(0, 1, Replay(150, 400, 3, obs_bytes=True))
+    with pytest.raises(ValueError, match="of another kind"):  # as it was before there were bytes
+        checkpoint.fill_replay(0, 1, Replay(150, 400, 3))
 
 
 STEP = np.array([1.0, 0.0], np.float32)  # from one observation to the next

@@ -62,6 +62,15 @@ def test_a_decision_by_hand(spiking: Operations) -> None:
     assert Energy(1.0, None, 2.0, 3.0).total is None
 
 
+def test_workers_count_by_their_observations() -> None:
+    one = {"macs": 4.0, "acs": 1.0, "modelled_45nm_nj": None, "modelled_memory_nj": 8.0}
+    other = {"macs": 8.0, "acs": 1.0, "modelled_45nm_nj": 1.0, "modelled_memory_nj": 0.0}
+    assert modelled.mean([(3, one), (1, other)]) == {
+        "macs": 5.0, "acs": 1.0, "modelled_45nm_nj": None, "modelled_memory_nj": 6.0,
+    }  # fmt: skip
+    assert modelled.mean([]) == dict.fromkeys(modelled.PER_DECISION)
+
+
 def test_memory_by_hand(spiking: Operations) -> None:
     """A state of 8 bits, read and written: 4 pJ."""
     coding = 5 * 160 + (4 + 3) * 4

@@ -91,10 +91,11 @@ def made(option: str) -> Any:
         EnvConfig(
             name=name,
             version=version,
-            id=f"{name}-{version}",
+            id=f"{name.removesuffix('_pixels')}-{version}",
             max_episode_steps=given.get("max_episode_steps"),
             vectorizer="sync",
             kwargs=given.get("kwargs"),
+            wrappers=given.get("wrappers"),
         )
     )
 
@@ -107,6 +108,20 @@ def test_the_memory_of_an_atari_game(capfd: pytest.CaptureFixture[str]) -> None:
     assert (task.obs_shape, task.obs_dim, task.act_dim) == ((128,), 128, 6)
     assert task.max_episode_steps == 27000
     assert capfd.readouterr() == ("", "")  # the emulator says nothing of itself
+
+
+def test_the_screen_of_an_atari_game() -> None:
+    """Four grey pictures of 84 x 84, the newest last; bytes."""
+    with closing(made("ALE/Pong_pixels")) as env:
+        task = task_of(env)
+        first, _ = env.reset(seed=0)
+        second = env.step(0)[0]
+    assert (task.obs_shape, task.obs_dim, task.obs_bytes) == ((4, 84, 84), 28224, True)
+    assert (task.act_dim, task.max_episode_steps) == (6, 108000)
+    pictures, following = first.reshape(4, 84, 84), second.reshape(4, 84, 84)
+    assert (following[:3] == pictures[1:]).all()
+    assert 0.0 <= pictures.min() < pictures.max() <= 255.0
+    assert (pictures % 1.0 == 0.0).all()
 
 
 @pytest.mark.parametrize("option", [*GAMES, "LunarLander", "ALE/Pong"])

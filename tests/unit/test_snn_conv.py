@@ -61,6 +61,15 @@ def torchs(layer: Conv, stride: int) -> nn.Conv2d:
     return conv
 
 
+def test_pixels_are_scaled_once() -> None:
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (7, 60)).float()
+    scaled = build_actor(config("cnn", pixel_max=255.0), 60, 3)
+    plain = build_actor(config("cnn"), 60, 3)
+    plain.load_state_dict(scaled.state_dict())
+    torch.testing.assert_close(scaled.mean(pixels), plain.mean(pixels / 255.0))
+
+
 @pytest.mark.parametrize("channels_first", [False, True])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (2, 2), (3, 2), (5, 1)])
 def test_a_layer_is_torchs(kernel: int, stride: int, channels_first: bool) -> None:
@@ -141,6 +150,7 @@ def test_a_gradient_reaches_every_layer(kind: str) -> None:
         ({"strides": [1]}, "actor.strides=[1]: give one for each layer"),
         ({"filters": []}, "actor.filters=[]: give one for each layer"),
         ({"filters": [4, 0]}, "actor.filters=[4, 0]: give one for each layer, 1 to"),
+        ({"pixel_max": 0.0}, "actor.pixel_max=0.0: give a number above 0, such as 255"),
         ({"kernel_sizes": [3, 5]}, "actor.kernel_sizes=[3, 5]: a layer sees 3 x 4 positions"),
     ],
 )
