@@ -43,7 +43,7 @@ def of_policy(row: dict[str, Any]) -> dict[str, str]:
         "updates": f"{row['updates']:,.0f}",
         "bytes": f"{row['footprint_bytes']:,}",
         "nJ, 45nm": f"{row['modelled_45nm_nj']:,.0f}",
-        "nJ, memory": f"{row['modelled_memory_nj']:,.0f}",
+        "nJ, memory": f"{row['modelled_stored_nj']:,.0f}",
     }
 
 

@@ -44,7 +44,6 @@ from spikerl.training.evaluator import Evaluator
 class ConvertRequest:
     run: str
     run_dir: str
-    encoder: str
     spike_steps: Any  # T, or a list to choose from
     reset: str
     threshold: str
@@ -57,9 +56,6 @@ class ConvertRequest:
     env_id: str | None  # confirms an environment that names a module, or is given paths
 
     def __post_init__(self) -> None:
-        if self.encoder != "direct":
-            remedy = "a converted network is driven by the observation itself; give direct"
-            raise BadRequest("encoder", self.encoder, remedy)
         self.spike_steps, self.alpha = as_list(self.spike_steps), as_list(self.alpha)
         if not self.spike_steps or not all(type(t) is int for t in self.spike_steps):
             remedy = "give a whole number, or a list of them"

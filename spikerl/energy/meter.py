@@ -150,7 +150,9 @@ def resolve(config: EnergyConfig, *, device: torch.device) -> Resolved:
         return Resolved("none", "requested")
     if config.name == "replay":
         seconds = float(read_trace(str(config.file)).seconds[-1])
-        return Resolved(f"replay:{config.file}", f"requested; its {seconds:g} s are repeated")
+        return Resolved(
+            f"replay:{config.file}", f"requested; after its {seconds:g} s it begins anew"
+        )
     reasons = _find(config, device).reasons
     return Resolved(_source(reasons), "; ".join(reasons.values()) or "every counter was found")
 

@@ -248,4 +248,6 @@ def compile_c(args: Sequence[str]) -> None:
         raise BadRequest("format", "c", f"{command[0]} cannot be run: {error}") from None
     if done.returncode:
         line = next((s for s in done.stderr.splitlines() if "error" in s), done.stderr[:200])
-        raise BadRequest("format", "c", f"{command[0]} refused the file: {line.strip()}")
+        said = line.strip() or f"status {done.returncode}"
+        remedy = "set CC to a C99 compiler"
+        raise BadRequest("format", "c", f"{command[0]} refused the file: {said}; {remedy}")

@@ -14,6 +14,8 @@ import numpy as np
 
 from spikerl.types import Task
 
+DECODERS = ("rate", "linear", "membrane", "ilc")
+
 
 class Host:
     """Reads a contract, whose arrays `contract.encoder_arrays` and `decoder_arrays` gave."""
@@ -37,11 +39,15 @@ class Host:
             fields = self.centre_OP.shape
             if self.width_OP.shape != fields or fields[:-1] != self.mean_O.shape:
                 raise ValueError("encoder, whose arrays do not fit")
+            if not (self.width_OP > 0.0).all():
+                raise ValueError("encoder.std")
             self.inputs = self.centre_OP.size
         elif self.encoder != "direct":
             raise ValueError("encoder")
         decoder = contract["decoder"]
         self.decoder = decoder["name"]
+        if self.decoder not in DECODERS:
+            raise ValueError("decoder.name")
         self.read = str(decoder["read"]) if "read" in decoder else "mean"
         self.decay = float(decoder["voltage_decay"]) if "read" in decoder else 0.0
         self.weight, self.bias_A = array(decoder, "weight"), array(decoder, "bias")
@@ -119,8 +125,10 @@ def check_outside(contract: dict[str, Any], task: Task) -> None:
 
 
 def array(data: dict[str, Any], key: str) -> np.ndarray:
-    """Finite, as JSON cannot hold other numbers here."""
     try:
-        return np.array(data[key], np.float64)
+        values = np.array(data[key], np.float64)
     except (TypeError, ValueError):  # a ragged one, or words
         raise ValueError(f"{key}, which is not an array of numbers") from None
+    if not np.isfinite(values).all():
+        raise ValueError(f"{key}, which is not finite")
+    return values

@@ -97,7 +97,10 @@ def read(path: Path) -> Exported:
         if not all(text.isprintable() for text in trained_with.values()):
             raise ValueError("trained_with, which cannot be printed")
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        remedy = f"{beside.name} lacks or garbles {one_line(error)}"
+        # Of a value of another kind Python says what it cannot do with it.
+        plain = isinstance(error, KeyError | ValueError)
+        what = one_line(error) if plain else "a value, which is of another kind than its key says"
+        remedy = f"{beside.name} lacks or garbles {what}; export it again"
         raise BadRequest("run", path, remedy) from None
     return Exported(path, content, contract, task, digest, trained_with)
 

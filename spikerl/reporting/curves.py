@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555",
            "#882255", "#117733", "#999933")  # fmt: skip
 STYLES = ("-", "--", ":", "-.")  # of further lines, where the colours come again
+MARKS = ("o", "s", "^", "D")  # the same of points
 REPETITIONS = 2_000  # of a band's bootstrap, at each of its points
 POINTS = 100  # of a curve over time or joules, whose runs share no points
 ACROSS = {"step": "environment steps", "wall": "hours", "joules": "joules"}
@@ -88,7 +89,7 @@ def curves(panels: Mapping[str, Panel], across: str, ylabel: str) -> Figure | No
         if across != "wall":
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
     axes[0].set_ylabel(ylabel)
-    _legend(figure, axes)
+    _legend(figure, axes, list(panels.values()))
     return figure
 
 
@@ -100,9 +101,8 @@ def _look(i: int) -> dict[str, Any]:
 
 def _draw(ax: Axes, label: str, look: dict[str, Any], lines: Sequence[Line], across: str) -> None:
     x, mean, low, high = band(lines, shared=across == "step")
-    name = f"{label} (n={len(lines)})" if len(lines) > 1 else label
     mark = "o" if len(x) == 1 else None
-    ax.plot(x, mean, **look, linewidth=1.5, marker=mark, markersize=4, label=name)
+    ax.plot(x, mean, **look, linewidth=1.5, marker=mark, markersize=4, label=label)
     ax.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0.0)
 
 
@@ -133,14 +133,14 @@ def scatter(
     for ax, panel in zip(axes, panels.values(), strict=True):
         every = []
         for label, points in panel.items():
-            colour, n = _look(labels.index(label))["color"], len(points)
-            name = f"{label} (n={n})" if n > 1 else label
+            look = _look(labels.index(label))
+            colour, mark = look["color"], MARKS[STYLES.index(look["linestyle"])]
             known = np.array([point for point in points if point[0] is not None], np.float64)
             if not len(known):
                 mean = float(np.mean([y for _, y in points]))
-                ax.axhline(mean, color=colour, linestyle="--", label=name)
+                ax.axhline(mean, color=colour, linestyle="--", label=label)
                 continue
-            ax.plot(*known.T, "o", color=colour, markersize=4, alpha=0.7, label=name)
+            ax.plot(*known.T, mark, color=colour, markersize=4, alpha=0.7, label=label)
             if len(known) > 1:
                 ax.plot(*known.mean(0), "x", color=colour, markersize=9, markeredgewidth=2)
             every += known[:, 0].tolist()
@@ -148,7 +148,7 @@ def scatter(
             ax.set_xscale("log")
         ax.set_xlabel(xlabel)
     axes[0].set_ylabel(ylabel)
-    _legend(figure, axes)
+    _legend(figure, axes, list(panels.values()))
     return figure
 
 
@@ -186,14 +186,18 @@ def _grid(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
     return figure, axes[: len(titles)]
 
 
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One below all panels; a label's n is that of the first panel which has it."""
+def _legend(
+    figure: Figure, axes: Sequence[Axes], panels: Sequence[Mapping[str, Sequence[Any]]] = ()
+) -> None:
+    """One below all; how many runs a label has in the `panels` that have it stands behind it."""
     handles: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label.partition(" (n=")[0], (handle, label))
+            handles.setdefault(label, handle)
     if handles:
-        shown, labels = zip(*handles.values(), strict=True)
+        shown = tuple(handles.values())
+        runs = {label: {len(p[label]) for p in panels if p.get(label)} for label in handles}
+        labels = tuple(f"{label}{_several(runs[label])}" for label in handles)
         letters = int(figure.get_figwidth() * LETTERS) - MARK
         labels = tuple(textwrap.fill(label, letters) for label in labels)
         ncols = max(1, min(len(labels), letters // (max(map(len, labels)) + MARK)))
@@ -202,6 +206,14 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
         figure.set_figheight(figure.get_figheight() + below)
         figure.legend(shown, labels, loc="outside lower center", fontsize=8, ncols=ncols,
                       frameon=False)  # fmt: skip
+
+
+def _several(counts: set[int]) -> str:
+    """Of runs, in each panel."""
+    least, most = min(counts, default=1), max(counts, default=1)
+    if most == 1:
+        return ""
+    return f" (n={least})" if least == most else f" (n={least} to {most})"
 
 
 def encoded(figure: Figure, kind: str) -> bytes:

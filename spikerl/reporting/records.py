@@ -55,10 +55,7 @@ class Run:
             rows, discarded = (
                 read_record(folder / f"{name}.jsonl") for name in ("metrics", "discarded")
             )
-            path = folder / "evaluation.json"
-            evaluation = read_json(path, MAX_BYTES) if path.exists() else {}
-            if not isinstance(evaluation, dict):
-                raise ValueError(f"{path.name} holds no mapping")
+            evaluation = read_evaluation(folder / "evaluation.json")
         except (BadRequest, OSError, ValueError) as error:
             reason = error.args[2] if isinstance(error, BadRequest) else error
             raise BadRequest(key, folder, f"its record or config: {reason}") from None
@@ -188,6 +185,17 @@ def read_record(path: Path) -> list[dict[str, Any]]:
         if not sound or (row.get("energy_j") is not None and number(row["energy_j"]) is None):
             raise ValueError(f"line {i + 1} of {path.name} is not a row")
     return rows
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """What `spikerl eval json=true` said of the policy's file; empty where there is none."""
+    try:
+        evaluation = read_json(path, MAX_BYTES) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    if not isinstance(evaluation, dict):
+        raise ValueError(f"{path.name} holds no mapping")
+    return evaluation
 
 
 def run_folders(pattern: str) -> list[Path]:

@@ -41,7 +41,8 @@ def missing_extra() -> str | None:
     lacking = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if not lacking:
         return None
-    return f"{' and '.join(lacking)} is missing; pip install 'spikerl[report]' brings it"
+    verb, what = ("is", "it") if len(lacking) == 1 else ("are", "them")
+    return f"{' and '.join(lacking)} {verb} missing; pip install 'spikerl[report]' brings {what}"
 
 
 def render_table(table: Table, total_steps: int) -> list[str]:

@@ -38,6 +38,7 @@ class SideBySide:
     def __init__(self, runs: Sequence[Run], group_by: Sequence[str] | None) -> None:
         self.runs = list(runs)
         chosen = [key for key in self.varied if key != "seed" and not key.startswith("env.")]
+        chosen.sort(key=lambda key: not key.endswith(".name"))  # first what says the most
         self.group_by = chosen if group_by is None else list(group_by)
 
     @cached_property
@@ -142,7 +143,7 @@ def runs_table(report: SideBySide, names: Sequence[str]) -> str:
     of = {id(run): group for group, runs in report.groups.items() for run in runs}
     lines = [
         [name, of[id(run)], run.env_id, run.seed, run.status, run.step,
-         *(run.score(metric) for metric in METRICS), run.last("firing_rate"),
+         *(run.score(metric) for metric in METRICS), run.decision("firing_rate"),
          *(run.decision(key) for key in modelled.PER_DECISION), run.last("env_steps_per_s"),
          run.wall_s, run.joules, run.energy_source]
         for name, run in zip(names, report.runs, strict=True)

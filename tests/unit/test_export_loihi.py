@@ -201,7 +201,9 @@ def test_export(tmp_path: Path) -> None:
     assert said.status == 0, said
     lines = said.out.splitlines()
     assert lines[2].startswith("reproduced is the emulation of the target. Of the policy's own")
-    assert lines[3].endswith(" (PopSAN on the chip, as published: -2.1% to -14.3%)")
+    assert lines[3].endswith(" what is published of PopSAN on the chip, -2.1% to -14.3%")
+    assert lines[3].startswith("return: ")
+    assert lines[3].split(", ")[1].startswith(("better than", "worse than", "within"))
     data = json.loads((run / "policy.loihi.json").read_text())
     ours, theirs = (data["proof"][key] for key in ("return_mean", "return_mean_of_policy"))
     assert data["proof"]["return_change"] == pytest.approx((ours - theirs) / -theirs)

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from builders import lif_config
+from builders import dense_config, lif_config
 from exports import DIRECT, config, policy_of, saved, task
 from shell import spikerl
 
@@ -79,6 +79,23 @@ def test_actions_to_a_millionth_of_the_larger_bound(value: float) -> None:
     act[1, 1] = value
     with pytest.raises(proof.ProofFailed, match="observation 1, entry 1"):
         proof.compare_actions(task(), recorded, act)
+
+
+def test_a_dense_file_may_round_as_its_policy_does() -> None:
+    policy = policy_of(dense_config([64, 64]), task())
+    with torch.no_grad():
+        for name, p in policy.actor.named_parameters():
+            p.mul_(8.0 if "weight" in name else 1.0)
+    obs = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
+    recorded = proof.recorded_of(policy, obs)
+    own = policy.task.to_env(policy.act(obs, policy.generator))
+    difference = np.abs(own - recorded.act_BA).max() / 2.0  # of the larger bound
+    assert difference > 1e-6
+    assert recorded.tolerance == pytest.approx(2.0 * difference, rel=1e-3)
+    proof.compare_actions(policy.task, recorded, own)
+    with pytest.raises(proof.ProofFailed):
+        proof.compare_actions(policy.task, recorded, recorded.act_BA + 2.1 * recorded.tolerance)
+    assert proof.recorded_of(policy_of(dense_config([4]), task()), obs).tolerance == 1e-6
 
 
 def test_what_rounding_decides_is_set_aside() -> None:

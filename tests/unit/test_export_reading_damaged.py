@@ -104,6 +104,27 @@ def test_a_contract_that_does_not_fit(key: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("group", "key", "value", "line"),
+    [
+        ("normalizer", "mean", [0.0, None, 0.0], "garbles mean, which is not finite"),
+        ("decoder", "bias", ["nan", 0.0], "bias, which is not finite"),
+        ("encoder", "std", 0.0, "encoder.std"),
+        ("decoder", "name", "mean", "decoder.name"),
+        ("sizes", "layers", 3, "garbles a value, which is of another kind than its key says"),
+    ],
+)
+def test_numbers_that_nothing_can_act_by(
+    group: str, key: str, value: Any, line: str, tmp_path: Path
+) -> None:
+    file = small(tmp_path, "loihi")
+    part = json.loads((tmp_path / "policy.loihi.json").read_text())[group]
+    if key == "std":  # one of all fields
+        part[key][0][0], value = value, part[key]
+    rewritten(file, **{group: part | {key: value}})
+    assert line in str(refusal(lambda: reading.read(file).policy()))
+
+
+@pytest.mark.parametrize(
     ("changes", "line"),
     [
         (

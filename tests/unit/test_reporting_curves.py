@@ -21,3 +21,16 @@ def test_forty_lines() -> None:
     assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 40
     height = ax.get_position().height * figure.get_figheight()
     assert 1.5 < height < 2.7  # inches
+
+
+def test_as_many_points() -> None:
+    """Twenty labels are twenty looks; how many runs a label has is said of all panels."""
+    panel = {str(i): [(1.0 + i, 2.0), (2.0 + i, 3.0)] for i in range(20)}
+    panels = {"Ant": panel, "Hopper": {"0": [(1.0, 2.0)], "1": [(1.0, 2.0), (2.0, 2.0)]}}
+    figure = curves.scatter(panels, "x", "y", lines=False)
+    assert figure is not None
+    points = [line for line in figure.axes[0].lines if line.get_marker() != "x"]
+    assert len({(line.get_color(), line.get_marker()) for line in points}) == 20
+    (legend,) = figure.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown[:3] == ["0 (n=1 to 2)", "1 (n=2)", "2 (n=2)"]

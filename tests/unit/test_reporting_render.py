@@ -181,6 +181,10 @@ def test_groups(tmp_path: Path) -> None:
         ["algo.name=td3", "2000 \u00b1 1 (n=2, 200 steps)"],
         ["algo.name=sac", "2000 (n=1, 200 steps)"],
     ]
+    changed = write_run(tmp_path / "late", algo="sac")
+    text = (changed / "config.yaml").read_text()
+    (changed / "config.yaml").write_text(text.replace("algo:", "aaa: 1\nalgo:"))
+    assert SideBySide([*runs, Run.read(changed)], None).group_by == ["algo.name", "aaa"]
     assert list(SideBySide(runs, ["seed"]).groups) == ["seed=0", "seed=1"]
     assert list(SideBySide(runs, []).groups) == ["all runs"]
     assert names_of(runs) == ["td30", "td31", "sac0"]

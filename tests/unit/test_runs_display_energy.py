@@ -122,7 +122,7 @@ def test_a_run_says_what_it_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     manifest = json.loads(Path("r/manifest.json").read_text())
     assert manifest["power_idle_w"] == summary["power_idle_w"] == pytest.approx(50.0)
     trace = Path("t.csv").absolute()
-    assert f"energy=replay:{trace} (requested; its 0.25 s are repeated)" in said.out
+    assert f"energy=replay:{trace} (requested; after its 0.25 s it begins anew)" in said.out
     assert "makes no update" not in said.out
 
 
