@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ WATCH_S = 5.0  # seconds between looks
 class ReportRequest:
     runs: str
     group_by: Any
+    hours: list[float]
     out: str
     watch: bool
 
@@ -30,6 +32,8 @@ class ReportRequest:
         keys = self.group_by
         if keys is not None and (not isinstance(keys, list) or not all(map(is_key, keys))):
             raise BadRequest("group_by", keys, "give keys of configs, such as [algo.name]")
+        if not all(0.0 < hours < math.inf for hours in self.hours):
+            raise BadRequest("hours", self.hours, "give numbers above 0, such as [0.5,1]")
 
 
 def is_key(name: object) -> bool:
@@ -44,7 +48,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     while True:
         before = changed(run_folders(request.runs))
         side_by_side, left_out = read(request)
-        written = render_runs(side_by_side, Path(request.out), left_out)
+        written = render_runs(side_by_side, Path(request.out), left_out, request.hours)
         print(f"{request.out}: {len(side_by_side.runs)} runs; {', '.join(written)}")
         for line in left_out:
             print(f"left out: {line}")

@@ -90,6 +90,16 @@ class Run:
     def score(self, metric: str) -> float | None:
         return METRICS[metric](self.returns) if self.returns else None
 
+    def within(self, hours: float) -> tuple[float, int] | None:
+        """Its last evaluation of the first so many hours, and at which step that was; None where it
+        has not run so long, or had none by then.
+        """
+        if (self.wall_s or 0.0) < 3600.0 * hours:
+            return None
+        walls = [(number(row.get("wall_s")), row) for row in self.evaluated]
+        rows = [row for wall_s, row in walls if wall_s is not None and wall_s <= 3600.0 * hours]
+        return (float(rows[-1]["eval_return"]), int(rows[-1]["step"])) if rows else None
+
     def point(self, keys: Sequence[str]) -> tuple[float | None, float] | None:
         """Its policy in the end: the sum of `keys`, None unless it has them all, and its return.
 

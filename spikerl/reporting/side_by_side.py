@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,18 +78,26 @@ class SideBySide:
         return [run for run in self.groups[group] if run.env_id == task]
 
     def returns(self, metric: str) -> Grid:
+        return self._grid(lambda run: (run.score(metric), run.step) if run.step else None)
+
+    def after(self, hours: float) -> Grid:
+        return self._grid(lambda run: run.within(hours))
+
+    def _grid(self, score: Callable[[Run], tuple[float | None, int] | None]) -> Grid:
         lines = [["", *self.tasks]]
         for group in self.groups:
-            cells = [self._cell(self.of(group, task), metric) for task in self.tasks]
+            cells = [self._cell(self.of(group, task), score) for task in self.tasks]
             lines.append([group, *cells])
         return lines
 
-    def _cell(self, runs: Sequence[Run], metric: str) -> str:
-        scores = values([run.score(metric) for run in runs])
-        if not len(scores):
+    def _cell(
+        self, runs: Sequence[Run], score: Callable[[Run], tuple[float | None, int] | None]
+    ) -> str:
+        there = [scored for run in runs if (scored := score(run)) is not None]
+        if not there:
             return "-"
+        scores, reached = values([s for s, _ in there]), [step for _, step in there]
         text = tables.spread(float(scores.mean()), statistics.sd(scores))
-        reached = [run.step for run in runs if run.step]
         low, high = tables.steps(min(reached)), tables.steps(max(reached))
         said = [f"n={len(scores)}", f"{low if low == high else f'{low} to {high}'} steps"]
         if failed := sum(run.status == "failed" for run in runs):
@@ -151,7 +159,9 @@ def runs_table(report: SideBySide, names: Sequence[str]) -> str:
     return tables.as_csv(FIELDS, lines)
 
 
-def render_runs(report: SideBySide, folder: Path, left_out: Sequence[str]) -> list[str]:
+def render_runs(
+    report: SideBySide, folder: Path, left_out: Sequence[str], hours: Sequence[float] = ()
+) -> list[str]:
     """Write everything into `folder`; the names of the files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,6 +171,7 @@ def render_runs(report: SideBySide, folder: Path, left_out: Sequence[str]) -> li
     sections = [
         Section(f"Return: {METRIC_NAMES[metric]}", report.returns(metric)) for metric in METRICS
     ]
+    sections += [Section(f"Return after {h:g} h of wall time", report.after(h)) for h in hours]
     sections.append(Section("Interquartile mean of maxima, and 95 % interval", report.intervals()))
     if len(report.runs) > 1 and report.varied:
         sections.append(Section("Settings that differ", report.settings(names)))

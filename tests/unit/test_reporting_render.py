@@ -148,6 +148,19 @@ def test_a_policy_beside_what_it_spends(tmp_path: Path) -> None:
     assert Run.read(folder).decision("macs") is None
 
 
+def test_returns_at_equal_time(tmp_path: Path) -> None:
+    """Evaluations after 3600 s and 7200 s; what has not run so long has no part in it."""
+    runs = [Run.read(write_run(tmp_path / str(seed), seed=seed)) for seed in range(2)]
+    assert runs[0].within(1.0) == (1000.0, 100)
+    assert runs[0].within(1.5) == (1000.0, 100)
+    assert runs[0].within(2.0) == (2000.0, 200)
+    assert runs[0].within(0.5) is None
+    assert runs[0].within(2.1) is None
+    report = SideBySide(runs, None)
+    assert report.after(1.5)[1:] == [["all runs", "1000 \u00b1 1 (n=2, 100 steps)"]]
+    assert report.after(2.1)[1:] == [["all runs", "-"]]
+
+
 def test_points() -> None:
     """A dense label is a line where it has no x, or is not there."""
     dense: list[curves.Point] = [(None, 4.0), (None, 8.0)]
@@ -197,7 +210,7 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "runs" / "a", command="<script>alert('x')</script> http://there")
     write_run(tmp_path / "runs" / "b", algo="sac", seed=1, git={"commit": "abc", "dirty": True})
     (write_run(tmp_path / "runs" / "c") / "metrics.jsonl").write_text("nonsense\n")
-    said = spikerl("report", "runs=runs/*", "out=out")
+    said = spikerl("report", "runs=runs/*", "out=out", "hours=[1.5]")
     assert (said.status, said.err) == (0, "")
     assert f"{tmp_path}/out: 2 runs; table.md" in said.out
     assert f"left out: {tmp_path}/runs/c: its record or config" in said.out
@@ -209,7 +222,14 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(r.startswith(("#", "data:image/svg+xml;base64,")) for r in references)
     for anchor in (r for r in references if r.startswith("#")):
         assert f'id="{anchor[1:]}"' in page
-    for text in ("algo.name", "layer 1", "0.250", "0.125", "warning: some ran from a checkout"):
+    for text in (
+        "Return after 1.5 h of wall time",
+        "algo.name",
+        "layer 1",
+        "0.250",
+        "0.125",
+        "warning: some ran from a checkout",
+    ):
         assert text in page
     table = (tmp_path / "out" / "table.csv").read_text().splitlines()
     assert table[0].startswith("run,group,env_id,seed,status,steps,max_average")
@@ -251,6 +271,7 @@ def test_watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 ASKED: list[tuple[list[str], str]] = [
     (["runs=nowhere/*"], "runs=nowhere/*: no run folder matches"),
     (["runs=runs/a", "group_by=algo.nam"], "group_by=algo.nam: no run has this key; did you mean"),
+    (["runs=runs/a", "hours=[0]"], "hours=[0.0]: give numbers above 0"),
     (["runs=runs/a", "group_by=[3]"], "group_by=[3]: give keys of configs"),
     (["runs=runs/a", "out=runs/a/config.yaml"], "out=runs/a/config.yaml: "),
     (["runs=runs/broken"], "runs=runs/broken: no run can be read"),
