@@ -116,8 +116,14 @@ def run_cells(jobs: int = 2, total_steps: int = 50) -> tuple[int, dict[Any, Any]
     return running.run(), running.states
 
 
-def write_run(folder: Path, *, algo: str = "td3", seed: int = 0, **facts: Any) -> Path:
-    """A run folder with two evaluations."""
+COUNTED = {"firing_rate": 0.25, "macs": 1.0, "acs": 2.5, "modelled_45nm_nj": 30.5,
+           "modelled_memory_nj": 400.5}  # fmt: skip
+
+
+def write_run(
+    folder: Path, *, algo: str = "td3", seed: int = 0, counted: bool = False, **facts: Any
+) -> Path:
+    """A run folder with two evaluations, as before operations were counted in them, or since."""
     folder.mkdir(parents=True)
     manifest = {"status": "done", "env_id": "Ant-v5", "command": "spikerl train env=Ant"}
     (folder / "manifest.json").write_text(json.dumps(manifest | facts))
@@ -127,8 +133,7 @@ def write_run(folder: Path, *, algo: str = "td3", seed: int = 0, **facts: Any) -
         {"step": step, "eval_return": 10.0 * step + seed, "wall_s": 36.0 * step, "energy_j": 5.0,
          "layer_firing_rates": [0.1, 0.2], "layer_window_fractions": [0.5],
          "layer_silent": [0.25], "layer_saturated": [0.125], "critic_loss": 1.5,
-         "firing_rate": 0.25, "macs": 1.0, "acs": 2.5, "modelled_45nm_nj": 30.5,
-         "modelled_memory_nj": 400.5}
+         **(COUNTED if counted else {})}
         for step in (100, 200)
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

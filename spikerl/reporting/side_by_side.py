@@ -30,6 +30,7 @@ INSIDE = {
     "power_w": "watts",
 }
 NAMED = 4  # settings in a group's name
+FIRST = ("algo.name", "actor.name")  # of them, and then other names
 
 
 class SideBySide:
@@ -38,7 +39,7 @@ class SideBySide:
     def __init__(self, runs: Sequence[Run], group_by: Sequence[str] | None) -> None:
         self.runs = list(runs)
         chosen = [key for key in self.varied if key != "seed" and not key.startswith("env.")]
-        chosen.sort(key=lambda key: not key.endswith(".name"))  # first what says the most
+        chosen.sort(key=lambda key: (key not in FIRST, not key.endswith(".name")))
         self.group_by = chosen if group_by is None else list(group_by)
 
     @cached_property

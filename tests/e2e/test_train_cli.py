@@ -148,7 +148,8 @@ def test_load_policy_is_evals_actor(run: Path) -> None:
     answer = json.loads(said.out)
     assert answer.keys() == {
         "return_mean", "return_std", "returns", "lengths", "episodes", "env_id", "firing_rate",
-        "spike_steps", "seed", "versions", "trained_with",
+        "spike_steps", "seed", "versions", "trained_with", "macs", "acs", "modelled_45nm_nj",
+        "modelled_memory_nj", "operations", "modelled_energy", "modelled_memory",
     }  # fmt: skip
     policy, env = load_policy(run), gym.make("InvertedPendulum-v5", max_episode_steps=30)
     obs, _ = env.reset(seed=seed_for(5, "eval", 0, 0))

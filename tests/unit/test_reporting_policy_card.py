@@ -49,7 +49,7 @@ Trained by
 
 
 def evaluated(folder: Path) -> None:
-    write_run(folder, git={"commit": "abc", "dirty": False})
+    write_run(folder, counted=True, git={"commit": "abc", "dirty": False})
     evaluation = {"return_mean": 2.0, "returns": [1.0, 3.0], "firing_rate": 0.25}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
 

@@ -208,7 +208,8 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page that refers to nothing outside, whatever a run says of itself."""
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "runs" / "a", command="<script>alert('x')</script> http://there")
-    write_run(tmp_path / "runs" / "b", algo="sac", seed=1, git={"commit": "abc", "dirty": True})
+    write_run(tmp_path / "runs" / "b", algo="sac", seed=1, counted=True,
+              git={"commit": "abc", "dirty": True})  # fmt: skip
     (write_run(tmp_path / "runs" / "c") / "metrics.jsonl").write_text("nonsense\n")
     said = spikerl("report", "runs=runs/*", "out=out", "hours=[1.5]")
     assert (said.status, said.err) == (0, "")
