@@ -101,7 +101,10 @@ def test_nothing_heavy_is_imported_to_answer(
 @pytest.mark.parametrize(
     ("line", "offers"),
     [
-        ("experiment=popsan/t", ["experiment=popsan/td3", "experiment=popsan/td3_poisson"]),
+        (
+            "experiment=popsan/t",
+            [f"experiment=popsan/td3{which}" for which in ("", "_poisson", "_sparse")],
+        ),
         ("experiment=x", []),
         ("actor=m", ["actor=mlp"]),
     ],
