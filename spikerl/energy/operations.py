@@ -5,8 +5,8 @@ Shape legend   T spike steps, B observations, I inputs, N neurons, A action entr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,17 +22,31 @@ from spikerl.models.compression import footprints
 from spikerl.models.policy import Policy
 from spikerl.snn import decoders
 from spikerl.snn.conv import Conv
+from spikerl.snn.linear import Linear
 
 
 @dataclass(frozen=True)
 class DenseTwin:
     """ReLU layers of the same hidden sizes, every weight and activation counted."""
 
-    sizes: list[int]  # observation entries, hidden layers, action entries
+    sizes: list[int]  # observation entries, outputs of hidden layers, action entries
+    convolutions: list[tuple[int, int]] = field(default_factory=list)  # MACs, parameters of each
+
+    @classmethod
+    def of(cls, obs_dim: int, hidden: Sequence[Linear], act_dim: int) -> DenseTwin:
+        conv = [layer for layer in hidden if isinstance(layer, Conv)]
+        each = [(c.outputs // c.filters * c.weight_IN.numel(), c.weight_IN.numel() + c.filters)
+                for c in conv]  # fmt: skip
+        return cls([obs_dim, *(layer.outputs for layer in hidden), act_dim], each)
+
+    @property
+    def linear(self) -> list[tuple[int, int]]:
+        """Inputs and outputs of what comes behind the convolutions."""
+        return list(pairwise(self.sizes))[len(self.convolutions) :]
 
     @property
     def macs(self) -> int:
-        return sum(i * n for i, n in pairwise(self.sizes))
+        return sum(macs for macs, _ in self.convolutions) + sum(i * n for i, n in self.linear)
 
     @property
     def activations(self) -> int:
@@ -41,7 +55,8 @@ class DenseTwin:
     @property
     def footprint_bytes(self) -> int:
         """Of weights and biases in float32."""
-        return 4 * (self.macs + sum(self.sizes[1:]))
+        parameters = sum(own for _, own in self.convolutions)
+        return 4 * (parameters + sum((i + 1) * n for i, n in self.linear))
 
 
 @dataclass(frozen=True)
@@ -119,8 +134,6 @@ def of_policy(policy: Policy, obs_BO: Tensor, generator: torch.Generator) -> Ope
 
 def check(actor: Actor) -> None:
     """Refuse an actor with a part whose operations are not known."""
-    if any(isinstance(layer, Conv) for layer in actor.layers):
-        raise BadRequest("ops", "true", "the operations of Conv are not known; leave ops out")
     if isinstance(actor, MLPActor):
         return
     kinds: list[tuple[Any, dict[Any, Any]]] = [
@@ -142,17 +155,21 @@ def _widest(bits: Mapping[str, int], *parts: str) -> int | None:
     return max((b for name, b in bits.items() if name.startswith(parts)), default=None)
 
 
+def _synapses(layer: Linear, x: Tensor, spiking: bool, calls: float | None = None) -> Synapses:
+    patches = layer.patches if isinstance(layer, Conv) else None
+    return through(x, layer.weight_IN, spiking, calls, patches)
+
+
 def _dense(
     actor: MLPActor, obs_BO: Tensor, generator: torch.Generator | None, bits: Mapping[str, int]
 ) -> Operations:
     x, parts, active = obs_BO, [], []
     for i, layer in enumerate(actor.layers, 1):
         own = _widest(bits, f"layers.{i - 1}.")
-        parts.append(Count(f"hidden {i}", through(x, layer.weight_IN, False), bits=own))
+        parts.append(Count(f"hidden {i}", _synapses(layer, x, False), bits=own))
         x = torch.relu(layer(x))
         active.append((x != 0).double())
     parts[-1] = replace(parts[-1], name="output", functions=actor.act_dim)
-    sizes = [actor.obs_dim, *(layer.weight_IN.shape[1] for layer in actor.layers)]
     return Operations(
         encoder=None,
         layers=parts,
@@ -166,7 +183,7 @@ def _dense(
         connection_sparsity=0.0,
         footprint_bytes=0,
         packed_bytes=0,
-        twin=DenseTwin(sizes),
+        twin=DenseTwin.of(actor.obs_dim, list(actor.layers)[:-1], actor.act_dim),
     )
 
 
@@ -193,7 +210,7 @@ def _spiking(
     ):
         part = Count(
             f"hidden {i}",
-            through(x, layer.weight_IN, i > 1 or actor.encoder.spikes, calls),
+            _synapses(layer, x, i > 1 or actor.encoder.spikes, calls),
             updates=steps * spikes.shape[-1],
             update=NEURON_UPDATES[type(neuron.config)],
             spikes=float(spikes.sum()) / batch,
@@ -201,7 +218,7 @@ def _spiking(
         )
         parts.append(part)
         x, calls = spikes, steps
-    hidden = [layer.weight_IN.shape[1] for layer in actor.layers]
+    hidden = list(actor.layers)
     if actor.decoder.population(actor.decoder.config, actor.act_dim):
         hidden.pop()
         parts[-1] = replace(parts[-1], name="output")
@@ -226,5 +243,5 @@ def _spiking(
         connection_sparsity=0.0,
         footprint_bytes=0,
         packed_bytes=0,
-        twin=DenseTwin([actor.obs_dim, *hidden, actor.act_dim]),
+        twin=DenseTwin.of(actor.obs_dim, hidden, actor.act_dim),
     )

@@ -10,6 +10,7 @@ Shape legend   B observations, I inputs, N neurons.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,16 +57,27 @@ def add(*parts: Synapses) -> Synapses:
     return Synapses(*(sum(values) for values in zip(*parts, strict=True)))
 
 
-def through(x: Tensor, weight_IN: Tensor, spiking: bool, calls: float | None = None) -> Synapses:
+def through(
+    x: Tensor,
+    weight_IN: Tensor,
+    spiking: bool,
+    calls: float | None = None,
+    patches: Callable[[Tensor], Tensor] | None = None,
+) -> Synapses:
     """Of inputs (..., B, I) through connections; a matrix may hold the fan-out of each input.
 
     `calls`: how often an observation's inputs come; null: as often as they stand in x.
+    `patches`: what a convolution sees, with the same connections at each place of an image.
     """
     batch = x.shape[-2]
     calls = x[..., 0].numel() / batch if calls is None else calls
     fan_out_I = (weight_IN != 0).sum(1).double()
-    active_I = (x != 0).flatten(0, -2).sum(0).double()
+    active_I, places = (x != 0).flatten(0, -2).sum(0).double(), 1
+    if patches is not None:
+        active_PI = patches(active_I.unsqueeze(0))
+        active_I, places = active_PI.sum(0), len(active_PI)
     effective = float(active_I @ fan_out_I) / batch
+    calls = calls * places
     dense = calls * weight_IN.numel()
     if spiking:
         return Synapses(dense, 0.0, effective, calls * float(fan_out_I.sum()))

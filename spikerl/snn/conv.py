@@ -89,18 +89,21 @@ class Conv(Linear):
         scale: float = 1.0,
     ) -> None:
         super().__init__(channels * kernel * kernel, filters)
-        self.channels, self.size, self.channels_first = channels, size, channels_first
+        self.channels, self.filters, self.size = channels, filters, size
+        self.channels_first = channels_first
         self.kernel, self.stride, self.scale = kernel, stride, scale
         self.outputs = math.prod((n - kernel) // stride + 1 for n in size) * filters
 
     def rows(self, x_BI: Tensor) -> Tensor:
-        """The patches, (B P, C kernel kernel)."""
+        """What W maps, (B P, C kernel kernel)."""
+        return self.patches(x_BI * self.scale if self.scale != 1.0 else x_BI)
+
+    def patches(self, x_BI: Tensor) -> Tensor:
+        """(B P, C kernel kernel)."""
         if self.channels_first:
             x = x_BI.unflatten(1, (self.channels, *self.size))
         else:
             x = x_BI.unflatten(1, (*self.size, self.channels)).permute(0, 3, 1, 2)
-        if self.scale != 1.0:
-            x = x * self.scale
         patches_BIP = nn.functional.unfold(x, self.kernel, stride=self.stride)
         return patches_BIP.transpose(1, 2).flatten(0, 1)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import plain
 import pytest
 import torch
 from builders import CUBA_LIF, POPULATION, RATE, lif_config, voltage_config
@@ -20,6 +21,7 @@ from spikerl.config.build import why_layered
 from spikerl.energy import operations
 from spikerl.export import support
 from spikerl.kernels import build as native
+from spikerl.kernels import reference
 from spikerl.models.actor import SpikingActor
 from spikerl.models.actor_config import ActorConfig, CNNConfig, ConvSANConfig
 from spikerl.models.networks import build_actor
@@ -159,10 +161,43 @@ def test_what_is_no_stack(changes: dict[str, Any], line: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cnn", "conv"])
+def test_operations_are_counted_at_every_place(kind: str) -> None:
+    """3 x 4 places of 2 x 9 inputs and 4 filters, 1 x 2 of 4 x 4 and 3, then 6 x 7 and 7 x 3.
+
+    What is effective, by torch's convolution of what is not 0.
+    """
+    torch.manual_seed(0)
+    actor = build_actor(config(kind, pixel_max=4.0), 60, 3)
+    plain.cut_weights([layer.weight_IN for layer in actor.layers], torch.Generator())
+    obs = torch.randint(3, (9, 60)).float()  # a third are 0
+    ops = operations.count(actor, obs)
+    steps = 1 if kind == "cnn" else 4
+    assert [part.synapses.dense for part in ops.layers[:2]] == [864.0, steps * 96.0]
+    assert ops.twin.sizes == [60, 48, 6, 7, 3]
+    assert (ops.twin.macs, ops.twin.footprint_bytes) == (
+        864 + 96 + 42 + 21,
+        4 * (76 + 51 + 49 + 24),
+    )
+
+    first = torchs(actor.layers[0], 1)  # type: ignore[arg-type]
+    first.weight.data = (first.weight != 0).float()
+    first.bias = None
+    there = (obs != 0).float().unflatten(1, (5, 6, 2)).permute(0, 3, 1, 2)
+    assert ops.layers[0].synapses.macs == pytest.approx(first(there).sum().item() / 9)
+    if kind == "conv":
+        assert isinstance(actor, SpikingActor)
+        spikes_TBN = reference.record(actor, obs, None)[0][1]
+        second = torchs(actor.layers[1], 2)  # type: ignore[arg-type]
+        second.weight.data = (second.weight != 0).float()
+        second.bias = None
+        images = spikes_TBN.flatten(0, 1).unflatten(1, (3, 4, 4)).permute(0, 3, 1, 2)
+        acs = ops.layers[1].synapses.acs
+        assert acs == pytest.approx(second(images).sum().item() / 9)
+        assert 0 < acs < ops.layers[1].synapses.most_acs < 4 * 96
+
+
+@pytest.mark.parametrize("kind", ["cnn", "conv"])
 def test_what_does_not_know_them_says_so(kind: str) -> None:
-    actor = build_actor(config(kind), 60, 3)
-    line = "ops=true: the operations of Conv are not known; leave ops out"
-    assert str(refusal(operations.check, actor)) == line
     line = f"format=onnx: cannot hold actor={kind}: no format has its convolutions here"
     assert str(refusal(support.check, "onnx", config(kind))) == line
     made = replace(config(kind), encoder=POPULATION, neuron=CUBA_LIF, decoder=RATE)
