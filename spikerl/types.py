@@ -1,6 +1,7 @@
 """Words that every layer shares.
 
-Shape legend   B batch, K steps of a context, O observation entries, A action entries.
+Shape legend   B batch, K steps of a context, O observation entries, A action entries,
+               W columns of an observation, C columns of a row.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 # Of an episode, so that each evaluation ends.
@@ -93,6 +95,62 @@ def flat(layout: Sequence[Entry], obs: Any) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Row:
+    """How a replay holds a transition, as C float32: obs next_obs act rew terminated last discount.
+
+    Observations of bytes lie four to a column, as bits that are never read as numbers.
+    """
+
+    obs_dim: int
+    act_dim: int
+    obs_bytes: bool = False
+
+    @property
+    def obs_width(self) -> int:
+        """Columns of an observation, W."""
+        return -(-self.obs_dim // 4) if self.obs_bytes else self.obs_dim
+
+    @property
+    def act_start(self) -> int:
+        """The action's first column, behind both observations."""
+        return 2 * self.obs_width
+
+    @property
+    def rew_column(self) -> int:
+        return self.act_start + self.act_dim
+
+    @property
+    def columns(self) -> int:
+        """C."""
+        return self.rew_column + 4
+
+    @property
+    def numbers(self) -> slice:
+        """The columns that must be finite."""
+        return slice(self.act_start if self.obs_bytes else 0, self.columns)
+
+    def pack(self, obs: np.ndarray) -> np.ndarray:
+        """Observations (..., O) as columns (..., W)."""
+        if not self.obs_bytes:
+            return obs
+        padded = np.zeros((*obs.shape[:-1], 4 * self.obs_width), np.uint8)
+        padded[..., : self.obs_dim] = obs
+        return padded.view(np.float32)
+
+    def unpack(self, columns: Tensor) -> Tensor:
+        """Columns (..., W) as observations (..., O)."""
+        if not self.obs_bytes:
+            return columns
+        return columns.contiguous().view(torch.uint8)[..., : self.obs_dim].float()
+
+    def packed(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (..., C) of this kind, of those that hold observations as numbers."""
+        plain = Row(self.obs_dim, self.act_dim)
+        obs, next_obs, rest = np.split(rows, [plain.obs_width, plain.act_start], -1)
+        return np.concatenate([self.pack(obs), self.pack(next_obs), rest], -1)
+
+
+@dataclass(frozen=True)
 class Task:
     """What a policy must know of its environment.
 
@@ -117,6 +175,10 @@ class Task:
     @property
     def obs_dim(self) -> int:
         return math.prod(self.obs_shape)  # exact, whatever a file claims
+
+    @property
+    def row(self) -> Row:
+        return Row(self.obs_dim, self.act_dim, self.obs_bytes)
 
     @property
     def act_dim(self) -> int:

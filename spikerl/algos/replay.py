@@ -7,63 +7,13 @@ Shape legend   B batch, K steps of a context, O observation entries, A action en
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spikerl.types import Batch, Contexts
-
-
-@dataclass(frozen=True)
-class Row:
-    """How a transition lies in C columns of float32: obs next_obs act rew terminated last discount.
-
-    Observations of bytes lie four to a column, as bits that are never read as numbers.
-    """
-
-    obs_dim: int
-    act_dim: int
-    obs_bytes: bool = False
-
-    @property
-    def obs(self) -> int:
-        """W."""
-        return -(-self.obs_dim // 4) if self.obs_bytes else self.obs_dim
-
-    @property
-    def act(self) -> int:
-        """Where the action begins, behind both observations."""
-        return 2 * self.obs
-
-    @property
-    def rew(self) -> int:
-        return self.act + self.act_dim
-
-    @property
-    def width(self) -> int:
-        return self.rew + 4
-
-    @property
-    def numbers(self) -> slice:
-        """The columns that must be finite."""
-        return slice(self.act if self.obs_bytes else 0, self.width)
-
-    def pack(self, obs_BO: np.ndarray) -> np.ndarray:
-        """Observations as columns, (B, W)."""
-        if not self.obs_bytes:
-            return obs_BO
-        bytes_BX = np.zeros((len(obs_BO), 4 * self.obs), np.uint8)
-        bytes_BX[:, : self.obs_dim] = obs_BO
-        return bytes_BX.view(np.float32)
-
-    def unpack(self, columns: Tensor) -> Tensor:
-        """Columns (..., W) as observations, (..., O)."""
-        if not self.obs_bytes:
-            return columns
-        return columns.contiguous().view(torch.uint8)[..., : self.obs_dim].float()
+from spikerl.types import Batch, Contexts, Row
 
 
 class Replay:
@@ -90,7 +40,7 @@ class Replay:
         self.saved = 0  # rows that a checkpoint holds already
         self.width = width  # environments whose rows come together, in their order
         self.row = Row(obs_dim, act_dim, obs_bytes)
-        self.rows = torch.empty(0, self.row.width, dtype=torch.float32, device=device)
+        self.rows = torch.empty(0, self.row.columns, dtype=torch.float32, device=device)
         self.reserve(min(capacity, self.FIRST))
 
     def add(
@@ -105,11 +55,12 @@ class Replay:
     ) -> None:
         """Store B transitions: obs and next_obs (B, O), act (B, A), the others (B,)."""
         row = self.row
-        rows = np.empty((len(rew), row.width), np.float32)
-        rows[:, : row.obs], rows[:, row.obs : row.act] = row.pack(obs), row.pack(next_obs)
-        rows[:, row.act : row.rew], rows[:, row.rew] = act, rew
-        rows[:, row.rew + 1], rows[:, row.rew + 2] = terminated, last
-        rows[:, row.rew + 3] = discount
+        rows = np.empty((len(rew), row.columns), np.float32)
+        rows[:, : row.obs_width] = row.pack(obs)
+        rows[:, row.obs_width : row.act_start] = row.pack(next_obs)
+        rows[:, row.act_start : row.rew_column], rows[:, row.rew_column] = act, rew
+        rows[:, row.rew_column + 1], rows[:, row.rew_column + 2] = terminated, last
+        rows[:, row.rew_column + 3] = discount
         self.put(self.added, torch.from_numpy(rows))
         self.added += len(rows)
 
@@ -185,7 +136,7 @@ class Replay:
         """Rows from there over up to `n_step` steps: their rewards' discounted sum, the product of
         their discounts, and the end of the last of them.
         """
-        W, act, rew = self.row.obs, self.row.act, self.row.rew
+        W, act, rew = self.row.obs_width, self.row.act_start, self.row.rew_column
         newest = self.added - 1
         number = newest - (newest - index) % self.capacity  # of the last step so far
         whole = self.rows[index]
@@ -224,7 +175,8 @@ class Replay:
 
         Of rows whose `rew` is a return to go, and whose `discount` is a time.
         """
-        W, act, rew, device = self.row.obs, self.row.act, self.row.rew, self.rows.device
+        W, act, rew = self.row.obs_width, self.row.act_start, self.row.rew_column
+        device = self.rows.device
         first = torch.randint(self.size, (count,), generator=generator, dtype=torch.int64)
         place = torch.arange(length, dtype=torch.int64, device=device)
         first = first.to(device).unsqueeze(1)
@@ -252,10 +204,10 @@ class Replay:
 
     def _batch(self, rows: Tensor, normalize: Callable[[Tensor], Tensor]) -> tuple[Batch, Tensor]:
         row = self.row
-        both = row.unpack(rows[:, : row.act].unflatten(1, (2, row.obs)))
+        both = row.unpack(rows[:, : row.act_start].unflatten(1, (2, row.obs_width)))
         obs, next_obs = normalize(both).unbind(1)
-        rew, terminated, last, discount = rows[:, row.rew :].unbind(1)
-        act = rows[:, row.act : row.rew]
+        rew, terminated, last, discount = rows[:, row.rew_column :].unbind(1)
+        act = rows[:, row.act_start : row.rew_column]
         fields = (obs, act, rew, next_obs, terminated > 0, discount)
         return Batch(*(field.contiguous() for field in fields)), last > 0
 

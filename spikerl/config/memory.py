@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 
 from spikerl.algos.offpolicy import OfflineConfig
-from spikerl.algos.replay import Row
 from spikerl.config.build import Config
 from spikerl.errors import BadRequest
 from spikerl.machine import CGROUP, GROUPS, control_groups
@@ -71,7 +70,7 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
     at_once = algo.batch_size * getattr(algo, "target_samples", 1)  # rows, of which each is several
     rollout = "rollout_steps" if hasattr(algo, "rollout_steps") else "replay_capacity"
     needs = {
-        f"algo.{rollout}": rows * Row(O, A, task.obs_bytes).width * NUMBER,
+        f"algo.{rollout}": rows * task.row.columns * NUMBER,
         f"algo.{several}": at_once * (sum(widths) * steps + 2 * O) * NUMBER,
         "actor.hidden_sizes": weights(list(actor.hidden_sizes)),
     }

@@ -129,13 +129,13 @@ def break_even(ops: Operations, dense_nj: float, bits: int = BITS) -> float | No
     return min(rate, 1.0) if rate > 0.0 else None
 
 
-def per_decision(ops: Operations, bits: int = BITS) -> dict[str, float | None]:
-    """What the whole policy does and costs; `bits`: as `memory` takes them."""
+def per_decision(ops: Operations) -> dict[str, float | None]:
+    """What the whole policy does and costs."""
     return {
         "macs": sum(part.synapses.macs for part in ops.parts),
         "acs": sum(part.synapses.acs for part in ops.parts),
         "modelled_45nm_nj": by_constants(ops, ARITHMETIC).total,
-        "modelled_memory_nj": memory(ops, bits).total,
+        "modelled_memory_nj": memory(ops).total,
     }
 
 

@@ -125,11 +125,12 @@ def count(
 
 def of_policy(policy: Policy, obs_BO: Tensor, generator: torch.Generator) -> Operations | None:
     """The same of a policy; None where its operations are not known."""
-    bits = policy.compression.bits if policy.compression else None
     try:
-        return count(policy.actor, obs_BO, generator, bits)
+        check(policy.actor)
     except BadRequest:
         return None
+    bits = policy.compression.bits if policy.compression else None
+    return count(policy.actor, obs_BO, generator, bits)
 
 
 def check(actor: Actor) -> None:

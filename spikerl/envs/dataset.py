@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from spikerl.envs.make import FLOAT32_MAX
+from spikerl.envs.make import FLOAT32_MAX, are_bytes
 from spikerl.envs.vector import Steps
 from spikerl.errors import BadRequest
 from spikerl.files import checksum_of, read_json, write_json
@@ -162,7 +162,7 @@ class Dataset:
                 raise ValueError("its main_data.hdf5 is not the one that metadata.json names")
             with opened(main) as file:
                 lengths = tuple(length_of(group, task) for group in groups_of(file, metadata))
-            row = (2 * task.obs_dim + task.act_dim + 4) * 4
+            row = task.row.columns * 4
             if (needed := sum(lengths) * row) > most_bytes:
                 raise ValueError(
                     f"{sum(lengths)} transitions need {needed / 2**30:.3g} GiB; this machine has"
@@ -291,6 +291,8 @@ def recorded(group: Any, task: Task) -> Recorded:
     for name, values in (("observations", flat), ("rewards", rew)):
         if not (np.abs(values) <= FLOAT32_MAX).all():
             raise ValueError(f"{group.name} has {name} that are NaN, infinite or beyond float32")
+    if task.obs_bytes and not are_bytes(obs):
+        raise ValueError(f"{group.name} has observations that are no whole numbers from 0 to 255")
     if (terminated | truncated)[:-1].any():
         raise ValueError(f"{group.name} goes on after its end")
     return Recorded(flat, inside(act, task, group.name), rew, terminated, truncated)

@@ -154,7 +154,7 @@ class CheckedEnv(gym.Wrapper[np.ndarray, Any, Any, Any]):
         if given.shape != self.shape or given.dtype.kind not in REAL:
             what = f"an observation {given.shape} of {given.dtype}"
             raise EnvironmentFailed(f"returned {what}; its space says {self.shape} of numbers")
-        if self.obs_bytes and given.dtype.kind != "b" and not _are_bytes(given):
+        if self.obs_bytes and not are_bytes(given):
             said = "returned an observation that is not of whole numbers from 0 to 255"
             raise EnvironmentFailed(f"{said}, as its space says")
         return np.array(given, np.float64).reshape(self.size)
@@ -163,8 +163,10 @@ class CheckedEnv(gym.Wrapper[np.ndarray, Any, Any, Any]):
 REAL = "biuf"  # numpy's kinds of numbers
 
 
-def _are_bytes(obs: np.ndarray) -> bool:
-    return obs.dtype == np.uint8 or bool(((obs >= 0) & (obs <= 255) & (obs % 1 == 0)).all())
+def are_bytes(obs: np.ndarray) -> bool:
+    if obs.dtype in (np.uint8, np.bool_):
+        return True
+    return bool(((obs >= 0) & (obs <= 255) & (obs % 1 == 0)).all())
 
 
 def _scalar(what: str, value: Any, kinds: str = REAL) -> Any:

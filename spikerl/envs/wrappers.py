@@ -62,6 +62,8 @@ def wrapped(env: gym.Env[Any, Any], wrappers: Sequence[Any]) -> gym.Env[Any, Any
             env = getattr(gym.wrappers, name)(env, **plain)
         except Exception as error:  # each checks its arguments in its own way
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, gym.error.DependencyNotInstalled):
+                reason = "it needs opencv; pip install 'spikerl[atari]'"
             raise BadRequest("env.wrappers", name, f"does not fit here: {reason}") from error
     return env
 

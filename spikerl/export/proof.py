@@ -31,6 +31,7 @@ LEAST, MOST = 1000, 3000  # observations that are reproduced
 MOST_RECORDED = 12_000  # of which so many are not decided by rounding
 MOST_EPISODES = 2048  # that are run for them
 TOLERANCE = 1e-6  # of actions, relative to the larger bound
+MOST_TOLERANCE = 1e-5  # of dense ones, however far rounding takes the policy's own
 # Voltages nearer to their threshold, relative to the layer's largest, are decided by the order in
 # which float32 numbers are added, which differs between the policy's own kernels too.
 ROUNDING = 2.0**-18
@@ -94,6 +95,7 @@ def prove(
         "set_aside": recorded.set_aside,
         "spikes_compared": sum(layer.size for layer in spikes),
         "largest_action_difference": difference,
+        "action_tolerance": recorded.tolerance,
         "episodes": episodes if env else 0,
         "seed": seed,
         "return_mean": None,
@@ -236,7 +238,8 @@ def recorded_of(policy: Policy, obs_BO: np.ndarray) -> Recorded:
         exact.dtype = torch.float64
         recorded = Recorded(obs_BO, [], in_units(policy, exact(x.double())), 0)
         rounded = difference_of(policy.task, recorded, in_units(policy, actor(x)))
-        return replace(recorded, tolerance=max(TOLERANCE, 2.0 * float(rounded.max())))
+        tolerance = min(max(TOLERANCE, 2.0 * float(rounded.max())), MOST_TOLERANCE)
+        return replace(recorded, tolerance=tolerance)
     layers, states = reference.record(actor, x, None)
     taken_TB1 = reference.taken(actor, layers[-1])
     act, near = decided(exact, layers[-1].double(), taken_TB1)

@@ -118,8 +118,8 @@ def scatter(
     `lines`: a label whose runs have no x is a line at their mean; else it is not drawn.
     """
     panels = {
-        name: {label: points for label, points in panel.items()
-               if points and (lines or any(x is not None for x, _ in points))}
+        name: {label: there or points for label, points in panel.items()
+               if (there := [p for p in points if p[0] is not None]) or (points and lines)}
         for name, panel in panels.items()
     }  # fmt: skip
     panels = {

@@ -108,9 +108,9 @@ class Run:
         """
         rows = self.evaluated[-statistics.LAST :]
         if rows and all(key in row for row in rows for key in keys):
-            return _sum(rows, keys), statistics.last_ten_mean(self.returns)
+            return _mean_sum(rows, keys), statistics.last_ten_mean(self.returns)
         ret = number(self.evaluation.get("return_mean"))
-        return None if ret is None else (_sum([self.evaluation], keys), ret)
+        return None if ret is None else (_mean_sum([self.evaluation], keys), ret)
 
     def decision(self, key: str) -> float | None:
         """What a decision of its policy takes in the end."""
@@ -164,8 +164,8 @@ class Run:
         return array[:, 0], array[:, 1]
 
 
-def _sum(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> float | None:
-    """Mean over rows; None unless each is known."""
+def _mean_sum(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> float | None:
+    """Of these keys, mean over rows; None unless each is known."""
     known = values([number(row.get(key)) for row in rows for key in keys])
     return float(known.sum()) / len(rows) if len(known) == len(rows) * len(keys) else None
 

@@ -79,21 +79,20 @@ class SideBySide:
         return [run for run in self.groups[group] if run.env_id == task]
 
     def returns(self, metric: str) -> Grid:
-        return self._grid(lambda run: (run.score(metric), run.step) if run.step else None)
+        score = METRICS[metric]
+        return self._grid(lambda run: (score(run.returns), run.step) if run.step else None)
 
     def after(self, hours: float) -> Grid:
         return self._grid(lambda run: run.within(hours))
 
-    def _grid(self, score: Callable[[Run], tuple[float | None, int] | None]) -> Grid:
+    def _grid(self, score: Callable[[Run], tuple[float, int] | None]) -> Grid:
         lines = [["", *self.tasks]]
         for group in self.groups:
             cells = [self._cell(self.of(group, task), score) for task in self.tasks]
             lines.append([group, *cells])
         return lines
 
-    def _cell(
-        self, runs: Sequence[Run], score: Callable[[Run], tuple[float | None, int] | None]
-    ) -> str:
+    def _cell(self, runs: Sequence[Run], score: Callable[[Run], tuple[float, int] | None]) -> str:
         there = [scored for run in runs if (scored := score(run)) is not None]
         if not there:
             return "-"
@@ -101,7 +100,7 @@ class SideBySide:
         text = tables.spread(float(scores.mean()), statistics.sd(scores))
         low, high = tables.steps(min(reached)), tables.steps(max(reached))
         said = [f"n={len(scores)}", f"{low if low == high else f'{low} to {high}'} steps"]
-        if failed := sum(run.status == "failed" for run in runs):
+        if failed := sum(run.status == "failed" for run in runs if score(run) is not None):
             said.append(f"{failed} failed")
         return f"{text} ({', '.join(said)})"
 

@@ -129,6 +129,8 @@ def cell_of(table: Table, row: str, column: str, seed: int) -> Cell | None:
     if not table.has(row, column):
         return None
     owner, name = table.owner(row)
+    if not owner.has(name, column):
+        return None
     r, c, protocol = owner.rows[name], owner.columns[column], owner.protocol
     folder = ROOT / owner.name / name / column / f"seed{seed}"
     own = (*r.overrides, *c.overrides.get(name, []))

@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ from spikerl.files import (
     write_atomic,
     write_synced,
 )
+from spikerl.types import Row
 
 SCHEMA = 3  # 3: segments are named by the number of workers too
 KEEP = 3
@@ -200,9 +201,8 @@ class Checkpoint:
             first, last = segment.start // theirs, segment.stop // theirs
             if mine.start >= mine.stop or last <= oldest:
                 continue
-            rows_TNC = np.fromfile(self.run / path, np.float32).reshape(last - first, theirs, -1)
-            if rows_TNC.shape[2] != replay.row.width:
-                raise ValueError("its replay holds observations of another kind")
+            rows = np.fromfile(self.run / path, np.float32)
+            rows_TNC = segment.of(replay.row, rows.reshape(last - first, theirs, -1))
             begin, end = max(first, oldest), min(last, steps)
             number_T1 = torch.arange(begin, end, dtype=torch.int64).unsqueeze(1) * width - offset
             number_TN = number_T1 + torch.arange(mine.start, mine.stop, dtype=torch.int64)
@@ -211,9 +211,9 @@ class Checkpoint:
         if not replay.sound():
             raise ValueError("its replay lacks rows, or holds a NaN or an infinity")
 
-    def steps_of(self, env: int, num_envs: int) -> tuple[int, list[np.ndarray]]:
+    def steps_of(self, env: int, num_envs: int, row: Row) -> tuple[int, list[np.ndarray]]:
         """The rows of an environment, (T, C) of each segment, mapped; the number of its step that
-        the first is of. A ValueError where rows are missing in between.
+        the first is of. A ValueError where rows are missing in between, or are of another kind.
         """
         parts: dict[int, np.ndarray] = {}
         for path in self.manifest["segments"]:
@@ -224,7 +224,7 @@ class Checkpoint:
             if segment.worker == env // theirs:
                 rows = np.memmap(self.run / path, np.float32, "r")
                 rows_TNC = rows.reshape((segment.stop - segment.start) // theirs, theirs, -1)
-                parts[segment.start // theirs] = rows_TNC[:, env % theirs]
+                parts[segment.start // theirs] = segment.of(row, rows_TNC[:, env % theirs])
         first = due = min(parts, default=0)
         for start in sorted(parts):
             if start != due:
@@ -274,7 +274,7 @@ def remove_unreferenced(run: Path) -> None:
     if None in manifests:  # its segments are not known
         return
     named = {path for manifest in manifests if manifest for path in manifest["segments"]}
-    for path in run.glob("replay/worker_*/rows_*.f32"):
+    for path in run.glob("replay/worker_*/rows_*"):
         if str(path.relative_to(run)) not in named:
             path.unlink()
 
@@ -285,7 +285,8 @@ def append_segment(run: Path, world: World, replay: Replay) -> dict[str, str]:
     if start == replay.added:
         return {}
     writer = f"worker_{world.rank}_of_{world.size}"
-    path = Path("replay") / writer / f"rows_{start:012d}_{replay.added:012d}.f32"
+    kind = "u8" if replay.row.obs_bytes else "f32"
+    path = Path("replay") / writer / f"rows_{start:012d}_{replay.added:012d}.{kind}"
     make_folder(run / "replay")
     make_folder((run / path).parent)
     rows = replay.between(start, replay.added).cpu().numpy()
@@ -299,13 +300,23 @@ class _Segment(NamedTuple):
     workers: int
     start: int
     stop: int
+    obs_bytes: bool
+
+    def of(self, row: Row, rows: np.ndarray) -> np.ndarray:
+        """Its rows (..., C) as `row` says; observations of bytes were once held as numbers."""
+        held = replace(row, obs_bytes=self.obs_bytes)
+        if rows.shape[-1] != held.columns or self.obs_bytes > row.obs_bytes:
+            raise ValueError("its replay holds other observations or actions")
+        return rows if held == row else row.packed(rows)
 
 
 def _parse(path: str) -> _Segment:
-    match = re.fullmatch(r"replay/worker_(\d+)_of_(\d+)/rows_(\d+)_(\d+)\.f32", path)
+    match = re.fullmatch(r"replay/worker_(\d+)_of_(\d+)/rows_(\d+)_(\d+)\.(f32|u8)", path)
     if match is None:
         raise ValueError(f"{path} is not a replay segment")
-    return _Segment(*map(int, match.groups()))
+    *numbers, kind = match.groups()
+    worker, workers, start, stop = map(int, numbers)
+    return _Segment(worker, workers, start, stop, kind == "u8")
 
 
 def _reaches(path: str, world: World, replay: Replay) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from spikerl.algos.replay import Row
 from spikerl.envs.dataset import Recorded
 from spikerl.runs.checkpoint import Checkpoint
 from spikerl.types import Task
@@ -25,37 +24,36 @@ def episodes(checkpoint: Checkpoint, task: Task, num_envs: int) -> Iterator[tupl
     What has no end is cut off: the last episode, and one after which the run went on from a reset.
     What has no beginning is the oldest of a replay that has overwritten it.
     """
-    row = Row(task.obs_dim, task.act_dim, task.obs_bytes)
+    row = task.row
     for env in range(num_envs):
-        first, parts = checkpoint.steps_of(env, num_envs)
-        if any(part.shape[1] != row.width for part in parts):
-            raise ValueError(f"its replay is none of {task.env_id}")
+        first, parts = checkpoint.steps_of(env, num_envs, row)
         begun = first == 0
-        for rows_TC in cut(parts, row.obs):
+        for rows_TC in cut(parts, row.obs_width):
             if not np.isfinite(rows_TC[:, row.numbers]).all():
                 raise ValueError("its replay holds a NaN or an infinity")
-            seen_TW = np.concatenate([rows_TC[:, : row.obs], rows_TC[-1:, row.obs : row.act]])
+            last_1W = rows_TC[-1:, row.obs_width : row.act_start]
+            seen_TW = np.concatenate([rows_TC[:, : row.obs_width], last_1W])
             last = np.arange(len(rows_TC)) == len(rows_TC) - 1
-            terminated = rows_TC[:, row.rew + 1] > 0
+            terminated = rows_TC[:, row.rew_column + 1] > 0
             played = Recorded(
                 row.unpack(torch.from_numpy(seen_TW)).numpy().astype(np.float64),
-                rows_TC[:, row.act : row.rew],
-                rows_TC[:, row.rew].astype(np.float64),
+                rows_TC[:, row.act_start : row.rew_column],
+                rows_TC[:, row.rew_column].astype(np.float64),
                 terminated,
                 last & ~terminated,
             )
-            yield played, begun and bool(rows_TC[-1, row.rew + 2] > 0.0)
+            yield played, begun and bool(rows_TC[-1, row.rew_column + 2] > 0.0)
             begun = True
 
 
-def cut(parts: Iterable[np.ndarray], width: int) -> Iterator[np.ndarray]:
+def cut(parts: Iterable[np.ndarray], obs_width: int) -> Iterator[np.ndarray]:
     """Rows (T, C) after which an episode ended, or the next row does not follow; an observation has
-    W = `width` columns.
+    W = `obs_width` columns.
     """
     held: np.ndarray | None = None
     for part in parts:
         rows = part if held is None else np.concatenate([held, part])
-        seen, then = rows[1:, :width], rows[:-1, width : 2 * width]
+        seen, then = rows[1:, :obs_width], rows[:-1, obs_width : 2 * obs_width]
         follows = (seen.view(np.int32) == then.view(np.int32)).all(1)  # bits: they may be bytes
         ends = np.flatnonzero((rows[:-1, -2] > 0.0) | ~follows) + 1
         *whole, held = np.split(rows, ends)

@@ -35,9 +35,9 @@ class ConvConfig:
             if not 1 <= len(given) == count <= MOST or not all(1 <= n <= most for n in given):
                 remedy = "give height and width" if key == "image" else "give one for each layer"
                 raise BadRequest(f"actor.{key}", given, f"{remedy}, 1 to {most}")
-        if not 0.0 < self.pixel_max < math.inf:
+        if not 1e-6 <= self.pixel_max <= 1e6:
             raise BadRequest(
-                "actor.pixel_max", self.pixel_max, "give a number above 0, such as 255"
+                "actor.pixel_max", self.pixel_max, "give 1 or 255, or what else pixels are at most"
             )
         height, width = self.image
         for kernel, stride in zip(self.kernel_sizes, self.strides, strict=True):

@@ -5,6 +5,7 @@ Shape legend   B environments side by side, O observation entries.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -33,6 +34,8 @@ from spikerl.types import Contexts, Task
 SIDE_BY_SIDE = 10  # episodes that run together, as one batch through the actor
 ASK_S = 0.5  # seconds between the moments at which workers ask each other whether to stop
 PROBED = 1024  # observations, evenly spaced over all episodes, that firing is measured on
+PROBED_ENTRIES = 1 << 22  # and of large ones no more than have so many entries
+SEEN_BYTES = 1 << 28  # of observations that are held for that
 LOOKED_AT = 20  # of so many decisions one, where a decision sees those before it
 
 
@@ -111,6 +114,30 @@ class StopWatch:
         return bool(ends.all())
 
 
+class Seen:
+    """Observations in their order; where they take more than `most_bytes` only every second one is
+    held, then every fourth, and so on.
+    """
+
+    def __init__(self, most_bytes: float = math.inf) -> None:
+        self.most_bytes = most_bytes
+        self.held: list[np.ndarray] = []
+        self.bytes, self.count, self.stride = 0, 0, 1
+
+    def add(self, obs_BO: np.ndarray) -> None:
+        kept = obs_BO[-self.count % self.stride :: self.stride]
+        self.count += len(obs_BO)
+        self.held.append(kept)
+        self.bytes += kept.nbytes
+        if self.bytes > self.most_bytes:
+            self.held = [self.rows()[::2].copy()]
+            self.stride *= 2
+            self.bytes = self.held[0].nbytes
+
+    def rows(self) -> np.ndarray:
+        return np.concatenate(self.held)
+
+
 class Evaluator:
     """Runs episodes on environments that it keeps; training never sees them, nor the reverse.
 
@@ -144,15 +171,12 @@ class Evaluator:
         watch = StopWatch(self.world, stop_signal)
         key = (evaluation, self.world.rank, 0)  # longer than an episode's, so never the same
         generator = generator_for(self.run_seed, "eval", *key, device=policy.device)
-        episodes, seen, fired, contexts = [], [], 0.0, list[Contexts]()
+        episodes, seen, fired, contexts = [], Seen(SEEN_BYTES), 0.0, list[Contexts]()
         for numbers in self._waves():
             seeds = self._seeds(evaluation, numbers)
-            returns, lengths, observed, spikes = self._wave(
-                policy, seeds, generator, watch, contexts
-            )
+            returns, lengths, spikes = self._wave(policy, seeds, generator, watch, seen, contexts)
             fired += spikes
             episodes += list(zip(numbers, returns, lengths, strict=True))
-            seen += observed
         watch.finish()
         probed = self._probed(policy, seen)
         # Single observations do not tell the firing of one that carries its state over.
@@ -179,11 +203,10 @@ class Evaluator:
     def observations(self, policy: Acting, evaluation: int = 0) -> np.ndarray:
         """Every raw observation (M, O) of this worker's episodes in that evaluation."""
         generator = generator_for(self.run_seed, "eval", evaluation, self.world.rank, 0)
-        seen, watch = [], StopWatch(self.world, lambda: 0)
+        seen, watch = Seen(), StopWatch(self.world, lambda: 0)
         for numbers in self._waves():
-            seeds = self._seeds(evaluation, numbers)
-            seen += self._wave(policy, seeds, generator, watch)[2]
-        return np.concatenate(seen)
+            self._wave(policy, self._seeds(evaluation, numbers), generator, watch, seen)
+        return seen.rows()
 
     def close(self) -> None:
         with ExitStack() as stack:  # each, whatever becomes of the others
@@ -206,10 +229,12 @@ class Evaluator:
         seeds: list[int],
         generator: torch.Generator,
         watch: StopWatch,
+        seen: Seen,
         contexts: list[Contexts] | None = None,
-    ) -> tuple[list[float], list[int], list[np.ndarray], float]:
-        """Returns, lengths, observations; the spikes of a policy whose decisions depend on those
-        before. Some of what one over sequences saw is added to `contexts`.
+    ) -> tuple[list[float], list[int], float]:
+        """Returns, lengths, and the spikes of a policy whose decisions depend on those before.
+
+        To `seen` observations are added, to `contexts` some of what a policy over sequences saw.
         """
         envs = self.envs[: len(seeds)]
         env_id = policy.task.env_id
@@ -224,18 +249,19 @@ class Evaluator:
             raise NonFinite(f"evaluation, reset: {env_id} gave a NaN or infinity")
         returns, lengths = [0.0] * len(envs), [0] * len(envs)
         running = list(range(len(envs)))
-        seen, fired, carried = [], 0.0, policy.carried()
+        step, fired, carried = 0, 0.0, policy.carried()
         while running:
             watch.look()
-            seen.append(obs[running])
+            seen.add(obs[running])
+            step += 1
             # The batch keeps its size to the end: products of other sizes round differently.
             act = policy.task.to_env(policy.act(obs, generator, carried))
             if isinstance(carried, Carried) and carried.fired_B is not None:
                 fired += float(carried.fired_B[running].sum())
             steps = carried.steps if isinstance(carried, History) else None
-            if steps is not None and contexts is not None and len(seen) % LOOKED_AT == 1:
+            if steps is not None and contexts is not None and step % LOOKED_AT == 1:
                 contexts.append(Contexts(*(field[running] for field in steps)))
-            where = f"evaluation, step {max(lengths) + 1}: {env_id}"
+            where = f"evaluation, step {step}: {env_id}"
             try:
                 with UserCode():
                     made = {i: envs[i].step(act[i]) for i in running}
@@ -253,11 +279,12 @@ class Evaluator:
                     running.remove(i)
             if carried is not None:
                 carried.reward(earned)
-        return returns, lengths, seen, fired
+        return returns, lengths, fired
 
-    def _probed(self, policy: Acting, seen: list[np.ndarray]) -> Tensor:
-        if not seen:
-            return torch.empty(0, policy.task.obs_dim, dtype=torch.float32)
-        rows = np.concatenate(seen)
-        picked = rows[np.linspace(0, len(rows) - 1, min(len(rows), PROBED)).astype(int)]
-        return policy.observe(picked)
+    def _probed(self, policy: Acting, seen: Seen) -> Tensor:
+        obs_dim = policy.task.obs_dim
+        if not seen.count:
+            return torch.empty(0, obs_dim, dtype=torch.float32)
+        rows = seen.rows()
+        most = min(len(rows), PROBED, max(1, PROBED_ENTRIES // obs_dim))
+        return policy.observe(rows[np.linspace(0, len(rows) - 1, most).astype(int)])

@@ -103,6 +103,20 @@ def test_graphs_agree_with_launches_one_by_one(name: str) -> None:
             torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_bytes_in_a_replay_on_the_device() -> None:
+    plain, packed = (Replay(20, 7, 1, "cuda", obs_bytes=kind) for kind in (False, True))
+    obs = torch.randint(256, (21, 7), generator=torch.Generator().manual_seed(0)).double().numpy()
+    for replay in (plain, packed):
+        zero = obs[:20, 0] * 0.0
+        replay.add(obs[:20], zero[:, None], zero, obs[1:], zero > 0, zero > 0, discount=0.9)
+    for n_step in (1, 3):
+        drawn = [
+            replay.sample(9, torch.Generator().manual_seed(1), torch.neg, n_step)
+            for replay in (plain, packed)
+        ]
+        assert all(map(torch.equal, *drawn))
+
+
 def test_replay_and_normaliser_live_on_the_device() -> None:
     replay, norm = Replay(10, 3, 1, "cuda"), RunningNorm(3, 3.0)
     rows = torch.arange(12.0).view(4, 3).numpy()

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shell import SHORT, spikerl
+from shell import SHORT, refusal, spikerl
 
+from spikerl import load_policy
 from spikerl.algos.replay import Replay
 from spikerl.config import memory
 from spikerl.runs.checkpoint import verified
@@ -139,7 +140,7 @@ def test_bytes_are_the_same_numbers_in_a_quarter_of_the_room(obs_dim: int) -> No
     seen = [r.contexts(9, 3, torch.Generator().manual_seed(1), torch.neg) for r in every]
     assert all(map(torch.equal, *seen))
     assert packed.sound()
-    packed.rows[3, packed.row.rew] = torch.nan
+    packed.rows[3, packed.row.rew_column] = torch.nan
     assert not packed.sound()
 
 
@@ -169,6 +170,9 @@ def test_a_run_on_bytes_is_the_run_on_their_numbers(
     assert size["a"] * (2 * 400 + 3 + 4) == size["b"] * (2 * 100 + 3 + 4)
     columns = [json.loads(Path(run, "policy.json").read_text()).get("obs_bytes") for run in "ab"]
     assert columns == [True, None]
+    odd = Path("c/policy.json")
+    odd.write_text(odd.read_text().replace('"obs_bytes": true', '"obs_bytes": 1'))
+    assert "obs_bytes" in str(refusal(load_policy, "c"))
     played = []
     for run in "ab":
         said = spikerl("collect", f"run={run}", f"dataset={run}-v0", "policy=replay")
@@ -178,9 +182,16 @@ def test_a_run_on_bytes_is_the_run_on_their_numbers(
     assert played[0].keys() == played[1].keys()
     assert all((played[0][name] == played[1][name]).all() for name in played[0])
     checkpoint = verified(Path("a").absolute(), print)
-    checkpoint.fill_replay(0, 1, Replay(150, 400, 3, obs_bytes=True))
-    with pytest.raises(ValueError, match="of another kind"):  # as it was before there were bytes
+    held = Replay(150, 400, 3, obs_bytes=True)
+    checkpoint.fill_replay(0, 1, held)
+    with pytest.raises(ValueError, match="other observations or actions"):
         checkpoint.fill_replay(0, 1, Replay(150, 400, 3))
+    before = Replay(150, 400, 3, obs_bytes=True)  # of a run that held numbers: they are packed
+    verified(Path("b").absolute(), print).fill_replay(0, 1, before)
+    assert held.added == before.added
+    assert held.rows.view(torch.int32).equal(before.rows.view(torch.int32))
+    with pytest.raises(ValueError, match="other observations or actions"):
+        checkpoint.fill_replay(0, 1, Replay(150, 400, 4, obs_bytes=True))
 
 
 STEP = np.array([1.0, 0.0], np.float32)  # from one observation to the next

@@ -74,7 +74,7 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "neuron.theta_r": ([-1.0, 0.0], [math.nan]),
     "neuron.theta_s": ([-1.0, 0.0], [math.nan]),
     "actor.prune": ([TINY, 0.95, None], [0.0, 1.0, math.nan]),
-    "actor.pixel_max": ([TINY, 255.0], [0.0, -1.0, math.inf, math.nan]),
+    "actor.pixel_max": ([1e-6, 255.0, 1e6], [TINY, 0.0, -1.0, 1e7, math.inf, math.nan]),
     "actor.spike_cost_start": ([0], [-1]),
     "actor.spike_cost_warmup": ([0], [-1]),
     "actor.image": ([[3, 3], [3, 9]], [[3], [3, 0], [3, 3, 1]]),

@@ -74,6 +74,19 @@ def test_discrete_actions_are_read_one_hot(tmp_path: Path) -> None:
     assert reason(odd, numbered) == "/episode_0 has actions that are none of 2"
 
 
+def test_bytes_are_bytes(task: Task, tmp_path: Path) -> None:
+    """What is no byte would be another number in a replay that packs them."""
+    pictures = replace(task, obs_bytes=True)
+    whole = episode(3) | {"observations": np.arange(16.0).reshape(4, 4) * 17.0}
+    (one,) = Dataset.open(write(tmp_path / "d", [whole]), pictures, MUCH).episodes()
+    assert one.obs.max() == 255.0
+    for value in (0.5, -1.0, 256.0):
+        whole["observations"][1, 2] = value
+        folder = write(tmp_path / f"d{value}", [whole])
+        said = "/episode_0 has observations that are no whole numbers from 0 to 255"
+        assert reason(folder, pictures) == said
+
+
 def other(name: str, at: tuple[int, ...], value: float) -> Fields:
     fields = episode(3)
     fields[name][at] = value

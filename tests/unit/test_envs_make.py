@@ -86,6 +86,32 @@ def test_what_it_returns(case: str) -> None:
         assert all(tensor.isfinite().all() for tensor in trainer.learner_state().values())
 
 
+class Bytes(gym.Env[np.ndarray, int]):
+    """Says that its observations are bytes."""
+
+    observation_space = gym.spaces.Box(0, 255, (2,), np.uint8)
+    action_space: Any = gym.spaces.Discrete(2)
+    obs: Any = np.array([0, 255], np.uint8)
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        return self.obs, {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        return self.obs, 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("obs", [[0, 256], [-1, 0], [0.5, 0]])
+def test_bytes_that_are_none(obs: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(make_env(registered("Bytes", Bytes, limit=9))) as env:
+        assert task_of(env).obs_bytes
+        assert env.reset()[0].tolist() == [0.0, 255.0]
+        monkeypatch.setattr(Bytes, "obs", np.array([7, 8], np.int64))
+        assert env.step(0)[0].tolist() == [7.0, 8.0]
+        monkeypatch.setattr(Bytes, "obs", np.array(obs))
+        with pytest.raises(EnvironmentFailed, match="not of whole numbers from 0 to 255"):
+            env.step(0)
+
+
 @pytest.mark.parametrize("odd", [np.zeros(3), None])
 def test_what_a_reset_returns(odd: Any) -> None:
     env = registered("Odd", OddEnv, limit=99, part=-1, odd=odd)

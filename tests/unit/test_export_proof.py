@@ -85,7 +85,7 @@ def test_a_dense_file_may_round_as_its_policy_does() -> None:
     policy = policy_of(dense_config([64, 64]), task())
     with torch.no_grad():
         for name, p in policy.actor.named_parameters():
-            p.mul_(8.0 if "weight" in name else 1.0)
+            p.mul_(3.0 if "weight" in name else 1.0)
     obs = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
     recorded = proof.recorded_of(policy, obs)
     own = policy.task.to_env(policy.act(obs, policy.generator))
@@ -96,6 +96,10 @@ def test_a_dense_file_may_round_as_its_policy_does() -> None:
     with pytest.raises(proof.ProofFailed):
         proof.compare_actions(policy.task, recorded, recorded.act_BA + 2.1 * recorded.tolerance)
     assert proof.recorded_of(policy_of(dense_config([4]), task()), obs).tolerance == 1e-6
+    with torch.no_grad():
+        for p in policy.actor.parameters():
+            p.mul_(2.0)
+    assert proof.recorded_of(policy, obs).tolerance == 1e-5
 
 
 def test_what_rounding_decides_is_set_aside() -> None:

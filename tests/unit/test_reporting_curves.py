@@ -25,8 +25,13 @@ def test_forty_lines() -> None:
 
 def test_as_many_points() -> None:
     """Twenty labels are twenty looks; how many runs a label has is said of all panels."""
-    panel = {str(i): [(1.0 + i, 2.0), (2.0 + i, 3.0)] for i in range(20)}
-    panels = {"Ant": panel, "Hopper": {"0": [(1.0, 2.0)], "1": [(1.0, 2.0), (2.0, 2.0)]}}
+    panel: dict[str, list[curves.Point]] = {
+        str(i): [(1.0 + i, 2.0), (2.0 + i, 3.0)] for i in range(20)
+    }
+    panels: dict[str, dict[str, list[curves.Point]]] = {
+        "Ant": dict(panel),
+        "Hopper": {"0": [(1.0, 2.0), (None, 9.0)], "1": [(1.0, 2.0), (2.0, 2.0)]},
+    }
     figure = curves.scatter(panels, "x", "y", lines=False)
     assert figure is not None
     points = [line for line in figure.axes[0].lines if line.get_marker() != "x"]

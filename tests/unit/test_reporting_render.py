@@ -159,6 +159,9 @@ def test_returns_at_equal_time(tmp_path: Path) -> None:
     report = SideBySide(runs, None)
     assert report.after(1.5)[1:] == [["all runs", "1000 \u00b1 1 (n=2, 100 steps)"]]
     assert report.after(2.1)[1:] == [["all runs", "-"]]
+    failed = Run.read(write_run(tmp_path / "2", seed=2, status="failed"))
+    failed.rows.pop()  # after an hour
+    assert SideBySide([*runs, failed], None).after(1.5)[1:] == report.after(1.5)[1:]
 
 
 def test_points() -> None:

@@ -82,6 +82,22 @@ def test_a_row_may_leave_columns_out() -> None:
     assert cell_of(table, "dense", "Ant", 0) is None
     assert cell_of(table, "dense", "Hopper", 0) is not None
     assert cell_of(table, "spiking", "Ant", 0) is not None
+    sparse = read_table("sparsity")  # of which a row has no cell in one column
+    other = table_of(
+        {
+            **BASE,
+            "protocol": {**BASE["protocol"], "total_steps": sparse.protocol.total_steps},
+            "baseline": "same",
+            "rows": {"same": {"label": "s", "same_as": "sparsity/dense_td3"}},
+            "columns": {"Hopper_population": {"env": "Hopper", "version": "v5"}},
+        }
+    )
+    assert cell_of(other, "same", "Hopper_population", 0) is None
+    converted = {"label": "c", "convert": "dense", "overrides": ["reset=soft"]}
+    data = changed("rows/dense/columns", ["Hopper"])
+    data["rows"]["c"] = converted
+    table = table_of(data)
+    assert cell_of(table, "c", "Ant", 0) is None
 
 
 def test_cells_of_another_table() -> None:

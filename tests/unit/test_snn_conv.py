@@ -152,7 +152,7 @@ def test_a_gradient_reaches_every_layer(kind: str) -> None:
         ({"strides": [1]}, "actor.strides=[1]: give one for each layer"),
         ({"filters": []}, "actor.filters=[]: give one for each layer"),
         ({"filters": [4, 0]}, "actor.filters=[4, 0]: give one for each layer, 1 to"),
-        ({"pixel_max": 0.0}, "actor.pixel_max=0.0: give a number above 0, such as 255"),
+        ({"pixel_max": 0.0}, "actor.pixel_max=0.0: give 1 or 255, or what else"),
         ({"kernel_sizes": [3, 5]}, "actor.kernel_sizes=[3, 5]: a layer sees 3 x 4 positions"),
     ],
 )
