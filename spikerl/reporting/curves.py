@@ -117,6 +117,8 @@ def scatter(
 
     `lines`: a label whose runs have no x is a line at their mean; else it is not drawn.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     panels = {
         name: {label: there or points for label, points in panel.items()
                if (there := [p for p in points if p[0] is not None]) or (points and lines)}
@@ -146,6 +148,9 @@ def scatter(
             every += known[:, 0].tolist()
         if min(every) > 0.0 and max(every) > SPREAD * min(every):
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel(xlabel)
     axes[0].set_ylabel(ylabel)
     _legend(figure, axes, list(panels.values()))
