@@ -39,7 +39,7 @@ FEW = {
 
 # Large networks, and second kinds of what another has.
 LONG = ("dsformer/tssa", "dense/dqn_minatar", "proxy_target/clif", "dense/dqn_ram_pong",
-        "dsqn/atari", "dense/dqn_atari")  # fmt: skip
+        "dense/dqn_atari")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_experiments_learn(name: str) -> None:
     offline = name.startswith("offline/") or name.endswith("/bcq") or sequences
     short, updates = FEW["ppo" if name.endswith("ppo") else "offline" if offline else "replaying"]
     steps = updates if offline else 60
-    if name.endswith("lunarlander"):  # a quarter of an update at each step
-        updates = 2
+    if name.endswith(("lunarlander", "atari")):  # a quarter of an update at each step
+        updates = 2 if name.endswith("lunarlander") else 1  # of eight environments, of one
     if offline:
         write(Path("d"), [episode(9)])
     if name == "spikerl/td3_4000":  # is for GPUs: gigabytes of checkpoints
