@@ -361,7 +361,7 @@ class Session:
         facts = {"world_size": self.world.size, "num_envs": num_envs, "precision": precision,
                  "power_idle_w": self.idle_w}  # fmt: skip
         if dataset := self.trainer.dataset:
-            facts["dataset"] = {"folder": str(dataset.folder), "sha256": dataset.sha256}
+            facts["dataset"] = {"folder": shown(dataset.folder), "sha256": dataset.sha256}
         return run_folder.make_manifest(self.trainer.task.env_id, command, resolved, facts)
 
     def wall(self) -> float:

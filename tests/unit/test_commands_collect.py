@@ -236,7 +236,7 @@ def test_training_on_it(folder: Path) -> None:
         in (said.out)
     )
     manifest = json.loads((folder / "learned/manifest.json").read_text())
-    assert manifest["dataset"] == {"folder": str(folder / "learn"), "sha256": digest}
+    assert manifest["dataset"] == {"folder": "learn", "sha256": digest}
     rows = [json.loads(line) for line in (folder / "learned/metrics.jsonl").open()]
     assert [(row["step"], row["updates"]) for row in rows] == [(20, 20), (30, 30)]
     assert rows[0]["env_steps_per_s"] is rows[0]["train_return"] is None
