@@ -91,6 +91,7 @@ def test_a_key_that_only_the_swept_options_have(tmp_path: Path) -> None:
     assert said.line == "neuron.theta_v=0.5: no such key; it goes with neuron=dynamic"
 
 
+@pytest.mark.slow
 def test_a_jobs_folder_can_be_typed_as_it_is_shown(tmp_path: Path) -> None:
     said = sweep("seed=0,1", "actor.hidden_sizes=[4],[5,6]", "run_dir=s")
     folder = tmp_path / "s" / "actor.hidden_sizes=[5,6],seed=1"
@@ -193,6 +194,7 @@ def table(said: Said) -> list[list[str]]:
     return rows
 
 
+@pytest.mark.slow
 def test_the_same_sweep_again(tmp_path: Path) -> None:
     """What is done is skipped and what is new runs, whoever did it; nothing is done twice."""
     assert sweep("seed=0,1", "run_dir=s").status == 0
@@ -206,6 +208,7 @@ def test_the_same_sweep_again(tmp_path: Path) -> None:
     assert jobs(tmp_path / "s") == [(f"seed={seed}", 0) for seed in (0, 1, 1, 2)]
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_again(tmp_path: Path) -> None:
     """The stopped job is resumed, with what it chose, and those that never began run."""
     stopping = ["env=gym", "env.id=SIGTERM-v0,NEVER-v0", "run_dir=s"]

@@ -104,7 +104,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
         (errno.ENOSPC, 0),
         pytest.param(errno.EIO, 0, marks=pytest.mark.slow),
         pytest.param(errno.EACCES, 0, marks=pytest.mark.slow),
-        (errno.ENOSPC, 10**9),
+        pytest.param(errno.ENOSPC, 10**9, marks=pytest.mark.slow),
     ],
     ids=["ENOSPC", "EIO", "EACCES", "ENOSPC from it on"],
 )
