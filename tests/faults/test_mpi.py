@@ -30,6 +30,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "run"
 
 
+@pytest.mark.slow
 def test_the_same_bits_as_over_gloo(whole: Path, tmp_path: Path) -> None:
     run = train(tmp_path, *OVER_MPI)
     assert run.wait() == 0, run.said()

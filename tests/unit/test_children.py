@@ -43,7 +43,7 @@ def poisoned(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "typed",
     [
-        ["env=gym", "env.id=own:Own-v0", "world_size=2"],
+        pytest.param(["env=gym", "env.id=own:Own-v0", "world_size=2"], marks=pytest.mark.slow),
         pytest.param(
             ["-m", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
             marks=pytest.mark.slow,
