@@ -8,28 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from copy import deepcopy
 from dataclasses import asdict, replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders import INVERTED_PENDULUM, small_config
-from exports import config, policy_of
-from threads import run_in_threads, worlds
+from builders import small_config
 from transitions_env import COUNTER, HIGH, LOW, CounterEnv, Fault, get_attr, registered
 
-from spikerl.distributed.world import World
-from spikerl.energy import modelled
 from spikerl.energy.meter import Reading
 from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.errors import NonFinite
 from spikerl.models.normalizer import RunningNorm
 from spikerl.seeding import reset_seed
-from spikerl.training.evaluator import Evaluation, Evaluator, Seen
+from spikerl.training.evaluator import Evaluator
 from spikerl.training.progress import progress_of
 from spikerl.training.trainer import Trainer
 
@@ -281,35 +275,6 @@ def test_an_evaluation_does_not_average_over_infinities(what: str) -> None:
     env = registered("Faulty", CounterEnv, limit=99, fault=(what, 2, math.nan))
     with trainer_of(env) as trainer, pytest.raises(NonFinite, match="evaluation, step 2: Faulty-"):
         trainer.evaluator.run(trainer.policy, 1)
-
-
-def test_workers_count_operations_together() -> None:
-    """Each counts on its own observations; all have the mean over all of them."""
-    with closing(make_env(INVERTED_PENDULUM)) as env:
-        policy = policy_of(config(), task_of(env))
-
-    def run(world: World) -> Evaluation:
-        with closing(Evaluator(INVERTED_PENDULUM, 3, 0, world)) as evaluator:
-            return evaluator.run(deepcopy(policy), 0)
-
-    found = run_in_threads([partial(run, world) for world in worlds(2)])
-    counted = [one.operations for one in found]
-    assert counted[0]
-    assert counted[1]
-    each = [(ops.observations, modelled.per_decision(ops)) for ops in counted if ops]
-    assert each[0][1] != each[1][1]
-    assert found[0].decision == found[1].decision == modelled.mean(each)
-
-
-def test_observations_that_take_much_are_thinned_out() -> None:
-    """16 bytes each: of 21, at most five at a time, every fourth is left, then every eighth."""
-    seen = Seen(80)
-    for first in range(0, 21, 3):
-        seen.add(np.array([[n, n] for n in range(first, first + 3)], np.float64))
-    assert seen.rows()[:, 0].tolist() == [0.0, 8.0, 16.0]
-    whole = Seen()
-    whole.add(np.zeros((100, 2)))
-    assert len(whole.rows()) == whole.count == 100
 
 
 def test_an_evaluation_notices_a_bad_reset() -> None:

@@ -1,0 +1,46 @@
+"""What an evaluation keeps of its observations, and counts on them."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from copy import deepcopy
+from functools import partial
+
+import numpy as np
+from builders import INVERTED_PENDULUM
+from exports import config, policy_of
+from threads import run_in_threads, worlds
+
+from spikerl.distributed.world import World
+from spikerl.energy import modelled
+from spikerl.envs.make import make_env, task_of
+from spikerl.training.evaluator import Evaluation, Evaluator, Seen
+
+
+def test_workers_count_operations_together() -> None:
+    """Each counts on its own observations; all have the mean over all of them."""
+    with closing(make_env(INVERTED_PENDULUM)) as env:
+        policy = policy_of(config(), task_of(env))
+
+    def run(world: World) -> Evaluation:
+        with closing(Evaluator(INVERTED_PENDULUM, 3, 0, world)) as evaluator:
+            return evaluator.run(deepcopy(policy), 0)
+
+    found = run_in_threads([partial(run, world) for world in worlds(2)])
+    counted = [one.operations for one in found]
+    assert counted[0]
+    assert counted[1]
+    each = [(ops.observations, modelled.per_decision(ops)) for ops in counted if ops]
+    assert each[0][1] != each[1][1]
+    assert found[0].decision == found[1].decision == modelled.mean(each)
+
+
+def test_observations_that_take_much_are_thinned_out() -> None:
+    """16 bytes each: of 21, at most five at a time, every fourth is left, then every eighth."""
+    seen = Seen(80)
+    for first in range(0, 21, 3):
+        seen.add(np.array([[n, n] for n in range(first, first + 3)], np.float64))
+    assert seen.rows()[:, 0].tolist() == [0.0, 8.0, 16.0]
+    whole = Seen()
+    whole.add(np.zeros((100, 2)))
+    assert len(whole.rows()) == whole.count == 100
