@@ -89,6 +89,8 @@ class Interpreter:
         check_content(path)
         graph = nir.read(path)
         self.host, self.dt = Host(contract), float(contract["dt"])
+        if self.host.decoder == "ilc":  # whose lateral connections no graph here has
+            raise ValueError("decoder.name")
         following = dict(graph.edges)
         name, self.layers, width = following["input"], [], self.host.inputs
         while name != "output":

@@ -306,3 +306,8 @@ def test_a_nir_file_of_another_contract(tmp_path: Path) -> None:
         assert line.endswith(
             ("its layers do not fit each other", "its layers are not those of its contract")[number]
         )
+    (lateral := tmp_path / "ilc").mkdir()
+    file = small(lateral, "nir")
+    decoder = json.loads((lateral / "policy.nir.json").read_text())["decoder"]
+    rewritten(file, decoder=decoder | {"name": "ilc"})
+    assert "decoder.name" in str(refusal(lambda: reading.read(file).policy()))
