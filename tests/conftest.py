@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from spikerl import isolation
+
 ROOM = 4 << 30
 
 
@@ -31,6 +33,14 @@ def as_in_a_terminal() -> None:
     """One thread; and the end of a terminal is heard, whoever started the suite with nohup."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def settings_of_its_own() -> Iterator[None]:
+    """What an environment set is not for the next test's: threads there would mix it with ours."""
+    yield
+    isolation._theirs = None
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.fixture
