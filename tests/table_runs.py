@@ -131,6 +131,7 @@ def write_run(
     (folder / "config.yaml").write_text(config)
     rows = [
         {"step": step, "eval_return": 10.0 * step + seed, "wall_s": 36.0 * step, "energy_j": 5.0,
+         "cpu_s": 900.0,
          "layer_firing_rates": [0.1, 0.2], "layer_window_fractions": [0.5],
          "layer_silent": [0.25], "layer_saturated": [0.125], "critic_loss": 1.5,
          **(COUNTED if counted else {})}

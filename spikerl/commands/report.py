@@ -23,6 +23,7 @@ class ReportRequest:
     runs: str
     group_by: Any
     hours: list[float]
+    core_hours: list[float]
     out: str
     watch: bool
 
@@ -32,8 +33,9 @@ class ReportRequest:
         keys = self.group_by
         if keys is not None and (not isinstance(keys, list) or not all(map(is_key, keys))):
             raise BadRequest("group_by", keys, "give keys of configs, such as [algo.name]")
-        if not all(0.0 < hours < math.inf for hours in self.hours):
-            raise BadRequest("hours", self.hours, "give numbers above 0, such as [0.5,1]")
+        for key in ("hours", "core_hours"):
+            if not all(0.0 < hours < math.inf for hours in getattr(self, key)):
+                raise BadRequest(key, getattr(self, key), "give numbers above 0, such as [0.5,1]")
 
 
 def is_key(name: object) -> bool:
@@ -48,7 +50,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     while True:
         before = changed(run_folders(request.runs))
         side_by_side, left_out = read(request)
-        written = render_runs(side_by_side, Path(request.out), left_out, request.hours)
+        written = render_runs(
+            side_by_side, Path(request.out), left_out, request.hours, request.core_hours
+        )
         print(f"{request.out}: {len(side_by_side.runs)} runs; {', '.join(written)}")
         for line in left_out:
             print(f"left out: {line}")

@@ -90,14 +90,15 @@ class Run:
     def score(self, metric: str) -> float | None:
         return METRICS[metric](self.returns) if self.returns else None
 
-    def within(self, hours: float) -> tuple[float, int] | None:
-        """Its last evaluation of the first so many hours, and at which step that was; None where it
-        has not run so long, or had none by then.
+    def within(self, hours: float, across: str = "wall") -> tuple[float, int] | None:
+        """Its last evaluation of the first so many hours, of wall or "cpu" time, and at which step
+        that was; None where it has not run so long, or had none by then.
         """
-        if (self.wall_s or 0.0) < 3600.0 * hours:
+        spent = self.spent(across)
+        if not spent or not spent[-1] >= hours:
             return None
-        walls = [(number(row.get("wall_s")), row) for row in self.evaluated]
-        rows = [row for wall_s, row in walls if wall_s is not None and wall_s <= 3600.0 * hours]
+        rows = [row for at, row in zip(spent, self.rows, strict=True)
+                if at <= hours and row.get("eval_return") is not None]  # fmt: skip
         return (float(rows[-1]["eval_return"]), int(rows[-1]["step"])) if rows else None
 
     def point(self, keys: Sequence[str]) -> tuple[float | None, float] | None:
@@ -141,22 +142,26 @@ class Run:
         own = {key: value for key, value in self.config.items() if key not in NAMES}
         return {key: str(value) for key, value in dotted(own)}
 
+    def spent(self, across: str) -> list[float]:
+        """Up to each row: steps, hours ("wall", or "cpu" of processors) or "joules"; NaN from where
+        one is not known.
+        """
+        key = {"step": "step", "wall": "wall_s", "cpu": "cpu_s", "joules": "energy_j"}[across]
+        known = [number(row.get(key)) for row in self.rows]
+        each = np.array([math.nan if value is None else value for value in known])
+        if across in ("cpu", "joules"):  # which a row has of its own epoch
+            each = np.cumsum(each)
+        spent: list[float] = (each / 3600.0 if key.endswith("_s") else each).tolist()
+        return spent
+
     def curve(self, key: str, across: str = "step") -> tuple[Array, Array]:
-        """`key` over steps, hours ("wall") or joules ("joules"), where both are known.
+        """`key` over what was `spent`, where both are known.
 
         Of a list, such as what a row has for each layer, `key.i` is an entry.
         """
         name, _, index = key.partition(".")
-        spent, points = 0.0, []
-        for row in self.rows:
-            joules = number(row.get("energy_j"))
-            spent = math.nan if joules is None else spent + joules
-            wall_s = number(row.get("wall_s"))
-            x = {
-                "step": float(row["step"]),
-                "wall": math.nan if wall_s is None else wall_s / 3600.0,
-                "joules": spent,
-            }[across]
+        points = []
+        for x, row in zip(self.spent(across), self.rows, strict=True):
             y = number(_entry(row.get(name), index))
             if y is not None and math.isfinite(x):
                 points.append((x, y))

@@ -82,8 +82,8 @@ class SideBySide:
         score = METRICS[metric]
         return self._grid(lambda run: (score(run.returns), run.step) if run.step else None)
 
-    def after(self, hours: float) -> Grid:
-        return self._grid(lambda run: run.within(hours))
+    def after(self, hours: float, across: str = "wall") -> Grid:
+        return self._grid(lambda run: run.within(hours, across))
 
     def _grid(self, score: Callable[[Run], tuple[float, int] | None]) -> Grid:
         lines = [["", *self.tasks]]
@@ -160,7 +160,11 @@ def runs_table(report: SideBySide, names: Sequence[str]) -> str:
 
 
 def render_runs(
-    report: SideBySide, folder: Path, left_out: Sequence[str], hours: Sequence[float] = ()
+    report: SideBySide,
+    folder: Path,
+    left_out: Sequence[str],
+    hours: Sequence[float] = (),
+    core_hours: Sequence[float] = (),
 ) -> list[str]:
     """Write everything into `folder`; the names of the files."""
     try:
@@ -171,7 +175,14 @@ def render_runs(
     sections = [
         Section(f"Return: {METRIC_NAMES[metric]}", report.returns(metric)) for metric in METRICS
     ]
-    sections += [Section(f"Return after {h:g} h of wall time", report.after(h)) for h in hours]
+    sections += [
+        Section(f"Return after {h:g} h of {name}", report.after(h, across))
+        for across, name, given in (
+            ("wall", "wall time", hours),
+            ("cpu", "processor time", core_hours),
+        )
+        for h in given
+    ]
     sections.append(Section("Interquartile mean of maxima, and 95 % interval", report.intervals()))
     if len(report.runs) > 1 and report.varied:
         sections.append(Section("Settings that differ", report.settings(names)))

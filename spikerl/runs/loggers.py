@@ -51,6 +51,7 @@ TAGS = {
     "env_steps_per_s": "time/fps",
     "updates_per_s": "time/updates_per_s",
     "wall_s": "time/time_elapsed",
+    "cpu_s": "time/cpu_seconds",
     "energy_j": "energy/joules",
     "energy_gpu_j": "energy/gpu_joules",
     "energy_cpu_j": "energy/cpu_joules",

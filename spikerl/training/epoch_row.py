@@ -23,6 +23,7 @@ class WorkerEpoch(NamedTuple):
     returns: Sequence[float]  # of the episodes that ended
     sums: Mapping[str, tuple[float, int]]  # of its updates' metrics, with how many had each
     train_s: float
+    cpu_s: float | None  # of processor; None where environments have processes of their own
     trained: Reading  # joules
     evaluated: Reading
 
@@ -35,6 +36,7 @@ def epoch_row(
     energy_source: str,
 ) -> Row:
     """`p`: this worker's; what of it enters here is the same on all."""
+    cpu_s = [worker.cpu_s for worker in workers if worker.cpu_s is not None]
     returns = [ret for worker in workers for ret in worker.returns]
     sums = [worker.sums for worker in workers]
     train_s = max(worker.train_s for worker in workers)
@@ -63,6 +65,7 @@ def epoch_row(
         **{name: mean_of(sums, name) for name in algo.metrics},
         "env_steps_per_s": (p.step - p.first_step) / train_s if acts else None,
         "updates_per_s": (p.updates - p.first_update) / train_s,
+        "cpu_s": sum(cpu_s) if len(cpu_s) == len(workers) else None,
         **energy_row(trained, evaluated, energy_source),
     }
     if isinstance(algo.actor, SpikingActor) and algo.actor.spike_costs:

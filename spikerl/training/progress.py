@@ -23,6 +23,7 @@ class Progress:
     updates: int = 0
     epoch: int = 0
     train_s: float = 0.0  # spent in this epoch before a resume
+    cpu_s: float = 0.0  # processor time of this worker's process in this epoch
     energy: list[Any] | None = None  # and its Reading, as plain data
     eval_energy: list[Any] | None = None  # the same of its evaluation, which a stop ended
     first_step: int = 0  # of this epoch
@@ -32,7 +33,7 @@ class Progress:
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def next_epoch(self) -> None:
-        self.sums, self.returns, self.train_s = {}, [], 0.0
+        self.sums, self.returns, self.train_s, self.cpu_s = {}, [], 0.0, 0.0
         self.energy = self.eval_energy = None
         self.first_step, self.first_update = self.step, self.updates
 
@@ -49,7 +50,7 @@ def progress_of(data: Mapping[str, Any], step: int) -> Progress:
     """What a checkpoint of that step holds of it; a ValueError unless each number is one."""
     progress = Progress(**data)
     sums = [number for pair in progress.sums.values() for number in pair]
-    spent, reasons = [progress.train_s], list[str]()
+    spent, reasons = [progress.train_s, progress.cpu_s], list[str]()
     for reading in (progress.energy, progress.eval_energy):
         seconds, joules, missing = reading or (0.0, {}, {})
         spent += [seconds, *joules.values()]

@@ -41,7 +41,7 @@ def share_of(parts: Sequence[Part], rank: int, size: int, num_envs: int) -> Part
             }
     progress = merge_progress([notes["progress"] for _, notes in parts], size)
     if rank > 0:
-        progress |= {"train_s": 0.0, "energy": None, "eval_energy": None}
+        progress |= {"train_s": 0.0, "cpu_s": 0.0, "energy": None, "eval_energy": None}
         progress |= {"returns": [], "sums": {}}
     return tensors, {"progress": progress, "exact": exact}
 
@@ -55,6 +55,7 @@ def merge_progress(parts: Sequence[Mapping[str, Any]], size: int) -> dict[str, A
     return {
         **parts[0],
         "train_s": max(part["train_s"] for part in parts),
+        "cpu_s": sum(part.get("cpu_s", 0.0) for part in parts),
         "energy": merged([part["energy"] for part in parts]),
         "eval_energy": merged([part.get("eval_energy") for part in parts]),
         "returns": [ret for part in parts for ret in part["returns"]],

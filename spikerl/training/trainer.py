@@ -98,7 +98,7 @@ class Trainer:
             remedy = f"beside those that train, {error.args[2]}; 0 trains without evaluations"
             raise BadRequest("eval_episodes", run.eval_episodes, remedy) from error
         self.progress = Progress()
-        self.clock = time.perf_counter()
+        self.clock, self.cpu_clock = time.perf_counter(), time.process_time()
         self.stopping = 0  # the signal that all workers agreed to stop on
 
     @property
@@ -265,8 +265,10 @@ class Trainer:
         finally:
             evaluated = since(p.eval_energy, self.meter.end("eval"))
             p.eval_energy = evaluated.as_data()
+            self.count_cpu()
         self.check_in_sync()
-        own = WorkerEpoch(p.returns, p.sums, p.train_s, trained, evaluated)
+        cpu_s = p.cpu_s if self.config.env.vectorizer == "sync" else None
+        own = WorkerEpoch(p.returns, p.sums, p.train_s, cpu_s, trained, evaluated)
         everyone = self.world.gather_objects(own)
         return epoch_row(p, everyone, evaluation, self.algo, self.meter.source)
 
@@ -281,7 +283,14 @@ class Trainer:
         p.train_s += time.perf_counter() - self.clock
         reading = since(p.energy, self.meter.end("train"))
         p.energy = reading.as_data()
+        self.count_cpu()
         return reading
+
+    def count_cpu(self) -> None:
+        """Add this process's processor time since the last count, saving and all."""
+        now = time.process_time()
+        self.progress.cpu_s += now - self.cpu_clock
+        self.cpu_clock = now
 
     def idle_power(self) -> float | None:
         """Watts before anything runs, all workers waiting together."""

@@ -33,7 +33,7 @@ ROW = {
     "env_steps_per_s", "updates_per_s", "energy_j", "energy_gpu_j", "energy_cpu_j",
     "energy_source", "power_w", "energy_train_j", "energy_eval_j", "layer_firing_rates",
     "layer_window_fractions", "layer_silent", "layer_saturated", "macs", "acs",
-    "modelled_45nm_nj", "modelled_memory_nj",
+    "modelled_45nm_nj", "modelled_memory_nj", "cpu_s",
 }  # fmt: skip
 
 
@@ -149,7 +149,8 @@ SHOWN = {
     "train/actor_loss": "actor_loss", "train/q_mean": "q_mean", "train/n_updates": "updates",
     "train/firing_rate": "firing_rate", "train/window_fraction": "window_fraction",
     "time/fps": "env_steps_per_s", "time/updates_per_s": "updates_per_s",
-    "time/time_elapsed": "wall_s", "time/epoch": "epoch", "time/total_timesteps": "step",
+    "time/time_elapsed": "wall_s", "time/cpu_seconds": "cpu_s", "time/epoch": "epoch",
+    "time/total_timesteps": "step",
     "decision/macs": "macs", "decision/acs": "acs", "modelled/45nm_nj": "modelled_45nm_nj",
     "modelled/memory_nj": "modelled_memory_nj",
 }  # fmt: skip

@@ -27,7 +27,7 @@ from spikerl.snn.neurons import CubaLIFConfig
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.trainer import Trainer
 
-TIMES = ("wall_s", "env_steps_per_s", "updates_per_s")
+TIMES = ("wall_s", "cpu_s", "env_steps_per_s", "updates_per_s")
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from spikerl.training.evaluator import Evaluator
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 RUN, RESUMED = REFERENCE / "run_0.1", REFERENCE / "run_0.1_resumed"
-MEASURED = ("env_steps_per_s", "updates_per_s", "wall_s")
+MEASURED = ("cpu_s", "env_steps_per_s", "updates_per_s", "wall_s")
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

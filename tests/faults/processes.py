@@ -39,7 +39,7 @@ TINY = [
 # An epoch ends amid a rollout.
 PPO = [*SHORT, "algo.rollout_steps=80", "algo.norm_interval=80", "algo.epochs=2"]
 # What two runs that computed the same may differ in.
-SPENT = ("env_steps_per_s", "updates_per_s", "wall_s", "power_w")
+SPENT = ("env_steps_per_s", "updates_per_s", "wall_s", "cpu_s", "power_w")
 
 RANK = re.compile(rb"(PMI_)?RANK=")  # from the elastic agent, or from mpiexec
 

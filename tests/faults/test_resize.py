@@ -136,11 +136,13 @@ def test_an_epoch_in_progress_weighs_every_update_alike(tmp_path: Path) -> None:
     for trainer in old.trainers:  # 60 updates
         trainer.progress.sums = {"critic_loss": (60.0 * (trainer.world.rank + 1), 60)}
         trainer.progress.train_s = 1.0 + trainer.world.rank
+        trainer.progress.cpu_s = 2.0
         trainer.progress.energy = [1.0, {f"gpu:{trainer.world.rank % 2}": 5.0}, {}]
     check_handed_over(tmp_path, old, new)
     first, second = (trainer.progress for trainer in new.trainers)
     assert first.sums == {"critic_loss": (300.0, 120)}  # the mean of 1, 2, 3, 4; two workers' count
     assert (first.train_s, second.train_s) == (4.0, 0.0)
+    assert (first.cpu_s, second.cpu_s) == (8.0, 0.0)
     assert first.energy == [1.0, {"gpu:0": 5.0, "gpu:1": 5.0}, {}]
     assert (second.sums, second.returns, second.energy) == ({}, [], None)
     old.close()

@@ -43,7 +43,7 @@ HOPPER = EnvConfig(
 )
 ENVS = {"InvertedPendulum": INVERTED_PENDULUM, "Hopper": HOPPER}
 # Clocks and meters; all else in a row follows from the seed.
-MEASURED = ("env_steps_per_s", "updates_per_s", "power_w")
+MEASURED = ("cpu_s", "env_steps_per_s", "updates_per_s", "power_w")
 
 
 @dataclass

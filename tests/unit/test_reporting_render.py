@@ -35,6 +35,11 @@ def test_a_run(tmp_path: Path) -> None:
     x, y = run.curve("eval_return", "wall")
     assert (x.tolist(), y.tolist()) == ([1.0, 2.0], [1003.0, 2003.0])
     assert run.curve("eval_return", "joules")[0].tolist() == [5.0, 10.0]
+    assert run.curve("eval_return", "cpu")[0].tolist() == [0.25, 0.5]
+    assert run.within(0.4, "cpu") == (1003.0, 100)
+    assert run.within(0.5, "cpu") == (2003.0, 200)
+    assert run.within(0.51, "cpu") is None
+    assert run.within(1.0) == (1003.0, 100)
     assert run.curve("layer_firing_rates.1")[1].tolist() == [0.2, 0.2]
     assert run.curve("layer_firing_rates.2")[1].tolist() == []
 
@@ -214,7 +219,7 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "runs" / "b", algo="sac", seed=1, counted=True,
               git={"commit": "abc", "dirty": True})  # fmt: skip
     (write_run(tmp_path / "runs" / "c") / "metrics.jsonl").write_text("nonsense\n")
-    said = spikerl("report", "runs=runs/*", "out=out", "hours=[1.5]")
+    said = spikerl("report", "runs=runs/*", "out=out", "hours=[1.5]", "core_hours=[0.5]")
     assert (said.status, said.err) == (0, "")
     assert f"{tmp_path}/out: 2 runs; table.md" in said.out
     assert f"left out: {tmp_path}/runs/c: its record or config" in said.out
@@ -228,6 +233,7 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert f'id="{anchor[1:]}"' in page
     for text in (
         "Return after 1.5 h of wall time",
+        "Return after 0.5 h of processor time",
         "algo.name",
         "layer 1",
         "0.250",
@@ -276,6 +282,7 @@ ASKED: list[tuple[list[str], str]] = [
     (["runs=nowhere/*"], "runs=nowhere/*: no run folder matches"),
     (["runs=runs/a", "group_by=algo.nam"], "group_by=algo.nam: no run has this key; did you mean"),
     (["runs=runs/a", "hours=[0]"], "hours=[0.0]: give numbers above 0"),
+    (["runs=runs/a", "core_hours=[-1]"], "core_hours=[-1.0]: give numbers above 0"),
     (["runs=runs/a", "group_by=[3]"], "group_by=[3]: give keys of configs"),
     (["runs=runs/a", "out=runs/a/config.yaml"], "out=runs/a/config.yaml: "),
     (["runs=runs/broken"], "runs=runs/broken: no run can be read"),

@@ -32,6 +32,7 @@ EVERY: dict[str, Any] = {
     "skipped_updates": 7, "something_new": 8.0, "env_steps_per_s": 100.0, "updates_per_s": 50.0,
     "energy_j": 12.0, "energy_gpu_j": 11.0, "energy_cpu_j": 10.0, "energy_source": "zeus:nvml",
     "power_w": 9.0, "energy_train_j": 8.5, "energy_eval_j": 3.5, "wall_s": 6.0,
+    "cpu_s": 5.0,
 }  # fmt: skip
 TAGGED = {
     "time/epoch": 3, "time/total_timesteps": 300, "train/n_updates": 200,
@@ -46,7 +47,8 @@ TAGGED = {
     "train/skipped_updates": 7, "train/something_new": 8.0, "time/fps": 100.0,
     "time/updates_per_s": 50.0, "energy/joules": 12.0, "energy/gpu_joules": 11.0,
     "energy/cpu_joules": 10.0, "energy/watts": 9.0, "energy/train_joules": 8.5,
-    "energy/eval_joules": 3.5, "time/time_elapsed": 6.0, "decision/macs": 91.0,
+    "energy/eval_joules": 3.5, "time/time_elapsed": 6.0, "time/cpu_seconds": 5.0,
+    "decision/macs": 91.0,
     "decision/acs": 92.0, "modelled/45nm_nj": 93.0, "modelled/memory_nj": 94.0,
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -332,7 +333,7 @@ def test_async_counts_as_sync_does() -> None:
     assert rows[0] == rows[1]
 
 
-def test_joules_of_an_evaluation_that_a_stop_ended_are_counted(
+def test_what_an_evaluation_spent_that_a_stop_ended_is_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """2 J and 1 s a window: of training before the stop and behind it, and of both evaluations."""
@@ -342,6 +343,8 @@ def test_joules_of_an_evaluation_that_a_stop_ended_are_counted(
         end=lambda window: Reading(1.0, {"gpu:0": 2.0}, {}),
     )
     monkeypatch.setattr("spikerl.training.evaluator.ASK_S", 0.0)
+    seconds = map(float, count())
+    monkeypatch.setattr("spikerl.training.trainer.time.process_time", lambda: next(seconds))
     with trainer_of(total_steps=20, steps_per_epoch=10, norm_interval=7) as trainer:
         trainer.meter = meter
         assert list(trainer.epochs(stop_signal=lambda: 15 * trainer.evaluation_due())) == []
@@ -352,6 +355,14 @@ def test_joules_of_an_evaluation_that_a_stop_ended_are_counted(
         assert (first["epoch"], first["step"], second["epoch"]) == (1, 10, 2)
         assert (first["energy_train_j"], first["energy_eval_j"]) == (4.0, 4.0)
         assert (second["energy_train_j"], second["energy_eval_j"]) == (2.0, 2.0)
+        assert (first["cpu_s"], second["cpu_s"]) == (4.0, 2.0)  # at each look a second more
+
+
+def test_processor_time_with_environments_elsewhere_is_not_known() -> None:
+    env = replace(COUNTER, vectorizer="async")
+    with trainer_of(env, total_steps=4, steps_per_epoch=4, learning_starts=9999) as trainer:
+        (row,) = trainer.epochs()
+    assert row["cpu_s"] is None
 
 
 @pytest.mark.parametrize(("step", "last"), [(40, 0), (50, 50), (57, 50), (60, 60)])
