@@ -26,7 +26,6 @@ from spikerl.types import Batch
 class DQNConfig(ReplayConfig):
     double: bool  # the online network chooses the action that the target network values
     duelling: bool  # the network gives advantages and a value of the state
-    n_step: int  # rewards that a target sums before it looks ahead
     target_interval: int  # updates between those that change the target network, by tau
     epsilon_start: float  # share of random actions, which moves evenly to
     epsilon_end: float  # this
@@ -34,7 +33,7 @@ class DQNConfig(ReplayConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("give at least 1", lambda x: x >= 1, "n_step", "target_interval")
+        self.check("give at least 1", lambda x: x >= 1, "target_interval")
         shares = ("epsilon_start", "epsilon_end")
         self.check("give a value in [0, 1]", lambda x: 0.0 <= x <= 1.0, *shares)
         self.check("give at least 1", lambda x: x >= 1, "epsilon_steps")
@@ -51,7 +50,6 @@ class DQN(OffPolicy):
     def __init__(
         self, actor: Actor, critic: Critics | None, config: DQNConfig, **settings: Any
     ) -> None:
-        self.n_step = config.n_step
         self.policy_delay = config.target_interval
         self.first_policy_update = config.target_interval - 1
         super().__init__(actor, critic, config, **settings)

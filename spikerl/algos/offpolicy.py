@@ -39,10 +39,12 @@ class ReplayConfig(TargetConfig):
     learning_starts: int  # steps before the first update
     update_interval: int  # steps, after which update_interval * updates_per_step updates are due
     updates_per_step: float
+    n_step: int = 1  # rewards that a target sums before it looks ahead
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("give at least 1", lambda x: x >= 1, "replay_capacity", "update_interval")
+        self.check("give at least 1", lambda x: x >= 1, "replay_capacity", "update_interval",
+                   "n_step")  # fmt: skip
         self.check("give 0 or more", lambda x: x >= 0, "random_steps", "learning_starts")
         self.check("give a value above 0", lambda x: x > 0.0, "updates_per_step")
 
@@ -91,7 +93,7 @@ class OffPolicy(Learner):
     config: AlgoConfig
     actor: Actor
     acting: Actor
-    n_step = 1  # steps that a replayed transition spans
+    n_step = 1  # steps that a sampled transition spans
     batches_per_update = 1
     policy_delay = 1  # actor and targets change on one update of so many:
     first_policy_update = 0  # on this one first, counted from 0
@@ -103,7 +105,7 @@ class OffPolicy(Learner):
     ) -> None:
         super().__init__(actor, critic, config, **settings)
         if isinstance(config, ReplayConfig):
-            self.random_steps = config.random_steps
+            self.random_steps, self.n_step = config.random_steps, config.n_step
         if isinstance(config, OffPolicyConfig):
             self.critic_warmup = config.critic_warmup
         self.graph: Graphed | None = None
