@@ -39,8 +39,9 @@ def as_in_a_terminal() -> None:
 def settings_of_its_own() -> Iterator[None]:
     """What an environment set is not for the next test's: threads there would mix it with ours."""
     yield
-    isolation._theirs = None
-    assert torch.get_default_dtype() == torch.float32
+    isolation._theirs, left = None, torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    assert left == torch.float32
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ class Run:
         if not spent or not spent[-1] >= hours:
             return None
         rows = [row for at, row in zip(spent, self.rows, strict=True)
-                if at <= hours and row.get("eval_return") is not None]  # fmt: skip
+                if at <= hours and number(row.get("eval_return")) is not None]  # fmt: skip
         return (float(rows[-1]["eval_return"]), int(rows[-1]["step"])) if rows else None
 
     def point(self, keys: Sequence[str]) -> tuple[float | None, float] | None:

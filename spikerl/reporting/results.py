@@ -14,7 +14,7 @@ from spikerl.errors import BadRequest
 from spikerl.reporting import statistics
 from spikerl.reporting.records import Run, number, values
 from spikerl.reporting.statistics import Array, Interval
-from spikerl.reporting.table_file import Cell, Published, Table, cell_of
+from spikerl.reporting.table_file import Cell, Protocol, Published, Table, cell_of
 
 EASY = "InvertedDoublePendulum"  # a baseline that fails there makes every gain look large
 
@@ -234,12 +234,11 @@ def _run_of(cell: Cell) -> Run | None:
         return None
 
 
-def seeds_of(asked: Any, protocol_seeds: int) -> list[int]:
-    """`seeds=N` is 0 to N - 1; `seeds=[...]` are those."""
-    if asked is None:
-        return list(range(protocol_seeds))
-    if type(asked) is int and 1 <= asked <= 1000:
-        return list(range(asked))
+def seeds_of(asked: Any, protocol: Protocol) -> list[int]:
+    """`seeds=N` are N from the protocol's first on; `seeds=[...]` are those."""
+    count = protocol.seeds if asked is None else asked
+    if type(count) is int and (asked is None or 1 <= count <= 1000):
+        return list(range(protocol.first_seed, protocol.first_seed + count))
     known = isinstance(asked, list) and all(type(s) is int and 0 <= s < 1 << 63 for s in asked)
     if not known or not asked or len(set(asked)) < len(asked):
         raise BadRequest("seeds", asked, "give how many, or a list of different seeds")

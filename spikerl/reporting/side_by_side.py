@@ -44,9 +44,14 @@ class SideBySide:
 
     @cached_property
     def varied(self) -> list[str]:
-        """The keys of configs that have several values among the runs."""
-        known = dict.fromkeys(key for run in self.runs for key in run.settings)
-        return [key for key in known if len({run.settings.get(key) for run in self.runs}) > 1]
+        """The keys of configs that have several values among the runs that have them: what older
+        runs lack, or another part does, whose name differs, sets none apart.
+        """
+        values: dict[str, set[str]] = {}
+        for run in self.runs:
+            for key, value in run.settings.items():
+                values.setdefault(key, set()).add(value)
+        return [key for key, several in values.items() if len(several) > 1]
 
     @cached_property
     def groups(self) -> dict[str, list[Run]]:

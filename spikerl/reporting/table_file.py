@@ -28,9 +28,10 @@ PLACED = ("env", "env.version", "env.id", "seed", "total_steps", "run_dir", "res
 @dataclass(kw_only=True)
 class Protocol:
     total_steps: int
-    seeds: int  # the seeds are 0 to this - 1
+    seeds: int  # how many, from first_seed on
     eval_episodes: int
     metric: str  # of METRICS
+    first_seed: int = 0
     overrides: list[str] = field(default_factory=list)  # of every run
 
 
@@ -210,6 +211,8 @@ def check(table: Table) -> None:
     for name in ("total_steps", "seeds", "eval_episodes"):
         if getattr(p, name) < 1:
             raise BadRequest(f"table.protocol.{name}", getattr(p, name), "give at least 1")
+    if not 0 <= p.first_seed < 1 << 62:
+        raise BadRequest("table.protocol.first_seed", p.first_seed, "give 0 or more")
     if p.metric not in METRICS:
         raise BadRequest("table.protocol.metric", p.metric, f"one of {', '.join(METRICS)}")
     _check_overrides("table.protocol.overrides", p.overrides)

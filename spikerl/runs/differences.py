@@ -22,8 +22,11 @@ def differences(folders: Sequence[Path], varied: Set[str] | None = None) -> str 
     versions and machine, and in config beyond the `varied` keys (None: in any).
     """
     records = [_record(folder, configs=varied is not None) for folder in folders]
-    keys = sorted({key for record in records for key in record})
-    apart = [key for key in keys if len({record.get(key) for record in records}) > 1]
+    values: dict[str, set[str]] = {}  # of those that have a key: older runs lack some
+    for record in records:
+        for key, value in record.items():
+            values.setdefault(key, set()).add(value)
+    apart = sorted(key for key, several in values.items() if len(several) > 1)
     free = varied or set()
     within = [any(key == v or key.startswith(f"{v}.") for v in free) for key in apart]
     odd = [key for key, asked in zip(apart, within, strict=True) if not asked]

@@ -102,7 +102,7 @@ def stuck_layers(row: Mapping[str, Any]) -> dict[int, str]:
                 f"warning: spiking layer {i + 1} of {len(windows)} hardly learns any more:"
                 f" {share:.2%} of its voltages lie inside the surrogate window"
                 f" ({row['layer_silent'][i]:.0%} of its neurons never fire,"
-                f" {row['layer_saturated'][i]:.0%} always)"
+                f" {row['layer_saturated'][i]:.0%} always); docs/neurons.md says what helps"
             )
     return said
 

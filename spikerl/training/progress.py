@@ -23,7 +23,7 @@ class Progress:
     updates: int = 0
     epoch: int = 0
     train_s: float = 0.0  # spent in this epoch before a resume
-    cpu_s: float = 0.0  # processor time of this worker's process in this epoch
+    cpu_s: float | None = 0.0  # of processor in this epoch, this process's; None: not known
     energy: list[Any] | None = None  # and its Reading, as plain data
     eval_energy: list[Any] | None = None  # the same of its evaluation, which a stop ended
     first_step: int = 0  # of this epoch
@@ -48,9 +48,9 @@ class Progress:
 
 def progress_of(data: Mapping[str, Any], step: int) -> Progress:
     """What a checkpoint of that step holds of it; a ValueError unless each number is one."""
-    progress = Progress(**data)
+    progress = Progress(**({"cpu_s": None} | dict(data)))  # older checkpoints do not have it
     sums = [number for pair in progress.sums.values() for number in pair]
-    spent, reasons = [progress.train_s, progress.cpu_s], list[str]()
+    spent, reasons = [progress.train_s, progress.cpu_s or 0.0], list[str]()
     for reading in (progress.energy, progress.eval_energy):
         seconds, joules, missing = reading or (0.0, {}, {})
         spent += [seconds, *joules.values()]

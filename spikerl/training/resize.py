@@ -55,7 +55,7 @@ def merge_progress(parts: Sequence[Mapping[str, Any]], size: int) -> dict[str, A
     return {
         **parts[0],
         "train_s": max(part["train_s"] for part in parts),
-        "cpu_s": sum(part.get("cpu_s", 0.0) for part in parts),
+        "cpu_s": None if None in (cpu_s := [part.get("cpu_s") for part in parts]) else sum(cpu_s),
         "energy": merged([part["energy"] for part in parts]),
         "eval_energy": merged([part.get("eval_energy") for part in parts]),
         "returns": [ret for part in parts for ret in part["returns"]],

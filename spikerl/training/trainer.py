@@ -289,7 +289,8 @@ class Trainer:
     def count_cpu(self) -> None:
         """Add this process's processor time since the last count, saving and all."""
         now = time.process_time()
-        self.progress.cpu_s += now - self.cpu_clock
+        if self.progress.cpu_s is not None:
+            self.progress.cpu_s += now - self.cpu_clock
         self.cpu_clock = now
 
     def idle_power(self) -> float | None:

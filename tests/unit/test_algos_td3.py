@@ -423,3 +423,23 @@ def test_targets_over_three_steps(algo: type[OffPolicy], config: OffPolicyConfig
         (metrics,) = made.train(sampler, 1, 1)
         losses.add(round(float(metrics["critic_loss"]) / config.critics, 3))
     assert losses == {36.482, 31.36, 16.0}
+
+
+def test_a_target_looks_ahead_from_the_third_step() -> None:
+    """Rewards 1, 2, 4 and no end, gamma 0.9, a target that says 10 everywhere: 6.04 + 0.729 * 10
+    from the first step, 5.6 + 0.81 * 10 from the second, 4 + 0.9 * 10 from the last stored.
+    """
+    replay = Replay(3, 3, 2, torch.device("cpu"), width=1)
+    obs_TNO, no = np.arange(12.0).reshape(4, 1, 3), np.array([False])
+    for i, rew in enumerate([1.0, 2.0, 4.0]):
+        transition = (obs_TNO[i], np.zeros((1, 2)), np.array([rew]), obs_TNO[i + 1], no, no)
+        replay.add(*transition, discount=0.9)
+    td3 = learner(n_step=3)
+    sampler, losses = Sampler(replay, generator(), lambda obs: obs), set()
+    for _ in range(30):
+        td3.critic_optimizer.flat.zero_()
+        td3.targets["critic"].zero_()
+        td3.critic_target.biases_C1N[-1].data.fill_(10.0)
+        (metrics,) = td3.train(sampler, 1, 1)
+        losses.add(round(float(metrics["critic_loss"]) / 2, 2))
+    assert losses == {177.69, 187.69, 169.0}

@@ -35,7 +35,6 @@ def as_before() -> Iterator[None]:
     before = settings()
     yield
     isolation.change(settings(), before)
-    isolation._theirs = None
 
 
 def handler(number: int, frame: object) -> None:

@@ -161,6 +161,9 @@ def test_returns_at_equal_time(tmp_path: Path) -> None:
     assert runs[0].within(2.0) == (2000.0, 200)
     assert runs[0].within(0.5) is None
     assert runs[0].within(2.1) is None
+    runs[0].rows[1]["eval_return"] = "x"
+    assert runs[0].within(2.0) == (1000.0, 100)
+    runs[0].rows[1]["eval_return"] = 2000.0
     report = SideBySide(runs, None)
     assert report.after(1.5)[1:] == [["all runs", "1000 \u00b1 1 (n=2, 100 steps)"]]
     assert report.after(2.1)[1:] == [["all runs", "-"]]
@@ -205,7 +208,10 @@ def test_groups(tmp_path: Path) -> None:
     changed = write_run(tmp_path / "late", algo="sac")
     text = (changed / "config.yaml").read_text()
     (changed / "config.yaml").write_text(text.replace("algo:", "aaa: 1\nalgo:"))
-    assert SideBySide([*runs, Run.read(changed)], None).group_by == ["algo.name", "aaa"]
+    newer = [*runs, Run.read(changed)]
+    assert SideBySide(newer, None).group_by == ["algo.name"]  # what older runs lack is none
+    (changed / "config.yaml").write_text(text.replace("algo:", "aaa: 2\nalgo:"))
+    assert SideBySide([*newer, Run.read(changed)], None).group_by == ["algo.name", "aaa"]
     assert list(SideBySide(runs, ["seed"]).groups) == ["seed=0", "seed=1"]
     assert list(SideBySide(runs, []).groups) == ["all runs"]
     assert names_of(runs) == ["td30", "td31", "sac0"]

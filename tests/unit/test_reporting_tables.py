@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from shell import refusal
 from spikerl.reporting import tables
 from spikerl.reporting.render import render_table
 from spikerl.reporting.results import Results, seeds_of
-from spikerl.reporting.table_file import Table, read_table, table_of
+from spikerl.reporting.table_file import Protocol, Table, read_table, table_of
 
 DATA: dict[str, Any] = {
     "name": "small",
@@ -320,10 +321,12 @@ def test_steps(count: int, text: str) -> None:
 
 
 def test_seeds() -> None:
-    assert seeds_of(None, 3) == [0, 1, 2]
-    assert seeds_of(2, 10) == [0, 1]
-    assert seeds_of([3, 7], 10) == [3, 7]
+    ten = Protocol(total_steps=1, seeds=3, eval_episodes=1, metric="max_average", first_seed=10)
+    assert seeds_of(None, ten) == [10, 11, 12]
+    assert seeds_of(2, ten) == [10, 11]
+    assert seeds_of([3, 7], ten) == [3, 7]
+    assert seeds_of(None, replace(ten, first_seed=0)) == [0, 1, 2]
     for wrong in (0, -1, [], [1, 1], ["a"], "3", True, 1001):
-        assert str(refusal(seeds_of, wrong, 3)).endswith(
+        assert str(refusal(seeds_of, wrong, ten)).endswith(
             "give how many, or a list of different seeds"
         )

@@ -41,7 +41,8 @@ APART: list[tuple[dict[str, Any], set[str] | None, str | None]] = [
     ({"algo": {"name": "td3", "tau": 0.2}}, {"algo"}, None),
     ({"algo": {"name": "td3", "tau": 0.2}}, {"algo.tau"}, None),
     ({"algo": {"name": "td3", "tau": 0.2}}, {"al", "algo.t"}, "algo.tau"),
-    ({"algo": {"name": "sac"}}, {"seed"}, "algo.name, algo.tau"),
+    ({"algo": {"name": "sac"}}, {"seed"}, "algo.name"),
+    ({"algo": {"name": "td3"}}, {"seed"}, None),  # as of before there was algo.tau
 ]
 
 

@@ -88,7 +88,8 @@ def test_a_layer_that_can_learn_no_more_is_named() -> None:
     }
     assert stuck_layers(row) == {
         2: "warning: spiking layer 2 of 3 hardly learns any more: 0.05% of its voltages lie inside"
-        " the surrogate window (75% of its neurons never fire, 25% always)"
+        " the surrogate window (75% of its neurons never fire, 25% always);"
+        " docs/neurons.md says what helps"
     }
     assert stuck_layers({"layer_window_fractions": None}) == {}  # a dense actor
 

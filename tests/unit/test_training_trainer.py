@@ -349,7 +349,9 @@ def test_what_an_evaluation_spent_that_a_stop_ended_is_counted(
         trainer.meter = meter
         assert list(trainer.epochs(stop_signal=lambda: 15 * trainer.evaluation_due())) == []
         assert (trainer.step, trainer.progress.epoch, trainer.stopping) == (10, 0, 15)
-        trainer.progress = progress_of(asdict(trainer.progress), 10)
+        data = asdict(trainer.progress)
+        trainer.progress = progress_of(data, 10)
+        assert progress_of({k: v for k, v in data.items() if k != "cpu_s"}, 10).cpu_s is None
         trainer.stopping = 0
         first, second = trainer.epochs()
         assert (first["epoch"], first["step"], second["epoch"]) == (1, 10, 2)
@@ -375,6 +377,7 @@ def test_slopes_are_those_of_the_last_update(step: int, last: int) -> None:
 
 @pytest.mark.parametrize("odd", [
     {"step": 3}, {"updates": -1}, {"epoch": 1.5}, {"updates": 2**70}, {"train_s": float("nan")},
+    {"cpu_s": float("nan")}, {"cpu_s": "1"},
     {"losses": {"x": "1"}}, {"returns": [None]}, {"sums": {"x": [1.0, "2"]}}, {"more": 1},
     {"eval_energy": [1.0, {"gpu:0": "1"}, {}]}, {"eval_energy": [1.0, {}, {"gpu:0": 1}]},
     {"energy": [1.0, {"gpu:0": "1"}, {}]}, {"energy": [1.0, {}, {"gpu:0": 1}]}, {"energy": [1.0]},

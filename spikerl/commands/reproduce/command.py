@@ -85,7 +85,7 @@ def selected(table: Table, request: ReproduceRequest) -> list[Cell]:
     """Every seed's first cells come first, so that a table is soon filled by few seeds."""
     rows = select(list(table.rows), request.rows, key="rows")
     columns = select(list(table.columns), request.columns, key="columns")
-    seeds = seeds_of(request.seeds, table.protocol.seeds)
+    seeds = seeds_of(request.seeds, table.protocol)
     wanted = [(row, column, seed) for seed in seeds for column in columns for row in rows]
     cells = [cell for which in wanted if (cell := cell_of(table, *which))]
     if not cells:
