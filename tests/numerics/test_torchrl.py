@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from importlib import import_module
 from typing import Any
 
@@ -22,6 +23,8 @@ torchrl, objectives, tensordict, modules = (
     import_module(name)
     for name in ("torchrl.modules", "torchrl.objectives", "tensordict", "tensordict.nn")
 )
+# Its import makes "spawn" the default of this process, in which all other files' tests run too.
+multiprocessing.set_start_method(None, force=True)
 
 
 class Values(nn.Module):
