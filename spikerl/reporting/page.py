@@ -100,7 +100,7 @@ def facts(run: Run) -> Grid:
     if run.evaluation:
         returns = run.evaluation.get("returns")
         known = values([number(r) for r in returns] if isinstance(returns, list) else [])
-        text = spread(number(run.evaluation.get("return_mean")), statistics.sd(known))
+        text = spread(*(number(run.evaluation.get(key)) for key in ("return_mean", "return_std")))
         lines.insert(0, ["return of the policy's file", f"{text} over {len(known)} episodes"])
         lines.insert(1, ["its firing rate", fraction(run.evaluation.get("firing_rate"))])
     return [["", "last epoch"], *lines]

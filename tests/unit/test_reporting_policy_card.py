@@ -20,7 +20,7 @@ CARD = """\
 
 |  |  |
 | --- | ---: |
-| return of the policy's file | 2.0 \N{PLUS-MINUS SIGN} 1.4 over 2 episodes |
+| return of the policy's file | 2.0 \N{PLUS-MINUS SIGN} 1.0 over 2 episodes |
 | its firing rate | 0.250 |
 | training steps | 200 |
 | largest of its evaluations | 2000 |
@@ -50,7 +50,7 @@ Trained by
 
 def evaluated(folder: Path) -> None:
     write_run(folder, counted=True, git={"commit": "abc", "dirty": False})
-    evaluation = {"return_mean": 2.0, "returns": [1.0, 3.0], "firing_rate": 0.25}
+    evaluation = {"return_mean": 2.0, "return_std": 1.0, "returns": [1.0, 3.0], "firing_rate": 0.25}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
 
 
