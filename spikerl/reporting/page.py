@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from spikerl.reporting import statistics
 from spikerl.reporting.records import Run, number, values
 from spikerl.reporting.tables import PM, Grid, Section, rounded, spread, steps
 
