@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spikerl.algos.base import AlgoConfig, CriticsConfig, Learner, Metrics, flatten, normal_like
 from spikerl.algos.graphs import Graphed
 from spikerl.algos.replay import Sampler
+from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
@@ -71,6 +72,21 @@ class OffPolicyConfig(ReplayConfig, CriticsConfig):
 
 
 @dataclass(kw_only=True)
+class DelayConfig(AlgoConfig):
+    """Delayed policy updates."""
+
+    policy_delay: int = 1  # updates of the critics for each of the actor and all targets
+    first_policy_update: int = 0  # the first update, counted from 0, with such a one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("give at least 1", lambda x: x >= 1, "policy_delay")
+        if not 0 <= self.first_policy_update < self.policy_delay:
+            remedy = f"give 0 or more, below algo.policy_delay={self.policy_delay}"
+            raise BadRequest("algo.first_policy_update", self.first_policy_update, remedy)
+
+
+@dataclass(kw_only=True)
 class OfflineConfig(AlgoConfig):
     """Of algorithms that learn from a dataset and never act: a step of the run is one update."""
 
@@ -108,6 +124,9 @@ class OffPolicy(Learner):
             self.random_steps, self.n_step = config.random_steps, config.n_step
         if isinstance(config, OffPolicyConfig):
             self.critic_warmup = config.critic_warmup
+        if isinstance(config, DelayConfig):
+            self.policy_delay = config.policy_delay
+            self.first_policy_update = config.first_policy_update
         self.graph: Graphed | None = None
         if critic is not None:
             self.critic_target = self.add_target("critic", critic)

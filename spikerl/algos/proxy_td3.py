@@ -43,8 +43,6 @@ class ProxyTD3(OffPolicy):
     def __init__(
         self, actor: Actor, critic: Critics, config: ProxyTD3Config, **settings: Any
     ) -> None:
-        self.policy_delay = config.policy_delay
-        self.first_policy_update = config.first_policy_update
         self.batches_per_update = config.proxy_steps
         super().__init__(actor, critic, config, **settings)
         dense = MLPConfig(name="mlp", hidden_sizes=config.proxy_hidden_sizes, lr=config.proxy_lr)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.algos.base import Metrics, flatten, normal_like
-from spikerl.algos.offpolicy import OffPolicy, OffPolicyConfig
+from spikerl.algos.offpolicy import DelayConfig, OffPolicy, OffPolicyConfig, batches
 from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor, MLPActor
 from spikerl.models.actor_config import MLPConfig
@@ -24,7 +24,7 @@ from spikerl.types import Batch
 
 
 @dataclass(kw_only=True)
-class SACConfig(OffPolicyConfig):
+class SACConfig(OffPolicyConfig, DelayConfig):
     temperature: float  # alpha, what a unit of entropy is worth; where it is learned, the first
     learn_temperature: bool
     target_entropy: float | None  # of a learned temperature; null: minus the action's entries
@@ -88,9 +88,13 @@ class SAC(OffPolicy):
         return self.optimizers["temperature"].flat.exp().squeeze(0)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        c, actor_opt = self.config, self.actor_optimizer
-        obs, alpha = rows.obs, self.temperature
-        low, high = c.log_std_range
+        """Updates with these numbers, each on its share of the rows.
+
+        Policy, temperature and target networks change with the last of them at the earliest, so the
+        target values of all are computed first, in one pass.
+        """
+        alpha = self.temperature
+        low, high = self.config.log_std_range
 
         # A policy draws a = tanh(u), u = mean + std eps with eps ~ N(0, 1), so that
         # log pi(a | s) = sum log N(u; mean, std) - log(1 - tanh(u)^2), over the entries of a.
@@ -101,8 +105,23 @@ class SAC(OffPolicy):
             next_act, log_prob = self.kernel.squashed(mean, log_std, noise, low, high)
             q_target = self.critic_target.td_target(rows, next_act, -alpha * log_prob)
 
-        # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
-        metrics = self.critic_step(obs, rows.act, q_target)
+        metrics = []
+        for number, (obs, act, y) in zip(
+            numbers, batches(len(numbers), rows.obs, rows.act, q_target), strict=True
+        ):
+            # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
+            metric = self.critic_step(obs, act, y)
+            if self.is_policy_update(number):
+                metric |= self.policy_step(obs, alpha)
+                self.update_targets()
+            self.guard.end_update()
+            metrics.append(metric)
+        return metrics
+
+    def policy_step(self, obs: Tensor, alpha: Tensor) -> Metrics:
+        """One step of actor and deviations, and of the temperature where it is learned."""
+        c, actor_opt = self.config, self.actor_optimizer
+        low, high = c.log_std_range
 
         # Actor: minimise mean (alpha log pi(a | s) - min_i Q_i(s, a)), a ~ pi(s). The critics give
         # the gradient by a, alpha that by log pi; by the chain rule both are taken back to mean
@@ -121,11 +140,11 @@ class SAC(OffPolicy):
         entropy = -log_prob.mean()
         actor_opt.gradient.loss -= alpha * entropy * actor_opt.gradient.weight
         if self.log_std:
-            metrics |= mean_backward(by_mean, actor_opt.gradient)
+            metrics = mean_backward(by_mean, actor_opt.gradient)
             log_std_backward(by_log_std, self.optimizers["log_std"].gradient)
             self.optimizers["log_std"].step()
         else:
-            metrics |= mean_backward(torch.cat([by_mean, by_log_std], -1), actor_opt.gradient)
+            metrics = mean_backward(torch.cat([by_mean, by_log_std], -1), actor_opt.gradient)
         actor_loss = actor_opt.step()
         metrics |= {"actor_loss": actor_loss, "entropy": entropy, "temperature": alpha}
 
@@ -137,10 +156,7 @@ class SAC(OffPolicy):
             loss = (learned.flat * excess).squeeze(0)
             learned.gradient.loss.copy_(loss * learned.gradient.weight)
             learned.step()
-
-        self.update_targets()
-        self.guard.end_update()
-        return [metrics]
+        return metrics
 
     def gaussian(
         self, actor: Actor, log_std: MLPActor | None, obs: Tensor, generator: torch.Generator

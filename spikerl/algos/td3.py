@@ -12,35 +12,28 @@ import torch
 from torch import Tensor
 
 from spikerl.algos.base import CriticsConfig, Metrics
-from spikerl.algos.offpolicy import OffPolicy, OffPolicyConfig, batches
-from spikerl.errors import BadRequest
+from spikerl.algos.offpolicy import DelayConfig, OffPolicy, OffPolicyConfig, batches
 from spikerl.models.actor import Actor
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
 
 @dataclass(kw_only=True)
-class DelayConfig(CriticsConfig):
-    """Delayed policy updates, and target policy smoothing."""
+class SmoothingConfig(CriticsConfig):
+    """Target policy smoothing."""
 
     critics: ClassVar[int] = 2
 
-    policy_delay: int  # critic updates for each update of the actor and all targets
-    first_policy_update: int  # the first critic update, counted from 0, with such a one
     target_noise: float  # std of target smoothing noise, in units of half the action range
     noise_clip: float  # bound of target smoothing noise, same unit
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check("give at least 1", lambda x: x >= 1, "policy_delay")
         self.check("give 0 or more", lambda x: x >= 0, "target_noise", "noise_clip")
-        if not 0 <= self.first_policy_update < self.policy_delay:
-            remedy = f"give 0 or more, below algo.policy_delay={self.policy_delay}"
-            raise BadRequest("algo.first_policy_update", self.first_policy_update, remedy)
 
 
 @dataclass(kw_only=True)
-class TD3Config(OffPolicyConfig, DelayConfig):
+class TD3Config(OffPolicyConfig, DelayConfig, SmoothingConfig):
     explore_noise: float  # std of acting noise, in units of half the action range
 
     def __post_init__(self) -> None:
@@ -53,8 +46,6 @@ class TD3(OffPolicy):
     has_graphs = True
 
     def __init__(self, actor: Actor, critic: Critics, config: TD3Config, **settings: Any) -> None:
-        self.policy_delay = config.policy_delay
-        self.first_policy_update = config.first_policy_update
         super().__init__(actor, critic, config, **settings)
         self.actor_target = self.add_target("actor", actor)
 

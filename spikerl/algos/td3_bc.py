@@ -11,15 +11,21 @@ import torch
 
 from spikerl.algos.base import Metrics
 from spikerl.algos.bc import add_imitation
-from spikerl.algos.offpolicy import OfflineConfig, OffPolicy, TargetConfig, batches
-from spikerl.algos.td3 import DelayConfig
+from spikerl.algos.offpolicy import (
+    DelayConfig,
+    OfflineConfig,
+    OffPolicy,
+    TargetConfig,
+    batches,
+)
+from spikerl.algos.td3 import SmoothingConfig
 from spikerl.models.actor import Actor
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
 
 @dataclass(kw_only=True)
-class TD3BCConfig(OfflineConfig, TargetConfig, DelayConfig):
+class TD3BCConfig(OfflineConfig, TargetConfig, DelayConfig, SmoothingConfig):
     alpha: float  # what a critic's value weighs against imitation; 0: imitation alone
 
     def __post_init__(self) -> None:
@@ -32,8 +38,6 @@ class TD3BC(OffPolicy):
     metrics = ("value_weight",)
 
     def __init__(self, actor: Actor, critic: Critics, config: TD3BCConfig, **settings: Any) -> None:
-        self.policy_delay = config.policy_delay
-        self.first_policy_update = config.first_policy_update
         super().__init__(actor, critic, config, **settings)
         self.actor_target = self.add_target("actor", actor)
 

@@ -14,9 +14,8 @@ from spikerl import kernels, plugins
 from spikerl.algos import ALGOS, AlgoConfig
 from spikerl.algos.bcq import BCQConfig
 from spikerl.algos.decision_transformer import DecisionTransformerConfig
-from spikerl.algos.offpolicy import OfflineConfig, OffPolicyConfig, ReplayConfig
+from spikerl.algos.offpolicy import DelayConfig, OfflineConfig, OffPolicyConfig, ReplayConfig
 from spikerl.algos.ppo import PPOConfig
-from spikerl.algos.td3 import DelayConfig
 from spikerl.distributed import hosts
 from spikerl.distributed.launchers import ranked
 from spikerl.distributed.world import (

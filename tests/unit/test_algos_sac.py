@@ -85,14 +85,27 @@ class Usual:
         return act, (gaussian.log_prob(u) - torch.log(1.0 - act**2)).sum(1)
 
     def update(self, b: Batch) -> dict[str, float]:
-        alpha = self.log_alpha.exp().item()
-        with torch.no_grad():
-            act, logp = self.sample(b.next_obs)
-            soft = values(self.q_target, b.next_obs, act).min(0).values - alpha * logp
-            y = b.rew + 0.9 * (1.0 - b.terminated.float()) * soft
+        losses = self.critic_step(b, self.targets(b)) | self.policy_step(b)
+        average(self.q_target, self.q, self.c.tau)
+        return losses
+
+    @torch.no_grad()
+    def targets(self, b: Batch) -> Tensor:
+        act, logp = self.sample(b.next_obs)
+        soft = values(self.q_target, b.next_obs, act).min(0).values - self.alpha() * logp
+        return b.rew + 0.9 * (1.0 - b.terminated.float()) * soft
+
+    def critic_step(self, b: Batch, y: Tensor) -> dict[str, float]:
         q1, q2 = values(self.q, b.obs, b.act)
         critic_loss = ((q1 - y) ** 2).mean() + ((q2 - y) ** 2).mean()
         descend(critic_loss, self.q_adam, max_norm=self.c.max_grad_norm)
+        return {
+            "critic_loss": critic_loss.item(),
+            "q_mean": (q1.mean().item() + q2.mean().item()) / 2.0,
+        }
+
+    def policy_step(self, b: Batch) -> dict[str, float]:
+        alpha = self.alpha()
         act, logp = self.sample(b.obs)
         actor_loss = (alpha * logp - values(self.q, b.obs, act).min(0).values).mean()
         descend(actor_loss, *self.pi_adam, max_norm=self.c.max_grad_norm)
@@ -100,14 +113,14 @@ class Usual:
             wanted = -2.0 if self.c.target_entropy is None else self.c.target_entropy
             price = -(self.log_alpha * (logp.detach() + wanted)).mean()
             descend(price, self.alpha_adam, max_norm=self.c.max_grad_norm)
-        average(self.q_target, self.q, self.c.tau)
         return {
-            "critic_loss": critic_loss.item(),
-            "q_mean": (q1.mean().item() + q2.mean().item()) / 2.0,
             "actor_loss": actor_loss.item(),
             "entropy": -logp.mean().item(),
             "temperature": alpha,
         }
+
+    def alpha(self) -> float:
+        return self.log_alpha.exp().item()
 
     def lengths(self) -> list[float]:
         adams = [self.q_adam, *self.pi_adam, *[self.alpha_adam] * self.c.learn_temperature]
@@ -164,6 +177,28 @@ def test_six_updates_are_the_usual_ones(kind: str, rule: str) -> None:
                     torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-8)
         assert ours.updates == 6
         ours.check()
+
+
+@pytest.mark.parametrize("kind", ["spiking", "dense"])
+def test_a_delayed_policy(kind: str) -> None:
+    """Policy, temperature and targets change on the third and sixth update; until then they are
+    the same, so a round's targets are drawn at once.
+    """
+    with float64():
+        rule: dict[str, Any] = {"policy_delay": 3, "first_policy_update": 2}
+        ours = learner(kind, **rule, learn_temperature=True, temperature_lr=0.01)
+        rows, usual = transitions(6 * 32, torch.float64), Usual(ours)
+        expected = []
+        for of_a_round in cut(rows, 3 * 32):
+            y = usual.targets(of_a_round)
+            for i, batch in enumerate(cut(of_a_round, 32)):
+                expected.append(usual.critic_step(batch, y[32 * i : 32 * (i + 1)]))
+            expected[-1] |= usual.policy_step(batch)
+            average(usual.q_target, usual.q, usual.c.tau)
+        found = [{k: float(v) for k, v in m.items()} for m in ours.run_updates(rows, 6)]
+        assert found == [pytest.approx(losses, rel=1e-6) for losses in expected]
+        for name, tensor in weights(ours).items():
+            torch.testing.assert_close(tensor, usual.weights()[name], rtol=1e-6, atol=1e-8)
 
 
 def test_the_kernels_updates_are_the_definitions() -> None:
