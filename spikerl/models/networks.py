@@ -25,7 +25,7 @@ from spikerl.schema import Registry, parse
 from spikerl.snn.conv import ConvConfig
 from spikerl.snn.decoders import DECODERS
 from spikerl.snn.encoders import ENCODERS
-from spikerl.snn.neurons import NEURONS
+from spikerl.snn.neurons import NEURONS, copy_slopes
 
 SequenceActor = Spikeformer | Transformer
 ACTOR_GROUPS = ("actor", "encoder", "neuron", "decoder")
@@ -168,6 +168,7 @@ def inference_actor(
     with torch.device("meta"):
         small = build_actor(config, actor.obs_dim, act_dim, dtype=actor.dtype, kernel=actor.kernel)
     small.load_state_dict(first, assign=True)
+    copy_slopes(small, actor)
     return config, small
 
 

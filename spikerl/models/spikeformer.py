@@ -25,7 +25,7 @@ from spikerl.models.sequence import SequenceConfig
 from spikerl.snn.attention import ATTENTIONS
 from spikerl.snn.batchnorm import TDBN
 from spikerl.snn.linear import Linear, ListOf
-from spikerl.snn.neurons import NEURONS, Neuron, NeuronConfig, State
+from spikerl.snn.neurons import NEURONS, Neuron, NeuronConfig, State, copy_slopes
 from spikerl.snn.ptbn import PTBN, NormedLinear, folded_behind
 from spikerl.types import Contexts
 
@@ -175,4 +175,5 @@ class Spikeformer(nn.Module):
             )  # fmt: skip
         own = small.state_dict()
         small.load_state_dict({name: state[name] for name in own}, assign=True)
+        copy_slopes(small, self)
         return small

@@ -197,6 +197,13 @@ class Neuron(nn.Module):
         return spike(excess_BN, self.config.surrogate, self.scale)
 
 
+def copy_slopes(to: nn.Module, source: nn.Module) -> None:
+    """Surrogates as `source` has them, in `to`: a slope that moves is no part of a state."""
+    of_each = [[part for part in net.modules() if isinstance(part, Neuron)] for net in (to, source)]
+    for neuron, other in zip(*of_each, strict=True):
+        neuron.scale = other.scale
+
+
 class CubaLIF(Neuron):
     """`cuba_lif`; `lif` is the same with a current that keeps nothing."""
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from plain import float64
-from sequences import PlainSpikeformer, contexts, network
+from sequences import LIF, PlainSpikeformer, contexts, network, spikeformer_config
 
 from spikerl.models.spikeformer import Spikeformer
+from spikerl.snn.neurons import Neuron
 
 
 def trained(kind: str, dtype: torch.dtype = torch.float64) -> Spikeformer:
@@ -43,6 +46,14 @@ def test_actions_are_those_of_plain_pytorch(kind: str, theta: float) -> None:
     made.schedule(0.5 * (1.0 - theta))  # of which norm_share is a half
     plain.theta = theta
     torch.testing.assert_close(made(steps, torch.Generator()), plain(steps), rtol=1e-4, atol=1e-5)
+
+
+def test_what_acts_has_the_slopes_of_what_is_trained() -> None:
+    moving = replace(LIF, surrogate="triangle", surrogate_slope=2.0, surrogate_slope_end=8.0)
+    made = Spikeformer(3, 2, spikeformer_config(), moving)
+    made.schedule(0.5)
+    neurons = [part for part in made.inference().modules() if isinstance(part, Neuron)]
+    assert {neuron.scale for neuron in neurons} == {5.0}
 
 
 def test_theta_falls_evenly() -> None:

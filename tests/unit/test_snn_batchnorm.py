@@ -6,6 +6,7 @@ import copy
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -276,3 +277,13 @@ def test_what_is_deployed_acts_the_same(parts: dict[str, Any]) -> None:
     assert small_config.actor.name == "popsan"
     assert not [name for name in small.state_dict() if "norm" in name]
     assert inference_actor(small_config, small, 2) == (small_config, small)
+
+
+def test_what_is_deployed_has_the_slopes_of_what_is_trained() -> None:
+    """By which an evaluation counts the voltages that a gradient passes."""
+    moving = replace(CUBA_LIF, surrogate="triangle", surrogate_slope=2.0, surrogate_slope_end=8.0)
+    actor, config = actor_and_config(3, neuron=moving)
+    actor.schedule(50, 100)
+    _, small = inference_actor(config, actor, 2)
+    assert isinstance(small, SpikingActor)
+    assert [neuron.scale for neuron in small.neurons] == [5.0, 5.0, 5.0]
