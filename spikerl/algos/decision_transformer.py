@@ -62,17 +62,18 @@ class DecisionTransformer(Learner):
         super().__init__(actor, critic, config, **settings)
         self.lr = self.actor_optimizer.lr
         self.actor_optimizer.weight_decay = config.weight_decay
-        self.best_return = torch.zeros((), dtype=torch.float64)  # of an episode of the dataset
-        self.episodes = torch.zeros((), dtype=torch.int64)  # of the dataset
+        # Of a whole episode of the dataset; where it has none, of a piece of one.
+        self.best_return = torch.full((), -math.inf, dtype=torch.float64)
+        self.episodes = torch.zeros((), dtype=torch.int64)  # of those
 
-    def recorded(self, rew_T: np.ndarray) -> np.ndarray:
+    def recorded(self, rew_T: np.ndarray, whole: bool) -> np.ndarray:
         """Take note of an episode of the dataset; its returns to go, (T,)."""
         togo_T = returns_to_go(rew_T)
-        best = float(togo_T[0])
-        if self.episodes > 0:
-            best = max(best, float(self.best_return))
-        self.best_return.fill_(best)
-        self.episodes += 1
+        if whole and not self.episodes:
+            self.best_return.fill_(-math.inf)  # pieces no longer count
+        if whole or not self.episodes:
+            self.best_return.clamp_(min=float(togo_T[0]))
+        self.episodes += whole
         return togo_T
 
     def train(self, sampler: Sampler, gradient_steps: int, batch_size: int) -> list[Metrics]:

@@ -199,7 +199,7 @@ def record(
         whole = terminated or truncated
         ends = np.arange(1, len(acts) + 1) == len(acts)
         writer.add(seed, np.stack(obs), np.stack(acts), np.array(rewards), ends & terminated,
-                   ends & (truncated or not whole))  # fmt: skip
+                   ends & (truncated or not whole), whole)  # fmt: skip
         returns += [sum(rewards)] * whole
     return returns
 
@@ -300,7 +300,7 @@ class StoredSteps:
                 if number := stop_signal():
                     raise Stopped(number)
                 rew, act = played.rew / self.reward_scale, task.to_env(played.act)
-                writer.add(None, played.obs, act, rew, played.terminated, played.truncated)
+                writer.add(None, played.obs, act, rew, played.terminated, played.truncated, whole)
                 returns += [float(rew.sum())] * whole
         except ValueError as error:
             raise BadRequest("run", self.run, str(error)) from None

@@ -47,6 +47,7 @@ class Recorded(NamedTuple):
     rew: np.ndarray  # (T,)
     terminated: np.ndarray  # (T,) bool
     truncated: np.ndarray  # (T,) bool
+    whole: bool = True  # from a reset to its end; one of another program counts as whole
 
     def steps(self) -> Steps:
         """Its transitions; the last one ends it, whether or not a flag says so."""
@@ -73,13 +74,15 @@ class Writer:
         self.file = h5py.File(folder / MAIN, "w", track_order=True)
 
     def add(self, seed: int | None, obs: np.ndarray, act: np.ndarray, rew: np.ndarray,
-            terminated: np.ndarray, truncated: np.ndarray) -> None:  # fmt: skip
+            terminated: np.ndarray, truncated: np.ndarray, whole: bool = True) -> None:  # fmt: skip
         """An episode; `obs` (T + 1, O), `act` as the environment got it, the others (T,).
 
-        `seed`: of its reset, where that had one.
+        `whole`: it is not a piece of one. `seed`: of its reset, where that had one.
         """
         group = self.file.create_group(f"episode_{self.episodes}")
         group.attrs.update({"id": self.episodes, "total_steps": len(rew)})
+        if not whole:
+            group.attrs["whole"] = False
         if seed is not None:
             group.attrs["seed"] = seed
         shaped = obs.reshape(len(obs), *self.task.obs_shape)
@@ -295,7 +298,8 @@ def recorded(group: Any, task: Task) -> Recorded:
         raise ValueError(f"{group.name} has observations that are no whole numbers from 0 to 255")
     if (terminated | truncated)[:-1].any():
         raise ValueError(f"{group.name} goes on after its end")
-    return Recorded(flat, inside(act, task, group.name), rew, terminated, truncated)
+    whole = bool(group.attrs.get("whole", True))
+    return Recorded(flat, inside(act, task, group.name), rew, terminated, truncated, whole)
 
 
 def inside(act: np.ndarray, task: Task, where: str) -> np.ndarray:

@@ -37,7 +37,7 @@ def store_dataset(
         time = np.arange(len(steps.rew))
         number = first + time
         if sequences:
-            env, rew = number // column, sequences.recorded(steps.rew)
+            env, rew = number // column, sequences.recorded(steps.rew, episode.whole)
         else:
             env, rew = number % total, steps.rew * scale
         mine = (env // each == rank) & (number < end)

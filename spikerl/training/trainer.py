@@ -349,6 +349,7 @@ class Trainer:
             self.streams.restart(self.run.seed, rank, checkpoint.step)
         self.progress = progress_of(notes["progress"], checkpoint.step)
         self.algo.updates = self.progress.updates
+        self.algo.total_updates = self.updates_by(self.run.total_steps)
         self.schedule(self.last_update())
         pending, envs = tensors["norm.pending"], with_prefix("envs.", tensors)
         if (pending.dtype, pending.shape[1:]) != (torch.float64, (self.task.obs_dim,)):

@@ -271,13 +271,15 @@ def written(folder: Path, task: Task) -> None:
     writer = Writer(folder, task)
     for seed, (steps, terminated) in enumerate([(3, True), (5, False)]):
         fields = episode(steps, 100.0 * (seed + 1), terminated)
-        writer.add(seed, *(fields[name] for name in fields))
+        obs, act, rew, terminations, truncations = fields.values()
+        writer.add(seed, obs, act, rew, terminations, truncations, whole=terminated)
     writer.finish("pendulum-v0", {"noise": 0.5})
 
 
 def test_written_and_read_again(task: Task, tmp_path: Path) -> None:
     written(tmp_path / "d", task)
     first, second = Dataset.open(tmp_path / "d", task, MUCH).episodes()
+    assert (first.whole, second.whole) == (True, False)
     assert first.obs[:, 0].tolist() == [100.0, 104.0, 108.0, 112.0]
     assert second.act.tolist() == [[-1.0], [-0.5], [0.0], [0.5], [1.0]]
     facts = json.loads((tmp_path / "d" / METADATA).read_text())

@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,6 +135,36 @@ def test_sequences_have_returns_to_go_and_times(dataset: Dataset) -> None:
             "evaluations aim at a return of 12015 (the best of the dataset); the dataset's best"
             " episode has 12015"
         ]
+
+
+@pytest.mark.parametrize(("pieces", "best"), [([2], 3003.0), ([0, 1, 2], 12015.0)])
+def test_it_aims_at_a_whole_episode(pieces: list[int], best: float, tmp_path: Path) -> None:
+    """The best of the pieces where there is no other."""
+
+    def touch(file: Any) -> None:
+        for i in pieces:
+            file[f"episode_{i}"].attrs["whole"] = False
+
+    parts = zip(LENGTHS, FIRST, (True, False, True), strict=True)
+    folder = write(tmp_path / "d", [episode(*part) for part in parts], touch)
+    opened = Dataset.open(folder, task_for(INVERTED_PENDULUM), 1 << 20)
+    with workers(sequences(), 1, opened) as (one,):
+        conditioning = one.policy.config.conditioning
+        assert conditioning is not None
+        assert conditioning.target_return == best
+
+
+def test_a_resized_run_learns_until_its_end(dataset: Dataset, tmp_path: Path) -> None:
+    """With weak scaling 50 steps of one worker are 50 updates, the 30 that are left 15 of two."""
+    config = replace(sequences(4), run=replace(sequences(4).run, scaling="weak"))
+    with workers(config, 1, dataset) as (one,):
+        one.advance()
+        assert (one.step, one.algo.updates, one.algo.total_updates) == (50, 50, 80)
+        save(tmp_path, [one])
+    with workers(config, 2, None) as both:
+        for trainer in both:
+            assert trainer.load(verified(tmp_path, print))
+            assert trainer.algo.total_updates == 65
 
 
 def test_workers_share_sequences_out(dataset: Dataset) -> None:
