@@ -217,6 +217,7 @@ class Learner:
     on_policy = False
     has_graphs = False  # whether a round of updates can be one CUDA graph
     random_steps = 0  # the first steps act uniformly at random
+    critic_warmup = 0  # the first updates leave the policy as it is
     # For schedules; the trainer sets them.
     step = 0  # of the run, over all workers
     total_updates = 1  # that the whole run makes

@@ -17,6 +17,7 @@ from spikerl.algos.replay import Sampler
 from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor
 from spikerl.models.critic import Critics
+from spikerl.snn.batchnorm import BatchNorm
 from spikerl.types import Batch
 
 BATCHES_AT_ONCE = 64  # gathered and normalised in one pass; bounds its memory
@@ -113,8 +114,8 @@ class OffPolicy(Learner):
     batches_per_update = 1
     policy_delay = 1  # actor and targets change on one update of so many:
     first_policy_update = 0  # on this one first, counted from 0
-    critic_warmup = 0  # the first updates leave these alone:
-    policy_parts: tuple[str, ...] = ("actor",)
+    policy_parts: tuple[str, ...] = ("actor",)  # what the first critic_warmup updates leave alone
+    policy_held = False
 
     def __init__(
         self, actor: Actor, critic: Critics | None, config: AlgoConfig, **settings: Any
@@ -142,6 +143,15 @@ class OffPolicy(Learner):
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
         """Updates number `numbers`, a round or a part of one, each on its share of the rows."""
         raise NotImplementedError
+
+    def hold_policy(self, held: bool) -> None:
+        """From here on updates leave the policy as it is, or change it again."""
+        self.policy_held = held
+        for name in self.policy_parts:
+            self.optimizers[name].held = held
+        for part in self.actor.modules():
+            if isinstance(part, BatchNorm):
+                part.held = held
 
     def is_policy_update(self, number: int) -> bool:
         return (number - self.first_policy_update) % self.policy_delay == 0
@@ -173,8 +183,8 @@ class OffPolicy(Learner):
         sizes = [len(numbers) * size for numbers in rounds]
         for numbers, *fields in zip(rounds, *(field.split(sizes) for field in rows), strict=True):
             own, held = Batch(*fields), numbers.stop <= self.critic_warmup
-            for name in self.policy_parts:
-                self.optimizers[name].held = held
+            if held != self.policy_held:
+                self.hold_policy(held)
             # A whole round begins after a policy update.
             whole = self.updates > 0 and len(numbers) == self.policy_delay
             if self.graph is not None and whole and not held:

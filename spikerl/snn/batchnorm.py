@@ -89,13 +89,15 @@ class BatchNorm(nn.Module):
         self.mean_N = fixed(torch.zeros_like(start))
         self.var_N = fixed(torch.ones_like(start))
         self.sum_: Callable[[Tensor], None] = alone  # over workers, in place
+        self.held = False  # where it is true, a batch leaves the running moments as they are
 
     def forward(self, drive_TBN: Tensor, moments: str = RUNNING, rows: Rows = ROWS) -> Tensor:
         if moments == RUNNING:
             return self.affine(drive_TBN, self.mean_N, self.var_N, rows)
         sums = self.sums(drive_TBN, rows)
         mean, var = self.moments_of(sums, drive_TBN)
-        self.follow(mean, var, sums[0] / len(drive_TBN), len(drive_TBN))
+        if not self.held:
+            self.follow(mean, var, sums[0] / len(drive_TBN), len(drive_TBN))
         y: Tensor = _Normalise.apply(drive_TBN, self.gamma_N, self.beta_N, mean, var, sums[0],
                                      self.sum_, rows)  # fmt: skip
         return y

@@ -16,7 +16,8 @@ from spikerl.models.normalizer import RunningNorm
 def store_dataset(
     dataset: Dataset, config: Config, algo: Learner, replay: Replay, norm: RunningNorm, rank: int
 ) -> None:
-    """Give `norm` the moments of all that was recorded, and `replay` worker `rank`'s share of it.
+    """Give `norm` the moments of all that was recorded, unless it has those of another run, and
+    `replay` worker `rank`'s share.
 
     Transition k is environment k mod N's, as if N of them had made the dataset in turn; what
     is left over, fewer than N, is not learned from. Where sequences are learned from, each has
@@ -29,8 +30,9 @@ def store_dataset(
     column = dataset.transitions // total
     replay.reserve(column * each)
     first, end = 0, column * total
+    normalises = config.algo.norm_interval is not None and not norm.count
     for episode in dataset.episodes():
-        if config.algo.norm_interval is not None:
+        if normalises:
             norm.add(episode.obs[:-1])
             norm.merge([norm.collect()])  # the same on every worker
         steps = episode.steps()

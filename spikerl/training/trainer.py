@@ -73,7 +73,7 @@ class Trainer:
         self.batches = world.size if run.scaling == "weak" else 1
         self.algo = build_learner(c, task, self.streams.update, world, device, init)
         self.norm = RunningNorm(task.obs_dim, algo.norm_clip)
-        if init is not None:
+        if init is not None:  # of a dataset it then takes no moments
             self.norm.load(init.norm.state())
         if self.acting_on != device:
             auto = kernels.KernelConfig(name="auto", path=None)
@@ -239,7 +239,9 @@ class Trainer:
         config, actor = self.config.actor.actor, self.algo.actor
         if not isinstance(config, CareBNConfig) or config.recalibration_interval is None:
             return
-        if self.algo.updates == 0 or not crossed(before, self.step, config.recalibration_interval):
+        if self.algo.updates <= self.algo.critic_warmup:
+            return
+        if not crossed(before, self.step, config.recalibration_interval):
             return
         assert isinstance(actor, SpikingActor)
         count = config.recalibration_batches * self.batch_size

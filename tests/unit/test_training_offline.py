@@ -30,6 +30,9 @@ from spikerl.config.memory import least_bytes
 from spikerl.distributed.world import ALONE
 from spikerl.envs.dataset import Dataset
 from spikerl.models.actor_config import ActorConfig
+from spikerl.models.networks import build_actor
+from spikerl.models.normalizer import RunningNorm
+from spikerl.models.policy import Policy
 from spikerl.runs.checkpoint import save_checkpoint, verified
 from spikerl.training.trainer import Trainer
 
@@ -101,6 +104,18 @@ def test_rewards_are_scaled_and_observations_left_alone(dataset: Dataset) -> Non
     with workers(config, 1, dataset) as (one,):
         assert rewards(one)[:4] == [0.0, 0.5, 1.0, 1.5]
         assert one.norm.count == 0
+
+
+def test_a_policy_of_another_run_keeps_its_normaliser(dataset: Dataset) -> None:
+    task, config = task_for(INVERTED_PENDULUM), training()
+    norm = RunningNorm(task.obs_dim, 3.0)
+    norm.add(np.arange(8.0).reshape(2, 4))
+    norm.merge([norm.collect()])
+    actor = build_actor(config.actor, task.obs_dim, task.act_dim)
+    init = Policy(task, config.actor, actor, norm)
+    with closing(Trainer(config, task, dataset=dataset, init=init)) as one:
+        assert one.norm.count == 2
+        assert one.norm.mean_O.tolist() == [2.0, 3.0, 4.0, 5.0]
 
 
 def test_workers_share_it_out(dataset: Dataset) -> None:
