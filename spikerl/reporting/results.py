@@ -28,8 +28,13 @@ class Seed:
 
     def score(self, metric: str) -> float | None:
         if self.cell.command == "convert":  # it has no training to take a maximum over
-            return number(self.run.evaluation.get("return_mean"))
+            return self.of_its_file
         return self.run.score(metric)
+
+    @property
+    def of_its_file(self) -> float | None:
+        """The return of the policy's file, in one evaluation after training."""
+        return number(self.run.evaluation.get("return_mean"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +118,7 @@ class Aggregate:
     gain: float | None  # APG in percent
     gain_without_easy: float | None
     columns: int  # over which the following are
+    partial: bool  # some of the runs behind them have fewer steps than asked
     iqm: float | None  # of scores over the baseline's mean
     iqm_interval: Interval | None
     improvement: float | None  # probability of
@@ -168,14 +174,28 @@ class Results:
         columns = self.table.columns
         return [name for name, c in columns.items() if easy or c.env != EASY]
 
+    def partial(self, row: str, *, easy: bool = True) -> bool:
+        """Whether a gain has runs behind it with fewer steps than asked."""
+        return any(self._pair_is_partial(row, column) for column in self._columns(easy))
+
+    def _pair_is_partial(self, row: str, column: str) -> bool:
+        base = self.table.baseline or row
+        return self.by_cell[row, column].partial or self.by_cell[base, column].partial
+
+    def _baseline(self, row: str, column: str) -> Array:
+        """What the row's scores are compared with: one evaluation with one, a maximum with one."""
+        base = self.by_cell[self.table.baseline or row, column]
+        if self.table.converts(row):
+            return values([seed.of_its_file for seed in base.seeds])
+        return base.main
+
     def gain(self, row: str, *, easy: bool = True) -> float | None:
         """APG of this program's runs; None unless row and baseline have every column."""
-        base = self.table.baseline
         columns = self._columns(easy)
-        if base is None or not columns:
+        if self.table.baseline is None or not columns:
             return None
         ours = [self.by_cell[row, c].main for c in columns]
-        theirs = [self.by_cell[base, c].main for c in columns]
+        theirs = [self._baseline(row, c) for c in columns]
         if not all(len(x) for x in (*ours, *theirs)):
             return None
         means = [[float(x.mean()) for x in side] for side in (ours, theirs)]
@@ -186,15 +206,22 @@ class Results:
 
         1 is the baseline, also where its returns are negative.
         """
-        base = self.table.baseline
         ours, theirs = [], []
-        for column in self.table.columns if base else ():
-            x, b = self.by_cell[row, column].main, self.by_cell[base or "", column].main
-            if len(x) and len(b) and b.mean() != 0.0:
-                scale = abs(b.mean())
-                ours.append(1.0 + (x - b.mean()) / scale)
-                theirs.append(1.0 + (b - b.mean()) / scale)
+        for column in self._shared(row):
+            x, b = self.by_cell[row, column].main, self._baseline(row, column)
+            scale = abs(b.mean())
+            ours.append(1.0 + (x - b.mean()) / scale)
+            theirs.append(1.0 + (b - b.mean()) / scale)
         return ours, theirs
+
+    def _shared(self, row: str) -> list[str]:
+        """Columns on which the row can be compared with the baseline."""
+
+        def both(column: str) -> bool:
+            b = self._baseline(row, column)
+            return bool(len(self.by_cell[row, column].main) and len(b) and b.mean() != 0.0)
+
+        return [c for c in self.table.columns if self.table.baseline and both(c)]
 
     @cached_property
     def aggregates(self) -> list[Aggregate]:
@@ -211,6 +238,7 @@ class Results:
             gain=self.gain(row),
             gain_without_easy=self.gain(row, easy=False),
             columns=len(ours),
+            partial=any(self._pair_is_partial(row, column) for column in self._shared(row)),
             iqm=float(statistics.iqm(np.concatenate(ours))) if ours else None,
             iqm_interval=statistics.bootstrap(ours, statistics.iqm) if ours else None,
             improvement=statistics.probability_of_improvement(ours, theirs) if improves else None,

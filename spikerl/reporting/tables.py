@@ -105,7 +105,10 @@ def grid(results: Results, metric: str) -> Grid:
         printed = [""] * bool(table.aggregate)
         if _has_place(results, name, metric):
             own = gained.get(name, (None, None)) if primary else (None, None)
-            ours = [_gain(results, name, gain) for gain in own[: len(gains)]]
+            ours = [
+                percent(gain) + _partial(gain is not None and results.partial(name, easy=easy))
+                for gain, easy in zip(own[: len(gains)], (True, False), strict=False)
+            ]
             cells = [cell_text(result, metric) for result in results.of(name)]
             lines.append([row.label, *cells, *ours, *printed])
         if row.published and row.published.metric == metric:
@@ -119,11 +122,9 @@ def grid(results: Results, metric: str) -> Grid:
     return lines
 
 
-def _gain(results: Results, row: str, gain: float | None) -> str:
-    """In percent, and whether some of the runs behind it have fewer steps than asked."""
-    behind = [*results.of(row), *results.of(results.table.baseline or row)]
-    whole = gain is None or not any(result.partial for result in behind)
-    return percent(gain) + ("" if whole else " (partial)")
+def _partial(partial: bool) -> str:
+    """Behind a number some of whose runs have fewer steps than asked."""
+    return " (partial)" if partial else ""
 
 
 def _has_place(results: Results, row: str, metric: str) -> bool:
@@ -146,7 +147,8 @@ def aggregate_grid(results: Results) -> Grid:
     lines = [head]
     for a in results.aggregates:
         if a.columns:
-            lines.append([results.table.rows[a.row].label, str(a.columns), *_aggregate_texts(a)])
+            columns = f"{a.columns}{_partial(a.partial)}"
+            lines.append([results.table.rows[a.row].label, columns, *_aggregate_texts(a)])
     return lines
 
 
@@ -245,7 +247,8 @@ def notes(results: Results) -> list[str]:
         if table.converts(name):
             said.append(
                 f"{row.label}: for every metric the one evaluation of the converted policy, over"
-                " 20 episodes; no differences to published values are given"
+                " 20 episodes, compared with such a one of the baseline's policy; no differences to"
+                " published values are given"
             )
         p = row.published
         if p is None:

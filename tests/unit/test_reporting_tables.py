@@ -169,6 +169,15 @@ def test_a_gain_over_runs_that_go_on_says_so() -> None:
     write("dense", "Ant", 7, [150.0], "running")
     lines = tables.grid(results(), "max_average")
     assert column(lines, "APG")[0] == "+30.00 % (partial)"
+    assert column(tables.aggregate_grid(results()), "columns") == ["2 (partial)", "2 (partial)"]
+
+
+def test_a_gain_without_a_column_is_not_partial_by_it() -> None:
+    fill()
+    write("dense", "InvertedDoublePendulum", 7, [90.0], "running")
+    lines = tables.grid(results(), "max_average")
+    assert column(lines, "APG")[0] == "+30.00 % (partial)"
+    assert column(lines, "APG without InvertedDoublePendulum")[0] == "+50.00 %"
 
 
 def test_aggregates() -> None:
@@ -221,6 +230,14 @@ def test_what_was_converted_is_not_compared() -> None:
     had = results(rows={**DATA["rows"], "converted": converted}, protocol=protocol)
     cell = cells(tables.table_csv(had))["converted", "Ant"]
     assert (cell["mean"], cell["published"], cell["difference"]) == ("250.0", "300.0", "")
+    # Of the dense policy's file 200, whatever its best evaluation was: 250 is a gain of 25 %.
+    dense = write("dense", "Ant", 0, [100.0, 400.0, 200.0])
+    (dense / "evaluation.json").write_text('{"return_mean": 200.0, "returns": [200.0]}')
+    only = {"Ant": DATA["columns"]["Ant"]}
+    rows = {"dense": DATA["rows"]["dense"], "converted": {"label": "c", "convert": "dense"}}
+    itself, of_it = results(rows=rows, columns=only).aggregates
+    assert (itself.row, itself.gain) == ("dense", 0.0)
+    assert (of_it.row, of_it.gain, of_it.iqm) == ("converted", 25.0, 1.25)
     said = [line for line in tables.notes(had) if "the converted policy" in line]
     assert [line.partition(":")[0] for line in said] == ["converted"]
 
