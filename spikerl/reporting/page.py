@@ -83,7 +83,7 @@ def fraction(value: Any) -> str:
 
 
 def facts(run: Run) -> Grid:
-    """What the last epoch's row says of the run, and its policy's file."""
+    """What a run says of itself at its end, and its policy's file."""
     git = run.manifest.get("git")
     commit = git.get("commit") if isinstance(git, dict) else None
     lines = [
@@ -102,7 +102,7 @@ def facts(run: Run) -> Grid:
         text = spread(*(number(run.evaluation.get(key)) for key in ("return_mean", "return_std")))
         lines.insert(0, ["return of the policy's file", f"{text} over {len(known)} episodes"])
         lines.insert(1, ["its firing rate", fraction(run.evaluation.get("firing_rate"))])
-    return [["", "last epoch"], *lines]
+    return [["", "at the end"], *lines]
 
 
 def layers(run: Run) -> Grid:
