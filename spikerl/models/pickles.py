@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
 import zipfile
@@ -49,38 +50,66 @@ def claimed(stream: io.BytesIO) -> int:
     return total
 
 
-def read_arrays(content: bytes) -> Any:
-    """What a pickle of numpy arrays of numbers holds; any other raises almost anything."""
+def read_arrays(content: bytes) -> list[np.ndarray]:
+    """The arrays of numbers in a pickled list of them; any other raises almost anything."""
     for opcode, argument, _ in pickletools.genops(content):
         if "PUT" in opcode.name and int(argument or 0) > len(
             content
         ):  # each name follows an operation
             raise pickle.UnpicklingError("it numbers what it does not hold")
-    return _ArraysOnly(io.BytesIO(content)).load()
+    loaded = _ArraysOnly(io.BytesIO(content)).load()
+    if not isinstance(loaded, list | tuple) or not all(isinstance(a, _Array) for a in loaded):
+        raise pickle.UnpicklingError("something else is in it")
+    return [array.values for array in loaded]
+
+
+class _Type:
+    """Stands for numpy.dtype: of numpy's own a pickle could change the layout behind its name."""
+
+    def __init__(self, code: object, *flags: object) -> None:
+        if code not in ("f2", "f4", "f8", "i4", "i8"):
+            raise pickle.UnpicklingError(f"holds an array of {code}; floats are needed")
+        self.dtype = np.dtype(str(code))
+
+    def __setstate__(self, state: object) -> None:
+        """numpy's: a version, the byte order, then what only types of several fields have."""
+        if not isinstance(state, tuple) or len(state) < 5 or state[2:5] != (None, None, None):
+            raise pickle.UnpicklingError("holds an array of other than plain numbers")
+        if state[1] not in ("<", ">", "="):
+            raise pickle.UnpicklingError("holds an array of no byte order")
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
-    """Stands for numpy.ndarray in a pickle, where it is only ever an argument."""
+    """Stands for numpy.ndarray: as an argument, and as what is made of its shape and bytes."""
+
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, content: object, kind: object, shape: object, order: object = "C") -> _Array:
+        if not isinstance(content, bytes | bytearray) or not isinstance(kind, _Type):
+            raise pickle.UnpicklingError("makes an array of other than its bytes")
+        sizes = shape if isinstance(shape, tuple) else (-1,)
+        if order not in ("C", "F") or not all(type(n) is int and n >= 0 for n in sizes):
+            raise pickle.UnpicklingError("makes an array of no shape")
+        if len(content) != kind.dtype.itemsize * math.prod(sizes):
+            raise pickle.UnpicklingError("makes an array of more or fewer bytes than it has")
+        made = cls()
+        flat: np.ndarray = np.frombuffer(content, kind.dtype)
+        made.values = flat.reshape(sizes, order="C" if order == "C" else "F")
+        return made
+
+    def __setstate__(self, state: object) -> None:
+        """numpy's: a version, shape and type, whether columns lie together, and the bytes."""
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise pickle.UnpicklingError("makes an array of no state")
+        _, shape, kind, columns, content = state
+        self.values = _Array.of(content, kind, shape, "F" if columns else "C").values
 
 
-def _reconstruct(kind: object, shape: object, code: object) -> np.ndarray:
-    return np.empty(0, np.int8)  # what fills it brings its own shape, type and values
-
-
-def _frombuffer(content: object, kind: object, shape: object, order: object = "C") -> np.ndarray:
-    """What protocol 5 calls instead: the values come as one block of bytes."""
-    if not isinstance(content, bytes | bytearray) or not isinstance(kind, np.dtype):
-        raise pickle.UnpicklingError("makes an array of other than its bytes")
-    if not isinstance(shape, tuple) or order not in ("C", "F"):
-        raise pickle.UnpicklingError("makes an array of no shape")
-    flat: np.ndarray = np.frombuffer(content, kind)
-    return flat.reshape(shape, order="C" if order == "C" else "F")
-
-
-def _dtype(code: object, *flags: object) -> np.dtype[Any]:
-    if code not in ("f2", "f4", "f8", "i4", "i8"):
-        raise pickle.UnpicklingError(f"holds an array of {code}; floats are needed")
-    return np.dtype(str(code), copy=True)
+def _reconstruct(kind: object, shape: object, code: object) -> _Array:
+    """What protocols up to 4 call first; the array's state follows."""
+    return _Array()
 
 
 def _encode(text: object, encoding: object = "latin1") -> bytes:
@@ -94,11 +123,11 @@ class _ArraysOnly(pickle.Unpickler):
 
     ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _dtype,
+        ("numpy", "dtype"): _Type,
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
         ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy.core.numeric", "_frombuffer"): _frombuffer,
-        ("numpy._core.numeric", "_frombuffer"): _frombuffer,
+        ("numpy.core.numeric", "_frombuffer"): _Array.of,
+        ("numpy._core.numeric", "_frombuffer"): _Array.of,
         ("_codecs", "encode"): _encode,
     }
 

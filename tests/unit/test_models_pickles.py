@@ -45,7 +45,23 @@ def global_call(module: str, name: str, argument: str) -> bytes:
     return f"c{module}\n{name}\n(V{argument}\ntR.".encode()
 
 
+def of_type(state: str, shape: int) -> bytes:
+    """Two arrays of 16 bytes by `_frombuffer`, of f8 with that state."""
+    f8 = b"cnumpy\ndtype\n(Vf8\n\x89\x88tR"
+    kind = f8 + state.encode().replace(b"F8", f8) + b"b"
+    size = b"J" + shape.to_bytes(4, "little") + b"\x85"
+    one = b"cnumpy._core.numeric\n_frombuffer\n(C\x10" + bytes(16) + kind + size + b"VC\ntR"
+    return b"\x80\x04](" + one + one + b"e."
+
+
+PLAIN = "(K\x03V<\nNNNK\x08K\x08K\x00t"
+# Of 500 f8 each, at the size of one: numpy reads what lies behind the bytes.
+SUBARRAY = "(K\x03V<\n(F8(M\xf4\x01ttNNK\x08K\x08K\x00t"
 STATS = {
+    "subarray": of_type(SUBARRAY, 1000),
+    "short": of_type(PLAIN, 3),
+    "long": of_type(PLAIN, 1),
+    "order": of_type(PLAIN.replace("<", "|"), 2),
     "system": pickle.dumps([Calls(os.system, "touch hit"), np.ones(2)]),
     "eval": pickle.dumps([Calls(eval, "open('hit', 'w')"), np.ones(2)]),
     "exec": pickle.dumps(Calls(exec, "open('hit', 'w')")),
@@ -100,6 +116,12 @@ def test_honest_stats(protocol: int, dtype: str, tmp_path: Path) -> None:
     for got, want in zip(read_stats(tmp_path / "s.p"), arrays, strict=True):
         assert got.dtype == np.float64
         assert (got == want).all()
+
+
+def test_types_by_their_state(tmp_path: Path) -> None:
+    """The plain form of what is refused above."""
+    (tmp_path / "s.p").write_bytes(of_type(PLAIN, 2))
+    assert [a.tolist() for a in read_stats(tmp_path / "s.p")] == [[0.0, 0.0]] * 2
 
 
 def state(**changes: Any) -> dict[str, Any]:
