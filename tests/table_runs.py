@@ -7,6 +7,7 @@ record, policy; each row is a commit. A return is 100 seed + step. A run with se
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -54,6 +55,7 @@ def main(command: str, *args: str) -> int:
         with (folder / "metrics.jsonl").open("a") as f:
             f.write(json.dumps(row) + "\n")
     (folder / "policy.json").write_text("{}")
+    (folder / "policy.safetensors").write_text(given["total_steps"])
     status(folder, "done")
     return 0
 
@@ -61,13 +63,14 @@ def main(command: str, *args: str) -> int:
 def convert(source: Path, folder: Path) -> int:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text((source / "config.yaml").read_text())
-    status(folder, "done")
+    policy = (source / "policy.safetensors").read_bytes()
+    status(folder, "done", converted_sha256=hashlib.sha256(policy).hexdigest())
     return 0
 
 
-def status(folder: Path, word: str) -> None:
+def status(folder: Path, word: str, **facts: str) -> None:
     partial = folder / "manifest.partial"
-    partial.write_text(json.dumps({"status": word, "command": " ".join(sys.argv)}))
+    partial.write_text(json.dumps({"status": word, "command": " ".join(sys.argv), **facts}))
     partial.rename(folder / "manifest.json")
 
 

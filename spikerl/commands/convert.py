@@ -27,13 +27,13 @@ from spikerl.config import build as configs
 from spikerl.config.yaml_file import check_confirmed, overrides_of, read_config
 from spikerl.envs.make import task_of
 from spikerl.errors import BadRequest
-from spikerl.files import shown
+from spikerl.files import checksum_of, shown
 from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.actor_config import MLPConfig
 from spikerl.models.networks import build_actor
 from spikerl.models.policy import Policy
 from spikerl.runs import folder as run_folder
-from spikerl.runs.policies import load_policy
+from spikerl.runs.policies import find_policy, load_policy
 from spikerl.schema import parse
 from spikerl.snn.decoders import LinearDecoder
 from spikerl.snn.linear import Linear
@@ -81,6 +81,7 @@ class ConvertRequest:
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl convert`: a run folder with the spiking policy."""
     request = parse(ConvertRequest, data)
+    found = find_policy(Path(request.run), key="run")
     dense = load_policy(request.run)
     if not isinstance(dense.actor, MLPActor) or dense.config.actor.name != "mlp":
         remedy = f"its actor is {dense.config.actor.name}; a dense one (actor=mlp) is converted"
@@ -107,8 +108,12 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     finally:
         evaluator.close()
     best = max(range(len(tried)), key=lambda i: tried[i]["return_mean"]) if tried else 0
-    facts = {"status": "done", "converted_from": shown(Path(request.run)),
-             "activations_reached": reached}  # fmt: skip
+    facts = {
+        "status": "done",
+        "converted_from": shown(Path(request.run)),
+        "converted_sha256": checksum_of(found / "policy.safetensors"),
+        "activations_reached": reached,
+    }
     if tried:
         facts["tried"] = tried
     record = run_folder.make_manifest(dense.task.env_id, argv, {}, facts)

@@ -139,7 +139,7 @@ def cell_of(table: Table, row: str, column: str, seed: int) -> Cell | None:
         source = cell_of(owner, r.convert, column, seed)
         if source is None:
             return None
-        return Cell(row, column, seed, folder, "convert", own, 1, source.folder)
+        return Cell(row, column, seed, folder, "convert", own, source.times_steps, source.folder)
     if r.experiment is None:
         return None
     overrides = (

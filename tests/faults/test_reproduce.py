@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -164,10 +165,18 @@ def test_fewer_steps_first() -> None:
     assert table_runs.run_cells(total_steps=20)[0] == 0
     assert (ROOT / "popsan/Ant/seed0/checkpoints").exists()
     assert returns("popsan/Ant/seed1") == [110.0, 120.0]
+    assert made_of("converted/Ant/seed1") == hashlib.sha256(b"20").hexdigest()
     (ROOT / "popsan/Ant/seed1/evaluation.json").write_text("{}")
     assert table_runs.run_cells()[0] == 0
     check_whole()
     assert json.loads((ROOT / "popsan/Ant/seed1/evaluation.json").read_text()) != {}
+    # What was converted is converted again, of the policy that was trained further.
+    assert made_of("converted/Ant/seed1") == hashlib.sha256(b"50").hexdigest()
+
+
+def made_of(name: str) -> str:
+    sha256: str = json.loads((ROOT / name / "manifest.json").read_text())["converted_sha256"]
+    return sha256
 
 
 def test_a_sweep_over_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,13 +198,16 @@ def cell(row: str = "popsan", seed: int = 0) -> Cell:
 
 def test_a_conversion_waits_for_a_policy_that_is_done() -> None:
     converted, source = cell("converted"), cell("dense").folder
-    assert not ready(converted)
+    assert not ready(converted, 50)
     source.mkdir(parents=True)
     (source / "policy.json").touch()
     for word, is_ready in {"preempted": False, "done": True}.items():
         (source / "config.yaml").write_text("seed: 0\n")
         (source / "manifest.json").write_text(json.dumps({"status": word}))
-        assert ready(converted) == is_ready
+        assert ready(converted, 50) == is_ready
+    (source / "metrics.jsonl").write_text('{"step": 20, "eval_return": 1.0}\n')
+    (source / "checkpoints").mkdir()
+    assert (ready(converted, 20), ready(converted, 50)) == (True, False)
 
 
 def test_a_cell_is_held_by_what_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +334,16 @@ def test_more_steps_are_refused_only_where_they_are_typed(
     assert "small: 1 runs, 1 done, 0 begun" in said.out
     error = refusal(command.main, {**request, "total_steps": 60}, [])
     assert str(error).startswith(f"total_steps=60: {folder} was done at 40 steps, not 60")
+
+
+def test_environments_that_step_together_end_where_they_do() -> None:
+    """Eight of them, asked for 50 steps, end at 56; asked for 48 they would not."""
+    folder = write_run("seed: 0", "done", 56)
+    (folder / "manifest.json").write_text(json.dumps({"status": "done", "num_envs": 8}))
+    table = table_of(table_runs.TABLE)
+    cells.check(table, [cell()], 50)
+    error = refusal(cells.check, table, [cell()], 48)
+    assert str(error).startswith(f"total_steps=48: {folder} has 56 steps already")
 
 
 def test_what_a_later_version_added_sets_nothing_apart() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from spikerl.children import PYTHON
 from spikerl.config.yaml_file import NOT_CARRIED, conf_folder
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.errors import BadRequest
-from spikerl.files import lock_file, parse_json, read_bytes, write_json
+from spikerl.files import checksum_of, lock_file, parse_json, read_bytes, write_json
 from spikerl.reporting.records import Run
 from spikerl.reporting.table_file import Cell, Table
 from spikerl.runs import folder as run_folder
@@ -49,7 +50,22 @@ def trained(cell: Cell, total_steps: int) -> bool:
     run = read(cell)
     if run is None or run.status != "done":
         return False
-    return cell.command == "convert" or not _resumable(run, cell.times_steps * total_steps)
+    if cell.source is None:
+        return not _resumable(run, cell.times_steps * total_steps)
+    return not goes_on(cell, total_steps) and not outdated(cell, run)
+
+
+def goes_on(cell: Cell, total_steps: int) -> bool:
+    """Whether what the cell is made from is to be trained further."""
+    source = read_folder(cell.source) if cell.source else None
+    return source is not None and _resumable(source, cell.times_steps * total_steps)
+
+
+def outdated(cell: Cell, run: Run) -> bool:
+    """Whether a conversion is of another policy than its source has now."""
+    assert cell.source is not None
+    made_of, policy = run.manifest.get("converted_sha256"), cell.source / "policy.safetensors"
+    return made_of is not None and policy.is_file() and made_of != checksum_of(policy)
 
 
 def _resumable(run: Run, total_steps: int) -> bool:
@@ -84,6 +100,8 @@ def next_command(cell: Cell, total_steps: int) -> list[str] | None:
         return ["eval", f"run={cell.folder}", f"episodes={EPISODES}", seed, "json=true"]
     length = f"total_steps={cell.times_steps * total_steps}"
     if cell.source is not None:
+        if cell.folder.exists():  # of a policy that was trained further since
+            shutil.rmtree(cell.folder)
         return ["convert", f"run={cell.source}", f"run_dir={cell.folder}", *cell.overrides]
     if read(cell) is None:
         return ["train", *cell.overrides, length, "threads=1", f"run_dir={cell.folder}"]
@@ -204,9 +222,17 @@ def check(table: Table, cells: Sequence[Cell], total_steps: int) -> None:
         if apart:
             remedy = f"{cell.folder} was made with other settings: {', '.join(apart)}"
             raise BadRequest("table", table.name, f"{remedy}; move that folder away")
-        if cell.command == "train" and run.step > cell.times_steps * total_steps:
+        wanted = cell.times_steps * total_steps
+        if cell.command == "train" and run.step > whole_steps(run, wanted):
             remedy = f"{run.folder} has {run.step} steps already; give at least that"
-            raise BadRequest("total_steps", cell.times_steps * total_steps, remedy)
+            raise BadRequest("total_steps", wanted, remedy)
+
+
+def whole_steps(run: Run, total_steps: int) -> int:
+    """Where a run of so many steps ends: its environments step together."""
+    num_envs = run.manifest.get("num_envs")
+    together = num_envs if type(num_envs) is int and num_envs > 0 else 1
+    return -(-total_steps // together) * together
 
 
 def differing(asked: Mapping[str, str], had: Mapping[str, str]) -> list[str]:

@@ -11,6 +11,7 @@ from spikerl.commands.reproduce.cells import (
     Job,
     claim,
     done,
+    goes_on,
     next_command,
     read,
     read_folder,
@@ -92,7 +93,7 @@ class Scheduler:
         for cell in list(self.waiting):
             if not self.free:
                 return
-            if not ready(cell):
+            if not ready(cell, self.total_steps):
                 continue
             lock = claim(cell)
             if lock is None:
@@ -159,14 +160,14 @@ class Scheduler:
         self.unsent.append(number)
 
 
-def ready(cell: Cell) -> bool:
-    """Whether what the cell is made from is done."""
+def ready(cell: Cell, total_steps: int) -> bool:
+    """Whether what the cell is made from is done, and not to be trained further."""
     if cell.source is None:
         return True
     if not (cell.source / "policy.json").exists():
         return False
     run = read_folder(cell.source)
-    return run is not None and run.status == "done"
+    return run is not None and run.status == "done" and not goes_on(cell, total_steps)
 
 
 def look(cell: Cell, word: str, total_steps: int, note: str = "") -> State:
