@@ -92,6 +92,8 @@ class Interpreter:
         if self.host.decoder == "ilc":  # whose lateral connections no graph here has
             raise ValueError("decoder.name")
         following = dict(graph.edges)
+        if len(following) < len(graph.edges):  # as of neurons that feed themselves too
+            raise ValueError("it has nodes with more than one successor")
         name, self.layers, width = following["input"], [], self.host.inputs
         while name != "output":
             weights, cells = graph.nodes[name], graph.nodes[following[name]]

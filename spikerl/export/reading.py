@@ -7,11 +7,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from spikerl.errors import BadRequest
 from spikerl.export.contract import SCHEMA
 from spikerl.export.formats import FORMATS
 from spikerl.export.host import check_outside
-from spikerl.export.proof import FilePolicy
+from spikerl.export.proof import FilePolicy, Interpreter
 from spikerl.files import checksum, read_bytes, read_json
 from spikerl.models.policy_file import read_task
 from spikerl.types import Task
@@ -53,6 +55,7 @@ class Exported:
                 file = Path(folder) / f"policy.{self.format}"
                 file.write_bytes(self.content)
                 interpreter = form.interpreter(file, self.contract, Path(folder))
+                check_acts(interpreter, self.task)
         except BadRequest as error:
             raise BadRequest("run", self.path, error.args[2]) from None
         except Exception as error:  # readers of damaged files raise almost anything
@@ -103,6 +106,18 @@ def read(path: Path) -> Exported:
         remedy = f"{beside.name} lacks or garbles {what}; export it again"
         raise BadRequest("run", path, remedy) from None
     return Exported(path, content, contract, task, digest, trained_with)
+
+
+def check_acts(file: Interpreter, task: Task) -> None:
+    """Almost any error where it does not act on any number of observations: some show only then."""
+    for batch in (1, 3):
+        obs_BO = np.zeros((batch, task.obs_dim), np.float32)
+        shapes = [
+            file.actions(obs_BO).shape,
+            *(spikes.shape[1:2] for spikes in file.spikes(obs_BO)),
+        ]
+        if shapes[0] != (batch, task.act_dim) or any(shape != (batch,) for shape in shapes[1:]):
+            raise ValueError("its actions or spikes are of another shape than its observations")
 
 
 def check_sizes(contract: dict[str, Any]) -> None:

@@ -223,6 +223,28 @@ def test_an_onnx_file_that_names_another_file(tmp_path: Path) -> None:
     assert onnx_line(file, outside) == "it refers to other files"
 
 
+def test_an_onnx_file_that_cannot_act(tmp_path: Path) -> None:
+    """Found out before an episode begins."""
+    file = small(tmp_path, "onnx")
+
+    def renamed(model: Any) -> None:
+        model.graph.input[0].name = "seen"
+        for node in model.graph.node:
+            node.input[:] = ["seen" if name == "obs" else name for name in node.input]
+
+    def one_row(model: Any) -> None:
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+
+    def another_output(model: Any) -> None:
+        model.graph.output[0].name = model.graph.node[0].output[0]
+
+    original, lines = file.read_bytes(), []
+    for change in (renamed, one_row, another_output):
+        lines.append(onnx_line(rewritten(file, original), change))
+    assert all(lines)
+    assert lines[2] == "its actions or spikes are of another shape than its observations"
+
+
 def nir_line(file: Path, change: Any) -> str:
     with h5py.File(file, "r+") as content:
         change(content)
@@ -286,13 +308,17 @@ def test_a_nir_file_of_another_network(tmp_path: Path) -> None:
     def endless(graph: Any) -> None:
         graph.nodes["weights_1"].bias[2] = np.nan
 
-    changes = (circle, linear, still, endless)
+    def recurrent(graph: Any) -> None:
+        graph.edges = [("neurons_1", "weights_1"), *graph.edges]
+
+    changes = (circle, linear, still, endless, recurrent)
     same = config([9, 9])
     assert [nir_graph(small(tmp_path, "nir", same), change) for change in changes] == [
         "its edges lead round in a circle",
         "it has nodes that no exported policy has",
         "it has a time constant that is not above 0",
         "its layers do not fit each other",
+        "it has nodes with more than one successor",
     ]
 
 
