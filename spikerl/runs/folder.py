@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import stat
@@ -49,8 +50,9 @@ def check_free(target: str, *, named: bool, key: str = "run_dir") -> None:
 
 
 def partial_of(target: str) -> Path:
+    """A hidden folder for this call alone: other machines and containers have the same numbers."""
     folder = Path(target)
-    return folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    return folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
 
 
 def fill_partial(

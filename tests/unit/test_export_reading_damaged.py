@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exports import config, confirmed, population, rewritten, small
+from exports import config, confirmed, population, rewritten, small, task
 from safetensors.numpy import load_file
 from safetensors.numpy import save as tensor_bytes
 from shell import refusal, spikerl
@@ -235,15 +235,22 @@ def test_an_onnx_file_that_cannot_act(tmp_path: Path) -> None:
     def one_row(model: Any) -> None:
         model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
 
-    def another_output(model: Any) -> None:
-        model.graph.output[0].name = model.graph.node[0].output[0]
-        model.graph.output[0].type.tensor_type.ClearField("shape")
+    original = file.read_bytes()
+    for change in (renamed, one_row):
+        assert onnx_line(rewritten(file, original), change)
 
-    original, lines = file.read_bytes(), []
-    for change in (renamed, one_row, another_output):
-        lines.append(onnx_line(rewritten(file, original), change))
-    assert all(lines)
-    assert lines[2] == "its actions or spikes are of another shape than its observations"
+
+@pytest.mark.parametrize(("actions", "rows"), [(2, 3), (1, 4)])
+def test_a_file_whose_answers_have_another_shape(actions: int, rows: int) -> None:
+    class Wide:
+        def actions(self, obs_BO: np.ndarray) -> np.ndarray:
+            return np.zeros((len(obs_BO), actions), np.float32)
+
+        def spikes(self, obs_BO: np.ndarray) -> list[np.ndarray]:
+            return [np.zeros((5, rows if len(obs_BO) == 3 else 1, 9), bool)]
+
+    with pytest.raises(ValueError, match="of another shape than its observations"):
+        reading.check_acts(Wide(), task(3, 1, "Pendulum-v1"))
 
 
 def nir_line(file: Path, change: Any) -> str:
