@@ -155,9 +155,12 @@ def kill_hung_workers(shared_dir: Path, over: threading.Event) -> None:
     """Kill workers that outlive another's failure because they hang: the agent gives them 30 s."""
     while not over.wait(0.2):
         if any(shared_dir.glob("failure.*")) and not over.wait(SHUTDOWN_S):
+            failed = {rank_in(path) for path in shared_dir.glob("failure.*")}
             for path in shared_dir.glob("pid.*"):
-                with suppress(ProcessLookupError):
-                    os.kill(int(read(path)), signal.SIGKILL)
+                # One that failed is gone, and its number may be another's by now.
+                if rank_in(path) not in failed:
+                    with suppress(ProcessLookupError):
+                        os.kill(int(read(path)), signal.SIGKILL)
             return
 
 

@@ -67,7 +67,7 @@ class Rows:
         k, n = self.k, self.n
         scaled, times = ("_scaled", f", {factor}") if factor else ("", "")
         if not self.sparse:
-            return f"add{scaled}({to}{times}, weight{k} + {n} * i, {n});"
+            return f"add{scaled}({to}{times}, weight{k} + {n}L * i, {n});"
         at, count = f"first{k}[i]", f"first{k}[i + 1] - first{k}[i]"
         return f"add_some{scaled}({to}{times}, index{k} + {at}, weight{k} + {at}, {count});"
 
@@ -169,7 +169,7 @@ class SpikingSource:
             self.body += [
                 f"set(currents, code_bias, {total});",
                 f"for (i = 0; i < {self.actor.obs_dim}; i++)",
-                f"    add_scaled(currents, x[i], code + {total} * i, {total});",
+                f"    add_scaled(currents, x[i], code + {total}L * i, {total});",
             ]
             self.steps += [
                 f"set(drive0, bias0, {n0});",
@@ -206,7 +206,7 @@ class SpikingSource:
                 array("lateral_bias", decoder.lateral_bias_N),
             ]
             self.state.append(f"static float from_side[{n}];\n")
-            row = f"from_side + {pop} * (i / {pop}), lateral + {pop} * i, {pop}"
+            row = f"from_side + {pop} * (i / {pop}), lateral + {pop}L * i, {pop}"
             self.steps += [
                 f"set(from_side, lateral_bias, {n});",
                 f"for (i = 0; i < {n}; i++)",
@@ -278,16 +278,16 @@ class SpikingSource:
                 array("out_weight", decoder.map.weight_IN),
                 array("out_bias", decoder.map.bias_N),
             ]
-            self.state.append(f"static float read[{n}];\n")
-            self.body.append(f"set(read, over_time_bias, {n});")
+            self.state.append(f"static float readout[{n}];\n")
+            self.body.append(f"set(readout, over_time_bias, {n});")
             self.steps += [
                 f"for (i = 0; i < {n}; i++)",
-                f"    if (fired{k}[i]) add(read, over_time + {n} * ({n} * t + i), {n});",
+                f"    if (fired{k}[i]) add(readout, over_time + {n}L * ({n}L * t + i), {n});",
             ]
             return [
                 f"set(y, out_bias, {acts});",
                 f"for (i = 0; i < {n}; i++)",
-                f"    add_scaled(y, read[i], out_weight + {acts} * i, {acts});",
+                f"    add_scaled(y, readout[i], out_weight + {acts}L * i, {acts});",
             ]
         self.zeroed("count", n, "int")
         self.steps.append(f"for (i = 0; i < {n}; i++) count[i] += fired{k}[i];")
@@ -300,7 +300,7 @@ class SpikingSource:
             return [
                 f"set(y, out_bias, {acts});",
                 f"for (i = 0; i < {n}; i++)",
-                f"    add_scaled(y, {rate}, out_weight + {acts} * i, {acts});",
+                f"    add_scaled(y, {rate}, out_weight + {acts}L * i, {acts});",
             ]
         assert isinstance(decoder, RateDecoder)
         self.constants += [

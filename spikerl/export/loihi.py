@@ -83,9 +83,14 @@ def check_policy(policy: Policy) -> None:
     """BadRequest where one chip is too small for it, or its integers for the weights."""
     actor = policy.actor
     assert isinstance(actor, SpikingActor)
-    lateral = actor.decoder.config.pop_size if isinstance(actor.decoder, ILCDecoder) else 0
-    cores([actor.encoder.outputs, *(layer.bias_N.numel() for layer in actor.layers)], lateral)
+    cores_of(actor)
     quantised(actor)
+
+
+def cores_of(actor: SpikingActor) -> int:
+    lateral = actor.decoder.config.pop_size if isinstance(actor.decoder, ILCDecoder) else 0
+    sizes = [actor.encoder.outputs, *(layer.bias_N.numel() for layer in actor.layers)]
+    return cores(sizes, lateral)
 
 
 def cores(sizes: list[int], lateral: int = 0) -> int:
@@ -167,7 +172,6 @@ def facts(policy: Policy) -> dict[str, Any]:
     """For the contract."""
     actor = policy.actor
     assert isinstance(actor, SpikingActor)
-    sizes = [actor.encoder.outputs, *(layer.bias_N.numel() for layer in actor.layers)]
     return {
         "chip": {
             "equation": EQUATION,
@@ -176,7 +180,7 @@ def facts(policy: Policy) -> dict[str, Any]:
             " which the chip's are twice, and k.vth, k.du, k.dv",
             "scales": [layer.scale for layer in quantised(actor)],
             "chip_steps": actor.spike_steps + len(actor.layers),
-            "cores": cores(sizes),
+            "cores": cores_of(actor),
         }
     }
 

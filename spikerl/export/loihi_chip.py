@@ -26,19 +26,12 @@ class Cells:
     def __init__(self, tensors: dict[str, np.ndarray], k: int, inputs: int) -> None:
         """A KeyError or ValueError where the tensors are not of such a layer."""
         self.weight_IN = synapses(tensors[f"{k}.weight"])
-        self.bias_N = synapses(tensors[f"{k}.bias"])
+        self.bias_N = doubled(tensors[f"{k}.bias"])
         if self.weight_IN.shape != (inputs, *self.bias_N.shape) or self.bias_N.ndim != 1:
             raise ValueError(f"layer {k}, whose weights do not fit")
-        n = len(self.bias_N)
-        self.lateral_NN = None
+        self.lateral_APP: np.ndarray | None = None
         if f"{k}.lateral" in tensors:
-            blocks_APP = synapses(tensors[f"{k}.lateral"])
-            if blocks_APP.ndim != 3 or len(blocks_APP) * blocks_APP.shape[1] != n:
-                raise ValueError(f"layer {k}, whose lateral weights do not fit")
-            self.lateral_NN = np.zeros((n, n), np.float32)
-            for a, block in enumerate(blocks_APP):
-                p = slice(a * len(block), (a + 1) * len(block))
-                self.lateral_NN[p, p] = block
+            self.lateral_APP = doubled(tensors[f"{k}.lateral"])
         self.vth = number(tensors[f"{k}.vth"], 17) << 6
         self.keep_u = 4096 - number(tensors[f"{k}.du"], 12) - 1
         self.keep_v = 4096 - number(tensors[f"{k}.dv"], 12)
@@ -53,8 +46,9 @@ class Cells:
         a = arrived_BI.astype(np.float32) @ self.weight_IN
         if bias:
             a = a + self.bias_N
-        if self.lateral_NN is not None:
-            a = a + self.fired.astype(np.float32) @ self.lateral_NN
+        if self.lateral_APP is not None:
+            fired_BAP = self.fired.reshape(len(a), *self.lateral_APP.shape[:2]).astype(np.float32)
+            a = a + np.einsum("bap,apq->baq", fired_BAP, self.lateral_APP).reshape(a.shape)
         u = shifted(self.u * self.keep_u) + (a.astype(np.int64) << 6)
         self.u = (u + (2**23 - 1)) % 2**24 - (2**23 - 1)  # from -(2^23 - 1) to 2^23
         self.v = np.clip(shifted(self.v * self.keep_v) + self.u, 1 - 2**23, 2**23 - 1)
@@ -79,6 +73,12 @@ class Interpreter:
             self.layers.append(Cells(tensors, len(self.layers), width))
             width = len(self.layers[-1].bias_N)
         self.host.check_layers([len(layer.bias_N) for layer in self.layers])
+        *hidden, last = (layer.lateral_APP for layer in self.layers)
+        actions, neurons = self.host.weight.shape
+        wanted = (actions, neurons, neurons) if self.host.decoder == "ilc" else None
+        found = None if last is None else last.shape
+        if any(lateral is not None for lateral in hidden) or found != wanted:
+            raise ValueError("its lateral weights are not those of its contract")
 
     def spikes(self, obs_BO: np.ndarray) -> list[np.ndarray]:
         encoded_TBN = self.host.encode(obs_BO).astype(bool)
@@ -103,9 +103,16 @@ class Interpreter:
 
 
 def synapses(halves: np.ndarray) -> np.ndarray:
-    """Weights; as float32, which adds them fast, and exactly up to MOST_INPUTS of them."""
-    if halves.dtype != np.int8 or len(halves) > MOST_INPUTS:
-        raise ValueError(f"weights of {halves.dtype}, {len(halves)} inputs")
+    """Weights (I, N) from as many inputs as float32 adds exactly."""
+    if len(halves) > MOST_INPUTS:
+        raise ValueError(f"weights from {len(halves)} inputs")
+    return doubled(halves)
+
+
+def doubled(halves: np.ndarray) -> np.ndarray:
+    """As float32, which adds them fast."""
+    if halves.dtype != np.int8:
+        raise ValueError(f"weights of {halves.dtype}")
     return 2.0 * halves.astype(np.float32)
 
 

@@ -63,6 +63,9 @@ def neurons(nir: Any, neuron: Neuron, n: int) -> Any:
 
     if isinstance(neuron, PLIF):
         decay = float(neuron.decay_logit.detach().sigmoid())
+        if decay == 1.0:
+            remedy = "cannot hold neuron=plif: a trained decay of 1 has no finite time constant"
+            raise BadRequest("format", "nir", remedy)
     else:
         assert isinstance(neuron, CubaLIF)
         decay = neuron.config.voltage_decay

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,20 @@ def test_numbers_survive(value: float) -> None:
     assert text.endswith("f")
     assert re.search(r"[.e]", text)
     assert np.float32(text[:-1]) == np.float32(value)
+
+
+def test_it_stands_beside_other_code(tmp_path: Path) -> None:
+    """Its names are none of the C library's."""
+    beside = tmp_path / "robot.c"
+    includes = ["math", "stdio", "stdlib", "string", "time", "unistd", "signal", "sys/socket"]
+    lines = "".join(f"#include <{name}.h>\n" for name in includes)
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))))
+    for name in POLICIES:
+        text = c.source(policy_of(POLICIES[name], task()))
+        beside.write_text(f"{lines}{text}")
+        command = [compiler, "-fsyntax-only", "-Werror", str(beside)]
+        said = subprocess.run(command, capture_output=True, text=True)
+        assert said.returncode == 0, (name, said.stderr)
 
 
 def test_an_id_stays_within_its_comment(tmp_path: Path) -> None:

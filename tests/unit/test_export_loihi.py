@@ -11,6 +11,7 @@ import pytest
 import torch
 from builders import (
     CUBA_LIF,
+    RATE,
     alif_config,
     dynamic_config,
     lif_config,
@@ -22,7 +23,7 @@ from published import MODEL, STATS, needs_published_policy
 from safetensors.numpy import load_file
 from shell import refusal, spikerl
 
-from spikerl.export import loihi, loihi_chip, proof, support
+from spikerl.export import loihi, loihi_chip, proof, reading, support
 from spikerl.export.formats import FORMATS
 from spikerl.models.actor import SpikingActor
 from spikerl.models.actor_config import ActorConfig
@@ -129,6 +130,20 @@ def test_lif_has_no_current_to_keep() -> None:
     actor = policy_of(config(neuron=lif_config(voltage_decay=0.5)), task()).actor
     assert isinstance(actor, SpikingActor)
     assert loihi.decays(actor.neurons[0]) == (4095, 2048)
+
+
+def test_lateral_inputs_count_in_the_contract_too() -> None:
+    """490 neurons of 257 inputs fit a core; of 747, 490 more, 175 do: 3, then 1 and 1 before."""
+    lateral = membrane_config(name="ilc", read="last", pop_size=490)
+    policy = policy_of(config([256], decoder=lateral), task(3, 1))
+    assert loihi.facts(policy)["chip"]["cores"] == 5
+
+
+def test_biases_are_no_inputs_of_a_core(tmp_path: Path) -> None:
+    """17 populations of 256 are more neurons than a core has inputs."""
+    policy = policy_of(config(decoder=replace(RATE, pop_size=256)), task(3, 17))
+    acts = reading.read(exported(policy, "loihi", tmp_path)).policy()
+    assert acts.act(np.zeros((1, 3)), torch.Generator()).shape == (1, 17)
 
 
 def test_cores_by_hand() -> None:

@@ -120,6 +120,15 @@ def test_what_nir_cannot_hold(line: str, tmp_path: Path) -> None:
     assert not list(run.glob("policy.nir*"))
 
 
+def test_a_trained_decay_of_1(tmp_path: Path) -> None:
+    policy = policy_of(config(neuron=plif_config()), task())
+    with torch.no_grad():
+        policy.actor.get_parameter("neurons.0.decay_logit").fill_(18.0)  # 1 in float32
+    assert str(refusal(nir.write, policy, tmp_path / "policy.nir")) == (
+        "format=nir: cannot hold neuron=plif: a trained decay of 1 has no finite time constant"
+    )
+
+
 def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nir, "find_spec", lambda package: None)
     assert str(refusal(nir.check_here)) == (

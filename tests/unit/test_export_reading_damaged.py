@@ -168,6 +168,7 @@ def changed_tensors(file: Path, **changes: np.ndarray | None) -> Path:
         {"x1_bias": np.zeros((9, 1), np.int8)},
         {"x2_weight": None},
         {"x2_lateral": np.zeros((2, 10, 10), np.int8)},
+        {"x0_lateral": np.zeros((12, 1, 1), np.int8)},
         {"x0_vth": np.array([1 << 17], np.int32)},
         {"x0_du": np.array([-1], np.int32)},
         {"x0_dv": np.array([4096], np.int32)},
