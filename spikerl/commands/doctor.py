@@ -143,10 +143,11 @@ def environments() -> Iterator[Finding]:
         config = EnvConfig(
             name=name,
             version=version,
-            id=f"{name}-{version}",
+            id=str(given.get("id", f"{name}-{version}")).replace("${.version}", version),
             max_episode_steps=None,
             vectorizer="sync",
             kwargs=given.get("kwargs"),
+            wrappers=given.get("wrappers"),
         )
         part = "extra" if extras.needs(config.id) else "environment"
         try:

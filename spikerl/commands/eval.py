@@ -216,7 +216,13 @@ def film(request: EvalRequest, evaluator: Evaluator, policy: Policy) -> list[Pat
         raise BadRequest("video", request.video, remedy)
     check_video(evaluator.envs[0])
     prefix = "best_" if request.policy == "best" else ""
-    paths = [folder / f"{prefix}seed{request.seed}_episode{i}.mp4" for i in range(request.episodes)]
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise BadRequest("video", request.video, f"{folder}: {error.strerror}") from None
+    kind = "_spikes" if request.video == "spikes" else ""
+    names = [f"{prefix}seed{request.seed}_episode{i}{kind}.mp4" for i in range(request.episodes)]
+    paths = [folder / name for name in names]
     rates = rates_of(policy) if request.video == "spikes" else None
     side_by_side = len(evaluator.envs)
     filmed: list[Any] = [

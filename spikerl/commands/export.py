@@ -81,7 +81,11 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             print(f"spikerl: format={request.format}: {line}", file=sys.stderr)
             return FAILED
     described |= {"file": file.name, "sha256": checksum(content), "bytes": len(content)}
-    publish(file, content, beside, json_bytes({**described, "proof": proven}))
+    try:
+        publish(file, content, beside, json_bytes({**described, "proof": proven}))
+    except OSError as error:
+        remedy = f"{error.strerror or error}; nothing was kept"
+        raise BadRequest("file", file, remedy) from error
     print(f"{file}: {len(content)} bytes; contract: {beside}")
     print(
         f"{proven['observations']} observations reproduced: {proven['spikes_compared']} spikes"

@@ -11,8 +11,11 @@ Shape legend   T steps of an episode, O observation entries, A action entries.
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +39,7 @@ MAX_BYTES = 1 << 24  # of metadata.json
 FIELDS = ("observations", "actions", "rewards", "terminations", "truncations")
 FILTERS = (1, 2, 3, 32000)  # gzip, shuffle, checksums, LZF: those that h5py itself has
 DEFLATED = 1032  # to how many bytes one may be unpacked, at most
+MARGIN = 1 << 20  # bytes, for what HDF5 writes beside the numbers
 ROUNDING = 1e-5  # by which an action may lie outside its bounds, in units of half its range
 
 
@@ -79,6 +83,7 @@ class Writer:
 
         `whole`: it is not a piece of one. `seed`: of its reset, where that had one.
         """
+        self._check_room(obs.nbytes + act.nbytes + rew.nbytes)
         group = self.file.create_group(f"episode_{self.episodes}")
         group.attrs.update({"id": self.episodes, "total_steps": len(rew)})
         if not whole:
@@ -90,6 +95,12 @@ class Writer:
             group.create_dataset(name, data=rows)
         self.episodes += 1
         self.steps += len(rew)
+
+    def _check_room(self, needed: int) -> None:
+        """An OSError in time: HDF5 cannot close a file of which it has not written all."""
+        if shutil.disk_usage(self.folder).free < 2 * needed + MARGIN:
+            self.file.close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def finish(self, name: str, recipe: Mapping[str, Any]) -> None:
         """Write what the dataset is; `recipe`: how it was made."""
@@ -156,7 +167,10 @@ class Dataset:
         with refusing(folder):
             if not main.is_file():
                 raise ValueError("no dataset there; give a folder that holds data/main_data.hdf5")
-            metadata = read_json(folder / METADATA, MAX_BYTES)
+            try:
+                metadata = read_json(folder / METADATA, MAX_BYTES)
+            except ValueError as error:
+                raise ValueError(f"its metadata.json cannot be read: {error}") from None
             if not isinstance(metadata, dict) or metadata.get("data_format") != "hdf5":
                 raise ValueError("its metadata.json describes no HDF5 file")
             check_task(metadata, task)

@@ -59,6 +59,17 @@ class EnvConfig:
         for name in MADE_WITH & (self.kwargs or {}).keys():
             raise BadRequest("env.kwargs", name, f"set env.{name} instead")
         check_wrappers(self.wrappers or [])
+        for key, value in (("env.kwargs", self.kwargs), ("env.wrappers", self.wrappers)):
+            if not finite(value):
+                remedy = "policy.json holds no NaN and no infinity; give finite numbers"
+                raise BadRequest(key, value, remedy)
+
+
+def finite(value: Any) -> bool:
+    """Whether all numbers in it are."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 MADE_WITH = {"id", "max_episode_steps"}  # what has keys of its own
@@ -214,8 +225,11 @@ def make_env(config: EnvConfig) -> CheckedEnv:
     except BaseException as error:  # its own code raises any, and calls sys.exit
         plain = first_line(error) if isinstance(error, Exception) else ""
         reason = plain or describe_raised(error)
+        remedy = f"{config.id} cannot be made here: {reason}"
+        if config.kwargs and isinstance(error, TypeError):
+            raise BadRequest("env.kwargs", config.kwargs, remedy) from error
         hint = "; env.kwargs={...} gives it arguments" * isinstance(error, TypeError)
-        raise BadRequest(key, value, f"{config.id} cannot be made here: {reason}{hint}") from error
+        raise BadRequest(key, value, f"{remedy}{hint}") from error
 
 
 def _made(config: EnvConfig, key: str, value: str | None) -> CheckedEnv:

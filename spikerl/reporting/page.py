@@ -65,10 +65,17 @@ class Card(NamedTuple):
             overview=overview,
             facts=facts(run),
             layers=layers(run),
-            command=str(run.manifest.get("command")),
+            command=command_of(run),
             config=yaml.safe_dump(run.config, sort_keys=False),
             manifest=json.dumps(run.manifest, indent=1),
         )
+
+
+def command_of(run: Run) -> str:
+    """What makes it again; of a sweep's job, by its config."""
+    command = str(run.manifest.get("command"))
+    swept = {"-m", "--multirun"} & set(command.split())
+    return f"spikerl train config={run.folder}/config.yaml" if swept else command
 
 
 def unbroken(text: str) -> str:
@@ -82,14 +89,19 @@ def fraction(value: Any) -> str:
     return "-" if known is None else f"{known:.3f}"
 
 
+def significant(value: Any) -> str:
+    known = number(value)
+    return "-" if known is None else f"{known:.3g}" if abs(known) < 100.0 else rounded(known)
+
+
 def facts(run: Run) -> Grid:
     """What a run says of itself at its end, and its policy's file."""
     git = run.manifest.get("git")
     commit = git.get("commit") if isinstance(git, dict) else None
     lines = [
-        ["critic loss", rounded(number(run.last("critic_loss")))],
-        ["actor loss", rounded(number(run.last("actor_loss")))],
-        ["mean Q", rounded(number(run.last("q_mean")))],
+        ["critic loss", significant(run.last("critic_loss"))],
+        ["actor loss", significant(run.last("actor_loss"))],
+        ["mean Q", significant(run.last("q_mean"))],
         ["updates/s", rounded(number(run.last("updates_per_s")))],
         *([title, rounded(run.decision(key))] for key, title in DECISION.items()),
         ["joules measured by", str(run.energy_source or "-")],

@@ -174,8 +174,18 @@ def render_runs(
     """Write everything into `folder`; the names of the files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        return write_all(report, folder, left_out, hours, core_hours)
     except OSError as error:
         raise BadRequest("out", folder, f"{error.strerror}; give another folder") from None
+
+
+def write_all(
+    report: SideBySide,
+    folder: Path,
+    left_out: Sequence[str],
+    hours: Sequence[float],
+    core_hours: Sequence[float],
+) -> list[str]:
     names = names_of(report.runs)
     sections = [
         Section(f"Return: {METRIC_NAMES[metric]}", report.returns(metric)) for metric in METRICS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -274,6 +275,16 @@ def written(folder: Path, task: Task) -> None:
         obs, act, rew, terminations, truncations = fields.values()
         writer.add(seed, obs, act, rew, terminations, truncations, whole=terminated)
     writer.finish("pendulum-v0", {"noise": 0.5})
+
+
+def test_a_disk_that_is_almost_full(task: Task, tmp_path: Path, monkeypatch: Any) -> None:
+    """An error before HDF5 has what it cannot write; nothing is open behind it."""
+    room = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: room)
+    with pytest.raises(OSError, match="No space left on device"):
+        written(tmp_path / "d", task)
+    with (tmp_path / "d" / MAIN).open("rb") as file:
+        assert file.read(8) == b"\x89HDF\r\n\x1a\n"  # closed as a whole file
 
 
 def test_written_and_read_again(task: Task, tmp_path: Path) -> None:

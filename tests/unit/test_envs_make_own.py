@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -214,6 +215,11 @@ def test_arguments_reach_training_evaluation_and_the_policy(tmp_path: Path) -> N
     assert task.env_kwargs == {"mass": 2.0, "others": [1, {"deep": "x"}]}
     for key in ("max_episode_steps", "id"):
         assert refusal(own, "Takes", kwargs={key: 1}).args[0] == "env.kwargs"
+    assert refusal(make_env, own("Takes", kwargs={"weight": 1})).args[0] == "env.kwargs"
+    for kwargs in ({"mass": math.inf}, {"others": [1, {"deep": math.nan}]}):
+        assert "give finite numbers" in str(refusal(own, "Takes", kwargs=kwargs))
+    wrappers = [{"name": "ClipReward", "min_reward": -math.inf, "max_reward": 1.0}]
+    assert refusal(own, "Takes", wrappers=wrappers).args[0] == "env.wrappers"
     assert "env.kwargs={...} gives it" in refusal(make_env, own("Takes")).args[2]
 
 

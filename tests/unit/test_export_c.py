@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -190,6 +191,16 @@ def test_export(tmp_path: Path) -> None:
     ]  # fmt: skip
     line = spikerl("export", f"run={run}", "format=c").line
     assert line == f"file={file}: it exists already; remove it, or give another file"
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = saved(policy_of(config(), task()), tmp_path / "run")
+    monkeypatch.setattr("spikerl.commands.export.write_atomic", full)
+    line = spikerl("export", f"run={run}", "format=c").line
+    assert line == f"file={run}/policy.c: No space left on device; nothing was kept"
 
 
 def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import subprocess
@@ -13,17 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 from shell import refusal, spikerl
 from table_runs import write_run
 
 from spikerl.commands import report
-from spikerl.commands.reproduce.scheduler import cell_left_s, left_s
-from spikerl.commands.reproduce.screen import Screen, State, summary
 from spikerl.reporting import curves
 from spikerl.reporting.records import Run, run_folders
 from spikerl.reporting.side_by_side import SideBySide, names_of
-from spikerl.reporting.table_file import Cell
 
 
 def test_a_run(tmp_path: Path) -> None:
@@ -342,22 +337,6 @@ def test_wrong_cells(
     assert not list(tmp_path.iterdir())
 
 
-def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of one run took 2 hours for 200 of 1000 steps: 8 hours to go, 10 for the other."""
-    monkeypatch.chdir(tmp_path)
-    place = Path("outputs/reproduced/popsan_table1/popsan_td3/Ant")
-    folder = write_run(place / "seed0", status="preempted")
-    (folder / "config.yaml").write_text("seed: 0\n")
-    request = [*TABLE, "rows=popsan_td3", "columns=Ant", "seeds=2", "total_steps=1000", "jobs=2"]
-    said = spikerl(*request, "plan=true")
-    assert (said.status, said.err) == (0, "")
-    assert said.out.splitlines() == [
-        "popsan_table1: 2 runs, 0 done, 1 begun",
-        "  popsan_td3: 2 runs, 18.0 h",
-        "1800 steps to go, 2 runs side by side: 9.0 h",
-    ]
-
-
 def test_libraries_for_pictures_wait_until_one_is_drawn() -> None:
     code = (
         "import sys, spikerl.commands.report, spikerl.commands.reproduce.command;"
@@ -365,38 +344,3 @@ def test_libraries_for_pictures_wait_until_one_is_drawn() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def state(word: str, step: int, wall_s: float | None) -> State:
-    return State(word, step, 100, 5.0 if step else None, wall_s)
-
-
-def test_a_screen() -> None:
-    out = io.StringIO()
-    screen = Screen("a table", Console(file=out, force_terminal=True, width=120))
-    named = {
-        Cell("row", "column", 0, Path("a"), "train", (), 1): state("done", 100, 50.0),
-        Cell("row", "column", 1, Path("b"), "train", (), 1): state("running", 50, 30.0),
-        Cell("other", "column", 0, Path("c"), "train", (), 1): state("failed", 0, None),
-    }
-    assert screen.due
-    screen.draw(named, left_s(named, 2, {}))
-    screen.close()
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
-    assert "row/column/seed1" in shown
-    assert "##########.........." in shown
-    # 80 s for the 150 steps of this row: 26.7 s for 50 more, by two at a time 13 s.
-    assert "3 cells: 1 running, 1 failed, 1 done; time left: 13 s" in shown
-    assert shown.index("row/column/seed1") < shown.index("other/column") < shown.index("seed0 ")
-
-
-def test_time_left() -> None:
-    """From the cell's row, else from all rows: 0.6 s a step, of which 50 and 100 are to go."""
-    cells = [Cell(row, "column", 0, Path(row), "train", (), 1) for row in ("a", "b")]
-    states = {cells[0]: state("running", 50, 30.0), cells[1]: state("waiting", 0, None)}
-    assert cell_left_s(states, cells[0], {}) == 30.0
-    assert left_s(states, 1, {}) == 90.0
-    assert left_s(states, 1, {"b": 2.0}) == 230.0
-    states[cells[0]] = state("waiting", 0, None)
-    assert left_s(states, 1, {}) is None
-    assert "time left: unknown" in summary(states, None)

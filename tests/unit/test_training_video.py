@@ -136,7 +136,10 @@ def test_spikes_are_drawn_in() -> None:
     plain = json.loads(evaluate("episodes=1", "json=true", "video=true").out)
     before = pictures(Path("run/videos/seed0_episode0.mp4"))[1]
     drawn = json.loads(evaluate("episodes=1", "json=true", "video=spikes").out)
-    after = pictures(Path("run/videos/seed0_episode0.mp4"))[1]
+    after = pictures(Path("run/videos/seed0_episode0_spikes.mp4"))[1]
+    assert drawn.pop("videos") == [
+        name.replace(".mp4", "_spikes.mp4") for name in plain.pop("videos")
+    ]
     assert drawn == plain
     changed = np.abs(after.astype(int) - before.astype(int)).max(-1) > 60
     rows, columns = np.nonzero(changed.any(0))

@@ -10,10 +10,10 @@ from typing import Any
 
 from spikerl.commands.reproduce.cells import check, config_of, shorter
 from spikerl.commands.reproduce.measure import measured_seconds_per_step
-from spikerl.commands.reproduce.scheduler import Scheduler, cell_left_s, left_s, states_of
+from spikerl.commands.reproduce.scheduler import Scheduler, cell_left_s, left_s, ready, states_of
 from spikerl.commands.reproduce.screen import Screen, State
 from spikerl.config.yaml_file import group_options
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, Stopped, stop_status
 from spikerl.machine import cores
 from spikerl.output import duration
 from spikerl.reporting.render import missing_extra, render_table
@@ -64,7 +64,10 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         print(note, file=sys.stderr)
     slots = slots_of(request.jobs, cells)
     if request.plan:
-        tell_plan(table, states_of(cells, total_steps), len(slots))
+        try:
+            tell_plan(table, states_of(cells, total_steps), len(slots), total_steps)
+        except Stopped as stopped:
+            return stop_status(stopped.number)
         return 0
     scheduler = Scheduler(
         cells,
@@ -112,7 +115,7 @@ def workers(cells: Sequence[Cell]) -> int:
     return max([int(size) for size in sizes if size.isdecimal()], default=1)
 
 
-def tell_plan(table: Table, states: Mapping[Cell, State], jobs: int) -> None:
+def tell_plan(table: Table, states: Mapping[Cell, State], jobs: int, total_steps: int) -> None:
     """How many runs, how many steps, and about how long: as what was run of each row went, or a
     short run where nothing was.
     """
@@ -126,6 +129,10 @@ def tell_plan(table: Table, states: Mapping[Cell, State], jobs: int) -> None:
         if not own:
             continue
         note = ""
+        coming = {cell.folder for cell in states}
+        lacking = [c for c in own if not ready(c, total_steps) and c.source not in coming]
+        if lacking:
+            note = f", of which {len(lacking)} lack what they convert: {lacking[0].source}"
         if own[0].command == "train" and not any(c.row == row and states[c].wall_s for c in states):
             print(f"  {row}: a short run on {own[0].column} ...", file=sys.stderr)
             if speed := measured_seconds_per_step(own[0]):

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
+from signal import SIGTERM
 
 from spikerl.commands.reproduce import cells
+from spikerl.distributed.launch import stop_signals
+from spikerl.distributed.process_lifetime import die_with_parent
+from spikerl.errors import Stopped
 from spikerl.reporting.table_file import Cell
 
+POLL = 0.05  # seconds
 STEPS = 800  # of an epoch, a multiple of the workers that tables have
 
 
@@ -28,7 +36,27 @@ def measured_seconds_per_step(cell: Cell) -> float | None:
         run = Path(folder) / "run"
         quiet = ["threads=1", "energy=none", f"run_dir={run}"]
         command = [*cells.PROGRAM, "train", *cell.overrides, *starts, *lengths, *quiet]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
+        if finished(command):
             return None
         rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return 1.0 / float(json.loads(rows[-1])["env_steps_per_s"])
+
+
+def finished(command: list[str]) -> int:
+    """The exit status of a process that ends when this one is told to: Stopped, then."""
+    with stop_signals() as stop:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=partial(die_with_parent, os.getpid(), SIGTERM),
+        )
+        while (status := process.poll()) is None:
+            if stop:
+                process.kill()  # its folder is thrown away
+                process.wait()
+                raise Stopped(stop[0])
+            time.sleep(POLL)
+        return status

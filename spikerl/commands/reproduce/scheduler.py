@@ -195,7 +195,9 @@ def left_s(states: Mapping[Cell, State], slots: int, measured: Mapping[str, floa
         if state.word not in ("done", "failed")
     ]
     known = [seconds for seconds in each if seconds is not None]
-    return sum(known) / slots if len(known) == len(each) else None
+    if len(known) < len(each):
+        return None
+    return max([sum(known) / slots, *known])  # the longest is one run
 
 
 def cell_left_s(

@@ -1,0 +1,99 @@
+"""What `spikerl reproduce` says beforehand and meanwhile: plans, time left, the screen."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from shell import spikerl
+from table_runs import write_run
+
+from spikerl.commands.reproduce.measure import finished
+from spikerl.commands.reproduce.scheduler import cell_left_s, left_s
+from spikerl.commands.reproduce.screen import Screen, State, summary
+from spikerl.errors import Stopped
+from spikerl.reporting.table_file import Cell
+
+TABLE = ["reproduce", "table=popsan_table1"]
+
+
+def state(word: str, step: int, wall_s: float | None) -> State:
+    return State(word, step, 100, 5.0 if step else None, wall_s)
+
+
+def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of one run took 2 hours for 200 of 1000 steps: 8 hours to go, 10 for the other, which is
+    how long both take side by side.
+    """
+    monkeypatch.chdir(tmp_path)
+    place = Path("outputs/reproduced/popsan_table1/popsan_td3/Ant")
+    folder = write_run(place / "seed0", status="preempted")
+    (folder / "config.yaml").write_text("seed: 0\n")
+    request = [*TABLE, "rows=popsan_td3", "columns=Ant", "seeds=2", "total_steps=1000", "jobs=2"]
+    said = spikerl(*request, "plan=true")
+    assert (said.status, said.err) == (0, "")
+    assert said.out.splitlines() == [
+        "popsan_table1: 2 runs, 0 done, 1 begun",
+        "  popsan_td3: 2 runs, 18.0 h",
+        "1800 steps to go, 2 runs side by side: 10.0 h",
+    ]
+
+
+def test_a_plan_says_what_conversions_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = spikerl(*TABLE, "rows=convert_5_hard", "columns=Ant", "seeds=[0]", "plan=true")
+    dense = "outputs/reproduced/popsan_table1/dense_td3/Ant/seed0"
+    line = f"  convert_5_hard: 1 runs, 0 s, of which 1 lack what they convert: {dense}"
+    assert said.out.splitlines()[1] == line
+
+
+def test_a_short_run_ends_with_who_asked() -> None:
+    """A plan that is stopped leaves no training behind."""
+    main, begun = threading.main_thread().ident, time.monotonic()
+    assert main
+    threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGTERM)).start()
+    with pytest.raises(Stopped):
+        finished([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert time.monotonic() - begun < 30
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)  # there is no child
+
+
+def test_a_screen() -> None:
+    out = io.StringIO()
+    screen = Screen("a table", Console(file=out, force_terminal=True, width=120))
+    named = {
+        Cell("row", "column", 0, Path("a"), "train", (), 1): state("done", 100, 50.0),
+        Cell("row", "column", 1, Path("b"), "train", (), 1): state("running", 50, 30.0),
+        Cell("other", "column", 0, Path("c"), "train", (), 1): state("failed", 0, None),
+    }
+    assert screen.due
+    screen.draw(named, left_s(named, 2, {}))
+    screen.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert "row/column/seed1" in shown
+    assert "##########.........." in shown
+    # 80 s for the 150 steps of this row: 26.7 s for 50 more, of one run, which no other shortens.
+    assert "3 cells: 1 running, 1 failed, 1 done; time left: 27 s" in shown
+    assert shown.index("row/column/seed1") < shown.index("other/column") < shown.index("seed0 ")
+
+
+def test_time_left() -> None:
+    """From the cell's row, else from all rows: 0.6 s a step, of which 50 and 100 are to go."""
+    cells = [Cell(row, "column", 0, Path(row), "train", (), 1) for row in ("a", "b")]
+    states = {cells[0]: state("running", 50, 30.0), cells[1]: state("waiting", 0, None)}
+    assert cell_left_s(states, cells[0], {}) == 30.0
+    assert left_s(states, 1, {}) == 90.0
+    assert left_s(states, 1, {"b": 2.0}) == 230.0
+    assert left_s(states, 2, {"b": 2.0}) == 200.0  # the longer one
+    states[cells[0]] = state("waiting", 0, None)
+    assert left_s(states, 1, {}) is None
+    assert "time left: unknown" in summary(states, None)

@@ -1,0 +1,37 @@
+"""Cards of runs, and the page that they stand on."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+from shell import spikerl
+from table_runs import write_run
+
+from spikerl.reporting.page import Card, significant
+from spikerl.reporting.records import Run
+
+
+def test_what_repeats_a_run(tmp_path: Path) -> None:
+    for name, typed in (("a", "spikerl train seed=0"), ("b", "spikerl train -m seed=0,1")):
+        write_run(tmp_path / name, command=typed)
+    cards = [Card.of(name, 0, Run.read(tmp_path / name)) for name in "ab"]
+    of_a_job = f"spikerl train config={tmp_path}/b/config.yaml"
+    assert [card.command for card in cards] == ["spikerl train seed=0", of_a_job]
+
+
+def test_small_losses_keep_their_digits() -> None:
+    found = [significant(x) for x in (0.04681, -3.456, 648.8, None)]
+    assert found == ["0.0468", "-3.46", "649", "-"]
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "a")
+    monkeypatch.setattr("spikerl.reporting.side_by_side.write_text", full)
+    line = spikerl("report", "runs=a", "out=there").line
+    assert line == "out=there: No space left on device; give another folder"
