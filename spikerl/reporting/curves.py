@@ -117,7 +117,7 @@ def scatter(
 
     `lines`: a label whose runs have no x is a line at their mean; else it is not drawn.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     panels = {
         name: {label: there or points for label, points in panel.items()
@@ -146,6 +146,7 @@ def scatter(
             if len(known) > 1:
                 ax.plot(*known.mean(0), "x", color=colour, markersize=9, markeredgewidth=2)
             every += known[:, 0].tolist()
+        ax.xaxis.set_major_locator(MaxNLocator(4))  # as many as fit, however long
         if min(every) > 0.0 and max(every) > SPREAD * min(every):
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

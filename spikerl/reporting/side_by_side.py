@@ -59,11 +59,15 @@ class SideBySide:
         for run in self.runs:
             which = tuple(run.settings.get(key) for key in self.group_by)
             by_values.setdefault(which, []).append(run)
+        alike: dict[str, list[tuple[Any, ...]]] = {}
+        for which in by_values:
+            alike.setdefault(self._name(which), []).append(which)
         named: dict[str, list[Run]] = {}
-        for which, runs in by_values.items():
-            name = self._name(which)
-            unique = name if name not in named else f"{name} ({len(named) + 1})"
-            named[unique] = runs
+        for name, several in alike.items():
+            for which in several:
+                longer = ", ".join([name, *self._apart(which, several)])
+                unique = longer if longer not in named else f"{longer} ({len(named) + 1})"
+                named[unique] = by_values[which]
         return named
 
     def _name(self, which: Sequence[Any]) -> str:
@@ -71,6 +75,12 @@ class SideBySide:
         given = [f"{key}={value}" for key, value in pairs if value is not None]
         more = ["..."] * (len(given) > NAMED)
         return ", ".join([*given[:NAMED], *more]) or "all runs"
+
+    def _apart(self, which: Sequence[Any], alike: Sequence[Sequence[Any]]) -> list[str]:
+        """Some of what sets a group apart from those that have its name."""
+        columns = zip(self.group_by, which, zip(*alike, strict=True), strict=True)
+        differ = [(key, value) for key, value, values in columns if len(set(map(str, values))) > 1]
+        return [f"{key}={'-' if value is None else value}" for key, value in differ[:NAMED]]
 
     @property
     def tasks(self) -> list[str]:

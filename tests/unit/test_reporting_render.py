@@ -213,6 +213,17 @@ def test_groups(tmp_path: Path) -> None:
     assert names_of(runs[:1]) == ["td30"]
 
 
+def test_long_names_of_groups_say_what_sets_them_apart(tmp_path: Path) -> None:
+    runs = []
+    for e in (5, 6):
+        folder = write_run(tmp_path / str(e))
+        (folder / "config.yaml").write_text(f"a: 1\nb: 1\nc: 1\nd: 1\ne: {e}\n")
+        runs.append(Run.read(folder))
+    assert list(SideBySide(runs, ["a", "b", "c", "d", "e"]).groups) == [
+        "a=1, b=1, c=1, d=1, ..., e=5", "a=1, b=1, c=1, d=1, ..., e=6",
+    ]  # fmt: skip
+
+
 def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page that refers to nothing outside, whatever a run says of itself."""
     monkeypatch.chdir(tmp_path)
