@@ -66,10 +66,15 @@ class EnvConfig:
 
 
 def finite(value: Any) -> bool:
-    """Whether all numbers in it are."""
-    if isinstance(value, dict | list | tuple):
-        return all(map(finite, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, float) or math.isfinite(value)
+    """Whether all numbers in it are, however deep they lie."""
+    values = [value]
+    while values:
+        one = values.pop()
+        if isinstance(one, dict | list | tuple):
+            values += one.values() if isinstance(one, dict) else one
+        elif isinstance(one, float) and not math.isfinite(one):
+            return False
+    return True
 
 
 MADE_WITH = {"id", "max_episode_steps"}  # what has keys of its own

@@ -100,7 +100,8 @@ def next_command(cell: Cell, total_steps: int) -> list[str] | None:
         return ["eval", f"run={cell.folder}", f"episodes={EPISODES}", seed, "json=true"]
     length = f"total_steps={cell.times_steps * total_steps}"
     if cell.source is not None:
-        if cell.folder.exists():  # of a policy that was trained further since
+        run = read(cell)
+        if run is not None and outdated(cell, run):
             shutil.rmtree(cell.folder)
         return ["convert", f"run={cell.source}", f"run_dir={cell.folder}", *cell.overrides]
     if read(cell) is None:
