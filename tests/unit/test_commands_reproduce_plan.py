@@ -55,16 +55,22 @@ def test_a_plan_says_what_conversions_lack(tmp_path: Path, monkeypatch: pytest.M
     assert said.out.splitlines()[1] == line
 
 
-def test_a_short_run_ends_with_who_asked() -> None:
+def test_a_short_run_ends_with_who_asked(tmp_path: Path) -> None:
     """A plan that is stopped leaves no training behind."""
-    main, begun = threading.main_thread().ident, time.monotonic()
+    main, place = threading.main_thread().ident, tmp_path / "pid"
     assert main
-    threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGTERM)).start()
+    sleeps = f"import os, time; open({str(place)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+
+    def stop() -> None:
+        while not (place.exists() and place.read_text()):
+            time.sleep(0.01)
+        signal.pthread_kill(main, signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
     with pytest.raises(Stopped):
-        finished([sys.executable, "-c", "import time; time.sleep(60)"])
-    assert time.monotonic() - begun < 30
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)  # there is no child
+        finished([sys.executable, "-c", sleeps])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(place.read_text()), 0)
 
 
 def test_a_screen() -> None:
