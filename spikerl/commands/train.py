@@ -254,7 +254,9 @@ def read_init(source: str, config: Config, task: Task) -> Policy:
 
 def default_folder(config: Config, kind: str | None = None) -> str:
     """`kind` stands in the place of the algorithm, where none trained the policy."""
-    name = config.env.id if config.env.name == "gym" else config.env.name
+    env = config.env  # whose id may be another's than its group is named after
+    own = env.name.startswith(re.sub(r"-v\d+$", "", env.id))
+    name = env.name if own else env.id
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)
     return f"outputs/{safe}/{kind or config.algo.name}/{stamp}_seed{config.run.seed}"
