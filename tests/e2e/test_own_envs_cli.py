@@ -94,6 +94,7 @@ def test_an_untrusted_config_gives_no_paths(tmp_path: Path) -> None:
     assert spikerl("train", f"config={config}").line.startswith("env.kwargs=")
 
 
+@pytest.mark.slow
 def test_two_workers_name_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(own_envs.__file__).parent), prepend=os.pathsep)
     run = tmp_path / "r"

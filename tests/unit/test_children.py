@@ -152,6 +152,7 @@ def in_a_place_of_its_own() -> bool:
     return subprocess.run(["unshare", "-u", "hostname", "x"], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not in_a_place_of_its_own(), reason="needs root and unshare")
 def test_a_run_on_such_a_machine(tmp_path: Path) -> None:
     typed = " ".join(["train", *SHORT, "world_size=2", "max_restarts=1", "run_dir=r"])

@@ -181,6 +181,7 @@ kept.reset([0])
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_leaves_them_open_ends() -> None:
     """Although they do not answer SIGTERM, which multiprocessing sends and then waits."""
     where = str(Path(own_envs.__file__).parent)
