@@ -103,21 +103,9 @@ class SideBySide:
     def _grid(self, score: Callable[[Run], tuple[float, int] | None]) -> Grid:
         lines = [["", *self.tasks]]
         for group in self.groups:
-            cells = [self._cell(self.of(group, task), score) for task in self.tasks]
+            cells = [tables.scored_text(self.of(group, task), score) for task in self.tasks]
             lines.append([group, *cells])
         return lines
-
-    def _cell(self, runs: Sequence[Run], score: Callable[[Run], tuple[float, int] | None]) -> str:
-        there = [scored for run in runs if (scored := score(run)) is not None]
-        if not there:
-            return "-"
-        scores, reached = values([s for s, _ in there]), [step for _, step in there]
-        text = tables.spread(float(scores.mean()), statistics.sd(scores))
-        low, high = tables.steps(min(reached)), tables.steps(max(reached))
-        said = [f"n={len(scores)}", f"{low if low == high else f'{low} to {high}'} steps"]
-        if failed := sum(run.status == "failed" for run in runs if score(run) is not None):
-            said.append(f"{failed} failed")
-        return f"{text} ({', '.join(said)})"
 
     def intervals(self) -> Grid:
         """Of each group on each task: the interquartile mean of maxima, and its interval."""

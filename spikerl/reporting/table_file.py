@@ -6,6 +6,7 @@ what each key means.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class Protocol:
     eval_episodes: int
     metric: str  # of METRICS
     first_seed: int = 0
+    core_hours: list[float] = field(default_factory=list)  # after which returns are given too
     overrides: list[str] = field(default_factory=list)  # of every run
 
 
@@ -215,6 +217,9 @@ def check(table: Table) -> None:
         raise BadRequest("table.protocol.first_seed", p.first_seed, "give 0 or more")
     if p.metric not in METRICS:
         raise BadRequest("table.protocol.metric", p.metric, f"one of {', '.join(METRICS)}")
+    for hours in p.core_hours:
+        if not 0.0 < hours < math.inf:
+            raise BadRequest("table.protocol.core_hours", hours, "give hours above 0")
     _check_overrides("table.protocol.overrides", p.overrides)
     if table.baseline is not None and table.baseline not in table.rows:
         remedy = f"no such row; {nearest(table.baseline, list(table.rows))}"

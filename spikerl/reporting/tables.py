@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from textwrap import fill
 from typing import Any, NamedTuple
 
 from spikerl.reporting import statistics
-from spikerl.reporting.records import METRIC_NAMES, METRICS, Run
+from spikerl.reporting.records import METRIC_NAMES, METRICS, Run, values
 from spikerl.reporting.results import EASY, Aggregate, Result, Results
 from spikerl.reporting.statistics import Array, Interval
 
@@ -112,13 +112,13 @@ def grid(results: Results, metric: str) -> Grid:
             cells = [cell_text(result, metric) for result in results.of(name)]
             lines.append([row.label, *cells, *ours, *printed])
         if row.published and row.published.metric == metric:
-            values = [spread(*(r.published_value or (None, None))) for r in results.of(name)]
+            cells = [spread(*(r.published_value or (None, None))) for r in results.of(name)]
             both = (results.published_gain(name), results.published_gain(name, easy=False))
             theirs = [percent(gain) for gain in both[: len(gains)]]
             if table.aggregate:
                 given = row.published.aggregate
                 printed = ["-" if given is None else f"{given:g}"]
-            lines.append([published_label(results, name), *values, *theirs, *printed])
+            lines.append([published_label(results, name), *cells, *theirs, *printed])
     return lines
 
 
@@ -150,6 +150,33 @@ def aggregate_grid(results: Results) -> Grid:
             columns = f"{a.columns}{_partial(a.partial)}"
             lines.append([results.table.rows[a.row].label, columns, *_aggregate_texts(a)])
     return lines
+
+
+def after(results: Results, core_hours: float) -> Grid:
+    """Returns at equal processor time, of the runs that took so much."""
+    table = results.table
+    lines = [["", *(table.label(column) for column in table.columns)]]
+    for name, row in table.rows.items():
+        cells = [
+            scored_text([s.run for s in result.seeds], lambda run: run.within(core_hours, "cpu"))
+            for result in results.of(name)
+        ]
+        if any(cell != "-" for cell in cells):
+            lines.append([row.label, *cells])
+    return lines
+
+
+def scored_text(runs: Sequence[Run], score: Callable[[Run], tuple[float, int] | None]) -> str:
+    """Of the runs that have a score and the step that it is of: mean and deviation, n, steps."""
+    there = [(run, scored) for run in runs if (scored := score(run)) is not None]
+    if not there:
+        return "-"
+    scores, reached = values([s for _, (s, _) in there]), [step for _, (_, step) in there]
+    low, high = steps(min(reached)), steps(max(reached))
+    said = [f"n={len(scores)}", f"{low if low == high else f'{low} to {high}'} steps"]
+    if failed := sum(run.status == "failed" for run, _ in there):
+        said.append(f"{failed} failed")
+    return f"{spread(mean_of(scores), statistics.sd(scores))} ({', '.join(said)})"
 
 
 def spent_grid(results: Results) -> Grid:
@@ -267,6 +294,10 @@ def sections(results: Results) -> list[Section]:
     """Those that have a line."""
     every = [
         *(Section(f"Return: {METRIC_NAMES[m]}", grid(results, m)) for m in METRIC_NAMES),
+        *(
+            Section(f"Return after {hours:g} h of processor time", after(results, hours))
+            for hours in results.table.protocol.core_hours
+        ),
         Section("Over all columns", aggregate_grid(results)),
         Section("A run's time and measured energy", spent_grid(results)),
     ]

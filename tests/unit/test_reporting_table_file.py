@@ -151,6 +151,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("rows/a b", {"label": "x", "experiment": "dense/td3"}, "table.rows=a b: give a name"),
     ("protocol/seeds", 0, "table.protocol.seeds=0: give at least 1"),
     ("protocol/metric", "median", "table.protocol.metric=median: one of max_average"),
+    ("protocol/core_hours", [0.5, 0], "table.protocol.core_hours=0.0: give hours above 0"),
     ("protocol/overrides", ["seed=3"], "table.protocol.overrides=seed=3: a cell sets it"),
     ("protocol/overrides", ["dataset=d"], "table.protocol.overrides=dataset=d: a cell sets it"),
     ("protocol/overrides", ["tau"], "table.protocol.overrides=tau: cannot be read"),

@@ -74,9 +74,10 @@ def write(
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "config.yaml").write_text(f"seed: {seed}\n")
     rows = [
-        {"step": 1000 * (i + 1), "eval_return": r, "energy_j": 500.0, "wall_s": 360.0 * (i + 1)}
+        {"step": 1000 * (i + 1), "eval_return": r, "energy_j": 500.0, "wall_s": 360.0 * (i + 1),
+         "cpu_s": 180.0}
         for i, r in enumerate(returns)
-    ]
+    ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -93,6 +94,24 @@ def markdown(results: Results) -> str:
 def column(lines: tables.Grid, name: str) -> list[str]:
     at = lines[0].index(name)
     return [line[at] for line in lines[1:]]
+
+
+def test_returns_at_equal_processor_time() -> None:
+    write("spiking", "Ant", 0, [100.0, 200.0, 300.0])  # an evaluation every 0.05 h of a processor
+    write("spiking", "Ant", 1, [400.0, 500.0])
+    write("dense", "InvertedDoublePendulum", 0, [600.0])
+    protocol = {**DATA["protocol"], "core_hours": [0.05, 0.1, 1.0]}
+    sections = {s.title: s.grid for s in tables.sections(results(protocol=protocol))}
+    assert sections["Return after 0.05 h of processor time"] == [
+        ["", "Ant-v4", "InvertedDoublePendulum-v4"],
+        ["50 % PopSAN & co", "250 \u00b1 212 (n=2, 1k steps)", "-"],
+        ["dense", "-", "600 (n=1, 1k steps)"],
+    ]
+    assert sections["Return after 0.1 h of processor time"] == [
+        ["", "Ant-v4", "InvertedDoublePendulum-v4"],
+        ["50 % PopSAN & co", "350 \u00b1 212 (n=2, 2k steps)", "-"],
+    ]
+    assert "Return after 1 h of processor time" not in sections  # no run took so long
 
 
 def test_nothing_has_run() -> None:
