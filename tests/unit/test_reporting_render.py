@@ -324,7 +324,7 @@ def test_without_the_extra(
 
 TABLE = ["reproduce", "table=popsan_table1"]
 CELLS: list[tuple[list[str], str]] = [
-    (["reproduce"], "table=null: give one of care_bn, "),
+    (["reproduce"], "table=null: give one of ant_without_contacts, care_bn, "),
     (["reproduce", "table=popsan_tabel1"], "table=popsan_tabel1: no such option; did you mean"),
     ([*TABLE, "rows=[popsan_td4]"], "rows=popsan_td4: no such name; did you mean popsan_td3"),
     ([*TABLE, "columns=Hoper"], "columns=Hoper: no such name; did you mean Hopper?"),
