@@ -105,8 +105,8 @@ class Guard:
 
     In fp32 and bf16 every write is masked from the first bad update on, and `check` (once per log
     interval) raises and names it. Under fp16 a bad gradient is ordinary: the loss scale was too
-    large. Then that one update is masked, critic, actor and targets together, and the scale halves;
-    it doubles after `GROWTH_INTERVAL` good updates.
+    large. Then the rest of that one update is masked, targets included, and the scale halves; it
+    doubles after `GROWTH_INTERVAL` good updates.
     """
 
     GROWTH_INTERVAL = 2000

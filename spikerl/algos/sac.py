@@ -40,6 +40,9 @@ class SACConfig(OffPolicyConfig, DelayConfig):
                    "log_std_lr")  # fmt: skip
         check_sizes("algo.log_std_hidden_sizes", self.log_std_hidden_sizes)
         self.check("give separate or shared", lambda x: x in ("separate", "shared"), "log_std")
+        if self.target_entropy is not None and not self.learn_temperature:
+            remedy = "is of a learned temperature; set algo.learn_temperature, or give null"
+            raise BadRequest("algo.target_entropy", self.target_entropy, remedy)
         if len(self.log_std_range) != 2 or self.log_std_range[0] > self.log_std_range[1]:
             raise BadRequest("algo.log_std_range", self.log_std_range, "give [low, high]")
 

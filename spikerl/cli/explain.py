@@ -20,7 +20,7 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     """Hydra's or OmegaConf's complaint as one line with key, value and remedy."""
     text = str(error)
     if isinstance(error, BadRequest):
-        return str(_as_typed(error, args))
+        return str(_of_experiment(error, args) or _as_typed(error, args))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, option = match.groups()
@@ -42,6 +42,21 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     if unread:
         return f"{unread[0]}: cannot be read; write key=value"
     return f"config: {lines[0] if lines else type(error).__name__}"
+
+
+def _of_experiment(error: BadRequest, args: Sequence[str]) -> BadRequest | None:
+    """Where an experiment sets a key that the option chosen beside it lacks."""
+    key, value, remedy = error.args
+    typed = dict(arg.lstrip("+").partition("=")[::2] for arg in split(args)[0])
+    group = str(key).partition(".")[0]
+    if (
+        not remedy.startswith("no such key")
+        or key in typed
+        or not {"experiment", group} <= {*typed}
+    ):
+        return None
+    sets = f"experiment={typed['experiment']} sets it, {group}={typed[group]} has no such key"
+    return BadRequest(key, value, f"{sets}; leave it out by ~{key}")
 
 
 def _as_typed(error: BadRequest, args: Sequence[str]) -> BadRequest:

@@ -17,6 +17,15 @@ def test_whatever_hydra_raises_is_one_line(error: Exception) -> None:
     assert "\n" not in line
 
 
+def test_what_an_experiment_sets_and_the_option_beside_it_lacks() -> None:
+    assert spikerl("train", "experiment=popsan/td3_sparse", "actor=mlp").line == (
+        "actor.spike_cost=6.0: experiment=popsan/td3_sparse sets it, actor=mlp has no such key;"
+        " leave it out by ~actor.spike_cost"
+    )
+    typed = spikerl("train", "experiment=popsan/td3", "algo=ddpg", "+algo.target_noise=0.3").line
+    assert typed.startswith("algo.target_noise=0.3: no such key; known: name, batch_size, ")
+
+
 def test_a_line_stays_one_whatever_it_quotes() -> None:
     assert spikerl("train", "run_dir=a", "seed=x\ny\x1b[2J").line == (
         r"seed=x\x0ay\x1b[2J: cannot be read; write key=value"

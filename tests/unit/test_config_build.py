@@ -143,6 +143,11 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "actor.timesteps": ([1, 1_000_000], [0, 1_000_001]),
     "actor.dropout": ([0.0, 0.9999999], [-TINY, 1.0]),
 }
+# What a number needs beside it.
+NEEDS: dict[str, dict[str, Any]] = {
+    "neuron.surrogate_slope_end": {"neuron__surrogate": "atan"},
+    "algo.target_entropy": {"algo__learn_temperature": True},
+}
 GROUPS: list[Registry[Any, Any]] = [
     ACTORS, ENCODERS, NEURONS, DECODERS, ALGOS, PRECISIONS, KERNELS, BACKENDS, METERS
 ]  # fmt: skip
@@ -209,7 +214,7 @@ def with_number(default: dict[str, Any], key: str) -> dict[str, Any]:
 def test_bounds(default: dict[str, Any], key: str) -> None:
     place = key.replace(".", "__")
     inside, outside = BOUNDS[key]
-    default = with_number(default, key)
+    default = changed(with_number(default, key), **NEEDS.get(key, {}))
     for value in inside:
         raw = build(changed(default, **{place: value})).raw
         assert OmegaConf.select(OmegaConf.create(raw), key) == value
