@@ -175,6 +175,11 @@ class PPO(Learner):
             field.unflatten(0, (-1, envs))
             for field in (batch.rew, value, next_value, batch.terminated, last)
         )
+        # Nor does an episode go on where the environments were reset between two rows, as a resume
+        # of those that cannot be restored does.
+        obs, next_obs = (field.unflatten(0, (-1, envs)) for field in (batch.obs, batch.next_obs))
+        ends = ends.clone()
+        ends[:-1] |= (obs[1:] != next_obs[:-1]).flatten(2).any(-1)
         steps = (rew, values, next_values, terminated, ends)
         advantage = gae(*steps, gamma=c.gamma, gae_lambda=c.gae_lambda).flatten()
         ret = advantage + value

@@ -32,8 +32,9 @@ VALUED = (*FLAG_VALUES, "--package", "-p")
 # They would load somebody's Hydra settings, which can name code to run.
 REFUSED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn",
                  "--experimental-rerun")  # fmt: skip
-# What `resume=RUN` may change: how far the run goes, and where.
-RESUMABLE = ("resume", "total_steps", "world_size", "device", "backend", "backend.timeout_s",
+# What `resume=RUN` may change: how far the run goes, where, and what is kept of it.
+RESUMABLE = ("resume", "total_steps", "world_size", "device", "threads", "kernel", "kernel.path",
+             "backend", "backend.timeout_s", "energy", "energy.file", "logger", "keep_replay",
              "max_restarts", "nnodes", "node_rank", "rdzv", "plugins")  # fmt: skip
 # Its other settings can name code to run: callbacks, logging, the search path.
 HYDRA = r"\+{0,2}hydra(/(launcher|sweeper)|\.(launcher|sweeper)(\.\w+)+)"
@@ -129,28 +130,42 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
 def chosen(run: Path, typed: Sequence[str]) -> list[str]:
     """What the run chose at its start: a resume on another day must not choose anew.
 
-    On another device another kernel has to run; other workers have another share of the cores, and
-    more than one no graphs.
+    On another device another kernel has to run, on another processor perhaps another path of it;
+    other workers have another share of the cores, and more than one no graphs.
     """
     given = dict(arg.partition("=")[::2] for arg in typed)
     try:
         manifest = read_json(run / "manifest.json", MAX_BYTES)
-        threads = int(manifest["resolved"]["threads"]["choice"])
-        kernel, _, path = str(manifest["resolved"]["kernel"]["choice"]).partition("/")
+        device, threads, kernel = (
+            str(manifest["resolved"][name]["choice"]) for name in ("device", "threads", "kernel")
+        )
         workers = str(int(manifest["world_size"]))
-        overrides = [f"num_envs={int(manifest['num_envs'])}"]
+        carried = {"num_envs": str(int(manifest["num_envs"])), "threads": str(int(threads))}
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return []
     size = given.get("world_size", os.environ["WORLD_SIZE"] if ranked() else workers)
-    if "world_size" not in given:
-        overrides.append(f"world_size={size}")
-    if size == workers:
-        overrides.append(f"threads={threads}")
+    carried["world_size"] = size
+    if size != workers:
+        del carried["threads"]
+    if device == "cpu":
+        carried["device"] = device
+    kernel, _, path = kernel.partition("/")
+    sound = kernel in group_options("kernel") and re.fullmatch(r"\w*", path)
+    if sound and not given.keys() & {"device", "kernel", "kernel.path"}:
+        carried["kernel"] = kernel
+        if path and (kernel != "cpu" or _runs_here(path, run)):
+            carried["kernel.path"] = path
     if path == "graphs" and size != "1":
-        path = "null"
-    if "device" in given or kernel not in group_options("kernel") or not re.fullmatch(r"\w*", path):
-        return [*overrides, *(["kernel.path=null"] if path == "null" else [])]
-    return [*overrides, f"kernel={kernel}", *([f"kernel.path={path}"] if path else [])]
+        carried["kernel.path"] = "null"
+    return [f"{key}={value}" for key, value in carried.items() if key not in given]
+
+
+def _runs_here(path: str, run: Path) -> bool:
+    """Whether the C++ kernel keeps its path: not one that nobody named and the processor lacks."""
+    from spikerl.kernels.build import PATHS, supported_paths
+
+    named = (read_config(run / "config.yaml").get("kernel") or {}).get("path")
+    return path in supported_paths() or path == named or path not in PATHS
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -336,7 +336,7 @@ def trained(config: Any, folder: Path, ended: bool) -> bool:
 
     asked = dict(dotted(OmegaConf.to_container(config, resolve=True)))
     had = dict(dotted(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
-    free = ("threads", "logger", "keep_replay", *RESUMABLE, *NOT_CARRIED)
+    free = {*RESUMABLE, *NOT_CARRIED} - {"kernel", "kernel.path", "energy", "energy.file"}
     for key in [*asked, *had]:
         within = [key == other or key.startswith(f"{other}.") for other in free]
         if not any(within) and asked.get(key) != had.get(key):
@@ -350,6 +350,6 @@ def trained(config: Any, folder: Path, ended: bool) -> bool:
         typed.append(f"world_size={asked['world_size']}")
     for override in chosen(folder, typed):
         key, _, value = override.partition("=")
-        plain = int(value) if value.isdecimal() else value
+        plain = None if value == "null" else int(value) if value.isdecimal() else value
         OmegaConf.update(config, "kernel.name" if key == "kernel" else key, plain)
     return False

@@ -70,13 +70,18 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             raise
     workers = workers_of(config)
     spec = {"raw": config.raw, "target": target, "command": list(argv), "after": None}
+    folder = settings.resume
     for left in range(settings.max_restarts, -1, -1):
         try:
             return launch.launch(spec, workers)
         except launch.WorkerLost as lost:
-            if left == 0 or lost.stopping:
-                return record_lost_worker(lost)
-            spec["raw"] = {**config.raw, "resume": lost.folder or settings.resume}
+            if lost.request and lost.folder is None and spec["after"] is None:
+                raise BadRequest(*lost.request) from None
+            folder = lost.folder or folder
+            if left == 0 or lost.stopping or lost.request:
+                return record_lost_worker(lost, folder)
+            if folder:  # which has all that the run was started from
+                spec["raw"] = {**config.raw, "resume": folder, "init_from": None, "dataset": None}
             spec["after"] = str(lost)
             if workers.nnodes > 1:  # where nothing is left of those who met before
                 workers = replace(workers, port=workers.port + 1)
@@ -119,11 +124,11 @@ def run_in_worker(spec: Mapping[str, Any], shared_dir: Path) -> int:
     return run(config, task_for(config), spec["target"], spec["command"], shared_dir, spec["after"])
 
 
-def record_lost_worker(lost: launch.WorkerLost) -> int:
-    """Record that a worker was lost; what it had committed can be resumed."""
+def record_lost_worker(lost: launch.WorkerLost, run: str | None) -> int:
+    """Record that a worker was lost; what the run had committed can be resumed."""
     cause = str(lost)
-    if lost.folder is not None:
-        folder = Path(lost.folder)
+    if run is not None:
+        folder = Path(run)
         with suppress(OSError):
             run_folder.update_manifest(folder, status="failed", ended=run_folder.now())
             write_text(folder / "error.txt", f"{lost.trace}{cause}\n")
@@ -228,8 +233,11 @@ def finished(folder: Path, config: Config) -> bool:
         checkpoint = verified(folder, lambda text: None)
         check_record(folder, checkpoint.manifest)
         step, further = checkpoint.step, "a larger total_steps trains it further"
+        if total < step:
+            raise BadRequest("total_steps", total, f"the run is at step {step}; give that or more")
     if record["status"] == "done" and step >= total:
-        print(f"{shown(folder)} is done at step {step}; {further}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{shown(folder)} is done at step {step}; {further}")
         return True
     return False
 

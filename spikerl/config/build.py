@@ -255,6 +255,10 @@ def check_shares(run: RunConfig, algo: AlgoConfig, world_size: int) -> None:
     if isinstance(algo, ReplayConfig) and algo.replay_capacity < num_envs:
         remedy = f"give at least num_envs={num_envs}, a row for each environment"
         raise BadRequest("algo.replay_capacity", algo.replay_capacity, remedy)
+    batches = world_size if run.scaling == "weak" else 1
+    if isinstance(algo, PPOConfig) and algo.batch_size * batches > algo.rollout_steps:
+        remedy = f"algo.rollout_steps={algo.rollout_steps} are fewer rows than one for each worker"
+        raise BadRequest("algo.batch_size", algo.batch_size, remedy)
     if isinstance(algo, PPOConfig) and algo.rollout_steps % num_envs:
         remedy = f"give a multiple of num_envs={num_envs}"
         raise BadRequest("algo.rollout_steps", algo.rollout_steps, remedy)

@@ -30,7 +30,7 @@ from typing import Any
 from spikerl.children import PYTHON
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_with_parent
-from spikerl.errors import FAILED, EnvironmentFailed, Interrupted, NonFinite
+from spikerl.errors import FAILED, BadRequest, EnvironmentFailed, Interrupted, NonFinite
 from spikerl.signals import STOPS, handled, listened_to
 
 LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
@@ -48,6 +48,7 @@ class WorkerLost(RuntimeError):
     folder: str | None = None
     stopping = False
     trace = ""  # of the worker, where it left one
+    request: list[str] | None = None  # key, value and remedy where it found a request wrong
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +246,7 @@ def first_failure(failures: dict[int, int], shared_dir: Path, world_size: int) -
     if code < 0 and not (reason and own):
         return WorkerLost(f"{who} was killed by {signal.Signals(-code).name}")
     lost = WorkerLost(f"{who}: {reason['error']}" if reason else f"{who} ended with status {code}")
-    lost.trace = reason.get("traceback", "")
+    lost.trace, lost.request = reason.get("traceback", ""), reason.get("request")
     return lost
 
 
@@ -328,7 +329,8 @@ def write_failure(shared_dir: Path, rank: int, error: BaseException) -> None:
         if alone
         else f"{type(error).__name__}: {first}",
         "collective": alone,
-        "environment": isinstance(error, EnvironmentFailed | NonFinite),
+        "environment": isinstance(error, EnvironmentFailed | NonFinite | BadRequest),
+        "request": [str(part) for part in error.args] if isinstance(error, BadRequest) else None,
         "late": alone and any(word in first for word in LATE),
         "traceback": "".join(traceback.format_exception(error)),
         "time": time.time(),

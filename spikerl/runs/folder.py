@@ -230,11 +230,18 @@ def free(folder: Path) -> int:
     return size
 
 
-def write_total_steps(folder: Path, total_steps: int) -> None:
-    """How far the run goes from now on, for resumes that do not say it again."""
-    path = folder / "config.yaml"
+def write_total_steps(folder: Path, total_steps: int) -> str:
+    """How far the run goes from now on, for resumes that do not say it again; what stood there."""
+    path, before = folder / "config.yaml", ""
+
+    def replaced(match: re.Match[str]) -> str:
+        nonlocal before
+        before = match[1]
+        return f"total_steps: {total_steps}"
+
     text = read_bytes(path, MAX_BYTES).decode()
-    write_text(path, re.sub(r"(?m)^total_steps: .*$", f"total_steps: {total_steps}", text))
+    write_text(path, re.sub(r"(?m)^total_steps: (.*)$", replaced, text))
+    return before
 
 
 def remove_results(folder: Path) -> None:

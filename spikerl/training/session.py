@@ -8,11 +8,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from spikerl.algos.decision_transformer import DecisionTransformerConfig
 from spikerl.config.build import Config
 from spikerl.distributed.world import World
 from spikerl.energy.meter import source_of
@@ -144,23 +145,20 @@ class Session:
             return
         remove_newer(checkpoint)
         lost = cut_back(self.folder, int(checkpoint.manifest["metrics_bytes"]))
-        run_folder.write_total_steps(self.folder, self.config.run.total_steps)
+        total_before = run_folder.write_total_steps(self.folder, self.config.run.total_steps)
         run_folder.remove_results(self.folder)
         self.restore_best(checkpoint)
         record = run_folder.read_manifest(self.folder, key="resume")
         size, had = self.world.size, checkpoint.workers
-        moved = f"{had} workers became {size}: random streams and batches differ from here on"
-        reset = "environments of this kind go on from a reset"
-        reasons = [moved] * (had != size) + [reset] * (not restored)
+        reasons = self.differences(record, had, total_before)
+        if not restored:
+            reasons.append("environments of this kind go on from a reset")
         event = {"time": run_folder.now(), "step": self.trainer.step, "exact": not reasons,
                  "not_exact_because": "; ".join(reasons) or None, "world_size": size,
                  "world_size_before": had, "discarded_rows": lost, "command": " ".join(command),
                  "after": restart_reason, **run_folder.made_by()}  # fmt: skip
         changes: dict[str, Any] = {"resumed": [*record.get("resumed", []), event]}
-        if had != size:
-            choices = vars(self.config.resolved)
-            placed = {n: choices[n]._asdict() for n in ("threads", "backend", "kernel")}
-            changes |= {"world_size": size, "resolved": {**record["resolved"], **placed}}
+        changes |= {"world_size": size, "resolved": self.resolved()}
         run_folder.update_manifest(self.folder, status="running", **changes)
         total, replay = self.config.run.total_steps, self.trainer.replay
         notes.append(
@@ -169,6 +167,27 @@ class Session:
             + (f"; not exact: {'; '.join(reasons)}" if reasons else "")
             + (f"; {lost} later rows moved to discarded.jsonl" if lost else "")
         )
+
+    def differences(self, record: Mapping[str, Any], workers: int, total_steps: str) -> list[str]:
+        """Why numbers differ from here on from those of a run that was never stopped."""
+        config, size, now = self.config, self.world.size, self.resolved()
+        reasons = []
+        if workers != size:
+            reasons.append(
+                f"{workers} workers became {size}: random streams and batches differ from here on"
+            )
+        resolved = record["resolved"] if isinstance(record.get("resolved"), dict) else {}
+        was, kernel = resolved.get("kernel", now["kernel"])["choice"], now["kernel"]["choice"]
+        if was != kernel:
+            reasons.append(f"kernel {was} became {kernel}: sums are in another order")
+        moves = ["the learning rate"] * isinstance(config.algo, DecisionTransformerConfig)
+        moves += ["the surrogates' slope"] * bool(
+            config.actor.neuron and config.actor.neuron.slope_moves
+        )
+        if moves and total_steps != str(total := config.run.total_steps):
+            what = " and ".join(moves)
+            reasons.append(f"total_steps {total_steps} became {total}, over which {what} moves")
+        return reasons
 
     def restore(self, checkpoint: Checkpoint) -> bool:
         """Whether all of it was; nothing in the folder has changed so far."""
@@ -356,13 +375,16 @@ class Session:
         self.summary = summary
 
     def manifest(self, command: Sequence[str]) -> dict[str, Any]:
-        resolved = {name: r._asdict() for name, r in vars(self.config.resolved).items()}
+        resolved = self.resolved()
         num_envs, precision = self.config.num_envs, self.config.precision.name
         facts = {"world_size": self.world.size, "num_envs": num_envs, "precision": precision,
                  "power_idle_w": self.idle_w}  # fmt: skip
         if dataset := self.trainer.dataset:
             facts["dataset"] = {"folder": shown(dataset.folder), "sha256": dataset.sha256}
         return run_folder.make_manifest(self.trainer.task.env_id, command, resolved, facts)
+
+    def resolved(self) -> dict[str, dict[str, Any]]:
+        return {name: r._asdict() for name, r in vars(self.config.resolved).items()}
 
     def wall(self) -> float:
         return self.wall_s + time.perf_counter() - self.started

@@ -169,6 +169,8 @@ class Trainer:
                 self.make_updates(before)
             if crossed(before, self.step, algo.norm_interval or SYNC_INTERVAL):
                 self.synchronise(stop_signal())
+            elif self.world.size == 1:  # which has nobody to agree with
+                self.stopping = stop_signal()
             if not self.algo.on_policy:
                 self.make_updates(before)
             self.recalibrate(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -51,6 +52,42 @@ def test_a_killed_worker(backend: str, whole: Path, tmp_path: Path) -> None:
     run = train(tmp_path, *TWO, RESTARTS, f"backend={backend}")
     (over_mpi if backend == "mpi" else hit)(run, "1")
     check(run, whole, "worker 1 of 2 was killed by SIGKILL")
+
+
+def test_a_wrong_request_that_workers_find_is_one(tmp_path: Path) -> None:
+    """As with one worker: status 2, its line alone, no restart, nothing left."""
+    run = train(tmp_path, *TWO, RESTARTS, "actor.prune=0.0001")
+    assert run.wait() == 2
+    (line,) = run.err.read_text().splitlines()
+    assert line.startswith("spikerl: actor.prune=0.0001: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_a_run_was_started_from_may_be_gone(tmp_path: Path) -> None:
+    first = train(tmp_path / "first", *TWO)
+    assert first.wait() == 0
+    shutil.copytree(tmp_path / "first" / "run", tmp_path / "again" / "first")
+    run = train(tmp_path / "again", *TWO, RESTARTS, "init_from=first")
+    run.until(run.begun)
+    shutil.rmtree(tmp_path / "again" / "first")
+    hit(run, "1")
+    assert run.wait() == 0, run.said()
+    assert record(tmp_path / "again" / "run")["status"] == "done"
+
+
+@pytest.mark.slow
+def test_a_restart_that_fails_is_recorded(tmp_path: Path) -> None:
+    """Before its workers have told which folder they go on with."""
+    run = train(tmp_path, *TWO, RESTARTS)
+    run.until(lambda: run.begun() and rows(run.home / "run"))
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        for file in checkpoint.glob("learner*"):
+            file.write_bytes(b"")
+    hit(run, "1")
+    assert run.wait() == 1
+    assert record(tmp_path / "run")["status"] == "failed"
+    assert (tmp_path / "run" / "error.txt").exists()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -70,7 +71,7 @@ def test_signals_commit_within_an_epoch(whole: Path, tmp_path: Path) -> None:
         run = resume(tmp_path)
     done(run)
     assert steps == sorted(steps)
-    assert all(step % 20 == 0 for step in steps)  # where all workers can agree
+    assert all(step % 2 == 0 for step in steps)  # both environments; workers have to agree first
     assert any(step % 100 for step in steps)
     assert computed(tmp_path / "run") == computed(whole / "run")
     assert not rows(tmp_path / "run", "discarded.jsonl")
@@ -223,6 +224,35 @@ def test_an_environment_of_unknown_kind_goes_on_from_a_reset(
     assert "not exact" not in before
     assert [event["exact"] for event in record(folder)["resumed"]] == [False]
     assert [row["step"] for row in rows(folder)] == [20, 40, 60, 80]
+
+
+def test_what_else_makes_numbers_others_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another kernel, and more steps where a slope moves over all of them."""
+    run = Undisturbed(tmp_path, "neuron.surrogate=atan", "neuron.surrogate_slope_end=4")
+    folder = tmp_path / "whole"
+    assert record(folder)["resolved"]["kernel"]["choice"] != "reference"
+    capsys.readouterr()
+    reference = {"name": "reference", "path": None}
+    assert run.train(resume=str(folder), total_steps=80, kernel=reference) == 0
+    (event,) = record(folder)["resumed"]
+    assert not event["exact"]
+    kernel, slope = event["not_exact_because"].split("; ")
+    assert re.fullmatch(r"kernel cpu/\w+ became reference: sums are in another order", kernel)
+    assert slope == "total_steps 60 became 80, over which the surrogates' slope moves"
+    assert f"not exact: {kernel}; {slope}" in capsys.readouterr().out
+    assert record(folder)["resolved"]["kernel"]["choice"] == "reference"
+
+
+def test_fewer_steps_than_it_has_are_refused(tmp_path: Path) -> None:
+    run = Undisturbed(tmp_path)
+    folder = tmp_path / "whole"
+    before = (folder / "config.yaml").read_bytes()
+    with pytest.raises(BadRequest) as refused:
+        run.train(resume=str(folder), total_steps=40)
+    assert str(refused.value) == "total_steps=40: the run is at step 60; give that or more"
+    assert (folder / "config.yaml").read_bytes() == before
 
 
 def test_deterministic_runs_are_equal_bitwise(tmp_path: Path) -> None:

@@ -369,6 +369,18 @@ def test_a_rollout_is_seen_as_it_was_acted_on(monkeypatch: pytest.MonkeyPatch) -
         np.testing.assert_allclose(trainer.norm.mean_O, np.concatenate(raw).mean(0), rtol=1e-12)
 
 
+def test_no_advantage_comes_from_behind_a_reset() -> None:
+    """A resume that resets environments: the row before it is not its episode's last."""
+    ppo = by_hand(gamma=0.5, gae_lambda=1.0, normalize_advantage="minibatch")
+    obs = torch.tensor([[0.0], [1.0], [5.0], [6.0]])
+    next_obs = torch.tensor([[1.0], [2.0], [6.0], [7.0]])  # 2 is not followed by 2
+    rew, no = torch.tensor([1.0, 10.0, 100.0, 1000.0]), torch.zeros(4, dtype=torch.bool)
+    ppo.value = lambda obs: 0.0 * obs[:, 0]  # type: ignore[method-assign]
+    act = torch.eye(2)[[0, 1, 0, 1]]
+    rows = ppo.prepare(Batch(obs, act, rew, next_obs, no, torch.full((4,), 0.5)), no, 1)
+    assert rows.advantage.tolist() == [6.0, 10.0, 600.0, 1000.0]
+
+
 def test_returns_end_in_the_value_of_the_true_successor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a truncation and behind the rollout; of the same episode, not of the next one."""
     with trainer_of(norm_interval=None, gae_lambda=1.0, gamma=0.5, log_std=0.0) as trainer:

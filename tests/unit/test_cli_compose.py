@@ -11,6 +11,7 @@ from shell import refusal, spikerl
 
 from spikerl.cli.compose import deferred, expand, known_keys, split, unquoted
 from spikerl.config.yaml_file import group_options, quoted
+from spikerl.kernels import build
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +222,9 @@ def test_requests_follow_each_other_in_one_process() -> None:
 
 def test_a_resume_keeps_what_the_run_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On another device another kernel has to run, other workers have other shares of the cores."""
-    chosen = {"threads": {"choice": "3"}, "kernel": {"choice": "cpu/avx2"}}
+    choices = {"threads": "3", "kernel": "cpu/avx2", "device": "cpu"}
+    chosen = {name: {"choice": choice} for name, choice in choices.items()}
+    monkeypatch.setattr(build, "supported_paths", lambda: ["avx2", "portable"])
     manifest = {"resolved": chosen, "world_size": 2, "num_envs": 4}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "config.yaml").write_text("seed: 4\nworld_size: 8\nnum_envs: null\n")
@@ -230,7 +233,7 @@ def test_a_resume_keeps_what_the_run_chose(tmp_path: Path, monkeypatch: pytest.M
         found = set(expand("train", [f"resume={tmp_path}", *args]))
         return found - {"seed=4", f"resume='{tmp_path}'"}
 
-    kernel = {"kernel=cpu", "kernel.path=avx2"}
+    kernel = {"device=cpu", "kernel=cpu", "kernel.path=avx2"}
     assert kept() == {"num_envs=4", "world_size=2", "threads=3", *kernel}
     assert kept("device=cuda") == {"num_envs=4", "world_size=2", "threads=3", "device=cuda"}
     assert kept("world_size=4") == {"num_envs=4", "world_size=4", *kernel}
@@ -240,6 +243,7 @@ def test_a_resume_keeps_what_the_run_chose(tmp_path: Path, monkeypatch: pytest.M
     assert kept() == {"num_envs=4", "world_size=1", *kernel}
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert kept() == {"num_envs=4", "world_size=2", "threads=3", *kernel}
+    chosen["device"]["choice"] = "cuda:0"
     chosen["kernel"]["choice"] = "triton/graphs"  # of one worker
     manifest["world_size"] = 1
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
@@ -253,6 +257,26 @@ def test_a_resume_keeps_what_the_run_chose(tmp_path: Path, monkeypatch: pytest.M
     chosen["kernel"]["choice"] = "cpu/${evil}"
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert not any("evil" in arg for arg in expand("train", [f"resume={tmp_path}"]))
+
+
+def test_a_resume_on_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path of the C++ kernel that nobody named and that is not there gives way to the best."""
+    chosen = {"device": "cpu", "threads": 1, "kernel": "cpu/avx512"}
+    resolved = {name: {"choice": choice} for name, choice in chosen.items()}
+    monkeypatch.setattr(build, "supported_paths", lambda: ["avx2", "portable"])
+
+    def kept(path: str | None, *typed: str) -> set[str]:
+        write("run/manifest.json", {"resolved": resolved, "world_size": 1, "num_envs": 3})
+        write("run/config.yaml", {"kernel": {"name": "auto", "path": path}})
+        own = {"kernel='auto'", "kernel.name='auto'", "resume='run'", "kernel.path=null"}
+        return set(expand("train", ["resume=run", *typed])) - own
+
+    same = {"num_envs=3", "threads=1", "world_size=1", "device=cpu"}
+    assert kept(None) == {*same, "kernel=cpu"}
+    assert kept("avx512") == {*same, "kernel=cpu", "kernel.path=avx512"}  # which is refused
+    assert kept("avx512", "kernel.path=avx2") == {*same, "kernel.path=avx2"}
+    named = {"kernel=reference", "threads=2", "num_envs=3", "world_size=1", "device=cpu"}
+    assert kept(None, "kernel=reference", "threads=2") == named
 
 
 @pytest.mark.parametrize("typed", [

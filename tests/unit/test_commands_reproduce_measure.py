@@ -21,7 +21,8 @@ if args.get("env") == "Hopper":
 pathlib.Path("asked").write_text(json.dumps(args))
 run = pathlib.Path(args["run_dir"])
 run.mkdir()
-rows = [json.dumps({"env_steps_per_s": speed}) for speed in (900.0, 5.0, 4.0)]
+here, there = ("env_steps_per_s", "updates_per_s")[:: -1 if "dataset" in args else 1]
+rows = [json.dumps({here: speed, there: None}) for speed in (900.0, 5.0, 4.0)]
 (run / "metrics.jsonl").write_text("\\n".join(rows) + "\\n")
 """
 
@@ -48,6 +49,17 @@ def test_a_short_run(row: str, asked: list[str]) -> None:
     text = Path("asked").read_text()
     assert all(part in text for part in [*asked, '"eval_episodes": "0"', '"threads": "1"'])
     assert ("algo.learning_starts" in text) == (row == "popsan_td3")
+
+
+def test_a_short_run_on_recorded_data() -> None:
+    """Offline a step is an update, and none is random."""
+    cell = cell_of(read_table("offline_own"), "td3_bc", "HalfCheetah_medium", 0)
+    assert cell is not None
+    assert measured_seconds_per_step(cell) == 0.25
+    text = Path("asked").read_text()
+    assert '"total_steps": "2400"' in text
+    assert "learning_starts" not in text
+    assert "random_steps" not in text
 
 
 def test_a_plan_measures_each_row_once() -> None:

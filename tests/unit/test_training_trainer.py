@@ -315,6 +315,13 @@ def test_a_decimal_fraction_of_updates_is_not_cut_short() -> None:
         assert [trainer.updates_due(100 * k) for k in range(4)] == [0, 29, 58, 87]
 
 
+def test_alone_it_stops_where_it_is_told() -> None:
+    """Workers have to agree first, where the normaliser is merged."""
+    with trainer_of(norm_interval=1000, total_steps=3000) as trainer:
+        list(trainer.epochs(stop_signal=lambda: 15 if trainer.step >= 7 else 0))
+        assert (trainer.step, trainer.stopping) == (7, 15)
+
+
 def test_pending_observations_are_copies() -> None:
     """Bug 4: an environment goes on writing into the array it gave."""
     norm, obs = RunningNorm(2, 5.0), np.ones((1, 2))
@@ -337,9 +344,10 @@ def test_what_an_evaluation_spent_that_a_stop_ended_is_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """2 J and 1 s a window: of training before the stop and behind it, and of both evaluations."""
+    windows: list[str] = []
     meter: Any = SimpleNamespace(
         source="replay:x",
-        begin=lambda window: None,
+        begin=windows.append,
         end=lambda window: Reading(1.0, {"gpu:0": 2.0}, {}),
     )
     monkeypatch.setattr("spikerl.training.evaluator.ASK_S", 0.0)
@@ -347,7 +355,7 @@ def test_what_an_evaluation_spent_that_a_stop_ended_is_counted(
     monkeypatch.setattr("spikerl.training.trainer.time.process_time", lambda: next(seconds))
     with trainer_of(total_steps=20, steps_per_epoch=10, norm_interval=7) as trainer:
         trainer.meter = meter
-        assert list(trainer.epochs(stop_signal=lambda: 15 * trainer.evaluation_due())) == []
+        assert list(trainer.epochs(stop_signal=lambda: 15 * (windows[-1] == "eval"))) == []
         assert (trainer.step, trainer.progress.epoch, trainer.stopping) == (10, 0, 15)
         data = asdict(trainer.progress)
         trainer.progress = progress_of(data, 10)

@@ -227,6 +227,20 @@ def check(table: Table, cells: Sequence[Cell], total_steps: int) -> None:
         if cell.command == "train" and run.step > whole_steps(run, wanted):
             remedy = f"{run.folder} has {run.step} steps already; give at least that"
             raise BadRequest("total_steps", wanted, remedy)
+        had = run.config.get("total_steps")
+        if cell.command == "train" and _moves(run.settings) and had != wanted:
+            remedy = (
+                f"{run.folder} was begun with {had}, over which its learning rate or slope moves"
+            )
+            raise BadRequest(
+                "total_steps", wanted, f"{remedy}; give that, or move that folder away"
+            )
+
+
+def _moves(settings: Mapping[str, str]) -> bool:
+    """Whether something of a run follows a schedule over its length."""
+    anneals = settings.get("algo.name") == "decision_transformer"
+    return anneals or settings.get("neuron.surrogate_slope_end", "None") != "None"
 
 
 def whole_steps(run: Run, total_steps: int) -> int:

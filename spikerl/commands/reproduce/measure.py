@@ -27,9 +27,11 @@ def measured_seconds_per_step(cell: Cell) -> float | None:
 
     Replay and normaliser are as good as empty, and neurons fire as in the beginning.
     """
-    rollout = cells.config_of(cell).get("algo.rollout_steps")
+    config = cells.config_of(cell)
+    rollout = config.get("algo.rollout_steps")
     steps = int(rollout) if rollout else STEPS
-    starts = [] if rollout else [f"algo.learning_starts={steps}", f"algo.random_steps={steps}"]
+    keys = [key for key in ("algo.learning_starts", "algo.random_steps") if key in config]
+    starts = [f"{key}={steps}" for key in keys]
     total = steps if rollout else 3 * steps
     lengths = [f"total_steps={total}", f"steps_per_epoch={steps}", "eval_episodes=0"]
     with tempfile.TemporaryDirectory(prefix="spikerl-plan-") as folder:
@@ -39,7 +41,8 @@ def measured_seconds_per_step(cell: Cell) -> float | None:
         if finished(command):
             return None
         rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return 1.0 / float(json.loads(rows[-1])["env_steps_per_s"])
+    last = json.loads(rows[-1])
+    return 1.0 / float(last["env_steps_per_s"] or last["updates_per_s"])  # offline a step is one
 
 
 def finished(command: list[str]) -> int:
