@@ -46,7 +46,7 @@ class Workers:
         found = verified(run, print)
         for trainer in self.trainers:
             trainer.replay.rows.fill_(float("nan"))
-            assert trainer.load(found)
+            assert trainer.load(found) == []
 
     def rows(self) -> Tensor:
         """The replays' rows in the order of steps, and of environments within one."""

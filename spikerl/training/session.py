@@ -125,17 +125,16 @@ class Session:
             return verified(self.folder, notes.append).folder.name
 
         checkpoint = Checkpoint.open(self.folder, self.world.run_on_all(choose)[0])
-        restored = all(self.world.run_on_all(lambda: self.restore(checkpoint)))
+        each = self.world.run_on_all(lambda: self.restore(checkpoint))
+        anew = list(dict.fromkeys(what for own in each for what in own))
         self.wall_s, self.committed = float(checkpoint.manifest["wall_s"]), self.trainer.step
-        self.world.run_on_all(
-            lambda: self.rewind(checkpoint, restored, command, restart_reason, notes)
-        )
+        self.world.run_on_all(lambda: self.rewind(checkpoint, anew, command, restart_reason, notes))
         return notes
 
     def rewind(
         self,
         checkpoint: Checkpoint,
-        restored: bool,
+        anew: Sequence[str],
         command: Sequence[str],
         restart_reason: str | None,
         notes: list[str],
@@ -150,9 +149,7 @@ class Session:
         self.restore_best(checkpoint)
         record = run_folder.read_manifest(self.folder, key="resume")
         size, had = self.world.size, checkpoint.workers
-        reasons = self.differences(record, had, total_before)
-        if not restored:
-            reasons.append("environments of this kind go on from a reset")
+        reasons = [*self.differences(record, had, total_before), *map("anew: {}".format, anew)]
         event = {"time": run_folder.now(), "step": self.trainer.step, "exact": not reasons,
                  "not_exact_because": "; ".join(reasons) or None, "world_size": size,
                  "world_size_before": had, "discarded_rows": lost, "command": " ".join(command),
@@ -189,8 +186,8 @@ class Session:
             reasons.append(f"total_steps {total_steps} became {total}, over which {what} moves")
         return reasons
 
-    def restore(self, checkpoint: Checkpoint) -> bool:
-        """Whether all of it was; nothing in the folder has changed so far."""
+    def restore(self, checkpoint: Checkpoint) -> list[str]:
+        """What begins anew; nothing in the folder has changed so far."""
         try:
             return self.trainer.load(checkpoint)
         except Exception as error:  # a checkpoint of another run, or a forged one, raises any

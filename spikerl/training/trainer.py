@@ -325,12 +325,14 @@ class Trainer:
         notes = {"progress": asdict(self.progress), "exact": bool(envs)}
         return Shard(tensors, notes, self.replay)
 
-    def load(self, checkpoint: Checkpoint) -> bool:
-        """Go on from `checkpoint`; False if the environments could only be reset.
+    def load(self, checkpoint: Checkpoint) -> list[str]:
+        """Go on from `checkpoint`; what begins anew, beside what other workers change.
 
         With another number of workers than wrote it, each takes what is its environments', and the
-        random streams begin anew. One that is none of this run raises almost anything.
+        random streams begin anew, as they do on another kind of device, whose generators have
+        another state. One that is none of this run raises almost anything.
         """
+        anew = []
         saved = checkpoint.learner()
         check_fit(saved, self.learner_state())
         for name, tensor in self.algo.state().items():
@@ -342,15 +344,19 @@ class Trainer:
             raise ValueError(f"its resets have seeds of {bits} bits")
         self.seed_bits = self.evaluator.seed_bits = bits
         rank, size = self.world.rank, self.world.size
-        if checkpoint.workers == size:
-            tensors, notes = checkpoint.worker(rank)
-            streams = with_prefix("stream.", tensors)
-            check_fit(streams, self.streams.state())
-            self.streams.load(streams)
-        else:
+        if checkpoint.workers != size:
             parts = [checkpoint.worker(old) for old in range(checkpoint.workers)]
             tensors, notes = share_of(parts, rank, size, self.config.num_envs)
             self.streams.restart(self.run.seed, rank, checkpoint.step)
+        else:
+            tensors, notes = checkpoint.worker(rank)
+            streams, own = with_prefix("stream.", tensors), self.streams.state()
+            if own.keys() == streams.keys() and any(len(own[k]) != len(streams[k]) for k in own):
+                anew.append("random streams, which are others on this kind of device")
+                self.streams.restart(self.run.seed, rank, checkpoint.step)
+            else:
+                check_fit(streams, own)
+                self.streams.load(streams)
         self.progress = progress_of(notes["progress"], checkpoint.step)
         self.algo.updates = self.progress.updates
         self.algo.total_updates = self.updates_by(self.run.total_steps)
@@ -365,7 +371,9 @@ class Trainer:
             self.envs.load(envs)
         else:
             self.reset_envs(self.step)
-        return bool(notes["exact"]) or self.offline  # which only evaluates in them
+            if not self.offline:  # which only evaluates in them
+                anew.append("environments of this kind, which go on from a reset")
+        return anew
 
     def close(self) -> None:
         with ExitStack() as stack:  # each, whatever becomes of the other

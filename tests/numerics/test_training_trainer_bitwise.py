@@ -196,7 +196,7 @@ def test_each_rule_repeats_itself_and_resumes(rule: str, tmp_path: Path) -> None
         )
     disturb()
     with closing(new_trainer(training)) as second:
-        assert second.load(verified(tmp_path, lambda damage: None))
+        assert second.load(verified(tmp_path, lambda damage: None)) == []
         rest = finish(second)
     check_same_training(whole, rest)
     assert whole.rows == part.rows + rest.rows

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from builders import small_config
 from transitions_env import CounterEnv, registered
 
@@ -74,3 +75,19 @@ def test_a_run_goes_on_with_the_seeds_that_it_began_with(
         resumed.load(Checkpoint.open(tmp_path, name))
         assert seeds == [seed_for(0, "env", 0, 0) % 2 ** (bits or 63)]
         assert resumed.evaluator.seed_bits == resumed.seed_bits == (bits or 63)
+
+
+def test_on_another_kind_of_device_the_streams_begin_anew(tmp_path: Path) -> None:
+    """A CUDA generator's state has 16 bytes."""
+    facts = {"step": 0, "epoch": 0, "world_size": 1, "wall_s": 0.0, "metrics_bytes": 0}
+    with closing(trainer_of()) as trainer:
+        shard = trainer.shard()
+        shard.tensors["stream.update"] = torch.zeros(16, dtype=torch.uint8)
+        save_checkpoint(tmp_path, trainer.world, shard, trainer.learner_state(), facts, {})
+    with closing(trainer_of()) as resumed:
+        name = next((tmp_path / "checkpoints").glob("step_*")).name
+        anew = resumed.load(Checkpoint.open(tmp_path, name))
+        assert "random streams, which are others on this kind of device" in anew
+        for stream in ("explore", "sample", "update"):
+            wanted = torch.Generator().manual_seed(seed_for(0, stream, 0, 0)).get_state()
+            assert torch.equal(resumed.streams.state()[stream], wanted)

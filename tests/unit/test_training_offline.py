@@ -178,7 +178,7 @@ def test_a_resized_run_learns_until_its_end(dataset: Dataset, tmp_path: Path) ->
         save(tmp_path, [one])
     with workers(config, 2, None) as both:
         for trainer in both:
-            assert trainer.load(verified(tmp_path, print))
+            assert trainer.load(verified(tmp_path, print)) == []
             assert trainer.algo.total_updates == 65
 
 
@@ -204,7 +204,7 @@ def test_another_number_of_workers_takes_the_same_sequences(
         held = [rewards(one) for one in both]
         save(tmp_path, both)
     with workers(sequences(4), 1, None) as (one,):
-        assert one.load(verified(tmp_path, print))
+        assert one.load(verified(tmp_path, print)) == []
         rows = [held[k % 4 // 2][k // 4 * 2 + k % 2] for k in range(12)]
         assert rewards(one) == rows
         conditioning = one.policy.config.conditioning
@@ -228,7 +228,7 @@ def test_another_number_of_workers_takes_the_same_rows(dataset: Dataset, tmp_pat
         save(tmp_path, [one])
     with workers(training(num_envs=4), 2, None) as both:
         for trainer in both:
-            assert trainer.load(verified(tmp_path, print))
+            assert trainer.load(verified(tmp_path, print)) == []
         assert rewards(both[0]) == [0.0, 1.0, 4.0, 1000.0, 2000.0, 2001.0]
         assert rewards(both[1]) == [2.0, 3.0, 1001.0, 1002.0, 2002.0, 2003.0]
 
@@ -258,7 +258,7 @@ def test_resumed_it_is_the_uninterrupted_run(
         save(tmp_path, [first])
     torch.rand(3)
     with closing(Trainer(config, task)) as second:
-        assert second.load(verified(tmp_path, print))
+        assert second.load(verified(tmp_path, print)) == []
         rest = list(second.epochs())
     assert second.world is ALONE
     mine, theirs = second.learner_state(), whole.learner_state()
