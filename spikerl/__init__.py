@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["Policy", "__version__", "load_policy"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     # Lazily, so that the command line composes and explains configs without importing torch.
     if name == "__version__":

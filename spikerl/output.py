@@ -15,6 +15,10 @@ _answers: IO[str] | None = None  # where `answer` writes, if not to standard out
 _results: dict[str, Any] = {}  # of the job that runs
 
 
+class Unwritten(OSError):
+    """Standard output took no more."""
+
+
 class Stream(io.TextIOWrapper):
     """A stream whose reader may go away, which ends no command and fails none."""
 
@@ -39,6 +43,8 @@ class Stream(io.TextIOWrapper):
         except BrokenPipeError:
             discard(self)
             return otherwise
+        except OSError as error:
+            raise Unwritten(error.errno, error.strerror) from None
 
 
 def prepare() -> None:
@@ -57,10 +63,15 @@ def finish(status: int) -> int:
     try:
         sys.stdout.flush()
     except OSError as error:
-        print(f"spikerl: standard output: {error.strerror}", file=sys.stderr)
-        discard(sys.stdout)
-        return status or 1
+        return unwritten(error) and (status or 1)
     return status
+
+
+def unwritten(error: OSError) -> int:
+    """Say that standard output took no more; the exit status."""
+    print(f"spikerl: standard output: {error.strerror}", file=sys.stderr)
+    discard(sys.stdout)
+    return 1
 
 
 def discard(stream: IO[str]) -> None:

@@ -52,8 +52,9 @@ def check_typed(source: Path, names: Any, typed: Sequence[str]) -> None:
 
 
 def conf_folders() -> list[Path]:
-    """Where the packages that were imported have config groups."""
-    folders = (Path(module.__path__[0]) / "conf" for module in loaded.values())
+    """Where the packages that were imported have config groups; a module of one file has none."""
+    packages = [module for module in loaded.values() if getattr(module, "__path__", None)]
+    folders = (Path(package.__path__[0]) / "conf" for package in packages)
     return [folder for folder in folders if folder.is_dir()]
 
 
@@ -67,7 +68,7 @@ def check_there(key: str, value: object, needed: Mapping[str, str]) -> None:
     """Refuse what needs packages that have not been imported."""
     for package, version in needed.items():
         if package not in sys.modules:
-            remedy = f"it needs the plugin {package} {version}; give plugins=[{package}]"
+            remedy = f"it needs the plugin {package}, version {version}; give plugins=[{package}]"
             raise BadRequest(key, value, f"{remedy}, or import {package} before loading it")
 
 

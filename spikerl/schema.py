@@ -38,9 +38,9 @@ def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
         value = OmegaConf.select(OmegaConf.create(dict(data)), field)
         known = schema.__dataclass_fields__  # type: ignore[attr-defined]
         declared = known.get(field.split("[")[0].split(".")[0])
-        expected = str(declared.type if declared else "another type").replace(
-            " | None", ", or null"
-        )
+        kind: Any = declared.type if declared else "another type"
+        expected = kind.__name__ if isinstance(kind, type) else str(kind)
+        expected = expected.replace(" | None", ", or null")
         raise BadRequest(f"{prefix}{field}", value, f"expected {expected}") from None
     except OmegaConfBaseException as error:
         line = str(error).splitlines()[0]

@@ -99,6 +99,10 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
         flag = arg.partition("=")[0]
         if arg.startswith("-") and flag not in (*FLAGS, *REFUSED_FLAGS):
             raise BadRequest(flag, "", f"no such flag; {_without_dashes(command, flag)}")
+        if "=" in arg and flag in FLAGS and flag not in VALUED:
+            own = flag.lstrip("-") in known_keys(command)  # as `run` is of some
+            remedy = _without_dashes(command, flag) if own else "takes no value"
+            raise BadRequest(flag, arg.partition("=")[2], remedy)
         if flag in REFUSED_FLAGS:
             raise BadRequest(flag, "", "not accepted; config=FILE starts from a run's config.yaml")
         if re.match(r"^[+~]*hydra\.searchpath", arg):
@@ -218,7 +222,7 @@ def _check_choice(key: str, value: str) -> None:
     if not os.path.isdir(conf_folder() / key) or "(" in value:  # choice(...), glob(...)
         return
     options = group_options(key)
-    if value.startswith("["):
+    if value.startswith("[") or not value:
         raise BadRequest(key, value, f"takes one option; {nearest(value, options)}")
     for option in value.split(","):
         known = key not in OPTIONAL or unquoted(option) in options
@@ -249,7 +253,8 @@ def _without_dashes(command: str, flag: str) -> str:
 def check_resume(args: Sequence[str], run: Path) -> None:
     """Refuse what is not a run folder, and to change what a resumed run computes."""
     if not os.path.isfile(run / "manifest.json"):
-        raise BadRequest("resume", run, "is not a run folder (it has no manifest.json)")
+        why = "is not a run folder (it has no manifest.json)"
+        raise BadRequest("resume", run, why if os.path.isdir(run) else "no such folder")
     for arg in args:
         key, _, value = arg.partition("=")
         if key == "env.id":

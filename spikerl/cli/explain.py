@@ -47,7 +47,7 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
 def _of_experiment(error: BadRequest, args: Sequence[str]) -> BadRequest | None:
     """Where an experiment sets a key that the option chosen beside it lacks."""
     key, value, remedy = error.args
-    typed = dict(arg.lstrip("+").partition("=")[::2] for arg in split(args)[0])
+    typed = dict(arg.lstrip("+").partition("=")[::2] for arg in args)
     group = str(key).partition(".")[0]
     if (
         not remedy.startswith("no such key")

@@ -93,6 +93,8 @@ def run(args: Sequence[str]) -> int:
         return compose_and_call(command, expand(command, typed), typed)
     except BadRequest as error:
         return wrong(explain(command, typed, error))
+    except output.Unwritten as error:
+        return output.unwritten(error)
     except KeyboardInterrupt:
         return 130
 
@@ -108,7 +110,10 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing and exiting
     sweep = Sweep.of(command, args)
     own = [*searchpath(), *(sweep.hydra_args() if sweep else [])]
-    sys.argv = ["spikerl", *own, *(deferred(args) if sweep else args)]
+    try:
+        sys.argv = ["spikerl", *own, *(deferred(args) if sweep else args)]
+    except Exception as error:  # Hydra's, of what it cannot read
+        return wrong(explain(command, args, error))
     statuses: list[int] = []
     failures: list[Exception] = []
     called = False

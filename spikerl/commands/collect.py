@@ -29,7 +29,7 @@ from spikerl.models.policy import Policy, check_shapes
 from spikerl.models.sequence import History
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, verified
-from spikerl.runs.policies import find_policy, load_policy
+from spikerl.runs.policies import CHOICES, find_policy, load_policy
 from spikerl.runs.replayed import episodes
 from spikerl.schema import parse
 from spikerl.seeding import RESET_BITS, reset_seed, seed_for
@@ -53,6 +53,8 @@ class CollectRequest:
 
     def __post_init__(self) -> None:
         self.dataset = str(absolute(self.dataset))
+        if self.policy not in (*CHOICES, "random", "replay"):
+            raise BadRequest("policy", self.policy, "give last, best, random or replay")
         if self.policy == "replay":
             for key in ("episodes", "steps", "noise", "random_share"):
                 if value := getattr(self, key):

@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from spikerl.energy.meter import total_joules
 from spikerl.errors import BadRequest
 from spikerl.files import shown
-from spikerl.output import answer
+from spikerl.output import answer, several
 from spikerl.runs import folder as run_folder
 from spikerl.runs.display import number
 from spikerl.runs.rows import read_rows
@@ -69,7 +69,10 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         rows = [asdict(run) for run in runs]
         answer({"runs": rows, "freed_bytes": sum(freed.values())})
         return 0
-    show(runs)
+    if runs:
+        show(runs)
+    else:
+        print(f"no runs below {shown(root)}")
     for line in not_freed:
         print(f"note: {line}")
     if request.clean:
@@ -99,7 +102,7 @@ def describe(folder: Path) -> Run:
         rows = read_rows(folder / "metrics.jsonl")
         discarded = read_rows(folder / "discarded.jsonl")
     except (OSError, ValueError):
-        rows, discarded = [], []
+        rows, discarded, state = [], [], f"{state}, metrics.jsonl damaged"
     returns = [row["eval_return"] for row in rows if isinstance(row.get("eval_return"), float)]
     return Run(
         run=shown(folder),
@@ -164,8 +167,11 @@ def show(runs: Sequence[Run]) -> None:
         table.add_row(run.run, run.state, *map(number, measured), readable(run.size_bytes),
                       age(run.age_s))  # fmt: skip
     width = None if sys.stdout.isatty() else 200  # a path that is cut cannot be copied
-    Console(width=width, markup=False, emoji=False).print(table)
-    print(f"{len(runs)} runs, {readable(sum(run.size_bytes for run in runs))}")
+    console = Console(width=width, markup=False, emoji=False)
+    with console.capture() as text:
+        console.print(table)
+    print(text.get(), end="")
+    print(f"{several(len(runs), 'run')}, {readable(sum(run.size_bytes for run in runs))}")
 
 
 def readable(size: int) -> str:

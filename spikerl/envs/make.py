@@ -338,7 +338,7 @@ def _check_spaces(env: gym.Env[Any, Any], config: EnvConfig) -> None:
     if not np.issubdtype(act.dtype, np.floating):
         raise BadRequest("env.id", env_id, f"its actions are {act.dtype}; floats are needed")
     if not (np.isfinite(act.low).all() and np.isfinite(act.high).all()):
-        remedy = "its actions are unbounded; wrap it with gymnasium.wrappers.RescaleAction first"
+        remedy = "its actions are unbounded; give its action_space finite bounds"
         raise BadRequest("env.id", env_id, remedy)
     if not (act.low < act.high).all():
         raise BadRequest("env.id", env_id, "an action entry has no room between its bounds")

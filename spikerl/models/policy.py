@@ -98,6 +98,9 @@ class Policy:
         aimed = replace(aimed, target_return=target_return)
         self.config = replace(self.config, conditioning=aimed)
 
+    def __repr__(self) -> str:
+        return f"<Policy of {self.task.env_id}: {self.config.shape()}>"
+
     def __call__(self, obs: Any, carried: Carried | History | None = None) -> np.ndarray:
         """Actions in the environment's units for one raw observation or a batch of them; where the
         environment's are dictionaries, such a one, or what it is flat.
@@ -120,7 +123,8 @@ class Policy:
         shape = self.task.obs_shape
         single = obs.shape == shape
         if not single and obs.shape[1:] != shape:
-            raise ValueError(f"obs has shape {obs.shape}; expected {shape} or (B, *{shape})")
+            batch = ", ".join(["B", *map(str, shape)])
+            raise ValueError(f"obs has shape {obs.shape}; expected {shape} or ({batch})")
         if single and self.one_action is not None and not self.norm.far:
             one = self.one_action(obs.reshape(-1), self.norm.mean_std, self.norm.clip)
             if one is not None:

@@ -194,11 +194,16 @@ def read_record(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     content = read_bytes(path, MAX_BYTES)
-    rows = [parse_json(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
-    for i, row in enumerate(rows):
+    rows = []
+    for i, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines()):
+        try:
+            row = parse_json(line)
+        except ValueError:
+            row = None
         sound = isinstance(row, dict) and type(row.get("step")) is int
         if not sound or (row.get("energy_j") is not None and number(row["energy_j"]) is None):
             raise ValueError(f"line {i + 1} of {path.name} is not a row")
+        rows.append(row)
     return rows
 
 
@@ -216,14 +221,16 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 def run_folders(pattern: str) -> list[Path]:
     """The run folders that a glob names, or that lie below the folders which it names."""
     runs: set[Path] = set()
-    for match in glob.glob(pattern, recursive=True):
+    # A sweep's folder may be named hidden_sizes=[64,64], which as a pattern means something else.
+    for match in [pattern] if os.path.isdir(pattern) else glob.glob(pattern, recursive=True):
         for place, folders, files in os.walk(match):
             if "manifest.json" in files:
                 runs.add(Path(place))
                 folders.clear()  # its checkpoints have manifests too
             folders[:] = [name for name in folders if not name.startswith(".")]
     if not runs:
-        raise BadRequest("runs", pattern, "no run folder matches; quote the pattern in a shell")
+        quote = "; quote the pattern in a shell" * (glob.has_magic(pattern))
+        raise BadRequest("runs", pattern, f"no run folder matches{quote}")
     return sorted(runs)
 
 

@@ -42,10 +42,11 @@ def number(value: float | None) -> str:
 def epoch_line(row: Mapping[str, Any], total_steps: int, spent: float | None = None) -> str:
     """`spent`: joules of the run so far."""
     so_far = "" if spent is None or spent == row.get("energy_j") else f", {number(spent)} J so far"
+    loss = "actor_loss" if row["critic_loss"] is None else "critic_loss"  # of algorithms without
     return (
         f"epoch {row['epoch']}  step {row['step']}/{total_steps}"
         f"  eval {number(row['eval_return'])} +- {number(row['eval_return_std'])}"
-        f"  train {number(row['train_return'])}  critic_loss {number(row['critic_loss'])}"
+        f"  train {number(row['train_return'])}  {loss} {number(row[loss])}"
         f"  q {number(row['q_mean'])}  firing {number(row['firing_rate'])}"
         f"  {number(row['env_steps_per_s'])} steps/s  {row['wall_s']:.0f} s"
         f"  {energy_text(row).partition(' (')[0]}{so_far}"  # source, or why none: above and below
@@ -155,7 +156,7 @@ class View:
         if self.console.is_terminal and not self.job:
             self.bar = Progress(
                 TextColumn("step"), BarColumn(None), MofNCompleteColumn(),
-                TextColumn("{task.percentage:>3.0f}%"), TextColumn("left"), TimeRemainingColumn(),
+                TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), TextColumn("left"),
                 console=self.console, expand=True, speed_estimate_period=600.0,
             )  # fmt: skip
             self.task = self.bar.add_task("", total=total_steps)

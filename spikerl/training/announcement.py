@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from spikerl.config.build import Config
 from spikerl.distributed.world import share
 from spikerl.files import shown
@@ -16,8 +19,8 @@ NOTHING_LEARNED = (
 )
 
 
-def announce(config: Config, trainer: Trainer) -> list[str]:
-    """What is about to run and what each worker has of it, with every choice that was made."""
+def announce(config: Config, trainer: Trainer, command: Sequence[str]) -> list[str]:
+    """What `command` is about to run and what each worker has of it, and every choice made."""
     run, size, algo = config.run, trainer.world.size, config.algo
     rows = [share(algo.batch_size, rank, size) for rank in range(size)]
     if run.scaling == "weak":
@@ -27,8 +30,10 @@ def announce(config: Config, trainer: Trainer) -> list[str]:
 
     def why(name: str, resolved: Resolved) -> str:
         """Nobody typed what a resumed run keeps."""
-        unchanged = run.resume and name in ("threads", "kernel") and resolved.reason == "requested"
-        return "as before" if unchanged else resolved.reason
+        typed = any(re.match(rf"{name}(\.\w+)?=", arg) for arg in command)
+        if not run.resume or typed or name not in ("device", "threads", "kernel"):
+            return resolved.reason
+        return re.sub("^requested", "as before", resolved.reason)
 
     over = "in shared memory" if trainer.world.shm else f"over {config.resolved.backend.choice}"
     exchange = f"; gradients are summed {over}" if size > 1 else ""

@@ -83,7 +83,7 @@ class Session:
             past += read_rows(self.folder / "discarded.jsonl")
             self.view = View(title, config.run.total_steps, trainer.step, past)
             for text in [
-                *announce(config, trainer),
+                *announce(config, trainer, command),
                 *idle_line(self.idle_w),
                 *restored,
                 f"run folder: {shown(self.folder)}",

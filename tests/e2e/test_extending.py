@@ -74,7 +74,7 @@ def test_its_parts_train_and_a_policy_needs_them(say: Say, tmp_path: Path) -> No
 
     refused = say("eval", "run=run", "episodes=1")
     assert (refused.status, refused.out) == (2, "")
-    needs = "it needs the plugin spiking_extras 1.2; give plugins=[spiking_extras]"
+    needs = "it needs the plugin spiking_extras, version 1.2; give plugins=[spiking_extras]"
     assert refused.err.startswith(f"spikerl: run=run: {needs}")
     assert say("eval", "run=run", "episodes=1", "plugins=[spiking_extras]").status == 0
 

@@ -26,6 +26,26 @@ def test_what_an_experiment_sets_and_the_option_beside_it_lacks() -> None:
     assert typed.startswith("algo.target_noise=0.3: no such key; known: name, batch_size, ")
 
 
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        (["--cfg"], "--cfg=: give job, hydra, all"),
+        (["--cfg", "foo"], "--cfg=foo: give job, hydra, all"),
+        (["-m", "foo"], "foo: cannot be read; write key=value"),
+        (["-m", "seed=range(0"], "seed=range(0: cannot be read; write key=value"),
+        (["--run=RUN"], "--run=RUN: takes no value"),
+        (["env="], "env=: takes one option; known: "),
+        (["resume=nosuch"], "resume=nosuch: no such folder"),
+        (["collect", "run=r", "dataset=d", "policy=foo"],
+         "policy=foo: give last, best, random or replay"),
+        (["eval", "--run=RUN"], "--run=RUN: write run=VALUE"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done(typed: list[str], line: str) -> None:
+    command = [] if typed[0] in ("eval", "collect") else ["train"]
+    assert spikerl(*command, *typed).line.startswith(line)
+
+
 def test_a_line_stays_one_whatever_it_quotes() -> None:
     assert spikerl("train", "run_dir=a", "seed=x\ny\x1b[2J").line == (
         r"seed=x\x0ay\x1b[2J: cannot be read; write key=value"

@@ -181,7 +181,7 @@ def test_discrete_actions() -> None:
         ("run=run steps=1 noise=nan", "noise=nan: give a finite number"),
         ("run=run steps=1 random_share=1.1", "random_share=1.1: give a value in [0, 1]"),
         ("run=run steps=1 policy=random noise=1", "noise=1.0: policy=random acts at random"),
-        ("run=run steps=1 policy=first", "policy=first: give last or best"),
+        ("run=run steps=1 policy=first", "policy=first: give last, best, random or replay"),
         ("run=run steps=1 policy=replay", "steps=1: policy=replay takes what the run did while"),
         ("run=run noise=1 policy=replay", "noise=1.0: policy=replay takes what the run did while"),
         (

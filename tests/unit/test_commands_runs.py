@@ -5,9 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import subprocess
+import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -125,6 +128,32 @@ def test_the_table() -> None:
     assert cells[:6] == ["outputs/Ant/td3/a", "done", "200", "4", "5", "5.5"]
     assert cells[7] == "3 h"
     assert said.out.splitlines()[-1].startswith("4 runs, ")
+
+
+def test_a_damaged_record_is_named() -> None:
+    some_runs()
+    with Path("outputs/Ant/td3/a/metrics.jsonl").open("a") as f:
+        f.write('{"epoch": 3, "st\n')
+    (state,) = {run["state"] for run in listed() if run["run"] == "outputs/Ant/td3/a"}
+    assert state == "done, metrics.jsonl damaged"
+
+
+def test_no_runs() -> None:
+    Path("empty").mkdir()
+    assert spikerl("runs", "path=empty").out == "no runs below empty\n"
+
+
+@pytest.mark.parametrize("command", ["runs path=outputs", "doctor"])
+def test_a_full_disk_takes_the_table(command: str) -> None:
+    some_runs()
+    for i in range(100):
+        copytree("outputs/Ant/td3/a", f"outputs/more/{i}")
+    process = [sys.executable, "-m", "spikerl", *command.split()]
+    with Path("/dev/full").open("w") as full:
+        said = subprocess.run(process, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (said.returncode, said.stderr) == (
+        1, "spikerl: standard output: No space left on device\n"
+    )  # fmt: skip
 
 
 def test_cleaning() -> None:

@@ -108,7 +108,7 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "algo.log_std_lr": ([TINY], [0.0]),
     "algo.log_std_hidden_sizes": ([[1]], [[], [0]]),
     "algo.log_std_range": ([[-1.0, -1.0]], [[1.0], [1.0, 0.0]]),
-    "algo.n_step": ([1, 9], [0]),
+    "algo.n_step": ([1, 1000], [0, 1001]),
     "algo.target_interval": ([1], [0]),
     "algo.epsilon_start": ([0.0, 1.0], [-TINY, 1.0000001]),
     "algo.epsilon_end": ([0.0, 1.0], [-TINY, 1.0000001]),

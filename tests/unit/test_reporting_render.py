@@ -88,7 +88,18 @@ def test_run_folders(tmp_path: Path) -> None:
     assert run_folders(str(tmp_path)) == [a, b]
     assert run_folders(f"{tmp_path}/*") == [a, b]
     assert run_folders(str(tmp_path / "y")) == [b]
-    assert "no run folder matches" in str(refusal(run_folders, str(tmp_path / "z*")))
+    assert run_folders(str(a)) == [a]  # as it is written: as a pattern it is another name
+    assert "no run folder matches; quote" in str(refusal(run_folders, str(tmp_path / "z*")))
+    assert str(refusal(run_folders, str(tmp_path / "z"))).endswith("z: no run folder matches")
+
+
+def test_a_damaged_record_is_named_by_its_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "x")
+    rows = (run / "metrics.jsonl").read_bytes().count(b"\n")
+    with (run / "metrics.jsonl").open("a") as f:
+        f.write('{"epoch": 3, "st\n')
+    said = str(refusal(Run.read, run))
+    assert said.endswith(f"its record or config: line {rows + 1} of metrics.jsonl is not a row")
 
 
 def line(*points: tuple[float, float]) -> curves.Line:

@@ -80,6 +80,7 @@ def test_a_run_goes_on_with_the_seeds_that_it_began_with(
 def test_on_another_kind_of_device_the_streams_begin_anew(tmp_path: Path) -> None:
     """A CUDA generator's state has 16 bytes."""
     facts = {"step": 0, "epoch": 0, "world_size": 1, "wall_s": 0.0, "metrics_bytes": 0}
+    facts["reset_seed_bits"] = 31
     with closing(trainer_of()) as trainer:
         shard = trainer.shard()
         shard.tensors["stream.update"] = torch.zeros(16, dtype=torch.uint8)

@@ -38,13 +38,22 @@ def test_bf16_without_matrix_units(
     kernel = {**default["kernel"], "name": "reference"}
     config = configs.build({**default, "precision": own, "kernel": kernel, "device": "cpu"})
     note = "note: bf16 is usually slower than fp32 here: this processor has no matrix units (AMX)"
-    assert (note in announce(config, TRAINER)) == noted
+    assert (note in announce(config, TRAINER, [])) == noted
 
 
-@pytest.mark.parametrize(("resume", "said"), [(None, "requested"), ("r", "as before")])
-def test_what_a_resumed_run_keeps_was_not_requested(resume: str | None, said: str) -> None:
+@pytest.mark.parametrize(
+    ("resume", "typed", "device", "others"),
+    [
+        (None, [], "requested", "requested"),
+        ("r", [], "as before", "as before"),
+        ("r", ["spikerl", "train", "resume=r", "device=cpu"], "requested", "as before"),
+    ],
+)
+def test_what_a_resumed_run_keeps_was_not_requested(
+    resume: str | None, typed: list[str], device: str, others: str
+) -> None:
     config = with_run(small_config(), resume=resume)
-    assert announce(config, TRAINER)[2] == (
-        f"device=cpu (requested); threads=1 ({said}); kernel=reference ({said});"
+    assert announce(config, TRAINER, typed)[2] == (
+        f"device=cpu ({device}); threads=1 ({others}); kernel=reference ({others});"
         " backend=none (one worker exchanges nothing); energy=none (requested)"
     )

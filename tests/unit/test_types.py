@@ -105,11 +105,11 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     ),
     "empty observations": (gym.spaces.Box(0.0, 1.0, (0,)), BOX, "observations"),
     "empty actions": (BOX, gym.spaces.Box(0.0, 1.0, (0,)), "actions"),
-    "unbounded": (BOX, gym.spaces.Box(-np.inf, np.inf, (2,)), "RescaleAction"),
+    "unbounded": (BOX, gym.spaces.Box(-np.inf, np.inf, (2,)), "finite bounds"),
     "half bounded": (
         BOX,
         gym.spaces.Box(np.array([0, -np.inf], np.float32), np.array([1, 1], np.float32)),
-        "RescaleAction",
+        "finite bounds",
     ),
     "integers": (BOX, gym.spaces.Box(0, 5, (1,), np.int64), "actions are int64"),
     "no width": (

@@ -1,0 +1,20 @@
+"""What `plugins=[...]` may name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spikerl import plugins
+
+
+def test_a_module_of_one_file_brings_no_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one_file_plugin.py").write_text("registered = True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(plugins, "loaded", {})
+    plugins.load(["one_file_plugin"])
+    assert plugins.loaded["one_file_plugin"].registered
+    assert plugins.conf_folders() == []
