@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from spikerl.config.yaml_file import conf_folder
+from spikerl import plugins
+from spikerl.config.yaml_file import conf_folder, group_options
 
 KEYS = "Keys and their defaults"  # what the list begins with, where groups come before it
 COMMENTED = re.compile(r"^(\w+):[^#\n]*# (.+)$", re.MULTILINE)
 DEFAULT = re.compile(r"^  - (\w+): (\w+)$", re.MULTILINE)
 CHOSEN = re.compile(r"^(\w+):\n(?:  .*\n)*?  name: (\w+)$", re.MULTILINE)
+GROUP = re.compile(r"^([\w/]+): \w+(?:, \w+)*$", re.MULTILINE)
 # In lists of options: what config files share, and what `reproduce` alone reads.
 NOT_CHOSEN = re.compile(r"^(?:base|table): \w+, .*\n", re.MULTILINE)
 
@@ -19,6 +21,8 @@ def with_meanings(text: str, command: str) -> str:
     """Hydra's text for a command, each key that a comment explains with that comment."""
     text = NOT_CHOSEN.sub("", text)
     head, mark, keys = text.partition(KEYS) if KEYS in text else ("", "", text)
+    if plugins.conf_folders():  # where Hydra does not look for its list
+        head = GROUP.sub(_with_plugins, head)
     conf = conf_folder()
     of_command = conf / f"{command}.yaml"
     top = _comments(of_command)
@@ -37,6 +41,12 @@ def with_meanings(text: str, command: str) -> str:
         meaning = known.get(match[2]) if match else None
         lines.append(f"{line}  # {meaning}" if meaning else line)
     return head + mark + "\n".join(lines)
+
+
+def _with_plugins(line: re.Match[str]) -> str:
+    """A group and its options; those of subfolders have lines of their own."""
+    options = [name for name in group_options(line[1]) if "/" not in name]
+    return f"{line[1]}: {', '.join(options)}" if options else line[0]
 
 
 def _comments(path: Path) -> dict[str, str]:

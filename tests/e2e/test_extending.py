@@ -87,6 +87,18 @@ def test_its_parts_train_and_a_policy_needs_them(say: Say, tmp_path: Path) -> No
     assert "done: 180 steps" in again.out
 
 
+def test_help_lists_its_options(say: Say) -> None:
+    listed = say("train", "plugins=[spiking_extras]", "--help").out.splitlines()
+    plain = say("train", "--help").out.splitlines()
+    assert [line for line in listed if line not in plain] != []
+    for group, option in (("neuron", "refractory_lif"), ("encoder", "signed"),
+                          ("algo", "clipped_ddpg")):  # fmt: skip
+        (line,) = (line for line in listed if line.startswith(f"{group}: "))
+        assert option in line.removeprefix(f"{group}: ").split(", ")
+    same = [line for line in plain if line.startswith(("actor: ", "env", "experiment"))]
+    assert set(same) <= set(listed)
+
+
 def test_a_plugin_that_is_not_there(say: Say) -> None:
     refused = say("train", "plugins=[nowhere]")
     line = "spikerl: plugins=nowhere: cannot be imported (No module named 'nowhere'); install it,"
