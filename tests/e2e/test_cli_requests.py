@@ -75,7 +75,7 @@ REFUSED = [
     ("train run_dir=/proc/spikerl/run", "run_dir=/proc/spikerl/run: "),
     (f"train run_dir={LONG}", f"run_dir={LONG}: File name too long"),
     (f"train run_dir=new/{LONG}", f"run_dir=new/{LONG}: File name too long"),
-    (f"train resume={LONG}", f"resume={LONG}: is not a run folder"),
+    (f"train resume={LONG}", f"resume={LONG}: no such folder"),
     (f"train config={LONG}", f"config={LONG}: cannot be read"),
     (f"train init_from={LONG}", f"init_from={LONG}: no policy there"),
     (f"eval run={LONG}", f"run={LONG}: no policy there"),

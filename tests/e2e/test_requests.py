@@ -158,7 +158,7 @@ REFUSED = [
     ("actor=mlp encoder=poisson", "encoder=poisson: ", "leave it out"),
     ("actor=cnn neuron=lif", "neuron=lif: ", "actor=cnn; leave it out"),
     ("experiment=dense/sac neuron.threshold=1", "neuron.threshold=1: ", "dense/sac; leave it out"),
-    ("resume=nowhere", "resume=nowhere: ", "not a run folder"),
+    ("resume=nowhere", "resume=nowhere: ", "no such folder"),
     ("init_from=nowhere", "init_from=nowhere: ", "give a run folder"),
     ("--config-dir=.", "--config-dir=: ", "config=FILE"),
     ("--config-path .", "--config-path=: ", "config=FILE"),
