@@ -215,7 +215,8 @@ def checkpoint(folder: Path) -> Case:
             rewrite_checksums(kept, run)
         found = verified(run, lambda text: None)
         trainer.norm.pending = []
-        return Session.restore(SimpleNamespace(trainer=trainer, folder=run), found)  # type: ignore[arg-type]
+        session: Any = SimpleNamespace(trainer=trainer, folder=run)
+        return not Session.restore(session, found)
 
     return case
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -82,8 +83,9 @@ def test_on_another_kind_of_device_the_streams_begin_anew(tmp_path: Path) -> Non
     facts = {"step": 0, "epoch": 0, "world_size": 1, "wall_s": 0.0, "metrics_bytes": 0}
     facts["reset_seed_bits"] = 31
     with closing(trainer_of()) as trainer:
+        other = {"stream.update": torch.zeros(16, dtype=torch.uint8)}
         shard = trainer.shard()
-        shard.tensors["stream.update"] = torch.zeros(16, dtype=torch.uint8)
+        shard = replace(shard, tensors={**shard.tensors, **other})
         save_checkpoint(tmp_path, trainer.world, shard, trainer.learner_state(), facts, {})
     with closing(trainer_of()) as resumed:
         name = next((tmp_path / "checkpoints").glob("step_*")).name
