@@ -52,11 +52,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     table = Table("part", "name", "", "detail", box=None, pad_edge=False)
     for f in findings:
         table.add_row(f.part, f.name, "yes" if f.there else "no", Text(f.detail, overflow="fold"))
-    with console.capture() as text:
-        console.print(table)
-    print(text.get(), end="")
-    print(f"training {'can' if usable else 'cannot'} run here", end="")
-    print("" if usable else ": see the rows above")
+    console.print(table)
+    can = "can" if usable else "cannot"
+    console.print(f"training {can} run here" + ("" if usable else ": see the rows above"))
     return DONE if usable else FAILED
 
 

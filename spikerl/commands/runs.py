@@ -167,10 +167,7 @@ def show(runs: Sequence[Run]) -> None:
         table.add_row(run.run, run.state, *map(number, measured), readable(run.size_bytes),
                       age(run.age_s))  # fmt: skip
     width = None if sys.stdout.isatty() else 200  # a path that is cut cannot be copied
-    console = Console(width=width, markup=False, emoji=False)
-    with console.capture() as text:
-        console.print(table)
-    print(text.get(), end="")
+    Console(width=width, markup=False, emoji=False).print(table)
     print(f"{several(len(runs), 'run')}, {readable(sum(run.size_bytes for run in runs))}")
 
 

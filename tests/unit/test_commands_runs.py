@@ -143,12 +143,11 @@ def test_no_runs() -> None:
     assert spikerl("runs", "path=empty").out == "no runs below empty\n"
 
 
-@pytest.mark.parametrize("command", ["runs path=outputs", "doctor"])
-def test_a_full_disk_takes_the_table(command: str) -> None:
+def test_a_full_disk_takes_the_table() -> None:
     some_runs()
     for i in range(100):
         copytree("outputs/Ant/td3/a", f"outputs/more/{i}")
-    process = [sys.executable, "-m", "spikerl", *command.split()]
+    process = [sys.executable, "-m", "spikerl", "runs", "path=outputs"]
     with Path("/dev/full").open("w") as full:
         said = subprocess.run(process, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (said.returncode, said.stderr) == (
