@@ -268,6 +268,7 @@ def test_other_commands_sweep_and_leave_no_folder(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.slow
 def test_joblib(tmp_path: Path) -> None:
     """Two processes at a time, of Hydra's local pool."""
     ids = ("CartPole-v1", "InvertedPendulum-v5", "Swimmer-v5")

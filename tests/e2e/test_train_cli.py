@@ -234,6 +234,7 @@ def test_a_resumed_runs_policy_is_not_its_old_one(
     assert record(tmp_path / "run" / "summary.json")["steps"] == 450
 
 
+@pytest.mark.slow
 def test_killed_then_evaluated(tmp_path: Path) -> None:
     """SIGKILL leaves a folder whose newest checkpoint is a policy."""
     command = [sys.executable, "-m", "spikerl", "train", *SHORT, "total_steps=1000000"]

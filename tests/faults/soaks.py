@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,8 @@ def soak(whole: Whole, home: Path, chance: random.Random, again: float = 0.5) ->
             outcome.kills.append("training" if run.begun() else doing)
         elif outcome.kills:  # it had ended by then
             break
+        else:
+            shutil.rmtree(folder)  # nothing was left to kill: it begins again
         gone(home)
     last = resume(home) if folder.exists() else train(home, *whole.args)
     assert last.wait() == 0, last.said()

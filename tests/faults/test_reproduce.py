@@ -160,6 +160,7 @@ def test_a_failure_stops_no_other() -> None:
     check_whole()
 
 
+@pytest.mark.slow
 def test_fewer_steps_first() -> None:
     """A cell that the protocol will want longer keeps what it goes on from."""
     assert table_runs.run_cells(total_steps=20)[0] == 0
@@ -179,6 +180,7 @@ def made_of(name: str) -> str:
     return sha256
 
 
+@pytest.mark.slow
 def test_a_sweep_over_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is given to a launcher: each job does its share."""
     monkeypatch.setattr(cells, "PROGRAM", [sys.executable, str(Path(table_runs.__file__))])

@@ -140,6 +140,7 @@ def test_the_command_ends_so(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- a reader that goes away, and a terminal that lacks characters --------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_whose_reader_went_away(number: int, tmp_path: Path) -> None:
     """Of its output, or of its errors, closed or gone."""
