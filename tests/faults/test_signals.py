@@ -84,6 +84,7 @@ class Strike:
         self.number, self.at, self.steps = number, at, 0
 
 
+@pytest.mark.slow
 def test_a_stop_amid_an_evaluation_which_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
