@@ -29,6 +29,8 @@ from spikerl.schema import check_sizes
 class AlgoConfig:
     """What every algorithm has; every count of steps is a total over all environments."""
 
+    anneals: ClassVar[bool] = False  # whether its learning rate moves over the length of a run
+
     name: str
     batch_size: int
     gamma: float  # discount per step

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from spikerl.types import Contexts
 
 @dataclass(kw_only=True)
 class DecisionTransformerConfig(OfflineConfig):
+    anneals: ClassVar[bool] = True
+
     weight_decay: float  # AdamW's
     warmup_share: float  # of the updates, in which the learning rate rises; then it falls to 0
     return_scale: float  # what returns to go are divided by

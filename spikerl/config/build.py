@@ -257,7 +257,7 @@ def check_shares(run: RunConfig, algo: AlgoConfig, world_size: int) -> None:
         raise BadRequest("algo.replay_capacity", algo.replay_capacity, remedy)
     batches = world_size if run.scaling == "weak" else 1
     if isinstance(algo, PPOConfig) and algo.batch_size * batches > algo.rollout_steps:
-        remedy = f"algo.rollout_steps={algo.rollout_steps} are fewer rows than one for each worker"
+        remedy = f"algo.rollout_steps={algo.rollout_steps} has no such batch for each worker"
         raise BadRequest("algo.batch_size", algo.batch_size, remedy)
     if isinstance(algo, PPOConfig) and algo.rollout_steps % num_envs:
         remedy = f"give a multiple of num_envs={num_envs}"
@@ -291,6 +291,10 @@ def check_dataset(run: RunConfig, algo: AlgoConfig) -> None:
 
 def check_together(algo: AlgoConfig, actor: ActorConfig) -> None:
     """Refuse what does not go together."""
+    neuron = actor.neuron
+    if neuron and neuron.surrogate_slope_end is not None and not neuron.slope_moves:
+        remedy = f"surrogate={neuron.surrogate} has no slope; give null, or another surrogate"
+        raise BadRequest("neuron.surrogate_slope_end", neuron.surrogate_slope_end, remedy)
     if isinstance(algo, PPOConfig) and actor.encoder and actor.encoder.name == "poisson":
         remedy = "ppo needs an action's probability, which random spikes hide; use population"
         raise BadRequest("encoder", "poisson", remedy)

@@ -59,9 +59,6 @@ class NeuronConfig:
         if self.surrogate_slope_end is not None and not self.surrogate_slope_end > 0.0:
             remedy = "give a value above 0, or null"
             raise BadRequest("neuron.surrogate_slope_end", self.surrogate_slope_end, remedy)
-        if self.surrogate_slope_end is not None and self.surrogate == "rect":
-            remedy = "surrogate=rect has no slope; give null, or another surrogate"
-            raise BadRequest("neuron.surrogate_slope_end", self.surrogate_slope_end, remedy)
         if self.reset not in ("hard", "soft"):
             raise BadRequest("neuron.reset", self.reset, "give hard or soft")
         if self.surrogate not in SURROGATES:
@@ -73,7 +70,7 @@ class NeuronConfig:
 
     @property
     def slope_moves(self) -> bool:
-        return self.surrogate_slope_end is not None
+        return self.surrogate != "rect" and self.surrogate_slope_end is not None
 
 
 @dataclass(kw_only=True)

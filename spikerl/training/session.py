@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from spikerl.algos.decision_transformer import DecisionTransformerConfig
 from spikerl.config.build import Config
 from spikerl.distributed.world import World
 from spikerl.energy.meter import source_of
@@ -173,11 +172,12 @@ class Session:
             reasons.append(
                 f"{workers} workers became {size}: random streams and batches differ from here on"
             )
-        resolved = record["resolved"] if isinstance(record.get("resolved"), dict) else {}
-        was, kernel = resolved.get("kernel", now["kernel"])["choice"], now["kernel"]["choice"]
+        was = kernel = now["kernel"]["choice"]
+        with suppress(KeyError, TypeError):  # of a manifest that says nothing of it
+            was = record["resolved"]["kernel"]["choice"]
         if was != kernel:
             reasons.append(f"kernel {was} became {kernel}: sums are in another order")
-        moves = ["the learning rate"] * isinstance(config.algo, DecisionTransformerConfig)
+        moves = ["the learning rate"] * config.algo.anneals
         moves += ["the surrogates' slope"] * bool(
             config.actor.neuron and config.actor.neuron.slope_moves
         )

@@ -103,6 +103,17 @@ REFUSED = [
         "neuron.surrogate_slope_end=9.0: ",
         "kernel=triton alone",
     ),
+    (
+        "neuron.surrogate_slope_end=9",
+        "neuron.surrogate_slope_end=9.0: ",
+        "surrogate=rect has no slope",
+    ),
+    ("algo=sac algo.target_entropy=-1", "algo.target_entropy=-1.0: ", "set algo.learn_temperature"),
+    (
+        "algo=ppo algo.rollout_steps=64 algo.norm_interval=64 scaling=weak world_size=2",
+        "algo.batch_size=64: ",
+        "algo.rollout_steps=64 has no such batch for each worker",
+    ),
     ("experiment=popsan/td4", "experiment=popsan/td4: ", "popsan/td3"),
     ("sedd=1", "sedd=1: no such key", "seed"),
     ("algo.batchsize=1", "algo.batchsize=1: no such key", "algo.batch_size"),

@@ -91,7 +91,7 @@ def test_a_gradient_passes_within_reach(kind: str) -> None:
         ("sigmoid", 10.0, [2.0, 6.0, 10.0]),
         ("triangle", 1.0, [2.0, 1.5, 1.0]),
         ("atan", None, [2.0, 2.0, 2.0]),
-        ("rect", None, [0.5, 0.5, 0.5]),
+        ("rect", 10.0, [0.5, 0.5, 0.5]),
     ],
 )
 def test_slope_over_a_run(kind: str, end: float | None, expected: list[float]) -> None:
