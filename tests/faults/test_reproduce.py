@@ -305,6 +305,16 @@ def test_other_runs_are_refused(config: str, status: str, step: int, asked: int,
     assert str(error).startswith(line.format(folder))
 
 
+def test_what_moved_over_fewer_steps_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run("total_steps: 40\nalgo: {name: decision_transformer}", "preempted", 40)
+    (folder / "checkpoints").mkdir()
+    monkeypatch.setattr(cells, "differing", lambda asked, had: [])
+    table = table_of(table_runs.TABLE)
+    line = f"total_steps=50: {folder} was begun with 40, over which its learning rate or slope"
+    assert str(refusal(cells.check, table, [cell()], 50)).startswith(line)
+    cells.check(table, [cell()], 40)
+
+
 def test_a_result_with_fewer_steps_stays_as_it_is() -> None:
     """Without checkpoints, as results are that come with the sources; with one it is resumed."""
     folder = write_run("seed: 0", "done", 40)

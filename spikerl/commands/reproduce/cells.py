@@ -228,7 +228,7 @@ def check(table: Table, cells: Sequence[Cell], total_steps: int) -> None:
             remedy = f"{run.folder} has {run.step} steps already; give at least that"
             raise BadRequest("total_steps", wanted, remedy)
         had = run.config.get("total_steps")
-        if cell.command == "train" and _moves(run.settings) and had != wanted:
+        if _moves(run.settings) and had != wanted and _resumable(run, wanted):
             remedy = (
                 f"{run.folder} was begun with {had}, over which its learning rate or slope moves"
             )
