@@ -33,7 +33,9 @@ def doubled(learner: L) -> L:
     parts = {"temperature": "log_temperature"}
     for name, old in learner.optimizers.items():
         module: nn.Module = getattr(learner, parts.get(name, name))
-        learner.optimizers[name] = learner.optimizer(module.double(), old.lr)
+        made = learner.optimizer(module.double(), old.lr)
+        made.max_norm = old.max_norm
+        learner.optimizers[name] = made
     for name in learner.targets:
         learner.targets[name] = flatten(getattr(learner, f"{name}_target").double())
     learner.critic_optimizer = learner.optimizers["critic"]

@@ -79,7 +79,7 @@ class SAC(OffPolicy):
             self.policy_parts = (*self.policy_parts, "log_std")
         self.acting_log_std = self.log_std
         self.log_temperature = LogTemperature(config.temperature).to(device)
-        learned = self.optimizer(self.log_temperature, config.temperature_lr)
+        learned = self.optimizer(self.log_temperature, config.temperature_lr, max_grad_norm=None)
         self.optimizers["temperature"] = learned
         entries = actor.act_dim if self.log_std else actor.act_dim // 2
         given = config.target_entropy

@@ -31,6 +31,15 @@ def choices(args: Sequence[str]) -> list[list[str]] | None:
         return None  # Hydra will say what is wrong with it
 
 
+def check_distinct(choices: Sequence[Sequence[str]]) -> None:
+    """Two jobs that are the same run would pass for two results."""
+    for values in choices:
+        for number, override in enumerate(values):
+            if override in values[:number]:
+                key, _, value = override.partition("=")
+                raise BadRequest(key, value, "it is there twice; leave one out")
+
+
 def _values(override: Any) -> list[str]:
     from hydra.core.override_parser.types import Glob
 

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from spikerl.children import SAFE, safe_path
 from spikerl.cli.compose import RESUMABLE, chosen, unquoted
-from spikerl.cli.jobs import choices, count, folder_name, refusals, varied_keys
+from spikerl.cli.jobs import check_distinct, choices, count, folder_name, refusals, varied_keys
 from spikerl.config.yaml_file import NOT_CARRIED, quoted
 from spikerl.distributed import hosts, launchers
 from spikerl.errors import (
@@ -87,6 +87,7 @@ class Sweep:
             remedy = "a launcher started several workers; leave it out and give world_size"
             raise BadRequest("-m", os.environ["WORLD_SIZE"], remedy)
         varied, values = varied_keys(args), choices(args)
+        check_distinct(values or [])
         total = None if values is None else count(values)
         if command not in KEEPS_FOLDERS:
             root = Path(tempfile.mkdtemp(prefix="spikerl-sweep-"))

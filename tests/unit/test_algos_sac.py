@@ -112,7 +112,7 @@ class Usual:
         if self.c.learn_temperature:
             wanted = -2.0 if self.c.target_entropy is None else self.c.target_entropy
             price = -(self.log_alpha * (logp.detach() + wanted)).mean()
-            descend(price, self.alpha_adam, max_norm=self.c.max_grad_norm)
+            descend(price, self.alpha_adam, max_norm=None)  # the bound is of networks' gradients
         return {
             "actor_loss": actor_loss.item(),
             "entropy": -logp.mean().item(),
