@@ -15,6 +15,7 @@ from spikerl.reporting.records import Run
 from spikerl.reporting.results import Results
 from spikerl.reporting.table_file import ROOT, Table
 from spikerl.reporting.tables import Section
+from spikerl.reporting.tex import table_tex
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +56,7 @@ def render_table(table: Table, total_steps: int) -> list[str]:
     texts = {
         "table.md": tables.markdown(results, sections),
         "table.csv": tables.table_csv(results),
-        "table.tex": tables.tex(results),
+        "table.tex": table_tex(results),
         "runs.csv": tables.runs_csv(named),
     }
     pictures: list[Picture] = []

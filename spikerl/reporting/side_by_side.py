@@ -16,6 +16,7 @@ from spikerl.reporting.page import Card, Picture
 from spikerl.reporting.records import METRIC_NAMES, METRICS, Run, values
 from spikerl.reporting.render import OVER, against, keep
 from spikerl.reporting.tables import Grid, Section
+from spikerl.reporting.tex import grid_tex
 
 IN_WINDOW = "in the surrogate window"
 # Of each epoch, what is drawn over steps, with its title.
@@ -209,7 +210,7 @@ def write_all(
     texts = {
         "table.md": markdown(title, sections, notes, provenance),
         "table.csv": runs_table(report, names),
-        "table.tex": tables.tex_grid(report.returns("max_average"), provenance),
+        "table.tex": grid_tex(report.returns("max_average"), provenance),
         "runs.csv": tables.runs_csv(named),
         "index.html": page.page(
             title,

@@ -1,4 +1,4 @@
-"""A table's results as table.md, table.csv and table.tex, and the runs behind them as runs.csv."""
+"""A table's results as table.md and table.csv, and the runs behind them as runs.csv."""
 
 from __future__ import annotations
 
@@ -330,49 +330,6 @@ def markdown_grid(lines: Grid) -> str:
     head, *body = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
-
-
-TEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
-        "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-        PM: r"$\pm$",
-    }
-)  # fmt: skip
-
-
-def tex(results: Results) -> str:
-    """The main table, and one for each metric that only published values have."""
-    table = results.table
-    others = [metric for metric in METRIC_NAMES if metric not in METRICS]
-    written = [
-        tex_grid(lines, [f"{table.title}; {table.source}; {METRIC_NAMES[metric]}"])
-        for metric in (table.protocol.metric, *others)
-        if len(lines := grid(results, metric)) > 1
-    ]
-    made_by = "".join(f"% {line}\n" for line in provenance(results.runs))
-    return made_by + "\n".join(written)
-
-
-def tex_grid(lines: Grid, comments: Sequence[str]) -> str:
-    """A tabular between the rules of the package booktabs."""
-    head, *body = lines
-    columns = "l" + "r" * (len(head) - 1)
-    written = [
-        *(f"% {comment}" for comment in comments),
-        rf"\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-        _tex_line(head),
-        r"\midrule",
-        *map(_tex_line, body),
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-    return "\n".join(written) + "\n"
-
-
-def _tex_line(cells: Sequence[str]) -> str:
-    return " & ".join(cell.translate(TEX) for cell in cells) + r" \\"
 
 
 FIELDS = ("table", "row", "label", "column", "env_id", "metric", "n", "mean", "sd", "iqm",

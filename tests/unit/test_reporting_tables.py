@@ -17,6 +17,7 @@ from spikerl.reporting import tables
 from spikerl.reporting.render import render_table
 from spikerl.reporting.results import Results, seeds_of
 from spikerl.reporting.table_file import Protocol, Table, read_table, table_of
+from spikerl.reporting.tex import table_tex
 
 DATA: dict[str, Any] = {
     "name": "small",
@@ -293,7 +294,7 @@ def test_every_published_row_is_shown() -> None:
     text = markdown(had)
     for row in had.table.rows:
         assert f"| {tables.published_label(had, row)} |" in text
-        assert tables.published_label(had, row) in tables.tex(had)
+        assert tables.published_label(had, row) in table_tex(had)
 
 
 def test_mixed_results_are_said() -> None:
@@ -320,7 +321,7 @@ def test_a_resume_by_another_commit_is_said() -> None:
 
 def test_tex() -> None:
     fill()
-    text = tables.tex(results())
+    text = table_tex(results())
     assert r"50 \% PopSAN \& co & 225 $\pm$ 106 (n=2) & 99.0 $\pm$ 0.0 (n=2) & +30.00 \%" in text
     main, _, published = text.partition("% Small; Somebody, 2020; smoothed curve")
     assert main.count(r"\\") == len(tables.grid(results(), "max_average"))
