@@ -107,7 +107,7 @@ class Replay:
         """Take rows that came environment by environment, as many of each, for steps of all."""
         rows = self.rows[: self.added]
         each = rows.unflatten(0, (self.width, -1))
-        rows.copy_(each.transpose(0, 1).flatten(0, 1).clone())
+        rows.copy_(each.transpose(0, 1).flatten(0, 1))
 
     def between(self, start: int, stop: int) -> Tensor:
         """Rows number `start` to `stop`, which it must still hold."""

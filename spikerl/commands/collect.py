@@ -20,16 +20,17 @@ from spikerl.config.build import MOST
 from spikerl.config.yaml_file import check_confirmed, read_config
 from spikerl.distributed.launch import stop_signals
 from spikerl.envs.dataset import Writer, check_extra
-from spikerl.envs.make import FLOAT32_MAX, CheckedEnv, EnvConfig, make_env, task_of
+from spikerl.envs.make import FLOAT32_MAX, CheckedEnv, EnvConfig, task_of
 from spikerl.errors import DONE, BadRequest, NonFinite, Stopped, stop_status
 from spikerl.files import absolute, checksum_of, shown, sync_folder
 from spikerl.isolation import UserCode
 from spikerl.machine import git_state, versions
-from spikerl.models.policy import Policy, check_shapes
+from spikerl.models.policy import Policy
 from spikerl.models.sequence import History
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, verified
 from spikerl.runs.policies import CHOICES, find_policy, load_policy
+from spikerl.runs.policy_env import env_of
 from spikerl.runs.replayed import episodes
 from spikerl.schema import parse
 from spikerl.seeding import RESET_BITS, reset_seed, seed_for
@@ -111,20 +112,10 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
 def environment(request: CollectRequest, policy: Policy) -> CheckedEnv:
     """The one that the policy was trained on."""
     task = policy.task
-    config = EnvConfig(
-        name="gym",
-        version=None,
-        id=task.env_id,
-        max_episode_steps=task.max_episode_steps,
-        vectorizer="sync",
-        kwargs=dict(task.env_kwargs),
-        wrappers=list(task.env_wrappers),
-    )
-    try:
-        env = make_env(config)
-    except BadRequest as error:
-        raise BadRequest("run", request.run, error.args[2]) from error
-    check_shapes("run", request.run, task, task_of(env))
+    _, env = env_of(task, request.run, request.env_id)
+    if task_of(env).env_id != task.env_id:
+        remedy = f"the policy was trained on {task.env_id}, and that is what is recorded"
+        raise BadRequest("env_id", request.env_id, remedy)
     return env
 
 

@@ -13,16 +13,17 @@ from typing import Any
 from spikerl.config.yaml_file import check_confirmed
 from spikerl.distributed.launch import stop_signals
 from spikerl.energy import modelled, operations
-from spikerl.envs.make import EnvConfig, make_env, task_of
 from spikerl.errors import BadRequest, Stopped, stop_status
 from spikerl.export import reading
 from spikerl.export.proof import FilePolicy
 from spikerl.files import shown
 from spikerl.machine import versions
-from spikerl.models.policy import Policy, check_shapes
+from spikerl.models.policy import Policy
+from spikerl.models.proposals import Proposer
 from spikerl.output import add_results, answer
 from spikerl.reporting.operations import lines
 from spikerl.runs.policies import load_policy
+from spikerl.runs.policy_env import env_of
 from spikerl.schema import parse
 from spikerl.training.evaluator import Evaluation, Evaluator
 from spikerl.training.video import Filmed, check_video, rates_of
@@ -73,27 +74,8 @@ def evaluate(
     policy = file_policy(request) if os.path.isfile(request.run) else run_policy(request)
     env_id = request.env_id or policy.task.env_id
     check_confirmed(request.run, env_id, dict(policy.task.env_kwargs), request.env_id)
-    env = EnvConfig(
-        name="gym",
-        version=None,
-        id=env_id,
-        max_episode_steps=policy.task.max_episode_steps,
-        vectorizer="sync",
-        kwargs=dict(policy.task.env_kwargs),
-        wrappers=list(policy.task.env_wrappers),
-    )
-    key = "env_id" if request.env_id else "run"
-    value = request.env_id or request.run
-    try:
-        probe = make_env(env)
-    except BadRequest as error:
-        remedy = error.args[2]
-        if key == "run" and "is not a registered environment" in remedy:
-            remedy += "; env_id=MODULE:NAME imports the module that registers it"
-        raise BadRequest(key, value, remedy) from error
-    task = task_of(probe)
+    env, probe = env_of(policy.task, request.run, request.env_id)
     probe.close()
-    check_shapes(key, value, policy.task, task)
     evaluator = Evaluator(env, request.episodes, request.seed)
     if evaluator.note:
         print(evaluator.note, file=sys.stderr)
@@ -211,8 +193,8 @@ def film(request: EvalRequest, evaluator: Evaluator, policy: Policy) -> list[Pat
     folder = Path(request.run) / "videos"
     if not folder.parent.is_dir():
         raise BadRequest("video", request.video, "videos are put into a run folder; give run=RUN")
-    if request.video == "spikes" and policy.carried() is not None:
-        remedy = "its decisions depend on those before; give true, for a film without spikes"
+    if request.video == "spikes" and (policy.carried() or isinstance(policy.network, Proposer)):
+        remedy = "no network alone makes its decisions; give true, for a film without spikes"
         raise BadRequest("video", request.video, remedy)
     check_video(evaluator.envs[0])
     prefix = "best_" if request.policy == "best" else ""

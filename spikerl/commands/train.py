@@ -257,6 +257,9 @@ def read_init(source: str, config: Config, task: Task) -> Policy:
     if policy.config.shape() != config.actor.shape():
         remedy = f"its actor is {policy.config.shape()}, this run's is {config.actor.shape()}"
         raise BadRequest("init_from", source, remedy)
+    if not policy.norm.count and (interval := config.algo.norm_interval) is not None:
+        remedy = f"the policy of {shown(Path(source))} acts on raw observations; give null"
+        raise BadRequest("algo.norm_interval", interval, remedy)
     return policy
 
 

@@ -2,7 +2,7 @@
 
 FOLDER/data/metadata.json, and FOLDER/data/main_data.hdf5 whose group episode_i holds observations
 (T + 1, *obs_shape), actions (T, *act_shape), rewards, terminations and truncations (T,). A folder
-may be untrusted: nothing in it executes, no link out of it is followed, and every size, type and
+may be untrusted: nothing in it executes, no link in HDF5 is followed, and every size, type and
 number is checked before it is used.
 
 Shape legend   T steps of an episode, O observation entries, A action entries.
@@ -132,7 +132,8 @@ def environment_of(task: Task) -> str:
     try:
         return spec.to_json()
     except Exception as error:  # an entry point that is a function, arguments that are objects
-        raise ValueError(f"its environment cannot be written down: {error}") from error
+        remedy = "register it with entry_point='MODULE:CLASS', and arguments that are data"
+        raise ValueError(f"its environment cannot be written down: {error}; {remedy}") from error
 
 
 def box(low: Any, high: Any, shape: Sequence[int], dtype: str) -> str:
@@ -293,7 +294,9 @@ def length_of(group: Any, task: Task) -> int:
         filters = [made.get_filter(i)[0] for i in range(made.get_nfilters())]
         if data.is_virtual or made.get_external_count() or not set(filters) <= set(FILTERS):
             raise ValueError(f"{group.name} has {name} that lie elsewhere, or in a code of others")
-        if data.nbytes > DEFLATED * data.id.get_storage_size():
+        unpacked = math.prod(data.chunks or ()) * data.dtype.itemsize  # to read any of it
+        too_large = unpacked > max(data.nbytes, MARGIN)
+        if too_large or data.nbytes > DEFLATED * data.id.get_storage_size():
             raise ValueError(
                 f"{group.name} has {name} that would take more memory than it has data"
             )
@@ -303,8 +306,9 @@ def length_of(group: Any, task: Task) -> int:
 def recorded(group: Any, task: Task) -> Recorded:
     """An episode that `length_of` accepted; a ValueError where a number of it cannot be."""
     obs, act, rew, terminated, truncated = (group[name][()] for name in FIELDS)
-    flat = obs.reshape(len(obs), task.obs_dim).astype(np.float64)
-    rew = rew.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is beyond float64 is refused below
+        flat = obs.reshape(len(obs), task.obs_dim).astype(np.float64)
+        rew = rew.astype(np.float64)
     for name, values in (("observations", flat), ("rewards", rew)):
         if not (np.abs(values) <= FLOAT32_MAX).all():
             raise ValueError(f"{group.name} has {name} that are NaN, infinite or beyond float32")
@@ -324,7 +328,8 @@ def inside(act: np.ndarray, task: Task, where: str) -> np.ndarray:
             raise ValueError(f"{where} has actions that are none of {task.act_dim}")
         return one_hot.astype(np.float64)
     low, half_range, _, _ = task.units
-    scaled = (act.reshape(len(act), task.act_dim).astype(np.float64) - low) / half_range - 1.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = (act.reshape(len(act), task.act_dim).astype(np.float64) - low) / half_range - 1.0
     if not (np.abs(scaled) <= 1.0 + ROUNDING).all():
         raise ValueError(f"{where} has actions outside the bounds of {task.env_id}")
     return np.clip(scaled, -1.0, 1.0)

@@ -28,6 +28,7 @@ from spikerl.types import MAX_EPISODE_STEPS, Entry, Task, flat
 # For an environment that sets no limit of its own, so that every episode ends.
 DEFAULT_EPISODE_STEPS = 1000
 PATIENCE_S = 300.0  # for one step of environments in processes of their own
+UNREGISTERED = "is not a registered environment"
 FLOAT32_MAX = float(np.finfo(np.float32).max)  # replay and networks hold no larger number
 
 
@@ -225,7 +226,7 @@ def make_env(config: EnvConfig) -> CheckedEnv:
         known = sorted(gym.registry)
         near = difflib.get_close_matches(config.id, known, 3, 0.4)
         hint = f"nearest: {', '.join(near)}" if near else f"{len(known)} are registered"
-        remedy = f"{config.id} is not a registered environment; {hint}"
+        remedy = f"{config.id} {UNREGISTERED}; {hint}"
         raise BadRequest(key, value, remedy) from None
     except BaseException as error:  # its own code raises any, and calls sys.exit
         plain = first_line(error) if isinstance(error, Exception) else ""

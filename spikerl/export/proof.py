@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.envs.make import UNREGISTERED, EnvConfig
 from spikerl.errors import BadRequest, NonFinite
 from spikerl.kernels import reference
 from spikerl.kernels.reference import Carried
 from spikerl.models.actor import Activity, SpikingActor
-from spikerl.models.policy import Policy, check_shapes
+from spikerl.models.policy import Policy
 from spikerl.models.sequence import History
+from spikerl.runs.policy_env import env_of
 from spikerl.seeding import seed_for
 from spikerl.snn.encoders import Encoder, PopulationEncoder
 from spikerl.training.evaluator import Evaluator
@@ -337,23 +338,11 @@ def difference_of(task: Task, recorded: Recorded, act_BA: np.ndarray) -> np.ndar
 
 def known_env(policy: Policy, run: str, env_id: str | None) -> EnvConfig | None:
     """The policy's environment, None where it is not registered here."""
-    env = EnvConfig(
-        name="gym",
-        version=None,
-        id=env_id or policy.task.env_id,
-        max_episode_steps=policy.task.max_episode_steps,
-        vectorizer="sync",
-        kwargs=dict(policy.task.env_kwargs),
-        wrappers=list(policy.task.env_wrappers),
-    )
-    key, value = ("env_id", env_id) if env_id else ("run", run)
     try:
-        probe = make_env(env)
+        env, probe = env_of(policy.task, run, env_id)
     except BadRequest as error:
-        if env_id is None and "is not a registered environment" in error.args[2]:
+        if env_id is None and UNREGISTERED in error.args[2]:
             return None
-        raise BadRequest(key, value, error.args[2]) from error
-    task = task_of(probe)
+        raise
     probe.close()
-    check_shapes(key, value, policy.task, task)
     return env

@@ -95,6 +95,8 @@ class Policy:
         if (aimed := self.config.conditioning) is None:
             remedy = "its policy does not depend on a return that it aims at; leave it out"
             raise BadRequest("target_return", target_return, remedy)
+        if not abs(target_return) <= 1e30:
+            raise BadRequest("target_return", target_return, "give a number of at most 1e30")
         aimed = replace(aimed, target_return=target_return)
         self.config = replace(self.config, conditioning=aimed)
 

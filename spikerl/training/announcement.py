@@ -62,6 +62,7 @@ def announce(config: Config, trainer: Trainer, command: Sequence[str]) -> list[s
     if slow := why_slow(config.precision, config.resolved.device.choice):
         lines.append(f"note: {slow}")
     if config.run.init_from:
-        norm = f"normaliser ({trainer.norm.count} observations)"
-        lines.append(f"init_from={config.run.init_from}: actor weights and {norm}")
+        count = trainer.norm.count
+        norm = f" and normaliser ({count} observations)" if count else ", no normaliser"
+        lines.append(f"init_from={config.run.init_from}: actor weights{norm}")
     return lines

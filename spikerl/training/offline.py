@@ -10,6 +10,7 @@ from spikerl.algos.replay import Replay
 from spikerl.config.build import Config
 from spikerl.envs.dataset import Dataset
 from spikerl.envs.vector import Steps
+from spikerl.errors import BadRequest
 from spikerl.models.normalizer import RunningNorm
 
 
@@ -28,7 +29,12 @@ def store_dataset(
     sequences = algo if isinstance(algo, DecisionTransformer) else None
     scale, gamma = config.env.reward_scale, config.algo.gamma
     column = dataset.transitions // total
-    replay.reserve(column * each)
+    try:
+        replay.reserve(column * each)
+    except MemoryError as error:
+        needed = column * each * replay.rows.shape[1] * replay.rows.element_size() / 2**30
+        remedy = f"its {dataset.transitions} transitions need {needed:.3g} GiB, which cannot be had"
+        raise BadRequest("dataset", dataset.folder, remedy) from error
     first, end = 0, column * total
     normalises = config.algo.norm_interval is not None and not norm.count
     for episode in dataset.episodes():

@@ -252,6 +252,21 @@ def test_init_from(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not (tmp_path / "other").exists()
 
 
+def test_init_from_a_policy_without_a_normaliser(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Observations that were normalised would make it another policy."""
+    raw = "algo.norm_interval=null"
+    assert train(raw, "total_steps=20", "run_dir=run") == 0
+    capsys.readouterr()
+    assert train("total_steps=20", "init_from=run", "run_dir=again") == 2
+    line = "algo.norm_interval=50: the policy of run acts on raw observations; give null"
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+    assert train(raw, "total_steps=20", "init_from=run", "run_dir=again") == 0
+    assert "init_from=run: actor weights, no normaliser\n" in capsys.readouterr().out
+
+
 def test_init_from_a_policy_with_fewer_outputs(tmp_path: Path) -> None:
     """A saved policy has the mean's outputs of a SAC actor that has deviations too."""
     sac = ["algo=sac", "algo.log_std=shared"]

@@ -188,6 +188,11 @@ def test_discrete_actions() -> None:
             "run=run policy=replay",
             "run=run: is not a run folder (it has no readable manifest.json)",
         ),
+        ("run=run steps=1 env_id=CartPole-v1", "env_id=CartPole-v1: its policy maps (4,) to"),
+        (
+            "run=run steps=1 env_id=InvertedPendulum-v4",
+            "env_id=InvertedPendulum-v4: the policy was trained on InvertedPendulum-v5, and that",
+        ),
         ("run=run steps=1 policy=best", "run=run: no best policy there"),
         ("run=nowhere steps=1", "run=nowhere: no policy there"),
         ("run=cart steps=1 noise=1", "noise=1.0: the actions of CartPole-v1 are discrete; use ran"),

@@ -102,6 +102,10 @@ def other(name: str, at: tuple[int, ...], value: float) -> Fields:
         (other("observations", (0, 0), 1e39), "has observations that are NaN, infinite or beyond"),
         (other("actions", (1, 0), 3.01), "has actions outside the bounds of InvertedPendulum-v5"),
         (other("actions", (1, 0), np.nan), "has actions outside the bounds of InvertedPendulum-v5"),
+        (
+            episode(3) | {"rewards": np.full(3, np.longdouble("1e400"))},
+            "has rewards that are NaN, infinite or beyond float32",
+        ),
         (other("terminations", (1,), True), "goes on after its end"),
         (other("truncations", (0,), True), "goes on after its end"),
         (episode(3) | {"actions": np.zeros((3, 2), np.float32)}, "has actions (3, 2); (3, 1) are"),
@@ -160,6 +164,13 @@ def claiming(steps: int) -> Callable[[Any], None]:
     return touch
 
 
+def chunked(file: Any) -> None:
+    """Three numbers that are unpacked into 16 MiB to be read."""
+    del file["episode_0/rewards"]
+    settings = {"maxshape": (None,), "chunks": (1 << 21,), "compression": "gzip"}
+    file["episode_0"].create_dataset("rewards", data=np.zeros(3), **settings)
+
+
 @pytest.mark.parametrize(
     ("touch", "line"),
     [
@@ -173,6 +184,7 @@ def claiming(steps: int) -> Callable[[Any], None]:
         (elsewhere, "/episode_0 has rewards that lie elsewhere, or in a code of others"),
         (virtual, "/episode_0 has rewards that lie elsewhere, or in a code of others"),
         (claiming(2**60), "/episode_0 has 1152921504606846976 rewards; 1 to 1000000 can be"),
+        (chunked, "/episode_0 has rewards that would take more memory than it has data"),
         (claiming(900), "/episode_0 has observations that would take more memory than it has data"),
     ],
 )

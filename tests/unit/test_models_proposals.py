@@ -102,6 +102,7 @@ def test_a_trained_one_is_evaluated(
         ("compress run=run prune=0.5 run_dir=small", "algo=bcq: its policy chooses among"),
         ("convert run=dense run_dir=spiking", "algo=bcq: its policy chooses among"),
         ("eval run=run ops=true", "algo=bcq: its policy chooses among"),
+        ("eval run=run video=spikes", "video=spikes: no network alone makes its decisions"),
         ("train algo=td3 init_from=run", "init_from=run: its actor is popsan"),
         ("train algo=bcq dataset=d init_from=run", "init_from=run: the actor of algo=bcq acts on"),
         (
@@ -119,3 +120,4 @@ def test_refused(asked: str, line: str, folder: Path, monkeypatch: pytest.Monkey
         words += ["env=InvertedPendulum", "env.max_episode_steps=30", "actor.hidden_sizes=[16]"]
     assert spikerl(command, *words).line.startswith(line)
     assert not {"small", "spiking", "outputs"} & {path.name for path in folder.iterdir()}
+    assert not (folder / "run" / "videos").exists()

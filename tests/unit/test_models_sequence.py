@@ -207,6 +207,8 @@ def test_a_trained_one_is_evaluated(
     assert (facts["firing_rate"] is None) is not spiking
     said = spikerl("eval", f"run={run}", "episodes=1", "target_return=-5")
     assert "aimed at a return of -5\n" in said.out
+    line = spikerl("eval", f"run={run}", "episodes=1", "target_return=1e31").line
+    assert line == "target_return=1e+31: give a number of at most 1e30"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_a_trained_one_is_evaluated(
         ("compress run=pssa prune=0.5 run_dir=small", "actor=spikeformer: its decisions depend"),
         ("convert run=decision_transformer run_dir=new", "actor=transformer: its decisions depend"),
         ("eval run=pssa ops=true", "actor=spikeformer: its decisions depend"),
-        ("eval run=pssa video=spikes", "video=spikes: its decisions depend on those before"),
+        ("eval run=pssa video=spikes", "video=spikes: no network alone makes its decisions"),
         ("train algo=td3 init_from=pssa", "init_from=pssa: its actor is spikeformer of 1 layers"),
         ("train TINY init_from=pssa", "init_from=pssa: a saved policy over sequences has its"),
         ("train TINY encoder=poisson", "encoder=poisson: has no effect with experiment=dsformer/"),
