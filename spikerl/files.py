@@ -59,7 +59,8 @@ def write_atomic(path: Path, content: bytes | memoryview) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomic(path, text.encode())
+    """In UTF-8; what a file's name has that is none is written as an escape."""
+    write_atomic(path, text.encode(errors="backslashreplace"))
 
 
 def json_bytes(data: Any) -> bytes:
@@ -69,6 +70,17 @@ def json_bytes(data: Any) -> bytes:
 
 def write_json(path: Path, data: Any) -> None:
     write_atomic(path, json_bytes(data))
+
+
+def there(path: Path) -> bool:
+    """Whether something has that name, so far as can be seen: where nothing can, it is assumed."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # which reading it will name
+        return True
+    return True
 
 
 def make_folder(path: Path) -> None:
@@ -101,9 +113,12 @@ def read_json(path: Path, most: int) -> Any:
 def parse_json(text: bytes) -> Any:
     """As `json_bytes` wrote it: no NaN, no infinity, no 1e999, no nesting without end."""
     try:
-        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+        data = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        if b"\\ud" in text.lower():  # half of a pair, which no file and no terminal takes
+            json.dumps(data, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it nests too deep") from None
+    return data
 
 
 def _finite(text: str) -> float:

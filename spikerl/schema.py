@@ -23,6 +23,8 @@ T = TypeVar("T")
 def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
     """An instance of the dataclass `schema`; `key` is where `data` stands in the whole config."""
     prefix = f"{key}." if key else ""
+    if not isinstance(data, Mapping):
+        raise BadRequest(key or "config", data, "give its keys and their values")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), dict(data))
         result = OmegaConf.to_object(merged)

@@ -186,7 +186,10 @@ def number(value: object) -> float | None:
     if type(value) not in (int, float):
         return None
     assert isinstance(value, int | float)
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond float64
+        return None
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
@@ -200,7 +203,8 @@ def read_record(path: Path) -> list[dict[str, Any]]:
             row = parse_json(line)
         except ValueError:
             row = None
-        sound = isinstance(row, dict) and type(row.get("step")) is int
+        step = row.get("step") if isinstance(row, dict) else None
+        sound = type(step) is int and 0 <= step < 1 << 63
         if not sound or (row.get("energy_j") is not None and number(row["energy_j"]) is None):
             raise ValueError(f"line {i + 1} of {path.name} is not a row")
         rows.append(row)
@@ -223,7 +227,9 @@ def run_folders(pattern: str) -> list[Path]:
     runs: set[Path] = set()
     # A sweep's folder may be named hidden_sizes=[64,64], which as a pattern means something else.
     for match in [pattern] if os.path.isdir(pattern) else glob.glob(pattern, recursive=True):
-        for place, folders, files in os.walk(match):
+        # What may not be listed may be a run; reading it says why it is left out.
+        walk = os.walk(match, onerror=lambda error: runs.add(Path(error.filename)))
+        for place, folders, files in walk:
             if "manifest.json" in files:
                 runs.add(Path(place))
                 folders.clear()  # its checkpoints have manifests too
@@ -231,7 +237,10 @@ def run_folders(pattern: str) -> list[Path]:
     if not runs:
         quote = "; quote the pattern in a shell" * (glob.has_magic(pattern))
         raise BadRequest("runs", pattern, f"no run folder matches{quote}")
-    return sorted(runs)
+    once: dict[str, Path] = {}
+    for run in sorted(runs):  # a link to one of them is no other
+        once.setdefault(os.path.realpath(run), run)
+    return list(once.values())
 
 
 def values(numbers: Sequence[float | None]) -> Array:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spikerl.errors import BadRequest
 from spikerl.files import write_atomic, write_text
 from spikerl.reporting import curves, operations, page, tables
 from spikerl.reporting.page import Card, Picture
@@ -49,8 +50,15 @@ def missing_extra() -> str | None:
 def render_table(table: Table, total_steps: int) -> list[str]:
     """Write what there is of the table now; the names of the files."""
     folder = ROOT / table.name
-    folder.mkdir(parents=True, exist_ok=True)
-    results = Results(table, total_steps)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_all(table, Results(table, total_steps), folder)
+    except OSError as error:
+        place = error.filename2 or error.filename or folder
+        raise BadRequest("table", table.name, f"{place}: {error.strerror or error}") from None
+
+
+def write_all(table: Table, results: Results, folder: Path) -> list[str]:
     named = [(r.row, s.run) for r in results.all for s in r.seeds]
     sections = tables.sections(results)
     texts = {

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from spikerl.errors import BadRequest
+from spikerl.files import there
 from spikerl.reporting import statistics
+from spikerl.reporting.cell_config import apart
 from spikerl.reporting.records import Run, number, values
 from spikerl.reporting.statistics import Array, Interval
 from spikerl.reporting.table_file import Cell, Protocol, Published, Table, cell_of
@@ -25,6 +27,7 @@ class Seed:
 
     cell: Cell
     run: Run
+    step: int | None  # that it was trained to, or what it was converted from; None: not known
 
     def score(self, metric: str) -> float | None:
         if self.cell.command == "convert":  # it has no training to take a maximum over
@@ -64,18 +67,14 @@ class Result:
         return sum(seed.run.status == "failed" for seed in self.seeds)
 
     @property
-    def trains(self) -> bool:
-        return any(seed.cell.command == "train" for seed in self.seeds)
-
-    @property
-    def steps(self) -> tuple[int, int]:
+    def steps(self) -> tuple[int, int] | None:
         """The fewest and the most that its seeds reached."""
-        reached = [seed.run.step for seed in self.begun] or [0]
-        return min(reached), max(reached)
+        reached = [seed.step for seed in self.begun if seed.step is not None]
+        return (min(reached), max(reached)) if reached else None
 
     @property
     def partial(self) -> bool:
-        return self.trains and bool(self.begun) and self.steps[0] < self.asked
+        return self.steps is not None and self.steps[0] < self.asked
 
     @property
     def published(self) -> Published | None:
@@ -130,6 +129,7 @@ class Results:
 
     def __init__(self, table: Table, total_steps: int) -> None:
         self.table, self.total_steps = table, total_steps
+        self.left_out: list[str] = []  # runs that do not count, and why
         self.by_cell = {
             (row, column): self._read(row, column) for row in table.rows for column in table.columns
         }
@@ -138,10 +138,27 @@ class Results:
         first = cell_of(self.table, row, column, 0)
         times = first.times_steps if first else 1
         seeds = _seeds_beside(first.folder) if first else []
-        cells = [cell_of(self.table, row, column, n) for n in seeds]
-        read = [(cell, _run_of(cell)) for cell in cells if cell]
-        there = tuple(Seed(cell, run) for cell, run in read if run)
-        return Result(self.table, row, column, times * self.total_steps, there)
+        cells = [cell for n in seeds if (cell := cell_of(self.table, row, column, n))]
+        read = tuple(seed for cell in cells if (seed := self._seed(cell)))
+        return Result(self.table, row, column, times * self.total_steps, read)
+
+    def _seed(self, cell: Cell) -> Seed | None:
+        """None of a run that has not begun, cannot be read, or is another than the cell's."""
+        if not there(cell.folder / "manifest.json"):
+            return None
+        try:
+            run = Run.read(cell.folder)
+            step: int | None = run.step
+            if cell.source:
+                kept = there(cell.source / "manifest.json")
+                step = Run.read(cell.source).step if kept else None
+        except BadRequest as error:
+            self.left_out.append(f"{cell.name}: {error.args[2]}")
+            return None
+        if others := apart(cell, run):
+            self.left_out.append(f"{cell.name}: made with other settings: {', '.join(others)}")
+            return None
+        return Seed(cell, run, step)
 
     @property
     def all(self) -> list[Result]:
@@ -240,7 +257,12 @@ class Results:
             columns=len(ours),
             partial=any(self._pair_is_partial(row, column) for column in self._shared(row)),
             iqm=float(statistics.iqm(np.concatenate(ours))) if ours else None,
-            iqm_interval=statistics.bootstrap(ours, statistics.iqm) if ours else None,
+            # The baseline's mean is part of it, and of one seed nobody knows how far it varies.
+            iqm_interval=(
+                statistics.bootstrap(ours, statistics.iqm)
+                if ours and all(len(b) > 1 for b in theirs)
+                else None
+            ),
             improvement=statistics.probability_of_improvement(ours, theirs) if improves else None,
             improvement_interval=(
                 statistics.improvement_interval(ours, theirs) if improves else None
@@ -250,16 +272,8 @@ class Results:
 
 def _seeds_beside(folder: Path) -> list[int]:
     """Those that have a folder, whichever were asked for."""
-    names = [re.fullmatch(r"seed(\d+)", path.name) for path in folder.parent.glob("seed*")]
+    names = [re.fullmatch(r"seed(0|[1-9]\d*)", path.name) for path in folder.parent.glob("seed*")]
     return sorted(int(name[1]) for name in names if name)
-
-
-def _run_of(cell: Cell) -> Run | None:
-    """None of what cannot be read, as a folder that is only there in part."""
-    try:
-        return Run.read(cell.folder)
-    except BadRequest:
-        return None
 
 
 def seeds_of(asked: Any, protocol: Protocol) -> list[int]:

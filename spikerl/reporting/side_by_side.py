@@ -54,6 +54,12 @@ class SideBySide:
                 values.setdefault(key, set()).add(value)
         return [key for key, several in values.items() if len(several) > 1]
 
+    @property
+    def again(self) -> int:
+        """How many runs are another's task, seed and settings once more."""
+        each = {(run.env_id, *sorted(run.settings.items())) for run in self.runs}
+        return len(self.runs) - len(each)
+
     @cached_property
     def groups(self) -> dict[str, list[Run]]:
         by_values: dict[tuple[Any, ...], list[Run]] = {}
@@ -205,6 +211,9 @@ def write_all(
     title = f"{len(report.runs)} runs"
     notes = [f"groups are set apart by {', '.join(report.group_by) or 'nothing'}"]
     notes += operations.notes(report.runs)
+    if again := report.again:
+        has = f"warning: {again} of the runs have seed and settings of another"
+        notes.append(f"{has}; n counts them")
     notes += [f"left out: {line}" for line in left_out]
     named = [(group, run) for group, runs in report.groups.items() for run in runs]
     texts = {

@@ -200,7 +200,9 @@ class _Head:
     caveats: list[str] = field(default_factory=list)
 
 
-def _row(data: Mapping[str, Any], key: str) -> Row:
+def _row(data: Any, key: str) -> Row:
+    if not isinstance(data, Mapping):
+        raise BadRequest(key, data, "give its keys and their values")
     row: Row = parse(Row, {k: v for k, v in data.items() if k != "published"}, key=key)
     if data.get("published") is not None:
         row.published = parse(Published, data["published"], key=f"{key}.published")
@@ -209,6 +211,8 @@ def _row(data: Mapping[str, Any], key: str) -> Row:
 
 def check(table: Table) -> None:
     """Refuse what would only be noticed after hours, or would print what is not so."""
+    if not re.fullmatch(NAME, table.name):
+        raise BadRequest("table.name", table.name, "give a name of letters, digits and _")
     p = table.protocol
     for name in ("total_steps", "seeds", "eval_episodes"):
         if getattr(p, name) < 1:
@@ -274,12 +278,16 @@ def _check_row(table: Table, name: str, row: Row) -> None:
             remedy = "give a row of this table that has an experiment"
             raise BadRequest(f"{key}.convert", row.convert, remedy)
     if row.same_as is not None:
-        _check_same(table, key, row.same_as)
+        _check_same(table, key, row)
     if row.published is not None:
         _check_published(table, f"{key}.published", row.published)
 
 
-def _check_same(table: Table, key: str, same_as: str) -> None:
+def _check_same(table: Table, key: str, own_row: Row) -> None:
+    same_as = own_row.same_as or ""
+    for what, plain in (("overrides", []), ("times_steps", 1)):
+        if (value := getattr(own_row, what)) != plain:
+            raise BadRequest(f"{key}.{what}", value, f"its cells are {same_as}; leave it out")
     name, _, row = same_as.partition("/")
     if name == table.name or name not in group_options("table"):
         remedy = f"give TABLE/ROW; {nearest(name, group_options('table'))}"
@@ -293,10 +301,11 @@ def _check_same(table: Table, key: str, same_as: str) -> None:
         task = (own.env, own.version, own.dataset)
         if there is None or (there.env, there.version, there.dataset) != task:
             raise BadRequest(f"{key}.same_as", same_as, f"its column {column} is another")
-    steps = (table.protocol.total_steps, other.protocol.total_steps)
-    if steps[0] != steps[1]:
-        remedy = f"it has {steps[1]} steps, this table {steps[0]}"
-        raise BadRequest(f"{key}.same_as", same_as, remedy)
+    for what, one in (("steps", "total_steps"), ("evaluation episodes", "eval_episodes")):
+        ours, theirs = getattr(table.protocol, one), getattr(other.protocol, one)
+        if ours != theirs:
+            remedy = f"it has {theirs} {what}, this table {ours}"
+            raise BadRequest(f"{key}.same_as", same_as, remedy)
 
 
 def _check_published(table: Table, key: str, published: Published) -> None:

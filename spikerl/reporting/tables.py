@@ -55,7 +55,7 @@ def interval(value: Interval | None, digits: int = 2) -> str:
 def remarks(result: Result) -> list[str]:
     """What has to stand beside a cell's number."""
     said = [f"n={len(result.begun)}"] if result.begun else []
-    if result.partial:
+    if result.partial and result.steps:
         low, high = result.steps
         reached = steps(low) if low == high else f"{steps(low)} to {steps(high)}"
         said.append(f"{reached} of {steps(result.asked)} steps")
@@ -231,9 +231,10 @@ def provenance(runs: Sequence[Run]) -> list[str]:
     machines = [
         f"{cpu} ({', '.join(gpus)})" if gpus else str(cpu)
         for cpu, gpus in {
-            (str(hw.get("cpu")), tuple(map(str, hw.get("gpus") or [])))
+            (str(hw.get("cpu")), tuple(map(str, gpus if isinstance(gpus, list) else [])))
             for hw in (attempt.get("hardware") for run in runs for attempt in attempts(run))
             if isinstance(hw, dict)
+            for gpus in [hw.get("gpus")]
         }
     ]
     said = [f"commits: {', '.join(commit[:12] for commit in commits)}"]
@@ -287,6 +288,7 @@ def notes(results: Results) -> list[str]:
             said.append(f"{row.label}, published: read off a figure, not printed as numbers")
         if p.note:
             said.append(f"{row.label}, published: {p.note}")
+    said += [f"left out: {line}" for line in results.left_out]
     return [*said, *table.caveats]
 
 
@@ -351,7 +353,7 @@ def _csv_cell(results: Results, result: Result) -> list[Any]:
     mean, value = mean_of(scores), result.published_value
     column = table.columns[result.column]
     difference = mean - value[0] if mean is not None and value and result.comparable else None
-    reached = result.steps if result.begun and result.trains else (None, None)
+    reached = result.steps or (None, None)
     return [
         table.name, result.row, table.rows[result.row].label, result.column,
         f"{column.env}-{column.version}", table.protocol.metric, len(scores), mean,

@@ -305,10 +305,28 @@ def test_other_runs_are_refused(config: str, status: str, step: int, asked: int,
     assert str(error).startswith(line.format(folder))
 
 
+def test_packages_set_no_runs_apart() -> None:
+    """Scheduling names them to a run, whose config then has them; composing its cell does not."""
+    write_run("seed: 0\nplugins: [mine]", "done", 50)
+    cells.check(table_of(table_runs.TABLE), [cell()], 50)
+    assert cells.naming(["a", "b"]) == ["plugins=[a,b]"]
+    assert cells.naming([]) == []
+
+
+def test_what_a_kill_left_of_a_conversion_goes(tmp_path: Path) -> None:
+    folder = tmp_path / "seed0"
+    for name in ("seed0", ".seed0.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "policy.json").touch()
+    cells.clear(folder)
+    assert list(tmp_path.iterdir()) == []
+    cells.clear(folder)
+
+
 def test_what_moved_over_fewer_steps_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run("total_steps: 40\nalgo: {name: decision_transformer}", "preempted", 40)
     (folder / "checkpoints").mkdir()
-    monkeypatch.setattr(cells, "differing", lambda asked, had: [])
+    monkeypatch.setattr(cells, "apart", lambda cell, run: [])
     table = table_of(table_runs.TABLE)
     line = f"total_steps=50: {folder} was begun with 40, over which its learning rate or slope"
     assert str(refusal(cells.check, table, [cell()], 50)).startswith(line)

@@ -45,7 +45,7 @@ def test_a_short_run(row: str, asked: list[str]) -> None:
     """One rollout, or an epoch before updates and two with them."""
     cell = cell_of(read_table("popsan_algorithms"), row, "Ant", 0)
     assert cell is not None
-    assert measured_seconds_per_step(cell) == 0.25
+    assert measured_seconds_per_step(cell, []) == 0.25
     text = Path("asked").read_text()
     assert all(part in text for part in [*asked, '"eval_episodes": "0"', '"threads": "1"'])
     assert ("algo.learning_starts" in text) == (row == "popsan_td3")
@@ -55,9 +55,10 @@ def test_a_short_run_on_recorded_data() -> None:
     """Offline a step is an update, and none is random."""
     cell = cell_of(read_table("offline_own"), "td3_bc", "HalfCheetah_medium", 0)
     assert cell is not None
-    assert measured_seconds_per_step(cell) == 0.25
+    assert measured_seconds_per_step(cell, ["mine"]) == 0.25
     text = Path("asked").read_text()
     assert '"total_steps": "2400"' in text
+    assert '"plugins": "[mine]"' in text
     assert "learning_starts" not in text
     assert "random_steps" not in text
 

@@ -15,7 +15,7 @@ import pytest
 from shell import SHORT, spikerl
 
 from spikerl import files
-from spikerl.files import read_bytes, read_json
+from spikerl.files import parse_json, read_bytes, read_json, write_text
 from spikerl.kernels import build
 from spikerl.runs import folder as run_folder
 
@@ -163,6 +163,16 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
             read_bytes(path, 100)
     (tmp_path / "small").write_bytes(b"x")
     assert read_bytes(tmp_path / "small", 1 << 50) == b"x"  # of which nothing is reserved
+
+
+def test_text_that_is_no_unicode(tmp_path: Path) -> None:
+    name = os.fsdecode(b"n\xffme")
+    write_text(tmp_path / "a", f"run {name}")
+    assert (tmp_path / "a").read_bytes() == b"run n\\udcffme"
+    for half in (r'"\ud800"', r'["\uDFFF"]'):
+        with pytest.raises(ValueError, match="surrogates"):
+            parse_json(half.encode())
+    assert parse_json(rb'"\ud83d\ude00"') == "\U0001f600"
 
 
 @pytest.mark.parametrize("text", ["NaN", "[Infinity]", "-1e999", "[" * 100_000, "9" * 5000, "{"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +20,8 @@ from table_runs import write_run
 
 from spikerl.commands import report
 from spikerl.reporting import curves
-from spikerl.reporting.records import Run, run_folders
-from spikerl.reporting.side_by_side import SideBySide, names_of
+from spikerl.reporting.records import Run, number, run_folders
+from spikerl.reporting.side_by_side import SideBySide, names_of, render_runs
 
 
 def test_a_run(tmp_path: Path) -> None:
@@ -65,6 +68,8 @@ BROKEN: list[tuple[str, str]] = [
     ("config.yaml", "[1]"),
     ("metrics.jsonl", '{"step": "x"}\n'),
     ("metrics.jsonl", "nonsense\n"),
+    ("metrics.jsonl", f'{{"step": {1 << 63}}}\n'),
+    ("manifest.json", r'{"status": "done", "env_id": "\ud800"}'),
     ("metrics.jsonl", '{"step": 1, "energy_j": "x"}\n'),
     ("discarded.jsonl", "nonsense\n"),
     ("evaluation.json", "[1]"),
@@ -88,9 +93,30 @@ def test_run_folders(tmp_path: Path) -> None:
     assert run_folders(str(tmp_path)) == [a, b]
     assert run_folders(f"{tmp_path}/*") == [a, b]
     assert run_folders(str(tmp_path / "y")) == [b]
+    (tmp_path / "y2").symlink_to(tmp_path / "y")
+    assert run_folders(f"{tmp_path}/y*") == [b]  # a link to a run is that run
     assert run_folders(str(a)) == [a]  # as it is written: as a pattern it is another name
     assert "no run folder matches; quote" in str(refusal(run_folders, str(tmp_path / "z*")))
     assert str(refusal(run_folders, str(tmp_path / "z"))).endswith("z: no run folder matches")
+
+
+def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a run: it is among those that are read, and reading it says why it cannot be."""
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    listed = os.scandir
+
+    def scandir(place: str) -> Any:
+        if Path(place) == a:
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return listed(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert run_folders(str(tmp_path)) == [a, b]
+
+
+def test_an_integer_that_no_float_holds() -> None:
+    assert number(10**400) is None
+    assert number(10**300) == 1e300
 
 
 def test_a_damaged_record_is_named_by_its_line(tmp_path: Path) -> None:
@@ -233,6 +259,15 @@ def test_long_names_of_groups_say_what_sets_them_apart(tmp_path: Path) -> None:
     assert list(SideBySide(runs, ["a", "b", "c", "d", "e"]).groups) == [
         "a=1, b=1, c=1, d=1, ..., e=5", "a=1, b=1, c=1, d=1, ..., e=6",
     ]  # fmt: skip
+
+
+def test_the_same_run_twice_is_said(tmp_path: Path) -> None:
+    seeds = (0, 1, 0, 0)
+    runs = [Run.read(write_run(tmp_path / f"{i}", seed=seed)) for i, seed in enumerate(seeds)]
+    assert [SideBySide(runs[:i], None).again for i in (2, 3, 4)] == [0, 1, 2]
+    render_runs(SideBySide(runs, None), tmp_path / "out", [])
+    line = "warning: 2 of the runs have seed and settings of another; n counts them"
+    assert line in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

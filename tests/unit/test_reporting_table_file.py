@@ -86,7 +86,7 @@ def test_a_row_may_leave_columns_out() -> None:
     other = table_of(
         {
             **BASE,
-            "protocol": {**BASE["protocol"], "total_steps": sparse.protocol.total_steps},
+            "protocol": vars(sparse.protocol),
             "baseline": "same",
             "rows": {"same": {"label": "s", "same_as": "sparsity/dense_td3"}},
             "columns": {"Hopper_population": {"env": "Hopper", "version": "v5"}},
@@ -147,6 +147,11 @@ PUBLISHED = "rows/spiking/published"
 WRONG: list[tuple[str, Any, str]] = [
     ("titel", "x", "table.titel=x: no such key"),
     ("title", None, "table.title=???: "),
+    ("name", "../x", "table.name=../x: give a name of letters, digits and _"),
+    ("protocol", 5, "table.protocol=5: give its keys and their values"),
+    ("rows/c", 5, "table.rows.c=5: give its keys and their values"),
+    ("columns/Ant", [1], "table.columns.Ant=[1]: give its keys and their values"),
+    (PUBLISHED, 5, "table.rows.spiking.published=5: give its keys and their values"),
     ("rows", {}, "table.rows={}: give at least one"),
     ("rows/a b", {"label": "x", "experiment": "dense/td3"}, "table.rows=a b: give a name"),
     ("protocol/seeds", 0, "table.protocol.seeds=0: give at least 1"),
@@ -170,6 +175,10 @@ WRONG: list[tuple[str, Any, str]] = [
      " no such row there"),
     ("rows/c", {"label": "c", "same_as": "popsan_table1/popsan_td3"},
      "table.rows.c.same_as=popsan_table1/popsan_td3: its column Ant is another"),
+    ("rows/c", {"label": "c", "same_as": "popsan_table1/popsan_td3", "times_steps": 3},
+     "table.rows.c.times_steps=3: its cells are popsan_table1/popsan_td3; leave it out"),
+    ("rows/c", {"label": "c", "same_as": "popsan_table1/popsan_td3", "overrides": ["a.b=1"]},
+     "table.rows.c.overrides=['a.b=1']: its cells are popsan_table1/popsan_td3; leave it out"),
     (f"{PUBLISHED}/source", None, "table.rows.spiking.published.source=???: "),
     (f"{PUBLISHED}/source", " ", "table.rows.spiking.published.source=: say where"),
     (f"{PUBLISHED}/metric", "median",

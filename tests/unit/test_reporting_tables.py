@@ -289,6 +289,58 @@ def test_a_metric_that_only_published_values_have() -> None:
     assert [line[:3] for line in lines[1:]] == [[label, "200", "-"]]
 
 
+def test_runs_of_other_settings_are_left_out_and_named() -> None:
+    write("dense", "Ant", 0, [100.0])
+    (write("dense", "Ant", 1, [900.0]) / "config.yaml").write_text("seed: 1\nactor: {lr: 1.0e-9}\n")
+    (write("dense", "Ant", 7, [900.0]) / "config.yaml").write_text("seed: 0\n")  # seed 0, copied
+    write("dense", "Ant", 2, [900.0]).rename("outputs/reproduced/small/dense/Ant/seed00")
+    had = results()
+    assert column(tables.grid(had, "max_average"), "Ant-v4")[-1] == "100 (n=1, 1k of 3k steps)"
+    assert [line for line in tables.notes(had) if line.startswith("left out")] == [
+        "left out: dense/Ant/seed1: made with other settings: actor.lr=1e-09 (here 0.001)",
+        "left out: dense/Ant/seed7: made with other settings: seed=0 (here 7)",
+    ]
+
+
+def test_runs_that_cannot_be_read_are_named() -> None:
+    write("dense", "Ant", 0, [100.0])
+    (write("dense", "Ant", 1, [900.0]) / "metrics.jsonl").write_text("{\n")
+    (write("dense", "Ant", 2, [900.0]) / "manifest.json").unlink()  # not begun
+    had = results()
+    assert column(tables.grid(had, "max_average"), "Ant-v4")[-1].startswith("100 (n=1, ")
+    line = "left out: dense/Ant/seed1: its record or config: line 1 of metrics.jsonl is not a row"
+    assert [one for one in tables.notes(had) if one.startswith("left out")] == [line]
+
+
+def test_a_conversion_of_a_shorter_run_says_so() -> None:
+    write("dense", "Ant", 0, [100.0, 400.0])
+    for seed, command in enumerate(("spikerl convert", "spikerl convert 'x", "spikerl convert")):
+        folder = write("c", "Ant", seed, [], command=command)
+        (folder / "evaluation.json").write_text('{"return_mean": 250.0}')
+    rows = {"dense": DATA["rows"]["dense"], "c": {"label": "c", "convert": "dense"}}
+    had = results(rows=rows)
+    ant = column(tables.grid(had, "max_average"), "Ant-v4")
+    assert ant[1] == "250 \u00b1 0 (n=3, 2k of 3k steps)"  # of two the source is not there
+    cell = cells(tables.table_csv(had))["c", "Ant"]
+    assert (cell["steps_min"], cell["steps_max"]) == ("2000", "2000")
+
+
+def test_no_interval_over_a_baseline_of_one_seed() -> None:
+    for seed in range(3):
+        write("spiking", "Ant", seed, [100.0 + seed])
+    write("dense", "Ant", 0, [100.0])
+    of = {a.row: a.iqm_interval for a in results().aggregates}
+    assert of == {"spiking": None, "dense": None}
+    write("dense", "Ant", 1, [110.0])
+    assert all(a.iqm_interval for a in results().aggregates)
+
+
+def test_a_place_that_cannot_be_written_to() -> None:
+    Path("outputs/reproduced/small/table.md").mkdir(parents=True)
+    line = str(refusal(render_table, table_of(DATA), 3000))
+    assert line == "table=small: outputs/reproduced/small/table.md: Is a directory"
+
+
 def test_every_published_row_is_shown() -> None:
     had = Results(read_table("popsan_algorithms"), 1_000_000)
     text = markdown(had)

@@ -122,8 +122,10 @@ def test_a_resumed_run_has_no_best_of_its_end(returns: list[float]) -> None:
     train(*SHORT, "run_dir=r")
     from spikerl.runs.folder import remove_results
 
+    (RUN / "evaluation.json").touch()  # of the policy's file
     remove_results(RUN)
     assert not list((RUN / "best").iterdir())
+    assert not (RUN / "evaluation.json").exists()
     assert load_policy(RUN, policy="best").norm.count == 300
 
 

@@ -8,31 +8,27 @@ started, so that another takes it up only when both have ended.
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
-from functools import cache, partial
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from spikerl.children import PYTHON
-from spikerl.config.yaml_file import NOT_CARRIED, conf_folder
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.errors import BadRequest
-from spikerl.files import checksum_of, lock_file, parse_json, read_bytes, write_json
+from spikerl.files import checksum_of, lock_file, parse_json, read_bytes, there, write_json
+from spikerl.reporting.cell_config import apart, config_of
 from spikerl.reporting.records import Run
 from spikerl.reporting.table_file import Cell, Table
 from spikerl.runs import folder as run_folder
-from spikerl.schema import dotted
 
 PROGRAM = [*PYTHON, "-m", "spikerl"]
 EPISODES = 20  # of the final policy, from its file
 MAX_BYTES = 1 << 20
-# Of a config: where a run is kept and placed, and how far it goes, set no two cells apart.
-FREE = ("threads", "total_steps", "device", "world_size", "backend", "max_restarts", *NOT_CARRIED)
 
 
 def read(cell: Cell) -> Run | None:
@@ -41,8 +37,7 @@ def read(cell: Cell) -> Run | None:
 
 
 def read_folder(folder: Path) -> Run | None:
-    exists = (folder / "manifest.json").exists()
-    return Run.read(folder, key="table") if exists else None
+    return Run.read(folder, key="table") if there(folder / "manifest.json") else None
 
 
 def trained(cell: Cell, total_steps: int) -> bool:
@@ -100,14 +95,21 @@ def next_command(cell: Cell, total_steps: int) -> list[str] | None:
         return ["eval", f"run={cell.folder}", f"episodes={EPISODES}", seed, "json=true"]
     length = f"total_steps={cell.times_steps * total_steps}"
     if cell.source is not None:
-        run = read(cell)
-        if run is not None and outdated(cell, run):
-            shutil.rmtree(cell.folder)
+        clear(cell.folder)
         return ["convert", f"run={cell.source}", f"run_dir={cell.folder}", *cell.overrides]
     if read(cell) is None:
         return ["train", *cell.overrides, length, "threads=1", f"run_dir={cell.folder}"]
     evaluation_of(cell).unlink(missing_ok=True)  # of the policy before
     return ["train", f"resume={cell.folder}", length]
+
+
+def clear(folder: Path) -> None:
+    """Remove a conversion that is of another policy, or what a kill left of one."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)  # so that it is never there in part
+        shutil.rmtree(old)
 
 
 def claim(cell: Cell) -> IO[str] | None:
@@ -122,6 +124,11 @@ def claim(cell: Cell) -> IO[str] | None:
         raise BadRequest("table", place, f"cannot be written to: {error.strerror}") from None
     file.close()
     return None
+
+
+def naming(plugins: Sequence[str]) -> list[str]:
+    """What a command is given so that it imports them."""
+    return [f"plugins=[{','.join(plugins)}]"] * bool(plugins)
 
 
 class Job:
@@ -205,23 +212,17 @@ def tidy(cell: Cell) -> None:
 
 
 def check(table: Table, cells: Sequence[Cell], total_steps: int) -> None:
-    """Refuse folders that hold other runs than the table's, or longer ones, before anything starts.
-
-    Keys that only one of the two configs has are of another version of the program, not another
-    setting, and set nothing apart.
+    """Refuse folders that hold other runs than the table's, or longer ones, before anything starts;
+    and what cannot be composed.
     """
     for cell in cells:
         run = read(cell)
-        config = config_of(cell) if cell.command == "train" else {}
+        if cell.command == "train":
+            config_of(cell)
         if run is None:
             continue
-        if cell.command == "convert":
-            typed = shlex.split(str(run.manifest.get("command")))
-            apart = [override for override in cell.overrides if override not in typed]
-        else:
-            apart = differing(config, run.settings)
-        if apart:
-            remedy = f"{cell.folder} was made with other settings: {', '.join(apart)}"
+        if others := apart(cell, run):
+            remedy = f"{cell.folder} was made with other settings: {', '.join(others)}"
             raise BadRequest("table", table.name, f"{remedy}; move that folder away")
         wanted = cell.times_steps * total_steps
         if cell.command == "train" and run.step > whole_steps(run, wanted):
@@ -248,35 +249,3 @@ def whole_steps(run: Run, total_steps: int) -> int:
     num_envs = run.manifest.get("num_envs")
     together = num_envs if type(num_envs) is int and num_envs > 0 else 1
     return -(-total_steps // together) * together
-
-
-def differing(asked: Mapping[str, str], had: Mapping[str, str]) -> list[str]:
-    """The keys in which two configs differ, with both values."""
-    keys = [key for key in asked if key in had and key.split(".")[0] not in FREE]
-    return [f"{key}={had[key]} (here {asked[key]})" for key in keys if had[key] != asked[key]]
-
-
-def config_of(cell: Cell) -> dict[str, str]:
-    """The config that a training cell's run gets, by dotted keys."""
-    *same, seed = cell.overrides  # composing takes long, and seeds differ in nothing else
-    return {**composed(tuple(same)), "seed": seed.partition("=")[2]}
-
-
-@cache
-def composed(overrides: tuple[str, ...]) -> Mapping[str, str]:
-    """What these overrides of a training give; a BadRequest where Hydra refuses them."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        ours = GlobalHydra.instance().is_initialized()  # it has composed our own config
-        conf = str(conf_folder())
-        with nullcontext() if ours else initialize_config_dir(conf, version_base="1.3"):
-            config: Any = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        line = str(error).splitlines()[0]
-        raise BadRequest("table", " ".join(overrides), f"cannot be composed: {line}") from None
-    return {key: str(value) for key, value in dotted(config)}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spikerl.commands.reproduce.cells import check, config_of, shorter
+from spikerl.commands.reproduce.cells import check, shorter
 from spikerl.commands.reproduce.measure import measured_seconds_per_step
 from spikerl.commands.reproduce.scheduler import Scheduler, cell_left_s, left_s, ready, states_of
 from spikerl.commands.reproduce.screen import Screen, State
@@ -16,6 +16,7 @@ from spikerl.config.yaml_file import group_options
 from spikerl.errors import BadRequest, Stopped, stop_status
 from spikerl.machine import cores
 from spikerl.output import duration
+from spikerl.reporting.cell_config import config_of
 from spikerl.reporting.render import missing_extra, render_table
 from spikerl.reporting.results import seeds_of
 from spikerl.reporting.table_file import ROOT, Cell, Table, cell_of, select, table_of
@@ -65,7 +66,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     slots = slots_of(request.jobs, cells)
     if request.plan:
         try:
-            tell_plan(table, states_of(cells, total_steps), len(slots), total_steps)
+            tell_plan(
+                table, states_of(cells, total_steps), len(slots), total_steps, request.plugins
+            )
         except Stopped as stopped:
             return stop_status(stopped.number)
         return 0
@@ -115,7 +118,13 @@ def workers(cells: Sequence[Cell]) -> int:
     return max([int(size) for size in sizes if size.isdecimal()], default=1)
 
 
-def tell_plan(table: Table, states: Mapping[Cell, State], jobs: int, total_steps: int) -> None:
+def tell_plan(
+    table: Table,
+    states: Mapping[Cell, State],
+    jobs: int,
+    total_steps: int,
+    plugins: Sequence[str],
+) -> None:
     """How many runs, how many steps, and about how long: as what was run of each row went, or a
     short run where nothing was.
     """
@@ -135,7 +144,7 @@ def tell_plan(table: Table, states: Mapping[Cell, State], jobs: int, total_steps
             note = f", of which {len(lacking)} lack what they convert: {lacking[0].source}"
         if own[0].command == "train" and not any(c.row == row and states[c].wall_s for c in states):
             print(f"  {row}: a short run on {own[0].column} ...", file=sys.stderr)
-            if speed := measured_seconds_per_step(own[0]):
+            if speed := measured_seconds_per_step(own[0], plugins):
                 measured[row] = speed
                 note = f", from a short run on {own[0].column}"
             else:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from signal import SIGTERM
@@ -15,19 +16,20 @@ from spikerl.commands.reproduce import cells
 from spikerl.distributed.launch import stop_signals
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.errors import Stopped
+from spikerl.reporting.cell_config import config_of
 from spikerl.reporting.table_file import Cell
 
 POLL = 0.05  # seconds
 STEPS = 800  # of an epoch, a multiple of the workers that tables have
 
 
-def measured_seconds_per_step(cell: Cell) -> float | None:
+def measured_seconds_per_step(cell: Cell, plugins: Sequence[str]) -> float | None:
     """Of a rollout with its update, or of the third of three epochs, the first without updates;
     evaluations left out. None: the run failed.
 
     Replay and normaliser are as good as empty, and neurons fire as in the beginning.
     """
-    config = cells.config_of(cell)
+    config = config_of(cell)
     rollout = config.get("algo.rollout_steps")
     steps = int(rollout) if rollout else STEPS
     keys = [key for key in ("algo.learning_starts", "algo.random_steps") if key in config]
@@ -36,7 +38,7 @@ def measured_seconds_per_step(cell: Cell) -> float | None:
     lengths = [f"total_steps={total}", f"steps_per_epoch={steps}", "eval_episodes=0"]
     with tempfile.TemporaryDirectory(prefix="spikerl-plan-") as folder:
         run = Path(folder) / "run"
-        quiet = ["threads=1", "energy=none", f"run_dir={run}"]
+        quiet = ["threads=1", "energy=none", f"run_dir={run}", *cells.naming(plugins)]
         command = [*cells.PROGRAM, "train", *cell.overrides, *starts, *lengths, *quiet]
         if finished(command):
             return None

@@ -12,6 +12,7 @@ from spikerl.commands.reproduce.cells import (
     claim,
     done,
     goes_on,
+    naming,
     next_command,
     read,
     read_folder,
@@ -41,7 +42,7 @@ class Scheduler:
     ) -> None:
         self.total_steps, self.screen, self.nice, self.keep = total_steps, screen, nice, keep
         self.free = list(slots)
-        self.plugins = [f"plugins=[{','.join(plugins)}]"] * bool(plugins)
+        self.plugins = naming(plugins)
         self.waiting = list(cells)
         self.jobs: list[Job] = []
         self.states = states_of(cells, total_steps)
@@ -122,7 +123,10 @@ class Scheduler:
         if command[0] != "eval":
             what = f"resumed after step {self.states[cell].step}" if resumes else "started"
             self.screen.event(f"{cell.name}: {what}")
-        job.start([*command, *self.plugins])
+        try:
+            job.start([*command, *self.plugins])
+        except OSError as error:  # a disk that is full, or may not be written to
+            self.end(job, "failed", f"{error.filename}: {error.strerror}")
 
     def ended(self, job: Job, status: int) -> None:
         """Go on with the cell whose process ended with `status`, if it went well."""
