@@ -288,6 +288,12 @@ def notes(results: Results) -> list[str]:
             said.append(f"{row.label}, published: read off a figure, not printed as numbers")
         if p.note:
             said.append(f"{row.label}, published: {p.note}")
+    for name, column in table.columns.items():
+        seeds = [seed for row in table.rows for seed in results.by_cell[row, name].seeds]
+        learned = [seed.run.manifest.get("dataset") for seed in seeds if column.dataset]
+        several = len({str(one.get("sha256")) for one in learned if isinstance(one, dict)})
+        if several > 1:
+            said.append(f"warning: the runs of {name} learned from {several} different datasets")
     said += [f"left out: {line}" for line in results.left_out]
     return [*said, *table.caveats]
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,16 @@ def test_runs_of_other_settings_are_left_out_and_named() -> None:
         "left out: dense/Ant/seed1: made with other settings: actor.lr=1e-09 (here 0.001)",
         "left out: dense/Ant/seed7: made with other settings: seed=0 (here 7)",
     ]
+
+
+def test_runs_of_one_column_have_one_dataset() -> None:
+    columns = deepcopy(DATA["columns"])
+    columns["Ant"]["dataset"] = "d"
+    for seed, digest in enumerate("aab"):
+        write("dense", "Ant", seed, [100.0], dataset={"folder": "d", "sha256": digest})
+        said = [line for line in tables.notes(results(columns=columns)) if "dataset" in line]
+        line = "warning: the runs of Ant learned from 2 different datasets"
+        assert said == [line] * (digest == "b")
 
 
 def test_runs_that_cannot_be_read_are_named() -> None:
