@@ -305,6 +305,14 @@ def test_other_runs_are_refused(config: str, status: str, step: int, asked: int,
     assert str(error).startswith(line.format(folder))
 
 
+def test_a_cell_that_cannot_be_read() -> None:
+    folder = write_run("seed: 0", "done", 50)
+    (folder / "metrics.jsonl").write_text("{\n")
+    error = refusal(cells.check, table_of(table_runs.TABLE), [cell()], 50)
+    reason = "its record or config: line 1 of metrics.jsonl is not a row"
+    assert str(error) == f"table=small: {folder}: {reason}; move it away"
+
+
 def test_packages_set_no_runs_apart() -> None:
     """Scheduling names them to a run, whose config then has them; composing its cell does not."""
     write_run("seed: 0\nplugins: [mine]", "done", 50)

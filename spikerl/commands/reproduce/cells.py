@@ -37,7 +37,11 @@ def read(cell: Cell) -> Run | None:
 
 
 def read_folder(folder: Path) -> Run | None:
-    return Run.read(folder, key="table") if there(folder / "manifest.json") else None
+    try:
+        return Run.read(folder, key="table") if there(folder / "manifest.json") else None
+    except BadRequest as error:
+        table = folder.parents[2].name
+        raise BadRequest("table", table, f"{folder}: {error.args[2]}; move it away") from None
 
 
 def trained(cell: Cell, total_steps: int) -> bool:
