@@ -91,7 +91,7 @@ class DenseSource:
                 f"    {rows.add(target, f'{source}[i]')}",
             ]
             if not last:
-                self.body.append(f"for (i = 0; i < {n}; i++) h{k}[i] = fmaxf(h{k}[i], 0.0f);")
+                self.body.append(f"for (i = 0; i < {n}; i++) if (h{k}[i] < 0.0f) h{k}[i] = 0.0f;")
             source, width = target, n
 
 

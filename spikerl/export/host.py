@@ -39,7 +39,7 @@ class Host:
             fields = self.centre_OP.shape
             if self.width_OP.shape != fields or fields[:-1] != self.mean_O.shape:
                 raise ValueError("encoder, whose arrays do not fit")
-            if not (self.width_OP > 0.0).all():
+            if not self.width_OP.all():  # its square alone is used, so it may be below 0
                 raise ValueError("encoder.std")
             self.inputs = self.centre_OP.size
         elif self.encoder != "direct":

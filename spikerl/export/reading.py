@@ -94,6 +94,8 @@ def read(path: Path) -> Exported:
     try:
         layout = [[e["path"], e["shape"], e["start"]] for e in contract.get("obs_layout", [])]
         task = read_task({**contract, "obs_layout": layout})
+        if task.choices is not None:
+            raise ValueError("act_choices, which no exported file has")
         check_outside(contract, task)
         check_sizes(contract)
         trained_with = {str(k): str(v) for k, v in dict(contract["trained_with"]).items()}

@@ -82,10 +82,12 @@ def recognise(weights: Mapping[str, Tensor], path: Path, key: str = "popsan") ->
     try:
         spiking = "decoder.decoder.weight" in own
         read = _spiking(own) if spiking else _dense(own)
-    except (KeyError, ValueError, IndexError):
+    except (KeyError, ValueError, IndexError, TypeError):  # len() of a number raises the last
         raise foreign from None
     if not all(t.is_floating_point() and t.isfinite().all() for t in weights.values()):
         raise BadRequest(key, path, "holds values that are not finite numbers")
+    if not weights.get("encoder.std", torch.ones(1)).all():
+        raise BadRequest(key, path, "has a receptive field of no width (encoder.std)")
     if "log_std" in weights:  # PPO's
         read.normalises = read.scales = False
     return read

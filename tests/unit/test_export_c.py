@@ -125,6 +125,12 @@ def test_by_hand(tmp_path: Path) -> None:
     assert file.actions(obs).tolist() == [[0.75]]
 
 
+def test_a_dense_file_hides_no_nan(tmp_path: Path) -> None:
+    """As the same network in ONNX, and unlike fmaxf, which would give an action."""
+    file = interpreter(policy_of(POLICIES["dense"], task()), tmp_path)
+    assert np.isnan(file.actions(np.array([[np.nan, 0.0, 0.0]], np.float32))).all()
+
+
 def test_a_silent_input_adds_nothing(tmp_path: Path) -> None:
     """A row of weights that are NaN shows itself only once its input fires."""
     policy = policy_of(config(), task())

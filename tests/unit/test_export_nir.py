@@ -63,6 +63,15 @@ def test_it_acts_as_the_policy(name: str, tmp_path: Path) -> None:
     assert proven["observations"] >= 1000
 
 
+def test_a_width_below_0_is_its_square(tmp_path: Path) -> None:
+    """A trained one can be: the encoder divides by the square alone."""
+    policy = policy_of(config(), task())
+    with torch.no_grad():
+        policy.actor.get_parameter("encoder.std_OP")[1, 2] *= -1.0
+    proven = proof.prove(policy, interpreter(policy, tmp_path), None, 1, 0)
+    assert proven["observations"] >= 1000
+
+
 def test_published_constants(tmp_path: Path) -> None:
     """PopSAN's decays 1/2 and 3/4 at dt = 1e-4 s: 0.2 ms and 0.4 ms."""
     nir.write(policy_of(config(), task()), tmp_path / "policy.nir")

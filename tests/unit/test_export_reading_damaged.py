@@ -85,6 +85,12 @@ WRONG: dict[str, list[Any]] = {
 }
 
 
+def test_a_contract_with_discrete_actions(tmp_path: Path) -> None:
+    file = small(tmp_path, "loihi")
+    rewritten(file, act_choices=[0, 2], act_shape=[], act_low=[], act_high=[])
+    assert "garbles act_choices, which no exported file has" in str(refusal(reading.read, file))
+
+
 @pytest.mark.parametrize("key", WRONG)
 def test_a_contract_that_does_not_fit(key: str, tmp_path: Path) -> None:
     file = small(tmp_path, "loihi")

@@ -438,12 +438,17 @@ def test_refused(weights: Weights, args: list[str], line: str, folder: Path) -> 
         spiking(0) | {"snn.conn.bias": np.ones(3)},
         spiking(0) | {"snn.conn.weight": np.ones((3, 1, 4))},
         spiking(0) | {"encoder.std": np.ones((1, 3, 5))},
+        spiking(0) | {"encoder.std": np.zeros((1, 3, 4))},
+        spiking(0) | {"snn.hidden_layers.0.bias": np.array(0.0)},
+        dense(["l1", "l2", "l3"], [3, 6, 5, 1]) | {"l1.bias": np.array(0.0)},
         {"log_std": np.ones(1)},
         {},
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_foreign(weights: Weights) -> None:
     tensors = {name: torch.from_numpy(w) for name, w in weights.items()}
-    with pytest.raises(BadRequest, match=r"^popsan=m\.pt: (is not an actor|holds values that)"):
+    with pytest.raises(
+        BadRequest, match=r"^popsan=m\.pt: (is not an actor|holds values that|has a recept)"
+    ):
         recognise(tensors, Path("m.pt"))
