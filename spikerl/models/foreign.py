@@ -86,7 +86,7 @@ def recognise(weights: Mapping[str, Tensor], path: Path, key: str = "popsan") ->
         raise foreign from None
     if not all(t.is_floating_point() and t.isfinite().all() for t in weights.values()):
         raise BadRequest(key, path, "holds values that are not finite numbers")
-    if not weights.get("encoder.std", torch.ones(1)).all():
+    if "encoder.std" in weights and not weights["encoder.std"].all():
         raise BadRequest(key, path, "has a receptive field of no width (encoder.std)")
     if "log_std" in weights:  # PPO's
         read.normalises = read.scales = False

@@ -264,7 +264,7 @@ def test_init_from_a_policy_without_a_normaliser(
     assert line in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
     assert train(raw, "total_steps=20", "init_from=run", "run_dir=again") == 0
-    assert "init_from=run: actor weights, no normaliser\n" in capsys.readouterr().out
+    assert "run: actor weights, no normaliser\n" in capsys.readouterr().out
 
 
 def test_init_from_a_policy_with_fewer_outputs(tmp_path: Path) -> None:
