@@ -162,8 +162,11 @@ def gone(home: Path, within: float = 10) -> float:
 
 
 def rank_of(pid: int) -> str | None:
-    """The rank of a worker; None for any other process."""
-    command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    """The rank of a worker; None for any other process, and one that has ended."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
     ranks = [word.partition(b"=")[2].decode() for word in words if RANK.match(word)]
     return ranks[0] if ranks and b"spikerl.commands.worker" in command else None
