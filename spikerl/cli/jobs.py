@@ -38,6 +38,10 @@ def check_distinct(choices: Sequence[Sequence[str]]) -> None:
             if override in values[:number]:
                 key, _, value = override.partition("=")
                 raise BadRequest(key, value, "it is there twice; leave one out")
+            # A folder's name has no "/", so a/b and a_b would share one.
+            if folder_name(override) in map(folder_name, values[:number]):
+                key, _, value = override.partition("=")
+                raise BadRequest(key, value, "another value's folder has its name; rename one")
 
 
 def _values(override: Any) -> list[str]:

@@ -155,6 +155,7 @@ def test_a_stopped_sweep_begins_no_other_job(
         (["hydra/launcher=nope"], "hydra/launcher=nope: no such option"),
         (["encoder=population,null"], "encoder=null: no such option"),
         (["seed=0,1,0"], "seed=0: it is there twice; leave one out"),
+        (["init_from=a/b,a_b"], "init_from=a_b: another value's folder has its name; rename one"),
         (["seed=1,2", "run_dir=file/s"], "run_dir="),
         (["seed=1,2", "run_dir=/proc/spikerl/s"], "run_dir=/proc/spikerl/s: No such file"),
         (["seed=1,2", "--cfg", "job"], "config: Only one of"),
