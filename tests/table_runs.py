@@ -32,6 +32,7 @@ def main(command: str, *args: str) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, frame: stopped.append(n))
     note(folder, "resumed" if "resume" in given else "started")
+    (folder / "evaluation.json").unlink(missing_ok=True)
     if "resume" not in given:
         partial = folder.with_name(f".{folder.name}.partial")
         partial.mkdir(parents=True)

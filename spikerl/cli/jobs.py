@@ -31,16 +31,16 @@ def choices(args: Sequence[str]) -> list[list[str]] | None:
         return None  # Hydra will say what is wrong with it
 
 
-def check_distinct(choices: Sequence[Sequence[str]]) -> None:
-    """Two jobs that are the same run would pass for two results."""
+def check_distinct(choices: Sequence[Sequence[str]], *, folders: bool) -> None:
+    """Two jobs that are the same run would pass for two results; and where each keeps a folder,
+    those of a/b and a_b would be one, as its name has no "/".
+    """
     for values in choices:
         for number, override in enumerate(values):
+            key, _, value = override.partition("=")
             if override in values[:number]:
-                key, _, value = override.partition("=")
                 raise BadRequest(key, value, "it is there twice; leave one out")
-            # A folder's name has no "/", so a/b and a_b would share one.
-            if folder_name(override) in map(folder_name, values[:number]):
-                key, _, value = override.partition("=")
+            if folders and folder_name(override) in map(folder_name, values[:number]):
                 raise BadRequest(key, value, "another value's folder has its name; rename one")
 
 

@@ -87,7 +87,7 @@ class Sweep:
             remedy = "a launcher started several workers; leave it out and give world_size"
             raise BadRequest("-m", os.environ["WORLD_SIZE"], remedy)
         varied, values = varied_keys(args), choices(args)
-        check_distinct(values or [])
+        check_distinct(values or [], folders=command in KEEPS_FOLDERS)
         total = None if values is None else count(values)
         if command not in KEEPS_FOLDERS:
             root = Path(tempfile.mkdtemp(prefix="spikerl-sweep-"))

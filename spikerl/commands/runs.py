@@ -67,7 +67,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     runs = sorted((describe(folder) for folder in folders), key=lambda run: order(run, request))
     if request.json:
         rows = [asdict(run) for run in runs]
-        answer({"runs": rows, "freed_bytes": sum(freed.values())})
+        answer({"runs": rows, "freed_bytes": sum(freed.values()), "not_freed": not_freed})
         return 0
     if runs:
         show(runs)
@@ -143,12 +143,24 @@ def clean(folders: Sequence[Path]) -> tuple[dict[Path, int], list[str]]:
             continue
         try:
             with run_folder.lock(folder):
+                check_policies(folder)
                 if gone := run_folder.free(folder):
                     freed[folder] = gone
         except (BadRequest, OSError) as error:
             why = error.args[2] if isinstance(error, BadRequest) else error
             not_freed.append(f"{shown(folder)} keeps its replay: {why}")
     return freed, not_freed
+
+
+def check_policies(folder: Path) -> None:
+    """A BadRequest where one cannot be read while the run's checkpoints may have it whole."""
+    if not (folder / "checkpoints").exists():
+        return
+    from spikerl.models.policy_file import read_files  # torch, which nothing else here needs
+
+    for place in (folder, folder / "best"):
+        if (place / "policy.json").exists():
+            read_files(place, key="path", kernel="reference")
 
 
 def order(run: Run, request: RunsRequest) -> tuple[Any, ...]:

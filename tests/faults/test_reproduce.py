@@ -313,6 +313,20 @@ def test_a_cell_that_cannot_be_read() -> None:
     assert str(error) == f"table=small: {folder}: {reason}; move it away"
 
 
+def test_a_process_that_cannot_start_fails_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = cells.Job.start
+
+    def full(self: cells.Job, command: Any) -> None:
+        if self.cell.name == "popsan/Ant/seed1":
+            raise OSError(errno.ENOSPC, "No space left on device", "x/.seed1.out")
+        start(self, command)
+
+    monkeypatch.setattr(cells.Job, "start", full)
+    status, states = table_runs.run_cells()
+    failed = {c.name: state.note for c, state in states.items() if state.word == "failed"}
+    assert (status, failed) == (1, {"popsan/Ant/seed1": "x/.seed1.out: No space left on device"})
+
+
 def test_packages_set_no_runs_apart() -> None:
     """Scheduling names them to a run, whose config then has them; composing its cell does not."""
     write_run("seed: 0\nplugins: [mine]", "done", 50)

@@ -14,6 +14,7 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+from exports import config, policy_of, task
 from shell import SHORT, spikerl, tree
 
 from spikerl import load_policy
@@ -40,7 +41,7 @@ def make(name: str, status: str, rows: list[dict[str, Any]], *, kept: int = 0) -
         manifest["ended"] = (datetime.now().astimezone() - timedelta(hours=3)).isoformat()
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "policy.json").write_text("{}")
+    policy_of(config(), task()).save(folder)
     (folder / "replay").mkdir()
     (folder / "replay/rows").write_bytes(bytes(kept))
     return folder
@@ -173,7 +174,7 @@ def test_cleaning() -> None:
     assert json.loads(said.out)["freed_bytes"] == 0
 
 
-@pytest.mark.parametrize("reason", ["link", "held", "no policy"])
+@pytest.mark.parametrize("reason", ["link", "held", "no policy", "damaged", "damaged best"])
 def test_what_is_not_cleaned(reason: str, here: Path) -> None:
     """Nothing outside a run is removed, nothing of a run that is held, no last policy."""
     folder = make("outputs/a", "done", [row(100, 5.0, 2.0)], kept=10)
@@ -183,13 +184,22 @@ def test_what_is_not_cleaned(reason: str, here: Path) -> None:
         (folder / "replay").symlink_to(here / "elsewhere")
     elif reason == "no policy":
         (folder / "policy.json").unlink()
+    elif reason == "damaged":
+        os.truncate(folder / "policy.safetensors", 10)
+    elif reason == "damaged best":
+        (folder / "best").mkdir()
+        (folder / "best/policy.json").write_text("{}")
     else:
         fcntl.flock(held, fcntl.LOCK_EX)
     before = {name for name in tree(here) if not name.endswith(".lock")}
     said = spikerl("runs", "path=outputs", "clean=true")
+    (line,) = json.loads(spikerl("runs", "path=outputs", "clean=true", "json=true").out)[
+        "not_freed"
+    ]
     held.close()
     assert said.status == 0
-    assert "note: outputs/a keeps its replay: " in said.out
+    assert line.startswith("outputs/a keeps its replay: ")
+    assert f"note: {line}\n" in said.out
     assert {name for name in tree(here) if not name.endswith(".lock")} == before
 
 

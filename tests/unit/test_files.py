@@ -15,7 +15,7 @@ import pytest
 from shell import SHORT, spikerl
 
 from spikerl import files
-from spikerl.files import parse_json, read_bytes, read_json, write_text
+from spikerl.files import parse_json, read_bytes, read_json, there, write_text
 from spikerl.kernels import build
 from spikerl.runs import folder as run_folder
 
@@ -163,6 +163,18 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
             read_bytes(path, 100)
     (tmp_path / "small").write_bytes(b"x")
     assert read_bytes(tmp_path / "small", 1 << 50) == b"x"  # of which nothing is reserved
+
+
+def test_what_cannot_be_seen_may_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    names = ("file", "none", "file/below")
+    assert [there(tmp_path / name) for name in names] == [True, False, False]
+
+    def stat(self: Path) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert there(tmp_path / "none")
 
 
 def test_text_that_is_no_unicode(tmp_path: Path) -> None:

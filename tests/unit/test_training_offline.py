@@ -22,9 +22,11 @@ from builders import (
 )
 from recorded import episode, task_for, write
 from sequences import actor_config, decision_config, transformer_config
+from shell import refusal
 from threads import run_in_threads, worlds
 
 from spikerl.algos.base import AlgoConfig
+from spikerl.algos.replay import Replay
 from spikerl.config.build import Config
 from spikerl.config.memory import least_bytes
 from spikerl.distributed.world import ALONE
@@ -96,6 +98,22 @@ def test_rows_and_moments(dataset: Dataset) -> None:
         np.testing.assert_allclose(one.norm.mean_O, seen.mean(0))
         np.testing.assert_allclose(one.norm.var_O, seen.var(0))
         assert one.norm.count == 14
+
+
+def test_rows_that_memory_does_not_hold(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserve = Replay.reserve
+
+    def reserved(self: Replay, count: int) -> None:
+        if count == 14:
+            raise MemoryError("no room")
+        reserve(self, count)
+
+    monkeypatch.setattr(Replay, "reserve", reserved)
+    task = task_for(INVERTED_PENDULUM)
+    line = str(refusal(lambda: Trainer(training(), task, dataset=dataset)))
+    needed = f"{14 * (2 * 4 + 1 + 4) * 4 / 2**30:.3g}"
+    why = f"its 14 transitions need {needed} GiB, which cannot be had"
+    assert line == f"dataset={dataset.folder}: {why}"
 
 
 def test_rewards_are_scaled_and_observations_left_alone(dataset: Dataset) -> None:

@@ -103,7 +103,6 @@ def next_command(cell: Cell, total_steps: int) -> list[str] | None:
         return ["convert", f"run={cell.source}", f"run_dir={cell.folder}", *cell.overrides]
     if read(cell) is None:
         return ["train", *cell.overrides, length, "threads=1", f"run_dir={cell.folder}"]
-    evaluation_of(cell).unlink(missing_ok=True)  # of the policy before
     return ["train", f"resume={cell.folder}", length]
 
 
