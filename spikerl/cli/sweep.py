@@ -34,12 +34,16 @@ from spikerl.errors import (
     BadRequest,
     with_notes,
 )
-from spikerl.files import absolute, lock_file
+from spikerl.files import absolute, lock_file, shown
 from spikerl.output import duration, results
 from spikerl.schema import dotted
 
 STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 KEEPS_FOLDERS = ("train", "import", "reproduce")  # their sweeps have one, too
+# What an import takes from its file.
+SETTLED = (
+    "actor", "encoder.pop_size", "decoder.pop_size", "algo.norm_clip", "algo.norm_interval",
+)  # fmt: skip
 
 
 class Sweep:
@@ -167,6 +171,8 @@ class Sweep:
         """Whether an earlier sweep has done this job; a training that only began is resumed."""
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         ended = manifest["status"] == "done"
+        if self.command == "import":
+            check_imported(config, folder, manifest.get("imported_from"))
         return trained(config, folder, ended) if self.command == "train" else ended
 
     def note(self, outcome: dict[str, Any]) -> None:
@@ -335,14 +341,8 @@ def trained(config: Any, folder: Path, ended: bool) -> bool:
     """Whether the run has gone as far as `config` asks; if not, have `config` resume it."""
     from omegaconf import OmegaConf
 
-    asked = dict(dotted(OmegaConf.to_container(config, resolve=True)))
-    had = dict(dotted(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
     free = {*RESUMABLE, *NOT_CARRIED} - {"kernel", "kernel.path", "energy", "energy.file"}
-    for key in [*asked, *had]:
-        within = [key == other or key.startswith(f"{other}.") for other in free]
-        if not any(within) and asked.get(key) != had.get(key):
-            remedy = f"{folder} was made with {had.get(key)}; give another run_dir"
-            raise BadRequest(key, asked.get(key), remedy)
+    asked, had = check_same(config, folder, free)
     if ended and had["total_steps"] >= asked["total_steps"]:
         return True
     config.resume, config.run_dir = str(folder), None
@@ -354,3 +354,28 @@ def trained(config: Any, folder: Path, ended: bool) -> bool:
         plain = None if value == "null" else int(value) if value.isdecimal() else value
         OmegaConf.update(config, "kernel.name" if key == "kernel" else key, plain)
     return False
+
+
+def check_imported(config: Any, folder: Path, sources: list[str] | None) -> None:
+    """Refuse a policy that came from other files, or with other settings, than `config` has."""
+    keys = ("popsan", "dense", "stats")
+    files = {key: shown(Path(config[key])) for key in keys if config[key] not in (None, "none")}
+    if list(files.values()) != sources:
+        key = next((key for key, file in files.items() if file not in (sources or ())), "stats")
+        made = f"{folder} was imported from {', '.join(sources or ['nothing'])}"
+        raise BadRequest(key, config[key], f"{made}; give another run_dir")
+    check_same(config, folder, {*RESUMABLE, *NOT_CARRIED, *SETTLED, *keys})
+
+
+def check_same(config: Any, folder: Path, free: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings asked for and those of the run in `folder`, which differ in `free` keys only."""
+    from omegaconf import OmegaConf
+
+    asked = dict(dotted(OmegaConf.to_container(config, resolve=True)))
+    had = dict(dotted(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
+    for key in [*asked, *had]:
+        within = [key == other or key.startswith(f"{other}.") for other in free]
+        if not any(within) and asked.get(key) != had.get(key):
+            remedy = f"{folder} was made with {had.get(key)}; give another run_dir"
+            raise BadRequest(key, asked.get(key), remedy)
+    return asked, had

@@ -223,19 +223,21 @@ def _spiking(
     if actor.decoder.population(actor.decoder.config, actor.act_dim):
         hidden.pop()
         parts[-1] = replace(parts[-1], name="output")
+    read_at = _widest({n: b for n, b in bits.items() if "lateral" not in n}, "decoder.")
     if isinstance(actor.decoder, decoders.ILCDecoder):
         # What a spike step gets are the spikes of the one before it; the first gets none.
         before = torch.cat([torch.zeros_like(x[:1]), x[:-1]]) * taken_TB1
         lateral = through(before, actor.decoder.lateral_APP.flatten(0, 1), True, steps)
-        parts[-1] = replace(parts[-1], synapses=add(parts[-1].synapses, lateral))
+        both = _widest(bits, f"layers.{len(parts) - 1}.", "decoder.lateral")
+        parts[-1] = replace(parts[-1], synapses=add(parts[-1].synapses, lateral), bits=both)
     decoder = DECODERS[type(actor.decoder)](actor.decoder, x, steps)
     fires = sum(float(layer.sum()) for layer in fired)
     neurons_each = sum(layer.shape[-1] for layer in fired)
     return Operations(
         encoder=encoder,
         layers=parts,
-        decoder=replace(decoder, bits=_widest(bits, "decoder.")),
-        early_exit=early_exit(actor, x, taken_TB1, _widest(bits, "decoder.")),
+        decoder=replace(decoder, bits=read_at),
+        early_exit=early_exit(actor, x, taken_TB1, read_at),
         observations=batch,
         spike_steps=actor.spike_steps,
         steps_taken=steps,

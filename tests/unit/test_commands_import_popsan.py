@@ -177,6 +177,24 @@ def test_a_sweep_of_imports_again(files: Path) -> None:
     assert {path: tree(files)[path] for path in before} == before
 
 
+def test_a_sweep_of_imports_with_other_files_or_settings(files: Path) -> None:
+    args = ["-m", "seed=0,1", "run_dir=s"]
+    assert bring(*args).status == 0
+    for other in ("m.pt", "s.p"):
+        (files / f"other_{other}").write_bytes((files / other).read_bytes())
+    for key, other, made in (
+        ("popsan", "popsan=other_m.pt", "imported from m.pt, s.p"),
+        ("stats", "stats=other_s.p", "imported from m.pt, s.p"),
+        ("stats", "stats=none", "imported from m.pt, s.p"),
+        ("neuron.threshold", "neuron.threshold=0.75", "made with 0.5"),
+    ):
+        said = bring(*args, other)
+        assert said.status == 2
+        value = other.partition("=")[2]
+        expected = f"spikerl: {key}={value}: {files / 's' / 'seed=0'} was {made}; give another run"
+        assert expected in said.err
+
+
 # --- what is refused --------------------------------------------------------------------------
 
 REFUSED = [

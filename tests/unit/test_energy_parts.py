@@ -82,6 +82,12 @@ def test_lateral_connections_see_the_spikes_before() -> None:
     ops = operations.count(actor, torch.tensor([SEEN]))
     assert ops.layers[1].synapses == Synapses(12 + 18, 0, 4 + 2, 10 + 16)
     assert ops.connection_sparsity == 4 / 22
+    # A layer's synapses are priced at the wider of the two kinds of its weights.
+    for wide, narrow in ((8, 4), (4, 8)):
+        bits = {"layers.1.weight_IN": wide, "decoder.lateral_APP": narrow, "decoder.weight_AP": 2}
+        ops = operations.count(actor, torch.tensor([SEEN]), bits=bits)
+        assert ops.decoder
+        assert (ops.layers[1].bits, ops.decoder.bits) == (8, 2)
 
 
 def test_decoders_without_an_output_population() -> None:
