@@ -45,7 +45,9 @@ def load(names: Sequence[str]) -> None:
 
 def check_typed(source: Path, names: Any, typed: Sequence[str]) -> None:
     """Refuse a file that names packages to import, unless the same were typed."""
-    if names and list(names) != list(typed):
+    if names and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
+        raise BadRequest("plugins", names, f"{source} has it; give a list of packages")
+    if names and names != list(typed):
         written = ",".join(map(str, names))
         remedy = f"{source} names packages to import; confirm with plugins=[{written}]"
         raise BadRequest("plugins", f"[{','.join(typed)}]", remedy)

@@ -349,6 +349,7 @@ def small_config(
             backend=Resolved("none", "one worker exchanges nothing"),
             energy=Resolved("none", "requested"),
         ),
+        own_products=False,
         world_size=1,
         raw={},
     )

@@ -18,6 +18,7 @@ SHELLS = ("bash", "fish", "zsh")
 VALUES = {
     "scaling": ("strong", "weak"),
     "device": ("auto", "cpu", "cuda"),
+    "logger": ("csv", "mlflow", "prometheus", "tensorboard", "wandb"),
     "neuron.surrogate": ("atan", "rect", "sigmoid", "triangle"),
     "neuron.reset": ("hard", "soft"),
     "env.vectorizer": ("sync", "async"),

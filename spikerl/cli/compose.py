@@ -168,7 +168,8 @@ def _runs_here(path: str, run: Path) -> bool:
     """Whether the C++ kernel keeps its path: not one that nobody named and the processor lacks."""
     from spikerl.kernels.build import PATHS, supported_paths
 
-    named = (read_config(run / "config.yaml").get("kernel") or {}).get("path")
+    kernel = read_config(run / "config.yaml").get("kernel")
+    named = kernel.get("path") if isinstance(kernel, dict) else None
     return path in supported_paths() or path == named or path not in PATHS
 
 

@@ -57,7 +57,7 @@ class CollectRequest:
         if self.policy not in (*CHOICES, "random", "replay"):
             raise BadRequest("policy", self.policy, "give last, best, random or replay")
         if self.policy == "replay":
-            for key in ("episodes", "steps", "noise", "random_share"):
+            for key in ("episodes", "steps", "noise", "random_share", "seed"):
                 if value := getattr(self, key):
                     remedy = "policy=replay takes what the run did while it learned; leave it out"
                     raise BadRequest(key, value, remedy)
@@ -83,7 +83,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl collect`: a folder that is whole, or none."""
     request = parse(CollectRequest, data)
     check_extra()
-    policy = load_policy(request.run, policy=LAST.get(request.policy, request.policy))
+    # A run that goes on meanwhile has other policies later.
+    folder = find_policy(Path(request.run), LAST.get(request.policy, request.policy), key="run")
+    policy, made = load_policy(folder), acted(request, folder)
     if request.noise and policy.task.choices is not None:
         remedy = f"the actions of {policy.task.env_id} are discrete; use random_share"
         raise BadRequest("noise", request.noise, remedy)
@@ -93,7 +95,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     try:
         stored = StoredSteps.of(request) if request.policy == "replay" else None
         with stop_signals() as stop:
-            returns, steps = collect(request, policy, env, stored, lambda: stop[0] if stop else 0)
+            made = made if stored is None else stored.facts()
+            number = lambda: stop[0] if stop else 0  # noqa: E731
+            returns, steps = collect(request, policy, env, stored, made, number)
     except Stopped as stopped:
         name = signal.Signals(stopped.number).name
         print(f"spikerl: stopped on {name}; nothing was kept", file=sys.stderr)
@@ -124,6 +128,7 @@ def collect(
     policy: Policy,
     env: CheckedEnv,
     stored: StoredSteps | None,
+    made: Mapping[str, Any],
     stop_signal: Callable[[], int],
 ) -> tuple[list[float], int]:
     """Record into a hidden folder and rename it; returns of whole episodes, and all steps."""
@@ -141,7 +146,6 @@ def collect(
                 returns = record(request, policy, env, writer, stop_signal)
             else:
                 returns = stored.write(policy.task, writer, stop_signal)
-            made = acted(request) if stored is None else stored.facts()
             name = re.sub(r"[^A-Za-z0-9_-]", "_", target.name)
             named = name if re.search(r"-v\d+$", name) else f"{name}-v0"
             writer.finish(named, recipe(request, policy, made, returns))
@@ -237,10 +241,8 @@ def recipe(
     }
 
 
-def acted(request: CollectRequest) -> dict[str, Any]:
-    """What a policy that acts for the dataset depends on."""
-    kind = LAST.get(request.policy, request.policy)
-    folder = find_policy(Path(request.run), kind, key="run")
+def acted(request: CollectRequest, folder: Path) -> dict[str, Any]:
+    """What the actions of a policy, read from `folder`, depend on."""
     return {
         "policy_sha256": {
             name: checksum_of(folder / name) for name in ("policy.json", "policy.safetensors")

@@ -150,14 +150,15 @@ def environments() -> Iterator[Finding]:
             wrappers=given.get("wrappers"),
         )
         part = "extra" if extras.needs(config.id) else "environment"
+        shown = f"{config.id} (env={option})" if config.wrappers else config.id
         try:
             env = make_env(config)
             env.reset(seed=0)
             env.close()
-            yield Finding(part, config.id, True, f"{env.size} observations")
+            yield Finding(part, shown, True, f"{env.size} observations")
         except Exception as error:  # whatever is wrong with an installation is what we report
             detail = error.args[2] if isinstance(error, BadRequest) else str(error)
-            yield Finding(part, config.id, False, detail)
+            yield Finding(part, shown, False, detail)
 
 
 def renderers() -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,8 @@ def clean(folders: Sequence[Path]) -> tuple[dict[Path, int], list[str]]:
             continue
         try:
             with run_folder.lock(folder):
+                if run_folder.read_manifest(folder, key="path")["status"] != "done":
+                    continue  # resumed meanwhile
                 check_policies(folder)
                 if gone := run_folder.free(folder):
                     freed[folder] = gone
@@ -185,11 +188,13 @@ def show(runs: Sequence[Run]) -> None:
 
 def readable(size: int) -> str:
     for power, unit in ((3, "GB"), (2, "MB"), (1, "kB")):
-        if size >= 1000**power:
+        if size >= 999.5 * 1000 ** (power - 1):
             return f"{size / 1000**power:.3g} {unit}"
     return f"{size} B"
 
 
 def age(seconds: float) -> str:
-    unit, name = next((u for u in UNITS if seconds >= u[0]), UNITS[-1])
-    return f"{seconds / unit:.0f} {name}"
+    for (unit, name), (below, _) in pairwise([*UNITS, (0.0, "")]):
+        if seconds >= unit - below / 2:  # or rounded up to it
+            return f"{seconds / unit:.0f} {name}"
+    return "0 s"

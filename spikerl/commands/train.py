@@ -233,7 +233,7 @@ def finished(folder: Path, config: Config) -> bool:
         checkpoint = verified(folder, lambda text: None)
         check_record(folder, checkpoint.manifest)
         step, further = checkpoint.step, "a larger total_steps trains it further"
-        if total < step:
+        if -(-total // config.num_envs) * config.num_envs < step:  # a step is one of each
             raise BadRequest("total_steps", total, f"the run is at step {step}; give that or more")
     if record["status"] == "done" and step >= total:
         if os.environ.get("RANK", "0") == "0":

@@ -145,6 +145,7 @@ class Config:
     backend: BackendConfig
     energy: EnergyConfig
     resolved: Choices
+    own_products: bool  # PyTorch makes none, whose sums depend on the number of threads
     world_size: int
     raw: dict[str, Any]
 
@@ -221,6 +222,7 @@ def build(raw: Mapping[str, Any]) -> Config:
         backend=backend,
         energy=energy,
         resolved=resolved,
+        own_products=whole,
         world_size=world_size,
         raw=dict(raw),
     )

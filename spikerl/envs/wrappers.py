@@ -7,6 +7,7 @@ windows or calls functions, since a name may come from somebody else's file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ INSTEAD = {
     "TimeLimit": "set env.max_episode_steps",
 }
 MOST = 10_000  # of a whole number among the arguments: frames, steps, pixels
+MOST_VALUES = 4_000_000  # of a shape
 
 
 def check_wrappers(wrappers: Sequence[Any]) -> None:
@@ -50,8 +52,13 @@ def check_wrappers(wrappers: Sequence[Any]) -> None:
             instead = INSTEAD.get(name, f"one of {', '.join(ACCEPTED)}")
             raise BadRequest("env.wrappers", name, f"not accepted; {instead}")
         for key, value in arguments.items():
-            if isinstance(value, int) and abs(value) > MOST:
+            counts = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
+            if any(abs(n) > MOST for n in counts):
                 raise BadRequest("env.wrappers", name, f"give {key} of at most {MOST}")
+            if math.prod(counts) > MOST_VALUES:
+                raise BadRequest(
+                    "env.wrappers", name, f"give {key} of at most {MOST_VALUES} values"
+                )
 
 
 def wrapped(env: gym.Env[Any, Any], wrappers: Sequence[Any]) -> gym.Env[Any, Any]:

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -362,13 +362,19 @@ def _check(manifest: Mapping[str, Any]) -> None:
         _parse(path)
 
 
-def check_fit(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """A ValueError unless `saved` can take the place of `own`, and is finite."""
+def check_fit(
+    saved: Mapping[str, Tensor], own: Mapping[str, Tensor], texts: Collection[str] = ()
+) -> None:
+    """A ValueError unless `saved` can take the place of `own`, and is finite.
+
+    `texts` are those that may have another length.
+    """
     if odd := saved.keys() ^ own.keys():
         raise ValueError(f"it lacks {min(odd)}, or this run does")
     for name, tensor in own.items():
         one = saved[name]
-        if (one.shape, one.dtype) != (tensor.shape, tensor.dtype):
+        alike = one.dim() == tensor.dim() if name in texts else one.shape == tensor.shape
+        if not alike or one.dtype != tensor.dtype:
             raise ValueError(f"its {name} is {one.dtype} {tuple(one.shape)}")
         if not one.isfinite().all():
             raise ValueError(f"its {name} holds a NaN or an infinity")

@@ -42,7 +42,8 @@ def number(value: float | None) -> str:
 def epoch_line(row: Mapping[str, Any], total_steps: int, spent: float | None = None) -> str:
     """`spent`: joules of the run so far."""
     so_far = "" if spent is None or spent == row.get("energy_j") else f", {number(spent)} J so far"
-    loss = "actor_loss" if row["critic_loss"] is None else "critic_loss"  # of algorithms without
+    critics = row["critic_loss"] is not None or row["actor_loss"] is None
+    loss = "critic_loss" if critics else "actor_loss"  # of algorithms without
     return (
         f"epoch {row['epoch']}  step {row['step']}/{total_steps}"
         f"  eval {number(row['eval_return'])} +- {number(row['eval_return_std'])}"
@@ -138,14 +139,15 @@ class View:
         total_steps: int,
         first_step: int = 0,
         past: Sequence[Mapping[str, Any]] = (),
+        best: float | None = None,
         console: Console | None = None,
     ) -> None:
-        """`past`: rows of the run whose joules are spent already."""
+        """`past`: rows of the run whose joules are spent already; `best`: the return of best/."""
         self.console = console or Screen(file=sys.stdout, highlight=False, soft_wrap=True)
         self.total_steps = total_steps
         self.started = self.shown = time.monotonic()
         self.first_step = first_step  # where this session began: its speed counts from there
-        self.best: float | None = None
+        self.best = best
         self.rows = list(past)
         self.last: Mapping[str, Any] = {}
         self.stage: Stage | None = None

@@ -165,6 +165,9 @@ class Table(Journal):
         self.lines: list[bytes] = []  # all below the header
         for row in rows:
             self.row(row)
+        if not self.lines:
+            with suppress(OSError):
+                path.unlink()  # of epochs that were discarded
 
     def row(self, row: Mapping[str, Any]) -> None:
         shown = {

@@ -80,7 +80,8 @@ class Session:
             self.log = RunLog(self.folder, trainer.step, config.run.logger, config.raw)
             past = read_rows(self.folder / "metrics.jsonl")
             past += read_rows(self.folder / "discarded.jsonl")
-            self.view = View(title, config.run.total_steps, trainer.step, past)
+            best = self.best_return if math.isfinite(self.best_return) else None
+            self.view = View(title, config.run.total_steps, trainer.step, past, best)
             for text in [
                 *announce(config, trainer, command),
                 *idle_line(self.idle_w),
@@ -177,6 +178,12 @@ class Session:
             was = record["resolved"]["kernel"]["choice"]
         if was != kernel:
             reasons.append(f"kernel {was} became {kernel}: sums are in another order")
+        threads = now["threads"]["choice"]
+        with suppress(KeyError, TypeError):
+            was = record["resolved"]["threads"]["choice"]
+            products = now["device"]["choice"] == "cpu" and not config.own_products
+            if was != threads and products:
+                reasons.append(f"threads {was} became {threads}: sums are in another order")
         moves = ["the learning rate"] * config.algo.anneals
         moves += ["the surrogates' slope"] * bool(
             config.actor.neuron and config.actor.neuron.slope_moves
@@ -215,7 +222,8 @@ class Session:
                     self.keep_best(row)
                     self.record(row)
                 self.commit(self.folder)
-            if self.committed != trainer.step:  # stopped amid an epoch, or before its row was saved
+            # Stopped amid an epoch or its evaluation, or before its row was saved.
+            if self.committed != trainer.step or trainer.evaluation_due():
                 self.commit(self.folder)
             return self.finish()
         except BaseException as error:

@@ -367,7 +367,9 @@ class Trainer:
         self.norm.pending = [pending.numpy()]
         checkpoint.fill_replay(rank, size, self.replay)
         if notes["exact"]:
-            check_fit(envs, self.envs.state())
+            own = self.envs.state()
+            games = [name for name in own if name.endswith(".game")]  # MinAtar's
+            check_fit(envs, own, texts=games)
             self.envs.load(envs)
         else:
             self.reset_envs(self.step)

@@ -145,6 +145,11 @@ def test_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("parts=[fly]", "parts=fly: give some of acting"),
         ("batches=[0]", "batches=[0]: give at least 1"),
+        ("batches=[]", "batches=[]: give at least one"),
+        (
+            "parts=[workers] batches=[8,3] world_sizes=[2,4]",
+            "batches=[8, 3]: its last is shared out; give at least 4",
+        ),
         ("rounds=0", "rounds=[0]: give at least 1"),
         ("world_sizes=[2,1]", "world_sizes=[2, 1]: give at least 2; one worker alone"),
         ("world_size=2", "world_size=2: bench has a list: give world_sizes"),
@@ -153,4 +158,4 @@ def test_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_refused(typed: str, line: str) -> None:
-    assert spikerl("bench", *SMALL, "parts=[]", typed).line.startswith(line)
+    assert spikerl("bench", *SMALL, "parts=[]", *typed.split()).line.startswith(line)

@@ -243,6 +243,14 @@ def test_what_else_makes_numbers_others_is_said(
     assert slope == "total_steps 60 became 80, over which the surrogates' slope moves"
     assert f"not exact: {kernel}; {slope}" in capsys.readouterr().out
     assert record(folder)["resolved"]["kernel"]["choice"] == "reference"
+    assert run.train(resume=str(folder), total_steps=80, kernel=reference, threads=2) == 0
+    assert len(record(folder)["resumed"]) == 1  # it was done
+    assert run.train(resume=str(folder), total_steps=100, kernel=reference, threads=2) == 0
+    threads, _ = record(folder)["resumed"][1]["not_exact_because"].split("; ")
+    assert threads == "threads 1 became 2: sums are in another order"
+    assert run.train(resume=str(folder), total_steps=120, threads=2) == 0
+    assert run.train(resume=str(folder), total_steps=140, threads=1) == 0
+    assert "threads" not in record(folder)["resumed"][3]["not_exact_because"]  # of its own sums
 
 
 def test_fewer_steps_than_it_has_are_refused(tmp_path: Path) -> None:

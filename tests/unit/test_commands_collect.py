@@ -194,6 +194,7 @@ def test_discrete_actions() -> None:
             "env_id=InvertedPendulum-v4: the policy was trained on InvertedPendulum-v5, and that",
         ),
         ("run=run steps=1 policy=best", "run=run: no best policy there"),
+        ("run=run policy=replay seed=7", "seed=7: policy=replay takes what the run did while it"),
         ("run=nowhere steps=1", "run=nowhere: no policy there"),
         ("run=cart steps=1 noise=1", "noise=1.0: the actions of CartPole-v1 are discrete; use ran"),
         ("run=run steps=1 dataset=run", "dataset=run: it exists already; give another dataset"),
@@ -204,6 +205,23 @@ def test_refused(asked: str, line: str, folder: Path) -> None:
     before = tree(folder)
     assert spikerl("collect", "dataset=new", *asked.split()).line.startswith(line)
     assert tree(folder) == before
+
+
+def test_a_run_may_go_on_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded is the policy that acted."""
+    shutil.copytree("run", "goes_on")
+    record = collect.record
+    acted = {name: Path("run", name).read_bytes() for name in ("policy.json", "policy.safetensors")}
+
+    def overtaken(*args: Any) -> list[float]:
+        shutil.rmtree("goes_on")
+        return record(*args)
+
+    monkeypatch.setattr(collect, "record", overtaken)
+    said = spikerl("collect", "run=goes_on", "dataset=meanwhile", "steps=2")
+    assert said.status == 0, said
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in acted.items()}
+    assert facts("meanwhile")["recipe"]["policy_sha256"] == sums
 
 
 @pytest.fixture

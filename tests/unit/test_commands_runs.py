@@ -234,7 +234,16 @@ def test_refused() -> None:
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (2_900_000_000, "2.9 GB"), (1.5e6, "1.5 MB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (2_900_000_000, "2.9 GB"),
+        (1.5e6, "1.5 MB"),
+        (999_400, "999 kB"),
+        (999_700, "1 MB"),
+        (999_999_999, "1 GB"),
+    ],
 )
 def test_sizes(size: int, text: str) -> None:
     assert readable(size) == text
@@ -242,7 +251,17 @@ def test_sizes(size: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.2, "0 s"), (59.0, "59 s"), (61.0, "1 min"), (7200.0, "2 h"), (90000.0, "1 d")],
+    [
+        (0.2, "0 s"),
+        (59.0, "59 s"),
+        (61.0, "1 min"),
+        (7200.0, "2 h"),
+        (90000.0, "1 d"),
+        (59.8, "1 min"),
+        (3569.0, "59 min"),
+        (3599.9, "1 h"),
+        (1801.0, "30 min"),
+    ],
 )
 def test_ages(seconds: float, text: str) -> None:
     assert age(seconds) == text

@@ -145,6 +145,19 @@ def test_an_episode_follows_from_its_seed_alone(option: str) -> None:
     assert np.array_equal(seen[0], seen[2])
 
 
+def test_a_run_of_a_game_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text of the game's state has another length than after a reset."""
+    monkeypatch.chdir(tmp_path)
+    short = ["env=MinAtar/Seaquest", "actor=mlp", "algo=dqn", "actor.hidden_sizes=[8]",
+             "algo.learning_starts=30", "algo.batch_size=8", "algo.update_interval=10",
+             "steps_per_epoch=40", "eval_episodes=0", "device=cpu", "energy=none", "logger=[]",
+             "threads=1"]  # fmt: skip
+    assert spikerl("train", *short, "total_steps=41", "run_dir=r").status == 0
+    said = spikerl("train", "resume=r", "total_steps=60")
+    assert said.status == 0, said.err
+    assert "resumed at step 41 of 60" in said.out
+
+
 def test_the_first_action_is_not_the_last_of_the_episode_before() -> None:
     """All actions are sticky: without one before it, that is none, and the paddle stays."""
     with closing(made("MinAtar/Breakout")) as env:

@@ -247,6 +247,8 @@ def test_wrappers_by_name(tmp_path: Path) -> None:
     (["TimeLimit"], "env.max_episode_steps"),
     ([{"min_action": 1}], "give a list"),
     ([{"name": "FrameStackObservation", "stack_size": 10**9}], "give stack_size of at most"),
+    ([{"name": "ResizeObservation", "shape": [10**9, 1]}], "give shape of at most 10000"),
+    ([{"name": "ResizeObservation", "shape": [9999, 9999]}], "give shape of at most 4000000 val"),
 ])  # fmt: skip
 def test_wrappers_that_are_refused(wrappers: Any, said: str) -> None:
     refused = refusal(own, "Base", wrappers=wrappers)

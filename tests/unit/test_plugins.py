@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from shell import refusal
 
 from spikerl import plugins
 
@@ -18,3 +20,9 @@ def test_a_module_of_one_file_brings_no_groups(
     plugins.load(["one_file_plugin"])
     assert plugins.loaded["one_file_plugin"].registered
     assert plugins.conf_folders() == []
+
+
+@pytest.mark.parametrize("names", [5, True, "os", {"os": 1}, [1]])
+def test_a_file_names_no_list(names: Any) -> None:
+    refused = refusal(plugins.check_typed, Path("c.yaml"), names, [])
+    assert refused.args == ("plugins", names, "c.yaml has it; give a list of packages")

@@ -115,6 +115,22 @@ def test_a_resumed_run_is_as_fast_as_since_it_went_on(clock: Clock) -> None:
     assert file.getvalue().startswith("step 1500/2000  5 steps/s  100 s left  critic_loss -")
 
 
+def test_a_resumed_run_keeps_its_best(clock: Clock) -> None:
+    shown, _ = plain(first_step=1000, best=500.0)
+    shown.epoch(ROW)
+    assert shown.best == 500.0
+    shown.epoch(ROW | {"eval_return": 500.5})
+    assert shown.best == 500.5
+
+
+def test_the_loss_of_an_epoch() -> None:
+    """The critics', where there are some, whether they have learned or not."""
+    for critic, actor, shown in (
+        (None, None, "critic_loss -"), (None, 2.5, "actor_loss 2.5"), (1.5, 2.5, "critic_loss 1.5"),
+    ):  # fmt: skip
+        assert f"  {shown}  q" in epoch_line(ROW | {"critic_loss": critic, "actor_loss": actor}, 1)
+
+
 def test_nothing_done_yet(clock: Clock) -> None:
     shown, file = plain()
     clock.now += 60.0

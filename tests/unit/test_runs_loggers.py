@@ -186,6 +186,15 @@ def test_csv_of_a_resumed_run(tmp_path: Path) -> None:
     assert text == "step,eval_return\n100,100.0\n150,150.0\n"
 
 
+def test_csv_of_a_run_that_lost_all_its_rows(tmp_path: Path) -> None:
+    first = RunLog(tmp_path, 0, ["csv"])
+    first.row(row(100))
+    first.write()
+    cut_back(tmp_path, 0)
+    RunLog(tmp_path, 0, ["csv"]).write()
+    assert not (tmp_path / "metrics.csv").exists()
+
+
 class Remote(Service):
     """A service that keeps what it got, and is away while `away`."""
 

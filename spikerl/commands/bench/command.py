@@ -79,6 +79,11 @@ class BenchRequest:
         for key, values in (("batches", self.batches), ("rounds", [self.rounds])):
             if any(value < 1 for value in values):
                 raise BadRequest(key, values, "give at least 1")
+        if not self.batches:
+            raise BadRequest("batches", [], "give at least one")
+        if "workers" in self.parts and self.batches[-1] < max(self.world_sizes, default=0):
+            remedy = f"its last is shared out; give at least {max(self.world_sizes)}"
+            raise BadRequest("batches", self.batches, remedy)
         if any(size < 2 for size in self.world_sizes):
             remedy = "give at least 2; one worker alone is measured beside them"
             raise BadRequest("world_sizes", self.world_sizes, remedy)
