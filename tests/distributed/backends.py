@@ -24,7 +24,7 @@ from builders import small_config
 
 from spikerl.distributed import mpi
 from spikerl.distributed.launchers import ranked
-from spikerl.distributed.world import join, leave
+from spikerl.distributed.world import World, join, leave
 from spikerl.envs.make import make_env, task_of
 from spikerl.training.trainer import Trainer
 
@@ -49,6 +49,10 @@ def states(out: Path, backend: str, size: int, start: list[str]) -> list[State]:
     finally:
         for process in running:
             process.kill()
+    return read(out, backend, size)
+
+
+def read(out: Path, backend: str, size: int) -> list[State]:
     return [load_file(out / name_of(backend, rank, size)) for rank in range(size)]
 
 
@@ -70,6 +74,14 @@ def main(out: Path, backend: str) -> None:
     torch.set_num_threads(1)
     assert ranked()
     world = join(backend, torch.device("cpu"))
+    train(world, out, backend)
+    world.barrier()
+    mpi.leave()
+    leave()
+
+
+def train(world: World, out: Path, backend: str) -> None:
+    """One worker's part, and what it then has."""
     # Bursts of ten at 50, 60, ..., 240 steps.
     training = small_config(num_envs=4, total_steps=240, steps_per_epoch=120, eval_episodes=4)
     with closing(make_env(training.env)) as env:
@@ -79,9 +91,6 @@ def main(out: Path, backend: str) -> None:
         assert trainer.algo.updates == UPDATES
         state = {name: t.clone() for name, t in trainer.learner_state().items()}
     save_file(state, out / name_of(backend, world.rank, world.size))
-    world.barrier()
-    mpi.leave()
-    leave()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from backends import differ, states
+from backends import differ, read, states, train
+from spawn import run_workers
 
 from spikerl.distributed import mpi
 
@@ -19,7 +21,8 @@ def test_the_same_after_200_updates(size: int, tmp_path: Path) -> None:
     start = mpi.mpiexec(size)
     assert start
     assert not mpi.joined()  # nobody but workers: an error would end the process
-    gloo = states(tmp_path, "gloo", size, [sys.executable])
+    run_workers(partial(train, out=tmp_path, backend="gloo"), size)
+    gloo = read(tmp_path, "gloo", size)
     over_mpi = states(tmp_path, "mpi", size, [*start, sys.executable])
     for own in (gloo, over_mpi):
         for other in own[1:]:

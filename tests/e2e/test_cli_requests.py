@@ -208,9 +208,15 @@ def test_damaged_policies(home: Path, tmp_path: Path) -> None:
     ("typed", "line"),
     [
         ("train env=Ant env.version=v3", "spikerl: env.version=v3: Ant-v3 cannot be made here"),
-        ("train env=Ant env.version=v4 init_from=no", "spikerl: init_from=no: no policy there"),
         ("import popsan=STATS stats=STATS", "spikerl: popsan=STATS: cannot be read as tensors"),
-        ("train -m env=Nope,Ant", "spikerl: env=Nope: no such option"),
+        pytest.param(
+            "train env=Ant env.version=v4 init_from=no",
+            "spikerl: init_from=no: no policy there",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "train -m env=Nope,Ant", "spikerl: env=Nope: no such option", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_no_library_adds_a_line(typed: str, line: str, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from shell import spikerl
 
 ROOT = Path(__file__).resolve().parents[2] / "outputs" / "reproduced"
 KEPT = sorted(path.parent for path in ROOT.glob("*/*/*/seed*/evaluation.json"))
-FIRST = {folder.parents[1]: folder for folder in reversed(KEPT)}  # of each row of a table
+LAST = {folder.parents[1]: folder for folder in KEPT}  # of each row of a table
 CASES = [
-    pytest.param(folder, marks=[] if folder in FIRST.values() else pytest.mark.slow)
+    pytest.param(folder, marks=[] if folder in LAST.values() else pytest.mark.slow)
     for folder in KEPT
 ]
 

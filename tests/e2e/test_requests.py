@@ -316,9 +316,15 @@ def test_config_file_that_is_none(said: Said, tmp_path: Path) -> None:
     ("args", "line"),
     [
         (["train", "env=HalfCheeta"], "env=HalfCheeta: no such option"),
-        (["train", "world_size=0"], "world_size=0: give 1 to 4096"),
-        (["train", "env=gym", "env.id=CartPole-v1"], "algo=td3: the actions of CartPole-v1"),
         (["frain"], "frain: no such command"),
+        pytest.param(
+            ["train", "world_size=0"], "world_size=0: give 1 to 4096", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["train", "env=gym", "env.id=CartPole-v1"],
+            "algo=td3: the actions of CartPole-v1",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_process(tmp_path: Path, args: list[str], line: str) -> None:

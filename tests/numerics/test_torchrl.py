@@ -19,12 +19,13 @@ from spikerl.models.actor import MLPActor
 from spikerl.models.actor_config import MLPConfig
 from spikerl.types import Batch
 
-torchrl, objectives, tensordict, modules = (
-    import_module(name)
-    for name in ("torchrl.modules", "torchrl.objectives", "tensordict", "tensordict.nn")
-)
-# Its import makes "spawn" the default of this process, in which all other files' tests run too.
-multiprocessing.set_start_method(None, force=True)
+
+def library(name: str) -> Any:
+    """Imported here, not where all workers of the suite collect this file: it takes seconds."""
+    module = import_module(name)
+    # It makes "spawn" the default of this process, in which other files' tests run too.
+    multiprocessing.set_start_method(None, force=True)
+    return module
 
 
 class Values(nn.Module):
@@ -55,7 +56,10 @@ def learner(kind: type[OffPolicy], config: Any) -> Any:
 
 def q_modules(made: OffPolicy) -> list[Any]:
     keys = {"in_keys": ["observation", "action"], "out_keys": ["state_action_value"]}
-    return [modules.TensorDictModule(Values(net), **keys) for net in q_networks(made.critic)]
+    return [
+        library("tensordict.nn").TensorDictModule(Values(net), **keys)
+        for net in q_networks(made.critic)
+    ]
 
 
 def rows_of(batch: Batch) -> Any:
@@ -65,7 +69,7 @@ def rows_of(batch: Batch) -> Any:
         "done": ends, "terminated": ends,
     }  # fmt: skip
     fields = {"observation": batch.obs, "action": batch.act, "next": following}
-    return tensordict.TensorDict(fields, [len(batch.rew)])
+    return library("tensordict").TensorDict(fields, [len(batch.rew)])
 
 
 def adam(params: Any) -> torch.optim.Adam:
@@ -81,15 +85,15 @@ def step(loss: Tensor, optimiser: torch.optim.Adam) -> float:
 
 def test_td3_bc() -> None:
     made = learner(TD3BC, td3_bc_config(target_noise=0.0))
-    policy = modules.TensorDictModule(
+    policy = library("tensordict.nn").TensorDictModule(
         nn.Sequential(dense(made.actor), nn.Tanh()), in_keys=["observation"], out_keys=["action"]
     )
-    loss = objectives.TD3BCLoss(
+    loss = library("torchrl.objectives").TD3BCLoss(
         policy, q_modules(made), bounds=(-1.0, 1.0), alpha=2.5, policy_noise=0.0,
         loss_function="l2", delay_actor=True, delay_qvalue=True,
     )  # fmt: skip
     loss.make_value_estimator(gamma=0.9)
-    targets = objectives.SoftUpdate(loss, tau=0.005)
+    targets = library("torchrl.objectives").SoftUpdate(loss, tau=0.005)
     critic_adam, actor_adam = adam(loss.qvalue_network_params), adam(loss.actor_network_params)
     for number, batch in enumerate(cut(transitions(7 * 8, torch.float32), 8)):
         (found,) = made.run_updates(batch, 1)
@@ -106,22 +110,24 @@ def test_iql() -> None:
     """Their policy is a Gaussian; with a fixed deviation its loss has the same gradient."""
     made = learner(IQL, iql_config())
     mean = nn.Sequential(dense(made.actor), nn.Tanh(), Spread())
-    policy = torchrl.ProbabilisticActor(
-        modules.TensorDictModule(mean, in_keys=["observation"], out_keys=["loc", "scale"]),
+    policy = library("torchrl.modules").ProbabilisticActor(
+        library("tensordict.nn").TensorDictModule(
+            mean, in_keys=["observation"], out_keys=["loc", "scale"]
+        ),
         in_keys=["loc", "scale"],
-        distribution_class=torchrl.IndependentNormal,
+        distribution_class=library("torchrl.modules").IndependentNormal,
         distribution_kwargs={"tanh_loc": False},
     )
     (value_net,) = q_networks(made.value)
-    value = modules.TensorDictModule(
+    value = library("tensordict.nn").TensorDictModule(
         Values(value_net), in_keys=["observation"], out_keys=["state_value"]
     )
-    loss = objectives.IQLLoss(
+    loss = library("torchrl.objectives").IQLLoss(
         policy, q_modules(made), value, num_qvalue_nets=2, loss_function="l2", temperature=3.0,
         expectile=0.7,
     )  # fmt: skip
     loss.make_value_estimator(gamma=0.9)
-    targets = objectives.SoftUpdate(loss, tau=0.005)
+    targets = library("torchrl.objectives").SoftUpdate(loss, tau=0.005)
     value_adam, actor_adam, critic_adam = (
         adam(params)
         for params in (
