@@ -22,6 +22,7 @@ class WorkerEpoch(NamedTuple):
 
     returns: Sequence[float]  # of the episodes that ended
     sums: Mapping[str, tuple[float, int]]  # of its updates' metrics, with how many had each
+    weight: float  # its share of an update's batch
     train_s: float
     cpu_s: float | None  # of processor; None where environments have processes of their own
     trained: Reading  # joules
@@ -38,7 +39,7 @@ def epoch_row(
     """`p`: this worker's; what of it enters here is the same on all."""
     cpu_s = [worker.cpu_s for worker in workers if worker.cpu_s is not None]
     returns = [ret for worker in workers for ret in worker.returns]
-    sums = [worker.sums for worker in workers]
+    sums = [(worker.sums, worker.weight) for worker in workers]
     train_s = max(worker.train_s for worker in workers)
     trained = merge([worker.trained for worker in workers])
     evaluated = merge([worker.evaluated for worker in workers])

@@ -69,8 +69,12 @@ def since(before: list[Any] | None, reading: Reading) -> Reading:
     return reading if before is None else consecutive(Reading(*before), reading)
 
 
-def mean_of(sums: Sequence[Mapping[str, tuple[float, int]]], name: str) -> float | None:
-    """A metric's mean over all workers' updates; None where no update had it."""
-    parts = [part[name] for part in sums if name in part]
-    count = sum(n for _, n in parts)
-    return sum(total for total, _ in parts) / count if count else None
+def mean_of(
+    workers: Sequence[tuple[Mapping[str, tuple[float, int]], float]], name: str
+) -> float | None:
+    """A metric's mean over all updates, of each worker's sums and its weight; None where no update
+    had it.
+    """
+    parts = [(*sums[name], weight) for sums, weight in workers if name in sums]
+    count = sum(weight * n for _, n, weight in parts)
+    return sum(weight * total for total, _, weight in parts) / count if count else None

@@ -68,7 +68,7 @@ class Trainer:
         own_envs = c.num_envs // world.size
         self.acting_on = torch.device("cpu") if own_envs <= FEW_ENVS else device
         self.streams = Streams(run.seed, world.rank, device, self.acting_on)
-        self.batch_size, _ = batch_share(c, world)
+        self.batch_size, self.batch_weight = batch_share(c, world)
         # Batches of an update: with weak scaling each worker has one of the whole size.
         self.batches = world.size if run.scaling == "weak" else 1
         self.algo = build_learner(c, task, self.streams.update, world, device, init)
@@ -272,7 +272,9 @@ class Trainer:
             self.count_cpu()
         self.check_in_sync()
         cpu_s = p.cpu_s if self.config.env.vectorizer == "sync" else None
-        own = WorkerEpoch(p.returns, p.sums, p.train_s, cpu_s, trained, evaluated)
+        own = WorkerEpoch(
+            p.returns, p.sums, self.batch_weight, p.train_s, cpu_s, trained, evaluated
+        )
         everyone = self.world.gather_objects(own)
         return epoch_row(p, everyone, evaluation, self.algo, self.meter.source)
 
