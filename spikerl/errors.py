@@ -53,15 +53,15 @@ class Interrupted(KeyboardInterrupt):
     """Somebody pressed Ctrl-C; a KeyboardInterrupt that is none of these is an environment's."""
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The remedy for a name that is none of the known ones."""
+def nearest(word: str, known: Sequence[str], of_many: str = "--help lists what there is") -> str:
+    """The remedy for a name that is none of the known ones; `of_many`: too many to be listed."""
     near = difflib.get_close_matches(word, known, 3, 0.6)
     if not near:
         tail = word.rpartition(".")[2]
         near = [name for name in known if name.rpartition(".")[2] == tail][:3]
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return f"known: {', '.join(known)}" if len(known) < 30 else "--help lists what there is"
+    return f"known: {', '.join(known)}" if len(known) < 30 else of_many
 
 
 BY_DESIGN = (DiskError, EnvironmentFailed, NonFinite)  # their message says all

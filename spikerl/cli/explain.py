@@ -35,7 +35,7 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
         return f"{key}={value}: no such key; {_having(key) or nearest(key, known_keys(command))}"
     if "issing mandatory value" in text:
         key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
-        return f"{key}=???: it has no default; give it a value"
+        return f"{key}: it has no default; give {key}=VALUE"
     if match := re.search(r"Ambiguous value for argument '(.*?)'\n", text):
         return f"{match[1]}: several values; sweep over them with -m"
     unread = [arg for arg in split(args)[0] if not readable(arg)]

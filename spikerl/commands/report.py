@@ -75,7 +75,8 @@ def read(request: ReportRequest) -> tuple[SideBySide, list[str]]:
     known = sorted({key for run in runs for key in run.settings})
     for key in request.group_by or []:
         if key not in known:
-            raise BadRequest("group_by", key, f"no run has this key; {nearest(key, known)}")
+            remedy = nearest(key, known, "give keys of their config.yaml")
+            raise BadRequest("group_by", key, f"no run has this key; {remedy}")
     return SideBySide(runs, request.group_by), left_out
 
 

@@ -201,7 +201,7 @@ def test_out_of_range_typed(said: Said, typed: str) -> None:
     [
         (["tarin"], "tarin: no such command; did you mean train?"),
         (["fly"], "fly: no such command; commands: train"),
-        (["eval"], "run=???: it has no default; give it a value"),
+        (["eval"], "run: it has no default; give run=VALUE"),
         (["eval", "run=nowhere"], "run=nowhere: no policy there; give a run folder"),
         (["eval", "run=nowhere", "video=maybe"], "video=maybe: give true, false or spikes"),
         (["eval", "run=nowhere", "episodes=0"], "episodes=0: give at least 1"),
