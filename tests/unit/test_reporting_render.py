@@ -339,7 +339,7 @@ def test_watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 ASKED: list[tuple[list[str], str]] = [
     (["runs=nowhere/*"], "runs=nowhere/*: no run folder matches"),
     (["runs=runs/a", "group_by=algo.nam"], "group_by=algo.nam: no run has this key; did you mean"),
-    (["runs=runs/a", "group_by=x"], "group_by=x: no run has this key; give keys of their config"),
+    (["runs=runs/a", "group_by=x"], "group_by=x: no run has this key; known: algo.name, algo.tau"),
     (["runs=runs/a", "hours=[0]"], "hours=[0.0]: give numbers above 0"),
     (["runs=runs/a", "core_hours=[-1]"], "core_hours=[-1.0]: give numbers above 0"),
     (["runs=runs/a", "group_by=[3]"], "group_by=[3]: give keys of configs"),
