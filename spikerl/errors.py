@@ -56,9 +56,10 @@ class Interrupted(KeyboardInterrupt):
 def nearest(word: str, known: Sequence[str], of_many: str = "--help lists what there is") -> str:
     """The remedy for a name that is none of the known ones; `of_many`: too many to be listed."""
     near = difflib.get_close_matches(word, known, 3, 0.6)
-    if not near:
-        tail = word.rpartition(".")[2]
-        near = [name for name in known if name.rpartition(".")[2] == tail][:3]
+    group, _, tail = word.rpartition(".")
+    same = [name for name in known if name.rpartition(".")[2] == tail][:3]
+    if group or not near:  # another group's may be meant
+        near = same or [name for name in near if "." in name or not group]
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"known: {', '.join(known)}" if len(known) < 30 else of_many

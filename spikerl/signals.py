@@ -16,6 +16,14 @@ def listened_to() -> list[signal.Signals]:
     return [number for number in STOPS if not (ignored and number == signal.SIGHUP)]
 
 
+def signal_name(number: int) -> str:
+    """Those between SIGRTMIN and SIGRTMAX have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 @contextmanager
 def handled(
     handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]

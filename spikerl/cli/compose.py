@@ -78,7 +78,7 @@ def usage() -> str:
             *lines,
             "",
             "spikerl COMMAND --help lists its groups, options and keys.",
-            "spikerl train env=HalfCheetah total_steps=20000 trains for a first look.",
+            "spikerl train env=HalfCheetah algo.random_steps=1000 total_steps=20000: a first look.",
         ]
     )
 

@@ -22,7 +22,7 @@ from spikerl.distributed.launchers import ranked
 from spikerl.distributed.world import ALONE, join, leave
 from spikerl.energy.meter import open_meter
 from spikerl.envs.dataset import Dataset
-from spikerl.envs.make import make_env, task_of
+from spikerl.envs.make import UNREGISTERED, make_env, task_of
 from spikerl.envs.process import start_server
 from spikerl.errors import DONE, FAILED, BadRequest, EnvironmentFailed
 from spikerl.files import absolute, shown, write_text
@@ -201,7 +201,13 @@ def dataset_of(config: Config, task: Task) -> Dataset | None:
 
 
 def task_for(config: Config) -> Task:
-    env = make_env(config.env)
+    try:
+        env = make_env(config.env)
+    except BadRequest as error:
+        key, value, remedy = error.args
+        if key == "env.id" and UNREGISTERED in remedy and ":" not in str(value):
+            remedy += f"; env.id=MODULE:{value} imports the module that registers it"
+        raise BadRequest(key, value, remedy) from error.__cause__
     env_task = task_of(env)
     env.close()
     check_actions(config.algo, env_task)
@@ -233,7 +239,7 @@ def finished(folder: Path, config: Config) -> bool:
         checkpoint = verified(folder, lambda text: None)
         check_record(folder, checkpoint.manifest)
         step, further = checkpoint.step, "a larger total_steps trains it further"
-        if -(-total // config.num_envs) * config.num_envs < step:  # a step is one of each
+        if config.last_step < step:
             raise BadRequest("total_steps", total, f"the run is at step {step}; give that or more")
     if record["status"] == "done" and step >= total:
         if os.environ.get("RANK", "0") == "0":

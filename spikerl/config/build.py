@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -117,7 +116,7 @@ class RunConfig:
             raise BadRequest("world_size", self.world_size, remedy)
         if self.node_rank is None or not 0 <= self.node_rank < nodes:
             raise BadRequest("node_rank", self.node_rank, f"give this machine's, 0 to {nodes - 1}")
-        if not re.fullmatch(r"\S+:\d{1,5}", self.rdzv or ""):
+        if not hosts.is_endpoint(self.rdzv or ""):
             remedy = "give machine 0's address and a free port there, as host:29500"
             raise BadRequest("rdzv", self.rdzv, remedy)
 
@@ -153,6 +152,13 @@ class Config:
     def num_envs(self) -> int:
         """Over all workers; by default one each."""
         return self.run.num_envs or self.world_size
+
+    @property
+    def last_step(self) -> int:
+        """total_steps, or the next that all environments together come to."""
+        if isinstance(self.algo, OfflineConfig):
+            return self.run.total_steps
+        return -(-self.run.total_steps // self.num_envs) * self.num_envs
 
 
 class Parsed(NamedTuple):

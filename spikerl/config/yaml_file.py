@@ -183,7 +183,12 @@ def check_confirmed(run: object, env_id: str, kwargs: Any, typed: str | None) ->
 
 
 def _refusal(key: str, value: Any, path: Path) -> BadRequest:
-    return BadRequest(key, value, f"not accepted from {path}; type {key}=... on the command line")
+    return BadRequest(
+        key,
+        value,
+        f"not accepted from {path}, as it may run code; if it is to be trusted, type"
+        f" {key}=... on the command line",
+    )
 
 
 def quoted(value: Any) -> str:

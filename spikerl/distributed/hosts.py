@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -24,7 +25,8 @@ def has_own(share: str) -> bool:
         return False
     if share == "gpus":
         return "SLURM_GPUS_PER_TASK" in step
-    return len(os.sched_getaffinity(0)) < int(step.get("SLURM_CPUS_ON_NODE", 0))
+    cores = re.match(r"\d+", step.get("SLURM_CPUS_ON_NODE", ""))
+    return cores is not None and len(os.sched_getaffinity(0)) < int(cores[0])
 
 
 def interface_to(host: str) -> str | None:
@@ -62,6 +64,16 @@ def requeued() -> bool:
     asked = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
     state = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     return state == "RUNNING" and subprocess.run(["scontrol", "requeue", job]).returncode == 0
+
+
+def is_endpoint(text: str) -> bool:
+    """Whether it is HOST:PORT as it can be asked for."""
+    host, _, port = text.rpartition(":")
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return bool(re.fullmatch(r"\S+:\d{1,5}", text)) and 1 <= int(port) <= 65535
 
 
 def cannot_listen(host: str, port: int) -> str | None:

@@ -31,7 +31,7 @@ from spikerl.children import PYTHON
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.errors import FAILED, BadRequest, EnvironmentFailed, Interrupted, NonFinite
-from spikerl.signals import STOPS, handled, listened_to
+from spikerl.signals import STOPS, handled, listened_to, signal_name
 
 LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
 LATE = ("did not come", "Timed out", "timeout")
@@ -244,7 +244,7 @@ def first_failure(failures: dict[int, int], shared_dir: Path, world_size: int) -
     code, reason = status(rank), report(rank)
     own = reason.get("environment") or reason.get("late") or code == -signal.SIGTERM
     if code < 0 and not (reason and own):
-        return WorkerLost(f"{who} was killed by {signal.Signals(-code).name}")
+        return WorkerLost(f"{who} was killed by {signal_name(-code)}")
     lost = WorkerLost(f"{who}: {reason['error']}" if reason else f"{who} ended with status {code}")
     lost.trace, lost.request = reason.get("traceback", ""), reason.get("request")
     return lost

@@ -73,6 +73,8 @@ def adopt() -> None:
             env["LOCAL_WORLD_SIZE"] = str(counts[int(env["SLURM_NODEID"])])
     if "RANK" in env:
         _check_local()
+    if "MASTER_PORT" in env and not 1 <= _number("MASTER_PORT") <= 65535:
+        raise BadRequest("MASTER_PORT", env["MASTER_PORT"], "give 1 to 65535")
 
 
 def mpi_set() -> tuple[str, str, str] | None:
@@ -152,7 +154,8 @@ def _ignore(names: Iterable[str], why: str) -> None:
 def first_host(nodes: str) -> str:
     """Of a list as Slurm writes it: node[07-12],gpu3."""
     match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
-    assert match is not None
+    if match is None:
+        raise BadRequest("SLURM_STEP_NODELIST", nodes, "Slurm gives a list of nodes here; unset it")
     return match[1] + (match[2] or "")
 
 

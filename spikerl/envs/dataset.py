@@ -233,7 +233,8 @@ def check_task(metadata: Mapping[str, Any], task: Task) -> None:
     if not isinstance(spec, dict) or not isinstance(spec.get("id"), str):
         raise ValueError("its metadata.json names no environment (env_spec)")
     if spec["id"] != task.env_id:
-        raise ValueError(f"it was recorded on {spec['id']:.100}, and this is {task.env_id}")
+        other = f"it was recorded on {spec['id']:.100}, and this is {task.env_id}"
+        raise ValueError(f"{other}; give that task by env=")
     ours = {**gym.spec(task.env_id).kwargs, **task.env_kwargs}
     for what, theirs, mine in (
         ("env.kwargs", spec.get("kwargs") or {}, ours),

@@ -226,8 +226,7 @@ def make_env(config: EnvConfig) -> CheckedEnv:
         known = sorted(gym.registry)
         near = difflib.get_close_matches(config.id, known, 3, 0.4)
         hint = f"nearest: {', '.join(near)}" if near else f"{len(known)} are registered"
-        remedy = f"{config.id} {UNREGISTERED}; {hint}"
-        raise BadRequest(key, value, remedy) from None
+        raise BadRequest(key, value, f"{config.id} {UNREGISTERED}; {hint}") from None
     except BaseException as error:  # its own code raises any, and calls sys.exit
         plain = first_line(error) if isinstance(error, Exception) else ""
         reason = plain or describe_raised(error)

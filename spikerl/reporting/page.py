@@ -72,8 +72,10 @@ class Card(NamedTuple):
 
 
 def command_of(run: Run) -> str:
-    """What makes it again; of a sweep's job, by its config."""
-    command = str(run.manifest.get("command"))
+    """What makes it again, longer as it may have become; of a sweep's job, by its config."""
+    resumed = [str(event.get("command")) for event in run.manifest.get("resumed") or []]
+    longer = [line for line in dict.fromkeys(resumed) if " total_steps=" in line]
+    command = "\n".join([str(run.manifest.get("command")), *longer])
     swept = {"-m", "--multirun"} & set(command.split())
     return f"spikerl train config={run.folder}/config.yaml" if swept else command
 

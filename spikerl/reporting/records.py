@@ -227,6 +227,8 @@ def run_folders(pattern: str) -> list[Path]:
     runs: set[Path] = set()
     # A sweep's folder may be named hidden_sizes=[64,64], which as a pattern means something else.
     for match in [pattern] if os.path.isdir(pattern) else glob.glob(pattern, recursive=True):
+        if os.path.isfile(match):
+            continue
         # What may not be listed may be a run; reading it says why it is left out.
         walk = os.walk(match, onerror=lambda error: runs.add(Path(error.filename)))
         for place, folders, files in walk:

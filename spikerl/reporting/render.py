@@ -47,12 +47,12 @@ def missing_extra() -> str | None:
     return f"{' and '.join(lacking)} {verb} missing; pip install 'spikerl[report]' brings {what}"
 
 
-def render_table(table: Table, total_steps: int) -> list[str]:
-    """Write what there is of the table now; the names of the files."""
-    folder = ROOT / table.name
+def render_table(table: Table, total_steps: int, root: Path = ROOT) -> list[str]:
+    """Write what there is of the table below `root` now; the names of the files."""
+    folder = root / table.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return write_all(table, Results(table, total_steps), folder)
+        return write_all(table, Results(table, total_steps, root), folder)
     except OSError as error:
         place = error.filename2 or error.filename or folder
         raise BadRequest("table", table.name, f"{place}: {error.strerror or error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from spikerl.reporting import statistics
 from spikerl.reporting.cell_config import apart
 from spikerl.reporting.records import Run, number, values
 from spikerl.reporting.statistics import Array, Interval
-from spikerl.reporting.table_file import Cell, Protocol, Published, Table, cell_of
+from spikerl.reporting.table_file import ROOT, Cell, Protocol, Published, Table, cell_of
 
 EASY = "InvertedDoublePendulum"  # a baseline that fails there makes every gain look large
 
@@ -74,7 +74,12 @@ class Result:
 
     @property
     def partial(self) -> bool:
-        return self.steps is not None and self.steps[0] < self.asked
+        return self.steps is not None and self.steps[0] < self.most
+
+    @property
+    def most(self) -> int:
+        """The steps that all of its seeds are to have."""
+        return max(self.asked, self.steps[1]) if self.steps else self.asked
 
     @property
     def published(self) -> Published | None:
@@ -127,18 +132,26 @@ class Aggregate:
 class Results:
     """All of a table, as it lies on the disk."""
 
-    def __init__(self, table: Table, total_steps: int) -> None:
-        self.table, self.total_steps = table, total_steps
+    def __init__(self, table: Table, total_steps: int, root: Path = ROOT) -> None:
+        self.table, self.total_steps, self.root = table, total_steps, root
         self.left_out: list[str] = []  # runs that do not count, and why
         self.by_cell = {
             (row, column): self._read(row, column) for row in table.rows for column in table.columns
         }
+        whole, asked = table.protocol.total_steps, total_steps
+        if any(r.steps and r.steps[1] >= r.asked // asked * whole > r.asked for r in self.all):
+            # A shorter one beside runs of the protocol's steps is measured by these.
+            self.total_steps = whole
+            self.by_cell = {
+                key: replace(r, asked=r.asked // asked * whole) for key, r in self.by_cell.items()
+            }
 
     def _read(self, row: str, column: str) -> Result:
-        first = cell_of(self.table, row, column, 0)
+        first = cell_of(self.table, row, column, 0, self.root)
         times = first.times_steps if first else 1
         seeds = _seeds_beside(first.folder) if first else []
-        cells = [cell for n in seeds if (cell := cell_of(self.table, row, column, n))]
+        every = (cell_of(self.table, row, column, n, self.root) for n in seeds)
+        cells = [cell for cell in every if cell]
         read = tuple(seed for cell in cells if (seed := self._seed(cell)))
         return Result(self.table, row, column, times * self.total_steps, read)
 

@@ -57,8 +57,9 @@ class SideBySide:
     @property
     def again(self) -> int:
         """How many runs are another's task, seed and settings once more."""
-        each = {(run.env_id, *sorted(run.settings.items())) for run in self.runs}
-        return len(self.runs) - len(each)
+        counted = [run for run in self.runs if run.score("max_average") is not None]
+        each = {(run.env_id, *sorted(run.settings.items())) for run in counted}
+        return len(counted) - len(each)
 
     @cached_property
     def groups(self) -> dict[str, list[Run]]:
@@ -212,7 +213,8 @@ def write_all(
     notes = [f"groups are set apart by {', '.join(report.group_by) or 'nothing'}"]
     notes += operations.notes(report.runs)
     if again := report.again:
-        has = f"warning: {again} of the runs have seed and settings of another"
+        verb = "has" if again == 1 else "have"
+        has = f"warning: {again} of the runs {verb} seed and settings of another"
         notes.append(f"{has}; n counts them")
     notes += [f"left out: {line}" for line in left_out]
     named = [(group, run) for group, runs in report.groups.items() for run in runs]

@@ -127,7 +127,7 @@ class Cell:
         return f"{self.row}/{self.column}/seed{self.seed}"
 
 
-def cell_of(table: Table, row: str, column: str, seed: int) -> Cell | None:
+def cell_of(table: Table, row: str, column: str, seed: int, root: Path = ROOT) -> Cell | None:
     """None where a row has published values alone, or no cell in that column."""
     if not table.has(row, column):
         return None
@@ -135,10 +135,10 @@ def cell_of(table: Table, row: str, column: str, seed: int) -> Cell | None:
     if not owner.has(name, column):
         return None
     r, c, protocol = owner.rows[name], owner.columns[column], owner.protocol
-    folder = ROOT / owner.name / name / column / f"seed{seed}"
+    folder = root / owner.name / name / column / f"seed{seed}"
     own = (*r.overrides, *c.overrides.get(name, []))
     if r.convert is not None:
-        source = cell_of(owner, r.convert, column, seed)
+        source = cell_of(owner, r.convert, column, seed, root)
         if source is None:
             return None
         return Cell(row, column, seed, folder, "convert", own, source.times_steps, source.folder)

@@ -58,7 +58,7 @@ def remarks(result: Result) -> list[str]:
     if result.partial and result.steps:
         low, high = result.steps
         reached = steps(low) if low == high else f"{steps(low)} to {steps(high)}"
-        said.append(f"{reached} of {steps(result.asked)} steps")
+        said.append(f"{reached} of {steps(result.most)} steps")
     if waiting := len(result.seeds) - len(result.begun):
         said.append(f"{waiting} without evaluation")
     if result.failed:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from spikerl.algos import ALGOS
+from spikerl.algos.base import AlgoConfig
 from spikerl.config.build import Config
 from spikerl.distributed.world import share
 from spikerl.files import shown
@@ -13,10 +15,13 @@ from spikerl.output import several
 from spikerl.training.trainer import Trainer
 from spikerl.types import Resolved
 
-NOTHING_LEARNED = (
-    "warning: this run makes no update, so its policy is the one that it starts with; give more"
-    " total_steps, or less algo.learning_starts or algo.rollout_steps"
-)
+
+def nothing_learned(algo: AlgoConfig) -> str:
+    key = "rollout_steps" if ALGOS.part(algo).on_policy else "learning_starts"
+    return (
+        "warning: this run makes no update, so its policy is the one that it starts with; give more"
+        f" total_steps, or less algo.{key}"
+    )
 
 
 def announce(config: Config, trainer: Trainer, command: Sequence[str]) -> list[str]:
@@ -43,13 +48,17 @@ def announce(config: Config, trainer: Trainer, command: Sequence[str]) -> list[s
         f" precision {config.precision.name}",
         f"{several(size, 'worker')} x {several(config.num_envs // size, 'environment')};"
         f" global batch {sum(rows)} ({each} per worker, {run.scaling} scaling);"
-        f" {trainer.updates_by(run.total_steps)} updates in {run.total_steps} steps{exchange}",
+        f" {trainer.updates_by(config.last_step)} updates in {config.last_step} steps{exchange}",
         "; ".join(f"{name}={r.choice} ({why(name, r)})" for name, r in resolved.items()),
     ]
     if trainer.evaluator.note:
         lines.append(trainer.evaluator.note)
-    if trainer.updates_by(run.total_steps) == 0:
-        lines.append(NOTHING_LEARNED)
+    if trainer.updates_by(config.last_step) == 0:
+        lines.append(nothing_learned(algo))
+    elif trainer.algo.random_steps >= run.total_steps:
+        steps = f"algo.random_steps={trainer.algo.random_steps}"
+        said = f"warning: all actions of this run are random ({steps}); give less"
+        lines.append(f"{said}, or more total_steps")
     if dataset := trainer.dataset:
         lines.append(
             f"dataset={shown(dataset.folder)}: {dataset.transitions} transitions of"

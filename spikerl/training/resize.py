@@ -41,16 +41,17 @@ def share_of(parts: Sequence[Part], rank: int, size: int, num_envs: int) -> Part
             }
     progress = merge_progress([notes["progress"] for _, notes in parts], size)
     if rank > 0:
-        progress |= {"train_s": 0.0, "cpu_s": 0.0, "energy": None, "eval_energy": None}
-        progress |= {"returns": [], "sums": {}}
+        # All have what devices have spent, which counts once: no device seems to begin here.
+        progress |= {"train_s": 0.0, "cpu_s": 0.0, "returns": [], "sums": {}}
     return tensors, {"progress": progress, "exact": exact}
 
 
 def merge_progress(parts: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:
     """The workers' progress as one; sums of updates weigh as if `size` workers had made them."""
     sums = {}
-    for name in parts[0]["sums"]:
-        totals, counts = zip(*(part["sums"][name] for part in parts), strict=True)
+    for name in dict.fromkeys(name for part in parts for name in part["sums"]):
+        # A worker that came with a resize may have had no update with it yet.
+        totals, counts = zip(*(part["sums"].get(name, (0.0, 0)) for part in parts), strict=True)
         sums[name] = (sum(totals) * size / len(parts), sum(counts) * size // len(parts))
     return {
         **parts[0],

@@ -16,7 +16,15 @@ from typing import Any
 from spikerl.config.build import Config
 from spikerl.distributed.world import World
 from spikerl.energy.meter import source_of
-from spikerl.errors import DONE, FAILED, INTERRUPTED, BadRequest, DiskError, stop_status
+from spikerl.errors import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    BadRequest,
+    DiskError,
+    EnvironmentFailed,
+    stop_status,
+)
 from spikerl.files import shown, write_json, write_text
 from spikerl.machine import versions
 from spikerl.runs import folder as run_folder
@@ -25,7 +33,7 @@ from spikerl.runs.display import View, epoch_line, idle_line, spent_text, stuck_
 from spikerl.runs.record import RunLog
 from spikerl.runs.rows import cut_back, read_rows
 from spikerl.runs.summary import summary_of
-from spikerl.training.announcement import NOTHING_LEARNED, announce
+from spikerl.training.announcement import announce, nothing_learned
 from spikerl.training.epoch_row import Row
 from spikerl.training.trainer import Trainer
 
@@ -197,6 +205,8 @@ class Session:
         """What begins anew; nothing in the folder has changed so far."""
         try:
             return self.trainer.load(checkpoint)
+        except (EnvironmentFailed, MemoryError):
+            raise
         except Exception as error:  # a checkpoint of another run, or a forged one, raises any
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             remedy = f"its {checkpoint.folder.name} does not fit this run ({reason})"
@@ -315,7 +325,7 @@ class Session:
                 self.say(f"done: {self.trainer.step} steps, {self.trainer.algo.updates} updates"
                          f" in {self.wall():.0f} s, {spent_text(self.summary)}")  # fmt: skip
                 if self.trainer.algo.updates == 0:
-                    self.say(NOTHING_LEARNED)
+                    self.say(nothing_learned(self.config.algo))
             self.flush()
         return code
 

@@ -90,6 +90,7 @@ class Trainer:
             store_dataset(dataset, c, self.algo, self.replay, self.norm, world.rank)
         self.envs = make_envs(c.env, own_envs, task)
         self.seed_bits = RESET_BITS  # of resets
+        self.reset_due = False
         self.reset_envs()
         try:
             self.evaluator = Evaluator(c.env, run.eval_episodes, run.seed, world)
@@ -132,6 +133,8 @@ class Trainer:
         an evaluation it ends at once: the run that goes on begins with that evaluation.
         """
         p = self.progress
+        if self.reset_due:  # in the thread that made them, where a resume restores in another
+            self.reset_envs(self.step)
         self.start_window()
         while not self.stopping:
             if self.evaluation_due():
@@ -374,7 +377,7 @@ class Trainer:
             check_fit(envs, own, texts=games)
             self.envs.load(envs)
         else:
-            self.reset_envs(self.step)
+            self.reset_due = True
             if not self.offline:  # which only evaluates in them
                 anew.append("environments of this kind, which go on from a reset")
         return anew

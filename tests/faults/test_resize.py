@@ -20,8 +20,10 @@ from shell import SHORT, spikerl
 from torch import Tensor
 from trainers import Workers
 
+from spikerl.energy.meter import Reading, consecutive, merge
 from spikerl.runs.checkpoint import verified
 from spikerl.seeding import generator_for, seed_for
+from spikerl.training.resize import merge_progress
 
 N = 4
 CAPACITY = 90  # 22 steps of each environment
@@ -145,9 +147,25 @@ def test_an_epoch_in_progress_weighs_every_update_alike(tmp_path: Path) -> None:
     assert (first.train_s, second.train_s) == (4.0, 0.0)
     assert (first.cpu_s, second.cpu_s) == (8.0, 0.0)
     assert first.energy == [1.0, {"gpu:0": 5.0, "gpu:1": 5.0}, {}]
-    assert (second.sums, second.returns, second.energy) == ({}, [], None)
-    old.close()
-    new.close()
+    assert (second.sums, second.returns) == ({}, [])
+    assert second.energy == first.energy  # which count once
+    three = Workers(OFF_POLICY, 1)  # before the second had an update with a loss
+    check_handed_over(tmp_path, new, three)
+    assert three.first.progress.sums == {"critic_loss": (150.0, 60)}
+    assert three.first.progress.energy == [1.0, {"gpu:0": 5.0, "gpu:1": 5.0}, {}]
+    for workers in (old, new, three):
+        workers.close()
+
+
+def test_what_devices_spent_before_more_workers_came_is_in_the_sum() -> None:
+    """2 workers with a device each, then 4: 100 J each before, 50 J each behind."""
+    before = {"updates": 0, "returns": [], "train_s": 1.0, "sums": {}}
+    parts = [{**before, "energy": [1.0, {f"gpu:{rank}": 100.0}, {}]} for rank in range(2)]
+    energy = Reading(*merge_progress(parts, 4)["energy"])
+    after = [Reading(1.0, {f"gpu:{rank}": 50.0}, {}) for rank in range(4)]
+    found = merge([consecutive(energy, own) for own in after])
+    assert found.joules == {"gpu:0": 150.0, "gpu:1": 150.0}
+    assert set(found.missing) == {"gpu:2", "gpu:3"}  # so that no sum passes for the whole
 
 
 ARGS = ["env=HalfCheetah", "env.vectorizer=async"]

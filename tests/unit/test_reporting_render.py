@@ -20,6 +20,7 @@ from table_runs import write_run
 
 from spikerl.commands import report
 from spikerl.reporting import curves
+from spikerl.reporting.page import command_of
 from spikerl.reporting.records import Run, number, run_folders
 from spikerl.reporting.side_by_side import SideBySide, names_of, render_runs
 
@@ -268,6 +269,16 @@ def test_the_same_run_twice_is_said(tmp_path: Path) -> None:
     render_runs(SideBySide(runs, None), tmp_path / "out", [])
     line = "warning: 2 of the runs have seed and settings of another; n counts them"
     assert line in (tmp_path / "out" / "table.md").read_text()
+    compressed = write_run(tmp_path / "compressed")  # whose settings are its source's
+    (compressed / "metrics.jsonl").write_text("")
+    assert SideBySide([*runs[:2], Run.read(compressed)], None).again == 0
+
+
+def test_a_resumed_run_is_repeated_by_both_commands(tmp_path: Path) -> None:
+    first, longer = "spikerl train env=Ant total_steps=9", "spikerl train resume=r total_steps=12"
+    events = [{"command": "spikerl train resume=r"}, {"command": longer}]
+    run = Run.read(write_run(tmp_path / "r", command=first, resumed=events))
+    assert command_of(run) == f"{first}\n{longer}"
 
 
 def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,10 +288,12 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "runs" / "b", algo="sac", seed=1, counted=True,
               git={"commit": "abc", "dirty": True})  # fmt: skip
     (write_run(tmp_path / "runs" / "c") / "metrics.jsonl").write_text("nonsense\n")
+    (tmp_path / "runs" / "curves.png").write_bytes(b"no folder")
     said = spikerl("report", "runs=runs/*", "out=out", "hours=[1.5]", "core_hours=[0.5]")
     assert (said.status, said.err) == (0, "")
     assert f"{tmp_path}/out: 2 runs; table.md" in said.out
     assert f"left out: {tmp_path}/runs/c: its record or config" in said.out
+    assert said.out.count("left out") == 1
     page = (tmp_path / "out" / "index.html").read_text()
     assert "<script" not in page
     assert "&lt;script&gt;" in page

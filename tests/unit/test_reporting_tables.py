@@ -152,10 +152,10 @@ def test_steps_asked_of_what_has_not_run() -> None:
 
 def test_a_seed_that_was_not_asked_for_is_there() -> None:
     """What is rendered is what lies on the disk."""
-    write("spiking", "Ant", 17, [5.0, 6.0, 5.5])
-    text = tables.cell_text(results().by_cell["spiking", "Ant"], "max_average")
+    write("spiking", "Ant", 17, [5.0, 6.0])
+    text = tables.cell_text(results(2000).by_cell["spiking", "Ant"], "max_average")
     assert text == "6.0 (n=1)"
-    assert "(the protocol has 3k)" in markdown(results(total_steps=1000))
+    assert "(the protocol has 3k)" in markdown(results(total_steps=2000))
 
 
 def test_unmeasured_joules_are_absent() -> None:
@@ -191,6 +191,18 @@ def test_a_gain_over_runs_that_go_on_says_so() -> None:
     lines = tables.grid(results(), "max_average")
     assert column(lines, "APG")[0] == "+30.00 % (partial)"
     assert column(tables.aggregate_grid(results()), "columns") == ["2 (partial)", "2 (partial)"]
+
+
+def test_a_short_trial_beside_whole_runs_is_marked() -> None:
+    """Whatever total_steps was typed for it."""
+    write("spiking", "Ant", 0, [100.0, 200.0, 300.0])
+    write("spiking", "Ant", 1, [400.0])
+    write("dense", "Ant", 0, [500.0])
+    found = results(1000)
+    lines = column(tables.grid(found, "max_average"), "Ant-v4")
+    assert "350 \u00b1 71 (n=2, 1k to 3k of 3k steps)" in lines
+    assert "500 (n=1, 1k of 3k steps)" in lines
+    assert tables.asked(found).startswith("3k steps, evaluations")
 
 
 def test_a_gain_without_a_column_is_not_partial_by_it() -> None:

@@ -17,7 +17,9 @@ TRAINER: Any = SimpleNamespace(  # what is announced of one
     task=SimpleNamespace(env_id="Some-v1", obs_dim=3, act_dim=1),
     updates_by=lambda steps: steps,
     dataset=None,
-    algo=SimpleNamespace(actor_optimizer=SimpleNamespace(unpruned=None), notes=list),
+    algo=SimpleNamespace(
+        actor_optimizer=SimpleNamespace(unpruned=None), notes=list, random_steps=0
+    ),
     evaluator=SimpleNamespace(note=None),
 )
 

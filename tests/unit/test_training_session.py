@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from shell import SHORT, refusal, spikerl
 
-from spikerl.errors import PREEMPTED, Stopped
+from spikerl.distributed.world import World
+from spikerl.errors import PREEMPTED, EnvironmentFailed, Stopped
 from spikerl.training.evaluator import Evaluation, Evaluator
 from spikerl.training.session import Session
+from spikerl.training.trainer import Trainer
 
 
 def test_a_checkpoint_of_another_run_is_refused_in_a_line(tmp_path: Path) -> None:
@@ -58,3 +63,65 @@ def test_an_evaluation_that_is_stopped_twice(
     assert "r is done at step 152" in spikerl("train", "resume=r").out
     line = spikerl("train", "resume=r", "total_steps=150").line
     assert line == "total_steps=150: the run is at step 152; give that or more"
+
+
+def test_a_resume_resets_in_the_thread_that_made_the_environments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some environments cannot be used from another; two workers restore in one beside."""
+    monkeypatch.chdir(tmp_path)
+    threads: list[int] = []
+    reset = Trainer.reset_envs
+
+    def noted(self: Trainer, *resumed_at: int) -> None:
+        threads.append(threading.get_ident())
+        reset(self, *resumed_at)
+
+    class Beside(World):
+        def run_on_all(self, act: Callable[[], Any]) -> list[Any]:
+            with ThreadPoolExecutor(1) as pool:
+                return [pool.submit(act).result()]
+
+    unknown = ["env=gym", "env.id=MountainCarContinuous-v0", "run_dir=r"]
+    short = [word for word in SHORT if not word.startswith("env=")]
+    assert spikerl("train", *short, *unknown, "total_steps=150").status == 0
+    monkeypatch.setattr(Trainer, "reset_envs", noted)
+    monkeypatch.setattr("spikerl.commands.train.ALONE", Beside())
+    said = spikerl("train", "resume=r", "total_steps=300")
+    assert said.status == 0, said.err
+    assert threads == [threading.get_ident()] * 2
+
+
+def test_a_failed_environment_is_no_wrong_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Session_(Session):
+        def __init__(self, trainer: Any) -> None:
+            self.trainer, self.folder = trainer, tmp_path
+
+    class Fails:
+        def load(self, checkpoint: Any) -> bool:
+            raise EnvironmentFailed("step 1: Some-v0 raised RuntimeError")
+
+    named: Any = type("Named", (), {"folder": tmp_path / "step_7"})
+    with pytest.raises(EnvironmentFailed):
+        Session_(Fails()).restore(named)
+
+
+def test_what_is_said_of_updates_and_of_random_actions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the steps that are taken: eight environments come to 16 where 15 are asked for."""
+    monkeypatch.chdir(tmp_path)
+    ppo = ["algo=ppo", "total_steps=15", "num_envs=8", "algo.rollout_steps=16", "algo.epochs=1",
+           "algo.norm_interval=16", "algo.batch_size=8", "steps_per_epoch=16"]  # fmt: skip
+    short = [word for word in SHORT if not word.startswith(("algo.l", "algo.r", "steps", "total"))]
+    said = spikerl("train", *short, *ppo, "run_dir=p")
+    assert said.status == 0, said.err
+    assert " 2 updates in 16 steps" in said.out
+    assert "warning" not in said.out
+    said = spikerl("train", *SHORT, "algo.random_steps=300", "run_dir=r")
+    line = "warning: all actions of this run are random (algo.random_steps=300); give less, or more"
+    assert line in said.out
+    said = spikerl("train", *SHORT, "algo.learning_starts=1000", "run_dir=n")
+    assert "or less algo.learning_starts\n" in said.out

@@ -25,6 +25,7 @@ from spikerl.reporting.cell_config import apart, config_of
 from spikerl.reporting.records import Run
 from spikerl.reporting.table_file import Cell, Table
 from spikerl.runs import folder as run_folder
+from spikerl.signals import signal_name
 
 PROGRAM = [*PYTHON, "-m", "spikerl"]
 EPISODES = 20  # of the final policy, from its file
@@ -182,7 +183,7 @@ class Job:
         assert self.process is not None
         code = self.process.returncode
         if code < 0:
-            return f"killed by {signal.Signals(-code).name}; the same command goes on with it"
+            return f"killed by {signal_name(-code)}; the same command goes on with it"
         lines: list[str] = []
         for path in (self.output("err"), self.cell.folder / "error.txt"):
             with suppress(OSError):
@@ -229,7 +230,8 @@ def check(table: Table, cells: Sequence[Cell], total_steps: int) -> None:
             raise BadRequest("table", table.name, f"{remedy}; move that folder away")
         wanted = cell.times_steps * total_steps
         if cell.command == "train" and run.step > whole_steps(run, wanted):
-            remedy = f"{run.folder} has {run.step} steps already; give at least that"
+            remedy = f"{run.folder} has {run.step} steps already; give at least that, or"
+            remedy += " out=FOLDER for a trial"
             raise BadRequest("total_steps", wanted, remedy)
         had = run.config.get("total_steps")
         if _moves(run.settings) and had != wanted and _resumable(run, wanted):

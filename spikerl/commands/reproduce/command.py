@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from spikerl.commands.reproduce.cells import check, shorter
@@ -19,7 +20,7 @@ from spikerl.output import duration
 from spikerl.reporting.cell_config import config_of
 from spikerl.reporting.render import missing_extra, render_table
 from spikerl.reporting.results import seeds_of
-from spikerl.reporting.table_file import ROOT, Cell, Table, cell_of, select, table_of
+from spikerl.reporting.table_file import Cell, Table, cell_of, select, table_of
 from spikerl.schema import parse
 
 
@@ -33,12 +34,15 @@ class ReproduceRequest:
     nice: int
     plan: bool
     render: bool
+    out: str
     plugins: list[str]
 
     def __post_init__(self) -> None:
         for key in ("total_steps", "jobs"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise BadRequest(key, getattr(self, key), "give at least 1, or null")
+        if not self.out:
+            raise BadRequest("out", self.out, "give a folder")
         if not 0 <= self.nice <= 19:
             raise BadRequest("nice", self.nice, "give 0 to 19")
         if self.plan and self.render:
@@ -56,7 +60,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     if request.render:
         if lacking := missing_extra():
             raise BadRequest("render", True, lacking)
-        render(table, total_steps)
+        render(table, total_steps, Path(request.out))
         return 0
     check(table, cells, total_steps)
     for note in filter(None, (shorter(cell, total_steps) for cell in cells)):
@@ -83,7 +87,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     )
     status = scheduler.run()
     tell_rest(scheduler.states)
-    render(table, total_steps)
+    render(table, total_steps, Path(request.out))
     return status
 
 
@@ -93,7 +97,8 @@ def selected(table: Table, request: ReproduceRequest) -> list[Cell]:
     columns = select(list(table.columns), request.columns, key="columns")
     seeds = seeds_of(request.seeds, table.protocol)
     wanted = [(row, column, seed) for seed in seeds for column in columns for row in rows]
-    cells = [cell for which in wanted if (cell := cell_of(table, *which))]
+    root = Path(request.out)
+    cells = [cell for which in wanted if (cell := cell_of(table, *which, root))]
     if not cells:
         raise BadRequest("rows", request.rows, "no cell is selected: these are published values")
     return cells
@@ -165,8 +170,8 @@ def tell_rest(states: Mapping[Cell, State]) -> None:
             print(f"{cell.name}: not made: {cell.source} is not done")
 
 
-def render(table: Table, total_steps: int) -> None:
-    written = render_table(table, total_steps)
+def render(table: Table, total_steps: int, root: Path) -> None:
+    written = render_table(table, total_steps, root)
     if lacking := missing_extra():
         print(f"note: no curves and no page: {lacking}")
-    print(f"{ROOT / table.name}: {', '.join(written)}")
+    print(f"{root / table.name}: {', '.join(written)}")
