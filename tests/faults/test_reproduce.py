@@ -379,6 +379,7 @@ def test_more_steps_are_refused_only_where_they_are_typed(
     table["protocol"]["total_steps"] = 50
     one = {"rows": ["popsan"], "columns": ["Ant"], "seeds": [0], "jobs": 1, "nice": 0}
     request = {"table": table, **one, "total_steps": None, "plan": True, "render": False,
+               "out": "outputs/reproduced",
                "plugins": []}  # fmt: skip
     assert command.main(request, []) == 0
     said = capsys.readouterr()

@@ -159,7 +159,9 @@ def test_the_last_config_counts() -> None:
 )
 def test_what_a_file_may_not_say(data: object) -> None:
     write("c.yaml", data)
-    assert "not accepted from c.yaml; type " in refused("train", "config=c.yaml")
+    assert "not accepted from c.yaml, as it may run code; if it is to be trusted, type " in refused(
+        "train", "config=c.yaml"
+    )
 
 
 def test_a_module_to_import_is_typed() -> None:

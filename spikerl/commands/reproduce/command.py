@@ -15,6 +15,7 @@ from spikerl.commands.reproduce.scheduler import Scheduler, cell_left_s, left_s,
 from spikerl.commands.reproduce.screen import Screen, State
 from spikerl.config.yaml_file import group_options
 from spikerl.errors import BadRequest, Stopped, stop_status
+from spikerl.files import shown
 from spikerl.machine import cores
 from spikerl.output import duration
 from spikerl.reporting.cell_config import config_of
@@ -43,6 +44,7 @@ class ReproduceRequest:
                 raise BadRequest(key, getattr(self, key), "give at least 1, or null")
         if not self.out:
             raise BadRequest("out", self.out, "give a folder")
+        self.out = shown(Path(self.out))
         if not 0 <= self.nice <= 19:
             raise BadRequest("nice", self.nice, "give 0 to 19")
         if self.plan and self.render:
