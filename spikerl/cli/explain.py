@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 
 from spikerl.cli.compose import PATHS, known_keys, readable, split, unquoted
-from spikerl.config.yaml_file import NAME, group_options, option_file
+from spikerl.config.yaml_file import NAME, conf_folder, group_options, option_file
 from spikerl.errors import BadRequest, nearest
 from spikerl.files import absolute
 
@@ -40,8 +41,17 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
         return f"{match[1]}: several values; sweep over them with -m"
     unread = [arg for arg in split(args)[0] if not readable(arg)]
     if unread:
-        return f"{unread[0]}: cannot be read; write key=value"
+        return f"{unread[0]}: cannot be read; {_meant(command, unread[0])}"
     return f"config: {lines[0] if lines else type(error).__name__}"
+
+
+def _meant(command: str, word: str) -> str:
+    """What a word without a key may have been meant for."""
+    if word and os.path.exists(os.path.join(word, "manifest.json")):
+        return f"did you mean {'resume' if command == 'train' else 'run'}={word}?"
+    groups = sorted(each.name for each in conf_folder().iterdir() if each.is_dir())
+    options = [f"{group}={word}" for group in groups if word in group_options(group)]
+    return f"did you mean {' or '.join(options)}?" if options else "write key=value"
 
 
 def _of_experiment(error: BadRequest, args: Sequence[str]) -> BadRequest | None:

@@ -247,7 +247,7 @@ SHOWN = {
     "bytes": ("footprint_bytes", ",d"),
     "bytes without zeros": ("packed_bytes", ",d"),
     "modelled nJ, 45nm": ("modelled_45nm_nj", ",.1f"),
-    "modelled nJ, memory": ("modelled_stored_nj", ",.1f"),
+    "modelled nJ, memory, stored bits": ("modelled_stored_nj", ",.1f"),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from shell import spikerl
 
@@ -32,6 +34,8 @@ def test_what_an_experiment_sets_and_the_option_beside_it_lacks() -> None:
         (["--cfg"], "--cfg=: give job, hydra, all"),
         (["--cfg", "foo"], "--cfg=foo: give job, hydra, all"),
         (["-m", "foo"], "foo: cannot be read; write key=value"),
+        (["Hopper"], "Hopper: cannot be read; did you mean env=Hopper?"),
+        (["sac"], "sac: cannot be read; did you mean algo=sac?"),
         (["-m", "seed=range(0"], "seed=range(0: cannot be read; write key=value"),
         (["--run=RUN"], "--run=RUN: takes no value"),
         (["env="], "env=: takes one option; known: "),
@@ -44,6 +48,14 @@ def test_what_an_experiment_sets_and_the_option_beside_it_lacks() -> None:
 def test_what_cannot_be_done(typed: list[str], line: str) -> None:
     command = [] if typed[0] in ("eval", "collect") else ["train"]
     assert spikerl(*command, *typed).line.startswith(line)
+
+
+def test_a_run_folder_without_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r").mkdir()
+    Path("r/manifest.json").write_text("{}")
+    for command, key in (("train", "resume"), ("eval", "run")):
+        assert spikerl(command, "r").line == f"r: cannot be read; did you mean {key}=r?"
 
 
 def test_a_line_stays_one_whatever_it_quotes() -> None:
