@@ -26,7 +26,7 @@ MARKS = ("o", "s", "^", "D")  # the same of points
 REPETITIONS = 2_000  # of a band's bootstrap, at each of its points
 POINTS = 100  # of a curve over time or joules, whose runs share no points
 ACROSS = {
-    "step": "steps in the environment, or offline updates",
+    "step": "steps",
     "wall": "hours",
     "joules": "joules",
 }

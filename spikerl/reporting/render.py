@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # File, what it is drawn over, and its title.
 OVER = (
-    ("curves", "step", "Return over environment steps"),
+    ("curves", "step", "Return over steps"),
     ("curves_wall", "wall", "Return over wall time"),
     ("curves_joules", "joules", "Return over joules"),
 )
