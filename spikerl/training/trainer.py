@@ -116,6 +116,12 @@ class Trainer:
     def sampler(self) -> Sampler:
         return Sampler(self.replay, self.streams.sample, self.norm.normalize)
 
+    def reset_if_due(self) -> None:
+        """Of environments that a resume cannot restore, in the thread that made them."""
+        if self.reset_due:
+            self.reset_due = False
+            self.reset_envs(self.step)
+
     def reset_envs(self, *resumed_at: int) -> None:
         first = self.world.rank * len(self.envs)
         numbers = range(first, first + len(self.envs))
@@ -133,8 +139,7 @@ class Trainer:
         an evaluation it ends at once: the run that goes on begins with that evaluation.
         """
         p = self.progress
-        if self.reset_due:  # in the thread that made them, where a resume restores in another
-            self.reset_envs(self.step)
+        self.reset_if_due()
         self.start_window()
         while not self.stopping:
             if self.evaluation_due():

@@ -47,7 +47,9 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("version", "device", "precision", "backend", "energy", "renderer", "output"):
         assert any(kind == part for kind, _ in found), part
     assert all(f["detail"] for f in found.values())
-    assert found["extra", "ALE/Pong-v5"]["detail"] == "28224 observations"  # the screen's
+    assert found["extra", "ALE/Pong-v5"]["detail"] == "128 observations"
+    screen = found["extra", "ALE/Pong-v5 (env=ALE/Pong_pixels)"]
+    assert screen["detail"] == "28224 observations"
     shown = spikerl("doctor").out
     assert "HalfCheetah-v5" in shown
     assert shown.rstrip().endswith("training can run here")
