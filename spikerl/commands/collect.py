@@ -96,8 +96,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         stored = StoredSteps.of(request) if request.policy == "replay" else None
         with stop_signals() as stop:
             made = made if stored is None else stored.facts()
-            number = lambda: stop[0] if stop else 0  # noqa: E731
-            returns, steps = collect(request, policy, env, stored, made, number)
+            returns, steps = collect(
+                request, policy, env, stored, made, lambda: stop[0] if stop else 0
+            )
     except Stopped as stopped:
         name = signal.Signals(stopped.number).name
         print(f"spikerl: stopped on {name}; nothing was kept", file=sys.stderr)

@@ -25,11 +25,7 @@ STYLES = ("-", "--", ":", "-.")  # of further lines, where the colours come agai
 MARKS = ("o", "s", "^", "D")  # the same of points
 REPETITIONS = 2_000  # of a band's bootstrap, at each of its points
 POINTS = 100  # of a curve over time or joules, whose runs share no points
-ACROSS = {
-    "step": "steps",
-    "wall": "hours",
-    "joules": "joules",
-}
+ACROSS = {"step": "steps", "wall": "hours", "joules": "joules"}
 WIDE, HIGH, PER_LINE = 3.4, 2.7, 5  # inches of a panel, panels side by side
 LETTERS, MARK = 15, 8  # of a legend in an inch; what a line's mark takes
 LEGEND_LINE = 0.17  # inches
