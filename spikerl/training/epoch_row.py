@@ -21,8 +21,7 @@ class WorkerEpoch(NamedTuple):
     """What one worker did."""
 
     returns: Sequence[float]  # of the episodes that ended
-    sums: Mapping[str, tuple[float, int]]  # of its updates' metrics, with how many had each
-    weight: float  # its share of an update's batch
+    sums: Mapping[str, tuple[float, float]]  # of its updates' metrics, and of their weights
     train_s: float
     cpu_s: float | None  # of processor; None where environments have processes of their own
     trained: Reading  # joules
@@ -39,7 +38,7 @@ def epoch_row(
     """`p`: this worker's; what of it enters here is the same on all."""
     cpu_s = [worker.cpu_s for worker in workers if worker.cpu_s is not None]
     returns = [ret for worker in workers for ret in worker.returns]
-    sums = [(worker.sums, worker.weight) for worker in workers]
+    sums = [worker.sums for worker in workers]
     train_s = max(worker.train_s for worker in workers)
     trained = merge([worker.trained for worker in workers])
     evaluated = merge([worker.evaluated for worker in workers])

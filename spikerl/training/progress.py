@@ -30,19 +30,22 @@ class Progress:
     first_update: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     returns: list[float] = field(default_factory=list)  # of this worker's finished episodes
-    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)  # and weights, of metrics
 
     def next_epoch(self) -> None:
         self.sums, self.returns, self.train_s, self.cpu_s = {}, [], 0.0, 0.0
         self.energy = self.eval_energy = None
         self.first_step, self.first_update = self.step, self.updates
 
-    def add(self, metrics: list[dict[str, torch.Tensor]]) -> None:
-        """Add the metrics of some updates; here the host waits for the device, once."""
+    def add(self, metrics: list[dict[str, torch.Tensor]], weight: float) -> None:
+        """Add the metrics of some updates, of that share of their batches; here the host waits for
+        the device, once.
+        """
         for name in dict.fromkeys(key for m in metrics for key in m):
             values = torch.stack([m[name] for m in metrics if name in m]).double()
-            total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + float(values.sum()), count + len(values))
+            total, weights = self.sums.get(name, (0.0, 0.0))
+            own = float(values.sum())
+            self.sums[name] = (total + weight * own, weights + weight * len(values))
             self.losses[name] = float(values[-1])
 
 
@@ -69,12 +72,7 @@ def since(before: list[Any] | None, reading: Reading) -> Reading:
     return reading if before is None else consecutive(Reading(*before), reading)
 
 
-def mean_of(
-    workers: Sequence[tuple[Mapping[str, tuple[float, int]], float]], name: str
-) -> float | None:
-    """A metric's mean over all updates, of each worker's sums and its weight; None where no update
-    had it.
-    """
-    parts = [(*sums[name], weight) for sums, weight in workers if name in sums]
-    count = sum(weight * n for _, n, weight in parts)
-    return sum(weight * total for total, _, weight in parts) / count if count else None
+def mean_of(workers: Sequence[Mapping[str, tuple[float, float]]], name: str) -> float | None:
+    """A metric's mean over all updates, of each worker's sums; None where no update had it."""
+    parts = [sums[name] for sums in workers if name in sums]
+    return sum(total for total, _ in parts) / sum(weight for _, weight in parts) if parts else None

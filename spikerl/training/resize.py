@@ -39,20 +39,20 @@ def share_of(parts: Sequence[Part], rank: int, size: int, num_envs: int) -> Part
             tensors |= {
                 new + k.removeprefix(old): v for k, v in source.items() if k.startswith(old)
             }
-    progress = merge_progress([notes["progress"] for _, notes in parts], size)
+    progress = merge_progress([notes["progress"] for _, notes in parts])
     if rank > 0:
         # All have what devices have spent, which counts once: no device seems to begin here.
         progress |= {"train_s": 0.0, "cpu_s": 0.0, "returns": [], "sums": {}}
     return tensors, {"progress": progress, "exact": exact}
 
 
-def merge_progress(parts: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any]:
-    """The workers' progress as one; sums of updates weigh as if `size` workers had made them."""
+def merge_progress(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The workers' progress as one."""
     sums = {}
     for name in dict.fromkeys(name for part in parts for name in part["sums"]):
         # A worker that came with a resize may have had no update with it yet.
-        totals, counts = zip(*(part["sums"].get(name, (0.0, 0)) for part in parts), strict=True)
-        sums[name] = (sum(totals) * size / len(parts), sum(counts) * size // len(parts))
+        totals, weights = zip(*(part["sums"].get(name, (0.0, 0)) for part in parts), strict=True)
+        sums[name] = (sum(totals), sum(weights))
     return {
         **parts[0],
         "train_s": max(part["train_s"] for part in parts),

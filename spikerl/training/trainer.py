@@ -230,7 +230,7 @@ class Trainer:
         metrics = self.algo.train(self.sampler, due, self.batch_size)
         self.algo.check()
         self.progress.updates = self.algo.updates
-        self.progress.add(metrics)
+        self.progress.add(metrics, self.batch_weight)
 
     def schedule(self, step: int) -> None:
         """Give the surrogates their slopes for updates at that step."""
@@ -280,9 +280,7 @@ class Trainer:
             self.count_cpu()
         self.check_in_sync()
         cpu_s = p.cpu_s if self.config.env.vectorizer == "sync" else None
-        own = WorkerEpoch(
-            p.returns, p.sums, self.batch_weight, p.train_s, cpu_s, trained, evaluated
-        )
+        own = WorkerEpoch(p.returns, p.sums, p.train_s, cpu_s, trained, evaluated)
         everyone = self.world.gather_objects(own)
         return epoch_row(p, everyone, evaluation, self.algo, self.meter.source)
 

@@ -137,13 +137,13 @@ def test_an_epoch_in_progress_weighs_every_update_alike(tmp_path: Path) -> None:
     old, new = Workers(OFF_POLICY, 4), Workers(OFF_POLICY, 2)
     old.train(100)
     for trainer in old.trainers:  # 60 updates
-        trainer.progress.sums = {"critic_loss": (60.0 * (trainer.world.rank + 1), 60)}
+        trainer.progress.sums = {"critic_loss": (15.0 * (trainer.world.rank + 1), 15.0)}
         trainer.progress.train_s = 1.0 + trainer.world.rank
         trainer.progress.cpu_s = 2.0
         trainer.progress.energy = [1.0, {f"gpu:{trainer.world.rank % 2}": 5.0}, {}]
     check_handed_over(tmp_path, old, new)
     first, second = (trainer.progress for trainer in new.trainers)
-    assert first.sums == {"critic_loss": (300.0, 120)}  # the mean of 1, 2, 3, 4; two workers' count
+    assert first.sums == {"critic_loss": (150.0, 60.0)}  # of updates that weigh a quarter each
     assert (first.train_s, second.train_s) == (4.0, 0.0)
     assert (first.cpu_s, second.cpu_s) == (8.0, 0.0)
     assert first.energy == [1.0, {"gpu:0": 5.0, "gpu:1": 5.0}, {}]
@@ -151,7 +151,7 @@ def test_an_epoch_in_progress_weighs_every_update_alike(tmp_path: Path) -> None:
     assert second.energy == first.energy  # which count once
     three = Workers(OFF_POLICY, 1)  # before the second had an update with a loss
     check_handed_over(tmp_path, new, three)
-    assert three.first.progress.sums == {"critic_loss": (150.0, 60)}
+    assert three.first.progress.sums == {"critic_loss": (150.0, 60.0)}
     assert three.first.progress.energy == [1.0, {"gpu:0": 5.0, "gpu:1": 5.0}, {}]
     for workers in (old, new, three):
         workers.close()
@@ -161,7 +161,7 @@ def test_what_devices_spent_before_more_workers_came_is_in_the_sum() -> None:
     """2 workers with a device each, then 4: 100 J each before, 50 J each behind."""
     before = {"updates": 0, "returns": [], "train_s": 1.0, "sums": {}}
     parts = [{**before, "energy": [1.0, {f"gpu:{rank}": 100.0}, {}]} for rank in range(2)]
-    energy = Reading(*merge_progress(parts, 4)["energy"])
+    energy = Reading(*merge_progress(parts)["energy"])
     after = [Reading(1.0, {f"gpu:{rank}": 50.0}, {}) for rank in range(4)]
     found = merge([consecutive(energy, own) for own in after])
     assert found.joules == {"gpu:0": 150.0, "gpu:1": 150.0}

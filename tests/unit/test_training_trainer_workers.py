@@ -255,13 +255,19 @@ def test_a_checkpoint_gives_each_worker_back_what_is_its_own(tmp_path: Path) -> 
             assert apart([t.streams.state()[name] for t in new.trainers])
 
 
-def test_episodes_of_all_workers_make_a_rows_mean(workers: Workers) -> None:
+def test_episodes_of_all_workers_make_a_rows_mean(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every finished episode counts once, whichever worker it ended on; the slowest's time."""
     workers.train(N)
     for trainer in workers.trainers:
         trainer.progress.train_s = 100.0 * trainer.world.rank
         trainer.progress.returns = [float(trainer.world.rank)] * (trainer.world.rank + 1)
-        trainer.progress.sums = {"critic_loss": (float(trainer.world.rank), 1)}
+        update = {"critic_loss": torch.tensor(float(trainer.world.rank))}
+        trainer.progress.sums = {}
+        monkeypatch.setattr(trainer, "updates_due", {0: 0, N: 1}.__getitem__)
+        monkeypatch.setattr(trainer.algo, "train", lambda *_, update=update: [update])
+        trainer.make_updates(0)
     rows = run_in_threads([trainer.evaluate_epoch for trainer in workers.trainers])
     assert all(row["train_episodes"] == 6 for row in rows)
     assert all(row["train_return"] == (0.0 + 2 * 1.0 + 3 * 2.0) / 6 for row in rows)
