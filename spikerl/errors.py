@@ -31,6 +31,10 @@ class EnvironmentFailed(RuntimeError):
     """An environment raised, died, hung, or returned what its spaces do not say."""
 
 
+class Apart(RuntimeError):
+    """The workers did not meet before their first exchange."""
+
+
 class Stopped(Exception):
     """A signal ended what is begun anew when its run goes on; `number` is the signal's."""
 
@@ -65,4 +69,4 @@ def nearest(word: str, known: Sequence[str], of_many: str = "--help lists what t
     return f"known: {', '.join(known)}" if len(known) < 30 else of_many
 
 
-BY_DESIGN = (DiskError, EnvironmentFailed, NonFinite)  # their message says all
+BY_DESIGN = (Apart, DiskError, EnvironmentFailed, NonFinite)  # their message says all

@@ -16,7 +16,7 @@ from torch import Tensor
 from spikerl.distributed import hosts, mpi, mpi_group
 from spikerl.distributed.launchers import mpi_set, ranked
 from spikerl.distributed.shm_allreduce import ShmAllReduce, open_shm_allreduce
-from spikerl.errors import BadRequest, DiskError
+from spikerl.errors import Apart, BadRequest, DiskError
 from spikerl.schema import Registry
 from spikerl.types import Resolved
 
@@ -186,7 +186,15 @@ def join(backend: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> Wo
         other = "127.0.0.1" if alone else os.environ["MASTER_ADDR"]
         if interface := hosts.interface_to(other):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=bound)
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            dist.init_process_group(backend, timeout=timeout, device_id=bound)
+        except RuntimeError as error:  # and the kinds of it that torch.distributed has
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            why = str(error).strip().partition("\n")[0]
+            raise Apart(
+                f"worker {rank} of {size} did not meet the others at {where}: {why}"
+            ) from error
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), exchange)
     alike = backend == "gloo" and device.type == "cpu"
     return share_memory(world, timeout_s) if alike else world

@@ -11,7 +11,13 @@ import torch
 
 from spikerl.distributed import hosts, launchers
 from spikerl.distributed.launchers import ranked
-from spikerl.distributed.world import BackendConfig, resolve_backend, resolve_world_size
+from spikerl.distributed.world import (
+    BackendConfig,
+    join,
+    resolve_backend,
+    resolve_world_size,
+)
+from spikerl.errors import BY_DESIGN, Apart
 from spikerl.machine import cores
 
 # Task 4 of 5, the second on the second of two nodes, as srun of Slurm 22.05 says it.
@@ -49,6 +55,19 @@ def test_a_task_of_a_step(environ: dict[str, str]) -> None:
     assert (hosts.workers_here(5), hosts.workers_here(8, 2)) == (2, 2)
     environ["SLURM_PROCID"] = "0"
     assert adopted(environ)[0] == "4"  # once adopted, it stays
+
+
+def test_workers_that_do_not_meet(environ: dict[str, str]) -> None:
+    """One line, as is the program's for what is no fault of its code."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        environ |= dict(zip(RANK, ["1", "2", "1", "2", "127.0.0.1", port], strict=True))
+        said = f"^worker 1 of 2 did not meet the others at 127.0.0.1:{port}: .*$"
+        with pytest.raises(Apart, match=said) as apart:
+            join("gloo", torch.device("cpu"), 1.0)
+    assert "\n" not in str(apart.value)
+    assert isinstance(apart.value, BY_DESIGN)
 
 
 def test_an_address_that_the_user_gave_stays(environ: dict[str, str]) -> None:
