@@ -39,6 +39,7 @@ def with_meanings(text: str, command: str) -> str:
             group |= _comments(conf / name / f"{chosen.get(name)}.yaml")
         known = (group if match[1] else top) if match else {}
         meaning = known.get(match[2]) if match else None
+        line = re.sub(r": \?\?\?$", ": (required)", line)
         lines.append(f"{line}  # {meaning}" if meaning else line)
     return head + mark + "\n".join(lines)
 

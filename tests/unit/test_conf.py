@@ -15,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from spikerl.cli.compose import commands, expand
+from spikerl.cli.help import with_meanings
 from spikerl.config.build import build
 from spikerl.config.yaml_file import NOT_CARRIED, conf_folder, group_options
 from spikerl.errors import BadRequest
@@ -195,6 +196,12 @@ def test_help() -> None:
         assert shown == (group not in ("base", "table")), group
     assert "InvertedDoublePendulum" in text
     assert "steps_per_epoch: 10000" in text
+
+
+def test_help_says_what_must_be_given() -> None:
+    lines = with_meanings("run: ???\nepisodes: 10\n", "eval").splitlines()
+    assert lines[0].startswith("run: (required)  # a run folder")
+    assert lines[1] == "episodes: 10"
 
 
 def test_a_reader_that_went_away() -> None:
