@@ -72,7 +72,7 @@ class AlgoConfig:
 class CriticsConfig(AlgoConfig):
     """Of algorithms with critics beside their actor."""
 
-    critics: ClassVar[int]
+    critics: ClassVar[int] = 2
 
     critic_lr: float
     critic_hidden_sizes: list[int]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from spikerl.algos.base import Metrics
 from spikerl.algos.offpolicy import OfflineConfig, OffPolicy, batches
 from spikerl.kernels.gradient import Gradient
-from spikerl.models.actor import Actor
 from spikerl.types import Batch
 
 
@@ -21,9 +19,6 @@ class BCConfig(OfflineConfig):
 
 class BC(OffPolicy):
     config: BCConfig
-
-    def __init__(self, actor: Actor, critic: None, config: BCConfig, **settings: Any) -> None:
-        super().__init__(actor, critic, config, **settings)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
         """Updates with these numbers, each on its share of the rows."""

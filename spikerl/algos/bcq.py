@@ -7,7 +7,7 @@ Shape legend   B batch, O observation entries, A action entries, Z latent entrie
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,6 @@ LOG_STD_RANGE = (-4.0, 15.0)
 
 @dataclass(kw_only=True)
 class BCQConfig(OfflineConfig, TargetConfig, CriticsConfig):
-    critics: ClassVar[int] = 2
-
     phi: float  # most that the actor changes a proposed action, in units of half the action range
     least_weight: float  # lambda, of the lower of two target values; the higher one has the rest
     target_samples: int  # proposals at a next observation, of which the best is its value

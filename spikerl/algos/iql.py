@@ -7,7 +7,7 @@ Shape legend   B batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ MOST_WEIGHT = 100.0  # of a transition in the actor's loss
 
 @dataclass(kw_only=True)
 class IQLConfig(OfflineConfig, TargetConfig, CriticsConfig):
-    critics: ClassVar[int] = 2
-
     expectile: float  # of the actions' values that V(s) is; 0.5: their mean, towards 1: the best
     beta: float  # how much better actions count in the actor's loss; 0: imitation alone
 

@@ -63,8 +63,6 @@ class ReplayConfig(TargetConfig):
 
 @dataclass(kw_only=True)
 class OffPolicyConfig(ReplayConfig, CriticsConfig):
-    critics: ClassVar[int] = 2
-
     critic_warmup: int = 0  # the first updates, in which the policy stays as it is
 
     def __post_init__(self) -> None:

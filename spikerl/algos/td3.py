@@ -6,7 +6,7 @@ Values: conf/algo/td3.yaml. Differences from the paper: docs/td3.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from spikerl.types import Batch
 @dataclass(kw_only=True)
 class SmoothingConfig(CriticsConfig):
     """Target policy smoothing."""
-
-    critics: ClassVar[int] = 2
 
     target_noise: float  # std of target smoothing noise, in units of half the action range
     noise_clip: float  # bound of target smoothing noise, same unit

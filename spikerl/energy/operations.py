@@ -70,7 +70,6 @@ class Operations:
     observations: int
     spike_steps: int | None
     steps_taken: float | None  # of the spike steps, mean over observations
-    neuron: str | None
     activation_sparsity: float  # 1 - share of activations that are not zero
     connection_sparsity: float  # share of weights that are zero
     footprint_bytes: int  # of all parameters and buffers
@@ -179,7 +178,6 @@ def _dense(
         observations=len(obs_BO),
         spike_steps=None,
         steps_taken=None,
-        neuron=None,
         activation_sparsity=1.0 - float(torch.cat(active[:-1], 1).mean()),
         connection_sparsity=0.0,
         footprint_bytes=0,
@@ -241,7 +239,6 @@ def _spiking(
         observations=batch,
         spike_steps=actor.spike_steps,
         steps_taken=steps,
-        neuron=actor.neurons[0].config.name,
         activation_sparsity=1.0 - fires / (neurons_each * steps * batch),
         connection_sparsity=0.0,
         footprint_bytes=0,

@@ -26,7 +26,8 @@ from gymnasium.vector.utils import clear_mpi_env_vars
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.envs.make import CheckedEnv, EnvConfig, make_env
 from spikerl.errors import BadRequest, EnvironmentFailed
-from spikerl.isolation import STOPS, keep_theirs
+from spikerl.isolation import keep_theirs
+from spikerl.signals import STOPS
 
 CONTEXT = "forkserver"
 

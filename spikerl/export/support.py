@@ -13,7 +13,6 @@ from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.snn.neurons import NeuronConfig
 
-FORMATS = ("c", "onnx", "nir", "loihi")
 FAITHFUL, APPROXIMATE, REFUSED = "faithful", "approximate", "refused"
 
 
@@ -133,22 +132,3 @@ def check(format: str, config: ActorConfig, exits_early: bool = False) -> dict[s
             remedy = f"cannot hold {part}: {verdict.reason}"
             raise BadRequest("format", format, remedy)
     return answers
-
-
-def table() -> list[str]:
-    """All of it as lines of Markdown."""
-    rows: list[tuple[str, list[Verdict]]] = []
-    for name in NEURONS:
-        for reset in {"dynamic": ("hard",), "residual_if": ("soft",)}.get(name, ("hard", "soft")):
-            row = [neuron_verdict(format, name, reset) for format in FORMATS]
-            rows.append((f"neuron `{name}`, {reset} reset", row))
-    row = [neuron_verdict(format, "lif", "hard", (1.0,)) for format in FORMATS]
-    rows.append(("neuron `lif` or `cuba_lif` with a decay of 1", row))
-    rows += [(f"encoder `{n}`", [encoder_verdict(f, n) for f in FORMATS]) for n in ENCODERS]
-    rows += [(f"decoder `{n}`", [decoder_verdict(f, n) for f in FORMATS]) for n in DECODERS]
-    rows.append(("early exit", [early_exit_verdict(format) for format in FORMATS]))
-    rows.append(("dense actor (`mlp`)", [dense_verdict(format) for format in FORMATS]))
-    rows.append(("parts of a plugin", [neuron_verdict(format, "", "hard") for format in FORMATS]))
-    lines = [f"| | {' | '.join(f'`{format}`' for format in FORMATS)} |"]
-    lines.append("|---" * (1 + len(FORMATS)) + "|")
-    return lines + [f"| {name} | {' | '.join(map(str, row))} |" for name, row in rows]

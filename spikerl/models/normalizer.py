@@ -58,7 +58,7 @@ class RunningNorm:
         NonFinite: they are not moments any more.
         """
         O = len(self.mean_O)  # noqa: E741
-        with np.errstate(over="ignore", invalid="ignore"):  # `merge` looks
+        with np.errstate(over="ignore", invalid="ignore"):  # looked at below
             for part in collected:
                 self._merge_one(int(part[0]), part[1 : 1 + O], part[1 + O : 1 + 2 * O])
         sound = np.isfinite(self.mean_O) & np.isfinite(self.var_O) & (self.var_O >= 0.0)

@@ -51,7 +51,7 @@ class Result:
     seeds: tuple[Seed, ...]  # those that were begun
 
     @cached_property
-    def begun(self) -> list[Seed]:
+    def scored(self) -> list[Seed]:
         """Those that have a score."""
         return [seed for seed in self.seeds if seed.score(self.table.protocol.metric) is not None]
 
@@ -69,7 +69,7 @@ class Result:
     @property
     def steps(self) -> tuple[int, int] | None:
         """The fewest and the most that its seeds reached."""
-        reached = [seed.step for seed in self.begun if seed.step is not None]
+        reached = [seed.step for seed in self.scored if seed.step is not None]
         return (min(reached), max(reached)) if reached else None
 
     @property
@@ -110,7 +110,7 @@ class Result:
 
     def spent(self, name: str) -> float | None:
         """Mean over seeds of wall_s or joules; None unless all have it."""
-        each = [getattr(seed.run, name) for seed in self.begun]
+        each = [getattr(seed.run, name) for seed in self.scored]
         return None if None in each or not each else float(np.mean(each))
 
 

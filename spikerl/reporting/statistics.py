@@ -40,10 +40,6 @@ def iqm(scores: Array) -> Array:
     return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)
 
 
-def mean(scores: Array) -> Array:
-    return scores.mean(-1)
-
-
 def bootstrap(
     tasks: Sequence[Array],
     statistic: Callable[[Array], Array],
@@ -71,14 +67,12 @@ def _interval(values_R: Array) -> Interval:
     return float(low), float(high)
 
 
-def bootstrap_means(
-    scores_SE: Array, *, repetitions: int, seed: int = 0
-) -> tuple[Array, Array] | None:
+def bootstrap_means(scores_SE: Array, *, repetitions: int) -> tuple[Array, Array] | None:
     """95 % intervals of the mean over seeds at each of E evaluations; None of a single seed."""
     count = len(scores_SE)
     if count < 2:
         return None
-    times_RS = _times(count, repetitions, np.random.default_rng(seed))
+    times_RS = _times(count, repetitions, np.random.default_rng(0))
     low, high = np.quantile(
         times_RS @ scores_SE / count, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0
     )
@@ -97,20 +91,14 @@ def probability_of_improvement(ours: Sequence[Array], theirs: Sequence[Array]) -
     return float(np.mean([_better(x, y).mean() for x, y in pairs]))
 
 
-def improvement_interval(
-    ours: Sequence[Array],
-    theirs: Sequence[Array],
-    *,
-    repetitions: int = REPETITIONS,
-    seed: int = 0,
-) -> Interval | None:
+def improvement_interval(ours: Sequence[Array], theirs: Sequence[Array]) -> Interval | None:
     """Its 95 % bootstrap interval, stratified by task and by side; None where one has one seed."""
     if any(len(task) < 2 for task in (*ours, *theirs)):
         return None
-    rng = np.random.default_rng(seed)
-    values_R = np.zeros(repetitions)
+    rng = np.random.default_rng(0)
+    values_R = np.zeros(REPETITIONS)
     for x, y in zip(ours, theirs, strict=True):
-        mine, other = (_times(len(side), repetitions, rng) for side in (x, y))
+        mine, other = (_times(len(side), REPETITIONS, rng) for side in (x, y))
         values_R += ((mine @ _better(x, y)) * other).sum(1) / (len(x) * len(y))
     return _interval(values_R / len(ours))
 

@@ -74,16 +74,22 @@ class Column:
 
 
 @dataclass(kw_only=True)
-class Table:
+class _Head:
+    """The keys of a table file that are not part of their own."""
+
     name: str
     title: str
     source: str
-    protocol: Protocol
-    rows: dict[str, Row]
-    columns: dict[str, Column]
     baseline: str | None = None  # the row that gains are over
     aggregate: str | None = None  # what the published aggregate is called
     caveats: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Table(_Head):
+    protocol: Protocol
+    rows: dict[str, Row]
+    columns: dict[str, Column]
 
     def label(self, column: str) -> str:
         """The task's id, with the column's name where that says more."""
@@ -186,18 +192,6 @@ def table_of(data: Mapping[str, Any]) -> Table:
     )
     check(table)
     return table
-
-
-@dataclass(kw_only=True)
-class _Head:
-    """The keys of a table file that are not part of their own."""
-
-    name: str
-    title: str
-    source: str
-    baseline: str | None = None
-    aggregate: str | None = None
-    caveats: list[str] = field(default_factory=list)
 
 
 def _row(data: Any, key: str) -> Row:

@@ -54,12 +54,12 @@ def interval(value: Interval | None, digits: int = 2) -> str:
 
 def remarks(result: Result) -> list[str]:
     """What has to stand beside a cell's number."""
-    said = [f"n={len(result.begun)}"] if result.begun else []
+    said = [f"n={len(result.scored)}"] if result.scored else []
     if result.partial and result.steps:
         low, high = result.steps
         reached = steps(low) if low == high else f"{steps(low)} to {steps(high)}"
         said.append(f"{reached} of {steps(result.most)} steps")
-    if waiting := len(result.seeds) - len(result.begun):
+    if waiting := len(result.seeds) - len(result.scored):
         said.append(f"{waiting} without evaluation")
     if result.failed:
         said.append(f"{result.failed} failed")

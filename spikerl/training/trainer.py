@@ -166,10 +166,12 @@ class Trainer:
         return ended or crossed(p.first_step, p.step, run.steps_per_epoch)
 
     def advance(self, stop_signal: Callable[[], int] = lambda: 0) -> None:
-        """One step in every environment, and the updates that became due with it."""
+        """One step in every environment, or the next steps of an offline run, and the updates that
+        became due with them.
+        """
         before, algo = self.step, self.config.algo
         if self.offline:
-            self.progress.step += self.updates_ahead()
+            self.progress.step += self.steps_ahead()
         else:
             self.act()
         try:
@@ -185,7 +187,7 @@ class Trainer:
         except NonFinite as error:
             raise NonFinite(f"step {self.step}: {error}") from error
 
-    def updates_ahead(self) -> int:
+    def steps_ahead(self) -> int:
         """Steps of an offline run up to where workers meet, an epoch ends, or the run does."""
         ends = [each - self.step % each for each in (SYNC_INTERVAL, self.run.steps_per_epoch)]
         return min(*ends, self.run.total_steps - self.step)

@@ -103,7 +103,6 @@ def published(spike_steps: int, rate: float) -> Operations:
         observations=1,
         spike_steps=spike_steps,
         steps_taken=spike_steps,
-        neuron="lif",
         activation_sparsity=0.0,
         connection_sparsity=0.0,
         footprint_bytes=0,

@@ -30,7 +30,7 @@ def test_a_spiking_network_by_hand() -> None:
     assert ops.activation_sparsity == 0.5  # 5 of 10
     assert ops.connection_sparsity == 3 / 13
     assert ops.footprint_bytes == 4 * 23
-    assert (ops.observations, ops.spike_steps, ops.neuron) == (1, 2, "lif")
+    assert (ops.observations, ops.spike_steps) == (1, 2)
     assert (ops.twin.sizes, ops.twin.macs, ops.twin.activations) == ([2, 2, 1], 6, 5)
     assert ops.twin.footprint_bytes == 4 * 9
 

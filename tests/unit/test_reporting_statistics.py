@@ -12,6 +12,10 @@ def array(*values: float) -> s.Array:
     return np.array(values, dtype=np.float64)
 
 
+def mean(scores: s.Array) -> s.Array:
+    return scores.mean(-1)
+
+
 def test_of_one_seed() -> None:
     returns = [9.0, *range(1, 13)]
     assert s.max_average(returns) == 12.0
@@ -38,14 +42,14 @@ def test_iqm(scores: list[float], expected: float) -> None:
 def test_bootstrap_is_the_binomial() -> None:
     """Of ten draws from 0 and 1, P(at most 1) is 0.011, P(at most 2) 0.055: 0.2 to 0.8."""
     scores = array(*[0.0] * 5, *[1.0] * 5)
-    assert s.bootstrap([scores], s.mean) == (0.2, 0.8)
-    assert s.bootstrap([scores * 100 + 7], s.mean) == (27.0, 87.0)
+    assert s.bootstrap([scores], mean) == (0.2, 0.8)
+    assert s.bootstrap([scores * 100 + 7], mean) == (27.0, 87.0)
 
 
 def test_bootstrap_draws_within_a_task() -> None:
     zeros, ones = array(0.0, 0.0, 0.0), array(1.0, 1.0, 1.0)
-    assert s.bootstrap([zeros, ones], s.mean) == (0.5, 0.5)
-    low, high = s.bootstrap([np.concatenate([zeros, ones])], s.mean) or (0.0, 0.0)
+    assert s.bootstrap([zeros, ones], mean) == (0.5, 0.5)
+    low, high = s.bootstrap([np.concatenate([zeros, ones])], mean) or (0.0, 0.0)
     assert [low, high] == pytest.approx([1 / 6, 5 / 6])  # pooled, it varies
 
 
@@ -61,7 +65,7 @@ def test_bootstrap_is_seeded() -> None:
 
 def test_one_seed_has_no_interval() -> None:
     one = [array(3.0), array(4.0)]
-    assert s.bootstrap(one, s.mean) is None
+    assert s.bootstrap(one, mean) is None
     assert s.improvement_interval(one, one) is None
     assert s.bootstrap_means(np.ones((1, 5)), repetitions=10) is None
 
@@ -69,7 +73,7 @@ def test_one_seed_has_no_interval() -> None:
 def test_one_seed_among_several_leaves_no_interval() -> None:
     """A single seed would be drawn again and again, as if it were certain."""
     two, one = array(1.0, 2.0), array(3.0)
-    assert s.bootstrap([two, one], s.mean) is None
+    assert s.bootstrap([two, one], mean) is None
     assert s.improvement_interval([two, one], [two, two]) is None
     assert s.improvement_interval([two, two], [two, one]) is None
     assert s.improvement_interval([two], [two]) is not None

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from spikerl.algos import ALGOS
 from spikerl.children import PYTHON
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.errors import BadRequest
@@ -245,8 +246,10 @@ def check(table: Table, cells: Sequence[Cell], total_steps: int) -> None:
 
 def _moves(settings: Mapping[str, str]) -> bool:
     """Whether something of a run follows a schedule over its length."""
-    anneals = settings.get("algo.name") == "decision_transformer"
-    return anneals or settings.get("neuron.surrogate_slope_end", "None") != "None"
+    algo = ALGOS.options.get(settings.get("algo.name", ""))
+    if algo is not None and algo[0].anneals:
+        return True
+    return settings.get("neuron.surrogate_slope_end", "None") != "None"
 
 
 def whole_steps(run: Run, total_steps: int) -> int:
