@@ -37,7 +37,7 @@ def line(name: str, cells: dict[str, str]) -> str:
 def of_policy(row: dict[str, Any]) -> dict[str, str]:
     return {
         "return": f"{row['return_mean']:,.1f} ± {row['return_std']:,.1f}",
-        "spikes": f"{row['spikes']:,.0f}",
+        "spikes": "-" if row["spikes"] is None else f"{row['spikes']:,.0f}",
         "MACs": f"{row['macs']:,.0f}",
         "ACs": f"{row['acs']:,.0f}",
         "updates": f"{row['updates']:,.0f}",

@@ -125,11 +125,15 @@ def describe() -> dict[str, Any]:
         model = fields.get("model name", model)
         present = set(fields.get("flags", fields.get("Features", "")).split())
         flags = [flag for flag in FLAGS if flag in present]
-    gpus = []
-    if torch.cuda.is_available():
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": model, "cores": cores(), "cpu_flags": flags, "gpus": gpus,
+    return {"cpu": model, "cores": cores(), "cpu_flags": flags, "gpus": gpus(),
             "platform": platform.platform()}  # fmt: skip
+
+
+def gpus() -> list[str]:
+    """The names of the GPUs that are visible."""
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "hydra-core", "omegaconf")

@@ -22,7 +22,7 @@ RANDOM_STEPS = 2000
 def trainer_of(keys: list[str]) -> Trainer:
     """With one thread, and with this many transitions of random actions in its replay."""
     first = RANDOM_STEPS + 1
-    own = [f"algo.learning_starts={first}", f"algo.random_steps={first}", "threads=1"]
+    own = [f"algo.learning_starts={first}", f"algo.random_steps={first}", "threads=1", "device=cpu"]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         composed = compose("train", [*own, "energy=none", *keys])
     data: Any = OmegaConf.to_container(composed, resolve=True)

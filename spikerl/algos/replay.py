@@ -181,8 +181,9 @@ class Replay:
         place = torch.arange(length, dtype=torch.int64, device=device)
         first = first.to(device).unsqueeze(1)
         number = first + self.width * place
-        last = self.rows[number.clamp(max=self.added - 1), rew + 2]
-        ended = (last.cumsum(1) - last > 0.0) | (number >= self.added)
+        last = self.rows[number.clamp(max=self.added - 1), rew + 2] > 0.0
+        # Of whole numbers: on a GPU a sum of others is not deterministic.
+        ended = (last.cumsum(1) > last) | (number >= self.added)
         missing = ended.sum(1, keepdim=True)
         there = place >= missing
         rows = self.rows[first + self.width * (place - missing).clamp(min=0)]

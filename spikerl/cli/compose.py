@@ -154,7 +154,8 @@ def chosen(run: Path, typed: Sequence[str]) -> list[str]:
     if device == "cpu":
         carried["device"] = device
     kernel, _, path = kernel.partition("/")
-    sound = kernel in group_options("kernel") and re.fullmatch(r"\w*", path)
+    sound = kernel in group_options("kernel") and re.fullmatch(r"\w*", path) is not None
+    sound &= kernel != "triton" or _sees_a_gpu()
     if sound and not given.keys() & {"device", "kernel", "kernel.path"}:
         carried["kernel"] = kernel
         if path and (kernel != "cpu" or _runs_here(path, run)):
@@ -162,6 +163,12 @@ def chosen(run: Path, typed: Sequence[str]) -> list[str]:
     if path == "graphs" and size != "1":
         carried["kernel.path"] = "null"
     return [f"{key}={value}" for key, value in carried.items() if key not in given]
+
+
+def _sees_a_gpu() -> bool:
+    import torch  # a second, which a request that is refused need not wait for
+
+    return torch.cuda.is_available()
 
 
 def _runs_here(path: str, run: Path) -> bool:

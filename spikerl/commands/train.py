@@ -18,7 +18,7 @@ import torch
 from spikerl.config.build import Config, build, check_actions
 from spikerl.config.memory import check_memory, memory
 from spikerl.distributed import launch, mpi
-from spikerl.distributed.launchers import ranked
+from spikerl.distributed.launchers import ranked, several
 from spikerl.distributed.world import ALONE, join, leave
 from spikerl.energy.meter import open_meter
 from spikerl.envs.dataset import Dataset
@@ -216,7 +216,7 @@ def task_for(config: Config) -> Task:
 
 def own_device(choice: str) -> torch.device:
     """The device of the calling worker; several on CUDA take the devices in turn."""
-    if not choice.startswith("cuda") or not ranked():
+    if not choice.startswith("cuda") or not several():
         return current_device(choice)
     index = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])) % torch.cuda.device_count()
     return current_device(f"cuda:{index}")

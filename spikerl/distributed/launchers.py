@@ -15,12 +15,13 @@ from spikerl.errors import BadRequest
 
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
-# What MPICH's and Open MPI's mpiexec tell a process: its rank, how many there are, and its rank on
+# What MPICH's and Open MPI's mpiexec tell a process: its rank, how many there are, and the same of
 # its machine, which Slurm's own MPI launcher leaves out.
 MPI = (
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-)
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+     "OMPI_COMM_WORLD_LOCAL_SIZE"),
+)  # fmt: skip
 SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_ID",
          "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")  # fmt: skip
 
@@ -50,7 +51,7 @@ def adopt() -> None:
     if mpi := mpi_set():
         _check(*mpi)
         _check_agrees(mpi)
-        for name, other in zip(TORCH, mpi, strict=False):
+        for name, other in zip(TORCH, mpi, strict=True):
             if other in env:
                 env.setdefault(name, env[other])
     elif "RANK" in env:
@@ -77,7 +78,7 @@ def adopt() -> None:
         raise BadRequest("MASTER_PORT", env["MASTER_PORT"], "give 1 to 65535")
 
 
-def mpi_set() -> tuple[str, str, str] | None:
+def mpi_set() -> tuple[str, str, str, str] | None:
     """The names of what mpiexec told this process, if it started it among others.
 
     Not if torchrun did so inside of it, which gave other ranks and a place to meet.
@@ -119,7 +120,7 @@ def _check(rank: str, size: str, *_: str) -> None:
         raise BadRequest(rank, os.environ[rank], wrong)
 
 
-def _check_agrees(mpi: tuple[str, str, str]) -> None:
+def _check_agrees(mpi: tuple[str, str, str, str]) -> None:
     for name, other in zip(TORCH[:2], mpi, strict=False):
         if os.environ.get(name, os.environ[other]) != os.environ[other]:
             wrong = f"mpiexec says {other}={os.environ[other]}; unset it"

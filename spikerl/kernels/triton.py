@@ -135,7 +135,7 @@ def _forward(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     """c = dc c + x;  v = dv v (1 - o) + c;  o = [v > th]."""
-    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = m < M
     c = tl.zeros([BLOCK], tl.float32)
     v = tl.zeros([BLOCK], tl.float32)
@@ -165,7 +165,7 @@ def _backward(  # type: ignore[no-untyped-def]
 
     gv = [|v - th| < window] (grad - kept v) + kept (1 - o);  out = dc out_next + gv.
     """
-    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = m < M
     gc = tl.zeros([BLOCK], tl.float32)
     gv = tl.zeros([BLOCK], tl.float32)

@@ -26,7 +26,7 @@ from spikerl.errors import (
     stop_status,
 )
 from spikerl.files import shown, write_json, write_text
-from spikerl.machine import versions
+from spikerl.machine import gpus, versions
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, verified
 from spikerl.runs.display import View, epoch_line, idle_line, spent_text, stuck_layers
@@ -192,6 +192,13 @@ class Session:
             products = now["device"]["choice"] == "cpu" and not config.own_products
             if was != threads and products:
                 reasons.append(f"threads {was} became {threads}: sums are in another order")
+        if now["device"]["choice"] != "cpu":
+            seen = set(gpus())
+            with suppress(KeyError, TypeError):
+                had = set([record, *record.get("resumed", [])][-1]["hardware"]["gpus"])
+                if had and had != seen:
+                    was, kind = (", ".join(sorted(names)) for names in (had, seen))
+                    reasons.append(f"GPU {was} became {kind}: sums are in another order")
         moves = ["the learning rate"] * config.algo.anneals
         moves += ["the surrogates' slope"] * bool(
             config.actor.neuron and config.actor.neuron.slope_moves

@@ -75,7 +75,7 @@ class Trainer:
         self.norm = RunningNorm(task.obs_dim, algo.norm_clip)
         if init is not None:  # of a dataset it then takes no moments
             self.norm.load(init.norm.state())
-        if self.acting_on != device:
+        if self.acting_on != device and not self.offline:
             auto = kernels.KernelConfig(name="auto", path=None)
             self.algo.act_on_cpu(kernels.resolve(auto, "cpu").choice)
         self.algo.total_updates = self.updates_due(run.total_steps)

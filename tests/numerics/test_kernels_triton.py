@@ -21,9 +21,9 @@ CHECKS = HERE / "triton_interpreted.py"
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 
 
-def run_checks(**environ: str) -> None:
+def run_checks(*args: str, **environ: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args, str(CHECKS)],
         env={**os.environ, **environ}, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
@@ -39,7 +39,7 @@ def test_under_the_interpreter() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 @needs_triton
 def test_compiled() -> None:
-    run_checks()
+    run_checks("-m", "gpu")
 
 
 @needs_triton

@@ -1,6 +1,10 @@
-"""Run by test_kernels_triton.py in a process of its own, under Triton's interpreter, on the CPU."""
+"""Run by test_kernels_triton.py in a process of its own, on the CPU under Triton's
+interpreter, or compiled on a GPU.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from spikerl.kernels import reference, triton
 from spikerl.kernels.gradient import Gradient
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [] if "TRITON_INTERPRET" in os.environ else [pytest.mark.gpu]
 
 
 @pytest.mark.parametrize("neurons", [1, 255, 700])

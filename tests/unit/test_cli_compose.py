@@ -250,6 +250,8 @@ def test_a_resume_keeps_what_the_run_chose(tmp_path: Path, monkeypatch: pytest.M
     manifest["world_size"] = 1
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     plain = {"kernel=triton", "kernel.path=null"}
+    assert kept() == {"num_envs=4", "world_size=2", "kernel.path=null"}  # no GPU is seen
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert kept() == {"num_envs=4", "world_size=2", *plain}
     moved = {"num_envs=4", "world_size=2", "device=cuda", "kernel.path=null"}
     assert kept("device=cuda") == moved

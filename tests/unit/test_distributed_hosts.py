@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from spikerl.commands.train import own_device
 from spikerl.distributed import hosts, launchers
 from spikerl.distributed.launchers import ranked
 from spikerl.distributed.world import (
@@ -137,6 +138,26 @@ def test_a_device_for_each_worker_of_a_machine(
     assert choice(8) == "gloo"
     environ |= STEP | {"SLURM_GPUS_PER_TASK": "1"}
     assert choice(8) == "nccl"
+
+
+def test_a_worker_alone_has_the_device_that_was_asked_for(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that a launcher started; several take the devices in turn."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    environ |= dict(zip(RANK, ["0", "1", "0", "1", "127.0.0.1", "29500"], strict=True))
+    assert str(own_device("cuda:1")) == "cuda:1"
+    environ |= {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}
+    assert str(own_device("cuda:1")) == "cuda:0"
+    assert str(own_device("cpu")) == "cpu"
+
+
+def test_mpiexec_says_how_many_are_on_this_machine(environ: dict[str, str]) -> None:
+    said = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+    environ |= said
+    assert adopted(environ)[:4] == ["5", "8", "1", "4"]
+    assert hosts.workers_here(8) == 4
 
 
 def test_listening() -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,24 @@ def test_a_checkpoint_of_another_run_is_refused_in_a_line(tmp_path: Path) -> Non
     named: Any = type("Named", (), {"folder": tmp_path / "step_7"})
     line = str(refusal(Session_(Broken()).restore, named))
     assert line == f"resume={tmp_path}: its step_7 does not fit this run (RuntimeError: first)"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_another_gpu_is_another_order_of_sums(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = {"device": device, "kernel": "triton", "threads": "1"}
+    resolved = {name: {"choice": choice} for name, choice in choices.items()}
+    algo, actor = SimpleNamespace(anneals=False), SimpleNamespace(neuron=None)
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(algo=algo, actor=actor, own_products=True),
+        world=World(),
+        resolved=lambda: resolved,
+    )
+    record: dict[str, Any] = {"resolved": resolved, "hardware": {"gpus": ["A"]}}
+    monkeypatch.setattr("spikerl.training.session.gpus", lambda: ["B"])
+    said = ["GPU A became B: sums are in another order"] if device != "cpu" else []
+    assert Session.differences(run, record, 1, "60") == said
+    record["resumed"] = [{"hardware": {"gpus": ["B", "B"]}}]
+    assert Session.differences(run, record, 1, "60") == []
 
 
 def test_an_evaluation_that_is_stopped_twice(

@@ -37,7 +37,11 @@ UPDATES_PER_TURN = 20
 
 
 class BenchFixtures:
-    def __init__(self, config: Config, run: str | None = None) -> None:
+    """`device`: this worker's own, where several share what was resolved."""
+
+    def __init__(
+        self, config: Config, run: str | None = None, device: torch.device | None = None
+    ) -> None:
         if not isinstance(build_actor(config.actor, 1, 1), SpikingActor):
             raise BadRequest("actor", config.actor.actor.name, "bench times a spiking actor")
         if why := why_layered(config.actor, torch.float32):
@@ -50,7 +54,7 @@ class BenchFixtures:
         self.task = task_for(config)
         self.threads = int(config.resolved.threads.choice)
         torch.set_num_threads(self.threads)
-        self.device = current_device(config.resolved.device.choice)
+        self.device = device or current_device(config.resolved.device.choice)
         self.obs = torch.randn(4096, self.task.obs_dim).clamp(-3.0, 3.0)
         self.actor, self.weights = self.given_actor()
         self.obs, self.actor = self.obs.to(self.device), self.actor.to(self.device)
@@ -75,7 +79,7 @@ class BenchFixtures:
         assert isinstance(actor, SpikingActor)
         hidden = len(actor.layers) - 1
         inner = np.interp(np.linspace(0, 1, hidden), [0, 1], TRAINED_RATES[1:3]).tolist()
-        set_firing_rates(actor, [TRAINED_RATES[0], *inner, TRAINED_RATES[-1]], self.obs[:256])
+        set_firing_rates(actor, [TRAINED_RATES[0], *inner, TRAINED_RATES[-1]], self.obs[:256].cpu())
         return actor
 
     def spiking(self, kernel: str, neuron: NeuronConfig | None = None) -> SpikingActor:

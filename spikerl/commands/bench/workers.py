@@ -163,7 +163,8 @@ class Worker:
 
     def measure_updates(self) -> None:
         """Updates, weak and strong; their exchanges alone; and an update of one worker."""
-        fixtures, job, size = BenchFixtures(self.config, self.job.run), self.job, self.world.size
+        job, size = self.job, self.world.size
+        fixtures = BenchFixtures(self.config, job.run, self.device)
         kernel, weights, delay = fixtures.kernel, fixtures.weights, fixtures.algo.policy_delay
         alone = fixtures.learner(fixtures.spiking(kernel))
         critic_gradient = alone.critic_optimizer.gradient.vector
