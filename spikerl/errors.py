@@ -48,6 +48,11 @@ def stop_status(number: int) -> int:
     return INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
 
+def first_line(error: BaseException) -> str:
+    """What it says, in one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def with_notes(error: Exception) -> str:
     """What it says, and what was noted on its way."""
     return "; ".join([str(error), *getattr(error, "__notes__", [])])

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import stat
 import sys
 from contextlib import suppress
@@ -137,6 +138,19 @@ def sync_folder(folder: Path) -> None:
         warn_once("folders cannot be synced here: a power cut may undo the last commit")
     finally:
         os.close(descriptor)
+
+
+def hold(folder: Path) -> IO[str] | str:
+    """The folder's lock, held until it is closed or the process ends; or who holds it, in words."""
+    file = (folder / ".lock").open("a+", encoding="utf-8")
+    if not lock_file(file):
+        with file:
+            file.seek(0)
+            return file.read().strip() or "another process"
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
 def lock_file(file: IO[Any], *, wait: bool = False) -> bool:

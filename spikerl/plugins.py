@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from spikerl.errors import BadRequest, Interrupted
+from spikerl.errors import BadRequest, Interrupted, first_line
 
 NAME = r"[A-Za-z_]\w*"  # of a package
 
@@ -38,7 +38,7 @@ def load(names: Sequence[str]) -> None:
         except Interrupted:
             raise
         except BaseException as error:  # its own code raises any
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             remedy = f"cannot be imported ({reason}); install it, or name its folder in PYTHONPATH"
             raise BadRequest("plugins", name, remedy) from error
 

@@ -15,7 +15,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, first_line
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
         expected = expected.replace(" | None", ", or null")
         raise BadRequest(f"{prefix}{field}", value, f"expected {expected}") from None
     except OmegaConfBaseException as error:
-        line = str(error).splitlines()[0]
+        line = first_line(error)
         raise BadRequest(key or "config", dict(data), line) from None
     assert isinstance(result, schema)
     for field, value in vars(result).items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -34,7 +33,7 @@ from spikerl.errors import (
     BadRequest,
     with_notes,
 )
-from spikerl.files import absolute, lock_file, shown
+from spikerl.files import absolute, hold, lock_file, shown
 from spikerl.output import duration, results
 from spikerl.schema import dotted
 
@@ -73,7 +72,7 @@ class Sweep:
             self.root = own_folder(root, named)
             if self.root != root:
                 self.made = [self.root]
-            self.held = hold(self.root) if self.keep else None
+            self.held = owned(self.root) if self.keep else None
             records = {name: self.root / name for name in ("multirun.yaml", "jobs.jsonl")}
             self.before = {n: p.read_bytes() if p.exists() else b"" for n, p in records.items()}
         except OSError as error:
@@ -292,18 +291,12 @@ def own_folder(root: Path, named: bool) -> Path:
     raise FileExistsError(f"{root} and a thousand others exist")
 
 
-def hold(root: Path) -> IO[str]:
+def owned(root: Path) -> IO[str]:
     """The lock by which a sweep owns its folder until its process ends."""
-    file = (root / ".lock").open("a+", encoding="utf-8")
-    if not lock_file(file):
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise BadRequest("run_dir", root, f"{owner} sweeps there; give another run_dir, or wait")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
+    held = hold(root)
+    if isinstance(held, str):
+        raise BadRequest("run_dir", root, f"{held} sweeps there; give another run_dir, or wait")
+    return held
 
 
 def result(job: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikerl.config.yaml_file import check_confirmed, overrides_of, read_config
+from spikerl.config.yaml_file import config_for
 from spikerl.energy import modelled, operations
 from spikerl.envs.make import EnvConfig
 from spikerl.errors import DONE, BadRequest
@@ -82,7 +82,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl compress`: a run folder with the smaller policy."""
     request = parse(CompressRequest, data)
     before = load_policy(request.run, policy=request.policy)
-    raw = config_of(request, before)
+    env_id, kwargs = before.task.env_id, dict(before.task.env_kwargs)
+    raw = config_for(request.target, request.run, env_id, kwargs, request.env_id, request.plugins)
     run_folder.check_free(request.target, named=True)
     after, unpruned = compress(before, request)
     env = known_env(before, request.run, request.env_id)
@@ -121,19 +122,6 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     print("\n".join(table(env.id, request.episodes, rows)))
     print(f"run folder: {shown(folder)}")
     return DONE
-
-
-def config_of(request: CompressRequest, policy: Policy) -> dict[str, Any]:
-    """The run's config, for what is trained further from the new folder."""
-    path = Path(request.run) / "config.yaml"
-    raw = read_config(path)
-    env_id = policy.task.env_id
-    check_confirmed(request.run, env_id, dict(policy.task.env_kwargs), request.env_id)
-    typed = [f"env.id={env_id}", f"plugins=[{','.join(request.plugins)}]"]
-    overrides_of(path, typed, resumes=True)  # which refuses what is not plain data
-    target = shown(Path(request.target))
-    own = {"run_dir": target, "resume": None, "init_from": None, "config": None}
-    return {**raw, **own, "plugins": request.plugins}
 
 
 def compress(policy: Policy, request: CompressRequest) -> tuple[Policy, Tensor | None]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from spikerl.config import build as configs
-from spikerl.config.yaml_file import check_confirmed, overrides_of, read_config
+from spikerl.config.yaml_file import config_for
 from spikerl.envs.make import task_of
 from spikerl.errors import BadRequest
 from spikerl.files import checksum_of, shown
@@ -87,7 +87,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         remedy = f"its actor is {dense.config.actor.name}; a dense one (actor=mlp) is converted"
         raise BadRequest("run", request.run, remedy)
     choices = list(product(request.spike_steps, request.alpha))
-    raws = [spiking_config(Path(request.run), dense, request, *choice) for choice in choices]
+    raws = [spiking_config(dense, request, *choice) for choice in choices]
     built = [configs.build(raw) for raw in raws]
     run_folder.check_free(request.run_dir, named=True)
     env, tried = built[0].env, []
@@ -164,16 +164,11 @@ def compare(
 
 
 def spiking_config(
-    run: Path, dense: Policy, request: ConvertRequest, spike_steps: int, alpha: float
+    dense: Policy, request: ConvertRequest, spike_steps: int, alpha: float
 ) -> dict[str, Any]:
     """The run's config with a spiking actor."""
-    path = run / "config.yaml"
-    raw = read_config(path)
-    env = raw["env"] if isinstance(raw.get("env"), dict) else {}
-    env_id = str(env.get("id", ""))
-    check_confirmed(run, env_id, env.get("kwargs"), request.env_id)
-    typed = [f"env.id={env_id}", f"plugins=[{','.join(request.plugins)}]"]
-    overrides_of(path, typed, resumes=True)  # which refuses what is not plain data
+    env_id, kwargs = dense.task.env_id, dict(dense.task.env_kwargs)
+    raw = config_for(request.run_dir, request.run, env_id, kwargs, request.env_id, request.plugins)
     actor = dense.config.actor
     assert isinstance(actor, MLPConfig)
     raw["actor"] = {
@@ -195,9 +190,7 @@ def spiking_config(
         "surrogate_slope": 2.0,
         "surrogate_slope_end": None,
     }
-    target = shown(Path(request.run_dir))
-    own = {"run_dir": target, "resume": None, "init_from": None, "config": None}
-    return {**raw, **own, "plugins": request.plugins}
+    return raw
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from spikerl import plugins
-from spikerl.errors import BadRequest, nearest
-from spikerl.files import read_bytes
+from spikerl.errors import BadRequest, first_line, nearest
+from spikerl.files import read_bytes, shown
 
 MAX_BYTES = 1 << 17  # some forty times a run's config.yaml
 NAME = r"[A-Za-z][A-Za-z0-9_]*"  # of a key
@@ -73,7 +73,7 @@ def read_config(path: Path) -> dict[Any, Any]:
     try:
         data = yaml.load(read_bytes(path, MAX_BYTES).decode(), Loader)
     except Exception as error:  # its scalars raise almost anything: !!int x, 2020-13-45
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise BadRequest("config", path, f"cannot be read: {reason}") from None
     if not isinstance(data, dict):
         raise BadRequest("config", path, "holds no mapping; give a run's config.yaml")
@@ -180,6 +180,21 @@ def check_confirmed(run: object, env_id: str, kwargs: Any, typed: str | None) ->
         reason = reason or "its environment is given paths of files"
     if reason and env_id != typed:
         raise BadRequest("run", run, f"{reason}; confirm with env_id={env_id}")
+
+
+def config_for(
+    target: str, run: str, env_id: str, kwargs: Any, typed: str | None, plugins: Sequence[str]
+) -> dict[str, Any]:
+    """A run's config, for a folder that is made from its policy; `typed`: the environment's id, as
+    `check_confirmed` asks for it.
+    """
+    path = Path(run) / "config.yaml"
+    raw = read_config(path)
+    check_confirmed(run, env_id, kwargs, typed)
+    named = [f"env.id={env_id}", f"plugins=[{','.join(plugins)}]"]
+    overrides_of(path, named, resumes=True)  # which refuses what is not plain data
+    own = {"run_dir": shown(Path(target)), "resume": None, "init_from": None, "config": None}
+    return {**raw, **own, "plugins": list(plugins)}
 
 
 def _refusal(key: str, value: Any, path: Path) -> BadRequest:

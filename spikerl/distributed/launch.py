@@ -30,7 +30,7 @@ from typing import Any
 from spikerl.children import PYTHON
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_with_parent
-from spikerl.errors import FAILED, BadRequest, EnvironmentFailed, Interrupted, NonFinite
+from spikerl.errors import FAILED, BadRequest, EnvironmentFailed, Interrupted, NonFinite, first_line
 from spikerl.signals import STOPS, handled, listened_to, signal_name
 
 LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
@@ -138,7 +138,7 @@ def run_under_agent(shared_dir: Path, workers: Workers) -> dict[int, int]:
     except ChildFailedError as error:
         return {rank: int(failure.exitcode) for rank, failure in error.failures.items()}
     except DistError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise WorkerLost(f"{apart}: {reason}") from None
     finally:
         over.set()

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from spikerl.errors import first_line
+
 EXTRA = "pip install 'spikerl[mpi]' brings mpi4py and MPICH"
 
 # How mpiexecs begin to speak of a worker that failed.
@@ -32,7 +34,7 @@ def missing() -> str | None:
     except ImportError:
         return f"mpi4py is not installed; {EXTRA}"
     except RuntimeError as error:
-        return f"no MPI library can be loaded ({str(error).splitlines()[0]}); {EXTRA}"
+        return f"no MPI library can be loaded ({first_line(error)}); {EXTRA}"
     return None
 
 

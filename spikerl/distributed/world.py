@@ -16,7 +16,7 @@ from torch import Tensor
 from spikerl.distributed import hosts, mpi, mpi_group
 from spikerl.distributed.launchers import mpi_set, ranked
 from spikerl.distributed.shm_allreduce import ShmAllReduce, open_shm_allreduce
-from spikerl.errors import Apart, BadRequest, DiskError
+from spikerl.errors import Apart, BadRequest, DiskError, first_line
 from spikerl.schema import Registry
 from spikerl.types import Resolved
 
@@ -191,7 +191,7 @@ def join(backend: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> Wo
             dist.init_process_group(backend, timeout=timeout, device_id=bound)
         except RuntimeError as error:  # and the kinds of it that torch.distributed has
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            why = str(error).strip().partition("\n")[0]
+            why = first_line(error)
             raise Apart(
                 f"worker {rank} of {size} did not meet the others at {where}: {why}"
             ) from error

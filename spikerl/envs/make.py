@@ -194,7 +194,7 @@ def _scalar(what: str, value: Any, kinds: str = REAL) -> Any:
     return given.item()
 
 
-def first_line(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     try:
         return (str(error).strip().splitlines() or [""])[0][:300]
     except BaseException:  # its own code, too
@@ -203,7 +203,7 @@ def first_line(error: BaseException) -> str:
 
 def describe_raised(error: BaseException) -> str:
     """What an environment raised, in one line, and where."""
-    message = f": {line}" if (line := first_line(error)) else ""
+    message = f": {line}" if (line := _message(error)) else ""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""
     return f"raised {type(error).__name__}{message}{where}"
@@ -228,7 +228,7 @@ def make_env(config: EnvConfig) -> CheckedEnv:
         hint = f"nearest: {', '.join(near)}" if near else f"{len(known)} are registered"
         raise BadRequest(key, value, f"{config.id} {UNREGISTERED}; {hint}") from None
     except BaseException as error:  # its own code raises any, and calls sys.exit
-        plain = first_line(error) if isinstance(error, Exception) else ""
+        plain = _message(error) if isinstance(error, Exception) else ""
         reason = plain or describe_raised(error)
         remedy = f"{config.id} cannot be made here: {reason}"
         if config.kwargs and isinstance(error, TypeError):

@@ -14,7 +14,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, first_line
 
 ACCEPTED = (
     "AtariPreprocessing",
@@ -68,7 +68,7 @@ def wrapped(env: gym.Env[Any, Any], wrappers: Sequence[Any]) -> gym.Env[Any, Any
             plain = {key: _argument(name, value) for key, value in arguments.items()}
             env = getattr(gym.wrappers, name)(env, **plain)
         except Exception as error:  # each checks its arguments in its own way
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             if isinstance(error, gym.error.DependencyNotInstalled):
                 reason = "it needs opencv; pip install 'spikerl[atari]'"
             raise BadRequest("env.wrappers", name, f"does not fit here: {reason}") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, first_line
 from spikerl.export.contract import SCHEMA
 from spikerl.export.formats import FORMATS
 from spikerl.export.host import check_outside
@@ -59,7 +59,7 @@ class Exported:
         except BadRequest as error:
             raise BadRequest("run", self.path, error.args[2]) from None
         except Exception as error:  # readers of damaged files raise almost anything
-            raise BadRequest("run", self.path, f"cannot be read: {one_line(error)}") from None
+            raise BadRequest("run", self.path, f"cannot be read: {first_line(error)}") from None
         encoder = self.contract["encoder"]["name"] if "spike_steps" in self.contract else None
         return FilePolicy(
             self.task,
@@ -80,7 +80,7 @@ def read(path: Path) -> Exported:
         contract = read_json(beside, MAX_CONTRACT)
         content = read_bytes(path, MAX_FILE)
     except (OSError, ValueError) as error:
-        raise BadRequest("run", path, f"cannot be read: {one_line(error)}") from None
+        raise BadRequest("run", path, f"cannot be read: {first_line(error)}") from None
     schema = contract.get("schema") if isinstance(contract, dict) else None
     if schema != SCHEMA:
         remedy = f"{beside.name} has schema {schema}, this version reads {SCHEMA}; export it again"
@@ -104,7 +104,7 @@ def read(path: Path) -> Exported:
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         # Of a value of another kind Python says what it cannot do with it.
         plain = isinstance(error, KeyError | ValueError)
-        what = one_line(error) if plain else "a value, which is of another kind than its key says"
+        what = first_line(error) if plain else "a value, which is of another kind than its key says"
         remedy = f"{beside.name} lacks or garbles {what}; export it again"
         raise BadRequest("run", path, remedy) from None
     return Exported(path, content, contract, task, digest, trained_with)
@@ -135,7 +135,3 @@ def check_sizes(contract: dict[str, Any]) -> None:
                 raise ValueError(part)
     if not every or not all(type(n) is int and 1 <= n <= MOST_NEURONS for n in every):
         raise ValueError("sizes")
-
-
-def one_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, first_line
 from spikerl.models.actor_config import ActorConfig
 from spikerl.models.networks import build_actor
 from spikerl.models.normalizer import RunningNorm
@@ -218,7 +218,7 @@ def read_weights(path: Path, key: str = "popsan") -> dict[str, Tensor]:
     except pickle.UnpicklingError:  # whose text advises to run what the file holds
         raise BadRequest(key, path, "cannot be read as tensors: it holds more") from None
     except Exception as error:  # torch raises many types on a damaged or hostile file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise BadRequest(key, path, f"cannot be read as tensors: {reason}") from None
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(t, Tensor) for name, t in weights.items()
@@ -239,7 +239,7 @@ def read_stats(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         mean, var = (array.astype(np.float64) for array in read_arrays(path.read_bytes()))
     except Exception as error:  # a damaged or hostile pickle raises almost anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise BadRequest("stats", path, f"cannot be read as two arrays: {reason}") from None
     if (
         mean.ndim != 1

@@ -18,7 +18,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
 from spikerl import plugins
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, first_line
 from spikerl.files import json_bytes, read_bytes, read_json
 from spikerl.models.actor import Actor, SpikingActor
 from spikerl.models.actor_config import ActorConfig
@@ -73,7 +73,7 @@ def read_files(folder: Path, *, key: str, kernel: str) -> Saved:
         # Of its own: a file that is mapped ends the process if somebody writes over it.
         tensors = load(read_bytes(folder / "policy.safetensors", MAX_TENSORS))
     except (OSError, ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
-        raise BadRequest(key, folder, f"its policy cannot be read: {_first_line(error)}") from None
+        raise BadRequest(key, folder, f"its policy cannot be read: {first_line(error)}") from None
     data = _current(data, folder, key)
     try:
         task = read_task(data)
@@ -93,9 +93,7 @@ def read_files(folder: Path, *, key: str, kernel: str) -> Saved:
         with torch.device("meta"):  # so that a hostile size in the JSON allocates nothing
             network = build_policy(config, task.obs_dim, task.act_dim, kernel=kernel)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise BadRequest(
-            key, folder, f"policy.json lacks or garbles {_first_line(error)}"
-        ) from None
+        raise BadRequest(key, folder, f"policy.json lacks or garbles {first_line(error)}") from None
     weights = {k.removeprefix("actor."): v for k, v in tensors.items() if k.startswith("actor.")}
     moments = {k.removeprefix("norm."): v for k, v in tensors.items() if k.startswith("norm.")}
     others = len(tensors) - len(weights) - len(moments)
@@ -113,10 +111,6 @@ def read_files(folder: Path, *, key: str, kernel: str) -> Saved:
     norm = RunningNorm(task.obs_dim, clip)
     norm.load(moments)
     return Saved(task, config, network, norm, trained_with, compression)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _current(data: Any, folder: Path, key: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from spikerl.config.yaml_file import NOT_CARRIED, conf_folder
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, first_line
 from spikerl.reporting.records import Run
 from spikerl.reporting.table_file import Cell
 from spikerl.schema import dotted
@@ -61,6 +61,6 @@ def composed(overrides: tuple[str, ...]) -> Mapping[str, str]:
         with nullcontext() if ours else initialize_config_dir(conf, version_base="1.3"):
             config: Any = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        line = str(error).splitlines()[0]
+        line = first_line(error)
         raise BadRequest("table", " ".join(overrides), f"cannot be composed: {line}") from None
     return {key: str(value) for key, value in dotted(config)}

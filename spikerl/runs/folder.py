@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import platform
 import re
 import secrets
 import shlex
@@ -23,7 +22,7 @@ from spikerl import machine
 from spikerl.errors import BadRequest
 from spikerl.files import (
     LACKING,
-    lock_file,
+    hold,
     make_folder,
     read_bytes,
     read_json,
@@ -184,18 +183,12 @@ def update_manifest(folder: Path, **changes: Any) -> None:
 def lock(folder: Path) -> IO[str]:
     """Hold the folder until the file is closed or the process ends; refuse if another holds it."""
     try:
-        file = (folder / ".lock").open("a+", encoding="utf-8")
+        held = hold(folder)
     except OSError as error:
         raise BadRequest("resume", folder, f"cannot be written to: {error.strerror}") from None
-    if not lock_file(file):
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise BadRequest("resume", folder, f"{owner} is running it; stop that first") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
+    if isinstance(held, str):
+        raise BadRequest("resume", folder, f"{held} is running it; stop that first")
+    return held
 
 
 def is_held(folder: Path) -> bool:

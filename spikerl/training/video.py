@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from spikerl.envs.make import CheckedEnv
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, first_line
 from spikerl.files import make_folder
 from spikerl.models.actor import SpikingActor
 from spikerl.models.policy import Policy
@@ -85,7 +85,7 @@ def check_video(env: CheckedEnv) -> None:
         env.reset(seed=0)
         picture = env.render()
     except Exception as error:  # a library that is missing, or a driver
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise BadRequest("video", "true", f"{name} cannot be drawn here: {reason}") from error
     if not isinstance(picture, np.ndarray) or picture.ndim != 3 or picture.shape[2] != 3:
         raise BadRequest("video", "true", f"{name} draws no pictures of red, green and blue")
