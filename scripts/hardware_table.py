@@ -14,19 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from spikerl.cli.main import run
+from spikerl.files import shown
 
 COMPRESSED = ("bits=8", "bits=4", "prune=0.9")
 FORMATS = ("c", "onnx", "nir", "loihi")
 COLUMNS = ("return", "spikes", "MACs", "ACs", "updates", "bytes", "nJ, 45nm", "nJ, memory")
 
 
-def made(path: Path, *typed: str) -> dict[str, Any] | None:
-    """What the command wrote at `path`; None where it refused, and said why."""
+def made(path: Path, source: str, episodes: str, *typed: str) -> dict[str, Any] | None:
+    """What the command wrote at `path` of that run; None where it refused, and said why."""
     if not path.exists():
+        command, *more = typed
         with redirect_stdout(io.StringIO()):
-            if run(typed):
+            if run([command, f"run={source}", f"episodes={episodes}", *more]):
                 return None
     facts: dict[str, Any] = json.loads(path.read_text())
+    had = facts.get("made_from", facts)["run"], str(facts.get("proof", facts)["episodes"])
+    if had != (shown(Path(source)), episodes):
+        raise SystemExit(f"{path} is of run={had[0]} episodes={had[1]}; give another FOLDER")
     return facts
 
 
@@ -62,8 +67,8 @@ def main(folder: Path, source: str, episodes: str) -> None:
     rows: dict[str, dict[str, str]] = {}
     for how in COMPRESSED:
         target = folder / how.replace("=", "")
-        typed = (f"run={source}", how, f"run_dir={target}", f"episodes={episodes}")
-        facts = made(target / "compressed.json", "compress", *typed)
+        done = target / "compressed.json"
+        facts = made(done, source, episodes, "compress", how, f"run_dir={target}")
         if facts is None:
             raise SystemExit(1)
         rows.setdefault("as it was", of_policy(facts["before"]))
@@ -71,8 +76,8 @@ def main(folder: Path, source: str, episodes: str) -> None:
         print(how, "is there", file=sys.stderr, flush=True)
     for form in FORMATS:
         file = folder / f"policy.{form}"
-        typed = (f"run={source}", f"format={form}", f"file={file}", f"episodes={episodes}")
-        contract = made(Path(f"{file}.json"), "export", *typed)
+        described = Path(f"{file}.json")
+        contract = made(described, source, episodes, "export", f"format={form}", f"file={file}")
         rows[f"format={form}"] = of_file(contract) if contract else {"return": "no file"}
         print(form, "is done", file=sys.stderr, flush=True)
     print("| | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")

@@ -47,7 +47,7 @@ UNREAD = (
 )
 # Values that are taken as they are typed: a sweep names its folders with '=' and ','.
 PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "dense", "stats", "path",
-         "energy.file", "runs", "out", "dataset")  # fmt: skip
+         "energy.file", "file", "runs", "out", "dataset")  # fmt: skip
 
 
 @cache

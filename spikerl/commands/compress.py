@@ -58,6 +58,9 @@ class CompressRequest:
         if self.finetune is not None and self.prune is None and self.bits is None:
             remedy = "it makes up for bits or prune; give one of them, or leave it out"
             raise BadRequest("finetune", self.finetune, remedy)
+        if self.early_exit is None and self.exit_steps != 1:
+            remedy = "it belongs to early_exit; give that, or leave it out"
+            raise BadRequest("exit_steps", self.exit_steps, remedy)
         if self.episodes < 1:
             raise BadRequest("episodes", self.episodes, "give at least 1")
         if not 0 <= self.seed < 2**63:
@@ -84,6 +87,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     before = load_policy(request.run, policy=request.policy)
     env_id, kwargs = before.task.env_id, dict(before.task.env_kwargs)
     raw = config_for(request.target, request.run, env_id, kwargs, request.env_id, request.plugins)
+    if before.config.actor.name != raw["actor"]["name"]:  # normalised drives, folded
+        raw |= {group: part for group, part in asdict(before.config).items() if part is not None}
     run_folder.check_free(request.target, named=True)
     after, unpruned = compress(before, request)
     env = known_env(before, request.run, request.env_id)

@@ -29,7 +29,7 @@ from spikerl.envs.make import task_of
 from spikerl.errors import BadRequest
 from spikerl.files import checksum_of, shown
 from spikerl.models.actor import MLPActor, SpikingActor
-from spikerl.models.actor_config import MLPConfig
+from spikerl.models.actor_config import MOST_SPIKE_STEPS, MLPConfig
 from spikerl.models.networks import build_actor
 from spikerl.models.policy import Policy
 from spikerl.runs import folder as run_folder
@@ -60,6 +60,8 @@ class ConvertRequest:
         if not self.spike_steps or not all(type(t) is int for t in self.spike_steps):
             remedy = "give a whole number, or a list of them"
             raise BadRequest("spike_steps", self.spike_steps, remedy)
+        if not all(1 <= t <= MOST_SPIKE_STEPS for t in self.spike_steps):
+            raise BadRequest("spike_steps", self.spike_steps, f"give 1 to {MOST_SPIKE_STEPS}")
         real = all(type(a) in (int, float) and 0.0 <= a <= 1.0 for a in self.alpha)
         if not self.alpha or not real:
             raise BadRequest("alpha", self.alpha, "give a value in [0, 1], or a list of them")
@@ -88,7 +90,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         raise BadRequest("run", request.run, remedy)
     choices = list(product(request.spike_steps, request.alpha))
     raws = [spiking_config(dense, request, *choice) for choice in choices]
-    built = [configs.build(raw) for raw in raws]
+    built = [configs.parse_groups(raw) for raw in raws]  # whatever machine it was trained on
     run_folder.check_free(request.run_dir, named=True)
     env, tried = built[0].env, []
     evaluator = Evaluator(env, request.episodes, request.seed)
@@ -102,7 +104,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             assert isinstance(spiking, SpikingActor)
             own = request.threshold == "neuron"
             reached = convert(dense.actor, spiking, seen, request.percentile, own)
-            policies.append(Policy(dense.task, config.actor, spiking, dense.norm))
+            policy = Policy(dense.task, config.actor, spiking, dense.norm)
+            policy.trained_with = dense.trained_with
+            policies.append(policy)
         if len(choices) > 1:
             tried = compare(evaluator, dense, policies, choices)
     finally:

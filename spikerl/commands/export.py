@@ -15,10 +15,10 @@ from spikerl.config.yaml_file import check_confirmed
 from spikerl.errors import DONE, FAILED, BadRequest
 from spikerl.export import contract, proof, support
 from spikerl.export.formats import FORMATS
-from spikerl.files import checksum, json_bytes, write_atomic
+from spikerl.files import checksum, checksum_of, json_bytes, shown, write_atomic
 from spikerl.models.actor import SpikingActor
 from spikerl.models.policy import Policy
-from spikerl.runs.policies import load_policy
+from spikerl.runs.policies import find_policy, load_policy
 from spikerl.schema import parse
 
 # Tang et al., arXiv:2010.09635, Table 1: Loihi against GPU, HalfCheetah to Walker2d.
@@ -55,6 +55,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     form.check_here()
     form.check_policy(policy)
     file = Path(request.file or Path(request.run) / f"policy.{request.format}")
+    if not file.name:
+        raise BadRequest("file", file, "give the name of a file")
     beside = file.with_name(f"{file.name}.json")
     check_free(file, beside)
     env_id = request.env_id or policy.task.env_id
@@ -62,6 +64,10 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     env = proof.known_env(policy, request.run, request.env_id)
     described = contract.describe(request.format, policy, form.dt)
     described |= form.facts(policy)
+    weights = find_policy(Path(request.run), request.policy, key="run") / "policy.safetensors"
+    described["made_from"] = {
+        "run": shown(Path(request.run)), "policy": request.policy, "sha256": checksum_of(weights)
+    }  # fmt: skip
     described["support"] = {group: str(verdict) for group, verdict in verdicts.items()}
     # Nothing lies at its place before it is proven.
     with TemporaryDirectory(prefix="spikerl-export-") as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from spikerl.errors import BadRequest
 from spikerl.files import shown
 from spikerl.models.foreign import Foreign, policy_of, read_stats, read_weights, recognise
 from spikerl.runs import folder as run_folder
+from spikerl.schema import dotted
 from spikerl.types import Task
 
 
@@ -32,7 +34,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         other = "dense" if key == "popsan" else "popsan"
         raise BadRequest(key, model, f"is a {foreign.described} actor; give {other}=FILE")
     stats = statistics(files["stats"], foreign)
+    asked = deepcopy(data)
     settle(data, foreign, normalises=stats is not None)
+    check_typed(argv, asked, data, foreign)
     config = configs.build(data)
     for name in ("resume", "init_from", "config"):
         if (value := data[name]) is not None:
@@ -41,6 +45,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     task = task_of(env)
     env.close()
     check_task(task, foreign, key, model)
+    configs.check_actions(config.algo, task)
     policy = policy_of(foreign, config.actor, task, stats, config.algo.norm_clip)
     read = [model] if stats is None else [model, Path(str(files["stats"]))]
     sources = [shown(path) for path in read]
@@ -91,6 +96,24 @@ def settle(data: dict[str, Any], foreign: Foreign, *, normalises: bool) -> None:
         data["encoder"]["pop_size"] = foreign.encoder
     data["decoder"]["pop_size"] = foreign.decoder
     data["actor"]["hidden_sizes"] = foreign.hidden
+
+
+def check_typed(
+    argv: Sequence[str], asked: dict[str, Any], settled: dict[str, Any], foreign: Foreign
+) -> None:
+    """Refuse what was typed where the file decides, and says something else."""
+    had, now = dict(dotted(asked)), dict(dotted(settled))
+    for arg in argv:
+        key, _, value = arg.partition("=")
+        if foreign.kind == "dense" and key.partition(".")[0] in ("encoder", "neuron", "decoder"):
+            raise BadRequest(key, value, "a dense actor has none; leave it out")
+        leaf = key if key in had else f"{key}.name"
+        if leaf not in had or had[leaf] == now.get(leaf):
+            continue
+        if key.startswith("algo."):
+            raise BadRequest(key, value, "observations are not normalised; leave it out")
+        own = f"the file has {now[leaf]}" if leaf in now else f"a {foreign.described} has none"
+        raise BadRequest(key, value, f"{own}; leave it out")
 
 
 def check_task(task: Task, foreign: Foreign, key: str, model: Path) -> None:

@@ -14,6 +14,8 @@ from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.snn.neurons import NeuronConfig
 
+MOST_SPIKE_STEPS = 1000
+
 
 def check_prune(share: float | None) -> None:
     if share is not None and not 0.0 < share < 1.0:
@@ -38,8 +40,8 @@ class PopSANConfig:
     def __post_init__(self) -> None:
         check_sizes("actor.hidden_sizes", self.hidden_sizes)
         check_prune(self.prune)
-        if not 1 <= self.spike_steps <= 1000:
-            raise BadRequest("actor.spike_steps", self.spike_steps, "give 1 to 1000")
+        if not 1 <= self.spike_steps <= MOST_SPIKE_STEPS:
+            raise BadRequest("actor.spike_steps", self.spike_steps, f"give 1 to {MOST_SPIKE_STEPS}")
         if not self.lr > 0.0:
             raise BadRequest("actor.lr", self.lr, "give a value above 0")
         costs = self.spike_cost if isinstance(self.spike_cost, list) else [self.spike_cost]

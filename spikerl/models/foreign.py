@@ -199,6 +199,11 @@ def policy_of(
 ) -> Policy:
     """`stats`: mean and variance of the observations; without, they are seen as they are."""
     actor = build_actor(config, task.obs_dim, task.act_dim)
+    for name, tensor in actor.state_dict().items():
+        if name not in foreign.weights or foreign.weights[name].shape != tensor.shape:
+            group = {"neurons": "neuron", "layers": "actor"}.get(part := name.split(".")[0], part)
+            remedy = f"the file has no {name} of it; give what the policy was trained with"
+            raise BadRequest(group, getattr(config, group).name, remedy)
     actor.load_state_dict(foreign.weights)
     norm = RunningNorm(task.obs_dim, clip)
     if stats is not None:

@@ -23,7 +23,10 @@ def check_torch_file(path: Path) -> None:
     It reserves a storage of the size that a pickle claims, and unpacks what is compressed.
     """
     content = path.read_bytes()
-    if not zipfile.is_zipfile(path):
+    zipped = content.startswith(b"PK\x03\x04")  # by which torch knows an archive
+    if zipped != zipfile.is_zipfile(path):
+        raise ValueError("it is an archive at one end only")
+    if not zipped:
         stream = io.BytesIO(content)
         for _ in range(HEADERS):
             claimed(stream)

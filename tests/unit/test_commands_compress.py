@@ -146,6 +146,7 @@ def test_what_was_not_asked_for_stays(folder: Path) -> None:
         ("run=spiking prune=0", "prune=0.0: give a share above 0 and below 1"),
         ("run=spiking prune=0.001", "prune=0.001: of the 480 weights of layers.0.weight_IN that"),
         ("run=spiking early_exit=0.1 exit_steps=5", "exit_steps=5: the policy has 5 spike steps"),
+        ("run=spiking bits=8 exit_steps=4", "exit_steps=4: it belongs to early_exit"),
         ("run=spiking bits=8 finetune=0", "finetune=0: give at least 1, or null"),
         ("run=spiking early_exit=0.1 finetune=9", "finetune=9: it makes up for bits or prune"),
         ("run=dense early_exit=0.1", "early_exit=0.1: a dense policy has no spike steps"),

@@ -18,6 +18,7 @@ from spikerl.commands.convert import convert
 from spikerl.envs.make import EnvConfig
 from spikerl.kernels import reference
 from spikerl.kernels.reference import Carried
+from spikerl.machine import versions
 from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.actor_config import ActorConfig, MLPConfig
 from spikerl.snn.decoders import DecoderConfig
@@ -165,10 +166,19 @@ def test_what_is_compared_and_kept(dense: Path) -> None:
 
 
 def test_defaults_are_the_plain_conversion(dense: Path) -> None:
+    """Of a run that a machine with a GPU trained, with other versions."""
+    for file, old, new in (
+        ("config.yaml", "device: cpu", "device: cuda:7"),
+        ("policy.json", f'"mujoco": "{versions()["mujoco"]}"', '"mujoco": "9.9.9"'),
+    ):
+        text = (dense / file).read_text()
+        assert old in text
+        (dense / file).write_text(text.replace(old, new))
     assert spikerl("convert", "run=dense", "run_dir=new", "episodes=1").status == 0
     policy, source = library.load_policy("new"), library.load_policy("dense")
     assert policy.config.neuron is not None
     assert policy.config.neuron.name == "lif"
+    assert policy.trained_with["mujoco"] == "9.9.9"
     manifest = json.loads(Path("new/manifest.json").read_text())
     assert "tried" not in manifest
     assert manifest["converted_from"] == "dense"  # no path of this machine
@@ -231,6 +241,7 @@ def test_discrete_actions_that_carry_on(tmp_path: Path) -> None:
     [
         ("alpha=1.5", "alpha=[1.5]: give a value in [0, 1], or a list of them"),
         ("alpha=[]", "alpha=[]: give a value in [0, 1], or a list of them"),
+        ("spike_steps=0", "spike_steps=[0]: give 1 to 1000"),
         ("spike_steps=[5,x]", "spike_steps=[5, 'x']: give a whole number, or a list of them"),
         ("start=-0.5", "start=-0.5: give a value in [0, 1]"),
         ("threshold=all", "threshold=all: give layer or neuron"),

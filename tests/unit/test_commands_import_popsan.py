@@ -102,7 +102,7 @@ def bring(*args: str) -> Said:
 
 
 def test_an_import_makes_a_run_folder(files: Path) -> None:
-    said = bring("run_dir=run", "algo.norm_clip=2.0", "encoder.pop_size=9")
+    said = bring("run_dir=run", "algo.norm_clip=2.0")
     assert (said.status, said.err) == (0, "")
     assert said.out == "Pendulum-v1: [8, 7] hidden, populations 4 and 3; run folder: run\n"
     names = {"config.yaml", "manifest.json", "metrics.jsonl", "policy.json", "policy.safetensors"}
@@ -115,8 +115,7 @@ def test_an_import_makes_a_run_folder(files: Path) -> None:
     assert manifest["status"] == "done"
     assert manifest["imported_from"] == ["m.pt", "s.p"]
     assert manifest["command"] == (
-        "spikerl import popsan=m.pt stats=s.p env=Pendulum run_dir=run"
-        " algo.norm_clip=2.0 encoder.pop_size=9"
+        "spikerl import popsan=m.pt stats=s.p env=Pendulum run_dir=run algo.norm_clip=2.0"
     )
     policy = load_policy("run")
     assert (policy.norm.count, policy.norm.clip) == (POPSAN_OBSERVATIONS, 2.0)
@@ -202,6 +201,12 @@ REFUSED = [
     (["config=c.yaml"], "config=c.yaml: has no effect on an import"),
     (["init_from=r"], "init_from=r: has no effect on an import"),
     (["seed=-1"], "seed=-1: give 0"),
+    (["encoder.pop_size=9"], "encoder.pop_size=9: the file has 4; leave it out"),
+    (["decoder.pop_size=9"], "decoder.pop_size=9: the file has 3; leave it out"),
+    (["actor.hidden_sizes=[8,8]"], "actor.hidden_sizes=[8,8]: the file has [8, 7]; leave it out"),
+    (["stats=none", "algo.norm_clip=5"], "algo.norm_clip=5: observations are not normalised"),
+    (["neuron=plif"], "neuron=plif: the file has no neurons.0.decay_logit of it; give what the"),
+    (["algo=dqn"], "algo=dqn: the actions of Pendulum-v1 are continuous"),
     (["env=Pendulun"], "env=Pendulun: no such option; did you mean Pendulum?"),
     (["popsan=none.pt"], "popsan=none.pt: no such file"),
     (["stats=none.p"], "stats=none.p: no such file"),

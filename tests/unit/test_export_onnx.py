@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +60,7 @@ def test_export(tmp_path: Path) -> None:
     )
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"run", "small.onnx", "small.onnx.json"}
+    weights = (run / "policy.safetensors").read_bytes()
+    assert json.loads((tmp_path / "small.onnx.json").read_text())["made_from"] == {
+        "run": str(run), "policy": "last", "sha256": hashlib.sha256(weights).hexdigest()
+    }  # fmt: skip

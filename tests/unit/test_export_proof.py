@@ -171,6 +171,12 @@ def test_a_normaliser_that_needs_more_than_float32(tmp_path: Path) -> None:
     assert "an observation entry lies so far from 0" in line
 
 
+def test_a_file_without_a_name(tmp_path: Path) -> None:
+    run = saved(policy_of(config(), task()), tmp_path / "run")
+    line = spikerl("export", f"run={run}", "format=nir", "file=/").line
+    assert line == "file=/: give the name of a file"
+
+
 def test_batch_normalisation_that_is_not_folded(tmp_path: Path) -> None:
     actor = CareBNConfig(
         name="care_bn", hidden_sizes=[12], spike_steps=5, lr=1e-4,

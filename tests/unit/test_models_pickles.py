@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,16 @@ def test_weights(name: str, zipped: bool, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(BadRequest, match=r"^popsan=m\.pt: "):
         recognise(read_weights(Path("m.pt")), Path("m.pt"))
     assert os.listdir() == ["m.pt"]
+
+
+def test_weights_with_an_archive_behind(tmp_path: Path) -> None:
+    """torch reads what is before it, as the first bytes say."""
+    path = tmp_path / "m.pt"
+    torch.save(state(), path, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("data.pkl", pickle.dumps({}))
+    with pytest.raises(BadRequest, match="an archive at one end only"):
+        read_weights(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", bytes(range(250)), b"\x80\x02."])
