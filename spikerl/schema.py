@@ -98,6 +98,11 @@ def dotted(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from dotted(value, f"{prefix}.{key}" if prefix else str(key))
 
 
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise BadRequest("seed", seed, "give 0 to 2^63 - 1")
+
+
 def check_sizes(key: str, sizes: Iterable[int]) -> None:
     sizes = list(sizes)
     if not 1 <= len(sizes) <= 100 or any(size < 1 for size in sizes):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,8 +31,9 @@ from spikerl.runs.checkpoint import Checkpoint, verified
 from spikerl.runs.policies import CHOICES, find_policy, load_policy
 from spikerl.runs.policy_env import env_of
 from spikerl.runs.replayed import episodes
-from spikerl.schema import parse
+from spikerl.schema import check_seed, parse
 from spikerl.seeding import RESET_BITS, reset_seed, seed_for
+from spikerl.signals import signal_name
 from spikerl.types import Task
 
 LAST = {"random": "last", "replay": "last"}  # the policy that says what the task is
@@ -75,8 +75,7 @@ class CollectRequest:
                 if getattr(self, key):
                     remedy = "policy=random acts at random already; leave it out"
                     raise BadRequest(key, getattr(self, key), remedy)
-        if not 0 <= self.seed < 2**63:
-            raise BadRequest("seed", self.seed, "give 0 or more, below 2^63")
+        check_seed(self.seed)
 
 
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
@@ -100,7 +99,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
                 request, policy, env, stored, made, lambda: stop[0] if stop else 0
             )
     except Stopped as stopped:
-        name = signal.Signals(stopped.number).name
+        name = signal_name(stopped.number)
         print(f"spikerl: stopped on {name}; nothing was kept", file=sys.stderr)
         return stop_status(stopped.number)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from spikerl.models.compression import Compression, bits_of, prune, quantise
 from spikerl.models.policy import Policy
 from spikerl.runs import folder as run_folder
 from spikerl.runs.policies import load_policy
-from spikerl.schema import parse
+from spikerl.schema import check_seed, parse
 from spikerl.seeding import generator_for
 from spikerl.snn.early_exit import EarlyExit
 from spikerl.training.evaluator import Evaluator
@@ -63,8 +64,7 @@ class CompressRequest:
             raise BadRequest("exit_steps", self.exit_steps, remedy)
         if self.episodes < 1:
             raise BadRequest("episodes", self.episodes, "give at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise BadRequest("seed", self.seed, "give 0 or more, below 2^63")
+        check_seed(self.seed)
 
     @property
     def target(self) -> str:
@@ -171,8 +171,7 @@ def relearn(
     """Fine-tune, in other episodes than those that are compared; the loss of each step."""
     assert request.finetune is not None
     assert after.compression is not None
-    evaluator, squash = Evaluator(env, request.episodes, request.seed), before.task.choices is None
-    generator = generator_for(request.seed, "update")
+    squash, generator = before.task.choices is None, generator_for(request.seed, "update")
 
     def observe(round_number: int) -> Tensor:
         acting = after if round_number else before
@@ -182,22 +181,17 @@ def relearn(
     def goal(obs_MO: Tensor) -> Tensor:
         return (before.actor if squash else before.actor.mean)(obs_MO, generator)
 
-    try:
+    with closing(Evaluator(env, request.episodes, request.seed)) as evaluator:
         return finetune(
             after.actor, observe, goal, request.finetune, after.compression, unpruned, generator,
             squash=squash,
         )  # fmt: skip
-    finally:
-        evaluator.close()
 
 
 def measure(policy: Policy, env: EnvConfig, request: CompressRequest) -> dict[str, Any]:
     """Return, work and modelled energy of one policy."""
-    evaluator = Evaluator(env, request.episodes, request.seed)
-    try:
+    with closing(Evaluator(env, request.episodes, request.seed)) as evaluator:
         result = evaluator.run(policy, 0)
-    finally:
-        evaluator.close()
     ops = result.operations
     assert ops is not None  # checked when the policy was read
     return {

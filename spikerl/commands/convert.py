@@ -15,6 +15,7 @@ beside each other, and the one of the highest return is kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -34,7 +35,7 @@ from spikerl.models.networks import build_actor
 from spikerl.models.policy import Policy
 from spikerl.runs import folder as run_folder
 from spikerl.runs.policies import find_policy, load_policy
-from spikerl.schema import parse
+from spikerl.schema import check_seed, parse
 from spikerl.snn.decoders import LinearDecoder
 from spikerl.snn.linear import Linear
 from spikerl.training.evaluator import Evaluator
@@ -76,8 +77,7 @@ class ConvertRequest:
             raise BadRequest("percentile", self.percentile, "give a value in (0, 100]")
         if self.episodes < 1:
             raise BadRequest("episodes", self.episodes, "give at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise BadRequest("seed", self.seed, "give 0 or more, below 2^63")
+        check_seed(self.seed)
 
 
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
@@ -93,8 +93,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     built = [configs.parse_groups(raw) for raw in raws]  # whatever machine it was trained on
     run_folder.check_free(request.run_dir, named=True)
     env, tried = built[0].env, []
-    evaluator = Evaluator(env, request.episodes, request.seed)
-    try:
+    with closing(Evaluator(env, request.episodes, request.seed)) as evaluator:
         if task_of(evaluator.envs[0]).env_id != dense.task.env_id:
             raise BadRequest("run", request.run, f"was not trained on {env.id}")
         seen = dense.norm.observe(evaluator.observations(dense), dense.device)
@@ -109,8 +108,6 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             policies.append(policy)
         if len(choices) > 1:
             tried = compare(evaluator, dense, policies, choices)
-    finally:
-        evaluator.close()
     best = max(range(len(tried)), key=lambda i: tried[i]["return_mean"]) if tried else 0
     facts = {
         "status": "done",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from spikerl.output import add_results, answer
 from spikerl.reporting.operations import lines
 from spikerl.runs.policies import load_policy
 from spikerl.runs.policy_env import env_of
-from spikerl.schema import parse
+from spikerl.schema import check_seed, parse
+from spikerl.signals import signal_name
 from spikerl.training.evaluator import Evaluation, Evaluator
 from spikerl.training.video import Filmed, check_video, rates_of
 
@@ -50,8 +51,7 @@ class EvalRequest:
         self.video = self.video.lower()
         if self.video not in ("false", "true", "spikes"):
             raise BadRequest("video", self.video, "give true, false or spikes")
-        if not 0 <= self.seed < 2**63:
-            raise BadRequest("seed", self.seed, "give 0 or more, below 2^63")
+        check_seed(self.seed)
 
 
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
@@ -61,7 +61,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         with stop_signals() as stop:
             done = evaluate(request, lambda: stop[0] if stop else 0)
     except Stopped as stopped:
-        name = signal.Signals(stopped.number).name
+        name = signal_name(stopped.number)
         print(f"spikerl: stopped on {name}; the evaluation has no result", file=sys.stderr)
         return stop_status(stopped.number)
     return report(request, *done)
@@ -76,16 +76,13 @@ def evaluate(
     check_confirmed(request.run, env_id, dict(policy.task.env_kwargs), request.env_id)
     env, probe = env_of(policy.task, request.run, request.env_id)
     probe.close()
-    evaluator = Evaluator(env, request.episodes, request.seed)
-    if evaluator.note:
-        print(evaluator.note, file=sys.stderr)
-    videos = []
-    if request.video != "false" and isinstance(policy, Policy):
-        videos = film(request, evaluator, policy)
-    try:
+    with closing(Evaluator(env, request.episodes, request.seed)) as evaluator:
+        if evaluator.note:
+            print(evaluator.note, file=sys.stderr)
+        videos = []
+        if request.video != "false" and isinstance(policy, Policy):
+            videos = film(request, evaluator, policy)
         return policy, env_id, evaluator.run(policy, 0, stop_signal), videos
-    finally:
-        evaluator.close()
 
 
 def report(

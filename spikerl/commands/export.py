@@ -19,7 +19,7 @@ from spikerl.files import checksum, checksum_of, json_bytes, shown, write_atomic
 from spikerl.models.actor import SpikingActor
 from spikerl.models.policy import Policy
 from spikerl.runs.policies import find_policy, load_policy
-from spikerl.schema import parse
+from spikerl.schema import check_seed, parse
 
 # Tang et al., arXiv:2010.09635, Table 1: Loihi against GPU, HalfCheetah to Walker2d.
 PUBLISHED = (-0.143, -0.021)
@@ -41,8 +41,7 @@ class ExportRequest:
             raise BadRequest("format", self.format, f"give one of {', '.join(FORMATS)}")
         if self.episodes < 1:
             raise BadRequest("episodes", self.episodes, "give at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise BadRequest("seed", self.seed, "give 0 or more, below 2^63")
+        check_seed(self.seed)
 
 
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:

@@ -37,7 +37,7 @@ from spikerl.models.precision import PRECISIONS, PrecisionConfig, check_precisio
 from spikerl.models.sequence import SequenceConfig
 from spikerl.runs.loggers import check_loggers
 from spikerl.runs.policies import CHOICES
-from spikerl.schema import parse
+from spikerl.schema import check_seed, parse
 from spikerl.types import Resolved, Task
 
 MOST = 4096  # environments, workers, threads: a config file starts no more processes
@@ -81,8 +81,7 @@ class RunConfig:
         for key in ("num_envs", "threads", "world_size"):
             if getattr(self, key) is not None and not 1 <= getattr(self, key) <= MOST:
                 raise BadRequest(key, getattr(self, key), f"give 1 to {MOST}, or null")
-        if not 0 <= self.seed < 2**63:
-            raise BadRequest("seed", self.seed, "give 0 to 2^63 - 1")
+        check_seed(self.seed)
         for key in ("run_dir", "init_from", "dataset"):
             if getattr(self, key) == "":
                 raise BadRequest(key, "", "give a path, or null")

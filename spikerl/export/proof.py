@@ -7,6 +7,7 @@ entries.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -105,12 +106,9 @@ def prove(
     if emulated is not None:
         proof |= {"return_change": None, **against_policy(policy, recorded.obs_BO, file)}
     if env is not None:
-        evaluator = Evaluator(env, episodes, seed)
-        try:
+        with closing(Evaluator(env, episodes, seed)) as evaluator:
             own = evaluator.run(FilePolicy(policy.task, file), 0).mean
             of_policy = evaluator.run(policy, 0).mean
-        finally:
-            evaluator.close()
         proof |= {"return_mean": own, "return_mean_of_policy": of_policy}
         if emulated is not None and of_policy != 0.0:
             proof["return_change"] = (own - of_policy) / abs(of_policy)
@@ -223,11 +221,8 @@ def observations(policy: Policy, env: EnvConfig | None, episodes: int, seed: int
         drawn = rng.standard_normal((MOST_RECORDED + 1, policy.task.obs_dim))
         mean, std = policy.norm.mean_std.numpy()
         return (mean + std * drawn).astype(np.float32)
-    evaluator = Evaluator(env, episodes, seed)
-    try:
+    with closing(Evaluator(env, episodes, seed)) as evaluator:
         return evaluator.observations(policy).astype(np.float32)
-    finally:
-        evaluator.close()
 
 
 @torch.no_grad()

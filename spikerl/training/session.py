@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
 import sys
 import time
 import traceback
@@ -33,6 +32,7 @@ from spikerl.runs.display import View, epoch_line, idle_line, spent_text, stuck_
 from spikerl.runs.record import RunLog
 from spikerl.runs.rows import cut_back, read_rows
 from spikerl.runs.summary import summary_of
+from spikerl.signals import signal_name
 from spikerl.training.announcement import announce, nothing_learned
 from spikerl.training.epoch_row import Row
 from spikerl.training.trainer import Trainer
@@ -325,7 +325,7 @@ class Session:
             return FAILED
         if self.is_rank0:
             if number:
-                name = signal.Signals(number).name
+                name = signal_name(number)
                 self.say(f"stopped at step {self.trainer.step} on {name};"
                          f" spikerl train resume={shown(self.folder)} goes on")  # fmt: skip
             else:

@@ -8,6 +8,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from spikerl.output import several
+
 
 class BenchProgress:
     """A bar of rounds on a terminal; elsewhere a line now and then.
@@ -47,7 +49,7 @@ class BenchProgress:
             self.bar.remove_task(task)
         if rounds:
             self.bar.add_task(title, total=rounds)
-        self._line(f"{title}, {counted(rounds)}" if rounds else title)
+        self._line(f"{title}, {several(rounds, 'round')}" if rounds else title)
         self.bar.refresh()
 
     def after_round(self) -> None:
@@ -55,13 +57,9 @@ class BenchProgress:
         if not self.bar.disable:
             self.bar.update(self.bar.task_ids[0], completed=self.done, refresh=True)
         elif time.monotonic() - self.shown > self.INTERVAL:
-            self._line(f"{self.title}: {self.done} of {counted(self.rounds)}")
+            self._line(f"{self.title}: {self.done} of {several(self.rounds, 'round')}")
         self.done += 1
 
     def _line(self, text: str) -> None:
         self.shown = time.monotonic()
         self.console.print(f"bench: {text}", markup=False, emoji=False)
-
-
-def counted(rounds: int) -> str:
-    return f"{rounds} round{'s' * (rounds != 1)}"

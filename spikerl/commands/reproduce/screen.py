@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
 
-from spikerl.output import duration
+from spikerl.output import duration, several
 from spikerl.reporting.table_file import Cell
 from spikerl.reporting.tables import rounded
 from spikerl.runs.display import Screen as Output
@@ -44,8 +44,7 @@ class State(NamedTuple):
 def summary(states: Mapping[Cell, State], left_s: float | None) -> str:
     counts = Counter(state.word for state in states.values())
     parts = [f"{counts[word]} {word}" for word in STATES if counts[word]]
-    cells = f"{len(states)} cell{'s' * (len(states) != 1)}"
-    return f"{cells}: {', '.join(parts)}; time left: {duration(left_s)}"
+    return f"{several(len(states), 'cell')}: {', '.join(parts)}; time left: {duration(left_s)}"
 
 
 class Screen:
