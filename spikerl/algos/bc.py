@@ -25,18 +25,18 @@ class BC(OffPolicy):
         optimizer, metrics = self.actor_optimizer, []
         for obs, act in batches(len(numbers), rows.obs, rows.act):
             # Minimise mean (pi(s) - a)^2, over batch and action entries.
-            mine, backward = self.actor.vjp(obs, self.generator)
+            pi, backward = self.actor.vjp(obs, self.generator)
             optimizer.gradient.loss.zero_()
-            metric = backward(add_imitation(mine, act, optimizer.gradient), optimizer.gradient)
+            metric = backward(add_imitation(pi, act, optimizer.gradient), optimizer.gradient)
             metrics.append(metric | {"actor_loss": optimizer.step()})
             self.guard.end_update()
         return metrics
 
 
 def add_imitation(
-    mine_BA: Tensor, act_BA: Tensor, into: Gradient, weight_B1: Tensor | float = 1.0
+    pi_BA: Tensor, act_BA: Tensor, into: Gradient, weight_B1: Tensor | float = 1.0
 ) -> Tensor:
-    """Add mean w (mine - act)^2, over batch and entries, to the loss; its gradient by `mine`."""
-    error_BA = mine_BA - act_BA
+    """Add mean w (pi - act)^2, over batch and entries, to the loss; its gradient by `pi`."""
+    error_BA = pi_BA - act_BA
     into.loss += (weight_B1 * error_BA.square()).mean() * into.weight
     return weight_B1 * error_BA * (2.0 / error_BA.numel() * into.factor)

@@ -64,9 +64,9 @@ class IQL(OffPolicy):
                 advantage = q - self.state_value(batch.obs)
                 weight = (c.beta * advantage).exp().clamp(max=MOST_WEIGHT)
                 q_target = batch.td_target(self.state_value(batch.next_obs))
-            mine, backward = self.actor.vjp(batch.obs, self.generator)
+            pi, backward = self.actor.vjp(batch.obs, self.generator)
             actor_opt.gradient.loss.zero_()
-            grad = add_imitation(mine, batch.act, actor_opt.gradient, weight.unsqueeze(1))
+            grad = add_imitation(pi, batch.act, actor_opt.gradient, weight.unsqueeze(1))
             metric |= backward(grad, actor_opt.gradient)
             metric |= {"actor_loss": actor_opt.step(), "imitation_weight": weight.mean()}
 

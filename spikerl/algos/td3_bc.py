@@ -66,14 +66,14 @@ class TD3BC(OffPolicy):
             # Delayed policy update: minimise -lambda mean Q_1(s, pi(s)) + mean (pi(s) - a)^2,
             # where lambda = alpha / mean |Q_1(s, pi(s))| has no gradient.
             if self.is_policy_update(number):
-                mine, backward = self.actor.vjp(obs, self.generator)
+                pi, backward = self.actor.vjp(obs, self.generator)
                 with torch.no_grad():
-                    size = self.critic(obs, mine)[0].abs().mean() * actor_opt.gradient.weight
+                    size = self.critic(obs, pi)[0].abs().mean() * actor_opt.gradient.weight
                     self.world.sum_(size)  # over the rows of all workers
                     value_weight = c.alpha / size
-                grad = self.critic.actor_loss_grad(obs, mine, actor_opt.gradient) * value_weight
+                grad = self.critic.actor_loss_grad(obs, pi, actor_opt.gradient) * value_weight
                 actor_opt.gradient.loss *= value_weight
-                grad += add_imitation(mine, act, actor_opt.gradient)
+                grad += add_imitation(pi, act, actor_opt.gradient)
                 metric |= backward(grad, actor_opt.gradient)
                 metric |= {"actor_loss": actor_opt.step(), "value_weight": value_weight}
                 self.update_targets()

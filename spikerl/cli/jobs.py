@@ -8,6 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from spikerl.cli.compose import searchpath, split
 from spikerl.config.yaml_file import conf_folder, group_options
 from spikerl.errors import BadRequest
@@ -18,9 +25,6 @@ MOST_COMPOSED = 64  # jobs; of more, each value is tried once
 
 def choices(args: Sequence[str]) -> list[list[str]] | None:
     """What each override stands for, one job taking one of each; None where a sweeper decides."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     overrides = [arg for arg in split(args)[0] if not arg.startswith("hydra")]
     if any(arg.startswith("hydra/sweeper=") for arg in args):
         return None
@@ -45,8 +49,6 @@ def check_distinct(choices: Sequence[Sequence[str]], *, folders: bool) -> None:
 
 
 def _values(override: Any) -> list[str]:
-    from hydra.core.override_parser.types import Glob
-
     if not override.is_sweep_override():
         return [override.input_line]
     key = override.get_key_element()
@@ -57,9 +59,6 @@ def _values(override: Any) -> list[str]:
 
 def varied_keys(args: Sequence[str]) -> list[str]:
     """The keys of the overrides that give several values."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     try:
         parsed = OverridesParser.create().parse_overrides(
             [a for a in args if "=" in a and a[0] != "-"]
@@ -86,11 +85,6 @@ def refusals(
     command: str, choices: Sequence[Sequence[str]], explain: Callable[[Exception], str]
 ) -> list[str]:
     """A line for each job that is wrong as it was typed, before any of them runs."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     from spikerl.config.build import parse_groups
 
     errors = []

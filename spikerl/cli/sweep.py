@@ -19,6 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from spikerl.children import SAFE, safe_path
 from spikerl.cli.compose import RESUMABLE, chosen, unquoted
 from spikerl.cli.jobs import check_distinct, choices, count, folder_name, refusals, varied_keys
@@ -35,6 +38,7 @@ from spikerl.errors import (
 )
 from spikerl.files import absolute, hold, lock_file, shown
 from spikerl.output import duration, results
+from spikerl.runs.differences import differences
 from spikerl.schema import dotted
 
 STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
@@ -128,7 +132,6 @@ class Sweep:
         made; None if the job failed.
         """
         from hydra.core.hydra_config import HydraConfig
-        from omegaconf.errors import OmegaConfBaseException
 
         launchers.adopt()
         info = HydraConfig.get().job
@@ -234,8 +237,6 @@ class Sweep:
 
     def mixed(self, jobs: Sequence[dict[str, Any]]) -> str | None:
         """What the runs of the table differ in beside what the sweep varies."""
-        from spikerl.runs.differences import differences
-
         shown = [Path(job["folder"]) for job in jobs if self.keep and job["return"] is not None]
         # An experiment sets keys of every group.
         return differences(shown, None if "experiment" in self.varied else self.varied)
@@ -332,8 +333,6 @@ def over_seeds(jobs: Sequence[dict[str, Any]], measure: str) -> list[str]:
 
 def trained(config: Any, folder: Path, ended: bool) -> bool:
     """Whether the run has gone as far as `config` asks; if not, have `config` resume it."""
-    from omegaconf import OmegaConf
-
     free = {*RESUMABLE, *NOT_CARRIED} - {"kernel", "kernel.path", "energy", "energy.file"}
     asked, had = check_same(config, folder, free)
     if ended and had["total_steps"] >= asked["total_steps"]:
@@ -362,8 +361,6 @@ def check_imported(config: Any, folder: Path, sources: list[str] | None) -> None
 
 def check_same(config: Any, folder: Path, free: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings asked for and those of the run in `folder`, which differ in `free` keys only."""
-    from omegaconf import OmegaConf
-
     asked = dict(dotted(OmegaConf.to_container(config, resolve=True)))
     had = dict(dotted(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
     for key in [*asked, *had]:

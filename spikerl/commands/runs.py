@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from spikerl.energy.meter import total_joules
 from spikerl.errors import BadRequest
 from spikerl.files import shown
+from spikerl.models.policy_file import read_files
 from spikerl.output import answer, several
 from spikerl.runs import folder as run_folder
 from spikerl.runs.display import number
@@ -159,8 +160,6 @@ def check_policies(folder: Path) -> None:
     """A BadRequest where one cannot be read while the run's checkpoints may have it whole."""
     if not (folder / "checkpoints").exists():
         return
-    from spikerl.models.policy_file import read_files  # torch, which nothing else here needs
-
     for place in (folder, folder / "best"):
         if (place / "policy.json").exists():
             read_files(place, key="path", kernel="reference")

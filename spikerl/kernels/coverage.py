@@ -18,7 +18,7 @@ from spikerl.snn.linear import Linear
 from spikerl.snn.neurons import ALIF, PLIF, CubaLIF, Dynamic, Neuron, ResidualIF
 
 MAX_LAYERS, MAX_STEPS = 16, 32  # of csrc/spiking.h and csrc/neurons.h
-ENCODERS = (PopulationEncoder, PoissonEncoder, TanhPopulationEncoder, AnalogEncoder)
+COVERED_ENCODERS = (PopulationEncoder, PoissonEncoder, TanhPopulationEncoder, AnalogEncoder)
 # The numbers that `with_neuron` of csrc/neurons.h gives a neuron with a reset. Surrogates have
 # their places in snn.surrogates.SURROGATES.
 EQUATIONS: dict[tuple[type[Neuron], str], int] = {
@@ -59,7 +59,7 @@ def events(net: SpikingNet, i: int) -> bool:
     if i > 0:
         spikes = why_no_scan(net.neurons[i - 1]) is None
     else:
-        spikes = type(net.encoder) in ENCODERS and net.encoder.spikes
+        spikes = type(net.encoder) in COVERED_ENCODERS and net.encoder.spikes
     plain = net.dtype == torch.float32 and why_no_matrix([net.layers[i]]) is None
     return spikes and plain and net.spike_steps <= MAX_STEPS
 
@@ -69,7 +69,7 @@ def why_layered(net: SpikingNet) -> str | None:
     encoder, decoder = net.encoder, net.decoder
     if net.dtype != torch.float32:
         return f"products in {str(net.dtype).removeprefix('torch.')}"
-    if type(encoder) not in ENCODERS:
+    if type(encoder) not in COVERED_ENCODERS:
         kind = "runs in PyTorch" if encoder.spikes else "gives currents"
         return f"encoder={encoder.config.name}, which {kind}"
     if len(net.norms):

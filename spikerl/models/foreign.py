@@ -124,7 +124,7 @@ def _spiking(weights: dict[str, Tensor]) -> Foreign:
     ours = translate(weights)
     kind = "ilc_san" if connected else "popsan"
     if connected:
-        ours |= connections(weights, act, decoder)
+        ours |= lateral(weights, act, decoder)
     return Foreign(kind, ours, obs, act, widths[:-1], encoder, decoder)
 
 
@@ -160,7 +160,7 @@ def translate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ours | _layers(weights, layer_names(weights))
 
 
-def connections(weights: Mapping[str, Tensor], act: int, size: int) -> dict[str, Tensor]:
+def lateral(weights: Mapping[str, Tensor], act: int, size: int) -> dict[str, Tensor]:
     """ILC-SAN's connections within output populations, each a case of the full matrix and bias.
 
     That code's `conn` is a convolution with a group for each action entry: its output channel

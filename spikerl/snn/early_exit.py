@@ -25,7 +25,7 @@ from spikerl.snn.decoders import (
 )
 
 # They read any number of spike steps.
-DECODERS = (RateDecoder, LinearDecoder, MembraneDecoder, ILCDecoder)
+READ_AT_ANY_STEP = (RateDecoder, LinearDecoder, MembraneDecoder, ILCDecoder)
 
 
 @dataclass(kw_only=True)
@@ -41,7 +41,7 @@ class EarlyExit:
 
     def check(self, decoder: Decoder, spike_steps: int) -> None:
         """Refuse a network that has no actions on the way, or that ends no earlier."""
-        if type(decoder) not in DECODERS:
+        if type(decoder) not in READ_AT_ANY_STEP:
             remedy = f"decoder={decoder.config.name} reads all spike steps at once; leave it out"
             raise BadRequest("early_exit", self.threshold, remedy)
         if self.steps >= spike_steps:

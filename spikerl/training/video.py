@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from spikerl.children import PYTHON
 from spikerl.envs.make import CheckedEnv
 from spikerl.errors import BadRequest, first_line
 from spikerl.files import make_folder
@@ -57,7 +57,7 @@ def why_not(name: str) -> str | None:
     """Tried in a process of its own: what has failed once cannot be tried again in the same."""
     if name not in BACKENDS:
         return f"MUJOCO_GL is {name}, which is none of {', '.join(BACKENDS)}"
-    command = [sys.executable, "-P", "-c", PROBE.format(name)]
+    command = [*PYTHON, "-c", PROBE.format(name)]
     variables = {**os.environ, "MUJOCO_GL": name, "PYOPENGL_PLATFORM": name}
     try:
         done = subprocess.run(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spikerl.commands.reproduce.cells import check, shorter
 from spikerl.commands.reproduce.measure import measured_seconds_per_step
 from spikerl.commands.reproduce.scheduler import Scheduler, cell_left_s, left_s, ready, states_of
@@ -108,8 +110,6 @@ def selected(table: Table, request: ReproduceRequest) -> list[Cell]:
 
 def slots_of(jobs: int | None, cells: Sequence[Cell]) -> list[str | None]:
     """A slot for each run that goes on at a time: the name of its GPU, or None on processors."""
-    import torch
-
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     gpus = named.split(",") if named else [str(i) for i in range(count)]
