@@ -17,7 +17,7 @@ from spikerl import kernels, machine
 from spikerl.config.yaml_file import group_options, option_file, read_config
 from spikerl.distributed import mpi
 from spikerl.energy import meter as energy
-from spikerl.envs import extras
+from spikerl.envs import extras, video
 from spikerl.envs.make import EnvConfig, make_env
 from spikerl.errors import DONE, FAILED, BadRequest
 from spikerl.machine import git_state, versions
@@ -25,7 +25,6 @@ from spikerl.models.precision import DTYPES, PrecisionConfig, check_precision, w
 from spikerl.output import answer
 from spikerl.runs.display import Screen
 from spikerl.schema import parse
-from spikerl.training import video
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,7 @@ from typing import Any
 from spikerl.config.yaml_file import check_confirmed
 from spikerl.distributed.launch import stop_signals
 from spikerl.energy import modelled, operations
+from spikerl.envs.video import Filmed, check_video, rates_of
 from spikerl.errors import BadRequest, Stopped, stop_status
 from spikerl.export import reading
 from spikerl.export.proof import FilePolicy
@@ -27,7 +28,6 @@ from spikerl.runs.policy_env import env_of
 from spikerl.schema import check_seed, parse
 from spikerl.signals import signal_name
 from spikerl.training.evaluator import Evaluation, Evaluator
-from spikerl.training.video import Filmed, check_video, rates_of
 
 
 @dataclass(kw_only=True)

@@ -113,13 +113,14 @@ def count(
     bits, weights = bits or {}, connections(actor)
     zeros = sum(int((w == 0).sum()) for w in weights.values())
     footprint, packed = footprints(actor, bits)
-    measure = _dense if isinstance(actor, MLPActor) else _spiking
-    return replace(
-        measure(actor, obs_BO, generator, bits),  # type: ignore[arg-type]
-        connection_sparsity=zeros / sum(w.numel() for w in weights.values()),
-        footprint_bytes=footprint,
-        packed_bytes=packed,
-    )
+    stored = {
+        "connection_sparsity": zeros / sum(w.numel() for w in weights.values()),
+        "footprint_bytes": footprint,
+        "packed_bytes": packed,
+    }
+    if isinstance(actor, MLPActor):
+        return _dense(actor, obs_BO, bits, stored)
+    return _spiking(actor, obs_BO, generator, bits, stored)
 
 
 def of_policy(policy: Policy, obs_BO: Tensor, generator: torch.Generator) -> Operations | None:
@@ -161,7 +162,7 @@ def _synapses(layer: Linear, x: Tensor, spiking: bool, calls: float | None = Non
 
 
 def _dense(
-    actor: MLPActor, obs_BO: Tensor, generator: torch.Generator | None, bits: Mapping[str, int]
+    actor: MLPActor, obs_BO: Tensor, bits: Mapping[str, int], stored: Mapping[str, Any]
 ) -> Operations:
     x, parts, active = obs_BO, [], []
     for i, layer in enumerate(actor.layers, 1):
@@ -179,9 +180,7 @@ def _dense(
         spike_steps=None,
         steps_taken=None,
         activation_sparsity=1.0 - float(torch.cat(active[:-1], 1).mean()),
-        connection_sparsity=0.0,
-        footprint_bytes=0,
-        packed_bytes=0,
+        **stored,
         twin=DenseTwin.of(actor.obs_dim, list(actor.layers)[:-1], actor.act_dim),
     )
 
@@ -191,6 +190,7 @@ def _spiking(
     obs_BO: Tensor,
     generator: torch.Generator | None,
     bits: Mapping[str, int],
+    stored: Mapping[str, Any],
 ) -> Operations:
     batch = len(obs_BO)
     given, *fired = reference.record(actor, obs_BO, generator)[0]
@@ -240,8 +240,6 @@ def _spiking(
         spike_steps=actor.spike_steps,
         steps_taken=steps,
         activation_sparsity=1.0 - fires / (neurons_each * steps * batch),
-        connection_sparsity=0.0,
-        footprint_bytes=0,
-        packed_bytes=0,
+        **stored,
         twin=DenseTwin.of(actor.obs_dim, hidden, actor.act_dim),
     )

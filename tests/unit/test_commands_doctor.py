@@ -15,8 +15,8 @@ import pytest
 from spikerl.commands import doctor
 from spikerl.commands.doctor import Finding
 from spikerl.distributed import mpi
+from spikerl.envs import video
 from spikerl.kernels import build
-from spikerl.training import video
 
 
 def row(findings: Iterator[Finding], name: str) -> tuple[bool, str]:

@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from shell import Said, refusal, spikerl
 
+from spikerl.envs import video
 from spikerl.models.actor_config import ActorConfig
 from spikerl.models.networks import build_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
-from spikerl.training import evaluator, video
+from spikerl.training import evaluator
 from spikerl.types import Task
 
 WIDTH, HEIGHT, STEPS = 320, 240, 5
@@ -224,7 +225,7 @@ def test_mujoco() -> None:
     program = """
 import gymnasium, numpy
 from spikerl.envs.make import EnvConfig, make_env
-from spikerl.training import video
+from spikerl.envs import video
 name = dict(name="InvertedPendulum", version="v5", id="InvertedPendulum-v5")
 env = make_env(EnvConfig(**name, max_episode_steps=None, vectorizer="sync"))
 video.check_video(env)
