@@ -90,8 +90,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         publish(file, content, beside, json_bytes({**described, "proof": proven}))
     except OSError as error:
         remedy = f"{error.strerror or error}; nothing was kept"
-        raise BadRequest("file", file, remedy) from error
-    print(f"{file}: {len(content)} bytes; contract: {beside}")
+        raise BadRequest("file", shown(file), remedy) from error
+    print(f"{shown(file)}: {len(content)} bytes; contract: {shown(beside)}")
     print(
         f"{proven['observations']} observations reproduced: {proven['spikes_compared']} spikes"
         f" equal, actions within {proven['largest_action_difference']:.1e};"
@@ -147,10 +147,10 @@ def policy_of(request: ExportRequest) -> Policy:
 def check_free(file: Path, beside: Path) -> None:
     for path in (file, beside):
         if os.path.lexists(path):
-            raise BadRequest("file", path, "it exists already; remove it, or give another file")
+            raise BadRequest("file", shown(path), "it exists already; remove it, or give another file")
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
-        remedy = f"{file.parent} is not a folder that can be written to; give another file"
-        raise BadRequest("file", file, remedy)
+        remedy = f"{shown(file.parent)} is not a folder that can be written to; give another file"
+        raise BadRequest("file", shown(file), remedy)
 
 
 def publish(file: Path, content: bytes, beside: Path, described: bytes) -> None:
