@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import stat
 import sys
 from contextlib import suppress
@@ -47,7 +48,8 @@ def write_synced(path: Path, content: bytes | memoryview) -> str:
 
 def write_atomic(path: Path, content: bytes | memoryview) -> str:
     """The same in place of what has this name; on failure nothing is left."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Other machines and containers have the same numbers of processes.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
         digest = write_synced(partial, content)
         os.replace(partial, path)

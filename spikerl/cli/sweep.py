@@ -136,7 +136,8 @@ class Sweep:
         launchers.adopt()
         info = HydraConfig.get().job
         overrides = HydraConfig.get().overrides.task
-        name = ",".join(o for o in overrides if o.partition("=")[0] in self.varied) or str(info.num)
+        typed = [override.lstrip("+") for override in overrides]  # ++env.kwargs.KEY=
+        name = ",".join(o for o in typed if o.partition("=")[0] in self.varied) or str(info.num)
         print(f"\njob {info.num}: {name}{self.progress()}", flush=True)
         folder = self.root / folder_name(name)
         if "run_dir" in config:
@@ -209,7 +210,7 @@ class Sweep:
         measure = "eval return" if self.command == "eval" else "best eval return"
         words = ("job", "status", measure, "reason or folder")
         table = Table(*(Column(word, overflow="fold") for word in words))
-        for job in sorted(jobs, key=lambda j: (j["task"], -(j["return"] or 0.0))):
+        for job in sorted(jobs, key=best_first):
             shown = "-" if job["return"] is None else f"{job['return']:.1f}"
             known = {0: "done", WRONG: "refused", **STOPPED}
             state = job.get("note") or known.get(job["status"], f"failed ({job['status']})")
@@ -290,6 +291,11 @@ def own_folder(root: Path, named: bool) -> Path:
             place.mkdir()
             return place
     raise FileExistsError(f"{root} and a thousand others exist")
+
+
+def best_first(job: dict[str, Any]) -> tuple[Any, ...]:
+    """The order of a task's jobs: those without a return come last."""
+    return job["task"], job["return"] is None, -(job["return"] or 0.0)
 
 
 def owned(root: Path) -> IO[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,6 +134,7 @@ def collect(
     """Record into a hidden folder and rename it; returns of whole episodes, and all steps."""
     target = Path(request.dataset)
     partial = run_folder.partial_of(request.dataset)
+    above = [folder for folder in partial.parents if not os.path.lexists(folder)]
     run_folder.remove_abandoned(partial.parent)
     try:
         partial.mkdir(parents=True)
@@ -157,7 +158,7 @@ def collect(
         reason = error.strerror or str(error)
         raise BadRequest("dataset", request.dataset, f"{reason}; nothing was kept") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        run_folder.remove_partial(partial, above)
     return returns, writer.steps
 
 

@@ -147,7 +147,9 @@ def policy_of(request: ExportRequest) -> Policy:
 def check_free(file: Path, beside: Path) -> None:
     for path in (file, beside):
         if os.path.lexists(path):
-            raise BadRequest("file", shown(path), "it exists already; remove it, or give another file")
+            raise BadRequest(
+                "file", shown(path), "it exists already; remove it, or give another file"
+            )
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
         remedy = f"{shown(file.parent)} is not a folder that can be written to; give another file"
         raise BadRequest("file", shown(file), remedy)

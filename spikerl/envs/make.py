@@ -246,6 +246,8 @@ def _made(config: EnvConfig, key: str, value: str | None) -> CheckedEnv:
             disable_env_checker=True,
             **(config.kwargs or {}),
         )
+        if _step_limit(env) is None:  # where gym.make has one: below what may repeat actions
+            env = gym.wrappers.TimeLimit(env, DEFAULT_EPISODE_STEPS)
         try:
             env = wrapped(env, config.wrappers or [])
             _check_spaces(env, config)
@@ -253,9 +255,7 @@ def _made(config: EnvConfig, key: str, value: str | None) -> CheckedEnv:
             env.close()
             raise
     limit = _step_limit(env)
-    if limit is None:
-        env = gym.wrappers.TimeLimit(env, DEFAULT_EPISODE_STEPS)
-    elif limit > MAX_EPISODE_STEPS:
+    if limit is not None and limit > MAX_EPISODE_STEPS:
         env.close()
         remedy = f"its episodes last up to {limit} steps; set env.max_episode_steps"
         raise BadRequest(key, value, remedy)

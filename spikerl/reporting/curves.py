@@ -185,11 +185,16 @@ def _grid(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
     for ax in axes[len(titles) :]:
         ax.remove()
     for ax, title in zip(axes, titles, strict=False):
-        ax.set_title(title, fontsize=10)
+        ax.set_title(_plain(title), fontsize=10)
         ax.grid(color="#dddddd", linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
     return figure, axes[: len(titles)]
+
+
+def _plain(text: str) -> str:
+    """A dollar begins no formula."""
+    return text.replace("$", r"\$")
 
 
 def _legend(
@@ -205,7 +210,7 @@ def _legend(
         runs = {label: {len(p[label]) for p in panels if p.get(label)} for label in handles}
         labels = tuple(f"{label}{_several(runs[label])}" for label in handles)
         letters = int(figure.get_figwidth() * LETTERS) - MARK
-        labels = tuple(textwrap.fill(label, letters) for label in labels)
+        labels = tuple(_plain(textwrap.fill(label, letters)) for label in labels)
         ncols = max(1, min(len(labels), letters // (max(map(len, labels)) + MARK)))
         lines = max(label.count("\n") + 1 for label in labels)
         below = math.ceil(len(labels) / ncols) * lines * LEGEND_LINE

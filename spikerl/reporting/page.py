@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,11 +74,18 @@ class Card(NamedTuple):
 
 def command_of(run: Run) -> str:
     """What makes it again, longer as it may have become; of a sweep's job, by its config."""
-    resumed = [str(event.get("command")) for event in run.manifest.get("resumed") or []]
+    events = [event for event in run.manifest.get("resumed") or [] if isinstance(event, dict)]
+    resumed = [str(event.get("command")) for event in events]
     longer = [line for line in dict.fromkeys(resumed) if " total_steps=" in line]
     command = "\n".join([str(run.manifest.get("command")), *longer])
     swept = {"-m", "--multirun"} & set(command.split())
-    return f"spikerl train config={run.folder}/config.yaml" if swept else command
+    if not swept:
+        return command
+    # What is not taken from a config file unless it is typed.
+    typed = [f"{key}={run.config[key]}" for key in ("dataset", "init_from") if run.config.get(key)]
+    env_id = run.settings.get("env.id", "")
+    typed += [f"env.id={env_id}"] * (":" in env_id)
+    return shlex.join(["spikerl", "train", f"config={run.folder}/config.yaml", *typed])
 
 
 def unbroken(text: str) -> str:

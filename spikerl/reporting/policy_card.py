@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shlex import quote
+
 from spikerl.reporting.page import facts, layers
 from spikerl.reporting.records import Run
 from spikerl.reporting.tables import markdown_grid, rounded, steps
@@ -15,9 +17,10 @@ def policy_card(run: Run, label: str) -> str:
         ["largest of its evaluations", rounded(run.score("max_average"))],
         ["mean of its last ten evaluations", rounded(run.score("last_ten_mean"))],
     ]
+    seed = run.evaluation.get("seed", run.seed)  # of the episodes
     parts = [
         f"# {label} on {run.env_id}, seed {run.seed}",
-        f"    spikerl eval run={run.folder} episodes=20",
+        f"    spikerl eval {quote(f'run={run.folder}')} episodes=20 seed={seed}",
         markdown_grid([["", ""], *of_the_file, *trained, *of_the_last_epoch]),
         markdown_grid(layers(run)) if run.last("layer_firing_rates") else "",
         f"Trained by\n\n    {run.manifest.get('command')}",

@@ -39,7 +39,7 @@ class SideBySide:
 
     def __init__(self, runs: Sequence[Run], group_by: Sequence[str] | None) -> None:
         self.runs = list(runs)
-        chosen = [key for key in self.varied if key != "seed" and not key.startswith("env.")]
+        chosen = [key for key in self.varied if key != "seed" and not self._of_the_task(key)]
         chosen.sort(key=lambda key: (key not in FIRST, not key.endswith(".name")))
         self.group_by = chosen if group_by is None else list(group_by)
 
@@ -53,6 +53,14 @@ class SideBySide:
             for key, value in run.settings.items():
                 values.setdefault(key, set()).add(value)
         return [key for key, several in values.items() if len(several) > 1]
+
+    def _of_the_task(self, key: str) -> bool:
+        """Whether a key of the environment goes with the task: the same in all runs of one."""
+        by_task: dict[str, set[str]] = {}
+        for run in self.runs:
+            if key in run.settings:
+                by_task.setdefault(run.env_id, set()).add(run.settings[key])
+        return key.startswith("env.") and all(len(values) == 1 for values in by_task.values())
 
     @property
     def again(self) -> int:

@@ -168,15 +168,15 @@ def after(results: Results, core_hours: float) -> Grid:
 
 def scored_text(runs: Sequence[Run], score: Callable[[Run], tuple[float, int] | None]) -> str:
     """Of the runs that have a score and the step that it is of: mean and deviation, n, steps."""
-    there = [(run, scored) for run in runs if (scored := score(run)) is not None]
-    if not there:
-        return "-"
-    scores, reached = values([s for _, (s, _) in there]), [step for _, (_, step) in there]
-    low, high = steps(min(reached)), steps(max(reached))
-    said = [f"n={len(scores)}", f"{low if low == high else f'{low} to {high}'} steps"]
-    if failed := sum(run.status == "failed" for run, _ in there):
+    there = [scored for run in runs if (scored := score(run)) is not None]
+    scores, said = values([s for s, _ in there]), list[str]()
+    if there:
+        low, high = (steps(pick(step for _, step in there)) for pick in (min, max))
+        said = [f"n={len(scores)}", f"{low if low == high else f'{low} to {high}'} steps"]
+    if failed := sum(run.status == "failed" for run in runs):
         said.append(f"{failed} failed")
-    return f"{spread(mean_of(scores), statistics.sd(scores))} ({', '.join(said)})"
+    value = spread(mean_of(scores), statistics.sd(scores))
+    return f"{value} ({', '.join(said)})" if said else value
 
 
 def spent_grid(results: Results) -> Grid:

@@ -26,7 +26,7 @@ def table_tex(results: Results) -> str:
         for metric in (table.protocol.metric, *others)
         if len(lines := grid(results, metric)) > 1
     ]
-    made_by = "".join(f"% {line}\n" for line in provenance(results.runs))
+    made_by = "".join(f"% {' '.join(line.split())}\n" for line in provenance(results.runs))
     return made_by + "\n".join(written)
 
 
@@ -35,7 +35,7 @@ def grid_tex(lines: Grid, comments: Sequence[str]) -> str:
     head, *body = lines
     columns = "l" + "r" * (len(head) - 1)
     written = [
-        *(f"% {comment}" for comment in comments),
+        *(f"% {' '.join(comment.split())}" for comment in comments),
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
         _tex_line(head),
@@ -48,4 +48,5 @@ def grid_tex(lines: Grid, comments: Sequence[str]) -> str:
 
 
 def _tex_line(cells: Sequence[str]) -> str:
-    return " & ".join(cell.translate(ESCAPED) for cell in cells) + r" \\"
+    # An empty group, or \\ would take a first cell that begins with [ or * as an option.
+    return "{}" + " & ".join(cell.translate(ESCAPED) for cell in cells) + r" \\"

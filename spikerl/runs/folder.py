@@ -67,13 +67,18 @@ def fill_partial(
         write_json(partial / "manifest.json", manifest)
         (partial / "metrics.jsonl").touch()
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):
-            for folder in made:
-                folder.rmdir()
+        remove_partial(partial, made)
         reason = error.strerror or str(error)
         raise BadRequest("run_dir", target, f"{reason}; give another run_dir") from None
     return held
+
+
+def remove_partial(partial: Path, made: Sequence[Path]) -> None:
+    """The hidden folder, if it is there, and those above it that were made for it and are empty."""
+    shutil.rmtree(partial, ignore_errors=True)
+    with suppress(OSError):
+        for folder in made:
+            folder.rmdir()
 
 
 def remove_abandoned(folder: Path) -> None:

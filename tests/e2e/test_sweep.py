@@ -18,7 +18,7 @@ import pytest
 from shell import SHORT, Said, spikerl, tree
 
 from spikerl.cli.jobs import varied_keys
-from spikerl.cli.sweep import Sweep
+from spikerl.cli.sweep import Sweep, best_first
 
 FEW = [*SHORT, "total_steps=150"]
 
@@ -89,6 +89,20 @@ def test_a_key_that_only_the_swept_options_have(tmp_path: Path) -> None:
         assert "  proxy_steps: 1\n" in (folder / "config.yaml").read_text()
     said = sweep("neuron=alif,dynamic", "neuron.theta_v=0.5", "run_dir=t")
     assert said.line == "neuron.theta_v=0.5: no such key; it goes with neuron=dynamic"
+
+
+def test_a_key_that_the_config_lacks_tells_jobs_apart(tmp_path: Path) -> None:
+    said = sweep("env.kwargs.reset_noise_scale=0.01,0.02", "total_steps=10", "run_dir=s")
+    assert (said.status, said.err) == (0, "")
+    assert {name for name, _ in jobs(tmp_path / "s")} == {
+        "env.kwargs.reset_noise_scale=0.01", "env.kwargs.reset_noise_scale=0.02"
+    }  # fmt: skip
+
+
+def test_the_best_job_is_first() -> None:
+    noted: list[dict[str, Any]] = [{"task": "a", "return": ret} for ret in (-150.0, None, -90.0)]
+    in_order = [job["return"] for job in sorted(noted, key=best_first)]
+    assert in_order == [-90.0, -150.0, None]
 
 
 @pytest.mark.slow

@@ -207,6 +207,19 @@ def test_refused(asked: str, line: str, folder: Path) -> None:
     assert tree(folder) == before
 
 
+def test_what_is_refused_late_leaves_no_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any) -> None:
+        raise ValueError("it cannot be written down")
+
+    before = tree(folder)
+    monkeypatch.setattr(collect, "Writer", refused)
+    said = spikerl("collect", "run=run", "dataset=one/two/three", "steps=2")
+    assert said.line == "run=run: it cannot be written down"
+    assert tree(folder) == before
+
+
 def test_a_run_may_go_on_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is recorded is the policy that acted."""
     shutil.copytree("run", "goes_on")

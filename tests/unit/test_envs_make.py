@@ -158,6 +158,14 @@ def test_every_episode_ends() -> None:
     gym.registry["Endless-v0"].max_episode_steps = None
     with trainer_of(env) as trainer:
         assert trainer.evaluator.run(trainer.policy, 1).lengths == [DEFAULT_EPISODE_STEPS]
+    repeats = [{"name": "MaxAndSkipObservation", "skip": 4}]
+    made = make_env(EnvConfig(name="gym", version=None, id="Endless-v0", max_episode_steps=None,
+                              vectorizer="sync", wrappers=repeats))  # fmt: skip
+    made.reset(seed=0)
+    taken = 1
+    while not made.step(np.zeros(2, np.float32))[3]:
+        taken += 1
+    assert taken == DEFAULT_EPISODE_STEPS // 4  # frames, as where the limit is typed
 
 
 @pytest.mark.parametrize("limit", [10**6 + 1, 10**15])

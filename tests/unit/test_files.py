@@ -45,6 +45,23 @@ def syncs_no_folder(number: int) -> Any:
     return fsync
 
 
+def test_writers_of_one_number_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two machines that share a disk."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    path, written = tmp_path / "f", files.write_synced
+
+    def meanwhile(partial: Path, content: bytes) -> str:
+        digest = written(partial, content)
+        if content == b"first":
+            files.write_atomic(path, b"second")
+        return digest
+
+    monkeypatch.setattr(files, "write_synced", meanwhile)
+    files.write_atomic(path, b"first")
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
     with (tmp_path / "a").open("w") as mine, (tmp_path / "a").open("w") as theirs:
         assert files.lock_file(mine)

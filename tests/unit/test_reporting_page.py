@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import shlex
 from pathlib import Path
 
 import pytest
 from shell import spikerl
 from table_runs import write_run
 
-from spikerl.reporting.page import Card, significant
+from spikerl.reporting.page import Card, command_of, significant
 from spikerl.reporting.records import Run
 
 
@@ -19,6 +20,14 @@ def test_what_repeats_a_run(tmp_path: Path) -> None:
     cards = [Card.of(name, 0, Run.read(tmp_path / name)) for name in "ab"]
     of_a_job = f"spikerl train config={tmp_path}/b/config.yaml"
     assert [card.command for card in cards] == ["spikerl train seed=0", of_a_job]
+
+
+def test_what_repeats_a_job_of_a_sweep_is_typed_again(tmp_path: Path) -> None:
+    """What no config file may lead to by itself; an entry that is none is passed over."""
+    run = Run.read(write_run(tmp_path / "a[1]", command="spikerl train -m x=1,2", resumed=["x"]))
+    run.config.update(dataset="../d 0", init_from=None, env={"id": "mine:Own-v0"})
+    folder = shlex.quote(f"config={tmp_path}/a[1]/config.yaml")
+    assert command_of(run) == f"spikerl train {folder} 'dataset=../d 0' env.id=mine:Own-v0"
 
 
 def test_small_losses_keep_their_digits() -> None:

@@ -16,7 +16,7 @@ from spikerl.reporting.table_file import read_table
 CARD = """\
 # PopSAN TD3 on Ant-v5, seed 0
 
-    spikerl eval run=a episodes=20
+    spikerl eval run=a episodes=20 seed=7
 
 |  |  |
 | --- | ---: |
@@ -50,7 +50,8 @@ Trained by
 
 def evaluated(folder: Path) -> None:
     write_run(folder, counted=True, git={"commit": "abc", "dirty": False})
-    evaluation = {"return_mean": 2.0, "return_std": 1.0, "returns": [1.0, 3.0], "firing_rate": 0.25}
+    evaluation = {"return_mean": 2.0, "return_std": 1.0, "returns": [1.0, 3.0],
+                  "firing_rate": 0.25, "seed": 7}  # fmt: skip
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
 
 

@@ -159,6 +159,9 @@ def test_pictures_are_the_same_bytes() -> None:
     svg = curves.encoded(first, "svg")
     assert svg == curves.encoded(second, "svg")
     assert b"x (n=2)" in svg
+    dollars = curves.curves({"$x_{$": {"$x_{$": [line((1, 2.0))]}}, "step", "y")
+    assert dollars is not None
+    assert b"$x_{$" in curves.encoded(dollars, "svg")
     assert b"none" not in re.findall(rb"<text[^>]*>([^<]*)<", svg)
     assert curves.encoded(first, "png")[1:4] == b"PNG"
     assert curves.curves({"a": {"x": []}}, "step", "y") is None
@@ -202,7 +205,8 @@ def test_returns_at_equal_time(tmp_path: Path) -> None:
     assert report.after(2.1)[1:] == [["all runs", "-"]]
     failed = Run.read(write_run(tmp_path / "2", seed=2, status="failed"))
     failed.rows.pop()  # after an hour
-    assert SideBySide([*runs, failed], None).after(1.5)[1:] == report.after(1.5)[1:]
+    said = "1000 \u00b1 1 (n=2, 100 steps, 1 failed)"
+    assert SideBySide([*runs, failed], None).after(1.5)[1:] == [["all runs", said]]
 
 
 def test_points() -> None:
@@ -245,10 +249,27 @@ def test_groups(tmp_path: Path) -> None:
     assert SideBySide(newer, None).group_by == ["algo.name"]  # what older runs lack is none
     (changed / "config.yaml").write_text(text.replace("algo:", "aaa: 2\nalgo:"))
     assert SideBySide([*newer, Run.read(changed)], None).group_by == ["algo.name", "aaa"]
+    for name, scale in (("small", 0.1), ("large", 10)):
+        own = (changed / "config.yaml").read_text() + f"env: {{reward_scale: {scale}}}\n"
+        folder = write_run(tmp_path / name, algo="sac")
+        (folder / "config.yaml").write_text(own)
+    scaled = [Run.read(tmp_path / name) for name in ("small", "large")]
+    assert SideBySide(scaled, None).group_by == ["env.reward_scale"]  # of one task
     assert list(SideBySide(runs, ["seed"]).groups) == ["seed=0", "seed=1"]
     assert list(SideBySide(runs, []).groups) == ["all runs"]
     assert names_of(runs) == ["td30", "td31", "sac0"]
     assert names_of(runs[:1]) == ["td30"]
+
+
+def test_runs_that_failed_are_counted(tmp_path: Path) -> None:
+    """Those without any evaluation, too."""
+    runs = [Run.read(write_run(tmp_path / f"{seed}", seed=seed)) for seed in range(2)]
+    for run in runs:
+        run.manifest["status"] = "failed"
+    runs[1].rows.clear()
+    said = SideBySide(runs, None).returns("max_average")[1]
+    assert said == ["all runs", "2000 (n=1, 200 steps, 2 failed)"]
+    assert SideBySide(runs[1:], None).returns("max_average")[1][1] == "- (1 failed)"
 
 
 def test_long_names_of_groups_say_what_sets_them_apart(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from spikerl.reporting import tables
 from spikerl.reporting.render import render_table
 from spikerl.reporting.results import Results, seeds_of
 from spikerl.reporting.table_file import Protocol, Table, read_table, table_of
-from spikerl.reporting.tex import table_tex
+from spikerl.reporting.tex import grid_tex, table_tex
 
 DATA: dict[str, Any] = {
     "name": "small",
@@ -403,6 +403,12 @@ def test_tex() -> None:
     assert published.count(r"\\") == 2
     assert text.index(r"\toprule") < text.index(r"\midrule") < text.index(r"\bottomrule")
     assert r"\begin{tabular}{lrrrrr}" in text
+
+
+def test_tex_of_odd_labels() -> None:
+    text = grid_tex([["", "y"], ["[12] A", "1"]], ["two\nlines"])
+    assert text.startswith("% two lines\n\\begin")
+    assert "\n{}[12] A & 1 \\\\\n" in text
 
 
 def test_everything_is_rendered() -> None:
