@@ -190,6 +190,7 @@ class Optimizer:
             vector[:-1] *= self.unpruned
         loss = self.gradient.loss.clone()
         if self.held:
+            guard.masked.masked_fill_(~torch.isfinite(vector).all(), 1.0)  # as Adam's function does
             return loss
         params = [p.data for p in self.gradient.params] if self.weight_decay else []
         before = [p.clone() for p in params]

@@ -31,10 +31,10 @@ def gae(
     and 0 where the episode terminated; A_t = delta_t + gamma lambda A_{t+1}, without the second
     term where an episode ended, by termination or truncation (`last`), or the rows do.
     """
-    delta_TN = rew_TN + gamma * (~terminated_TN) * next_value_TN - value_TN
+    delta_TN = rew_TN + torch.where(terminated_TN, 0.0, gamma * next_value_TN) - value_TN
     advantage_TN = torch.empty_like(delta_TN)
     following = torch.zeros_like(delta_TN[0])
     for t in reversed(range(len(delta_TN))):
-        following = delta_TN[t] + gamma * gae_lambda * (~last_TN[t]) * following
+        following = delta_TN[t] + torch.where(last_TN[t], 0.0, gamma * gae_lambda * following)
         advantage_TN[t] = following
     return advantage_TN

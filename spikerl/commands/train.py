@@ -27,6 +27,7 @@ from spikerl.envs.process import start_server
 from spikerl.errors import DONE, FAILED, BadRequest, EnvironmentFailed
 from spikerl.files import absolute, shown, write_text
 from spikerl.machine import current_device
+from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy, check_shapes, read_policy
 from spikerl.models.sequence import SequenceConfig
 from spikerl.runs import folder as run_folder
@@ -266,6 +267,11 @@ def read_init(source: str, config: Config, task: Task) -> Policy:
     if not policy.norm.count and (interval := config.algo.norm_interval) is not None:
         remedy = f"the policy of {shown(Path(source))} acts on raw observations; give null"
         raise BadRequest("algo.norm_interval", interval, remedy)
+    bound = config.algo.norm_clip
+    if RunningNorm(1, bound).clip != policy.norm.clip:
+        theirs = "null" if policy.norm.clip == RunningNorm(1, None).clip else policy.norm.clip
+        remedy = f"the policy of {shown(Path(source))} clips observations at another; give {theirs}"
+        raise BadRequest("algo.norm_clip", bound, remedy)
     return policy
 
 

@@ -11,6 +11,7 @@ import torch
 
 from spikerl import kernels, plugins
 from spikerl.algos import ALGOS, AlgoConfig
+from spikerl.algos.base import CriticsConfig
 from spikerl.algos.bcq import BCQConfig
 from spikerl.algos.decision_transformer import DecisionTransformerConfig
 from spikerl.algos.offpolicy import DelayConfig, OfflineConfig, OffPolicyConfig, ReplayConfig
@@ -190,6 +191,10 @@ def parse_groups(raw: Mapping[str, Any]) -> Parsed:
         energy=METERS.parse(raw["energy"]),
     )
     check_together(parsed.algo, parsed.actor)
+    p = parsed.precision
+    if p.actor == "fp32" != p.critic and not isinstance(parsed.algo, CriticsConfig):
+        remedy = f"algo={parsed.algo.name} has no critics, whose format it is; leave it out"
+        raise BadRequest("precision", p.name, remedy)
     check_sequence(parsed)
     check_dataset(parsed.run, parsed.algo)
     return parsed

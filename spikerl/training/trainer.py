@@ -371,6 +371,8 @@ class Trainer:
         self.algo.updates = self.progress.updates
         self.algo.total_updates = self.updates_by(self.run.total_steps)
         self.schedule(self.last_update())
+        if isinstance(self.algo.actor, Spikeformer) and self.algo.updates:
+            self.algo.actor.schedule((self.algo.updates - 1) / self.algo.total_updates)
         pending, envs = tensors["norm.pending"], with_prefix("envs.", tensors)
         if (pending.dtype, pending.shape[1:]) != (torch.float64, (self.task.obs_dim,)):
             raise ValueError(f"its norm.pending is {pending.dtype} {tuple(pending.shape)}")

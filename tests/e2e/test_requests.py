@@ -151,6 +151,7 @@ REFUSED = [
     ("device=tpu", "device=tpu: ", "auto, cpu, cuda"),
     ("precision.actor=fp8", "precision.actor=fp8: ", "bf16"),
     ("precision=fp16 device=cpu", "precision=fp16: ", "precision=bf16"),
+    ("precision=bf16 algo=dqn env=CartPole", "precision=bf16: ", "algo=dqn has no critics"),
     ("world_size=3 num_envs=4", "num_envs=4: ", "multiple of world_size=3"),
     ("world_size=4 algo.batch_size=3", "world_size=4: ", "fewer workers"),
     ("world_size=4 algo.replay_capacity=3", "algo.replay_capacity=3: ", "at least num_envs=4"),

@@ -265,6 +265,12 @@ def test_init_from_a_policy_without_a_normaliser(
     assert not (tmp_path / "again").exists()
     assert train(raw, "total_steps=20", "init_from=run", "run_dir=again") == 0
     assert "run: actor weights, no normaliser\n" in capsys.readouterr().out
+    unbounded = "algo.norm_clip=null"
+    assert train(raw, unbounded, "total_steps=20", "run_dir=wide") == 0
+    assert train(raw, "total_steps=20", "init_from=wide", "run_dir=other") == 2
+    line = "algo.norm_clip=3.0: the policy of wide clips observations at another; give null"
+    assert line in capsys.readouterr().err
+    assert train(raw, unbounded, "total_steps=20", "init_from=wide", "run_dir=other") == 0
 
 
 def test_init_from_a_policy_with_fewer_outputs(tmp_path: Path) -> None:

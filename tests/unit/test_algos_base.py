@@ -46,6 +46,21 @@ def test_an_infinite_loss_is_bad_even_where_its_gradient_is_not() -> None:
         guard.check(5)
 
 
+def test_a_held_policy_is_watched_too() -> None:
+    """While critics warm up its weights stay, and a NaN in its loss is named all the same."""
+    module = nn.Linear(2, 1)
+    guard = Guard("cpu", scales_loss=False)
+    step = Optimizer(module, 0.1, guard)
+    step.held = True
+    for loss in (1.0, float("nan")):
+        guard.check(5)
+        step.gradient.differentiate(module(torch.ones(1, 2)).sum() * loss)
+        step.step()
+        guard.end_update()
+    with pytest.raises(NonFinite, match="update 4:"):
+        guard.check(5)
+
+
 def test_fp16_scale_grows_after_enough_good_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Guard, "GROWTH_INTERVAL", 3)
     guard = Guard("cpu", scales_loss=True)

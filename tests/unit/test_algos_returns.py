@@ -33,6 +33,12 @@ def test_a_termination_a_truncation_and_an_unfinished_end() -> None:
     assert endless == [1.33203125, 1.328125, 1.3125, 1.25, 1.0]  # 1 + x / 4
 
 
+def test_discounts_have_the_precision_of_the_rows() -> None:
+    rew, value, following = (rows.double() for rows in (REW_TN, VALUE_TN, NEXT_TN))
+    found = gae(rew, value, following, TERMINATED_TN, LAST_TN, gamma=0.99, gae_lambda=0.0)
+    assert float(found[0, 0]) == 1.0 + 0.99 * 2.0 - 1.0
+
+
 @pytest.mark.parametrize(
     ("trace", "expected"),
     [

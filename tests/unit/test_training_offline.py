@@ -286,6 +286,24 @@ def test_resumed_it_is_the_uninterrupted_run(
     assert not torch.equal(first.algo.actor_optimizer.flat, whole.algo.actor_optimizer.flat)
 
 
+def test_a_slope_that_moves_is_evaluated_where_it_was(dataset: Dataset, tmp_path: Path) -> None:
+    """Stopped before an evaluation, whose windows are of the last update's slope."""
+    made, task = sequences(), task_for(INVERTED_PENDULUM)
+    assert made.actor.neuron is not None
+    neuron = replace(
+        made.actor.neuron, surrogate="triangle", surrogate_slope=1.0, surrogate_slope_end=8.0
+    )
+    config = replace(made, actor=replace(made.actor, neuron=neuron))
+    with closing(Trainer(config, task, dataset=dataset)) as first:
+        while not first.evaluation_due():
+            first.advance()
+        save(tmp_path, [first])
+        row = next(first.epochs())
+    with closing(Trainer(config, task)) as second:
+        assert second.load(verified(tmp_path, print)) == []
+        assert next(second.epochs())["window_fraction"] == row["window_fraction"]
+
+
 def test_workers_of_bcq_stay_the_same(dataset: Dataset) -> None:
     """Each draws proposals of its own."""
     with workers(training(bcq_config(**SMALL), num_envs=2), 2, dataset) as both:
