@@ -21,7 +21,7 @@ from spikerl.distributed.launch import stop_signals
 from spikerl.envs.dataset import Writer, check_extra
 from spikerl.envs.make import FLOAT32_MAX, CheckedEnv, EnvConfig, task_of
 from spikerl.errors import DONE, BadRequest, NonFinite, Stopped, stop_status
-from spikerl.files import absolute, checksum_of, shown, sync_folder
+from spikerl.files import absolute, checksum_of, hold, shown, sync_folder
 from spikerl.isolation import UserCode
 from spikerl.machine import git_state, versions
 from spikerl.models.policy import Policy
@@ -138,7 +138,9 @@ def collect(
     run_folder.remove_abandoned(partial.parent)
     try:
         partial.mkdir(parents=True)
-        with run_folder.lock(partial):
+        held = hold(partial)
+        assert not isinstance(held, str)  # nobody else has its name
+        with held:
             try:
                 writer = Writer(partial, policy.task)
             except ValueError as error:

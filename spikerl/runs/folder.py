@@ -62,7 +62,8 @@ def fill_partial(
     made = [folder for folder in partial.parents if not os.path.lexists(folder)]
     try:
         partial.mkdir(parents=True)
-        held = lock(partial)
+        held = hold(partial)
+        assert not isinstance(held, str)  # nobody else has its name
         write_text(partial / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(raw))))
         write_json(partial / "manifest.json", manifest)
         (partial / "metrics.jsonl").touch()

@@ -212,7 +212,7 @@ def test_out_of_range_typed(said: Said, typed: str) -> None:
         (["eval", "run=nowhere", "video=maybe"], "video=maybe: give true, false or spikes"),
         (["eval", "run=nowhere", "episodes=0"], "episodes=0: give at least 1"),
         (["eval", "run=nowhere", "episodes=x"], "episodes=x: expected int"),
-        (["eval", "run=nowhere", "seed=-1"], "seed=-1: give 0 or more"),
+        (["eval", "run=nowhere", "seed=-1"], "seed=-1: give 0 to 2^63 - 1"),
         (["eval", "rum=nowhere"], "rum=nowhere: no such key; did you mean run?"),
         (["import", "popsan=a.pt", "stats=b.p"], "popsan=a.pt: no such file"),
         (
