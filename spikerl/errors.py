@@ -31,7 +31,7 @@ class EnvironmentFailed(RuntimeError):
     """An environment raised, died, hung, or returned what its spaces do not say."""
 
 
-class Apart(RuntimeError):
+class RendezvousFailed(RuntimeError):
     """The workers did not meet before their first exchange."""
 
 
@@ -74,4 +74,4 @@ def nearest(word: str, known: Sequence[str], of_many: str = "--help lists what t
     return f"known: {', '.join(known)}" if len(known) < 30 else of_many
 
 
-BY_DESIGN = (Apart, DiskError, EnvironmentFailed, NonFinite)  # their message says all
+BY_DESIGN = (RendezvousFailed, DiskError, EnvironmentFailed, NonFinite)  # their message says all

@@ -16,7 +16,7 @@ from torch import Tensor
 from spikerl.distributed import hosts, mpi, mpi_group
 from spikerl.distributed.launchers import mpi_set, ranked
 from spikerl.distributed.shm_allreduce import ShmAllReduce, open_shm_allreduce
-from spikerl.errors import Apart, BadRequest, DiskError, first_line
+from spikerl.errors import BadRequest, DiskError, RendezvousFailed, first_line
 from spikerl.schema import Registry
 from spikerl.types import Resolved
 
@@ -192,7 +192,7 @@ def join(backend: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> Wo
         except RuntimeError as error:  # and the kinds of it that torch.distributed has
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             why = first_line(error)
-            raise Apart(
+            raise RendezvousFailed(
                 f"worker {rank} of {size} did not meet the others at {where}: {why}"
             ) from error
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), exchange)

@@ -18,7 +18,7 @@ from spikerl.distributed.world import (
     resolve_backend,
     resolve_world_size,
 )
-from spikerl.errors import BY_DESIGN, Apart
+from spikerl.errors import BY_DESIGN, RendezvousFailed
 from spikerl.machine import cores
 
 # Task 4 of 5, the second on the second of two nodes, as srun of Slurm 22.05 says it.
@@ -65,7 +65,7 @@ def test_workers_that_do_not_meet(environ: dict[str, str]) -> None:
         port = str(taken.getsockname()[1])
         environ |= dict(zip(RANK, ["1", "2", "1", "2", "127.0.0.1", port], strict=True))
         said = f"^worker 1 of 2 did not meet the others at 127.0.0.1:{port}: .*$"
-        with pytest.raises(Apart, match=said) as apart:
+        with pytest.raises(RendezvousFailed, match=said) as apart:
             join("gloo", torch.device("cpu"), 1.0)
     assert "\n" not in str(apart.value)
     assert isinstance(apart.value, BY_DESIGN)
