@@ -35,6 +35,7 @@ from spikerl.models.networks import build_actor
 from spikerl.models.policy import Policy
 from spikerl.runs import folder as run_folder
 from spikerl.runs.policies import find_policy, load_policy
+from spikerl.runs.policy_env import env_of
 from spikerl.schema import check_seed, parse
 from spikerl.snn.decoders import LinearDecoder
 from spikerl.snn.linear import Linear
@@ -92,7 +93,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     raws = [spiking_config(dense, request, *choice) for choice in choices]
     built = [configs.parse_groups(raw) for raw in raws]  # whatever machine it was trained on
     run_folder.check_free(request.run_dir, named=True)
-    env, tried = built[0].env, []
+    env, probe = env_of(dense.task, request.run, request.env_id)
+    probe.close()
+    tried: list[dict[str, Any]] = []
     with closing(Evaluator(env, request.episodes, request.seed)) as evaluator:
         if task_of(evaluator.envs[0]).env_id != dense.task.env_id:
             raise BadRequest("run", request.run, f"was not trained on {env.id}")

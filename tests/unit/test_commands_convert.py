@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,17 @@ def test_refused_requests(request_: str, line: str, tmp_path: Path) -> None:
     words = request_.replace("'", "").split()
     said = spikerl("convert", f"run={tmp_path}", f"run_dir={tmp_path / 'new'}", *words)
     assert said.line.startswith(line)
+
+
+def test_a_config_imports_nothing(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy's own task is made, whatever module the run's config names."""
+    Path("named_by_a_file.py").write_text("")
+    monkeypatch.syspath_prepend(".")
+    config = dense / "config.yaml"
+    text = config.read_text()
+    own = "id: InvertedPendulum-v5"
+    assert text.count(own) == 1
+    config.write_text(text.replace(own, "id: named_by_a_file:InvertedPendulum-v5"))
+    said = spikerl("convert", "run=dense", "run_dir=converted", "spike_steps=2", "episodes=1")
+    assert said.status == 0, said
+    assert "named_by_a_file" not in sys.modules
