@@ -213,10 +213,13 @@ class Results:
         return self.by_cell[row, column].partial or self.by_cell[base, column].partial
 
     def _baseline(self, row: str, column: str) -> Array:
-        """What the row's scores are compared with: one evaluation with one, a maximum with one."""
+        """What the row's scores are compared with: a maximum with one, a converted policy's one
+        evaluation with that of the policy that it was made from.
+        """
         base = self.by_cell[self.table.baseline or row, column]
         if self.table.converts(row):
-            return values([seed.of_its_file for seed in base.seeds])
+            made = {seed.cell.seed for seed in self.by_cell[row, column].scored}
+            return values([seed.of_its_file for seed in base.seeds if seed.cell.seed in made])
         return base.main
 
     def gain(self, row: str, *, easy: bool = True) -> float | None:
@@ -257,6 +260,14 @@ class Results:
     def aggregates(self) -> list[Aggregate]:
         return [self._aggregate(row) for row in self.table.rows if self._has_scores(row)]
 
+    def _iqm_interval(self, row: str) -> Interval | None:
+        """The baseline's mean is part of it, and drawn anew too."""
+        if row == self.table.baseline:
+            return statistics.bootstrap(self.normalised(row)[0], statistics.iqm)
+        columns = self._shared(row)
+        ours = [self.by_cell[row, column].main for column in columns]
+        return statistics.relative_interval(ours, [self._baseline(row, c) for c in columns])
+
     def _has_scores(self, row: str) -> bool:
         return any(len(result.main) for result in self.of(row))
 
@@ -270,12 +281,7 @@ class Results:
             columns=len(ours),
             partial=any(self._pair_is_partial(row, column) for column in self._shared(row)),
             iqm=float(statistics.iqm(np.concatenate(ours))) if ours else None,
-            # The baseline's mean is part of it, and of one seed nobody knows how far it varies.
-            iqm_interval=(
-                statistics.bootstrap(ours, statistics.iqm)
-                if ours and all(len(b) > 1 for b in theirs)
-                else None
-            ),
+            iqm_interval=self._iqm_interval(row) if ours else None,
             improvement=statistics.probability_of_improvement(ours, theirs) if improves else None,
             improvement_interval=(
                 statistics.improvement_interval(ours, theirs) if improves else None

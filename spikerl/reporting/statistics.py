@@ -58,6 +58,19 @@ def bootstrap(
     return _interval(statistic(drawn_RN))
 
 
+def relative_interval(ours: Sequence[Array], theirs: Sequence[Array]) -> Interval | None:
+    """95 % bootstrap interval of the interquartile mean of ours, 1 + (x - b) / |b| with b the mean
+    of theirs, both drawn anew within each task; None where one has one seed.
+    """
+    if any(len(task) < 2 for task in (*ours, *theirs)):
+        return None
+    rng, drawn = np.random.default_rng(0), []
+    for x, y in zip(ours, theirs, strict=True):
+        mean_R1 = _resample(y, REPETITIONS, rng).mean(1, keepdims=True)
+        drawn.append(1.0 + (_resample(x, REPETITIONS, rng) - mean_R1) / abs(mean_R1))
+    return _interval(iqm(np.concatenate(drawn, axis=1)))
+
+
 def _resample(task: Array, repetitions: int, rng: np.random.Generator) -> Array:
     return task[rng.integers(len(task), size=(repetitions, len(task)))]
 

@@ -275,7 +275,7 @@ def notes(results: Results) -> list[str]:
         if table.converts(name):
             said.append(
                 f"{row.label}: for every metric the one evaluation of the converted policy, over"
-                " 20 episodes, compared with such a one of the baseline's policy; no differences to"
+                " 20 episodes, compared with that of the policy it was made from; no differences to"
                 " published values are given"
             )
         p = row.published

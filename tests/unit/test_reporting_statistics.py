@@ -134,3 +134,14 @@ def test_gain_over_a_negative_baseline() -> None:
 
 def test_no_gain_over_a_baseline_of_zero() -> None:
     assert s.average_performance_gain([1.0, 2.0], [1.0, 0.0]) is None
+
+
+def test_the_baselines_mean_is_drawn_anew() -> None:
+    """1 and 3 have the mean 1, 2 or 3, a quarter, a half and a quarter of the time: over it 2 is
+    2 / 1, 2 / 2 or 2 / 3. Below 0 -2 is better than -3 by a third, worse than -1 by 1.
+    """
+    both, low = array(2.0, 2.0), 1.0 - 1.0 / 3.0
+    assert s.relative_interval([both], [array(1.0, 3.0)]) == pytest.approx((low, 2.0))
+    below = s.relative_interval([-both], [array(-1.0, -3.0)])
+    assert below == pytest.approx((0.0, 1.0 + 1.0 / 3.0))
+    assert s.relative_interval([both], [array(1.0)]) is None

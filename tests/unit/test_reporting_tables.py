@@ -263,9 +263,11 @@ def test_what_was_converted_is_not_compared() -> None:
     had = results(rows={**DATA["rows"], "converted": converted}, protocol=protocol)
     cell = cells(tables.table_csv(had))["converted", "Ant"]
     assert (cell["mean"], cell["published"], cell["difference"]) == ("250.0", "300.0", "")
-    # Of the dense policy's file 200, whatever its best evaluation was: 250 is a gain of 25 %.
-    dense = write("dense", "Ant", 0, [100.0, 400.0, 200.0])
-    (dense / "evaluation.json").write_text('{"return_mean": 200.0, "returns": [200.0]}')
+    # Of the dense policy's file 200, whatever its best evaluation was, and other seeds' files.
+    for seed, ret in ((0, 200.0), (1, 800.0)):
+        dense = write("dense", "Ant", seed, [100.0, 400.0, 200.0])
+        evaluation = {"return_mean": ret, "returns": [ret]}
+        (dense / "evaluation.json").write_text(json.dumps(evaluation))
     only = {"Ant": DATA["columns"]["Ant"]}
     rows = {"dense": DATA["rows"]["dense"], "converted": {"label": "c", "convert": "dense"}}
     itself, of_it = results(rows=rows, columns=only).aggregates
@@ -273,6 +275,21 @@ def test_what_was_converted_is_not_compared() -> None:
     assert (of_it.row, of_it.gain, of_it.iqm) == ("converted", 25.0, 1.25)
     said = [line for line in tables.notes(had) if "the converted policy" in line]
     assert [line.partition(":")[0] for line in said] == ["converted"]
+
+
+def test_an_interval_over_the_baseline_draws_its_mean_anew() -> None:
+    """Of 1 and 3 the mean is 1, 2 or 3: 2 and 2 are 2, 1 or 2 / 3 of it. Its own row is over 2."""
+    for seed, theirs in enumerate((1.0, 3.0)):
+        write("spiking", "Ant", seed, [2.0])
+        write("dense", "Ant", seed, [theirs])
+    rows = {
+        name: {"label": name, "experiment": row["experiment"]} for name, row in DATA["rows"].items()
+    }
+    only = {"Ant": DATA["columns"]["Ant"]}
+    spiking, dense = results(rows=rows, columns=only).aggregates
+    assert spiking.iqm == 1.0
+    assert spiking.iqm_interval == pytest.approx((2.0 / 3.0, 2.0))
+    assert dense.iqm_interval == (0.5, 1.5)
 
 
 def test_runs_csv() -> None:
