@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import signal
 import subprocess
 import tempfile
@@ -259,7 +260,8 @@ def forward_signals(shared_dir: Path) -> Iterator[None]:
         if seen and number == signal.SIGINT:
             raise Interrupted
         seen.append(number)
-        write(shared_dir / "stop", str(number))
+        with suppress(OSError):  # a full disk: those that listen already get the signal
+            write(shared_dir / "stop", str(number))
         for path in shared_dir.glob("pid.*"):
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(int(read(path)), number)
@@ -289,7 +291,7 @@ def stop_signals(shared_dir: Path | None = None) -> Iterator[list[int]]:
 
 def write(path: Path, text: str) -> None:
     """A message, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)
 

@@ -278,8 +278,11 @@ def total_joules(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 def source_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Where the joules of all these rows come from, or why their sum is null."""
-    said = [row for row in rows if row.get("energy_j") is None] or rows
-    return said[-1].get("energy_source") if said else None
+    lacking = [row for row in rows if row.get("energy_j") is None]
+    if lacking:
+        return lacking[-1].get("energy_source")
+    named = dict.fromkeys(str(row["energy_source"]) for row in rows if row.get("energy_source"))
+    return "; then ".join(named) or None
 
 
 def power_over(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:

@@ -71,10 +71,17 @@ class Processes(AsyncVectorEnv):
         super().__init__(makers, context=CONTEXT, worker=_work, **settings)
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
-        atexit.unregister(self.kill_at_exit)
-        if terminate:  # one that hangs does not answer
-            self.kill_at_exit()
-        super().close_extras(timeout, terminate)
+        try:
+            if terminate:  # one that hangs does not answer
+                self.kill_at_exit()
+            super().close_extras(timeout, terminate)
+        except (EOFError, OSError) as error:
+            self.kill_at_exit()  # or those that were not told would be waited for
+            for process in self.processes:
+                process.join()
+            raise EnvironmentFailed("close: lost a process: it was killed or crashed") from error
+        finally:
+            atexit.unregister(self.kill_at_exit)
         if not terminate and any(process.exitcode for process in self.processes):
             raise EnvironmentFailed("close: an environment failed while it was closed")
 

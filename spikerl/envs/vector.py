@@ -93,7 +93,7 @@ class Envs:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on; empty where an environment cannot be saved."""
-        snapshots = self.vector.call("snapshot")  # type: ignore[attr-defined]
+        snapshots = self._ask(self._snapshots)
         if any(one is None for one in snapshots) or not self.same_step:
             return {}
         state = {"obs": self.obs, "returns": self.returns, "lengths": self.lengths}
@@ -133,6 +133,12 @@ class Envs:
             return self.vector.step_wait(timeout=PATIENCE_S)
         with UserCode():
             return self.vector.step(actions)
+
+    def _snapshots(self) -> Any:
+        if isinstance(self.vector, Processes):
+            self.vector.call_async("snapshot")
+            return self.vector.call_wait(timeout=PATIENCE_S)
+        return self.vector.call("snapshot")  # type: ignore[attr-defined]
 
     def _ask(self, act: Callable[[], Any]) -> Any:
         """What the environments answer; EnvironmentFailed names the step, whatever they raise."""

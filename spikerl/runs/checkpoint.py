@@ -10,6 +10,7 @@ which rows. All of it is plain data; loading it executes nothing.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -47,8 +48,10 @@ SCHEMA = 3  # 3: segments are named by the number of workers too
 KEEP = 3
 FILE = r"(best/)?[a-z0-9_]+\.(safetensors|json)"  # of a checkpoint
 # A run's own files that are half written as .NAME.*.partial; others write into its folder, too.
-WHOLE = ("config.yaml", "manifest.json", "summary.json", "error.txt", "discarded.jsonl",
-         "loggers.json", "policy.json", "policy.safetensors")  # fmt: skip
+WHOLE = (
+    "config.yaml", "manifest.json", "summary.json", "evaluation.json", "error.txt",
+    "discarded.jsonl", "loggers.json", "metrics.prom", "policy.json", "policy.safetensors",
+)  # fmt: skip
 PARTIALS = ("checkpoints/.*.partial", "replay/*/.*.partial", "best/.*.partial",
             *(f".{name}.*.partial" for name in WHOLE))  # fmt: skip
 MAX_BYTES = 1 << 26  # of a JSON file; a manifest names some hundred segments
@@ -71,8 +74,8 @@ def save_checkpoint(
     facts: Mapping[str, Any],
     policy: Mapping[str, bytes],
 ) -> None:
-    """Commit, all workers together; `learner`, `facts` (with the `step`) and `policy`, the files of
-    one and of best/, are the same on all.
+    """Save, all workers together. `learner`, `facts` and `policy`, its files and those of best/,
+    are written by rank 0; of the others, `facts["step"]` alone is read.
 
     DiskError: a disk refused. What was there before stays, and the next call makes up for it.
     """
@@ -94,7 +97,7 @@ def save_checkpoint(
         make_folder(root)
         remove_unreferenced(run)
         partial.mkdir()
-        return _last_segments(run)
+        return _last_segments(run, replay.saved * world.size)
 
     def write() -> tuple[dict[str, str], dict[str, str]]:
         for folder in {(partial / name).parent for name in mine} - {partial}:
@@ -329,12 +332,15 @@ def _folders(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_*"), reverse=True)
 
 
-def _last_segments(run: Path) -> dict[str, str] | None:
-    """Those that the last commit names; None if it, or one of them, is not there."""
+def _last_segments(run: Path, saved: int) -> dict[str, str] | None:
+    """Those that the last commit names; None if it, or one of them, is not there, or if together
+    they do not reach to row number `saved`.
+    """
     manifest = _read_manifest(folder) if (folder := next(iter(_folders(run)), None)) else None
     if manifest is None or not all((run / path).is_file() for path in manifest["segments"]):
         return None
-    return dict(manifest["segments"])
+    ends = [segment.stop * segment.workers for segment in map(_parse, manifest["segments"])]
+    return None if max(ends, default=0) < saved else dict(manifest["segments"])
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -345,7 +351,11 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
             return None
         if manifest["schema"] == SCHEMA:
             _check(manifest)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except OSError as error:  # one that cannot be read now, as on a network, may be sound
+        if error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
+            raise
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return dict(manifest)
 

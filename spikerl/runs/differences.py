@@ -45,6 +45,7 @@ def _record(folder: Path, *, configs: bool) -> dict[str, str]:
                  "hardware": {k: manifest["hardware"][k] for k in ("cpu", "gpus")}}  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, YAMLError):
         return {}
-    assert isinstance(config, dict)
+    if not isinstance(config, dict):
+        return {}
     own = {k: v for k, v in config.items() if configs and k not in NAMES}
     return {key: str(value) for key, value in dotted({**known, **own})}

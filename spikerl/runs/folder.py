@@ -123,6 +123,9 @@ def create(
             fill(partial)
             (partial / ".lock").unlink()
             return move_into_place(partial, target, named=named)
+        except OSError as error:  # a full disk
+            remedy = f"{error.strerror or error}; nothing was kept"
+            raise BadRequest("run_dir", target, remedy) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -229,18 +232,20 @@ def free(folder: Path) -> int:
     return size
 
 
-def write_total_steps(folder: Path, total_steps: int) -> str:
-    """How far the run goes from now on, for resumes that do not say it again; what stood there."""
-    path, before = folder / "config.yaml", ""
+TOTAL_STEPS = re.compile(r"^total_steps: (.*)$", re.MULTILINE)
 
-    def replaced(match: re.Match[str]) -> str:
-        nonlocal before
-        before = match[1]
-        return f"total_steps: {total_steps}"
 
+def total_steps_of(folder: Path) -> str:
+    """As config.yaml has it."""
+    found = TOTAL_STEPS.search(read_bytes(folder / "config.yaml", MAX_BYTES).decode())
+    return found[1] if found else ""
+
+
+def write_total_steps(folder: Path, total_steps: int) -> None:
+    """How far the run goes from now on, for resumes that do not say it again."""
+    path = folder / "config.yaml"
     text = read_bytes(path, MAX_BYTES).decode()
-    write_text(path, re.sub(r"(?m)^total_steps: (.*)$", replaced, text))
-    return before
+    write_text(path, TOTAL_STEPS.sub(f"total_steps: {total_steps}", text))
 
 
 def remove_results(folder: Path) -> None:
@@ -248,7 +253,7 @@ def remove_results(folder: Path) -> None:
     error = folder / "error.txt"
     if error.exists():
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
-            log.write(error.read_text(encoding="utf-8"))
+            log.write(error.read_text(encoding="utf-8", errors="replace"))
     policies = [
         f"{place}policy.{kind}" for kind in ("json", "safetensors") for place in ("", "best/")
     ]

@@ -48,5 +48,6 @@ def find_policy(run: Path, policy: str = "last", *, key: str) -> Path:
             return folder
     remedy = "no policy there; give a run folder (it holds policy.json and policy.safetensors)"
     if policy == "best":
-        remedy = "no best policy there: a run has one once it was evaluated; give policy=last"
+        choice = "init_policy" if key == "init_from" else "policy"
+        remedy = f"no best policy there: a run has one once it was evaluated; give {choice}=last"
     raise BadRequest(key, run, remedy)

@@ -59,6 +59,9 @@ def announce(config: Config, trainer: Trainer, command: Sequence[str]) -> list[s
         steps = f"algo.random_steps={trainer.algo.random_steps}"
         said = f"warning: all actions of this run are random ({steps}); give less"
         lines.append(f"{said}, or more total_steps")
+    elif trainer.updates_by(config.last_step) <= trainer.algo.critic_warmup:
+        warmup = f"algo.critic_warmup={trainer.algo.critic_warmup}"
+        lines.append(f"warning: the policy stays as it is in all updates ({warmup}); give less")
     if dataset := trainer.dataset:
         lines.append(
             f"dataset={shown(dataset.folder)}: {dataset.transitions} transitions of"

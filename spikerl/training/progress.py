@@ -43,6 +43,9 @@ class Progress:
         """
         for name in dict.fromkeys(key for m in metrics for key in m):
             values = torch.stack([m[name] for m in metrics if name in m]).double()
+            values = values[values.isfinite()]  # fp16: an update that was dropped may have others
+            if not len(values):
+                continue
             total, weights = self.sums.get(name, (0.0, 0.0))
             own = float(values.sum())
             self.sums[name] = (total + weight * own, weights + weight * len(values))

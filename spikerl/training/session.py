@@ -22,6 +22,7 @@ from spikerl.errors import (
     BadRequest,
     DiskError,
     EnvironmentFailed,
+    first_line,
     stop_status,
 )
 from spikerl.files import shown, write_json, write_text
@@ -35,7 +36,7 @@ from spikerl.runs.summary import summary_of
 from spikerl.signals import signal_name
 from spikerl.training.announcement import announce, nothing_learned
 from spikerl.training.epoch_row import Row
-from spikerl.training.trainer import Trainer
+from spikerl.training.trainer import Trainer, crossed
 
 FEW = 3  # warnings of one kind, at a time
 
@@ -152,9 +153,7 @@ class Session:
             return
         remove_newer(checkpoint)
         lost = cut_back(self.folder, int(checkpoint.manifest["metrics_bytes"]))
-        total_before = run_folder.write_total_steps(self.folder, self.config.run.total_steps)
-        run_folder.remove_results(self.folder)
-        self.restore_best(checkpoint)
+        total_before = run_folder.total_steps_of(self.folder)
         record = run_folder.read_manifest(self.folder, key="resume")
         size, had = self.world.size, checkpoint.workers
         reasons = [*self.differences(record, had, total_before), *map("anew: {}".format, anew)]
@@ -165,6 +164,9 @@ class Session:
         changes: dict[str, Any] = {"resumed": [*record.get("resumed", []), event]}
         changes |= {"world_size": size, "resolved": self.resolved()}
         run_folder.update_manifest(self.folder, status="running", **changes)
+        run_folder.write_total_steps(self.folder, self.config.run.total_steps)
+        run_folder.remove_results(self.folder)
+        self.restore_best(checkpoint)
         total, replay = self.config.run.total_steps, self.trainer.replay
         notes.append(
             f"resumed at step {self.trainer.step} of {total}: weights, optimisers, normaliser,"
@@ -199,6 +201,13 @@ class Session:
                 if had and had != seen:
                     was, kind = (", ".join(sorted(names)) for names in (had, seen))
                     reasons.append(f"GPU {was} became {kind}: sums are in another order")
+        last, made = [record, *record.get("resumed", [])][-1], run_folder.made_by()
+        with suppress(KeyError, TypeError):
+            for name, version in made["versions"].items():
+                if (was := last["versions"].get(name, version)) != version:
+                    reasons.append(f"{name} {was} became {version}")
+            if (was := last["hardware"]["cpu"]) != (cpu := made["hardware"]["cpu"]):
+                reasons.append(f"processor {was} became {cpu}")
         moves = ["the learning rate"] * config.algo.anneals
         moves += ["the surrogates' slope"] * bool(
             config.actor.neuron and config.actor.neuron.slope_moves
@@ -206,6 +215,11 @@ class Session:
         if moves and total_steps != str(total := config.run.total_steps):
             what = " and ".join(moves)
             reasons.append(f"total_steps {total_steps} became {total}, over which {what} moves")
+        step = self.trainer.step
+        ended_at = int(total_steps) if total_steps.isdecimal() else math.inf
+        on_time = crossed(step - config.num_envs, step, config.run.steps_per_epoch)
+        if ended_at <= step < config.run.total_steps and not on_time:
+            reasons.append(f"an evaluation in mid-epoch, at step {step}: later ones differ")
         return reasons
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
@@ -346,7 +360,10 @@ class Session:
             self.summarise()
             self.end(status)
             if status == "done" and not self.config.run.keep_replay:
-                run_folder.free(self.folder)
+                try:
+                    run_folder.free(self.folder)
+                except (OSError, BadRequest) as error:
+                    self.say(f"note: its replay could not be removed ({first_line(error)})")
 
     def end(self, status: str) -> None:
         self.status = status

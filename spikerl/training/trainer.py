@@ -1,4 +1,4 @@
-"""The training loop: act, store, update, evaluate. It reads and writes no file.
+"""The training loop: act, store, update, evaluate. It writes no file, and reads a checkpoint alone.
 
 Shape legend   N environments, A action entries.
 """
@@ -24,7 +24,7 @@ from spikerl.envs.dataset import Dataset
 from spikerl.envs.vector import make_envs
 from spikerl.errors import BadRequest, NonFinite, Stopped
 from spikerl.models.actor import SpikingActor
-from spikerl.models.actor_config import CareBNConfig
+from spikerl.models.actor_config import CareBNConfig, PopSANConfig
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
 from spikerl.models.spikeformer import Spikeformer
@@ -189,8 +189,13 @@ class Trainer:
 
     def steps_ahead(self) -> int:
         """Steps of an offline run up to where workers meet, an epoch ends, or the run does."""
-        ends = [each - self.step % each for each in (SYNC_INTERVAL, self.run.steps_per_epoch)]
-        return min(*ends, self.run.total_steps - self.step)
+        every, actor = [SYNC_INTERVAL, self.run.steps_per_epoch], self.config.actor.actor
+        if isinstance(actor, CareBNConfig) and actor.recalibration_interval is not None:
+            every.append(actor.recalibration_interval)
+        ends = [each - self.step % each for each in every] + [self.run.total_steps - self.step]
+        if isinstance(actor, PopSANConfig) and self.step < actor.spike_cost_start - 1:
+            ends.append(actor.spike_cost_start - 1 - self.step)  # the last that costs nothing
+        return min(ends)
 
     def act(self) -> None:
         """One step in every environment, stored with its true successors."""
@@ -317,8 +322,9 @@ class Trainer:
         """Raise unless all workers have the same parameters and normaliser, to the bit."""
         state = [*self.algo.state().values(), *self.norm.state().values()]
         digest = torch.stack([fingerprint(tensor) for tensor in state])
-        for rank, other in enumerate(self.world.gather(digest)):
-            if not torch.equal(other, digest):
+        first, *others = self.world.gather(digest)
+        for rank, other in enumerate(others, 1):
+            if not torch.equal(other, first):
                 raise RuntimeError(f"workers 0 and {rank} have diverged at step {self.step}")
 
     def learner_state(self) -> dict[str, Tensor]:

@@ -271,16 +271,36 @@ def test_nothing_is_unpickled(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_went_missing_is_written_again(saved: Saved, tmp_path: Path) -> None:
-    """A segment or every checkpoint, under a run that goes on."""
+    """A segment, the newest checkpoint or every one, under a run that goes on."""
     new, segment = saved.trainer.step, f"rows_{saved.last - EPOCH:012d}_{saved.last:012d}.f32"
     run = saved.copy(tmp_path / "segment")
     (run / "replay" / "worker_0_of_1" / segment).unlink()
+    save(saved.trainer, run)
+    assert saved.check(run, new) == new
+    run = saved.copy(tmp_path / "newest")
+    shutil.rmtree(run / f"checkpoints/step_{saved.last:010d}")
     save(saved.trainer, run)
     assert saved.check(run, new) == new
     run = saved.copy(tmp_path / "checkpoints")
     shutil.rmtree(run / "checkpoints")
     save(saved.trainer, run)
     assert saved.check(run, new) == new
+
+
+def test_a_checkpoint_that_cannot_be_read_now_stays(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a network that is away: none before it is gone on from."""
+    run = saved.copy(tmp_path / "run")
+
+    def away(path: Path, most: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoint, "read_json", away)
+    with pytest.raises(OSError, match="Input/output error"):
+        verified(run, print)
+    monkeypatch.undo()
+    assert saved.check(run, saved.last) == saved.last
 
 
 def test_a_run_that_went_away_is_not_begun_anew(saved: Saved, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import random
@@ -19,10 +20,12 @@ from typing import Any
 import pytest
 import table_runs
 import torch
+from rich.console import Console
 from shell import refusal, spikerl
 
 from spikerl.commands.reproduce import cells, command
-from spikerl.commands.reproduce.scheduler import ready
+from spikerl.commands.reproduce.scheduler import Scheduler, ready
+from spikerl.commands.reproduce.screen import Screen
 from spikerl.reporting.table_file import Cell, cell_of, read_table, table_of
 
 ROOT = Path("outputs/reproduced/small")
@@ -412,3 +415,52 @@ def test_a_bad_override_is_refused_before_anything_starts() -> None:
     assert "cannot be composed: Could not override 'algo.gama'" in str(
         refusal(cells.check, table_of(data), [made], 50)
     )
+
+
+def test_a_run_that_somebody_else_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table is not done: the same command goes on with it."""
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, "-c", "import sys; sys.exit(75)"])
+    screen = Screen("small", Console(file=io.StringIO()))
+    running = Scheduler([cell()], 50, screen, slots=[None], nice=0, keep=True)
+    assert running.run() == 75
+    assert [state.word for state in running.states.values()] == ["stopped"]
+
+
+REQUEST: dict[str, Any] = {
+    "rows": None, "columns": None, "seeds": 2, "total_steps": None, "jobs": 1, "nice": 0,
+    "plan": False, "render": False, "out": "outputs/reproduced", "plugins": [],
+}  # fmt: skip
+
+
+def test_what_goes_on_is_kept_until_the_protocol_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 of 50 steps, then all."""
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, str(Path(table_runs.__file__))])
+    one = {"table": table_runs.TABLE, "rows": ["popsan"], "columns": ["Ant"], "seeds": [0]}
+    kept = cell().folder / "checkpoints"
+    assert command.main(REQUEST | one | {"total_steps": 20}, []) == 0
+    assert kept.exists()
+    assert command.main(REQUEST | one, []) == 0
+    assert not kept.exists()
+
+
+def test_the_first_seed_of_every_cell_comes_first() -> None:
+    request = command.ReproduceRequest(**REQUEST)
+    found = [cell.name for cell in command.selected(table_of(table_runs.TABLE), request)]
+    assert found == [
+        f"{row}/{column}/seed{seed}"
+        for seed in (0, 1) for column in ("Ant", "Hopper")
+        for row in ("popsan", "dense", "converted")
+    ]  # fmt: skip
+
+
+def test_a_run_that_was_killed_says_by_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, "-c", "import time; time.sleep(60)"])
+    lock = cells.claim(cell())
+    assert lock is not None
+    job = cells.Job(cell(), lock, 0, None)
+    job.start(["train"])
+    assert job.process is not None
+    job.process.kill()
+    job.process.wait()
+    assert job.reason() == "killed by SIGKILL; the same command goes on with it"
+    job.close()

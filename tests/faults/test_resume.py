@@ -273,3 +273,32 @@ def test_deterministic_runs_are_equal_bitwise(tmp_path: Path) -> None:
         assert not run.equals(tmp_path / "other")
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_an_evaluation_in_mid_epoch_is_said(tmp_path: Path) -> None:
+    """Epochs have 20 steps: 60 end one, 70 do not."""
+    run = Undisturbed(tmp_path)
+    folder = tmp_path / "whole"
+    for total_steps in (70, 80):
+        assert run.train(resume=str(folder), total_steps=total_steps) == 0
+    assert [event["not_exact_because"] for event in record(folder)["resumed"]] == [
+        None, "an evaluation in mid-epoch, at step 70: later ones differ",
+    ]  # fmt: skip
+
+
+def test_why_it_is_not_exact_outlives_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before config.yaml says the new total_steps, over which the slope moves."""
+    run = Undisturbed(tmp_path, "neuron.surrogate=atan", "neuron.surrogate_slope_end=4")
+    folder = tmp_path / "whole"
+
+    def killed(folder: Path, total_steps: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_total_steps", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(resume=str(folder), total_steps=80)
+    assert run.train(resume=str(folder), total_steps=80) == 0
+    assert [event["exact"] for event in record(folder)["resumed"]] == [False, False]

@@ -452,3 +452,12 @@ def test_a_gpu_that_nvml_does_not_know(zeus: FakeZeus, nvml: FakeNVML) -> None:
 
 def test_a_cpu_run_beside_a_gpu_does_not_claim_there_is_none(nvml: FakeNVML) -> None:
     assert resolve(AUTO, device=CPU).reason.startswith("the run is on cpu; no RAPL")
+
+
+def test_a_gpu_may_stand_still_for_a_fifth_of_a_second(zeus: FakeZeus, nvml: FakeNVML) -> None:
+    clock = Clock()
+    meter = open_meter(AUTO, device=CUDA, local_rank=0, clock=clock)
+    zeus.energies["gpu"] = {2: 0.0}
+    assert window(meter, clock, 0.1875).joules == {f"gpu:{UUID}": 0.0}
+    missing = window(meter, clock, 0.25).missing
+    assert missing[f"gpu:{UUID}"] == "gave 0 J in 0.25 s"

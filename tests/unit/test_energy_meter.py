@@ -390,3 +390,11 @@ def test_files_that_are_no_traces_are_refused(
     monkeypatch.setattr(counters, "MAX_TRACE_BYTES", size - 1)
     with pytest.raises(BadRequest, match="larger than"):
         resolve(config, device=CPU)
+
+
+def test_where_a_sum_of_several_sources_comes_from() -> None:
+    """Of a run that went on elsewhere; where one row has nothing, why."""
+    rows = [{"energy_j": 1.0, "energy_source": source} for source in ("a", "b", "b")]
+    assert source_of(rows) == "a; then b"
+    assert source_of([*rows, {"energy_j": None, "energy_source": "none: c"}]) == "none: c"
+    assert source_of([]) is None

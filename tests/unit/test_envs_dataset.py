@@ -339,3 +339,12 @@ def test_what_minari_writes(task: Task, tmp_path: Path) -> None:
     first, second = Dataset.open(tmp_path / "d", task, MUCH).episodes()
     assert first.act.tolist() == [[-1.0], [0.0], [1.0]]
     assert second.rew.tolist() == [200.0, 201.0, 202.0, 203.0, 204.0]
+
+
+def test_an_action_may_lie_outside_by_rounding(task: Task, tmp_path: Path) -> None:
+    """By 3e-6 of half the range it is the bound; by 3e-5 it is refused."""
+    near = write(tmp_path / "near", [other("actions", (1, 0), 3.00001)])
+    (found,) = Dataset.open(near, task, MUCH).episodes()
+    assert found.act.tolist() == [[-1.0], [1.0], [1.0]]
+    far = write(tmp_path / "far", [other("actions", (1, 0), 3.0001)])
+    assert "has actions outside the bounds of InvertedPendulum-v5" in reason(far, task)

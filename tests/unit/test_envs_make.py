@@ -198,6 +198,37 @@ def test_a_process_that_died_or_hangs(
     assert not any(process.is_alive() for process in processes)
 
 
+@pytest.mark.parametrize(("signal_", "said"), [
+    (signal.SIGKILL, "lost a process"), (signal.SIGSTOP, "did not answer within 1 s"),
+])  # fmt: skip
+def test_a_process_that_is_gone_when_a_checkpoint_is_due(
+    signal_: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named as between two steps, and the others end too."""
+    monkeypatch.setattr(envs, "PATIENCE_S", 1.0)
+    env = replace(COUNTER, vectorizer="async")
+    with trainer_of(env, num_envs=2) as trainer:
+        trainer.advance()
+        processes = trainer.envs.vector.processes  # type: ignore[attr-defined]
+        os.kill(processes[0].pid, signal_)
+        if signal_ == signal.SIGKILL:
+            processes[0].join(10)
+        with pytest.raises(EnvironmentFailed, match=f"^step 3: Counter-v0 {said}"):
+            trainer.shard()
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_a_process_that_is_gone_when_all_are_closed() -> None:
+    trainer = Trainer(small_config(env=replace(COUNTER, vectorizer="async"), num_envs=2),
+                      task_of(make_env(COUNTER)))  # fmt: skip
+    processes = trainer.envs.vector.processes  # type: ignore[attr-defined]
+    processes[0].kill()
+    processes[0].join(10)
+    with pytest.raises(EnvironmentFailed, match="close: lost a process"):
+        trainer.close()
+    assert not any(process.is_alive() for process in processes)
+
+
 def test_an_environment_that_raises_in_its_process() -> None:
     env = registered("Odd", OddEnv, limit=99, part=1, odd=KeyError("joint"))
     env = replace(env, vectorizer="async")

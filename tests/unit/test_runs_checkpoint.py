@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from builders import small_config
+from shell import refusal
 
 from spikerl.envs.make import make_env, task_of
+from spikerl.files import checksum
+from spikerl.runs import checkpoint
 from spikerl.runs.checkpoint import check_fit, remove_unreferenced
 from spikerl.training.trainer import Trainer
+from spikerl.types import Row
 
 
 @pytest.mark.parametrize("odd", [
@@ -56,3 +62,28 @@ def test_replay_rows_that_no_segment_holds(tmp_path: Path) -> None:
         found.manifest["segments"].clear()
         with pytest.raises(ValueError, match="its replay lacks rows"):
             trainer.load(found)
+
+
+def test_a_manifest_names_nothing_outside_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step_0000000001"
+    folder.mkdir(parents=True)
+    (tmp_path / "secret.json").write_bytes(b"{}")
+    manifest = {
+        "schema": checkpoint.SCHEMA, "step": 1, "world_size": 1, "segments": {},
+        "files": {"../../secret.json": checksum(b"{}")},
+    }  # fmt: skip
+    manifest["seal"] = checkpoint._checksum(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    said = str(refusal(checkpoint.verified, tmp_path, print))
+    assert said.endswith("step_0000000001 has no sound manifest.json")
+
+
+def test_steps_with_a_gap(tmp_path: Path) -> None:
+    """Steps 0 and 1, then 4 and 5, of 2 + 1 + 4 columns."""
+    paths = [f"replay/worker_0_of_1/rows_{rows}.f32" for rows in ("0_2", "4_6")]
+    (tmp_path / "replay/worker_0_of_1").mkdir(parents=True)
+    for path in paths:
+        np.zeros((2, 7), np.float32).tofile(tmp_path / path)
+    found = checkpoint.Checkpoint(tmp_path, tmp_path, {"segments": dict.fromkeys(paths, "")})
+    with pytest.raises(ValueError, match="its replay lacks rows"):
+        found.steps_of(0, 1, Row(1, 1))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shell import refusal
@@ -37,3 +40,53 @@ def test_processes_of_one_number_that_begin_at_once(tmp_path: Path) -> None:
     refusal(run_folder.create, target, {"seed": 1}, {}, beside, named=True)
     assert (tmp_path / "run" / "config.yaml").read_text() == "{}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_policy_json_is_there_only_with_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes last, and goes first."""
+    seen: list[str] = []
+    write, unlink = run_folder.write_atomic, Path.unlink
+
+    def written(path: Path, content: bytes) -> str:
+        seen.append(path.name)
+        return write(path, content)
+
+    def removed(path: Path, missing_ok: bool = False) -> None:
+        if path.exists():
+            seen.append(path.name)
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(run_folder, "write_atomic", written)
+    run_folder.write_best(tmp_path, {"policy.json": b"{}", "policy.safetensors": b""})
+    assert seen == ["policy.safetensors", "policy.json"]
+    seen.clear()
+    monkeypatch.setattr(Path, "unlink", removed)
+    run_folder.remove_results(tmp_path)
+    assert seen == ["policy.json", "policy.safetensors"]
+
+
+def test_what_is_freed_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in between, the run is not taken for one that can go on."""
+    for name in ("manifest.json", "policy.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+
+    def killed(path: Path) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_folder.free(tmp_path)
+    assert "freed" in json.loads((tmp_path / "manifest.json").read_text())
+
+
+def test_a_full_disk_is_a_line(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = str(tmp_path / "new")
+    said = str(refusal(lambda: run_folder.create(target, {}, {}, fill, named=True)))
+    assert said == f"run_dir={target}: No space left on device; nothing was kept"
+    assert list(tmp_path.iterdir()) == []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spikerl.runs.record import RunLog
+from spikerl.runs.rows import cut_back
 
 
 def test_steps_of_the_views_never_go_back(tmp_path: Path) -> None:
@@ -25,3 +28,25 @@ def test_steps_of_the_views_never_go_back(tmp_path: Path) -> None:
     events.Reload()
     shown = [(e.step, e.value) for e in events.Scalars("eval/mean_reward")]
     assert shown == [(1, 1.0), (2, 2.0), (3, 13.0), (4, 14.0), (5, 15.0)]
+
+
+def test_the_record_is_on_disk_before_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written, and cut back to its first line, of 12 bytes."""
+    seen: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        seen.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", noted)
+    log = RunLog(tmp_path, 0, [])
+    log.row({"step": 1})
+    log.row({"step": 2})
+    assert log.write() == 24
+    assert seen == ["metrics.jsonl"]
+    assert cut_back(tmp_path, 12) == 1
+    assert seen[-1] == "metrics.jsonl"
+    assert len(seen) > 1

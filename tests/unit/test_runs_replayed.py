@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from spikerl.runs.replayed import cut
+import numpy as np
+import pytest
+
+from spikerl.runs.replayed import cut, episodes
+from spikerl.types import Task
 
 
 def rows(*steps: tuple[float, float, bool]) -> np.ndarray:
@@ -25,3 +29,16 @@ def test_behind_ends_and_where_a_row_does_not_follow() -> None:
 
 def test_nothing_gives_nothing() -> None:
     assert list(cut([], 1)) == []
+
+
+@pytest.mark.parametrize(("first", "whole"), [(0, True), (7, False)])
+def test_the_oldest_lacks_its_beginning_where_that_was_overwritten(first: int, whole: bool) -> None:
+    """The second one goes from a reset to its end; the third has no end."""
+
+    class Held:
+        def steps_of(self, *which: Any) -> Any:
+            return first, [rows((1, 2, False), (2, 3, True), (7, 8, True), (20, 21, False))]
+
+    held: Any = Held()
+    task = Task("x", (1,), (0,), np.empty(0), np.empty(0), 9)
+    assert [complete for _, complete in episodes(held, task, 1)] == [whole, True, False]

@@ -53,3 +53,9 @@ def test_goals_that_are_none(value: str) -> None:
     said = spikerl("train", *SHORT, f"energy_to={value}")
     assert said.line.startswith("energy_to=")
     assert said.line.endswith(": give {return: NUMBER}, or null")
+
+
+def test_the_last_ten() -> None:
+    """3 to 12."""
+    rows = [row(float(n), None, None) for n in range(1, 13)]
+    assert summary_of(rows, [], None)["last_ten_mean_eval_return"] == 7.5

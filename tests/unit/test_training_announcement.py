@@ -18,7 +18,7 @@ TRAINER: Any = SimpleNamespace(  # what is announced of one
     updates_by=lambda steps: steps,
     dataset=None,
     algo=SimpleNamespace(
-        actor_optimizer=SimpleNamespace(unpruned=None), notes=list, random_steps=0
+        actor_optimizer=SimpleNamespace(unpruned=None), notes=list, random_steps=0, critic_warmup=0
     ),
     evaluator=SimpleNamespace(note=None),
 )

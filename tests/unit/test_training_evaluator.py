@@ -7,6 +7,7 @@ from copy import deepcopy
 from functools import partial
 
 import numpy as np
+import pytest
 from builders import INVERTED_PENDULUM
 from exports import config, policy_of
 from threads import run_in_threads, worlds
@@ -14,6 +15,7 @@ from threads import run_in_threads, worlds
 from spikerl.distributed.world import World
 from spikerl.energy import modelled
 from spikerl.envs.make import make_env, task_of
+from spikerl.training import evaluator
 from spikerl.training.evaluator import Evaluation, Evaluator, Seen
 
 
@@ -44,3 +46,15 @@ def test_observations_that_take_much_are_thinned_out() -> None:
     whole = Seen()
     whole.add(np.zeros((100, 2)))
     assert len(whole.rows()) == whole.count == 100
+
+
+@pytest.mark.parametrize(("entries", "rows"), [(12, 3), (3, 1)])
+def test_few_large_observations_are_probed(
+    entries: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four entries each: three in 12, and one at the least."""
+    monkeypatch.setattr(evaluator, "PROBED_ENTRIES", entries)
+    with closing(make_env(INVERTED_PENDULUM)) as env:
+        policy = policy_of(config(), task_of(env))
+    with closing(Evaluator(INVERTED_PENDULUM, 2, 0)) as made:
+        assert made.run(policy, 0).probed.shape == (rows, 4)

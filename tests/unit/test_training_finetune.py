@@ -90,3 +90,17 @@ def test_numbers_move_below_the_grid(kernel: str) -> None:
     assert all((p.flatten()[k == 0] == 0).all() for p, k in zip(
         actor.parameters(), kept.split([p.numel() for p in actor.parameters()]), strict=True
     ))  # fmt: skip
+
+
+def test_the_rate_falls_evenly() -> None:
+    """Of two steps, 0.003 and half of it: the gradient changes by 2 %, Adam's step by less."""
+    actor = dense()
+    fill(actor, {"layers.0.weight_IN": [[0.5, -0.5], [0.0, -0.5]], "layers.0.bias_N": [0.0, 0.0]})
+    fill(actor, {"layers.1.weight_IN": [[0.5], [0.5]], "layers.1.bias_N": [0.0]})
+    done = Compression(prune=None, bits={}, scales={}, early_exit=None)
+
+    def goal(obs_MO: Tensor) -> Tensor:
+        return torch.full((len(obs_MO), 1), 0.9)
+
+    finetune(actor, lambda n: torch.ones(1, 2), goal, 2, done, None, torch.Generator())
+    assert actor.layers[1].bias_N.tolist() == pytest.approx([0.0045], rel=2e-3)

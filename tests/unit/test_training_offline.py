@@ -16,6 +16,7 @@ from builders import (
     INVERTED_PENDULUM,
     bc_config,
     bcq_config,
+    care_bn_config,
     iql_config,
     small_config,
     td3_bc_config,
@@ -319,3 +320,25 @@ def test_memory_is_the_datasets(dataset: Dataset) -> None:
     config = training()
     many = replace(config, run=replace(config.run, total_steps=10**15))
     assert least_bytes(many, dataset.task) == least_bytes(config, dataset.task)
+
+
+@pytest.mark.parametrize(
+    ("step", "settings", "expected"),
+    [
+        (0, {}, 50),
+        (50, {}, 10),  # to the epoch's end at 60
+        (60, {}, 20),  # to the run's
+        (0, {"recalibration_interval": 20}, 20),
+        (20, {"recalibration_interval": 30}, 10),
+        (0, {"spike_cost": 1.0, "spike_cost_start": 41}, 40),  # the update of step 41 pays first
+        (40, {"spike_cost": 1.0, "spike_cost_start": 41}, 10),
+    ],
+)
+def test_how_many_updates_are_made_at_once(
+    step: int, settings: dict[str, Any], expected: int, dataset: Dataset
+) -> None:
+    plain = training()
+    normed = replace(care_bn_config([8]), **{"recalibration_interval": None, **settings})
+    with workers(training(actor=replace(plain.actor, actor=normed)), 1, dataset) as (one,):
+        one.progress.step = step
+        assert one.steps_ahead() == expected

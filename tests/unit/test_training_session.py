@@ -16,6 +16,7 @@ from shell import SHORT, refusal, spikerl
 
 from spikerl.distributed.world import World
 from spikerl.errors import PREEMPTED, EnvironmentFailed, Stopped
+from spikerl.models.normalizer import RunningNorm
 from spikerl.training.evaluator import Evaluation, Evaluator
 from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
@@ -41,7 +42,14 @@ def test_another_gpu_is_another_order_of_sums(device: str, monkeypatch: pytest.M
     resolved = {name: {"choice": choice} for name, choice in choices.items()}
     algo, actor = SimpleNamespace(anneals=False), SimpleNamespace(neuron=None)
     run: Any = SimpleNamespace(
-        config=SimpleNamespace(algo=algo, actor=actor, own_products=True),
+        config=SimpleNamespace(
+            algo=algo,
+            actor=actor,
+            own_products=True,
+            num_envs=1,
+            run=SimpleNamespace(total_steps=60, steps_per_epoch=20),
+        ),
+        trainer=SimpleNamespace(step=40),
         world=World(),
         resolved=lambda: resolved,
     )
@@ -144,3 +152,19 @@ def test_what_is_said_of_updates_and_of_random_actions(
     assert line in said.out
     said = spikerl("train", *SHORT, "algo.learning_starts=1000", "run_dir=n")
     assert "or less algo.learning_starts\n" in said.out
+    said = spikerl("train", *SHORT, "algo.critic_warmup=250", "run_dir=w")
+    line = "warning: the policy stays as it is in all updates (algo.critic_warmup=250); give less\n"
+    assert line in said.out
+
+
+def test_coarse_entries_are_named_once_and_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs, four entries: the first three, in the first."""
+    monkeypatch.chdir(tmp_path)
+    lines = {n: f"warning: entry {n}" for n in range(4)}
+    monkeypatch.setattr(RunningNorm, "coarse", lambda self: lines)
+    assert spikerl("train", *SHORT, "algo.learning_starts=1000", "run_dir=r").status == 0
+    log = Path("r/log.txt").read_text().splitlines()
+    said = [line.split(" ", 2)[2] for line in log if "warning: entry" in line]
+    assert said == [lines[0], lines[1], lines[2]]

@@ -150,3 +150,5 @@ def test_refused(returns: list[float]) -> None:
         "run=r/checkpoints/step_0000000000: no best policy there: a run has one once it was"
         " evaluated; give policy=last"
     )
+    said = spikerl("train", "init_from=r/checkpoints/step_0000000000", "init_policy=best")
+    assert said.line.endswith("; give init_policy=last")
