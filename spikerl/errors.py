@@ -55,7 +55,7 @@ def first_line(error: BaseException) -> str:
 
 def with_notes(error: Exception) -> str:
     """What it says, and what was noted on its way."""
-    return "; ".join([str(error), *getattr(error, "__notes__", [])])
+    return "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
 
 
 class Interrupted(KeyboardInterrupt):
@@ -74,4 +74,5 @@ def nearest(word: str, known: Sequence[str], of_many: str = "--help lists what t
     return f"known: {', '.join(known)}" if len(known) < 30 else of_many
 
 
-BY_DESIGN = (RendezvousFailed, DiskError, EnvironmentFailed, NonFinite)  # their message says all
+# Their message says all.
+BY_DESIGN = (RendezvousFailed, DiskError, EnvironmentFailed, NonFinite, MemoryError)

@@ -82,17 +82,17 @@ def resolve_device(asked: str) -> Resolved:
     return Resolved(f"cuda:{int(index or 0)}", "requested")
 
 
-# Rows of a batch up to which a second thread of the library's calls gains at most a fifth on idle
-# cores, and loses a tenth on busy ones: measured at 100 (docs/NEGATIVE.md).
-ONE_THREAD_ROWS = 128
-
-
 def current_device(choice: str) -> torch.device:
     """That device; a GPU is made the current one, on which graphs are recorded."""
     device = torch.device(choice)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+# Rows of a batch up to which a second thread of the library's calls gains at most a fifth on idle
+# cores, and loses a tenth on busy ones: measured at 100 (docs/NEGATIVE.md).
+ONE_THREAD_ROWS = 128
 
 
 def resolve_threads(asked: int | None, workers: int, rows: int | None = None) -> Resolved:

@@ -44,6 +44,9 @@ def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
         expected = kind.__name__ if isinstance(kind, type) else str(kind)
         expected = expected.replace(" | None", ", or null")
         raise BadRequest(f"{prefix}{field}", value, f"expected {expected}") from None
+    except OverflowError:  # a whole number of hundreds of digits, where a float is due
+        remedy = "one of its numbers is too large; give less than 1e308"
+        raise BadRequest(key or "config", "...", remedy) from None
     except OmegaConfBaseException as error:
         line = first_line(error)
         raise BadRequest(key or "config", dict(data), line) from None

@@ -40,7 +40,7 @@ RESUMABLE = ("resume", "total_steps", "world_size", "device", "threads", "kernel
 HYDRA = r"\+{0,2}hydra(/(launcher|sweeper)|\.(launcher|sweeper)(\.\w+)+)"
 OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra passes over
 MAX_BYTES = 1 << 28  # of a manifest.json
-# Networks over sequences, and the groups that they have no part of.
+# Actors, and the groups that they have no part of.
 UNREAD = (
     (r"actor=(mlp|cnn|transformer)|experiment=dense/.*", r"(encoder|neuron|decoder)[=.]"),
     (r"actor=spikeformer|experiment=dsformer/.*", r"(encoder|decoder)[=.]"),
@@ -127,8 +127,18 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
         check_resume(args, path)
         path = path / "config.yaml"
         overrides = [*overrides, *chosen(path.parent, overrides)]
+    else:
+        _check_experiment(path, args)
     typed = [arg for arg in overrides if not arg.startswith("config=")]
     return [*overrides_of(path, typed, resumes="resume" in named), *typed, *flags]
+
+
+def _check_experiment(path: Path, args: Sequence[str]) -> None:
+    """Refuse an experiment beside a file that sets all that it does."""
+    experiments = [arg for arg in args if arg.startswith("experiment=")]
+    if experiments and {"algo", "actor"} <= read_config(path).keys():
+        remedy = f"{path} sets all that an experiment does; leave one of them out"
+        raise BadRequest("experiment", experiments[-1].partition("=")[2], remedy)
 
 
 def chosen(run: Path, typed: Sequence[str]) -> list[str]:

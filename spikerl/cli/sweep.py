@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spikerl.children import SAFE, safe_path
 from spikerl.cli.compose import RESUMABLE, chosen, unquoted
 from spikerl.cli.jobs import check_distinct, choices, count, folder_name, refusals, varied_keys
-from spikerl.config.yaml_file import NOT_CARRIED, quoted
+from spikerl.config.yaml_file import NOT_CARRIED, quoted, read_config
 from spikerl.distributed import hosts, launchers
 from spikerl.errors import (
     BY_DESIGN,
@@ -36,9 +36,10 @@ from spikerl.errors import (
     BadRequest,
     with_notes,
 )
-from spikerl.files import absolute, hold, lock_file, shown
+from spikerl.files import absolute, hold, lock_file, read_json, shown
 from spikerl.output import duration, results
 from spikerl.runs.differences import differences
+from spikerl.runs.rows import MAX_BYTES
 from spikerl.schema import dotted
 
 STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
@@ -172,8 +173,12 @@ class Sweep:
 
     def done(self, config: Any, folder: Path) -> bool:
         """Whether an earlier sweep has done this job; a training that only began is resumed."""
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        ended = manifest["status"] == "done"
+        try:
+            manifest = dict(read_json(folder / "manifest.json", MAX_BYTES))
+            ended = manifest["status"] == "done"
+        except (OSError, ValueError, TypeError, KeyError):
+            remedy = "has no readable manifest.json; remove it, and the job begins anew"
+            raise BadRequest("run_dir", folder, remedy) from None
         if self.command == "import":
             check_imported(config, folder, manifest.get("imported_from"))
         return trained(config, folder, ended) if self.command == "train" else ended
@@ -181,9 +186,12 @@ class Sweep:
     def note(self, outcome: dict[str, Any]) -> None:
         if os.environ.get("RANK", "0") != "0":
             return  # a launcher made several workers of this job
-        with (self.root / "jobs.jsonl").open("a", encoding="utf-8") as f:
-            lock_file(f, wait=True)  # or machines would write over each other's lines
-            f.write(json.dumps({**outcome, "sweep": self.id}) + "\n")
+        try:
+            with (self.root / "jobs.jsonl").open("a", encoding="utf-8") as f:
+                lock_file(f, wait=True)  # or machines would write over each other's lines
+                f.write(json.dumps({**outcome, "sweep": self.id}) + "\n")
+        except OSError as error:  # a full disk stops no job
+            print(f"spikerl: {self.root}/jobs.jsonl: {error.strerror or error}", file=sys.stderr)
 
     def progress(self) -> str:
         """How far the sweep is, as a job begins: what ended, what runs, and the time left."""
@@ -262,7 +270,12 @@ class Sweep:
         path = self.root / "jobs.jsonl"
         content = path.read_bytes() if path.exists() else b""
         lines = content[len(self.before["jobs.jsonl"]) :].splitlines()
-        last = {job["job"]: job for job in map(json.loads, lines) if job["sweep"] == self.id}
+        last: dict[Any, dict[str, Any]] = {}
+        for line in lines:
+            with suppress(ValueError):  # a full disk took half of it
+                job = json.loads(line)
+                if job["sweep"] == self.id:
+                    last[job["job"]] = job
         return list(last.values())
 
     def outcomes(self) -> list[dict[str, Any]]:
@@ -274,7 +287,8 @@ class Sweep:
                 job["error"] = "lost, or still running; the same command goes on with it"
             if job["status"] == 1 and not job.get("error"):
                 error = Path(job["folder"]) / "error.txt"
-                lines = error.read_text(encoding="utf-8").splitlines() if error.exists() else []
+                there = error.exists()
+                lines = error.read_text(errors="replace").splitlines() if there else []
                 job["error"] = lines[-1] if lines else "see its log.txt"
         return jobs
 
@@ -310,8 +324,9 @@ def result(job: dict[str, Any]) -> dict[str, Any]:
     """The task and the return of a job: what it gave, or what its run folder says."""
     summary = Path(job["folder"]) / "summary.json"
     known = job
-    if job["status"] != WRONG and summary.exists():
-        known = json.loads(summary.read_text(encoding="utf-8"))
+    if job["status"] != WRONG:
+        with suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
+            known = dict(read_json(summary, MAX_BYTES))
     task = known.get("env_id", "~")  # after all names of tasks
     return {"task": task, "return": known.get("eval_return", known.get("best_eval_return"))}
 
@@ -368,7 +383,7 @@ def check_imported(config: Any, folder: Path, sources: list[str] | None) -> None
 def check_same(config: Any, folder: Path, free: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings asked for and those of the run in `folder`, which differ in `free` keys only."""
     asked = dict(dotted(OmegaConf.to_container(config, resolve=True)))
-    had = dict(dotted(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))))
+    had = dict(dotted(read_config(folder / "config.yaml")))
     for key in [*asked, *had]:
         within = [key == other or key.startswith(f"{other}.") for other in free]
         if not any(within) and asked.get(key) != had.get(key):

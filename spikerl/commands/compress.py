@@ -87,7 +87,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     before = load_policy(request.run, policy=request.policy)
     env_id, kwargs = before.task.env_id, dict(before.task.env_kwargs)
     raw = config_for(request.target, request.run, env_id, kwargs, request.env_id, request.plugins)
-    if before.config.actor.name != raw["actor"]["name"]:  # normalised drives, folded
+    trained = raw.get("actor")
+    kind = trained.get("name") if isinstance(trained, dict) else trained
+    if before.config.actor.name != kind:  # normalised drives, folded
         raw |= {group: part for group, part in asdict(before.config).items() if part is not None}
     run_folder.check_free(request.target, named=True)
     after, unpruned = compress(before, request)
@@ -179,7 +181,7 @@ def relearn(
 
     @torch.no_grad()
     def goal(obs_MO: Tensor) -> Tensor:
-        return (before.actor if squash else before.actor.mean)(obs_MO, generator)
+        return before.actor(obs_MO, generator, squash)
 
     with closing(Evaluator(env, request.episodes, request.seed)) as evaluator:
         return finetune(

@@ -71,6 +71,8 @@ class ConvertRequest:
             raise BadRequest("start", self.start, "give a value in [0, 1]")
         if self.threshold not in ("layer", "neuron"):
             raise BadRequest("threshold", self.threshold, "give layer or neuron")
+        if self.reset not in ("hard", "soft"):
+            raise BadRequest("reset", self.reset, "give hard or soft")
         if self.reset != "soft" and (self.start or any(self.alpha)):
             remedy = "start and alpha need a soft reset, which keeps a residual; give soft"
             raise BadRequest("reset", self.reset, remedy)

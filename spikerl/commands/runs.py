@@ -64,17 +64,22 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     root = Path(request.path)
     if not root.is_dir():
         raise BadRequest("path", request.path, "no such folder")
-    folders = list(find_runs(root))
+    damaged: list[Path] = []
+    folders = list(find_runs(root, damaged))
     freed, not_freed = clean(folders) if request.clean else ({}, [])
     runs = sorted((describe(folder) for folder in folders), key=lambda run: order(run, request))
     if request.json:
         rows = [asdict(run) for run in runs]
-        answer({"runs": rows, "freed_bytes": sum(freed.values()), "not_freed": not_freed})
+        unreadable = [shown(folder) for folder in damaged]
+        answer({"runs": rows, "freed_bytes": sum(freed.values()), "not_freed": not_freed,
+                "unreadable": unreadable})  # fmt: skip
         return 0
     if runs:
         show(runs)
     else:
         print(f"no runs below {shown(root)}")
+    for folder in damaged:
+        print(f"note: {shown(folder)} has no readable manifest.json")
     for line in not_freed:
         print(f"note: {line}")
     if request.clean:
@@ -83,16 +88,23 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     return 0
 
 
-def find_runs(root: Path) -> Iterator[Path]:
-    """Folders with a run's manifest.json; nothing is looked for inside one, nor behind links."""
+def find_runs(root: Path, damaged: list[Path]) -> Iterator[Path]:
+    """Folders with a run's manifest.json; nothing is looked for inside one, nor behind links.
+
+    Those of runs whose manifest.json cannot be read are added to `damaged`.
+    """
     for place, folders, files in os.walk(root):
         folder = Path(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if "manifest.json" in files:
-            with suppress(BadRequest):
+            try:
                 run_folder.read_manifest(folder, key="path")
-                folders.clear()
-                yield folder
+            except BadRequest:
+                if "config.yaml" in files:
+                    damaged.append(folder)
+                continue
+            folders.clear()
+            yield folder
 
 
 def describe(folder: Path) -> Run:

@@ -17,6 +17,7 @@ import torch
 
 from spikerl.config.build import Config, build, check_actions
 from spikerl.config.memory import check_memory, memory
+from spikerl.config.yaml_file import read_config
 from spikerl.distributed import launch, mpi
 from spikerl.distributed.launchers import ranked, several
 from spikerl.distributed.world import ALONE, join, leave
@@ -24,7 +25,7 @@ from spikerl.energy.meter import open_meter
 from spikerl.envs.dataset import Dataset
 from spikerl.envs.make import UNREGISTERED, make_env, task_of
 from spikerl.envs.process import start_server
-from spikerl.errors import DONE, FAILED, BadRequest, EnvironmentFailed
+from spikerl.errors import DONE, FAILED, BadRequest, EnvironmentFailed, first_line
 from spikerl.files import absolute, shown, write_text
 from spikerl.machine import current_device
 from spikerl.models.normalizer import RunningNorm
@@ -39,6 +40,12 @@ from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
 from spikerl.types import Task
 
+# What the config.yaml of every run has, of all versions.
+EVERY_RUN = (
+    "env", "actor", "algo", "precision", "backend", "energy", "seed", "total_steps",
+    "steps_per_epoch", "eval_episodes", "num_envs", "scaling", "deterministic",
+)  # fmt: skip
+
 
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl train`: the exit status. BadRequest leaves nothing behind."""
@@ -49,6 +56,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         raise BadRequest("neuron.alpha", config.actor.neuron.alpha, remedy)
     task = task_for(config)
     check_memory(config, task)
+    if settings.init_policy != "last" and not (settings.init_from or settings.resume):
+        remedy = "it belongs to init_from; give that, or leave it out"
+        raise BadRequest("init_policy", settings.init_policy, remedy)
     if settings.init_from:
         read_init(settings.init_from, config, task)
     if dataset := dataset_of(config, task):
@@ -130,7 +140,8 @@ def record_lost_worker(lost: launch.WorkerLost, run: str | None) -> int:
     cause = str(lost)
     if run is not None:
         folder = Path(run)
-        with suppress(OSError):
+        # A process that resumed it meanwhile has it now.
+        with suppress(OSError, BadRequest), run_folder.lock(folder):
             run_folder.update_manifest(folder, status="failed", ended=run_folder.now())
             write_text(folder / "error.txt", f"{lost.trace}{cause}\n")
         cause += f" (spikerl train resume={shown(folder)} goes on from its last checkpoint)"
@@ -226,12 +237,20 @@ def own_device(choice: str) -> torch.device:
 def finished(folder: Path, config: Config) -> bool:
     """Whether there is nothing left to do; says so. Refuses what cannot go on."""
     record = run_folder.read_manifest(folder, key="resume")
+    held = read_config(folder / "config.yaml")
+    if lacking := [key for key in EVERY_RUN if key not in held]:
+        remedy = f"its config.yaml lacks {lacking[0]}, as one that was cut; put back a whole one"
+        raise BadRequest("resume", folder, remedy)
     run_folder.check_own(folder)
     if os.environ.get("RANK", "0") == "0":
         run_folder.lock(folder).close()
     freed, total = record.get("freed"), config.run.total_steps
     if freed:
-        step = max((row["step"] for row in read_rows(folder / "metrics.jsonl")), default=0)
+        try:
+            step = max((row["step"] for row in read_rows(folder / "metrics.jsonl")), default=0)
+        except (OSError, ValueError) as error:
+            remedy = f"its record cannot be read: {first_line(error)}"
+            raise BadRequest("resume", folder, remedy) from None
         further = f"init_from={shown(folder)} starts from its policy"
         if step < total:
             remedy = f"its replay was removed when it was done, at step {step}; {further}"

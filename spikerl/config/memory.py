@@ -5,6 +5,7 @@ Shape legend   O observation entries, A action entries.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 from contextlib import suppress
@@ -15,7 +16,7 @@ from spikerl.algos.offpolicy import OfflineConfig
 from spikerl.config.build import Config
 from spikerl.errors import BadRequest
 from spikerl.machine import CGROUP, GROUPS, control_groups
-from spikerl.models.actor_config import PopSANConfig
+from spikerl.models.actor_config import CareBNConfig, PopSANConfig
 from spikerl.models.sequence import SequenceConfig
 from spikerl.models.spikeformer import SpikeformerConfig
 from spikerl.models.transformer import TransformerConfig
@@ -66,14 +67,19 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
     rows = min(algo.capacity(), config.run.total_steps) // config.run.nnodes
     if isinstance(algo, OfflineConfig):
         rows = 0  # a dataset's size is checked where it is opened
-    several = "target_samples" if hasattr(algo, "target_samples") else "batch_size"
-    at_once = algo.batch_size * getattr(algo, "target_samples", 1)  # rows, of which each is several
+    # Of a batch each row may be several, or an update take several batches.
+    times = [name for name in ("target_samples", "proxy_steps") if hasattr(algo, name)]
+    several = times[0] if times else "batch_size"
+    at_once = algo.batch_size * math.prod(getattr(algo, name) for name in times)
     rollout = "rollout_steps" if hasattr(algo, "rollout_steps") else "replay_capacity"
     needs = {
         f"algo.{rollout}": rows * task.row.columns * NUMBER,
         f"algo.{several}": at_once * (sum(widths) * steps + 2 * O) * NUMBER,
         "actor.hidden_sizes": weights(list(actor.hidden_sizes)),
     }
+    if isinstance(actor, CareBNConfig):
+        batches = actor.recalibration_batches
+        needs["actor.recalibration_batches"] = batches * algo.batch_size * 2 * O * NUMBER
     ends = {"encoder": (first, actor.hidden_sizes[0]), "decoder": (actor.hidden_sizes[-1], last)}
     for part, (inputs, outputs) in ends.items():
         sized = hasattr(getattr(config.actor, part), "pop_size")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import gymnasium as gym
@@ -106,6 +108,13 @@ REFUSED = [
     ("eval run=run env_id=InvertedPendulum-v9", "env_id=InvertedPendulum-v9: "),
     ("eval run=run env_id=nomodule:X-v0", "env_id=nomodule:X-v0: "),
     ("eval run=run env=Ant", "env=Ant: no such key; did you mean env_id?"),
+    # other commands
+    ("convert run=run run_dir=new reset=sofft", "reset=sofft: give hard or soft"),
+    ("reproduce table=discrete jobs=5000", "jobs=5000: give 1 to 4096, or null"),
+    (
+        "reproduce table=discrete table.protocol.seeds=1001 plan=true",
+        "table.protocol.seeds=1001: give 1 to 1000",
+    ),
     # doctor
     ("doctor json=maybe", "json=maybe: expected bool"),
     ("doctor run=run", "run=run: no such key"),
@@ -117,6 +126,19 @@ def test_refused(typed: str, line: str) -> None:
     words = typed.split()
     small = SHORT if words[0] == "train" and not typed.startswith("train resume") else []
     assert spikerl(words[0], *small, *words[1:]).line.startswith(line)
+
+
+@pytest.mark.parametrize("key", ["algo", "seed", "eval_episodes"])
+def test_a_config_that_was_cut(key: str, home: Path, tmp_path: Path) -> None:
+    """Not the defaults stand in for what is lacking."""
+    run = tmp_path / "run"
+    copytree(home / "run", run, symlinks=True)
+    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+    kept = itertools.takewhile(lambda line: not line.startswith(f"{key}:"), lines)
+    (run / "config.yaml").write_text("".join(kept))
+    line = spikerl("train", f"resume={run}").line
+    assert line.startswith(f"resume={run}: its config.yaml lacks ")
+    assert line.endswith(", as one that was cut; put back a whole one")
 
 
 @pytest.mark.parametrize("key", ["run_dir", "init_from"])

@@ -125,6 +125,8 @@ REFUSED = [
     ("~algo", "algo=null: ", "lacks this group"),
     ("~algo.gamma", "algo.gamma=???: ", "give it a value"),
     ("seed", "seed: ", "write key=value"),
+    ("init_policy=best", "init_policy=best: ", "belongs to init_from"),
+    ("algo.updates_per_step=1e308", "algo.updates_per_step=1e+308: ", "at most 1e6"),
     ("a b", "a b: ", "write key=value"),
     ("seed=[", "seed=[: ", "write key=value"),
     ("=3", "=3: ", "write key=value"),
@@ -200,6 +202,12 @@ def test_train(said: Said, typed: str, begins: str, remedy: str) -> None:
 @pytest.mark.parametrize("typed", ["total_steps=0", "algo.gamma=1.5", "algo.critic_lr=nan"])
 def test_out_of_range_typed(said: Said, typed: str) -> None:
     assert said("train", typed).startswith(f"{typed}: give ")
+
+
+def test_more_digits_than_a_float_has(said: Said) -> None:
+    assert said("train", f"algo.gamma={'9' * 400}") == (
+        "algo=...: one of its numbers is too large; give less than 1e308"
+    )
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,25 @@ def test_a_stopped_sweep_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_damaged_file_of_a_job_ends_no_sweep(tmp_path: Path) -> None:
+    """A summary is only shown; without a manifest nobody knows how far a job is."""
+    assert sweep("seed=0,1,2", "run_dir=s").status == 0
+    (tmp_path / "s/seed=0/summary.json").write_text("")
+    (tmp_path / "s/seed=1/manifest.json").write_text('{"stat')
+    with (tmp_path / "s/jobs.jsonl").open("a") as noted:
+        noted.write('{"job": 0, "st\n')
+    said = sweep("seed=0,1,2", "run_dir=s")
+    assert said.status == 1
+    assert said.err == (
+        f"spikerl: run_dir={tmp_path}/s/seed=1: has no readable manifest.json; remove it, and the"
+        " job begins anew\n"
+    )
+    words = [row[:2] for row in table(said)]
+    assert sorted(words) == [
+        ["seed=0", "done already"], ["seed=1", "refused"], ["seed=2", "done already"]]  # fmt: skip
+
+
+@pytest.mark.slow
 def test_another_sweep_in_the_same_root(tmp_path: Path) -> None:
     assert sweep("seed=0,1", "run_dir=s").status == 0
     before = tree(tmp_path)

@@ -293,3 +293,14 @@ def test_hydra_settings_that_could_run_code(typed: str) -> None:
     key = typed.partition("=")[0]
     assert str(refusal(expand, "train", [typed])).startswith(f"{key}=")
     expand("train", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.max=3"])
+
+
+def test_an_experiment_beside_a_file_that_would_undo_it() -> None:
+    """A small file goes with it."""
+    write("c.yaml", {"algo": {"name": "td3"}, "actor": {"name": "popsan"}})
+    assert refused("train", "config=c.yaml", "experiment=dense/td3") == (
+        "experiment=dense/td3: c.yaml sets all that an experiment does; leave one of them out"
+    )
+    write("seed.yaml", {"seed": 1})
+    args = expand("train", ["config=seed.yaml", "experiment=dense/td3"])
+    assert args == ["seed=1", "experiment=dense/td3"]

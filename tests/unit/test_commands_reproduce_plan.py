@@ -76,6 +76,7 @@ def test_a_short_run_ends_with_who_asked(tmp_path: Path) -> None:
 def test_a_screen() -> None:
     out = io.StringIO()
     screen = Screen("a table", Console(file=out, force_terminal=True, width=120))
+    screen.open()
     named = {
         Cell("row", "column", 0, Path("a"), "train", (), 1): state("done", 100, 50.0),
         Cell("row", "column", 1, Path("b"), "train", (), 1): state("running", 50, 30.0),
@@ -103,3 +104,14 @@ def test_time_left() -> None:
     states[cells[0]] = state("waiting", 0, None)
     assert left_s(states, 1, {}) is None
     assert "time left: unknown" in summary(states, None)
+
+
+def test_the_own_column_tells_the_time_left() -> None:
+    """1 s a step there; the row's two runs took 2 s a step together."""
+    named = [("x", 0), ("y", 0), ("x", 1)]
+    cells = [Cell("a", column, seed, Path(f"{column}{seed}"), "train", (), 1)
+             for column, seed in named]  # fmt: skip
+    known = (state("done", 100, 100.0), state("done", 100, 300.0), state("waiting", 0, None))
+    assert cell_left_s(dict(zip(cells, known, strict=True)), cells[2], {}) == 100.0
+    assert state("running", 40, 30.0).left_s == 45.0  # 0.75 s a step, 60 to go
+    assert state("waiting", 0, None).left_s is None

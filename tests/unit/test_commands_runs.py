@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -139,6 +140,16 @@ def test_a_damaged_record_is_named() -> None:
     assert state == "done, metrics.jsonl damaged"
 
 
+def test_a_damaged_manifest_is_named() -> None:
+    folder = make("outputs/a", "done", [])
+    (folder / "config.yaml").write_text("seed: 0\n")
+    (folder / "manifest.json").write_text('{"stat')
+    said = spikerl("runs", "path=outputs")
+    assert "note: outputs/a has no readable manifest.json\n" in said.out
+    said = spikerl("runs", "path=outputs", "json=true")
+    assert json.loads(said.out)["unreadable"] == ["outputs/a"]
+
+
 def test_no_runs() -> None:
     Path("empty").mkdir()
     assert spikerl("runs", "path=empty").out == "no runs below empty\n"
@@ -220,6 +231,19 @@ def test_a_run_that_keeps_no_replay() -> None:
     assert said.line == (
         f"resume=outputs/a: its replay was removed when it was done, at step 300; {further}"
     )
+
+
+def test_a_replay_that_cannot_be_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is done all the same."""
+
+    def busy(folder: Path) -> int:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr("spikerl.runs.folder.free", busy)
+    said = spikerl("train", *SHORT, "keep_replay=false", "run_dir=outputs/a")
+    assert said.status == 0, said.err
+    assert "note: its replay could not be removed ([Errno 16] Device or resource busy)" in said.out
+    assert [run["state"] for run in listed()] == ["done"]
 
 
 def test_refused() -> None:

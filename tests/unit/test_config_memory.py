@@ -34,6 +34,8 @@ HUGE = [
         "algo=decision_transformer dataset=d actor=spikeformer algo.batch_size=9000000",
         "algo.batch_size",
     ),
+    ("algo=proxy_td3 algo.proxy_steps=100000000", "algo.proxy_steps"),
+    ("experiment=care_bn actor.recalibration_batches=100000000", "actor.recalibration_batches"),
     ("num_envs=100000", "num_envs"),
     ("threads=100000", "threads"),
     (f"total_steps={1 << 63}", "total_steps"),

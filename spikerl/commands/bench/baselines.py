@@ -1,8 +1,8 @@
 """Two baselines for `spikerl bench`, in the form in which their users run them.
 
-`PopSANLoop`   TD3 with a spiking actor that walks its spike steps in Python, each with its own
+`popsan_loop`  TD3 with a spiking actor that walks its spike steps in Python, each with its own
                products, as the public PopSAN code does (combra-lab/pop-spiking-deep-rl).
-`DenseLoop`    TD3 with dense networks in the form of CleanRL's td3_continuous_action.py.
+`dense_loop`   TD3 with dense networks in the form of CleanRL's td3_continuous_action.py.
 
 Both keep what costs time there: one optimiser over parameter lists, Polyak averaging parameter by
 parameter, gradients that nobody reads. Neither is used for training by this program.

@@ -38,8 +38,10 @@ from spikerl.commands.bench.timing import (
     ratio,
     run_interleaved,
 )
+from spikerl.commands.train import task_for
 from spikerl.config import build as configs
 from spikerl.config.build import Config
+from spikerl.config.memory import check_memory
 from spikerl.errors import DONE, BadRequest
 from spikerl.kernels.cpu import OneAction
 from spikerl.machine import git_state, versions
@@ -52,6 +54,7 @@ from spikerl.snn.neurons import CubaLIFConfig, LIFConfig
 from spikerl.training.trainer import Trainer
 from spikerl.types import Batch
 
+MOST = 1 << 20  # rows of a batch, and rounds
 PARTS = ("acting", "update", "training", "proxy", "workers", "exchange", "start")
 NEURON: dict[str, Any] = {
     "voltage_decay": 0.75, "threshold": 0.5, "reset": "hard", "surrogate": "rect",
@@ -77,15 +80,15 @@ class BenchRequest:
             if part not in PARTS:
                 raise BadRequest("parts", part, f"give some of {', '.join(PARTS)}")
         for key, values in (("batches", self.batches), ("rounds", [self.rounds])):
-            if any(value < 1 for value in values):
-                raise BadRequest(key, values, "give at least 1")
+            if any(not 1 <= value <= MOST for value in values):
+                raise BadRequest(key, values, f"give 1 to {MOST}")
         if not self.batches:
             raise BadRequest("batches", [], "give at least one")
         if "workers" in self.parts and self.batches[-1] < max(self.world_sizes, default=0):
             remedy = f"its last is shared out; give at least {max(self.world_sizes)}"
             raise BadRequest("batches", self.batches, remedy)
-        if any(size < 2 for size in self.world_sizes):
-            remedy = "give at least 2; one worker alone is measured beside them"
+        if any(not 2 <= size <= configs.MOST for size in self.world_sizes):
+            remedy = f"give 2 to {configs.MOST}; one worker alone is measured beside them"
             raise BadRequest("world_sizes", self.world_sizes, remedy)
 
 
@@ -95,8 +98,14 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     request = parse(BenchRequest, {key: data.pop(key) for key in own})
     if data["world_size"] is not None:
         raise BadRequest("world_size", data["world_size"], "bench has a list: give world_sizes")
+    for name in ("config", "resume", "init_from"):
+        if data[name] is not None:
+            remedy = "bench does not read it; type its keys, or give run=RUN"
+            raise BadRequest(name, data[name], remedy)
+    config = configs.build(data)
+    check_memory(config, task_for(config))
     with BenchProgress() as progress:
-        bench = Bench(configs.build(data), request, progress)
+        bench = Bench(config, request, progress)
         results = bench.measure()
         facts = {
             "machine": {**machine.describe(), "versions": versions(), **git_state()},
@@ -284,7 +293,8 @@ class Bench(BenchFixtures):
                 step()
             weights = "random" if "dense" in kernel else self.weights
             times = 2 * interval
-            return Benchmark("training", kernel, "fp32", algo.batch_size, weights, times, call)
+            precision = "fp32" if kernel in loops else self.config.precision.name
+            return Benchmark("training", kernel, precision, algo.batch_size, weights, times, call)
 
         benchmarks = [benchmark(kernel, t.advance) for kernel, t in trainers.items()]
         for kernel, loop in loops.items():

@@ -35,7 +35,7 @@ from spikerl.config import build as configs
 from spikerl.config.build import Config
 from spikerl.distributed import launch, mpi
 from spikerl.distributed.world import BackendConfig, World, join, leave, resolve_backend, share
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, RendezvousFailed
 from spikerl.training.trainer import SYNC_INTERVAL
 
 SHARED = "shared memory"
@@ -99,7 +99,12 @@ def launch_workers(config: Config, job: Job, backend: str, size: int) -> dict[st
         workers = launch.Workers(
             size=size, threads=1, backend=backend, timeout_s=config.backend.timeout_s
         )
-        launch.launch(spec, workers, stoppable=False)
+        try:
+            launch.launch(spec, workers, stoppable=False)
+        except launch.WorkerLost as lost:
+            if lost.request:
+                raise BadRequest(*lost.request) from None
+            raise RendezvousFailed(str(lost)) from None
         return dict(json.loads(answer.read_text(encoding="utf-8")))
 
 

@@ -70,7 +70,8 @@ def outdated(cell: Cell, run: Run) -> bool:
 
 
 def _resumable(run: Run, total_steps: int) -> bool:
-    return run.step < total_steps and (run.folder / "checkpoints").is_dir()
+    whole = "freed" not in run.manifest and (run.folder / "checkpoints").is_dir()
+    return run.step < total_steps and whole
 
 
 def shorter(cell: Cell, total_steps: int) -> str | None:

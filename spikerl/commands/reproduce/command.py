@@ -26,6 +26,8 @@ from spikerl.reporting.results import seeds_of
 from spikerl.reporting.table_file import Cell, Table, cell_of, select, table_of
 from spikerl.schema import parse
 
+MOST = 4096  # runs at a time
+
 
 @dataclass(kw_only=True)
 class ReproduceRequest:
@@ -44,6 +46,8 @@ class ReproduceRequest:
         for key in ("total_steps", "jobs"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise BadRequest(key, getattr(self, key), "give at least 1, or null")
+        if (self.jobs or 0) > MOST:
+            raise BadRequest("jobs", self.jobs, f"give 1 to {MOST}, or null")
         if not self.out:
             raise BadRequest("out", self.out, "give a folder")
         self.out = shown(Path(self.out))

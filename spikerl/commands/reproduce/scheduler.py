@@ -52,6 +52,7 @@ class Scheduler:
     def run(self) -> int:
         with handled(self.stop, listened_to()):
             try:
+                self.screen.open()
                 while self.step():
                     time.sleep(POLL)
             finally:

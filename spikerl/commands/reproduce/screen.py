@@ -60,6 +60,9 @@ class Screen:
         self.live: Live | None = None
         if self.console.is_terminal:
             self.live = Live(console=self.console, auto_refresh=False)
+
+    def open(self) -> None:
+        if self.live:
             self.live.start()
 
     @property
