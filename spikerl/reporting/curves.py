@@ -39,8 +39,8 @@ Point = tuple[float | None, float]  # of one run; None: it has no such number
 def band(lines: Sequence[Line], *, shared: bool) -> tuple[Array, Array, Array, Array]:
     """x, the mean over seeds, and its interval; NaN where one seed is all there is.
 
-    Runs that `shared` their points are averaged there, over those that reached a point. Others are
-    interpolated, as far as the shortest of them goes.
+    Runs that `shared` their points are averaged there, over those that reached a point, between
+    their own by interpolation. Others are interpolated as far as the shortest of them goes.
     """
     lines = [line for line in lines if len(line[0])]
     if not lines:
@@ -49,13 +49,13 @@ def band(lines: Sequence[Line], *, shared: bool) -> tuple[Array, Array, Array, A
         x = np.unique(np.concatenate([line[0] for line in lines]))
     else:
         first, last = max(line[0][0] for line in lines), min(line[0][-1] for line in lines)
+        if last < first:
+            return (np.empty(0),) * 4
         x = np.linspace(first, last, POINTS) if last > first else np.array([first])
     values_SE = np.full((len(lines), len(x)), math.nan)
     for row, (own, y) in zip(values_SE, lines, strict=True):
-        if shared:
-            row[np.searchsorted(x, own)] = y
-        else:
-            row[:] = np.interp(x, own, y)
+        within = (x >= own[0]) & (x <= own[-1])
+        row[within] = np.interp(x[within], own, y)
     mean, low, high = (np.full(len(x), math.nan) for _ in range(3))
     there_SE = ~np.isnan(values_SE)
     for seeds in np.unique(there_SE, axis=1).T:

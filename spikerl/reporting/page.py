@@ -55,7 +55,7 @@ class Card(NamedTuple):
         speed = number(run.last("env_steps_per_s"))
         hours = None if run.wall_s is None else run.wall_s / 3600.0
         overview = (
-            run.env_id, run.status, str(run.seed), steps(run.step),
+            run.env_id, run.status, str(run.seed), steps(run.trained_to),
             rounded(run.score("max_average")), rounded(run.score("last_ten_mean")),
             fraction(run.last("firing_rate")), rounded(speed),
             "-" if hours is None else f"{hours:.2f}", rounded(run.joules),

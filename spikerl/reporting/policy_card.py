@@ -13,7 +13,7 @@ def policy_card(run: Run, label: str) -> str:
     """The card, as markdown, of a run whose policy's file was evaluated."""
     of_the_file, of_the_last_epoch = facts(run)[1:3], facts(run)[3:]
     trained = [
-        ["training steps", steps(run.step)],
+        ["training steps", steps(run.trained_to)],
         ["largest of its evaluations", rounded(run.score("max_average"))],
         ["mean of its last ten evaluations", rounded(run.score("last_ten_mean"))],
     ]

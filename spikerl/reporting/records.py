@@ -87,6 +87,11 @@ class Run:
         """Of its last evaluation; 0 before the first."""
         return int(self.evaluated[-1]["step"]) if self.evaluated else 0
 
+    @property
+    def trained_to(self) -> int | None:
+        """Steps that it was trained for; None of a policy that was made from another one."""
+        return int(self.rows[-1]["step"]) if self.rows else None
+
     def score(self, metric: str) -> float | None:
         return METRICS[metric](self.returns) if self.returns else None
 

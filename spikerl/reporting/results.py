@@ -16,7 +16,15 @@ from spikerl.reporting import statistics
 from spikerl.reporting.cell_config import apart
 from spikerl.reporting.records import Run, number, values
 from spikerl.reporting.statistics import Array, Interval
-from spikerl.reporting.table_file import ROOT, Cell, Protocol, Published, Table, cell_of
+from spikerl.reporting.table_file import (
+    MOST_SEEDS,
+    ROOT,
+    Cell,
+    Protocol,
+    Published,
+    Table,
+    cell_of,
+)
 
 EASY = "InvertedDoublePendulum"  # a baseline that fails there makes every gain look large
 
@@ -298,7 +306,7 @@ def _seeds_beside(folder: Path) -> list[int]:
 def seeds_of(asked: Any, protocol: Protocol) -> list[int]:
     """`seeds=N` are N from the protocol's first on; `seeds=[...]` are those."""
     count = protocol.seeds if asked is None else asked
-    if type(count) is int and (asked is None or 1 <= count <= 1000):
+    if type(count) is int and (asked is None or 1 <= count <= MOST_SEEDS):
         return list(range(protocol.first_seed, protocol.first_seed + count))
     known = isinstance(asked, list) and all(type(s) is int and 0 <= s < 1 << 63 for s in asked)
     if not known or not asked or len(set(asked)) < len(asked):

@@ -147,7 +147,10 @@ def _interval_text(scores: statistics.Array) -> str:
         return "-"
     interval = statistics.bootstrap([scores], statistics.iqm)
     center = tables.rounded(float(statistics.iqm(scores)))
-    return f"{center} ({tables.interval(interval, 0)})" if interval else center
+    if interval is None:
+        return center
+    digits = 0 if max(map(abs, interval)) >= 100 else 1
+    return f"{center} ({tables.interval(interval, digits)})"
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
@@ -169,7 +172,7 @@ def runs_table(report: SideBySide, names: Sequence[str]) -> str:
     """table.csv: one line a run."""
     of = {id(run): group for group, runs in report.groups.items() for run in runs}
     lines = [
-        [name, of[id(run)], run.env_id, run.seed, run.status, run.step,
+        [name, of[id(run)], run.env_id, run.seed, run.status, run.trained_to,
          *(run.score(metric) for metric in METRICS), run.decision("firing_rate"),
          *(run.decision(key) for key in modelled.PER_DECISION), run.last("env_steps_per_s"),
          run.wall_s, run.joules, run.energy_source]

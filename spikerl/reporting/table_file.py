@@ -20,6 +20,7 @@ from spikerl.reporting.records import METRIC_NAMES, METRICS, number
 from spikerl.schema import parse
 
 ROOT = Path("outputs/reproduced")
+MOST_SEEDS = 1000
 NAME = r"[A-Za-z0-9][A-Za-z0-9_]*"
 # What names a run or places it is the cell's, not the table's.
 PLACED = ("env", "env.version", "env.id", "seed", "total_steps", "run_dir", "resume", "config",
@@ -75,7 +76,7 @@ class Column:
 
 @dataclass(kw_only=True)
 class _Head:
-    """The keys of a table file that are not part of their own."""
+    """The keys of a table file beside `protocol`, `rows` and `columns`."""
 
     name: str
     title: str
@@ -211,6 +212,8 @@ def check(table: Table) -> None:
     for name in ("total_steps", "seeds", "eval_episodes"):
         if getattr(p, name) < 1:
             raise BadRequest(f"table.protocol.{name}", getattr(p, name), "give at least 1")
+    if p.seeds > MOST_SEEDS:
+        raise BadRequest("table.protocol.seeds", p.seeds, f"give 1 to {MOST_SEEDS}")
     if not 0 <= p.first_seed < 1 << 62:
         raise BadRequest("table.protocol.first_seed", p.first_seed, "give 0 or more")
     if p.metric not in METRICS:
@@ -222,6 +225,10 @@ def check(table: Table) -> None:
     if table.baseline is not None and table.baseline not in table.rows:
         remedy = f"no such row; {nearest(table.baseline, list(table.rows))}"
         raise BadRequest("table.baseline", table.baseline, remedy)
+    labels = [row.label for row in table.rows.values()]
+    for name, row in table.rows.items():
+        if labels.count(row.label) > 1:
+            raise BadRequest(f"table.rows.{name}.label", row.label, "another row has it, too")
     for name, column in table.columns.items():
         _check_column(table, f"table.columns.{name}", column)
     for name, row in table.rows.items():

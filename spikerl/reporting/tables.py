@@ -18,8 +18,10 @@ SHORT = {"max_average": "maximum", "last_ten_mean": "last ten"}
 WIDTH = 100  # of prose in Markdown
 
 
-def steps(count: int) -> str:
+def steps(count: int | None) -> str:
     """30k, 1M, 1.025M."""
+    if count is None:
+        return "-"
     for unit, letter in ((1_000_000, "M"), (1_000, "k")):
         if count >= unit:
             return f"{count / unit:.4g}{letter}"
@@ -264,12 +266,12 @@ def notes(results: Results) -> list[str]:
             f" {table.rows[table.baseline].label}, in percent of it, on the"
             f" {METRIC_NAMES[table.protocol.metric]}; it is given where every task has a value"
         )
-    here = sorted({c.version for c in table.columns.values()})
     for version in dict.fromkeys(r.published.version for r in table.rows.values() if r.published):
-        if [version] != here:
+        other = sorted({c.version for c in table.columns.values()} - {version})
+        if other:
             said.append(
-                f"published values are of {version} tasks, the runs here of {', '.join(here)}:"
-                " these are other tasks, and no differences are given"
+                f"published values are of {version} tasks, those of {', '.join(other)} here are"
+                " other tasks, for which no differences are given"
             )
     for name, row in table.rows.items():
         if table.converts(name):
@@ -295,7 +297,17 @@ def notes(results: Results) -> list[str]:
         if several > 1:
             said.append(f"warning: the runs of {name} learned from {several} different datasets")
     said += [f"left out: {line}" for line in results.left_out]
-    return [*said, *table.caveats]
+    return [*said, *_of_joules(results.runs), *table.caveats]
+
+
+def _of_joules(runs: Sequence[Run]) -> list[str]:
+    sources = [run.energy_source or "-" for run in runs if run.joules is not None]
+    kinds = sorted({source.partition(":/")[0] for source in sources})
+    said = [
+        "joules are of whole devices: runs that went on side by side each count all of them, those"
+        f" of epochs that a kill discarded too, which hours do not; measured by {', '.join(kinds)}"
+    ] * bool(kinds)
+    return said + ["warning: joules are of different devices"] * (len(kinds) > 1)
 
 
 def sections(results: Results) -> list[Section]:
@@ -358,7 +370,8 @@ def _csv_cell(results: Results, result: Result) -> list[Any]:
     low, high = result.interval or (None, None)
     mean, value = mean_of(scores), result.published_value
     column = table.columns[result.column]
-    difference = mean - value[0] if mean is not None and value and result.comparable else None
+    comparable = result.comparable and not result.partial
+    difference = mean - value[0] if mean is not None and value and comparable else None
     reached = result.steps or (None, None)
     return [
         table.name, result.row, table.rows[result.row].label, result.column,

@@ -39,3 +39,18 @@ def test_as_many_points() -> None:
     (legend,) = figure.legends
     shown = [text.get_text() for text in legend.get_texts()]
     assert shown[:3] == ["0 (n=1 to 2)", "1 (n=2)", "2 (n=2)"]
+
+
+def test_runs_of_other_evaluations_make_no_zigzag() -> None:
+    """Between its own points a run is interpolated; before its first it is not there."""
+    lines = [
+        (np.array([10.0, 20.0]), np.array([1000.0, 1000.0])),
+        (np.array([5.0, 10.0, 15.0, 20.0]), np.full(4, 2000.0)),
+    ]
+    x, mean, _, _ = curves.band(lines, shared=True)
+    assert (x.tolist(), mean.tolist()) == ([5, 10, 15, 20], [2000, 1500, 1500, 1500])
+
+
+def test_runs_that_never_meet_have_no_mean() -> None:
+    lines = [(np.array([10.0, 30.0]), np.ones(2)), (np.array([100.0, 200.0]), np.ones(2))]
+    assert all(len(part) == 0 for part in curves.band(lines, shared=False))

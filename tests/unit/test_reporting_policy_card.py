@@ -73,3 +73,10 @@ def test_a_table_writes_those_of_its_own_policies(
     assert not list(tmp_path.rglob("POLICY.md"))
     render_table(read_table("popsan_table1"), 1000)
     assert list(tmp_path.rglob("POLICY.md")) == [tmp_path / rows / "seed0/POLICY.md"]
+
+
+def test_a_policy_that_was_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    evaluated(Path("a"))
+    (tmp_path / "a/metrics.jsonl").write_text("")
+    assert "\n| training steps | - |\n" in policy_card(Run.read(Path("a")), "converted")

@@ -136,6 +136,11 @@ def test_no_gain_over_a_baseline_of_zero() -> None:
     assert s.average_performance_gain([1.0, 2.0], [1.0, 0.0]) is None
 
 
+def test_an_interval_has_95_percent() -> None:
+    """Of eight draws from 0 and 1, P(0) is 0.004, P(at most 1) 0.035: 90 % would begin at 2 / 8."""
+    assert s.bootstrap([array(*[0.0] * 4, *[1.0] * 4)], mean) == (0.125, 0.875)
+
+
 def test_the_baselines_mean_is_drawn_anew() -> None:
     """1 and 3 have the mean 1, 2 or 3, a quarter, a half and a quarter of the time: over it 2 is
     2 / 1, 2 / 2 or 2 / 3. Below 0 -2 is better than -3 by a third, worse than -1 by 1.

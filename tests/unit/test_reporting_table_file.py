@@ -170,6 +170,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("rows/dense/times_steps", 0, "table.rows.dense.times_steps=0: give at least 1"),
     ("rows/dense/columns", ["Ants"], "table.rows.dense.columns=Ants: no such name; did you mean"),
     ("rows/dense/columns", [], "table.rows.dense.columns=[]: no cell is selected"),
+    ("rows/c", {"label": "b", "experiment": "dense/sac"}, "table.rows.dense.label=b: another row"),
     ("rows/c", {"label": "c", "convert": "spikin"}, "table.rows.c.convert=spikin: give a row"),
     ("rows/c", {"label": "c", "same_as": "popsan_table1/x"}, "table.rows.c.same_as=popsan_table1/x:"
      " no such row there"),
