@@ -31,7 +31,8 @@ class Batch(NamedTuple):
     """Transitions as the losses see them; truncation is deliberately not a field."""
 
     obs: Tensor  # (B, O) normalised
-    act: Tensor  # (B, A) in [-1, 1]; one-hot where actions are discrete
+    # (B, A) in [-1, 1]; of discrete actions the largest entry is the one that was taken
+    act: Tensor
     rew: Tensor  # (B,)
     next_obs: Tensor  # (B, O) normalised; the true successor, never a reset observation
     terminated: Tensor  # (B,) bool
@@ -39,7 +40,7 @@ class Batch(NamedTuple):
 
     def td_target(self, next_value: Tensor) -> Tensor:
         """rew + discount * next_value, without the second term where the episode terminated."""
-        return self.rew + self.discount * (~self.terminated) * next_value
+        return torch.where(self.terminated, self.rew, self.rew + self.discount * next_value)
 
 
 class Contexts(NamedTuple):

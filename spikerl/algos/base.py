@@ -105,10 +105,10 @@ def normal_like(like: Tensor, generator: torch.Generator) -> Tensor:
 class Guard:
     """Notices what is not finite, on the device, and masks writes to weights.
 
-    In fp32 and bf16 every write is masked from the first bad update on, and `check` (once per log
-    interval) raises and names it. Under fp16 a bad gradient is ordinary: the loss scale was too
-    large. Then the rest of that one update is masked, targets included, and the scale halves; it
-    doubles after `GROWTH_INTERVAL` good updates.
+    In fp32 and bf16 every write is masked from the first bad update on, and `check` (after each
+    group of updates) raises and names it. Under fp16 a bad gradient is ordinary: the loss scale was
+    too large. Then the rest of that one update is masked, targets included, and the scale halves;
+    it doubles after `GROWTH_INTERVAL` good updates.
     """
 
     GROWTH_INTERVAL = 2000
@@ -190,7 +190,8 @@ class Optimizer:
             vector[:-1] *= self.unpruned
         loss = self.gradient.loss.clone()
         if self.held:
-            guard.masked.masked_fill_(~torch.isfinite(vector).all(), 1.0)  # as Adam's function does
+            # As Adam's function does.
+            guard.masked.masked_fill_(~torch.isfinite(torch.dot(vector, vector)), 1.0)
             return loss
         params = [p.data for p in self.gradient.params] if self.weight_decay else []
         before = [p.clone() for p in params]

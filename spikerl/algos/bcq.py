@@ -64,7 +64,7 @@ class VAE(nn.Module):
 
     def loss(self, obs_BO: Tensor, act_BA: Tensor, generator: torch.Generator) -> Tensor:
         """mean (decoded - a)^2 + 1/2 KL(N(mean, std) || N(0, 1)), a mean over entries too."""
-        mean_BZ, raw_BZ = self.encoder.mean(torch.cat([obs_BO, act_BA], 1)).chunk(2, 1)
+        mean_BZ, raw_BZ = self.encoder(torch.cat([obs_BO, act_BA], 1), squash=False).chunk(2, 1)
         log_std_BZ = raw_BZ.clamp(*LOG_STD_RANGE)
         z_BZ = mean_BZ + log_std_BZ.exp() * normal_like(mean_BZ, generator)
         error_BA = self.decoder(torch.cat([obs_BO, z_BZ], 1)) - act_BA

@@ -65,10 +65,12 @@ class DQN(OffPolicy):
             # y = r + gamma^n (1 - terminated) Q'(s', a') with a' = argmax Q'(s', .), or, double,
             # argmax Q(s', .).
             with torch.no_grad():
-                next_q = self.values(self.actor_target.mean(batch.next_obs, self.generator))
+                next_q = self.values(
+                    self.actor_target(batch.next_obs, self.generator, squash=False)
+                )
                 choosing = next_q
                 if c.double:
-                    choosing = self.values(self.actor.mean(batch.next_obs, self.generator))
+                    choosing = self.values(self.actor(batch.next_obs, self.generator, squash=False))
                 next_act = choosing.argmax(-1, keepdim=True)
                 y = batch.td_target(next_q.gather(1, next_act).squeeze(1))
 
@@ -106,7 +108,7 @@ class DQN(OffPolicy):
     @torch.no_grad()
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         """One-hot (B, A): the greedy action, or with probability epsilon any."""
-        greedy = self.values(self.acting.mean(obs, generator))
+        greedy = self.values(self.acting(obs, generator, squash=False))
         draws = torch.rand(len(obs), 2, generator=generator, dtype=torch.float32, device=obs.device)
         count = greedy.shape[1]
         random = (draws[:, 1] * count).long().clamp(max=count - 1)

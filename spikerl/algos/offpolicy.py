@@ -48,7 +48,8 @@ class ReplayConfig(TargetConfig):
         self.check("give at least 1", lambda x: x >= 1, "replay_capacity", "update_interval")
         self.check("give 1 to 1000", lambda x: 1 <= x <= 1000, "n_step")
         self.check("give 0 or more", lambda x: x >= 0, "random_steps", "learning_starts")
-        self.check("give a value above 0", lambda x: x > 0.0, "updates_per_step")
+        self.check("give a value above 0, at most 1e6", lambda x: 0.0 < x <= 1e6,
+                   "updates_per_step")  # fmt: skip
 
     def capacity(self) -> int:
         return self.replay_capacity

@@ -239,8 +239,7 @@ class PPO(Learner):
 
     def output(self, actor: Actor, obs: Tensor) -> Tensor:
         """What the policy's distribution is made of, (B, A)."""
-        acts = actor if self.pi.squash else actor.mean
-        return acts(obs, self.generator)
+        return actor(obs, self.generator, self.pi.squash)
 
     def value(self, obs: Tensor) -> Tensor:
         return self.critic(obs, self.no_act(obs))[0]

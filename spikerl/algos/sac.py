@@ -165,8 +165,8 @@ class SAC(OffPolicy):
         self, actor: Actor, log_std: MLPActor | None, obs: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Mean before tanh, and log deviation before it is clipped."""
-        output = actor.mean(obs, generator)
-        mean, raw = (output, log_std.mean(obs)) if log_std else output.chunk(2, -1)
+        output = actor(obs, generator, squash=False)
+        mean, raw = (output, log_std(obs, squash=False)) if log_std else output.chunk(2, -1)
         return mean, raw
 
     def noise(self, like: Tensor) -> Tensor:

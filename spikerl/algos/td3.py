@@ -48,7 +48,7 @@ class TD3(OffPolicy):
         self.actor_target = self.add_target("actor", actor)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        """Gradient steps with these numbers, each on its own minibatch, an equal share of `rows`.
+        """Updates with these numbers, each on its share of the rows.
 
         The target networks change with the last of them at the earliest (`run_updates` sees to it),
         so the target values of all are computed first, in one pass.

@@ -166,6 +166,8 @@ def size_of(actor: MLPActor | SpikingActor) -> tuple[int, int]:
 
 # Runs the file, which it includes unchanged, on many observations.
 HARNESS = """\
+#include <stddef.h>
+
 static unsigned char *trace;
 
 static void note(const unsigned char *spikes, int n)
@@ -191,7 +193,7 @@ void run(int count, const float *obs, float *act, unsigned char *spikes)
 {{
     int i;
     for (i = 0; i < count; i++) {{
-        trace = spikes ? spikes + {trace} * i : 0;
+        trace = spikes ? spikes + (size_t){trace} * (size_t)i : 0;
         policy(obs + {obs} * i, act + {act} * i);
     }}
     if (!trace) note(0, 0);

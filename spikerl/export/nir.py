@@ -1,6 +1,7 @@
 """Format `nir`: the spiking layers as a graph of the Neuromorphic Intermediate Representation.
 
-NIR's neurons are differential equations; a spike step is one forward Euler step of dt = 1e-4 s:
+NIR's neurons are differential equations; a spike step is one Euler step of dt = 1e-4 s, the current
+first and the voltage from the new current:
 
 `cuba_lif`      CubaLIF: tau_syn dI/dt = -I + w_in S,  tau_mem dv/dt = v_leak - v + r I
                 with tau = dt / (1 - decay), w_in = tau_syn / dt, r = tau_mem / dt
@@ -84,7 +85,7 @@ def neurons(nir: Any, neuron: Neuron, n: int) -> Any:
 
 
 class Interpreter:
-    """NIR's equations by forward Euler, in float64; encoder and decoder as the contract says."""
+    """NIR's equations by Euler's steps, in float64; encoder and decoder as the contract says."""
 
     def __init__(self, path: Path, contract: dict[str, Any], scratch: Path) -> None:
         """A ValueError where the file holds another graph than `write` makes, or none."""

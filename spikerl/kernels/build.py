@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -98,9 +99,12 @@ def library(path: str) -> ctypes.CDLL:
         raise Unbuilt("the operating system does not give out AMX tiles")
     compiler = _compiler()
     command = [*compiler, *FLAGS, *PATHS[path][0]]
-    source = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))
-    version = _output([*compiler, "--version"])
-    digest = hashlib.sha256("\0".join([*command, version]).encode() + source).hexdigest()[:16]
+    source = b"".join(path.read_bytes() for path in _sources(".cpp", ".h"))
+    # A home folder may be shared by machines on which the same would not run.
+    made_by = [_output([*compiler, "--version"]), platform.machine(), *platform.libc_ver()]
+    if any("native" in word for word in compiler):
+        made_by += sorted(_processor_flags())
+    digest = hashlib.sha256("\0".join([*command, *made_by]).encode() + source).hexdigest()[:16]
     built = _cache_folder() / f"spiking-{path}-{digest}.so"
     try:
         if not built.exists():
@@ -191,7 +195,7 @@ def _declare(lib: ctypes.CDLL) -> None:
 def _build(command: list[str], built: Path) -> None:
     """Compile the sources in parallel, then link them."""
     with tempfile.TemporaryDirectory(dir=built.parent) as folder, ThreadPoolExecutor() as pool:
-        sources = sorted(SOURCES.glob("*.cpp"))
+        sources = _sources(".cpp")
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
         target = Path(folder) / "out.so"
 
@@ -200,7 +204,14 @@ def _build(command: list[str], built: Path) -> None:
 
         list(pool.map(compiled, sources, objects))
         _succeed([*command, "-shared", *objects, "-o", str(target)])
+        with target.open("rb") as file:  # or a power cut could leave an empty one
+            os.fsync(file.fileno())
         target.replace(built)
+
+
+def _sources(*kinds: str) -> list[Path]:
+    """Without what an editor leaves beside them."""
+    return sorted(p for p in SOURCES.iterdir() if p.suffix in kinds and p.is_file())
 
 
 def _succeed(command: list[str]) -> None:

@@ -18,6 +18,7 @@ from spikerl.snn.linear import Linear
 from spikerl.snn.neurons import ALIF, PLIF, CubaLIF, Dynamic, Neuron, ResidualIF
 
 MAX_LAYERS, MAX_STEPS = 16, 32  # of csrc/spiking.h and csrc/neurons.h
+MAX_INPUTS = 1 << 23  # of a layer: lists of spikes have 24 bits for each
 COVERED_ENCODERS = (PopulationEncoder, PoissonEncoder, TanhPopulationEncoder, AnalogEncoder)
 # The numbers that `with_neuron` of csrc/neurons.h gives a neuron with a reset. Surrogates have
 # their places in snn.surrogates.SURROGATES.
@@ -61,7 +62,8 @@ def events(net: SpikingNet, i: int) -> bool:
     else:
         spikes = type(net.encoder) in COVERED_ENCODERS and net.encoder.spikes
     plain = net.dtype == torch.float32 and why_no_matrix([net.layers[i]]) is None
-    return spikes and plain and net.spike_steps <= MAX_STEPS
+    few = net.spike_steps <= MAX_STEPS and len(net.layers[i].weight_IN) <= MAX_INPUTS
+    return spikes and plain and few
 
 
 def why_layered(net: SpikingNet) -> str | None:
@@ -84,4 +86,6 @@ def why_layered(net: SpikingNet) -> str | None:
         return f"decoder={decoder.config.name}, which runs in PyTorch"
     if net.spike_steps > MAX_STEPS:
         return f"more than {MAX_STEPS} spike steps"
+    if any(len(layer.weight_IN) > MAX_INPUTS for layer in net.layers):
+        return f"more than {MAX_INPUTS} inputs"
     return f"more than {MAX_LAYERS} layers" if len(net.layers) > MAX_LAYERS else None

@@ -32,8 +32,15 @@ class Gradient:
         self.slots = [piece.view(p.shape) for p, piece in learned]
         self.loss = last.view(())
         self.whole = self.vector.new_tensor(weight)
-        # Where each slot lies, for code that is not Python.
-        self.places = (ctypes.c_void_p * len(learned))(*(slot.data_ptr() for slot in self.slots))
+        # Code that is not Python fills a place for each parameter; what is not learned has one that
+        # nobody reads.
+        self.unread = [torch.empty_like(p) for p in params if not p.requires_grad]
+        spare = iter(self.unread)
+        at = [
+            piece if p.requires_grad else next(spare)
+            for p, piece in zip(params, pieces, strict=True)
+        ]
+        self.places = (ctypes.c_void_p * len(at))(*(tensor.data_ptr() for tensor in at))
         self.at = ctypes.addressof(self.places)
 
     @property

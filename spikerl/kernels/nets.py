@@ -1,4 +1,4 @@
-"""What kernels read of networks, and the parts that one which runs layer by layer brings."""
+"""What kernels read of networks; and `Parts`, the steps of a layer that a kernel may replace."""
 
 from __future__ import annotations
 

@@ -21,11 +21,11 @@ from spikerl.snn.surrogates import SURROGATES
 
 def fused(net: SpikingNet) -> bool:
     """Whether one call runs the whole network."""
-    return why_layered(net) is None and all(_plain(layer.weight_IN) for layer in net.layers)
+    return why_layered(net) is None and all(map(_plain, net.parameters()))
 
 
 class PreparedActor:
-    """Where `fused` is false, all that is known is that, and when to look again."""
+    """Where `fused` is false it holds only what `moved` compares."""
 
     def __init__(self, net: SpikingNet) -> None:
         self.params = list(net.parameters())
@@ -69,7 +69,9 @@ class PreparedLayer:
     def __init__(self, net: SpikingNet, i: int) -> None:
         layer, encoder = net.layers[i], net.encoder
         self.params = [layer.weight_IN, layer.bias_N]
-        self.fused = events(net, i) and all(map(_plain, self.params))
+        fields = [encoder.mean_OP, encoder.std_OP] if isinstance(encoder, PopulationEncoder) else []
+        read = [*(fields if i == 0 else []), *self.params]
+        self.fused = events(net, i) and all(map(_plain, read))
         if not self.fused:
             return
         self.widths = np.array(layer.weight_IN.shape, np.int32)
@@ -80,8 +82,7 @@ class PreparedLayer:
         )  # fmt: skip
         if i == 0:
             assert isinstance(encoder, PopulationEncoder)
-            fields = [encoder.mean_OP, encoder.std_OP]
-            self.params = [*fields, *self.params]
+            self.params = read
             self.net.obs_dim, self.net.pop_size = encoder.mean_OP.shape
             self.net.mean, self.net.std = addresses(fields)
             self.net.encoder_threshold = encoder.config.threshold

@@ -41,15 +41,6 @@ class Carried:
             residual_BN[which_B] = 0.0
 
 
-def actions(
-    net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
-) -> Tensor:
-    """Actions (B, A) in [-1, 1]; before tanh, unless they are to be squashed."""
-    if net.early_exit is not None and squash:
-        return early_actions(net, obs_BO, generator, net.early_exit)
-    return act(outputs(net, obs_BO, generator), squash)
-
-
 def early_actions(
     net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, exit: EarlyExit
 ) -> Tensor:
@@ -118,6 +109,19 @@ def connected_scan(neuron: Neuron, drive_TBN: Tensor, decoder: ILCDecoder) -> Te
 
 
 PLAIN = Parts(first, drive, scan, connected_scan, ROWS)
+
+
+def actions(
+    net: SpikingNet,
+    obs_BO: Tensor,
+    generator: torch.Generator | None,
+    squash: bool = True,
+    parts: Parts = PLAIN,
+) -> Tensor:
+    """Actions (B, A) in [-1, 1]; before tanh, unless they are to be squashed."""
+    if net.early_exit is not None and squash:
+        return early_actions(net, obs_BO, generator, net.early_exit)
+    return act(outputs(net, obs_BO, generator, parts), squash)
 
 
 def vjp(

@@ -59,9 +59,7 @@ def actions(
     net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
 ) -> Tensor:
     """As `reference.actions`."""
-    if net.early_exit is not None and squash:
-        return reference.early_actions(net, obs_BO, generator, net.early_exit)
-    return reference.act(reference.outputs(net, obs_BO, generator, PARTS), squash)
+    return reference.actions(net, obs_BO, generator, squash, PARTS)
 
 
 def vjp(
@@ -137,15 +135,16 @@ def _forward(  # type: ignore[no-untyped-def]
     """c = dc c + x;  v = dv v (1 - o) + c;  o = [v > th]."""
     m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = m < M
+    step = tl.cast(M, tl.int64)  # of int32, a place in a large tensor would overflow
     c = tl.zeros([BLOCK], tl.float32)
     v = tl.zeros([BLOCK], tl.float32)
     fired = v > 1.0
     for t in range(T):
-        c = current_decay * c + tl.load(drive + t * M + m, there, 0.0).to(tl.float32)
+        c = current_decay * c + tl.load(drive + t * step + m, there, 0.0).to(tl.float32)
         v = voltage_decay * tl.where(fired, 0.0, v) + c
         fired = v > threshold
-        tl.store(voltage + t * M + m, v, there)
-        tl.store(spikes + t * M + m, tl.where(fired, 1.0, 0.0), there)
+        tl.store(voltage + t * step + m, v, there)
+        tl.store(spikes + t * step + m, tl.where(fired, 1.0, 0.0), there)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -167,10 +166,11 @@ def _backward(  # type: ignore[no-untyped-def]
     """
     m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = m < M
+    step = tl.cast(M, tl.int64)  # of int32, a place in a large tensor would overflow
     gc = tl.zeros([BLOCK], tl.float32)
     gv = tl.zeros([BLOCK], tl.float32)
     for i in range(T):
-        place = (T - 1 - i) * M + m
+        place = (T - 1 - i) * step + m
         v = tl.load(voltage + place, there, 0.0)
         kept = voltage_decay * gv
         spike = tl.load(grad + place, there, 0.0).to(tl.float32) - kept * v

@@ -114,13 +114,13 @@ class SpikingActor(nn.Module):
         self.spike_cost_warmup = actor.spike_cost_warmup
         self.spike_cost_L: Tensor | None = None  # now
 
-    def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Actions; `generator` is drawn from only where the encoder is random."""
-        return kernels.named(self.kernel).actions(self, obs_BO, generator)
-
-    def mean(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Actions before their tanh."""
-        return kernels.named(self.kernel).actions(self, obs_BO, generator, False)
+    def forward(
+        self, obs_BO: Tensor, generator: torch.Generator | None = None, squash: bool = True
+    ) -> Tensor:
+        """Actions, or what they are the tanh of; `generator` is drawn from only where the encoder
+        is random.
+        """
+        return kernels.named(self.kernel).actions(self, obs_BO, generator, squash)
 
     def vjp(
         self, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
@@ -198,12 +198,11 @@ class MLPActor(nn.Module):
         sizes = [obs_dim, *actor.hidden_sizes, act_dim]
         self.layers = Linears(sizes, convolutions(actor, obs_dim))
 
-    def forward(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return kernels.named(self.kernel).dense_actions(self, obs_BO)
-
-    def mean(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Actions before their tanh."""
-        return kernels.named(self.kernel).dense_actions(self, obs_BO, False)
+    def forward(
+        self, obs_BO: Tensor, generator: torch.Generator | None = None, squash: bool = True
+    ) -> Tensor:
+        """As `SpikingActor.forward`."""
+        return kernels.named(self.kernel).dense_actions(self, obs_BO, squash)
 
     def vjp(
         self, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True

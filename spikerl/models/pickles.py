@@ -55,10 +55,8 @@ def claimed(stream: io.BytesIO) -> int:
 
 def read_arrays(content: bytes) -> list[np.ndarray]:
     """The arrays of numbers in a pickled list of them; any other raises almost anything."""
-    for opcode, argument, _ in pickletools.genops(content):
-        if "PUT" in opcode.name and int(argument or 0) > len(
-            content
-        ):  # each name follows an operation
+    for opcode, argument, _ in pickletools.genops(content):  # each name follows an operation
+        if "PUT" in opcode.name and int(argument or 0) > len(content):
             raise pickle.UnpicklingError("it numbers what it does not hold")
     loaded = _ArraysOnly(io.BytesIO(content)).load()
     if not isinstance(loaded, list | tuple) or not all(isinstance(a, _Array) for a in loaded):

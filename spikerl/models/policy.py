@@ -179,7 +179,7 @@ class Policy:
             return reference.decide(self.network, obs, generator, carried, squash).cpu().numpy()
         if squash or isinstance(self.network, Proposer):
             return self.network(obs, generator).cpu().numpy()
-        return self.network.mean(obs, generator).cpu().numpy()
+        return self.network(obs, generator, squash=False).cpu().numpy()
 
     def observe(self, obs_BO: np.ndarray) -> Tensor:
         """What the actor sees of raw observations, (B, O)."""

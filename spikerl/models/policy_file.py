@@ -115,8 +115,6 @@ def read_files(folder: Path, *, key: str, kernel: str) -> Saved:
 
 def _current(data: Any, folder: Path, key: str) -> dict[str, Any]:
     """The JSON in this version's schema, if its plugins are there."""
-    if isinstance(data, dict) and data.get("schema") == 2:
-        data = upgraded(data)
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         schema = data.get("schema") if isinstance(data, dict) else None
         raise BadRequest(
@@ -127,14 +125,6 @@ def _current(data: Any, folder: Path, key: str) -> dict[str, Any]:
         raise BadRequest(key, folder, "policy.json garbles plugins")
     plugins.check_there(key, folder, needed)
     return data
-
-
-def upgraded(data: dict[str, Any]) -> dict[str, Any]:
-    """Schema 2 as schema 3: all neurons were of one kind of reset and surrogate."""
-    if isinstance(neuron := data.get("neuron"), dict):
-        then = {"reset": "hard", "surrogate": "rect", "surrogate_slope": 2.0}
-        data = {**data, "neuron": {**neuron, **then, "surrogate_slope_end": None}}
-    return {**data, "schema": SCHEMA}
 
 
 def _unsound(

@@ -37,7 +37,7 @@ def alone(total: Tensor) -> None:
 
 
 class Rows(NamedTuple):
-    """What is computed with every row of a drive (T, B, N), and nothing else is."""
+    """What of a normalisation goes over every row of a drive (T, B, N); kernels may be faster."""
 
     sums: Callable[[Tensor], Tensor]  # of x and of its squares, (2 N,) in float64
     affine: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x - mean) factor + beta
@@ -79,7 +79,8 @@ class BatchNorm(nn.Module):
     """y = gamma (x - mean) / sqrt(var + eps) + beta.
 
     The running moments are parameters that no gradient reaches, so that whatever copies, averages
-    or commits a network's parameters has them too.
+    or saves a network's parameters has them too. They move in the forward pass: also where the
+    update is then dropped, as its gradient is not finite.
     """
 
     def __init__(self, neurons: int, gamma: float, beta: float) -> None:

@@ -147,7 +147,8 @@ class DynamicConfig(NeuronConfig):
 class State(NamedTuple):
     voltage_BN: Tensor
     spikes_BN: Tensor
-    others: tuple[Tensor, ...] = ()  # what else this kind of neuron has
+    # (B, N) each: a current (cuba_lif), an adaptation (alif), current and recovery (dynamic)
+    others: tuple[Tensor, ...] = ()
 
 
 class Neuron(nn.Module):

@@ -371,3 +371,42 @@ def test_observations_of_another_format_are_refused() -> None:
     actor.kernel = f"cpu/{PATHS[0]}"
     with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
         actor(torch.randn(6, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(4,), (6, 3), (6, 5)], ids=str)
+def test_observations_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    """The library would read beyond them."""
+    actor = made(4, 2, [8], 5)
+    actor.kernel = f"cpu/{PATHS[0]}"
+    with torch.no_grad(), pytest.raises((RuntimeError, IndexError)):
+        actor(torch.randn(shape))
+    with pytest.raises((RuntimeError, IndexError)):
+        actor.vjp(torch.randn(shape), None)
+
+
+def test_what_is_not_learned_gets_no_gradient() -> None:
+    """The encoder's; the others' gradients are those of an actor that learns all."""
+    actor, obs, found = made(4, 2, [8], 5), torch.randn(6, 4), []
+    actor.kernel = f"cpu/{PATHS[0]}"
+    for learned in (True, False):
+        actor.encoder.requires_grad_(learned)
+        into = Gradient(list(actor.parameters()))
+        act, pull = actor.vjp(obs, None)
+        pull(torch.ones_like(act), into)
+        found.append(into.slots)
+    for one, other in zip(found[0][2:], found[1], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_library_of_another_machine_is_not_taken(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a home folder that two share."""
+    built: list[str] = []
+    monkeypatch.setattr(native, "_build", lambda command, path: built.append(path.name))
+    for machine in ("x86_64", "aarch64"):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        native.library.cache_clear()
+        with pytest.raises(native.Unbuilt):
+            native.library("portable")
+    assert len(set(built)) == 2

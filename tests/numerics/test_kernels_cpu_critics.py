@@ -348,3 +348,32 @@ def test_kernels_have_the_same_operations() -> None:
     ]  # fmt: skip
     for kernel in ("reference", f"cpu/{PATHS[0]}"):
         assert all(callable(getattr(kernels.named(kernel), name)) for name in names)
+
+
+def test_rows_of_another_shape_are_refused() -> None:
+    """The library would read beyond them."""
+    critic = Critics(3, 2, [8], kernel=f"cpu/{PATHS[0]}")
+    obs, act, target = torch.randn(6, 3), torch.randn(6, 2), torch.randn(6)
+    into = Gradient(list(critic.parameters()))
+    for odd in ((obs[:, :2], act), (obs, act[:5]), (obs[:5], act)):
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            critic(*odd)
+        with pytest.raises(RuntimeError):
+            critic.critic_backward(*odd, target, into)
+        with pytest.raises(RuntimeError):
+            critic.actor_loss_grad(*odd, into)
+
+
+@pytest.mark.parametrize("kernel", ["reference", *(f"cpu/{path}" for path in PATHS)])
+def test_equal_critics_share_the_gradient(kernel: str) -> None:
+    """Both are the same; half of the gradient goes back through each, together that of one."""
+    critic = Critics(1, 1, [4], kernel=kernel)
+    with torch.no_grad():
+        for p in critic.parameters():
+            p[1] = p[0]
+    obs, act = torch.randn(5, 1), torch.randn(5, 1)
+    one, both = Gradient([torch.zeros(1)]), Gradient([torch.zeros(1)])
+    alone = critic.actor_loss_grad(obs, act, one)
+    shared = critic.actor_loss_grad(obs, act, both, lowest=True)
+    torch.testing.assert_close(shared, alone)
+    torch.testing.assert_close(both.loss, one.loss)

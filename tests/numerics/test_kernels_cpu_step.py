@@ -98,6 +98,9 @@ def test_polyak(kernel: str) -> None:
     assert target.tolist() == [1.0] * 35  # masked
     polyak(target, online, 0.25, torch.zeros(()))
     assert target.tolist() == [1.5] * 35  # 0.75 1 + 0.25 3
+    online.fill_(1e-9)  # much less than the last bit of 1.5
+    polyak(target, online, 1.0, torch.zeros(()))
+    assert torch.equal(target, online)
 
 
 def learner(kernel: str, actor: Actor) -> TD3:

@@ -61,6 +61,19 @@ def test_a_held_policy_is_watched_too() -> None:
         guard.check(5)
 
 
+def test_a_held_policy_is_watched_as_adam_watches() -> None:
+    """1e20 is a number, its square, of which the norm is made, is none."""
+    module = nn.Linear(2, 1)
+    guard = Guard("cpu", scales_loss=False)
+    step = Optimizer(module, 0.1, guard)
+    for held in (True, False):
+        step.held = held
+        guard.masked.zero_()
+        step.gradient.differentiate(module(torch.ones(1, 2)).sum() * 1e20)
+        step.step()
+        assert float(guard.masked) == 1.0
+
+
 def test_fp16_scale_grows_after_enough_good_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Guard, "GROWTH_INTERVAL", 3)
     guard = Guard("cpu", scales_loss=True)
@@ -73,9 +86,14 @@ def test_fp16_scale_grows_after_enough_good_updates(monkeypatch: pytest.MonkeyPa
 
 
 def test_fp16_that_never_fits_is_an_error() -> None:
+    """From 2^16, 30 halvings leave 2^-14, which is allowed; one more is not."""
     guard = Guard("cpu", scales_loss=True)
-    for _ in range(31):
+    for _ in range(30):
         guard.masked.fill_(1.0)
         guard.end_update()
+    assert float(guard.scale) == 2.0**-14
+    guard.check(30)
+    guard.masked.fill_(1.0)
+    guard.end_update()
     with pytest.raises(NonFinite, match="any loss scale"):
         guard.check(31)

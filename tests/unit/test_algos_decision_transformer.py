@@ -154,3 +154,11 @@ def test_it_learns_the_actions_that_a_return_followed(kind: str) -> None:
         losses.append(float(made.update(steps._replace(act=sign))["actor_loss"]))
     assert losses[0] > 0.25  # as for an action of 0
     assert sum(losses[-5:]) / 5 < 0.14
+
+
+def test_a_warm_up_that_ends_between_updates() -> None:
+    """2.5 updates: 1 / 2.5, 2 / 2.5, at most 1; then half an update of the 7.5 behind."""
+    config = decision_config(warmup_share=0.25)
+    shares = [config.lr_share(n, 10) for n in range(4)]
+    cosine = (1 + math.cos(math.pi * 0.5 / 7.5)) / 2
+    assert shares == pytest.approx([0.4, 0.8, 1.0, cosine])

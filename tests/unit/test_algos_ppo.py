@@ -132,7 +132,7 @@ def usual(pi: Actor, obs: Tensor, act: Tensor, log_std: Tensor | None) -> tuple[
     if log_std is not None:
         gaussian = Normal(pi(obs), log_std.exp())
         return gaussian.log_prob(act), gaussian.entropy()
-    softmax = Categorical(logits=pi.mean(obs))
+    softmax = Categorical(logits=pi(obs, squash=False))
     return softmax.log_prob(act.argmax(1))[:, None], softmax.entropy()[:, None]
 
 
@@ -400,3 +400,12 @@ def test_returns_end_in_the_value_of_the_true_successor(monkeypatch: pytest.Monk
                     expected = float(rew[t, n]) + 0.5 * follows
                     assert float(ret[t, n]) == pytest.approx(expected, rel=1e-6, abs=0.05)
         assert trainer.replay.between(40, 60)[:, 4:6].abs().max() > 1.0  # as they were drawn
+
+
+def test_a_gaussian_draws_for_each_entry() -> None:
+    """mean + e^-1 eps, of a policy whose log deviation is -1."""
+    ppo = learner(dtype=torch.float32, log_std=-1.0)
+    obs = torch.randn(50, 3, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(50, 2, generator=torch.Generator().manual_seed(3))
+    expected = ppo.actor(obs).detach() + math.exp(-1.0) * noise
+    torch.testing.assert_close(ppo.explore(obs, torch.Generator().manual_seed(3)), expected)

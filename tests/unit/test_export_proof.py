@@ -11,6 +11,7 @@ import pytest
 import torch
 from builders import dense_config, lif_config
 from exports import DIRECT, config, policy_of, saved, task
+from hand_worked import rate_decoded
 from shell import spikerl
 
 from spikerl.commands.export import publish
@@ -25,6 +26,7 @@ from spikerl.models.policy import Policy
 from spikerl.seeding import RESET_BITS, reset_seed
 from spikerl.snn import decoders, encoders, neurons
 from spikerl.snn.decoders import DecoderConfig
+from spikerl.snn.early_exit import EarlyExit
 from spikerl.snn.encoders import PopulationConfig
 from spikerl.training.evaluator import Evaluator
 
@@ -229,3 +231,26 @@ def table_of_support() -> list[str]:
 def test_the_page_has_the_table() -> None:
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
     assert "\n".join(table_of_support()) in page
+
+
+def test_spikes_are_counted_over_all_pieces() -> None:
+    """Of 200 observations the first 100 fire, none of them in the second piece of 128."""
+
+    class Fires(Constant):
+        def spikes(self, obs_BO: np.ndarray) -> list[np.ndarray]:
+            return [(obs_BO > 0.0)[None]] * 2
+
+    policy = proof.FilePolicy(task(1, 1), Fires())
+    seen = torch.cat([torch.ones(100, 1), -torch.ones(100, 1)])
+    found = policy.activity(seen, torch.Generator())
+    assert found is not None
+    assert found.firing_rate == 0.5
+
+
+@pytest.mark.parametrize(("threshold", "near"), [(5e-7, True), (0.1, False)])
+def test_an_early_exit_that_rounding_decides(threshold: float, near: bool) -> None:
+    """Without spikes no action moves."""
+    actor = rate_decoded(spike_steps=4)
+    actor.early_exit = EarlyExit(threshold=threshold, steps=1)
+    taken = torch.ones(4, 1, 1, dtype=torch.bool)
+    assert proof.decided(actor, torch.zeros(4, 1, 3), taken)[1].tolist() == [near]

@@ -96,3 +96,26 @@ def test_on_another_kind_of_device_the_streams_begin_anew(tmp_path: Path) -> Non
         for stream in ("explore", "sample", "update"):
             wanted = torch.Generator().manual_seed(seed_for(0, stream, 0, 0)).get_state()
             assert torch.equal(resumed.streams.state()[stream], wanted)
+
+
+@pytest.mark.parametrize(
+    ("bits", "pending", "line"),
+    [
+        (5, torch.zeros(0, 2, dtype=torch.float64), "its resets have seeds of 5 bits"),
+        (31, torch.zeros(1, 5, dtype=torch.float64), "its norm.pending is torch.float64"),
+        (31, torch.zeros(1, 2), "its norm.pending is torch.float32"),
+    ],
+)
+def test_a_checkpoint_that_no_run_wrote(
+    bits: int, pending: torch.Tensor, line: str, tmp_path: Path
+) -> None:
+    facts = {"step": 0, "epoch": 0, "world_size": 1, "wall_s": 0.0, "metrics_bytes": 0}
+    facts["reset_seed_bits"] = bits
+    with closing(trainer_of()) as trainer:
+        shard = trainer.shard()
+        shard = replace(shard, tensors={**shard.tensors, "norm.pending": pending})
+        save_checkpoint(tmp_path, trainer.world, shard, trainer.learner_state(), facts, {})
+    with closing(trainer_of()) as resumed:
+        name = next((tmp_path / "checkpoints").glob("step_*")).name
+        with pytest.raises(ValueError, match=line):
+            resumed.load(Checkpoint.open(tmp_path, name))

@@ -69,7 +69,7 @@ def test_pixels_are_scaled_once() -> None:
     scaled = build_actor(config("cnn", pixel_max=255.0), 60, 3)
     plain = build_actor(config("cnn"), 60, 3)
     plain.load_state_dict(scaled.state_dict())
-    torch.testing.assert_close(scaled.mean(pixels), plain.mean(pixels / 255.0))
+    torch.testing.assert_close(scaled(pixels, squash=False), plain(pixels / 255.0, squash=False))
 
 
 @pytest.mark.parametrize("channels_first", [False, True])
@@ -112,7 +112,7 @@ def test_a_dense_network_is_torchs(kernel: str) -> None:
     convs = [torchs(first, 1), torchs(second, 2)]  # type: ignore[arg-type]
     x = by_torch(obs.unflatten(1, (5, 6, 2)).permute(0, 3, 1, 2), convs)[-1]
     x = torch.relu(x @ hidden.weight_IN + hidden.bias_N) @ last.weight_IN + last.bias_N
-    torch.testing.assert_close(actor.mean(obs), x)
+    torch.testing.assert_close(actor(obs, squash=False), x)
     output, _ = actor.vjp(obs, None, squash=False)
     torch.testing.assert_close(output, x.detach())
 
@@ -131,7 +131,7 @@ def test_spikes_by_hand(kernel: str) -> None:
         p.data.fill_(0.0 if "bias" in name else 1.0)
     obs = torch.full((2, 9), 0.3 / 9.0)
     obs[1] = 0.0
-    assert net.mean(obs).tolist() == [[0.625], [0.0]]
+    assert net(obs, squash=False).tolist() == [[0.625], [0.0]]
     assert net.activity(obs).layers == [None, 0.25, 0.25]
 
 
@@ -139,7 +139,7 @@ def test_spikes_by_hand(kernel: str) -> None:
 def test_a_gradient_reaches_every_layer(kind: str) -> None:
     torch.manual_seed(0)
     actor = build_actor(config(kind, channels_first=True), 60, 3)
-    actor.mean(10.0 * torch.randn(32, 60)).square().sum().backward()
+    actor(10.0 * torch.randn(32, 60), squash=False).square().sum().backward()
     for name, p in actor.named_parameters():
         assert p.grad is not None, name
         assert p.grad.abs().sum() > 0.0, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from shell import refusal
@@ -18,7 +20,7 @@ from spikerl.envs import make as envs_module
 from spikerl.envs.make import make_env, task_of
 from spikerl.envs.vector import make_envs
 from spikerl.errors import BadRequest
-from spikerl.types import Task
+from spikerl.types import Batch, Task
 
 
 @st.composite
@@ -147,3 +149,11 @@ def test_every_episode_ends(
     env.reset(seed=0)
     results = [env.step(np.zeros(2, np.float32))[2:4] for _ in range(ends)]
     assert results == [(False, False)] * (ends - 1) + [(False, True)]
+
+
+def test_what_follows_a_terminated_step_counts_for_nothing() -> None:
+    """1 + 0.5 8 = 5, and 1 alone, also where the next value is not finite."""
+    rew, discount = torch.ones(3), torch.full((3,), 0.5)
+    terminated, none = torch.tensor([False, True, True]), torch.empty(3, 0)
+    batch = Batch(none, none, rew, none, terminated, discount)
+    assert batch.td_target(torch.tensor([8.0, math.inf, math.nan])).tolist() == [5.0, 1.0, 1.0]

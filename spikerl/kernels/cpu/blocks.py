@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
 
-class BlockCache:
-    """What was used last still lies in a processor's cache."""
+class BlockCache(threading.local):
+    """What was used last still lies in a processor's cache. Each thread has blocks of its own."""
 
     KEPT = 16  # blocks
 

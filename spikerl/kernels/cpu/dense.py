@@ -18,6 +18,24 @@ from spikerl.kernels.nets import DenseNet, ValueNet
 from spikerl.kernels.prepared import PreparedCritic, PreparedDense, covered
 from spikerl.types import Batch
 
+# What has another shape is for the reference to refuse: the library reads as far as it is told.
+
+
+def takes(ready: PreparedCritic, obs_BO: Tensor, act_BA: Tensor, *each_B: Tensor) -> bool:
+    """Whether the library runs it, with numbers of each row."""
+    size, batch = ready.all, len(obs_BO)
+    numbers = [x for x in each_B if x.dtype != torch.bool]
+    return (
+        covered(ready, obs_BO, act_BA, *numbers)
+        and obs_BO.shape[1:] == (size.obs_dim,)
+        and act_BA.shape == (batch, size.act_dim)
+        and all(x.shape == (batch,) for x in each_B)
+    )
+
+
+def takes_obs(ready: PreparedDense, obs_BO: Tensor) -> bool:
+    return covered(ready, obs_BO) and obs_BO.shape[1:] == (ready.net.obs_dim,)
+
 
 class DenseCalls:
     """`tiles`: whether products of bf16 take matrix units."""
@@ -42,7 +60,7 @@ class DenseCalls:
     def values(self, critic: ValueNet, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
         """Values (C, B)."""
         ready = self.prepare_critic(critic, act_BA.shape[1])
-        if not covered(ready, obs_BO, act_BA) or torch.is_grad_enabled():
+        if not takes(ready, obs_BO, act_BA) or torch.is_grad_enabled():
             return reference.values(critic, obs_BO, act_BA)
         obs, act = obs_BO.contiguous(), act_BA.contiguous()
         values = obs.new_empty(ready.all.networks, len(obs))
@@ -57,7 +75,8 @@ class DenseCalls:
         ready = self.prepare_critic(critic, act_BA.shape[1])
         obs, rew, discount = rows.next_obs, rows.rew, rows.discount
         bonus = () if bonus_B is None else (bonus_B.contiguous(),)
-        if not covered(ready, obs, act_BA, rew, discount, *bonus) or torch.is_grad_enabled():
+        fits = takes(ready, obs, act_BA, rew, discount, rows.terminated, *bonus)
+        if not fits or torch.is_grad_enabled():
             return reference.td_target(critic, rows, act_BA, bonus_B)
         fields = [x.contiguous() for x in (obs, act_BA, rew, discount, rows.terminated)]
         target = torch.empty_like(fields[2])
@@ -71,7 +90,7 @@ class DenseCalls:
     ) -> Tensor:
         """As `reference.critic_backward`."""
         ready = self.prepare_critic(critic, act_BA.shape[1])
-        if not covered(ready, obs_BO, act_BA, target_B):
+        if not takes(ready, obs_BO, act_BA, target_B):
             return reference.critic_backward(critic, obs_BO, act_BA, target_B, into)
         obs, act, target = obs_BO.contiguous(), act_BA.contiguous(), target_B.contiguous()
         mean = target.new_empty(())
@@ -91,7 +110,7 @@ class DenseCalls:
     ) -> Tensor:
         """As `reference.actor_loss_grad`."""
         ready = self.prepare_critic(critic, act_BA.shape[1])
-        if not covered(ready, obs_BO, act_BA):
+        if not takes(ready, obs_BO, act_BA):
             return reference.actor_loss_grad(critic, obs_BO, act_BA, into, lowest)
         obs, act = obs_BO.contiguous(), act_BA.contiguous()
         grad = torch.empty_like(act)
@@ -107,7 +126,7 @@ class DenseCalls:
     def dense_actions(self, net: DenseNet, obs_BO: Tensor, squash: bool = True) -> Tensor:
         """As `reference.dense_actions`."""
         ready = self.prepare_dense(net)
-        if not covered(ready, obs_BO) or torch.is_grad_enabled():
+        if not takes_obs(ready, obs_BO) or torch.is_grad_enabled():
             return reference.dense_actions(net, obs_BO, squash)
         return self.dense_forward(ready, obs_BO.contiguous(), None, squash)
 
@@ -127,7 +146,7 @@ class DenseCalls:
     ) -> tuple[Tensor, Pullback]:
         """As `reference.dense_vjp`, without autograd."""
         ready = self.prepare_dense(net)
-        if not covered(ready, obs_BO):
+        if not takes_obs(ready, obs_BO):
             return reference.dense_vjp(net, obs_BO, squash)
         obs, batch = obs_BO.contiguous(), len(obs_BO)
         saved = [blocks.acquire(self.lib.spikerl_dense_saved_bytes(ready.net, batch) // 4)]
@@ -147,7 +166,8 @@ class DenseCalls:
     def mse_backward(self, net: DenseNet, obs_BO: Tensor, goal_BA: Tensor, into: Gradient) -> None:
         """As `reference.mse_backward`."""
         ready = self.prepare_dense(net)
-        if not covered(ready, obs_BO, goal_BA):
+        fits = takes_obs(ready, obs_BO) and covered(ready, goal_BA)
+        if not fits or goal_BA.shape != (len(obs_BO), ready.widths[-1]):
             return reference.mse_backward(net, obs_BO, goal_BA, into)
         obs, goal = obs_BO.contiguous(), goal_BA.contiguous()
         self.lib.spikerl_mse_backward(

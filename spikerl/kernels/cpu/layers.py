@@ -49,14 +49,15 @@ class LayerCalls:
     def first(self, net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
         """As `reference.first`."""
         layer = PreparedLayer(net, 0)
-        if not covered(layer, obs_BO) or obs_BO.requires_grad:
+        fits = covered(layer, obs_BO) and obs_BO.shape[1:] == (layer.net.obs_dim,)
+        if not fits or obs_BO.requires_grad:
             return reference.first(net, obs_BO, generator)
         return self.driven(layer, *encoded(net, obs_BO, generator), None)
 
     def drive(self, net: SpikingNet, i: int, x_TBI: Tensor) -> Tensor:
         """As `reference.drive`."""
         layer = PreparedLayer(net, i)
-        if not covered(layer, x_TBI):
+        if not covered(layer, x_TBI) or x_TBI.shape[::2] != (net.spike_steps, layer.widths[0]):
             return reference.drive(net, i, x_TBI)
         return self.driven(layer, None, None, x_TBI)
 

@@ -38,6 +38,10 @@ class NetworkCalls(LayerCalls):
             ready = self.actors[net] = PreparedActor(net)
         return ready
 
+    def takes(self, ready: PreparedActor, obs_BO: Tensor) -> bool:
+        """Whether the library runs it; what has another shape is for the reference to refuse."""
+        return covered(ready, obs_BO) and obs_BO.shape[1:] == (ready.net.obs_dim,)
+
     def actions(
         self,
         net: SpikingNet,
@@ -47,12 +51,12 @@ class NetworkCalls(LayerCalls):
     ) -> Tensor:
         """As `reference.actions`."""
         ready = self.prepare(net)
-        if not covered(ready, obs_BO) or obs_BO.requires_grad:
-            if net.early_exit is not None and squash:
-                return reference.early_actions(net, obs_BO, generator, net.early_exit)
-            return reference.act(reference.outputs(net, obs_BO, generator, self.parts), squash)
+        learns = torch.is_grad_enabled()
+        early = net.early_exit is not None and learns
+        if not self.takes(ready, obs_BO) or obs_BO.requires_grad or early:
+            return reference.actions(net, obs_BO, generator, squash, self.parts)
         obs_BO, uniform = encoded(net, obs_BO, generator)
-        if not torch.is_grad_enabled():
+        if not learns:
             return self.forward(ready, obs_BO, uniform, None, squash)
         act: Tensor = _Actions.apply(self, ready, obs_BO, uniform, squash, *ready.params)
         return act
@@ -122,7 +126,7 @@ class NetworkCalls(LayerCalls):
     ) -> tuple[Tensor, Pullback]:
         """As `reference.vjp`, without autograd where one call covers the network."""
         ready = self.prepare(net)
-        if not covered(ready, obs_BO):
+        if not self.takes(ready, obs_BO) or net.early_exit is not None:
             return reference.vjp(net, obs_BO, generator, squash, self.parts)
         obs_BO, uniform = encoded(net, obs_BO, generator)
         saved = [self.saved_block(ready, len(obs_BO))]
@@ -132,7 +136,8 @@ class NetworkCalls(LayerCalls):
             room = saved.pop()  # a second way back finds nothing, and fails
             added, by_spike_L = {}, None
             if net.spike_cost_L is not None:
-                spikes_L = torch.from_numpy(ready.widths[1:]) * (len(obs_BO) * net.spike_steps)
+                spikes_L = torch.from_numpy(ready.widths[1:]).long()  # of int32 they could overflow
+                spikes_L = spikes_L * (len(obs_BO) * net.spike_steps)
                 by_spike_L = net.spike_cost_L / spikes_L  # a spike is this share of the loss
                 loss = (by_spike_L * self.count_spikes(ready, len(obs_BO), room)).sum()
                 into.loss += loss * into.weight
@@ -163,7 +168,8 @@ class OneAction:
         self.units = Units(*(array.ctypes.data for array in self.kept))
 
     def __call__(self, obs_O: np.ndarray, norm_2O: Tensor, clip: float) -> np.ndarray | None:
-        """The action (A,) in the environment's units; None where the observation is not finite.
+        """The action (A,) in the environment's units; None where the observation is not finite, or
+        the network became one that the library does not run.
 
         `norm_2O`: mean and standard deviation that the observation is normalised with.
         """
@@ -171,6 +177,8 @@ class OneAction:
             self.obs_O[:] = obs_O
             if self.ready.moved(self.net):
                 self.ready = self.kernel.prepare(self.net)
+            if not self.ready.fused:
+                return None
             return self.act_A.copy() if self.run(norm_2O.data_ptr(), clip) else None
 
     def run(self, norm: int, clip: float) -> bool:

@@ -21,7 +21,8 @@ class StepCalls:
         self, act_BA: Tensor, noise_BA: Tensor, std: float, bound: float
     ) -> Tensor:
         """As `reference.add_clipped_noise`."""
-        if not act_BA.dtype == noise_BA.dtype == torch.float32 or not act_BA.is_contiguous():
+        plain = all(x.dtype == torch.float32 and x.is_contiguous() for x in (act_BA, noise_BA))
+        if not plain or noise_BA.shape != act_BA.shape:
             return reference.add_clipped_noise(act_BA, noise_BA, std, bound)
         self.lib.spikerl_add_clipped_noise(
             act_BA.numel(), act_BA.data_ptr(), noise_BA.data_ptr(), std, bound
@@ -77,7 +78,7 @@ class StepCalls:
 
     def polyak(self, target: Tensor, online: Tensor, tau: float, masked: Tensor) -> None:
         """As `reference.polyak`."""
-        if target.dtype != torch.float32:
+        if not target.dtype == online.dtype == torch.float32:
             return reference.polyak(target, online, tau, masked)
         places = (target.data_ptr(), online.data_ptr(), tau, masked.data_ptr())
         self.lib.spikerl_polyak(len(target), *places)

@@ -149,13 +149,12 @@ float spikerl_actor_loss_grad(const Critic* critic, int64_t B, const float* obs,
         const auto nets = prepare(*critic, B, obs, act, INPUTS, way.lists, memory);
         parallel_rows(nets, way.row_multiple, threads, way.forward);
         for (int64_t b = 0; b < B; b++) {
-            const Network* lowest = &nets[0];
-            for (const Network& net : nets) {
-                net.grad[b] = 0.0f;
-                if (is_lower(net.values[b], lowest->values[b])) lowest = &net;
-            }
-            lowest->grad[b] = weight / float(B);
-            sum += lowest->values[b];
+            float lowest = nets[0].values[b];
+            for (const Network& net : nets) if (is_lower(net.values[b], lowest)) lowest = net.values[b];
+            int equal = 0;  // which share the gradient
+            for (const Network& net : nets) equal += net.values[b] == lowest;
+            for (const Network& net : nets) net.grad[b] = net.values[b] == lowest ? weight / (float(B) * float(equal)) : 0.0f;
+            sum += lowest;
         }
         parallel_rows(nets, way.row_multiple, threads, way.backward);
         std::memset(grad_act, 0, B * critic->act_dim * sizeof(float));

@@ -90,11 +90,18 @@ void spikerl_add_clipped_noise(int64_t n, const float* act, float* noise, float 
     }
 }
 
-// target <- (1 - tau) target + tau online, unless masked.
+// target <- (1 - tau) target + tau online, unless masked; by the nearer end, so that a tau of 1 copies.
 void spikerl_polyak(int64_t n, float* target, const float* online, float tau, const float* masked) {
     if (*masked > 0.0f) return;
     for_each(
-        n, [&](int64_t i) { store(target + i, load(target + i) + (load(online + i) - load(target + i)) * tau); },
-        [&](int64_t i) { target[i] += (online[i] - target[i]) * tau; });
+        n,
+        [&](int64_t i) {
+            const vec t = load(target + i), o = load(online + i), apart = o - t;
+            store(target + i, tau < 0.5f ? t + apart * tau : o - apart * (1.0f - tau));
+        },
+        [&](int64_t i) {
+            const float t = target[i], o = online[i], apart = o - t;
+            target[i] = tau < 0.5f ? t + apart * tau : o - apart * (1.0f - tau);
+        });
 }
 }

@@ -75,8 +75,10 @@ inline int append(int32_t* list, ivec values, ivec mask) {
     store(list, reinterpret_cast<ivec>(_mm512_maskz_compress_epi32(bits, reinterpret_cast<__m512i>(values))));
     return __builtin_popcount(bits);
 #else
+    typedef int32_t anything __attribute__((may_alias));  // `list` may hold floats
+    anything* to = list;
     int count = 0;
-    for (uint32_t bits = lane_bits(mask); bits; bits &= bits - 1) list[count++] = values[__builtin_ctz(bits)];
+    for (uint32_t bits = lane_bits(mask); bits; bits &= bits - 1) to[count++] = values[__builtin_ctz(bits)];
     return count;
 #endif
 }
