@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 
 from spikerl.cli.compose import PATHS, known_keys, readable, split, unquoted
 from spikerl.config.yaml_file import NAME, conf_folder, group_options, option_file
-from spikerl.errors import BadRequest, nearest
+from spikerl.errors import WRONG, BadRequest, nearest
 from spikerl.files import absolute
 
+LONGEST = 1000  # characters of a refusal
 HYDRAS = {
     "hydra/launcher": ["basic", "joblib", "submitit_local", "submitit_slurm"],
     "hydra/sweeper": ["basic", "optuna"],
@@ -43,6 +45,17 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     if unread:
         return f"{unread[0]}: cannot be read; {_meant(command, unread[0])}"
     return f"config: {lines[0] if lines else type(error).__name__}"
+
+
+def beside(error: BaseException | None) -> str:
+    """A hint, if what could not be imported lies in the current folder."""
+    while error and not (isinstance(error, ModuleNotFoundError) and error.name):
+        error = error.__cause__
+    name = getattr(error, "name", None) or ""
+    top = name.partition(".")[0]
+    if not top or not (os.path.isfile(f"{top}.py") or os.path.isdir(top)):
+        return ""
+    return f"; {top} lies in this folder, from which nothing is imported: PYTHONPATH=. spikerl ..."
 
 
 def _meant(command: str, word: str) -> str:
@@ -92,3 +105,21 @@ def _having(key: str) -> str:
         if line.search(option_file(group, option).read_text(encoding="utf-8"))
     ]
     return f"it goes with {group}={', '.join(options)}" if options else ""
+
+
+def escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code:02x}"
+
+
+def say(line: str) -> None:
+    """One line of bounded length, whatever the text holds: some may be from an untrusted file."""
+    shown = "".join(c if c.isprintable() else escaped(c) for c in line[:LONGEST])
+    shown += "..." * (len(line) > LONGEST)
+    print(f"spikerl: {shown}", file=sys.stderr)
+
+
+def wrong(line: str) -> int:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other workers of a machine would repeat it
+        say(line)
+    return WRONG

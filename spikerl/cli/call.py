@@ -1,0 +1,124 @@
+"""Composes a command's config with Hydra and calls it: once, or once per job of a sweep."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from importlib import import_module
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spikerl import output
+from spikerl.children import safe_path
+from spikerl.cli.compose import PATHS, deferred, module_of, searchpath, split
+from spikerl.cli.explain import beside, explain, say, wrong
+from spikerl.cli.help import with_meanings
+from spikerl.cli.sweep import Sweep
+from spikerl.config.yaml_file import conf_folder
+from spikerl.errors import BY_DESIGN, DONE, FAILED, WRONG, BadRequest, with_notes
+from spikerl.files import absolute
+
+
+def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
+    """The exit status of a request that was expanded; `typed` is what the user wrote."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing and exiting
+
+    def call(config: DictConfig) -> int:
+        return call_command(command, config, typed)
+
+    def explained(error: Exception) -> str:
+        return explain(command, args, error) + beside(error)
+
+    if {*split(args)[1]} - {"--run", "-r", "--multirun", "-m"}:
+        return show_config(command, args, explained)
+    if sweep := Sweep.of(command, args):
+        return run_sweep(sweep, args, call, explained)
+    return run_once(command, args, call, explained)
+
+
+def call_command(command: str, config: DictConfig, typed: Sequence[str]) -> int:
+    data = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(data, dict)
+    if command != "train":  # whose config is recorded as it was typed
+        given = {key: data.get(key) for key in PATHS}
+        words = ("", "none")  # stats=none is an answer, not a file
+        paths = {key: v for key, v in given.items() if isinstance(v, str) and v not in words}
+        data |= {key: str(absolute(path)) for key, path in paths.items()}
+    main = import_module(module_of(command)).main
+    with output.only_answers() if data.get("json") is True else nullcontext():
+        return int(main(data, ["spikerl", command, *typed]))
+
+
+def run_once(
+    command: str,
+    args: Sequence[str],
+    call: Callable[[DictConfig], int],
+    explained: Callable[[Exception], str],
+) -> int:
+    try:
+        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            config = hydra.compose(command, [*searchpath(), *args])
+    except Exception as error:
+        return wrong(explained(error))
+    try:
+        return call(config)
+    except (BadRequest, OmegaConfBaseException) as error:
+        return wrong(explained(error))
+    except BY_DESIGN as error:  # no fault of this program's code
+        say(with_notes(error))
+        return FAILED
+    except SystemExit:  # somebody's code has no say in how the program ends
+        return FAILED
+
+
+def run_sweep(
+    sweep: Sweep,
+    args: Sequence[str],
+    call: Callable[[DictConfig], int],
+    explained: Callable[[Exception], str],
+) -> int:
+    def job(config: DictConfig) -> float | None:
+        return sweep.job(config, call, explained)
+
+    try:
+        if sweep.command == "train" and (refused := sweep.refusals(args, explained)):
+            return max(map(wrong, refused))
+        with safe_path():  # for the processes of Hydra's launchers
+            by_hydra(sweep.command, [*sweep.hydra_args(), *deferred(args)], job)
+    except SystemExit:
+        return FAILED
+    except Exception as error:
+        if not sweep.noted():
+            return wrong(explained(error))
+        # A launcher lost a job, or a sweeper gave up.
+        print(f"spikerl: {type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        if not sweep.noted():
+            sweep.discard()
+    return sweep.end()
+
+
+def show_config(command: str, args: list[str], explained: Callable[[Exception], str]) -> int:
+    """What Hydra prints of a config, for --help, --cfg and --info; nothing is called."""
+    helps, text = not {"--help", "-h"}.isdisjoint(args), io.StringIO()
+    try:
+        with redirect_stdout(text) if helps else nullcontext():
+            by_hydra(command, args, lambda config: None)
+    except SystemExit as ended:  # of --help, and of a --package that is not there
+        if ended.code:
+            return WRONG
+    except Exception as error:
+        return wrong(explained(error))
+    print(with_meanings(text.getvalue(), command), end="")
+    return DONE
+
+
+def by_hydra(command: str, args: Sequence[str], job: Callable[[DictConfig], Any]) -> None:
+    sys.argv = ["spikerl", *searchpath(), *args]
+    hydra.main(str(conf_folder()), command, version_base="1.3")(job)()
