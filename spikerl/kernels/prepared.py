@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spikerl.kernels.build import Critic, Net, Neurons, Pointer
 from spikerl.kernels.coverage import EQUATIONS, events, why_layered, why_no_matrix
@@ -21,7 +21,7 @@ from spikerl.snn.surrogates import SURROGATES
 
 def fused(net: SpikingNet) -> bool:
     """Whether one call runs the whole network."""
-    return why_layered(net) is None and all(map(_plain, net.parameters()))
+    return why_layered(net) is None and all(map(plain, net.parameters()))
 
 
 class PreparedActor:
@@ -29,8 +29,8 @@ class PreparedActor:
 
     def __init__(self, net: SpikingNet) -> None:
         self.params = list(net.parameters())
-        self.at = addresses(self.params)
-        self.first, self.early_exit = net.layers[0].weight_IN, net.early_exit
+        self.at, self.owners = addresses(self.params), owners(net)
+        self.early_exit = net.early_exit
         self.fused = fused(net)
         if not self.fused:
             return
@@ -57,8 +57,7 @@ class PreparedActor:
 
     def moved(self, net: SpikingNet) -> bool:
         """Whether its parameters lie elsewhere, or are others: `load_state_dict(assign=True)`."""
-        same = net.layers[0]._parameters["weight_IN"] is self.first
-        same &= net.early_exit is self.early_exit
+        same = unchanged(self.owners) and net.early_exit is self.early_exit
         same &= not self.fused or self.neuron.scale == self.scale  # which a schedule changes
         return not same or addresses(self.params) != self.at
 
@@ -71,7 +70,7 @@ class PreparedLayer:
         self.params = [layer.weight_IN, layer.bias_N]
         fields = [encoder.mean_OP, encoder.std_OP] if isinstance(encoder, PopulationEncoder) else []
         read = [*(fields if i == 0 else []), *self.params]
-        self.fused = events(net, i) and all(map(_plain, read))
+        self.fused = events(net, i) and all(map(plain, read))
         if not self.fused:
             return
         self.widths = np.array(layer.weight_IN.shape, np.int32)
@@ -93,9 +92,9 @@ class PreparedCritic:
 
     def __init__(self, net: ValueNet, act_dim: int, tiles: bool) -> None:
         self.params = [*net.weights_CIN, *net.biases_C1N]
-        self.at = addresses(self.params)
+        self.at, self.owners = addresses(self.params), owners(net)
         planes = {torch.float32: 3, **({torch.bfloat16: 1} if tiles else {})}.get(net.dtype)
-        self.fused = planes is not None and all(map(_plain, self.params))
+        self.fused = planes is not None and all(map(plain, self.params))
         layers = len(self.params) // 2
         weights = self.params[:layers]
         networks, inputs, _ = weights[0].shape
@@ -105,9 +104,8 @@ class PreparedCritic:
         sizes = (layers, inputs - act_dim, act_dim)
         self.all, self.first = (Critic(n, *sizes, *where, planes or 0) for n in (networks, 1))
 
-    def moved(self, net: ValueNet) -> bool:
-        same = net.weights_CIN[0] is self.params[0]
-        return not same or addresses(self.params) != self.at
+    def moved(self) -> bool:
+        return not unchanged(self.owners) or addresses(self.params) != self.at
 
 
 class PreparedDense:
@@ -115,8 +113,8 @@ class PreparedDense:
 
     def __init__(self, net: DenseNet) -> None:
         self.params = [p for layer in net.layers for p in (layer.weight_IN, layer.bias_N)]
-        self.at = addresses(self.params)
-        self.fused = net.dtype == torch.float32 and all(map(_plain, self.params))
+        self.at, self.owners = addresses(self.params), owners(net)
+        self.fused = net.dtype == torch.float32 and all(map(plain, self.params))
         self.fused &= why_no_matrix(net.layers) is None
         widths = [net.layers[0].weight_IN.shape[0], *(len(layer.bias_N) for layer in net.layers)]
         self.widths = np.array(widths, np.int32)
@@ -124,15 +122,34 @@ class PreparedDense:
         where = (self.widths.ctypes.data, *map(ctypes.addressof, self.places))
         self.net = Critic(1, len(widths) - 1, widths[0], 0, *where, 3)
 
-    def moved(self, net: DenseNet) -> bool:
-        same = net.layers[0].weight_IN is self.params[0]
-        return not same or addresses(self.params) != self.at
+    def moved(self) -> bool:
+        return not unchanged(self.owners) or addresses(self.params) != self.at
+
+
+Owners = list[tuple[dict[str, Any], str, Any]]
+
+
+def owners(net: Any) -> Owners:
+    """Where a module keeps each parameter, and which one is there."""
+    modules: list[nn.Module] = list(net.modules())
+    return [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
+
+
+def unchanged(owners: Owners) -> bool:
+    return all(parameters[name] is param for parameters, name, param in owners)
 
 
 def covered(
     ready: PreparedActor | PreparedLayer | PreparedCritic | PreparedDense, *inputs: Tensor
 ) -> bool:
-    return ready.fused and all(x.dtype == torch.float32 for x in inputs)
+    """Whether the library runs it on these, if their shapes are right: see `check_shape`."""
+    return ready.fused and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in inputs)
+
+
+def check_shape(given: Tensor, *shape: int) -> None:
+    """A ValueError where the library would read beyond a tensor, or PyTorch would repeat it."""
+    if given.shape != shape:
+        raise ValueError(f"a tensor of shape {tuple(given.shape)} where {shape} is due")
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -158,5 +175,5 @@ def constants(neuron: Neuron) -> Neurons:
     return Neurons(**places, **given)
 
 
-def _plain(tensor: Tensor) -> bool:
+def plain(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()

@@ -66,7 +66,7 @@ def early_actions(
         spikes_TBN.append(x_BI)
         act_TBA.append(torch.tanh(net.decoder(torch.stack(spikes_TBN))))
         decided_BA = torch.where(open_B1, act_TBA[-1], decided_BA)
-        open_B1 &= ~exit.settled(act_TBA).unsqueeze(1)
+        open_B1 = open_B1 & ~exit.settled(act_TBA).unsqueeze(1)
         if not open_B1.any():
             break
     return decided_BA

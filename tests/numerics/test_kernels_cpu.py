@@ -373,17 +373,6 @@ def test_observations_of_another_format_are_refused() -> None:
         actor(torch.randn(6, 4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("shape", [(4,), (6, 3), (6, 5)], ids=str)
-def test_observations_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    """The library would read beyond them."""
-    actor = made(4, 2, [8], 5)
-    actor.kernel = f"cpu/{PATHS[0]}"
-    with torch.no_grad(), pytest.raises((RuntimeError, IndexError)):
-        actor(torch.randn(shape))
-    with pytest.raises((RuntimeError, IndexError)):
-        actor.vjp(torch.randn(shape), None)
-
-
 def test_what_is_not_learned_gets_no_gradient() -> None:
     """The encoder's; the others' gradients are those of an actor that learns all."""
     actor, obs, found = made(4, 2, [8], 5), torch.randn(6, 4), []

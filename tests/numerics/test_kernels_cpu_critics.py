@@ -350,30 +350,36 @@ def test_kernels_have_the_same_operations() -> None:
         assert all(callable(getattr(kernels.named(kernel), name)) for name in names)
 
 
-def test_rows_of_another_shape_are_refused() -> None:
-    """The library would read beyond them."""
-    critic = Critics(3, 2, [8], kernel=f"cpu/{PATHS[0]}")
-    obs, act, target = torch.randn(6, 3), torch.randn(6, 2), torch.randn(6)
-    into = Gradient(list(critic.parameters()))
-    for odd in ((obs[:, :2], act), (obs, act[:5]), (obs[:5], act)):
-        with torch.no_grad(), pytest.raises(RuntimeError):
-            critic(*odd)
-        with pytest.raises(RuntimeError):
-            critic.critic_backward(*odd, target, into)
-        with pytest.raises(RuntimeError):
-            critic.actor_loss_grad(*odd, into)
+@pytest.mark.parametrize("kernel", ["reference", *(f"cpu/{path}" for path in PATHS)])
+def test_equal_critics_share_the_gradient(kernel: str) -> None:
+    """Q1 = relu(1 + a) + 1 and Q2 = 1 + relu(1 + 3 a) are both 2 at a = 0; the loss, -min Q, has
+    the slope -(1 + 3) / 2, of which each of two samples has a half.
+    """
+    critic = hinges(kernel)
+    one = Gradient([torch.zeros(1)])
+    slopes = critic.actor_loss_grad(torch.zeros(2, 1), torch.zeros(2, 1), one, lowest=True)
+    assert slopes.flatten().tolist() == [-1.0, -1.0]
+    assert float(one.loss) == -2.0
 
 
 @pytest.mark.parametrize("kernel", ["reference", *(f"cpu/{path}" for path in PATHS)])
-def test_equal_critics_share_the_gradient(kernel: str) -> None:
-    """Both are the same; half of the gradient goes back through each, together that of one."""
-    critic = Critics(1, 1, [4], kernel=kernel)
+def test_a_critic_that_is_not_a_number_is_not_hidden(kernel: str) -> None:
+    critic = hinges(kernel)
+    with torch.no_grad():
+        critic.biases_C1N[1][1] = float("nan")
+    one = Gradient([torch.zeros(1)])
+    slopes = critic.actor_loss_grad(torch.zeros(2, 1), torch.zeros(2, 1), one, lowest=True)
+    assert slopes.isnan().all()
+    assert one.loss.isnan()
+
+
+def hinges(kernel: str) -> Critics:
+    critic = Critics(1, 1, [2], kernel=kernel)
     with torch.no_grad():
         for p in critic.parameters():
-            p[1] = p[0]
-    obs, act = torch.randn(5, 1), torch.randn(5, 1)
-    one, both = Gradient([torch.zeros(1)]), Gradient([torch.zeros(1)])
-    alone = critic.actor_loss_grad(obs, act, one)
-    shared = critic.actor_loss_grad(obs, act, both, lowest=True)
-    torch.testing.assert_close(shared, alone)
-    torch.testing.assert_close(both.loss, one.loss)
+            p.zero_()
+        critic.weights_CIN[0][0, 1] = torch.tensor([1.0, 0.0])  # of the action
+        critic.weights_CIN[0][1, 1] = torch.tensor([0.0, 3.0])
+        critic.biases_C1N[0].fill_(1.0)
+        critic.weights_CIN[1].fill_(1.0)
+    return critic

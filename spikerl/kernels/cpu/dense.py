@@ -15,26 +15,27 @@ from spikerl.kernels import reference
 from spikerl.kernels.cpu.blocks import blocks
 from spikerl.kernels.gradient import Gradient, Pullback
 from spikerl.kernels.nets import DenseNet, ValueNet
-from spikerl.kernels.prepared import PreparedCritic, PreparedDense, covered
+from spikerl.kernels.prepared import PreparedCritic, PreparedDense, check_shape, covered
 from spikerl.types import Batch
 
-# What has another shape is for the reference to refuse: the library reads as far as it is told.
 
-
-def takes(ready: PreparedCritic, obs_BO: Tensor, act_BA: Tensor, *each_B: Tensor) -> bool:
-    """Whether the library runs it, with numbers of each row."""
-    size, batch = ready.all, len(obs_BO)
-    numbers = [x for x in each_B if x.dtype != torch.bool]
-    return (
-        covered(ready, obs_BO, act_BA, *numbers)
-        and obs_BO.shape[1:] == (size.obs_dim,)
-        and act_BA.shape == (batch, size.act_dim)
-        and all(x.shape == (batch,) for x in each_B)
-    )
+def takes(ready: PreparedCritic, obs_BO: Tensor, act_BA: Tensor, *numbers_B: Tensor) -> bool:
+    """Whether the library runs it, with numbers of each row. A ValueError: their shapes differ."""
+    if not covered(ready, obs_BO, act_BA, *numbers_B):
+        return False
+    batch = len(obs_BO)
+    check_shape(obs_BO, batch, ready.all.obs_dim)
+    check_shape(act_BA, batch, ready.all.act_dim)
+    for number_B in numbers_B:
+        check_shape(number_B, batch)
+    return True
 
 
 def takes_obs(ready: PreparedDense, obs_BO: Tensor) -> bool:
-    return covered(ready, obs_BO) and obs_BO.shape[1:] == (ready.net.obs_dim,)
+    if not covered(ready, obs_BO):
+        return False
+    check_shape(obs_BO, len(obs_BO), ready.net.obs_dim)
+    return True
 
 
 class DenseCalls:
@@ -47,13 +48,13 @@ class DenseCalls:
 
     def prepare_critic(self, critic: ValueNet, act_dim: int) -> PreparedCritic:
         ready = self.critics.get(critic)
-        if ready is None or ready.moved(critic):
+        if ready is None or ready.all.act_dim != act_dim or ready.moved():
             ready = self.critics[critic] = PreparedCritic(critic, act_dim, self.tiles)
         return ready
 
     def prepare_dense(self, net: DenseNet) -> PreparedDense:
         ready = self.dense.get(net)
-        if ready is None or ready.moved(net):
+        if ready is None or ready.moved():
             ready = self.dense[net] = PreparedDense(net)
         return ready
 
@@ -75,9 +76,10 @@ class DenseCalls:
         ready = self.prepare_critic(critic, act_BA.shape[1])
         obs, rew, discount = rows.next_obs, rows.rew, rows.discount
         bonus = () if bonus_B is None else (bonus_B.contiguous(),)
-        fits = takes(ready, obs, act_BA, rew, discount, rows.terminated, *bonus)
-        if not fits or torch.is_grad_enabled():
+        fits = takes(ready, obs, act_BA, rew, discount, *bonus)
+        if not fits or rows.terminated.dtype != torch.bool or torch.is_grad_enabled():
             return reference.td_target(critic, rows, act_BA, bonus_B)
+        check_shape(rows.terminated, len(obs))
         fields = [x.contiguous() for x in (obs, act_BA, rew, discount, rows.terminated)]
         target = torch.empty_like(fields[2])
         places = (x.data_ptr() for x in (*fields, target))
@@ -153,7 +155,8 @@ class DenseCalls:
         act = self.dense_forward(ready, obs, saved[0], squash)
 
         def pull(grad_BA: Tensor, into: Gradient) -> dict[str, Tensor]:
-            room, grad = saved.pop(), grad_BA.contiguous()  # a second way back finds nothing
+            check_shape(grad_BA, *act.shape)
+            room, grad = saved.pop(), grad_BA.float().contiguous()  # a second one finds nothing
             self.lib.spikerl_dense_backward(
                 ready.net, batch, obs.data_ptr(), act.data_ptr() if squash else None,
                 grad.data_ptr(), room.data_ptr(), into.at, torch.get_num_threads(),
@@ -166,9 +169,9 @@ class DenseCalls:
     def mse_backward(self, net: DenseNet, obs_BO: Tensor, goal_BA: Tensor, into: Gradient) -> None:
         """As `reference.mse_backward`."""
         ready = self.prepare_dense(net)
-        fits = takes_obs(ready, obs_BO) and covered(ready, goal_BA)
-        if not fits or goal_BA.shape != (len(obs_BO), ready.widths[-1]):
+        if not takes_obs(ready, obs_BO) or not covered(ready, goal_BA):
             return reference.mse_backward(net, obs_BO, goal_BA, into)
+        check_shape(goal_BA, len(obs_BO), ready.widths[-1])
         obs, goal = obs_BO.contiguous(), goal_BA.contiguous()
         self.lib.spikerl_mse_backward(
             ready.net, len(obs), obs.data_ptr(), goal.data_ptr(), into.weight, into.at,

@@ -16,7 +16,15 @@ from spikerl.kernels.build import Neurons
 from spikerl.kernels.coverage import MAX_STEPS, why_no_scan
 from spikerl.kernels.cpu.blocks import blocks
 from spikerl.kernels.nets import Parts, SpikingNet
-from spikerl.kernels.prepared import PreparedLayer, addresses, constants, covered, pointers
+from spikerl.kernels.prepared import (
+    PreparedLayer,
+    addresses,
+    check_shape,
+    constants,
+    covered,
+    plain,
+    pointers,
+)
 from spikerl.snn.batchnorm import ROWS, Rows
 from spikerl.snn.decoders import ILCDecoder
 from spikerl.snn.encoders import PoissonEncoder, PopulationEncoder
@@ -49,9 +57,9 @@ class LayerCalls:
     def first(self, net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
         """As `reference.first`."""
         layer = PreparedLayer(net, 0)
-        fits = covered(layer, obs_BO) and obs_BO.shape[1:] == (layer.net.obs_dim,)
-        if not fits or obs_BO.requires_grad:
+        if not covered(layer, obs_BO) or obs_BO.requires_grad:
             return reference.first(net, obs_BO, generator)
+        check_shape(obs_BO, len(obs_BO), layer.net.obs_dim)
         return self.driven(layer, *encoded(net, obs_BO, generator), None)
 
     def drive(self, net: SpikingNet, i: int, x_TBI: Tensor) -> Tensor:
@@ -114,9 +122,9 @@ class LayerCalls:
 
     def connected_scan(self, neuron: Neuron, drive_TBN: Tensor, decoder: ILCDecoder) -> Tensor:
         """As `reference.connected_scan`."""
-        if not _scans(neuron, drive_TBN):
-            return reference.connected_scan(neuron, drive_TBN, decoder)
         lateral = decoder.lateral_APP, decoder.lateral_bias_N
+        if not _scans(neuron, drive_TBN) or not all(map(plain, lateral)):
+            return reference.connected_scan(neuron, drive_TBN, decoder)
         spikes: Tensor = _ConnectedScan.apply(
             self, constants(neuron), drive_TBN, *lateral, _decay(neuron)
         )
@@ -133,7 +141,7 @@ class LayerCalls:
         return sums
 
     def row_affine(self, x_TBN: Tensor, *given: Tensor) -> Tensor:
-        if x_TBN.dtype != torch.float32:
+        if x_TBN.dtype != torch.float32 or not all(map(plain, given)):
             return ROWS.affine(x_TBN, *given)
         x = x_TBN.contiguous()
         y = torch.empty_like(x)
@@ -141,7 +149,7 @@ class LayerCalls:
         return y
 
     def row_normalise(self, x_TBN: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
-        if x_TBN.dtype != torch.float32:
+        if x_TBN.dtype != torch.float32 or not all(map(plain, given)):
             return ROWS.normalise(x_TBN, *given)
         x = x_TBN.contiguous()
         normal, y = torch.empty_like(x), torch.empty_like(x)
@@ -149,7 +157,7 @@ class LayerCalls:
         return normal, y
 
     def row_gradient_sums(self, grad_TBN: Tensor, normal_TBN: Tensor) -> Tensor:
-        if grad_TBN.dtype != torch.float32:
+        if grad_TBN.dtype != torch.float32 or not plain(normal_TBN):
             return ROWS.gradient_sums(grad_TBN, normal_TBN)
         grad = grad_TBN.contiguous()
         sums = grad.new_empty(2, grad.shape[-1])
@@ -157,7 +165,7 @@ class LayerCalls:
         return sums
 
     def row_gradient(self, grad_TBN: Tensor, *given: Tensor) -> Tensor:
-        if grad_TBN.dtype != torch.float32:
+        if grad_TBN.dtype != torch.float32 or not all(map(plain, given)):
             return ROWS.gradient(grad_TBN, *given)
         grad = grad_TBN.contiguous()
         out = torch.empty_like(grad)

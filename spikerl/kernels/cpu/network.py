@@ -20,7 +20,7 @@ from spikerl.kernels.cpu.blocks import blocks
 from spikerl.kernels.cpu.layers import LayerCalls, encoded
 from spikerl.kernels.gradient import Gradient, Pullback
 from spikerl.kernels.nets import SpikingNet
-from spikerl.kernels.prepared import PreparedActor, addresses, covered, pointers
+from spikerl.kernels.prepared import PreparedActor, addresses, check_shape, covered, pointers
 from spikerl.types import Task
 
 
@@ -39,8 +39,11 @@ class NetworkCalls(LayerCalls):
         return ready
 
     def takes(self, ready: PreparedActor, obs_BO: Tensor) -> bool:
-        """Whether the library runs it; what has another shape is for the reference to refuse."""
-        return covered(ready, obs_BO) and obs_BO.shape[1:] == (ready.net.obs_dim,)
+        """Whether the library runs it. A ValueError: the shape is another."""
+        if not covered(ready, obs_BO):
+            return False
+        check_shape(obs_BO, len(obs_BO), ready.net.obs_dim)
+        return True
 
     def actions(
         self,
@@ -133,6 +136,7 @@ class NetworkCalls(LayerCalls):
         act = self.forward(ready, obs_BO, uniform, saved[0], squash)
 
         def pull(grad_BA: Tensor, into: Gradient) -> dict[str, Tensor]:
+            check_shape(grad_BA, *act.shape)
             room = saved.pop()  # a second way back finds nothing, and fails
             added, by_spike_L = {}, None
             if net.spike_cost_L is not None:
@@ -143,7 +147,7 @@ class NetworkCalls(LayerCalls):
                 into.loss += loss * into.weight
                 added = {"spike_loss": loss}
                 by_spike_L = by_spike_L * into.factor
-            poisson, grad_BA = uniform is not None, grad_BA.contiguous()
+            poisson, grad_BA = uniform is not None, grad_BA.float().contiguous()
             own = act if squash else None
             self.backward(ready, obs_BO, poisson, own, grad_BA, room, into.at, by_spike_L)
             blocks.release(room)

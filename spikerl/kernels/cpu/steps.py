@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spikerl.kernels import reference
 from spikerl.kernels.gradient import Moments, SamplePullback
+from spikerl.kernels.prepared import check_shape, plain
 
 
 class StepCalls:
@@ -21,8 +22,7 @@ class StepCalls:
         self, act_BA: Tensor, noise_BA: Tensor, std: float, bound: float
     ) -> Tensor:
         """As `reference.add_clipped_noise`."""
-        plain = all(x.dtype == torch.float32 and x.is_contiguous() for x in (act_BA, noise_BA))
-        if not plain or noise_BA.shape != act_BA.shape:
+        if not plain(act_BA) or not plain(noise_BA) or noise_BA.shape != act_BA.shape:
             return reference.add_clipped_noise(act_BA, noise_BA, std, bound)
         self.lib.spikerl_add_clipped_noise(
             act_BA.numel(), act_BA.data_ptr(), noise_BA.data_ptr(), std, bound
@@ -41,7 +41,8 @@ class StepCalls:
         self, mean_BA: Tensor, log_std_BA: Tensor, noise_BA: Tensor, low: float, high: float
     ) -> tuple[Tensor, Tensor, SamplePullback]:
         """As `reference.squashed_vjp`, without autograd."""
-        if any(x.dtype != torch.float32 for x in (mean_BA, log_std_BA, noise_BA)):
+        given = (mean_BA, log_std_BA, noise_BA)
+        if any(x.dtype != torch.float32 or x.shape != mean_BA.shape for x in given):
             return reference.squashed_vjp(mean_BA, log_std_BA, noise_BA, low, high)
         mean, log_std, noise = (x.contiguous() for x in (mean_BA, log_std_BA, noise_BA))
         act, spread, log_prob = (
@@ -55,7 +56,10 @@ class StepCalls:
         )
 
         def pull(by_act_BA: Tensor, by_log_prob_B: Tensor) -> tuple[Tensor, Tensor]:
-            given = (log_std, act, spread, by_act_BA.contiguous(), by_log_prob_B.contiguous())
+            check_shape(by_act_BA, *mean.shape)
+            check_shape(by_log_prob_B, len(mean))
+            grads = (by_act_BA.float().contiguous(), by_log_prob_B.float().contiguous())
+            given = (log_std, act, spread, *grads)
             found = torch.empty_like(mean), torch.empty_like(mean)
             self.lib.spikerl_squashed_backward(
                 *mean.shape, *(x.data_ptr() for x in given), low, high,
@@ -78,7 +82,7 @@ class StepCalls:
 
     def polyak(self, target: Tensor, online: Tensor, tau: float, masked: Tensor) -> None:
         """As `reference.polyak`."""
-        if not target.dtype == online.dtype == torch.float32:
+        if not plain(target) or not plain(online) or target.shape != online.shape:
             return reference.polyak(target, online, tau, masked)
         places = (target.data_ptr(), online.data_ptr(), tau, masked.data_ptr())
         self.lib.spikerl_polyak(len(target), *places)

@@ -153,7 +153,8 @@ float spikerl_actor_loss_grad(const Critic* critic, int64_t B, const float* obs,
             for (const Network& net : nets) if (is_lower(net.values[b], lowest)) lowest = net.values[b];
             int equal = 0;  // which share the gradient
             for (const Network& net : nets) equal += net.values[b] == lowest;
-            for (const Network& net : nets) net.grad[b] = net.values[b] == lowest ? weight / (float(B) * float(equal)) : 0.0f;
+            const float share = equal ? weight / (float(B) * float(equal)) : lowest;  // NaN equals none
+            for (const Network& net : nets) net.grad[b] = net.values[b] == lowest || !equal ? share : 0.0f;
             sum += lowest;
         }
         parallel_rows(nets, way.row_multiple, threads, way.backward);
