@@ -11,6 +11,7 @@ from typing import Any
 
 from spikerl import plugins
 from spikerl.config.yaml_file import (
+    EVERY_RUN,
     conf_folder,
     counted,
     group_options,
@@ -136,7 +137,7 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
 def _check_experiment(path: Path, args: Sequence[str]) -> None:
     """Refuse an experiment beside a file that sets all that it does."""
     experiments = [arg for arg in args if arg.startswith("experiment=")]
-    if experiments and {"algo", "actor"} <= read_config(path).keys():
+    if experiments and {*EVERY_RUN} <= read_config(path).keys():
         remedy = f"{path} sets all that an experiment does; leave one of them out"
         raise BadRequest("experiment", experiments[-1].partition("=")[2], remedy)
 

@@ -71,6 +71,7 @@ class Sweep:
         self.id, self.pid, self.started = uuid.uuid4().hex, os.getpid(), time.time()
         self.command, self.keep = command, command in KEEPS_FOLDERS
         self.safe, self.total = os.environ.get(SAFE), total
+        self.own: dict[int, dict[str, Any]] = {}  # what the jobs of this process noted
         self.varied = set(varied)  # the keys that tell the jobs apart, and name their folders
         self.made = [folder for folder in (root, *root.parents) if not folder.exists()]
         try:
@@ -177,7 +178,7 @@ class Sweep:
             manifest = dict(read_json(folder / "manifest.json", MAX_BYTES))
             ended = manifest["status"] == "done"
         except (OSError, ValueError, TypeError, KeyError):
-            remedy = "has no readable manifest.json; remove it, and the job begins anew"
+            remedy = "has no readable manifest.json; remove the folder, and the job begins anew"
             raise BadRequest("run_dir", folder, remedy) from None
         if self.command == "import":
             check_imported(config, folder, manifest.get("imported_from"))
@@ -186,10 +187,11 @@ class Sweep:
     def note(self, outcome: dict[str, Any]) -> None:
         if os.environ.get("RANK", "0") != "0":
             return  # a launcher made several workers of this job
+        self.own[outcome["job"]] = {**outcome, "sweep": self.id}
         try:
             with (self.root / "jobs.jsonl").open("a", encoding="utf-8") as f:
                 lock_file(f, wait=True)  # or machines would write over each other's lines
-                f.write(json.dumps({**outcome, "sweep": self.id}) + "\n")
+                f.write(json.dumps(self.own[outcome["job"]]) + "\n")
         except OSError as error:  # a full disk stops no job
             print(f"spikerl: {self.root}/jobs.jsonl: {error.strerror or error}", file=sys.stderr)
 
@@ -276,7 +278,7 @@ class Sweep:
                 job = json.loads(line)
                 if job["sweep"] == self.id:
                     last[job["job"]] = job
-        return list(last.values())
+        return list({**last, **self.own}.values())
 
     def outcomes(self) -> list[dict[str, Any]]:
         jobs = self.noted()

@@ -17,7 +17,7 @@ import torch
 
 from spikerl.config.build import Config, build, check_actions
 from spikerl.config.memory import check_memory, memory
-from spikerl.config.yaml_file import read_config
+from spikerl.config.yaml_file import EVERY_RUN, read_config
 from spikerl.distributed import launch, mpi
 from spikerl.distributed.launchers import ranked, several
 from spikerl.distributed.world import ALONE, join, leave
@@ -40,12 +40,6 @@ from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
 from spikerl.types import Task
 
-# What the config.yaml of every run has, of all versions.
-EVERY_RUN = (
-    "env", "actor", "algo", "precision", "backend", "energy", "seed", "total_steps",
-    "steps_per_epoch", "eval_episodes", "num_envs", "scaling", "deterministic",
-)  # fmt: skip
-
 
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl train`: the exit status. BadRequest leaves nothing behind."""
@@ -56,7 +50,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         raise BadRequest("neuron.alpha", config.actor.neuron.alpha, remedy)
     task = task_for(config)
     check_memory(config, task)
-    if settings.init_policy != "last" and not (settings.init_from or settings.resume):
+    typed = any(word.startswith("init_policy=") for word in argv)
+    if typed and not settings.init_from:
         remedy = "it belongs to init_from; give that, or leave it out"
         raise BadRequest("init_policy", settings.init_policy, remedy)
     if settings.init_from:
@@ -256,8 +251,12 @@ def finished(folder: Path, config: Config) -> bool:
             remedy = f"its replay was removed when it was done, at step {step}; {further}"
             raise BadRequest("resume", folder, remedy)
     else:
-        checkpoint = verified(folder, lambda text: None)
-        check_record(folder, checkpoint.manifest)
+        try:
+            checkpoint = verified(folder, lambda text: None)
+            check_record(folder, checkpoint.manifest)
+        except OSError as error:
+            remedy = f"{first_line(error)}; nothing was started"
+            raise BadRequest("resume", folder, remedy) from None
         step, further = checkpoint.step, "a larger total_steps trains it further"
         if config.last_step < step:
             raise BadRequest("total_steps", total, f"the run is at step {step}; give that or more")

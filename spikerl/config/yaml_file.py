@@ -25,6 +25,11 @@ NOT_CARRIED = ("run_dir", "resume", "config", "nnodes", "node_rank", "rdzv")
 COUNTS = re.compile(r"(?:^|[._])(?:steps|interval|capacity|starts|episodes|envs|size|per_epoch)$")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 PLAIN = ("env.kwargs", "env.wrappers")  # arguments of others' code, whole
+# What the config.yaml of every run has, of all versions.
+EVERY_RUN = (
+    "env", "actor", "algo", "precision", "backend", "energy", "seed", "total_steps",
+    "steps_per_epoch", "eval_episodes", "num_envs", "scaling", "deterministic",
+)  # fmt: skip
 STARTED_FROM = ("init_from", "dataset")  # read once, at the start
 READ = (*STARTED_FROM, "energy.file")  # paths that a run reads
 

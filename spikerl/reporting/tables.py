@@ -302,7 +302,8 @@ def notes(results: Results) -> list[str]:
 
 def _of_joules(runs: Sequence[Run]) -> list[str]:
     sources = [run.energy_source or "-" for run in runs if run.joules is not None]
-    kinds = sorted({source.partition(":/")[0] for source in sources})
+    each = [part for source in sources for part in source.split("; then ")]
+    kinds = sorted({part.partition(":/")[0] for part in each})
     said = [
         "joules are of whole devices: runs that went on side by side each count all of them, those"
         f" of epochs that a kill discarded too, which hours do not; measured by {', '.join(kinds)}"

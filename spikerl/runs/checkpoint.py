@@ -273,7 +273,7 @@ def remove_unreferenced(run: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    manifests = [_read_manifest(folder) for folder in _folders(run)]
+    manifests = [_known_manifest(folder) for folder in _folders(run)]
     if None in manifests:  # its segments are not known
         return
     named = {path for manifest in manifests if manifest for path in manifest["segments"]}
@@ -336,11 +336,19 @@ def _last_segments(run: Path, saved: int) -> dict[str, str] | None:
     """Those that the last commit names; None if it, or one of them, is not there, or if together
     they do not reach to row number `saved`.
     """
-    manifest = _read_manifest(folder) if (folder := next(iter(_folders(run)), None)) else None
+    manifest = _known_manifest(folder) if (folder := next(iter(_folders(run)), None)) else None
     if manifest is None or not all((run / path).is_file() for path in manifest["segments"]):
         return None
     ends = [segment.stop * segment.workers for segment in map(_parse, manifest["segments"])]
     return None if max(ends, default=0) < saved else dict(manifest["segments"])
+
+
+def _known_manifest(folder: Path) -> dict[str, Any] | None:
+    """None where it cannot be read now, too."""
+    try:
+        return _read_manifest(folder)
+    except OSError:
+        return None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -232,20 +232,11 @@ def free(folder: Path) -> int:
     return size
 
 
-TOTAL_STEPS = re.compile(r"^total_steps: (.*)$", re.MULTILINE)
-
-
-def total_steps_of(folder: Path) -> str:
-    """As config.yaml has it."""
-    found = TOTAL_STEPS.search(read_bytes(folder / "config.yaml", MAX_BYTES).decode())
-    return found[1] if found else ""
-
-
 def write_total_steps(folder: Path, total_steps: int) -> None:
     """How far the run goes from now on, for resumes that do not say it again."""
     path = folder / "config.yaml"
     text = read_bytes(path, MAX_BYTES).decode()
-    write_text(path, TOTAL_STEPS.sub(f"total_steps: {total_steps}", text))
+    write_text(path, re.sub(r"(?m)^total_steps: .*$", f"total_steps: {total_steps}", text))
 
 
 def remove_results(folder: Path) -> None:

@@ -7,11 +7,13 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from spikerl import machine
 from spikerl.config.build import Config
 from spikerl.distributed.world import World
 from spikerl.energy.meter import source_of
@@ -26,7 +28,7 @@ from spikerl.errors import (
     stop_status,
 )
 from spikerl.files import shown, write_json, write_text
-from spikerl.machine import gpus, versions
+from spikerl.machine import git_state, versions
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, verified
 from spikerl.runs.display import View, epoch_line, idle_line, spent_text, stuck_layers
@@ -39,6 +41,7 @@ from spikerl.training.epoch_row import Row
 from spikerl.training.trainer import Trainer, crossed
 
 FEW = 3  # warnings of one kind, at a time
+SETTINGS_ONLY = ("hydra-core", "omegaconf")  # packages that compute no number of a run
 
 
 class Session:
@@ -153,10 +156,9 @@ class Session:
             return
         remove_newer(checkpoint)
         lost = cut_back(self.folder, int(checkpoint.manifest["metrics_bytes"]))
-        total_before = run_folder.total_steps_of(self.folder)
         record = run_folder.read_manifest(self.folder, key="resume")
         size, had = self.world.size, checkpoint.workers
-        reasons = [*self.differences(record, had, total_before), *map("anew: {}".format, anew)]
+        reasons = [*self.differences(checkpoint), *map("anew: {}".format, anew)]
         event = {"time": run_folder.now(), "step": self.trainer.step, "exact": not reasons,
                  "not_exact_because": "; ".join(reasons) or None, "world_size": size,
                  "world_size_before": had, "discarded_rows": lost, "command": " ".join(command),
@@ -175,50 +177,52 @@ class Session:
             + (f"; {lost} later rows moved to discarded.jsonl" if lost else "")
         )
 
-    def differences(self, record: Mapping[str, Any], workers: int, total_steps: str) -> list[str]:
+    @cached_property
+    def computed_by(self) -> dict[str, Any]:
+        """What numbers depend on beside the settings; a checkpoint says it of those before it."""
+        chosen = self.resolved()
+        git, hardware = git_state(), machine.describe()
+        return {
+            "kernel": chosen["kernel"]["choice"],
+            "threads": chosen["threads"]["choice"],
+            "GPU": ", ".join(sorted(set(hardware["gpus"]))),
+            "processor": hardware["cpu"],
+            **{name: version for name, version in versions().items() if name not in SETTINGS_ONLY},
+            "code": git["commit"],
+            "total_steps": self.config.run.total_steps,
+        }
+
+    def differences(self, checkpoint: Checkpoint) -> list[str]:
         """Why numbers differ from here on from those of a run that was never stopped."""
-        config, size, now = self.config, self.world.size, self.resolved()
+        config, size, now = self.config, self.world.size, self.computed_by
         reasons = []
-        if workers != size:
+        if (had := checkpoint.workers) != size:
             reasons.append(
-                f"{workers} workers became {size}: random streams and batches differ from here on"
+                f"{had} workers became {size}: random streams and batches differ from here on"
             )
-        was = kernel = now["kernel"]["choice"]
-        with suppress(KeyError, TypeError):  # of a manifest that says nothing of it
-            was = record["resolved"]["kernel"]["choice"]
-        if was != kernel:
-            reasons.append(f"kernel {was} became {kernel}: sums are in another order")
-        threads = now["threads"]["choice"]
-        with suppress(KeyError, TypeError):
-            was = record["resolved"]["threads"]["choice"]
-            products = now["device"]["choice"] == "cpu" and not config.own_products
-            if was != threads and products:
-                reasons.append(f"threads {was} became {threads}: sums are in another order")
-        if now["device"]["choice"] != "cpu":
-            seen = set(gpus())
-            with suppress(KeyError, TypeError):
-                had = set([record, *record.get("resumed", [])][-1]["hardware"]["gpus"])
-                if had and had != seen:
-                    was, kind = (", ".join(sorted(names)) for names in (had, seen))
-                    reasons.append(f"GPU {was} became {kind}: sums are in another order")
-        last, made = [record, *record.get("resumed", [])][-1], run_folder.made_by()
-        with suppress(KeyError, TypeError):
-            for name, version in made["versions"].items():
-                if (was := last["versions"].get(name, version)) != version:
-                    reasons.append(f"{name} {was} became {version}")
-            if (was := last["hardware"]["cpu"]) != (cpu := made["hardware"]["cpu"]):
-                reasons.append(f"processor {was} became {cpu}")
+        was = checkpoint.manifest.get("computed_by")
+        if not isinstance(was, dict):
+            return [*reasons, "an earlier version of this program saved it"]
+        on_gpu = self.resolved()["device"]["choice"] != "cpu"
+        passed_over = {"total_steps"} if on_gpu else {"total_steps", "GPU"}
+        if on_gpu or config.own_products:
+            passed_over.add("threads")
+        for name, value in now.items():
+            before = was.get(name)
+            if name not in passed_over and before and value and before != value:
+                order = ": sums are in another order" * (name in ("kernel", "threads", "GPU"))
+                reasons.append(f"{name} {before} became {value}{order}")
         moves = ["the learning rate"] * config.algo.anneals
         moves += ["the surrogates' slope"] * bool(
             config.actor.neuron and config.actor.neuron.slope_moves
         )
-        if moves and total_steps != str(total := config.run.total_steps):
+        before, total = was.get("total_steps"), config.run.total_steps
+        if moves and before != total:
             what = " and ".join(moves)
-            reasons.append(f"total_steps {total_steps} became {total}, over which {what} moves")
-        step = self.trainer.step
-        ended_at = int(total_steps) if total_steps.isdecimal() else math.inf
+            reasons.append(f"total_steps {before} became {total}, over which {what} moves")
+        step, epoch_began = self.trainer.step, self.trainer.progress.first_step
         on_time = crossed(step - config.num_envs, step, config.run.steps_per_epoch)
-        if ended_at <= step < config.run.total_steps and not on_time:
+        if 0 < step == epoch_began and step < total and not on_time:
             reasons.append(f"an evaluation in mid-epoch, at step {step}: later ones differ")
         return reasons
 
@@ -309,6 +313,7 @@ class Session:
             "wall_s": self.wall(),
             "metrics_bytes": lengths[0],
             "reset_seed_bits": trainer.seed_bits,
+            **({"computed_by": self.computed_by} if self.is_rank0 else {}),
         }
         learner = trainer.learner_state()
         policy = trainer.policy.files() if self.is_rank0 else {}

@@ -164,3 +164,8 @@ def test_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_refused(typed: str, line: str) -> None:
     assert spikerl("bench", *SMALL, "parts=[]", *typed.split()).line.startswith(line)
+
+
+def test_a_replay_that_is_never_filled_needs_no_memory() -> None:
+    huge = ["algo.replay_capacity=2000000000", "total_steps=2000000000"]
+    assert bench("parts=[acting]", *huge)["measurements"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -251,8 +252,8 @@ def test_a_damaged_file_of_a_job_ends_no_sweep(tmp_path: Path) -> None:
     said = sweep("seed=0,1,2", "run_dir=s")
     assert said.status == 1
     assert said.err == (
-        f"spikerl: run_dir={tmp_path}/s/seed=1: has no readable manifest.json; remove it, and the"
-        " job begins anew\n"
+        f"spikerl: run_dir={tmp_path}/s/seed=1: has no readable manifest.json; remove the folder,"
+        " and the job begins anew\n"
     )
     words = [row[:2] for row in table(said)]
     assert sorted(words) == [
@@ -337,3 +338,17 @@ def test_varied_keys() -> None:
 def test_only_multirun_makes_a_sweep(tmp_path: Path) -> None:
     assert Sweep.of("train", ["seed=0,1"]) is None
     assert tree(tmp_path) == {}
+
+
+def test_jobs_that_cannot_be_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk: they run, and the table has them."""
+
+    def full(file: Any, *, wait: bool) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("spikerl.cli.sweep.lock_file", full)
+    said = sweep("seed=0,1", "run_dir=s")
+    assert said.status == 0, said.err
+    assert said.err.count("s/jobs.jsonl: No space left on device\n") == 4
+    assert sorted(row[:2] for row in table(said)) == [["seed=0", "done"], ["seed=1", "done"]]
+    assert (tmp_path / "s/seed=1/summary.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import re
@@ -18,10 +19,13 @@ from disks import Undisturbed, before_each_call
 from processes import Run, computed, record, resume, rows, train
 from soaks import CASES, Whole, soak
 
-from spikerl.errors import BadRequest
+from spikerl.errors import PREEMPTED, BadRequest, Stopped
+from spikerl.runs import checkpoint
 from spikerl.runs import folder as run_folder
 from spikerl.runs.rows import cut_back, read_rows
+from spikerl.training.evaluator import Evaluator
 from spikerl.training.session import Session
+from spikerl.training.trainer import Trainer
 
 SHORT = ("td3", "ppo", pytest.param("workers", marks=pytest.mark.slow))  # all: scripts/soak
 HOPPER = ["env=Hopper", "num_envs=2"]
@@ -286,19 +290,67 @@ def test_an_evaluation_in_mid_epoch_is_said(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_an_evaluation_that_never_took_place_is_not_said(tmp_path: Path) -> None:
+    """Stopped as the last one begins, in mid-epoch, and then extended."""
+    run = Undisturbed(tmp_path)
+    folder = tmp_path / "stopped"
+
+    def stopped(self: Evaluator, *args: Any) -> Any:
+        raise Stopped(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "run", stopped)
+        assert run.train(run_dir=str(folder), total_steps=10) == PREEMPTED
+    assert record(folder / "checkpoints" / "latest")["step"] == 10
+    assert run.train(resume=str(folder), total_steps=60) == 0
+    assert [event["exact"] for event in record(folder)["resumed"]] == [True]
+    assert run.equals(folder)
+
+
 def test_why_it_is_not_exact_outlives_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed before config.yaml says the new total_steps, over which the slope moves."""
+    """A slope moves over all steps. The first resume ends before anything is saved by it, when
+    config.yaml says the new total_steps already.
+    """
     run = Undisturbed(tmp_path, "neuron.surrogate=atan", "neuron.surrogate_slope_end=4")
     folder = tmp_path / "whole"
 
-    def killed(folder: Path, total_steps: int) -> None:
+    def killed(self: Trainer, *args: Any) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "write_total_steps", killed)
+        patch.setattr(Trainer, "epochs", killed)
+        patch.setattr(Session, "fail", lambda self, error: None)
         with pytest.raises(KeyboardInterrupt):
             run.train(resume=str(folder), total_steps=80)
+    assert "\ntotal_steps: 80\n" in (folder / "config.yaml").read_text()
     assert run.train(resume=str(folder), total_steps=80) == 0
-    assert [event["exact"] for event in record(folder)["resumed"]] == [False, False]
+    reason = "total_steps 60 became 80, over which the surrogates' slope moves"
+    assert [event["not_exact_because"] for event in record(folder)["resumed"]] == [reason] * 2
+
+
+def test_a_checkpoint_that_cannot_be_read_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older one stops no commit, and keeps its replay; the newest may be sound, and is not
+    passed over.
+    """
+    run = Undisturbed(tmp_path)
+    folder = tmp_path / "whole"
+    sound = checkpoint.read_json
+    lost = {"step_0000000020"}
+
+    def reads(path: Path, *args: Any) -> Any:
+        if path.parent.name in lost:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return sound(path, *args)
+
+    monkeypatch.setattr(checkpoint, "read_json", reads)
+    before = sorted(folder.glob("replay/*/*"))
+    assert run.train(resume=str(folder), total_steps=80) == 0
+    assert record(folder / "checkpoints" / "latest")["step"] == 80
+    assert set(before) <= set(folder.glob("replay/*/*"))
+    lost |= {"step_0000000080"}
+    with pytest.raises(BadRequest, match=r"^resume=.*Permission denied.*; nothing was started$"):
+        run.train(resume=str(folder), total_steps=100)

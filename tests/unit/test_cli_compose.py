@@ -296,11 +296,18 @@ def test_hydra_settings_that_could_run_code(typed: str) -> None:
 
 
 def test_an_experiment_beside_a_file_that_would_undo_it() -> None:
-    """A small file goes with it."""
-    write("c.yaml", {"algo": {"name": "td3"}, "actor": {"name": "popsan"}})
+    """A small file goes with it, of two whole groups too."""
+    whole = dict.fromkeys(
+        ["precision", "backend", "energy", "seed", "total_steps", "steps_per_epoch",
+         "eval_episodes", "num_envs", "scaling", "deterministic", "env"], 1
+    )  # fmt: skip
+    write("c.yaml", {**whole, "algo": {"name": "td3"}, "actor": {"name": "popsan"}})
     assert refused("train", "config=c.yaml", "experiment=dense/td3") == (
         "experiment=dense/td3: c.yaml sets all that an experiment does; leave one of them out"
     )
     write("seed.yaml", {"seed": 1})
     args = expand("train", ["config=seed.yaml", "experiment=dense/td3"])
     assert args == ["seed=1", "experiment=dense/td3"]
+    write("part.yaml", {"algo": "sac", "actor": "popsan", "seed": 7})
+    args = expand("train", ["config=part.yaml", "experiment=mdc_san"])
+    assert sorted(args) == ["actor='popsan'", "algo='sac'", "experiment=mdc_san", "seed=7"]

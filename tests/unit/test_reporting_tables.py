@@ -466,3 +466,15 @@ def test_seeds() -> None:
         assert str(refusal(seeds_of, wrong, ten)).endswith(
             "give how many, or a list of different seeds"
         )
+
+
+def test_joules_name_every_device_that_measured_them() -> None:
+    """A run that went on on another machine counts both."""
+    folder = write("dense", "Ant", 0, [100.0, 200.0])
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    sources = ["zeus:rapl:/sys/a", "zeus:nvml+rapl"]
+    lines = [{**row, "energy_source": source} for row, source in zip(rows, sources, strict=True)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = "\n".join(tables.notes(results()))
+    assert "measured by zeus:nvml+rapl, zeus:rapl\n" in said
+    assert "warning: joules are of different devices" in said

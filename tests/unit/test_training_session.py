@@ -36,29 +36,65 @@ def test_a_checkpoint_of_another_run_is_refused_in_a_line(tmp_path: Path) -> Non
     assert line == f"resume={tmp_path}: its step_7 does not fit this run (RuntimeError: first)"
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_another_gpu_is_another_order_of_sums(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    choices = {"device": device, "kernel": "triton", "threads": "1"}
-    resolved = {name: {"choice": choice} for name, choice in choices.items()}
-    algo, actor = SimpleNamespace(anneals=False), SimpleNamespace(neuron=None)
-    run: Any = SimpleNamespace(
-        config=SimpleNamespace(
-            algo=algo,
-            actor=actor,
-            own_products=True,
-            num_envs=1,
-            run=SimpleNamespace(total_steps=60, steps_per_epoch=20),
-        ),
-        trainer=SimpleNamespace(step=40),
-        world=World(),
-        resolved=lambda: resolved,
+def reasons(
+    was: dict[str, Any] | None, device: str = "cpu", *, own_products: bool = True, workers: int = 1
+) -> list[str]:
+    """Why a resume is not exact, of a run at its first epoch's middle, step 50 of 60."""
+    now = {"kernel": "k", "threads": "1", "GPU": "A", "processor": "p", "torch": "2.1",
+           "code": "abc", "total_steps": 60}  # fmt: skip
+    config = SimpleNamespace(
+        algo=SimpleNamespace(anneals=False),
+        actor=SimpleNamespace(neuron=None),
+        own_products=own_products,
+        num_envs=1,
+        run=SimpleNamespace(total_steps=60, steps_per_epoch=100),
     )
-    record: dict[str, Any] = {"resolved": resolved, "hardware": {"gpus": ["A"]}}
-    monkeypatch.setattr("spikerl.training.session.gpus", lambda: ["B"])
-    said = ["GPU A became B: sums are in another order"] if device != "cpu" else []
-    assert Session.differences(run, record, 1, "60") == said
-    record["resumed"] = [{"hardware": {"gpus": ["B", "B"]}}]
-    assert Session.differences(run, record, 1, "60") == []
+    session: Any = SimpleNamespace(
+        config=config,
+        trainer=SimpleNamespace(step=50, progress=SimpleNamespace(first_step=0)),
+        world=World(),
+        computed_by=now,
+        resolved=lambda: {"device": {"choice": device}},
+    )
+    manifest = {} if was is None else {"computed_by": {**now, **was}}
+    checkpoint: Any = SimpleNamespace(manifest=manifest, workers=workers)
+    return Session.differences(session, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("was", "said"),
+    [
+        ({}, []),
+        ({"kernel": "j"}, ["kernel j became k: sums are in another order"]),
+        ({"torch": "2.0", "processor": "q"}, ["processor q became p", "torch 2.0 became 2.1"]),
+        ({"code": "abd"}, ["code abd became abc"]),
+        ({"code": None, "torch": None, "total_steps": 50}, []),  # not known; nothing moves over it
+        (None, ["an earlier version of this program saved it"]),
+    ],
+)
+def test_what_computes_from_now_on(was: dict[str, Any] | None, said: list[str]) -> None:
+    assert reasons(was) == said
+
+
+def test_what_matters_on_some_devices() -> None:
+    gpu, threads = (f"{one}: sums are in another order" for one in (
+        "GPU B became A", "threads 2 became 1"
+    ))  # fmt: skip
+    assert reasons({"GPU": "B"}) == []
+    assert reasons({"GPU": "B"}, "cuda:0") == [gpu]
+    assert reasons({"threads": "2"}) == []
+    assert reasons({"threads": "2"}, "cuda:0") == []
+    assert reasons({"threads": "2"}, own_products=False) == [threads]
+
+
+def test_packages_that_compute_nothing() -> None:
+    names = {"python", "spikerl", "torch", "numpy", "gymnasium", "mujoco"}
+    session: Any = SimpleNamespace(
+        config=SimpleNamespace(run=SimpleNamespace(total_steps=60)),
+        resolved=lambda: {"kernel": {"choice": "k"}, "threads": {"choice": "1"}},
+    )
+    own = Session.computed_by.func(session)  # type: ignore[attr-defined]
+    assert own.keys() == names | {"kernel", "threads", "GPU", "processor", "code", "total_steps"}
 
 
 def test_an_evaluation_that_is_stopped_twice(

@@ -71,6 +71,7 @@ def test_eval_and_init_from(returns: list[float]) -> None:
     last = load_policy(RUN).actor.state_dict()
     assert all(np.array_equal(begun[name], first[name]) for name in first)
     assert not all(np.array_equal(last[name], first[name]) for name in first)
+    train("config=on/config.yaml", "init_from=null", "total_steps=150", "run_dir=anew")
 
 
 def test_before_the_end(returns: list[float]) -> None:

@@ -55,6 +55,7 @@ from spikerl.training.trainer import Trainer
 from spikerl.types import Batch
 
 MOST = 1 << 20  # rows of a batch, and rounds
+REPLAY = 100_000  # rows that are stored at most
 PARTS = ("acting", "update", "training", "proxy", "workers", "exchange", "start")
 NEURON: dict[str, Any] = {
     "voltage_decay": 0.75, "threshold": 0.5, "reset": "hard", "surrogate": "rect",
@@ -103,7 +104,10 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             remedy = "bench does not read it; type its keys, or give run=RUN"
             raise BadRequest(name, data[name], remedy)
     config = configs.build(data)
-    check_memory(config, task_for(config))
+    short: Any = config.algo
+    if hasattr(short, "replay_capacity"):
+        short = replace(short, replay_capacity=REPLAY)
+    check_memory(replace(config, algo=short), task_for(config))
     with BenchProgress() as progress:
         bench = Bench(config, request, progress)
         results = bench.measure()
@@ -276,7 +280,7 @@ class Bench(BenchFixtures):
     def training(self) -> list[Benchmark]:
         """Steps of a whole training loop, updates included, without evaluations."""
         algo, interval = self.algo, self.algo.update_interval
-        short = replace(algo, random_steps=0, learning_starts=interval, replay_capacity=100_000)
+        short = replace(algo, random_steps=0, learning_starts=interval, replay_capacity=REPLAY)
         run = replace(self.config.run, num_envs=1)
         config = replace(self.config, run=run, algo=short)
         dense = replace(config, actor=replace(config.actor, actor=self.dense))
