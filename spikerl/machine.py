@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import platform
@@ -18,6 +19,7 @@ import torch
 from spikerl.errors import BadRequest
 from spikerl.types import Resolved
 
+ROOT = Path(__file__).resolve().parent.parent  # of a checkout
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 
 GROUPS, CGROUP = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -153,14 +155,23 @@ def versions() -> dict[str, str]:
 
 def git_state() -> dict[str, str | bool | None]:
     """Commit and dirty flag of spikerl's own checkout; null where it is installed without one."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
+    if not (ROOT / ".git").exists():
         return {"commit": None, "dirty": None}
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "-uno"))}
+        commit = _git(ROOT, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(ROOT, "status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
+
+
+@cache
+def code_version() -> str | None:
+    """The commit, and the checksum of what was changed since; None where it is not known."""
+    if (commit := git_state()["commit"]) is None:
+        return None
+    changes = _git(ROOT, "diff", "HEAD", "--", "spikerl", "conf")
+    known = f" with changes {hashlib.sha256(changes.encode()).hexdigest()[:12]}"
+    return f"{str(commit)[:12]}{known if changes else ''}"
 
 
 def _git(root: Path, *args: str) -> str:

@@ -297,7 +297,8 @@ class StoredSteps:
             for played, whole in episodes(self.checkpoint, task, self.num_envs):
                 if number := stop_signal():
                     raise Stopped(number)
-                rew, act = played.rew / self.reward_scale, task.to_env(played.act)
+                rew = (played.rew / self.reward_scale).astype(np.float32)
+                act = task.to_env(played.act)
                 writer.add(None, played.obs, act, rew, played.terminated, played.truncated, whole)
                 returns += [float(rew.sum())] * whole
         except ValueError as error:

@@ -12,6 +12,7 @@ import torch
 from spikerl import kernels, plugins
 from spikerl.algos import ALGOS, AlgoConfig
 from spikerl.algos.base import CriticsConfig
+from spikerl.algos.bc import BCConfig
 from spikerl.algos.bcq import BCQConfig
 from spikerl.algos.decision_transformer import DecisionTransformerConfig
 from spikerl.algos.offpolicy import DelayConfig, OfflineConfig, OffPolicyConfig, ReplayConfig
@@ -354,6 +355,8 @@ def check_sequence(parsed: Parsed) -> None:
         if learns:
             remedy = f"algo={algo.name} learns from sequences; use actor={fits}"
         raise BadRequest("actor", name, remedy)
+    if isinstance(algo, BCConfig) and parsed.env.reward_scale != 1.0:
+        raise BadRequest("env.reward_scale", parsed.env.reward_scale, "bc reads no reward; give 1")
     if not learns:
         return
     if parsed.env.reward_scale != 1.0:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from spikerl.algos import ALGOS
 from spikerl.algos.base import AlgoConfig
+from spikerl.algos.offpolicy import OfflineConfig
 from spikerl.config.build import Config
 from spikerl.distributed.world import share
 from spikerl.files import shown
@@ -17,11 +18,11 @@ from spikerl.types import Resolved
 
 
 def nothing_learned(algo: AlgoConfig) -> str:
+    said = "warning: this run makes no update, so its policy is the one that it starts with;"
+    if isinstance(algo, OfflineConfig):
+        return f"{said} give more total_steps"
     key = "rollout_steps" if ALGOS.part(algo).on_policy else "learning_starts"
-    return (
-        "warning: this run makes no update, so its policy is the one that it starts with; give more"
-        f" total_steps, or less algo.{key}"
-    )
+    return f"{said} give more total_steps, or less algo.{key}"
 
 
 def announce(config: Config, trainer: Trainer, command: Sequence[str]) -> list[str]:

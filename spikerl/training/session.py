@@ -28,7 +28,7 @@ from spikerl.errors import (
     stop_status,
 )
 from spikerl.files import shown, write_json, write_text
-from spikerl.machine import git_state, versions
+from spikerl.machine import code_version, versions
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, verified
 from spikerl.runs.display import View, epoch_line, idle_line, spent_text, stuck_layers
@@ -41,6 +41,7 @@ from spikerl.training.epoch_row import Row
 from spikerl.training.trainer import Trainer, crossed
 
 FEW = 3  # warnings of one kind, at a time
+REORDER = ("kernel", "threads", "backend", "GPU")  # others add in another order
 SETTINGS_ONLY = ("hydra-core", "omegaconf")  # packages that compute no number of a run
 
 
@@ -181,14 +182,16 @@ class Session:
     def computed_by(self) -> dict[str, Any]:
         """What numbers depend on beside the settings; a checkpoint says it of those before it."""
         chosen = self.resolved()
-        git, hardware = git_state(), machine.describe()
+        hardware = machine.describe()
+        shared = ", in shared memory" if self.world.shm else ""
         return {
             "kernel": chosen["kernel"]["choice"],
             "threads": chosen["threads"]["choice"],
+            "backend": chosen["backend"]["choice"] + shared,
             "GPU": ", ".join(sorted(set(hardware["gpus"]))),
             "processor": hardware["cpu"],
             **{name: version for name, version in versions().items() if name not in SETTINGS_ONLY},
-            "code": git["commit"],
+            "code": code_version(),
             "total_steps": self.config.run.total_steps,
         }
 
@@ -207,23 +210,28 @@ class Session:
         passed_over = {"total_steps"} if on_gpu else {"total_steps", "GPU"}
         if on_gpu or config.own_products:
             passed_over.add("threads")
+        if size < 3 or had != size:  # of two numbers there is one sum
+            passed_over.add("backend")
         for name, value in now.items():
             before = was.get(name)
             if name not in passed_over and before and value and before != value:
-                order = ": sums are in another order" * (name in ("kernel", "threads", "GPU"))
+                order = ": sums are in another order" * (name in REORDER)
                 reasons.append(f"{name} {before} became {value}{order}")
         moves = ["the learning rate"] * config.algo.anneals
         moves += ["the surrogates' slope"] * bool(
             config.actor.neuron and config.actor.neuron.slope_moves
         )
-        before, total = was.get("total_steps"), config.run.total_steps
-        if moves and before != total:
+        had_steps, total = was.get("total_steps"), config.run.total_steps
+        if moves and had_steps != total:
             what = " and ".join(moves)
-            reasons.append(f"total_steps {before} became {total}, over which {what} moves")
+            reasons.append(f"total_steps {had_steps} became {total}, over which {what} moves")
         step, epoch_began = self.trainer.step, self.trainer.progress.first_step
-        on_time = crossed(step - config.num_envs, step, config.run.steps_per_epoch)
+        offline, delay = self.trainer.offline, getattr(config.algo, "policy_delay", 1)
+        before = step - (1 if offline else config.num_envs)
+        on_time = crossed(before, step, config.run.steps_per_epoch)
         if 0 < step == epoch_began and step < total and not on_time:
-            reasons.append(f"an evaluation in mid-epoch, at step {step}: later ones differ")
+            cut = ", and updates" if offline and self.trainer.algo.updates % delay else ""
+            reasons.append(f"an evaluation in mid-epoch, at step {step}: later ones{cut} differ")
         return reasons
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spikerl import kernels
+from spikerl.algos.decision_transformer import DecisionTransformerConfig
 from spikerl.algos.offpolicy import OfflineConfig
 from spikerl.algos.replay import Replay, Sampler
 from spikerl.config.build import Config
@@ -189,6 +190,8 @@ class Trainer:
 
     def steps_ahead(self) -> int:
         """Steps of an offline run up to where workers meet, an epoch ends, or the run does."""
+        if self.world.size == 1 and isinstance(self.config.algo, DecisionTransformerConfig):
+            return 1  # an update may take a second, and a signal waits for it
         every, actor = [SYNC_INTERVAL, self.run.steps_per_epoch], self.config.actor.actor
         if isinstance(actor, CareBNConfig) and actor.recalibration_interval is not None:
             every.append(actor.recalibration_interval)

@@ -126,6 +126,7 @@ REFUSED = [
     ("~algo.gamma", "algo.gamma=???: ", "give it a value"),
     ("seed", "seed: ", "write key=value"),
     ("init_policy=best", "init_policy=best: ", "belongs to init_from"),
+    ("algo=bc dataset=d env.reward_scale=0.1", "env.reward_scale=0.1: ", "bc reads no reward"),
     ("algo.updates_per_step=1e308", "algo.updates_per_step=1e+308: ", "at most 1e6"),
     ("a b", "a b: ", "write key=value"),
     ("seed=[", "seed=[: ", "write key=value"),

@@ -337,8 +337,8 @@ def taken_again(seed: int, env_number: int, acts: list[np.ndarray]) -> dict[str,
 
 @pytest.fixture(scope="module")
 def learned(made: Path) -> Path:
-    """A run of two environments, 60 steps of each, whose learning sees halved rewards."""
-    keys = ["env.reward_scale=0.5", "run_dir=replaying"]
+    """A run of two environments, 60 steps of each, whose learning sees a twentieth of rewards."""
+    keys = ["env.reward_scale=0.05", "run_dir=replaying"]
     with chdir(made):
         assert spikerl("train", *SHORT, *LEARNS, *keys).status == 0
     return made / "replaying"

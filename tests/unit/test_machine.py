@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,34 @@ def test_what_workers_are_given_is_not_the_users_word(
     assert launch.launch({"raw": {}}, workers) == 0
     assert seen == ["3", given]
     assert os.environ.get("OMP_NUM_THREADS") == given
+
+
+def test_code_is_a_commit_and_what_was_changed_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the program and its configs; the same changes have the same name."""
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    (tmp_path / "spikerl").mkdir()
+    for name in ("spikerl/a.py", "notes.md"):
+        (tmp_path / name).write_text("1")
+
+    def version() -> str | None:
+        machine.code_version.cache_clear()
+        return machine.code_version()
+
+    assert version() is None
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "a"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    commit = version()
+    assert commit is not None
+    assert len(commit) == 12
+    (tmp_path / "notes.md").write_text("2")
+    assert version() == commit
+    names = []
+    for content in ("2", "3", "2"):
+        (tmp_path / "spikerl/a.py").write_text(content)
+        names.append(version())
+    assert names[0] == names[2] != names[1]
+    assert str(names[0]).startswith(f"{commit} with changes ")
+    machine.code_version.cache_clear()

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from builders import small_config, with_run
+from builders import bc_config, small_config, with_run
 
 from spikerl.config import build as configs
 from spikerl.distributed.world import ALONE
-from spikerl.training.announcement import announce
+from spikerl.training.announcement import announce, nothing_learned
 
 TRAINER: Any = SimpleNamespace(  # what is announced of one
     world=ALONE,
@@ -59,3 +59,9 @@ def test_what_a_resumed_run_keeps_was_not_requested(
         f"device=cpu ({device}); threads=1 ({others}); kernel=reference ({others});"
         " backend=none (one worker exchanges nothing); energy=none (requested)"
     )
+
+
+def test_what_makes_updates_of_a_run_without_one() -> None:
+    assert nothing_learned(bc_config()).endswith("; give more total_steps")
+    said = nothing_learned(small_config().algo)
+    assert said.endswith("; give more total_steps, or less algo.learning_starts")

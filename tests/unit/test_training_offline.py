@@ -192,7 +192,8 @@ def test_a_resized_run_learns_until_its_end(dataset: Dataset, tmp_path: Path) ->
     """With weak scaling 50 steps of one worker are 50 updates, the 30 that are left 15 of two."""
     config = replace(sequences(4), run=replace(sequences(4).run, scaling="weak"))
     with workers(config, 1, dataset) as (one,):
-        one.advance()
+        for _ in range(50):
+            one.advance()
         assert (one.step, one.algo.updates, one.algo.total_updates) == (50, 50, 80)
         save(tmp_path, [one])
     with workers(config, 2, None) as both:
@@ -342,3 +343,8 @@ def test_how_many_updates_are_made_at_once(
     with workers(training(actor=replace(plain.actor, actor=normed)), 1, dataset) as (one,):
         one.progress.step = step
         assert one.steps_ahead() == expected
+
+
+def test_a_signal_waits_for_one_update_of_a_transformer(dataset: Dataset) -> None:
+    with workers(sequences(), 1, dataset) as (one,):
+        assert one.steps_ahead() == 1

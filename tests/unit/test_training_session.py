@@ -37,27 +37,38 @@ def test_a_checkpoint_of_another_run_is_refused_in_a_line(tmp_path: Path) -> Non
 
 
 def reasons(
-    was: dict[str, Any] | None, device: str = "cpu", *, own_products: bool = True, workers: int = 1
+    was: dict[str, Any] | None,
+    device: str = "cpu",
+    *,
+    own_products: bool = True,
+    size: int = 1,
+    offline: bool = False,
+    epoch_began: int = 0,
 ) -> list[str]:
-    """Why a resume is not exact, of a run at its first epoch's middle, step 50 of 60."""
+    """Why a resume is not exact, of a run at step 50 of 60, in the middle of an epoch."""
     now = {"kernel": "k", "threads": "1", "GPU": "A", "processor": "p", "torch": "2.1",
-           "code": "abc", "total_steps": 60}  # fmt: skip
+           "backend": "gloo", "code": "abc", "total_steps": 60}  # fmt: skip
     config = SimpleNamespace(
-        algo=SimpleNamespace(anneals=False),
+        algo=SimpleNamespace(anneals=False, policy_delay=3),
         actor=SimpleNamespace(neuron=None),
         own_products=own_products,
-        num_envs=1,
-        run=SimpleNamespace(total_steps=60, steps_per_epoch=100),
+        num_envs=4,
+        run=SimpleNamespace(total_steps=60, steps_per_epoch=49),
     )
     session: Any = SimpleNamespace(
         config=config,
-        trainer=SimpleNamespace(step=50, progress=SimpleNamespace(first_step=0)),
-        world=World(),
+        trainer=SimpleNamespace(
+            step=50,
+            offline=offline,
+            algo=SimpleNamespace(updates=50),
+            progress=SimpleNamespace(first_step=epoch_began),
+        ),
+        world=World(size=size),
         computed_by=now,
         resolved=lambda: {"device": {"choice": device}},
     )
     manifest = {} if was is None else {"computed_by": {**now, **was}}
-    checkpoint: Any = SimpleNamespace(manifest=manifest, workers=workers)
+    checkpoint: Any = SimpleNamespace(manifest=manifest, workers=size)
     return Session.differences(session, checkpoint)
 
 
@@ -87,14 +98,34 @@ def test_what_matters_on_some_devices() -> None:
     assert reasons({"threads": "2"}, own_products=False) == [threads]
 
 
+def test_sums_of_two_workers_have_no_order() -> None:
+    assert reasons({"backend": "mpi"}, size=2) == []
+    said = "backend mpi became gloo: sums are in another order"
+    assert reasons({"backend": "mpi"}, size=3) == [said]
+
+
+def test_evaluations_in_mid_epoch() -> None:
+    """Four environments pass the end of the epoch, 49, with their step; an update is a step of an
+    offline run. 50 updates end amid a round of three.
+    """
+    assert reasons({}, epoch_began=50) == []
+    assert reasons({}, offline=True) == []  # it took place at step 0
+    assert reasons({}, offline=True, epoch_began=50) == [
+        "an evaluation in mid-epoch, at step 50: later ones, and updates differ"
+    ]
+
+
 def test_packages_that_compute_nothing() -> None:
     names = {"python", "spikerl", "torch", "numpy", "gymnasium", "mujoco"}
     session: Any = SimpleNamespace(
         config=SimpleNamespace(run=SimpleNamespace(total_steps=60)),
-        resolved=lambda: {"kernel": {"choice": "k"}, "threads": {"choice": "1"}},
+        world=World(),
+        resolved=lambda: {name: {"choice": "c"} for name in ("kernel", "threads", "backend")},
     )
     own = Session.computed_by.func(session)  # type: ignore[attr-defined]
-    assert own.keys() == names | {"kernel", "threads", "GPU", "processor", "code", "total_steps"}
+    assert own.keys() == names | {
+        "kernel", "threads", "backend", "GPU", "processor", "code", "total_steps"
+    }  # fmt: skip
 
 
 def test_an_evaluation_that_is_stopped_twice(
