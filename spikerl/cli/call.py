@@ -115,7 +115,8 @@ def show_config(command: str, args: list[str], explained: Callable[[Exception], 
             return WRONG
     except Exception as error:
         return wrong(explained(error))
-    print(with_meanings(text.getvalue(), command), end="")
+    if helps:
+        print(with_meanings(text.getvalue(), command), end="")
     return DONE
 
 
