@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from spikerl.files import Journal
-from spikerl.runs.loggers import Events, Gauges, Mlflow, Service, Table, Wandb
+from spikerl.runs.logger_files import Events, Gauges, Table
 from spikerl.runs.rows import read_rows
+from spikerl.runs.services import Mlflow, Service, Wandb
 
 
 class RunLog:

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from spikerl import machine
 from spikerl.config.build import Config
 from spikerl.distributed.world import World
 from spikerl.energy.meter import source_of
@@ -28,7 +27,7 @@ from spikerl.errors import (
     stop_status,
 )
 from spikerl.files import shown, write_json, write_text
-from spikerl.machine import code_version, versions
+from spikerl.machine import versions
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, verified
 from spikerl.runs.display import View, epoch_line, idle_line, spent_text, stuck_layers
@@ -38,11 +37,10 @@ from spikerl.runs.summary import summary_of
 from spikerl.signals import signal_name
 from spikerl.training.announcement import announce, nothing_learned
 from spikerl.training.epoch_row import Row
-from spikerl.training.trainer import Trainer, crossed
+from spikerl.training.exactness import computed_by, inexact_because
+from spikerl.training.trainer import Trainer
 
 FEW = 3  # warnings of one kind, at a time
-REORDER = ("kernel", "threads", "backend", "GPU")  # others add in another order
-SETTINGS_ONLY = ("hydra-core", "omegaconf")  # packages that compute no number of a run
 
 
 class Session:
@@ -159,7 +157,8 @@ class Session:
         lost = cut_back(self.folder, int(checkpoint.manifest["metrics_bytes"]))
         record = run_folder.read_manifest(self.folder, key="resume")
         size, had = self.world.size, checkpoint.workers
-        reasons = [*self.differences(checkpoint), *map("anew: {}".format, anew)]
+        reasons = inexact_because(checkpoint, self.computed_by, self.config, self.trainer)
+        reasons += map("anew: {}".format, anew)
         event = {"time": run_folder.now(), "step": self.trainer.step, "exact": not reasons,
                  "not_exact_because": "; ".join(reasons) or None, "world_size": size,
                  "world_size_before": had, "discarded_rows": lost, "command": " ".join(command),
@@ -180,59 +179,7 @@ class Session:
 
     @cached_property
     def computed_by(self) -> dict[str, Any]:
-        """What numbers depend on beside the settings; a checkpoint says it of those before it."""
-        chosen = self.resolved()
-        hardware = machine.describe()
-        shared = ", in shared memory" if self.world.shm else ""
-        return {
-            "kernel": chosen["kernel"]["choice"],
-            "threads": chosen["threads"]["choice"],
-            "backend": chosen["backend"]["choice"] + shared,
-            "GPU": ", ".join(sorted(set(hardware["gpus"]))),
-            "processor": hardware["cpu"],
-            **{name: version for name, version in versions().items() if name not in SETTINGS_ONLY},
-            "code": code_version(),
-            "total_steps": self.config.run.total_steps,
-        }
-
-    def differences(self, checkpoint: Checkpoint) -> list[str]:
-        """Why numbers differ from here on from those of a run that was never stopped."""
-        config, size, now = self.config, self.world.size, self.computed_by
-        reasons = []
-        if (had := checkpoint.workers) != size:
-            reasons.append(
-                f"{had} workers became {size}: random streams and batches differ from here on"
-            )
-        was = checkpoint.manifest.get("computed_by")
-        if not isinstance(was, dict):
-            return [*reasons, "an earlier version of this program saved it"]
-        on_gpu = self.resolved()["device"]["choice"] != "cpu"
-        passed_over = {"total_steps"} if on_gpu else {"total_steps", "GPU"}
-        if on_gpu or config.own_products:
-            passed_over.add("threads")
-        if size < 3 or had != size:  # of two numbers there is one sum
-            passed_over.add("backend")
-        for name, value in now.items():
-            before = was.get(name)
-            if name not in passed_over and before and value and before != value:
-                order = ": sums are in another order" * (name in REORDER)
-                reasons.append(f"{name} {before} became {value}{order}")
-        moves = ["the learning rate"] * config.algo.anneals
-        moves += ["the surrogates' slope"] * bool(
-            config.actor.neuron and config.actor.neuron.slope_moves
-        )
-        had_steps, total = was.get("total_steps"), config.run.total_steps
-        if moves and had_steps != total:
-            what = " and ".join(moves)
-            reasons.append(f"total_steps {had_steps} became {total}, over which {what} moves")
-        step, epoch_began = self.trainer.step, self.trainer.progress.first_step
-        offline, delay = self.trainer.offline, getattr(config.algo, "policy_delay", 1)
-        before = step - (1 if offline else config.num_envs)
-        on_time = crossed(before, step, config.run.steps_per_epoch)
-        if 0 < step == epoch_began and step < total and not on_time:
-            cut = ", and updates" if offline and self.trainer.algo.updates % delay else ""
-            reasons.append(f"an evaluation in mid-epoch, at step {step}: later ones{cut} differ")
-        return reasons
+        return computed_by(self.config, self.world)
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
         """What begins anew; nothing in the folder has changed so far."""

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import io
-import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from shell import SHORT, refusal, spikerl
+from shell import refusal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from spikerl.cli.compose import expand
-from spikerl.runs.loggers import Service, check_loggers, framed, masked_crc32c
+from spikerl.runs.logger_files import framed, masked_crc32c
+from spikerl.runs.loggers import check_loggers
 from spikerl.runs.record import RunLog
 from spikerl.runs.rows import cut_back
 
@@ -195,105 +193,6 @@ def test_csv_of_a_run_that_lost_all_its_rows(tmp_path: Path) -> None:
     assert not (tmp_path / "metrics.csv").exists()
 
 
-class Remote(Service):
-    """A service that keeps what it got, and is away while `away`."""
-
-    name = "wandb"
-    got: list[int]
-    away = False
-
-    def open(self) -> None:
-        if self.away:
-            raise ConnectionError("no route\nto it")
-        self.state["id"] = self.state["id"] or "first"
-        self.got = []
-
-    def send(self, row: Mapping[str, Any]) -> None:
-        if self.away:
-            raise ConnectionError("no route\nto it")
-        self.got.append(row["step"])
-
-
-def remote(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunLog, Remote]:
-    monkeypatch.setattr("spikerl.runs.record.Wandb", Remote)
-    log = RunLog(folder, 0, ["wandb"])
-    (service,) = log.services
-    assert isinstance(service, Remote)
-    return log, service
-
-
-def test_a_service_gets_what_is_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log, service = remote(tmp_path, monkeypatch)
-    log.row(row(100))
-    log.write()
-    assert not service.opened
-    assert log.publish() == []
-    assert service.got == [100]
-    assert log.publish() == []
-    assert service.got == [100]
-
-
-def test_a_resumed_run_goes_on_in_a_service(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Row 200 was committed, and not sent; 300 was sent, and then thrown away."""
-    log, service = remote(tmp_path, monkeypatch)
-    log.row(row(100))
-    log.write()
-    log.publish()
-    log.row(row(200))
-    log.write()
-
-    log, service = remote(tmp_path, monkeypatch)
-    log.publish()
-    assert service.got == [200]
-    committed = log.metrics.length
-    log.row(row(300))
-    log.write()
-    log.publish()
-    assert service.got == [200, 300]
-
-    cut_back(tmp_path, committed)
-    log, service = remote(tmp_path, monkeypatch)
-    for step in (300, 400):
-        log.row(row(step))
-    log.write()
-    log.publish()
-    assert service.got == [400]
-    assert service.state["id"] == "first"
-
-
-def test_a_service_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log, service = remote(tmp_path, monkeypatch)
-    monkeypatch.setattr(Remote, "away", True)
-    log.row(row(100))
-    log.write()
-    assert log.publish() == [
-        "warning: logger=wandb got nothing (ConnectionError: no route); metrics.jsonl has it"
-    ]
-    assert log.publish() == []  # said once
-    log.row(row(200))
-    monkeypatch.setattr(Remote, "away", False)
-    log.write()
-    assert log.publish() == ["logger=wandb has all that it did not get before"]
-    assert service.got == [100, 200]
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"wandb": 3}', '{"wandb": {"id": "x"}}'])
-def test_a_foreign_state(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "loggers.json").write_text(text)
-    log, _ = remote(tmp_path, monkeypatch)
-    log.row(row(100))
-    log.write()
-    assert log.publish() == []
-    assert json.loads((tmp_path / "loggers.json").read_text()) == {
-        "wandb": {"id": "first", "step": 100}
-    }
-
-
-# --- what is typed ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("typed", "composed"),
     [
@@ -316,96 +215,3 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     line = str(refusal(check_loggers, ["mlflow"]))
     assert line == "logger=mlflow: mlflow is missing; pip install 'spikerl[mlflow]'"
     check_loggers(["csv", "tensorboard"])
-
-
-# --- the services themselves, as far as they work without a network ----------------------------
-
-
-def train(*args: str) -> Path:
-    said = spikerl("train", *SHORT, "algo.random_steps=1000", *args)
-    assert said.status == 0, said.err
-    return Path("r")
-
-
-def stop_and_go_on(logger: str) -> list[dict[str, Any]]:
-    """A run of two sessions; its rows."""
-    train(f"logger={logger}", "run_dir=r")
-    # In a process of its own, as a resume is: wandb knows each run once in a process.
-    command = [sys.executable, "-m", "spikerl", "train", "resume=r", "total_steps=450"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning: logger" not in done.stdout
-    rows = [json.loads(line) for line in Path("r/metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == [150, 300, 450]
-    return rows
-
-
-def records(content: bytes) -> Iterator[bytes]:
-    """Of an offline run's file: 7 bytes, then, for each, a checksum, its length and a type."""
-    at = 7
-    while at < len(content):
-        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        assert kind == 1, "the run is short, so that no record is in several parts"
-        yield content[at + 7 : at + 7 + length]
-        at += 7 + length
-
-
-@pytest.mark.slow
-def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    proto: Any = import_module("wandb.proto.wandb_internal_pb2")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
-    Path("elsewhere").mkdir()
-    rows = stop_and_go_on("wandb")
-    assert not Path("r/tb").exists()
-    history: list[tuple[int, float]] = []
-    runs = set()
-    for path in sorted(Path("elsewhere/wandb").glob("offline-run-*/run-*.wandb")):
-        for content in records(path.read_bytes()):
-            record = proto.Record()
-            record.ParseFromString(content)
-            if record.WhichOneof("record_type") == "run":
-                runs.add((record.run.run_id, record.run.project, record.run.display_name))
-            if record.WhichOneof("record_type") == "history":
-                items = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
-                values = json.loads(items["eval/mean_reward"])
-                history.append((record.history.step.num, values))
-    assert [step for step, _ in history] == [r["step"] for r in rows]
-    assert [v for _, v in history] == pytest.approx([r["eval_return"] for r in rows])
-    ((run_id, project, name),) = runs  # the second session is of the same run
-    assert (project, name) == ("spikerl", "r")
-    assert json.loads(Path("r/loggers.json").read_text()) == {"wandb": {"id": run_id, "step": 450}}
-
-
-@pytest.mark.slow
-def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking = import_module("mlflow.tracking")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    rows = stop_and_go_on("mlflow")
-    client = tracking.MlflowClient()
-    (experiment,) = client.search_experiments(filter_string="name = 'spikerl'")
-    (run,) = client.search_runs([experiment.experiment_id])
-    points = client.get_metric_history(run.info.run_id, "eval/mean_reward")
-    assert [(p.step, p.value) for p in points] == [(r["step"], r["eval_return"]) for r in rows]
-    assert (run.info.run_name, run.info.status) == ("r", "FINISHED")
-    assert run.data.params["algo.name"] == "td3"
-
-
-def test_a_sweep_is_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking = import_module("mlflow.tracking")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    short = [*SHORT, "algo.random_steps=1000", "total_steps=150"]
-    said = spikerl("train", "-m", *short, "seed=0,1", "logger=mlflow,csv", "run_dir=both")
-    assert said.status == 0, said.err
-    client = tracking.MlflowClient()
-    (experiment,) = client.search_experiments(filter_string="name = 'spikerl'")
-    runs = client.search_runs([experiment.experiment_id])
-    assert {r.info.run_name for r in runs} == {"seed=0", "seed=1"}
-    assert {r.data.tags["group"] for r in runs} == {"both"}
-    assert sorted(p.parent.name for p in Path("both").glob("*/metrics.csv")) == ["seed=0", "seed=1"]
