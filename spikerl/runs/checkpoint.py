@@ -3,9 +3,8 @@
 A checkpoint is a folder `checkpoints/step_N`, complete or absent: every worker writes its shard
 into a hidden folder, then rank 0 adds `manifest.json` (each file with its checksum, the schema
 version, the length of metrics.jsonl, and a checksum of all this) and renames the folder into place.
-Replay rows are written once, into segments below `replay/` that successive checkpoints share; a
-segment's name says which worker of how many wrote it, hence whose environments' rows it holds, and
-which rows. All of it is plain data; loading it executes nothing.
+Replay rows are written once, into segments below `replay/` (`segments.py`) that successive
+checkpoints share. All of it is plain data; loading it executes nothing.
 """
 
 from __future__ import annotations
@@ -13,18 +12,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -39,9 +36,9 @@ from spikerl.files import (
     parse_json,
     read_json,
     sync_folder,
-    write_atomic,
     write_synced,
 )
+from spikerl.runs.segments import Segment, append_segment, fill_replay, reaches, steps_of
 from spikerl.types import Row
 
 SCHEMA = 3  # 3: segments are named by the number of workers too
@@ -116,7 +113,7 @@ def save_checkpoint(
             "schema": SCHEMA,
             **facts,
             "files": files,
-            "segments": {p: s for p, s in segments.items() if _reaches(p, world, replay)},
+            "segments": {p: s for p, s in segments.items() if reaches(p, world, replay)},
         }
         manifest["seal"] = _checksum(manifest)
         write_synced(partial / "manifest.json", json_bytes(manifest))
@@ -187,53 +184,13 @@ class Checkpoint:
         return load_file(self.folder / f"worker_{rank}.safetensors"), notes
 
     def fill_replay(self, rank: int, size: int, replay: Replay) -> None:
-        """Put back the rows of the environments that worker `rank` of `size` has, as if there had
-        always been so many: row k is of vector step k // width.
-        """
-        width = replay.width  # environments of each worker
-        steps = int(self.worker(0)[1]["replay_added"]) * self.workers // (width * size)
-        replay.added = replay.saved = steps * width
-        replay.reserve(replay.size)
-        replay.rows[: replay.size] = math.nan  # so that one that no segment holds is noticed
-        oldest = max(0, replay.added - replay.capacity) // width
-        for path in self.manifest["segments"]:
-            segment = _parse(path)
-            theirs = width * size // segment.workers
-            offset = rank * width - segment.worker * theirs  # of our first environment from theirs
-            mine = slice(max(offset, 0), max(min(offset + width, theirs), 0))
-            first, last = segment.start // theirs, segment.stop // theirs
-            if mine.start >= mine.stop or last <= oldest:
-                continue
-            rows = np.fromfile(self.run / path, np.float32)
-            rows_TNC = segment.of(replay.row, rows.reshape(last - first, theirs, -1))
-            begin, end = max(first, oldest), min(last, steps)
-            number_T1 = torch.arange(begin, end, dtype=torch.int64).unsqueeze(1) * width - offset
-            number_TN = number_T1 + torch.arange(mine.start, mine.stop, dtype=torch.int64)
-            held = torch.from_numpy(rows_TNC[begin - first : end - first, mine])
-            replay.restore(number_TN, held)
-        if not replay.sound():
-            raise ValueError("its replay lacks rows, or holds a NaN or an infinity")
+        """Put back the rows of the environments that worker `rank` of `size` has."""
+        rows = int(self.worker(0)[1]["replay_added"]) * self.workers
+        fill_replay(self.run, self.manifest["segments"], rows, rank, size, replay)
 
     def steps_of(self, env: int, num_envs: int, row: Row) -> tuple[int, list[np.ndarray]]:
-        """The rows of an environment, (T, C) of each segment, mapped; the number of its step that
-        the first is of. A ValueError where rows are missing in between, or are of another kind.
-        """
-        parts: dict[int, np.ndarray] = {}
-        for path in self.manifest["segments"]:
-            segment = _parse(path)
-            theirs, odd = divmod(num_envs, segment.workers or num_envs + 1)
-            if odd or segment.start % theirs or segment.stop % theirs:
-                raise ValueError(f"{num_envs} environments did not fill {path}")
-            if segment.worker == env // theirs:
-                rows = np.memmap(self.run / path, np.float32, "r")
-                rows_TNC = rows.reshape((segment.stop - segment.start) // theirs, theirs, -1)
-                parts[segment.start // theirs] = segment.of(row, rows_TNC[:, env % theirs])
-        first = due = min(parts, default=0)
-        for start in sorted(parts):
-            if start != due:
-                raise ValueError("its replay lacks rows")
-            due += len(parts[start])
-        return first, [parts[start] for start in sorted(parts)]
+        """The rows of an environment's steps, mapped, as `segments.steps_of` gives them."""
+        return steps_of(self.run, self.manifest["segments"], env, num_envs, row)
 
 
 def verified(run: Path, report: Callable[[str], None], *, key: str = "resume") -> Checkpoint:
@@ -282,52 +239,6 @@ def remove_unreferenced(run: Path) -> None:
             path.unlink()
 
 
-def append_segment(run: Path, world: World, replay: Replay) -> dict[str, str]:
-    """Write the rows that came since the last segment; its path below the run, and checksum."""
-    start = max(replay.saved, replay.added - replay.capacity)
-    if start == replay.added:
-        return {}
-    writer = f"worker_{world.rank}_of_{world.size}"
-    kind = "u8" if replay.row.obs_bytes else "f32"
-    path = Path("replay") / writer / f"rows_{start:012d}_{replay.added:012d}.{kind}"
-    make_folder(run / "replay")
-    make_folder((run / path).parent)
-    rows = replay.between(start, replay.added).cpu().numpy()
-    return {str(path): write_atomic(run / path, rows.reshape(-1).view(np.uint8).data)}
-
-
-class _Segment(NamedTuple):
-    """Rows `start` to `stop` of those that a worker ever stored, of one among `workers`."""
-
-    worker: int
-    workers: int
-    start: int
-    stop: int
-    obs_bytes: bool
-
-    def of(self, row: Row, rows: np.ndarray) -> np.ndarray:
-        """Its rows (..., C) as `row` says; observations of bytes were once held as numbers."""
-        held = replace(row, obs_bytes=self.obs_bytes)
-        if rows.shape[-1] != held.columns or self.obs_bytes > row.obs_bytes:
-            raise ValueError("its replay holds other observations or actions")
-        return rows if held == row else row.packed(rows)
-
-
-def _parse(path: str) -> _Segment:
-    match = re.fullmatch(r"replay/worker_(\d+)_of_(\d+)/rows_(\d+)_(\d+)\.(f32|u8)", path)
-    if match is None:
-        raise ValueError(f"{path} is not a replay segment")
-    *numbers, kind = match.groups()
-    worker, workers, start, stop = map(int, numbers)
-    return _Segment(worker, workers, start, stop, kind == "u8")
-
-
-def _reaches(path: str, world: World, replay: Replay) -> bool:
-    """Whether a replay still holds a row of the segment; they all hold the same steps."""
-    segment = _parse(path)
-    return segment.stop * segment.workers > (replay.added - replay.capacity) * world.size
-
-
 def _folders(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_*"), reverse=True)
 
@@ -339,7 +250,7 @@ def _last_segments(run: Path, saved: int) -> dict[str, str] | None:
     manifest = _known_manifest(folder) if (folder := next(iter(_folders(run)), None)) else None
     if manifest is None or not all((run / path).is_file() for path in manifest["segments"]):
         return None
-    ends = [segment.stop * segment.workers for segment in map(_parse, manifest["segments"])]
+    ends = [segment.stop * segment.workers for segment in map(Segment.parse, manifest["segments"])]
     return None if max(ends, default=0) < saved else dict(manifest["segments"])
 
 
@@ -377,7 +288,7 @@ def _check(manifest: Mapping[str, Any]) -> None:
         if not isinstance(sums, str) or not re.fullmatch(FILE, name):
             raise ValueError(f"{name} is not a file of a checkpoint")
     for path, _ in manifest["segments"].items():
-        _parse(path)
+        Segment.parse(path)
 
 
 def check_fit(

@@ -23,7 +23,7 @@ PLACES = {
     "update": "spikerl.algos.td3 TD3.update",
     "collective": "spikerl.distributed.world World.sum_",
     "evaluation": "spikerl.training.evaluator Evaluator._wave",
-    "checkpoint": "spikerl.runs.checkpoint append_segment",
+    "checkpoint": "spikerl.runs.segments append_segment",
 }
 STAYING = """
 import os, sys, time
