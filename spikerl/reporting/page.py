@@ -104,6 +104,11 @@ def significant(value: Any) -> str:
     return "-" if known is None else f"{known:.3g}" if abs(known) < 100.0 else rounded(known)
 
 
+def of_a_decision(run: Run, key: str) -> float | None:
+    """As its policy's file was counted, where that was; else as pictures have it."""
+    return number(run.evaluation[key]) if key in run.evaluation else run.decision(key)
+
+
 def facts(run: Run) -> Grid:
     """What a run says of itself at its end, and its policy's file."""
     git = run.manifest.get("git")
@@ -113,7 +118,7 @@ def facts(run: Run) -> Grid:
         ["actor loss", significant(run.last("actor_loss"))],
         ["mean Q", significant(run.last("q_mean"))],
         ["updates/s", rounded(number(run.last("updates_per_s")))],
-        *([title, rounded(run.decision(key))] for key, title in DECISION.items()),
+        *([title, rounded(of_a_decision(run, key))] for key, title in DECISION.items()),
         ["joules measured by", str(run.energy_source or "-")],
         ["commit", str(commit)],
         ["folder", str(run.folder)],

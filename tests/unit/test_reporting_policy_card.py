@@ -61,6 +61,24 @@ def test_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert policy_card(Run.read(Path("a")), "PopSAN TD3") == CARD
 
 
+def test_operations_are_of_the_file_that_it_stands_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluations of the training, whose mean is 1, were of other policies."""
+    monkeypatch.chdir(tmp_path)
+    evaluated(Path("a"))
+    path = Path("a/evaluation.json")
+    counted = {"macs": 3.0, "modelled_memory_nj": None}  # the latter is not known of it
+    path.write_text(json.dumps(json.loads(path.read_text()) | counted))
+    card = policy_card(Run.read(Path("a")), "PopSAN TD3")
+    lines = {"| MACs a decision | 1.0 |": "| MACs a decision | 3.0 |",
+             "memory traffic | 400 |": "memory traffic | - |"}  # fmt: skip
+    expected = CARD
+    for line, other in lines.items():
+        expected = expected.replace(line, other)
+    assert card == expected
+
+
 def test_a_table_writes_those_of_its_own_policies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
