@@ -55,7 +55,8 @@ def render_table(table: Table, total_steps: int, root: Path = ROOT) -> list[str]
         return write_all(table, Results(table, total_steps, root), folder)
     except OSError as error:
         place = error.filename2 or error.filename or folder
-        raise BadRequest("table", table.name, f"{place}: {error.strerror or error}") from None
+        remedy = f"{place}: {error.strerror or error}; give another folder"
+        raise BadRequest("out", root, remedy) from None
 
 
 def write_all(table: Table, results: Results, folder: Path) -> list[str]:

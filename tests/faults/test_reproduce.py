@@ -316,6 +316,17 @@ def test_a_cell_that_cannot_be_read() -> None:
     assert str(error) == f"table=small: {folder}: {reason}; move it away"
 
 
+def test_a_place_that_cannot_be_written_to() -> None:
+    """What `out=` says, and where in it."""
+    cell = cell_of(table_of(table_runs.TABLE), "popsan", "Ant", 0)
+    assert cell
+    cell.folder.parents[1].mkdir(parents=True)
+    cell.folder.parent.touch()
+    place = "outputs/reproduced/small/popsan/Ant: File exists"
+    line = str(refusal(cells.claim, cell))
+    assert line == f"out=outputs/reproduced: {place}; give another folder"
+
+
 def test_a_process_that_cannot_start_fails_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     start = cells.Job.start
 

@@ -379,7 +379,8 @@ def test_no_interval_over_a_baseline_of_one_seed() -> None:
 def test_a_place_that_cannot_be_written_to() -> None:
     Path("outputs/reproduced/small/table.md").mkdir(parents=True)
     line = str(refusal(render_table, table_of(DATA), 3000))
-    assert line == "table=small: outputs/reproduced/small/table.md: Is a directory"
+    place = "outputs/reproduced/small/table.md: Is a directory"
+    assert line == f"out=outputs/reproduced: {place}; give another folder"
 
 
 def test_every_published_row_is_shown() -> None:

@@ -127,7 +127,8 @@ def claim(cell: Cell) -> IO[str] | None:
         if lock_file(file):
             return file
     except OSError as error:
-        raise BadRequest("table", place, f"cannot be written to: {error.strerror}") from None
+        remedy = f"{place}: {error.strerror}; give another folder"
+        raise BadRequest("out", cell.folder.parents[3], remedy) from None
     file.close()
     return None
 
