@@ -248,7 +248,7 @@ def remove_results(folder: Path) -> None:
     policies = [
         f"{place}policy.{kind}" for kind in ("json", "safetensors") for place in ("", "best/")
     ]
-    for name in (*policies, "summary.json", "evaluation.json", "error.txt"):
+    for name in (*policies, "POLICY.md", "summary.json", "evaluation.json", "error.txt"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -123,10 +123,12 @@ def test_a_resumed_run_has_no_best_of_its_end(returns: list[float]) -> None:
     train(*SHORT, "run_dir=r")
     from spikerl.runs.folder import remove_results
 
-    (RUN / "evaluation.json").touch()  # of the policy's file
+    for name in ("evaluation.json", "POLICY.md"):  # of the policy's file
+        (RUN / name).touch()
     remove_results(RUN)
     assert not list((RUN / "best").iterdir())
     assert not (RUN / "evaluation.json").exists()
+    assert not (RUN / "POLICY.md").exists()
     assert load_policy(RUN, policy="best").norm.count == 300
 
 
