@@ -33,6 +33,8 @@ class ReportRequest:
         keys = self.group_by
         if keys is not None and (not isinstance(keys, list) or not all(map(is_key, keys))):
             raise BadRequest("group_by", keys, "give keys of configs, such as [algo.name]")
+        if not self.out:
+            raise BadRequest("out", self.out, "give a folder")
         for key in ("hours", "core_hours"):
             if not all(0.0 < hours < math.inf for hours in getattr(self, key)):
                 raise BadRequest(key, getattr(self, key), "give numbers above 0, such as [0.5,1]")

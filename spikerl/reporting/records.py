@@ -16,12 +16,12 @@ import numpy as np
 from spikerl.config.yaml_file import read_config
 from spikerl.energy.meter import source_of, total_joules
 from spikerl.errors import BadRequest
-from spikerl.files import parse_json, read_bytes, read_json
+from spikerl.files import read_json
 from spikerl.reporting import statistics
 from spikerl.reporting.statistics import Array
 from spikerl.runs.differences import NAMES
 from spikerl.runs.folder import read_manifest
-from spikerl.runs.rows import MAX_BYTES
+from spikerl.runs.rows import MAX_BYTES, read_rows
 from spikerl.schema import dotted
 
 METRICS = {
@@ -53,7 +53,7 @@ class Run:
         try:
             config = read_config(folder / "config.yaml")
             rows, discarded = (
-                read_record(folder / f"{name}.jsonl") for name in ("metrics", "discarded")
+                read_rows(folder / f"{name}.jsonl") for name in ("metrics", "discarded")
             )
             evaluation = read_evaluation(folder / "evaluation.json")
         except (BadRequest, OSError, ValueError) as error:
@@ -195,25 +195,6 @@ def number(value: object) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:  # an integer beyond float64
         return None
-
-
-def read_record(path: Path) -> list[dict[str, Any]]:
-    """The rows of a record that may be growing: a line without an end is not there yet."""
-    if not path.exists():
-        return []
-    content = read_bytes(path, MAX_BYTES)
-    rows = []
-    for i, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines()):
-        try:
-            row = parse_json(line)
-        except ValueError:
-            row = None
-        step = row.get("step") if isinstance(row, dict) else None
-        sound = type(step) is int and 0 <= step < 1 << 63
-        if not sound or (row.get("energy_j") is not None and number(row["energy_j"]) is None):
-            raise ValueError(f"line {i + 1} of {path.name} is not a row")
-        rows.append(row)
-    return rows
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:

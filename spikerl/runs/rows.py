@@ -15,7 +15,13 @@ MAX_BYTES = 1 << 28  # of a file that is read whole; a record of 100 000 epochs 
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    return _rows(read_bytes(path, MAX_BYTES)) if path.exists() else []
+    """The rows of a record that may be growing: a line without an end is not there yet. A
+    ValueError names the line that is no row.
+    """
+    if not path.exists():
+        return []
+    content = read_bytes(path, MAX_BYTES)
+    return _rows(content[: content.rfind(b"\n") + 1], path.name)
 
 
 def cut_back(folder: Path, length: int) -> int:
@@ -44,7 +50,8 @@ def check_record(folder: Path, facts: Mapping[str, Any]) -> None:
     try:
         if type(length) is not int or length < 0 or not _finite(wall_s):
             raise ValueError("its checkpoint does not say where it ends")
-        rows = _rows(read_bytes(folder / "metrics.jsonl", MAX_BYTES)[:length])
+        path = folder / "metrics.jsonl"
+        rows = _rows(read_bytes(path, MAX_BYTES)[:length], path.name)
         steps = [row["step"] for row in rows]
         if steps != sorted(set(steps)) or not all(0 < n <= step for n in steps):
             raise ValueError("its steps do not rise up to its checkpoint's")
@@ -60,10 +67,10 @@ def check_record(folder: Path, facts: Mapping[str, Any]) -> None:
         raise BadRequest("resume", folder, f"its record cannot be read: {error}") from None
 
 
-def _rows(content: bytes) -> list[dict[str, Any]]:
+def _rows(content: bytes, name: str) -> list[dict[str, Any]]:
     rows = [_row(line) for line in content.splitlines()]
     if None in rows:
-        raise ValueError(f"line {rows.index(None) + 1} is not a row")
+        raise ValueError(f"line {rows.index(None) + 1} of {name} is not a row")
     return [row for row in rows if row is not None]
 
 
@@ -73,7 +80,8 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = parse_json(line)
     except ValueError:
         return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
+    step = row.get("step") if isinstance(row, dict) else None
+    if not isinstance(row, dict) or type(step) is not int or not 0 <= step < 1 << 63:
         return None
     return row if row.get("energy_j") is None or _finite(row["energy_j"]) else None
 

@@ -140,6 +140,15 @@ def test_a_damaged_record_is_named() -> None:
     assert state == "done, metrics.jsonl damaged"
 
 
+def test_a_line_without_an_end_is_not_there_yet() -> None:
+    """A run was killed as it wrote one, or is writing it."""
+    some_runs()
+    with Path("outputs/Ant/td3/a/metrics.jsonl").open("a") as f:
+        f.write('{"epoch": 3, "st')
+    (run,) = (run for run in listed() if run["run"] == "outputs/Ant/td3/a")
+    assert (run["state"], run["steps"]) == ("done", 200)
+
+
 def test_a_damaged_manifest_is_named() -> None:
     folder = make("outputs/a", "done", [])
     (folder / "config.yaml").write_text("seed: 0\n")

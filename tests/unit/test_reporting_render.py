@@ -377,6 +377,7 @@ ASKED: list[tuple[list[str], str]] = [
     (["runs=runs/a", "hours=[0]"], "hours=[0.0]: give numbers above 0"),
     (["runs=runs/a", "core_hours=[-1]"], "core_hours=[-1.0]: give numbers above 0"),
     (["runs=runs/a", "group_by=[3]"], "group_by=[3]: give keys of configs"),
+    (["runs=runs/a", "out="], "out=: give a folder"),
     (["runs=runs/a", "out=runs/a/config.yaml"], "out=runs/a/config.yaml: "),
     (["runs=runs/broken"], "runs=runs/broken: no run can be read"),
 ]
