@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, first_line
 from spikerl.export.c_actor import DenseSource, SpikingSource, array, number
 from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.policy import Policy
@@ -102,7 +102,12 @@ def check_here() -> None:
 
 
 def compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CC", ""))
+    said = os.environ.get("CC", "")
+    try:
+        named = shlex.split(said)
+    except ValueError as error:  # a quotation without an end
+        remedy = f"CC={said}: {first_line(error).lower()}; give it a command"
+        raise BadRequest("format", "c", remedy) from None
     for candidate in [named] if named else [["cc"], ["gcc"], ["clang"]]:
         if shutil.which(candidate[0]):
             return candidate

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from spikerl.errors import first_line
 from spikerl.files import lock_file
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
@@ -222,7 +223,11 @@ def _succeed(command: list[str]) -> None:
 
 
 def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CXX", ""))
+    said = os.environ.get("CXX", "")
+    try:
+        named = shlex.split(said)
+    except ValueError as error:  # a quotation without an end
+        raise Unbuilt(f"CXX={said}: {first_line(error).lower()}") from None
     for candidate in [named] if named else [["g++"], ["clang++"], ["c++"]]:
         if shutil.which(candidate[0]):
             return candidate

@@ -285,6 +285,14 @@ def test_without_a_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         kernels.resolve(CPU, "cpu")
 
 
+def test_a_compiler_that_cannot_be_read(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", 'g++ "-m32')
+    said = kernels.resolve(AUTO, "cpu")
+    assert said == ("reference", 'CXX=g++ "-m32: no closing quotation')
+    with pytest.raises(BadRequest, match=r'kernel=cpu: CXX=g\+\+ "-m32: no closing quotation'):
+        kernels.resolve(CPU, "cpu")
+
+
 def test_a_compiler_that_fails(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = fresh / "cxx"
     script.write_text(

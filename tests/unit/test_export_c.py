@@ -253,6 +253,13 @@ def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
+def test_a_compiler_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", 'cc "-m32')
+    assert str(refusal(c.check_here)) == (
+        'format=c: CC=cc "-m32: no closing quotation; give it a command'
+    )
+
+
 def test_a_poisson_encoder_is_refused(tmp_path: Path) -> None:
     run = saved(policy_of(config(encoder=POISSON), task()), tmp_path / "run")
     assert spikerl("export", f"run={run}", "format=c").line == (
