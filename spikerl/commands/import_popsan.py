@@ -52,7 +52,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     facts = {"status": "done", "imported_from": sources, "algo": None}
     target = config.run.run_dir or train.default_folder(config, "imported")
     named = config.run.run_dir is not None
-    run_folder.check_free(target, named=named)
+    run_folder.check_free(target, named=named, dated=True)
     record = run_folder.make_manifest(task.env_id, argv, {}, facts)
     folder = run_folder.create(target, config.raw, record, policy.save, named=named)
     seen = "" if stats is not None else "; observations are not normalised"

@@ -64,7 +64,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         target = settings.resume
     else:
         target = settings.run_dir or str(absolute(default_folder(config)))
-        run_folder.check_free(target, named=settings.run_dir is not None)
+        run_folder.check_free(target, named=settings.run_dir is not None, dated=True)
     check_launch(config)
     if ranked() or (config.world_size == 1 and settings.max_restarts == 0):
         try:

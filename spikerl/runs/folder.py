@@ -35,12 +35,15 @@ from spikerl.machine import git_state, versions
 from spikerl.runs.rows import MAX_BYTES
 
 
-def check_free(target: str, *, named: bool, key: str = "run_dir") -> None:
-    """Refuse early, before anything is built, what `create` would refuse late."""
+def check_free(target: str, *, named: bool, key: str = "run_dir", dated: bool = False) -> None:
+    """Refuse early, before anything is built, what `create` would refuse late.
+
+    `dated`: without a name, the folder has one that no other has.
+    """
     folder = Path(target)
     if named and os.path.lexists(folder):
-        dated = ", or leave it out for a dated one" if key == "run_dir" else ""
-        raise BadRequest(key, target, f"it exists already; give another {key}{dated}")
+        otherwise = ", or leave it out for a dated one" if dated else ""
+        raise BadRequest(key, target, f"it exists already; give another {key}{otherwise}")
     parent = folder.absolute().parent
     while not os.path.lexists(parent):
         parent = parent.parent

@@ -267,7 +267,9 @@ def test_discrete_actions(said: Said) -> None:
 def test_run_dir(said: Said, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "file").write_text("kept")
-    assert said("train", "run_dir=taken").startswith("run_dir=taken: it exists already; give")
+    assert said("train", "run_dir=taken") == (
+        "run_dir=taken: it exists already; give another run_dir, or leave it out for a dated one"
+    )
     assert said("train", "run_dir=file").startswith("run_dir=file: it exists already; give")
     line = said("train", "run_dir=file/below/run")
     assert line.startswith("run_dir=file/below/run: ")

@@ -162,6 +162,14 @@ def test_refusals(typed: str, line: str, folder: Path) -> None:
     assert tree(folder) == before
 
 
+def test_a_folder_that_is_there_has_no_dated_other(folder: Path) -> None:
+    there = folder / "spiking_prune0.5"
+    there.mkdir()
+    said = spikerl("compress", "run=spiking", "prune=0.5")
+    there.rmdir()
+    assert said.line == f"run_dir={there}: it exists already; give another run_dir"
+
+
 def test_normalised_drives_are_folded_first(folder: Path) -> None:
     policy = load_policy("spiking")
     parts = ActorConfig(**{**vars(config()), "actor": care_bn_config([12, 9])})

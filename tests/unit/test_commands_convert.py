@@ -255,6 +255,11 @@ def test_refused_requests(request_: str, line: str, tmp_path: Path) -> None:
     assert said.line.startswith(line)
 
 
+def test_a_folder_that_is_there_has_no_dated_other(dense: Path) -> None:
+    said = spikerl("convert", "run=dense", "run_dir=dense")
+    assert said.line == "run_dir=dense: it exists already; give another run_dir"
+
+
 def test_a_config_imports_nothing(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The policy's own task is made, whatever module the run's config names."""
     Path("named_by_a_file.py").write_text("")

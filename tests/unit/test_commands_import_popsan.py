@@ -214,7 +214,7 @@ REFUSED = [
     (["popsan=s.p"], "popsan=s.p: cannot be read as tensors"),
     (["stats=m.pt"], "stats=m.pt: cannot be read as two arrays"),
     (["popsan=m.pt/x"], "popsan=m.pt/x: no such file"),
-    (["run_dir=taken"], "run_dir=taken: it exists already"),
+    (["run_dir=taken"], "run_dir=taken: it exists already; give another run_dir, or leave it out"),
     (["run_dir=m.pt/below"], "run_dir=m.pt/below: "),
 ]  # fmt: skip
 
