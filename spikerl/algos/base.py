@@ -51,6 +51,10 @@ class AlgoConfig:
             if not holds(getattr(self, key)):
                 raise BadRequest(f"algo.{key}", getattr(self, key), remedy)
 
+    def unread(self, discrete: bool) -> dict[str, str]:
+        """Keys that change nothing, and what to do instead of giving them."""
+        return {}
+
     def inputs(self, obs_dim: int, act_dim: int) -> int:
         """Of the actor, for so many entries."""
         return obs_dim

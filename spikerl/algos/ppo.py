@@ -55,6 +55,9 @@ class PPOConfig(CriticsConfig):
             remedy = f"at most algo.rollout_steps={self.rollout_steps}: give"
             self.check(f"{remedy} less", lambda x: x <= self.rollout_steps, "batch_size")
 
+    def unread(self, discrete: bool) -> dict[str, str]:
+        return {"log_std": "discrete actions have no deviation; leave it out"} if discrete else {}
+
     def capacity(self) -> int:
         return self.rollout_steps
 

@@ -46,6 +46,16 @@ class SACConfig(OffPolicyConfig, DelayConfig):
         if len(self.log_std_range) != 2 or self.log_std_range[0] > self.log_std_range[1]:
             raise BadRequest("algo.log_std_range", self.log_std_range, "give [low, high]")
 
+    def unread(self, discrete: bool) -> dict[str, str]:
+        keys: dict[str, str] = {}
+        if self.log_std == "shared":
+            remedy = "algo.log_std=shared has no network of its own for it; leave it out"
+            keys |= dict.fromkeys(("log_std_hidden_sizes", "log_std_lr"), remedy)
+        if not self.learn_temperature:
+            remedy = "is of a learned temperature; set algo.learn_temperature, or leave it out"
+            keys["temperature_lr"] = remedy
+        return keys
+
     def outputs(self, act_dim: int) -> int:
         return act_dim if self.log_std == "separate" else 2 * act_dim
 

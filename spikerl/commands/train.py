@@ -50,10 +50,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         raise BadRequest("neuron.alpha", config.actor.neuron.alpha, remedy)
     task = task_for(config)
     check_memory(config, task)
-    typed = any(word.startswith("init_policy=") for word in argv)
-    if typed and not settings.init_from:
-        remedy = "it belongs to init_from; give that, or leave it out"
-        raise BadRequest("init_policy", settings.init_policy, remedy)
+    check_read(argv, config, task)
     if settings.init_from:
         read_init(settings.init_from, config, task)
     if dataset := dataset_of(config, task):
@@ -219,6 +216,18 @@ def task_for(config: Config) -> Task:
     env.close()
     check_actions(config.algo, env_task)
     return env_task
+
+
+def check_read(argv: Sequence[str], config: Config, task: Task) -> None:
+    """Refuse typed keys that change nothing; a file may hold them."""
+    unread = config.algo.unread(task.kind == "discrete")
+    remedies = {f"algo.{key}": remedy for key, remedy in unread.items()}
+    if not config.run.init_from:
+        remedies["init_policy"] = "it belongs to init_from; give that, or leave it out"
+    for word in argv:
+        key, _, value = word.lstrip("+").partition("=")
+        if key in remedies:
+            raise BadRequest(key, value, remedies[key])
 
 
 def own_device(choice: str) -> torch.device:

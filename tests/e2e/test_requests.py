@@ -109,6 +109,13 @@ REFUSED = [
         "surrogate=rect has no slope",
     ),
     ("algo=sac algo.target_entropy=-1", "algo.target_entropy=-1.0: ", "set algo.learn_temperature"),
+    ("algo=sac algo.temperature_lr=1", "algo.temperature_lr=1: ", "set algo.learn_temperature"),
+    (
+        "algo=sac algo.log_std=shared algo.log_std_lr=1",
+        "algo.log_std_lr=1: ",
+        "no network of its own",
+    ),
+    ("env=CartPole algo=ppo algo.log_std=0", "algo.log_std=0: ", "actions have no deviation"),
     (
         "algo=ppo algo.rollout_steps=64 algo.norm_interval=64 scaling=weak world_size=2",
         "algo.batch_size=64: ",
