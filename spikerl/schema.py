@@ -18,6 +18,7 @@ from omegaconf.errors import (
 from spikerl.errors import BadRequest, first_line
 
 T = TypeVar("T")
+FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127  # replay and networks hold no larger number
 
 
 def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
@@ -55,6 +56,8 @@ def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise BadRequest(f"{prefix}{field}", value, "give a finite number")
+        if any(isinstance(number, float) and abs(number) > FLOAT32_MAX for number in numbers):
+            raise BadRequest(f"{prefix}{field}", value, "float32 holds at most 3.4e38; give less")
         if any(isinstance(number, int) and abs(number) >= 1 << 63 for number in numbers):
             raise BadRequest(f"{prefix}{field}", value, "give a number below 2^63")
     return result

@@ -19,7 +19,7 @@ from spikerl.config.build import MOST
 from spikerl.config.yaml_file import check_confirmed, read_config
 from spikerl.distributed.launch import stop_signals
 from spikerl.envs.dataset import Writer, check_extra
-from spikerl.envs.make import FLOAT32_MAX, CheckedEnv, EnvConfig, task_of
+from spikerl.envs.make import CheckedEnv, EnvConfig, task_of
 from spikerl.errors import DONE, BadRequest, NonFinite, Stopped, stop_status
 from spikerl.files import absolute, checksum_of, hold, shown, sync_folder
 from spikerl.isolation import UserCode
@@ -31,7 +31,7 @@ from spikerl.runs.checkpoint import Checkpoint, verified
 from spikerl.runs.policies import CHOICES, find_policy, load_policy
 from spikerl.runs.policy_env import env_of
 from spikerl.runs.replayed import episodes
-from spikerl.schema import check_seed, parse
+from spikerl.schema import FLOAT32_MAX, check_seed, parse
 from spikerl.seeding import RESET_BITS, reset_seed, seed_for
 from spikerl.signals import signal_name
 from spikerl.types import Task

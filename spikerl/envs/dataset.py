@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from spikerl.envs.make import FLOAT32_MAX, are_bytes
+from spikerl.envs.make import are_bytes
 from spikerl.envs.vector import Steps
 from spikerl.errors import BadRequest
 from spikerl.files import checksum_of, read_json, write_json
+from spikerl.schema import FLOAT32_MAX
 from spikerl.types import MAX_EPISODE_STEPS, Task
 
 METADATA, MAIN = "data/metadata.json", "data/main_data.hdf5"

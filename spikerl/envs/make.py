@@ -29,7 +29,6 @@ from spikerl.types import MAX_EPISODE_STEPS, Entry, Task, flat
 DEFAULT_EPISODE_STEPS = 1000
 PATIENCE_S = 300.0  # for one step of environments in processes of their own
 UNREGISTERED = "is not a registered environment"
-FLOAT32_MAX = float(np.finfo(np.float32).max)  # replay and networks hold no larger number
 
 
 @dataclass(kw_only=True)

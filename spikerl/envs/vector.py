@@ -14,11 +14,12 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
-from spikerl.envs.make import FLOAT32_MAX, PATIENCE_S, EnvConfig, describe_raised, make_env
+from spikerl.envs.make import PATIENCE_S, EnvConfig, describe_raised, make_env
 from spikerl.envs.process import Processes, maker
 from spikerl.envs.snapshot import Snapshot
 from spikerl.errors import BadRequest, EnvironmentFailed, Interrupted, NonFinite
 from spikerl.isolation import UserCode
+from spikerl.schema import FLOAT32_MAX
 from spikerl.types import Task
 
 

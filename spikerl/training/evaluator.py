@@ -20,7 +20,7 @@ from torch import Tensor
 from spikerl.distributed.world import ALONE, World
 from spikerl.energy import modelled, operations
 from spikerl.energy.operations import Operations
-from spikerl.envs.make import FLOAT32_MAX, CheckedEnv, EnvConfig, make_env
+from spikerl.envs.make import CheckedEnv, EnvConfig, make_env
 from spikerl.envs.vector import describe_error
 from spikerl.errors import BadRequest, EnvironmentFailed, NonFinite, Stopped
 from spikerl.isolation import UserCode
@@ -28,6 +28,7 @@ from spikerl.kernels.reference import Carried
 from spikerl.models.actor import Activity
 from spikerl.models.policy import Policy
 from spikerl.models.sequence import History
+from spikerl.schema import FLOAT32_MAX
 from spikerl.seeding import RESET_BITS, generator_for, reset_seed
 from spikerl.types import Contexts, Task
 

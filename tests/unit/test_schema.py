@@ -50,7 +50,7 @@ def test_fits() -> None:
 @pytest.mark.parametrize(
     ("key", "given", "taken"),
     [("rate", 2, 2.0), ("limit", 3, 3.0), ("span", [1, 2], [1.0, 2.0]), ("sizes", [], []),
-     ("on", "true", True), ("count", "7", 7)],
+     ("on", "true", True), ("count", "7", 7), ("rate", 3.4e38, 3.4e38)],
 )  # fmt: skip
 def test_converts(key: str, given: object, taken: object) -> None:
     value = getattr(parse(Part, {**FITS, key: given}), key)
@@ -77,6 +77,12 @@ def test_converts(key: str, given: object, taken: object) -> None:
         ("rate", float("nan"), "part.rate=nan: give a finite number"),
         ("limit", float("-inf"), "part.limit=-inf: give a finite number"),
         ("span", [0.0, float("inf")], "part.span=[0.0, inf]: give a finite number"),
+        ("rate", 3.5e38, "part.rate=3.5e+38: float32 holds at most 3.4e38; give less"),
+        (
+            "span",
+            [-3.5e38, 0],
+            "part.span=[-3.5e+38, 0.0]: float32 holds at most 3.4e38; give less",
+        ),
         ("rate", "???", "part.rate=???: give it a value"),
         ("count", 0, "part.count=0: give at least 1"),
         ("more", 1, "part.more=1: no such key; known: name, count, rate, sizes, span, limit, on"),
