@@ -12,6 +12,8 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 from spikerl.algos.offpolicy import OfflineConfig
 from spikerl.config.build import Config
 from spikerl.errors import BadRequest
@@ -20,6 +22,8 @@ from spikerl.models.actor_config import CareBNConfig, PopSANConfig
 from spikerl.models.sequence import SequenceConfig
 from spikerl.models.spikeformer import SpikeformerConfig
 from spikerl.models.transformer import TransformerConfig
+from spikerl.snn.conv import ConvConfig
+from spikerl.snn.linear import Linear
 from spikerl.types import Task
 
 NUMBER = 4  # bytes
@@ -60,8 +64,13 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
     if isinstance(actor, SequenceConfig):
         return sequence_bytes(actor, algo.batch_size)
     O, A = task.obs_dim, task.act_dim  # noqa: E741
-    first = O * getattr(config.actor.encoder, "pop_size", 1)
+    first = algo.inputs(O, A) * getattr(config.actor.encoder, "pop_size", 1)
     last = A * getattr(config.actor.decoder, "pop_size", 1)
+    convolutions = list[Linear]()
+    if isinstance(actor, ConvConfig):
+        with torch.device("meta"):
+            convolutions = actor.layers(first)
+        first = convolutions[-1].outputs
     widths = [first, *actor.hidden_sizes, last]
     steps = actor.spike_steps if isinstance(actor, PopSANConfig) else 1
     rows = min(algo.capacity(), config.run.total_steps) // config.run.nnodes
@@ -77,6 +86,9 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
         f"algo.{several}": at_once * (sum(widths) * steps + 2 * O) * NUMBER,
         "actor.hidden_sizes": weights(list(actor.hidden_sizes)),
     }
+    if convolutions:
+        kernels = sum(layer.weight_IN.numel() for layer in convolutions)
+        needs["actor.filters"] = kernels * NUMBER * COPIES
     if isinstance(actor, CareBNConfig):
         batches = actor.recalibration_batches
         needs["actor.recalibration_batches"] = batches * algo.batch_size * 2 * O * NUMBER

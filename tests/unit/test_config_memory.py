@@ -14,6 +14,8 @@ from spikerl.config.build import build
 from spikerl.config.memory import least_bytes, memory
 from spikerl.envs.make import make_env, task_of
 
+IMAGES = "env=CartPole algo=dqn actor=cnn actor.image=[2,2]"
+ONES, WIDE = ",".join(["1"] * 16), ",".join(["65536"] * 16)
 HUGE = [
     ("algo.batch_size=4000000000", "algo.batch_size"),
     ("actor.hidden_sizes=[2000000,2000000]", "actor.hidden_sizes"),
@@ -36,6 +38,14 @@ HUGE = [
     ),
     ("algo=proxy_td3 algo.proxy_steps=100000000", "algo.proxy_steps"),
     ("experiment=care_bn actor.recalibration_batches=100000000", "actor.recalibration_batches"),
+    (
+        f"{IMAGES} actor.kernel_sizes=[1] actor.filters=[65536] actor.hidden_sizes=[200000]",
+        "actor.hidden_sizes",
+    ),
+    (
+        f"{IMAGES} actor.kernel_sizes=[{ONES}] actor.strides=[{ONES}] actor.filters=[{WIDE}]",
+        "actor.filters",
+    ),
     ("num_envs=100000", "num_envs"),
     ("threads=100000", "threads"),
     (f"total_steps={1 << 63}", "total_steps"),
