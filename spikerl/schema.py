@@ -18,6 +18,7 @@ from omegaconf.errors import (
 from spikerl.errors import BadRequest, first_line
 
 T = TypeVar("T")
+MOST_WIDTH = 1 << 20  # of a layer, a population: no product of sizes overflows
 FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127  # replay and networks hold no larger number
 
 
@@ -111,6 +112,6 @@ def check_seed(seed: int) -> None:
 
 def check_sizes(key: str, sizes: Iterable[int]) -> None:
     sizes = list(sizes)
-    if not 1 <= len(sizes) <= 100 or any(size < 1 for size in sizes):
-        remedy = "give a list of 1 to 100 widths of at least 1, such as [256,256]"
+    if not 1 <= len(sizes) <= 100 or any(not 1 <= size <= MOST_WIDTH for size in sizes):
+        remedy = f"give a list of 1 to 100 widths of 1 to {MOST_WIDTH}, such as [256,256]"
         raise BadRequest(key, sizes, remedy)

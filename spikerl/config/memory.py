@@ -13,17 +13,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from spikerl.algos.offpolicy import OfflineConfig
 from spikerl.config.build import Config
 from spikerl.errors import BadRequest
 from spikerl.machine import CGROUP, GROUPS, control_groups
+from spikerl.models.actor import SpikingActor
 from spikerl.models.actor_config import CareBNConfig, PopSANConfig
+from spikerl.models.networks import build_actor
 from spikerl.models.sequence import SequenceConfig
 from spikerl.models.spikeformer import SpikeformerConfig
 from spikerl.models.transformer import TransformerConfig
-from spikerl.snn.conv import ConvConfig
-from spikerl.snn.linear import Linear
+from spikerl.snn.conv import Conv
 from spikerl.types import Task
 
 NUMBER = 4  # bytes
@@ -64,14 +66,21 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
     if isinstance(actor, SequenceConfig):
         return sequence_bytes(actor, algo.batch_size)
     O, A = task.obs_dim, task.act_dim  # noqa: E741
-    first = algo.inputs(O, A) * getattr(config.actor.encoder, "pop_size", 1)
-    last = A * getattr(config.actor.decoder, "pop_size", 1)
-    convolutions = list[Linear]()
-    if isinstance(actor, ConvConfig):
-        with torch.device("meta"):
-            convolutions = actor.layers(first)
-        first = convolutions[-1].outputs
-    widths = [first, *actor.hidden_sizes, last]
+    with torch.device("meta"):  # where it takes none
+        net = build_actor(config.actor, algo.inputs(O, A), algo.outputs(A))
+    hidden = "actor.hidden_sizes"
+    first, last = (
+        f"{coder}.pop_size" if hasattr(getattr(config.actor, coder), "pop_size") else hidden
+        for coder in ("encoder", "decoder")
+    )
+    keys = ["actor.filters" if isinstance(layer, Conv) else hidden for layer in net.layers]
+    keys[0] = first if first != hidden else keys[0]
+    keys[-1] = last if last != hidden else keys[-1]
+    parts = list[nn.Module](net.layers)
+    widths = [O, *(layer.outputs for layer in net.layers)]
+    if isinstance(net, SpikingActor):
+        parts, keys = [*parts, net.encoder, net.decoder], [*keys, first, last]
+        widths[0] = net.encoder.outputs
     steps = actor.spike_steps if isinstance(actor, PopSANConfig) else 1
     rows = min(algo.capacity(), config.run.total_steps) // config.run.nnodes
     if isinstance(algo, OfflineConfig):
@@ -84,19 +93,13 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
     needs = {
         f"algo.{rollout}": rows * task.row.columns * NUMBER,
         f"algo.{several}": at_once * (sum(widths) * steps + 2 * O) * NUMBER,
-        "actor.hidden_sizes": weights(list(actor.hidden_sizes)),
     }
-    if convolutions:
-        kernels = sum(layer.weight_IN.numel() for layer in convolutions)
-        needs["actor.filters"] = kernels * NUMBER * COPIES
+    for key, part in zip(keys, parts, strict=True):
+        numbers = sum(p.numel() for p in part.parameters())
+        needs[key] = needs.get(key, 0) + numbers * NUMBER * COPIES
     if isinstance(actor, CareBNConfig):
         batches = actor.recalibration_batches
         needs["actor.recalibration_batches"] = batches * algo.batch_size * 2 * O * NUMBER
-    ends = {"encoder": (first, actor.hidden_sizes[0]), "decoder": (actor.hidden_sizes[-1], last)}
-    for part, (inputs, outputs) in ends.items():
-        sized = hasattr(getattr(config.actor, part), "pop_size")
-        key = f"{part}.pop_size" if sized else "actor.hidden_sizes"
-        needs[key] = needs.get(key, 0) + weights([inputs, outputs])
     own = [name for name in vars(algo) if name.endswith("hidden_sizes")]
     return needs | {f"algo.{name}": weights([O, *getattr(algo, name), 1]) for name in own}
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
-from spikerl.schema import Registry
+from spikerl.schema import MOST_WIDTH, Registry
 from spikerl.snn.linear import Linear, uniform
 
 
@@ -41,8 +41,8 @@ class RateConfig(DecoderConfig):
     pop_size: int  # P, output neurons per action entry
 
     def __post_init__(self) -> None:
-        if self.pop_size < 1:
-            raise BadRequest("decoder.pop_size", self.pop_size, "give at least 1")
+        if not 1 <= self.pop_size <= MOST_WIDTH:
+            raise BadRequest("decoder.pop_size", self.pop_size, f"give 1 to {MOST_WIDTH}")
 
 
 @dataclass(kw_only=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
-from spikerl.schema import Registry
+from spikerl.schema import MOST_WIDTH, Registry
 from spikerl.snn.linear import Linear
 from spikerl.snn.surrogates import straight_through
 
@@ -43,8 +43,8 @@ class PopulationConfig(EncoderConfig):
     threshold: float  # of deterministic spikes: fires strictly above, loses as much on a spike
 
     def __post_init__(self) -> None:
-        if self.pop_size < 1:
-            raise BadRequest("encoder.pop_size", self.pop_size, "give at least 1")
+        if not 1 <= self.pop_size <= MOST_WIDTH:
+            raise BadRequest("encoder.pop_size", self.pop_size, f"give 1 to {MOST_WIDTH}")
         if len(self.mean_range) != 2 or self.mean_range[0] > self.mean_range[1]:
             raise BadRequest("encoder.mean_range", self.mean_range, "give [low, high]")
         for key in ("var", "threshold"):

@@ -46,6 +46,8 @@ HUGE = [
         f"{IMAGES} actor.kernel_sizes=[{ONES}] actor.strides=[{ONES}] actor.filters=[{WIDE}]",
         "actor.filters",
     ),
+    ("decoder=learned actor.spike_steps=1000 actor.hidden_sizes=[20000]", "actor.hidden_sizes"),
+    ("decoder=ilc decoder.pop_size=1000000 actor.hidden_sizes=[8]", "decoder.pop_size"),
     ("num_envs=100000", "num_envs"),
     ("threads=100000", "threads"),
     (f"total_steps={1 << 63}", "total_steps"),
