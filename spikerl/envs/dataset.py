@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ METADATA, MAIN = "data/metadata.json", "data/main_data.hdf5"
 VERSION = "0.5.4"  # of Minari, whose format this is
 MAX_BYTES = 1 << 24  # of metadata.json
 FIELDS = ("observations", "actions", "rewards", "terminations", "truncations")
-FILTERS = (1, 2, 3, 32000)  # gzip, shuffle, checksums, LZF: those that h5py itself has
+SHUFFLE, GZIP, CHECKSUM = 2, 1, 3  # HDF5's filters that are read
+FILTERS = (SHUFFLE, GZIP, CHECKSUM)  # in the order in which h5py applies them
+CHECKSUM_BYTES = 4
 DEFLATED = 1032  # to how many bytes one may be unpacked, at most
 MARGIN = 1 << 20  # bytes, for what HDF5 writes beside the numbers
 ROUNDING = 1e-5  # by which an action may lie outside its bounds, in units of half its range
@@ -292,9 +295,9 @@ def length_of(group: Any, task: Task) -> int:
             raise ValueError(f"{group.name} has no {name} of numbers")
         if data.shape != shape:
             raise ValueError(f"{group.name} has {name} {data.shape}; {shape} are needed")
-        made = data.id.get_create_plist()
-        filters = [made.get_filter(i)[0] for i in range(made.get_nfilters())]
-        if data.is_virtual or made.get_external_count() or not set(filters) <= set(FILTERS):
+        filters, outside = filters_of(data), data.id.get_create_plist().get_external_count()
+        known = [one for one in FILTERS if one in filters]  # each once, and in that order
+        if data.is_virtual or outside or filters != known:
             raise ValueError(f"{group.name} has {name} that lie elsewhere, or in a code of others")
         unpacked = math.prod(data.chunks or ()) * data.dtype.itemsize  # to read any of it
         too_large = unpacked > max(data.nbytes, MARGIN)
@@ -305,8 +308,37 @@ def length_of(group: Any, task: Task) -> int:
     return int(length)
 
 
+def filters_of(data: Any) -> list[int]:
+    """What its numbers went through, in that order."""
+    made = data.id.get_create_plist()
+    return [made.get_filter(i)[0] for i in range(made.get_nfilters())]
+
+
+def check_pieces(data: Any) -> None:
+    """A ValueError unless each piece unpacks into the room that it has. HDF5 compares no sizes: it
+    takes the memory that a longer piece needs, and reads what lies behind a shorter one.
+    """
+    if data.chunks is None:
+        return
+    filters, room = filters_of(data), math.prod(data.chunks) * data.id.get_type().get_size()
+    for piece in data.iter_chunks():
+        place = tuple(side.start for side in piece)
+        stored = data.id.get_chunk_info_by_coord(place)
+        if stored.byte_offset is None:  # never written: it holds the fill value
+            continue
+        applied = [one for i, one in enumerate(filters) if not stored.filter_mask >> i & 1]
+        size = stored.size - CHECKSUM_BYTES * (CHECKSUM in applied)
+        if GZIP in applied:
+            packed = data.id.read_direct_chunk(place)[1]
+            size = len(zlib.decompressobj().decompress(packed, room + 1))
+        if size != room:
+            raise ValueError(f"{data.name} has a piece that is not of {room} bytes")
+
+
 def recorded(group: Any, task: Task) -> Recorded:
     """An episode that `length_of` accepted; a ValueError where a number of it cannot be."""
+    for name in FIELDS:
+        check_pieces(group[name])
     obs, act, rew, terminated, truncated = (group[name][()] for name in FIELDS)
     with np.errstate(over="ignore", invalid="ignore"):  # what is beyond float64 is refused below
         flat = obs.reshape(len(obs), task.obs_dim).astype(np.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -164,6 +165,22 @@ def claiming(steps: int) -> Callable[[Any], None]:
     return touch
 
 
+def packed_by(*filters: int) -> Callable[[Any], None]:
+    """Through these of HDF5's filters, one after another."""
+
+    def touch(file: Any) -> None:
+        del file["episode_0/rewards"]
+        made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        made.set_chunk((3,))
+        for number in filters:
+            made.set_filter(number, h5py.h5z.FLAG_OPTIONAL, (9,) if number == 1 else None)
+        kind, space = h5py.h5t.NATIVE_DOUBLE, h5py.h5s.create_simple((3,))
+        data = h5py.h5d.create(file["episode_0"].id, b"rewards", kind, space, made)
+        h5py.Dataset(data)[...] = 0.0
+
+    return touch
+
+
 def chunked(file: Any) -> None:
     """Three numbers that are unpacked into 16 MiB to be read."""
     del file["episode_0/rewards"]
@@ -183,6 +200,9 @@ def chunked(file: Any) -> None:
         (without("episode_1"), "it holds 1 episodes; metadata.json says 2"),
         (elsewhere, "/episode_0 has rewards that lie elsewhere, or in a code of others"),
         (virtual, "/episode_0 has rewards that lie elsewhere, or in a code of others"),
+        (packed_by(1, 1), "/episode_0 has rewards that lie elsewhere, or in a code of others"),
+        (packed_by(1, 2), "/episode_0 has rewards that lie elsewhere, or in a code of others"),
+        (packed_by(32000), "/episode_0 has rewards that lie elsewhere, or in a code of others"),
         (claiming(2**60), "/episode_0 has 1152921504606846976 rewards; 1 to 1000000 can be"),
         (chunked, "/episode_0 has rewards that would take more memory than it has data"),
         (claiming(900), "/episode_0 has observations that would take more memory than it has data"),
@@ -193,6 +213,62 @@ def test_what_a_file_may_not_hold(
 ) -> None:
     folder = write(tmp_path / "d", [episode(3), episode(2)], touch)
     assert reason(folder, task).startswith(line)
+
+
+def in_pieces(*pieces: bytes, mask: int = 0, **settings: Any) -> Callable[[Any], None]:
+    """Twelve rewards in two pieces of eight and four, which are stored as these bytes."""
+
+    def touch(file: Any) -> None:
+        del file["episode_0/rewards"]
+        made = file["episode_0"].create_dataset(
+            "rewards", (12,), np.float64, chunks=(8,), **settings
+        )
+        for i, piece in enumerate(pieces):
+            made.id.write_direct_chunk((8 * i,), piece, mask)
+
+    return touch
+
+
+def gzipped(count: int) -> bytes:
+    return zlib.compress(np.arange(count, dtype=np.float64).tobytes())
+
+
+PACKED: dict[str, Any] = {"compression": "gzip"}
+TWICE: dict[str, Any] = {"compression": "gzip", "shuffle": True, "fletcher32": True}
+PLAIN = bytes(64)
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        in_pieces(gzipped(8), gzipped(7), **PACKED),
+        in_pieces(gzipped(9), gzipped(8), **PACKED),
+        in_pieces(gzipped(8), zlib.compress(bytes(1 << 27)), **PACKED),
+        in_pieces(gzipped(8)[:-9], gzipped(8), **PACKED),  # cut
+        in_pieces(PLAIN, PLAIN[:-8]),
+        in_pieces(PLAIN, PLAIN[:-8], mask=1, **PACKED),
+        in_pieces(PLAIN, PLAIN[:-1], shuffle=True),
+        in_pieces(PLAIN, PLAIN, fletcher32=True),  # the last four are then a checksum
+        in_pieces(PLAIN, PLAIN + bytes(8), mask=7, **TWICE),
+    ],
+)
+def test_a_piece_of_another_size(touch: Callable[[Any], None], task: Task, tmp_path: Path) -> None:
+    """HDF5 would read the memory behind a short one, and unpack 128 MiB where 64 bytes are due."""
+    folder = write(tmp_path / "d", [episode(12)], touch)
+    assert reason(folder, task) == "/episode_0/rewards has a piece that is not of 64 bytes"
+
+
+def test_pieces_that_are_read(task: Task, tmp_path: Path) -> None:
+    """That no filter went over, and of which one was never written."""
+    values = np.arange(16.0).tobytes()
+    cases = (
+        (in_pieces(values[:64], values[64:], mask=7, **TWICE), list(range(12))),
+        (in_pieces(gzipped(8), **PACKED), [*range(8), 0, 0, 0, 0]),
+    )
+    for i, (touch, rewards) in enumerate(cases):
+        folder = write(tmp_path / f"d{i}", [episode(12)], touch)
+        (one,) = Dataset.open(folder, task, MUCH).episodes()
+        assert one.rew.tolist() == rewards
 
 
 def test_packed_numbers_are_read(task: Task, tmp_path: Path) -> None:
