@@ -20,7 +20,7 @@ import torch
 
 from spikerl.children import PYTHON
 from spikerl.envs.make import CheckedEnv
-from spikerl.errors import BadRequest, first_line
+from spikerl.errors import BadRequest, EnvironmentFailed, first_line
 from spikerl.files import make_folder
 from spikerl.models.actor import SpikingActor
 from spikerl.models.policy import Policy
@@ -121,7 +121,7 @@ class Filmed(gym.Wrapper[np.ndarray, Any, Any, Any]):
         draws(env)
         self.paths, self.rates = list(paths), rates
         self.film: Any = None
-        self.partial, self.total = Path(), 0.0
+        self.partial, self.total, self.pictures = Path(), 0.0, 0
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
         result = self.env.reset(**kwargs)
@@ -156,12 +156,19 @@ class Filmed(gym.Wrapper[np.ndarray, Any, Any, Any]):
                 ffmpeg_log_level="error", output_params=["-f", "mp4"],
             )  # fmt: skip
             self.film.send(None)
+            self.pictures = 0
         self.film.send(np.ascontiguousarray(picture))
+        self.pictures += 1
 
     def finish(self) -> None:
         self.film.close()
         self.film = None
-        os.replace(self.partial, self.paths.pop(0))
+        path = self.paths.pop(0)
+        if pictures_in(self.partial) != self.pictures:
+            self.partial.unlink(missing_ok=True)
+            raise EnvironmentFailed(f"was not filmed: {path} was cut as it was written, on a disk"
+                                    " that is full or by who killed ffmpeg")  # fmt: skip
+        os.replace(self.partial, path)
 
     def close(self) -> None:
         if self.film is not None:  # its episode did not end
@@ -169,6 +176,16 @@ class Filmed(gym.Wrapper[np.ndarray, Any, Any, Any]):
             with suppress(OSError):
                 self.partial.unlink()
         super().close()
+
+
+def pictures_in(path: Path) -> int:
+    """How many a reader finds; whoever wrote them says nothing of a disk that was full."""
+    import imageio_ffmpeg
+
+    try:
+        return int(imageio_ffmpeg.count_frames_and_secs(str(path))[0])
+    except RuntimeError:
+        return 0
 
 
 def annotated(picture: np.ndarray, total: float, rates: Sequence[float | None]) -> np.ndarray:

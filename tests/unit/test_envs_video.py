@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -164,6 +165,21 @@ def test_an_episode_that_fails_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Painted, "step", fails)
     said = evaluate("episodes=1", "video=true")
     assert said.status == 1
+    assert os.listdir("run/videos") == []
+
+
+def test_a_film_that_the_disk_did_not_take_is_none() -> None:
+    """ffmpeg, which may write 1 KiB alone, ends as ever for who only closes its input."""
+    unlimited = resource.RLIM_INFINITY
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, unlimited))
+    try:
+        said = evaluate("episodes=1", "video=true")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert said.status == 1
+    assert said.err.startswith(f"spikerl: evaluation, step {STEPS}: Painted-v0 was not filmed: ")
     assert os.listdir("run/videos") == []
 
 
