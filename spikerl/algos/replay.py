@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spikerl.errors import NonFinite
 from spikerl.types import Batch, Contexts, Row
 
 
@@ -53,12 +54,20 @@ class Replay:
         last: np.ndarray,
         discount: float | np.ndarray,
     ) -> None:
-        """Store B transitions: obs and next_obs (B, O), act (B, A), the others (B,)."""
+        """Store B transitions: obs and next_obs (B, O), act (B, A), the others (B,).
+
+        NonFinite: a reward is beyond float32, as scaling or a sum of such may make it.
+        """
         row = self.row
         rows = np.empty((len(rew), row.columns), np.float32)
         rows[:, : row.obs_width] = row.pack(obs)
         rows[:, row.obs_width : row.act_start] = row.pack(next_obs)
-        rows[:, row.act_start : row.rew_column], rows[:, row.rew_column] = act, rew
+        rows[:, row.act_start : row.rew_column] = act
+        with np.errstate(over="ignore"):  # looked at below
+            rows[:, row.rew_column] = rew
+        if not np.isfinite(rows[:, row.rew_column]).all():
+            worst = np.abs(rew).max()
+            raise NonFinite(f"learning would see a reward of {worst:.3g}, which float32 lacks")
         rows[:, row.rew_column + 1], rows[:, row.rew_column + 2] = terminated, last
         rows[:, row.rew_column + 3] = discount
         self.put(self.added, torch.from_numpy(rows))

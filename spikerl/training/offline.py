@@ -10,7 +10,7 @@ from spikerl.algos.replay import Replay
 from spikerl.config.build import Config
 from spikerl.envs.dataset import Dataset
 from spikerl.envs.vector import Steps
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, NonFinite
 from spikerl.models.normalizer import RunningNorm
 
 
@@ -50,7 +50,11 @@ def store_dataset(
             env, rew = number % total, steps.rew * scale
         mine = (env // each == rank) & (number < end)
         own = Steps(*(field[mine] for field in steps._replace(rew=rew)))
-        replay.add(*own, discount=time[mine] if sequences else gamma)
+        try:
+            replay.add(*own, discount=time[mine] if sequences else gamma)
+        except NonFinite as error:
+            remedy = f"{error}, with env.reward_scale={scale}"
+            raise BadRequest("dataset", dataset.folder, remedy) from error
         first += len(steps.rew)
     if sequences:
         replay.interleave()

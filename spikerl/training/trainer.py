@@ -217,7 +217,10 @@ class Trainer:
         steps = self.envs.step(act.cpu().numpy())
         if (scale := self.config.env.reward_scale) != 1.0:
             steps = steps._replace(rew=steps.rew * scale)
-        self.replay.add(*steps, discount=algo.gamma)
+        try:
+            self.replay.add(*steps, discount=algo.gamma)
+        except NonFinite as error:
+            raise NonFinite(f"step {self.step + 1}: {error}; env.reward_scale={scale}") from error
         if algo.norm_interval is not None:
             self.norm.add(steps.obs)
         self.progress.step += len(steps.rew) * self.world.size  # all have as many environments

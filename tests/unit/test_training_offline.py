@@ -125,6 +125,22 @@ def test_rewards_are_scaled_and_observations_left_alone(dataset: Dataset) -> Non
         assert one.norm.count == 0
 
 
+def test_rewards_beyond_float32(dataset: Dataset, tmp_path: Path) -> None:
+    """4 times 1e38, and five of 1e38 that are still to come."""
+    task, config = task_for(INVERTED_PENDULUM), training()
+    scaled = replace(config, env=replace(config.env, reward_scale=1e38))
+    large = write(tmp_path / "large", [episode(5) | {"rewards": np.full(5, 1e38)}])
+    for one, own, reward, scale in (
+        (dataset, scaled, "4e+38", "1e+38"),
+        (Dataset.open(large, task, 1 << 20), sequences(), "5e+38", "1.0"),
+    ):
+        line = str(refusal(partial(Trainer, own, task, dataset=one)))
+        assert line == (
+            f"dataset={one.folder}: learning would see a reward of {reward}, which float32 lacks,"
+            f" with env.reward_scale={scale}"
+        )
+
+
 def test_a_policy_of_another_run_keeps_its_normaliser(dataset: Dataset) -> None:
     task, config = task_for(INVERTED_PENDULUM), training()
     norm = RunningNorm(task.obs_dim, 3.0)

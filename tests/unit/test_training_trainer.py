@@ -271,6 +271,15 @@ def test_a_first_observation_that_is_infinite_stops_at_once() -> None:
         pass
 
 
+def test_a_reward_that_scaling_takes_beyond_float32() -> None:
+    """Stored, it would be an infinity that no resume accepts."""
+    said = r"^step 1: learning would see a reward of .*, which float32 lacks; env.*_scale=1e\+36$"
+    with trainer_of(replace(COUNTER, reward_scale=1e36)) as trainer:
+        with pytest.raises(NonFinite, match=said):
+            list(trainer.epochs())
+        assert trainer.replay.added == trainer.step == 0
+
+
 @pytest.mark.parametrize("what", ["reward", "observation"])
 def test_an_evaluation_does_not_average_over_infinities(what: str) -> None:
     env = registered("Faulty", CounterEnv, limit=99, fault=(what, 2, math.nan))
