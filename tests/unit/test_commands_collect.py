@@ -22,7 +22,7 @@ from shell import SHORT, spikerl, tree
 
 import spikerl as library
 from spikerl.commands import collect
-from spikerl.envs.make import make_env
+from spikerl.envs.make import CheckedEnv, make_env
 from spikerl.runs import folder as run_folder
 from spikerl.seeding import RESET_BITS, reset_seed
 
@@ -259,6 +259,23 @@ def test_stopped_halfway_it_leaves_nothing(folder: Path) -> None:
     said = spikerl("collect", "run=run", "dataset=new", "steps=1000")
     assert said.status == 130
     assert said.err == "spikerl: stopped on SIGINT; nothing was kept\n"
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("odd", ["reward", "observation"])
+def test_what_no_dataset_may_hold(odd: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = CheckedEnv.step
+
+    def overflowing(self: CheckedEnv, action: np.ndarray) -> Any:
+        obs, rew, *others = step(self, action)
+        return (obs, np.nan, *others) if odd == "reward" else (obs * 1e39, rew, *others)
+
+    before = tree(folder)
+    monkeypatch.setattr(CheckedEnv, "step", overflowing)
+    said = spikerl("collect", "run=run", "dataset=new", "steps=9")
+    assert said.status == 1
+    where = "episode 0, step 1: InvertedPendulum-v5"
+    assert said.err == f"spikerl: {where} gave a NaN or infinity\n"
     assert tree(folder) == before
 
 

@@ -211,6 +211,7 @@ def misfits(state: Snapshot) -> dict[str, Snapshot]:
             state, integration=state["integration"].astype(np.float32)
         ),
         "xipos is .*, not float64": changed(state, xipos=state["xipos"][1:]),
+        "counts steps below 0": changed(state, elapsed=np.array([-1])),
         r"elapsed is int64 \(2,\)": changed(state, elapsed=np.zeros(2, np.int64)),
         "random is uint64": changed(state, random=state["random"].view(np.uint64)),
         "is of .*AntEnv, the environment is .*HopperEnv": taken(started("Ant-v5")),
@@ -257,9 +258,11 @@ def test_a_state_of_a_game_may_be_untrusted(change: Callable[[str], str], reason
     assert change(text) != text
     with pytest.raises(ValueError, match=reason):
         restore(env.env, {**before, "game": game(change(text))})
-    for place in (-1, 625):
+    for index, number in ((-1, -1), (-1, 625), (0, -1), (623, 1 << 32)):
+        words = before["mersenne"].copy()
+        words[index] = number
         with pytest.raises(ValueError, match="random state"):
-            restore(env.env, {**before, "mersenne": np.append(before["mersenne"][:-1], place)})
+            restore(env.env, {**before, "mersenne": words})
     after = taken(env)
     assert all(np.array_equal(after[name], before[name]) for name in before)
 
