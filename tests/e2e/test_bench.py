@@ -154,7 +154,7 @@ def test_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
         ("world_sizes=[2,1]", "world_sizes=[2, 1]: give 2 to 4096; one worker alone"),
         ("parts=[exchange] world_sizes=[9999]", "world_sizes=[9999]: give 2 to 4096"),
         ("batches=[10000000]", "batches=[10000000]: give 1 to 1048576"),
-        ("actor.hidden_sizes=[2000000,2000000]", "actor.hidden_sizes=[2000000, 2000000]: the run"),
+        ("actor.hidden_sizes=[1000000,1000000]", "actor.hidden_sizes=[1000000, 1000000]: the run"),
         ("config=run/config.yaml", "config=run/config.yaml: bench does not read it"),
         ("init_from=run", "init_from="),
         ("world_size=2", "world_size=2: bench has a list: give world_sizes"),

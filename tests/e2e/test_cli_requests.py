@@ -217,7 +217,7 @@ def test_damaged_policies(home: Path, tmp_path: Path) -> None:
         assert spikerl("train", *args).line.startswith(f"init_from={run}: ")
     (run / "policy.safetensors").write_bytes(b"\xff" * 50)
     assert spikerl("eval", f"run={run}").line.startswith(f"run={run}: its policy cannot be read")
-    huge = {"actor": {"name": "popsan", "hidden_sizes": [10**12], "spike_steps": 5, "lr": 1.0}}
+    huge = {"actor": {"name": "popsan", "hidden_sizes": [10**6], "spike_steps": 5, "lr": 1.0}}
     run = copy_of(home / "run", tmp_path / "huge", **huge)
     assert "does not fit the shapes" in spikerl("eval", f"run={run}").line
     assert not (tmp_path / "new").exists()

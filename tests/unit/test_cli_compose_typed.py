@@ -73,8 +73,8 @@ def test_a_config_with_little_in_it(tmp_path: Path) -> None:
         (["--total-steps=10"], "--total-steps=: no such flag; write total_steps=VALUE"),
         (["--cgf", "job"], "--cgf=: no such flag; did you mean --cfg"),
         (["config=folder"], "config=folder: is a folder; give folder/config.yaml"),
-        (["env=Humanoid", "encoder.pop_size=100000000"], "encoder.pop_size=100000000: the run ne"),
-        (["env=Humanoid", "decoder.pop_size=1000000000"], "decoder.pop_size=1000000000: the run"),
+        (["env=Humanoid", "encoder.pop_size=1000000"], "encoder.pop_size=1000000: the run ne"),
+        (["env=Humanoid", "decoder.pop_size=1000000"], "decoder.pop_size=1000000: the run"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_and_what_to_do(typed: list[str], line: str, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_learned_encoder_by_hand() -> None:
     assert grad.tolist() == [[0, 0, 2, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
 
 
-@pytest.mark.parametrize(("entries", "fields"), [(10**12, 10), (3, 10**12)])
+@pytest.mark.parametrize(("entries", "fields"), [(10**12, 10), (10**6, 10**6)])
 def test_a_shape_alone_takes_no_memory(entries: int, fields: int) -> None:
     """What a policy's file names is built on the device meta first."""
     config = replace(POPULATION, pop_size=fields)
