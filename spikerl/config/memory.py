@@ -69,17 +69,18 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
     with torch.device("meta"):  # where it takes none
         net = build_actor(config.actor, algo.inputs(O, A), algo.outputs(A))
     hidden = "actor.hidden_sizes"
-    first, last = (
-        f"{coder}.pop_size" if hasattr(getattr(config.actor, coder), "pop_size") else hidden
-        for coder in ("encoder", "decoder")
-    )
-    keys = ["actor.filters" if isinstance(layer, Conv) else hidden for layer in net.layers]
-    keys[0] = first if first != hidden else keys[0]
-    keys[-1] = last if last != hidden else keys[-1]
+
+    def key_of(coder: str, otherwise: str) -> str:
+        sized = hasattr(getattr(config.actor, coder), "pop_size")
+        return f"{coder}.pop_size" if sized else otherwise
+
     parts = list[nn.Module](net.layers)
+    keys = ["actor.filters" if isinstance(layer, Conv) else hidden for layer in net.layers]
+    keys[0], keys[-1] = key_of("encoder", keys[0]), key_of("decoder", keys[-1])
     widths = [O, *(layer.outputs for layer in net.layers)]
     if isinstance(net, SpikingActor):
-        parts, keys = [*parts, net.encoder, net.decoder], [*keys, first, last]
+        parts += [net.encoder, net.decoder]
+        keys += [key_of("encoder", hidden), key_of("decoder", hidden)]
         widths[0] = net.encoder.outputs
     steps = actor.spike_steps if isinstance(actor, PopSANConfig) else 1
     rows = min(algo.capacity(), config.run.total_steps) // config.run.nnodes
