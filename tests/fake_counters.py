@@ -32,13 +32,13 @@ class FakeZeus:
                     raise ValueError(f"window {key} already exists")
                 self.begun.add(key)
 
-            def end_window(self, key: str, sync_execution: bool, cancel: bool = False) -> Any:
+            def end_window(self, key: str, sync_execution: bool) -> Any:
                 zeus.log(f"end {self.kind}", key)
                 assert not sync_execution
                 self.begun.remove(key)
-                gave = zeus.energies if not cancel else {}
-                gpu = gave.get("gpu") if self.kind == "gpu" else {}
-                cpu, dram = (gave.get(k) if self.kind == "cpu" else None for k in ("cpu", "dram"))
+                gave = zeus.energies
+                gpu = gave["gpu"] if self.kind == "gpu" else {}
+                cpu, dram = (gave[k] if self.kind == "cpu" else None for k in ("cpu", "dram"))
                 return SimpleNamespace(gpu_energy=gpu, cpu_energy=cpu, dram_energy=dram)
 
         self.module = ModuleType("zeus.monitor")

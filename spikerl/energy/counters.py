@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -115,7 +116,7 @@ def _packages() -> dict[int, str]:
 
 
 class ZeusCounters:
-    """A ZeusMonitor of GPUs or of packages; a trial window shows whether it can read.
+    """A ZeusMonitor of GPUs or of packages; a trial window shows whether it can read, and what.
 
     For RAPL, Zeus starts a process per zone that notices when the counter wraps. Each imports the
     program's main module again, as `__mp_main__`, and outlives a program that SIGKILL ended unless
@@ -125,7 +126,6 @@ class ZeusCounters:
     def __init__(self, kind: str, names: dict[int, str]) -> None:
         self.names, self.kind = names, kind
         self.least_s, self.tick_s = LEAST_S[kind], TICK_S[kind]
-        # Memory is not demanded before it has counted: some machines' zones never do.
         self.devices = {f"{kind}:{name}" for name in names.values()}
         gpus, packages = (list(names), []) if kind == "gpu" else ([], list(names))
         logging.getLogger("zeus").setLevel(logging.ERROR)
@@ -134,7 +134,9 @@ class ZeusCounters:
 
             self.monitor = ZeusMonitor(gpu_indices=gpus, cpu_indices=packages)
         self.begin("trial", 0.0)
-        self.monitor.end_window("trial", sync_execution=False, cancel=True)
+        time.sleep(self.tick_s)
+        # Memory is demanded where it counts: some machines' zones never do.
+        self.devices |= {device for device, j in self.end("trial", 0.0).items() if j > 0}
 
     def begin(self, window: str, now: float) -> None:
         # The meter has synchronised: Zeus would take its index of the GPU for torch's.

@@ -23,6 +23,7 @@ from spikerl.energy.meter import (
     METERS,
     EnergyConfig,
     Reading,
+    consecutive,
     energy_row,
     open_meter,
     resolve,
@@ -265,6 +266,19 @@ def test_what_cannot_be_an_energy_is_missing(zeus: FakeZeus, rapl: Path, wrong: 
     assert window(meter, clock).missing == {"cpu:n1:0": "gave nothing in 2 s"}
     zeus.energies["cpu"] = {1: 30.0, 2: 50.0}
     assert window(meter, clock).missing == {}
+
+
+def test_memory_that_works_is_known_before_the_first_window(zeus: FakeZeus, rapl: Path) -> None:
+    """A run that was stopped amid an evaluation goes on with a window of training of no length:
+    what it had spent until then, memory included, is not lost with that.
+    """
+    clock = Clock()
+    zeus.energies |= {"cpu": {1: 0.25, 2: 0.25}, "dram": {1: 0.125}}  # while Zeus is tried
+    meter = open_meter(AUTO, device=CPU, local_rank=0, clock=clock)
+    zeus.energies |= {"cpu": {1: 0.0, 2: 0.0}, "dram": {1: 0.0}}
+    spent = Reading(60.0, {"cpu:n1:0": 30.0, "cpu:n1:1-die-0": 20.0, "dram:n1:0": 4.0}, {})
+    train = consecutive(spent, window(meter, clock, 0.0001))
+    assert (train.joules, train.missing) == (spent.joules, {})
 
 
 def test_memory_is_demanded_once_it_has_counted(zeus: FakeZeus, rapl: Path) -> None:
