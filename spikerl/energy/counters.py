@@ -8,6 +8,7 @@ more. Zeus (zeus-ml under its present name) is imported only where it has someth
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import time
@@ -31,6 +32,9 @@ RAPL_FOLDERS = [Path("/sys/class/powercap/intel-rapl"),
 # NVML's counters move every 20 to 100 ms, RAPL's every millisecond, both with what a read takes.
 LEAST_S = {"gpu": 1.0, "cpu": 0.05}
 TICK_S = {"gpu": 0.2, "cpu": 0.01}
+# RAPL's counters wrap, and Zeus notices within a second: a window that begins before it does gets
+# the whole range of the counter too. 1000 W is the most that Zeus expects of a package as well.
+MOST_W = {"gpu": math.inf, "cpu": 1000.0}
 MAX_TRACE_BYTES = 8 << 20
 MAX_TRACE_VALUE = 1e12  # seconds or watts: products stay far from overflow
 
@@ -41,6 +45,7 @@ class Counters(Protocol):
     devices: set[str]  # what every window must bring; the meter adds what one has brought
     least_s: float  # seconds of the shortest window that it tells well
     tick_s: float  # seconds in which it moves, if it works
+    most_w: float  # of a device: a window that has more is a fault of the counter
 
     def begin(self, window: str, now: float) -> None: ...
     def end(self, window: str, now: float) -> Mapping[str, float]: ...
@@ -125,7 +130,7 @@ class ZeusCounters:
 
     def __init__(self, kind: str, names: dict[int, str]) -> None:
         self.names, self.kind = names, kind
-        self.least_s, self.tick_s = LEAST_S[kind], TICK_S[kind]
+        self.least_s, self.tick_s, self.most_w = LEAST_S[kind], TICK_S[kind], MOST_W[kind]
         self.devices = {f"{kind}:{name}" for name in names.values()}
         gpus, packages = (list(names), []) if kind == "gpu" else ([], list(names))
         logging.getLogger("zeus").setLevel(logging.ERROR)
@@ -194,6 +199,7 @@ class ReplayCounters:
     """Worker i has the trace's GPU i (modulo their number), local rank 0 also what is no GPU."""
 
     least_s = tick_s = 0.0
+    most_w = math.inf
 
     def __init__(self, trace: Trace, local_rank: int, opened: float) -> None:
         gpus = [device for device in trace.watts if device.startswith("gpu:")]

@@ -54,6 +54,7 @@ METERS: Registry[EnergyConfig, None] = Registry(
 
 JOULES_PER_KWH = 3.6e6
 IDLE_S = 0.05  # seconds of the window before a run, or as many as a counter needs
+LATE_S = 1.0  # by which a counter is read after its window ended, at most
 
 
 class Reading(NamedTuple):
@@ -117,8 +118,9 @@ class Meter:
                     read = {d: float(j) for d, j in counters.end(window, now).items()}
             except Exception as error:
                 trouble[i] = one_line(error)
-            # A counter that stands still gives 0, one that wraps a negative difference.
-            good = {d: j for d, j in read.items() if math.isfinite(j) and j > 0}
+            # A counter that stands still gives 0, one that wraps a negative difference or too much.
+            most = counters.most_w * (now - began + LATE_S)
+            good = {d: j for d, j in read.items() if math.isfinite(j) and 0 < j <= most}
             counters.devices |= good.keys()
             if now - began < counters.tick_s:
                 good |= {d: j for d, j in read.items() if j == 0 and d in counters.devices}

@@ -268,6 +268,22 @@ def test_what_cannot_be_an_energy_is_missing(zeus: FakeZeus, rapl: Path, wrong: 
     assert window(meter, clock).missing == {}
 
 
+def test_a_counter_that_wrapped_before_its_window_is_not_believed(
+    zeus: FakeZeus, rapl: Path
+) -> None:
+    """Zeus noticed late: 120 J in 2 s, and the counter's whole range. 1000 W are believed."""
+    clock = Clock()
+    most = {"cpu": {1: 2000.0, 2: 120.0}, "dram": {1: 9.0}}
+    zeus.energies |= most
+    meter = open_meter(AUTO, device=CPU, local_rank=0, clock=clock)
+    zeus.energies |= {"cpu": {1: 262_143.5 + 120.0, 2: 120.0}, "dram": {1: 65_532.5 + 9.0}}
+    missing = {"cpu:n1:0": "gave 262264 J in 2 s", "dram:n1:0": "gave 65541.5 J in 2 s"}
+    assert window(meter, clock) == Reading(2.0, {"cpu:n1:1-die-0": 120.0}, missing)
+    zeus.energies |= most
+    joules = {"cpu:n1:0": 2000.0, "cpu:n1:1-die-0": 120.0, "dram:n1:0": 9.0}
+    assert window(meter, clock) == Reading(2.0, joules, {})
+
+
 def test_memory_that_works_is_known_before_the_first_window(zeus: FakeZeus, rapl: Path) -> None:
     """A run that was stopped amid an evaluation goes on with a window of training of no length:
     what it had spent until then, memory included, is not lost with that.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ class Ticking:
     """A counter that moves once a second, by 100 J."""
 
     least_s = tick_s = 1.0
+    most_w = math.inf
 
     def __init__(self) -> None:
         self.devices = {"gpu:a"}
