@@ -107,8 +107,12 @@ def count(
     obs_BO: Tensor,
     generator: torch.Generator | None = None,
     bits: Mapping[str, int] | None = None,
+    squash: bool = True,
 ) -> Operations:
-    """Operations on normalised observations, some thousands; `bits`: of quantised weights."""
+    """Operations on normalised observations, some thousands.
+
+    `bits`: of quantised weights. `squash`: the outputs' tanh is taken.
+    """
     check(actor)
     bits, weights = bits or {}, connections(actor)
     zeros = sum(int((w == 0).sum()) for w in weights.values())
@@ -119,8 +123,10 @@ def count(
         "packed_bytes": packed,
     }
     if isinstance(actor, MLPActor):
-        return _dense(actor, obs_BO, bits, stored)
-    return _spiking(actor, obs_BO, generator, bits, stored)
+        return _dense(actor, obs_BO, bits, stored, squash)
+    ops = _spiking(actor, obs_BO, generator, bits, stored)
+    assert ops.decoder is not None
+    return ops if squash else replace(ops, decoder=replace(ops.decoder, functions=0.0))
 
 
 def of_policy(policy: Policy, obs_BO: Tensor, generator: torch.Generator) -> Operations | None:
@@ -130,7 +136,7 @@ def of_policy(policy: Policy, obs_BO: Tensor, generator: torch.Generator) -> Ope
     except BadRequest:
         return None
     bits = policy.compression.bits if policy.compression else None
-    return count(policy.actor, obs_BO, generator, bits)
+    return count(policy.actor, obs_BO, generator, bits, policy.task.choices is None)
 
 
 def check(actor: Actor) -> None:
@@ -162,7 +168,11 @@ def _synapses(layer: Linear, x: Tensor, spiking: bool, calls: float | None = Non
 
 
 def _dense(
-    actor: MLPActor, obs_BO: Tensor, bits: Mapping[str, int], stored: Mapping[str, Any]
+    actor: MLPActor,
+    obs_BO: Tensor,
+    bits: Mapping[str, int],
+    stored: Mapping[str, Any],
+    squash: bool,
 ) -> Operations:
     x, parts, active = obs_BO, [], []
     for i, layer in enumerate(actor.layers, 1):
@@ -170,7 +180,7 @@ def _dense(
         parts.append(Count(f"hidden {i}", _synapses(layer, x, False), bits=own))
         x = torch.relu(layer(x))
         active.append((x != 0).double())
-    parts[-1] = replace(parts[-1], name="output", functions=actor.act_dim)
+    parts[-1] = replace(parts[-1], name="output", functions=actor.act_dim * squash)
     return Operations(
         encoder=None,
         layers=parts,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import builders
+import numpy as np
 import plain
 import pytest
 import torch
+from exports import DENSE, config, policy_of, task
 from hand_worked import SEEN, UNSEEN, dense, encoder, rate_decoded, spiking
 from torch import Tensor, nn
 
@@ -13,7 +17,7 @@ from spikerl.energy import operations
 from spikerl.energy.synapses import Count, Synapses, Update, add
 from spikerl.errors import BadRequest
 from spikerl.models.actor import MLPActor
-from spikerl.models.actor_config import MLPConfig
+from spikerl.models.actor_config import ActorConfig, MLPConfig
 
 
 def test_a_spiking_network_by_hand() -> None:
@@ -57,6 +61,18 @@ def test_a_dense_network_by_hand() -> None:
     assert ops.connection_sparsity == 1 / 6
     assert ops.footprint_bytes == ops.twin.footprint_bytes == 4 * 9
     assert ops.twin.sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize("parts", [DENSE, config()], ids=["dense", "spiking"])
+def test_values_are_compared_without_tanh(parts: ActorConfig) -> None:
+    """Two action entries, or the values of two actions."""
+    none = np.empty(0)
+    values = replace(task(3, 2), act_shape=(), act_low=none, act_high=none, choices=range(2))
+    for own, tanhs in ((task(3, 2), 2), (values, 0)):
+        policy = policy_of(parts, own)
+        ops = operations.of_policy(policy, torch.zeros(1, 3), torch.Generator())
+        assert ops
+        assert ops.parts[-1].functions == tanhs
 
 
 def test_parts_of_unknown_kind_are_refused() -> None:
