@@ -22,7 +22,7 @@ from spikerl.export.proof import known_env
 from spikerl.files import shown, write_json
 from spikerl.machine import versions
 from spikerl.models.actor import MLPActor, SpikingActor
-from spikerl.models.compression import Compression, bits_of, prune, quantise
+from spikerl.models.compression import Compression, bits_of, nonzero, prune, quantise
 from spikerl.models.policy import Policy
 from spikerl.runs import folder as run_folder
 from spikerl.runs.policies import load_policy
@@ -131,8 +131,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     return DONE
 
 
-def compress(policy: Policy, request: CompressRequest) -> tuple[Policy, Tensor | None]:
-    """Another policy: pruned, then quantised; which of its parameters were not pruned."""
+def compress(policy: Policy, request: CompressRequest) -> tuple[Policy, Tensor]:
+    """Another policy: pruned, then quantised; which of its parameters are not pruned."""
     actor = deepcopy(policy.actor)
     if policy.compression is not None:
         remedy = "it is compressed already; give the run that it was made from"
@@ -159,7 +159,9 @@ def compress(policy: Policy, request: CompressRequest) -> tuple[Policy, Tensor |
             raise BadRequest("early_exit", request.early_exit, remedy)
         done.early_exit = EarlyExit(threshold=request.early_exit, steps=request.exit_steps)
         done.early_exit.check(actor.decoder, actor.spike_steps)
-    unpruned = None if request.prune is None else prune(actor, request.prune)
+    if request.prune is not None:
+        prune(actor, request.prune)
+    unpruned = nonzero(actor)  # by training, too
     if done.bits:
         done.scales = quantise(actor, done.bits)
     smaller = Policy(policy.task, policy.config, actor, policy.norm)
@@ -168,7 +170,7 @@ def compress(policy: Policy, request: CompressRequest) -> tuple[Policy, Tensor |
 
 
 def relearn(
-    before: Policy, after: Policy, unpruned: Tensor | None, env: EnvConfig, request: CompressRequest
+    before: Policy, after: Policy, unpruned: Tensor, env: EnvConfig, request: CompressRequest
 ) -> list[float]:
     """Fine-tune, in other episodes than those that are compared; the loss of each step."""
     assert request.finetune is not None

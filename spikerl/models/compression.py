@@ -88,6 +88,13 @@ def prune(actor: Actor, share: float, key: str = "prune") -> Tensor:
     return torch.cat([own.flatten() for own in unpruned.values()])
 
 
+def nonzero(actor: Actor) -> Tensor:
+    """Of all parameters in their order, 0 for each weight of 0, which was pruned, else 1."""
+    weights = connections(actor)
+    each = [p != 0 if n in weights else torch.ones_like(p) for n, p in actor.named_parameters()]
+    return torch.cat([own.flatten().float() for own in each])
+
+
 @torch.no_grad()
 def quantise(
     actor: Actor, bits: Mapping[str, int], scales: Mapping[str, float] | None = None

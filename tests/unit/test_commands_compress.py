@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +124,20 @@ def test_fine_tuned(folder: Path) -> None:
     assert first.compression.scales == tuned.compression.scales
     biases = [p.actor.get_parameter("layers.0.bias_N") for p in (first, tuned)]
     assert not torch.equal(*biases)
+
+
+def test_fine_tuning_leaves_a_pruned_policy_pruned(folder: Path) -> None:
+    """One that was trained so (`actor.prune`), and is only quantised here."""
+    shutil.copytree("spiking", "sparse")
+    policy = load_policy("sparse")
+    with torch.no_grad():
+        connections(policy.actor)["layers.1.weight_IN"][:6] = 0.0
+    policy.save(Path("sparse"))
+    more = ["run_dir=tuned", "bits=8", "finetune=20", "episodes=1"]
+    assert spikerl("compress", "run=sparse", *more).status == 0
+    weight = connections(load_policy("tuned").actor)["layers.1.weight_IN"]
+    assert int((weight[:6] != 0.0).sum()) == 0
+    assert int((weight[6:] != 0.0).sum()) > 0
 
 
 def test_what_was_not_asked_for_stays(folder: Path) -> None:
