@@ -17,6 +17,7 @@ from spikerl.algos.bcq import BCQConfig
 from spikerl.algos.decision_transformer import DecisionTransformerConfig
 from spikerl.algos.offpolicy import DelayConfig, OfflineConfig, OffPolicyConfig, ReplayConfig
 from spikerl.algos.ppo import PPOConfig
+from spikerl.config.yaml_file import quoted
 from spikerl.distributed import hosts
 from spikerl.distributed.launchers import ranked
 from spikerl.distributed.world import (
@@ -191,6 +192,8 @@ def parse_groups(raw: Mapping[str, Any]) -> Parsed:
         backend=BACKENDS.parse(raw["backend"]),
         energy=METERS.parse(raw["energy"]),
     )
+    for key in ("kwargs", "wrappers"):  # or no resume could give them back
+        quoted(getattr(parsed.env, key), f"env.{key}")
     check_together(parsed.algo, parsed.actor)
     p = parsed.precision
     if p.actor == "fp32" != p.critic and not isinstance(parsed.algo, CriticsConfig):

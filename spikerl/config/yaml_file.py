@@ -19,12 +19,14 @@ from spikerl.files import read_bytes, shown
 
 MAX_BYTES = 1 << 17  # some forty times a run's config.yaml
 NAME = r"[A-Za-z][A-Za-z0-9_]*"  # of a key
+ARGUMENT = r"[A-Za-z_][A-Za-z0-9_-]*"  # of one in what others' code is given
 # Where a run was started from or kept is not part of what it computes.
 NOT_CARRIED = ("run_dir", "resume", "config", "nnodes", "node_rank", "rdzv")
 # Keys whose values are numbers of something.
 COUNTS = re.compile(r"(?:^|[._])(?:steps|interval|capacity|starts|episodes|envs|size|per_epoch)$")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-PLAIN = ("env.kwargs", "env.wrappers")  # arguments of others' code, whole
+# Whole, as no option has their keys: arguments of others' code, and what is asked of joules.
+PLAIN = ("env.kwargs", "env.wrappers", "energy_to")
 # What the config.yaml of every run has, of all versions.
 EVERY_RUN = (
     "env", "actor", "algo", "precision", "backend", "energy", "seed", "total_steps",
@@ -121,7 +123,10 @@ def overrides_of(path: Path, typed: Sequence[str], *, resumes: bool = False) -> 
         leaves = list(_leaves(key, value, path, chosen))
         if not resumes:
             _check_paths(leaves, path)
-        values += [f"{name}={quoted(counted(name, leaf))}" for name, leaf in leaves]
+        for name, leaf in leaves:
+            if isinstance(leaf, dict):  # or Hydra would merge it with what the option has
+                values.append(f"{name}=null")
+            values.append(f"{name}={quoted(counted(name, leaf))}")
     return [*choices, *values]
 
 
@@ -211,15 +216,16 @@ def _refusal(key: str, value: Any, path: Path) -> BadRequest:
     )
 
 
-def quoted(value: Any) -> str:
-    """A value in Hydra's override grammar."""
+def quoted(value: Any, key: str = "config") -> str:
+    """The value of `key` in Hydra's override grammar."""
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     if isinstance(value, list):
-        return "[" + ",".join(quoted(item) for item in value) + "]"
-    if isinstance(value, dict) and all(re.fullmatch(NAME, str(key)) for key in value):
-        return "{" + ",".join(f"{key}:{quoted(inner)}" for key, inner in value.items()) + "}"
+        return "[" + ",".join(quoted(item, key) for item in value) + "]"
+    if isinstance(value, dict) and all(re.fullmatch(ARGUMENT, str(name)) for name in value):
+        return "{" + ",".join(f"{name}:{quoted(v, key)}" for name, v in value.items()) + "}"
     if isinstance(value, str):
         escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
         return f"'{escaped}'"
-    raise BadRequest("config", value, "not plain data")
+    remedy = "not plain data, with keys of letters, digits, _ and -, that a resume could give back"
+    raise BadRequest(key, value, remedy)

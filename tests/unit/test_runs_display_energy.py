@@ -123,6 +123,7 @@ def test_a_run_says_what_it_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert manifest["power_idle_w"] == summary["power_idle_w"] == pytest.approx(50.0)
     trace = Path("t.csv").absolute()
     assert f"energy=replay:{trace} (requested; after its 0.25 s it begins anew)" in said.out
+    assert spikerl("train", "resume=r").out.startswith("r is done at step 300; ")
     assert "makes no update" not in said.out
 
 
