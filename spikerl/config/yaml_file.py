@@ -132,7 +132,8 @@ def overrides_of(path: Path, typed: Sequence[str], *, resumes: bool = False) -> 
 
 def counted(key: str, value: Any) -> Any:
     """What counts something as a whole number, however it is written: 1e6, 1_000_000, 1M, 10k."""
-    if not COUNTS.search(key) or not isinstance(value, str | float):
+    counts = COUNTS.search(key) and not key.lstrip("+").startswith(PLAIN)
+    if not counts or not isinstance(value, str | float):
         return value
     match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([kKMG]?)", str(value))
     if match is None:
