@@ -39,6 +39,7 @@ RESUMABLE = ("resume", "total_steps", "world_size", "device", "threads", "kernel
              "max_restarts", "nnodes", "node_rank", "rdzv", "plugins")  # fmt: skip
 # Its other settings can name code to run: callbacks, logging, the search path.
 HYDRA = r"\+{0,2}hydra(/(launcher|sweeper)|\.(launcher|sweeper)(\.\w+)+)"
+NO_NAME = r"[-+]?([0-9._]+(e[-+]?\d+)?|inf|nan)|null|true|false"  # what Hydra reads as no text
 OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra passes over
 MAX_BYTES = 1 << 28  # of a manifest.json
 # Actors, and the groups that they have no part of.
@@ -245,7 +246,7 @@ def _check_choice(key: str, value: str) -> None:
         raise BadRequest(key, value, f"takes one option; {nearest(value, options)}")
     for option in value.split(","):
         known = key not in OPTIONAL or unquoted(option) in options
-        if not known or re.fullmatch(r"[-+]?[0-9._]+|null|true|false", option):
+        if not known or re.fullmatch(NO_NAME, option, re.IGNORECASE):
             raise BadRequest(key, option, f"no such option; {nearest(option, options)}")
 
 

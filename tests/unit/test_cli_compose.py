@@ -107,7 +107,7 @@ def test_flags_that_are_wrong(args: list[str], line: str) -> None:
 
 
 def test_each_refused_group_option_names_the_options() -> None:
-    for value in ("null", "true", "3", "-1.5"):
+    for value in ("null", "true", "3", "-1.5", "NULL", "True", "1e3", "-inf", "nan"):
         assert refused("train", f"encoder={value}") == (
             f"encoder={value}: no such option; known: analog, direct, learned,"
             " poisson, population, tanh_population"
