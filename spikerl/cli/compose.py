@@ -232,7 +232,11 @@ def _whole_numbers(arg: str) -> str:
 
 
 def unquoted(value: str) -> str:
-    return value[1:-1] if re.fullmatch(r"(['\"]).*\1", value) else value
+    """What Hydra reads of it: a backslash counts before a quote, and at the end."""
+    if not re.fullmatch(r"(['\"]).*\1", value):
+        return value
+    escaped = rf"(\\+)({value[0]}|\Z)"
+    return re.sub(escaped, lambda m: m[1][: len(m[1]) // 2] + m[2], value[1:-1])
 
 
 def _check_choice(key: str, value: str) -> None:

@@ -57,6 +57,7 @@ def test_other_values_are_hydras() -> None:
 def test_quoted(value: str) -> None:
     override = OverridesParser.create().parse_override(f"x={quoted(value)}")
     assert override.value() == value
+    assert unquoted(quoted(value)) == value
 
 
 @pytest.mark.parametrize(
