@@ -44,8 +44,8 @@ OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra passes 
 MAX_BYTES = 1 << 28  # of a manifest.json
 # Actors, and the groups that they have no part of.
 UNREAD = (
-    (r"actor=(mlp|cnn|transformer)|experiment=dense/.*", r"(encoder|neuron|decoder)[=.]"),
-    (r"actor=spikeformer|experiment=dsformer/.*", r"(encoder|decoder)[=.]"),
+    (r"actor=(mlp|cnn|transformer)|experiment=dense/[^,]*", r"\+*(encoder|neuron|decoder)[=.]"),
+    (r"actor=spikeformer|experiment=dsformer/[^,]*", r"\+*(encoder|decoder)[=.]"),
 )
 # Values that are taken as they are typed: a sweep names its folders with '=' and ','.
 PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "dense", "stats", "path",
@@ -93,11 +93,13 @@ def searchpath() -> list[str]:
 
 def expand(command: str, args: Sequence[str]) -> list[str]:
     """Refuse what must not reach Hydra; replace config=FILE by the overrides that it stands for."""
-    args = [re.sub(r"^\+\+?(?=(config|resume)=)", "", arg) for arg in args]
+    # Of a key at the top level, which is there, `++` says nothing.
+    args = [re.sub(r"^\+(?=(config|resume)=)|^\+\+(?=\w+=)", "", arg) for arg in args]
     # Its keys are the environment's, so Hydra knows none of them.
     args = [re.sub(r"^(?=env\.kwargs(\.|=\{))", "++", arg) for arg in args]
     plugins.load(typed_plugins(args))
-    for arg in args:
+    overrides, flags = split(args)
+    for arg in flags:
         flag = arg.partition("=")[0]
         if arg.startswith("-") and flag not in (*FLAGS, *REFUSED_FLAGS):
             raise BadRequest(flag, "", f"no such flag; {_without_dashes(command, flag)}")
@@ -107,32 +109,33 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
             raise BadRequest(flag, arg.partition("=")[2], remedy)
         if flag in REFUSED_FLAGS:
             raise BadRequest(flag, "", "not accepted; config=FILE starts from a run's config.yaml")
+    for arg in overrides:
+        key, _, value = arg.partition("=")
         if re.match(r"^[+~]*hydra\.searchpath", arg):
-            raise BadRequest(flag, arg.partition("=")[2], "not accepted; conf/ is what is searched")
-        settles = not arg.startswith("-") and "hydra" in flag
-        if settles and "_target_" in arg:
-            raise BadRequest(flag, arg.partition("=")[2], "naming code to run is not accepted")
-        if settles and ("${" in arg or not re.fullmatch(HYDRA, flag)):
+            raise BadRequest(key, value, "not accepted; conf/ is what is searched")
+        if "hydra" in key and "_target_" in arg:
+            raise BadRequest(key, value, "naming code to run is not accepted")
+        if "hydra" in key and ("${" in arg or not re.fullmatch(HYDRA, key)):
             remedy = "not accepted; of Hydra, launcher and sweeper can be chosen and set"
-            raise BadRequest(flag, arg.partition("=")[2], remedy)
-        _check_choice(flag, arg.partition("=")[2])
-    _check_read(args)
-    named = {a.partition("=")[0]: a for a in args if re.match(r"^(config|resume)=(?!null$)", a)}
-    overrides, flags = split(args)
+            raise BadRequest(key, value, remedy)
+        _check_choice(key, value)
+    named = {a.partition("=")[0]: a for a in overrides if re.match(r"(config|resume)=(?!null$)", a)}
     sweeps = not {"-m", "--multirun"}.isdisjoint(flags)
-    overrides = [_whole_numbers(_literal(arg, sweeps)) for arg in overrides]
-    if command != "train" or not named:
-        return [*overrides, *flags]
-    source = named.get("resume") or named["config"]
-    path = Path(os.path.expanduser(unquoted(source.partition("=")[2])))
-    if "resume" in named:
-        check_resume(args, path)
-        path = path / "config.yaml"
-        overrides = [*overrides, *chosen(path.parent, overrides)]
-    else:
-        _check_experiment(path, args)
-    typed = [arg for arg in overrides if not arg.startswith("config=")]
-    return [*overrides_of(path, typed, resumes="resume" in named), *typed, *flags]
+    typed = [_whole_numbers(_literal(arg, sweeps)) for arg in overrides]
+    held: list[str] = []
+    if command == "train" and named:
+        source = named.get("resume") or named["config"]
+        path = Path(os.path.expanduser(unquoted(source.partition("=")[2])))
+        if "resume" in named:
+            check_resume(overrides, sweeps, path)
+            path = path / "config.yaml"
+            typed += chosen(path.parent, typed)
+        else:
+            _check_experiment(path, overrides)
+        typed = [arg for arg in typed if not arg.startswith("config=")]
+        held = overrides_of(path, typed, resumes="resume" in named)
+    _check_read([*(arg.replace("'", "") for arg in held if arg.startswith("actor=")), *overrides])
+    return [*held, *typed, *flags]
 
 
 def _check_experiment(path: Path, args: Sequence[str]) -> None:
@@ -274,20 +277,20 @@ def _without_dashes(command: str, flag: str) -> str:
     return f"write {name}=VALUE"
 
 
-def check_resume(args: Sequence[str], run: Path) -> None:
+def check_resume(args: Sequence[str], sweeps: bool, run: Path) -> None:
     """Refuse what is not a run folder, and to change what a resumed run computes."""
     if not os.path.isfile(run / "manifest.json"):
         why = "is not a run folder (it has no manifest.json)"
         raise BadRequest("resume", run, why if os.path.isdir(run) else "no such folder")
+    if sweeps:
+        raise BadRequest("resume", run, "one run at a time; leave out -m")
     for arg in args:
         key, _, value = arg.partition("=")
         if key == "env.id":
             env = read_config(run / "config.yaml").get("env")
             if isinstance(env, dict) and env.get("id") == unquoted(value):
                 continue  # it confirms a module to import
-        if key in ("-m", "--multirun"):
-            raise BadRequest("resume", run, "one run at a time; leave out -m")
-        if not key.startswith("-") and key not in RESUMABLE:
+        if key not in RESUMABLE:
             remedy = f"a resumed run keeps it; only {', '.join(RESUMABLE[1:])} can change"
             raise BadRequest(key, value, remedy)
 

@@ -119,6 +119,33 @@ def test_each_refused_group_option_names_the_options() -> None:
     assert expand("train", ["-m", "env='glob(H*)'"]) == ["env='glob(H*)'", "-m"]
 
 
+def test_the_value_of_a_flag_is_no_override() -> None:
+    for flags in (["--cfg", "hydra"], ["--cfg", "job", "--package", "env"], ["-c", "all"]):
+        assert expand("train", ["seed=1", *flags]) == ["seed=1", *flags]
+    resumable(name="Ant")
+    assert expand("train", ["resume=run", "--cfg", "job"])[-3:] == ["resume='run'", "--cfg", "job"]
+    assert refused("train", "-m", "resume=run").endswith(": one run at a time; leave out -m")
+
+
+def test_to_force_a_key_that_is_there_is_to_set_it() -> None:
+    typed = ["++run_dir=1e3", "++logger=csv", "++total_steps=1k", "++algo.tau=0.1", "++a.b=1"]
+    plain = ["run_dir='1e3'", "logger=[csv]", "total_steps=1000", "++algo.tau=0.1", "++a.b=1"]
+    assert expand("train", typed) == plain
+
+
+def test_groups_that_the_actor_does_not_have() -> None:
+    line = "encoder=poisson: has no effect with actor=mlp; leave it out"
+    write("c.yaml", {"actor": {"name": "mlp"}, "encoder": {"name": "population"}})
+    for typed in ("actor=mlp", "++actor=mlp", "config=c.yaml"):
+        assert refused("train", typed, "encoder=poisson") == line
+        assert refused("train", typed, "++neuron.threshold=1").startswith("++neuron.threshold=1: ")
+    other = ["actor=popsan", "encoder=poisson"]
+    assert expand("train", ["config=c.yaml", *other]) == other
+    for both in ("dense/td3,popsan/td3", "popsan/td3,dense/td3"):  # one of the two has it
+        typed = [f"experiment={both}", "encoder=poisson", "-m"]
+        assert expand("train", typed) == typed
+
+
 # --- config files -----------------------------------------------------------------------------
 
 
