@@ -31,7 +31,9 @@ def choices(args: Sequence[str]) -> list[list[str]] | None:
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
         return [_values(override) for override in parsed]
-    except (HydraException, ValueError):
+    except BadRequest:
+        raise
+    except Exception:  # also of a number or a nesting that is too much
         return None  # Hydra will say what is wrong with it
 
 
@@ -39,9 +41,12 @@ def check_distinct(choices: Sequence[Sequence[str]], *, folders: bool) -> None:
     """Two jobs that are the same run would pass for two results; and where each keeps a folder,
     those of a/b and a_b would be one, as its name has no "/".
     """
-    for values in choices:
+    keys = [values[0].partition("=")[0] for values in choices]
+    for place, values in enumerate(choices):
         for number, override in enumerate(values):
             key, _, value = override.partition("=")
+            if len(values) > 1 and key in keys[place + 1 :]:  # which alone would count
+                raise BadRequest(key, value, "the key is there again; leave one out")
             if override in values[:number]:
                 raise BadRequest(key, value, "it is there twice; leave one out")
             if folders and folder_name(override) in map(folder_name, values[:number]):
@@ -53,7 +58,12 @@ def _values(override: Any) -> list[str]:
         return [override.input_line]
     key = override.get_key_element()
     if isinstance(override.value(), Glob):
-        return [f"{key}={one}" for one in override.value().filter(group_options(key))]
+        # Hydra looks into no folders.
+        names = [name for name in group_options(key) if "/" not in name]
+        if not (found := override.value().filter(names)):
+            value = override.input_line.partition("=")[2]
+            raise BadRequest(key, value, f"no option is named so; known: {', '.join(names)}")
+        return [f"{key}={one}" for one in found]
     return [f"{key}={one}" for one in override.sweep_string_iterator()]
 
 
@@ -63,7 +73,7 @@ def varied_keys(args: Sequence[str]) -> list[str]:
         parsed = OverridesParser.create().parse_overrides(
             [a for a in args if "=" in a and a[0] != "-"]
         )
-    except HydraException:
+    except Exception:  # as in `choices`
         return []
     return [override.key_or_group for override in parsed if override.is_sweep_override()]
 

@@ -98,6 +98,9 @@ def test_choices() -> None:
     assert choices(["-m", "seed=["]) is None
 
 
+    assert choices(["-m", "experiment=glob(*)"]) == [
+        ["experiment=acsf", "experiment=best", "experiment=care_bn", "experiment=ilc_san",
+         "experiment=mdc_san"]]  # fmt: skip
 def test_of_many_jobs_each_value_is_tried_once() -> None:
     known = [[f"seed={i}" for i in range(100)], ["env=Ant", "env=Hopper"]]
     tried = list(combinations(known))
@@ -115,6 +118,11 @@ def test_of_many_jobs_each_value_is_tried_once() -> None:
         (["algo=td3,ppo", "encoder=poisson"], ["encoder=poisson: ppo needs"]),
     ],
 )  # fmt: skip
+        (["seed=0,1", "seed=2,3"], ["seed=0: the key is there again; leave one out"]),
+        (["seed=0,1", "++seed=5"], ["seed=0: the key is there again; leave one out"]),
+        (["kernel=glob(x*)"], ["kernel=glob(x*): no option is named so; known: auto, cpu, "]),
+        (["seed=1," + "9" * 5000], ["seed=1,999"]),
+        (["seed=1," + "[" * 5000], ["seed=1,[[["]),
 def test_no_job_runs_before_all_are_valid(
     typed: list[str], lines: list[str], tmp_path: Path
 ) -> None:
