@@ -240,7 +240,8 @@ class Sweep:
             self.discard()
             return WRONG
         if self.keep and set(statuses) != {0}:
-            print(f"the same command with run_dir={self.root} goes on with what is not done")
+            own = "" if self.command == "reproduce" else f" with run_dir={self.root}"
+            print(f"the same command{own} goes on with what is not done")
         if not self.keep:
             shutil.rmtree(self.root, ignore_errors=True)
         stopped = [status for status in statuses if status in STOPPED]
@@ -361,7 +362,8 @@ def trained(config: Any, folder: Path, ended: bool) -> bool:
     if ended and had["total_steps"] >= asked["total_steps"]:
         return True
     config.resume, config.run_dir = str(folder), None
-    typed = ["device="] if asked["device"] != had["device"] else []
+    here = [key for key in ("device", "threads") if asked[key] not in (None, had[key])]
+    typed = [f"{key}=" for key in here]
     if asked["world_size"] is not None:
         typed.append(f"world_size={asked['world_size']}")
     for override in chosen(folder, typed):

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 from shell import SHORT, refusal, spikerl, tree
 
 from spikerl.cli import sweep as sweeps
+from spikerl.cli.compose import expand
 from spikerl.cli.jobs import LONGEST_NAME, choices, combinations, count, folder_name
 from spikerl.cli.sweep import Sweep, over_seeds
 from spikerl.output import duration
@@ -96,11 +98,11 @@ def test_choices() -> None:
         ["env=HalfCheetah", "env=Hopper", "env=Humanoid", "env=HumanoidStandup"]]  # fmt: skip
     assert choices(["-m", "hydra/sweeper=optuna", "seed=1"]) is None
     assert choices(["-m", "seed=["]) is None
-
-
     assert choices(["-m", "experiment=glob(*)"]) == [
         ["experiment=acsf", "experiment=best", "experiment=care_bn", "experiment=ilc_san",
          "experiment=mdc_san"]]  # fmt: skip
+
+
 def test_of_many_jobs_each_value_is_tried_once() -> None:
     known = [[f"seed={i}" for i in range(100)], ["env=Ant", "env=Hopper"]]
     tried = list(combinations(known))
@@ -116,13 +118,13 @@ def test_of_many_jobs_each_value_is_tried_once() -> None:
          ["neuron.threshold=x: expected ", "seed=-1: give 0 to 2^63 - 1"]),
         (["algo=td3,ppo", "algo.policy_delay=2"], ["algo.policy_delay=2: no such key"]),
         (["algo=td3,ppo", "encoder=poisson"], ["encoder=poisson: ppo needs"]),
-    ],
-)  # fmt: skip
         (["seed=0,1", "seed=2,3"], ["seed=0: the key is there again; leave one out"]),
         (["seed=0,1", "++seed=5"], ["seed=0: the key is there again; leave one out"]),
         (["kernel=glob(x*)"], ["kernel=glob(x*): no option is named so; known: auto, cpu, "]),
         (["seed=1," + "9" * 5000], ["seed=1,999"]),
         (["seed=1," + "[" * 5000], ["seed=1,[[["]),
+    ],
+)  # fmt: skip
 def test_no_job_runs_before_all_are_valid(
     typed: list[str], lines: list[str], tmp_path: Path
 ) -> None:
@@ -198,3 +200,38 @@ def test_the_table_keeps_tasks_apart(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "env=Ant: best eval return 2.0 +- 1.4 over 2 seeds" in said
     assert f"3 of 4 jobs done; {tmp_path}/s\n" in said
     assert f"the same command with run_dir={tmp_path}/s goes on" in said
+
+
+def test_what_goes_on_with_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`reproduce` has no run_dir."""
+    sweep = Sweep.of("reproduce", ["-m", "table=ours", "rows=[a],[b]"])
+    assert sweep is not None
+    sweep.note({"job": 0, "name": "rows=[a]", "folder": str(sweep.root / "a"), "status": 1})
+    assert sweep.end() == 1
+    assert "\nthe same command goes on with what is not done\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["it's", "a\\", 'say "x"'])
+def test_the_folder_is_the_one_that_was_typed(path: str, tmp_path: Path) -> None:
+    for prefix in ("", "++"):
+        args = expand("train", ["-m", "seed=0,1", f"{prefix}run_dir={path}"])
+        sweep = Sweep.of("train", args)
+        assert sweep is not None
+        assert sweep.root == tmp_path / path
+        sweep.discard()
+
+
+def test_a_job_goes_on_with_the_threads_that_are_typed(tmp_path: Path) -> None:
+    """And with the run's own where none are."""
+    chosen = {"device": "cpu", "threads": "3", "kernel": "reference"}
+    manifest = {"resolved": {key: {"choice": choice} for key, choice in chosen.items()},
+                "world_size": 1, "num_envs": 1, "status": "preempted"}  # fmt: skip
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    had = {"device": "cpu", "threads": None, "world_size": None, "num_envs": None,
+           "total_steps": 5, "kernel": {"name": "auto", "path": None}, "run_dir": None,
+           "resume": None}  # fmt: skip
+    (tmp_path / "config.yaml").write_text(json.dumps(had))
+    for typed, left in ((None, 3), (2, 2)):
+        config = OmegaConf.create({**had, "threads": typed})
+        assert not sweeps.trained(config, tmp_path, ended=False)
+        assert (config.threads, config.num_envs, config.resume) == (left, 1, str(tmp_path))
