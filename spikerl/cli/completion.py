@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from glob import escape, glob
 
 from spikerl.cli.compose import PATHS, commands
-from spikerl.config.yaml_file import conf_folder, group_options
+from spikerl.config.yaml_file import NAME, conf_folder, group_options
 from spikerl.errors import BadRequest
 
 SHELLS = ("bash", "fish", "zsh")
@@ -27,7 +28,9 @@ VALUES = {
 
 
 def offers_for(word: str) -> list[str] | None:
-    """What a word may become whose key takes a path, or one of a few values; None for others."""
+    """What a word may become whose key takes a path, one of a few values, or an option, of which
+    Hydra knows none in a subfolder; None for others.
+    """
     key, equals, value = word.partition("=")
     if not equals:
         return None
@@ -37,9 +40,8 @@ def offers_for(word: str) -> list[str] | None:
         typed = (value + path[len(start) :] for path in paths)
         ends = ("/" if os.path.isdir(path) else "" for path in paths)
         return [f"{key}={place}{end}" for place, end in zip(typed, ends, strict=True)]
-    if key in VALUES:
-        return [f"{key}={one}" for one in VALUES[key]]
-    return None
+    options = VALUES.get(key) or (group_options(key) if re.fullmatch(NAME, key) else [])
+    return [f"{key}={one}" for one in options] or None
 
 
 def complete(args: Sequence[str]) -> int:
@@ -60,10 +62,6 @@ def complete(args: Sequence[str]) -> int:
     if query and command not in commands():
         return 0
     word = line.rpartition(" ")[2]
-    if query and word.startswith("experiment="):  # Hydra takes its folders for groups
-        offers = [f"experiment={name}" for name in group_options("experiment")]
-        print("\n".join(offer for offer in offers if offer.startswith(word)))
-        return 0
     if query and (known := offers_for(word)) is not None:
         print("\n".join(offer for offer in known if offer.startswith(word)))
         return 0

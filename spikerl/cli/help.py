@@ -5,24 +5,23 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from spikerl import plugins
 from spikerl.config.yaml_file import conf_folder, group_options
 
 KEYS = "Keys and their defaults"  # what the list begins with, where groups come before it
 COMMENTED = re.compile(r"^(\w+):[^#\n]*# (.+)$", re.MULTILINE)
 DEFAULT = re.compile(r"^  - (\w+): (\w+)$", re.MULTILINE)
 CHOSEN = re.compile(r"^(\w+):\n(?:  .*\n)*?  name: (\w+)$", re.MULTILINE)
-GROUP = re.compile(r"^([\w/]+): \w+(?:, \w+)*$", re.MULTILINE)
-# In lists of options: what config files share, and what `reproduce` alone reads.
-NOT_CHOSEN = re.compile(r"^(?:base|table): \w+, .*\n", re.MULTILINE)
+GROUP = re.compile(r"^(\w+): \w+(?:, \w+)*$", re.MULTILINE)
+# In lists of options: what config files share, what `reproduce` alone reads, and subfolders.
+NOT_CHOSEN = re.compile(r"^(?:(?:base|table): \w+, |\w+/\w+: ).*\n", re.MULTILINE)
 
 
 def with_meanings(text: str, command: str) -> str:
     """Hydra's text for a command, each key that a comment explains with that comment."""
     text = NOT_CHOSEN.sub("", text)
     head, mark, keys = text.partition(KEYS) if KEYS in text else ("", "", text)
-    if plugins.conf_folders():  # where Hydra does not look for its list
-        head = GROUP.sub(_with_plugins, head)
+    # Hydra's list has neither the options of plugins nor those of subfolders as they are typed.
+    head = GROUP.sub(lambda line: f"{line[1]}: {', '.join(group_options(line[1]))}", head)
     conf = conf_folder()
     of_command = conf / f"{command}.yaml"
     top = _comments(of_command)
@@ -42,12 +41,6 @@ def with_meanings(text: str, command: str) -> str:
         line = re.sub(r": \?\?\?$", ": (required)", line)
         lines.append(f"{line}  # {meaning}" if meaning else line)
     return head + mark + "\n".join(lines)
-
-
-def _with_plugins(line: re.Match[str]) -> str:
-    """A group and its options; those of subfolders have lines of their own."""
-    options = [name for name in group_options(line[1]) if "/" not in name]
-    return f"{line[1]}: {', '.join(options)}" if options else line[0]
 
 
 def _comments(path: Path) -> dict[str, str]:

@@ -112,6 +112,10 @@ def test_completion_of_paths_and_values(
         "spikerl train scaling=": ["scaling=strong", "scaling=weak"],
         "spikerl train device=c": ["device=cpu", "device=cuda"],
         "spikerl train neuron.surrogate=s": ["neuron.surrogate=sigmoid"],
+        "spikerl train neuron=a": ["neuron=alif"],
+        "spikerl train env=AL": ["env=ALE/Pong", "env=ALE/Pong_pixels"],
+        "spikerl train experiment=popsan/td3_": [
+            "experiment=popsan/td3_poisson", "experiment=popsan/td3_sparse"],
     }.items():  # fmt: skip
         assert offered(line, monkeypatch, capsys) == offers
 

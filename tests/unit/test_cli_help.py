@@ -9,11 +9,12 @@ from spikerl.cli.help import with_meanings
 
 
 def test_each_key_with_its_comment() -> None:
-    text = "spikerl train\nbase: env, neuron\ntable: care_bn, ours\nenv: Ant\n\n"
+    text = "spikerl train\nbase: env, neuron\ntable: care_bn, ours\nprecision: fp32\n"
+    text += "env/ALE: Pong, Pong_pixels\n\n"
     text += "Keys and their defaults (x)\n\n"
     keys = "neuron:\n  reset: hard\n  name: lif\nactor:\n  reset: 1\nthreads: null\nseed: 0\n"
     assert with_meanings(text + keys, "train") == (
-        "spikerl train\nenv: Ant\n\nKeys and their defaults (x)\n\n"
+        "spikerl train\nprecision: bf16, fp16, fp32\n\nKeys and their defaults (x)\n\n"
         "neuron:\n  reset: hard  # soft: a spike takes the threshold from the voltage\n"
         "  name: lif\n"
         "actor:\n  reset: 1\n"
@@ -39,8 +40,11 @@ def test_a_comment_is_that_of_the_option_chosen() -> None:
     )
 
 
-@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.parametrize("command", ["train", "bench", "eval"])
 def test_help(command: str) -> None:
     said = spikerl(command, "--help")
     assert (said.status, said.err) == (0, "")
+    if command != "eval":  # options as they are typed, those of subfolders too
+        assert "\nenv: ALE/Pong, ALE/Pong_pixels, Acrobot, " in said.out
+        assert "\nenv/" not in said.out
     assert "  # " in said.out
