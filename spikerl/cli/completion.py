@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from glob import escape, glob
 
-from spikerl.cli.compose import PATHS, commands
+from spikerl.cli.compose import commands
+from spikerl.config.typed import PATHS
 from spikerl.config.yaml_file import NAME, conf_folder, group_options
 from spikerl.errors import BadRequest
 

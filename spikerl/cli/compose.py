@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from spikerl import plugins
+from spikerl.config.typed import for_hydra
 from spikerl.config.yaml_file import (
     EVERY_RUN,
     conf_folder,
-    counted,
     group_options,
     overrides_of,
     quoted,
@@ -47,9 +47,6 @@ UNREAD = (
     (r"actor=(mlp|cnn|transformer)|experiment=dense/[^,]*", r"\+*(encoder|neuron|decoder)[=.]"),
     (r"actor=spikeformer|experiment=dsformer/[^,]*", r"\+*(encoder|decoder)[=.]"),
 )
-# Values that are taken as they are typed: a sweep names its folders with '=' and ','.
-PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "dense", "stats", "path",
-         "energy.file", "file", "runs", "out", "dataset")  # fmt: skip
 
 
 @cache
@@ -95,8 +92,6 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
     """Refuse what must not reach Hydra; replace config=FILE by the overrides that it stands for."""
     # Of a key at the top level, which is there, `++` says nothing.
     args = [re.sub(r"^\+(?=(config|resume)=)|^\+\+(?=\w+=)", "", arg) for arg in args]
-    # Its keys are the environment's, so Hydra knows none of them.
-    args = [re.sub(r"^(?=env\.kwargs(\.|=\{))", "++", arg) for arg in args]
     plugins.load(typed_plugins(args))
     overrides, flags = split(args)
     for arg in flags:
@@ -121,7 +116,7 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
         _check_choice(key, value)
     named = {a.partition("=")[0]: a for a in overrides if re.match(r"(config|resume)=(?!null$)", a)}
     sweeps = not {"-m", "--multirun"}.isdisjoint(flags)
-    typed = [_whole_numbers(_literal(arg, sweeps)) for arg in overrides]
+    typed = [for_hydra(arg, sweeps) for arg in overrides]
     held: list[str] = []
     if command == "train" and named:
         source = named.get("resume") or named["config"]
@@ -213,27 +208,6 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, flags
 
 
-def _literal(arg: str, sweeps: bool) -> str:
-    """Quotes around a path, in which many characters would mean something to Hydra and 1e3 is a
-    number; brackets around a list of loggers.
-    """
-    key, _, value = arg.partition("=")
-    if key == "logger" and not value.startswith("["):
-        return f"logger=[{'' if value in ('null', 'none') else value}]"
-    if key not in PATHS or value in ("", "null") or value[0] in "'\"":
-        return arg
-    several = sweeps and re.search(r"[,(]", value) and readable(arg)
-    return arg if several else f"{key}={quoted(value)}"
-
-
-def _whole_numbers(arg: str) -> str:
-    """total_steps=1M and the like as Hydra has them; also where a sweep lists several."""
-    key, _, value = arg.partition("=")
-    if not re.fullmatch(r"[\w.+,]+", value):
-        return arg
-    return f"{key}={','.join(str(counted(key, one)) for one in value.split(','))}"
-
-
 def unquoted(value: str) -> str:
     """What Hydra reads of it: a backslash counts before a quote, and at the end."""
     if not re.fullmatch(r"(['\"]).*\1", value):
@@ -293,16 +267,6 @@ def check_resume(args: Sequence[str], sweeps: bool, run: Path) -> None:
         if key not in RESUMABLE:
             remedy = f"a resumed run keeps it; only {', '.join(RESUMABLE[1:])} can change"
             raise BadRequest(key, value, remedy)
-
-
-def readable(override: str) -> bool:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    try:
-        OverridesParser.create().parse_override(override)
-    except Exception:  # its own, and those of a number or a nesting that is too much
-        return False
-    return True
 
 
 def deferred(args: Sequence[str]) -> list[str]:

@@ -7,7 +7,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from spikerl.cli.compose import PATHS, known_keys, readable, split, unquoted
+from spikerl.cli.compose import known_keys, split, unquoted
+from spikerl.config.typed import PATHS, readable
 from spikerl.config.yaml_file import NAME, conf_folder, group_options, option_file
 from spikerl.errors import WRONG, BadRequest, nearest
 from spikerl.files import absolute

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
+from spikerl.config.typed import for_hydra
 from spikerl.config.yaml_file import NOT_CARRIED, conf_folder
 from spikerl.errors import BadRequest, first_line
 from spikerl.reporting.records import Run
@@ -59,7 +60,8 @@ def composed(overrides: tuple[str, ...]) -> Mapping[str, str]:
         ours = GlobalHydra.instance().is_initialized()  # it has composed our own config
         conf = str(conf_folder())
         with nullcontext() if ours else initialize_config_dir(conf, version_base="1.3"):
-            config: Any = OmegaConf.to_container(compose("train", list(overrides)), resolve=True)
+            typed = [for_hydra(override) for override in overrides]
+            config: Any = OmegaConf.to_container(compose("train", typed), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         line = first_line(error)
         raise BadRequest("table", " ".join(overrides), f"cannot be composed: {line}") from None

@@ -15,7 +15,9 @@ from shell import refusal
 from spikerl.cli.compose import expand
 from spikerl.config.build import build
 from spikerl.config.yaml_file import conf_folder, group_options
+from spikerl.reporting.cell_config import config_of
 from spikerl.reporting.table_file import Table, cell_of, read_table, select, table_of
+from spikerl.schema import dotted
 
 NAMES = group_options("table")
 
@@ -233,6 +235,30 @@ def test_selection() -> None:
     long = ["HalfCheetah", "Hopper"]
     line = "columns=Hoper: no such name; did you mean Hopper?"
     assert str(refusal(select, long, ["Hoper"], key="columns")) == line
+
+
+def test_a_cell_is_composed_as_its_run_is() -> None:
+    """Else what `reproduce` has run would be of other settings when it is called again."""
+    data = yaml.safe_load((conf_folder() / "table" / "ours.yaml").read_text())
+    data["protocol"]["overrides"] = ["algo.replay_capacity=1e5", "algo.random_steps=20k",
+                                     "logger=csv", "env.kwargs.x=2"]  # fmt: skip
+    table = table_of(data)
+    cell = cell_of(table, "popsan_td3_sparse", "HalfCheetah", 3)
+    assert cell is not None
+    config = config_of(cell)
+    for key, value in {
+        "algo.replay_capacity": "100000",
+        "algo.random_steps": "20000",
+        "logger": "['csv']",
+        "env.kwargs.x": "2",
+        "seed": "3",
+    }.items():
+        assert config[key] == value
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        run = compose("train", expand("train", cell.overrides))
+    settings = dotted(OmegaConf.to_container(run, resolve=True))
+    assert config == {key: str(value) for key, value in settings}
 
 
 def test_unknown_table() -> None:
