@@ -218,7 +218,8 @@ def _sources(*kinds: str) -> list[Path]:
 def _succeed(command: list[str]) -> None:
     done = _run(command)
     if done.returncode:
-        line = next((s for s in done.stderr.splitlines() if "error" in s), done.stderr[:200])
+        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        line = next((s for s in said if "error" in s), said[0])  # other languages have other words
         raise Unbuilt(f"{shlex.join(command[:1])} failed: {line.strip()}")
 
 
@@ -283,6 +284,8 @@ def _output(command: list[str]) -> str:
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=300
+        )
     except (OSError, subprocess.SubprocessError) as error:
         raise Unbuilt(f"{command[0]} cannot be run: {error}") from None

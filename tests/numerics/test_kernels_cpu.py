@@ -293,16 +293,25 @@ def test_a_compiler_that_cannot_be_read(fresh: Path, monkeypatch: pytest.MonkeyP
         kernels.resolve(CPU, "cpu")
 
 
-def test_a_compiler_that_fails(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("says", "said"),
+    [
+        (["x.cpp: In f:", "x.cpp:1: error: no"], "x.cpp:1: error: no"),
+        (["x.cpp:1: Fehler: nein", "ld gab 1 zurück"], "x.cpp:1: Fehler: nein"),
+        ([], "status 1"),
+    ],
+)
+def test_a_compiler_that_fails(
+    says: list[str], said: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = fresh / "cxx"
-    script.write_text(
-        "#!/bin/sh\n[ $1 = --version ] && exit\necho 'x.cpp:1: error: no' >&2\nexit 1\n"
-    )
+    lines = "".join(f"echo '{line}' >&2\n" for line in says)
+    text = f"#!/bin/sh\n[ $1 = --version ] && exit\n{lines}exit 1\n"
+    script.write_text(text, encoding="latin-1")
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    said = kernels.resolve(AUTO, "cpu")
-    assert said.choice == "reference"
-    assert said.reason.endswith("failed: x.cpp:1: error: no")
+    found = kernels.resolve(AUTO, "cpu")
+    assert found == ("reference", f"{script} failed: {said}")
     assert not list((fresh / "cache" / "spikerl").glob("*.so"))
 
 
