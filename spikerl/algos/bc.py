@@ -14,7 +14,8 @@ from spikerl.types import Batch
 
 @dataclass(kw_only=True)
 class BCConfig(OfflineConfig):
-    pass
+    def unread(self, discrete: bool) -> dict[str, str]:
+        return {"gamma": "nothing looks ahead; leave it out"}
 
 
 class BC(OffPolicy):

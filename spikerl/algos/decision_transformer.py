@@ -45,6 +45,9 @@ class DecisionTransformerConfig(OfflineConfig):
         finite = "give a number, or null"
         self.check(finite, lambda x: x is None or abs(x) <= 1e30, "target_return")
 
+    def unread(self, discrete: bool) -> dict[str, str]:
+        return {"gamma": "returns to go are undiscounted; leave it out"}
+
     def lr_share(self, update: int, total: int) -> float:
         """Of the learning rate, in update number `update`: up along a line, down along a cosine."""
         warmup = self.warmup_share * total

@@ -116,6 +116,12 @@ REFUSED = [
         "no network of its own",
     ),
     ("env=CartPole algo=ppo algo.log_std=0", "algo.log_std=0: ", "actions have no deviation"),
+    ("algo=bc dataset=d algo.gamma=0.9", "algo.gamma=0.9: ", "nothing looks ahead"),
+    (
+        "experiment=dsformer/pssa dataset=d algo.gamma=0.9",
+        "algo.gamma=0.9: ",
+        "returns to go are undiscounted",
+    ),
     (
         "algo=ppo algo.rollout_steps=64 algo.norm_interval=64 scaling=weak world_size=2",
         "algo.batch_size=64: ",
