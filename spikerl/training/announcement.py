@@ -21,8 +21,9 @@ def nothing_learned(algo: AlgoConfig) -> str:
     said = "warning: this run makes no update, so its policy is the one that it starts with;"
     if isinstance(algo, OfflineConfig):
         return f"{said} give more total_steps"
-    key = "rollout_steps" if ALGOS.part(algo).on_policy else "learning_starts"
-    return f"{said} give more total_steps, or less algo.{key}"
+    replays = "learning_starts and algo.update_interval"
+    keys = "rollout_steps" if ALGOS.part(algo).on_policy else replays
+    return f"{said} give more total_steps, or less algo.{keys}"
 
 
 def announce(config: Config, trainer: Trainer, command: Sequence[str]) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from builders import bc_config, small_config, with_run
+from builders import bc_config, small_config, td3_config, with_run
 
 from spikerl.config import build as configs
 from spikerl.distributed.world import ALONE
@@ -63,5 +64,8 @@ def test_what_a_resumed_run_keeps_was_not_requested(
 
 def test_what_makes_updates_of_a_run_without_one() -> None:
     assert nothing_learned(bc_config()).endswith("; give more total_steps")
-    said = nothing_learned(small_config().algo)
-    assert said.endswith("; give more total_steps, or less algo.learning_starts")
+    algo = td3_config(learning_starts=30, update_interval=200)
+    assert replace(algo, learning_starts=0).updates_due(100, 1) == 0
+    assert replace(algo, learning_starts=0, update_interval=100).updates_due(100, 1) == 100
+    remedy = "; give more total_steps, or less algo.learning_starts and algo.update_interval"
+    assert nothing_learned(algo).endswith(remedy)

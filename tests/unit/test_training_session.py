@@ -125,7 +125,7 @@ def test_what_is_said_of_updates_and_of_random_actions(
     line = "warning: all actions of this run are random (algo.random_steps=300); give less, or more"
     assert line in said.out
     said = spikerl("train", *SHORT, "algo.learning_starts=1000", "run_dir=n")
-    assert "or less algo.learning_starts\n" in said.out
+    assert "or less algo.learning_starts and algo.update_interval\n" in said.out
     said = spikerl("train", *SHORT, "algo.critic_warmup=250", "run_dir=w")
     line = "warning: the policy stays as it is in all updates (algo.critic_warmup=250); give less\n"
     assert line in said.out
