@@ -306,7 +306,7 @@ def run_worker(shared_dir: Path, parent: int, run: Callable[[dict[str, Any]], in
     die_with_parent(parent)
     for number in STOPS:  # until the run listens, and again while it reports a failure
         signal.signal(number, signal.SIG_IGN)
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK", "0"))  # mpiexec -n 1 gives none
     write(shared_dir / f"pid.{rank}", str(os.getpid()))
     spec = json.loads(read(shared_dir / "spec.json"))
     set_threads(spec[THREADS])  # or a worker would take it for the user's word

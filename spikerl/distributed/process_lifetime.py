@@ -67,7 +67,7 @@ def watched(shared_dir: Path) -> int:
 
     mpiexec does not say which of the workers failed.
     """
-    parent, rank = os.getpid(), os.environ["RANK"]
+    parent, rank = os.getpid(), os.environ.get("RANK", "0")  # mpiexec -n 1 gives none
     child = os.fork()
     if child == 0:
         return parent

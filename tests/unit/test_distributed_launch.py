@@ -1,15 +1,17 @@
-"""Who hears a signal while a machine's workers run."""
+"""How a machine's workers start, who hears a signal while they run, which failure is named."""
 
 from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spikerl.distributed import launch
+from spikerl.distributed import launch, mpi
 
 
 @pytest.mark.parametrize("stoppable", [True, False])
@@ -38,3 +40,27 @@ def test_of_failures_of_one_kind_the_first_is_named(tmp_path: Path) -> None:
         (tmp_path / f"failure.{rank}").write_text(json.dumps(reason))
     lost = launch.first_failure({0: 1, 1: 1, 2: 1}, tmp_path, 3)
     assert str(lost) == "worker 1 of 3: E1"
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from spikerl.distributed.launch import run_worker
+from spikerl.distributed.process_lifetime import watched
+
+shared_dir = Path(sys.argv[1])
+sys.exit(run_worker(shared_dir, watched(shared_dir), lambda spec: 0))
+"""
+
+
+def test_mpiexec_with_one_worker(tmp_path: Path) -> None:
+    """As with max_restarts; it has no rank, as it is no worker among others."""
+    start = mpi.mpiexec(1)
+    assert start
+    (tmp_path / "spec.json").write_text(json.dumps({launch.THREADS: None}))
+    ended = subprocess.run(
+        [*start, sys.executable, "-c", WORKER, str(tmp_path)], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "result").read_text() == "0"
+    assert not list(tmp_path.glob("ended.*"))
