@@ -49,9 +49,13 @@ def mpiexec(workers: int) -> list[str] | None:
     executable = str(beside) if beside.exists() else shutil.which("mpiexec")
     if executable is None:
         return None
-    # Open MPI refuses more workers than cores, and to run as root, unless told.
     more = []
-    if _mpi().Get_library_version().startswith("Open MPI"):
+    # In a job of Slurm both would start them through srun, on all machines of the job.
+    if library().startswith("MPICH"):
+        more = ["-launcher", "fork", "-rmk", "user"]
+    if library().startswith("Open MPI"):
+        os.environ |= {"PRTE_MCA_plm": "^slurm", "PRTE_MCA_ras": "^slurm"}
+        # It refuses more workers than cores, and to run as root, unless told.
         more = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
         os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return [executable, "-n", str(workers), *more]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -64,3 +65,24 @@ def test_mpiexec_with_one_worker(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "result").read_text() == "0"
     assert not list(tmp_path.glob("ended.*"))
+
+
+# What Slurm says in a job of two machines.
+JOB = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NODELIST": "node[1-2]",
+    "SLURM_NNODES": "2",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+}
+
+
+def test_mpiexec_starts_workers_on_this_machine_also_in_a_job_of_several() -> None:
+    start = mpi.mpiexec(2)
+    assert start
+    ended = subprocess.run(
+        [*start, sys.executable, "-c", "import os; print(os.environ['PMI_RANK'])"],
+        env={**os.environ, **JOB}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert sorted(ended.stdout.split()) == ["0", "1"], ended.stderr
