@@ -21,7 +21,9 @@ def workers_here(world_size: int, nnodes: int = 1) -> int:
 def has_own(share: str) -> bool:
     """Whether Slurm gave this process alone the cores, or the GPUs, that it sees."""
     step = os.environ
-    if step.get("SLURM_STEP_NUM_TASKS", "1") == "1":  # its workers share what the one task has
+    tasks = step.get("SLURM_STEP_NUM_TASKS", "1")
+    # Workers that are no tasks, as those of torchrun within one, share what their task has.
+    if tasks == "1" or step.get("WORLD_SIZE", tasks) != tasks:
         return False
     if share == "gpus":
         return "SLURM_GPUS_PER_TASK" in step

@@ -121,6 +121,19 @@ def test_own_cores_and_gpus(environ: dict[str, str]) -> None:
     assert hosts.has_own("gpus")
 
 
+def test_workers_of_torchrun_in_a_task_share_its_cores_and_gpus(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun torchrun, one task on each of two machines, four workers in each task."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cores_here = {"SLURM_CPUS_ON_NODE": "4096", "SLURM_GPUS_PER_TASK": "2"}
+    environ |= STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", **cores_here}
+    environ |= dict(zip(RANK, ["6", "8", "2", "4", "node07", "29500"], strict=True))
+    assert adopted(environ)[:4] == ["6", "8", "2", "4"]
+    assert not hosts.has_own("cores")
+    assert resolve_backend(BackendConfig(name="auto"), "cuda:0", 8).choice == "gloo"
+
+
 def test_a_device_for_each_worker_of_a_machine(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
