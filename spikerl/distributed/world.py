@@ -70,7 +70,7 @@ def resolve_backend(
         if why := mpi.missing() or (None if mpi.mpiexec(1) else f"no mpiexec; {mpi.EXTRA}"):
             raise BadRequest("backend", "mpi", why)
         if ranked() and not mpi_set():
-            remedy = "torchrun started the workers; start them with mpiexec, or use backend=gloo"
+            remedy = "mpiexec has not started the workers; start them with it, or use backend=gloo"
             raise BadRequest("backend", "mpi", remedy)
     elif config.name != "auto" and world_size > 1 and mpi_set():
         raise BadRequest("backend", config.name, "mpiexec started the workers; use backend=mpi")

@@ -144,7 +144,7 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "0"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert line().startswith("backend=mpi: torchrun started the workers")
+    assert line().startswith("backend=mpi: mpiexec has not started the workers; ")
     with monkeypatch.context() as patch:
         patch.setattr(mpi, "mpiexec", lambda workers: None)
         assert line() == f"backend=mpi: no mpiexec; {mpi.EXTRA}"
