@@ -16,6 +16,7 @@ import re
 import secrets
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -26,13 +27,25 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from spikerl.children import PYTHON
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_with_parent
-from spikerl.errors import FAILED, BadRequest, EnvironmentFailed, Interrupted, NonFinite, first_line
+from spikerl.errors import (
+    FAILED,
+    BadRequest,
+    EnvironmentFailed,
+    Interrupted,
+    NonFinite,
+    Stopped,
+    first_line,
+    stop_status,
+)
 from spikerl.signals import STOPS, handled, listened_to, signal_name
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
 LATE = ("did not come", "Timed out", "timeout")
@@ -50,6 +63,14 @@ class WorkerLost(RuntimeError):
     stopping = False
     trace = ""  # of the worker, where it left one
     request: list[str] | None = None  # key, value and remedy where it found a request wrong
+
+
+class Apart(WorkerLost):
+    """The machines did not meet, so that no worker started."""
+
+    def __init__(self, workers: Workers, why: str) -> None:
+        where, nodes = f"{workers.host}:{workers.port}", workers.nnodes
+        super().__init__(f"rdzv={where}: the {nodes} machines did not meet there: {why}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +106,10 @@ def launch(spec: dict[str, Any], workers: Workers, *, stoppable: bool = True) ->
         try:
             if failures := start(shared_dir, workers):
                 raise first_failure(failures, shared_dir, workers.size)
+        except Stopped as stopped:
+            name = signal_name(stopped.number)
+            print(f"spikerl: stopped on {name} before the machines met", file=sys.stderr)
+            return stop_status(stopped.number)
         except WorkerLost as lost:
             lost.folder = read(shared_dir / "folder") or None
             lost.stopping = stop_requested(shared_dir) is not None
@@ -110,17 +135,13 @@ def run_under_agent(shared_dir: Path, workers: Workers) -> dict[int, int]:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     several = workers.nnodes > 1
-    where = f"{workers.host}:{workers.port}"
-    apart = f"rdzv={where}: the {workers.nnodes} machines did not meet there"
-    if several and (why := cannot_meet(workers)):
-        raise WorkerLost(f"{apart}: {why}")
     config = LaunchConfig(
         min_nodes=workers.nnodes,
         max_nodes=workers.nnodes,
         nproc_per_node=workers.size // workers.nnodes,
         run_id="spikerl" if several else uuid.uuid4().hex,
         rdzv_backend="static" if several else "c10d",
-        rdzv_endpoint=where,
+        rdzv_endpoint=f"{workers.host}:{workers.port}",
         rdzv_configs={"rank": workers.node_rank, "timeout": int(workers.timeout_s)},
         max_restarts=0,
         signals_to_handle="",  # they are passed on instead
@@ -135,22 +156,43 @@ def run_under_agent(shared_dir: Path, workers: Workers) -> dict[int, int]:
     over = threading.Event()
     threading.Thread(target=kill_hung_workers, args=(shared_dir, over), daemon=True).start()
     try:
+        store = meet(shared_dir, workers) if several else None
         elastic_launch(config, python)(*worker)
+        del store  # which the agents use, too
     except ChildFailedError as error:
         return {rank: int(failure.exitcode) for rank, failure in error.failures.items()}
     except DistError as error:
-        reason = first_line(error)
-        raise WorkerLost(f"{apart}: {reason}") from None
+        raise Apart(workers, first_line(error)) from None
     finally:
         over.set()
     return {}
 
 
-def cannot_meet(workers: Workers) -> str | None:
-    """Why, if so; PyTorch's store would take longer and fill the screen."""
-    if workers.node_rank == 0:
-        return hosts.cannot_listen(workers.host, workers.port)
-    return hosts.cannot_reach(workers.host, workers.port, workers.timeout_s)
+def meet(shared_dir: Path, workers: Workers) -> TCPStore:
+    """Wait for the other machines here, as the agents would hear no signal while they do."""
+    from torch.distributed import TCPStore
+
+    first, host, port = workers.node_rank == 0, workers.host, workers.port
+    within_s = workers.timeout_s
+    deadline = time.monotonic() + within_s
+    with handled(_stop, listened_to()):
+        if (number := stop_requested(shared_dir)) is not None:
+            raise Stopped(number)  # it came before
+        why = hosts.cannot_listen(host, port) if first else hosts.cannot_reach(host, port, within_s)
+        if why:
+            raise Apart(workers, why)
+        store = TCPStore(host, port, is_master=first, wait_for_workers=False, multi_tenant=True)
+        store.set(str(workers.node_rank), "")
+        for rank in range(workers.nnodes):
+            while not store.check([str(rank)]):
+                if time.monotonic() >= deadline:
+                    raise Apart(workers, f"machine {rank} did not come within {within_s:g} s")
+                time.sleep(0.1)
+    return store
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped(number)
 
 
 def kill_hung_workers(shared_dir: Path, over: threading.Event) -> None:

@@ -124,7 +124,7 @@ def test_how_workers_are_started(started: list[Any], tmp_path: Path) -> None:
 def test_workers_of_one_machine_meet_on_the_loopback(
     started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "cannot_meet", lambda workers: None)
+    monkeypatch.setattr(launch, "meet", lambda *_: None)
     launch.run_under_agent(tmp_path, workers())
     launch.run_under_agent(tmp_path, workers(nnodes=2))
     assert [config.local_addr for config in started[::2]] == ["127.0.0.1", None]

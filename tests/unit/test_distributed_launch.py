@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +92,51 @@ def test_mpiexec_starts_workers_on_this_machine_also_in_a_job_of_several() -> No
         env={**os.environ, **JOB}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert sorted(ended.stdout.split()) == ["0", "1"], ended.stderr
+
+
+# --- several machines ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machines() -> list[launch.Workers]:
+    """Two of one worker each, which can meet at a free port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    first = launch.Workers(size=2, threads=1, backend="gloo", timeout_s=30, nnodes=2, port=port)
+    return [first, replace(first, node_rank=1)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_wait_for_other_machines(
+    rank: int,
+    number: signal.Signals,
+    status: int,
+    machines: list[launch.Workers],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begun = time.monotonic()
+    threading.Timer(1.0, os.kill, [os.getpid(), number]).start()
+    assert launch.launch({}, machines[rank]) == status
+    assert time.monotonic() - begun < 20
+    assert capsys.readouterr().err == f"spikerl: stopped on {number.name} before the machines met\n"
+
+
+def test_a_signal_that_came_before_the_wait(machines: list[launch.Workers], tmp_path: Path) -> None:
+    (tmp_path / "stop").write_text(str(int(signal.SIGHUP)))
+    with pytest.raises(launch.Stopped):
+        launch.meet(tmp_path, machines[0])
+
+
+def test_machines_that_meet_and_one_that_does_not_come(
+    machines: list[launch.Workers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "handled", lambda *_: nullcontext())  # threads cannot
+    with ThreadPoolExecutor(2) as pool:
+        met = list(pool.map(lambda machine: launch.meet(tmp_path, machine), machines))
+    assert all(store.check(["0", "1"]) for store in met)
+    del met
+    alone = replace(machines[0], timeout_s=1)
+    said = f"rdzv=127.0.0.1:{alone.port}: the 2 machines did not meet there: machine 1 did not come"
+    with pytest.raises(launch.Apart, match=f"^{said} within 1 s$"):
+        launch.meet(tmp_path, alone)
