@@ -81,7 +81,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             if lost.request and lost.folder is None and spec["after"] is None:
                 raise BadRequest(*lost.request) from None
             folder = lost.folder or folder
-            if left == 0 or lost.stopping or lost.request:
+            apart = isinstance(lost, launch.Apart)
+            if left == 0 or lost.stopping or lost.request or apart:
                 return record_lost_worker(lost, folder)
             if folder:  # which has all that the run was started from
                 spec["raw"] = {**config.raw, "resume": folder, "init_from": None, "dataset": None}

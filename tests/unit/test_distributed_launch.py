@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shell import SHORT, spikerl
 
 from spikerl.distributed import launch, mpi
 
@@ -140,3 +141,25 @@ def test_machines_that_meet_and_one_that_does_not_come(
     said = f"rdzv=127.0.0.1:{alone.port}: the 2 machines did not meet there: machine 1 did not come"
     with pytest.raises(launch.Apart, match=f"^{said} within 1 s$"):
         launch.meet(tmp_path, alone)
+
+
+MEETING = ["nnodes=2", "world_size=2", "node_rank=0"]
+
+
+def test_machines_that_do_not_meet_have_lost_no_worker(
+    machines: list[launch.Workers], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They start no others at the next port, where machines that come later are not."""
+    monkeypatch.chdir(tmp_path)
+    ports = []
+
+    def apart(spec: dict[str, Any], workers: launch.Workers) -> int:
+        ports.append(workers.port)
+        raise launch.Apart(workers, "nobody")
+
+    monkeypatch.setattr(launch, "launch", apart)
+    said = spikerl("train", *SHORT, *MEETING, "rdzv=127.0.0.1:29500", "max_restarts=2")
+    assert (said.status, ports) == (1, [29500])
+    assert said.err == (
+        "spikerl: rdzv=127.0.0.1:29500: the 2 machines did not meet there: nobody\n"
+    )
