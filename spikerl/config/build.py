@@ -121,6 +121,10 @@ class RunConfig:
         if not hosts.is_endpoint(self.rdzv or ""):
             remedy = "give machine 0's address and a free port there, as host:29500"
             raise BadRequest("rdzv", self.rdzv, remedy)
+        port, restarts = int((self.rdzv or "").rpartition(":")[2]), self.max_restarts
+        if port + restarts > 65535:
+            remedy = f"each of max_restarts={restarts} takes the next port; give a lower one"
+            raise BadRequest("rdzv", self.rdzv, remedy)
 
 
 @dataclass(kw_only=True)

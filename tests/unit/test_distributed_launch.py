@@ -163,3 +163,10 @@ def test_machines_that_do_not_meet_have_lost_no_worker(
     assert said.err == (
         "spikerl: rdzv=127.0.0.1:29500: the 2 machines did not meet there: nobody\n"
     )
+
+
+def test_restarts_need_ports() -> None:
+    said = spikerl("train", *SHORT, *MEETING, "rdzv=127.0.0.1:65534", "max_restarts=2")
+    assert said.status == 2
+    why = "each of max_restarts=2 takes the next port; give a lower one"
+    assert said.line == f"rdzv=127.0.0.1:65534: {why}"
