@@ -225,11 +225,10 @@ def run_under_mpiexec(shared_dir: Path, workers: Workers) -> dict[int, int]:
     )
     threading.Thread(target=end_all_with_one, args=(process, shared_dir), daemon=True).start()
     assert process.stdout is not None
-    last_words: list[str] = []  # of mpiexec, about one that failed
+    over = False  # whether mpiexec speaks of a worker that failed, of which one line will tell
     for line in process.stdout:
-        if last_words or mpi.LAST_WORDS.match(line):
-            last_words.append(line)
-        else:
+        over = over or bool(mpi.LAST_WORDS.match(line) and _failed(shared_dir))
+        if not over:
             print(line, end="", flush=True)
     status = process.wait()
     if failures := {rank_in(path): int(read(path)) for path in shared_dir.glob("ended.*")}:
@@ -237,8 +236,12 @@ def run_under_mpiexec(shared_dir: Path, workers: Workers) -> dict[int, int]:
     if failures := {rank_in(path): FAILED for path in shared_dir.glob("failure.*")}:
         return failures
     if status != 0:
-        raise WorkerLost(f"mpiexec ended with status {status}: {''.join(last_words).strip()}")
+        raise WorkerLost(f"mpiexec ended with status {status}; what it said stands above")
     return {}
+
+
+def _failed(shared_dir: Path) -> bool:
+    return any(shared_dir.glob("ended.*")) or any(shared_dir.glob("failure.*"))
 
 
 def end_all_with_one(process: subprocess.Popen[str], shared_dir: Path) -> None:

@@ -13,7 +13,7 @@ from spikerl.errors import first_line
 
 EXTRA = "pip install 'spikerl[mpi]' brings mpi4py and MPICH"
 
-# How mpiexecs begin to speak of a worker that failed.
+# How mpiexecs begin to speak of a worker that failed; others may print such lines, too.
 LAST_WORDS = re.compile(r"={20}|-{20}|Abort\(\d+\)|application called MPI_Abort")
 
 

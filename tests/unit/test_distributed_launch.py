@@ -95,6 +95,46 @@ def test_mpiexec_starts_workers_on_this_machine_also_in_a_job_of_several() -> No
     assert sorted(ended.stdout.split()) == ["0", "1"], ended.stderr
 
 
+BOX = "echo --------------------------; "
+
+
+@pytest.mark.parametrize(
+    ("says", "failures", "out"),
+    [
+        (f"echo begun; {BOX} echo epoch 1", {}, "begun\n--------------------------\nepoch 1\n"),
+        (f"echo begun; echo 9 >$0/ended.1; {BOX} echo killed; exit 9", {1: 9}, "begun\n"),
+    ],
+    ids=["an environment's own", "mpiexec's"],
+)
+def test_lines_that_look_like_mpiexecs_last_words(
+    says: str,
+    failures: dict[int, int],
+    out: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They hide what follows only once a worker has failed."""
+    monkeypatch.setattr(mpi, "mpiexec", lambda workers: ["sh", "-c", says, str(tmp_path)])
+    monkeypatch.setattr(launch, "end_all_with_one", lambda *_: None)
+    workers = launch.Workers(size=2, threads=1, backend="mpi", timeout_s=5)
+    assert launch.run_under_mpiexec(tmp_path, workers) == failures
+    assert capsys.readouterr().out == out
+
+
+def test_an_mpiexec_that_fails_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says = f"{BOX} echo no such host; exit 3"
+    monkeypatch.setattr(mpi, "mpiexec", lambda workers: ["sh", "-c", says])
+    workers = launch.Workers(size=2, threads=1, backend="mpi", timeout_s=5)
+    with pytest.raises(
+        launch.WorkerLost, match=r"^mpiexec ended with status 3; what it said stands"
+    ):
+        launch.run_under_mpiexec(tmp_path, workers)
+    assert "no such host" in capsys.readouterr().out
+
+
 # --- several machines ----------------------------------------------------------------------------
 
 
@@ -165,7 +205,8 @@ def test_machines_that_do_not_meet_have_lost_no_worker(
     )
 
 
-def test_restarts_need_ports() -> None:
+def test_restarts_need_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "launch", lambda *_: 0)
     said = spikerl("train", *SHORT, *MEETING, "rdzv=127.0.0.1:65534", "max_restarts=2")
     assert said.status == 2
     why = "each of max_restarts=2 takes the next port; give a lower one"
