@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -17,14 +18,20 @@ gym.register("Own-v0", entry_point="gymnasium.envs.mujoco.inverted_pendulum_v5:I
 """
 
 
-def typed_by_job(tmp_path: Path, *args: str) -> list[str]:
-    """What srun was given, behind its own flag and the program."""
+def with_tools(tmp_path: Path, **scripts: str) -> dict[str, str]:
+    """The environment of a job whose srun and so on are these."""
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
-    for name, text in (("srun", 'printf "%s\\n" "$@" >srun.args'), ("squeue", "echo RUNNING")):
+    for name, text in scripts.items():
         (tools / name).write_text(f"#!/bin/bash\n{text}\n")
         (tools / name).chmod(0o755)
-    environ = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "1"}
+    return {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "1"}
+
+
+def typed_by_job(tmp_path: Path, *args: str) -> list[str]:
+    """What srun was given, behind its own flag and the program."""
+    given = 'printf "%s\\n" "$@" >srun.args'
+    environ = with_tools(tmp_path, srun=given, squeue="echo RUNNING")
     subprocess.run(["bash", str(SCRIPT), *args], cwd=tmp_path, env=environ, check=True)
     return (tmp_path / "srun.args").read_text().splitlines()[2:]
 
@@ -68,3 +75,24 @@ def test_a_sweep_needs_no_confirmation(tmp_path: Path, monkeypatch: pytest.Monke
     said = spikerl(*typed, "total_steps=160")
     assert (said.status, said.err) == (0, ""), said
     assert "resumed at step 150 of 160" in said.out
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (1, False), (75, True)])
+def test_a_step_that_ends_as_it_is_told_to_stop(
+    status: int, requeued: bool, tmp_path: Path
+) -> None:
+    """Its own status counts, not that of the wait which the signal ended."""
+    srun = f"trap 'exit {status}' USR1; sleep 1; echo up; for i in {{1..99}}; do sleep 0.1; done"
+    environ = with_tools(tmp_path, srun=srun, squeue="echo RUNNING", scontrol="echo requeued")
+    slow = tmp_path / "slow"
+    slow.write_text('kill() { builtin kill "$@" && sleep 0.5; }\n')  # the step has ended by then
+    with subprocess.Popen(
+        ["bash", str(SCRIPT), "run"], cwd=tmp_path, env={**environ, "BASH_ENV": str(slow)},
+        stdout=subprocess.PIPE, text=True,
+    ) as job:  # fmt: skip
+        assert job.stdout is not None
+        assert job.stdout.readline() == "up\n"
+        job.send_signal(signal.SIGUSR1)
+        ended, *after = job.stdout.read().splitlines()
+    assert ended.endswith(f"ended with status {status}")
+    assert (after, job.returncode) == ((["requeued"], 0) if requeued else ([], status))
