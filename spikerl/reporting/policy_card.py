@@ -1,10 +1,11 @@
-"""A page beside a trained policy: what it reaches, how it is used, what it was trained by."""
+"""A page beside a trained policy: what it reaches, how it is used, what it was made by."""
 
 from __future__ import annotations
 
 from shlex import quote
+from textwrap import indent
 
-from spikerl.reporting.page import facts, layers
+from spikerl.reporting.page import command_of, facts, layers
 from spikerl.reporting.records import Run
 from spikerl.reporting.tables import markdown_grid, rounded, steps
 
@@ -23,6 +24,6 @@ def policy_card(run: Run, label: str) -> str:
         f"    spikerl eval {quote(f'run={run.folder}')} episodes=20 seed={seed}",
         markdown_grid([["", ""], *of_the_file, *trained, *of_the_last_epoch]),
         markdown_grid(layers(run)) if run.last("layer_firing_rates") else "",
-        f"Trained by\n\n    {run.manifest.get('command')}",
+        f"Made by\n\n{indent(command_of(run), '    ')}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

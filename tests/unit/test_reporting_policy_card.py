@@ -42,7 +42,7 @@ CARD = """\
 | encoder | 0.100 | - | - | - |
 | layer 1 | 0.200 | 0.500 | 0.250 | 0.125 |
 
-Trained by
+Made by
 
     spikerl train env=Ant
 """
@@ -59,6 +59,18 @@ def test_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     evaluated(Path("a"))
     assert policy_card(Run.read(Path("a")), "PopSAN TD3") == CARD
+
+
+def test_a_run_that_became_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last length is the run's: the one before was not reached."""
+    monkeypatch.chdir(tmp_path)
+    evaluated(Path("a"))
+    path = Path("a/manifest.json")
+    longer = [{"command": f"spikerl train resume=a{more}"}
+              for more in (" total_steps=1000", " total_steps=500", "")]  # fmt: skip
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resumed": longer}))
+    made_by = "Made by\n\n    spikerl train env=Ant\n    spikerl train resume=a total_steps=500\n"
+    assert policy_card(Run.read(Path("a")), "PopSAN TD3").endswith(made_by)
 
 
 def test_operations_are_of_the_file_that_it_stands_beside(
