@@ -14,7 +14,6 @@ from spikerl.reporting.results import EASY, Aggregate, Result, Results
 from spikerl.reporting.statistics import Array, Interval
 
 PM = "\N{PLUS-MINUS SIGN}"
-SHORT = {"max_average": "maximum", "last_ten_mean": "last ten"}
 WIDTH = 100  # of prose in Markdown
 
 
@@ -257,8 +256,8 @@ def notes(results: Results) -> list[str]:
     """What a reader must know: sources, other task versions, caveats."""
     table = results.table
     said = [
-        f"{PM} is the sample standard deviation over seeds, n their number;"
-        f" '{SHORT['max_average']}' is the {METRIC_NAMES['max_average']}, as the papers report it"
+        f"{PM} is the sample standard deviation over seeds, n their number; the papers report the"
+        f" {METRIC_NAMES['max_average']}"
     ]
     if table.baseline:
         said.append(
@@ -273,23 +272,15 @@ def notes(results: Results) -> list[str]:
                 f"published values are of {version} tasks, those of {', '.join(other)} here are"
                 " other tasks, for which no differences are given"
             )
-    for name, row in table.rows.items():
-        if table.converts(name):
-            said.append(
-                f"{row.label}: for every metric the one evaluation of the converted policy, over"
-                " 20 episodes, compared with that of the policy it was made from; no differences to"
-                " published values are given"
-            )
-        p = row.published
-        if p is None:
-            continue
-        said.append(f"{row.label}, published: {p.source}")
-        if p.metric != table.protocol.metric:
-            said.append(f"{row.label}, published: the {METRIC_NAMES[p.metric]}")
-        if p.figure:
-            said.append(f"{row.label}, published: read off a figure, not printed as numbers")
-        if p.note:
-            said.append(f"{row.label}, published: {p.note}")
+    if converted := [row.label for name, row in table.rows.items() if table.converts(name)]:
+        said.append(
+            f"{'; '.join(converted)}: for every metric the one evaluation of the converted policy,"
+            " over 20 episodes, compared with that of the policy it was made from; no differences"
+            " to published values are given"
+        )
+    for row in table.rows.values():
+        if p := row.published:
+            said.append(f"{row.label}, published: {p.source}{f'; {p.note}' if p.note else ''}")
     for name, column in table.columns.items():
         seeds = [seed for row in table.rows for seed in results.by_cell[row, name].seeds]
         learned = [seed.run.manifest.get("dataset") for seed in seeds if column.dataset]

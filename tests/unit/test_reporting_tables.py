@@ -306,10 +306,15 @@ def test_notes_say_where_values_are_from() -> None:
     line = "published values are of v3 tasks, those of v4 here are other tasks, for which no"
     assert line in text.replace("\n", " ").replace("  ", " ")
     assert "published values are of v4 tasks" not in text
-    assert "dense, published: read off a figure" in text
-    assert "dense, published: the smoothed curve at the end of training" in text
     assert "- a caveat" in text
     assert "Table 1" in text
+
+
+def test_converted_rows_share_a_note() -> None:
+    rows = {**DATA["rows"], **{name: {"label": name, "convert": "dense"} for name in ("c5", "c9")}}
+    rows["c9"]["overrides"] = ["spike_steps=9"]
+    (said,) = [line for line in tables.notes(results(rows=rows)) if "converted policy" in line]
+    assert said.startswith("c5; c9: for every metric the one evaluation of the converted policy, ")
 
 
 def test_a_metric_that_only_published_values_have() -> None:
