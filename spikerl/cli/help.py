@@ -10,6 +10,7 @@ from spikerl.config.yaml_file import conf_folder, group_options
 KEYS = "Keys and their defaults"  # what the list begins with, where groups come before it
 COMMENTED = re.compile(r"^(\w+):[^#\n]*# (.+)$", re.MULTILINE)
 DEFAULT = re.compile(r"^  - (\w+): (\w+)$", re.MULTILINE)
+STARTS_FROM = re.compile(r"^  - (\w+)$", re.MULTILINE)  # another command's file, whose keys it has
 CHOSEN = re.compile(r"^(\w+):\n(?:  .*\n)*?  name: (\w+)$", re.MULTILINE)
 GROUP = re.compile(r"^(\w+): \w+(?:, \w+)*$", re.MULTILINE)
 # In lists of options: what config files share, what `reproduce` alone reads, and subfolders.
@@ -23,9 +24,10 @@ def with_meanings(text: str, command: str) -> str:
     # Hydra's list has neither the options of plugins nor those of subfolders as they are typed.
     head = GROUP.sub(lambda line: f"{line[1]}: {', '.join(group_options(line[1]))}", head)
     conf = conf_folder()
-    of_command = conf / f"{command}.yaml"
-    top = _comments(of_command)
-    first = dict(DEFAULT.findall(of_command.read_text(encoding="utf-8")))
+    of_command = (conf / f"{command}.yaml").read_text(encoding="utf-8")
+    files = [*STARTS_FROM.findall(of_command), command]
+    top = dict(pair for name in files for pair in _comments(conf / f"{name}.yaml").items())
+    first = dict(DEFAULT.findall(of_command))
     chosen = dict(CHOSEN.findall(keys))
     group: dict[str, str] = {}
     lines = []

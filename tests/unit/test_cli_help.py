@@ -42,9 +42,18 @@ def test_a_comment_is_that_of_the_option_chosen() -> None:
 
 @pytest.mark.parametrize("command", ["train", "bench", "eval"])
 def test_help(command: str) -> None:
+    """What is null by default says what it is."""
     said = spikerl(command, "--help")
     assert (said.status, said.err) == (0, "")
     if command != "eval":  # options as they are typed, those of subfolders too
         assert "\nenv: ALE/Pong, ALE/Pong_pixels, Acrobot, " in said.out
         assert "\nenv/" not in said.out
     assert "  # " in said.out
+    assert [line for line in said.out.splitlines() if line.endswith(": null")] == []
+
+
+def test_a_command_that_starts_from_another_has_its_comments() -> None:
+    keys = "nnodes: 1\nrounds: 15\n"
+    meant = "nnodes: 1  # machines\nrounds: 15  # each benchmark is timed once a round\n"
+    assert with_meanings(keys, "bench") == meant
+    assert with_meanings("nnodes: 1\n", "eval") == "nnodes: 1\n"
