@@ -127,8 +127,6 @@ class Aggregate:
     """A row over all columns, relative to the table's baseline row."""
 
     row: str
-    gain: float | None  # APG in percent
-    gain_without_easy: float | None
     columns: int  # over which the following are
     partial: bool  # some of the runs behind them have fewer steps than asked
     iqm: float | None  # of scores over the baseline's mean
@@ -284,8 +282,6 @@ class Results:
         improves = bool(ours) and row != self.table.baseline
         return Aggregate(
             row=row,
-            gain=self.gain(row),
-            gain_without_easy=self.gain(row, easy=False),
             columns=len(ours),
             partial=any(self._pair_is_partial(row, column) for column in self._shared(row)),
             iqm=float(statistics.iqm(np.concatenate(ours))) if ours else None,

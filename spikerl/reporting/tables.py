@@ -95,32 +95,32 @@ class Section(NamedTuple):
 def grid(results: Results, metric: str) -> Grid:
     """The table as text, its header first; published values follow the row that they are of."""
     table = results.table
-    easy = any(c.env == EASY for c in table.columns.values())
-    gains = ["APG"] + [f"APG without {EASY}"] * easy if table.baseline else []
+    gains = {"APG": True} if table.baseline else {}  # and whether EASY counts in them
+    if gains and any(c.env == EASY for c in table.columns.values()):
+        gains[f"APG without {EASY}"] = False
     lines = [["", *(table.label(column) for column in table.columns), *gains]]
     if table.aggregate:
         lines[0].append(f"{table.aggregate}, as printed")
-    gained = {a.row: (a.gain, a.gain_without_easy) for a in results.aggregates}
     primary = metric == table.protocol.metric
     for name, row in table.rows.items():
         printed = [""] * bool(table.aggregate)
         if _has_place(results, name, metric):
-            own = gained.get(name, (None, None)) if primary else (None, None)
-            ours = [
-                percent(gain) + _partial(gain is not None and results.partial(name, easy=easy))
-                for gain, easy in zip(own[: len(gains)], (True, False), strict=False)
-            ]
+            ours = [_gain_text(results, name, easy) if primary else "-" for easy in gains.values()]
             cells = [cell_text(result, metric) for result in results.of(name)]
             lines.append([row.label, *cells, *ours, *printed])
         if row.published and row.published.metric == metric:
             cells = [spread(*(r.published_value or (None, None))) for r in results.of(name)]
-            both = (results.published_gain(name), results.published_gain(name, easy=False))
-            theirs = [percent(gain) for gain in both[: len(gains)]]
+            theirs = [percent(results.published_gain(name, easy=easy)) for easy in gains.values()]
             if table.aggregate:
                 given = row.published.aggregate
                 printed = ["-" if given is None else f"{given:g}"]
             lines.append([published_label(results, name), *cells, *theirs, *printed])
     return lines
+
+
+def _gain_text(results: Results, row: str, easy: bool) -> str:
+    gain = results.gain(row, easy=easy)
+    return percent(gain) + _partial(gain is not None and results.partial(row, easy=easy))
 
 
 def _partial(partial: bool) -> str:
@@ -155,13 +155,20 @@ def aggregate_grid(results: Results) -> Grid:
 
 def after(results: Results, core_hours: float) -> Grid:
     """Returns at equal processor time, of the runs that took so much."""
+
+    def text(result: Result) -> str:
+        runs = [seed.run for seed in result.seeds]
+        return scored_text(runs, lambda run: run.within(core_hours, "cpu"))
+
+    return _rows_with(results, text)
+
+
+def _rows_with(results: Results, text: Callable[[Result], str]) -> Grid:
+    """The rows in which a cell has a text."""
     table = results.table
     lines = [["", *(table.label(column) for column in table.columns)]]
     for name, row in table.rows.items():
-        cells = [
-            scored_text([s.run for s in result.seeds], lambda run: run.within(core_hours, "cpu"))
-            for result in results.of(name)
-        ]
+        cells = [text(result) for result in results.of(name)]
         if any(cell != "-" for cell in cells):
             lines.append([row.label, *cells])
     return lines
@@ -182,13 +189,7 @@ def scored_text(runs: Sequence[Run], score: Callable[[Run], tuple[float, int] | 
 
 def spent_grid(results: Results) -> Grid:
     """Hours of a run and the joules that it was measured to take; means over seeds."""
-    table = results.table
-    lines = [["", *(table.label(column) for column in table.columns)]]
-    for name, row in table.rows.items():
-        cells = [spent_text(r.spent("wall_s"), r.spent("joules")) for r in results.of(name)]
-        if any(cell != "-" for cell in cells):
-            lines.append([row.label, *cells])
-    return lines
+    return _rows_with(results, lambda r: spent_text(r.spent("wall_s"), r.spent("joules")))
 
 
 def spent_text(wall_s: float | None, joules: float | None) -> str:

@@ -270,9 +270,10 @@ def test_what_was_converted_is_not_compared() -> None:
         (dense / "evaluation.json").write_text(json.dumps(evaluation))
     only = {"Ant": DATA["columns"]["Ant"]}
     rows = {"dense": DATA["rows"]["dense"], "converted": {"label": "c", "convert": "dense"}}
-    itself, of_it = results(rows=rows, columns=only).aggregates
-    assert (itself.row, itself.gain) == ("dense", 0.0)
-    assert (of_it.row, of_it.gain, of_it.iqm) == ("converted", 25.0, 1.25)
+    compared = results(rows=rows, columns=only)
+    itself, of_it = compared.aggregates
+    assert (itself.row, compared.gain("dense")) == ("dense", 0.0)
+    assert (of_it.row, compared.gain("converted"), of_it.iqm) == ("converted", 25.0, 1.25)
     said = [line for line in tables.notes(had) if "the converted policy" in line]
     assert [line.partition(":")[0] for line in said] == ["converted"]
 
