@@ -63,15 +63,20 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         target = settings.run_dir or str(absolute(default_folder(config)))
         run_folder.check_free(target, named=settings.run_dir is not None, dated=True)
     check_launch(config)
-    if ranked() or (config.world_size == 1 and settings.max_restarts == 0):
-        try:
-            return run(config, task, target, argv)
-        except Exception:
-            if mpi.joined():
-                traceback.print_exc()
-                mpi.abort()
-            raise
-    workers = workers_of(config)
+    if not ranked() and (config.world_size > 1 or settings.max_restarts > 0):
+        return launch_workers(config, target, argv)
+    try:
+        return run(config, task, target, argv)
+    except Exception:
+        if mpi.joined():
+            traceback.print_exc()
+            mpi.abort()
+        raise
+
+
+def launch_workers(config: Config, target: str, argv: Sequence[str]) -> int:
+    """Start the workers, and all of them again when one is lost, up to `max_restarts` times."""
+    workers, settings = workers_of(config), config.run
     spec = {"raw": config.raw, "target": target, "command": list(argv), "after": None}
     folder = settings.resume
     for left in range(settings.max_restarts, -1, -1):
