@@ -172,14 +172,15 @@ class Policy:
                 raise ValueError("a decision depends on those before: give carried")
             act: Tensor = self.network(carried.see(obs, self.task.act_dim))[:, -1]
             carried.acted(act)
-            return act.cpu().numpy()
-        if isinstance(self.network, SpikingActor) and self.network.carries:
+        elif isinstance(self.network, SpikingActor) and self.network.carries:
             if not isinstance(carried, Carried):
                 raise ValueError("a decision depends on the one before: give carried")
-            return reference.decide(self.network, obs, generator, carried, squash).cpu().numpy()
-        if squash or isinstance(self.network, Proposer):
-            return self.network(obs, generator).cpu().numpy()
-        return self.network(obs, generator, squash=False).cpu().numpy()
+            act = reference.decide(self.network, obs, generator, carried, squash)
+        elif isinstance(self.network, Proposer):
+            act = self.network(obs, generator)
+        else:
+            act = self.network(obs, generator, squash)
+        return act.cpu().numpy()
 
     def observe(self, obs_BO: np.ndarray) -> Tensor:
         """What the actor sees of raw observations, (B, O)."""
