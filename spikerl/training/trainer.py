@@ -354,7 +354,7 @@ class Trainer:
         random streams begin anew, as they do on another kind of device, whose generators have
         another state. One that is none of this run raises almost anything.
         """
-        anew = []
+        anew: list[str] = []
         saved = checkpoint.learner()
         check_fit(saved, self.learner_state())
         for name, tensor in self.algo.state().items():
@@ -372,26 +372,20 @@ class Trainer:
             self.streams.restart(self.run.seed, rank, checkpoint.step)
         else:
             tensors, notes = checkpoint.worker(rank)
-            streams, own = with_prefix("stream.", tensors), self.streams.state()
-            if own.keys() == streams.keys() and any(len(own[k]) != len(streams[k]) for k in own):
-                anew.append("random streams, which are others on this kind of device")
-                self.streams.restart(self.run.seed, rank, checkpoint.step)
-            else:
-                check_fit(streams, own)
-                self.streams.load(streams)
+            anew += self.load_streams(with_prefix("stream.", tensors), checkpoint.step)
         self.progress = progress_of(notes["progress"], checkpoint.step)
         self.algo.updates = self.progress.updates
         self.algo.total_updates = self.updates_by(self.run.total_steps)
         self.schedule(self.last_update())
         if isinstance(self.algo.actor, Spikeformer) and self.algo.updates:
             self.algo.actor.schedule((self.algo.updates - 1) / self.algo.total_updates)
-        pending, envs = tensors["norm.pending"], with_prefix("envs.", tensors)
+        pending = tensors["norm.pending"]
         if (pending.dtype, pending.shape[1:]) != (torch.float64, (self.task.obs_dim,)):
             raise ValueError(f"its norm.pending is {pending.dtype} {tuple(pending.shape)}")
         self.norm.pending = [pending.numpy()]
         checkpoint.fill_replay(rank, size, self.replay)
         if notes["exact"]:
-            own = self.envs.state()
+            envs, own = with_prefix("envs.", tensors), self.envs.state()
             games = [name for name in own if name.endswith(".game")]  # MinAtar's
             check_fit(envs, own, texts=games)
             self.envs.load(envs)
@@ -400,6 +394,16 @@ class Trainer:
             if not self.offline:  # which only evaluates in them
                 anew.append("environments of this kind, which go on from a reset")
         return anew
+
+    def load_streams(self, streams: Mapping[str, Tensor], step: int) -> list[str]:
+        """What of the random streams begins anew."""
+        own = self.streams.state()
+        if own.keys() == streams.keys() and any(len(own[k]) != len(streams[k]) for k in own):
+            self.streams.restart(self.run.seed, self.world.rank, step)
+            return ["random streams, which are others on this kind of device"]
+        check_fit(streams, own)
+        self.streams.load(streams)
+        return []
 
     def close(self) -> None:
         with ExitStack() as stack:  # each, whatever becomes of the other
