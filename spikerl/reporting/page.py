@@ -76,9 +76,11 @@ def command_of(run: Run) -> str:
     """What makes it again, longer as it may have become; of a sweep's job, by its config."""
     events = [event for event in run.manifest.get("resumed") or [] if isinstance(event, dict)]
     resumed = [str(event.get("command")) for event in events]
-    longer = [line for line in resumed if " total_steps=" in line]
+    first = str(run.manifest.get("command"))
     # The last says how long it is: an earlier one may have been stopped before its end.
-    command = "\n".join([str(run.manifest.get("command")), *longer[-1:]])
+    last = [line for line in resumed if " total_steps=" in line][-1:]
+    lengths = {word for line in last for word in line.split() if word.startswith("total_steps=")}
+    command = "\n".join([first, *(last if lengths - set(first.split()) else [])])
     swept = {"-m", "--multirun"} & set(command.split())
     if not swept:
         return command

@@ -62,14 +62,18 @@ def test_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_that_became_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last length is the run's: the one before was not reached."""
+    """Its last length is the run's: the one before was not reached. The first's is said once."""
     monkeypatch.chdir(tmp_path)
     evaluated(Path("a"))
     path = Path("a/manifest.json")
     longer = [{"command": f"spikerl train resume=a{more}"}
               for more in (" total_steps=1000", " total_steps=500", "")]  # fmt: skip
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"resumed": longer}))
+    manifest = json.loads(path.read_text()) | {"resumed": longer}
+    path.write_text(json.dumps(manifest))
     made_by = "Made by\n\n    spikerl train env=Ant\n    spikerl train resume=a total_steps=500\n"
+    assert policy_card(Run.read(Path("a")), "PopSAN TD3").endswith(made_by)
+    path.write_text(json.dumps(manifest | {"command": "spikerl train total_steps=500"}))
+    made_by = "Made by\n\n    spikerl train total_steps=500\n"
     assert policy_card(Run.read(Path("a")), "PopSAN TD3").endswith(made_by)
 
 
