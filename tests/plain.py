@@ -40,7 +40,6 @@ def doubled(learner: L) -> L:
         learner.targets[name] = flatten(getattr(learner, f"{name}_target").double())
     learner.critic_optimizer = learner.optimizers["critic"]
     learner.actor_optimizer = learner.optimizers["actor"]
-    learner.acting_flat = learner.actor_optimizer.flat
     return learner
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +211,7 @@ class Optimizer:
 
 
 Metrics = dict[str, Tensor]
+N = TypeVar("N", bound=Actor | SequenceActor)
 
 
 class Learner:
@@ -270,7 +271,7 @@ class Learner:
         )
         self.targets: dict[str, Tensor] = {}
         self.acting = actor
-        self.acting_flat = self.actor_optimizer.flat
+        self.copies: dict[str, Tensor] = {}  # that act on the CPU: their vectors, as `optimizers`
         self.updates = 0
 
     def train(self, sampler: Sampler, gradient_steps: int, batch_size: int) -> list[Metrics]:
@@ -304,11 +305,16 @@ class Learner:
 
     def act_on_cpu(self, kernel: str) -> None:
         """From now on a copy of the actor explores there, run by `kernel`."""
-        self.acting = copy.deepcopy(self.actor).cpu().requires_grad_(False)
-        self.acting.kernel = kernel
-        self.acting_flat = flatten(self.acting)
+        self.acting = self.add_copy("actor", self.actor, kernel)
+
+    def add_copy(self, name: str, network: N, kernel: str) -> N:
+        """A copy of a network on the CPU, which `refresh` gives its weights."""
+        own = copy.deepcopy(network).cpu().requires_grad_(False)
+        own.kernel = kernel
+        self.copies[name] = flatten(own)
+        return own
 
     def refresh(self) -> None:
-        """Give the copy that explores the actor's weights."""
-        if self.acting is not self.actor:
-            self.acting_flat.copy_(self.actor_optimizer.flat)
+        """Give the copies that explore the weights as they are now."""
+        for name, flat in self.copies.items():
+            flat.copy_(self.optimizers[name].flat)

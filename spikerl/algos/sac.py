@@ -5,7 +5,6 @@ Shape legend   B batch, A action entries.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikerl.algos.base import Metrics, flatten, normal_like
+from spikerl.algos.base import Metrics, normal_like
 from spikerl.algos.offpolicy import DelayConfig, OffPolicy, OffPolicyConfig, batches
 from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor, MLPActor
@@ -192,11 +191,4 @@ class SAC(OffPolicy):
     def act_on_cpu(self, kernel: str) -> None:
         super().act_on_cpu(kernel)
         if self.log_std:
-            self.acting_log_std = copy.deepcopy(self.log_std).cpu().requires_grad_(False)
-            self.acting_log_std.kernel = kernel
-            self.acting_log_std_flat = flatten(self.acting_log_std)
-
-    def refresh(self) -> None:
-        super().refresh()
-        if self.acting_log_std is not self.log_std:
-            self.acting_log_std_flat.copy_(self.optimizers["log_std"].flat)
+            self.acting_log_std = self.add_copy("log_std", self.log_std, kernel)

@@ -97,8 +97,9 @@ def test_a_copy_that_explores_has_the_actors_weights(kind: str) -> None:
         ddpg.run_updates(transitions(4 * 32, torch.float32), 4)
     torch.testing.assert_close(explored(ours), explored(plain), rtol=0, atol=1e-6)
     assert not torch.equal(explored(ours), first)
-    assert torch.equal(ours.acting_flat, ours.actor_optimizer.flat)
-    assert ours.acting_flat.data_ptr() != ours.actor_optimizer.flat.data_ptr()
+    (copied,) = ours.copies.values()
+    assert torch.equal(copied, ours.actor_optimizer.flat)
+    assert copied.data_ptr() != ours.actor_optimizer.flat.data_ptr()
     ours.actor_optimizer.flat.zero_()  # as when a checkpoint is loaded
     ours.refresh()
-    assert not ours.acting_flat.any()
+    assert not copied.any()
