@@ -20,9 +20,9 @@ from spikerl.config.yaml_file import check_confirmed, read_config
 from spikerl.distributed.launch import stop_signals
 from spikerl.envs.dataset import Writer, check_extra
 from spikerl.envs.make import CheckedEnv, EnvConfig, task_of
+from spikerl.envs.vector import asked
 from spikerl.errors import DONE, BadRequest, NonFinite, Stopped, stop_status
 from spikerl.files import absolute, checksum_of, hold, shown, sync_folder
-from spikerl.isolation import UserCode
 from spikerl.machine import git_state, versions
 from spikerl.models.policy import Policy
 from spikerl.models.sequence import History
@@ -177,7 +177,8 @@ def record(
     most_episodes, most_steps = request.episodes or math.inf, request.steps or math.inf
     while writer.episodes < most_episodes and writer.steps < most_steps:
         seed = reset_seed(RESET_BITS, request.seed, "env", writer.episodes)
-        with UserCode():
+        episode = f"episode {writer.episodes}"
+        with asked(f"{episode}, reset: {policy.task.env_id}"):
             obs = [env.reset(seed=seed)[0]]
         acts, rewards = list[np.ndarray](), list[float]()
         terminated = truncated = False
@@ -186,11 +187,11 @@ def record(
             if number := stop_signal():
                 raise Stopped(number)
             act = policy.task.to_env(behave(request, policy, obs[-1], draws, carried))
-            with UserCode():
+            where = f"{episode}, step {len(acts) + 1}: {policy.task.env_id}"
+            with asked(where):
                 next_obs, rew, terminated, truncated, _ = env.step(act)
             if not (abs(rew) <= FLOAT32_MAX and (np.abs(next_obs) <= FLOAT32_MAX).all()):
-                where = f"episode {writer.episodes}, step {len(acts) + 1}"
-                raise NonFinite(f"{where}: {policy.task.env_id} gave a NaN or infinity")
+                raise NonFinite(f"{where} gave a NaN or infinity")
             if carried is not None:
                 carried.reward(rew)
             obs.append(next_obs)

@@ -6,7 +6,8 @@ Shape legend   N environments, O observation entries, A action entries.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,6 +161,16 @@ class Envs:
                 f"step {self.steps + 1}: {self.task.env_id} returned a NaN or infinite {what},"
                 " or one beyond float32"
             )
+
+
+@contextmanager
+def asked(where: str) -> Iterator[None]:
+    """Around a call of an environment: EnvironmentFailed says `where`, whatever that raises."""
+    try:
+        with UserCode():
+            yield
+    except Exception as error:
+        raise EnvironmentFailed(f"{where} {describe_error(error)}") from error
 
 
 def describe_error(error: BaseException) -> str:

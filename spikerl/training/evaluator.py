@@ -21,9 +21,8 @@ from spikerl.distributed.world import ALONE, World
 from spikerl.energy import modelled, operations
 from spikerl.energy.operations import Operations
 from spikerl.envs.make import CheckedEnv, EnvConfig, make_env
-from spikerl.envs.vector import describe_error
-from spikerl.errors import BadRequest, EnvironmentFailed, NonFinite, Stopped
-from spikerl.isolation import UserCode
+from spikerl.envs.vector import asked
+from spikerl.errors import BadRequest, NonFinite, Stopped
 from spikerl.kernels.reference import Carried
 from spikerl.models.actor import Activity
 from spikerl.models.policy import Policy
@@ -238,16 +237,11 @@ class Evaluator:
         To `seen` observations are added, to `contexts` some of what a policy over sequences saw.
         """
         envs = self.envs[: len(seeds)]
-        env_id = policy.task.env_id
-        try:
-            with UserCode():
-                obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)])
-        except Exception as error:
-            raise EnvironmentFailed(
-                f"evaluation, reset: {env_id} {describe_error(error)}"
-            ) from error
+        where = f"evaluation, reset: {policy.task.env_id}"
+        with asked(where):
+            obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)])
         if not (np.abs(obs) <= FLOAT32_MAX).all():
-            raise NonFinite(f"evaluation, reset: {env_id} gave a NaN or infinity")
+            raise NonFinite(f"{where} gave a NaN or infinity")
         returns, lengths = [0.0] * len(envs), [0] * len(envs)
         running = list(range(len(envs)))
         step, fired, carried = 0, 0.0, policy.carried()
@@ -262,12 +256,9 @@ class Evaluator:
             steps = carried.steps if isinstance(carried, History) else None
             if steps is not None and contexts is not None and step % LOOKED_AT == 1:
                 contexts.append(Contexts(*(field[running] for field in steps)))
-            where = f"evaluation, step {step}: {env_id}"
-            try:
-                with UserCode():
-                    made = {i: envs[i].step(act[i]) for i in running}
-            except Exception as error:
-                raise EnvironmentFailed(f"{where} {describe_error(error)}") from error
+            where = f"evaluation, step {step}: {policy.task.env_id}"
+            with asked(where):
+                made = {i: envs[i].step(act[i]) for i in running}
             earned = np.zeros(len(envs))
             for i, (next_obs, rew, terminated, truncated, _) in made.items():
                 obs[i] = next_obs

@@ -23,6 +23,7 @@ from shell import SHORT, spikerl, tree
 import spikerl as library
 from spikerl.commands import collect
 from spikerl.envs.make import CheckedEnv, make_env
+from spikerl.errors import EnvironmentFailed
 from spikerl.runs import folder as run_folder
 from spikerl.seeding import RESET_BITS, reset_seed
 
@@ -276,6 +277,23 @@ def test_what_no_dataset_may_hold(odd: str, folder: Path, monkeypatch: pytest.Mo
     assert said.status == 1
     where = "episode 0, step 1: InvertedPendulum-v5"
     assert said.err == f"spikerl: {where} gave a NaN or infinity\n"
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "where"), [("reset", "episode 0, reset"), ("step", "episode 0, step 1")]
+)
+def test_where_an_environment_raised(
+    call: str, where: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: CheckedEnv, *args: Any, **settings: Any) -> Any:
+        raise EnvironmentFailed("raised ValueError: no wheels")
+
+    before = tree(folder)
+    monkeypatch.setattr(CheckedEnv, call, broken)
+    said = spikerl("collect", "run=run", "dataset=new", "steps=9")
+    assert said.status == 1
+    assert said.err == f"spikerl: {where}: InvertedPendulum-v5 raised ValueError: no wheels\n"
     assert tree(folder) == before
 
 
