@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -61,6 +61,6 @@ class Streams:
     def state(self) -> dict[str, Tensor]:
         return {name: generator.get_state() for name, generator in vars(self).items()}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         for name, generator in vars(self).items():
             generator.set_state(state[name])

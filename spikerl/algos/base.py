@@ -309,7 +309,8 @@ class Learner:
 
     def add_copy(self, name: str, network: N, kernel: str) -> N:
         """A copy of a network on the CPU, which `refresh` gives its weights."""
-        own = copy.deepcopy(network).cpu().requires_grad_(False)
+        own = copy.deepcopy(network)
+        own.cpu().requires_grad_(False)
         own.kernel = kernel
         self.copies[name] = flatten(own)
         return own

@@ -142,8 +142,8 @@ def test_groups_that_the_actor_does_not_have() -> None:
     other = ["actor=popsan", "encoder=poisson"]
     assert expand("train", ["config=c.yaml", *other]) == other
     for both in ("dense/td3,popsan/td3", "popsan/td3,dense/td3"):  # one of the two has it
-        typed = [f"experiment={both}", "encoder=poisson", "-m"]
-        assert expand("train", typed) == typed
+        sweep = [f"experiment={both}", "encoder=poisson", "-m"]
+        assert expand("train", sweep) == sweep
 
 
 # --- config files -----------------------------------------------------------------------------
