@@ -133,7 +133,7 @@ REFUSED = [
     ("gamma=0.9", "gamma=0.9: no such key", "algo.gamma"),
     ("algorithm=td3", "algorithm=td3: no such key", "algo"),
     ("+foo=1", "foo=1: no such key", "seed"),
-    ("++foo=1", "foo=1: no such key", "seed"),
+    ("++foo=1", "foo=1: no such key", "--help lists"),
     ("+algo.foo=1", "algo.foo=1: no such key", "batch_size"),
     ("~algo", "algo=null: ", "lacks this group"),
     ("~algo.gamma", "algo.gamma=???: ", "give it a value"),
