@@ -11,18 +11,21 @@ from spikerl.reporting.tables import markdown_grid, rounded, steps
 
 
 def policy_card(run: Run, label: str) -> str:
-    """The card, as markdown, of a run whose policy's file was evaluated."""
+    """The card, as markdown, of a run whose policy's file was evaluated; without what is not known,
+    as a policy that was made from another has no training.
+    """
     of_the_file, of_the_last_epoch = facts(run)[1:3], facts(run)[3:]
     trained = [
         ["training steps", steps(run.trained_to)],
         ["largest of its evaluations", rounded(run.score("max_average"))],
         ["mean of its last ten evaluations", rounded(run.score("last_ten_mean"))],
     ]
+    known = [line for line in (*of_the_file, *trained, *of_the_last_epoch) if line[1] != "-"]
     seed = run.evaluation.get("seed", run.seed)  # of the episodes
     parts = [
         f"# {label} on {run.env_id}, seed {run.seed}",
         f"    spikerl eval {quote(f'run={run.folder}')} episodes=20 seed={seed}",
-        markdown_grid([["", ""], *of_the_file, *trained, *of_the_last_epoch]),
+        markdown_grid([["", ""], *known]),
         markdown_grid(layers(run)) if run.last("layer_firing_rates") else "",
         f"Made by\n\n{indent(command_of(run), '    ')}",
     ]
