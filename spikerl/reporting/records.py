@@ -95,6 +95,11 @@ class Run:
     def score(self, metric: str) -> float | None:
         return METRICS[metric](self.returns) if self.returns else None
 
+    @property
+    def of_its_file(self) -> float | None:
+        """The return of its policy's file, in one evaluation after training."""
+        return number(self.evaluation.get("return_mean"))
+
     def within(self, hours: float, across: str = "wall") -> tuple[float, int] | None:
         """Its last evaluation of the first so many hours, of wall or "cpu" time, and at which step
         that was; None where it has not run so long, or had none by then.
@@ -115,7 +120,7 @@ class Run:
         rows = self.evaluated[-statistics.LAST :]
         if rows and all(key in row for row in rows for key in keys):
             return _mean_sum(rows, keys), statistics.last_ten_mean(self.returns)
-        ret = number(self.evaluation.get("return_mean"))
+        ret = self.of_its_file
         return None if ret is None else (_mean_sum([self.evaluation], keys), ret)
 
     def decision(self, key: str) -> float | None:

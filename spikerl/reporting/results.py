@@ -14,7 +14,7 @@ from spikerl.errors import BadRequest
 from spikerl.files import there
 from spikerl.reporting import statistics
 from spikerl.reporting.cell_config import apart
-from spikerl.reporting.records import Run, number, values
+from spikerl.reporting.records import Run, values
 from spikerl.reporting.statistics import Array, Interval
 from spikerl.reporting.table_file import (
     MOST_SEEDS,
@@ -39,13 +39,8 @@ class Seed:
 
     def score(self, metric: str) -> float | None:
         if self.cell.command == "convert":  # it has no training to take a maximum over
-            return self.of_its_file
+            return self.run.of_its_file
         return self.run.score(metric)
-
-    @property
-    def of_its_file(self) -> float | None:
-        """The return of the policy's file, in one evaluation after training."""
-        return number(self.run.evaluation.get("return_mean"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +220,7 @@ class Results:
         base = self.by_cell[self.table.baseline or row, column]
         if self.table.converts(row):
             made = {seed.cell.seed for seed in self.by_cell[row, column].scored}
-            return values([seed.of_its_file for seed in base.seeds if seed.cell.seed in made])
+            return values([seed.run.of_its_file for seed in base.seeds if seed.cell.seed in made])
         return base.main
 
     def gain(self, row: str, *, easy: bool = True) -> float | None:

@@ -111,27 +111,26 @@ class SideBySide:
 
     def returns(self, metric: str) -> Grid:
         score = METRICS[metric]
-        return self._grid(lambda run: (score(run.returns), run.step) if run.step else None)
+        return self._scored(lambda run: (score(run.returns), run.step) if run.step else None)
 
     def after(self, hours: float, across: str = "wall") -> Grid:
-        return self._grid(lambda run: run.within(hours, across))
+        return self._scored(lambda run: run.within(hours, across))
 
-    def _grid(self, score: Callable[[Run], tuple[float, int] | None]) -> Grid:
-        lines = [["", *self.tasks]]
-        for group in self.groups:
-            cells = [tables.scored_text(self.of(group, task), score) for task in self.tasks]
-            lines.append([group, *cells])
-        return lines
+    def of_files(self) -> Grid:
+        """Of the policies that the runs ended with, from their files."""
+        return self._grid(_file_text)
 
     def intervals(self) -> Grid:
         """Of each group on each task: the interquartile mean of maxima, and its interval."""
+        return self._grid(_interval_text)
+
+    def _scored(self, score: Callable[[Run], tuple[float, int] | None]) -> Grid:
+        return self._grid(lambda runs: tables.scored_text(runs, score))
+
+    def _grid(self, text: Callable[[Sequence[Run]], str]) -> Grid:
         lines = [["", *self.tasks]]
         for group in self.groups:
-            scores = [
-                values([run.score("max_average") for run in self.of(group, task)])
-                for task in self.tasks
-            ]
-            lines.append([group, *map(_interval_text, scores)])
+            lines.append([group, *(text(self.of(group, task)) for task in self.tasks)])
         return lines
 
     def settings(self, names: Sequence[str]) -> Grid:
@@ -142,7 +141,14 @@ class SideBySide:
         return lines
 
 
-def _interval_text(scores: statistics.Array) -> str:
+def _file_text(runs: Sequence[Run]) -> str:
+    scores = values([run.of_its_file for run in runs])
+    value = tables.spread(tables.mean_of(scores), statistics.sd(scores))
+    return f"{value} (n={len(scores)})" if len(scores) else "-"
+
+
+def _interval_text(runs: Sequence[Run]) -> str:
+    scores = values([run.score("max_average") for run in runs])
     if not len(scores):
         return "-"
     interval = statistics.bootstrap([scores], statistics.iqm)
@@ -164,8 +170,8 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 
 FIELDS = ("run", "group", "env_id", "seed", "status", "steps", "max_average", "last_ten_mean",
-          "firing_rate", *modelled.PER_DECISION, "env_steps_per_s", "wall_s", "energy_j",
-          "energy_source")  # fmt: skip
+          "of_its_file", "firing_rate", *modelled.PER_DECISION, "env_steps_per_s", "wall_s",
+          "energy_j", "energy_source")  # fmt: skip
 
 
 def runs_table(report: SideBySide, names: Sequence[str]) -> str:
@@ -173,7 +179,7 @@ def runs_table(report: SideBySide, names: Sequence[str]) -> str:
     of = {id(run): group for group, runs in report.groups.items() for run in runs}
     lines = [
         [name, of[id(run)], run.env_id, run.seed, run.status, run.trained_to,
-         *(run.score(metric) for metric in METRICS), run.decision("firing_rate"),
+         *(run.score(metric) for metric in METRICS), run.of_its_file, run.decision("firing_rate"),
          *(run.decision(key) for key in modelled.PER_DECISION), run.last("env_steps_per_s"),
          run.wall_s, run.joules, run.energy_source]
         for name, run in zip(names, report.runs, strict=True)
@@ -207,6 +213,8 @@ def write_all(
     sections = [
         Section(f"Return: {METRIC_NAMES[metric]}", report.returns(metric)) for metric in METRICS
     ]
+    if any(run.of_its_file is not None for run in report.runs):
+        sections.append(Section("Return: of the policy's file", report.of_files()))
     sections += [
         Section(f"Return after {h:g} h of {name}", report.after(h, across))
         for across, name, given in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -23,6 +24,7 @@ from spikerl.reporting import curves
 from spikerl.reporting.page import command_of
 from spikerl.reporting.records import Run, number, run_folders
 from spikerl.reporting.side_by_side import SideBySide, names_of, render_runs
+from spikerl.reporting.tables import PM
 
 
 def test_a_run(tmp_path: Path) -> None:
@@ -272,6 +274,25 @@ def test_runs_that_failed_are_counted(tmp_path: Path) -> None:
     assert SideBySide(runs[1:], None).returns("max_average")[1][1] == "- (1 failed)"
 
 
+def test_returns_of_policies_files(tmp_path: Path) -> None:
+    """All that there is of a converted policy; no section where no file was evaluated."""
+    runs = [Run.read(write_run(tmp_path / f"{seed}", seed=seed)) for seed in range(3)]
+    section = "## Return: of the policy's file"
+    render_runs(SideBySide(runs, None), tmp_path / "out", [])
+    assert section not in (tmp_path / "out/table.md").read_text()
+    for run, ret in zip(runs[1:], (200.0, 300.0), strict=True):
+        run.evaluation["return_mean"] = ret
+        run.rows.clear()
+    report = SideBySide(runs, None)
+    said = f"250 {PM} 71 (n=2)"
+    assert report.of_files() == [["", "Ant-v5"], ["all runs", said]]
+    render_runs(report, tmp_path / "out", [])
+    text = (tmp_path / "out/table.md").read_text()
+    assert f"{section}\n\n|  | Ant-v5 |\n| --- | ---: |\n| all runs | {said} |" in text
+    lines = list(csv.DictReader((tmp_path / "out/table.csv").open()))
+    assert [line["of_its_file"] for line in lines] == ["", "200.0", "300.0"]
+
+
 def test_long_names_of_groups_say_what_sets_them_apart(tmp_path: Path) -> None:
     runs = []
     for e in (5, 6):
@@ -337,7 +358,7 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert table[0].startswith("run,group,env_id,seed,status,steps,max_average")
     assert table[2].startswith("b,algo.name=sac,Ant-v5,1,done,200,2001.0,1501.0")
     assert (tmp_path / "out" / "runs.csv").read_text().count("\n") == 5
-    assert ",200,2001.0,1501.0,0.25,1.0,2.5,30.5,400.5," in table[2]
+    assert ",200,2001.0,1501.0,,0.25,1.0,2.5,30.5,400.5," in table[2]
     assert "a weight fetched 20 pJ/bit" in page
     for name in (
         "curves.svg",
