@@ -84,7 +84,7 @@ REFUSED = [
     # resume
     ("train resume=run seed=1", "seed=1: a resumed run keeps it"),
     ("train resume=run precision=bf16", "precision=bf16: a resumed run keeps it"),
-    ("train resume=run ++seed=1", "++seed=1: a resumed run keeps it"),
+    ("train resume=run ++seed=1", "seed=1: a resumed run keeps it"),
     ("train resume=run run_dir=other", "run_dir=other: a resumed run keeps it"),
     ("train resume=run config=run/config.yaml", "config=run/config.yaml: a resumed run keeps it"),
     ("train resume=run -m", "resume=run: one run at a time"),
