@@ -68,17 +68,36 @@ inline uint32_t lane_bits(ivec mask) {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For every mask of 8 lanes the lanes that it selects, a byte each, from the lowest byte on.
+struct SelectedLanes {
+    uint64_t of[256];
+    constexpr SelectedLanes() : of() {
+        for (uint64_t bits = 0; bits < 256; bits++)
+            for (uint64_t lane = 0, count = 0; lane < 8; lane++)
+                if (bits >> lane & 1) of[bits] |= lane << 8 * count++;
+    }
+};
+alignas(64) constexpr SelectedLanes SELECTED_LANES;
+#endif
+
 // Appends the lanes of `values` that `mask` selects to `list` and returns how many. May write a whole vector.
 inline int append(int32_t* list, ivec values, ivec mask) {
+    const uint32_t bits = lane_bits(mask);
 #if defined(__AVX512F__)
-    const __mmask16 bits = __mmask16(lane_bits(mask));
-    store(list, reinterpret_cast<ivec>(_mm512_maskz_compress_epi32(bits, reinterpret_cast<__m512i>(values))));
+    const __m512i selected = _mm512_maskz_compress_epi32(__mmask16(bits), reinterpret_cast<__m512i>(values));
+    store(list, reinterpret_cast<ivec>(selected));
+    return __builtin_popcount(bits);
+#elif defined(__AVX2__)
+    const __m128i lanes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(SELECTED_LANES.of + bits));
+    const __m256i all = reinterpret_cast<__m256i>(values);
+    store(list, reinterpret_cast<ivec>(_mm256_permutevar8x32_epi32(all, _mm256_cvtepu8_epi32(lanes))));
     return __builtin_popcount(bits);
 #else
     typedef int32_t anything __attribute__((may_alias));  // `list` may hold floats
     anything* to = list;
     int count = 0;
-    for (uint32_t bits = lane_bits(mask); bits; bits &= bits - 1) to[count++] = values[__builtin_ctz(bits)];
+    for (uint32_t rest = bits; rest; rest &= rest - 1) to[count++] = values[__builtin_ctz(rest)];
     return count;
 #endif
 }
