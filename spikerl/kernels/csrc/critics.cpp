@@ -81,8 +81,13 @@ void parameter_gradients(Way way, const std::vector<Network>& nets, float* const
         }
 }
 
-// Whether `value` is lower than `lowest`; NaN is the lowest, so that it is not hidden.
-inline bool is_lower(float value, float lowest) { return value < lowest || value != value; }
+// The lowest of the networks' values of sample b; NaN is the lowest, so that it is not hidden.
+inline float lowest_value(const std::vector<Network>& nets, int64_t b) {
+    float lowest = nets[0].values[b];
+    for (const Network& net : nets)
+        if (const float value = net.values[b]; value < lowest || value != value) lowest = value;
+    return lowest;
+}
 
 }  // namespace
 
@@ -107,11 +112,9 @@ void spikerl_td_target(const Critic* critic, int64_t B, const float* obs, const 
         const auto nets = prepare(*critic, B, obs, act, NOTHING, way.lists, memory);
         parallel_rows(nets, way.row_multiple, threads, way.forward);
         for (int64_t b = 0; b < B; b++) {
-            float lowest = nets[0].values[b];
-            for (const Network& net : nets)
-                if (is_lower(net.values[b], lowest)) lowest = net.values[b];
-            if (bonus) lowest += bonus[b];
-            target[b] = terminated[b] ? rew[b] : rew[b] + discount[b] * lowest;
+            float value = lowest_value(nets, b);
+            if (bonus) value += bonus[b];
+            target[b] = terminated[b] ? rew[b] : rew[b] + discount[b] * value;
         }
     });
 }
@@ -149,8 +152,7 @@ float spikerl_actor_loss_grad(const Critic* critic, int64_t B, const float* obs,
         const auto nets = prepare(*critic, B, obs, act, INPUTS, way.lists, memory);
         parallel_rows(nets, way.row_multiple, threads, way.forward);
         for (int64_t b = 0; b < B; b++) {
-            float lowest = nets[0].values[b];
-            for (const Network& net : nets) if (is_lower(net.values[b], lowest)) lowest = net.values[b];
+            const float lowest = lowest_value(nets, b);
             int equal = 0;  // which share the gradient
             for (const Network& net : nets) equal += net.values[b] == lowest;
             const float share = equal ? weight / (float(B) * float(equal)) : lowest;  // NaN equals none
