@@ -136,21 +136,20 @@ struct Units {
 };
 
 // One action (A), in the environment's units, from one raw observation (O): (obs - norm[0]) / norm[1], clipped to
-// [-clip, clip], then the network. False, and no action, where the observation is not finite.
-bool spikerl_act(const Net* net, const Units* units, const double* obs, const float* norm, float clip, float* act) {
+// [-bound, bound], then the network. False, and no action, where the observation is not finite.
+bool spikerl_act(const Net* net, const Units* units, const double* obs, const float* norm, float bound, float* act) {
     const int64_t O = net->obs_dim;
     Scratch memory;
     float* normalised = memory.array<float>(O);
     for (int64_t o = 0; o < O; o++) {
         if (!std::isfinite(obs[o])) return false;
-        const float z = (float(obs[o]) - norm[o]) / norm[O + o];
-        const float clipped = z > clip ? clip : z < -clip ? -clip : z;
-        normalised[o] = net->squashes ? std::tanh(clipped) : clipped;
+        const float z = clip((float(obs[o]) - norm[o]) / norm[O + o], -bound, bound);
+        normalised[o] = net->squashes ? std::tanh(z) : z;
     }
     forward(*net, 1, normalised, nullptr, act, nullptr, true, 1);
     for (int64_t a = 0; a < net->act_dim; a++) {
         const float y = float(units->low[a] + double(act[a] + 1.0f) * units->half_range[a]);
-        act[a] = y < units->min[a] ? units->min[a] : y > units->max[a] ? units->max[a] : y;
+        act[a] = clip(y, units->min[a], units->max[a]);
     }
     return true;
 }

@@ -18,8 +18,6 @@ inline vec log1p_of(vec x) {
     return p * z * s + s * 2.0f;
 }
 
-inline float clipped(float x, float low, float high) { return x < low ? low : x > high ? high : x; }  // NaN stays
-
 // W entries: actions, terms of log pi without what is the same for all, and how far u is from the mean.
 inline void sample(const float* mean, const float* log_std, const float* noise, float low, float high, float* act,
                    float* term, float* spread) {

@@ -84,10 +84,7 @@ void spikerl_adam(int64_t n, float* weights, float* grad, float* mean, float* sq
 
 // noise (n) <- clip(act + clip(std noise, -bound, bound), -1, 1). NaN stays.
 void spikerl_add_clipped_noise(int64_t n, const float* act, float* noise, float std, float bound) {
-    for (int64_t i = 0; i < n; i++) {
-        const float z = noise[i] * std, y = act[i] + (z > bound ? bound : z < -bound ? -bound : z);
-        noise[i] = y > 1.0f ? 1.0f : y < -1.0f ? -1.0f : y;
-    }
+    for (int64_t i = 0; i < n; i++) noise[i] = clip(act[i] + clip(noise[i] * std, -bound, bound), -1.0f, 1.0f);
 }
 
 // target <- (1 - tau) target + tau online, unless masked; by the nearer end, so that a tau of 1 copies.

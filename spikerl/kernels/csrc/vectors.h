@@ -35,6 +35,7 @@ inline ivec iota(int32_t first) {
     return lanes;
 }
 
+inline float clip(float x, float low, float high) { return x < low ? low : x > high ? high : x; }  // NaN stays
 inline vec relu(vec v) { return v <= 0.0f ? vec{} : v; }  // NaN stays
 
 // exp(x) for x <= 0, within 2 units in the last place; 0 below -87.
