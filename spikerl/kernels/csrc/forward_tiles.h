@@ -27,8 +27,7 @@ struct TileLayers {
             const auto weight = Operand<PLANES>::allocate(memory, tiles_of(N), blocks_of(K));
             float* bias = memory.array<float>(padded(N));
             pack_right(COLUMNS, net.weights[l], N, K, N, weight);
-            std::memset(bias, 0, padded(N) * sizeof(float));
-            std::memcpy(bias, net.biases[l], N * sizeof(float));
+            copy_padded(net.biases[l], N, padded(N), bias);
             of[l] = {K, N, weight, bias};
         }
     }

@@ -103,19 +103,14 @@ inline void store_planes(__m512 a, __m512 b, bf16* out) {
     for (int p = 0; p < P; p++) _mm512_store_si512(out + p * SIZE, Pack()(first[p], second[p]));
 }
 
-// Turns a tile of a left operand into one of a right operand, and back: the transpose of its pairs.
-template <int P>
-inline void transpose_tile(bf16* tile) {
-    for (int p = 0; p < P; p++) {
-        float* square = reinterpret_cast<float*>(tile + p * SIZE);
-        transpose(square, W, square, W);
-    }
-}
-
+// Turns tiles of a left operand into those of a right operand, and back: the transpose of their pairs.
 template <int P>
 void transpose_tiles(int64_t tiles, Operand<P> out) {
     for (int64_t i = 0; i < tiles; i++)
-        for (int64_t block = 0; block < out.blocks; block++) transpose_tile<P>(out.tile(i, block));
+        for (int64_t plane = 0; plane < out.blocks * P; plane++) {
+            float* square = reinterpret_cast<float*>(out.tile(i) + plane * SIZE);
+            transpose(square, W, square, W);
+        }
 }
 
 // x (M, D), row-major, as rows of tiles.
