@@ -154,6 +154,8 @@ class State(NamedTuple):
 class Neuron(nn.Module):
     """One layer's neurons. The reset is applied on entry: one that fired starts from there."""
 
+    others = 0  # how many tensors a state has beside voltage and spikes
+
     def __init__(self, config: NeuronConfig) -> None:
         super().__init__()
         self.config = config
@@ -168,7 +170,7 @@ class Neuron(nn.Module):
 
     def initial(self, drive_BN: Tensor) -> State:
         zero = torch.zeros_like(drive_BN)
-        return State(zero, zero)
+        return State(zero, zero, (zero,) * self.others)
 
     def step(self, drive_BN: Tensor, state: State) -> State:
         raise NotImplementedError
@@ -209,14 +211,11 @@ class CubaLIF(Neuron):
     """`cuba_lif`; `lif` is the same with a current that keeps nothing."""
 
     config: LIFConfig
+    others = 1
 
     @property
     def current_decay(self) -> float:
         return self.config.current_decay if isinstance(self.config, CubaLIFConfig) else 0.0
-
-    def initial(self, drive_BN: Tensor) -> State:
-        zero = torch.zeros_like(drive_BN)
-        return State(zero, zero, (zero,))
 
     def step(self, drive_BN: Tensor, state: State) -> State:
         current = self.current_decay * state.others[0] + drive_BN
@@ -244,10 +243,7 @@ class PLIF(Neuron):
 
 class ALIF(Neuron):
     config: ALIFConfig
-
-    def initial(self, drive_BN: Tensor) -> State:
-        zero = torch.zeros_like(drive_BN)
-        return State(zero, zero, (zero,))
+    others = 1
 
     def excess(self, state: State) -> Tensor:
         c = self.config
@@ -287,10 +283,7 @@ class ResidualIF(Neuron):
 
 class Dynamic(Neuron):
     config: DynamicConfig
-
-    def initial(self, drive_BN: Tensor) -> State:
-        zero = torch.zeros_like(drive_BN)
-        return State(zero, zero, (zero, zero))
+    others = 2
 
     def step(self, drive_BN: Tensor, state: State) -> State:
         c, fired = self.config, state.spikes_BN
