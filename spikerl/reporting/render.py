@@ -72,14 +72,7 @@ def write_all(table: Table, results: Results, folder: Path) -> list[str]:
     written = list(texts)
     if missing_extra() is None:
         by_task = runs_by_task(results)
-        for name, across, title in OVER:
-            panels = {
-                task: {label: curves.lines_of(runs, "eval_return", across)
-                       for label, runs in rows.items()}
-                for task, rows in by_task.items()
-            }  # fmt: skip
-            figure = curves.curves(panels, across, "evaluation return")
-            written += keep(folder, name, title, figure, pictures)
+        written += over(folder, by_task, pictures)
         written += against(folder, by_task, pictures)
         scores = {table.rows[row].label: results.normalised(row)[0] for row in table.rows}
         title = "Performance profile"
@@ -118,6 +111,22 @@ def keep(
         write_atomic(path, drawn[kind])
     pictures.append(Picture.of(title, drawn["svg"]))
     return [path.name for path in files.values()]
+
+
+def over(
+    folder: Path, by_task: Mapping[str, Mapping[str, Sequence[Run]]], pictures: list[Picture]
+) -> list[str]:
+    """The returns as training goes on; the names of the files."""
+    written = []
+    for name, across, title in OVER:
+        panels = {
+            task: {label: curves.lines_of(runs, "eval_return", across)
+                   for label, runs in labels.items()}
+            for task, labels in by_task.items()
+        }  # fmt: skip
+        figure = curves.curves(panels, across, "evaluation return")
+        written += keep(folder, name, title, figure, pictures)
+    return written
 
 
 def against(

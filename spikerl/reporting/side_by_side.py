@@ -14,7 +14,7 @@ from spikerl.files import write_text
 from spikerl.reporting import curves, operations, page, statistics, tables
 from spikerl.reporting.page import Card, Picture
 from spikerl.reporting.records import METRIC_NAMES, METRICS, Run, values
-from spikerl.reporting.render import OVER, against, keep
+from spikerl.reporting.render import against, keep, over
 from spikerl.reporting.tables import Grid, Section
 from spikerl.reporting.tex import grid_tex
 
@@ -262,18 +262,10 @@ def write_all(
 
 def draw(report: SideBySide, folder: Path) -> tuple[list[Picture], list[str]]:
     pictures: list[Picture] = []
-    written: list[str] = []
     by_task = {
         task: {group: report.of(group, task) for group in report.groups} for task in report.tasks
     }
-    for name, across, title in OVER:
-        panels = {
-            task: {group: curves.lines_of(runs, "eval_return", across)
-                   for group, runs in groups.items()}
-            for task, groups in by_task.items()
-        }  # fmt: skip
-        figure = curves.curves(panels, across, "evaluation return")
-        written += keep(folder, name, title, figure, pictures)
+    written = over(folder, by_task, pictures)
     written += against(folder, by_task, pictures)
     layers = max(_count(run.last("layer_firing_rates")) for run in report.runs)
     keys = INSIDE | {f"layer_firing_rates.{i}": f"firing rate, layer {i}" for i in range(1, layers)}
