@@ -93,11 +93,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     env = environment(request, policy)
     try:
         stored = StoredSteps.of(request) if request.policy == "replay" else None
-        with stop_signals() as stop:
+        with stop_signals() as stop_signal:
             made = made if stored is None else stored.facts()
-            returns, steps = collect(
-                request, policy, env, stored, made, lambda: stop[0] if stop else 0
-            )
+            returns, steps = collect(request, policy, env, stored, made, stop_signal)
     except Stopped as stopped:
         name = signal_name(stopped.number)
         print(f"spikerl: stopped on {name}; nothing was kept", file=sys.stderr)

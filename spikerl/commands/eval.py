@@ -58,8 +58,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl eval`."""
     request = parse(EvalRequest, data)
     try:
-        with stop_signals() as stop:
-            done = evaluate(request, lambda: stop[0] if stop else 0)
+        with stop_signals() as stop_signal:
+            done = evaluate(request, stop_signal)
     except Stopped as stopped:
         name = signal_name(stopped.number)
         print(f"spikerl: stopped on {name}; the evaluation has no result", file=sys.stderr)

@@ -174,7 +174,7 @@ def run(
 
     if config.env.vectorizer == "async":
         start_server()  # which takes a while
-    with launch.stop_signals(shared_dir) as stop:
+    with launch.stop_signals(shared_dir) as stop_signal:
         trainer, status = None, None
         try:
             meter = open_meter(config.energy, device=device, local_rank=world.local_rank)
@@ -183,7 +183,7 @@ def run(
             dataset = dataset_of(config, task)
             trainer = Trainer(config, task, init, world, meter, device, dataset)
             session = Session(config, trainer, world, target, command, after, announce_folder)
-            status = session.run(lambda: stop[0] if stop else 0)
+            status = session.run(stop_signal)
             mpi.leave()
             return status
         finally:

@@ -316,10 +316,11 @@ def forward_signals(shared_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals(shared_dir: Path | None = None) -> Iterator[list[int]]:
-    """Collect SIGTERM, SIGUSR1, SIGHUP and Ctrl-C for a loop to see; a second Ctrl-C ends at once.
+def stop_signals(shared_dir: Path | None = None) -> Iterator[Callable[[], int]]:
+    """For a loop to ask: the first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C so far, 0 before one.
 
-    `shared_dir` is shared with the parent that launched this worker, if one did.
+    A second Ctrl-C ends at once. `shared_dir` is shared with the parent that launched this worker,
+    if one did.
     """
     received: list[int] = []
 
@@ -331,7 +332,7 @@ def stop_signals(shared_dir: Path | None = None) -> Iterator[list[int]]:
     with handled(receive, STOPS if shared_dir else listened_to()):
         if shared_dir and (number := stop_requested(shared_dir)) is not None:
             received.append(number)  # before this worker listened
-        yield received
+        yield lambda: received[0] if received else 0
 
 
 def write(path: Path, text: str) -> None:

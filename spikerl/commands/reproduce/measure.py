@@ -49,7 +49,7 @@ def measured_seconds_per_step(cell: Cell, plugins: Sequence[str]) -> float | Non
 
 def finished(command: list[str]) -> int:
     """The exit status of a process that ends when this one is told to: Stopped, then."""
-    with stop_signals() as stop:
+    with stop_signals() as stop_signal:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -59,9 +59,9 @@ def finished(command: list[str]) -> int:
             preexec_fn=partial(die_with_parent, os.getpid(), SIGTERM),
         )
         while (status := process.poll()) is None:
-            if stop:
+            if number := stop_signal():
                 process.kill()  # its folder is thrown away
                 process.wait()
-                raise Stopped(stop[0])
+                raise Stopped(number)
             time.sleep(POLL)
         return status
