@@ -89,7 +89,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         remedy = f"the actions of {policy.task.env_id} are discrete; use random_share"
         raise BadRequest("noise", request.noise, remedy)
     run_folder.check_free(request.dataset, named=True, key="dataset")
-    check_confirmed(request.run, policy.task.env_id, dict(policy.task.env_kwargs), request.env_id)
+    check_confirmed(request.run, policy.task, request.env_id)
     env = environment(request, policy)
     try:
         stored = StoredSteps.of(request) if request.policy == "replay" else None

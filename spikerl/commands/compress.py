@@ -85,8 +85,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl compress`: a run folder with the smaller policy."""
     request = parse(CompressRequest, data)
     before = load_policy(request.run, policy=request.policy)
-    env_id, kwargs = before.task.env_id, dict(before.task.env_kwargs)
-    raw = config_for(request.target, request.run, env_id, kwargs, request.env_id, request.plugins)
+    typed, plugins = request.env_id, request.plugins
+    raw = config_for(request.target, request.run, before.task, typed, plugins)
     trained = raw.get("actor")
     kind = trained.get("name") if isinstance(trained, dict) else trained
     if before.config.actor.name != kind:  # normalised drives, folded

@@ -173,8 +173,8 @@ def spiking_config(
     dense: Policy, request: ConvertRequest, spike_steps: int, alpha: float
 ) -> dict[str, Any]:
     """The run's config with a spiking actor."""
-    env_id, kwargs = dense.task.env_id, dict(dense.task.env_kwargs)
-    raw = config_for(request.run_dir, request.run, env_id, kwargs, request.env_id, request.plugins)
+    typed, plugins = request.env_id, request.plugins
+    raw = config_for(request.run_dir, request.run, dense.task, typed, plugins)
     actor = dense.config.actor
     assert isinstance(actor, MLPConfig)
     raw["actor"] = {

@@ -73,7 +73,8 @@ def evaluate(
     """The policy, the environment's id, how the episodes went, and the videos of them."""
     policy = file_policy(request) if os.path.isfile(request.run) else run_policy(request)
     env_id = request.env_id or policy.task.env_id
-    check_confirmed(request.run, env_id, dict(policy.task.env_kwargs), request.env_id)
+    if not request.env_id:
+        check_confirmed(request.run, policy.task, None)
     env, probe = env_of(policy.task, request.run, request.env_id)
     probe.close()
     with closing(Evaluator(env, request.episodes, request.seed)) as evaluator:

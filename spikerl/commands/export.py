@@ -58,8 +58,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         raise BadRequest("file", file, "give the name of a file")
     beside = file.with_name(f"{file.name}.json")
     check_free(file, beside)
-    env_id = request.env_id or policy.task.env_id
-    check_confirmed(request.run, env_id, dict(policy.task.env_kwargs), request.env_id)
+    if not request.env_id:
+        check_confirmed(request.run, policy.task, None)
     env = proof.known_env(policy, request.run, request.env_id)
     described = contract.describe(request.format, policy, form.dt)
     described |= form.facts(policy)
@@ -101,7 +101,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         print_approximation(proven)
     if env is None:
         print(
-            f"{env_id} is not registered here: observations drawn, no return;"
+            f"{policy.task.env_id} is not registered here: observations drawn, no return;"
             " env_id=MODULE:NAME imports the module that registers it"
         )
     else:

@@ -11,11 +11,14 @@ import re
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spikerl import plugins
 from spikerl.errors import BadRequest, first_line, nearest
 from spikerl.files import read_bytes, shown
+
+if TYPE_CHECKING:
+    from spikerl.types import Task
 
 MAX_BYTES = 1 << 17  # some forty times a run's config.yaml
 NAME = r"[A-Za-z][A-Za-z0-9_]*"  # of a key
@@ -182,27 +185,27 @@ def leads_out(value: Any) -> bool:
     return isinstance(value, str) and (value[:1] in ("/", "~") or ".." in Path(value).parts)
 
 
-def check_confirmed(run: object, env_id: str, kwargs: Any, typed: str | None) -> None:
+def check_confirmed(run: str, task: Task, typed: str | None) -> None:
     """Refuse to import the module that a run's environment id names, and to give the environment
     paths, unless the id was typed too.
     """
-    reason = f"its environment {env_id} names a module to import" if ":" in env_id else ""
-    if leads_out(kwargs):
+    reason = f"its environment {task.env_id} names a module to import" if ":" in task.env_id else ""
+    if leads_out(dict(task.env_kwargs)):
         reason = reason or "its environment is given paths of files"
-    if reason and env_id != typed:
-        raise BadRequest("run", run, f"{reason}; confirm with env_id={env_id}")
+    if reason and task.env_id != typed:
+        raise BadRequest("run", run, f"{reason}; confirm with env_id={task.env_id}")
 
 
 def config_for(
-    target: str, run: str, env_id: str, kwargs: Any, typed: str | None, plugins: Sequence[str]
+    target: str, run: str, task: Task, typed: str | None, plugins: Sequence[str]
 ) -> dict[str, Any]:
     """A run's config, for a folder that is made from its policy; `typed`: the environment's id, as
     `check_confirmed` asks for it.
     """
     path = Path(run) / "config.yaml"
     raw = read_config(path)
-    check_confirmed(run, env_id, kwargs, typed)
-    named = [f"env.id={env_id}", f"plugins=[{','.join(plugins)}]"]
+    check_confirmed(run, task, typed)
+    named = [f"env.id={task.env_id}", f"plugins=[{','.join(plugins)}]"]
     overrides_of(path, named, resumes=True)  # which refuses what is not plain data
     own = {"run_dir": shown(Path(target)), "resume": None, "init_from": None, "config": None}
     return {**raw, **own, "plugins": list(plugins)}
