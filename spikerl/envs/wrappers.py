@@ -44,6 +44,25 @@ MOST = 10_000  # of a whole number among the arguments: frames, steps, pixels
 MOST_VALUES = 4_000_000  # of a shape
 
 
+class MaxAndSkip(gym.wrappers.MaxAndSkipObservation[Any, Any, Any]):
+    """Where an episode ends amid a step, this sees the frames of that step alone. Gymnasium's has
+    those of the step before, of another episode too, in the place of what did not come any more.
+    """
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        frames, total = list[np.ndarray](), 0.0
+        for _ in range(self._skip):
+            obs, rew, terminated, truncated, info = self.env.step(action)
+            frames = [*frames[-1:], np.array(obs, self._obs_buffer.dtype)]
+            total += float(rew)
+            if terminated or truncated:
+                break
+        return np.max(frames, axis=0), total, terminated, truncated, info
+
+
+OWN = {"MaxAndSkipObservation": MaxAndSkip}
+
+
 def check_wrappers(wrappers: Sequence[Any]) -> None:
     """BadRequest for what is not a list of accepted wrappers."""
     for one in wrappers:
@@ -66,7 +85,7 @@ def wrapped(env: gym.Env[Any, Any], wrappers: Sequence[Any]) -> gym.Env[Any, Any
         name, arguments = _parts(one)
         try:
             plain = {key: _argument(name, value) for key, value in arguments.items()}
-            env = getattr(gym.wrappers, name)(env, **plain)
+            env = (OWN.get(name) or getattr(gym.wrappers, name))(env, **plain)
         except Exception as error:  # each checks its arguments in its own way
             reason = first_line(error)
             if isinstance(error, gym.error.DependencyNotInstalled):

@@ -238,6 +238,21 @@ def test_wrappers_by_name(tmp_path: Path) -> None:
     assert load_policy(tmp_path).task.env_wrappers == tuple(wrappers)
 
 
+def test_frames_of_a_step_that_an_episode_ends_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four frames the larger of the last two; of fewer, nothing of a step or episode before."""
+    skipping = {"name": "MaxAndSkipObservation", "skip": 4}
+    env = make_env(own("Base", wrappers=[skipping], max_episode_steps=5))
+    act = np.zeros(2, np.float32)
+    env.reset(seed=0)
+    whole, cut = env.step(act), env.step(act)
+    assert whole[0].tolist() == [np.sin(3), np.cos(4), 4 / 50]
+    assert cut[0].tolist() == [np.sin(5), np.cos(5), 5 / 50]
+    assert (whole[2:4], cut[2:4]) == ((False, False), (False, True))
+    monkeypatch.setattr(own_envs.Base, "limit", 1)
+    env.reset()
+    assert env.step(act)[0].tolist() == [np.sin(1), np.cos(1), 1.0]
+
+
 @pytest.mark.parametrize(("wrappers", "said"), [
     (["NormalizeObservation"], "algo.norm_interval"),
     ([{"name": "RecordVideo", "video_folder": "x"}], "not accepted"),
