@@ -178,7 +178,9 @@ class Trainer:
         try:
             if self.algo.on_policy:  # before the normaliser changes what its observations were
                 self.make_updates(before)
-            if crossed(before, self.step, algo.norm_interval or SYNC_INTERVAL):
+            # Offline, every advance ends where workers meet.
+            interval = 1 if self.offline else algo.norm_interval or SYNC_INTERVAL
+            if crossed(before, self.step, interval):
                 self.synchronise(stop_signal())
             elif self.world.size == 1:  # which has nobody to agree with
                 self.stopping = stop_signal()
@@ -190,7 +192,7 @@ class Trainer:
 
     def steps_ahead(self) -> int:
         """Steps of an offline run up to where workers meet, an epoch ends, or the run does."""
-        if self.world.size == 1 and isinstance(self.config.algo, DecisionTransformerConfig):
+        if isinstance(self.config.algo, DecisionTransformerConfig):
             return 1  # an update may take a second, and a signal waits for it
         every, actor = [SYNC_INTERVAL, self.run.steps_per_epoch], self.config.actor.actor
         if isinstance(actor, CareBNConfig) and actor.recalibration_interval is not None:

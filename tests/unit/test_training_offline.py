@@ -361,6 +361,16 @@ def test_how_many_updates_are_made_at_once(
         assert one.steps_ahead() == expected
 
 
-def test_a_signal_waits_for_one_update_of_a_transformer(dataset: Dataset) -> None:
-    with workers(sequences(), 1, dataset) as (one,):
-        assert one.steps_ahead() == 1
+@pytest.mark.parametrize(
+    ("made", "updates"),
+    [(training(td3_bc_config(**SMALL, norm_interval=1000), 2), 50), (sequences(2), 1)],
+    ids=["td3_bc", "transformer"],
+)
+@pytest.mark.parametrize("size", [1, 2])
+def test_how_many_updates_a_signal_waits_for(
+    size: int, made: Config, updates: int, dataset: Dataset
+) -> None:
+    """Whatever algo.norm_interval is, since nothing is normalised anew; epochs have 60."""
+    with workers(made, size, dataset) as those:
+        run_in_threads([lambda t=t: list(t.epochs(stop_signal=lambda: 15)) for t in those])
+        assert [(one.step, one.stopping) for one in those] == [(updates, 15)] * size
