@@ -57,7 +57,8 @@ def announce(config: Config, trainer: Trainer, command: Sequence[str]) -> list[s
         lines.append(trainer.evaluator.note)
     if trainer.updates_by(config.last_step) == 0:
         lines.append(nothing_learned(algo))
-    elif trainer.algo.random_steps >= run.total_steps:
+    elif trainer.algo.random_steps > max(config.last_step - config.num_envs, 0):
+        # At which all environments begin their last step.
         steps = f"algo.random_steps={trainer.algo.random_steps}"
         said = f"warning: all actions of this run are random ({steps}); give less"
         lines.append(f"{said}, or more total_steps")

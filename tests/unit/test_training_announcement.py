@@ -62,6 +62,16 @@ def test_what_a_resumed_run_keeps_was_not_requested(
     )
 
 
+@pytest.mark.parametrize(("random_steps", "warned"), [(16, False), (17, True)])
+def test_whether_any_action_is_not_random(random_steps: int, warned: bool) -> None:
+    """Of 8 environments, which begin their last step at step 16 and end at step 24."""
+    config = small_config(num_envs=8, total_steps=20)
+    algo = SimpleNamespace(**{**vars(TRAINER.algo), "random_steps": random_steps})
+    lines = announce(config, SimpleNamespace(**{**vars(TRAINER), "algo": algo}), [])  # type: ignore[arg-type]
+    said = f"warning: all actions of this run are random (algo.random_steps={random_steps})"
+    assert any(line.startswith(said) for line in lines) == warned
+
+
 def test_what_makes_updates_of_a_run_without_one() -> None:
     assert nothing_learned(bc_config()).endswith("; give more total_steps")
     algo = td3_config(learning_starts=30, update_interval=200)
