@@ -125,7 +125,7 @@ class Seen:
         self.bytes, self.count, self.stride = 0, 0, 1
 
     def add(self, obs_BO: np.ndarray) -> None:
-        kept = obs_BO[-self.count % self.stride :: self.stride]
+        kept = obs_BO[-self.count % self.stride :: self.stride].copy()  # a view would hold all
         self.count += len(obs_BO)
         self.held.append(kept)
         self.bytes += kept.nbytes

@@ -48,6 +48,14 @@ def test_observations_that_take_much_are_thinned_out() -> None:
     assert len(whole.rows()) == whole.count == 100
 
 
+def test_what_is_thinned_out_is_let_go() -> None:
+    """What is left is no view of all that there was."""
+    seen = Seen(1000)
+    for _ in range(100):
+        seen.add(np.zeros((10, 5)))
+    assert sum((one if one.base is None else one.base).nbytes for one in seen.held) <= 1000
+
+
 @pytest.mark.parametrize(("entries", "rows"), [(12, 3), (3, 1)])
 def test_few_large_observations_are_probed(
     entries: int, rows: int, monkeypatch: pytest.MonkeyPatch
