@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from spikerl.config.build import Config, build, check_actions
+from spikerl.config.build import Config, build, check_actions, check_image
 from spikerl.config.memory import check_memory, memory
 from spikerl.config.yaml_file import EVERY_RUN, read_config
 from spikerl.distributed import launch, mpi
@@ -50,6 +50,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         raise BadRequest("neuron.alpha", config.actor.neuron.alpha, remedy)
     task = task_for(config)
     check_memory(config, task)
+    if not settings.resume:  # which goes on as it began
+        check_image(config.actor, task)
     check_read(argv, config, task)
     if settings.init_from:
         read_init(settings.init_from, config, task)

@@ -41,6 +41,7 @@ from spikerl.models.sequence import SequenceConfig
 from spikerl.runs.loggers import check_loggers
 from spikerl.runs.policies import CHOICES
 from spikerl.schema import check_seed, parse
+from spikerl.snn.conv import ConvConfig
 from spikerl.types import Resolved, Task
 
 MOST = 4096  # environments, workers, threads: a config file starts no more processes
@@ -294,6 +295,22 @@ def check_actions(algo: AlgoConfig, task: Task) -> None:
         ]
         remedy = f"the actions of {task.env_id} are {task.kind}; use algo={' or '.join(fit)}"
         raise BadRequest("algo", algo.name, remedy)
+
+
+def check_image(actor: ActorConfig, task: Task) -> None:
+    """Refuse observations whose height and width stand elsewhere than the actor looks for them."""
+    config, shape = actor.actor, task.obs_shape
+    if not isinstance(config, ConvConfig) or len(shape) == 1:  # flat ones do not tell
+        return
+    size, first = tuple(config.image), config.channels_first
+    fits = {False: shape[:2] == size, True: shape[-2:] == size}
+    if not fits[first] and fits[not first]:
+        remedy = f"observations are {shape}; give {str(not first).lower()}"
+        raise BadRequest("actor.channels_first", str(first).lower(), remedy)
+    if not fits[first]:
+        which = "last" if first else "first"
+        remedy = f"observations are {shape}; height and width must be their {which} two numbers"
+        raise BadRequest("actor.image", config.image, remedy)
 
 
 def check_dataset(run: RunConfig, algo: AlgoConfig) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transitions_env import registered
 
 import spikerl as library
-from spikerl.config.build import why_layered
+from spikerl.config.build import check_image, why_layered
 from spikerl.energy import operations
 from spikerl.export import support
 from spikerl.kernels import build as native
@@ -28,6 +28,7 @@ from spikerl.models.networks import build_actor
 from spikerl.snn.conv import Conv
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.snn.linear import product
+from spikerl.types import Task
 
 CPU = f"cpu/{native.supported_paths()[0]}"
 SHAPE: dict[str, Any] = {
@@ -160,6 +161,34 @@ def test_what_is_no_stack(changes: dict[str, Any], line: str) -> None:
     assert str(refusal(config, "conv", **changes)).startswith(line)
 
 
+@pytest.mark.parametrize(
+    ("shape", "first", "line"),
+    [
+        ((5, 6, 2), False, None),
+        ((5, 6), False, None),
+        ((5, 6, 3, 4), False, None),
+        ((2, 5, 6), True, None),
+        ((4, 3, 5, 6), True, None),
+        ((60,), True, None),
+        ((2, 5, 6), False, "actor.channels_first=false: observations are (2, 5, 6); give true"),
+        ((5, 6, 2), True, "actor.channels_first=true: observations are (5, 6, 2); give false"),
+        (
+            (4, 5, 6, 3),
+            False,
+            "actor.image=[5, 6]: observations are (4, 5, 6, 3); height and width must be their"
+            " first two numbers",
+        ),
+    ],
+)
+def test_where_height_and_width_stand(shape: tuple[int, ...], first: bool, line: Any) -> None:
+    task = Task("x", shape, (1,), -np.ones(1), np.ones(1), 9)
+    made = config("cnn", channels_first=first)
+    if line is None:
+        check_image(made, task)
+    else:
+        assert str(refusal(check_image, made, task)) == line
+
+
 @pytest.mark.parametrize("kind", ["cnn", "conv"])
 def test_operations_are_counted_at_every_place(kind: str) -> None:
     """3 x 4 places of 2 x 9 inputs and 4 filters, 1 x 2 of 4 x 4 and 3, then 6 x 7 and 7 x 3.
@@ -249,4 +278,7 @@ def test_a_run_and_its_policy(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
     wrong = [*own, "run_dir=other", "actor.image=[5,4]"]
     line = "actor.image=[5, 4]: 50 inputs are not images of 5 x 4; give height and width"
     assert spikerl("train", *wrong).line == line
+    turned = [*own, "run_dir=other", "actor.channels_first=true"]
+    line = "actor.channels_first=true: observations are (5, 5, 2); give false"
+    assert spikerl("train", *turned).line == line
     assert not Path("other").exists()
