@@ -158,6 +158,25 @@ class Half(Base):
         return super().step(action)
 
 
+class Moves(Base):
+    """Numbered actions, whose meaning it looks up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.action_space = gym.spaces.Discrete(2)
+
+    def step(self, action: Any) -> Any:
+        return super().step(np.array({0: 1.0, 1: 2.0}[action]))
+
+
+class Doubles(Base):
+    """It changes the array that it is given."""
+
+    def step(self, action: Any) -> Any:
+        action *= 2.0
+        return super().step(action)
+
+
 class Only(Base):
     """A robot, of which there is one."""
 

@@ -184,10 +184,10 @@ def record(
         while not (terminated or truncated) and writer.steps + len(acts) < most_steps:
             if number := stop_signal():
                 raise Stopped(number)
-            act = policy.task.to_env(behave(request, policy, obs[-1], draws, carried))
+            act = policy.task.to_env(behave(request, policy, obs[-1], draws, carried)[None])[0]
             where = f"{episode}, step {len(acts) + 1}: {policy.task.env_id}"
             with asked(where):
-                next_obs, rew, terminated, truncated, _ = env.step(act)
+                next_obs, rew, terminated, truncated, _ = env.step(act.copy())  # may change it
             if not (abs(rew) <= FLOAT32_MAX and (np.abs(next_obs) <= FLOAT32_MAX).all()):
                 raise NonFinite(f"{where} gave a NaN or infinity")
             if carried is not None:

@@ -22,7 +22,7 @@ from shell import SHORT, spikerl, tree
 
 import spikerl as library
 from spikerl.commands import collect
-from spikerl.envs.make import CheckedEnv, make_env
+from spikerl.envs.make import CheckedEnv, EnvConfig, make_env
 from spikerl.errors import EnvironmentFailed
 from spikerl.runs import folder as run_folder
 from spikerl.seeding import RESET_BITS, reset_seed
@@ -170,6 +170,22 @@ def test_discrete_actions() -> None:
     assert json.loads(facts("cart-v0")["action_space"]) == {
         "type": "Discrete", "dtype": "int64", "start": 0, "n": 2,
     }  # fmt: skip
+
+
+def test_what_environments_do_with_an_action() -> None:
+    """One looks up a number, which needs no array; one doubles the array, and that is its own."""
+    for name, rewards in (("Moves", {0: -1.0, 1: -4.0}), ("Doubles", None)):
+        env = EnvConfig(name="gym", version=None, id=f"own_envs:{name}-v0", max_episode_steps=None,
+                        vectorizer="sync")  # fmt: skip
+        Path(name).mkdir()
+        policy_of(config(), task_for(env)).save(Path(name))
+        dataset = f"dataset={name}-data"
+        said = spikerl("collect", f"run={name}", dataset, "steps=40", "policy=random")
+        assert said.status == 0, said
+        (one,) = numbers(f"{name}-data")
+        acts = one["actions"]
+        earned = [rewards[a] for a in acts] if rewards else -4.0 * np.square(acts).sum(1)
+        np.testing.assert_allclose(one["rewards"], earned, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
