@@ -176,8 +176,10 @@ def record(
     while writer.episodes < most_episodes and writer.steps < most_steps:
         seed = reset_seed(RESET_BITS, request.seed, "env", writer.episodes)
         episode = f"episode {writer.episodes}"
-        with asked(f"{episode}, reset: {policy.task.env_id}"):
+        where = f"{episode}, reset: {policy.task.env_id}"
+        with asked(where):
             obs = [env.reset(seed=seed)[0]]
+        check_numbers(where, obs[0])
         acts, rewards = list[np.ndarray](), list[float]()
         terminated = truncated = False
         carried = policy.carried() if request.policy != "random" else None
@@ -188,8 +190,7 @@ def record(
             where = f"{episode}, step {len(acts) + 1}: {policy.task.env_id}"
             with asked(where):
                 next_obs, rew, terminated, truncated, _ = env.step(act.copy())  # may change it
-            if not (abs(rew) <= FLOAT32_MAX and (np.abs(next_obs) <= FLOAT32_MAX).all()):
-                raise NonFinite(f"{where} gave a NaN or infinity")
+            check_numbers(where, next_obs, rew)
             if carried is not None:
                 carried.reward(rew)
             obs.append(next_obs)
@@ -201,6 +202,12 @@ def record(
                    ends & (truncated or not whole), whole)  # fmt: skip
         returns += [sum(rewards)] * whole
     return returns
+
+
+def check_numbers(where: str, obs: np.ndarray, rew: float = 0.0) -> None:
+    """NonFinite for what no dataset may hold."""
+    if not (abs(rew) <= FLOAT32_MAX and (np.abs(obs) <= FLOAT32_MAX).all()):
+        raise NonFinite(f"{where} gave a NaN or infinity")
 
 
 def behave(

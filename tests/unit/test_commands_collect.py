@@ -279,7 +279,7 @@ def test_stopped_halfway_it_leaves_nothing(folder: Path) -> None:
     assert tree(folder) == before
 
 
-@pytest.mark.parametrize("odd", ["reward", "observation"])
+@pytest.mark.parametrize("odd", ["reward", "observation", "reset"])
 def test_what_no_dataset_may_hold(odd: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = CheckedEnv.step
 
@@ -288,10 +288,13 @@ def test_what_no_dataset_may_hold(odd: str, folder: Path, monkeypatch: pytest.Mo
         return (obs, np.nan, *others) if odd == "reward" else (obs * 1e39, rew, *others)
 
     before = tree(folder)
-    monkeypatch.setattr(CheckedEnv, "step", overflowing)
+    if odd == "reset":
+        monkeypatch.setattr(CheckedEnv, "reset", lambda self, seed: (np.full(4, np.nan), {}))
+    else:
+        monkeypatch.setattr(CheckedEnv, "step", overflowing)
     said = spikerl("collect", "run=run", "dataset=new", "steps=9")
     assert said.status == 1
-    where = "episode 0, step 1: InvertedPendulum-v5"
+    where = f"episode 0, {'reset' if odd == 'reset' else 'step 1'}: InvertedPendulum-v5"
     assert said.err == f"spikerl: {where} gave a NaN or infinity\n"
     assert tree(folder) == before
 
