@@ -155,6 +155,9 @@ class ActorConfig:
             text += f" with {self.encoder.name}, {self.neuron.name}, {self.decoder.name}"
             sizes = [getattr(part, "pop_size", None) for part in (self.encoder, self.decoder)]
             text += f", populations {sizes[0]}, {sizes[1]}"
+            if "learned" in (self.encoder.name, self.decoder.name):  # they have weights for each
+                assert isinstance(self.actor, PopSANConfig)
+                text += f", {self.actor.spike_steps} spike steps"
         if self.proposals:
             text += ", choosing among proposals"
         return text

@@ -10,9 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders import INVERTED_PENDULUM
+from exports import config, policy_of, saved
+from recorded import task_for
 from shell import SHORT, spikerl
 
 from spikerl import load_policy
+from spikerl.snn.decoders import DecoderConfig
+from spikerl.snn.encoders import EncoderConfig
 from spikerl.training.evaluator import Evaluation, Evaluator
 
 RUN = Path("r")
@@ -155,3 +160,20 @@ def test_refused(returns: list[float]) -> None:
     )
     said = spikerl("train", "init_from=r/checkpoints/step_0000000000", "init_policy=best")
     assert said.line.endswith("; give init_policy=last")
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [("learned", "linear"), ("direct", "learned")])
+def test_learned_coders_have_weights_for_each_spike_step(
+    encoder: str, decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five there; seven have more than those fill, four have no room for them."""
+    monkeypatch.chdir(tmp_path)
+    parts = {"encoder": EncoderConfig(name=encoder), "decoder": DecoderConfig(name=decoder)}
+    saved(policy_of(config([16], **parts), task_for(INVERTED_PENDULUM)), Path("r"))
+    own = [*SHORT, f"encoder={encoder}", f"decoder={decoder}", "total_steps=10", "run_dir=on"]
+    kind = f"popsan [16] with {encoder}, cuba_lif, {decoder}, populations None, None"
+    for steps in (7, 4):
+        line = f"init_from=r: its actor is {kind}, 5 spike steps, this run's is {kind}, {steps} spi"
+        said = spikerl("train", *own, "init_from=r", f"actor.spike_steps={steps}")
+        assert said.line.startswith(line)
+    train(*own, "init_from=r", "actor.spike_steps=5")
