@@ -46,10 +46,27 @@ def write_synced(path: Path, content: bytes | memoryview) -> str:
     return checksum(content)
 
 
+def partial_of(path: Path) -> Path:
+    """What it is called until it is whole, by this call alone: other machines and containers have
+    the same numbers of processes.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+
+
+def why_no_name(path: Path) -> str | None:
+    """Why nothing in that folder, which is there, can have this name: it is too long."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def write_atomic(path: Path, content: bytes | memoryview) -> str:
     """The same in place of what has this name; on failure nothing is left."""
-    # Other machines and containers have the same numbers of processes.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    partial = partial_of(path)
     try:
         digest = write_synced(partial, content)
         os.replace(partial, path)

@@ -22,7 +22,7 @@ from spikerl.envs.dataset import Writer, check_extra
 from spikerl.envs.make import CheckedEnv, EnvConfig, task_of
 from spikerl.envs.vector import asked
 from spikerl.errors import DONE, BadRequest, NonFinite, Stopped, stop_status
-from spikerl.files import absolute, checksum_of, hold, shown, sync_folder
+from spikerl.files import absolute, checksum_of, hold, partial_of, shown, sync_folder
 from spikerl.machine import git_state, versions
 from spikerl.models.policy import Policy
 from spikerl.models.sequence import History
@@ -131,7 +131,7 @@ def collect(
 ) -> tuple[list[float], int]:
     """Record into a hidden folder and rename it; returns of whole episodes, and all steps."""
     target = Path(request.dataset)
-    partial = run_folder.partial_of(request.dataset)
+    partial = partial_of(target)
     above = [folder for folder in partial.parents if not os.path.lexists(folder)]
     run_folder.remove_abandoned(partial.parent)
     try:

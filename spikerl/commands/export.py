@@ -15,7 +15,7 @@ from spikerl.config.yaml_file import check_confirmed
 from spikerl.errors import DONE, FAILED, BadRequest
 from spikerl.export import contract, proof, support
 from spikerl.export.formats import FORMATS
-from spikerl.files import checksum, checksum_of, json_bytes, shown, write_atomic
+from spikerl.files import checksum, checksum_of, json_bytes, partial_of, shown, why_no_name, write_atomic
 from spikerl.models.actor import SpikingActor
 from spikerl.models.policy import Policy
 from spikerl.runs.policies import find_policy, load_policy
@@ -153,6 +153,8 @@ def check_free(file: Path, beside: Path) -> None:
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
         remedy = f"{shown(file.parent)} is not a folder that can be written to; give another file"
         raise BadRequest("file", shown(file), remedy)
+    if reason := why_no_name(partial_of(beside)):  # the longest that is written
+        raise BadRequest("file", shown(file), f"{reason}; give another file")
 
 
 def publish(file: Path, content: bytes, beside: Path, described: bytes) -> None:

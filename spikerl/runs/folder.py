@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import shlex
 import shutil
 import stat
@@ -24,9 +23,11 @@ from spikerl.files import (
     LACKING,
     hold,
     make_folder,
+    partial_of,
     read_bytes,
     read_json,
     sync_folder,
+    why_no_name,
     write_atomic,
     write_json,
     write_text,
@@ -44,17 +45,15 @@ def check_free(target: str, *, named: bool, key: str = "run_dir", dated: bool = 
     if named and os.path.lexists(folder):
         otherwise = ", or leave it out for a dated one" if dated else ""
         raise BadRequest(key, target, f"it exists already; give another {key}{otherwise}")
-    parent = folder.absolute().parent
+    parent, made = folder.absolute().parent, [partial_of(folder).name]
     while not os.path.lexists(parent):
+        made.append(parent.name)
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise BadRequest(key, target, f"{parent} cannot be written to; give another {key}")
-
-
-def partial_of(target: str) -> Path:
-    """A hidden folder for this call alone: other machines and containers have the same numbers."""
-    folder = Path(target)
-    return folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    for name in made:
+        if reason := why_no_name(parent / name):
+            raise BadRequest(key, target, f"{reason}; give another {key}")
 
 
 def fill_partial(
@@ -120,7 +119,7 @@ def create(
     named: bool,
 ) -> Path:
     """A whole folder at once, for a single process."""
-    partial = partial_of(target)
+    partial = partial_of(Path(target))
     with fill_partial(partial, target, raw, manifest):
         try:
             fill(partial)

@@ -26,7 +26,7 @@ from spikerl.errors import (
     first_line,
     stop_status,
 )
-from spikerl.files import shown, write_json, write_text
+from spikerl.files import partial_of, shown, write_json, write_text
 from spikerl.machine import versions
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, verified
@@ -105,7 +105,7 @@ class Session:
     def start(self, run_dir: str, command: Sequence[str]) -> Path:
         """A new folder, which appears whole, with checkpoint 0 from all workers."""
         named = self.config.run.run_dir is not None
-        partial = Path(self.world.broadcast(str(run_folder.partial_of(run_dir))))
+        partial = Path(self.world.broadcast(str(partial_of(Path(run_dir)))))
 
         def begin() -> None:
             if self.is_rank0:

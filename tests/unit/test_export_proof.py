@@ -179,6 +179,18 @@ def test_a_file_without_a_name(tmp_path: Path) -> None:
     assert line == "file=/: give the name of a file"
 
 
+@pytest.mark.parametrize("length", [300, 245])  # that of the contract beside it is longer
+def test_a_name_that_is_too_long(
+    length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before any work."""
+    monkeypatch.setattr("spikerl.commands.export.proof.known_env", None)
+    run = saved(policy_of(config(), task()), tmp_path / "run")
+    file = tmp_path / ("x" * length)
+    line = spikerl("export", f"run={run}", "format=loihi", f"file={file}").line
+    assert line == f"file={file}: File name too long; give another file"
+
+
 def test_batch_normalisation_that_is_not_folded(tmp_path: Path) -> None:
     actor = CareBNConfig(
         name="care_bn", hidden_sizes=[12], spike_steps=5, lr=1e-4,

@@ -29,6 +29,14 @@ def test_a_resume_writes_through_no_link(name: str, tmp_path: Path) -> None:
     assert "neither file nor folder" in str(refusal(run_folder.check_own, run))
 
 
+@pytest.mark.parametrize("name", ["x" * 250, f"{'x' * 300}/run", f"new/{'x' * 300}"])
+def test_a_name_that_is_too_long(name: str, tmp_path: Path) -> None:
+    """Longer than 255 bytes, as `.NAME.PROCESS.12345678.partial` at least."""
+    target = str(tmp_path / name)
+    line = str(refusal(run_folder.check_free, target, named=True))
+    assert line == f"run_dir={target}: File name too long; give another run_dir"
+
+
 def test_processes_of_one_number_that_begin_at_once(tmp_path: Path) -> None:
     """As in two containers: one is refused, and the other's run is whole."""
     target = str(tmp_path / "run")
