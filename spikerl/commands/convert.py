@@ -86,8 +86,9 @@ class ConvertRequest:
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl convert`: a run folder with the spiking policy."""
     request = parse(ConvertRequest, data)
+    # A run that goes on meanwhile has other policies later.
     found = find_policy(Path(request.run), key="run")
-    dense = load_policy(request.run)
+    dense, weights = load_policy(found), checksum_of(found / "policy.safetensors")
     if not isinstance(dense.actor, MLPActor) or dense.config.actor.name != "mlp":
         remedy = f"its actor is {dense.config.actor.name}; a dense one (actor=mlp) is converted"
         raise BadRequest("run", request.run, remedy)
@@ -117,7 +118,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     facts = {
         "status": "done",
         "converted_from": shown(Path(request.run)),
-        "converted_sha256": checksum_of(found / "policy.safetensors"),
+        "converted_sha256": weights,
         "activations_reached": reached,
     }
     if tried:

@@ -48,7 +48,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     """`spikerl export`."""
     request = parse(ExportRequest, data)
     form = FORMATS[request.format]
-    policy = policy_of(request)
+    # A run that goes on meanwhile has other policies later.
+    folder = find_policy(Path(request.run), request.policy, key="run")
+    policy, weights = policy_of(request, folder), checksum_of(folder / "policy.safetensors")
     exits_early = policy.compression is not None and policy.compression.early_exit is not None
     verdicts = support.check(request.format, policy.config, exits_early)
     form.check_here()
@@ -63,19 +65,18 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     env = proof.known_env(policy, request.run, request.env_id)
     described = contract.describe(request.format, policy, form.dt)
     described |= form.facts(policy)
-    weights = find_policy(Path(request.run), request.policy, key="run") / "policy.safetensors"
     described["made_from"] = {
-        "run": shown(Path(request.run)), "policy": request.policy, "sha256": checksum_of(weights)
+        "run": shown(Path(request.run)), "policy": request.policy, "sha256": weights
     }  # fmt: skip
     described["support"] = {group: str(verdict) for group, verdict in verdicts.items()}
     # Nothing lies at its place before it is proven.
-    with TemporaryDirectory(prefix="spikerl-export-") as folder:
-        written = Path(folder) / f"policy.{request.format}"
+    with TemporaryDirectory(prefix="spikerl-export-") as scratch:
+        written = Path(scratch) / f"policy.{request.format}"
         form.write(policy, written)
         content = written.read_bytes()
         # As a reader has it: from JSON.
         reread = json.loads(json_bytes(described))
-        interpreter = form.interpreter(written, reread, Path(folder))
+        interpreter = form.interpreter(written, reread, Path(scratch))
         try:
             proven = proof.prove(
                 policy, interpreter, env, request.episodes, request.seed, form.emulated
@@ -129,8 +130,8 @@ def print_approximation(proven: dict[str, Any]) -> None:
         )
 
 
-def policy_of(request: ExportRequest) -> Policy:
-    policy = load_policy(request.run, policy=request.policy)
+def policy_of(request: ExportRequest, folder: Path) -> Policy:
+    policy = load_policy(folder)
     if isinstance(policy.actor, SpikingActor) and len(policy.actor.norms):
         remedy = "its batch normalisation is not folded into weights; give a policy that acts"
         raise BadRequest("run", request.run, remedy)

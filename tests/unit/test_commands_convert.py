@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from shell import SHORT, spikerl
 import spikerl as library
 from spikerl.commands.convert import convert
 from spikerl.envs.make import EnvConfig
+from spikerl.files import checksum_of
 from spikerl.kernels import reference
 from spikerl.kernels.reference import Carried
 from spikerl.machine import versions
@@ -258,6 +260,27 @@ def test_refused_requests(request_: str, line: str, tmp_path: Path) -> None:
 def test_a_folder_that_is_there_has_no_dated_other(dense: Path) -> None:
     said = spikerl("convert", "run=dense", "run_dir=dense")
     assert said.line == "run_dir=dense: it exists already; give another run_dir"
+
+
+def test_a_run_that_goes_on_meanwhile(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is converted is the policy that was read, and so is the checksum."""
+    first = dense / "checkpoints/step_0000000000"
+    for file in dense.glob("policy.*"):
+        file.replace(first / file.name)
+    for other in dense.glob("checkpoints/*"):
+        if other != first:
+            other.unlink() if other.is_symlink() else shutil.rmtree(other)
+    digest = checksum_of(first / "policy.safetensors")
+    converting = Evaluator.observations
+
+    def later(*args: Any) -> Any:
+        first.rename(first.with_name("step_0000000120"))
+        return converting(*args)
+
+    monkeypatch.setattr(Evaluator, "observations", later)
+    said = spikerl("convert", "run=dense", "run_dir=new", "episodes=1")
+    assert said.status == 0, said
+    assert json.loads(Path("new/manifest.json").read_text())["converted_sha256"] == digest
 
 
 def test_a_config_imports_nothing(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from shell import refusal, spikerl
 from spikerl.commands.export import print_approximation
 from spikerl.export import loihi, loihi_chip, proof, reading, support
 from spikerl.export.formats import FORMATS
+from spikerl.files import checksum_of
 from spikerl.models.actor import SpikingActor
 from spikerl.models.actor_config import ActorConfig
 from spikerl.snn.decoders import DecoderConfig
@@ -229,6 +232,25 @@ def test_export(tmp_path: Path) -> None:
     assert {name for name in tensors if name[0] == "2"} == {
         "2.weight", "2.bias", "2.vth", "2.du", "2.dv"
     }  # fmt: skip
+
+
+def test_a_run_that_goes_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contract has the checksum of the policy that was read, whose checkpoint is gone since."""
+    steps, known_env = tmp_path / "run/checkpoints", proof.known_env
+    steps.mkdir(parents=True)
+    first = saved(policy_of(config(), task()), steps / "step_1")
+    digest = checksum_of(first / "policy.safetensors")
+
+    def later(*args: Any) -> Any:
+        saved(policy_of(config(), task(), 1), steps / "step_2")
+        shutil.rmtree(first)
+        return known_env(*args)
+
+    monkeypatch.setattr(proof, "known_env", later)
+    said = spikerl("export", f"run={tmp_path / 'run'}", "format=loihi")
+    assert said.status == 0, said
+    made_from = json.loads((tmp_path / "run/policy.loihi.json").read_text())["made_from"]
+    assert made_from["sha256"] == digest
 
 
 @pytest.mark.parametrize(
