@@ -224,7 +224,12 @@ class Interpreter:
         harness.write_text(HARNESS.format(file=path, **sizes_of))
         library = scratch / "harness.so"
         compile_c([str(harness), "-shared", "-fPIC", "-o", str(library), "-lm"])
-        self.run = ctypes.CDLL(str(library)).run
+        try:
+            self.run = ctypes.CDLL(str(library)).run
+        except OSError as error:
+            remedy = "set CC to a compiler for this machine, TMPDIR to a folder that may hold programs"
+            said = f"what {compiler()[0]} made cannot be loaded: {first_line(error)}"
+            raise BadRequest("format", "c", f"{said}; {remedy}") from None
         self.run.restype = None
 
     def spikes(self, obs_BO: np.ndarray) -> list[np.ndarray]:

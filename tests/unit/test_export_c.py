@@ -260,6 +260,21 @@ def test_a_compiler_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
+def test_a_compiler_for_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As whoever builds for a robot has it in CC."""
+    compiler = tmp_path / "cross-cc"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho robot > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    run = saved(policy_of(config(), task()), tmp_path / "run")
+    line = spikerl("export", f"run={run}", "format=c").line
+    assert line.startswith(f"format=c: what {compiler} made cannot be loaded: ")
+    assert line.endswith(
+        "; set CC to a compiler for this machine, TMPDIR to a folder that may hold programs"
+    )
+    assert not list(run.glob("policy.c*"))
+
+
 def test_a_poisson_encoder_is_refused(tmp_path: Path) -> None:
     run = saved(policy_of(config(encoder=POISSON), task()), tmp_path / "run")
     assert spikerl("export", f"run={run}", "format=c").line == (
