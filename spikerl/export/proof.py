@@ -104,7 +104,7 @@ def prove(
         "return_mean_of_policy": None,
     }
     if emulated is not None:
-        proof |= {"return_change": None, **against_policy(policy, recorded.obs_BO, file)}
+        proof |= {"return_change": None, **against_policy(policy, recorded, act_BA)}
     if env is not None:
         with closing(Evaluator(env, episodes, seed)) as evaluator:
             own = evaluator.run(FilePolicy(policy.task, file), 0).mean
@@ -115,11 +115,18 @@ def prove(
     return proof
 
 
-def against_policy(policy: Policy, obs_BO: np.ndarray, file: Interpreter) -> dict[str, Any]:
-    """How an approximation differs: the share of each layer's spikes, and actions."""
-    recorded = recorded_of(policy, obs_BO)
-    pairs = zip(recorded.spikes, file.spikes(recorded.obs_BO), strict=True)
-    difference = difference_of(policy.task, recorded, file.actions(recorded.obs_BO))
+@torch.no_grad()
+def against_policy(policy: Policy, file: Recorded, act_BA: np.ndarray) -> dict[str, Any]:
+    """How an approximation differs: the share of each layer's spikes, and actions.
+
+    Also on observations that rounding decides: they are of the policy, and nothing is proven here.
+    """
+    assert isinstance(policy.actor, SpikingActor)
+    x = policy.norm.normalize(torch.from_numpy(file.obs_BO))
+    layers, _ = reference.record(policy.actor, x, None)
+    pairs = zip([layer.bool().numpy() for layer in layers], file.spikes, strict=True)
+    own = replace(file, act_BA=decoded(policy, layers[-1]))
+    difference = difference_of(policy.task, own, act_BA)
     return {
         "spikes_unlike_policy": [float((ours != theirs).mean()) for ours, theirs in pairs],
         "mean_action_difference_from_policy": float(difference.mean()),

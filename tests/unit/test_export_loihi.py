@@ -234,6 +234,23 @@ def test_export(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_policy_whose_every_decision_rounding_decides(tmp_path: Path) -> None:
+    """A neuron whose first voltage is its threshold: it does not fire, nor do its integers."""
+    policy = policy_of(config(neuron=lif_config(threshold=0.5)), task())
+    with torch.no_grad():
+        policy.actor.layers[0].weight_IN[:, 0] = 0.0
+        policy.actor.layers[0].bias_N[0] = 0.5
+    obs = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    assert proof.recorded_of(policy, obs).set_aside == 50
+    run = saved(policy, tmp_path / "run")
+    said = spikerl("export", f"run={run}", "format=loihi")
+    assert said.status == 0, said
+    unlike = json.loads((run / "policy.loihi.json").read_text())["proof"]["spikes_unlike_policy"]
+    assert len(unlike) == 4
+    assert unlike[0] == 0.0
+    assert 0.0 < unlike[1] < 0.1
+
+
 def test_a_run_that_goes_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The contract has the checksum of the policy that was read, whose checkpoint is gone since."""
     steps, known_env = tmp_path / "run/checkpoints", proof.known_env
