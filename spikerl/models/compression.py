@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spikerl.errors import BadRequest
 from spikerl.models.actor import Actor, SpikingActor, connections
@@ -66,31 +66,27 @@ class Compression:
             self.early_exit.check(actor.decoder, actor.spike_steps)
 
 
-@torch.no_grad()
-def prune(actor: Actor, share: float, key: str = "prune") -> Tensor:
-    """Of all parameters in their order, 1 for each that stays and 0 for each that is pruned.
+def prunable(actor: Actor) -> dict[str, nn.Parameter]:
+    return {n: w for n, w in connections(actor).items() if n != "decoder.weight_AP"}
 
-    Raises BadRequest, in the name of `key`, where that is none, or all, of a matrix.
-    """
+
+@torch.no_grad()
+def prune(actor: Actor, share: float, key: str = "prune") -> None:
+    """Raises BadRequest, in the name of `key`, where that is none, or all, of a matrix."""
     if not 0.0 < share < 1.0:
         raise BadRequest(key, share, "give a share above 0 and below 1")
-    unpruned = {name: torch.ones_like(p) for name, p in actor.named_parameters()}
-    for name, weight in connections(actor).items():
-        if name == "decoder.weight_AP":
-            continue
+    for name, weight in prunable(actor).items():
         flat = weight.view(-1)
         count = round(share * len(flat))
         if not 0 < count < len(flat):
             remedy = f"of the {len(flat)} weights of {name} that is {'all' if count else 'none'}"
             raise BadRequest(key, share, f"{remedy}; give another share")
-        gone = flat.abs().argsort(stable=True)[:count]
-        flat[gone] = unpruned[name].view(-1)[gone] = 0.0
-    return torch.cat([own.flatten() for own in unpruned.values()])
+        flat[flat.abs().argsort(stable=True)[:count]] = 0.0
 
 
 def nonzero(actor: Actor) -> Tensor:
     """Of all parameters in their order, 0 for each weight of 0, which was pruned, else 1."""
-    weights = connections(actor)
+    weights = prunable(actor)
     each = [p != 0 if n in weights else torch.ones_like(p) for n, p in actor.named_parameters()]
     return torch.cat([own.flatten().float() for own in each])
 

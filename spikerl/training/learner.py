@@ -9,7 +9,7 @@ from spikerl.algos.base import CriticsConfig, Learner
 from spikerl.config.build import Config
 from spikerl.distributed.world import World, share
 from spikerl.models.actor import Actor
-from spikerl.models.compression import prune
+from spikerl.models.compression import nonzero, prune
 from spikerl.models.critic import Critics
 from spikerl.models.networks import build_network, copy_weights
 from spikerl.models.policy import Policy
@@ -62,7 +62,8 @@ def build_learner(
         unpruned = None
         if (pruned_share := config.actor.actor.prune) is not None:
             assert isinstance(actor, Actor)
-            unpruned = prune(actor, pruned_share, "actor.prune").to(device)
+            prune(actor, pruned_share, "actor.prune")
+            unpruned = nonzero(actor).to(device)
         return learner(
             actor.to(device),
             critic,

@@ -21,6 +21,7 @@ from spikerl.models.compression import (
     best_scale,
     bits_of,
     footprints,
+    nonzero,
     on_grid,
     prune,
     quantise,
@@ -82,11 +83,11 @@ def test_pruning_by_hand() -> None:
     actor = dense()
     fill(actor, {"layers.0.weight_IN": [[3.0, -1.0], [0.5, 1.0]]})
     fill(actor, {"layers.1.weight_IN": [[-2.0], [0.25]]})
-    kept = prune(actor, 0.5)
+    prune(actor, 0.5)
     assert actor.layers[0].weight_IN.tolist() == [[3.0, 0.0], [0.0, 1.0]]
     assert actor.layers[1].weight_IN.tolist() == [[-2.0], [0.0]]
     # Weights, biases, weights, bias.
-    assert kept.tolist() == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+    assert nonzero(actor).tolist() == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
 
 
 def test_a_population_keeps_its_neurons() -> None:
@@ -94,6 +95,9 @@ def test_a_population_keeps_its_neurons() -> None:
     prune(actor, 0.5)
     assert actor.layers[1].weight_IN.tolist() == [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
     assert connections(actor)["decoder.weight_AP"].tolist() == [[2.0, 1.0, 0.0]]
+    # Two layers' weights and biases, then the decoder's, whose weight of 0 was not pruned.
+    kept = [0.0, 0.0, 1.0, 1.0, *[1.0] * 2, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, *[1.0] * 3, *[1.0] * 4]
+    assert nonzero(actor).tolist()[-19:] == kept
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 2.0])

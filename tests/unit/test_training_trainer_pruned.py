@@ -72,6 +72,26 @@ def test_nothing_or_all_of_a_matrix() -> None:
     assert line.startswith("actor.prune=0.0001: of the 640 weights of layers.0.weight_IN that is")
 
 
+def test_a_policy_that_was_pruned_more_stays_so(tmp_path: Path) -> None:
+    """Of a matrix of 1, 2, ... whose first nine tenths are 0, half is asked for."""
+    config, plain = pruned(0.5), small_config()
+    workers = Workers(plain, 1)
+    task = workers.first.task
+    workers.close()
+    actor = build_actor(plain.actor, task.obs_dim, task.act_dim)
+    with torch.no_grad():
+        flat = actor.get_parameter("layers.0.weight_IN").view(-1)
+        flat.copy_(torch.arange(1, len(flat) + 1) / len(flat))
+        flat[: 9 * len(flat) // 10] = 0.0
+    init = Policy(task, plain.actor, actor, RunningNorm(task.obs_dim, 3.0))
+    trainer = Trainer(config, task, init=init)
+    names = [name for name, _ in actor.named_parameters()]
+    sizes = [p.numel() for p in actor.parameters()]
+    kept = trainer.learner_state()["actor.kept"].split(sizes)[names.index("layers.0.weight_IN")]
+    assert int(kept.sum()) == len(flat) - 9 * len(flat) // 10
+    trainer.close()
+
+
 def test_of_trained_weights_the_smallest(tmp_path: Path) -> None:
     """Those of the policy that a run starts from, not those of a network of its own."""
     config = pruned(0.5)
