@@ -59,7 +59,13 @@ def with_notes(error: Exception) -> str:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Somebody pressed Ctrl-C; a KeyboardInterrupt that is none of these is an environment's."""
+    """A signal, such as Ctrl-C's, that ends what runs at once; a KeyboardInterrupt that is none of
+    these is an environment's.
+    """
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(f"stopped on {signal.Signals(number).name}")
+        self.number = number
 
 
 def nearest(word: str, known: Sequence[str], of_many: str = "--help lists what there is") -> str:

@@ -22,7 +22,16 @@ from spikerl.cli.help import with_meanings
 from spikerl.cli.sweep import Sweep
 from spikerl.config.typed import PATHS
 from spikerl.config.yaml_file import conf_folder
-from spikerl.errors import BY_DESIGN, DONE, FAILED, WRONG, BadRequest, with_notes
+from spikerl.errors import (
+    BY_DESIGN,
+    DONE,
+    FAILED,
+    WRONG,
+    BadRequest,
+    Interrupted,
+    stop_status,
+    with_notes,
+)
 from spikerl.files import absolute
 
 
@@ -94,6 +103,11 @@ def run_sweep(
             by_hydra(sweep.command, [*sweep.hydra_args(), *deferred(args)], job)
     except SystemExit:
         return FAILED
+    except Interrupted as error:  # between two jobs
+        if not sweep.noted():
+            raise
+        sweep.end()
+        return stop_status(error.number)
     except Exception as error:
         if not sweep.noted():
             return wrong(explained(error))

@@ -13,14 +13,15 @@ from collections.abc import Sequence
 
 from spikerl import output
 from spikerl.cli.compose import commands, expand, usage
-from spikerl.cli.explain import explain, wrong
+from spikerl.cli.explain import explain, say, wrong
 from spikerl.distributed.launchers import adopt
 from spikerl.distributed.process_lifetime import (
     die_if_spawned,
     die_with_launcher,
     end_despite_threads,
 )
-from spikerl.errors import DONE, FAILED, WRONG, BadRequest, Interrupted
+from spikerl.errors import DONE, FAILED, WRONG, BadRequest, Interrupted, stop_status
+from spikerl.signals import handled, listened_to
 
 die_if_spawned()
 
@@ -67,11 +68,17 @@ def run(args: Sequence[str]) -> int:
         expanded = expand(command, typed)
         from spikerl.cli.call import compose_and_call  # with Hydra, which takes a while
 
-        return compose_and_call(command, expanded, typed)
+        # A training listens itself, and until then may wait in C++, where no handler is called.
+        numbers = [n for n in listened_to() if n != signal.SIGINT and command != "train"]
+        with handled(_interrupt, numbers):
+            return compose_and_call(command, expanded, typed)
     except BadRequest as error:
         return wrong(explain(command, typed, error))
     except output.Unwritten as error:
         return output.unwritten(error)
+    except Interrupted as error:
+        say(str(error))
+        return stop_status(error.number)
     except KeyboardInterrupt:
         return 130
 
@@ -92,5 +99,5 @@ def check_text(args: Sequence[str]) -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """Ctrl-C, which is told apart from what an environment raises."""
-    raise Interrupted
+    """Told apart from what an environment raises."""
+    raise Interrupted(number)

@@ -34,6 +34,8 @@ from spikerl.errors import (
     PREEMPTED,
     WRONG,
     BadRequest,
+    Interrupted,
+    stop_status,
     with_notes,
 )
 from spikerl.files import absolute, hold, lock_file, read_json, shown
@@ -164,6 +166,8 @@ class Sweep:
         except BY_DESIGN as error:
             outcome |= {"status": FAILED, "error": with_notes(error)}
             print(f"spikerl: {outcome['error']}", file=sys.stderr)
+        except Interrupted as error:
+            outcome |= {"status": stop_status(error.number), "error": str(error)}
         except Exception as error:  # a job's failure is reported, not propagated
             outcome |= {"status": 1, "error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()

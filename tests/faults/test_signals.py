@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import own_envs
 import pytest
 from processes import computed, record, rows, train
-from shell import SHORT, spikerl
+from shell import SHORT, spikerl, tree
 
 from spikerl.distributed import launch
 from spikerl.distributed.launch import stop_signals
@@ -134,3 +135,75 @@ def test_a_stopped_eval_has_no_result(
     assert (said.status, said.out) == (status, "")
     assert said.err == f"spikerl: stopped on {number.name}; the evaluation has no result\n"
     assert strike.steps == 2
+
+
+@pytest.fixture
+def told() -> Iterator[None]:
+    """Where nobody listens to SIGTERM, this process stays."""
+
+    def missed(number: int, frame: object) -> None:
+        raise AssertionError("nobody listened")
+
+    before = signal.signal(signal.SIGTERM, missed)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["export", "format=loihi"],
+        ["compress", "bits=8", "run_dir=new/small"],
+        ["convert", "run_dir=new/spiking", "spike_steps=4"],
+        ["compress", "-m", "bits=8,4", "run_dir=new/small"],
+    ],
+)
+def test_commands_that_make_something_leave_nothing(
+    command: list[str], told: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    kind = ["actor=mlp"] * (command[0] == "convert")
+    assert spikerl("train", *kind, *SHORT, "total_steps=1", "run_dir=run").status == 0
+    before = tree(tmp_path)
+    strike = Strike(monkeypatch)
+    strike.next(signal.SIGTERM, 2)
+    said = spikerl(*command, "run=run")
+    assert said.status == 75, said.err
+    if "-m" in command:
+        assert "not started: the sweep was stopped" in said.out
+    else:
+        assert said.err == "spikerl: stopped on SIGTERM\n"
+    assert strike.steps == 2
+    assert tree(tmp_path) == before
+
+
+def test_a_sweep_that_is_stopped_between_two_jobs(
+    told: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(
+        "spikerl.cli.sweep.Sweep.progress",
+        lambda self: signal.raise_signal(signal.SIGTERM) if self.noted() else "",
+    )
+    said = spikerl("compress", "-m", "bits=8,4", "run=nowhere")
+    assert said.status == 75
+    assert "0 of 2 jobs done" in said.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_that_is_being_written_is_whole_or_absent(
+    told: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folders above it, too."""
+    monkeypatch.chdir(tmp_path)
+    assert spikerl("train", *SHORT, "total_steps=1", "run_dir=run").status == 0
+    before = tree(tmp_path)
+    monkeypatch.setattr(
+        "spikerl.commands.compress.write_json", lambda *_: signal.raise_signal(signal.SIGTERM)
+    )
+    said = spikerl("compress", "run=run", "bits=8", "episodes=1", "run_dir=new/small")
+    assert (said.status, said.err) == (75, "spikerl: stopped on SIGTERM\n")
+    assert tree(tmp_path) == before
