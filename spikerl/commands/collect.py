@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -132,33 +131,31 @@ def collect(
     """Record into a hidden folder and rename it; returns of whole episodes, and all steps."""
     target = Path(request.dataset)
     partial = partial_of(target)
-    above = [folder for folder in partial.parents if not os.path.lexists(folder)]
     run_folder.remove_abandoned(partial.parent)
     try:
-        partial.mkdir(parents=True)
-        held = hold(partial)
-        assert not isinstance(held, str)  # nobody else has its name
-        with held:
-            try:
-                writer = Writer(partial, policy.task)
-            except ValueError as error:
-                raise BadRequest("run", request.run, str(error)) from error
-            if stored is None:
-                returns = record(request, policy, env, writer, stop_signal)
-            else:
-                returns = stored.write(policy.task, writer, stop_signal)
-            name = re.sub(r"[^A-Za-z0-9_-]", "_", target.name)
-            named = name if re.search(r"-v\d+$", name) else f"{name}-v0"
-            writer.finish(named, recipe(request, policy, made, returns))
-            (partial / ".lock").unlink()
-            run_folder.check_free(request.dataset, named=True, key="dataset")
-            partial.rename(target)
-            sync_folder(target.parent)
+        with run_folder.removed_after(partial):
+            partial.mkdir(parents=True)
+            held = hold(partial)
+            assert not isinstance(held, str)  # nobody else has its name
+            with held:
+                try:
+                    writer = Writer(partial, policy.task)
+                except ValueError as error:
+                    raise BadRequest("run", request.run, str(error)) from error
+                if stored is None:
+                    returns = record(request, policy, env, writer, stop_signal)
+                else:
+                    returns = stored.write(policy.task, writer, stop_signal)
+                name = re.sub(r"[^A-Za-z0-9_-]", "_", target.name)
+                named = name if re.search(r"-v\d+$", name) else f"{name}-v0"
+                writer.finish(named, recipe(request, policy, made, returns))
+                (partial / ".lock").unlink()
+                run_folder.check_free(request.dataset, named=True, key="dataset")
+                partial.rename(target)
+                sync_folder(target.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise BadRequest("dataset", request.dataset, f"{reason}; nothing was kept") from error
-    finally:
-        run_folder.remove_partial(partial, above)
     return returns, writer.steps
 
 

@@ -9,8 +9,8 @@ import re
 import shlex
 import shutil
 import stat
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -61,7 +61,6 @@ def fill_partial(
 ) -> IO[str]:
     """Fill the hidden folder with what does not need the workers; its lock."""
     remove_abandoned(partial.parent)
-    made = [folder for folder in partial.parents if not os.path.lexists(folder)]
     try:
         partial.mkdir(parents=True)
         held = hold(partial)
@@ -70,18 +69,24 @@ def fill_partial(
         write_json(partial / "manifest.json", manifest)
         (partial / "metrics.jsonl").touch()
     except OSError as error:
-        remove_partial(partial, made)
         reason = error.strerror or str(error)
         raise BadRequest("run_dir", target, f"{reason}; give another run_dir") from None
     return held
 
 
-def remove_partial(partial: Path, made: Sequence[Path]) -> None:
-    """The hidden folder, if it is there, and those above it that were made for it and are empty."""
-    shutil.rmtree(partial, ignore_errors=True)
-    with suppress(OSError):
-        for folder in made:
-            folder.rmdir()
+@contextmanager
+def removed_after(partial: Path) -> Iterator[None]:
+    """In the end the hidden folder goes, if it is still there, and those above it that were made
+    meanwhile and are empty.
+    """
+    made = [folder for folder in partial.parents if not os.path.lexists(folder)]
+    try:
+        yield
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -120,7 +125,7 @@ def create(
 ) -> Path:
     """A whole folder at once, for a single process."""
     partial = partial_of(Path(target))
-    with fill_partial(partial, target, raw, manifest):
+    with removed_after(partial), fill_partial(partial, target, raw, manifest):
         try:
             fill(partial)
             (partial / ".lock").unlink()
@@ -128,8 +133,6 @@ def create(
         except OSError as error:  # a full disk
             remedy = f"{error.strerror or error}; nothing was kept"
             raise BadRequest("run_dir", target, remedy) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def now() -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,13 +116,10 @@ class Session:
                 return partial
             return run_folder.move_into_place(partial, run_dir, named=named)
 
-        try:
+        with run_folder.removed_after(partial) if self.is_rank0 else nullcontext():
             self.world.run_on_all(begin)
             self.save(partial)
             return self.world.run_on_all(appear)[0]
-        finally:
-            if self.is_rank0:
-                shutil.rmtree(partial, ignore_errors=True)
 
     def resume(self, command: Sequence[str], restart_reason: str | None) -> list[str]:
         """Take the newest checkpoint that verifies, on all workers; what was restored."""

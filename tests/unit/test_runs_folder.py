@@ -94,7 +94,7 @@ def test_a_full_disk_is_a_line(tmp_path: Path) -> None:
     def fill(folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    target = str(tmp_path / "new")
+    target = str(tmp_path / "new" / "run")
     said = str(refusal(lambda: run_folder.create(target, {}, {}, fill, named=True)))
     assert said == f"run_dir={target}: No space left on device; nothing was kept"
     assert list(tmp_path.iterdir()) == []

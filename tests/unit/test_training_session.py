@@ -14,7 +14,7 @@ import pytest
 from shell import SHORT, refusal, spikerl
 
 from spikerl.distributed.world import World
-from spikerl.errors import PREEMPTED, EnvironmentFailed, Stopped
+from spikerl.errors import PREEMPTED, DiskError, EnvironmentFailed, Stopped
 from spikerl.models.normalizer import RunningNorm
 from spikerl.training.evaluator import Evaluation, Evaluator
 from spikerl.training.session import Session
@@ -142,3 +142,18 @@ def test_coarse_entries_are_named_once_and_few_at_a_time(
     log = Path("r/log.txt").read_text().splitlines()
     said = [line.split(" ", 2)[2] for line in log if "warning: entry" in line]
     assert said == [lines[0], lines[1], lines[2]]
+
+
+def test_a_disk_that_is_full_at_the_first_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left, of the folders above the run's either."""
+    monkeypatch.chdir(tmp_path)
+
+    def full(*parts: Any) -> None:
+        raise DiskError("No space left on device")
+
+    monkeypatch.setattr("spikerl.training.session.save_checkpoint", full)
+    line = spikerl("train", *SHORT, "run_dir=above/run").line
+    assert line == "run_dir=above/run: No space left on device; nothing was started"
+    assert list(tmp_path.iterdir()) == []
