@@ -140,13 +140,23 @@ def record_lost_worker(lost: launch.WorkerLost, run: str | None) -> int:
     cause = str(lost)
     if run is not None:
         folder = Path(run)
-        # A process that resumed it meanwhile has it now.
-        with suppress(OSError, BadRequest), run_folder.lock(folder):
+        # Worker 0 of several machines may hold it a little longer than this one's workers live; a
+        # process that resumed it meanwhile keeps it.
+        with suppress(OSError, BadRequest), run_folder.lock(folder, within_s=launch.SHUTDOWN_S):
             run_folder.update_manifest(folder, status="failed", ended=run_folder.now())
-            write_text(folder / "error.txt", f"{lost.trace}{cause}\n")
+            if not known_elsewhere(folder / "error.txt", cause):
+                write_text(folder / "error.txt", f"{lost.trace}{cause}\n")
         cause += f" (spikerl train resume={shown(folder)} goes on from its last checkpoint)"
     print(f"spikerl: {cause}", file=sys.stderr)
     return FAILED
+
+
+def known_elsewhere(error: Path, cause: str) -> bool:
+    """Whether another machine has told the cause, of which this one may know nothing."""
+    said = error.read_text(encoding="utf-8").splitlines()[-1:] if error.exists() else []
+    told = [line for line in said if line.startswith("worker ")]
+    lost_others = launch.LOST_OTHERS in cause
+    return any(lost_others or launch.LOST_OTHERS not in line for line in told)
 
 
 def run(

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
 LATE = ("did not come", "Timed out", "timeout")
+LOST_OTHERS = "lost the others"  # what a worker says that knows no more
 THREADS = "OMP_NUM_THREADS"
 SHUTDOWN_S = 4  # how long survivors of a lost worker may take before they are killed
 
@@ -373,7 +374,7 @@ def write_failure(shared_dir: Path, rank: int, error: BaseException) -> None:
     alone = isinstance(error, dist.DistError) or any(w in str(error) for w in LOST_PEER)
     place = r"\[[^]]*\] "  # in PyTorch's sources
     reason = {
-        "error": "lost the others: " + re.sub(place, "", first).partition(". ")[0]
+        "error": f"{LOST_OTHERS}: " + re.sub(place, "", first).partition(". ")[0]
         if alone
         else f"{type(error).__name__}: {first}",
         "collective": alone,

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -194,15 +195,21 @@ def update_manifest(folder: Path, **changes: Any) -> None:
     write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **changes})
 
 
-def lock(folder: Path) -> IO[str]:
-    """Hold the folder until the file is closed or the process ends; refuse if another holds it."""
-    try:
-        held = hold(folder)
-    except OSError as error:
-        raise BadRequest("resume", folder, f"cannot be written to: {error.strerror}") from None
-    if isinstance(held, str):
-        raise BadRequest("resume", folder, f"{held} is running it; stop that first")
-    return held
+def lock(folder: Path, *, within_s: float = 0.0) -> IO[str]:
+    """Hold the folder until the file is closed or the process ends; refuse if another holds it and
+    does not give it back within that time.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            held = hold(folder)
+        except OSError as error:
+            raise BadRequest("resume", folder, f"cannot be written to: {error.strerror}") from None
+        if not isinstance(held, str):
+            return held
+        if time.monotonic() >= deadline:
+            raise BadRequest("resume", folder, f"{held} is running it; stop that first")
+        time.sleep(0.1)
 
 
 def is_held(folder: Path) -> bool:

@@ -348,7 +348,8 @@ class Session:
         with suppress(OSError):
             self.end("failed")
         with suppress(OSError):
-            write_text(self.folder / "error.txt", text)
+            if not (self.folder / "error.txt").exists():  # by a machine that knew it before
+                write_text(self.folder / "error.txt", text)
 
     def summarise(self) -> None:
         rows = read_rows(self.folder / "metrics.jsonl")

@@ -1,0 +1,49 @@
+"""A run of several machines that lost a worker."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from pathlib import Path
+
+from spikerl.commands.train import record_lost_worker
+from spikerl.distributed.launch import WorkerLost
+from spikerl.runs import folder as run_folder
+
+CAUSE = "worker 3 of 4 was killed by SIGKILL"
+LATER = "worker 2 of 4: ValueError: 7"
+ELSEWHERE = ["worker 0 of 4: lost the others: Connection closed by peer",
+             "worker 1 of 4: lost the others: Timed out waiting 2000ms"]  # fmt: skip
+TRACE = "Traceback (most recent call last):\nRuntimeError: Connection closed by peer\n"
+
+
+def lost(text: str) -> WorkerLost:
+    error = WorkerLost(text)
+    error.trace = TRACE
+    return error
+
+
+def error_of(run: Path, *told: str) -> str:
+    """What is left when each machine has told its cause, in this order."""
+    (run / "error.txt").write_text(TRACE)  # worker 0's own
+    for text in told:
+        assert record_lost_worker(lost(text), str(run)) == 1
+    return (run / "error.txt").read_text()
+
+
+def test_the_cause_stays_whoever_tells_it_first(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"status": "running"}')
+    for order in itertools.permutations([CAUSE, *ELSEWHERE]):
+        assert error_of(tmp_path, *order) == f"{TRACE}{CAUSE}\n", order
+    assert error_of(tmp_path, CAUSE, LATER) == f"{TRACE}{CAUSE}\n"
+    assert error_of(tmp_path, *ELSEWHERE) == f"{TRACE}{ELSEWHERE[0]}\n"
+    assert json.loads((tmp_path / "manifest.json").read_text())["status"] == "failed"
+
+
+def test_worker_0_of_another_machine_still_holds_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"status": "running"}')
+    held = run_folder.lock(tmp_path)
+    threading.Timer(0.3, held.close).start()
+    record_lost_worker(lost(CAUSE), str(tmp_path))
+    assert (tmp_path / "error.txt").read_text() == f"{TRACE}{CAUSE}\n"
