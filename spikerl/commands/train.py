@@ -264,7 +264,7 @@ def finished(folder: Path, config: Config) -> bool:
         remedy = f"its config.yaml lacks {lacking[0]}, as one that was cut; put back a whole one"
         raise BadRequest("resume", folder, remedy)
     run_folder.check_own(folder)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and not config.run.node_rank:
         run_folder.lock(folder).close()
     freed, total = record.get("freed"), config.run.total_steps
     if freed:

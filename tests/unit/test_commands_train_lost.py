@@ -1,4 +1,4 @@
-"""A run of several machines that lost a worker."""
+"""A run of several machines that lost a worker, or is resumed by all of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import itertools
 import json
 import threading
 from pathlib import Path
+
+import pytest
+from shell import SHORT, spikerl
 
 from spikerl.commands.train import record_lost_worker
 from spikerl.distributed.launch import WorkerLost
@@ -47,3 +50,14 @@ def test_worker_0_of_another_machine_still_holds_the_folder(tmp_path: Path) -> N
     threading.Timer(0.3, held.close).start()
     record_lost_worker(lost(CAUSE), str(tmp_path))
     assert (tmp_path / "error.txt").read_text() == f"{TRACE}{CAUSE}\n"
+
+
+def test_machines_that_resume_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first one looks whether somebody runs it."""
+    monkeypatch.chdir(tmp_path)
+    assert spikerl("train", *SHORT, "num_envs=2", "total_steps=2", "run_dir=run").status == 0
+    nodes = ["world_size=2", "nnodes=2", "rdzv=127.0.0.1:29500"]
+    with run_folder.lock(Path("run")):
+        said = spikerl("train", "resume=run", *nodes, "node_rank=1")
+        assert (said.status, said.err) == (0, "")
+        assert " is running it" in spikerl("train", "resume=run", *nodes, "node_rank=0").line
