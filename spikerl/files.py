@@ -166,9 +166,9 @@ def hold(folder: Path) -> IO[str] | str:
         with file:
             file.seek(0)
             return file.read().strip() or "another process"
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
+    with suppress(OSError):  # a full disk takes no words, and nothing of them is to wait for it
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
     return file
 
 

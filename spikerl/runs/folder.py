@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -224,13 +225,18 @@ def is_held(folder: Path) -> bool:
     return False
 
 
+def for_going_on(folder: Path) -> list[Path]:
+    """What a run that is done needs only to go on."""
+    parts = (folder / "replay", folder / "checkpoints")
+    return [part for part in parts if os.path.lexists(part)]
+
+
 def free(folder: Path) -> int:
     """Remove the replay and the checkpoints of a finished run; how many bytes.
 
     Its policies, record and results stay; it can be evaluated, and started from, not resumed.
     """
-    parts = [folder / name for name in ("checkpoints", "replay")]
-    there = [part for part in parts if os.path.lexists(part)]
+    there = for_going_on(folder)
     if not there:
         return 0
     if not (folder / "policy.json").is_file():
@@ -238,7 +244,13 @@ def free(folder: Path) -> int:
     if links := [part.name for part in there if part.is_symlink()]:
         raise BadRequest("path", folder, f"its {links[0]} is a link; remove what it stands for")
     size = sum(p.lstat().st_size for part in there for p in part.rglob("*") if not p.is_dir())
-    update_manifest(folder, freed=now())
+    try:
+        update_manifest(folder, freed=now())
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        shutil.rmtree(there.pop(0))  # the room that is needed to say so
+        update_manifest(folder, freed=now())
     for part in there:
         shutil.rmtree(part)
     return size

@@ -15,6 +15,7 @@ import pytest
 from builders import small_config
 from disks import Failing, Undisturbed, attempt, before_each_call
 from processes import record, rows
+from shell import spikerl
 from spawn import run_workers
 
 from spikerl.distributed.world import World
@@ -113,6 +114,20 @@ def test_a_disk_that_stays_full(
     (small_disk / "ballast").unlink()
     assert whole.train(resume=str(run)) == 0
     assert whole.equals(run)
+
+
+def test_a_full_disk_is_freed(whole: Undisturbed, small_disk: Path) -> None:
+    """Of the checkpoints and the replay of a run that is done."""
+    run = small_disk / "run"
+    assert whole.train(run_dir=str(run)) == 0
+    (run / ".lock").unlink()
+    fill(small_disk)
+    said = spikerl("runs", f"path={small_disk}", "clean=true")
+    assert "replay and checkpoints of 1 finished runs\n" in said.out
+    assert "keeps its replay" not in said.out
+    assert not (run / "checkpoints").exists()
+    assert whole.equals(run)
+    assert "was removed" in spikerl("train", f"resume={run}", "total_steps=80").line
 
 
 def test_a_folder_that_cannot_be_written_is_refused(

@@ -90,6 +90,34 @@ def test_what_is_freed_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "freed" in json.loads((tmp_path / "manifest.json").read_text())
 
 
+def test_a_full_disk_can_be_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("manifest.json", "policy.json"):
+        (tmp_path / name).write_text("{}")
+    for name in ("replay", "checkpoints"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows").write_bytes(bytes(10))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write, raw_write = run_folder.write_json, os.write
+
+    def only_with_room(path: Path, content: Any) -> None:
+        if (tmp_path / "replay").exists():
+            raise full
+        write(path, content)
+
+    def no_words(number: int, content: bytes) -> int:
+        if content.startswith(b"process"):
+            raise full
+        return raw_write(number, content)
+
+    monkeypatch.setattr(run_folder, "write_json", only_with_room)
+    monkeypatch.setattr(os, "write", no_words)
+    with run_folder.lock(tmp_path):
+        assert run_folder.free(tmp_path) == 20
+        assert "running it" in str(refusal(run_folder.lock, tmp_path))
+    assert "freed" in json.loads((tmp_path / "manifest.json").read_text())
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_full_disk_is_a_line(tmp_path: Path) -> None:
     def fill(folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
