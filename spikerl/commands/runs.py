@@ -155,6 +155,8 @@ def clean(folders: Sequence[Path]) -> tuple[dict[Path, int], list[str]]:
     for folder in folders:
         if run_folder.read_manifest(folder, key="path")["status"] != "done":
             continue
+        if not run_folder.for_going_on(folder):
+            continue
         try:
             with run_folder.lock(folder):
                 if run_folder.read_manifest(folder, key="path")["status"] != "done":

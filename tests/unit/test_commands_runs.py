@@ -190,8 +190,11 @@ def test_cleaning() -> None:
     assert removed
     assert all(n.startswith(("Ant/td3/a/replay", "Ant/td3/a/checkpoints")) for n in removed)
     assert not any(n.startswith(("Ant/td3/a/replay", "Ant/td3/a/checkpoints")) for n in after)
+    (Path("outputs/Ant/td3/a") / ".lock").unlink()
+    before = tree(Path("outputs"))
     said = spikerl("runs", "path=outputs", "clean=true", "json=true")
     assert json.loads(said.out)["freed_bytes"] == 0
+    assert tree(Path("outputs")) == before
 
 
 @pytest.mark.parametrize("reason", ["link", "held", "no policy", "damaged", "damaged best"])
