@@ -109,8 +109,10 @@ def library(path: str) -> ctypes.CDLL:
     built = _cache_folder() / f"spiking-{path}-{digest}.so"
     try:
         if not built.exists():
-            with _lock(built.with_suffix(".lock")):
+            with _lock(built.with_suffix(".lock")) as alone:
                 if not built.exists():
+                    if alone:
+                        _remove_leftovers(built)
                     _build(command, built)
     except OSError as error:
         raise Unbuilt(f"{built.parent} cannot be used: {error.strerror or error}") from None
@@ -195,7 +197,8 @@ def _declare(lib: ctypes.CDLL) -> None:
 
 def _build(command: list[str], built: Path) -> None:
     """Compile the sources in parallel, then link them."""
-    with tempfile.TemporaryDirectory(dir=built.parent) as folder, ThreadPoolExecutor() as pool:
+    beside = tempfile.TemporaryDirectory(dir=built.parent, prefix=f"{built.stem}-")
+    with beside as folder, ThreadPoolExecutor() as pool:
         sources = _sources(".cpp")
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
         target = Path(folder) / "out.so"
@@ -211,6 +214,12 @@ def _build(command: list[str], built: Path) -> None:
 
 
 def _sources(*kinds: str) -> list[Path]:
+def _remove_leftovers(built: Path) -> None:
+    """The folders of builds that were killed."""
+    for folder in built.parent.glob(f"{built.stem}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
     """Without what an editor leaves beside them."""
     return sorted(p for p in SOURCES.iterdir() if p.suffix in kinds and p.is_file())
 
@@ -254,10 +263,11 @@ def _cache_folder() -> Path:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        lock_file(file, wait=True)  # without locks several may build; the last one's stays
-        yield
+def _lock(path: Path) -> Iterator[bool]:
+    """Gives whether nobody else builds; without locks several may, and the last one's stays."""
+    with path.open("w") as file, path.open("w") as other:
+        lock_file(file, wait=True)
+        yield not lock_file(other)
 
 
 def _processor_flags() -> set[str]:

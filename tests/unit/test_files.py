@@ -7,6 +7,9 @@ import errno
 import fcntl
 import os
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -157,6 +160,27 @@ def test_a_cache_that_cannot_be_used_is_no_traceback(
     monkeypatch.setattr(build, "_build", refuses(number))
     with pytest.raises(build.Unbuilt, match=os.strerror(number)):
         build.library("portable")
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_a_killed_build_left_is_removed(
+    locks: bool, unbuilt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the next build, if a lock tells that nobody else builds there."""
+    compiler = unbuilt / "cxx"
+    compiler.write_text("#!/bin/sh\n[ $1 = --version ] || exec sleep 2\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    code = f"import runpy; runpy.run_path({build.__file__!r})['library']('portable')"
+    with subprocess.Popen([sys.executable, "-c", code]) as killed:
+        while not (left := [path for path in unbuilt.glob("spikerl/*") if path.is_dir()]):
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", refuses(errno.ENOSYS))
+    build.library("portable")
+    assert left[0].exists() != locks
 
 
 def test_a_user_without_a_home(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
