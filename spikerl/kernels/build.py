@@ -115,7 +115,8 @@ def library(path: str) -> ctypes.CDLL:
                         _remove_leftovers(built)
                     _build(command, built)
     except OSError as error:
-        raise Unbuilt(f"{built.parent} cannot be used: {error.strerror or error}") from None
+        why = f"{built.parent} cannot be used: {error.strerror or error}"
+        raise Unbuilt(f"{why}; name another with SPIKERL_CACHE=FOLDER") from None
     try:
         lib = ctypes.CDLL(str(built))
     except OSError as error:
@@ -256,9 +257,8 @@ def _cache_folder() -> Path:
     except (OSError, RuntimeError) as error:  # the second from a user whom nobody knows
         raise Unbuilt(f"no cache folder ({error}); name one with SPIKERL_CACHE=FOLDER") from None
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise Unbuilt(f"{folder} can be written to by others")
-    if not os.access(folder, os.W_OK):
-        raise Unbuilt(f"{folder} cannot be written to; name another with SPIKERL_CACHE=FOLDER")
+        why = "can be written to by others; name another with SPIKERL_CACHE=FOLDER"
+        raise Unbuilt(f"{folder} {why}")
     return folder
 
 

@@ -66,7 +66,8 @@ def test_a_cache_without_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(build, "library", build.library.__wrapped__)
     there, detail = row(doctor.kernel_findings(), "cpu")
     assert not there
-    expected = f"{tmp_path}/spikerl cannot be used: No space left on device; use kernel=auto"
+    remedy = "name another with SPIKERL_CACHE=FOLDER; use kernel=auto"
+    expected = f"{tmp_path}/spikerl cannot be used: No space left on device; {remedy}"
     assert detail in (expected, f"no C++ compiler (g++, clang++ or c++); {expected}")
 
 

@@ -183,6 +183,21 @@ def test_what_a_killed_build_left_is_removed(
     assert left[0].exists() != locks
 
 
+def test_a_library_in_a_cache_that_cannot_be_written_to(
+    unbuilt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container's image: what is there is used, what is not has a remedy."""
+    name = build.library("portable")
+    build.library.cache_clear()
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and real(path, mode))
+    monkeypatch.setattr(build, "_lock", refuses(errno.EROFS))
+    assert build.library("portable") == name
+    said = "cannot be used: Read-only file system; name another with SPIKERL_CACHE=FOLDER"
+    with pytest.raises(build.Unbuilt, match=said):
+        build.library("avx2")
+
+
 def test_a_user_without_a_home(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SPIKERL_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
