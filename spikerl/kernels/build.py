@@ -214,13 +214,13 @@ def _build(command: list[str], built: Path) -> None:
         target.replace(built)
 
 
-def _sources(*kinds: str) -> list[Path]:
 def _remove_leftovers(built: Path) -> None:
     """The folders of builds that were killed."""
     for folder in built.parent.glob(f"{built.stem}-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _sources(*kinds: str) -> list[Path]:
     """Without what an editor leaves beside them."""
     return sorted(p for p in SOURCES.iterdir() if p.suffix in kinds and p.is_file())
 
@@ -276,7 +276,8 @@ def _processor_flags() -> set[str]:
     except OSError:
         return set()
     lines = (line.partition(":") for line in text.splitlines())
-    return next((set(value.split()) for key, _, value in lines if key.strip() == "flags"), set())
+    words = ("flags", "Features")  # of x86-64, and of Arm
+    return next((set(value.split()) for key, _, value in lines if key.strip() in words), set())
 
 
 def _may_use_tiles() -> bool:

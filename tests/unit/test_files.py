@@ -198,6 +198,14 @@ def test_a_library_in_a_cache_that_cannot_be_written_to(
         build.library("avx2")
 
 
+def test_a_processors_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They tell machines apart for which -march=native is not the same; Arm has another word."""
+    for word in ("flags", "Features"):
+        text = f"processor\t: 0\n{word}\t: fp asimd\n"
+        monkeypatch.setattr(Path, "read_text", lambda path, text=text: text)
+        assert build._processor_flags() == {"fp", "asimd"}
+
+
 def test_a_user_without_a_home(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SPIKERL_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
