@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from builders import popsan, td3_config
+from builders import INVERTED_PENDULUM, popsan, td3_config
 
 from spikerl.algos.td3 import TD3
 from spikerl.commands.bench import baselines
+from spikerl.envs.make import EnvConfig, make_env
 from spikerl.kernels import reference
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
@@ -40,19 +41,23 @@ def test_popsans_loop_is_the_same_actor() -> None:
         torch.testing.assert_close(layer.weight.grad.T, other.weight_IN.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_its_update_is_td3s(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("delay", "first"), [(2, 0), (3, 1)])
+def test_its_update_is_td3s(delay: int, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without target noise, four updates leave the same weights."""
     monkeypatch.setattr(baselines, "TARGET_NOISE", 0.0)
     torch.manual_seed(0)
     actor, critic = popsan(11, 3, [32, 24]), Critics(11, 3, [256, 256])
-    loop = baselines.popsan_loop(actor, 11, 3, [256, 256])
+    config = td3_config(
+        target_noise=0.0, critic_hidden_sizes=[256, 256], policy_delay=delay,
+        first_policy_update=first,
+    )  # fmt: skip
+    loop = baselines.popsan_loop(actor, 11, 3, config)
     for i, q in enumerate((loop.q1, loop.q2)):
         for n, layer in enumerate((*q.hidden, q.value)):
             with torch.no_grad():
                 layer.weight.copy_(critic.weights_CIN[n][i].T)
                 layer.bias.copy_(critic.biases_C1N[n][i, 0])
     loop.q1_target, loop.q2_target = copy.deepcopy(loop.q1), copy.deepcopy(loop.q2)
-    config = td3_config(target_noise=0.0, critic_hidden_sizes=[256, 256])
     ours = TD3(actor, critic, config, actor_lr=1e-4, generator=torch.Generator())
     batch = some_batch(40)
     for _ in range(4):
@@ -80,13 +85,33 @@ def test_weights_that_fire_as_trained_ones_do() -> None:
 
 
 def test_training_with_a_baseline() -> None:
-    loop = baselines.dense_loop(4, 1, [16, 8], [12], torch.device("cpu"))
+    """Updates are those of this program with the same keys, be the batch larger than the replay."""
+    algo = td3_config(
+        batch_size=1000, critic_hidden_sizes=[12], learning_starts=10, update_interval=10,
+        updates_per_step=0.5,
+    )  # fmt: skip
+    loop = baselines.dense_loop(4, 1, [16, 8], algo, torch.device("cpu"))
     assert [p.shape[0] for p in loop.q1.parameters()] == [12, 12, 1, 1]
     assert [p.shape[0] for p in loop.actor.parameters()] == [16, 16, 8, 8, 1, 1]
-    steps = loop.train("InvertedPendulum-v5", batch_size=8, update_interval=10)
-    for _ in range(40):
+    steps, made = loop.train(make_env(INVERTED_PENDULUM)), []
+    for _ in range(30):
         next(steps)
-    assert loop.updates == 40
+        made.append(loop.updates)
+    assert made == [0] * 9 + [5] * 10 + [10] * 10 + [15]
+
+
+def test_a_baseline_trains_on_the_environment_that_was_asked_for() -> None:
+    """With its position, which these arguments add, a hopper has 12 observations."""
+    kwargs = {"exclude_current_positions_from_observation": False}
+    hopper = EnvConfig(
+        name="Hopper", version="v5", id="Hopper-v5", max_episode_steps=None, vectorizer="sync",
+        kwargs=kwargs,
+    )  # fmt: skip
+    loop = baselines.dense_loop(12, 3, [8], td3_config(), torch.device("cpu"))
+    steps = loop.train(make_env(hopper))
+    next(steps)
+    next(steps)
+    assert loop.updates == 2
 
 
 def test_critics_whose_units_are_active_as_trained_ones_are() -> None:

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spikerl.algos.td3 import TD3Config
+from spikerl.envs.make import CheckedEnv
 from spikerl.kernels import reference
 from spikerl.models.actor import SpikingActor
 from spikerl.models.critic import Critics
@@ -149,12 +151,12 @@ class Loop:
         obs_dim: int,
         act_dim: int,
         actor_lr: float,
-        critic_hidden_sizes: Sequence[int],
+        algo: TD3Config,
     ) -> None:
-        self.actor = actor
+        self.actor, self.algo = actor, algo
         self.device = next(actor.parameters()).device
         self.q1, self.q2 = (
-            QNetwork(obs_dim, act_dim, critic_hidden_sizes).to(self.device) for _ in range(2)
+            QNetwork(obs_dim, act_dim, algo.critic_hidden_sizes).to(self.device) for _ in range(2)
         )
         self.actor_target = copy.deepcopy(actor)
         self.q1_target, self.q2_target = copy.deepcopy(self.q1), copy.deepcopy(self.q2)
@@ -176,7 +178,7 @@ class Loop:
         self.q_optimizer.zero_grad()
         (q1_loss + q2_loss).backward()
         self.q_optimizer.step()
-        if self.updates % 2 == 0:
+        if (self.updates - self.algo.first_policy_update) % self.algo.policy_delay == 0:
             actor_loss = -self.q1(batch.obs, self.actor(batch.obs)).mean()
             self.actor_optimizer.zero_grad()
             actor_loss.backward()
@@ -191,28 +193,27 @@ class Loop:
             for p, p_target in zip(online.parameters(), target.parameters(), strict=True):
                 p_target.data.copy_(TAU * p.data + (1 - TAU) * p_target.data)
 
-    def train(self, env_id: str, batch_size: int, update_interval: int) -> Iterator[None]:
-        """Act, store, and make as many updates as steps, in groups; yields after each step."""
-        env = gym.make(env_id)
+    def train(self, env: CheckedEnv) -> Iterator[None]:
+        """Act, store, and make the updates that became due; yields after each step."""
         space = env.action_space
         assert isinstance(space, gym.spaces.Box)
-        scale = float(space.high[0])
+        scale = float(space.high.flat[0])
         obs, _ = env.reset(seed=0)
-        O, A = len(obs), space.shape[0]  # noqa: E741
+        O, A = len(obs), math.prod(space.shape)  # noqa: E741
         widths = {"obs": O, "act": A, "rew": 1, "next_obs": O, "done": 1}
         rows = {name: np.zeros((100_000, n), np.float32) for name, n in widths.items()}
-        for step in count():
+        for step in count(1):
             with torch.no_grad():
                 row = torch.from_numpy(obs.astype(np.float32)).unsqueeze(0).to(self.device)
                 act = self.actor(row)[0].cpu().numpy()
             act = np.clip(act + EXPLORE_NOISE * np.random.randn(A), -1.0, 1.0)
-            next_obs, rew, terminated, truncated, _ = env.step(scale * act)
+            next_obs, rew, terminated, truncated, _ = env.step((scale * act).reshape(space.shape))
             for name, value in zip(rows, (obs, act, rew, next_obs, terminated), strict=True):
-                rows[name][step % 100_000] = value
+                rows[name][(step - 1) % 100_000] = value
             obs = env.reset()[0] if terminated or truncated else next_obs
-            if step % update_interval == update_interval - 1 and step >= batch_size:
-                for _ in range(update_interval):
-                    self.update(draw(rows, min(step, 100_000), batch_size, self.device))
+            due = self.algo.updates_due(step, 1) - self.algo.updates_due(step - 1, 1)
+            for _ in range(due):
+                self.update(draw(rows, min(step, 100_000), self.algo.batch_size, self.device))
             yield
 
 
@@ -224,23 +225,21 @@ def draw(rows: dict[str, np.ndarray], filled: int, batch_size: int, device: torc
     return Batch(parts["obs"], parts["act"], rew, parts["next_obs"], done, discount)
 
 
-def popsan_loop(
-    source: SpikingActor, obs_dim: int, act_dim: int, critic_hidden_sizes: Sequence[int]
-) -> Loop:
+def popsan_loop(source: SpikingActor, obs_dim: int, act_dim: int, algo: TD3Config) -> Loop:
     """With the weights of `source`, on its device."""
     actor = PopSANActor(source).to(source.layers[0].weight_IN.device)
-    return Loop(actor, obs_dim, act_dim, 1e-4, critic_hidden_sizes)
+    return Loop(actor, obs_dim, act_dim, 1e-4, algo)
 
 
 def dense_loop(
     obs_dim: int,
     act_dim: int,
     hidden_sizes: Sequence[int],
-    critic_hidden_sizes: Sequence[int],
+    algo: TD3Config,
     device: torch.device,
 ) -> Loop:
     actor = DenseActor(obs_dim, act_dim, hidden_sizes).to(device)
-    return Loop(actor, obs_dim, act_dim, 1e-3, critic_hidden_sizes)
+    return Loop(actor, obs_dim, act_dim, 1e-3, algo)
 
 
 # Standard deviation of a layer's drive, if its inputs fired independently. With it, the shares of

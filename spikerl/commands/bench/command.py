@@ -17,6 +17,7 @@ from torch import nn
 from spikerl import kernels, machine
 from spikerl.algos.offpolicy import OffPolicy
 from spikerl.algos.proxy_td3 import ProxyTD3Config
+from spikerl.algos.td3 import TD3Config
 from spikerl.children import PYTHON
 from spikerl.commands.bench import workers as bench_workers
 from spikerl.commands.bench.baselines import (
@@ -42,6 +43,7 @@ from spikerl.commands.train import task_for
 from spikerl.config import build as configs
 from spikerl.config.build import Config
 from spikerl.config.memory import check_memory
+from spikerl.envs.make import make_env
 from spikerl.errors import DONE, BadRequest
 from spikerl.kernels.cpu import OneAction
 from spikerl.machine import git_state, versions
@@ -238,16 +240,15 @@ class Bench(BenchFixtures):
             spiking(self.kernel, "bf16"),
             *([spiking("reference", "fp32")] if self.kernel != "reference" else []),
             benchmark(DENSE, "fp32", self.learner(dense)),
-            *(benchmark(name, "fp32", loop) for name, loop in self.loops().items()),
+            *(benchmark(name, "fp32", loop) for name, loop in self.loops(self.algo).items()),
         ]
 
-    def loops(self) -> dict[str, Loop]:
+    def loops(self, algo: TD3Config) -> dict[str, Loop]:
         """Both baselines, with networks as wide as those that are timed."""
         O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
-        critics = self.algo.critic_hidden_sizes
         return {
-            "popsan loop": popsan_loop(self.actor, O, A, critics),
-            "dense loop": dense_loop(O, A, self.hidden, critics, self.device),
+            "popsan loop": popsan_loop(self.actor, O, A, algo),
+            "dense loop": dense_loop(O, A, self.hidden, algo, self.device),
         }
 
     def proxies(self) -> Results:
@@ -286,7 +287,7 @@ class Bench(BenchFixtures):
         dense = replace(config, actor=replace(config.actor, actor=self.dense))
         spiking = Trainer(config, self.task, self.policy(self.actor))
         trainers = {self.kernel: spiking, DENSE: Trainer(dense, self.task)}
-        loops = self.loops()
+        loops = self.loops(short)
 
         def benchmark(kernel: str, step: Callable[[], object]) -> Benchmark:
             def call() -> None:
@@ -302,7 +303,7 @@ class Bench(BenchFixtures):
 
         benchmarks = [benchmark(kernel, t.advance) for kernel, t in trainers.items()]
         for kernel, loop in loops.items():
-            steps = loop.train(self.task.env_id, algo.batch_size, interval)
+            steps = loop.train(make_env(config.env))
             benchmarks.append(benchmark(kernel, partial(next, steps)))
         return benchmarks
 
