@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from builders import popsan_config, small_config
 from exports import config, policy_of, saved, task
 from shell import refusal
 
+from spikerl.commands.bench.command import Bench, BenchRequest
 from spikerl.commands.bench.fixtures import BenchFixtures
+from spikerl.commands.bench.progress import BenchProgress
+from spikerl.models.actor import Actor
+from spikerl.types import Resolved
+
+
+def small_bench() -> Bench:
+    request = BenchRequest(parts=[], batches=[12], world_sizes=[], rounds=1, run=None, json=False)
+    asked = small_config()
+    asked.resolved.kernel = Resolved("cpu/portable", "requested")  # nothing here runs in it
+    return Bench(asked, request, BenchProgress())
 
 
 def test_an_actor_of_another_shape_is_refused(tmp_path: Path) -> None:
@@ -23,3 +36,15 @@ def test_an_actor_of_another_shape_is_refused(tmp_path: Path) -> None:
     timed = BenchFixtures(asked, str(run)).spiking("reference")
     weight = policy_of(config(), task(4, 1)).actor.layers[0].weight_IN
     assert torch.equal(timed.layers[0].weight_IN, weight)
+
+
+def test_a_dense_actor_runs_in_the_kernel_that_trains_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[tuple[str, str]] = []
+
+    def learner(self: Bench, actor: Actor, *others: Any) -> None:
+        learned.append((type(actor).__name__, actor.kernel))
+
+    monkeypatch.setattr(Bench, "learner", learner)
+    small_bench().update(12)
+    spiking = [("SpikingActor", kernel) for kernel in ("cpu/portable", "cpu/portable", "reference")]
+    assert learned == [*spiking, ("MLPActor", "cpu/portable")]

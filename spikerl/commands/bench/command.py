@@ -234,7 +234,7 @@ class Bench(BenchFixtures):
             learner = self.learner(self.spiking(kernel), DTYPES[precision])
             return benchmark(kernel, precision, learner)
 
-        dense = MLPActor(O, A, self.dense).to(self.device)
+        dense = MLPActor(O, A, self.dense, kernel=self.kernel).to(self.device)
         return [
             spiking(self.kernel, "fp32"),
             spiking(self.kernel, "bf16"),
