@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from shell import refusal
 from spikerl.commands.bench.command import Bench, BenchRequest
 from spikerl.commands.bench.fixtures import BenchFixtures
 from spikerl.commands.bench.progress import BenchProgress
+from spikerl.commands.bench.timing import Benchmark, Results, measurement
 from spikerl.models.actor import Actor
 from spikerl.types import Resolved
 
@@ -48,3 +50,16 @@ def test_a_dense_actor_runs_in_the_kernel_that_trains_it(monkeypatch: pytest.Mon
     small_bench().update(12)
     spiking = [("SpikingActor", kernel) for kernel in ("cpu/portable", "cpu/portable", "reference")]
     assert learned == [*spiking, ("MLPActor", "cpu/portable")]
+
+
+def test_a_runs_weights_are_not_those_of_other_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time(self: Bench, title: str, benchmarks: list[Benchmark]) -> Results:
+        return Results([measurement(each, [1.0], 1) for each in benchmarks])
+
+    stub = SimpleNamespace(batches_per_update=1)
+    monkeypatch.setattr(Bench, "time", time)
+    monkeypatch.setattr(Bench, "learner", lambda *given, **more: stub)
+    bench = small_bench()
+    bench.weights = "run"
+    weights = [m.weights for m in bench.proxies().measurements]
+    assert weights == ["run", "trained rates", "trained rates", "trained rates"]

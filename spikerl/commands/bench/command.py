@@ -27,7 +27,7 @@ from spikerl.commands.bench.baselines import (
     dense_loop,
     popsan_loop,
 )
-from spikerl.commands.bench.fixtures import UPDATES_PER_TURN, BenchFixtures
+from spikerl.commands.bench.fixtures import TRAINED, UPDATES_PER_TURN, BenchFixtures
 from spikerl.commands.bench.progress import BenchProgress
 from spikerl.commands.bench.roofline import Roofline, roofline
 from spikerl.commands.bench.table import show
@@ -255,7 +255,7 @@ class Bench(BenchFixtures):
         """Updates of TD3 with a proxy target, and of TD3."""
         kernel, batch = self.kernel, self.request.batches[-1]
 
-        def benchmark(name: str, learner: OffPolicy) -> Benchmark:
+        def benchmark(name: str, learner: OffPolicy, weights: str) -> Benchmark:
             rows = self.batch(UPDATES_PER_TURN * learner.batches_per_update * batch)
 
             def call() -> None:
@@ -263,16 +263,17 @@ class Bench(BenchFixtures):
                 learner.check()
 
             what, times = f"update, {name}", UPDATES_PER_TURN
-            return Benchmark(what, kernel, "fp32", batch, self.weights, times, call)
+            return Benchmark(what, kernel, "fp32", batch, weights, times, call)
 
-        benchmarks = [benchmark("td3", self.learner(self.spiking(kernel)))]
+        benchmarks = [benchmark("td3", self.learner(self.spiking(kernel)), self.weights)]
         for neuron, steps, widths in PROXIES:
             fields = {**asdict(self.algo), "name": "proxy_td3"}
             algo = ProxyTD3Config(
                 **fields, proxy_steps=steps, proxy_lr=1e-3, proxy_hidden_sizes=widths
             )
             learner = self.learner(self.spiking(kernel, neuron), algo=algo)
-            benchmarks.append(benchmark(f"proxy_td3 {neuron.name} K={steps}", learner))
+            name = f"proxy_td3 {neuron.name} K={steps}"
+            benchmarks.append(benchmark(name, learner, TRAINED))
         results = self.time(f"proxy, batch {batch}", benchmarks)
         td3, *others = results.measurements
         results.ratios = {f"{m.name} / td3": ratio(m.median_ms, td3.median_ms) for m in others}

@@ -30,6 +30,7 @@ from spikerl.types import Batch
 # `spikerl eval` measures them.
 TRAINED_RATES = [0.196, 0.329, 0.509, 0.710]
 # Shares of the units of a critic's hidden layers that are not 0, after 80 000 steps of HalfCheetah:
+TRAINED = "trained rates"  # weights at which an actor fires so
 # 0.40 to 0.42 and 0.23 to 0.28, in four critics of two runs.
 TRAINED_ACTIVE_SHARES = [0.41, 0.27]
 # As in training, updates follow each other; the first of a turn has cold caches.
@@ -71,7 +72,7 @@ class BenchFixtures:
             if own != typed:
                 raise BadRequest("run", self.run, f"its actor is {own}; give its keys, not {typed}")
             return policy.actor, "run"
-        return self.actor_at_trained_rates(self.config.actor), "trained rates"
+        return self.actor_at_trained_rates(self.config.actor), TRAINED
 
     def actor_at_trained_rates(self, config: ActorConfig) -> SpikingActor:
         """An actor that fires as a trained one does."""
