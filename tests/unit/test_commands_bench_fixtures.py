@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import popsan_config, small_config
+from builders import popsan_config, proxy_td3_config, small_config
 from exports import config, policy_of, saved, task
 from shell import refusal
 
@@ -38,6 +38,14 @@ def test_an_actor_of_another_shape_is_refused(tmp_path: Path) -> None:
     timed = BenchFixtures(asked, str(run)).spiking("reference")
     weight = policy_of(config(), task(4, 1)).actor.layers[0].weight_IN
     assert torch.equal(timed.layers[0].weight_IN, weight)
+
+
+def test_td3_with_a_proxy_is_refused() -> None:
+    """Its update takes several batches; the part `proxy` times it."""
+    asked = small_config()
+    asked.algo = proxy_td3_config()
+    line = str(refusal(BenchFixtures, asked))
+    assert line == "algo=proxy_td3: bench times TD3; leave it out"
 
 
 def test_a_dense_actor_runs_in_the_kernel_that_trains_it(monkeypatch: pytest.MonkeyPatch) -> None:

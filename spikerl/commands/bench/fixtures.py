@@ -9,6 +9,7 @@ import torch
 
 from spikerl.algos import ALGOS
 from spikerl.algos.offpolicy import OffPolicy
+from spikerl.algos.proxy_td3 import ProxyTD3Config
 from spikerl.algos.td3 import TD3Config
 from spikerl.commands.bench.baselines import set_active_shares, set_firing_rates
 from spikerl.commands.train import task_for
@@ -29,8 +30,8 @@ from spikerl.types import Batch
 # Of the encoder and of each layer, in the HalfCheetah policy that PopSAN's authors published, as
 # `spikerl eval` measures them.
 TRAINED_RATES = [0.196, 0.329, 0.509, 0.710]
-# Shares of the units of a critic's hidden layers that are not 0, after 80 000 steps of HalfCheetah:
 TRAINED = "trained rates"  # weights at which an actor fires so
+# Shares of the units of a critic's hidden layers that are not 0, after 80 000 steps of HalfCheetah:
 # 0.40 to 0.42 and 0.23 to 0.28, in four critics of two runs.
 TRAINED_ACTIVE_SHARES = [0.41, 0.27]
 # As in training, updates follow each other; the first of a turn has cold caches.
@@ -48,7 +49,7 @@ class BenchFixtures:
         if why := why_layered(config.actor, torch.float32):
             remedy = f"bench times actors that run in one call of kernel=cpu; this one has {why}"
             raise BadRequest("actor", config.actor.shape(), remedy)
-        if not isinstance(config.algo, TD3Config):
+        if not isinstance(config.algo, TD3Config) or isinstance(config.algo, ProxyTD3Config):
             raise BadRequest("algo", config.algo.name, "bench times TD3; leave it out")
         self.config, self.run, self.algo = config, run, config.algo
         self.kernel = config.resolved.kernel.choice
