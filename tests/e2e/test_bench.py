@@ -158,6 +158,7 @@ def test_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
         ("config=run/config.yaml", "config=run/config.yaml: bench does not read it"),
         ("init_from=run", "init_from="),
         ("world_size=2", "world_size=2: bench has a list: give world_sizes"),
+        ("num_envs=2", "num_envs=2: bench trains in one environment; leave it out"),
         ("actor=mlp", "actor=mlp: bench times a spiking actor"),
         ("run=nowhere", "run=nowhere: no policy there"),
     ],

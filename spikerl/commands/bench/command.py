@@ -101,6 +101,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     request = parse(BenchRequest, {key: data.pop(key) for key in own})
     if data["world_size"] is not None:
         raise BadRequest("world_size", data["world_size"], "bench has a list: give world_sizes")
+    if data["num_envs"] not in (None, 1):
+        remedy = "bench trains in one environment; leave it out"
+        raise BadRequest("num_envs", data["num_envs"], remedy)
     for name in ("config", "resume", "init_from"):
         if data[name] is not None:
             remedy = "bench does not read it; type its keys, or give run=RUN"
