@@ -110,21 +110,21 @@ def twin_bits(spike_steps: int) -> int:
     return math.ceil(math.log2(spike_steps + 1))
 
 
-def break_even(ops: Operations, dense_nj: float, bits: int = BITS) -> float | None:
+def break_even(ops: Operations, dense_nj: float) -> float | None:
     """Rate of the synapses used below which the policy's memory traffic costs less than this.
 
     E(rate) = rate * (every synapse behind a spiking input, at every spike step, a weight fetched)
     + the rest, as it was counted. Null: not even silence costs less, or nothing spikes.
     """
     nj = DRAM_PJ_PER_BIT * 1e-3
-    most = sum(part.synapses.most_acs * (part.bits or bits) for part in ops.layers) * nj
+    most = sum(part.synapses.most_acs * (part.bits or BITS) for part in ops.layers) * nj
     if not most:
         return None
-    own = memory(ops, bits)
+    own = memory(ops)
     assert own.synapses is not None
     assert own.neurons is not None
     assert own.coding is not None
-    spent = sum(part.synapses.acs * (part.bits or bits) for part in ops.layers) * nj
+    spent = sum(part.synapses.acs * (part.bits or BITS) for part in ops.layers) * nj
     rate = (dense_nj - (own.synapses + own.neurons + own.coding - spent)) / most
     return min(rate, 1.0) if rate > 0.0 else None
 
