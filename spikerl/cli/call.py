@@ -19,9 +19,10 @@ from spikerl.children import safe_path
 from spikerl.cli.compose import deferred, module_of, searchpath, split
 from spikerl.cli.explain import beside, explain, say, wrong
 from spikerl.cli.help import with_meanings
+from spikerl.cli.jobs import refusals
 from spikerl.cli.sweep import Sweep
 from spikerl.config.typed import PATHS
-from spikerl.config.yaml_file import conf_folder
+from spikerl.config.yaml_file import conf_folder, quoted
 from spikerl.errors import (
     BY_DESIGN,
     DONE,
@@ -97,10 +98,11 @@ def run_sweep(
         return sweep.job(config, call, explained)
 
     try:
-        if sweep.command == "train" and (refused := sweep.refusals(args, explained)):
+        if sweep.command == "train" and (refused := refusals(args, explained)):
             return max(map(wrong, refused))
         with safe_path():  # for the processes of Hydra's launchers
-            by_hydra(sweep.command, [*sweep.hydra_args(), *deferred(args)], job)
+            folder = f"hydra.sweep.dir={quoted(str(sweep.root))}"
+            by_hydra(sweep.command, [folder, *deferred(args)], job)
     except SystemExit:
         return FAILED
     except Interrupted as error:  # between two jobs

@@ -91,17 +91,17 @@ def combinations(choices: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
         yield tuple(values[min(i, len(values) - 1)] for values in choices)
 
 
-def refusals(
-    command: str, choices: Sequence[Sequence[str]], explain: Callable[[Exception], str]
-) -> list[str]:
-    """A line for each job that is wrong as it was typed, before any of them runs."""
+def refusals(args: Sequence[str], explain: Callable[[Exception], str]) -> list[str]:
+    """A line for each job of train that is wrong as it was typed, before any of them runs."""
     from spikerl.config.build import parse_groups
 
+    if (values := choices(args)) is None:
+        return []
     errors = []
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        for overrides in combinations(choices):
+        for overrides in combinations(values):
             try:
-                config = compose(command, overrides=[*searchpath(), *overrides])
+                config = compose("train", overrides=[*searchpath(), *overrides])
                 data: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
                 parse_groups(data)
             except (BadRequest, HydraException, OmegaConfBaseException) as error:

@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spikerl.children import SAFE, safe_path
 from spikerl.cli.compose import RESUMABLE, chosen, unquoted
-from spikerl.cli.jobs import check_distinct, choices, count, folder_name, refusals, varied_keys
-from spikerl.config.yaml_file import NOT_CARRIED, quoted, read_config
+from spikerl.cli.jobs import check_distinct, choices, count, folder_name, varied_keys
+from spikerl.config.yaml_file import NOT_CARRIED, read_config
 from spikerl.distributed import hosts, launchers
 from spikerl.errors import (
     BY_DESIGN,
@@ -118,14 +118,6 @@ class Sweep:
             os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # which a run knows
             print(f"jobs are submitted; what they say: {sweep.root}/.submitit/*/*_log.out")
         return sweep
-
-    def hydra_args(self) -> list[str]:
-        return [f"hydra.sweep.dir={quoted(str(self.root))}"]
-
-    def refusals(self, args: Sequence[str], explain: Callable[[Exception], str]) -> list[str]:
-        """What is wrong with the jobs, before the first of them runs."""
-        values = choices(args)
-        return [] if values is None else refusals("train", values, explain)
 
     def job(
         self, config: Any, call: Callable[[Any], int], explain: Callable[[Exception], str]
