@@ -16,6 +16,12 @@ from spikerl.snn.linear import Linear
 MOST = 16  # layers, pixels of a kernel's side
 
 
+def positions(size: tuple[int, int], kernel: int, stride: int) -> tuple[int, int]:
+    """Height and width of what comes out of a convolution without padding."""
+    height, width = size
+    return (height - kernel) // stride + 1, (width - kernel) // stride + 1
+
+
 @dataclass(kw_only=True)
 class ConvConfig:
     """Of what takes images, as the keys of `actor`: one entry of each list for each layer."""
@@ -44,7 +50,7 @@ class ConvConfig:
             if kernel > min(height, width):
                 remedy = f"a layer sees {height} x {width} positions; give smaller ones"
                 raise BadRequest("actor.kernel_sizes", self.kernel_sizes, remedy)
-            height, width = ((n - kernel) // stride + 1 for n in (height, width))
+            height, width = positions((height, width), kernel, stride)
 
     @property
     def pixels(self) -> int:
@@ -65,7 +71,7 @@ class ConvConfig:
             layers.append(
                 Conv(channels, filters, size, kernel, stride, channels_first=first, scale=scale)
             )
-            size = tuple((n - kernel) // stride + 1 for n in size)  # type: ignore[assignment]
+            size = positions(size, kernel, stride)
             channels, first, scale = filters, False, 1.0
         return layers
 
@@ -92,7 +98,7 @@ class Conv(Linear):
         self.channels, self.filters, self.size = channels, filters, size
         self.channels_first = channels_first
         self.kernel, self.stride, self.scale = kernel, stride, scale
-        self.outputs = math.prod((n - kernel) // stride + 1 for n in size) * filters
+        self.outputs = math.prod(positions(size, kernel, stride)) * filters
 
     def rows(self, x_BI: Tensor) -> Tensor:
         """What W maps, (B P, C kernel kernel)."""
