@@ -278,7 +278,6 @@ class Learner:
         """So many updates, each on `batch_size` rows that it draws; metrics of each."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
         """Actions to learn from."""
         raise NotImplementedError
