@@ -104,7 +104,7 @@ def check_typed(
     """Refuse what was typed where the file decides, and says something else."""
     had, now = dict(dotted(asked)), dict(dotted(settled))
     for arg in argv:
-        key, _, value = arg.partition("=")
+        key, _, value = arg.lstrip("+").partition("=")
         if foreign.kind == "dense" and key.partition(".")[0] in ("encoder", "neuron", "decoder"):
             raise BadRequest(key, value, "a dense actor has none; leave it out")
         leaf = key if key in had else f"{key}.name"

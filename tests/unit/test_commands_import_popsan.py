@@ -202,6 +202,7 @@ REFUSED = [
     (["init_from=r"], "init_from=r: has no effect on an import"),
     (["seed=-1"], "seed=-1: give 0"),
     (["encoder.pop_size=9"], "encoder.pop_size=9: the file has 4; leave it out"),
+    (["++encoder.pop_size=9"], "encoder.pop_size=9: the file has 4; leave it out"),
     (["decoder.pop_size=9"], "decoder.pop_size=9: the file has 3; leave it out"),
     (["actor.hidden_sizes=[8,8]"], "actor.hidden_sizes=[8,8]: the file has [8, 7]; leave it out"),
     (["stats=none", "algo.norm_clip=5"], "algo.norm_clip=5: observations are not normalised"),
