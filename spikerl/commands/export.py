@@ -15,7 +15,15 @@ from spikerl.config.yaml_file import check_confirmed
 from spikerl.errors import DONE, FAILED, BadRequest
 from spikerl.export import contract, proof, support
 from spikerl.export.formats import FORMATS
-from spikerl.files import checksum, checksum_of, json_bytes, partial_of, shown, why_no_name, write_atomic
+from spikerl.files import (
+    checksum,
+    checksum_of,
+    json_bytes,
+    partial_of,
+    shown,
+    why_no_name,
+    write_atomic,
+)
 from spikerl.models.actor import SpikingActor
 from spikerl.models.policy import Policy
 from spikerl.runs.policies import find_policy, load_policy

@@ -227,8 +227,9 @@ class Interpreter:
         try:
             self.run = ctypes.CDLL(str(library)).run
         except OSError as error:
-            remedy = "set CC to a compiler for this machine, TMPDIR to a folder that may hold programs"
             said = f"what {compiler()[0]} made cannot be loaded: {first_line(error)}"
+            remedy = "set CC to a compiler for this machine"
+            remedy += ", TMPDIR to a folder that may hold programs"
             raise BadRequest("format", "c", f"{said}; {remedy}") from None
         self.run.restype = None
 
