@@ -34,3 +34,12 @@ def test_a_kept_policy(folder: Path) -> None:
     least = min(kept["returns"])
     assert answer["returns"][0] >= least - 0.5 * abs(least)
     assert (folder / "POLICY.md").read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("format", ["c", "onnx"])
+def test_a_dense_policy_whose_sums_cancel(format: str, tmp_path: Path) -> None:
+    """At one of these observations float32 is 1.7e-5 away, by the reference and by both files."""
+    run = ROOT / "popsan_table1/dense_td3/HalfCheetah/seed0"
+    file = tmp_path / f"policy.{format}"
+    said = spikerl("export", f"run={run}", f"format={format}", "episodes=1", f"file={file}")
+    assert said.status == 0, said
