@@ -103,6 +103,8 @@ def launch(spec: dict[str, Any], workers: Workers, *, stoppable: bool = True) ->
     ):
         shared_dir = Path(name)
         (shared_dir / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        # Of the size that it will have, as the disk may be full when the run is done.
+        (shared_dir / "result").write_text(result_text(FAILED))
         os.environ[THREADS] = str(workers.threads)  # which libraries read as they are loaded
         try:
             if failures := start(shared_dir, workers):
@@ -363,8 +365,13 @@ def run_worker(shared_dir: Path, parent: int, run: Callable[[dict[str, Any]], in
         write_failure(shared_dir, rank, error)
         mpi.abort()
         return FAILED
-    write(shared_dir / "result", str(status))  # they all say the same
+    with (shared_dir / "result").open("r+") as file:
+        file.write(result_text(status))  # they all say the same
     return 0
+
+
+def result_text(status: int) -> str:
+    return f"{status:3d}"
 
 
 def write_failure(shared_dir: Path, rank: int, error: BaseException) -> None:

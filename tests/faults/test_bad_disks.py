@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,6 +20,7 @@ from processes import record, rows
 from shell import spikerl
 from spawn import run_workers
 
+from spikerl.distributed import launch
 from spikerl.distributed.world import World
 from spikerl.envs.make import make_env, task_of
 from spikerl.errors import BadRequest, DiskError
@@ -128,6 +131,39 @@ def test_a_full_disk_is_freed(whole: Undisturbed, small_disk: Path) -> None:
     assert not (run / "checkpoints").exists()
     assert whole.equals(run)
     assert "was removed" in spikerl("train", f"resume={run}", "total_steps=80").line
+
+
+WORKER = """
+import os, sys
+from pathlib import Path
+from spikerl.distributed.launch import run_worker
+
+def run(spec):
+    with open(sys.argv[2], "ab", buffering=0) as file:
+        try:
+            while file.write(b"x" * 4096):
+                pass
+        except OSError:
+            return 75
+
+sys.exit(run_worker(Path(sys.argv[1]), os.getppid(), run))
+"""
+
+
+def test_a_temporary_folder_that_is_full_when_workers_end(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they say, and have saved elsewhere, is heard."""
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+
+    def run(shared_dir: Path, workers: launch.Workers) -> dict[int, int]:
+        ballast = small_disk / "ballast"
+        subprocess.run([sys.executable, "-c", WORKER, shared_dir, ballast], check=True)
+        return {}
+
+    monkeypatch.setattr(launch, "run_under_agent", run)
+    workers = launch.Workers(size=2, threads=1, backend="gloo", timeout_s=5.0)
+    assert launch.launch({}, workers) == 75
 
 
 def test_a_folder_that_cannot_be_written_is_refused(

@@ -66,11 +66,12 @@ def test_mpiexec_with_one_worker(tmp_path: Path) -> None:
     start = mpi.mpiexec(1)
     assert start
     (tmp_path / "spec.json").write_text(json.dumps({launch.THREADS: None}))
+    (tmp_path / "result").write_text("  1")
     ended = subprocess.run(
         [*start, sys.executable, "-c", WORKER, str(tmp_path)], capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "result").read_text() == "0"
+    assert int((tmp_path / "result").read_text()) == 0
     assert not list(tmp_path.glob("ended.*"))
 
 
