@@ -1,6 +1,7 @@
 """The ways a run is refused, hindered or stopped by design, and the statuses it exits with."""
 
 import difflib
+import errno
 import signal
 from collections.abc import Sequence
 
@@ -78,6 +79,10 @@ def nearest(word: str, known: Sequence[str], of_many: str = "--help lists what t
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"known: {', '.join(known)}" if len(known) < 30 else of_many
+
+
+def disk_is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 # Their message says all.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
@@ -30,6 +31,7 @@ from spikerl.errors import (
     WRONG,
     BadRequest,
     Interrupted,
+    disk_is_full,
     stop_status,
     with_notes,
 )
@@ -83,6 +85,12 @@ def run_once(
         return wrong(explained(error))
     except BY_DESIGN as error:  # no fault of this program's code
         say(with_notes(error))
+        return FAILED
+    except OSError as error:
+        if isinstance(error, output.Unwritten) or not disk_is_full(error):
+            raise
+        of_temporary = f"perhaps {tempfile.gettempdir()}, and TMPDIR=FOLDER names another"
+        say(f"{error.strerror}: {error.filename or of_temporary}")
         return FAILED
     except SystemExit:  # somebody's code has no say in how the program ends
         return FAILED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -20,7 +19,7 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 from spikerl import machine
-from spikerl.errors import BadRequest
+from spikerl.errors import BadRequest, disk_is_full
 from spikerl.files import (
     LACKING,
     hold,
@@ -247,7 +246,7 @@ def free(folder: Path) -> int:
     try:
         update_manifest(folder, freed=now())
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not disk_is_full(error):
             raise
         shutil.rmtree(there.pop(0))  # the room that is needed to say so
         update_manifest(folder, freed=now())

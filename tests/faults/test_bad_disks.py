@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from builders import small_config
-from disks import Failing, Undisturbed, attempt, before_each_call
+from disks import TINY, Failing, Undisturbed, attempt, before_each_call
 from processes import record, rows
 from shell import spikerl
 from spawn import run_workers
@@ -164,6 +164,24 @@ def test_a_temporary_folder_that_is_full_when_workers_end(
     monkeypatch.setattr(launch, "run_under_agent", run)
     workers = launch.Workers(size=2, threads=1, backend="gloo", timeout_s=5.0)
     assert launch.launch({}, workers) == 75
+
+
+def test_a_temporary_folder_that_is_full_is_a_line(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert spikerl("train", *TINY, "total_steps=1", "run_dir=run").status == 0
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    fill(small_disk)
+    two = ["train", *TINY, "num_envs=2", "world_size=2", "run_dir=two"]
+    for command in (["export", "run=run", "format=loihi"], two):
+        said = spikerl(*command)
+        assert (said.status, said.err) == (
+            1, f"spikerl: No space left on device: perhaps {small_disk}, and TMPDIR=FOLDER names"
+            " another\n",
+        )  # fmt: skip
+        assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+    assert not (tmp_path / "two").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(
