@@ -152,6 +152,10 @@ def check_shape(given: Tensor, *shape: int) -> None:
         raise ValueError(f"a tensor of shape {tuple(given.shape)} where {shape} is due")
 
 
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 

@@ -15,7 +15,7 @@ from spikerl.kernels import reference
 from spikerl.kernels.cpu.blocks import blocks
 from spikerl.kernels.gradient import Gradient, Pullback
 from spikerl.kernels.nets import DenseNet, ValueNet
-from spikerl.kernels.prepared import PreparedCritic, PreparedDense, check_shape, covered
+from spikerl.kernels.prepared import PreparedCritic, PreparedDense, address, check_shape, covered
 from spikerl.types import Batch
 
 
@@ -139,7 +139,7 @@ class DenseCalls:
         act = obs_BO.new_empty(len(obs_BO), ready.widths[-1])
         self.lib.spikerl_dense_forward(
             ready.net, len(obs_BO), obs_BO.data_ptr(), act.data_ptr(),
-            None if saved is None else saved.data_ptr(), squash, torch.get_num_threads(),
+            address(saved), squash, torch.get_num_threads(),
         )  # fmt: skip
         return act
 

@@ -18,6 +18,7 @@ from spikerl.kernels.cpu.blocks import blocks
 from spikerl.kernels.nets import Parts, SpikingNet
 from spikerl.kernels.prepared import (
     PreparedLayer,
+    address,
     addresses,
     check_shape,
     constants,
@@ -102,7 +103,7 @@ class LayerCalls:
         saved = blocks.acquire(-(-self.lib.spikerl_drive_saved_bytes(net, batch) // 4))
         drive_TBN = given.new_empty(net.spike_steps, batch, int(layer.widths[1]))
         self.lib.spikerl_drive(
-            net, batch, *map(_at, (obs_BO, uniform_TBI, spikes_TBI, drive_TBN, saved)),
+            net, batch, *map(address, (obs_BO, uniform_TBI, spikes_TBI, drive_TBN, saved)),
             torch.get_num_threads(),
         )  # fmt: skip
         return drive_TBN, saved
@@ -137,7 +138,7 @@ class LayerCalls:
             return ROWS.sums(x_TBN)
         x = x_TBN.contiguous()
         sums = x.new_empty(2 * x.shape[-1], dtype=torch.float64)
-        self.lib.spikerl_row_sums(*_rows(x), _at(x), _at(sums))
+        self.lib.spikerl_row_sums(*_rows(x), address(x), address(sums))
         return sums
 
     def row_affine(self, x_TBN: Tensor, *given: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ class LayerCalls:
             return ROWS.affine(x_TBN, *given)
         x = x_TBN.contiguous()
         y = torch.empty_like(x)
-        self.lib.spikerl_row_affine(*_rows(x), *map(_at, (x, *given, y)))
+        self.lib.spikerl_row_affine(*_rows(x), *map(address, (x, *given, y)))
         return y
 
     def row_normalise(self, x_TBN: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +154,7 @@ class LayerCalls:
             return ROWS.normalise(x_TBN, *given)
         x = x_TBN.contiguous()
         normal, y = torch.empty_like(x), torch.empty_like(x)
-        self.lib.spikerl_row_normalise(*_rows(x), *map(_at, (x, *given, normal, y)))
+        self.lib.spikerl_row_normalise(*_rows(x), *map(address, (x, *given, normal, y)))
         return normal, y
 
     def row_gradient_sums(self, grad_TBN: Tensor, normal_TBN: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ class LayerCalls:
             return ROWS.gradient_sums(grad_TBN, normal_TBN)
         grad = grad_TBN.contiguous()
         sums = grad.new_empty(2, grad.shape[-1])
-        self.lib.spikerl_row_gradient_sums(*_rows(grad), *map(_at, (grad, normal_TBN, sums)))
+        self.lib.spikerl_row_gradient_sums(*_rows(grad), *map(address, (grad, normal_TBN, sums)))
         return sums
 
     def row_gradient(self, grad_TBN: Tensor, *given: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ class LayerCalls:
             return ROWS.gradient(grad_TBN, *given)
         grad = grad_TBN.contiguous()
         out = torch.empty_like(grad)
-        self.lib.spikerl_row_gradient(*_rows(grad), *map(_at, (grad, *given, out)))
+        self.lib.spikerl_row_gradient(*_rows(grad), *map(address, (grad, *given, out)))
         return out
 
 
@@ -201,8 +202,8 @@ class _Drive(torch.autograd.Function):
             by_spike = grad_TBN.new_empty(steps, batch, int(ctx.layer.widths[0]))
         places = pointers(addresses(grads))
         ctx.calls.lib.spikerl_drive_back(
-            ctx.layer.net, batch, _at(obs_BO), ctx.poisson, _at(grad_TBN), saved.data_ptr(),
-            ctypes.addressof(places), _at(by_spike), torch.get_num_threads(),
+            ctx.layer.net, batch, address(obs_BO), ctx.poisson, address(grad_TBN), saved.data_ptr(),
+            ctypes.addressof(places), address(by_spike), torch.get_num_threads(),
         )  # fmt: skip
         blocks.release(saved)
         return None, None, None, None, by_spike, *grads
@@ -217,7 +218,7 @@ class _Scan(torch.autograd.Function):
         spikes, voltage = torch.empty_like(drive_TM), torch.empty_like(drive_TM)
         if decay is not None:
             neurons.voltage_decay = float(decay)
-        places = map(_at, (drive_TM, spikes, voltage))
+        places = map(address, (drive_TM, spikes, voltage))
         calls.lib.spikerl_scan(neurons, *drive_TM.shape, *places, torch.get_num_threads())
         ctx.calls, ctx.neurons, ctx.learns = calls, neurons, decay is not None
         ctx.save_for_backward(voltage)
@@ -228,7 +229,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
         (voltage,) = ctx.saved_tensors
         grad_TM, out = grad_TM.contiguous(), torch.empty_like(voltage)
-        places, threads = map(_at, (grad_TM, voltage, out)), torch.get_num_threads()
+        places, threads = map(address, (grad_TM, voltage, out)), torch.get_num_threads()
         by_decay = ctx.calls.lib.spikerl_scan_back(ctx.neurons, *grad_TM.shape, *places, threads)
         return None, None, out, voltage.new_tensor(by_decay) if ctx.learns else None
 
@@ -252,7 +253,7 @@ class _ConnectedScan(torch.autograd.Function):
         voltage = drive_TBN.new_empty(batch, steps, width + -width % 16)
         calls.lib.spikerl_connected_scan(
             neurons, steps, batch, *lateral_APP.shape[:2],
-            *map(_at, (lateral_APP, bias_N, drive_TBN, spikes, voltage)),
+            *map(address, (lateral_APP, bias_N, drive_TBN, spikes, voltage)),
         )  # fmt: skip
         ctx.calls, ctx.neurons, ctx.learns = calls, neurons, decay is not None
         ctx.save_for_backward(lateral_APP, spikes, voltage)
@@ -266,7 +267,7 @@ class _ConnectedScan(torch.autograd.Function):
         grad_APP, grad_N = torch.empty_like(lateral_APP), spikes.new_empty(spikes.shape[-1])
         by_decay = ctx.calls.lib.spikerl_connected_scan_back(
             ctx.neurons, *grad_TBN.shape[:2], *lateral_APP.shape[:2],
-            *map(_at, (lateral_APP, grad_TBN, spikes, voltage, out, grad_APP, grad_N)),
+            *map(address, (lateral_APP, grad_TBN, spikes, voltage, out, grad_APP, grad_N)),
         )  # fmt: skip
         decay = voltage.new_tensor(by_decay) if ctx.learns else None
         return None, None, out, grad_APP, grad_N, decay
@@ -283,7 +284,3 @@ def _decay(neuron: Neuron) -> Tensor | None:
 
 def _rows(x_TBN: Tensor) -> tuple[int, int]:
     return x_TBN.shape[:-1].numel(), x_TBN.shape[-1]
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -20,7 +20,14 @@ from spikerl.kernels.cpu.blocks import blocks
 from spikerl.kernels.cpu.layers import LayerCalls, encoded
 from spikerl.kernels.gradient import Gradient, Pullback
 from spikerl.kernels.nets import SpikingNet
-from spikerl.kernels.prepared import PreparedActor, addresses, check_shape, covered, pointers
+from spikerl.kernels.prepared import (
+    PreparedActor,
+    address,
+    addresses,
+    check_shape,
+    covered,
+    pointers,
+)
 from spikerl.types import Task
 
 
@@ -79,9 +86,9 @@ class NetworkCalls(LayerCalls):
             ready.net,
             batch,
             obs_BO.data_ptr(),
-            uniform_TBK.data_ptr() if uniform_TBK is not None else None,
+            address(uniform_TBK),
             act.data_ptr(),
-            saved.data_ptr() if saved is not None else None,
+            address(saved),
             squash,
             torch.get_num_threads(),
         )
@@ -105,8 +112,7 @@ class NetworkCalls(LayerCalls):
         """
         self.lib.spikerl_backward(
             ready.net, len(obs_BO), obs_BO.data_ptr(), poisson,
-            None if act_BA is None else act_BA.data_ptr(), grad_BA.data_ptr(),
-            None if by_spike_L is None else by_spike_L.data_ptr(), saved.data_ptr(),
+            address(act_BA), grad_BA.data_ptr(), address(by_spike_L), saved.data_ptr(),
             at, torch.get_num_threads(),
         )  # fmt: skip
 
