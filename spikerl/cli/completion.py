@@ -11,7 +11,7 @@ from glob import escape, glob
 from spikerl.cli.compose import commands
 from spikerl.config.typed import PATHS
 from spikerl.config.yaml_file import NAME, conf_folder, group_options
-from spikerl.errors import BadRequest
+from spikerl.errors import DONE, BadRequest
 
 SHELLS = ("bash", "fish", "zsh")
 
@@ -59,13 +59,13 @@ def complete(args: Sequence[str]) -> int:
     query = any(arg.startswith("query=") for arg in args)
     if query and (len(words) < 2 or (len(words) == 2 and not line.endswith(" "))):
         print("\n".join(name for name in commands() if name.startswith(command)))
-        return 0
+        return DONE
     if query and command not in commands():
-        return 0
+        return DONE
     word = line.rpartition(" ")[2]
     if query and (known := offers_for(word)) is not None:
         print("\n".join(offer for offer in known if offer.startswith(word)))
-        return 0
+        return DONE
     if query:
         start = line.index(command, len(words[0]))
         shorter = line[:start] + line[start + len(command) :].lstrip()
@@ -74,4 +74,4 @@ def complete(args: Sequence[str]) -> int:
         os.environ["COMP_POINT"] = str(point - (len(line) - len(shorter)))
     sys.argv = ["spikerl", *args]
     hydra.main(str(conf_folder()), command or "train", version_base="1.3")(lambda config: None)()
-    return 0
+    return DONE

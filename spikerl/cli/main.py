@@ -20,7 +20,7 @@ from spikerl.distributed.process_lifetime import (
     die_with_launcher,
     end_despite_threads,
 )
-from spikerl.errors import DONE, FAILED, WRONG, BadRequest, Interrupted, stop_status
+from spikerl.errors import DONE, FAILED, INTERRUPTED, WRONG, BadRequest, Interrupted, stop_status
 from spikerl.signals import handled, listened_to
 
 die_if_spawned()
@@ -50,7 +50,7 @@ def run(args: Sequence[str]) -> int:
         from importlib.metadata import version
 
         print(f"spikerl {version('spikerl')}")
-        return 0
+        return DONE
     command, *typed = args
     try:
         adopt()
@@ -80,7 +80,7 @@ def run(args: Sequence[str]) -> int:
         say(str(error))
         return stop_status(error.number)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def check_text(args: Sequence[str]) -> None:

@@ -29,6 +29,7 @@ from spikerl.config.yaml_file import NOT_CARRIED, read_config
 from spikerl.distributed import hosts, launchers
 from spikerl.errors import (
     BY_DESIGN,
+    DONE,
     FAILED,
     INTERRUPTED,
     PREEMPTED,
@@ -145,7 +146,7 @@ class Sweep:
             if stopped and not hosts.submitted():
                 outcome |= {"status": stopped[0], "error": "not started: the sweep was stopped"}
             elif (folder / "manifest.json").exists() and self.done(config, folder):
-                outcome |= {"status": 0, "note": "done already"}
+                outcome |= {"status": DONE, "note": "done already"}
             else:
                 with safe_path(self.safe), results() as own:
                     if os.getpid() != self.pid and not hosts.submitted():
@@ -161,12 +162,12 @@ class Sweep:
         except Interrupted as error:
             outcome |= {"status": stop_status(error.number), "error": str(error)}
         except Exception as error:  # a job's failure is reported, not propagated
-            outcome |= {"status": 1, "error": f"{type(error).__name__}: {error}"}
+            outcome |= {"status": FAILED, "error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()
         if outcome["status"] == PREEMPTED and hosts.requeued():
             sys.exit(PREEMPTED)  # it is this job that goes on later, and notes how it ended
         self.note(outcome)
-        return result(outcome)["return"] if outcome["status"] == 0 else None
+        return result(outcome)["return"] if outcome["status"] == DONE else None
 
     def done(self, config: Any, folder: Path) -> bool:
         """Whether an earlier sweep has done this job; a training that only began is resumed."""
@@ -197,7 +198,7 @@ class Sweep:
             return ""
         jobs = self.noted()
         ended = [job for job in jobs if job["status"] is not None]
-        failed = sum(job["status"] not in (0, *STOPPED) for job in ended)
+        failed = sum(job["status"] not in (DONE, *STOPPED) for job in ended)
         running = len(jobs) - len(ended)
         said = [f"{len(ended)} of {self.total} ended"]
         said += [f"{failed} failed"] * bool(failed) + [f"{running} running"] * bool(running)
@@ -218,7 +219,7 @@ class Sweep:
         table = Table(*(Column(word, overflow="fold") for word in words))
         for job in sorted(jobs, key=best_first):
             shown = "-" if job["return"] is None else f"{job['return']:.1f}"
-            known = {0: "done", WRONG: "refused", **STOPPED}
+            known = {DONE: "done", WRONG: "refused", **STOPPED}
             state = job.get("note") or known.get(job["status"], f"failed ({job['status']})")
             place = job["folder"] if os.path.isdir(job["folder"]) else ""
             table.add_row(job["name"], state, shown, job.get("error") or place)
@@ -231,17 +232,17 @@ class Sweep:
         root = f"; {self.root}" if self.keep else ""
         refused = set(statuses) <= {WRONG}
         statuses += [None] * ((self.total or 0) - len(jobs))  # which a launcher never began
-        print(f"{statuses.count(0)} of {len(statuses)} jobs done{root}")
+        print(f"{statuses.count(DONE)} of {len(statuses)} jobs done{root}")
         if refused:
             self.discard()
             return WRONG
-        if self.keep and set(statuses) != {0}:
+        if self.keep and set(statuses) != {DONE}:
             own = "" if self.command == "reproduce" else f" with run_dir={self.root}"
             print(f"the same command{own} goes on with what is not done")
         if not self.keep:
             shutil.rmtree(self.root, ignore_errors=True)
         stopped = [status for status in statuses if status in STOPPED]
-        return stopped[0] if stopped else int(set(statuses) != {0})
+        return stopped[0] if stopped else int(set(statuses) != {DONE})
 
     def mixed(self, jobs: Sequence[dict[str, Any]]) -> str | None:
         """What the runs of the table differ in beside what the sweep varies."""
@@ -284,7 +285,7 @@ class Sweep:
             if job["status"] is None:
                 job["note"] = "not ended"
                 job["error"] = "lost, or still running; the same command goes on with it"
-            if job["status"] == 1 and not job.get("error"):
+            if job["status"] == FAILED and not job.get("error"):
                 error = Path(job["folder"]) / "error.txt"
                 there = error.exists()
                 lines = error.read_text(errors="replace").splitlines() if there else []

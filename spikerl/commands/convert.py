@@ -27,7 +27,7 @@ from torch import Tensor
 from spikerl.config import build as configs
 from spikerl.config.yaml_file import config_for
 from spikerl.envs.make import task_of
-from spikerl.errors import BadRequest
+from spikerl.errors import DONE, BadRequest
 from spikerl.files import checksum_of, shown
 from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.actor_config import MOST_SPIKE_STEPS, MLPConfig
@@ -133,7 +133,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         f"{dense.task.env_id}: {spike_steps} spike steps{carried}, {request.reset} reset;"
         f" activations reach {scales} on {len(seen)} observations; run folder: {shown(folder)}"
     )
-    return 0
+    return DONE
 
 
 def as_list(value: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from spikerl.config.yaml_file import check_confirmed
 from spikerl.distributed.launch import stop_signals
 from spikerl.energy import modelled, operations
 from spikerl.envs.video import Filmed, check_video, rates_of
-from spikerl.errors import BadRequest, Stopped, stop_status
+from spikerl.errors import DONE, BadRequest, Stopped, stop_status
 from spikerl.export import reading
 from spikerl.export.proof import FilePolicy
 from spikerl.files import shown
@@ -121,7 +121,7 @@ def report(
             **(modelled.facts(result.operations) if result.operations else {}),
         }
         answer(facts)
-        return 0
+        return DONE
     for i, (ret, length) in enumerate(zip(result.returns, result.lengths, strict=True)):
         print(f"episode {i}  return {ret:.1f}  length {length}")
     print(
@@ -144,7 +144,7 @@ def report(
         print("\n" + "\n".join(lines(result.operations)))
     if moved:
         print(f"note: trained with {', '.join(moved)}; physics differ between versions")
-    return 0
+    return DONE
 
 
 def aim_of(policy: Policy | FilePolicy) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 from spikerl.commands import train
 from spikerl.config import build as configs
 from spikerl.envs.make import make_env, task_of
-from spikerl.errors import BadRequest
+from spikerl.errors import DONE, BadRequest
 from spikerl.files import shown
 from spikerl.models.foreign import Foreign, policy_of, read_stats, read_weights, recognise
 from spikerl.runs import folder as run_folder
@@ -57,7 +57,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     folder = run_folder.create(target, config.raw, record, policy.save, named=named)
     seen = "" if stats is not None else "; observations are not normalised"
     print(f"{task.env_id}: {foreign.described}{seen}; run folder: {shown(folder)}")
-    return 0
+    return DONE
 
 
 def statistics(given: Any, foreign: Foreign) -> tuple[np.ndarray, np.ndarray] | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spikerl.errors import BadRequest, nearest
+from spikerl.errors import DONE, BadRequest, nearest
 from spikerl.reporting.records import Run, run_folders
 from spikerl.reporting.render import missing_extra
 from spikerl.reporting.side_by_side import SideBySide, render_runs
@@ -59,7 +59,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         for line in left_out:
             print(f"left out: {line}")
         if not request.watch or not side_by_side.going_on:
-            return 0
+            return DONE
         while changed(run_folders(request.runs)) == before:
             time.sleep(WATCH_S)
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from spikerl.energy.meter import total_joules
-from spikerl.errors import BadRequest
+from spikerl.errors import DONE, BadRequest
 from spikerl.files import shown
 from spikerl.models.policy_file import read_files
 from spikerl.output import answer, several
@@ -73,7 +73,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         unreadable = [shown(folder) for folder in damaged]
         answer({"runs": rows, "freed_bytes": sum(freed.values()), "not_freed": not_freed,
                 "unreadable": unreadable})  # fmt: skip
-        return 0
+        return DONE
     if runs:
         show(runs)
     else:
@@ -85,7 +85,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     if request.clean:
         gone = readable(sum(freed.values()))
         print(f"freed {gone}: replay and checkpoints of {len(freed)} finished runs")
-    return 0
+    return DONE
 
 
 def find_runs(root: Path, damaged: list[Path]) -> Iterator[Path]:

@@ -33,6 +33,7 @@ from spikerl.children import PYTHON
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.errors import (
+    DONE,
     FAILED,
     BadRequest,
     EnvironmentFailed,
@@ -367,7 +368,7 @@ def run_worker(shared_dir: Path, parent: int, run: Callable[[dict[str, Any]], in
         return FAILED
     with (shared_dir / "result").open("r+") as file:
         file.write(result_text(status))  # they all say the same
-    return 0
+    return DONE
 
 
 def result_text(status: int) -> str:

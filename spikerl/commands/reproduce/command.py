@@ -16,7 +16,7 @@ from spikerl.commands.reproduce.measure import measured_seconds_per_step
 from spikerl.commands.reproduce.scheduler import Scheduler, cell_left_s, left_s, ready, states_of
 from spikerl.commands.reproduce.screen import Screen, State
 from spikerl.config.yaml_file import group_options
-from spikerl.errors import BadRequest, Stopped, stop_status
+from spikerl.errors import DONE, BadRequest, Stopped, stop_status
 from spikerl.files import shown
 from spikerl.machine import cores
 from spikerl.output import duration
@@ -69,7 +69,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         if lacking := missing_extra():
             raise BadRequest("render", True, lacking)
         render(table, total_steps, Path(request.out))
-        return 0
+        return DONE
     check(table, cells, total_steps)
     for note in filter(None, (shorter(cell, total_steps) for cell in cells)):
         if request.total_steps is not None:
@@ -83,7 +83,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             )
         except Stopped as stopped:
             return stop_status(stopped.number)
-        return 0
+        return DONE
     scheduler = Scheduler(
         cells,
         total_steps,
