@@ -182,7 +182,7 @@ class Sweep:
         return trained(config, folder, ended) if self.command == "train" else ended
 
     def note(self, outcome: dict[str, Any]) -> None:
-        if os.environ.get("RANK", "0") != "0":
+        if not launchers.is_first():
             return  # a launcher made several workers of this job
         self.own[outcome["job"]] = {**outcome, "sweep": self.id}
         try:

@@ -19,7 +19,7 @@ from spikerl.config.build import Config, build, check_actions, check_image
 from spikerl.config.memory import check_memory, memory
 from spikerl.config.yaml_file import EVERY_RUN, read_config
 from spikerl.distributed import launch, mpi
-from spikerl.distributed.launchers import ranked, several
+from spikerl.distributed.launchers import is_first, ranked, several
 from spikerl.distributed.world import ALONE, join, leave
 from spikerl.energy.meter import open_meter
 from spikerl.envs.dataset import Dataset
@@ -264,7 +264,7 @@ def finished(folder: Path, config: Config) -> bool:
         remedy = f"its config.yaml lacks {lacking[0]}, as one that was cut; put back a whole one"
         raise BadRequest("resume", folder, remedy)
     run_folder.check_own(folder)
-    if os.environ.get("RANK", "0") == "0" and not config.run.node_rank:
+    if is_first() and not config.run.node_rank:
         run_folder.lock(folder).close()
     freed, total = record.get("freed"), config.run.total_steps
     if freed:
@@ -288,7 +288,7 @@ def finished(folder: Path, config: Config) -> bool:
         if config.last_step < step:
             raise BadRequest("total_steps", total, f"the run is at step {step}; give that or more")
     if record["status"] == "done" and step >= total:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             print(f"{shown(folder)} is done at step {step}; {further}")
         return True
     return False

@@ -37,6 +37,11 @@ def several() -> bool:
     return ranked() and int(os.environ["WORLD_SIZE"]) > 1
 
 
+def is_first() -> bool:
+    """Whether this is the first worker, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def adopt() -> None:
     """Leave one whole set of ranks in the environment, as torchrun gives it, or none.
 
