@@ -143,8 +143,7 @@ class SideBySide:
 
 def _file_text(runs: Sequence[Run]) -> str:
     scores = values([run.of_its_file for run in runs])
-    value = tables.spread(tables.mean_of(scores), statistics.sd(scores))
-    return f"{value} (n={len(scores)})" if len(scores) else "-"
+    return f"{tables.spread_of(scores)} (n={len(scores)})" if len(scores) else "-"
 
 
 def _interval_text(runs: Sequence[Run]) -> str:

@@ -45,6 +45,11 @@ def spread(mean: float | None, sd: float | None) -> str:
     return f"{mean:.{digits}f} {PM} {sd:.{digits}f}"
 
 
+def spread_of(scores: Array) -> str:
+    """Mean and standard deviation over runs."""
+    return spread(mean_of(scores), statistics.sd(scores))
+
+
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:+.2f} %"
 
@@ -69,7 +74,7 @@ def remarks(result: Result) -> list[str]:
 
 def cell_text(result: Result, metric: str) -> str:
     scores, said = result.scores(metric), remarks(result)
-    value = spread(mean_of(scores), statistics.sd(scores))
+    value = spread_of(scores)
     return f"{value} ({', '.join(said)})" if said else value
 
 
@@ -183,7 +188,7 @@ def scored_text(runs: Sequence[Run], score: Callable[[Run], tuple[float, int] | 
         said = [f"n={len(scores)}", f"{low if low == high else f'{low} to {high}'} steps"]
     if failed := sum(run.status == "failed" for run in runs):
         said.append(f"{failed} failed")
-    value = spread(mean_of(scores), statistics.sd(scores))
+    value = spread_of(scores)
     return f"{value} ({', '.join(said)})" if said else value
 
 
