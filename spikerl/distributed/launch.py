@@ -396,7 +396,7 @@ def write_failure(shared_dir: Path, rank: int, error: BaseException) -> None:
 
 
 def stop_requested(shared_dir: Path) -> signal.Signals | None:
-    """A signal that the parent got before this worker could receive it."""
+    """The last signal that the parent has passed on, which a worker may have been too early for."""
     number = read(shared_dir / "stop")
     return signal.Signals(int(number)) if number else None
 

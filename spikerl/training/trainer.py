@@ -248,7 +248,7 @@ class Trainer:
         self.progress.add(metrics, self.batch_weight)
 
     def schedule(self, step: int) -> None:
-        """Give the surrogates their slopes for updates at that step."""
+        """Give surrogates their slopes, and spikes their costs, for updates at that step."""
         if isinstance(self.algo.actor, SpikingActor):
             self.algo.actor.schedule(step, self.run.total_steps)
 
