@@ -24,14 +24,15 @@ def safe_path(safe: str | None = "1") -> Iterator[None]:
     """
     before = os.environ.get(SAFE)
     try:
-        _set(safe)
+        set_variable(SAFE, safe)
         yield
     finally:
-        _set(before)
+        set_variable(SAFE, before)
 
 
-def _set(value: str | None) -> None:
+def set_variable(name: str, value: str | None) -> None:
+    """What processes started from now on find in their environment; None: nothing."""
     if value is None:
-        os.environ.pop(SAFE, None)
+        os.environ.pop(name, None)
     else:
-        os.environ[SAFE] = value
+        os.environ[name] = value

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from spikerl.children import PYTHON
+from spikerl.children import PYTHON, set_variable
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.errors import (
@@ -119,15 +119,8 @@ def launch(spec: dict[str, Any], workers: Workers, *, stoppable: bool = True) ->
             lost.stopping = stop_requested(shared_dir) is not None
             raise
         finally:
-            set_threads(spec[THREADS])
+            set_variable(THREADS, spec[THREADS])
         return int(read(shared_dir / "result"))
-
-
-def set_threads(number: str | None) -> None:
-    if number is None:
-        os.environ.pop(THREADS, None)
-    else:
-        os.environ[THREADS] = number
 
 
 def run_under_agent(shared_dir: Path, workers: Workers) -> dict[int, int]:
@@ -359,7 +352,7 @@ def run_worker(shared_dir: Path, parent: int, run: Callable[[dict[str, Any]], in
     rank = int(os.environ.get("RANK", "0"))  # mpiexec -n 1 gives none
     write(shared_dir / f"pid.{rank}", str(os.getpid()))
     spec = json.loads(read(shared_dir / "spec.json"))
-    set_threads(spec[THREADS])  # or a worker would take it for the user's word
+    set_variable(THREADS, spec[THREADS])  # or a worker would take it for the user's word
     try:
         status = run(spec)
     except Exception as error:

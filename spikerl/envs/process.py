@@ -23,6 +23,7 @@ from gymnasium.vector import AsyncVectorEnv
 from gymnasium.vector.async_vector_env import _async_worker
 from gymnasium.vector.utils import clear_mpi_env_vars
 
+from spikerl.children import set_variable
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.envs.make import CheckedEnv, EnvConfig, make_env
 from spikerl.errors import BadRequest, EnvironmentFailed
@@ -44,20 +45,15 @@ def start_server() -> None:
     before = {name: os.environ.get(name) for name in set_here}
     multiprocessing.get_context(CONTEXT).set_forkserver_preload(["spikerl.envs.server"])
 
-    def restore(name: str) -> None:
-        os.environ.pop(name, None)
-        if (value := before[name]) is not None:
-            os.environ[name] = value
-
     os.environ.update(set_here)
     try:
         with clear_mpi_env_vars():
             resource_tracker.ensure_running()
-            restore("PYTHONWARNINGS")
+            set_variable("PYTHONWARNINGS", before["PYTHONWARNINGS"])
             forkserver.ensure_running()
     finally:
-        for name in before:
-            restore(name)
+        for name, value in before.items():
+            set_variable(name, value)
 
 
 class Processes(AsyncVectorEnv):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from spikerl import machine
+from spikerl.children import set_variable
 from spikerl.distributed import launch
 
 
@@ -91,7 +92,7 @@ def test_what_workers_are_given_is_not_the_users_word(
 ) -> None:
     """Of a sweep's jobs, the second would have the first one's threads."""
     monkeypatch.setenv("OMP_NUM_THREADS", "0")
-    launch.set_threads(given)
+    set_variable("OMP_NUM_THREADS", given)
     seen: list[Any] = []
 
     def start(shared_dir: Path, workers: launch.Workers) -> dict[int, int]:
