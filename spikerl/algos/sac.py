@@ -113,7 +113,7 @@ class SAC(OffPolicy):
         # y = r + gamma (1 - terminated) (min_i Q_i'(s', a') - alpha log pi(a' | s')), a' ~ pi(s')
         with torch.no_grad():
             mean, log_std = self.gaussian(self.actor, self.log_std, rows.next_obs, self.generator)
-            noise = normal_like(mean, self.generator)
+            noise = self.noise(mean)
             next_act, log_prob = self.kernel.squashed(mean, log_std, noise, low, high)
             q_target = self.critic_target.td_target(rows, next_act, -alpha * log_prob)
 
@@ -144,7 +144,7 @@ class SAC(OffPolicy):
             log_std, log_std_backward = self.log_std.vjp(obs, None, squash=False)
         else:
             mean, log_std = output.chunk(2, -1)
-        noise = normal_like(mean, self.generator)
+        noise = self.noise(mean)
         act, log_prob, sample_backward = self.kernel.squashed_vjp(mean, log_std, noise, low, high)
         by_act = self.critic.actor_loss_grad(obs, act, actor_opt.gradient, lowest=True)
         by_log_prob = (alpha * actor_opt.gradient.factor / len(obs)).expand_as(log_prob)
@@ -177,6 +177,9 @@ class SAC(OffPolicy):
         output = actor(obs, generator, squash=False)
         mean, raw = (output, log_std(obs, squash=False)) if log_std else output.chunk(2, -1)
         return mean, raw
+
+    def noise(self, like: Tensor) -> Tensor:
+        return normal_like(like, self.generator)
 
     @torch.no_grad()
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:

@@ -362,6 +362,11 @@ def test_how_many_updates_are_made_at_once(
         assert one.steps_ahead() == expected
 
 
+def stopped(trainer: Trainer) -> None:
+    """By a SIGTERM that was there from the start."""
+    assert list(trainer.epochs(stop_signal=lambda: 15)) == []
+
+
 @pytest.mark.parametrize(
     ("made", "updates"),
     [(training(td3_bc_config(**SMALL, norm_interval=1000), 2), 50), (sequences(2), 1)],
@@ -373,5 +378,5 @@ def test_how_many_updates_a_signal_waits_for(
 ) -> None:
     """Whatever algo.norm_interval is, since nothing is normalised anew; epochs have 60."""
     with workers(made, size, dataset) as those:
-        run_in_threads([lambda t=t: list(t.epochs(stop_signal=lambda: 15)) for t in those])
+        run_in_threads([partial(stopped, t) for t in those])
         assert [(one.step, one.stopping) for one in those] == [(updates, 15)] * size
