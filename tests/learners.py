@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 
 from spikerl.commands.bench.baselines import set_active_shares, set_firing_rates
 from spikerl.commands.bench.fixtures import TRAINED_ACTIVE_SHARES, TRAINED_RATES
-from spikerl.commands.train import task_for
 from spikerl.config.build import build
 from spikerl.config.yaml_file import conf_folder
 from spikerl.models.actor import SpikingActor
+from spikerl.training.start import task_for
 from spikerl.training.trainer import Trainer
 
 RANDOM_STEPS = 2000

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from spikerl.commands import train
 from spikerl.config import build as configs
 from spikerl.envs.make import make_env, task_of
 from spikerl.errors import DONE, BadRequest
@@ -17,6 +16,7 @@ from spikerl.files import shown
 from spikerl.models.foreign import Foreign, policy_of, read_stats, read_weights, recognise
 from spikerl.runs import folder as run_folder
 from spikerl.schema import dotted
+from spikerl.training.start import default_folder
 from spikerl.types import Task
 
 
@@ -50,7 +50,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     read = [model] if stats is None else [model, Path(str(files["stats"]))]
     sources = [shown(path) for path in read]
     facts = {"status": "done", "imported_from": sources, "algo": None}
-    target = config.run.run_dir or train.default_folder(config, "imported")
+    target = config.run.run_dir or default_folder(config, "imported")
     named = config.run.run_dir is not None
     run_folder.check_free(target, named=named, dated=True)
     record = run_folder.make_manifest(task.env_id, argv, {}, facts)

@@ -69,7 +69,7 @@ def test_dated_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def now(cls, tz: Any = None) -> Noon:
             return cls(2026, 1, 2, 12, 0, 5)
 
-    monkeypatch.setattr("spikerl.commands.train.datetime", Noon)
+    monkeypatch.setattr("spikerl.training.start.datetime", Noon)
     few = [*SHORT, "total_steps=10", "steps_per_epoch=10", "seed=7"]
     for name in ("2026-01-02_12-00-05_seed7", "2026-01-02_12-00-05_seed7_2"):
         assert spikerl("train", *few).status == 0

@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spikerl.algos import ALGOS
 from spikerl.algos.offpolicy import OffPolicy
-from spikerl.commands.train import task_for
 from spikerl.config.build import build, parse_groups, why_no_graphs
 from spikerl.config.yaml_file import conf_folder, group_options
 from spikerl.distributed.world import ALONE
 from spikerl.models.actor import SpikingActor
 from spikerl.training.learner import build_learner
+from spikerl.training.start import task_for
 from spikerl.types import Batch
 
 # A value that Python reads, a shape that depends on values, data from Python's memory.

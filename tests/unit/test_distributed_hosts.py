@@ -9,7 +9,6 @@ import time
 import pytest
 import torch
 
-from spikerl.commands.train import own_device
 from spikerl.distributed import hosts, launchers
 from spikerl.distributed.launchers import ranked
 from spikerl.distributed.world import (
@@ -20,6 +19,7 @@ from spikerl.distributed.world import (
 )
 from spikerl.errors import BY_DESIGN, RendezvousFailed
 from spikerl.machine import cores
+from spikerl.training.start import own_device
 
 # Task 4 of 5, the second on the second of two nodes, as srun of Slurm 22.05 says it.
 STEP = {

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from builders import INVERTED_PENDULUM, small_config
 
-from spikerl.commands.train import default_folder
+from spikerl.training.start import default_folder
 
 
 @pytest.mark.parametrize(

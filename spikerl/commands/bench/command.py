@@ -39,7 +39,6 @@ from spikerl.commands.bench.timing import (
     ratio,
     run_interleaved,
 )
-from spikerl.commands.train import task_for
 from spikerl.config import build as configs
 from spikerl.config.build import Config
 from spikerl.config.memory import check_memory
@@ -53,6 +52,7 @@ from spikerl.models.precision import DTYPES
 from spikerl.output import answer
 from spikerl.schema import parse
 from spikerl.snn.neurons import CubaLIFConfig, LIFConfig
+from spikerl.training.start import task_for
 from spikerl.training.trainer import Trainer
 from spikerl.types import Batch
 

@@ -12,7 +12,6 @@ from spikerl.algos.offpolicy import OffPolicy
 from spikerl.algos.proxy_td3 import ProxyTD3Config
 from spikerl.algos.td3 import TD3Config
 from spikerl.commands.bench.baselines import set_active_shares, set_firing_rates
-from spikerl.commands.train import task_for
 from spikerl.config.build import Config, why_layered
 from spikerl.distributed.world import ALONE, World
 from spikerl.errors import BadRequest
@@ -25,6 +24,7 @@ from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
 from spikerl.runs.policies import load_policy
 from spikerl.snn.neurons import NeuronConfig
+from spikerl.training.start import task_for
 from spikerl.types import Batch
 
 # Of the encoder and of each layer, in the HalfCheetah policy that PopSAN's authors published, as

@@ -30,12 +30,12 @@ from spikerl.commands.bench.timing import (
     ratio,
     run_interleaved,
 )
-from spikerl.commands.train import own_device
 from spikerl.config import build as configs
 from spikerl.config.build import Config
 from spikerl.distributed import launch, mpi
 from spikerl.distributed.world import BackendConfig, World, join, leave, resolve_backend, share
 from spikerl.errors import BadRequest, RendezvousFailed
+from spikerl.training.start import own_device
 from spikerl.training.trainer import SYNC_INTERVAL
 
 SHARED = "shared memory"
