@@ -36,6 +36,7 @@ PATHS = {
     "avx2": (("-mavx2", "-mfma", "-mpopcnt"), {"avx2", "fma", "popcnt"}),
     "portable": ((), set[str]()),
 }
+LIMIT_S = 300.0  # of one source
 Pointer = ctypes.c_void_p
 Count = ctypes.c_int64
 
@@ -296,7 +297,10 @@ def _output(command: list[str]) -> str:
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=300
+            command, capture_output=True, text=True, errors="replace", timeout=LIMIT_S
         )
-    except (OSError, subprocess.SubprocessError) as error:
+    except subprocess.TimeoutExpired:
+        why = f"took more than {LIMIT_S:g} s; try again on a less busy machine"
+        raise Unbuilt(f"{command[0]} {why}") from None
+    except OSError as error:
         raise Unbuilt(f"{command[0]} cannot be run: {error}") from None

@@ -183,6 +183,17 @@ def test_what_a_killed_build_left_is_removed(
     assert left[0].exists() != locks
 
 
+def test_a_compiler_that_takes_too_long(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = unbuilt / "cxx"
+    compiler.write_text("#!/bin/sh\nexec sleep 2\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(build, "LIMIT_S", 0.1)
+    with pytest.raises(build.Unbuilt) as caught:
+        build.library("portable")
+    assert str(caught.value) == f"{compiler} took more than 0.1 s; try again on a less busy machine"
+
+
 def test_a_library_in_a_cache_that_cannot_be_written_to(
     unbuilt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
