@@ -169,7 +169,7 @@ def renderers() -> Iterator[Finding]:
 
 def outputs() -> Finding:
     folder = Path("outputs").absolute()
-    while not folder.exists():
+    while not folder.exists() and not folder.is_symlink():
         folder = folder.parent
     there = os.access(folder, os.W_OK | os.X_OK)
     return Finding("output", "outputs/", there, f"{folder} can{'' if there else 'not'} be written")

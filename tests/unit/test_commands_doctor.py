@@ -71,6 +71,15 @@ def test_a_cache_without_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert detail in (expected, f"no C++ compiler (g++, clang++ or c++); {expected}")
 
 
+def test_outputs_that_lead_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a link to a disk that is not mounted: no run folder can be made below it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").symlink_to(tmp_path / "disk")
+    assert doctor.outputs()[2:] == (False, f"{tmp_path}/outputs cannot be written")
+    (tmp_path / "disk").mkdir()
+    assert doctor.outputs()[2:] == (True, f"{tmp_path}/outputs can be written")
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_reader_that_goes_away(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
     """As `head` does; the answer is the same."""
