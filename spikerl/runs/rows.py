@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return _rows(content[: content.rfind(b"\n") + 1], path.name)
 
 
-def cut_back(folder: Path, length: int) -> int:
-    """Cut metrics.jsonl back to the commit; the rows beyond go to discarded.jsonl. How many."""
+def cut_back(folder: Path, length: int) -> list[dict[str, Any]]:
+    """Cut metrics.jsonl back to the commit; the rows beyond it, which go to discarded.jsonl."""
     path = folder / "metrics.jsonl"
     content = read_bytes(path, MAX_BYTES)
     if len(content) < length:
@@ -41,7 +41,12 @@ def cut_back(folder: Path, length: int) -> int:
         with path.open("r+b") as f:
             f.truncate(length)
             os.fsync(f.fileno())
-    return len(whole)
+    return [row for line in whole if (row := _row(line)) is not None]
+
+
+def seconds_beyond(rows: Sequence[Mapping[str, Any]], wall_s: float) -> float:
+    """How much later than `wall_s` the last of these rows was written; 0 where they do not say."""
+    return max([0.0, *(row["wall_s"] - wall_s for row in rows if _finite(row.get("wall_s")))])
 
 
 def check_record(folder: Path, facts: Mapping[str, Any]) -> None:

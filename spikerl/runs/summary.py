@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spikerl.energy.meter import JOULES_PER_KWH, joules_to_reach, power_over, total_joules
+
+
+def seconds_discarded(resumed: object) -> float:
+    """What discarded rows had taken, as the resumes of a manifest say, which may hold anything."""
+    events = resumed if isinstance(resumed, list) else []
+    seconds = [event.get("discarded_s") for event in events if isinstance(event, dict)]
+    return math.fsum(s for s in seconds if type(s) is float and 0.0 < s < math.inf)
 
 
 def summary_of(

@@ -31,8 +31,8 @@ from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, remove_newer, save_checkpoint, verified
 from spikerl.runs.display import View, epoch_line, idle_line, spent_text, stuck_layers
 from spikerl.runs.record import RunLog
-from spikerl.runs.rows import cut_back, read_rows
-from spikerl.runs.summary import summary_of
+from spikerl.runs.rows import cut_back, read_rows, seconds_beyond
+from spikerl.runs.summary import seconds_discarded, summary_of
 from spikerl.signals import signal_name
 from spikerl.training.announcement import announce, nothing_learned
 from spikerl.training.epoch_row import Row
@@ -157,7 +157,8 @@ class Session:
         reasons += map("anew: {}".format, anew)
         event = {"time": run_folder.now(), "step": self.trainer.step, "exact": not reasons,
                  "not_exact_because": "; ".join(reasons) or None, "world_size": size,
-                 "world_size_before": had, "discarded_rows": lost, "command": " ".join(command),
+                 "world_size_before": had, "discarded_rows": len(lost),
+                 "discarded_s": seconds_beyond(lost, self.wall_s), "command": " ".join(command),
                  "after": restart_reason, **run_folder.made_by()}  # fmt: skip
         changes: dict[str, Any] = {"resumed": [*record.get("resumed", []), event]}
         changes |= {"world_size": size, "resolved": self.resolved()}
@@ -170,7 +171,7 @@ class Session:
             f"resumed at step {self.trainer.step} of {total}: weights, optimisers, normaliser,"
             f" {replay.size * size} transitions, random streams, environments"
             + (f"; not exact: {'; '.join(reasons)}" if reasons else "")
-            + (f"; {lost} later rows moved to discarded.jsonl" if lost else "")
+            + (f"; {len(lost)} later rows moved to discarded.jsonl" if lost else "")
         )
 
     @cached_property
@@ -355,13 +356,15 @@ class Session:
         rows = read_rows(self.folder / "metrics.jsonl")
         discarded = read_rows(self.folder / "discarded.jsonl")
         manifest = run_folder.read_manifest(self.folder, key="resume")
+        lost_s = seconds_discarded(manifest.get("resumed"))
         summary = {
             "env_id": self.trainer.task.env_id,
             "seed": self.config.run.seed,
             "world_size": self.world.size,
             "steps": self.trainer.step,
             "updates": self.trainer.algo.updates,
-            "wall_s": self.wall(),
+            "wall_s": self.wall() + lost_s,
+            "wall_discarded_s": lost_s,
             **summary_of(rows, discarded, self.config.run.energy_to),
             "power_idle_w": manifest.get("power_idle_w"),
             "energy_source": source_of([*rows, *discarded]) or self.trainer.meter.source,

@@ -113,7 +113,10 @@ def test_rows_beyond_the_commit_are_kept_and_counted(whole: Path, tmp_path: Path
     assert rows(run, "discarded.jsonl") == [last]
     assert (run / "discarded.jsonl").read_text().count("\n") == 1
     assert record(run, "summary.json")["discarded_rows"] == 1
-    assert record(run)["resumed"][0]["discarded_rows"] == 1
+    event, summary = record(run)["resumed"][0], record(run, "summary.json")
+    assert event["discarded_rows"] == 1
+    assert 0.0 < event["discarded_s"] == summary["wall_discarded_s"] < last["wall_s"]
+    assert summary["wall_s"] > summary["wall_discarded_s"] + rows(run)[-1]["wall_s"]
 
 
 # While a run commits five times a second, say.
@@ -153,9 +156,9 @@ def test_rewinding_can_be_interrupted(tmp_path: Path) -> None:
     (tmp_path / "discarded.jsonl").write_text(json.dumps({"step": 9}) + "\n")
     metrics.write_text("".join(lines) + '{"step"')
     whole = metrics.read_bytes()
-    assert cut_back(tmp_path, len(lines[0])) == 2
+    assert cut_back(tmp_path, len(lines[0])) == [{"step": 2}, {"step": 3}]
     metrics.write_bytes(whole)  # killed before it was cut
-    assert cut_back(tmp_path, len(lines[0])) == 2
+    assert cut_back(tmp_path, len(lines[0])) == [{"step": 2}, {"step": 3}]
     assert [row["step"] for row in read_rows(metrics)] == [1]
     discarded = read_rows(tmp_path / "discarded.jsonl")
     assert [row["step"] for row in discarded] == [9, 2, 3]

@@ -47,6 +47,6 @@ def test_the_record_is_on_disk_before_its_checkpoint(
     log.row({"step": 2})
     assert log.write() == 24
     assert seen == ["metrics.jsonl"]
-    assert cut_back(tmp_path, 12) == 1
+    assert cut_back(tmp_path, 12) == [{"step": 2}]
     assert seen[-1] == "metrics.jsonl"
     assert len(seen) > 1

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from shell import refusal
 
-from spikerl.runs.rows import check_record
+from spikerl.runs.rows import check_record, seconds_beyond
 
 ORDER = "its steps do not rise up to its checkpoint's"
 LINE = "a line lacks eval_return or energy_source"
@@ -34,3 +34,14 @@ def test_lines_up_to_step_2(
         check_record(tmp_path, facts)
     else:
         assert str(refusal(check_record, tmp_path, facts)).endswith(f"cannot be read: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("rows", "seconds"),
+    [
+        ([], 0.0), ([{"wall_s": 12.0}, {"wall_s": 15.5}], 5.5), ([{"wall_s": 9.0}], 0.0),
+        ([{}, {"wall_s": None}, {"wall_s": "20"}, {"wall_s": float("inf")}], 0.0),
+    ],
+)  # fmt: skip
+def test_seconds_beyond_the_tenth(rows: list[dict[str, Any]], seconds: float) -> None:
+    assert seconds_beyond(rows, 10.0) == seconds

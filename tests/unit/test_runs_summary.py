@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from shell import SHORT, spikerl
 
-from spikerl.runs.summary import summary_of
+from spikerl.runs.summary import seconds_discarded, summary_of
 
 
 def row(eval_return: float | None, joules: float | None, watts: float | None) -> dict[str, Any]:
@@ -33,6 +33,13 @@ def test_a_run() -> None:
         "power_peak_w": 50.0,
         "energy_to": {"return": 6.0, "energy_j": 180.0},
     }
+
+
+def test_seconds_that_were_thrown_away() -> None:
+    """Of two resumes, an earlier version's, and what a forged manifest may hold."""
+    odd = [{}, 7, {"discarded_s": "1"}, {"discarded_s": -3.0}, {"discarded_s": float("nan")}]
+    assert seconds_discarded([{"discarded_s": 2.5}, *odd, {"discarded_s": 0.25}]) == 2.75
+    assert seconds_discarded(None) == 0.0
 
 
 def test_what_is_not_known_is_null() -> None:
