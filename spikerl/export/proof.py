@@ -20,7 +20,8 @@ from spikerl.envs.make import UNREGISTERED, EnvConfig
 from spikerl.errors import BadRequest, NonFinite
 from spikerl.kernels import reference
 from spikerl.kernels.reference import Carried
-from spikerl.models.actor import Activity, SpikingActor
+from spikerl.models.activity import Activity
+from spikerl.models.actor import SpikingActor
 from spikerl.models.policy import Policy
 from spikerl.models.sequence import History
 from spikerl.runs.policy_env import env_of

@@ -20,7 +20,8 @@ from spikerl.files import write_atomic
 from spikerl.kernels import reference
 from spikerl.kernels.reference import Carried
 from spikerl.machine import versions
-from spikerl.models.actor import Activity, Actor, MLPActor, SpikingActor
+from spikerl.models.activity import Activity
+from spikerl.models.actor import Actor, MLPActor, SpikingActor
 from spikerl.models.actor_config import ActorConfig
 from spikerl.models.compression import Compression
 from spikerl.models.networks import SequenceActor

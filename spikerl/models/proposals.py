@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spikerl.models.actor import Activity, Actor, MLPActor, SpikingActor
+from spikerl.models.activity import Activity
+from spikerl.models.actor import Actor, MLPActor, SpikingActor
 from spikerl.models.actor_config import ActorConfig, MLPConfig, ProposalConfig
 from spikerl.models.critic import Critics
 from spikerl.models.networks import SequenceActor, build_actor, build_sequence

@@ -24,7 +24,7 @@ from spikerl.envs.make import CheckedEnv, EnvConfig, make_env
 from spikerl.envs.vector import asked
 from spikerl.errors import BadRequest, NonFinite, Stopped
 from spikerl.kernels.reference import Carried
-from spikerl.models.actor import Activity
+from spikerl.models.activity import Activity
 from spikerl.models.policy import Policy
 from spikerl.models.sequence import History
 from spikerl.schema import FLOAT32_MAX
