@@ -60,13 +60,16 @@ def bootstrap(
 
 def relative_interval(ours: Sequence[Array], theirs: Sequence[Array]) -> Interval | None:
     """95 % bootstrap interval of the interquartile mean of ours, 1 + (x - b) / |b| with b the mean
-    of theirs, both drawn anew within each task; None where one has one seed.
+    of theirs, both drawn anew within each task; None where one has one seed, or a drawn b is 0,
+    which nothing can be a share of.
     """
     if any(len(task) < 2 for task in (*ours, *theirs)):
         return None
     rng, drawn = np.random.default_rng(0), []
     for x, y in zip(ours, theirs, strict=True):
         mean_R1 = _resample(y, REPETITIONS, rng).mean(1, keepdims=True)
+        if not mean_R1.all():
+            return None
         drawn.append(1.0 + (_resample(x, REPETITIONS, rng) - mean_R1) / abs(mean_R1))
     return _interval(iqm(np.concatenate(drawn, axis=1)))
 

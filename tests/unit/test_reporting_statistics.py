@@ -150,3 +150,11 @@ def test_the_baselines_mean_is_drawn_anew() -> None:
     below = s.relative_interval([-both], [array(-1.0, -3.0)])
     assert below == pytest.approx((0.0, 1.0 + 1.0 / 3.0))
     assert s.relative_interval([both], [array(1.0)]) is None
+
+
+def test_no_interval_over_a_mean_that_may_be_zero() -> None:
+    """Of two draws from 0 and 4 both are 0 a quarter of the time: nothing is a share of that."""
+    assert s.relative_interval([array(1.0, 2.0)], [array(0.0, 4.0)]) is None
+    assert s.relative_interval([array(1.0, 2.0)], [array(-1.0, 1.0)]) is None
+    both = [array(1.0, 2.0)] * 2
+    assert s.relative_interval(both, [array(1.0, 3.0), array(0.0, 4.0)]) is None
