@@ -56,15 +56,18 @@ def check_distinct(choices: Sequence[Sequence[str]], *, folders: bool) -> None:
 def _values(override: Any) -> list[str]:
     if not override.is_sweep_override():
         return [override.input_line]
-    key = override.get_key_element()
+    key, value = override.get_key_element(), override.input_line.partition("=")[2]
     if isinstance(override.value(), Glob):
         # Hydra looks into no folders.
         names = [name for name in group_options(key) if "/" not in name]
-        if not (found := override.value().filter(names)):
-            value = override.input_line.partition("=")[2]
-            raise BadRequest(key, value, f"no option is named so; known: {', '.join(names)}")
-        return [f"{key}={one}" for one in found]
-    return [f"{key}={one}" for one in override.sweep_string_iterator()]
+        found = override.value().filter(names)
+        remedy = f"no option is named so; known: {', '.join(names)}"
+    else:
+        found = list(override.sweep_string_iterator())
+        remedy = "it stands for no value; range(A,B) goes from A to below B"
+    if not found:
+        raise BadRequest(key, value, remedy)
+    return [f"{key}={one}" for one in found]
 
 
 def varied_keys(args: Sequence[str]) -> list[str]:

@@ -120,6 +120,8 @@ def test_of_many_jobs_each_value_is_tried_once() -> None:
         (["algo=td3,ppo", "encoder=poisson"], ["encoder=poisson: ppo needs"]),
         (["seed=0,1", "seed=2,3"], ["seed=0: the key is there again; leave one out"]),
         (["seed=0,1", "++seed=5"], ["seed=0: the key is there again; leave one out"]),
+        (["env=Ant,Hopper", "seed=range(3,0)"],
+         ["seed=range(3,0): it stands for no value; range(A,B) goes from A to below B"]),
         (["kernel=glob(x*)"], ["kernel=glob(x*): no option is named so; known: auto, cpu, "]),
         (["seed=1," + "9" * 5000], ["seed=1,999"]),
         (["seed=1," + "[" * 5000], ["seed=1,[[["]),
