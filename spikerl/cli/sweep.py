@@ -338,11 +338,15 @@ def end_pool() -> None:
 
 
 def over_seeds(jobs: Sequence[dict[str, Any]], measure: str) -> list[str]:
-    """A line for each setting that was run with several seeds: mean and deviation over them."""
+    """A line for each setting that several seeds have done: mean and deviation over them.
+
+    What was stopped has other steps; a job that a sweeper chose again is no other run.
+    """
     groups: dict[str, list[float]] = {}
-    for job in jobs:
-        setting = [part for part in job["name"].split(",") if not re.match(r"seed=\d+$", part)]
-        if job["return"] is not None and len(setting) < len(job["name"].split(",")):
+    for name, job in {job["name"]: job for job in jobs}.items():
+        setting = [part for part in name.split(",") if not re.match(r"seed=\d+$", part)]
+        known = job["status"] == DONE and job["return"] is not None
+        if known and len(setting) < len(name.split(",")):
             groups.setdefault(",".join(setting), []).append(job["return"])
     return [
         f"{name or 'all'}: {measure} {statistics.mean(returns):.1f}"

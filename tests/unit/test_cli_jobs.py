@@ -177,12 +177,15 @@ def test_durations() -> None:
 
 
 def test_over_seeds() -> None:
-    jobs = [
-        {"name": f"env={env},seed={seed}", "return": value}
-        for env, seed, value in [("A", 0, 1.0), ("A", 1, 4.0), ("B", 0, 5.0), ("A", 2, None)]
-    ]
-    assert over_seeds(jobs, "return") == ["env=A: return 2.5 +- 2.1 over 2 seeds"]
-    assert over_seeds([{"name": "algo.tau=1", "return": 1.0}] * 2, "return") == []
+    values = [("A", 0, 1.0), ("A", 1, 4.0), ("B", 0, 5.0), ("A", 2, None)]
+    jobs = [{"name": f"env={env},seed={seed}", "return": value, "status": 0}
+            for env, seed, value in values]  # fmt: skip
+    line = "env=A: return 2.5 +- 2.1 over 2 seeds"
+    assert over_seeds(jobs, "return") == [line]
+    stopped = {"name": "env=A,seed=3", "return": 9.0, "status": 75}  # after fewer steps
+    assert over_seeds([*jobs, stopped], "return") == [line]
+    assert over_seeds([*jobs, jobs[0], jobs[2]], "return") == [line]  # chosen again
+    assert over_seeds([{"name": "algo.tau=1", "return": 1.0, "status": 0}] * 2, "return") == []
 
 
 def test_the_table_keeps_tasks_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
