@@ -15,7 +15,6 @@ from spikerl.reporting.policy_card import policy_card
 from spikerl.reporting.records import Run
 from spikerl.reporting.results import Results
 from spikerl.reporting.table_file import ROOT, Table
-from spikerl.reporting.tables import Section
 from spikerl.reporting.tex import table_tex
 
 if TYPE_CHECKING:
@@ -61,9 +60,9 @@ def render_table(table: Table, total_steps: int, root: Path = ROOT) -> list[str]
 
 def write_all(table: Table, results: Results, folder: Path) -> list[str]:
     named = [(r.row, s.run) for r in results.all for s in r.seeds]
-    sections = tables.sections(results)
+    said = tables.said_of(results)
     texts = {
-        "table.md": tables.markdown(results, sections),
+        "table.md": tables.markdown(table.title, **said),
         "table.csv": tables.table_csv(results),
         "table.tex": table_tex(results),
         "runs.csv": tables.runs_csv(named),
@@ -77,7 +76,10 @@ def write_all(table: Table, results: Results, folder: Path) -> list[str]:
         scores = {table.rows[row].label: results.normalised(row)[0] for row in table.rows}
         title = "Performance profile"
         written += keep(folder, "profiles", title, curves.profiles(scores), pictures)
-        texts["index.html"] = table_page(results, sections, pictures)
+        said["notes"] += operations.notes(results.runs)  # its cards have modelled energies
+        seeds = [(s.cell.name, s.run) for r in results.all for s in r.seeds]
+        cards = [Card.of(name, i, run) for i, (name, run) in enumerate(seeds)]
+        texts["index.html"] = page.page(table.title, **said, pictures=pictures, cards=cards)
         written.append("index.html")
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -154,17 +156,3 @@ def runs_by_task(results: Results) -> dict[str, dict[str, list[Run]]]:
         }
         for column in table.columns
     }
-
-
-def table_page(results: Results, sections: Sequence[Section], pictures: Sequence[Picture]) -> str:
-    table = results.table
-    seeds = [(s.cell.name, s.run) for r in results.all for s in r.seeds]
-    return page.page(
-        table.title,
-        lines=[f"{table.source}. {tables.asked(results)}"],
-        sections=sections,
-        pictures=pictures,
-        notes=[*tables.notes(results), *operations.notes(results.runs)],
-        provenance=tables.provenance(results.runs),
-        cards=[Card.of(name, i, run) for i, (name, run) in enumerate(seeds)],
-    )

@@ -225,7 +225,6 @@ def write_all(
     sections.append(Section("Interquartile mean of maxima, and 95 % interval", report.intervals()))
     if len(report.runs) > 1 and report.varied:
         sections.append(Section("Settings that differ", report.settings(names)))
-    provenance = tables.provenance(report.runs)
     pictures, written = draw(report, folder)
     title = f"{len(report.runs)} runs"
     notes = [f"groups are set apart by {', '.join(report.group_by) or 'nothing'}"]
@@ -235,24 +234,20 @@ def write_all(
         has = f"warning: {again} of the runs {verb} seed and settings of another"
         notes.append(f"{has}; n counts them")
     notes += [f"left out: {line}" for line in left_out]
+    provenance = tables.provenance(report.runs)
+    said: dict[str, Any] = {
+        "lines": [], "sections": sections, "notes": notes, "provenance": provenance
+    }  # fmt: skip
     named = [(group, run) for group, runs in report.groups.items() for run in runs]
+    cards = [
+        Card.of(name, i, run) for i, (name, run) in enumerate(zip(names, report.runs, strict=True))
+    ]
     texts = {
-        "table.md": markdown(title, sections, notes, provenance),
+        "table.md": tables.markdown(title, **said),
         "table.csv": runs_table(report, names),
         "table.tex": grid_tex(report.returns("max_average"), provenance),
         "runs.csv": tables.runs_csv(named),
-        "index.html": page.page(
-            title,
-            lines=[],
-            sections=sections,
-            pictures=pictures,
-            notes=notes,
-            provenance=provenance,
-            cards=[
-                Card.of(name, i, run)
-                for i, (name, run) in enumerate(zip(names, report.runs, strict=True))
-            ],
-        ),
+        "index.html": page.page(title, **said, pictures=pictures, cards=cards),
     }
     for name, text in texts.items():
         write_text(folder / name, text)
@@ -286,14 +281,3 @@ def draw(report: SideBySide, folder: Path) -> tuple[list[Picture], list[str]]:
 
 def _count(values: Any) -> int:
     return len(values) if isinstance(values, list) else 0
-
-
-def markdown(
-    title: str, sections: Sequence[Section], notes: Sequence[str], provenance: Sequence[str]
-) -> str:
-    parts = [f"# {title}"]
-    for section in sections:
-        parts += [f"## {section.title}", tables.markdown_grid(section.grid)]
-    for head, lines in (("Notes", notes), ("Made by", provenance)):
-        parts += [f"## {head}", "\n".join(f"- {line}" for line in lines)]
-    return "\n\n".join(parts) + "\n"

@@ -322,13 +322,28 @@ def sections(results: Results) -> list[Section]:
     return [section for section in every if len(section.grid) > 1]
 
 
-def markdown(results: Results, sections: Sequence[Section]) -> str:
-    table = results.table
-    parts = [f"# {table.title}", fill(f"{table.source}. {asked(results)}", WIDTH)]
+def said_of(results: Results) -> dict[str, Any]:
+    """What table.md and the page say of a table, below its title."""
+    return {
+        "lines": [f"{results.table.source}. {asked(results)}"],
+        "sections": sections(results),
+        "notes": notes(results),
+        "provenance": provenance(results.runs),
+    }
+
+
+def markdown(
+    title: str,
+    *,
+    lines: Sequence[str],
+    sections: Sequence[Section],
+    notes: Sequence[str],
+    provenance: Sequence[str],
+) -> str:
+    parts = [f"# {title}", *(fill(line, WIDTH) for line in lines)]
     for section in sections:
         parts += [f"## {section.title}", markdown_grid(section.grid)]
-    parts += ["## Notes", bullets(notes(results))]
-    parts += ["## Made by", bullets(provenance(results.runs))]
+    parts += ["## Notes", bullets(notes), "## Made by", bullets(provenance)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -90,7 +90,7 @@ def results(total_steps: int = 3000, **changes: Any) -> Results:
 
 
 def markdown(results: Results) -> str:
-    return tables.markdown(results, tables.sections(results))
+    return tables.markdown(results.table.title, **tables.said_of(results))
 
 
 def column(lines: tables.Grid, name: str) -> list[str]:
