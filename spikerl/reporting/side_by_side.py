@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from spikerl.energy import modelled
 from spikerl.errors import BadRequest
@@ -272,7 +272,7 @@ def draw(report: SideBySide, folder: Path) -> tuple[list[Picture], list[str]]:
                     for group, runs in by_task[task].items()}
             for key, title in keys.items()
         }  # fmt: skip
-        name = "inside_" + re.sub(r"[^A-Za-z0-9_-]", "_", task)
+        name = "inside_" + quote(task, safe="")  # no two tasks have one
         figure = curves.curves(panels, "step", "")
         title = f"{task}: losses, firing, speed"
         written += keep(folder, name, title, figure, pictures, kinds=("svg",))

@@ -360,7 +360,9 @@ def asked(results: Results) -> str:
 
 
 def markdown_grid(lines: Grid) -> str:
-    head, *body = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    # A folder's name may hold a line break.
+    shown = [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in lines]
+    head, *body = shown
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
 

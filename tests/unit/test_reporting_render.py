@@ -20,11 +20,11 @@ from shell import refusal, spikerl
 from table_runs import write_run
 
 from spikerl.commands import report
-from spikerl.reporting import curves
+from spikerl.reporting import curves, tables
 from spikerl.reporting.page import command_of
 from spikerl.reporting.records import Run, number, run_folders
-from spikerl.reporting.side_by_side import SideBySide, names_of, render_runs
-from spikerl.reporting.tables import PM
+from spikerl.reporting.side_by_side import SideBySide, draw, names_of, render_runs
+from spikerl.reporting.tables import PM, Section
 
 
 def test_a_run(tmp_path: Path) -> None:
@@ -291,6 +291,28 @@ def test_returns_of_policies_files(tmp_path: Path) -> None:
     assert f"{section}\n\n|  | Ant-v5 |\n| --- | ---: |\n| all runs | {said} |" in text
     lines = list(csv.DictReader((tmp_path / "out/table.csv").open()))
     assert [line["of_its_file"] for line in lines] == ["", "200.0", "300.0"]
+
+
+def test_a_name_with_a_line_break_keeps_the_table_whole(tmp_path: Path) -> None:
+    runs = [Run.read(write_run(tmp_path / name, algo=name[0])) for name in ("a\n|b", "c")]
+    grid = SideBySide(runs, None).settings(names_of(runs))
+    said: dict[str, Any] = {"lines": [], "notes": ["a\nb"], "provenance": []}
+    text = tables.markdown("2 runs", sections=[Section("S", grid)], **said)
+    assert "|  | algo.name |\n| --- | ---: |\n| a \\|b | a |\n| c | c |\n" in text
+    assert "\n- a b\n" in text
+
+
+def test_each_task_has_a_picture_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curves, "encoded", lambda figure, kind: b"")
+    tasks = ("A.b-v0", "A_b-v0", "A/b-v0", "\u8f68-v0", "\u9053-v0")
+    runs = [Run.read(write_run(tmp_path / str(i), env_id=id_)) for i, id_ in enumerate(tasks)]
+    _, written = draw(SideBySide(runs, None), tmp_path)
+    inside = {name for name in written if name.startswith("inside_")}
+    assert len(inside) == len(tasks)
+    assert {"inside_A.b-v0.svg", "inside_A%2Fb-v0.svg"} <= inside
+    assert all((tmp_path / name).is_file() for name in inside)
 
 
 def test_long_names_of_groups_say_what_sets_them_apart(tmp_path: Path) -> None:
