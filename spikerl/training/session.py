@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 import traceback
@@ -158,7 +159,7 @@ class Session:
         event = {"time": run_folder.now(), "step": self.trainer.step, "exact": not reasons,
                  "not_exact_because": "; ".join(reasons) or None, "world_size": size,
                  "world_size_before": had, "discarded_rows": len(lost),
-                 "discarded_s": seconds_beyond(lost, self.wall_s), "command": " ".join(command),
+                 "discarded_s": seconds_beyond(lost, self.wall_s), "command": shlex.join(command),
                  "after": restart_reason, **run_folder.made_by()}  # fmt: skip
         changes: dict[str, Any] = {"resumed": [*record.get("resumed", []), event]}
         changes |= {"world_size": size, "resolved": self.resolved()}

@@ -87,6 +87,9 @@ def test_the_command_is_recorded_as_it_was_typed(run: Path) -> None:
     assert record(Path("a = b/manifest.json"))["command"] == (
         f"spikerl train {typed} 'run_dir=a = b' seed=4"
     )
+    assert spikerl("train", "resume=a = b", "total_steps=310").status == 0
+    (event,) = record(Path("a = b/manifest.json"))["resumed"]
+    assert event["command"] == "spikerl train 'resume=a = b' total_steps=310"
 
 
 @pytest.mark.parametrize(
