@@ -99,7 +99,7 @@ def overrides_of(path: Path, typed: Sequence[str], *, resumes: bool = False) -> 
     """
     data = read_config(path)
     groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
-    chosen = {arg.partition("=")[0] for arg in typed}
+    chosen = {re.sub(r"^\++(?=env\.kwargs\.)", "", arg).partition("=")[0] for arg in typed}
     choices, values = [], []
     for key, value in data.items():
         if not isinstance(key, str) or key == "hydra" or not re.fullmatch(NAME, key):
@@ -158,6 +158,8 @@ def typed_plugins(args: Sequence[str]) -> list[str]:
 def _leaves(prefix: str, value: Any, path: Path, typed: set[str]) -> Iterator[tuple[str, Any]]:
     if prefix in typed:
         return
+    if prefix in PLAIN and isinstance(value, dict):
+        value = {name: own for name, own in value.items() if f"{prefix}.{name}" not in typed}
     if not isinstance(value, dict) or prefix in PLAIN:
         if "${" in str(value) or (":" in str(value) and prefix == "env.id"):
             raise _refusal(prefix, value, path)
@@ -174,8 +176,9 @@ def _check_paths(leaves: Sequence[tuple[str, Any]], path: Path) -> None:
         place = Path(str(value))
         if key in READ and (place.is_absolute() or ".." in place.parts):
             raise _refusal(key, value, path)
-        if key in PLAIN and leads_out(value):
-            raise _refusal(key, value, path)
+        for name, own in value.items() if isinstance(value, dict) else [("", value)]:
+            if key in PLAIN and leads_out(own):
+                raise _refusal(f"{key}.{name}".rstrip("."), own, path)
 
 
 def leads_out(value: Any) -> bool:

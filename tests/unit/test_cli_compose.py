@@ -199,6 +199,20 @@ def test_a_module_to_import_is_typed() -> None:
         assert args == ["env='gym'", "env.name='gym'", "seed=1", typed]
 
 
+def test_a_path_for_an_environment_is_typed() -> None:
+    """As the refusal says; a file's other arguments stay, another path that it gives does not."""
+    kwargs = {"path": "/a", "speed": 2.0}
+    write("c.yaml", {"env": {"name": "gym", "kwargs": kwargs}, "seed": 1})
+    refusal = refused("train", "config=c.yaml")
+    assert refusal.startswith("env.kwargs.path=/a: not accepted from c.yaml")
+    assert refusal.endswith("type env.kwargs.path=... on the command line")
+    typed = ["config=c.yaml", "env.kwargs.path=/a"]
+    held = ["env='gym'", "env.name='gym'", "env.kwargs=null", "env.kwargs={speed:2.0}", "seed=1"]
+    assert expand("train", typed) == [*held, "++env.kwargs.path=/a"]
+    write("c.yaml", {"env": {"name": "gym", "kwargs": {**kwargs, "other": "/b"}}, "seed": 1})
+    assert refused("train", *typed).startswith("env.kwargs.other=/b: not accepted from c.yaml")
+
+
 def resumable(**env: str) -> None:
     write("run/manifest.json", {"status": "preempted"})
     write("run/config.yaml", {"env": env, "seed": 4, "total_steps": 10})
