@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from spikerl.config.yaml_file import READ, leads_out, quoted
 from spikerl.reporting.records import Run, number, values
 from spikerl.reporting.tables import PM, Grid, Section, rounded, spread, steps
 
@@ -84,11 +85,20 @@ def command_of(run: Run) -> str:
     swept = {"-m", "--multirun"} & set(command.split())
     if not swept:
         return command
-    # What is not taken from a config file unless it is typed.
-    typed = [f"{key}={run.config[key]}" for key in ("dataset", "init_from") if run.config.get(key)]
+    return shlex.join(["spikerl", "train", f"config={run.folder}/config.yaml", *confirmed(run)])
+
+
+def confirmed(run: Run) -> list[str]:
+    """What is not taken from a config file unless it is typed."""
+    names, env = run.config.get("plugins"), run.config.get("env")
+    kwargs = env.get("kwargs") if isinstance(env, dict) else None
+    typed = [f"plugins=[{','.join(map(str, names))}]"] if isinstance(names, list) and names else []
+    typed += [f"{key}={run.settings[key]}" for key in READ
+              if run.settings.get(key) not in (None, "None")]  # fmt: skip
     env_id = run.settings.get("env.id", "")
     typed += [f"env.id={env_id}"] * (":" in env_id)
-    return shlex.join(["spikerl", "train", f"config={run.folder}/config.yaml", *typed])
+    paths = {k: v for k, v in kwargs.items() if leads_out(v)} if isinstance(kwargs, dict) else {}
+    return typed + [f"env.kwargs.{name}={quoted(value)}" for name, value in paths.items()]
 
 
 def unbroken(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shlex
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from shell import spikerl
 from table_runs import write_run
 
+from spikerl.config.typed import for_hydra
+from spikerl.config.yaml_file import overrides_of
 from spikerl.reporting.page import Card, command_of, significant
 from spikerl.reporting.records import Run
 
@@ -25,9 +28,22 @@ def test_what_repeats_a_run(tmp_path: Path) -> None:
 def test_what_repeats_a_job_of_a_sweep_is_typed_again(tmp_path: Path) -> None:
     """What no config file may lead to by itself; an entry that is none is passed over."""
     run = Run.read(write_run(tmp_path / "a[1]", command="spikerl train -m x=1,2", resumed=["x"]))
-    run.config.update(dataset="../d 0", init_from=None, env={"id": "mine:Own-v0"})
-    folder = shlex.quote(f"config={tmp_path}/a[1]/config.yaml")
-    assert command_of(run) == f"spikerl train {folder} 'dataset=../d 0' env.id=mine:Own-v0"
+    run.config.update(
+        dataset="../d 0",
+        init_from=None,
+        env={"name": "gym", "id": "mine:Own-v0", "kwargs": {"path": "/it's", "speed": 2.0}},
+        energy={"name": "replay", "file": "/t.csv"},
+        plugins=["mine"],
+    )
+    (run.folder / "config.yaml").write_text(json.dumps(run.config))
+    typed = ["plugins=[mine]", "dataset=../d 0", "energy.file=/t.csv", "env.id=mine:Own-v0",
+             r"env.kwargs.path='/it\'s'"]  # fmt: skip
+    words = ["spikerl", "train", f"config={tmp_path}/a[1]/config.yaml", *typed]
+    assert command_of(run) == shlex.join(words)
+    held = overrides_of(run.folder / "config.yaml", [for_hydra(one) for one in typed])
+    assert [one for one in held if one.startswith("env.kwargs")] == [
+        "env.kwargs=null", "env.kwargs={speed:2.0}"
+    ]  # fmt: skip
 
 
 def test_small_losses_keep_their_digits() -> None:
