@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -64,13 +64,17 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     root = Path(request.path)
     if not root.is_dir():
         raise BadRequest("path", request.path, "no such folder")
-    damaged: list[Path] = []
-    folders = list(find_runs(root, damaged))
+    folders = list(run_folder.folders_below(root))
     freed, not_freed = clean(folders) if request.clean else ({}, [])
-    runs = sorted((describe(folder) for folder in folders), key=lambda run: order(run, request))
+    runs, unreadable = list[Run](), list[str]()
+    for folder in folders:
+        try:
+            runs.append(describe(folder))
+        except BadRequest:
+            unreadable.append(shown(folder))
+    runs.sort(key=lambda run: order(run, request))
     if request.json:
         rows = [asdict(run) for run in runs]
-        unreadable = [shown(folder) for folder in damaged]
         answer({"runs": rows, "freed_bytes": sum(freed.values()), "not_freed": not_freed,
                 "unreadable": unreadable})  # fmt: skip
         return DONE
@@ -78,33 +82,14 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         show(runs)
     else:
         print(f"no runs below {shown(root)}")
-    for folder in damaged:
-        print(f"note: {shown(folder)} has no readable manifest.json")
+    for place in unreadable:
+        print(f"note: {place} has no readable manifest.json")
     for line in not_freed:
         print(f"note: {line}")
     if request.clean:
         gone = readable(sum(freed.values()))
         print(f"freed {gone}: replay and checkpoints of {len(freed)} finished runs")
     return DONE
-
-
-def find_runs(root: Path, damaged: list[Path]) -> Iterator[Path]:
-    """Folders with a run's manifest.json; nothing is looked for inside one, nor behind links.
-
-    Those of runs whose manifest.json cannot be read are added to `damaged`.
-    """
-    for place, folders, files in os.walk(root):
-        folder = Path(place)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if "manifest.json" in files:
-            try:
-                run_folder.read_manifest(folder, key="path")
-            except BadRequest:
-                if "config.yaml" in files:
-                    damaged.append(folder)
-                continue
-            folders.clear()
-            yield folder
 
 
 def describe(folder: Path) -> Run:
@@ -153,13 +138,11 @@ def clean(folders: Sequence[Path]) -> tuple[dict[Path, int], list[str]]:
     """The bytes that each finished run gave back, and why others did not."""
     freed, not_freed = {}, []
     for folder in folders:
-        if run_folder.read_manifest(folder, key="path")["status"] != "done":
-            continue
-        if not run_folder.for_going_on(folder):
+        if not is_done(folder) or not run_folder.for_going_on(folder):
             continue
         try:
             with run_folder.lock(folder):
-                if run_folder.read_manifest(folder, key="path")["status"] != "done":
+                if not is_done(folder):
                     continue  # resumed meanwhile
                 check_policies(folder)
                 if gone := run_folder.free(folder):
@@ -168,6 +151,12 @@ def clean(folders: Sequence[Path]) -> tuple[dict[Path, int], list[str]]:
             why = error.args[2] if isinstance(error, BadRequest) else error
             not_freed.append(f"{shown(folder)} keeps its replay: {why}")
     return freed, not_freed
+
+
+def is_done(folder: Path) -> bool:
+    with suppress(BadRequest):
+        return bool(run_folder.read_manifest(folder, key="path")["status"] == "done")
+    return False
 
 
 def check_policies(folder: Path) -> None:

@@ -20,7 +20,7 @@ from spikerl.files import read_json
 from spikerl.reporting import statistics
 from spikerl.reporting.statistics import Array
 from spikerl.runs.differences import NAMES
-from spikerl.runs.folder import read_manifest
+from spikerl.runs.folder import folders_below, read_manifest
 from spikerl.runs.rows import MAX_BYTES, read_rows
 from spikerl.schema import dotted
 
@@ -215,18 +215,9 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 def run_folders(pattern: str) -> list[Path]:
     """The run folders that a glob names, or that lie below the folders which it names."""
-    runs: set[Path] = set()
     # A sweep's folder may be named hidden_sizes=[64,64], which as a pattern means something else.
-    for match in [pattern] if os.path.isdir(pattern) else glob.glob(pattern, recursive=True):
-        if os.path.isfile(match):
-            continue
-        # What may not be listed may be a run; reading it says why it is left out.
-        walk = os.walk(match, onerror=lambda error: runs.add(Path(error.filename)))
-        for place, folders, files in walk:
-            if "manifest.json" in files:
-                runs.add(Path(place))
-                folders.clear()  # its checkpoints have manifests too
-            folders[:] = [name for name in folders if not name.startswith(".")]
+    matches = [pattern] if os.path.isdir(pattern) else glob.glob(pattern, recursive=True)
+    runs = {run for one in matches if not os.path.isfile(one) for run in folders_below(one)}
     if not runs:
         quote = "; quote the pattern in a shell" * (glob.has_magic(pattern))
         raise BadRequest("runs", pattern, f"no run folder matches{quote}")

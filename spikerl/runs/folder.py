@@ -171,6 +171,20 @@ def read_manifest(folder: Path, *, key: str) -> dict[str, Any]:
     return dict(data)
 
 
+def folders_below(root: str | Path) -> Iterator[Path]:
+    """The run folders at or below one, as their manifest.json says, and folders that may not be
+    listed, which may be some. Nothing is looked for in a run, behind links or in hidden folders.
+    """
+    unlisted: list[Path] = []
+    walk = os.walk(root, onerror=lambda error: unlisted.append(Path(error.filename)))
+    for place, folders, files in walk:
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if "manifest.json" in files:
+            folders.clear()  # its checkpoints have manifests too
+            yield Path(place)
+    yield from unlisted
+
+
 def check_own(folder: Path) -> None:
     """Refuse to write into a folder of which a part lies elsewhere, as an untrusted one may.
 

@@ -19,6 +19,7 @@ from exports import config, policy_of, task
 from shell import SHORT, spikerl, tree
 
 from spikerl import load_policy
+from spikerl.commands import runs
 from spikerl.commands.runs import age, readable
 
 
@@ -129,7 +130,9 @@ def test_the_table() -> None:
     cells = [cell.strip() for cell in line.strip("│").split("│")]
     assert cells[:6] == ["outputs/Ant/td3/a", "done", "200", "4", "5", "5.5"]
     assert cells[7] == "3 h"
-    assert said.out.splitlines()[-1].startswith("4 runs, ")
+    *_, count, note = said.out.splitlines()
+    assert count.startswith("4 runs, ")
+    assert note == "note: outputs/other has no readable manifest.json"  # below which none is sought
 
 
 def test_a_damaged_record_is_named() -> None:
@@ -157,6 +160,23 @@ def test_a_damaged_manifest_is_named() -> None:
     assert "note: outputs/a has no readable manifest.json\n" in said.out
     said = spikerl("runs", "path=outputs", "json=true")
     assert json.loads(said.out)["unreadable"] == ["outputs/a"]
+    (folder / "config.yaml").unlink()
+    said = spikerl("runs", "path=outputs", "clean=true", "json=true")
+    assert json.loads(said.out)["unreadable"] == ["outputs/a"]
+    assert (folder / "replay").is_dir()
+
+
+def test_a_run_that_goes_away_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that a sweep or `reproduce` moves: the others are listed."""
+    make("outputs/a", "done", [row(100, 5.0, 2.0)])
+    make("outputs/b", "done", [])
+
+    def last_change(folder: Path, manifest: dict[str, Any]) -> float:
+        Path("outputs/b").rename("elsewhere")
+        return time.time()
+
+    monkeypatch.setattr(runs, "last_change", last_change)
+    assert [run["run"] for run in listed()] == ["outputs/a"]
 
 
 def test_no_runs() -> None:
