@@ -173,6 +173,12 @@ def asked(where: str) -> Iterator[None]:
         raise EnvironmentFailed(f"{where} {describe_error(error)}") from error
 
 
+def check_finite(where: str, obs: np.ndarray, rew: float = 0.0) -> None:
+    """NonFinite says `where` an environment gave what no return and no dataset may hold."""
+    if not (abs(rew) <= FLOAT32_MAX and (np.abs(obs) <= FLOAT32_MAX).all()):
+        raise NonFinite(f"{where} gave a NaN or infinity")
+
+
 def describe_error(error: BaseException) -> str:
     """What an environment did, after its name."""
     if isinstance(error, EnvironmentFailed):

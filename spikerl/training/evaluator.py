@@ -21,13 +21,12 @@ from spikerl.distributed.world import ALONE, World
 from spikerl.energy import modelled, operations
 from spikerl.energy.operations import Operations
 from spikerl.envs.make import CheckedEnv, EnvConfig, make_env
-from spikerl.envs.vector import asked
-from spikerl.errors import BadRequest, NonFinite, Stopped
+from spikerl.envs.vector import asked, check_finite
+from spikerl.errors import BadRequest, Stopped
 from spikerl.kernels.reference import Carried
 from spikerl.models.activity import Activity
 from spikerl.models.policy import Policy
 from spikerl.models.sequence import History
-from spikerl.schema import FLOAT32_MAX
 from spikerl.seeding import RESET_BITS, generator_for, reset_seed
 from spikerl.types import Contexts, Task
 
@@ -240,8 +239,7 @@ class Evaluator:
         where = f"evaluation, reset: {policy.task.env_id}"
         with asked(where):
             obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)])
-        if not (np.abs(obs) <= FLOAT32_MAX).all():
-            raise NonFinite(f"{where} gave a NaN or infinity")
+        check_finite(where, obs)
         returns, lengths = [0.0] * len(envs), [0] * len(envs)
         running = list(range(len(envs)))
         step, fired, carried = 0, 0.0, policy.carried()
@@ -262,8 +260,7 @@ class Evaluator:
             earned = np.zeros(len(envs))
             for i, (next_obs, rew, terminated, truncated, _) in made.items():
                 obs[i] = next_obs
-                if not (abs(rew) <= FLOAT32_MAX and (np.abs(obs[i]) <= FLOAT32_MAX).all()):
-                    raise NonFinite(f"{where} gave a NaN or infinity")
+                check_finite(where, obs[i], rew)
                 returns[i] += rew
                 earned[i] = rew
                 lengths[i] += 1
