@@ -1,6 +1,7 @@
 """Checkpoints: the points that a stopped or killed run goes on from.
 
-A checkpoint is a folder `checkpoints/step_N`, complete or absent: every worker writes its shard
+A checkpoint is a folder `checkpoints/step_N`, or `step_N_` where the step has one already, and so
+on; the last by name is the newest. It is complete or absent: every worker writes its shard
 into a hidden folder, then rank 0 adds `manifest.json` (each file with its checksum, the schema
 version, the length of metrics.jsonl, and a checksum of all this) and renames the folder into place.
 Replay rows are written once, into segments below `replay/` (`segments.py`) that successive
@@ -119,17 +120,10 @@ def save_checkpoint(
         write_synced(partial / "manifest.json", json_bytes(manifest))
         for folder in {(partial / file).parent for file in files}:
             sync_folder(folder)
-        place = root / name
-        replaced = root / f".{name}.replaced.partial"
-        if again := place.exists():  # the same step
-            os.rename(place, replaced)
-        try:
-            os.rename(partial, place)
-        except OSError:
-            if again:
-                os.rename(replaced, place)
-            raise
-        link_to(root / "latest", name)
+        of_step = [folder.name for folder in _folders(run) if folder.name.startswith(name)]
+        place = root / (f"{of_step[0]}_" if of_step else name)
+        os.rename(partial, place)
+        link_to(root / "latest", place.name)
         for folder in _folders(run)[KEEP:]:
             shutil.rmtree(folder)
         remove_unreferenced(run)

@@ -38,8 +38,7 @@ def find_policy(run: Path, policy: str = "last", *, key: str) -> Path:
         raise BadRequest("policy", policy, f"give {' or '.join(CHOICES)}")
     folders, root = [run], run / "checkpoints"
     with suppress(OSError, ValueError):  # a name that cannot be one
-        # What the link points at, as it may move meanwhile; without it, the newest that is there.
-        folders.append(Path(os.path.realpath(root / "latest")))
+        # Not by `latest`, which a run that was killed may have left behind.
         folders += sorted(root.glob("step_*"), reverse=True)
     if policy == "best":
         folders = [folder / "best" for folder in folders]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
+import os
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from builders import small_config
 from shell import refusal
 
+from spikerl.algos.replay import Replay
 from spikerl.envs.make import make_env, task_of
 from spikerl.files import checksum
 from spikerl.runs import checkpoint
@@ -62,6 +64,45 @@ def test_replay_rows_that_no_segment_holds(tmp_path: Path) -> None:
         found.manifest["segments"].clear()
         with pytest.raises(ValueError, match="its replay lacks rows"):
             trainer.load(found)
+
+
+def test_a_second_one_of_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before and after each rename, there is one of that step; of several the last counts."""
+    from spikerl.distributed.world import ALONE
+    from spikerl.runs.checkpoint import Shard, remove_newer, save_checkpoint, verified
+
+    def save(epoch: int) -> None:
+        facts = {"step": 30, "epoch": epoch, "world_size": 1}
+        shard = Shard({}, {}, Replay(10, 1, 1))
+        save_checkpoint(tmp_path, ALONE, shard, {}, facts, {})
+
+    rename, calls = os.rename, [0]
+
+    def killed_at(last: int) -> None:
+        def renamed(*paths: Path) -> None:
+            if calls[0] == last:
+                raise GeneratorExit
+            calls[0] += 1
+            rename(*paths)
+
+        calls[0] = 0
+        monkeypatch.setattr(os, "rename", renamed)
+
+    save(0)
+    for last in range(2):
+        killed_at(last)
+        with suppress(GeneratorExit):
+            save(1)
+        assert verified(tmp_path, print).manifest["epoch"] == last
+        assert calls[0] == last
+    monkeypatch.setattr(os, "rename", rename)
+    for epoch in range(2, 15):
+        save(epoch)
+        found = verified(tmp_path, print)
+        assert (found.step, found.manifest["epoch"]) == (30, epoch)
+        remove_newer(found)
+        assert os.readlink(tmp_path / "checkpoints/latest") == found.folder.name
+    assert len(list((tmp_path / "checkpoints").glob("step_*"))) == checkpoint.KEEP
 
 
 def test_a_manifest_names_nothing_outside_its_folder(tmp_path: Path) -> None:

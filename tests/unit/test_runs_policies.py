@@ -19,10 +19,13 @@ OBS = np.random.default_rng(2).normal(3.0, 4.0, (9, 4))
 
 
 def test_the_final_policy_before_a_checkpoints(tmp_path: Path) -> None:
-    latest = tmp_path / "checkpoints" / "latest"
-    latest.mkdir(parents=True)
-    toy_policy(DENSE).save(latest)
-    assert find_policy(tmp_path, key="run") == latest
+    """And of those the newest one's, also where `latest` is behind, as after a kill."""
+    for name in ("step_0000000001", "step_0000000002"):
+        newest = tmp_path / "checkpoints" / name
+        newest.mkdir(parents=True)
+        toy_policy(DENSE).save(newest)
+    (tmp_path / "checkpoints/latest").symlink_to("step_0000000001")
+    assert find_policy(tmp_path, key="run") == newest
     toy_policy(DENSE).save(tmp_path)
     assert find_policy(tmp_path, key="run") == tmp_path
 
