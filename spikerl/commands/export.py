@@ -67,6 +67,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     if not file.name:
         raise BadRequest("file", file, "give the name of a file")
     beside = file.with_name(f"{file.name}.json")
+    check_name(file, beside, request.format)
     check_free(file, beside)
     if not request.env_id:
         check_confirmed(request.run, policy.task, None)
@@ -151,6 +152,17 @@ def policy_of(request: ExportRequest, folder: Path) -> Policy:
         remedy += " subtract a constant from it in the environment"
         raise BadRequest("run", request.run, remedy)
     return policy
+
+
+def check_name(file: Path, beside: Path, form: str) -> None:
+    """Refuse names that a run may give to files of its own, which then pass for what they are not:
+    of a run that still trains, a contract policy.json would be its final policy.
+    """
+    runs = ("manifest.json", "config.yaml")
+    in_run = any(all((p / name).is_file() for name in runs) for p in file.absolute().parents)
+    if in_run and file.suffix != f".{form}":
+        remedy = f"in a run folder, it or {beside.name} beside it may be taken for the run's own"
+        raise BadRequest("file", shown(file), f"{remedy}; give a name that ends in .{form}")
 
 
 def check_free(file: Path, beside: Path) -> None:

@@ -26,6 +26,7 @@ from spikerl.export import c, c_actor, contract, proof
 from spikerl.models.actor import SpikingActor
 from spikerl.models.compression import prune
 from spikerl.models.policy import Policy
+from spikerl.runs.policies import find_policy
 from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.early_exit import EarlyExit
 
@@ -197,6 +198,26 @@ def test_export(tmp_path: Path) -> None:
     ]  # fmt: skip
     line = spikerl("export", f"run={run}", "format=c").line
     assert line == f"file={file}: it exists already; remove it, or give another file"
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [("policy", "policy.json"), ("best/policy", "policy.json"), ("error.txt", "error.txt.json")],
+)
+def test_a_run_keeps_its_names(name: str, beside: str, tmp_path: Path) -> None:
+    """While it trains it has no policy.json yet."""
+    run = tmp_path / "run"
+    for folder in ("best", "checkpoints"):
+        (run / folder).mkdir(parents=True)
+    for own in ("config.yaml", "manifest.json"):
+        (run / own).write_text("{}")
+    saved(policy_of(config(), task()), run / "checkpoints/step_0000000001")
+    line = spikerl("export", f"run={run}", "format=c", f"file={run / name}").line
+    assert line == (
+        f"file={run / name}: in a run folder, it or {beside} beside it may be taken for the run's"
+        " own; give a name that ends in .c"
+    )
+    assert find_policy(run, key="run") == run / "checkpoints/step_0000000001"
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
