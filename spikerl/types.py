@@ -178,6 +178,11 @@ class Task:
         return math.prod(self.obs_shape)  # exact, whatever a file claims
 
     @property
+    def obs_dtype(self) -> type[np.generic]:
+        """Of observations that are recorded; bytes take an eighth of what numbers do."""
+        return np.uint8 if self.obs_bytes else np.float64
+
+    @property
     def row(self) -> Row:
         return Row(self.obs_dim, self.act_dim, self.obs_bytes)
 

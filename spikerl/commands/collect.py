@@ -190,7 +190,7 @@ def record(
             check_finite(where, next_obs, rew)
             if carried is not None:
                 carried.reward(rew)
-            obs.append(next_obs)
+            obs.append(next_obs.astype(policy.task.obs_dtype, copy=False))
             acts.append(act)
             rewards.append(rew)
         whole = terminated or truncated

@@ -50,7 +50,7 @@ ROUNDING = 1e-5  # by which an action may lie outside its bounds, in units of ha
 class Recorded(NamedTuple):
     """One episode, whole or cut off."""
 
-    obs: np.ndarray  # (T + 1, O) float64
+    obs: np.ndarray  # (T + 1, O), of the task's obs_dtype
     act: np.ndarray  # (T, A) in [-1, 1]; one-hot where actions are discrete
     rew: np.ndarray  # (T,)
     terminated: np.ndarray  # (T,) bool
@@ -87,6 +87,7 @@ class Writer:
 
         `whole`: it is not a piece of one. `seed`: of its reset, where that had one.
         """
+        obs = obs.astype(self.task.obs_dtype, copy=False)
         self._check_room(obs.nbytes + act.nbytes + rew.nbytes)
         group = self.file.create_group(f"episode_{self.episodes}")
         group.attrs.update({"id": self.episodes, "total_steps": len(rew)})
@@ -110,6 +111,8 @@ class Writer:
         """Write what the dataset is; `recipe`: how it was made."""
         self.file.close()
         size = (self.folder / MAIN).stat().st_size
+        bounds = (0, 255) if self.task.obs_bytes else (-math.inf, math.inf)
+        dtype = np.dtype(self.task.obs_dtype).name
         facts = {
             "dataset_id": name,
             "minari_version": VERSION,
@@ -118,7 +121,7 @@ class Writer:
             "total_episodes": self.episodes,
             "total_steps": self.steps,
             "dataset_size": round(size / 1e6, 1),  # MB, as Minari has it
-            "observation_space": box(-math.inf, math.inf, self.task.obs_shape, "float64"),
+            "observation_space": box(*bounds, self.task.obs_shape, dtype),
             "action_space": action_space(self.task),
             "env_spec": self.spec,
             "env_wrappers": list(self.task.env_wrappers),
@@ -341,13 +344,14 @@ def recorded(group: Any, task: Task) -> Recorded:
         check_pieces(group[name])
     obs, act, rew, terminated, truncated = (group[name][()] for name in FIELDS)
     with np.errstate(over="ignore", invalid="ignore"):  # what is beyond float64 is refused below
-        flat = obs.reshape(len(obs), task.obs_dim).astype(np.float64)
+        if task.obs_bytes and not are_bytes(obs):
+            what = "observations that are no whole numbers from 0 to 255"
+            raise ValueError(f"{group.name} has {what}")
+        flat = obs.reshape(len(obs), task.obs_dim).astype(task.obs_dtype, copy=False)
         rew = rew.astype(np.float64)
     for name, values in (("observations", flat), ("rewards", rew)):
-        if not (np.abs(values) <= FLOAT32_MAX).all():
+        if values.dtype != np.uint8 and not (np.abs(values) <= FLOAT32_MAX).all():
             raise ValueError(f"{group.name} has {name} that are NaN, infinite or beyond float32")
-    if task.obs_bytes and not are_bytes(obs):
-        raise ValueError(f"{group.name} has observations that are no whole numbers from 0 to 255")
     if (terminated | truncated)[:-1].any():
         raise ValueError(f"{group.name} goes on after its end")
     whole = bool(group.attrs.get("whole", True))

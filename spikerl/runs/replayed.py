@@ -36,7 +36,7 @@ def episodes(checkpoint: Checkpoint, task: Task, num_envs: int) -> Iterator[tupl
             last = np.arange(len(rows_TC)) == len(rows_TC) - 1
             terminated = rows_TC[:, row.rew_column + 1] > 0
             played = Recorded(
-                row.unpack(torch.from_numpy(seen_TW)).numpy().astype(np.float64),
+                row.unpack(torch.from_numpy(seen_TW)).numpy().astype(task.obs_dtype),
                 rows_TC[:, row.act_start : row.rew_column],
                 rows_TC[:, row.rew_column].astype(np.float64),
                 terminated,

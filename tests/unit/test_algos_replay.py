@@ -173,14 +173,19 @@ def test_a_run_on_bytes_is_the_run_on_their_numbers(
     odd = Path("c/policy.json")
     odd.write_text(odd.read_text().replace('"obs_bytes": true', '"obs_bytes": 1'))
     assert "obs_bytes" in str(refusal(load_policy, "c"))
-    played = []
-    for run in "ab":
-        said = spikerl("collect", f"run={run}", f"dataset={run}-v0", "policy=replay")
-        assert said.status == 0, said.err
-        with h5py.File(f"{run}-v0/data/main_data.hdf5") as file:
-            played.append({name: file[name]["observations"][()] for name in file})
-    assert played[0].keys() == played[1].keys()
-    assert all((played[0][name] == played[1][name]).all() for name in played[0])
+    for kind in ("policy=replay", "steps=40"):
+        played = []
+        for run, dtype in (("a", "uint8"), ("b", "float64")):
+            folder = Path(f"{run}-{kind}")
+            said = spikerl("collect", f"run={run}", f"dataset='{folder}'", kind)
+            assert said.status == 0, said.err
+            with h5py.File(folder / "data/main_data.hdf5") as file:
+                played.append({name: file[name]["observations"][()] for name in file})
+            assert {str(obs.dtype) for obs in played[-1].values()} == {dtype}
+            space = json.loads((folder / "data/metadata.json").read_text())["observation_space"]
+            assert json.loads(space)["dtype"] == dtype
+        assert played[0].keys() == played[1].keys()
+        assert all((played[0][name] == played[1][name]).all() for name in played[0])
     checkpoint = verified(Path("a").absolute(), print)
     held = Replay(150, 400, 3, obs_bytes=True)
     checkpoint.fill_replay(0, 1, held)

@@ -80,8 +80,11 @@ def test_bytes_are_bytes(task: Task, tmp_path: Path) -> None:
     """What is no byte would be another number in a replay that packs them."""
     pictures = replace(task, obs_bytes=True)
     whole = episode(3) | {"observations": np.arange(16.0).reshape(4, 4) * 17.0}
-    (one,) = Dataset.open(write(tmp_path / "d", [whole]), pictures, MUCH).episodes()
-    assert one.obs.max() == 255.0
+    as_bytes = whole | {"observations": whole["observations"].astype(np.uint8)}
+    for name, fields in (("d", whole), ("u8", as_bytes)):
+        (one,) = Dataset.open(write(tmp_path / name, [fields]), pictures, MUCH).episodes()
+        assert one.obs.dtype == one.steps().next_obs.dtype == np.uint8
+        assert one.obs.tolist() == whole["observations"].tolist()
     for value in (0.5, -1.0, 256.0):
         whole["observations"][1, 2] = value
         folder = write(tmp_path / f"d{value}", [whole])
