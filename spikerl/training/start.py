@@ -74,6 +74,10 @@ def read_init(source: str, config: Config, task: Task) -> Policy:
     if policy.config.shape() != config.actor.shape():
         remedy = f"its actor is {policy.config.shape()}, this run's is {config.actor.shape()}"
         raise BadRequest("init_from", source, remedy)
+    own, theirs = (getattr(c.actor, "pixel_max", None) for c in (config.actor, policy.config))
+    if own != theirs:
+        remedy = f"the policy of {shown(Path(source))} divides observations by another"
+        raise BadRequest("actor.pixel_max", own, f"{remedy}; give {theirs}")
     if not policy.norm.count and (interval := config.algo.norm_interval) is not None:
         remedy = f"the policy of {shown(Path(source))} acts on raw observations; give null"
         raise BadRequest("algo.norm_interval", interval, remedy)

@@ -1,12 +1,14 @@
-"""Where a run goes that names no folder."""
+"""What a run starts from, and where one goes that names no folder."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from builders import INVERTED_PENDULUM, small_config
+from shell import SHORT, spikerl
 
 from spikerl.training.start import default_folder
 
@@ -24,3 +26,16 @@ def test_named_after_the_task(name: str, env_id: str, folder: str) -> None:
     config = small_config(env=replace(INVERTED_PENDULUM, name=name, id=env_id))
     found = default_folder(config)
     assert re.fullmatch(rf"outputs/{folder}/{config.algo.name}/[0-9_-]+_seed\d+", found), found
+
+
+def test_pixels_of_another_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that saw pixels up to 255 divided by it would see others."""
+    monkeypatch.chdir(tmp_path)
+    own = [word for word in SHORT if "critic" not in word and not word.startswith("env")]
+    own += ["env=MinAtar/Breakout", "algo=dqn", "actor=cnn", "actor.filters=[4]", "total_steps=10"]
+    scaled = [*own, "actor.pixel_max=255"]
+    assert spikerl("train", *scaled, "run_dir=r").status == 0
+    said = spikerl("train", *own, "init_from=r")
+    line = "actor.pixel_max=1.0: the policy of r divides observations by another; give 255.0"
+    assert said.line == line
+    assert spikerl("train", *scaled, "init_from=r", "run_dir=on").status == 0
