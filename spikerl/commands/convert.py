@@ -101,7 +101,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     tried: list[dict[str, Any]] = []
     with closing(Evaluator(env, request.episodes, request.seed)) as evaluator:
         if task_of(evaluator.envs[0]).env_id != dense.task.env_id:
-            raise BadRequest("run", request.run, f"was not trained on {env.id}")
+            remedy = f"the policy was trained on {dense.task.env_id}; give that, or leave it out"
+            raise BadRequest("env_id", request.env_id, remedy)
         seen = dense.norm.observe(evaluator.observations(dense), dense.device)
         policies = []
         for config in built:

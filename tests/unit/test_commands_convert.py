@@ -295,3 +295,11 @@ def test_a_config_imports_nothing(dense: Path, monkeypatch: pytest.MonkeyPatch) 
     said = spikerl("convert", "run=dense", "run_dir=converted", "spike_steps=2", "episodes=1")
     assert said.status == 0, said
     assert "named_by_a_file" not in sys.modules
+
+
+def test_the_environment_of_another_policy(dense: Path) -> None:
+    """With the same observations and actions."""
+    said = spikerl("convert", "run=dense", "run_dir=new", "env_id=InvertedPendulum-v4")
+    line = "the policy was trained on InvertedPendulum-v5; give that, or leave it out"
+    assert said.line == f"env_id=InvertedPendulum-v4: {line}"
+    assert not Path("new").exists()
