@@ -44,7 +44,10 @@ OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra passes 
 MAX_BYTES = 1 << 28  # of a manifest.json
 # Actors, and the groups that they have no part of.
 UNREAD = (
-    (r"actor=(mlp|cnn|transformer)|experiment=dense/[^,]*", r"\+*(encoder|neuron|decoder)[=.]"),
+    (
+        r"actor=(mlp|cnn|transformer)|experiment=(dense/[^,]*|proxy_target/ann)",
+        r"\+*(encoder|neuron|decoder)[=.]",
+    ),
     (r"actor=spikeformer|experiment=dsformer/[^,]*", r"\+*(encoder|decoder)[=.]"),
 )
 

@@ -53,6 +53,10 @@ class PopSANConfig:
             if getattr(self, key) < 0:
                 raise BadRequest(f"actor.{key}", getattr(self, key), "give 0 or more")
 
+    @property
+    def spikes_cost(self) -> bool:
+        return any(self.spike_cost) if isinstance(self.spike_cost, list) else self.spike_cost > 0.0
+
     def spike_costs(self, layers: int) -> list[float]:
         """Of each layer; empty where spikes cost nothing."""
         given = self.spike_cost
@@ -60,7 +64,7 @@ class PopSANConfig:
         if len(costs) != layers:
             remedy = f"the actor has {layers} spiking layers; give one number, or as many as those"
             raise BadRequest("actor.spike_cost", given, remedy)
-        return [float(cost) for cost in costs] if any(costs) else []
+        return [float(cost) for cost in costs] if self.spikes_cost else []
 
 
 @dataclass(kw_only=True)
@@ -142,6 +146,24 @@ class ActorConfig:
     decoder: DecoderConfig | None
     proposals: ProposalConfig | None = None  # else the actor's outputs are the actions
     conditioning: ConditionConfig | None = None  # of a saved policy over sequences
+
+    def unread(self) -> dict[str, str]:
+        """Keys that change nothing, and what to do instead of giving them."""
+        actor, encoder, neuron, keys = self.actor, self.encoder, self.neuron, dict[str, str]()
+        if neuron:
+            key = "surrogate_slope" if neuron.surrogate == "rect" else "surrogate_window"
+            keys[f"neuron.{key}"] = f"surrogate={neuron.surrogate} has none; leave it out"
+        if encoder and encoder.name in ("poisson", "analog"):
+            keys["encoder.threshold"] = f"encoder={encoder.name} has none; leave it out"
+        if isinstance(actor, PopSANConfig) and not actor.spikes_cost:
+            remedy = "spikes cost nothing; set actor.spike_cost, or leave it out"
+            keys |= dict.fromkeys(("actor.spike_cost_start", "actor.spike_cost_warmup"), remedy)
+        if isinstance(actor, CareBNConfig) and actor.recalibration_interval is None:
+            remedy = "set actor.recalibration_interval, or leave it out"
+            keys["actor.recalibration_batches"] = remedy
+        if isinstance(actor, SequenceConfig):
+            keys |= {f"actor.{key}": remedy for key, remedy in actor.unread().items()}
+        return keys
 
     def shape(self) -> str:
         """Whatever two actors must share for one to take the other's weights."""

@@ -41,6 +41,10 @@ class SequenceConfig:
         if not holds:
             raise BadRequest(f"actor.{key}", getattr(self, key), remedy)
 
+    def unread(self) -> dict[str, str]:
+        """As of `ActorConfig`, by its own keys."""
+        return {}
+
     def shape(self) -> str:
         """Whatever two such actors must share for one to take the other's weights."""
         return f"{self.name} of {self.layers} layers of {self.dim} over {self.context} steps"

@@ -47,6 +47,11 @@ class SpikeformerConfig(SequenceConfig):
         self.check("give 1 to 1000", "spike_steps", 1 <= self.spike_steps <= 1000)
         self.check("give a value in [0, 1]", "norm_share", 0.0 <= self.norm_share <= 1.0)
 
+    def unread(self) -> dict[str, str]:
+        if self.attention == "pssa":
+            return {"heads": "pssa is the same with any; leave it out"}
+        return {"window": "tssa sees all steps before; leave it out"}
+
     def shape(self) -> str:
         return f"{super().shape()} with {self.attention}"
 

@@ -108,6 +108,35 @@ REFUSED = [
         "neuron.surrogate_slope_end=9.0: ",
         "surrogate=rect has no slope",
     ),
+    ("neuron.surrogate_slope=5", "neuron.surrogate_slope=5: ", "surrogate=rect has none"),
+    (
+        "neuron.surrogate=atan neuron.surrogate_window=1",
+        "neuron.surrogate_window=1: ",
+        "surrogate=atan has none",
+    ),
+    (
+        "encoder=poisson encoder.threshold=0.5",
+        "encoder.threshold=0.5: ",
+        "encoder=poisson has none",
+    ),
+    ("encoder=analog encoder.threshold=1", "encoder.threshold=1: ", "encoder=analog has none"),
+    (
+        "actor.spike_cost_warmup=9",
+        "actor.spike_cost_warmup=9: ",
+        "spikes cost nothing; set actor.spike_cost",
+    ),
+    (
+        "actor.spike_cost=[0,0,0] actor.spike_cost_start=9",
+        "actor.spike_cost_start=9: ",
+        "spikes cost nothing",
+    ),
+    (
+        "actor=care_bn actor.recalibration_interval=null actor.recalibration_batches=9",
+        "actor.recalibration_batches=9: ",
+        "set actor.recalibration_interval",
+    ),
+    ("experiment=dsformer/pssa dataset=d actor.heads=2", "actor.heads=2: ", "the same with any"),
+    ("experiment=dsformer/tssa dataset=d actor.window=2", "actor.window=2: ", "sees all steps"),
     ("algo=sac algo.target_entropy=-1", "algo.target_entropy=-1.0: ", "set algo.learn_temperature"),
     ("algo=sac algo.temperature_lr=1", "algo.temperature_lr=1: ", "set algo.learn_temperature"),
     (

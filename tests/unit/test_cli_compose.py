@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from shell import refusal, spikerl
 
 from spikerl.cli.compose import deferred, expand, known_keys, split, unquoted
-from spikerl.config.yaml_file import group_options, quoted
+from spikerl.config.yaml_file import conf_folder, group_options, quoted
 from spikerl.kernels import build
 
 
@@ -144,6 +145,19 @@ def test_groups_that_the_actor_does_not_have() -> None:
     for both in ("dense/td3,popsan/td3", "popsan/td3,dense/td3"):  # one of the two has it
         sweep = [f"experiment={both}", "encoder=poisson", "-m"]
         assert expand("train", sweep) == sweep
+
+
+DENSE = re.compile(r"override /actor: (mlp|cnn|transformer)$", re.MULTILINE)
+
+
+def test_every_dense_experiment_refuses_spiking_parts() -> None:
+    folder = conf_folder() / "experiment"
+    dense = [path for path in folder.rglob("*.yaml") if DENSE.search(path.read_text())]
+    names = [str(path.relative_to(folder).with_suffix("")) for path in dense]
+    assert {"dense/td3", "proxy_target/ann"} < {*names}
+    for name in names:
+        line = f"neuron=lif: has no effect with experiment={name}; leave it out"
+        assert refused("train", f"experiment={name}", "neuron=lif") == line
 
 
 # --- config files -----------------------------------------------------------------------------
