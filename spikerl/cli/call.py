@@ -17,13 +17,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spikerl import output
 from spikerl.children import safe_path
-from spikerl.cli.compose import deferred, module_of, searchpath, split
+from spikerl.cli.compose import deferred, module_of, split
 from spikerl.cli.explain import beside, explain, say, wrong
 from spikerl.cli.help import with_meanings
 from spikerl.cli.jobs import refusals
 from spikerl.cli.sweep import Sweep
 from spikerl.config.typed import PATHS
-from spikerl.config.yaml_file import conf_folder, quoted
+from spikerl.config.yaml_file import conf_folder, quoted, searchpath
 from spikerl.errors import (
     BY_DESIGN,
     DONE,

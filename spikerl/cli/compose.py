@@ -16,7 +16,6 @@ from spikerl.config.yaml_file import (
     conf_folder,
     group_options,
     overrides_of,
-    quoted,
     read_config,
     typed_plugins,
 )
@@ -83,12 +82,6 @@ def usage() -> str:
             "spikerl train env=HalfCheetah algo.random_steps=1000 total_steps=20000: a first look.",
         ]
     )
-
-
-def searchpath() -> list[str]:
-    """What makes Hydra search the conf/ folders of plugins, too."""
-    folders = [quoted(folder.as_uri()) for folder in plugins.conf_folders()]
-    return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
 
 
 def expand(command: str, args: Sequence[str]) -> list[str]:

@@ -15,8 +15,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spikerl.cli.compose import searchpath, split
-from spikerl.config.yaml_file import conf_folder, group_options
+from spikerl.cli.compose import split
+from spikerl.config.yaml_file import conf_folder, group_options, searchpath
 from spikerl.errors import BadRequest
 
 LONGEST_NAME = 200  # bytes; a file's name may have 255, and a hidden folder's is longer

@@ -46,6 +46,12 @@ def conf_folder() -> Path:
     return inside if inside.is_dir() else here.parent / "conf"
 
 
+def searchpath() -> list[str]:
+    """What makes Hydra search the conf/ folders of plugins, too."""
+    folders = [quoted(folder.as_uri()) for folder in plugins.conf_folders()]
+    return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
+
+
 def group_options(group: str) -> list[str]:
     """The names of a group's options, those of plugins too."""
     folders = [folder / group for folder in (conf_folder(), *plugins.conf_folders())]

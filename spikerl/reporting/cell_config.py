@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from spikerl.config.typed import for_hydra
-from spikerl.config.yaml_file import NOT_CARRIED, conf_folder
+from spikerl.config.yaml_file import NOT_CARRIED, conf_folder, searchpath
 from spikerl.errors import BadRequest, first_line
 from spikerl.reporting.records import Run
 from spikerl.reporting.table_file import Cell
@@ -61,8 +61,9 @@ def composed(overrides: tuple[str, ...]) -> Mapping[str, str]:
         conf = str(conf_folder())
         with nullcontext() if ours else initialize_config_dir(conf, version_base="1.3"):
             typed = [for_hydra(override) for override in overrides]
-            config: Any = OmegaConf.to_container(compose("train", typed), resolve=True)
+            config = compose("train", [*searchpath(), *typed])
+            plain: Any = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         line = first_line(error)
         raise BadRequest("table", " ".join(overrides), f"cannot be composed: {line}") from None
-    return {key: str(value) for key, value in dotted(config)}
+    return {key: str(value) for key, value in dotted(plain)}
