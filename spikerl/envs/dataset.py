@@ -111,7 +111,7 @@ class Writer:
         """Write what the dataset is; `recipe`: how it was made."""
         self.file.close()
         size = (self.folder / MAIN).stat().st_size
-        bounds = (0, 255) if self.task.obs_bytes else (-math.inf, math.inf)
+        low, high = (0, 255) if self.task.obs_bytes else (-math.inf, math.inf)
         dtype = np.dtype(self.task.obs_dtype).name
         facts = {
             "dataset_id": name,
@@ -121,7 +121,7 @@ class Writer:
             "total_episodes": self.episodes,
             "total_steps": self.steps,
             "dataset_size": round(size / 1e6, 1),  # MB, as Minari has it
-            "observation_space": box(*bounds, self.task.obs_shape, dtype),
+            "observation_space": box(low, high, self.task.obs_shape, dtype),
             "action_space": action_space(self.task),
             "env_spec": self.spec,
             "env_wrappers": list(self.task.env_wrappers),

@@ -67,7 +67,7 @@ def test_replay_rows_that_no_segment_holds(tmp_path: Path) -> None:
 
 
 def test_a_second_one_of_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed before and after each rename, there is one of that step; of several the last counts."""
+    """Killed before and after each rename, there is one of that step; the last one counts."""
     from spikerl.distributed.world import ALONE
     from spikerl.runs.checkpoint import Shard, remove_newer, save_checkpoint, verified
 
