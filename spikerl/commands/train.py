@@ -72,17 +72,17 @@ def launch_workers(config: Config, target: str, argv: Sequence[str]) -> int:
     """Start the workers, and all of them again when one is lost, up to `max_restarts` times."""
     workers, settings = workers_of(config), config.run
     spec = {"raw": config.raw, "target": target, "command": list(argv), "after": None}
-    folder = settings.resume
+    folder, begun = settings.resume, False
     for left in range(settings.max_restarts, -1, -1):
         try:
             return launch.launch(spec, workers)
         except launch.WorkerLost as lost:
             if lost.request and lost.folder is None and spec["after"] is None:
                 raise BadRequest(*lost.request) from None
-            folder = lost.folder or folder
-            apart = isinstance(lost, launch.Apart)
-            if left == 0 or lost.stopping or lost.request or apart:
-                return record_lost_worker(lost, folder)
+            folder, begun = lost.folder or folder, begun or not lost.apart
+            unmet = isinstance(lost, launch.Apart)
+            if left == 0 or lost.stopping or lost.request or unmet:
+                return record_lost_worker(lost, folder, begun=begun)
             if folder:  # which has all that the run was started from
                 spec["raw"] = {**config.raw, "resume": folder, "init_from": None, "dataset": None}
             spec["after"] = str(lost)
@@ -127,17 +127,21 @@ def run_in_worker(spec: Mapping[str, Any], shared_dir: Path) -> int:
     return run(config, task_for(config), spec["target"], spec["command"], shared_dir, spec["after"])
 
 
-def record_lost_worker(lost: launch.WorkerLost, run: str | None) -> int:
-    """Record that a worker was lost; what the run had committed can be resumed."""
+def record_lost_worker(lost: launch.WorkerLost, run: str | None, *, begun: bool = True) -> int:
+    """Record that a worker was lost; what the run had committed can be resumed.
+
+    A run that is to be resumed, and whose workers have not `begun`, stays as it was.
+    """
     cause = str(lost)
     if run is not None:
         folder = Path(run)
-        # Worker 0 of several machines may hold it a little longer than this one's workers live; a
-        # process that resumed it meanwhile keeps it.
-        with suppress(OSError, BadRequest), run_folder.lock(folder, within_s=launch.SHUTDOWN_S):
-            run_folder.update_manifest(folder, status="failed", ended=run_folder.now())
-            if not known_elsewhere(folder / "error.txt", cause):
-                write_text(folder / "error.txt", f"{lost.trace}{cause}\n")
+        if begun:
+            # Worker 0 of several machines may hold it a little longer than this one's workers live;
+            # a process that resumed it meanwhile keeps it.
+            with suppress(OSError, BadRequest), run_folder.lock(folder, within_s=launch.SHUTDOWN_S):
+                run_folder.update_manifest(folder, status="failed", ended=run_folder.now())
+                if not known_elsewhere(folder / "error.txt", cause):
+                    write_text(folder / "error.txt", f"{lost.trace}{cause}\n")
         cause += f" (spikerl train resume={shown(folder)} goes on from its last checkpoint)"
     print(f"spikerl: {cause}", file=sys.stderr)
     return FAILED

@@ -39,6 +39,7 @@ from spikerl.errors import (
     EnvironmentFailed,
     Interrupted,
     NonFinite,
+    RendezvousFailed,
     Stopped,
     first_line,
     stop_status,
@@ -63,12 +64,15 @@ class WorkerLost(RuntimeError):
 
     folder: str | None = None
     stopping = False
+    apart = False  # whether the workers did not meet, so that nothing began
     trace = ""  # of the worker, where it left one
     request: list[str] | None = None  # key, value and remedy where it found a request wrong
 
 
 class Apart(WorkerLost):
     """The machines did not meet, so that no worker started."""
+
+    apart = True
 
     def __init__(self, workers: Workers, why: str) -> None:
         where, nodes = f"{workers.host}:{workers.port}", workers.nnodes
@@ -290,6 +294,7 @@ def first_failure(failures: dict[int, int], shared_dir: Path, world_size: int) -
         return WorkerLost(f"{who} was killed by {signal_name(-code)}")
     lost = WorkerLost(f"{who}: {reason['error']}" if reason else f"{who} ended with status {code}")
     lost.trace, lost.request = reason.get("traceback", ""), reason.get("request")
+    lost.apart = reason.get("apart", False)
     return lost
 
 
@@ -381,6 +386,7 @@ def write_failure(shared_dir: Path, rank: int, error: BaseException) -> None:
         "collective": alone,
         "environment": isinstance(error, EnvironmentFailed | NonFinite | BadRequest),
         "request": [str(part) for part in error.args] if isinstance(error, BadRequest) else None,
+        "apart": isinstance(error, RendezvousFailed),
         "late": alone and any(word in first for word in LATE),
         "traceback": "".join(traceback.format_exception(error)),
         "time": time.time(),

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shell import SHORT, spikerl
+from shell import SHORT, spikerl, tree
 
 from spikerl.distributed import launch, mpi
+from spikerl.errors import RendezvousFailed
+from spikerl.runs.folder import update_manifest
 
 
 @pytest.mark.parametrize("stoppable", [True, False])
@@ -205,6 +207,40 @@ def test_machines_that_do_not_meet_have_lost_no_worker(
     assert said.err == (
         "spikerl: rdzv=127.0.0.1:29500: the 2 machines did not meet there: nobody\n"
     )
+
+
+@pytest.mark.parametrize("where", ["machines", "workers"])
+def test_a_resume_whose_workers_do_not_meet_changes_nothing(
+    where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Unless they had met before they were started again."""
+    monkeypatch.chdir(tmp_path)
+    assert spikerl("train", *SHORT, "num_envs=2", "total_steps=2", "run_dir=run").status == 0
+    update_manifest(Path("run"), status="preempted")
+    before = tree(Path("run"))
+    first: list[launch.WorkerLost] = []
+
+    def apart(spec: dict[str, Any], workers: launch.Workers) -> int:
+        if first:
+            raise first.pop()
+        if where == "machines":
+            raise launch.Apart(workers, "nobody")
+        shared = tmp_path / "shared"
+        shared.mkdir(exist_ok=True)
+        launch.write_failure(shared, 1, RendezvousFailed("worker 1 of 2 did not meet the others"))
+        raise launch.first_failure({1: 1}, shared, 2)
+
+    monkeypatch.setattr(launch, "launch", apart)
+    words = [*MEETING, "rdzv=127.0.0.1:29500"] if where == "machines" else ["world_size=2"]
+    resume = ["train", "resume=run", "total_steps=4", *words]
+    said = spikerl(*resume)
+    assert said.status == 1
+    assert " did not meet " in said.err
+    assert said.err.endswith(" (spikerl train resume=run goes on from its last checkpoint)\n")
+    assert tree(Path("run")) == before
+    first.append(launch.WorkerLost("worker 1 of 2 was killed by SIGKILL"))
+    assert spikerl(*resume, "max_restarts=1").status == 1
+    assert json.loads(Path("run/manifest.json").read_text())["status"] == "failed"
 
 
 def test_restarts_need_ports(monkeypatch: pytest.MonkeyPatch) -> None:
