@@ -50,9 +50,16 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
 
     if {*split(args)[1]} - {"--run", "-r", "--multirun", "-m"}:
         return show_config(command, args, explained)
-    if sweep := Sweep.of(command, args):
-        return run_sweep(sweep, args, call, explained)
-    return run_once(command, args, call, explained)
+    try:
+        if sweep := Sweep.of(command, args):
+            return run_sweep(sweep, args, call, explained)
+        return run_once(command, args, call, explained)
+    except OSError as error:
+        if isinstance(error, output.Unwritten) or not disk_is_full(error):
+            raise
+        of_temporary = f"perhaps {tempfile.gettempdir()}, and TMPDIR=FOLDER names another"
+        say(f"{error.strerror}: {error.filename or of_temporary}")
+        return FAILED
 
 
 def call_command(command: str, config: DictConfig, typed: Sequence[str]) -> int:
@@ -86,12 +93,6 @@ def run_once(
     except BY_DESIGN as error:  # no fault of this program's code
         say(with_notes(error))
         return FAILED
-    except OSError as error:
-        if isinstance(error, output.Unwritten) or not disk_is_full(error):
-            raise
-        of_temporary = f"perhaps {tempfile.gettempdir()}, and TMPDIR=FOLDER names another"
-        say(f"{error.strerror}: {error.filename or of_temporary}")
-        return FAILED
     except SystemExit:  # somebody's code has no say in how the program ends
         return FAILED
 
@@ -120,6 +121,11 @@ def run_sweep(
         return stop_status(error.number)
     except Exception as error:
         if not sweep.noted():
+            if isinstance(error, OSError) and disk_is_full(error):
+                if not sweep.keep:  # its folder is a temporary one
+                    raise
+                remedy = f"{error.strerror}; give another run_dir"
+                error = BadRequest("run_dir", sweep.root, remedy)
             return wrong(explained(error))
         # A launcher lost a job, or a sweeper gave up.
         print(f"spikerl: {type(error).__name__}: {error}", file=sys.stderr)

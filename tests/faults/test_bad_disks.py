@@ -174,7 +174,8 @@ def test_a_temporary_folder_that_is_full_is_a_line(
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
     fill(small_disk)
     two = ["train", *TINY, "num_envs=2", "world_size=2", "run_dir=two"]
-    for command in (["export", "run=run", "format=loihi"], two):
+    swept = ["eval", "-m", "run=run", "seed=0,1"]
+    for command in (["export", "run=run", "format=loihi"], two, swept):
         said = spikerl(*command)
         assert (said.status, said.err) == (
             1, f"spikerl: No space left on device: perhaps {small_disk}, and TMPDIR=FOLDER names"
@@ -182,6 +183,10 @@ def test_a_temporary_folder_that_is_full_is_a_line(
         )  # fmt: skip
         assert [path.name for path in small_disk.iterdir()] == ["ballast"]
     assert not (tmp_path / "two").exists()
+    root = small_disk / "s"
+    line = spikerl("train", "-m", *TINY, "seed=0,1", f"run_dir={root}").line
+    assert line == f"run_dir={root}: No space left on device; give another run_dir"
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(
