@@ -28,12 +28,15 @@ def with_tools(tmp_path: Path, **scripts: str) -> dict[str, str]:
     return {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "1"}
 
 
-def typed_by_job(tmp_path: Path, *args: str) -> list[str]:
-    """What srun was given, behind its own flag and the program."""
+def typed_by_job(tmp_path: Path, *args: str) -> tuple[list[str], list[str]]:
+    """What srun was given, behind its own flag and the program; the lines that the job said."""
     given = 'printf "%s\\n" "$@" >srun.args'
     environ = with_tools(tmp_path, srun=given, squeue="echo RUNNING")
-    subprocess.run(["bash", str(SCRIPT), *args], cwd=tmp_path, env=environ, check=True)
-    return (tmp_path / "srun.args").read_text().splitlines()[2:]
+    said = subprocess.run(
+        ["bash", str(SCRIPT), *args], cwd=tmp_path, env=environ, check=True, text=True,
+        stdout=subprocess.PIPE,
+    ).stdout  # fmt: skip
+    return (tmp_path / "srun.args").read_text().splitlines()[2:], said.splitlines()
 
 
 def test_a_job_and_the_same_job_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,11 +46,16 @@ def test_a_job_and_the_same_job_again(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "lib/own_slurm.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path / "lib")
     given = [*SHORT, "env=gym", "env.id=own_slurm:Own-v0", "total_steps=150"]
-    first = typed_by_job(tmp_path, "a run", *given)
+    first, said_first = typed_by_job(tmp_path, "a run", *given)
     assert first == ["train", "run_dir=a run", *given]
+    assert len(said_first) == 1  # how it ended
     assert spikerl(*first).status == 0
     given[-1] = "total_steps=160"
-    again = typed_by_job(tmp_path, "a run", *given)
+    again, said_again = typed_by_job(tmp_path, "a run", *given)
+    ignored = [word for word in given if not word.startswith(("env.id=", "total_steps="))]
+    line = f"a run is resumed with its own config, whatever was typed: {' '.join(ignored)}"
+    assert said_again[:-1] == [line]
+    assert len(typed_by_job(tmp_path, "a run", "total_steps=160")[1]) == 1
     assert again[:2] == ["train", "resume=a run"]
     assert sorted(again[2:]) == sorted(
         ["total_steps=300", "env.id=own_slurm:Own-v0", "total_steps=160"]
