@@ -219,8 +219,7 @@ def run_folders(pattern: str) -> list[Path]:
     matches = [pattern] if os.path.isdir(pattern) else glob.glob(pattern, recursive=True)
     runs = {run for one in matches if not os.path.isfile(one) for run in folders_below(one)}
     if not runs:
-        quote = "; quote the pattern in a shell" * (glob.has_magic(pattern))
-        raise BadRequest("runs", pattern, f"no run folder matches{quote}")
+        raise BadRequest("runs", pattern, "no run folder matches; spikerl runs lists those of outputs/")
     once: dict[str, Path] = {}
     for run in sorted(runs):  # a link to one of them is no other
         once.setdefault(os.path.realpath(run), run)
