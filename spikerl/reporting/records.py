@@ -219,7 +219,9 @@ def run_folders(pattern: str) -> list[Path]:
     matches = [pattern] if os.path.isdir(pattern) else glob.glob(pattern, recursive=True)
     runs = {run for one in matches if not os.path.isfile(one) for run in folders_below(one)}
     if not runs:
-        raise BadRequest("runs", pattern, "no run folder matches; spikerl runs lists those of outputs/")
+        raise BadRequest(
+            "runs", pattern, "no run folder matches; spikerl runs lists those of outputs/"
+        )
     once: dict[str, Path] = {}
     for run in sorted(runs):  # a link to one of them is no other
         once.setdefault(os.path.realpath(run), run)
