@@ -21,7 +21,7 @@ from spikerl.files import shown
 from spikerl.machine import versions
 from spikerl.models.policy import Policy
 from spikerl.models.proposals import Proposer
-from spikerl.output import add_results, answer
+from spikerl.output import add_results, answer, several
 from spikerl.reporting.operations import lines
 from spikerl.runs.policies import load_policy
 from spikerl.runs.policy_env import env_of
@@ -126,7 +126,7 @@ def report(
         print(f"episode {i}  return {ret:.1f}  length {length}")
     print(
         f"{env_id}: return {result.mean:.1f} +- {result.std:.1f}"
-        f" over {len(result.returns)} episodes"
+        f" over {several(len(result.returns), 'episode')}"
     )
     if aim := aim_of(policy):
         print(f"aimed at a return of {aim['target_return']:.6g}")

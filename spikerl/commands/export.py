@@ -26,6 +26,7 @@ from spikerl.files import (
 )
 from spikerl.models.actor import SpikingActor
 from spikerl.models.policy import Policy
+from spikerl.output import several
 from spikerl.runs.policies import find_policy, load_policy
 from spikerl.schema import check_seed, parse
 
@@ -117,7 +118,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     else:
         print(
             f"{env.id}: return of the file {proven['return_mean']:.1f}, of the policy"
-            f" {proven['return_mean_of_policy']:.1f} over {request.episodes} episodes"
+            f" {proven['return_mean_of_policy']:.1f} over {several(request.episodes, 'episode')}"
         )
     return DONE
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from spikerl.config.yaml_file import READ, leads_out, quoted
+from spikerl.output import several
 from spikerl.reporting.records import Run, number, values
 from spikerl.reporting.tables import PM, Grid, Section, rounded, spread, steps
 
@@ -140,7 +141,9 @@ def facts(run: Run) -> Grid:
         returns = run.evaluation.get("returns")
         known = values([number(r) for r in returns] if isinstance(returns, list) else [])
         text = spread(*(number(run.evaluation.get(key)) for key in ("return_mean", "return_std")))
-        lines.insert(0, ["return of the policy's file", f"{text} over {len(known)} episodes"])
+        lines.insert(
+            0, ["return of the policy's file", f"{text} over {several(len(known), 'episode')}"]
+        )
         lines.insert(1, ["its firing rate", fraction(run.evaluation.get("firing_rate"))])
     return [["", "at the end"], *lines]
 

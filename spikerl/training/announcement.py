@@ -68,7 +68,7 @@ def announce(config: Config, trainer: Trainer, command: Sequence[str]) -> list[s
     if dataset := trainer.dataset:
         lines.append(
             f"dataset={shown(dataset.folder)}: {dataset.transitions} transitions of"
-            f" {len(dataset.lengths)} episodes, sha256 {dataset.sha256}"
+            f" {several(len(dataset.lengths), 'episode')}, sha256 {dataset.sha256}"
         )
     lines += trainer.algo.notes()
     if (unpruned := trainer.algo.actor_optimizer.unpruned) is not None:

@@ -194,6 +194,7 @@ def test_eval_in_words(run: Path) -> None:
     assert re.fullmatch(r"episode 1  return \d+\.0  length \d+", lines[1])
     assert re.fullmatch(r"InvertedPendulum-v4: return \S+ \+- \S+ over 2 episodes", lines[2])
     assert re.fullmatch(r"firing rate 0\.\d+ \(encoder and layers: [0-9., ]+\)", lines[3])
+    assert " over 1 episode\n" in spikerl("eval", f"run={run}", "episodes=1").out
 
 
 def test_eval_says_that_physics_have_changed(run: Path, tmp_path: Path) -> None:

@@ -437,6 +437,19 @@ def test_a_run_that_somebody_else_stopped(monkeypatch: pytest.MonkeyPatch) -> No
     assert [state.word for state in running.states.values()] == ["stopped"]
 
 
+def test_what_was_stopped_says_how_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "the same command goes on with what is not done\n"
+    one = {"table": table_runs.TABLE, "rows": ["popsan"], "columns": ["Ant"], "seeds": [0]}
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, "-c", "import sys; sys.exit(75)"])
+    assert command.main(REQUEST | one, []) == 75
+    assert line in capsys.readouterr().out
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, str(Path(table_runs.__file__))])
+    assert command.main(REQUEST | one, []) == 0
+    assert line not in capsys.readouterr().out
+
+
 REQUEST: dict[str, Any] = {
     "rows": None, "columns": None, "seeds": 2, "total_steps": None, "jobs": 1, "nice": 0,
     "plan": False, "render": False, "out": "outputs/reproduced", "plugins": [],

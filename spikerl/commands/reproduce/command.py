@@ -16,7 +16,7 @@ from spikerl.commands.reproduce.measure import measured_seconds_per_step
 from spikerl.commands.reproduce.scheduler import Scheduler, cell_left_s, left_s, ready, states_of
 from spikerl.commands.reproduce.screen import Screen, State
 from spikerl.config.yaml_file import group_options
-from spikerl.errors import DONE, BadRequest, Stopped, stop_status
+from spikerl.errors import DONE, FAILED, BadRequest, Stopped, stop_status
 from spikerl.files import shown
 from spikerl.machine import cores
 from spikerl.output import duration
@@ -95,6 +95,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     )
     status = scheduler.run()
     tell_rest(scheduler.states)
+    if status not in (DONE, FAILED):
+        print("the same command goes on with what is not done")
     render(table, total_steps, Path(request.out))
     return status
 
