@@ -17,15 +17,16 @@ from spikerl.errors import BadRequest
 from spikerl.kernels import build as native
 from spikerl.kernels import cpu, reference
 from spikerl.kernels.gradient import Gradient, Moments, Pullback, SamplePullback
-from spikerl.kernels.nets import DenseNet, SpikingNet, ValueNet
+from spikerl.kernels.nets import DenseNet, Parts, SpikingNet, ValueNet
 from spikerl.kernels.prepared import fused
 from spikerl.schema import Registry
-from spikerl.snn.neurons import Neuron
 from spikerl.types import Batch, Resolved, Task
 
 
 class Kernel(Protocol):
-    """Shapes: observations (B, O), actions (B, A) in [-1, 1], values (C, B), drive (T, B, N)."""
+    """Shapes: observations (B, O), actions (B, A) in [-1, 1], values (C, B)."""
+
+    parts: Parts  # of networks that run layer by layer
 
     def actions(
         self, net: SpikingNet, obs: Tensor, generator: torch.Generator | None, squash: bool = ..., /
@@ -34,8 +35,6 @@ class Kernel(Protocol):
     def vjp(
         self, net: SpikingNet, obs: Tensor, generator: torch.Generator | None, squash: bool = ..., /
     ) -> tuple[Tensor, Pullback]: ...
-
-    def scan(self, neuron: Neuron, drive: Tensor, /) -> Tensor: ...
 
     def values(self, critic: ValueNet, obs: Tensor, act: Tensor, /) -> Tensor: ...
 
@@ -169,7 +168,7 @@ def named(name: str) -> Kernel:
     if kind == "triton":
         from spikerl.kernels import triton
 
-        return triton
+        return triton  # type: ignore[return-value]  # mypy overlooks its `parts`
     return reference
 
 

@@ -108,7 +108,7 @@ def connected_scan(neuron: Neuron, drive_TBN: Tensor, decoder: ILCDecoder) -> Te
     return _spikes(_states(neuron, drive_TBN, decoder.lateral))
 
 
-PLAIN = Parts(first, drive, scan, connected_scan, ROWS)
+parts = Parts(first, drive, scan, connected_scan, ROWS)
 
 
 def actions(
@@ -116,7 +116,7 @@ def actions(
     obs_BO: Tensor,
     generator: torch.Generator | None,
     squash: bool = True,
-    parts: Parts = PLAIN,
+    parts: Parts = parts,
 ) -> Tensor:
     """Actions (B, A) in [-1, 1]; before tanh, unless they are to be squashed."""
     if net.early_exit is not None and squash:
@@ -129,7 +129,7 @@ def vjp(
     obs_BO: Tensor,
     generator: torch.Generator | None,
     squash: bool = True,
-    parts: Parts = PLAIN,
+    parts: Parts = parts,
 ) -> tuple[Tensor, Pullback]:
     """Actions, and the way back from their gradient to the parameters'.
 
@@ -147,7 +147,7 @@ def outputs(
     net: SpikingNet,
     obs_BO: Tensor,
     generator: torch.Generator | None,
-    parts: Parts = PLAIN,
+    parts: Parts = parts,
     moments: str = RUNNING,
 ) -> Tensor:
     """What the decoder makes of the last layer's spikes, (B, A)."""
@@ -158,7 +158,7 @@ def spikes(
     net: SpikingNet,
     obs_BO: Tensor,
     generator: torch.Generator | None,
-    parts: Parts = PLAIN,
+    parts: Parts = parts,
     moments: str = RUNNING,
 ) -> Tensor:
     """The last layer's spikes (T, B, N)."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from spikerl.kernels import reference
 from spikerl.kernels.coverage import triton_scans
 from spikerl.kernels.gradient import Moments, Pullback
-from spikerl.kernels.nets import SpikingNet
+from spikerl.kernels.nets import Parts, SpikingNet
 from spikerl.kernels.reference import (
     actor_loss_grad,
     add_clipped_noise,
@@ -59,14 +59,14 @@ def actions(
     net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
 ) -> Tensor:
     """As `reference.actions`."""
-    return reference.actions(net, obs_BO, generator, squash, PARTS)
+    return reference.actions(net, obs_BO, generator, squash, parts)
 
 
 def vjp(
     net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
 ) -> tuple[Tensor, Pullback]:
     """As `reference.vjp`."""
-    return reference.vjp(net, obs_BO, generator, squash, PARTS)
+    return reference.vjp(net, obs_BO, generator, squash, parts)
 
 
 def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
     return spikes
 
 
-PARTS = reference.PLAIN._replace(scan=scan)
+parts: Parts = reference.parts._replace(scan=scan)
 
 
 def adam(moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor) -> None:

@@ -14,13 +14,14 @@ Shape legend   T spike steps, B batch, K steps of a context, M = B K tokens, D e
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from spikerl import kernels
+from spikerl.kernels import reference
+from spikerl.kernels.nets import Parts
 from spikerl.models.sequence import SequenceConfig
 from spikerl.snn.attention import ATTENTIONS
 from spikerl.snn.batchnorm import TDBN
@@ -56,9 +57,6 @@ class SpikeformerConfig(SequenceConfig):
         return f"{super().shape()} with {self.attention}"
 
 
-Scan = Callable[[Neuron, Tensor], Tensor]
-
-
 class Block(nn.Module):
     def __init__(self, config: SpikeformerConfig, neuron: NeuronConfig, norm: float | None) -> None:
         super().__init__()
@@ -71,16 +69,17 @@ class Block(nn.Module):
         # layers behind it.
         self.neurons = ListOf[Neuron](made(neuron) for _ in range(7))
 
-    def forward(self, x_TMD: Tensor, there_BK: Tensor, training: bool, scan: Scan) -> Tensor:
+    def forward(self, x_TMD: Tensor, there_BK: Tensor, training: bool, kernel: Parts) -> Tensor:
+        scan, rows = kernel.scan, kernel.rows
         first, *qkv, attended, before, between = self.neurons
         shape = (len(x_TMD), *there_BK.shape, x_TMD.shape[-1])
         s = scan(first, x_TMD)
         parts = zip(qkv, (self.query, self.key, self.value), strict=True)
-        q, k, v = (scan(neuron, layer(s, training)).view(shape) for neuron, layer in parts)
+        q, k, v = (scan(neuron, layer(s, training, rows)).view(shape) for neuron, layer in parts)
         drive = self.attention(q, k, v, there_BK).flatten(1, 2)
-        x_TMD = x_TMD + self.out(scan(attended, drive), training)
-        s = scan(between, self.wide(scan(before, x_TMD), training))
-        return x_TMD + self.narrow(s, training)
+        x_TMD = x_TMD + self.out(scan(attended, drive), training, rows)
+        s = scan(between, self.wide(scan(before, x_TMD), training, rows))
+        return x_TMD + self.narrow(s, training, rows)
 
 
 class Spikeformer(nn.Module):
@@ -113,21 +112,21 @@ class Spikeformer(nn.Module):
         self,
         steps: Contexts,
         generator: torch.Generator | None = None,
-        scan: Scan | None = None,
+        kernel: Parts | None = None,
     ) -> Tensor:
-        """`generator`: given in training alone, where moments are the batch's. `scan`: of a layer's
-        neurons, the kernel's where it is None.
+        """`generator`: given in training alone, where moments are the batch's. `kernel`: what runs,
+        that of `self.kernel` where it is None.
         """
         training = generator is not None
-        scan = scan or kernels.named(self.kernel).scan
+        kernel = kernel or kernels.named(self.kernel).parts
         before = nn.functional.pad(steps.act[:, :-1], (0, 0, 1, 0))
         token = torch.cat([steps.obs, before, steps.togo.unsqueeze(2)], 2).flatten(0, 1)
         x_MD = self.embed_norm(self.embed(token))
         x_TMD = x_MD.expand(self.config.spike_steps, *x_MD.shape)
         for block in self.blocks:
-            x_TMD = block(x_TMD, steps.there, training, scan)
+            x_TMD = block(x_TMD, steps.there, training, kernel)
         if self.norm is not None:
-            x_TMD = self.norm(x_TMD, training)
+            x_TMD = self.norm(x_TMD, training, kernel.rows)
         act: Tensor = torch.tanh(self.head(x_TMD.mean(0)))
         return act.view(*steps.there.shape, self.act_dim)
 
@@ -149,7 +148,7 @@ class Spikeformer(nn.Module):
                 counts.append(which[:, there_M].double().sum((0, 1)).cpu())
             return fired
 
-        self(steps, None, watched)
+        self(steps, None, reference.parts._replace(scan=watched))
         return spikes, inside
 
     @property

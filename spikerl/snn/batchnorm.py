@@ -49,8 +49,12 @@ class Rows(NamedTuple):
 
 
 def _sums(x_TBN: Tensor) -> Tensor:
-    x = x_TBN.flatten(0, 1).double()
-    return torch.cat([x.sum(0), x.square().sum(0)])
+    """From moments in the drive's own type, which needs no copy of it in float64."""
+    count = x_TBN[..., 0].numel()
+    mean = x_TBN.sum((0, 1)) / count
+    within = (x_TBN - mean).square_().sum((0, 1)).double()
+    mean = mean.double()
+    return torch.cat([count * mean, within + count * mean.square()])
 
 
 def _affine(x_TBN: Tensor, mean_N: Tensor, factor_N: Tensor, beta_N: Tensor) -> Tensor:
@@ -179,18 +183,6 @@ class CaReBN(BatchNorm):
 class TDBN(BatchNorm):
     def __init__(self, neurons: int, threshold: float) -> None:
         super().__init__(neurons, threshold, 0.0)
-
-    @torch.no_grad()
-    def sums(self, drive_TBN: Tensor, rows: Rows) -> Tensor:
-        """From moments in the drive's own type, which needs no copy of it in float64."""
-        count = drive_TBN.shape[0] * drive_TBN.shape[1]
-        mean = drive_TBN.sum((0, 1)) / count
-        within = (drive_TBN - mean).square_().sum((0, 1)).double()
-        mean = mean.double()
-        squares = within + count * mean.square()
-        total = torch.cat([mean.new_full((1,), count), count * mean, squares])
-        self.sum_(total)
-        return total
 
     @torch.no_grad()
     def follow(self, mean: Tensor, var: Tensor, samples: Tensor, spike_steps: int) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spikerl.snn.batchnorm import BATCH, TDBN
+from spikerl.snn.batchnorm import BATCH, ROWS, RUNNING, TDBN, Rows
 from spikerl.snn.linear import Linear
 
 WEIGHT_STD = 0.02  # of the first weights before a normalisation
@@ -29,11 +29,9 @@ class PTBN(nn.Module):
         nn.init.constant_(self.ln.weight, threshold)
         self.theta = 0.0
 
-    def forward(self, x_TMN: Tensor, training: bool) -> Tensor:
-        if not training:
-            return self.bn(x_TMN)
-        y: Tensor = self.bn(x_TMN, BATCH)
-        if self.theta == 0.0:
+    def forward(self, x_TMN: Tensor, training: bool, rows: Rows = ROWS) -> Tensor:
+        y: Tensor = self.bn(x_TMN, BATCH if training else RUNNING, rows)
+        if self.theta == 0.0 or not training:
             return y
         return torch.lerp(y, self.ln(x_TMN), self.theta)
 
@@ -48,9 +46,9 @@ class NormedLinear(nn.Module):
         nn.init.zeros_(self.linear.bias_N)
         self.norm = None if threshold is None else PTBN(outputs, threshold)
 
-    def forward(self, x_TMI: Tensor, training: bool = False) -> Tensor:
+    def forward(self, x_TMI: Tensor, training: bool = False, rows: Rows = ROWS) -> Tensor:
         x_TMN = self.linear(x_TMI.flatten(0, 1)).view(*x_TMI.shape[:2], self.linear.outputs)
-        return x_TMN if self.norm is None else self.norm(x_TMN, training)
+        return x_TMN if self.norm is None else self.norm(x_TMN, training, rows)
 
     def folded(self) -> dict[str, Tensor]:
         """The state of one without a norm that does the same as this one does when it acts."""

@@ -20,6 +20,7 @@ from builders import (
     popsan,
 )
 from builders import neuron_of as built
+from sequences import contexts, network
 from torch import Tensor
 
 from spikerl.kernels import build as native
@@ -28,6 +29,7 @@ from spikerl.kernels.coverage import events
 from spikerl.kernels.gradient import Gradient
 from spikerl.kernels.prepared import fused
 from spikerl.models.actor import SpikingActor
+from spikerl.models.spikeformer import Spikeformer
 from spikerl.snn.batchnorm import ROWS
 from spikerl.snn.decoders import DecoderConfig, ILCDecoder
 from spikerl.snn.encoders import EncoderConfig
@@ -129,6 +131,31 @@ def test_rows_of_a_normalisation(path: str) -> None:
     wide = x.double()  # which C++ does not read
     assert torch.equal(rows.affine(wide, *wide[0, :3]), ROWS.affine(wide, *wide[0, :3]))
     assert torch.equal(rows.sums(wide), ROWS.sums(wide))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", ["pssa", "tssa"])
+def test_a_spikeformer(path: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained and acting, with neurons and normalisations of the kernel."""
+    made, steps, normalised = network(kind, layers=2), contexts(6), []
+    assert isinstance(made, Spikeformer)
+    made.schedule(1.0)  # batch normalisation alone
+    fast = copy.deepcopy(made)
+    fast.kernel, kernel = f"cpu/{path}", cpu.kernel(path)
+
+    def normalise(*given: Tensor) -> tuple[Tensor, Tensor]:
+        normalised.append(given)
+        return ROWS.normalise(*given)
+
+    rows = kernel.parts.rows._replace(normalise=normalise)
+    monkeypatch.setattr(kernel, "parts", kernel.parts._replace(rows=rows))
+    results = []
+    for net in (made, fast):
+        act = net(steps, torch.Generator())
+        params = [p for name, p in net.named_parameters() if p.requires_grad and ".ln." not in name]
+        results.append((act, *torch.autograd.grad(act.square().sum(), params), net(steps)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert len(normalised) == 2 * 6 + 1
 
 
 @pytest.mark.parametrize("neuron", [CUBA_LIF, plif_config(reset="soft"), alif_config()])
