@@ -46,6 +46,7 @@ class Service:
 
     def publish(self) -> str | None:
         """Send what is committed; what there is to say of it, once."""
+        said, self.failure = self.failure, None
         try:
             if not self.opened:
                 self.open()
@@ -57,15 +58,15 @@ class Service:
                     self.state["step"] = row["step"]
                 del self.pending[0]
         except Exception as error:  # a service raises anything: away, full, not logged in
-            said, reason = self.failure, (str(error).splitlines() or [""])[0]
+            reason = (str(error).splitlines() or [""])[0]
             self.failure = f"{type(error).__name__}: {reason}"
-            known = said == self.failure
-            text = f"warning: logger={self.name} got nothing ({self.failure}); metrics.jsonl has it"
-            return None if known else text
-        with suppress(OSError):
-            write_json(self.folder / STATE, {**_state(self.folder), self.name: self.state})
-        said, self.failure = self.failure, None
-        return f"logger={self.name} has all that it did not get before" if said else None
+        if self.state["id"] is not None:  # what it got before it failed is not sent again
+            with suppress(OSError):
+                write_json(self.folder / STATE, {**_state(self.folder), self.name: self.state})
+        if self.failure is None:
+            return f"logger={self.name} has all that it did not get before" if said else None
+        text = f"warning: logger={self.name} got nothing ({self.failure}); metrics.jsonl has it"
+        return None if self.failure == said else text
 
     def close(self, status: str) -> None:
         if self.opened:

@@ -106,6 +106,33 @@ def test_a_service_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert service.got == [100, 200]
 
 
+def test_a_service_that_goes_away_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It got row 100 and lacks 200; the resumed run is the same one there, and goes on with 200."""
+    log, service = remote(tmp_path, monkeypatch)
+    send = Remote.send
+
+    def until_200(self: Remote, row: Mapping[str, Any]) -> None:
+        self.away = row["step"] >= 200
+        send(self, row)
+
+    monkeypatch.setattr(Remote, "send", until_200)
+    for step in (100, 200):
+        log.row(row(step))
+    log.write()
+    assert len(log.publish()) == 1
+    assert service.got == [100]
+    state = json.loads((tmp_path / "loggers.json").read_text())
+    assert state == {"wandb": {"id": "first", "step": 100}}
+
+    monkeypatch.setattr(Remote, "send", send)
+    log, service = remote(tmp_path, monkeypatch)
+    assert service.state == {"id": "first", "step": 100}
+    assert log.publish() == []
+    assert service.got == [200]
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"wandb": 3}', '{"wandb": {"id": "x"}}'])
 def test_a_foreign_state(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "loggers.json").write_text(text)
