@@ -114,18 +114,20 @@ class Mlflow(Service):
         from mlflow.tracking import MlflowClient
 
         self.client = MlflowClient()
-        if self.state["id"] is not None:
+        if self.state["id"] is None:
+            name = environ.get("MLFLOW_EXPERIMENT_NAME", "spikerl")
+            known = self.client.get_experiment_by_name(name)
+            experiment = known.experiment_id if known else self.client.create_experiment(name)
+            tags = {"group": self.group} if self.group else {}
+            own = self.folder.absolute().name
+            run = self.client.create_run(experiment, run_name=own, tags=tags)
+            self.state["id"] = run.info.run_id
+        else:
             self.client.update_run(self.state["id"], status="RUNNING")
-            return
-        name = environ.get("MLFLOW_EXPERIMENT_NAME", "spikerl")
-        known = self.client.get_experiment_by_name(name)
-        experiment = known.experiment_id if known else self.client.create_experiment(name)
-        tags = {"group": self.group} if self.group else {}
-        run = self.client.create_run(experiment, run_name=self.folder.absolute().name, tags=tags)
-        self.state["id"] = run.info.run_id
-        params = [Param(key, str(value)[:500]) for key, value in dotted(self.config)]
+        there = self.client.get_run(self.state["id"]).data.params  # all, or it went away meanwhile
+        params = [Param(k, str(v)[:500]) for k, v in dotted(self.config) if k not in there]
         for i in range(0, len(params), PARAMS):
-            self.client.log_batch(run.info.run_id, params=params[i : i + PARAMS])
+            self.client.log_batch(self.state["id"], params=params[i : i + PARAMS])
 
     def send(self, row: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric

@@ -222,6 +222,32 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.data.params["algo.name"] == "td3"
 
 
+def test_mlflow_gets_parameters_that_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went away when the run was there, and before its parameters were."""
+    tracking = import_module("mlflow.tracking")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    log_batch = tracking.MlflowClient.log_batch
+
+    def away(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route")
+
+    log = RunLog(tmp_path, 0, ["mlflow"], {"seed": 3, "algo": {"name": "td3"}})
+    log.row(row(100))
+    log.write()
+    monkeypatch.setattr(tracking.MlflowClient, "log_batch", away)
+    assert len(log.publish()) == 1
+    monkeypatch.setattr(tracking.MlflowClient, "log_batch", log_batch)
+    assert log.publish() == ["logger=mlflow has all that it did not get before"]
+    client = tracking.MlflowClient()
+    (experiment,) = client.search_experiments(filter_string="name = 'spikerl'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.params == {"seed": "3", "algo.name": "td3"}
+    assert run.data.metrics == {"time/total_timesteps": 100.0, "eval/mean_reward": 100.0}
+
+
 def test_a_sweep_is_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracking = import_module("mlflow.tracking")
     monkeypatch.chdir(tmp_path)
