@@ -112,10 +112,12 @@ def check_launch(config: Config) -> None:
     """Refuse what belongs to the launcher that starts the workers."""
     settings = config.run
     if ranked():
-        remedy = "the workers have been started; give it to what started them"
-        for key, value in (("max_restarts", 0), ("nnodes", 1)):
-            if getattr(settings, key) != value:
-                raise BadRequest(key, getattr(settings, key), remedy)
+        if settings.max_restarts > 0:
+            remedy = "a launcher has started the workers; leave it out, and resume=RUN goes on"
+            raise BadRequest("max_restarts", settings.max_restarts, remedy)
+        if settings.nnodes > 1:
+            remedy = "the workers have been started; give it to what started them"
+            raise BadRequest("nnodes", settings.nnodes, remedy)
     elif config.resolved.backend.choice == "mpi" and settings.nnodes > 1:
         remedy = "mpiexec starts workers on several machines: mpiexec -hosts A,B spikerl train ..."
         raise BadRequest("nnodes", settings.nnodes, remedy)

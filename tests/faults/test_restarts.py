@@ -148,6 +148,8 @@ def test_restarts_are_the_launchers(tmp_path: Path) -> None:
     alone = [arg for arg in TWO if not arg.startswith("world_size")]
     ended = torchrun(tmp_path / "home", *alone, RESTARTS)
     assert ended.returncode != 0
-    line = "max_restarts=1: the workers have been started; give it to what started them"
+    line = (
+        "max_restarts=1: a launcher has started the workers; leave it out, and resume=RUN goes on"
+    )
     assert f"spikerl: {line}" in ended.stderr
     assert not (tmp_path / "home" / "run").exists()

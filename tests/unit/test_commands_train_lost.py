@@ -61,3 +61,16 @@ def test_machines_that_resume_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         said = spikerl("train", "resume=run", *nodes, "node_rank=1")
         assert (said.status, said.err) == (0, "")
         assert " is running it" in spikerl("train", "resume=run", *nodes, "node_rank=0").line
+
+
+def test_what_belongs_to_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun repeats the command of a new run, which is then refused or begins another one."""
+    given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    args = [*SHORT, "num_envs=2"]
+    remedy = "a launcher has started the workers; leave it out, and resume=RUN goes on"
+    assert spikerl("train", *args, "max_restarts=1").line == f"max_restarts=1: {remedy}"
+    nodes = ["world_size=2", "nnodes=2", "node_rank=0", "rdzv=127.0.0.1:29500"]
+    remedy = "the workers have been started; give it to what started them"
+    assert spikerl("train", *args, *nodes).line == f"nnodes=2: {remedy}"
