@@ -273,7 +273,7 @@ class Session:
         policy |= {f"best/{name}": content for name, content in self.best.items()}
         save_checkpoint(run, self.world, trainer.shard(), learner, facts, policy)
         self.committed = trainer.step
-        self.publish()
+        self.world.run_on_all(self.publish)  # as slow as a disk can be
 
     def publish(self) -> None:
         """Bring the services that show the run to what is committed."""

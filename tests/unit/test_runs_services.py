@@ -222,6 +222,38 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.data.params["algo.name"] == "td3"
 
 
+SLOW = """
+import time
+
+class Settings:
+    def __init__(self, **settings):
+        pass
+
+class Run:
+    def log(self, numbers, step, commit):
+        with open("got", "a") as file:
+            file.write(f"{step} ")
+
+    def finish(self, exit_code):
+        pass
+
+def init(**settings):
+    time.sleep(12)
+    return Run()
+"""
+
+
+@pytest.mark.slow
+def test_a_slow_service_loses_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for it longer than an exchange may take."""
+    monkeypatch.chdir(tmp_path)
+    Path("own").mkdir()
+    Path("own/wandb.py").write_text(SLOW)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'own'}:{Path(__file__).parents[2]}")
+    train("world_size=2", "logger=wandb", "backend.timeout_s=5", "run_dir=r")
+    assert Path("got").read_text() == "150 300 "
+
+
 def test_mlflow_gets_parameters_that_it_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
