@@ -250,6 +250,8 @@ def finished(folder: Path, config: Config) -> bool:
         step, further = checkpoint.step, "a larger total_steps trains it further"
         if config.last_step < step:
             raise BadRequest("total_steps", total, f"the run is at step {step}; give that or more")
+        if not config.run.keep_replay:
+            further += f", spikerl runs path={shown(folder)} clean=true removes its replay"
     if record["status"] == "done" and step >= total:
         if is_first():
             print(f"{shown(folder)} is done at step {step}; {further}")

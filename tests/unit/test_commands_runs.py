@@ -265,6 +265,19 @@ def test_a_run_that_keeps_no_replay() -> None:
     )
 
 
+def test_a_finished_run_that_is_to_keep_no_replay() -> None:
+    """A resume that has nothing to do says what removes it."""
+    assert spikerl("train", *SHORT, "run_dir=outputs/a").status == 0
+    done = "outputs/a is done at step 300; a larger total_steps trains it further"
+    assert spikerl("train", "resume=outputs/a").out == f"{done}\n"
+    said = spikerl("train", "resume=outputs/a", "keep_replay=false")
+    words = ["spikerl", "runs", "path=outputs/a", "clean=true"]
+    assert said.out == f"{done}, {' '.join(words)} removes its replay\n"
+    assert Path("outputs/a/replay").exists()
+    assert spikerl(*words[1:]).status == 0
+    assert not Path("outputs/a/replay").exists()
+
+
 def test_a_replay_that_cannot_be_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The run is done all the same."""
 
