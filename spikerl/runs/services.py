@@ -65,7 +65,7 @@ class Service:
                 write_json(self.folder / STATE, {**_state(self.folder), self.name: self.state})
         if self.failure is None:
             return f"logger={self.name} has all that it did not get before" if said else None
-        text = f"warning: logger={self.name} got nothing ({self.failure}); metrics.jsonl has it"
+        text = f"warning: logger={self.name} did not get all ({self.failure}); metrics.jsonl has it"
         return None if self.failure == said else text
 
     def close(self, status: str) -> None:
