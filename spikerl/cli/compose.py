@@ -283,13 +283,17 @@ def deferred(args: Sequence[str]) -> list[str]:
     return [*overrides, *flags]
 
 
-def known_keys(command: str) -> list[str]:
-    """Every key that the command's default config has, and every group."""
+def default_config(command: str) -> Any:
+    """What the command's config is where nothing is typed."""
     from hydra import compose, initialize_config_dir
-    from omegaconf import DictConfig, OmegaConf
 
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        config = compose(command)
+        return compose(command)
+
+
+def known_keys(command: str) -> list[str]:
+    """Every key that the command's default config has, and every group."""
+    from omegaconf import DictConfig, OmegaConf
 
     def walk(node: Mapping[Any, Any], prefix: str) -> Iterator[str]:
         for key in node:
@@ -297,4 +301,4 @@ def known_keys(command: str) -> list[str]:
             if not OmegaConf.is_missing(node, key) and isinstance(node.get(key), DictConfig):
                 yield from walk(node[key], f"{prefix}{key}.")
 
-    return [*walk(config, ""), *(["experiment"] if command == "train" else [])]
+    return [*walk(default_config(command), ""), *(["experiment"] if command == "train" else [])]

@@ -7,7 +7,9 @@ import re
 import sys
 from collections.abc import Sequence
 
-from spikerl.cli.compose import known_keys, split, unquoted
+from omegaconf import ListConfig, OmegaConf
+
+from spikerl.cli.compose import default_config, known_keys, split, unquoted
 from spikerl.config.typed import PATHS, readable
 from spikerl.config.yaml_file import NAME, conf_folder, group_options, option_file
 from spikerl.errors import WRONG, BadRequest, nearest
@@ -41,7 +43,7 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
         key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
         return f"{key}: it has no default; give {key}=VALUE"
     if match := re.search(r"Ambiguous value for argument '(.*?)'\n", text):
-        return f"{match[1]}: several values; sweep over them with -m"
+        return f"{match[1]}: several values; {_each_or_all(command, match[1])}"
     unread = [arg for arg in split(args)[0] if not readable(arg)]
     if unread:
         return f"{unread[0]}: cannot be read; {_meant(command, unread[0])}"
@@ -59,8 +61,23 @@ def beside(error: BaseException | None) -> str:
     return f"; {top} lies in this folder, from which nothing is imported: PYTHONPATH=. spikerl ..."
 
 
+def _each_or_all(command: str, override: str) -> str:
+    """How to give the values that a comma sets apart: to a job each, or together."""
+    key, _, value = override.partition("=")
+    default = OmegaConf.select(default_config(command), key, default=None)
+    if isinstance(default, ListConfig):
+        return f"a list is written {key}=[{value}]"
+    if isinstance(default, int) and re.fullmatch(r"\d{1,3}(,\d{3})+", value):
+        return f"a number has no comma: {key}={value.replace(',', '')}; -m sweeps over several"
+    also = "" if default is not None else f", or write {key}=[{value}] where it takes a list"
+    return f"sweep over them with -m{also}"
+
+
 def _meant(command: str, word: str) -> str:
-    """What a word without a key may have been meant for."""
+    """What a word that cannot be read may have been meant for."""
+    key, equals, value = word.partition("=")
+    if equals and value[:1] in ("[", "(", "{"):
+        return f"a list is written [A,B], and in quotes if it has spaces: '{key}=[A, B]'"
     if word and os.path.exists(os.path.join(word, "manifest.json")):
         return f"did you mean {'resume' if command == 'train' else 'run'}={word}?"
     groups = sorted(each.name for each in conf_folder().iterdir() if each.is_dir())

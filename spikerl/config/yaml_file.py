@@ -144,11 +144,13 @@ def counted(key: str, value: Any) -> Any:
     counts = COUNTS.search(key) and not key.lstrip("+").startswith(PLAIN)
     if not counts or not isinstance(value, str | float):
         return value
-    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([kKMG]?)", str(value))
+    # Nothing with zeros before it, as the end of 1,000 is.
+    number = r"((?:0|[1-9][\d_]*)(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([kKMG]?)"
+    match = re.fullmatch(number, str(value))
     if match is None:
         return value
-    number = Decimal(match[1].replace("_", "")) * UNITS[match[2].upper()]
-    return int(number) if number == int(number) else value
+    count = Decimal(match[1].replace("_", "")) * UNITS[match[2].upper()]
+    return int(count) if count == int(count) else value
 
 
 def typed_plugins(args: Sequence[str]) -> list[str]:

@@ -25,7 +25,8 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("typed", "number"),
     [("1e6", 1000000), ("1_000_000", 1000000), ("1M", 1000000), ("2.5M", 2500000), ("10k", 10000),
      ("1K", 1000), ("1.5e3", 1500), ("1G", 10**9), ("7", 7), (1e6, 1000000), (5, 5),
-     ("1.5", "1.5"), ("1e-3", "1e-3"), ("-1e6", "-1e6"), ("M", "M"), ("1MB", "1MB"), (0.5, 0.5)],
+     ("1.5", "1.5"), ("1e-3", "1e-3"), ("-1e6", "-1e6"), ("M", "M"), ("1MB", "1MB"), (0.5, 0.5),
+     ("0", 0), ("0.5k", 500), ("000", "000")],
 )  # fmt: skip
 def test_numbers_of_something(typed: str | float, number: object) -> None:
     assert counted("total_steps", typed) == number

@@ -37,6 +37,19 @@ def test_what_an_experiment_sets_and_the_option_beside_it_lacks() -> None:
         (["Hopper"], "Hopper: cannot be read; did you mean env=Hopper?"),
         (["sac"], "sac: cannot be read; did you mean algo=sac?"),
         (["-m", "seed=range(0"], "seed=range(0: cannot be read; write key=value"),
+        (["actor.hidden_sizes=(64,64)"], "actor.hidden_sizes=(64,64): cannot be read; a list is"
+         " written [A,B], and in quotes if it has spaces: 'actor.hidden_sizes=[A, B]'"),
+        (["actor.hidden_sizes=[64,", "64]"], "actor.hidden_sizes=[64,: cannot be read; a list is"),
+        (["actor.hidden_sizes=64,64"], "actor.hidden_sizes=64,64: several values; a list is"
+         " written actor.hidden_sizes=[64,64]"),
+        (["total_steps=1,000"], "total_steps=1,000: several values; a number has no comma:"
+         " total_steps=1000; -m sweeps over several"),
+        (["seed=1,2"], "seed=1,2: several values; sweep over them with -m"),
+        (["report", "runs=r", "hours=0.5,1"], "hours=0.5,1: several values; a list is written"
+         " hours=[0.5,1]"),
+        (["report", "runs=r", "group_by=seed,algo.name"], "group_by=seed,algo.name: several"
+         " values; sweep over them with -m, or write group_by=[seed,algo.name] where it takes a"
+         " list"),
         (["--run=RUN"], "--run=RUN: takes no value"),
         (["env="], "env=: takes one option; known: "),
         (["resume=nosuch"], "resume=nosuch: no such folder"),
@@ -46,7 +59,7 @@ def test_what_an_experiment_sets_and_the_option_beside_it_lacks() -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_done(typed: list[str], line: str) -> None:
-    command = [] if typed[0] in ("eval", "collect") else ["train"]
+    command = [] if typed[0] in ("eval", "collect", "report") else ["train"]
     assert spikerl(*command, *typed).line.startswith(line)
 
 
