@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import secrets
+import shutil
 import stat
 import sys
 from contextlib import suppress
@@ -204,6 +205,8 @@ def link_to(path: Path, to: str) -> None:
             raise
         warn_once(f"links cannot be made here: {path.name} is a file that holds a name")
         write_synced(partial, to.encode())
+    if path.is_dir() and not path.is_symlink():  # of a copy that follows links, such as scp -r's
+        shutil.rmtree(path)
     os.replace(partial, path)
     sync_folder(path.parent)
 

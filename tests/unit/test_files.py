@@ -113,6 +113,10 @@ def test_a_link_or_a_file_that_holds_a_name(
             files.link_to(tmp_path / "latest", "c")
     files.link_to(tmp_path / "latest", "c")
     assert os.readlink(tmp_path / "latest") == "c"
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest" / "best").mkdir(parents=True)  # as scp -r copies a run
+    files.link_to(tmp_path / "latest", "d")
+    assert os.readlink(tmp_path / "latest") == "d"
     assert os.listdir(tmp_path) == ["latest"]
 
 
