@@ -100,16 +100,27 @@ def refusals(args: Sequence[str], explain: Callable[[Exception], str]) -> list[s
 
     if (values := choices(args)) is None:
         return []
-    errors = []
+    errors: list[Exception] = []
+    seen: list[tuple[Any, Sequence[str]]] = []
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         for overrides in combinations(values):
             try:
                 config = compose("train", overrides=[*searchpath(), *overrides])
                 data: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-                parse_groups(data)
+                parsed = parse_groups(data)
+                for other, theirs in seen:
+                    if parsed == other:  # seed=1,01 and the like
+                        _refuse_same(overrides, theirs)
+                seen.append((parsed, overrides))
             except (BadRequest, HydraException, OmegaConfBaseException) as error:
                 errors.append(error)
     return list(dict.fromkeys(map(explain, errors)))
+
+
+def _refuse_same(overrides: Sequence[str], others: Sequence[str]) -> None:
+    mine, theirs = next(pair for pair in zip(overrides, others, strict=True) if pair[0] != pair[1])
+    key, _, value = mine.partition("=")
+    raise BadRequest(key, value, f"it is the same run as {theirs}; leave one out")
 
 
 def folder_name(name: str) -> str:

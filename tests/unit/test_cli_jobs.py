@@ -118,6 +118,8 @@ def test_of_many_jobs_each_value_is_tried_once() -> None:
          ["neuron.threshold=x: expected ", "seed=-1: give 0 to 2^63 - 1"]),
         (["algo=td3,ppo", "algo.policy_delay=2"], ["algo.policy_delay=2: no such key"]),
         (["algo=td3,ppo", "encoder=poisson"], ["encoder=poisson: ppo needs"]),
+        (["seed=1,01", "env=Ant,Hopper"],
+         ["seed=01: it is the same run as seed=1; leave one out"]),
         (["seed=0,1", "seed=2,3"], ["seed=0: the key is there again; leave one out"]),
         (["seed=0,1", "++seed=5"], ["seed=0: the key is there again; leave one out"]),
         (["env=Ant,Hopper", "seed=range(3,0)"],
