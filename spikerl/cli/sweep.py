@@ -71,7 +71,7 @@ class Sweep:
         """`total` is how many jobs there will be, if that is known. A root that the user has not
         `named` gets a number where another sweep has its name.
         """
-        self.id, self.pid, self.started = uuid.uuid4().hex, os.getpid(), time.time()
+        self.id, self.pid = uuid.uuid4().hex, os.getpid()
         self.command, self.keep = command, command in KEEPS_FOLDERS
         self.safe, self.total = os.environ.get(SAFE), total
         self.own: dict[int, dict[str, Any]] = {}  # what the jobs of this process noted
@@ -140,6 +140,7 @@ class Sweep:
         if "run_dir" in config:
             config.run_dir = str(folder)
         outcome: dict[str, Any] = {"job": info.num, "name": name, "folder": str(folder)}
+        outcome["began"] = time.time()
         stopped = [o["status"] for o in self.noted() if o["status"] in STOPPED]
         self.note({**outcome, "status": None})
         try:
@@ -202,8 +203,8 @@ class Sweep:
         running = len(jobs) - len(ended)
         said = [f"{len(ended)} of {self.total} ended"]
         said += [f"{failed} failed"] * bool(failed) + [f"{running} running"] * bool(running)
-        if ran := sum("note" not in job for job in ended):
-            left = (time.time() - self.started) / ran * (self.total - len(ended))
+        if ran := [job["began"] for job in ended if "note" not in job]:
+            left = (time.time() - min(ran)) / len(ran) * (self.total - len(ended))
             said.append(f"about {duration(left)} left")
         return f"  ({', '.join(said)})"
 

@@ -166,10 +166,10 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep.progress() == "  (0 of 6 ended)"
     sweep.note({"job": 0, "status": 0, "note": "done already"})
     assert sweep.progress() == "  (1 of 6 ended)"
-    sweep.note({"job": 1, "status": 0})
-    sweep.note({"job": 2, "status": 1})
-    sweep.note({"job": 3, "status": None})
-    monkeypatch.setattr(time, "time", lambda: sweep.started + 100)
+    sweep.note({"job": 1, "status": 0, "began": 1000.0})  # whatever went on before
+    sweep.note({"job": 2, "status": 1, "began": 1050.0})
+    sweep.note({"job": 3, "status": None, "began": 1090.0})
+    monkeypatch.setattr(time, "time", lambda: 1100.0)
     assert sweep.progress() == "  (3 of 6 ended, 1 failed, 1 running, about 2 min left)"
 
 
