@@ -21,6 +21,7 @@ def steps(count: int | None) -> str:
     """30k, 1M, 1.025M."""
     if count is None:
         return "-"
+    count -= count % 10 ** max(len(str(count)) - 4, 0)  # four digits, and never more than it is
     for unit, letter in ((1_000_000, "M"), (1_000, "k")):
         if count >= unit:
             return f"{count / unit:.4g}{letter}"

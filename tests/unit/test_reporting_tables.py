@@ -457,8 +457,10 @@ def test_everything_is_rendered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(5, "5"), (3000, "3k"), (1_025_000, "1.025M"), (8_000_000, "8M")]
-)
+    ("count", "text"),
+    [(5, "5"), (3000, "3k"), (1_025_000, "1.025M"), (8_000_000, "8M"), (999_999, "999.9k"),
+     (1_999_999, "1.999M")],
+)  # fmt: skip
 def test_steps(count: int, text: str) -> None:
     assert tables.steps(count) == text
 
