@@ -105,7 +105,7 @@ def overrides_of(path: Path, typed: Sequence[str], *, resumes: bool = False) -> 
     """
     data = read_config(path)
     groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
-    chosen = {re.sub(r"^\++(?=env\.kwargs\.)", "", arg).partition("=")[0] for arg in typed}
+    chosen = {re.sub(r"^\++(?=env\.kwargs[.=])", "", arg).partition("=")[0] for arg in typed}
     choices, values = [], []
     for key, value in data.items():
         if not isinstance(key, str) or key == "hydra" or not re.fullmatch(NAME, key):

@@ -223,6 +223,9 @@ def test_a_path_for_an_environment_is_typed() -> None:
     typed = ["config=c.yaml", "env.kwargs.path=/a"]
     held = ["env='gym'", "env.name='gym'", "env.kwargs=null", "env.kwargs={speed:2.0}", "seed=1"]
     assert expand("train", typed) == [*held, "++env.kwargs.path=/a"]
+    whole = ["config=c.yaml", "env.kwargs={path: /b}"]  # in place of all that the file gives
+    own = ["env='gym'", "env.name='gym'", "seed=1", "++env.kwargs={path: /b}"]
+    assert expand("train", whole) == own
     write("c.yaml", {"env": {"name": "gym", "kwargs": {**kwargs, "other": "/b"}}, "seed": 1})
     assert refused("train", *typed).startswith("env.kwargs.other=/b: not accepted from c.yaml")
 
