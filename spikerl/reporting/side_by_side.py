@@ -276,6 +276,9 @@ def draw(report: SideBySide, folder: Path) -> tuple[list[Picture], list[str]]:
         figure = curves.curves(panels, "step", "")
         title = f"{task}: losses, firing, speed"
         written += keep(folder, name, title, figure, pictures, kinds=("svg",))
+    for path in folder.glob("inside_*.svg"):  # of tasks that an earlier report had
+        if path.name not in written:
+            path.unlink()
     return pictures, written
 
 

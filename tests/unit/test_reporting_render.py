@@ -314,6 +314,8 @@ def test_each_task_has_a_picture_of_its_own(
     assert len(inside) == len(tasks)
     assert {"inside_A.b-v0.svg", "inside_A%2Fb-v0.svg"} <= inside
     assert all((tmp_path / name).is_file() for name in inside)
+    draw(SideBySide(runs[:1], None), tmp_path)
+    assert [path.name for path in tmp_path.glob("inside_*")] == ["inside_A.b-v0.svg"]
 
 
 def test_long_names_of_groups_say_what_sets_them_apart(tmp_path: Path) -> None:
