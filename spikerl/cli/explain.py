@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from omegaconf import ListConfig, OmegaConf
 
 from spikerl.cli.compose import default_config, known_keys, split, unquoted
+from spikerl.cli.help import comments
 from spikerl.config.typed import PATHS, readable
 from spikerl.config.yaml_file import NAME, conf_folder, group_options, option_file
 from spikerl.errors import WRONG, BadRequest, nearest
@@ -30,18 +31,26 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, option = match.groups()
+        if group not in HYDRAS:  # an option may lie in a subfolder
+            group, option = f"{group}/{option}".split("/", 1)
         options = HYDRAS.get(group) or group_options(group)
-        version = re.fullmatch(r"(\w+)-(v\d+)", option)
-        if group == "env" and version and version[1] in options:
-            return f"env={option}: no such option; write env={version[1]} env.version={version[2]}"
-        return f"{group}={option}: no such option; {nearest(option, options)}"
+        name, version = option, None
+        if group == "env" and (match := re.fullmatch(r"(.+)-(v\d+)", option)):
+            name, version = match.groups()
+        remedy = nearest(name, options)
+        if version and name in options:
+            remedy = f"write env={name} env.version={version}"
+        elif version and remedy.startswith("known: "):
+            remedy = f"a task that is not among them is env=gym env.id={option}; {remedy}"
+        return f"{group}={option}: no such option; {remedy}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1]
         value = next((unquoted(a.partition("=")[2]) for a in args if a.startswith(f"{key}=")), "")
         return f"{key}={value}: no such key; {_having(key) or nearest(key, known_keys(command))}"
     if "issing mandatory value" in text:
         key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
-        return f"{key}: it has no default; give {key}=VALUE"
+        meaning = _meaning(command, args, key)
+        return f"{key}: it has no default; give {key}=VALUE{f': {meaning}' if meaning else ''}"
     if match := re.search(r"Ambiguous value for argument '(.*?)'\n", text):
         return f"{match[1]}: several values; {_each_or_all(command, match[1])}"
     unread = [arg for arg in split(args)[0] if not readable(arg)]
@@ -59,6 +68,18 @@ def beside(error: BaseException | None) -> str:
     if not top or not (os.path.isfile(f"{top}.py") or os.path.isdir(top)):
         return ""
     return f"; {top} lies in this folder, from which nothing is imported: PYTHONPATH=. spikerl ..."
+
+
+def _meaning(command: str, args: Sequence[str], key: str) -> str | None:
+    """What the config file that has a key says of it."""
+    group, _, name = key.rpartition(".")
+    chosen = {word.partition("=")[0]: unquoted(word.partition("=")[2]) for word in args}
+    options = group_options(group) if re.fullmatch(NAME, group) else []
+    if not group:
+        return comments(conf_folder() / f"{command}.yaml").get(name)
+    if chosen.get(group) not in options:
+        return None
+    return comments(option_file(group, chosen[group])).get(name)
 
 
 def _each_or_all(command: str, override: str) -> str:

@@ -26,7 +26,7 @@ def with_meanings(text: str, command: str) -> str:
     conf = conf_folder()
     of_command = (conf / f"{command}.yaml").read_text(encoding="utf-8")
     files = [*STARTS_FROM.findall(of_command), command]
-    top = dict(pair for name in files for pair in _comments(conf / f"{name}.yaml").items())
+    top = dict(pair for name in files for pair in comments(conf / f"{name}.yaml").items())
     first = dict(DEFAULT.findall(of_command))
     chosen = dict(CHOSEN.findall(keys))
     group: dict[str, str] = {}
@@ -35,9 +35,9 @@ def with_meanings(text: str, command: str) -> str:
         match = re.match(r"( ?)\1(\w+):", line)
         if match and not match[1]:  # an option's own comment, else its group's, else the default's
             name = match[2]
-            group = _comments(conf / name / f"{first.get(name)}.yaml")
-            group |= _comments(conf / "base" / f"{name}.yaml")
-            group |= _comments(conf / name / f"{chosen.get(name)}.yaml")
+            group = comments(conf / name / f"{first.get(name)}.yaml")
+            group |= comments(conf / "base" / f"{name}.yaml")
+            group |= comments(conf / name / f"{chosen.get(name)}.yaml")
         known = (group if match[1] else top) if match else {}
         meaning = known.get(match[2]) if match else None
         line = re.sub(r": \?\?\?$", ": (required)", line)
@@ -45,5 +45,5 @@ def with_meanings(text: str, command: str) -> str:
     return head + mark + "\n".join(lines)
 
 
-def _comments(path: Path) -> dict[str, str]:
+def comments(path: Path) -> dict[str, str]:
     return dict(COMMENTED.findall(path.read_text(encoding="utf-8"))) if path.is_file() else {}

@@ -258,7 +258,11 @@ def test_more_digits_than_a_float_has(said: Said) -> None:
     [
         (["tarin"], "tarin: no such command; did you mean train?"),
         (["fly"], "fly: no such command; commands: train"),
-        (["eval"], "run: it has no default; give run=VALUE"),
+        (["eval"], "run: it has no default; give run=VALUE: a run folder, or a file that `spikerl"),
+        (
+            ["export", "run=nowhere"],
+            "format: it has no default; give format=VALUE: c, onnx, nir, l",
+        ),
         (["eval", "run=nowhere"], "run=nowhere: no policy there; give a run folder"),
         (["eval", "run=nowhere", "video=maybe"], "video=maybe: give true, false or spikes"),
         (["eval", "run=nowhere", "episodes=0"], "episodes=0: give at least 1"),
