@@ -258,7 +258,7 @@ def test_more_digits_than_a_float_has(said: Said) -> None:
     [
         (["tarin"], "tarin: no such command; did you mean train?"),
         (["fly"], "fly: no such command; commands: train"),
-        (["eval"], "run: it has no default; give run=VALUE: a run folder, or a file that `spikerl"),
+        (["eval"], "run: it has no default; give run=VALUE: a run folder, or a file"),
         (
             ["export", "run=nowhere"],
             "format: it has no default; give format=VALUE: c, onnx, nir, l",

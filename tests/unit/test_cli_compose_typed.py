@@ -75,7 +75,7 @@ def test_a_config_with_little_in_it(tmp_path: Path) -> None:
         (["env=ALE/Pong-v5"], "env=ALE/Pong-v5: no such option; write env=ALE/Pong env.version=v5"),
         (["env=Track-v0"], "env=Track-v0: no such option; a task that is not among them is"
          " env=gym env.id=Track-v0; known: ALE/Pong, "),
-        (["env=gym"], "env.id: it has no default; give env.id=VALUE: as Gymnasium knows it: NAME-v0"),
+        (["env=gym"], "env.id: it has no default; give env.id=VALUE: as Gymnasium knows it: "),
         (["hydra/launcher=joblb", "-m"], "hydra/launcher=joblb: no such option; did you mean jobl"),
         (["--env", "Ant"], "--env=: no such flag; write env=VALUE"),
         (["--total-steps=10"], "--total-steps=: no such flag; write total_steps=VALUE"),
