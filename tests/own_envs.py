@@ -201,5 +201,27 @@ class OldGenerator(Base):
         return self.obs(), {}
 
 
+class Scalars(Base):
+    """One number to see and one to give, neither in an array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (), np.float64)
+        self.action_space = gym.spaces.Box(-2.0, 3.0, (), np.float32)
+
+    def obs(self) -> Any:
+        return np.float64(self.t)
+
+    def step(self, action: Any) -> Any:
+        assert np.shape(action) == ()
+        return super().step(action)
+
+
+class NothingToSee(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.observation_space = gym.spaces.Dict({})  # type: ignore[assignment]
+
+
 for one in [c for c in list(globals().values()) if isinstance(c, type) and issubclass(c, Base)]:
     gym.register(f"{one.__name__}-v0", entry_point=f"own_envs:{one.__name__}")

@@ -100,7 +100,7 @@ class CheckedEnv(gym.Wrapper[np.ndarray, Any, Any, Any]):
         self.layout = layout_of(env.observation_space)
         self.obs_bytes = env.observation_space.dtype in (np.uint8, np.bool_)
         shape = env.observation_space.shape
-        self.shape = shape or (sum(entry.size for entry in self.layout),)
+        self.shape = (sum(entry.size for entry in self.layout),) if shape is None else shape
         self.size = int(np.prod(self.shape))
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.size,), np.float64)
         self.failed = False
@@ -319,7 +319,8 @@ def _step_limit(env: gym.Env[Any, Any]) -> int | None:
 def _check_spaces(env: gym.Env[Any, Any], config: EnvConfig) -> None:
     obs, act, env_id = env.observation_space, env.action_space, config.id
     try:
-        size = sum(part.size for part in layout_of(obs)) or math.prod(obs.shape or (0,))
+        layout = layout_of(obs)
+        size = sum(part.size for part in layout) if obs.shape is None else math.prod(obs.shape)
     except ValueError as error:
         remedy = f"its observations {error}; a Box, or a Dict of such, is needed"
         raise BadRequest("env.id", env_id, remedy) from None

@@ -340,6 +340,18 @@ def test_float16_actions(tmp_path: Path) -> None:
     assert task.to_env(np.ones(2, np.float32)).dtype == np.float32
 
 
+def test_spaces_of_one_number_without_a_shape(tmp_path: Path) -> None:
+    with trainer_of(own("Scalars"), total_steps=60, steps_per_epoch=60) as trainer:
+        assert (trainer.task.obs_shape, trainer.task.obs_dim) == ((), 1)
+        assert (trainer.task.act_shape, trainer.task.act_dim) == ((), 1)
+        list(trainer.epochs())
+        trainer.policy.save(tmp_path)
+    policy = load_policy(tmp_path)
+    assert policy(0.5).shape == ()
+    assert policy(np.zeros(4)).shape == (4,)
+    assert refusal(make_env, own("NothingToSee")).args[2] == "its observations are empty"
+
+
 def test_reward_scale_is_for_learning_alone() -> None:
     rewards, returns = [], []
     for scale in (1.0, 4.0):
