@@ -145,9 +145,10 @@ def environment_of(task: Task) -> str:
 
 def box(low: Any, high: Any, shape: Sequence[int], dtype: str) -> str:
     """A Box as Minari writes it."""
-    bounds = {name: np.broadcast_to(np.reshape(bound, shape) if np.size(bound) > 1 else bound,
-                                    shape).tolist()
-              for name, bound in (("low", low), ("high", high))}  # fmt: skip
+    bounds = {
+        name: np.broadcast_to(np.reshape(bound, shape) if np.ndim(bound) else bound, shape).tolist()
+        for name, bound in (("low", low), ("high", high))
+    }
     return json.dumps({"type": "Box", "dtype": dtype, "shape": list(shape), **bounds})
 
 

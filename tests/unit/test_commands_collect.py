@@ -22,6 +22,7 @@ from shell import SHORT, spikerl, tree
 
 import spikerl as library
 from spikerl.commands import collect
+from spikerl.envs.dataset import Dataset
 from spikerl.envs.make import CheckedEnv, EnvConfig, make_env
 from spikerl.errors import EnvironmentFailed
 from spikerl.runs import folder as run_folder
@@ -69,6 +70,22 @@ def numbers(dataset: str) -> list[dict[str, np.ndarray]]:
 def facts(dataset: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(Path(dataset, "data/metadata.json").read_text())
     return found
+
+
+def test_spaces_of_one_number_without_a_shape() -> None:
+    env = EnvConfig(
+        name="gym", version=None, id="own_envs:Scalars-v0", max_episode_steps=5, vectorizer="sync"
+    )
+    Path("scalars").mkdir()
+    task = task_for(env)
+    policy_of(config(), task).save(Path("scalars"))
+    line = ["collect", "run=scalars", "dataset=single", "steps=8", "env_id=own_envs:Scalars-v0"]
+    assert spikerl(*line).status == 0
+    space = json.loads(facts("single")["action_space"])
+    assert (space["shape"], space["low"], space["high"]) == ([], -2.0, 3.0)
+    one, other = Dataset.open(Path("single"), task, 1 << 30).episodes()
+    assert one.obs.tolist() == [[float(t)] for t in range(6)]
+    assert (one.act.shape, other.act.shape) == ((5, 1), (3, 1))
 
 
 def test_what_the_policy_does() -> None:
