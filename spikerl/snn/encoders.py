@@ -38,7 +38,7 @@ class PopulationConfig(EncoderConfig):
     """Gaussian population code (arXiv:2010.09635)."""
 
     pop_size: int  # P, neurons per observation entry
-    mean_range: list[float]  # centres start evenly spaced over this range
+    mean_range: list[float]  # centres start evenly spaced over it; a single one in its middle
     var: float  # width squared that every neuron starts with
     threshold: float  # of deterministic spikes: fires strictly above, loses as much on a spike
 
@@ -82,6 +82,8 @@ class PopulationEncoder(Encoder):
     def __init__(self, config: PopulationConfig, obs_dim: int, spike_steps: int) -> None:
         super().__init__(config, obs_dim, spike_steps)
         low, high = config.mean_range
+        if config.pop_size == 1:  # of which linspace has the first alone
+            low = high = 0.5 * (low + high)
         shape = (obs_dim, config.pop_size)
         mean_OP, std_OP = (torch.empty(shape, dtype=torch.float32) for _ in range(2))
         # On the device "meta" sizes, which a file may name, must take no memory, and torch imports

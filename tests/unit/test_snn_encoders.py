@@ -37,6 +37,15 @@ def test_population_centres_and_widths() -> None:
     assert made.std_OP.flatten().tolist() == pytest.approx([math.sqrt(0.15)] * 20)
 
 
+def test_one_neuron_has_its_centre_in_the_middle() -> None:
+    """At the lower end, -3, it would have an activity of exp(-9 / 0.3) = 1e-13 at 0."""
+    made = PopulationEncoder(replace(POPULATION, pop_size=1), 2, 5)
+    assert made.mean_OP.tolist() == [[0.0], [0.0]]
+    assert made.activity(torch.zeros(1, 2)).tolist() == [[1.0, 1.0]]
+    aside = PopulationEncoder(replace(POPULATION, pop_size=1, mean_range=[-1.0, 2.0]), 1, 5)
+    assert aside.mean_OP.tolist() == [[0.5]]
+
+
 def test_population_activity() -> None:
     made = encoder(1, POPULATION)
     centre = made.mean_OP[0, 4].detach()
