@@ -165,6 +165,18 @@ class ActorConfig:
             keys |= {f"actor.{key}": remedy for key, remedy in actor.unread().items()}
         return keys
 
+    def constants(self) -> dict[str, Any]:
+        """What decides, beside weights, how it acts, by key."""
+        groups = {"encoder": self.encoder, "neuron": self.neuron, "decoder": self.decoder}
+        keys = {f"{g}.{k}": v for g, part in groups.items() if part for k, v in vars(part).items()}
+        if isinstance(self.actor, PopSANConfig):
+            keys["actor.spike_steps"] = self.actor.spike_steps
+        unused = {"encoder.mean_range", "encoder.var", *self.unread()}  # where weights begin
+        if self.neuron and self.neuron.name == "plif":
+            unused.add("neuron.voltage_decay")
+        unused |= {key for key in keys if key.startswith("neuron.surrogate")}
+        return {key: value for key, value in keys.items() if key not in unused}
+
     def shape(self) -> str:
         """Whatever two actors must share for one to take the other's weights."""
         if isinstance(self.actor, SequenceConfig):

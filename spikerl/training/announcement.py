@@ -80,4 +80,9 @@ def announce(config: Config, trainer: Trainer, command: Sequence[str]) -> list[s
         count = trainer.norm.count
         norm = f" and normaliser ({count} observations)" if count else ", no normaliser"
         lines.append(f"init_from={config.run.init_from}: actor weights{norm}")
+    if trainer.init_actor:
+        ours, theirs = config.actor.constants(), trainer.init_actor.constants()
+        given = [f"{k}={v} (here {ours[k]})" for k, v in theirs.items() if v != ours[k]]
+        if given:
+            lines.append(f"warning: its policy acts otherwise here, as it had {', '.join(given)}")
     return lines

@@ -73,6 +73,7 @@ class Trainer:
         # Batches of an update: with weak scaling each worker has one of the whole size.
         self.batches = world.size if run.scaling == "weak" else 1
         self.algo = build_learner(c, task, self.streams.update, world, device, init)
+        self.init_actor = init.config if init else None
         self.norm = RunningNorm(task.obs_dim, algo.norm_clip)
         if init is not None:  # of a dataset it then takes no moments
             self.norm.load(init.norm.state())

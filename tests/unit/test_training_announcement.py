@@ -18,6 +18,7 @@ TRAINER: Any = SimpleNamespace(  # what is announced of one
     task=SimpleNamespace(env_id="Some-v1", obs_dim=3, act_dim=1),
     updates_by=lambda steps: steps,
     dataset=None,
+    init_actor=None,
     algo=SimpleNamespace(
         actor_optimizer=SimpleNamespace(unpruned=None), notes=list, random_steps=0, critic_warmup=0
     ),
@@ -79,3 +80,25 @@ def test_what_makes_updates_of_a_run_without_one() -> None:
     assert replace(algo, learning_starts=0, update_interval=100).updates_due(100, 1) == 100
     remedy = "; give more total_steps, or less algo.learning_starts and algo.update_interval"
     assert nothing_learned(algo).endswith(remedy)
+
+
+def test_weights_that_act_otherwise_here() -> None:
+    """Neither what only learning reads, nor where learned numbers begin, makes a difference."""
+    config = small_config()
+    actor = config.actor
+    assert actor.encoder
+    assert actor.neuron
+
+    def said(**parts: Any) -> list[str]:
+        theirs = replace(actor, **parts)
+        trainer: Any = SimpleNamespace(**{**vars(TRAINER), "init_actor": theirs})
+        return [line for line in announce(config, trainer, []) if "otherwise" in line]
+
+    assert said() == []
+    assert said(encoder=replace(actor.encoder, var=0.3), neuron=replace(actor.neuron,
+                surrogate_window=0.4, surrogate="atan")) == []  # fmt: skip
+    neuron, steps = replace(actor.neuron, threshold=3.0), replace(actor.actor, spike_steps=8)
+    assert said(neuron=neuron, actor=steps) == [
+        "warning: its policy acts otherwise here, as it had neuron.threshold=3.0 (here 0.5),"
+        f" actor.spike_steps=8 (here {vars(actor.actor)['spike_steps']})"
+    ]
