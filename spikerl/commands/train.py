@@ -209,8 +209,11 @@ def run(
 
 def check_read(argv: Sequence[str], config: Config, task: Task) -> None:
     """Refuse typed keys that change nothing; a file may hold them."""
-    unread = config.algo.unread(task.kind == "discrete")
+    discrete = task.kind == "discrete"
+    unread = config.algo.unread(discrete)
     remedies = {f"algo.{key}": remedy for key, remedy in unread.items()} | config.actor.unread()
+    if discrete:
+        remedies["env.action_bounds"] = "discrete actions have no bounds; leave it out"
     if not config.run.init_from:
         remedies["init_policy"] = "it belongs to init_from; give that, or leave it out"
     for word in argv:

@@ -145,6 +145,11 @@ REFUSED = [
         "no network of its own",
     ),
     ("env=CartPole algo=ppo algo.log_std=0", "algo.log_std=0: ", "actions have no deviation"),
+    (
+        "env=CartPole algo=dqn env.action_bounds=each",
+        "env.action_bounds=each: ",
+        "discrete actions have no bounds; leave it out",
+    ),
     ("algo=bc dataset=d algo.gamma=0.9", "algo.gamma=0.9: ", "nothing looks ahead"),
     (
         "experiment=dsformer/pssa dataset=d algo.gamma=0.9",
