@@ -106,8 +106,7 @@ def rates_of(policy: Policy) -> Rates:
             return []
         # Of its own: what is drawn changes no action.
         generator = torch.Generator(policy.device).manual_seed(0)
-        row = torch.from_numpy(obs[None].astype(np.float32)).to(policy.device)
-        return actor.activity(policy.norm.normalize(row), generator).layers
+        return actor.activity(policy.observe(obs[None]), generator).layers
 
     return rates
 

@@ -16,6 +16,7 @@ import builders
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from shell import Said, refusal, spikerl
 
 from spikerl.envs import video
@@ -253,3 +254,21 @@ print(first.shape, (first != env.render()).any())
     if "nothing draws without a screen here" in done.stderr:
         pytest.skip(done.stderr.splitlines()[-1])
     assert done.stdout == "(480, 480, 3) True\n", done.stderr
+
+
+def test_firing_is_of_what_the_policy_sees() -> None:
+    """Around 1e9 a float32 has steps of 64: there it sees an observation as float64."""
+    task = Task("Nowhere-v0", (3,), (1,), np.full(1, -1.0), np.full(1, 1.0), 9)
+    config, norm = builders.spiking(builders.POPULATION), RunningNorm(3, 3.0)
+    obs = 1e9 + np.random.default_rng(0).normal(0.0, 1.0, (100, 3))
+    norm.add(obs)
+    norm.merge([norm.collect()])
+    torch.manual_seed(0)
+    policy = Policy(task, config, build_actor(config, 3, 1), norm)
+    rates = video.rates_of(policy)
+    generator = torch.Generator().manual_seed(0)
+    for one in obs[:5]:
+        seen = torch.from_numpy((one[None] - norm.mean_O) / np.sqrt(norm.var_O)).float()
+        activity = policy.activity(seen.clamp(-3.0, 3.0), generator)
+        assert activity is not None
+        assert rates(one) == activity.layers
