@@ -219,18 +219,18 @@ class Sweep:
         words = ("job", "status", measure, "reason or folder")
         table = Table(*(Column(word, overflow="fold") for word in words))
         for job in sorted(jobs, key=best_first):
-            shown = "-" if job["return"] is None else f"{job['return']:.1f}"
+            reached = "-" if job["return"] is None else f"{job['return']:.1f}"
             known = {DONE: "done", WRONG: "refused", **STOPPED}
             state = job.get("note") or known.get(job["status"], f"failed ({job['status']})")
-            place = job["folder"] if os.path.isdir(job["folder"]) else ""
-            table.add_row(job["name"], state, shown, job.get("error") or place)
+            place = shown(Path(job["folder"])) if os.path.isdir(job["folder"]) else ""
+            table.add_row(job["name"], state, reached, job.get("error") or place)
         width = None if sys.stdout.isatty() else 200  # a path that is cut cannot be copied
         Console(width=width, markup=False, emoji=False).print(table)
         for line in (*over_seeds(jobs, measure), self.mixed(jobs)):
             if line:
                 print(line)
         statuses = [job["status"] for job in jobs]
-        root = f"; {self.root}" if self.keep else ""
+        root = f"; {shown(self.root)}" if self.keep else ""
         refused = set(statuses) <= {WRONG}
         statuses += [None] * ((self.total or 0) - len(jobs))  # which a launcher never began
         print(f"{statuses.count(DONE)} of {len(statuses)} jobs done{root}")
@@ -238,7 +238,7 @@ class Sweep:
             self.discard()
             return WRONG
         if self.keep and set(statuses) != {DONE}:
-            own = "" if self.command == "reproduce" else f" with run_dir={self.root}"
+            own = "" if self.command == "reproduce" else f" with run_dir={shown(self.root)}"
             print(f"the same command{own} goes on with what is not done")
         if not self.keep:
             shutil.rmtree(self.root, ignore_errors=True)
@@ -247,9 +247,9 @@ class Sweep:
 
     def mixed(self, jobs: Sequence[dict[str, Any]]) -> str | None:
         """What the runs of the table differ in beside what the sweep varies."""
-        shown = [Path(job["folder"]) for job in jobs if self.keep and job["return"] is not None]
+        runs = [Path(job["folder"]) for job in jobs if self.keep and job["return"] is not None]
         # An experiment sets keys of every group.
-        return differences(shown, None if "experiment" in self.varied else self.varied)
+        return differences(runs, None if "experiment" in self.varied else self.varied)
 
     def discard(self) -> None:
         """Leave things as they were: no job began."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spikerl.errors import DONE, BadRequest, nearest
+from spikerl.files import absolute, shown
 from spikerl.reporting.records import Run, run_folders
 from spikerl.reporting.render import missing_extra
 from spikerl.reporting.side_by_side import SideBySide, render_runs
@@ -55,7 +56,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         written = render_runs(
             side_by_side, Path(request.out), left_out, request.hours, request.core_hours
         )
-        print(f"{request.out}: {len(side_by_side.runs)} runs; {', '.join(written)}")
+        print(
+            f"{shown(absolute(request.out))}: {len(side_by_side.runs)} runs; {', '.join(written)}"
+        )
         for line in left_out:
             print(f"left out: {line}")
         if not request.watch or not side_by_side.going_on:
