@@ -218,8 +218,9 @@ def config_for(
     check_confirmed(run, task, typed)
     named = [f"env.id={task.env_id}", f"plugins=[{','.join(plugins)}]"]
     overrides_of(path, named, resumes=True)  # which refuses what is not plain data
-    own = {"run_dir": shown(Path(target)), "resume": None, "init_from": None, "config": None}
-    return {**raw, **own, "plugins": list(plugins)}
+    own = {"run_dir": shown(Path(target)), "plugins": list(plugins)}
+    began = {"resume": None, "config": None, "init_from": None, "init_policy": "last"}
+    return {**raw, **began, **own}
 
 
 def _refusal(key: str, value: Any, path: Path) -> BadRequest:

@@ -198,6 +198,17 @@ def test_normalised_drives_are_folded_first(folder: Path) -> None:
     assert line.endswith("is not folded into weights; give a policy that acts")
 
 
+def test_a_run_that_began_with_a_best_policy(folder: Path) -> None:
+    """What is made of it has one policy, which `config=` and `init_from=` start from."""
+    shutil.copytree("dense", "began")
+    config = yaml.safe_load(Path("began/config.yaml").read_text())
+    config |= {"init_from": "gone", "init_policy": "best"}
+    Path("began/config.yaml").write_text(yaml.safe_dump(config))
+    assert spikerl("compress", "run=began", "bits=8", "episodes=1").status == 0
+    made = yaml.safe_load(Path("began_bits8/config.yaml").read_text())
+    assert (made["init_from"], made["init_policy"]) == (None, "last")
+
+
 def test_it_is_trained_further(folder: Path) -> None:
     """As numbers like any others: neither grid nor zeros nor early exit are kept."""
     assert spikerl("compress", "run=spiking", "run_dir=base", "bits=4", "episodes=1").status == 0
