@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spikerl.cli.main import run
-from spikerl.files import shown
+from spikerl.files import absolute, shown
 
 COMPRESSED = ("bits=8", "bits=4", "prune=0.9")
 FORMATS = ("c", "onnx", "nir", "loihi")
@@ -30,7 +30,7 @@ def made(path: Path, source: str, episodes: str, *typed: str) -> dict[str, Any] 
                 return None
     facts: dict[str, Any] = json.loads(path.read_text())
     had = facts.get("made_from", facts)["run"], str(facts.get("proof", facts)["episodes"])
-    if had != (shown(Path(source)), episodes):
+    if had != (shown(absolute(source)), episodes):
         raise SystemExit(f"{path} is of run={had[0]} episodes={had[1]}; give another FOLDER")
     return facts
 
