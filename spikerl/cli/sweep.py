@@ -137,7 +137,7 @@ class Sweep:
         name = ",".join(o for o in typed if o.partition("=")[0] in self.varied) or str(info.num)
         print(f"\njob {info.num}: {name}{self.progress()}", flush=True)
         folder = self.root / folder_name(name)
-        if "run_dir" in config:
+        if self.keep and "run_dir" in config:
             config.run_dir = str(folder)
         outcome: dict[str, Any] = {"job": info.num, "name": name, "folder": str(folder)}
         outcome["began"] = time.time()

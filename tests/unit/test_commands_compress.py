@@ -185,6 +185,17 @@ def test_a_folder_that_is_there_has_no_dated_other(folder: Path) -> None:
     assert said.line == f"run_dir={there}: it exists already; give another run_dir"
 
 
+def test_a_sweep_keeps_what_it_makes(folder: Path) -> None:
+    """Beside the run, as without -m; the other jobs of one typed folder are refused."""
+    said = spikerl("compress", "-m", "run=dense", "bits=5", "prune=0.5,0.75", "episodes=1")
+    assert said.status == 0, said.err
+    made = [Path(f"dense_prune{share}_bits5/compressed.json") for share in (0.5, 0.75)]
+    assert [json.loads(file.read_text())["prune"] for file in made] == [0.5, 0.75]
+    said = spikerl("compress", "-m", "run=dense", "bits=5,6", "episodes=1", "run_dir=typed")
+    assert "run_dir=typed: it exists already" in said.err
+    assert json.loads(Path("typed/compressed.json").read_text())["bits"]["layers.0.weight_IN"] == 5
+
+
 def test_normalised_drives_are_folded_first(folder: Path) -> None:
     policy = load_policy("spiking")
     parts = ActorConfig(**{**vars(config()), "actor": care_bn_config([12, 9])})

@@ -262,6 +262,14 @@ def test_a_folder_that_is_there_has_no_dated_other(dense: Path) -> None:
     assert said.line == "run_dir=dense: it exists already; give another run_dir"
 
 
+def test_a_sweep_keeps_what_it_makes(dense: Path) -> None:
+    typed = ["run=dense", "run_dir=one,two", "spike_steps=2", "episodes=1"]
+    said = spikerl("convert", "-m", *typed)
+    assert said.status == 0, said
+    made = [library.load_policy(name).actor for name in ("one", "two")]
+    assert [actor.spike_steps for actor in made if isinstance(actor, SpikingActor)] == [2, 2]
+
+
 def test_a_run_that_goes_on_meanwhile(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is converted is the policy that was read, and so is the checksum."""
     first = dense / "checkpoints/step_0000000000"
