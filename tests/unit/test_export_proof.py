@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from builders import dense_config, lif_config
-from exports import DIRECT, config, policy_of, saved, task
+from exports import DENSE, DIRECT, config, policy_of, saved, task
 from hand_worked import rate_decoded
 from shell import spikerl
 from torch import Tensor
 
 from spikerl.commands.export import publish
 from spikerl.envs.make import EnvConfig
-from spikerl.export import proof, support
+from spikerl.export import contract, proof, support
 from spikerl.export.contract import DECODERS, ENCODERS, NEURONS
 from spikerl.export.formats import FORMATS
 from spikerl.models.actor import MLPActor, SpikingActor
@@ -264,6 +264,17 @@ def table_of_support() -> list[str]:
 def test_the_page_has_the_table() -> None:
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
     assert "\n".join(table_of_support()) in page
+
+
+def test_the_page_has_every_key_of_a_contract() -> None:
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8").partition("## The contract")[2]
+    spiking, dense = (policy_of(actor, task()) for actor in (config(), DENSE))
+    assert isinstance(spiking.actor, SpikingActor)
+    spiking.actor.early_exit = EarlyExit(threshold=0.1, steps=1)
+    keys = {"made_from", "support", "proof", "file", "sha256", "bytes"}  # of the command
+    for format, policy in (("c", spiking), ("loihi", spiking), ("c", dense)):
+        keys |= {*contract.describe(format, policy, None), *FORMATS[format].facts(policy)}
+    assert {key for key in keys if f"`{key}`" not in page} == set()
 
 
 def test_spikes_are_counted_over_all_pieces() -> None:
