@@ -133,7 +133,7 @@ def test_a_bad_job_stops_no_other(tmp_path: Path) -> None:
     rows = table(said)
     rows[1][3] = rows[1][3].partition(" (")[0]  # where it was raised, and how to go on
     assert rows == [
-        ["env.id=NEVER-v0", "done", "10.0", str(tmp_path / "s" / "env.id=NEVER-v0")],
+        ["env.id=NEVER-v0", "done", "10.0", "s/env.id=NEVER-v0"],
         ["env.id=RAISES-v0", "failed (1)", "-",
          "step 60: RAISES-v0 raised ValueError: [/b] the robot fell over"],
         ["env.id=CartPole-v1", "refused", "-",

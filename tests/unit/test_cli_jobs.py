@@ -205,8 +205,8 @@ def test_the_table_keeps_tasks_apart(tmp_path: Path, capsys: pytest.CaptureFixtu
                                                     "seed=0,env=Hopper")]  # fmt: skip
     assert places == sorted(places)
     assert "env=Ant: best eval return 2.0 +- 1.4 over 2 seeds" in said
-    assert f"3 of 4 jobs done; {tmp_path}/s\n" in said
-    assert f"the same command with run_dir={tmp_path}/s goes on" in said
+    assert "3 of 4 jobs done; s\n" in said
+    assert "the same command with run_dir=s goes on" in said
 
 
 def test_what_goes_on_with_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
