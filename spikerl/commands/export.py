@@ -97,6 +97,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             print(f"spikerl: format={request.format}: {line}", file=sys.stderr)
             return FAILED
     described |= {"file": file.name, "sha256": checksum(content), "bytes": len(content)}
+    check_free(file, beside)  # another may have been quicker
     try:
         publish(file, content, beside, json_bytes({**described, "proof": proven}))
     except OSError as error:

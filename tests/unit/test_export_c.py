@@ -200,6 +200,22 @@ def test_export(tmp_path: Path) -> None:
     assert line == f"file={file}: it exists already; remove it, or give another file"
 
 
+def test_another_export_was_quicker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As jobs of a sweep that go on side by side."""
+    run = saved(policy_of(config(), task()), tmp_path / "run")
+    file, prove = run / "policy.c", proof.prove
+
+    def meanwhile(*args: Any) -> dict[str, Any]:
+        file.write_text("of the other")
+        return prove(*args)
+
+    monkeypatch.setattr(proof, "prove", meanwhile)
+    line = spikerl("export", f"run={run}", "format=c", "episodes=1").line
+    assert line == f"file={file}: it exists already; remove it, or give another file"
+    assert file.read_text() == "of the other"
+    assert not (run / "policy.c.json").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "beside"),
     [("policy", "policy.json"), ("best/policy", "policy.json"), ("error.txt", "error.txt.json")],
