@@ -378,7 +378,8 @@ def trained(config: Any, folder: Path, ended: bool) -> bool:
 def check_imported(config: Any, folder: Path, sources: list[str] | None) -> None:
     """Refuse a policy that came from other files, or with other settings, than `config` has."""
     keys = ("popsan", "dense", "stats")
-    files = {key: shown(Path(config[key])) for key in keys if config[key] not in (None, "none")}
+    given = {key: config[key] for key in keys if config[key] not in (None, "none")}
+    files = {key: shown(absolute(str(file))) for key, file in given.items()}  # as recorded
     if list(files.values()) != sources:
         key = next((key for key, file in files.items() if file not in (sources or ())), "stats")
         made = f"{folder} was imported from {', '.join(sources or ['nothing'])}"

@@ -167,8 +167,10 @@ def test_eval_and_init_from_take_an_import(files: Path) -> None:
     assert not all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_a_sweep_of_imports_again(files: Path) -> None:
-    args = ["-m", "neuron.threshold=0.5,0.6", "run_dir=s"]
+@pytest.mark.parametrize("model", ["m.pt", "../{here}/m.pt"])
+def test_a_sweep_of_imports_again(files: Path, model: str) -> None:
+    model = model.format(here=files.name)
+    args = ["-m", "neuron.threshold=0.5,0.6", "run_dir=s", f"popsan={model}"]
     assert bring(*args).status == 0
     before = {path: content for path, content in tree(files).items() if "jobs" not in str(path)}
     said = bring(*args)
