@@ -42,8 +42,9 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
     """The exit status of a request that was expanded; `typed` is what the user wrote."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing and exiting
 
-    def call(config: DictConfig) -> int:
-        return call_command(command, config, typed)
+    def call(config: DictConfig, own: Sequence[str] = ()) -> int:
+        # `report` repeats a sweep's training by the config of its run.
+        return call_command(command, config, own if own and command != "train" else typed)
 
     def explained(error: Exception) -> str:
         return explain(command, args, error) + beside(error)
@@ -100,7 +101,7 @@ def run_once(
 def run_sweep(
     sweep: Sweep,
     args: Sequence[str],
-    call: Callable[[DictConfig], int],
+    call: Callable[[DictConfig, Sequence[str]], int],
     explained: Callable[[Exception], str],
 ) -> int:
     def job(config: DictConfig) -> float | None:

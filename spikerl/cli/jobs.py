@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spikerl.cli.compose import split
+from spikerl.cli.compose import split, unquoted
 from spikerl.config.yaml_file import conf_folder, group_options, searchpath
 from spikerl.errors import BadRequest
 
@@ -51,6 +51,16 @@ def check_distinct(choices: Sequence[Sequence[str]], *, folders: bool) -> None:
                 raise BadRequest(key, value, "it is there twice; leave one out")
             if folders and folder_name(override) in map(folder_name, values[:number]):
                 raise BadRequest(key, value, "another value's folder has its name; rename one")
+
+
+def check_pages(args: Sequence[str], varied: Sequence[str]) -> None:
+    """Each job of `report` writes the same files, and would do so over those of the job before."""
+    typed = [unquoted(arg.partition("=")[2]) for arg in args if arg.startswith("out=")]
+    out = ["outputs/report", *typed][-1]
+    others = [key for key in varied if key != "out"]
+    if others and "${" not in out:
+        remedy = f"each job would write over the last one's; give 'out={out}/${{{others[0]}}}'"
+        raise BadRequest("out", out, remedy)
 
 
 def _values(override: Any) -> list[str]:

@@ -24,7 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spikerl.children import SAFE, safe_path
 from spikerl.cli.compose import RESUMABLE, chosen, unquoted
-from spikerl.cli.jobs import check_distinct, choices, count, folder_name, varied_keys
+from spikerl.cli.jobs import (
+    check_distinct,
+    check_pages,
+    choices,
+    count,
+    folder_name,
+    varied_keys,
+)
 from spikerl.config.yaml_file import NOT_CARRIED, read_config
 from spikerl.distributed import hosts, launchers
 from spikerl.errors import (
@@ -100,6 +107,8 @@ class Sweep:
             raise BadRequest("-m", os.environ["WORLD_SIZE"], remedy)
         varied, values = varied_keys(args), choices(args)
         check_distinct(values or [], folders=command in KEEPS_FOLDERS)
+        if command == "report":
+            check_pages(args, varied)
         total = None if values is None else count(values)
         if command not in KEEPS_FOLDERS:
             root = Path(tempfile.mkdtemp(prefix="spikerl-sweep-"))

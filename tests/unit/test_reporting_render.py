@@ -439,6 +439,24 @@ def test_wrong_requests(
     assert spikerl("report", *args).line.startswith(line)
 
 
+def test_jobs_of_a_sweep_have_pages_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate("ab"):
+        write_run(tmp_path / name, seed=seed)
+    sweep = ["report", "-m", "runs=a,b"]
+    line = "out=p: each job would write over the last one's; give 'out=p/${runs}'"
+    assert spikerl(*sweep, "out=p").line == line
+    assert spikerl(*sweep, "out=p,q").line.startswith("out=p,q: each job")
+    assert spikerl(*sweep).line.startswith("out=outputs/report: each job")
+    assert not (tmp_path / "p").exists()
+    assert spikerl(*sweep, "out=p/${runs}").status == 0
+    seeds = [(tmp_path / "p" / name / "table.csv").read_text().split(",Ant-v5,")[1][0]
+             for name in "ab"]  # fmt: skip
+    assert seeds == ["0", "1"]
+
+
 @pytest.mark.parametrize("args", [["report", "runs=a"], ["reproduce", "table=ours", "render=true"]])
 def test_without_the_extra(
     args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
