@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from spikerl.cli.compose import split, unquoted
+from spikerl.config.typed import PATHS
 from spikerl.config.yaml_file import conf_folder, group_options, searchpath
 from spikerl.errors import BadRequest
 
@@ -131,6 +132,12 @@ def _refuse_same(overrides: Sequence[str], others: Sequence[str]) -> None:
     mine, theirs = next(pair for pair in zip(overrides, others, strict=True) if pair[0] != pair[1])
     key, _, value = mine.partition("=")
     raise BadRequest(key, value, f"it is the same run as {theirs}; leave one out")
+
+
+def alone(overrides: Sequence[str]) -> list[str]:
+    """A job's overrides as they are typed without -m: Hydra has paths in quotes."""
+    pairs = [(override, *override.partition("=")[::2]) for override in overrides]
+    return [f"{key}={unquoted(value)}" if key in PATHS else o for o, key, value in pairs]
 
 
 def folder_name(name: str) -> str:

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spikerl.children import SAFE, safe_path
 from spikerl.cli.compose import RESUMABLE, chosen, unquoted
 from spikerl.cli.jobs import (
+    alone,
     check_distinct,
     check_pages,
     choices,
@@ -130,9 +131,13 @@ class Sweep:
         return sweep
 
     def job(
-        self, config: Any, call: Callable[[Any], int], explain: Callable[[Exception], str]
+        self,
+        config: Any,
+        call: Callable[[Any, Sequence[str]], int],
+        explain: Callable[[Exception], str],
     ) -> float | None:
-        """Run one job, whatever becomes of it, and note how it ended.
+        """Run one job, whatever becomes of it, and note how it ended; `call` also gets what would
+        be typed for this job alone.
 
         What a sweeper is to maximise: the return of the best evaluation, or of the one that `eval`
         made; None if the job failed.
@@ -141,13 +146,15 @@ class Sweep:
 
         launchers.adopt()
         info = HydraConfig.get().job
-        overrides = HydraConfig.get().overrides.task
+        overrides = list(HydraConfig.get().overrides.task)
         typed = [override.lstrip("+") for override in overrides]  # ++env.kwargs.KEY=
         name = ",".join(o for o in typed if o.partition("=")[0] in self.varied) or str(info.num)
         print(f"\njob {info.num}: {name}{self.progress()}", flush=True)
         folder = self.root / folder_name(name)
         if self.keep and "run_dir" in config:
             config.run_dir = str(folder)
+            overrides = [o for o in overrides if not o.startswith("run_dir=")]
+            overrides.append(f"run_dir={folder}")
         outcome: dict[str, Any] = {"job": info.num, "name": name, "folder": str(folder)}
         outcome["began"] = time.time()
         stopped = [o["status"] for o in self.noted() if o["status"] in STOPPED]
@@ -161,7 +168,7 @@ class Sweep:
                 with safe_path(self.safe), results() as own:
                     if os.getpid() != self.pid and not hosts.submitted():
                         os.environ["SPIKERL_JOB"] = name  # which its lines begin with
-                    outcome["status"] = call(config)
+                    outcome["status"] = call(config, alone(overrides))
                 outcome |= own
         except (BadRequest, OmegaConfBaseException) as error:
             outcome |= {"status": WRONG, "error": explain(error)}

@@ -25,7 +25,7 @@ from spikerl.files import absolute, checksum_of, hold, partial_of, shown, sync_f
 from spikerl.machine import git_state, versions
 from spikerl.models.policy import Policy
 from spikerl.models.sequence import History
-from spikerl.output import several
+from spikerl.output import add_results, several
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import Checkpoint, verified
 from spikerl.runs.policies import CHOICES, find_policy, load_policy
@@ -107,6 +107,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         spread = f"{np.mean(returns):.1f} +- {np.std(returns):.1f}"
         whole = f"return {spread} over {several(len(returns), 'whole episode')}"
     print(f"{policy.task.env_id}: {steps} transitions, {whole}")
+    add_results(folder=request.dataset)
     print(f"dataset: {shown(Path(request.dataset))}")
     return DONE
 

@@ -24,6 +24,7 @@ from spikerl.machine import versions
 from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.compression import Compression, bits_of, nonzero, prune, quantise
 from spikerl.models.policy import Policy
+from spikerl.output import add_results
 from spikerl.runs import folder as run_folder
 from spikerl.runs.policies import load_policy
 from spikerl.schema import check_seed, parse
@@ -126,6 +127,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     done = {"status": "done", "compressed_from": shown(Path(request.run))}
     record = run_folder.make_manifest(before.task.env_id, argv, {}, done)
     folder = run_folder.create(request.target, raw, record, fill, named=True)
+    add_results(folder=str(folder))
     print("\n".join(table(env.id, request.episodes, rows)))
     print(f"run folder: {shown(folder)}")
     return DONE

@@ -33,6 +33,7 @@ from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.actor_config import MOST_SPIKE_STEPS, MLPConfig
 from spikerl.models.networks import build_actor
 from spikerl.models.policy import Policy
+from spikerl.output import add_results
 from spikerl.runs import folder as run_folder
 from spikerl.runs.policies import find_policy, load_policy
 from spikerl.runs.policy_env import env_of
@@ -127,6 +128,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     record = run_folder.make_manifest(dense.task.env_id, argv, {}, facts)
     save = policies[best].save
     folder = run_folder.create(request.run_dir, raws[best], record, save, named=True)
+    add_results(folder=str(folder))
     scales = ", ".join(f"{value:.3g}" for value in reached)
     spike_steps, alpha = choices[best]
     carried = f", alpha {alpha:g}" if any(request.alpha) else ""

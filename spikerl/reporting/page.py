@@ -75,7 +75,7 @@ class Card(NamedTuple):
 
 
 def command_of(run: Run) -> str:
-    """What makes it again, longer as it may have become; of a sweep's job, by its config."""
+    """What makes it again, longer as it may have become; of a sweep's training, by its config."""
     events = [event for event in run.manifest.get("resumed") or [] if isinstance(event, dict)]
     resumed = [str(event.get("command")) for event in events]
     first = str(run.manifest.get("command"))
@@ -83,8 +83,8 @@ def command_of(run: Run) -> str:
     last = [line for line in resumed if " total_steps=" in line][-1:]
     lengths = {word for line in last for word in line.split() if word.startswith("total_steps=")}
     command = "\n".join([first, *(last if lengths - set(first.split()) else [])])
-    swept = {"-m", "--multirun"} & set(command.split())
-    if not swept:
+    words = command.split()
+    if "train" not in words[:2] or not {"-m", "--multirun"} & set(words):
         return command
     return shlex.join(["spikerl", "train", f"config={run.folder}/config.yaml", *confirmed(run)])
 

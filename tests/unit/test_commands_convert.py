@@ -24,6 +24,8 @@ from spikerl.kernels.reference import Carried
 from spikerl.machine import versions
 from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.actor_config import ActorConfig, MLPConfig
+from spikerl.reporting.page import command_of
+from spikerl.reporting.records import Run
 from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import EncoderConfig
 from spikerl.snn.neurons import ResidualIF, ResidualIFConfig
@@ -268,6 +270,10 @@ def test_a_sweep_keeps_what_it_makes(dense: Path) -> None:
     assert said.status == 0, said
     made = [library.load_policy(name).actor for name in ("one", "two")]
     assert [actor.spike_steps for actor in made if isinstance(actor, SpikingActor)] == [2, 2]
+    for name in ("one", "two"):
+        assert f"│ run_dir={name} │ done   │ -                │ {name} " in said.out
+        typed = f"spikerl convert run=dense run_dir={name} spike_steps=2 episodes=1"
+        assert command_of(Run.read(Path(name))) == typed
 
 
 def test_a_run_that_goes_on_meanwhile(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:

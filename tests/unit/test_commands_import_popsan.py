@@ -173,6 +173,10 @@ def test_a_sweep_of_imports_again(files: Path, model: str) -> None:
     args = ["-m", "neuron.threshold=0.5,0.6", "run_dir=s", f"popsan={model}"]
     assert bring(*args).status == 0
     before = {path: content for path, content in tree(files).items() if "jobs" not in str(path)}
+    command = json.loads(Path("s/neuron.threshold=0.6/manifest.json").read_text())["command"]
+    folder = files / "s/neuron.threshold=0.6"
+    typed = f"popsan={model} stats=s.p env=Pendulum neuron.threshold=0.6 run_dir={folder}"
+    assert command == f"spikerl import {typed}"
     said = bring(*args)
     assert (said.status, said.out.count("done already")) == (0, 2)
     assert {path: tree(files)[path] for path in before} == before

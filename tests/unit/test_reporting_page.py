@@ -18,11 +18,13 @@ from spikerl.reporting.records import Run
 
 
 def test_what_repeats_a_run(tmp_path: Path) -> None:
-    for name, typed in (("a", "spikerl train seed=0"), ("b", "spikerl train -m seed=0,1")):
-        write_run(tmp_path / name, command=typed)
-    cards = [Card.of(name, 0, Run.read(tmp_path / name)) for name in "ab"]
+    swept = "spikerl compress -m run=r bits=4,8"  # which no training makes again
+    typed = ("spikerl train seed=0", "spikerl train -m seed=0,1", swept)
+    for name, command in zip("abc", typed, strict=True):
+        write_run(tmp_path / name, command=command)
+    cards = [Card.of(name, 0, Run.read(tmp_path / name)) for name in "abc"]
     of_a_job = f"spikerl train config={tmp_path}/b/config.yaml"
-    assert [card.command for card in cards] == ["spikerl train seed=0", of_a_job]
+    assert [card.command for card in cards] == ["spikerl train seed=0", of_a_job, swept]
 
 
 def test_what_repeats_a_job_of_a_sweep_is_typed_again(tmp_path: Path) -> None:
