@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shell import refusal
+from shell import refusal, spikerl
 
 from spikerl import plugins
+from spikerl.config.yaml_file import conf_folder
 from spikerl.reporting.cell_config import composed
 
 
@@ -40,3 +41,23 @@ def test_a_tables_cell_has_a_plugins_option(
     monkeypatch.setattr(plugins, "loaded", {})
     plugins.load(["brings_groups"])
     assert composed(("experiment=popsan/td3", "neuron=own"))["neuron.gain"] == "2.0"
+
+
+def test_a_copied_table_has_a_name_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be rendered over the table that it was copied from."""
+    folder = tmp_path / "brings_table" / "conf" / "table"
+    folder.mkdir(parents=True)
+    (tmp_path / "brings_table" / "__init__.py").touch()
+    text = (conf_folder() / "table" / "discrete.yaml").read_text()
+    (folder / "mine.yaml").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(plugins, "loaded", {})
+    monkeypatch.chdir(tmp_path)
+    typed = ["reproduce", "plugins=[brings_table]", "table=mine", "render=true", "out=r"]
+    assert spikerl(*typed).line == "table.name=discrete: give the name of its file, mine"
+    assert not (tmp_path / "r").exists()
+    (folder / "mine.yaml").write_text(text.replace("name: discrete", "name: mine", 1))
+    assert spikerl(*typed).status == 0
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["mine"]

@@ -63,6 +63,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     if data.get("table") is None:
         raise BadRequest("table", None, f"give one of {', '.join(group_options('table'))}")
     table = table_of(data["table"])
+    check_name(table, argv)
     cells = selected(table, request)
     total_steps = request.total_steps or table.protocol.total_steps
     if request.render:
@@ -99,6 +100,14 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         print("the same command goes on with what is not done")
     render(table, total_steps, Path(request.out))
     return status
+
+
+def check_name(table: Table, argv: Sequence[str]) -> None:
+    """Refuse another file's name, as a copy of it has: that table's results lie in the folder."""
+    for arg in argv:
+        key, _, option = arg.lstrip("+").partition("=")
+        if key == "table" and (option := option.strip("'\"")) != table.name:
+            raise BadRequest("table.name", table.name, f"give the name of its file, {option}")
 
 
 def selected(table: Table, request: ReproduceRequest) -> list[Cell]:
