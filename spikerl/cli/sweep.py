@@ -303,10 +303,11 @@ class Sweep:
                 job["note"] = "not ended"
                 job["error"] = "lost, or still running; the same command goes on with it"
             if job["status"] == FAILED and not job.get("error"):
-                error = Path(job["folder"]) / "error.txt"
+                error, log = (Path(job["folder"]) / f"{name}.txt" for name in ("error", "log"))
                 there = error.exists()
                 lines = error.read_text(errors="replace").splitlines() if there else []
-                job["error"] = lines[-1] if lines else "see its log.txt"
+                said = "see its log.txt" if log.exists() else "see what it printed"
+                job["error"] = lines[-1] if lines else said
         return jobs
 
 

@@ -210,12 +210,14 @@ def test_the_table_keeps_tasks_apart(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_what_goes_on_with_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`reproduce` has no run_dir."""
+    """`reproduce` has no run_dir, and its jobs no folder with a log."""
     sweep = Sweep.of("reproduce", ["-m", "table=ours", "rows=[a],[b]"])
     assert sweep is not None
     sweep.note({"job": 0, "name": "rows=[a]", "folder": str(sweep.root / "a"), "status": 1})
     assert sweep.end() == 1
-    assert "\nthe same command goes on with what is not done\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\nthe same command goes on with what is not done\n" in said
+    assert "│ rows=[a] │ failed (1) │ -                │ see what it printed │" in said
 
 
 @pytest.mark.parametrize("path", ["it's", "a\\", 'say "x"'])
