@@ -23,6 +23,7 @@ from spikerl.models.policy import Policy
 from spikerl.snn import decoders
 from spikerl.snn.conv import Conv
 from spikerl.snn.linear import Linear
+from spikerl.snn.neurons import Neuron, NeuronConfig
 
 
 @dataclass(frozen=True)
@@ -143,18 +144,22 @@ def check(actor: Actor) -> None:
     """Refuse an actor with a part whose operations are not known."""
     if isinstance(actor, MLPActor):
         return
-    kinds: list[tuple[Any, dict[Any, Any]]] = [
-        (type(actor.encoder), ENCODERS),
-        (type(actor.decoder), DECODERS),
-        *((type(neuron.config), NEURON_UPDATES) for neuron in actor.neurons),
+    parts: list[tuple[Any, bool]] = [
+        (actor.encoder, type(actor.encoder) in ENCODERS),
+        (actor.decoder, type(actor.decoder) in DECODERS),
+        *((neuron, _kind(neuron) in NEURON_UPDATES) for neuron in actor.neurons),
     ]
     if actor.carries:
         remedy = "spikes depend on the decisions before, which a count of one leaves out"
         raise BadRequest("ops", "true", f"{remedy}; leave ops out")
-    for kind, known in kinds:
-        if kind not in known:
-            remedy = f"the operations of {kind.__name__} are not known; leave ops out"
+    for part, known in parts:
+        if not known:
+            remedy = f"the operations of {type(part).__name__} are not known; leave ops out"
             raise BadRequest("ops", "true", remedy)
+
+
+def _kind(neuron: Neuron) -> tuple[type[Neuron], type[NeuronConfig]]:
+    return type(neuron), type(neuron.config)
 
 
 def _widest(bits: Mapping[str, int], *parts: str) -> int | None:
@@ -221,7 +226,7 @@ def _spiking(
             f"hidden {i}",
             _synapses(layer, x, i > 1 or actor.encoder.spikes, calls),
             updates=steps * spikes.shape[-1],
-            update=NEURON_UPDATES[type(neuron.config)],
+            update=NEURON_UPDATES[_kind(neuron)],
             spikes=float(spikes.sum()) / batch,
             bits=_widest(bits, f"layers.{i - 1}."),
         )

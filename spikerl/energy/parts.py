@@ -17,13 +17,14 @@ from spikerl.energy.synapses import NO_SYNAPSES, Count, Synapses, Update, add, t
 from spikerl.models.actor import SpikingActor
 from spikerl.snn import decoders, encoders, neurons
 
-NEURON_UPDATES = {
-    neurons.LIFConfig: Update(1, 1, 1),
-    neurons.CubaLIFConfig: Update(2, 1, 2),
-    neurons.PLIFConfig: Update(1, 1, 1),
-    neurons.ALIFConfig: Update(3, 1, 2),
-    neurons.DynamicConfig: Update(4, 2, 3),
-    neurons.ResidualIFConfig: Update(0, 2, 1),
+# By module and config: a plugin's neuron may have the config of another.
+NEURON_UPDATES: dict[tuple[type[neurons.Neuron], type[neurons.NeuronConfig]], Update] = {
+    (neurons.CubaLIF, neurons.LIFConfig): Update(1, 1, 1),
+    (neurons.CubaLIF, neurons.CubaLIFConfig): Update(2, 1, 2),
+    (neurons.PLIF, neurons.PLIFConfig): Update(1, 1, 1),
+    (neurons.ALIF, neurons.ALIFConfig): Update(3, 1, 2),
+    (neurons.Dynamic, neurons.DynamicConfig): Update(4, 2, 3),
+    (neurons.ResidualIF, neurons.ResidualIFConfig): Update(0, 2, 1),
 }
 INTEGRATE_AND_FIRE = Update(0, 2, 1)
 COMPARISON = Update(0, 1, 0)

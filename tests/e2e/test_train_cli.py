@@ -23,7 +23,7 @@ from spikerl import load_policy
 from spikerl.config.yaml_file import conf_folder
 from spikerl.energy.parts import NEURON_UPDATES
 from spikerl.seeding import seed_for
-from spikerl.snn.neurons import CubaLIFConfig
+from spikerl.snn.neurons import CubaLIF, CubaLIFConfig
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.trainer import Trainer
 
@@ -181,10 +181,10 @@ def test_eval_counts_operations(run: Path) -> None:
 def test_operations_that_are_not_known_are_refused_first(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(NEURON_UPDATES, CubaLIFConfig)
+    monkeypatch.delitem(NEURON_UPDATES, (CubaLIF, CubaLIFConfig))
     monkeypatch.setattr(Evaluator, "run", None)
     said = spikerl("eval", f"run={run}", "ops=true")
-    assert said.line == "ops=true: the operations of CubaLIFConfig are not known; leave ops out"
+    assert said.line == "ops=true: the operations of CubaLIF are not known; leave ops out"
 
 
 def test_eval_in_words(run: Path) -> None:

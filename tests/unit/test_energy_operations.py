@@ -18,6 +18,7 @@ from spikerl.energy.synapses import Count, Synapses, Update, add
 from spikerl.errors import BadRequest
 from spikerl.models.actor import MLPActor
 from spikerl.models.actor_config import ActorConfig, MLPConfig
+from spikerl.snn.neurons import CubaLIF
 
 
 def test_a_spiking_network_by_hand() -> None:
@@ -89,6 +90,16 @@ def test_parts_of_unknown_kind_are_refused() -> None:
         "true",
         "the operations of Mine are not known; leave ops out",
     )
+
+
+def test_a_neuron_of_ones_own_with_the_config_of_lif_is_refused() -> None:
+    class Own(CubaLIF):
+        """A subclass may compute anything."""
+
+    actor = spiking()
+    actor.neurons[0] = Own(actor.neurons[0].config)
+    with pytest.raises(BadRequest, match="the operations of Own are not known"):
+        operations.check(actor)
 
 
 # --- NeuroBench's rules, on plain modules -----------------------------------------------------
