@@ -70,15 +70,14 @@ def parse_actor(data: dict[str, Any]) -> ActorConfig:
 
 
 def parts_of(config: ActorConfig) -> list[type[Any]]:
-    """The classes that it configures."""
-    parts: list[type[Any]] = [ACTORS.part(config.actor)]
-    if config.encoder:
-        parts.append(ENCODERS.part(config.encoder))
-    if config.neuron:
-        parts.append(NEURONS.part(config.neuron))
-    if config.decoder:
-        parts.append(DECODERS.part(config.decoder))
-    return parts
+    """The classes of its groups, and those that they configure."""
+    registries: list[tuple[Registry[Any, Any], Any]] = [
+        (ACTORS, config.actor),
+        (ENCODERS, config.encoder),
+        (NEURONS, config.neuron),
+        (DECODERS, config.decoder),
+    ]
+    return [kind for registry, part in registries if part for kind in registry.options[part.name]]
 
 
 def least_obs(config: ActorConfig) -> int:

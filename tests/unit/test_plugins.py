@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import builders
 import pytest
 from shell import refusal, spikerl
 
 from spikerl import plugins
 from spikerl.config.yaml_file import conf_folder
 from spikerl.reporting.cell_config import composed
+from spikerl.runs.policies import load_policy
+from spikerl.snn.neurons import NEURONS, CubaLIF, LIFConfig
 
 
 def test_a_module_of_one_file_brings_no_groups(
@@ -61,3 +67,27 @@ def test_a_copied_table_has_a_name_of_its_own(
     (folder / "mine.yaml").write_text(text.replace("name: discrete", "name: mine", 1))
     assert spikerl(*typed).status == 0
     assert [path.name for path in (tmp_path / "r").iterdir()] == ["mine"]
+
+
+def test_a_policy_needs_the_plugin_that_has_only_a_config_of_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(kw_only=True)
+    class StrictConfig(LIFConfig):
+        """Of spikerl's own neuron; a plugin's may refuse what that accepts."""
+
+    StrictConfig.__module__ = "strict_parts.neurons"
+    package = ModuleType("strict_parts")
+    package.__version__ = "1.5"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "strict_parts", package)
+    monkeypatch.setitem(NEURONS.options, "strict_lif", (StrictConfig, CubaLIF))
+    neuron = StrictConfig(**asdict(builders.lif_config()) | {"name": "strict_lif"})
+    parts = replace(builders.spiking(builders.POPULATION), neuron=neuron)
+    builders.toy_policy(parts).save(tmp_path)
+    assert load_policy(tmp_path).config.neuron == neuron
+    monkeypatch.delitem(sys.modules, "strict_parts")
+    monkeypatch.delitem(NEURONS.options, "strict_lif")
+    assert refusal(load_policy, tmp_path).args[2] == (
+        "it needs the plugin strict_parts, version 1.5; give plugins=[strict_parts],"
+        " or import strict_parts before loading it"
+    )
