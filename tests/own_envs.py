@@ -220,7 +220,7 @@ class Scalars(Base):
 class NothingToSee(Base):
     def __init__(self) -> None:
         super().__init__()
-        self.observation_space = gym.spaces.Dict({})  # type: ignore[assignment]
+        self.observation_space = gym.spaces.Dict({})
 
 
 for one in [c for c in list(globals().values()) if isinstance(c, type) and issubclass(c, Base)]:

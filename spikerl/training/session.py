@@ -167,10 +167,12 @@ class Session:
         run_folder.write_total_steps(self.folder, self.config.run.total_steps)
         run_folder.remove_results(self.folder)
         self.restore_best(checkpoint)
-        total, replay = self.config.run.total_steps, self.trainer.replay
+        total, transitions = self.config.run.total_steps, self.trainer.replay.size * size
+        parts = ["weights", "optimisers", "normaliser", f"{transitions} transitions"]
+        parts += ["random streams", "environments"]
+        parts = [part for part in parts if not any(line.startswith(part) for line in anew)]
         notes.append(
-            f"resumed at step {self.trainer.step} of {total}: weights, optimisers, normaliser,"
-            f" {replay.size * size} transitions, random streams, environments"
+            f"resumed at step {self.trainer.step} of {total}: {', '.join(parts)}"
             + (f"; not exact: {'; '.join(reasons)}" if reasons else "")
             + (f"; {len(lost)} later rows moved to discarded.jsonl" if lost else "")
         )

@@ -102,3 +102,15 @@ def test_two_workers_name_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert said.status == 1
     assert "EnvironmentFailed: step 61: Raises-v0 raised SystemExit" in said.err
     assert "own_envs.py" in (run / "error.txt").read_text()
+
+
+def test_a_resume_names_what_begins_anew(tmp_path: Path) -> None:
+    """Nobody knows what else such an environment remembers."""
+    run = tmp_path / "r"
+    made = spikerl("train", *of("Takes"), "env.kwargs={mass:2.0,more:1}", f"run_dir={run}")
+    assert made.status == 0, made
+    said = spikerl("train", f"resume={run}", "env.id=own_envs:Takes-v0", "total_steps=360")
+    assert said.status == 0, said
+    line = next(line for line in said.out.splitlines() if line.startswith("resumed at step "))
+    assert line.endswith(" transitions, random streams; not exact: anew: environments of this kind,"
+                         " which go on from a reset")  # fmt: skip

@@ -272,8 +272,8 @@ def test_a_sweep_keeps_what_it_makes(dense: Path) -> None:
     assert [actor.spike_steps for actor in made if isinstance(actor, SpikingActor)] == [2, 2]
     for name in ("one", "two"):
         assert f"│ run_dir={name} │ done   │ -                │ {name} " in said.out
-        typed = f"spikerl convert run=dense run_dir={name} spike_steps=2 episodes=1"
-        assert command_of(Run.read(Path(name))) == typed
+        command = f"spikerl convert run=dense run_dir={name} spike_steps=2 episodes=1"
+        assert command_of(Run.read(Path(name))) == command
 
 
 def test_a_run_that_goes_on_meanwhile(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:

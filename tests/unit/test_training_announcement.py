@@ -11,6 +11,8 @@ from builders import bc_config, small_config, td3_config, with_run
 
 from spikerl.config import build as configs
 from spikerl.distributed.world import ALONE
+from spikerl.models.actor_config import PopSANConfig
+from spikerl.snn.encoders import PopulationConfig
 from spikerl.training.announcement import announce, nothing_learned
 
 TRAINER: Any = SimpleNamespace(  # what is announced of one
@@ -86,7 +88,8 @@ def test_weights_that_act_otherwise_here() -> None:
     """Neither what only learning reads, nor where learned numbers begin, makes a difference."""
     config = small_config()
     actor = config.actor
-    assert actor.encoder
+    assert isinstance(actor.actor, PopSANConfig)
+    assert isinstance(actor.encoder, PopulationConfig)
     assert actor.neuron
 
     def said(**parts: Any) -> list[str]:
