@@ -176,7 +176,7 @@ REFUSED = [
     ("algo=bc dataset=d env.reward_scale=0.1", "env.reward_scale=0.1: ", "bc reads no reward"),
     ("algo.updates_per_step=1e308", "algo.updates_per_step=1e+308: ", "at most 1e6"),
     ("a b", "a b: ", "write key=value"),
-    ("seed=[", "seed=[: ", "write key=value"),
+    ("seed=[", "seed=[: ", "a list is written [A,B]"),
     ("=3", "=3: ", "write key=value"),
     ("seed=1,2", "seed=1,2: ", "-m"),
     ("seed=x", "seed=x: ", "expected int"),

@@ -23,6 +23,7 @@ from builders import neuron_of as built
 from sequences import contexts, network
 from torch import Tensor
 
+from spikerl import kernels
 from spikerl.kernels import build as native
 from spikerl.kernels import cpu, reference
 from spikerl.kernels.coverage import events
@@ -141,7 +142,7 @@ def test_a_spikeformer(path: str, kind: str, monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(made, Spikeformer)
     made.schedule(1.0)  # batch normalisation alone
     fast = copy.deepcopy(made)
-    fast.kernel, kernel = f"cpu/{path}", cpu.kernel(path)
+    fast.kernel, kernel = f"cpu/{path}", kernels.named(f"cpu/{path}")
 
     def normalise(*given: Tensor) -> tuple[Tensor, Tensor]:
         normalised.append(given)
