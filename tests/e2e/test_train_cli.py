@@ -21,9 +21,8 @@ from shell import SHORT, spikerl, tree
 
 from spikerl import load_policy
 from spikerl.config.yaml_file import conf_folder
-from spikerl.energy.parts import NEURON_UPDATES
+from spikerl.energy import operations
 from spikerl.seeding import seed_for
-from spikerl.snn.neurons import CubaLIF, CubaLIFConfig
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.trainer import Trainer
 
@@ -181,7 +180,7 @@ def test_eval_counts_operations(run: Path) -> None:
 def test_operations_that_are_not_known_are_refused_first(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(NEURON_UPDATES, (CubaLIF, CubaLIFConfig))
+    monkeypatch.setattr(operations, "NEURON_UPDATES", {})
     monkeypatch.setattr(Evaluator, "run", None)
     said = spikerl("eval", f"run={run}", "ops=true")
     assert said.line == "ops=true: the operations of CubaLIF are not known; leave ops out"
