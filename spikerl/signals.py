@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from spikerl.errors import Interrupted
+
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
@@ -35,3 +37,22 @@ def handled(
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+@contextmanager
+def stop_signals(passed_on: Callable[[], int | None] | None = None) -> Iterator[Callable[[], int]]:
+    """For a loop to ask: the first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C so far, 0 before one.
+
+    A second Ctrl-C ends at once. `passed_on`, of a worker: what its parent has got before.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise Interrupted
+        received.append(number)
+
+    with handled(receive, STOPS if passed_on else listened_to()):
+        if passed_on and (number := passed_on()) is not None:
+            received.append(number)  # before this worker listened
+        yield lambda: received[0] if received else 0

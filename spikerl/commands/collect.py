@@ -16,7 +16,6 @@ from spikerl.algos import ALGOS
 from spikerl.algos.offpolicy import ReplayConfig
 from spikerl.config.build import MOST
 from spikerl.config.yaml_file import check_confirmed, read_config
-from spikerl.distributed.launch import stop_signals
 from spikerl.envs.dataset import Writer, check_extra
 from spikerl.envs.make import CheckedEnv, EnvConfig, task_of
 from spikerl.envs.vector import asked, check_finite
@@ -33,7 +32,7 @@ from spikerl.runs.policy_env import env_of
 from spikerl.runs.replayed import episodes
 from spikerl.schema import check_seed, parse
 from spikerl.seeding import RESET_BITS, reset_seed, seed_for
-from spikerl.signals import signal_name
+from spikerl.signals import signal_name, stop_signals
 from spikerl.types import Task
 
 LAST = {"random": "last", "replay": "last"}  # the policy that says what the task is

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from spikerl.config.yaml_file import check_confirmed
-from spikerl.distributed.launch import stop_signals
 from spikerl.energy import modelled, operations
 from spikerl.envs.video import Filmed, check_video, rates_of
 from spikerl.errors import DONE, BadRequest, Stopped, stop_status
@@ -26,7 +25,7 @@ from spikerl.reporting.operations import lines
 from spikerl.runs.policies import load_policy
 from spikerl.runs.policy_env import env_of
 from spikerl.schema import check_seed, parse
-from spikerl.signals import signal_name
+from spikerl.signals import signal_name, stop_signals
 from spikerl.training.evaluator import Evaluation, Evaluator
 
 

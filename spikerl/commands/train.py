@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from spikerl.config.memory import check_memory
 from spikerl.config.yaml_file import EVERY_RUN, read_config
 from spikerl.distributed import launch, mpi
 from spikerl.distributed.launchers import is_first, ranked
+from spikerl.distributed.shared_folder import (
+    LOST_OTHERS,
+    WorkerLost,
+    announce_folder,
+    stop_requested,
+)
 from spikerl.distributed.world import ALONE, join, leave
 from spikerl.energy.meter import open_meter
 from spikerl.envs.process import start_server
@@ -26,6 +33,7 @@ from spikerl.files import absolute, shown, write_text
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import verified
 from spikerl.runs.rows import check_record, read_rows
+from spikerl.signals import stop_signals
 from spikerl.snn.neurons import ResidualIFConfig
 from spikerl.training.session import Session
 from spikerl.training.start import dataset_of, default_folder, own_device, read_init, task_for
@@ -76,7 +84,7 @@ def launch_workers(config: Config, target: str, argv: Sequence[str]) -> int:
     for left in range(settings.max_restarts, -1, -1):
         try:
             return launch.launch(spec, workers)
-        except launch.WorkerLost as lost:
+        except WorkerLost as lost:
             if lost.request and lost.folder is None and spec["after"] is None:
                 raise BadRequest(*lost.request) from None
             folder, begun = lost.folder or folder, begun or not lost.apart
@@ -129,7 +137,7 @@ def run_in_worker(spec: Mapping[str, Any], shared_dir: Path) -> int:
     return run(config, task_for(config), spec["target"], spec["command"], shared_dir, spec["after"])
 
 
-def record_lost_worker(lost: launch.WorkerLost, run: str | None, *, begun: bool = True) -> int:
+def record_lost_worker(lost: WorkerLost, run: str | None, *, begun: bool = True) -> int:
     """Record that a worker was lost; what the run had committed can be resumed.
 
     A run that is to be resumed, and whose workers have not `begun`, stays as it was.
@@ -153,8 +161,8 @@ def known_elsewhere(error: Path, cause: str) -> bool:
     """Whether another machine has told the cause, of which this one may know nothing."""
     said = error.read_text(encoding="utf-8").splitlines()[-1:] if error.exists() else []
     told = [line for line in said if line.startswith("worker ")]
-    lost_others = launch.LOST_OTHERS in cause
-    return any(lost_others or launch.LOST_OTHERS not in line for line in told)
+    lost_others = LOST_OTHERS in cause
+    return any(lost_others or LOST_OTHERS not in line for line in told)
 
 
 def run(
@@ -178,13 +186,13 @@ def run(
     choice = config.resolved.backend.choice
     world = join(choice, device, config.backend.timeout_s) if ranked() else ALONE
 
-    def announce_folder(folder: Path) -> None:
+    def announce(folder: Path) -> None:
         if shared_dir:
-            launch.announce_folder(shared_dir, folder)
+            announce_folder(shared_dir, folder)
 
     if config.env.vectorizer == "async":
         start_server()  # which takes a while
-    with launch.stop_signals(shared_dir) as stop_signal:
+    with stop_signals(partial(stop_requested, shared_dir) if shared_dir else None) as stop_signal:
         trainer, status = None, None
         try:
             meter = open_meter(config.energy, device=device, local_rank=world.local_rank)
@@ -192,7 +200,7 @@ def run(
             init = read_init(init_from, config, task) if init_from else None
             dataset = dataset_of(config, task)
             trainer = Trainer(config, task, init, world, meter, device, dataset)
-            session = Session(config, trainer, world, target, command, after, announce_folder)
+            session = Session(config, trainer, world, target, command, after, announce)
             status = session.run(stop_signal)
             mpi.leave()
             return status

@@ -1,10 +1,7 @@
 """Workers as subprocesses under PyTorch's elastic agent, or mpiexec, watched from the parent.
 
-Parent and workers share a temporary folder: `spec.json` (what to run), `pid.RANK`, `stop` (a signal
-that the parent got), `failure.RANK` (why a worker failed), `ended.RANK` (how it ended, under
-mpiexec, if not well), `folder` (the run's, once it trains), `result` (the exit status). Workers are
-in sessions of their own, so the parent passes signals on, and all ask the kernel to die with their
-parents.
+Workers are in sessions of their own, so the parent passes signals on, and all ask the kernel to die
+with their parents.
 """
 
 from __future__ import annotations
@@ -12,15 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
-import secrets
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -32,41 +26,25 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from spikerl.children import PYTHON, set_variable
 from spikerl.distributed import hosts, mpi
 from spikerl.distributed.process_lifetime import die_with_parent
-from spikerl.errors import (
-    DONE,
-    FAILED,
-    BadRequest,
-    EnvironmentFailed,
-    Interrupted,
-    NonFinite,
-    RendezvousFailed,
-    Stopped,
-    first_line,
-    stop_status,
+from spikerl.distributed.shared_folder import (
+    WorkerLost,
+    any_failed,
+    first_failure,
+    rank_in,
+    read,
+    result_text,
+    stop_requested,
+    write,
+    write_failure,
 )
+from spikerl.errors import DONE, FAILED, Interrupted, Stopped, first_line, stop_status
 from spikerl.signals import STOPS, handled, listened_to, signal_name
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
-LATE = ("did not come", "Timed out", "timeout")
-LOST_OTHERS = "lost the others"  # what a worker says that knows no more
 THREADS = "OMP_NUM_THREADS"
 SHUTDOWN_S = 4  # how long survivors of a lost worker may take before they are killed
-
-
-class WorkerLost(RuntimeError):
-    """A worker failed or was killed; the message names its rank and the cause.
-
-    `folder` is the run's, if it had begun to train; `stopping`, whether it had been told to stop.
-    """
-
-    folder: str | None = None
-    stopping = False
-    apart = False  # whether the workers did not meet, so that nothing began
-    trace = ""  # of the worker, where it left one
-    request: list[str] | None = None  # key, value and remedy where it found a request wrong
 
 
 class Apart(WorkerLost):
@@ -228,7 +206,7 @@ def run_under_mpiexec(shared_dir: Path, workers: Workers) -> dict[int, int]:
     assert process.stdout is not None
     over = False  # whether mpiexec speaks of a worker that failed, of which one line will tell
     for line in process.stdout:
-        over = over or bool(mpi.LAST_WORDS.match(line) and _failed(shared_dir))
+        over = over or bool(mpi.LAST_WORDS.match(line) and any_failed(shared_dir))
         if not over:
             print(line, end="", flush=True)
     status = process.wait()
@@ -239,10 +217,6 @@ def run_under_mpiexec(shared_dir: Path, workers: Workers) -> dict[int, int]:
     if status != 0:
         raise WorkerLost(f"mpiexec ended with status {status}; what it said stands above")
     return {}
-
-
-def _failed(shared_dir: Path) -> bool:
-    return any(shared_dir.glob("ended.*")) or any(shared_dir.glob("failure.*"))
 
 
 def end_all_with_one(process: subprocess.Popen[str], shared_dir: Path) -> None:
@@ -258,44 +232,6 @@ def end_all_with_one(process: subprocess.Popen[str], shared_dir: Path) -> None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(SHUTDOWN_S)
             process.kill()
-
-
-def rank_in(path: Path) -> int:
-    """The rank of the worker that wrote this file."""
-    return int(path.suffix[1:])
-
-
-def first_failure(failures: dict[int, int], shared_dir: Path, world_size: int) -> WorkerLost:
-    """Rank and cause of what went wrong first.
-
-    A lost worker makes the others fail in a collective, and they may be noticed before it: so a
-    worker that was killed comes first, then one that failed on its own account. But one that the
-    others waited for in vain was killed after that, and so was one beside a failed environment.
-    """
-
-    def report(rank: int) -> dict[str, Any]:
-        return dict(json.loads(read(shared_dir / f"failure.{rank}") or "{}"))
-
-    def status(rank: int) -> int:
-        return failures.get(rank, FAILED)
-
-    def order(rank: int) -> tuple[bool, bool, bool, float]:
-        killed = status(rank) < 0 and status(rank) != -signal.SIGTERM
-        reason = report(rank)
-        sure = reason.get("late", False) or reason.get("environment", False)
-        return not sure, not killed, reason.get("collective", not reason), reason.get("time", 0.0)
-
-    ranks = {*failures, *map(rank_in, shared_dir.glob("failure.*"))}
-    rank = min(ranks, key=order)
-    who = f"worker {rank} of {world_size}"
-    code, reason = status(rank), report(rank)
-    own = reason.get("environment") or reason.get("late") or code == -signal.SIGTERM
-    if code < 0 and not (reason and own):
-        return WorkerLost(f"{who} was killed by {signal_name(-code)}")
-    lost = WorkerLost(f"{who}: {reason['error']}" if reason else f"{who} ended with status {code}")
-    lost.trace, lost.request = reason.get("traceback", ""), reason.get("request")
-    lost.apart = reason.get("apart", False)
-    return lost
 
 
 @contextmanager
@@ -317,38 +253,6 @@ def forward_signals(shared_dir: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def stop_signals(shared_dir: Path | None = None) -> Iterator[Callable[[], int]]:
-    """For a loop to ask: the first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C so far, 0 before one.
-
-    A second Ctrl-C ends at once. `shared_dir` is shared with the parent that launched this worker,
-    if one did.
-    """
-    received: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise Interrupted
-        received.append(number)
-
-    with handled(receive, STOPS if shared_dir else listened_to()):
-        if shared_dir and (number := stop_requested(shared_dir)) is not None:
-            received.append(number)  # before this worker listened
-        yield lambda: received[0] if received else 0
-
-
-def write(path: Path, text: str) -> None:
-    """A message, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
-
-
-def read(path: Path) -> str:
-    """Empty if there is none."""
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
 def run_worker(shared_dir: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> int:
     """A worker's life: die with the parent, run the spec, report a failure."""
     die_with_parent(parent)
@@ -367,39 +271,3 @@ def run_worker(shared_dir: Path, parent: int, run: Callable[[dict[str, Any]], in
     with (shared_dir / "result").open("r+") as file:
         file.write(result_text(status))  # they all say the same
     return DONE
-
-
-def result_text(status: int) -> str:
-    return f"{status:3d}"
-
-
-def write_failure(shared_dir: Path, rank: int, error: BaseException) -> None:
-    import torch.distributed as dist
-
-    first = (str(error).splitlines() or [""])[0]
-    alone = isinstance(error, dist.DistError) or any(w in str(error) for w in LOST_PEER)
-    place = r"\[[^]]*\] "  # in PyTorch's sources
-    reason = {
-        "error": f"{LOST_OTHERS}: " + re.sub(place, "", first).partition(". ")[0]
-        if alone
-        else f"{type(error).__name__}: {first}",
-        "collective": alone,
-        "environment": isinstance(error, EnvironmentFailed | NonFinite | BadRequest),
-        "request": [str(part) for part in error.args] if isinstance(error, BadRequest) else None,
-        "apart": isinstance(error, RendezvousFailed),
-        "late": alone and any(word in first for word in LATE),
-        "traceback": "".join(traceback.format_exception(error)),
-        "time": time.time(),
-    }
-    write(shared_dir / f"failure.{rank}", json.dumps(reason))
-
-
-def stop_requested(shared_dir: Path) -> signal.Signals | None:
-    """The last signal that the parent has passed on, which a worker may have been too early for."""
-    number = read(shared_dir / "stop")
-    return signal.Signals(int(number)) if number else None
-
-
-def announce_folder(shared_dir: Path, folder: Path) -> None:
-    """Tell the parent which folder to resume if a worker is lost."""
-    write(shared_dir / "folder", str(folder))

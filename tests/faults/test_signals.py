@@ -13,7 +13,8 @@ from processes import computed, record, rows, train
 from shell import SHORT, spikerl, tree
 
 from spikerl.distributed import launch
-from spikerl.distributed.launch import stop_signals
+from spikerl.distributed.shared_folder import stop_requested
+from spikerl.signals import stop_signals
 from spikerl.training import evaluator
 
 TAKES = ["env=gym", "env.id=own_envs:Handlers-v0", "total_steps=100000", "energy=none"]
@@ -48,16 +49,18 @@ def test_what_nohup_started_goes_on_when_the_terminal_ends(nohup: None, tmp_path
         assert stop_signal() == signal.SIGTERM
     with launch.forward_signals(tmp_path):
         signal.raise_signal(signal.SIGHUP)
-        assert launch.stop_requested(tmp_path) is None
+        assert stop_requested(tmp_path) is None
         signal.raise_signal(signal.SIGUSR1)
-        assert launch.stop_requested(tmp_path) == signal.SIGUSR1
+        assert stop_requested(tmp_path) == signal.SIGUSR1
 
 
 def test_the_end_of_the_terminal_is_passed_on(tmp_path: Path) -> None:
     with launch.forward_signals(tmp_path):
         signal.raise_signal(signal.SIGHUP)
-        assert launch.stop_requested(tmp_path) == signal.SIGHUP
-    with stop_signals(tmp_path) as stop_signal:  # a worker that had not listened yet
+        assert stop_requested(tmp_path) == signal.SIGHUP
+    with stop_signals(
+        lambda: stop_requested(tmp_path)
+    ) as stop_signal:  # a worker that had not listened yet
         assert stop_signal() == signal.SIGHUP
 
 

@@ -11,7 +11,7 @@ import pytest
 from shell import SHORT, spikerl
 
 from spikerl.commands.train import record_lost_worker
-from spikerl.distributed.launch import WorkerLost
+from spikerl.distributed.shared_folder import WorkerLost
 from spikerl.runs import folder as run_folder
 
 CAUSE = "worker 3 of 4 was killed by SIGKILL"

@@ -20,7 +20,8 @@ import pytest
 from shell import SHORT, spikerl, tree
 
 from spikerl.distributed import launch, mpi
-from spikerl.errors import RendezvousFailed
+from spikerl.distributed.shared_folder import WorkerLost, first_failure, write_failure
+from spikerl.errors import RendezvousFailed, Stopped
 from spikerl.runs.folder import update_manifest
 
 
@@ -48,7 +49,7 @@ def test_of_failures_of_one_kind_the_first_is_named(tmp_path: Path) -> None:
     for rank, second in ((0, 2.0), (1, 1.0), (2, 3.0)):
         reason = {"error": f"E{rank}", "collective": False, "time": second}
         (tmp_path / f"failure.{rank}").write_text(json.dumps(reason))
-    lost = launch.first_failure({0: 1, 1: 1, 2: 1}, tmp_path, 3)
+    lost = first_failure({0: 1, 1: 1, 2: 1}, tmp_path, 3)
     assert str(lost) == "worker 1 of 3: E1"
 
 
@@ -132,9 +133,7 @@ def test_an_mpiexec_that_fails_is_heard(
     says = f"{BOX} echo no such host; exit 3"
     monkeypatch.setattr(mpi, "mpiexec", lambda workers: ["sh", "-c", says])
     workers = launch.Workers(size=2, threads=1, backend="mpi", timeout_s=5)
-    with pytest.raises(
-        launch.WorkerLost, match=r"^mpiexec ended with status 3; what it said stands"
-    ):
+    with pytest.raises(WorkerLost, match=r"^mpiexec ended with status 3; what it said stands"):
         launch.run_under_mpiexec(tmp_path, workers)
     assert "no such host" in capsys.readouterr().out
 
@@ -169,7 +168,7 @@ def test_a_signal_ends_the_wait_for_other_machines(
 
 def test_a_signal_that_came_before_the_wait(machines: list[launch.Workers], tmp_path: Path) -> None:
     (tmp_path / "stop").write_text(str(int(signal.SIGHUP)))
-    with pytest.raises(launch.Stopped):
+    with pytest.raises(Stopped):
         launch.meet(tmp_path, machines[0])
 
 
@@ -218,7 +217,7 @@ def test_a_resume_whose_workers_do_not_meet_changes_nothing(
     assert spikerl("train", *SHORT, "num_envs=2", "total_steps=2", "run_dir=run").status == 0
     update_manifest(Path("run"), status="preempted")
     before = tree(Path("run"))
-    first: list[launch.WorkerLost] = []
+    first: list[WorkerLost] = []
 
     def apart(spec: dict[str, Any], workers: launch.Workers) -> int:
         if first:
@@ -227,8 +226,8 @@ def test_a_resume_whose_workers_do_not_meet_changes_nothing(
             raise launch.Apart(workers, "nobody")
         shared = tmp_path / "shared"
         shared.mkdir(exist_ok=True)
-        launch.write_failure(shared, 1, RendezvousFailed("worker 1 of 2 did not meet the others"))
-        raise launch.first_failure({1: 1}, shared, 2)
+        write_failure(shared, 1, RendezvousFailed("worker 1 of 2 did not meet the others"))
+        raise first_failure({1: 1}, shared, 2)
 
     monkeypatch.setattr(launch, "launch", apart)
     words = [*MEETING, "rdzv=127.0.0.1:29500"] if where == "machines" else ["world_size=2"]
@@ -238,7 +237,7 @@ def test_a_resume_whose_workers_do_not_meet_changes_nothing(
     assert " did not meet " in said.err
     assert said.err.endswith(" (spikerl train resume=run goes on from its last checkpoint)\n")
     assert tree(Path("run")) == before
-    first.append(launch.WorkerLost("worker 1 of 2 was killed by SIGKILL"))
+    first.append(WorkerLost("worker 1 of 2 was killed by SIGKILL"))
     assert spikerl(*resume, "max_restarts=1").status == 1
     assert json.loads(Path("run/manifest.json").read_text())["status"] == "failed"
 

@@ -33,6 +33,7 @@ from spikerl.commands.bench.timing import (
 from spikerl.config import build as configs
 from spikerl.config.build import Config
 from spikerl.distributed import launch, mpi
+from spikerl.distributed.shared_folder import WorkerLost
 from spikerl.distributed.world import BackendConfig, World, join, leave, resolve_backend, share
 from spikerl.errors import BadRequest, RendezvousFailed
 from spikerl.training.start import own_device
@@ -101,7 +102,7 @@ def launch_workers(config: Config, job: Job, backend: str, size: int) -> dict[st
         )
         try:
             launch.launch(spec, workers, stoppable=False)
-        except launch.WorkerLost as lost:
+        except WorkerLost as lost:
             if lost.request:
                 raise BadRequest(*lost.request) from None
             raise RendezvousFailed(str(lost)) from None

@@ -13,11 +13,11 @@ from pathlib import Path
 from signal import SIGTERM
 
 from spikerl.commands.reproduce import cells
-from spikerl.distributed.launch import stop_signals
 from spikerl.distributed.process_lifetime import die_with_parent
 from spikerl.errors import Stopped
 from spikerl.reporting.cell_config import config_of
 from spikerl.reporting.table_file import Cell
+from spikerl.signals import stop_signals
 
 POLL = 0.05  # seconds
 STEPS = 800  # of an epoch, a multiple of the workers that tables have
