@@ -20,7 +20,8 @@ from spikerl.algos.proxy_td3 import ProxyTD3Config
 from spikerl.algos.sac import SACConfig
 from spikerl.algos.td3 import TD3Config
 from spikerl.algos.td3_bc import TD3BCConfig
-from spikerl.config.build import Choices, Config, RunConfig
+from spikerl.config.build import Choices, Config
+from spikerl.config.run import RunConfig
 from spikerl.distributed.world import BackendConfig
 from spikerl.energy.meter import EnergyConfig
 from spikerl.envs.make import EnvConfig

@@ -14,7 +14,7 @@ import numpy as np
 
 from spikerl.algos import ALGOS
 from spikerl.algos.offpolicy import ReplayConfig
-from spikerl.config.build import MOST
+from spikerl.config.run import MOST
 from spikerl.config.yaml_file import check_confirmed, read_config
 from spikerl.envs.dataset import Writer, check_extra
 from spikerl.envs.make import CheckedEnv, EnvConfig, task_of

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from spikerl.config import build as configs
+from spikerl.config.together import check_actions
 from spikerl.envs.make import make_env, task_of
 from spikerl.errors import DONE, BadRequest
 from spikerl.files import shown
@@ -45,7 +46,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     task = task_of(env)
     env.close()
     check_task(task, foreign, key, model)
-    configs.check_actions(config.algo, task)
+    check_actions(config.algo, task)
     policy = policy_of(foreign, config.actor, task, stats, config.algo.norm_clip)
     read = [model] if stats is None else [model, Path(str(files["stats"]))]
     sources = [shown(path) for path in read]

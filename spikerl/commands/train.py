@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from spikerl.config.build import Config, build, check_image
+from spikerl.config.build import Config, build
 from spikerl.config.memory import check_memory
+from spikerl.config.together import check_image
 from spikerl.config.yaml_file import EVERY_RUN, read_config
 from spikerl.distributed import launch, mpi
 from spikerl.distributed.launchers import is_first, ranked

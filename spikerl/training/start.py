@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from spikerl.config.build import Config, check_actions
+from spikerl.config.build import Config
 from spikerl.config.memory import memory
+from spikerl.config.together import check_actions
 from spikerl.distributed.launchers import several
 from spikerl.envs.dataset import Dataset
 from spikerl.envs.make import UNREGISTERED, make_env, task_of

@@ -17,7 +17,7 @@ from threads import run_in_threads, worlds
 
 import spikerl as library
 from spikerl.algos.dqn import DQN
-from spikerl.config.build import check_actions
+from spikerl.config.together import check_actions
 from spikerl.distributed.world import World
 from spikerl.kernels import build as native
 from spikerl.models.actor import Actor, MLPActor, SpikingActor

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spikerl.algos import ALGOS
 from spikerl.algos.offpolicy import OffPolicy
-from spikerl.config.build import build, parse_groups, why_no_graphs
+from spikerl.config.build import build, parse_groups
+from spikerl.config.together import why_no_graphs
 from spikerl.config.yaml_file import conf_folder, group_options
 from spikerl.distributed.world import ALONE
 from spikerl.models.actor import SpikingActor

@@ -18,7 +18,8 @@ from spikerl import machine
 from spikerl.algos import ALGOS
 from spikerl.algos.offpolicy import OfflineConfig
 from spikerl.algos.td3 import TD3Config
-from spikerl.config.build import RunConfig, build
+from spikerl.config.build import build
+from spikerl.config.run import RunConfig
 from spikerl.distributed.world import BACKENDS
 from spikerl.energy.meter import METERS
 from spikerl.envs.make import EnvConfig

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from spikerl.algos import ALGOS
 from spikerl.cli.compose import commands, expand, split
-from spikerl.config.build import RunConfig
+from spikerl.config.run import RunConfig
 from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.world import BACKENDS
 from spikerl.energy.meter import METERS

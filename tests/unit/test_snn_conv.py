@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transitions_env import registered
 
 import spikerl as library
-from spikerl.config.build import check_image, why_layered
+from spikerl.config.build import why_layered
+from spikerl.config.together import check_image
 from spikerl.energy import operations
 from spikerl.export import support
 from spikerl.kernels import build as native

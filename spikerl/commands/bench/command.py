@@ -42,6 +42,7 @@ from spikerl.commands.bench.timing import (
 from spikerl.config import build as configs
 from spikerl.config.build import Config
 from spikerl.config.memory import check_memory
+from spikerl.config.run import MOST
 from spikerl.envs.make import make_env
 from spikerl.errors import DONE, BadRequest
 from spikerl.kernels.cpu import OneAction
@@ -56,7 +57,7 @@ from spikerl.training.start import task_for
 from spikerl.training.trainer import Trainer
 from spikerl.types import Batch
 
-MOST = 1 << 20  # rows of a batch, and rounds
+MOST_ROWS = 1 << 20  # rows of a batch, and rounds
 REPLAY = 100_000  # rows that are stored at most
 PARTS = ("acting", "update", "training", "proxy", "workers", "exchange", "start")
 NEURON: dict[str, Any] = {
@@ -83,15 +84,15 @@ class BenchRequest:
             if part not in PARTS:
                 raise BadRequest("parts", part, f"give some of {', '.join(PARTS)}")
         for key, values in (("batches", self.batches), ("rounds", [self.rounds])):
-            if any(not 1 <= value <= MOST for value in values):
-                raise BadRequest(key, values, f"give 1 to {MOST}")
+            if any(not 1 <= value <= MOST_ROWS for value in values):
+                raise BadRequest(key, values, f"give 1 to {MOST_ROWS}")
         if not self.batches:
             raise BadRequest("batches", [], "give at least one")
         if "workers" in self.parts and self.batches[-1] < max(self.world_sizes, default=0):
             remedy = f"its last is shared out; give at least {max(self.world_sizes)}"
             raise BadRequest("batches", self.batches, remedy)
-        if any(not 2 <= size <= configs.MOST for size in self.world_sizes):
-            remedy = f"give 2 to {configs.MOST}; one worker alone is measured beside them"
+        if any(not 2 <= size <= MOST for size in self.world_sizes):
+            remedy = f"give 2 to {MOST}; one worker alone is measured beside them"
             raise BadRequest("world_sizes", self.world_sizes, remedy)
 
 
