@@ -24,7 +24,7 @@ from spikerl.config.build import Choices, Config
 from spikerl.config.run import RunConfig
 from spikerl.distributed.world import BackendConfig
 from spikerl.energy.meter import EnergyConfig
-from spikerl.envs.make import EnvConfig
+from spikerl.envs.config import EnvConfig
 from spikerl.kernels import KernelConfig
 from spikerl.models.actor import SpikingActor
 from spikerl.models.actor_config import ActorConfig, CareBNConfig, MLPConfig, PopSANConfig

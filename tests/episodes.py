@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from safetensors.torch import load, save
 
-from spikerl.envs.make import CheckedEnv, EnvConfig, make_env
+from spikerl.envs.checked import CheckedEnv
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env
 from spikerl.envs.snapshot import Snapshot
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env, task_of
 from spikerl.types import Task
 
 Fields = dict[str, np.ndarray]

@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from spikerl.envs.make import EnvConfig
+from spikerl.envs.config import EnvConfig
 from spikerl.envs.vector import Envs
 
 # Each dimension has bounds of its own, neither alike nor symmetric.

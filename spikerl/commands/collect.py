@@ -16,8 +16,10 @@ from spikerl.algos import ALGOS
 from spikerl.algos.offpolicy import ReplayConfig
 from spikerl.config.run import MOST
 from spikerl.config.yaml_file import check_confirmed, read_config
+from spikerl.envs.checked import CheckedEnv
+from spikerl.envs.config import EnvConfig
 from spikerl.envs.dataset import Writer, check_extra
-from spikerl.envs.make import CheckedEnv, EnvConfig, task_of
+from spikerl.envs.make import task_of
 from spikerl.envs.vector import asked, check_finite
 from spikerl.errors import DONE, BadRequest, Stopped, stop_status
 from spikerl.files import absolute, checksum_of, hold, partial_of, shown, sync_folder

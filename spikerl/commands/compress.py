@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spikerl.config.yaml_file import config_for
 from spikerl.energy import modelled, operations
-from spikerl.envs.make import EnvConfig
+from spikerl.envs.config import EnvConfig
 from spikerl.errors import DONE, BadRequest
 from spikerl.export.proof import known_env
 from spikerl.files import shown, write_json

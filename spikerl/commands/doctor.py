@@ -18,7 +18,8 @@ from spikerl.config.yaml_file import group_options, option_file, read_config
 from spikerl.distributed import mpi
 from spikerl.energy import meter as energy
 from spikerl.envs import extras, video
-from spikerl.envs.make import EnvConfig, make_env
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env
 from spikerl.errors import DONE, FAILED, BadRequest
 from spikerl.machine import git_state, versions
 from spikerl.models.precision import DTYPES, PrecisionConfig, check_precision, why_slow

@@ -30,7 +30,7 @@ from spikerl.distributed.world import (
 )
 from spikerl.energy import meter
 from spikerl.energy.meter import METERS, EnergyConfig
-from spikerl.envs.make import EnvConfig
+from spikerl.envs.config import EnvConfig
 from spikerl.errors import BadRequest
 from spikerl.kernels import KERNELS, coverage
 from spikerl.machine import resolve_device, resolve_threads

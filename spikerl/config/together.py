@@ -11,7 +11,7 @@ from spikerl.algos.offpolicy import DelayConfig, OfflineConfig, ReplayConfig
 from spikerl.algos.ppo import PPOConfig
 from spikerl.config.run import RunConfig
 from spikerl.distributed.launchers import ranked
-from spikerl.envs.make import EnvConfig
+from spikerl.envs.config import EnvConfig
 from spikerl.errors import BadRequest
 from spikerl.machine import cores
 from spikerl.models.actor_config import ActorConfig, CareBNConfig

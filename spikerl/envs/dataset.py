@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from spikerl.envs.make import are_bytes
+from spikerl.envs.checked import are_bytes
 from spikerl.envs.vector import Steps
 from spikerl.errors import BadRequest
 from spikerl.files import checksum_of, read_json, write_json

@@ -25,7 +25,9 @@ from gymnasium.vector.utils import clear_mpi_env_vars
 
 from spikerl.children import set_variable
 from spikerl.distributed.process_lifetime import die_with_parent
-from spikerl.envs.make import CheckedEnv, EnvConfig, make_env
+from spikerl.envs.checked import CheckedEnv
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env
 from spikerl.errors import BadRequest, EnvironmentFailed
 from spikerl.isolation import keep_theirs
 from spikerl.signals import STOPS

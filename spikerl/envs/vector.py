@@ -15,13 +15,17 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
-from spikerl.envs.make import PATIENCE_S, EnvConfig, describe_raised, make_env
+from spikerl.envs.checked import describe_raised
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env
 from spikerl.envs.process import Processes, maker
 from spikerl.envs.snapshot import Snapshot
 from spikerl.errors import BadRequest, EnvironmentFailed, Interrupted, NonFinite
 from spikerl.isolation import UserCode
 from spikerl.schema import FLOAT32_MAX
 from spikerl.types import Task
+
+PATIENCE_S = 300.0  # for one step of environments in processes of their own
 
 
 class Steps(NamedTuple):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from spikerl.children import PYTHON
-from spikerl.envs.make import CheckedEnv
+from spikerl.envs.checked import CheckedEnv
 from spikerl.errors import BadRequest, EnvironmentFailed, first_line
 from spikerl.files import make_folder
 from spikerl.models.actor import SpikingActor

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikerl.envs.make import UNREGISTERED, EnvConfig
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import UNREGISTERED
 from spikerl.errors import BadRequest, NonFinite
 from spikerl.kernels import reference
 from spikerl.kernels.reference import Carried

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from spikerl.envs.make import UNREGISTERED, CheckedEnv, EnvConfig, make_env, task_of
+from spikerl.envs.checked import CheckedEnv
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import UNREGISTERED, make_env, task_of
 from spikerl.errors import BadRequest
 from spikerl.models.policy import check_shapes
 from spikerl.types import Task

@@ -20,7 +20,9 @@ from torch import Tensor
 from spikerl.distributed.world import ALONE, World
 from spikerl.energy import modelled, operations
 from spikerl.energy.operations import Operations
-from spikerl.envs.make import CheckedEnv, EnvConfig, make_env
+from spikerl.envs.checked import CheckedEnv
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env
 from spikerl.envs.vector import asked, check_finite
 from spikerl.errors import BadRequest, Stopped
 from spikerl.kernels.reference import Carried

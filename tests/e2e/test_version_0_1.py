@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 from shell import spikerl
 
-from spikerl.envs.make import EnvConfig
+from spikerl.envs.config import EnvConfig
 from spikerl.runs.policies import load_policy
 from spikerl.training.evaluator import Evaluator
 

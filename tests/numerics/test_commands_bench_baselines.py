@@ -11,7 +11,8 @@ from builders import INVERTED_PENDULUM, popsan, td3_config
 
 from spikerl.algos.td3 import TD3
 from spikerl.commands.bench import baselines
-from spikerl.envs.make import EnvConfig, make_env
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env
 from spikerl.kernels import reference
 from spikerl.models.critic import Critics
 from spikerl.types import Batch

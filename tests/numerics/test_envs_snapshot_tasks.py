@@ -10,7 +10,7 @@ import pytest
 from episodes import make, random_actions, rows, through_file
 from gymnasium.envs.mujoco import MujocoEnv
 
-from spikerl.envs.make import CheckedEnv
+from spikerl.envs.checked import CheckedEnv
 from spikerl.envs.snapshot import INTEGRATION, READ_BEFORE_STEP, restore, snapshot
 
 NAMES = [

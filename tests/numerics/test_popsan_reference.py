@@ -11,7 +11,8 @@ from builders import CUBA_LIF, POPULATION, RATE, popsan, popsan_config, td3_conf
 from published import MODEL, STATS, needs_published_policy
 
 from spikerl.algos.td3 import TD3
-from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env, task_of
 from spikerl.kernels import reference
 from spikerl.models.actor import SpikingActor
 from spikerl.models.actor_config import ActorConfig

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from spikerl.config.build import Config
 from spikerl.distributed.world import ALONE
-from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env, task_of
 from spikerl.runs.checkpoint import Shard, save_checkpoint, verified
 from spikerl.snn.encoders import EncoderConfig, PopulationConfig
 from spikerl.training.evaluator import Evaluation, Evaluator

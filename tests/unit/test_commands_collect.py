@@ -22,8 +22,10 @@ from shell import SHORT, spikerl, tree
 
 import spikerl as library
 from spikerl.commands import collect
+from spikerl.envs.checked import CheckedEnv
+from spikerl.envs.config import EnvConfig
 from spikerl.envs.dataset import Dataset
-from spikerl.envs.make import CheckedEnv, EnvConfig, make_env
+from spikerl.envs.make import make_env
 from spikerl.errors import EnvironmentFailed
 from spikerl.runs import folder as run_folder
 from spikerl.seeding import RESET_BITS, reset_seed

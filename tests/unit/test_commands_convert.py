@@ -17,7 +17,7 @@ from shell import SHORT, spikerl
 
 import spikerl as library
 from spikerl.commands.convert import convert
-from spikerl.envs.make import EnvConfig
+from spikerl.envs.config import EnvConfig
 from spikerl.files import checksum_of
 from spikerl.kernels import reference
 from spikerl.kernels.reference import Carried

@@ -19,7 +19,8 @@ from published import MODEL, STATS, needs_published_policy
 from shell import SHORT, Said, spikerl, tree
 
 from spikerl import load_policy
-from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env, task_of
 from spikerl.models.foreign import POPSAN_OBSERVATIONS
 
 Weights = dict[str, np.ndarray]

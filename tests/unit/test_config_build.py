@@ -22,7 +22,7 @@ from spikerl.config.build import build
 from spikerl.config.run import RunConfig
 from spikerl.distributed.world import BACKENDS
 from spikerl.energy.meter import METERS
-from spikerl.envs.make import EnvConfig
+from spikerl.envs.config import EnvConfig
 from spikerl.errors import BadRequest
 from spikerl.kernels import KERNELS
 from spikerl.kernels import build as native

@@ -21,7 +21,7 @@ from spikerl.config.run import RunConfig
 from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.world import BACKENDS
 from spikerl.energy.meter import METERS
-from spikerl.envs.make import EnvConfig
+from spikerl.envs.config import EnvConfig
 from spikerl.kernels import KERNELS
 from spikerl.models.networks import ACTOR_GROUPS, parse_actor
 from spikerl.models.precision import PRECISIONS

@@ -15,7 +15,8 @@ from transitions_env import registered
 from spikerl.commands import doctor
 from spikerl.config.yaml_file import group_options, option_file, read_config
 from spikerl.envs import extras
-from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env, task_of
 
 GAMES = [option for option in group_options("env") if option.startswith("MinAtar/")]
 WITHOUT = {

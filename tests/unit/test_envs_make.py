@@ -16,7 +16,8 @@ from builders import small_config
 from transitions_env import COUNTER, CounterEnv, registered
 
 from spikerl.envs import vector as envs
-from spikerl.envs.make import DEFAULT_EPISODE_STEPS, EnvConfig, make_env, task_of
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import DEFAULT_EPISODE_STEPS, make_env, task_of
 from spikerl.errors import BadRequest, EnvironmentFailed, NonFinite
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.trainer import Trainer

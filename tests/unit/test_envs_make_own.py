@@ -21,7 +21,8 @@ import torch
 from builders import small_config
 from shell import refusal
 
-from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env, task_of
 from spikerl.envs.vector import make_envs
 from spikerl.errors import BadRequest, EnvironmentFailed, Interrupted
 from spikerl.runs.policies import load_policy
@@ -172,7 +173,8 @@ def test_signals_to_all_processes_are_for_the_run_alone(number: int) -> None:
 LEAVES = """
 import sys
 sys.path.append(sys.argv[1])
-from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env, task_of
 from spikerl.envs.vector import make_envs
 env = EnvConfig(name="gym", version=None, id="own_envs:Base-v0", max_episode_steps=None,
                 vectorizer="async")

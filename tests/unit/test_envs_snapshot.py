@@ -13,7 +13,7 @@ from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from spikerl.envs.make import CheckedEnv
+from spikerl.envs.checked import CheckedEnv
 from spikerl.envs.snapshot import SLEEP, Snapshot, restore, snapshot
 from spikerl.errors import EnvironmentFailed
 

@@ -19,7 +19,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from transitions_env import COUNTER, HIGH, LOW, SCRIPT, CounterEnv, get_attr, parse
 
 from spikerl.algos.replay import Replay
-from spikerl.envs.make import CheckedEnv, make_env, task_of
+from spikerl.envs.checked import CheckedEnv
+from spikerl.envs.make import make_env, task_of
 from spikerl.envs.vector import Envs, Steps, make_envs
 from spikerl.models.normalizer import RunningNorm
 from spikerl.types import Task

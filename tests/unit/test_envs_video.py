@@ -241,7 +241,8 @@ def test_mujoco() -> None:
     """In a process of its own: what EGL loads there is not meant for a long life beside others."""
     program = """
 import gymnasium, numpy
-from spikerl.envs.make import EnvConfig, make_env
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env
 from spikerl.envs import video
 name = dict(name="InvertedPendulum", version="v5", id="InvertedPendulum-v5")
 env = make_env(EnvConfig(**name, max_episode_steps=None, vectorizer="sync"))

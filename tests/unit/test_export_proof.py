@@ -17,7 +17,7 @@ from shell import spikerl
 from torch import Tensor
 
 from spikerl.commands.export import publish
-from spikerl.envs.make import EnvConfig
+from spikerl.envs.config import EnvConfig
 from spikerl.export import contract, proof, support
 from spikerl.export.contract import DECODERS, ENCODERS, NEURONS
 from spikerl.export.formats import FORMATS

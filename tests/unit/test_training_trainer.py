@@ -20,7 +20,8 @@ from builders import small_config
 from transitions_env import COUNTER, HIGH, LOW, CounterEnv, Fault, get_attr, registered
 
 from spikerl.energy.meter import Reading
-from spikerl.envs.make import EnvConfig, make_env, task_of
+from spikerl.envs.config import EnvConfig
+from spikerl.envs.make import make_env, task_of
 from spikerl.errors import NonFinite
 from spikerl.models.normalizer import RunningNorm
 from spikerl.seeding import reset_seed

@@ -26,7 +26,7 @@ from transitions_env import COUNTER, CounterEnv, get_attr
 from spikerl.algos.ppo import PPO, Rows
 from spikerl.config.build import Config
 from spikerl.distributed.world import World
-from spikerl.envs.make import EnvConfig
+from spikerl.envs.config import EnvConfig
 from spikerl.runs.checkpoint import verified
 from spikerl.seeding import generator_for, seed_for
 from spikerl.training import evaluator

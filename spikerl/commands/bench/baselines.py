@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from spikerl.algos.td3 import TD3Config
-from spikerl.envs.make import CheckedEnv
+from spikerl.envs.checked import CheckedEnv
 from spikerl.kernels import reference
 from spikerl.models.actor import SpikingActor
 from spikerl.models.critic import Critics
