@@ -21,7 +21,7 @@ from spikerl.errors import DONE, BadRequest
 from spikerl.export.proof import known_env
 from spikerl.files import shown, write_json
 from spikerl.machine import versions
-from spikerl.models.actor import MLPActor, SpikingActor
+from spikerl.models.actor import Actor, MLPActor, SpikingActor
 from spikerl.models.compression import Compression, bits_of, nonzero, prune, quantise
 from spikerl.models.policy import Policy
 from spikerl.output import add_results
@@ -34,6 +34,7 @@ from spikerl.training.evaluator import Evaluator
 from spikerl.training.finetune import finetune
 
 TIMED = 256  # decisions
+PIECE = 1024  # observations
 STORED_BITS = 32  # of what is not quantised
 
 
@@ -183,15 +184,28 @@ def relearn(
         acting = after if round_number else before
         return before.observe(evaluator.observations(acting, 1 + round_number))
 
-    @torch.no_grad()
     def goal(obs_MO: Tensor) -> Tensor:
-        return before.actor(obs_MO, generator, squash)
+        return actions(before.actor, obs_MO, generator, squash)
 
     with closing(Evaluator(env, request.episodes, request.seed)) as evaluator:
         return finetune(
             after.actor, observe, goal, request.finetune, after.compression, unpruned, generator,
             squash=squash,
         )  # fmt: skip
+
+
+@torch.no_grad()
+def actions(
+    actor: Actor, obs_MO: Tensor, generator: torch.Generator, squash: bool = True
+) -> Tensor:
+    """What an actor says of any number of observations, in pieces of bounded memory.
+
+    A random encoder draws for all at once: in pieces its draws would be others.
+    """
+    random = isinstance(actor, SpikingActor) and actor.encoder.random
+    # No short piece at the end: products of few rows round differently.
+    ends = [] if random else list(range(PIECE, len(obs_MO) - PIECE + 1, PIECE))
+    return torch.cat([actor(piece, generator, squash) for piece in obs_MO.tensor_split(ends)])
 
 
 def measure(policy: Policy, env: EnvConfig, request: CompressRequest) -> dict[str, Any]:

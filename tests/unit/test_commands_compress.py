@@ -12,13 +12,15 @@ import pytest
 import torch
 import yaml
 from builders import INVERTED_PENDULUM, care_bn_config
-from exports import DENSE, config, policy_of
+from exports import DENSE, DIRECT, config, policy_of, population
 from shell import SHORT, spikerl, tree
 
 from spikerl import load_policy
+from spikerl.commands import compress
 from spikerl.envs.make import make_env, task_of
 from spikerl.models.actor import connections
 from spikerl.models.actor_config import ActorConfig
+from spikerl.models.networks import build_actor
 from spikerl.models.policy import Policy
 
 NONE = np.empty(0)
@@ -138,6 +140,25 @@ def test_fine_tuning_leaves_a_pruned_policy_pruned(folder: Path) -> None:
     weight = connections(load_policy("tuned").actor)["layers.1.weight_IN"]
     assert int((weight[:6] != 0.0).sum()) == 0
     assert int((weight[6:] != 0.0).sum()) > 0
+
+
+@pytest.mark.parametrize("encoder", ["direct", "poisson"])
+def test_goals_are_asked_for_in_pieces(encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 observations in pieces of 4: 4 and 6. Random spikes are drawn for all at once."""
+    monkeypatch.setattr(compress, "PIECE", 4)
+    part = DIRECT if encoder == "direct" else population(encoder)
+    actor = build_actor(config(encoder=part), 3, 2)
+    sizes: list[int] = []
+    actor.register_forward_hook(lambda net, given, out: sizes.append(len(given[0])))
+    obs = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    parts = compress.actions(actor, obs, torch.Generator().manual_seed(1))
+    assert sizes == ([4, 6] if encoder == "direct" else [10])
+    with torch.no_grad():
+        whole = actor(obs, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(parts, whole)
+    sizes.clear()
+    compress.actions(actor, obs[:7], torch.Generator())
+    assert sizes == [7]
 
 
 def test_what_was_not_asked_for_stays(folder: Path) -> None:
