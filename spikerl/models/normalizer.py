@@ -19,6 +19,20 @@ EPS = float(np.finfo(np.float32).eps)  # added to the variance, as PopSAN's code
 FAR = float(1 << 12)
 # And 8: replayed observations, which are stored in float32, are coarse.
 TOO_FAR = float(1 << 16)
+AT_ONCE = 1 << 20  # numbers whose moments are computed together; bounds the copies in float64
+
+
+def moments_of(rows_MO: np.ndarray) -> np.ndarray:
+    """Count, mean and variance of observations, (1 + 2 O,); of many only some entries at a time."""
+    count, entries = rows_MO.shape
+    if not count:
+        return np.zeros(1 + 2 * entries)
+    # A single entry would be summed in another order.
+    parts = min(-(-rows_MO.size // AT_ONCE), max(entries // 2, 1))
+    blocks = (np.asarray(part, np.float64) for part in np.array_split(rows_MO, parts, axis=1))
+    with np.errstate(over="ignore", invalid="ignore"):  # `merge` looks
+        means, variances = zip(*((block.mean(0), block.var(0)) for block in blocks), strict=True)
+    return np.concatenate([[count], *means, *variances])
 
 
 class RunningNorm:
@@ -47,10 +61,7 @@ class RunningNorm:
     def collect(self) -> np.ndarray:
         """Take what is pending: its count, mean and variance, (1 + 2 O,)."""
         rows, self.pending = self.pending_rows(), []
-        if not len(rows):
-            return np.zeros(1 + 2 * len(self.mean_O))
-        with np.errstate(over="ignore", invalid="ignore"):  # `merge` looks
-            return np.concatenate([[len(rows)], rows.mean(0), rows.var(0)])
+        return moments_of(rows)
 
     def merge(self, collected: Sequence[np.ndarray]) -> None:
         """Take the collected moments of every worker, in rank order, into these.

@@ -11,7 +11,7 @@ from spikerl.config.build import Config
 from spikerl.envs.dataset import Dataset
 from spikerl.envs.vector import Steps
 from spikerl.errors import BadRequest, NonFinite
-from spikerl.models.normalizer import RunningNorm
+from spikerl.models.normalizer import RunningNorm, moments_of
 
 
 def store_dataset(
@@ -39,8 +39,7 @@ def store_dataset(
     normalises = config.algo.norm_interval is not None and not norm.count
     for episode in dataset.episodes():
         if normalises:
-            norm.add(episode.obs[:-1])
-            norm.merge([norm.collect()])  # the same on every worker
+            norm.merge([moments_of(episode.obs[:-1])])  # the same on every worker
         steps = episode.steps()
         time = np.arange(len(steps.rew))
         number = first + time

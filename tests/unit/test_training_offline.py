@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,12 +33,13 @@ from spikerl.algos.replay import Replay
 from spikerl.config.build import Config
 from spikerl.config.memory import least_bytes
 from spikerl.distributed.world import ALONE
-from spikerl.envs.dataset import Dataset
+from spikerl.envs.dataset import Dataset, Recorded
 from spikerl.models.actor_config import ActorConfig
 from spikerl.models.networks import build_actor
-from spikerl.models.normalizer import RunningNorm
+from spikerl.models.normalizer import RunningNorm, moments_of
 from spikerl.models.policy import Policy
 from spikerl.runs.checkpoint import save_checkpoint, verified
+from spikerl.training.offline import store_dataset
 from spikerl.training.trainer import Trainer
 
 LENGTHS = (5, 3, 6)
@@ -99,6 +102,29 @@ def test_rows_and_moments(dataset: Dataset) -> None:
         np.testing.assert_allclose(one.norm.mean_O, seen.mean(0))
         np.testing.assert_allclose(one.norm.var_O, seen.var(0))
         assert one.norm.count == 14
+
+
+def test_images_are_not_copied_as_numbers() -> None:
+    """200 images of 84 x 84 x 4 bytes take 5.6 MB, in float64 45 MB; their moments are the same to
+    the bit.
+    """
+    size = 84 * 84 * 4
+    images = np.random.default_rng(0).integers(0, 256, (201, size), np.uint8)
+    ends = np.zeros(200, bool)
+    played = Recorded(images, np.zeros((200, 1)), np.zeros(200), ends, ends)
+    data: Any = SimpleNamespace(transitions=200, folder=Path("d"), episodes=lambda: iter([played]))
+    replay, norm = Replay(200, size, 1, obs_bytes=True), RunningNorm(size, None)
+    algo: Any = None
+    tracemalloc.start()
+    store_dataset(data, training(), algo, replay, norm, 0)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 4e7
+    whole = images[:-1].astype(np.float64)
+    expected = np.concatenate([[200.0], whole.mean(0), whole.var(0)])
+    assert moments_of(images[:-1]).tolist() == expected.tolist()
+    np.testing.assert_allclose(norm.mean_O, whole.mean(0), rtol=1e-15)
+    np.testing.assert_allclose(norm.var_O, whole.var(0), rtol=1e-15)
 
 
 def test_rows_that_memory_does_not_hold(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
