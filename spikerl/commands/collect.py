@@ -178,8 +178,9 @@ def record(
         episode = f"episode {writer.episodes}"
         where = f"{episode}, reset: {policy.task.env_id}"
         with asked(where):
-            obs = [env.reset(seed=seed)[0]]
-        check_finite(where, obs[0])
+            first = env.reset(seed=seed)[0]
+        check_finite(where, first)
+        obs = [first.astype(policy.task.obs_dtype, copy=False)]
         acts, rewards = list[np.ndarray](), list[float]()
         terminated = truncated = False
         carried = policy.carried() if request.policy != "random" else None

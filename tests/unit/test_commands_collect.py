@@ -11,6 +11,7 @@ from contextlib import chdir
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from spikerl.envs.make import make_env
 from spikerl.errors import EnvironmentFailed
 from spikerl.runs import folder as run_folder
 from spikerl.seeding import RESET_BITS, reset_seed
+from spikerl.types import Task
 
 h5py: Any = import_module("h5py")
 OFFLINE = [
@@ -178,6 +180,31 @@ def test_shares_and_sizes_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert acts.var() == pytest.approx(0.5 * 3.0 + 0.5 * 0.6**2, rel=0.15)
     # Beyond 1.8, three deviations: 2 in 5 of uniform ones.
     assert (np.abs(acts) > 1.8).mean() == pytest.approx(0.2, abs=0.05)
+
+
+def test_images_stay_bytes() -> None:
+    """From the reset on: a single number that is no byte would make the whole episode float64."""
+    bounds = np.ones(1)
+    task = Task("Nowhere-v0", (2,), (1,), -bounds, bounds, 3, obs_bytes=True)
+    policy, given = policy_of(config(), task), list[np.ndarray]()
+    seen = np.array([0.0, 255.0])  # as `CheckedEnv` gives them
+    env: Any = SimpleNamespace(
+        reset=lambda seed: (seen, {}), step=lambda act: (seen, 1.0, False, True, {})
+    )
+
+    def add(seed: int, obs: np.ndarray, *others: Any) -> None:
+        given.append(obs)
+        writer.episodes += 1
+
+    writer: Any = SimpleNamespace(episodes=0, steps=0, add=add)
+    request = collect.CollectRequest(
+        run="r", dataset="d", policy="last", episodes=1, steps=None, noise=0.0, random_share=0.0,
+        seed=0, env_id=None, plugins=[],
+    )  # fmt: skip
+    assert collect.record(request, policy, env, writer, lambda: 0) == [1.0]
+    (obs,) = given
+    assert obs.dtype == np.uint8
+    assert obs.tolist() == [[0, 255], [0, 255]]
 
 
 def test_discrete_actions() -> None:
