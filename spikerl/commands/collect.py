@@ -304,6 +304,9 @@ class StoredSteps:
                 returns += [float(rew.sum())] * whole
         except ValueError as error:
             raise BadRequest("run", self.run, str(error)) from None
+        except FileNotFoundError:  # of a run that was resumed, or cleaned, after it was looked at
+            remedy = "its replay was removed meanwhile; collect again once no process trains it"
+            raise BadRequest("run", self.run, remedy) from None
         if not writer.steps:
             raise BadRequest("run", self.run, "it has stored no transition yet")
         return returns

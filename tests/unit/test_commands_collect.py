@@ -527,6 +527,24 @@ def test_a_run_that_goes_on_is_left_alone(folder: Path) -> None:
     assert said.line.startswith("run=replaying: a process trains it")
 
 
+@pytest.mark.usefixtures("learned")
+def test_a_replay_that_is_removed_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a resume, or by `runs clean=true`: the second environment's rows are not there."""
+    run = folder / "overtaken"
+    shutil.copytree(folder / "replaying", run, symlinks=True)
+    add = collect.Writer.add
+
+    def overtaken(*args: Any) -> None:
+        shutil.rmtree(run / "replay", ignore_errors=True)
+        add(*args)
+
+    monkeypatch.setattr(collect.Writer, "add", overtaken)
+    said = spikerl("collect", "run=overtaken", "dataset=new", "policy=replay")
+    why = "its replay was removed meanwhile; collect again once no process trains it"
+    assert said.line == f"run=overtaken: {why}"
+    assert not (folder / "new").exists()
+
+
 def test_an_offline_run_has_no_replay_of_its_own(folder: Path) -> None:
     write(folder / "given", [episode(30)])
     keys = ["dataset=given", "run_dir=offline"]
