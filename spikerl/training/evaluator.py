@@ -247,7 +247,7 @@ class Evaluator:
         step, fired, carried = 0, 0.0, policy.carried()
         while running:
             watch.look()
-            seen.add(obs[running])
+            seen.add(obs[running].astype(policy.task.obs_dtype, copy=False))
             step += 1
             # The batch keeps its size to the end: products of other sizes round differently.
             act = policy.task.to_env(policy.act(obs, generator, carried))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import closing
 from copy import deepcopy
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from spikerl.energy import modelled
 from spikerl.envs.make import make_env, task_of
 from spikerl.training import evaluator
 from spikerl.training.evaluator import Evaluation, Evaluator, Seen
+from spikerl.types import Task
 
 
 def test_workers_count_operations_together() -> None:
@@ -54,6 +57,21 @@ def test_what_is_thinned_out_is_let_go() -> None:
     for _ in range(100):
         seen.add(np.zeros((10, 5)))
     assert sum((one if one.base is None else one.base).nbytes for one in seen.held) <= 1000
+
+
+def test_images_are_held_as_bytes() -> None:
+    bounds = np.ones(1)
+    task = Task("Nowhere-v0", (2,), (1,), -bounds, bounds, 3, obs_bytes=True)
+    seen = np.array([0.0, 255.0])  # as `CheckedEnv` gives them
+    env: Any = SimpleNamespace(
+        reset=lambda seed: (seen, {}), step=lambda act: (seen, 1.0, False, True, {})
+    )
+    with closing(Evaluator(INVERTED_PENDULUM, 1, 0)) as made, closing(made.envs[0]):
+        made.envs = [env]
+        rows = made.observations(policy_of(config(), task))
+        made.envs = []
+    assert rows.dtype == np.uint8
+    assert rows.tolist() == [[0, 255]]
 
 
 @pytest.mark.parametrize(("entries", "rows"), [(12, 3), (3, 1)])
