@@ -35,7 +35,7 @@ from spikerl.config.build import Config
 from spikerl.distributed import launch, mpi
 from spikerl.distributed.shared_folder import WorkerLost
 from spikerl.distributed.world import BackendConfig, World, join, leave, resolve_backend, share
-from spikerl.errors import BadRequest, RendezvousFailed
+from spikerl.errors import DONE, BadRequest, RendezvousFailed
 from spikerl.training.start import own_device
 from spikerl.training.trainer import SYNC_INTERVAL
 
@@ -129,7 +129,7 @@ def run_in_worker(spec: Mapping[str, Any]) -> int:
         mpi.leave()
     finally:
         leave()
-    return 0
+    return DONE
 
 
 class Worker:
