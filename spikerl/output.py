@@ -86,16 +86,14 @@ def only_answers() -> Iterator[None]:
     So do C code, processes that are started meanwhile, and what is printed as the program exits.
     """
     global _answers
-    _answers = sys.stdout
-    if isinstance(sys.stdout, Stream):
+    if not isinstance(sys.stdout, Stream):
+        _answers = sys.stdout
+    elif not isinstance(_answers, Stream):  # which the first job of a sweep opens for all
         sys.stdout.flush()
         _answers = Stream(os.dup(1), "utf-8")
         os.dup2(2, 1)
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        _answers = None
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 @contextmanager

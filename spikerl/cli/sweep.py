@@ -75,13 +75,15 @@ class Sweep:
         *,
         command: str = "train",
         named: bool = True,
+        answers: bool = False,
     ) -> None:
         """`total` is how many jobs there will be, if that is known. A root that the user has not
-        `named` gets a number where another sweep has its name.
+        `named` gets a number where another sweep has its name. `answers`: standard output is for
+        those of the jobs alone.
         """
         self.id, self.pid = uuid.uuid4().hex, os.getpid()
         self.command, self.keep = command, command in KEEPS_FOLDERS
-        self.safe, self.total = os.environ.get(SAFE), total
+        self.safe, self.total, self.answers = os.environ.get(SAFE), total, answers
         self.own: dict[int, dict[str, Any]] = {}  # what the jobs of this process noted
         self.varied = set(varied)  # the keys that tell the jobs apart, and name their folders
         self.made = [folder for folder in (root, *root.parents) if not folder.exists()]
@@ -99,6 +101,11 @@ class Sweep:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "held": None}  # the process that made it owns the folder
 
+    @property
+    def screen(self) -> IO[str]:
+        """Where it says how its jobs go."""
+        return sys.stderr if self.answers else sys.stdout
+
     @classmethod
     def of(cls, command: str, args: Sequence[str]) -> Sweep | None:
         if not {"-m", "--multirun"} & set(args):
@@ -113,7 +120,8 @@ class Sweep:
         total = None if values is None else count(values)
         if command not in KEEPS_FOLDERS:
             root = Path(tempfile.mkdtemp(prefix="spikerl-sweep-"))
-            return cls(root, varied, total, command=command)
+            answers = "json=true" in map(str.lower, args)
+            return cls(root, varied, total, command=command, answers=answers)
         submitted = [arg for arg in args if arg.startswith("hydra/launcher=submitit")]
         if submitted and find_spec("submitit") is None:
             remedy = "pip install 'spikerl[slurm]' brings hydra-submitit-launcher"
@@ -149,7 +157,7 @@ class Sweep:
         overrides = list(HydraConfig.get().overrides.task)
         typed = [override.lstrip("+") for override in overrides]  # ++env.kwargs.KEY=
         name = ",".join(o for o in typed if o.partition("=")[0] in self.varied) or str(info.num)
-        print(f"\njob {info.num}: {name}{self.progress()}", flush=True)
+        print(f"\njob {info.num}: {name}{self.progress()}", file=self.screen, flush=True)
         folder = self.root / folder_name(name)
         if self.keep and "run_dir" in config:
             config.run_dir = str(folder)
@@ -240,16 +248,16 @@ class Sweep:
             state = job.get("note") or known.get(job["status"], f"failed ({job['status']})")
             place = shown(Path(job["folder"])) if os.path.isdir(job["folder"]) else ""
             table.add_row(job["name"], state, reached, job.get("error") or place)
-        width = None if sys.stdout.isatty() else 200  # a path that is cut cannot be copied
-        Console(width=width, markup=False, emoji=False).print(table)
+        width = None if self.screen.isatty() else 200  # a path that is cut cannot be copied
+        Console(file=self.screen, width=width, markup=False, emoji=False).print(table)
         for line in (*over_seeds(jobs, measure), self.mixed(jobs)):
             if line:
-                print(line)
+                print(line, file=self.screen)
         statuses = [job["status"] for job in jobs]
         root = f"; {shown(self.root)}" if self.keep else ""
         refused = set(statuses) <= {WRONG}
         statuses += [None] * ((self.total or 0) - len(jobs))  # which a launcher never began
-        print(f"{statuses.count(DONE)} of {len(statuses)} jobs done{root}")
+        print(f"{statuses.count(DONE)} of {len(statuses)} jobs done{root}", file=self.screen)
         if refused:
             self.discard()
             return WRONG

@@ -300,6 +300,10 @@ def test_other_commands_sweep_and_leave_no_folder(tmp_path: Path) -> None:
     spread = f"{statistics.mean(both):.1f} +- {statistics.stdev(both):.1f} over 2 seeds"
     assert f"run=a: eval return {spread}\n2 of 4 jobs done\n" in said.out
     assert "spikerl: run=b: no policy there" in said.err
+    asked = spikerl("eval", "-m", *typed, "seed=0,1")  # json=true: objects on stdout alone
+    answers = [json.loads(line) for line in asked.out.splitlines()]
+    assert {answer["seed"]: answer["return_mean"] for answer in answers} == means
+    assert f"all: eval return {spread}\n2 of 2 jobs done\n" in asked.err
     assert set(Path(tempfile.gettempdir()).glob("spikerl-sweep-*")) == temporary
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 

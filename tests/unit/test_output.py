@@ -91,6 +91,22 @@ def test_code_in_c_and_what_is_printed_at_exit_are_none_either() -> None:
     assert sorted(done.stderr.split("\n")) == ["", "bye", "from a process", "from python", "later"]
 
 
+def test_a_second_answer_reaches_standard_output_too() -> None:
+    """As of a sweep's second job."""
+    program = (
+        "from spikerl import output\n"
+        "output.prepare()\n"
+        "for number in (1, 2):\n"
+        "    with output.only_answers():\n"
+        "        print('loud')\n"
+        "        output.answer({'a': number})\n"
+        "output.finish(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == '{"a": 1}\n{"a": 2}\n'
+    assert done.stderr == "loud\nloud\n"
+
+
 # --- what users' code does to the program's own streams and to its end ----------------------------
 
 
