@@ -20,6 +20,10 @@ class BadRequest(ValueError):
         return f"{key}={'null' if value is None else value}: {remedy}"
 
 
+class Exists(BadRequest):
+    """What was to be made is there; the value is its folder."""
+
+
 class DiskError(OSError):
     """A disk refused what all workers needed; each of them raises the same."""
 

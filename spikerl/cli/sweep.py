@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import statistics
 import sys
@@ -43,6 +44,7 @@ from spikerl.errors import (
     PREEMPTED,
     WRONG,
     BadRequest,
+    Exists,
     Interrupted,
     stop_status,
     with_notes,
@@ -179,8 +181,12 @@ class Sweep:
                     outcome["status"] = call(config, alone(overrides))
                 outcome |= own
         except (BadRequest, OmegaConfBaseException) as error:
-            outcome |= {"status": WRONG, "error": explain(error)}
-            print(f"spikerl: {outcome['error']}", file=sys.stderr)
+            command = shlex.join(["spikerl", self.command, *alone(overrides)])
+            if isinstance(error, Exists) and made_with(folder := Path(error.args[1])) == command:
+                outcome |= {"status": DONE, "note": "done already", "folder": str(folder)}
+            else:
+                outcome |= {"status": WRONG, "error": explain(error)}
+                print(f"spikerl: {outcome['error']}", file=sys.stderr)
         except BY_DESIGN as error:
             outcome |= {"status": FAILED, "error": with_notes(error)}
             print(f"spikerl: {outcome['error']}", file=sys.stderr)
@@ -380,6 +386,15 @@ def over_seeds(jobs: Sequence[dict[str, Any]], measure: str) -> list[str]:
         for name, returns in groups.items()
         if len(returns) > 1
     ]
+
+
+def made_with(folder: Path) -> str | None:
+    """The command that made this run or dataset, as it says; None where it says none."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return str(read_json(folder / "manifest.json", MAX_BYTES)["command"])
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return str(read_json(folder / "data/metadata.json", MAX_BYTES)["recipe"]["command"])
+    return None
 
 
 def trained(config: Any, folder: Path, ended: bool) -> bool:

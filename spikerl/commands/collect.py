@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     try:
         stored = StoredSteps.of(request) if request.policy == "replay" else None
         with stop_signals() as stop_signal:
-            made = made if stored is None else stored.facts()
+            made = {"command": shlex.join(argv), **(stored.facts() if stored else made)}
             returns, steps = collect(request, policy, env, stored, made, stop_signal)
     except Stopped as stopped:
         name = signal_name(stopped.number)
@@ -232,7 +233,6 @@ def recipe(
 ) -> dict[str, Any]:
     """How to make it again, and what from."""
     return {
-        "command": "spikerl collect",
         "run": shown(Path(request.run)),
         "policy": request.policy,
         **made,

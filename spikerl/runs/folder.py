@@ -19,7 +19,7 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 from spikerl import machine
-from spikerl.errors import BadRequest, disk_is_full
+from spikerl.errors import BadRequest, Exists, disk_is_full
 from spikerl.files import (
     LACKING,
     hold,
@@ -45,7 +45,7 @@ def check_free(target: str, *, named: bool, key: str = "run_dir", dated: bool = 
     folder = Path(target)
     if named and os.path.lexists(folder):
         otherwise = ", or leave it out for a dated one" if dated else ""
-        raise BadRequest(key, target, f"it exists already; give another {key}{otherwise}")
+        raise Exists(key, target, f"it exists already; give another {key}{otherwise}")
     parent, made = folder.absolute().parent, [partial_of(folder).name]
     while not os.path.lexists(parent):
         made.append(parent.name)

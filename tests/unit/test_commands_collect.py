@@ -551,3 +551,18 @@ def test_an_offline_run_has_no_replay_of_its_own(folder: Path) -> None:
     assert spikerl("train", *OFFLINE, *keys).status == 0
     said = spikerl("collect", "run=offline", "dataset=new", "policy=replay")
     assert said.line.startswith("policy=replay: algo=td3_bc keeps no replay of its own steps")
+
+
+def test_a_sweep_that_is_started_again_does_what_is_missing() -> None:
+    typed = ["collect", "-m", "run=run", "dataset=again0,again1", "episodes=1"]
+    assert spikerl(*typed).status == 0
+    assert facts("again0")["recipe"]["command"] == (
+        "spikerl collect run=run dataset=again0 episodes=1"
+    )
+    shutil.rmtree("again1")
+    said = spikerl(*typed)
+    assert (said.status, said.err) == (0, "")
+    assert said.out.count("done already") == 1
+    assert facts("again1")["total_episodes"] == 1
+    said = spikerl(*typed[:-1], "episodes=2")  # which are others
+    assert (said.status, said.err.count("it exists already; give another dataset")) == (2, 2)

@@ -252,3 +252,18 @@ def test_it_is_trained_further(folder: Path) -> None:
     base = load_policy("base")
     for name, weight in connections(base.actor).items():
         assert torch.equal(weight, connections(first.actor)[name])
+
+
+def test_a_sweep_that_is_started_again_does_what_is_missing(folder: Path) -> None:
+    typed = ["compress", "-m", "run=dense", "bits=5,6", "episodes=1"]
+    assert spikerl(*typed).status == 0
+    shutil.rmtree(folder / "dense_bits6")
+    before = tree(folder / "dense_bits5")
+    said = spikerl(*typed)
+    assert (said.status, said.err) == (0, "")
+    assert "│ bits=5 │ done already │ -                │ dense_bits5      │" in said.out
+    assert "2 of 2 jobs done" in said.out
+    assert tree(folder / "dense_bits5") == before
+    assert (folder / "dense_bits6" / "policy.json").exists()
+    said = spikerl(*typed[:-1], "episodes=2")  # which are others
+    assert (said.status, said.err.count("it exists already; give another run_dir")) == (2, 2)
