@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
@@ -60,9 +60,9 @@ def conf_folders() -> list[Path]:
     return [folder for folder in folders if folder.is_dir()]
 
 
-def versions_of(parts: Sequence[type[Any]]) -> dict[str, str]:
-    """The packages, beside spikerl, that these classes come from, with their versions."""
-    packages = {part.__module__.partition(".")[0] for part in parts} - {__package__}
+def versions_of(modules: Iterable[str]) -> dict[str, str]:
+    """The packages of these modules, beside spikerl, with their versions."""
+    packages = {module.partition(".")[0] for module in modules} - {__package__}
     return {package: _version(package) for package in sorted(packages)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, Generic, TypeVar
@@ -77,12 +78,14 @@ class Registry(Generic[C, P]):
     def __init__(self, group: str, **options: tuple[type[C], type[P]]) -> None:
         self.group = group
         self.options: dict[str, tuple[type[C], type[P]]] = dict(options)
+        self.registered_in: dict[str, str] = {}  # the modules that called `register`
 
     def register(self, name: str, config: type[C], part: type[P]) -> None:
         """Add an option. A plugin calls this when it is imported; its conf/ has the values."""
         if self.options.get(name, (config, part)) != (config, part):
             raise ValueError(f"{self.group}={name} is registered already")
         self.options[name] = (config, part)
+        self.registered_in[name] = sys._getframe(1).f_globals["__name__"]
 
     def parse(self, data: Any) -> C:
         """The validated config of the option that `data` names."""
@@ -94,6 +97,11 @@ class Registry(Generic[C, P]):
     def part(self, config: Any) -> type[P]:
         """The class that `config` configures."""
         return self.options[config.name][1]
+
+    def modules(self, config: Any) -> set[str]:
+        """Those that the option's name and its two classes come from."""
+        classes = {kind.__module__ for kind in self.options[config.name]}
+        return classes | {self.registered_in.get(config.name, __name__)}
 
 
 def dotted(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -69,15 +69,15 @@ def parse_actor(data: dict[str, Any]) -> ActorConfig:
     )
 
 
-def parts_of(config: ActorConfig) -> list[type[Any]]:
-    """The classes of its groups, and those that they configure."""
+def modules_of(config: ActorConfig) -> set[str]:
+    """Those that the options of its groups come from."""
     registries: list[tuple[Registry[Any, Any], Any]] = [
         (ACTORS, config.actor),
         (ENCODERS, config.encoder),
         (NEURONS, config.neuron),
         (DECODERS, config.decoder),
     ]
-    return [kind for registry, part in registries if part for kind in registry.options[part.name]]
+    return set[str]().union(*(registry.modules(part) for registry, part in registries if part))
 
 
 def least_obs(config: ActorConfig) -> int:

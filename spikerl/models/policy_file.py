@@ -23,7 +23,7 @@ from spikerl.files import json_bytes, read_bytes, read_json
 from spikerl.models.actor import Actor, SpikingActor
 from spikerl.models.actor_config import ActorConfig
 from spikerl.models.compression import Compression
-from spikerl.models.networks import SequenceActor, parse_actor, parts_of
+from spikerl.models.networks import SequenceActor, modules_of, parse_actor
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.proposals import Proposer, build_policy
 from spikerl.models.sequence import SequenceConfig
@@ -59,7 +59,7 @@ def to_bytes(saved: Saved) -> dict[str, bytes]:
     }
     if saved.compression is not None:
         data["compression"] = asdict(saved.compression)
-    if needed := plugins.versions_of(parts_of(saved.config)):
+    if needed := plugins.versions_of(modules_of(saved.config)):
         data["plugins"] = needed
     return {"policy.safetensors": tensor_bytes(tensors), "policy.json": json_bytes(data)}
 

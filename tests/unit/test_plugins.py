@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -91,3 +92,22 @@ def test_a_policy_needs_the_plugin_that_has_only_a_config_of_its_parts(
         "it needs the plugin strict_parts, version 1.5; give plugins=[strict_parts],"
         " or import strict_parts before loading it"
     )
+
+
+def test_a_policy_needs_the_plugin_that_has_only_the_name_of_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of spikerl's own neuron, whose conf/ the plugin has other values for."""
+    monkeypatch.setattr(NEURONS, "options", dict(NEURONS.options))
+    (tmp_path / "renames_parts.py").write_text(
+        "from spikerl.snn.neurons import NEURONS\n"
+        "NEURONS.register('slow_lif', *NEURONS.options['cuba_lif'])\n"
+        "__version__ = '2.5'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(plugins, "loaded", {})
+    plugins.load(["renames_parts"])
+    own = builders.spiking(builders.POPULATION)
+    assert own.neuron is not None
+    builders.toy_policy(replace(own, neuron=replace(own.neuron, name="slow_lif"))).save(tmp_path)
+    assert json.loads((tmp_path / "policy.json").read_text())["plugins"] == {"renames_parts": "2.5"}
