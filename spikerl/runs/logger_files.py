@@ -6,7 +6,6 @@ import platform
 import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from os import getpid
 from pathlib import Path
@@ -86,9 +85,6 @@ class Table(Journal):
         self.lines: list[bytes] = []  # all below the header
         for row in rows:
             self.row(row)
-        if not self.lines:
-            with suppress(OSError):
-                path.unlink()  # of epochs that were discarded
 
     def row(self, row: Mapping[str, Any]) -> None:
         shown = {

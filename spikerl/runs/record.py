@@ -30,6 +30,9 @@ class RunLog:
         self.views: list[Events | Gauges | Table] = []
         self.services: list[Service] = []
         past = read_rows(folder / "metrics.jsonl")
+        for name in ("metrics.csv", "metrics.prom"):  # of rows since discarded, or not to follow
+            with suppress(OSError):
+                (folder / name).unlink()
         for name in loggers:
             if name == "tensorboard":
                 self.views.append(Events(folder / "tb", step + 1))

@@ -193,6 +193,17 @@ def test_csv_of_a_run_that_lost_all_its_rows(tmp_path: Path) -> None:
     assert not (tmp_path / "metrics.csv").exists()
 
 
+def test_no_file_of_a_logger_that_a_resume_leaves_out(tmp_path: Path) -> None:
+    """A collector would read its numbers for those of the run as it is."""
+    first = RunLog(tmp_path, 0, ["csv", "prometheus"])
+    first.row(row(100))
+    first.write()
+    second = RunLog(tmp_path, 100, [])
+    second.row(row(200))
+    second.write()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("typed", "composed"),
     [
