@@ -95,6 +95,10 @@ def draws(env: CheckedEnv) -> None:
     """Have an environment give its pictures as arrays."""
     inner: Any = env.unwrapped
     inner.render_mode = "rgb_array"
+    if not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        # pygame's library, with which Gymnasium's own tasks draw, prints an error as it looks for
+        # a screen.
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 
 def rates_of(policy: Policy) -> Rates:

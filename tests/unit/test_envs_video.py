@@ -129,6 +129,21 @@ def test_a_stop_leaves_whole_films_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sorted(os.listdir("run/videos")) == sorted(f"seed0_episode{i}.mp4" for i in range(10))
 
 
+def test_no_screen_is_looked_for() -> None:
+    """Where there is none, C code would say so."""
+    program = (
+        "import gymnasium as gym\n"
+        "from spikerl.envs.video import check_video\n"
+        "check_video(gym.make('Pendulum-v1'))\n"
+    )
+    screens = ("DISPLAY", "WAYLAND_DISPLAY", "XDG_RUNTIME_DIR", "SDL_VIDEODRIVER")
+    environ = {name: value for name, value in os.environ.items() if name not in screens}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_what_is_said() -> None:
     said = evaluate("episodes=2", "seed=3", "video=true")
     assert "videos: run/videos/seed3_episode0.mp4 to seed3_episode1.mp4" in said.out
