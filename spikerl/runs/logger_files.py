@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -120,7 +121,7 @@ class Gauges:
     def row(self, row: Mapping[str, Any]) -> None:
         lines, last = [], ""
         for name, layer, number in numbers(row):
-            gauge = f"spikerl_{name}"
+            gauge = "spikerl_" + re.sub(r"\W", "_", name, flags=re.ASCII)  # of a plugin's algorithm
             if gauge != last:
                 lines.append(f"# HELP {gauge} {name} of metrics.jsonl, of the last epoch")
                 lines.append(f"# TYPE {gauge} gauge")

@@ -132,6 +132,18 @@ spikerl_layer_silent{{{run},layer="2"}} 1e-05
     assert f"\nspikerl_energy_j{{{run}}} 1.5\n" in path.read_text()
 
 
+def test_a_gauge_has_a_name_that_a_collector_takes(tmp_path: Path) -> None:
+    """Else it takes none of the file. A plugin's algorithm names its metrics as it likes."""
+    log = RunLog(tmp_path, 0, ["prometheus"])
+    log.row({"loss/q-1": 2.5})
+    log.write()
+    assert (tmp_path / "metrics.prom").read_text() == (
+        "# HELP spikerl_loss_q_1 loss/q-1 of metrics.jsonl, of the last epoch\n"
+        "# TYPE spikerl_loss_q_1 gauge\n"
+        f'spikerl_loss_q_1{{run="{tmp_path.name}"}} 2.5\n'
+    )
+
+
 def test_gauges_go_back_with_the_run(tmp_path: Path) -> None:
     """To the last row that was not discarded; to nothing, where all were."""
     log = RunLog(tmp_path, 0, ["prometheus"])
