@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from spikerl.config.yaml_file import check_confirmed
 from spikerl.energy import modelled, operations
@@ -194,14 +195,11 @@ def film(request: EvalRequest, evaluator: Evaluator, policy: Policy) -> list[Pat
         remedy = "no network alone makes its decisions; give true, for a film without spikes"
         raise BadRequest("video", request.video, remedy)
     check_video(evaluator.envs[0])
-    prefix = "best_" if request.policy == "best" else ""
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise BadRequest("video", request.video, f"{folder}: {error.strerror}") from None
-    kind = "_spikes" if request.video == "spikes" else ""
-    names = [f"{prefix}seed{request.seed}_episode{i}{kind}.mp4" for i in range(request.episodes)]
-    paths = [folder / name for name in names]
+    paths = [folder / name for name in film_names(request)]
     rates = rates_of(policy) if request.video == "spikes" else None
     side_by_side = len(evaluator.envs)
     filmed: list[Any] = [
@@ -209,3 +207,13 @@ def film(request: EvalRequest, evaluator: Evaluator, policy: Policy) -> list[Pat
     ]
     evaluator.envs = filmed
     return paths
+
+
+def film_names(request: EvalRequest) -> list[str]:
+    """Other episodes have other names, in a sweep or in a later call."""
+    env_id, aim = request.env_id, request.target_return
+    best = "best_" if request.policy == "best" else ""
+    of = f"_{quote(env_id, safe='')}" if env_id else ""
+    of += "" if aim is None else f"_return{aim:g}"
+    of += "_spikes" if request.video == "spikes" else ""
+    return [f"{best}seed{request.seed}_episode{i}{of}.mp4" for i in range(request.episodes)]

@@ -19,6 +19,7 @@ import pytest
 import torch
 from shell import Said, refusal, spikerl
 
+from spikerl.commands.eval import EvalRequest, film_names
 from spikerl.envs import video
 from spikerl.models.actor_config import ActorConfig
 from spikerl.models.networks import build_actor
@@ -148,6 +149,20 @@ def test_what_is_said() -> None:
     said = evaluate("episodes=2", "seed=3", "video=true")
     assert "videos: run/videos/seed3_episode0.mp4 to seed3_episode1.mp4" in said.out
     assert "videos" not in evaluate("episodes=1").out
+
+
+def test_films_of_other_episodes_have_other_names(run: Path) -> None:
+    assert evaluate("episodes=1", "video=true").status == 0
+    said = evaluate("episodes=1", "video=true", "env_id=Painted-v0")
+    assert "videos: run/videos/seed0_episode0_Painted-v0.mp4\n" in said.out
+    assert len(os.listdir(run / "videos")) == 2
+    request = EvalRequest(
+        run="r", policy="best", episodes=2, seed=3, env_id="ALE/Pong-v5", video="spikes",
+        target_return=-21.0, ops=False, json=False, device="cpu", sha256=None, plugins=[],
+    )  # fmt: skip
+    assert film_names(request) == [
+        f"best_seed3_episode{i}_ALE%2FPong-v5_return-21_spikes.mp4" for i in (0, 1)
+    ]
 
 
 def test_spikes_are_drawn_in() -> None:
