@@ -16,8 +16,9 @@ import yaml
 
 from spikerl.config.yaml_file import READ, leads_out, quoted
 from spikerl.output import several
+from spikerl.reporting.numbers import PM, rounded, spread, steps
 from spikerl.reporting.records import Run, number, values
-from spikerl.reporting.tables import PM, Grid, Section, rounded, spread, steps
+from spikerl.reporting.tables import Grid, Section
 
 OVERVIEW = ("run", "task", "status", "seed", "steps", "maximum", "last ten", "firing rate",
             "steps/s", "hours", "joules")  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 from shlex import quote
 from textwrap import indent
 
+from spikerl.reporting.numbers import rounded, steps
 from spikerl.reporting.page import command_of, facts, layers
 from spikerl.reporting.records import Run
-from spikerl.reporting.tables import markdown_grid, rounded, steps
+from spikerl.reporting.tables import markdown_grid
 
 
 def policy_card(run: Run, label: str) -> str:

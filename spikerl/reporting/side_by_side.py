@@ -11,7 +11,8 @@ from urllib.parse import quote
 from spikerl.energy import modelled
 from spikerl.errors import BadRequest
 from spikerl.files import write_text
-from spikerl.reporting import curves, operations, page, statistics, tables
+from spikerl.reporting import curves, numbers, operations, page, statistics, tables
+from spikerl.reporting.notes import provenance
 from spikerl.reporting.page import Card, Picture
 from spikerl.reporting.records import METRIC_NAMES, METRICS, Run, values
 from spikerl.reporting.render import against, keep, over
@@ -143,7 +144,7 @@ class SideBySide:
 
 def _file_text(runs: Sequence[Run]) -> str:
     scores = values([run.of_its_file for run in runs])
-    return f"{tables.spread_of(scores)} (n={len(scores)})" if len(scores) else "-"
+    return f"{numbers.spread_of(scores)} (n={len(scores)})" if len(scores) else "-"
 
 
 def _interval_text(runs: Sequence[Run]) -> str:
@@ -151,11 +152,11 @@ def _interval_text(runs: Sequence[Run]) -> str:
     if not len(scores):
         return "-"
     interval = statistics.bootstrap([scores], statistics.iqm)
-    center = tables.rounded(float(statistics.iqm(scores)))
+    center = numbers.rounded(float(statistics.iqm(scores)))
     if interval is None:
         return center
     digits = 0 if max(map(abs, interval)) >= 100 else 1
-    return f"{center} ({tables.interval(interval, digits)})"
+    return f"{center} ({numbers.interval(interval, digits)})"
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
@@ -234,9 +235,9 @@ def write_all(
         has = f"warning: {again} of the runs {verb} seed and settings of another"
         notes.append(f"{has}; n counts them")
     notes += [f"left out: {line}" for line in left_out]
-    provenance = tables.provenance(report.runs)
+    made_by = provenance(report.runs)
     said: dict[str, Any] = {
-        "lines": [], "sections": sections, "notes": notes, "provenance": provenance
+        "lines": [], "sections": sections, "notes": notes, "provenance": made_by
     }  # fmt: skip
     named = [(group, run) for group, runs in report.groups.items() for run in runs]
     cards = [
@@ -245,7 +246,7 @@ def write_all(
     texts = {
         "table.md": tables.markdown(title, **said),
         "table.csv": runs_table(report, names),
-        "table.tex": grid_tex(report.returns("max_average"), provenance),
+        "table.tex": grid_tex(report.returns("max_average"), made_by),
         "runs.csv": tables.runs_csv(named),
         "index.html": page.page(title, **said, pictures=pictures, cards=cards),
     }

@@ -9,54 +9,19 @@ from textwrap import fill
 from typing import Any, NamedTuple
 
 from spikerl.reporting import statistics
+from spikerl.reporting.notes import notes, provenance
+from spikerl.reporting.numbers import (
+    interval,
+    mean_of,
+    percent,
+    spread,
+    spread_of,
+    steps,
+)
 from spikerl.reporting.records import METRIC_NAMES, METRICS, Run, values
 from spikerl.reporting.results import EASY, Aggregate, Result, Results
-from spikerl.reporting.statistics import Array, Interval
 
-PM = "\N{PLUS-MINUS SIGN}"
 WIDTH = 100  # of prose in Markdown
-
-
-def steps(count: int | None) -> str:
-    """30k, 1M, 1.025M."""
-    if count is None:
-        return "-"
-    count -= count % 10 ** max(len(str(count)) - 4, 0)  # four digits, and never more than it is
-    for unit, letter in ((1_000_000, "M"), (1_000, "k")):
-        if count >= unit:
-            return f"{count / unit:.4g}{letter}"
-    return str(count)
-
-
-def rounded(value: float | None) -> str:
-    if value is None:
-        return "-"
-    digits = 0 if abs(value) >= 100 else 1
-    text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if float(text) == 0.0 else text
-
-
-def spread(mean: float | None, sd: float | None) -> str:
-    """Both with as many digits as the larger one has."""
-    if mean is None:
-        return "-"
-    if sd is None:
-        return rounded(mean)
-    digits = 0 if max(abs(mean), sd) >= 100 else 1
-    return f"{mean:.{digits}f} {PM} {sd:.{digits}f}"
-
-
-def spread_of(scores: Array) -> str:
-    """Mean and standard deviation over runs."""
-    return spread(mean_of(scores), statistics.sd(scores))
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.2f} %"
-
-
-def interval(value: Interval | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value[0]:.{digits}f} to {value[1]:.{digits}f}"
 
 
 def remarks(result: Result) -> list[str]:
@@ -77,10 +42,6 @@ def cell_text(result: Result, metric: str) -> str:
     scores, said = result.scores(metric), remarks(result)
     value = spread_of(scores)
     return f"{value} ({', '.join(said)})" if said else value
-
-
-def mean_of(scores: Array) -> float | None:
-    return float(scores.mean()) if len(scores) else None
 
 
 def published_label(results: Results, row: str) -> str:
@@ -208,105 +169,6 @@ def spent_text(wall_s: float | None, joules: float | None) -> str:
 def _aggregate_texts(a: Aggregate) -> list[str]:
     numbers = [("-" if v is None else f"{v:.2f}") for v in (a.iqm, a.improvement)]
     return [numbers[0], interval(a.iqm_interval), numbers[1], interval(a.improvement_interval)]
-
-
-def differing(runs: Sequence[Run], *path: str) -> list[str]:
-    """The different values of an entry of the manifests, of each start and each resume."""
-    seen: dict[str, None] = {}
-    for run in runs:
-        for value in attempts(run):
-            for key in path:
-                value = value.get(key) if isinstance(value, dict) else None
-            seen[str(value)] = None
-    return list(seen)
-
-
-def attempts(run: Run) -> list[Any]:
-    """What the start and each resume say of the code, packages and machine that they ran on."""
-    resumed = run.manifest.get("resumed")
-    events = resumed if isinstance(resumed, list) else []
-    return [
-        run.manifest,
-        *(event for event in events if isinstance(event, dict) and "git" in event),
-    ]
-
-
-def provenance(runs: Sequence[Run]) -> list[str]:
-    """What made these runs, and a warning where that is mixed."""
-    if not runs:
-        return ["no run has begun yet"]
-    commits = differing(runs, "git", "commit")
-    machines = [
-        f"{cpu} ({', '.join(gpus)})" if gpus else str(cpu)
-        for cpu, gpus in {
-            (str(hw.get("cpu")), tuple(map(str, gpus if isinstance(gpus, list) else [])))
-            for hw in (attempt.get("hardware") for run in runs for attempt in attempts(run))
-            if isinstance(hw, dict)
-            for gpus in [hw.get("gpus")]
-        }
-    ]
-    said = [f"commits: {', '.join(commit[:12] for commit in commits)}"]
-    if "True" in differing(runs, "git", "dirty"):
-        said.append("warning: some ran from a checkout with changes of its own")
-    packages = ("spikerl", "torch", "numpy", "gymnasium", "mujoco")
-    versions = {name: differing(runs, "versions", name) for name in packages}
-    said.append("versions: " + ", ".join(f"{n} {' and '.join(v)}" for n, v in versions.items()))
-    said.append(f"machines: {'; '.join(sorted(machines)) or 'unknown'}")
-    mixed = ["commits"] * (len(commits) > 1) + [n for n, v in versions.items() if len(v) > 1]
-    mixed += ["machines"] * (len(machines) > 1)
-    if mixed:
-        said.append(f"warning: these results are of different {', '.join(mixed)}")
-    return said
-
-
-def notes(results: Results) -> list[str]:
-    """What a reader must know: sources, other task versions, caveats."""
-    table = results.table
-    said = [
-        f"{PM} is the sample standard deviation over seeds, n their number; the papers report the"
-        f" {METRIC_NAMES['max_average']}"
-    ]
-    if table.baseline:
-        said.append(
-            "APG is the mean over tasks of the gain over"
-            f" {table.rows[table.baseline].label}, in percent of it, on the"
-            f" {METRIC_NAMES[table.protocol.metric]}; it is given where every task has a value"
-        )
-    for version in dict.fromkeys(r.published.version for r in table.rows.values() if r.published):
-        other = sorted({c.version for c in table.columns.values()} - {version})
-        if other:
-            said.append(
-                f"published values are of {version} tasks, those of {', '.join(other)} here are"
-                " other tasks, for which no differences are given"
-            )
-    if converted := [row.label for name, row in table.rows.items() if table.converts(name)]:
-        said.append(
-            f"{'; '.join(converted)}: for every metric the one evaluation of the converted policy,"
-            " over 20 episodes, compared with that of the policy it was made from; no differences"
-            " to published values are given"
-        )
-    for row in table.rows.values():
-        if p := row.published:
-            said.append(f"{row.label}, published: {p.source}{f'; {p.note}' if p.note else ''}")
-    for name, column in table.columns.items():
-        seeds = [seed for row in table.rows for seed in results.by_cell[row, name].seeds]
-        learned = [seed.run.manifest.get("dataset") for seed in seeds if column.dataset]
-        several = len({str(one.get("sha256")) for one in learned if isinstance(one, dict)})
-        if several > 1:
-            said.append(f"warning: the runs of {name} learned from {several} different datasets")
-    said += [f"left out: {line}" for line in results.left_out]
-    return [*said, *_of_joules(results.runs), *table.caveats]
-
-
-def _of_joules(runs: Sequence[Run]) -> list[str]:
-    sources = [run.energy_source or "-" for run in runs if run.joules is not None]
-    each = [part for source in sources for part in source.split("; then ")]
-    kinds = sorted({part.partition(":/")[0] for part in each})
-    said = [
-        "joules are of whole devices: runs that went on side by side each count all of them, those"
-        f" of epochs that a kill discarded too, which hours do not; measured by {', '.join(kinds)}"
-    ] * bool(kinds)
-    return said + ["warning: joules are of different devices"] * (len(kinds) > 1)
 
 
 def sections(results: Results) -> list[Section]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from spikerl.reporting.notes import provenance
+from spikerl.reporting.numbers import PM
 from spikerl.reporting.records import METRIC_NAMES, METRICS
 from spikerl.reporting.results import Results
-from spikerl.reporting.tables import PM, Grid, grid, provenance
+from spikerl.reporting.tables import Grid, grid
 
 ESCAPED = str.maketrans(
     {

@@ -21,10 +21,11 @@ from table_runs import write_run
 
 from spikerl.commands import report
 from spikerl.reporting import curves, tables
+from spikerl.reporting.numbers import PM
 from spikerl.reporting.page import command_of
 from spikerl.reporting.records import Run, number, run_folders
 from spikerl.reporting.side_by_side import SideBySide, draw, names_of, render_runs
-from spikerl.reporting.tables import PM, Section
+from spikerl.reporting.tables import Section
 
 
 def test_a_run(tmp_path: Path) -> None:

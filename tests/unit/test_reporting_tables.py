@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from shell import refusal
 
-from spikerl.reporting import tables
+from spikerl.reporting import notes, numbers, tables
 from spikerl.reporting.render import render_table
 from spikerl.reporting.results import Results, seeds_of
 from spikerl.reporting.table_file import Protocol, Table, read_table, table_of
@@ -274,7 +274,7 @@ def test_what_was_converted_is_not_compared() -> None:
     itself, of_it = compared.aggregates
     assert (itself.row, compared.gain("dense")) == ("dense", 0.0)
     assert (of_it.row, compared.gain("converted"), of_it.iqm) == ("converted", 25.0, 1.25)
-    said = [line for line in tables.notes(had) if "the converted policy" in line]
+    said = [line for line in notes.notes(had) if "the converted policy" in line]
     assert [line.partition(":")[0] for line in said] == ["converted"]
 
 
@@ -314,7 +314,7 @@ def test_notes_say_where_values_are_from() -> None:
 def test_converted_rows_share_a_note() -> None:
     rows = {**DATA["rows"], **{name: {"label": name, "convert": "dense"} for name in ("c5", "c9")}}
     rows["c9"]["overrides"] = ["spike_steps=9"]
-    (said,) = [line for line in tables.notes(results(rows=rows)) if "converted policy" in line]
+    (said,) = [line for line in notes.notes(results(rows=rows)) if "converted policy" in line]
     assert said.startswith("c5; c9: for every metric the one evaluation of the converted policy, ")
 
 
@@ -333,7 +333,7 @@ def test_runs_of_other_settings_are_left_out_and_named() -> None:
     write("dense", "Ant", 2, [900.0]).rename("outputs/reproduced/small/dense/Ant/seed00")
     had = results()
     assert column(tables.grid(had, "max_average"), "Ant-v4")[-1] == "100 (n=1, 1k of 3k steps)"
-    assert [line for line in tables.notes(had) if line.startswith("left out")] == [
+    assert [line for line in notes.notes(had) if line.startswith("left out")] == [
         "left out: dense/Ant/seed1: made with other settings: actor.lr=1e-09 (here 0.001)",
         "left out: dense/Ant/seed7: made with other settings: seed=0 (here 7)",
     ]
@@ -344,7 +344,7 @@ def test_runs_of_one_column_have_one_dataset() -> None:
     columns["Ant"]["dataset"] = "d"
     for seed, digest in enumerate("aab"):
         write("dense", "Ant", seed, [100.0], dataset={"folder": "d", "sha256": digest})
-        said = [line for line in tables.notes(results(columns=columns)) if "dataset" in line]
+        said = [line for line in notes.notes(results(columns=columns)) if "dataset" in line]
         line = "warning: the runs of Ant learned from 2 different datasets"
         assert said == [line] * (digest == "b")
 
@@ -356,7 +356,7 @@ def test_runs_that_cannot_be_read_are_named() -> None:
     had = results()
     assert column(tables.grid(had, "max_average"), "Ant-v4")[-1].startswith("100 (n=1, ")
     line = "left out: dense/Ant/seed1: its record or config: line 1 of metrics.jsonl is not a row"
-    assert [one for one in tables.notes(had) if one.startswith("left out")] == [line]
+    assert [one for one in notes.notes(had) if one.startswith("left out")] == [line]
 
 
 def test_a_conversion_of_a_shorter_run_says_so() -> None:
@@ -402,16 +402,16 @@ def test_mixed_results_are_said() -> None:
         return {"git": {"commit": commit, "dirty": False}, "hardware": {"cpu": cpu, "gpus": []}}
 
     write("spiking", "Ant", 0, [1.0], **facts("a", "x"))
-    assert not any(line.startswith("warning") for line in tables.provenance(results().runs))
+    assert not any(line.startswith("warning") for line in notes.provenance(results().runs))
     write("spiking", "Ant", 1, [1.0], **facts("b", "y"))
     warning = "warning: these results are of different commits, machines"
-    assert warning in tables.provenance(results().runs)
+    assert warning in notes.provenance(results().runs)
 
 
 def test_a_resume_by_another_commit_is_said() -> None:
     first, later = ({"commit": commit, "dirty": commit == "b"} for commit in "ab")
     write("spiking", "Ant", 0, [1.0], git=first, resumed=[{"step": 5}, {"step": 9, "git": later}])
-    said = tables.provenance(results().runs)
+    said = notes.provenance(results().runs)
     assert said[:2] == [
         "commits: a, b",
         "warning: some ran from a checkout with changes of its own",
@@ -462,7 +462,7 @@ def test_everything_is_rendered() -> None:
      (1_999_999, "1.999M")],
 )  # fmt: skip
 def test_steps(count: int, text: str) -> None:
-    assert tables.steps(count) == text
+    assert numbers.steps(count) == text
 
 
 def test_seeds() -> None:
@@ -484,6 +484,6 @@ def test_joules_name_every_device_that_measured_them() -> None:
     sources = ["zeus:rapl:/sys/a", "zeus:nvml+rapl"]
     lines = [{**row, "energy_source": source} for row, source in zip(rows, sources, strict=True)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    said = "\n".join(tables.notes(results()))
+    said = "\n".join(notes.notes(results()))
     assert "measured by zeus:nvml+rapl, zeus:rapl\n" in said
     assert "warning: joules are of different devices" in said

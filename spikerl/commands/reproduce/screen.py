@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.table import Column, Table
 
 from spikerl.output import duration, several
+from spikerl.reporting.numbers import rounded
 from spikerl.reporting.table_file import Cell
-from spikerl.reporting.tables import rounded
 from spikerl.runs.display import Screen as Output
 
 # In the order in which a screen shows them.
