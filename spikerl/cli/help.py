@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from spikerl.config.yaml_file import conf_folder, group_options
+from spikerl.config.yaml_file import conf_folder, group_options, option_file
 
 KEYS = "Keys and their defaults"  # what the list begins with, where groups come before it
 COMMENTED = re.compile(r"^(\w+):[^#\n]*# (.+)$", re.MULTILINE)
 DEFAULT = re.compile(r"^  - (\w+): (\w+)$", re.MULTILINE)
-STARTS_FROM = re.compile(r"^  - (\w+)$", re.MULTILINE)  # another command's file, whose keys it has
+STARTS_FROM = re.compile(r"^  - (\w+)$", re.MULTILINE)  # another file, whose keys it has
 CHOSEN = re.compile(r"^(\w+):\n(?:  .*\n)*?  name: (\w+)$", re.MULTILINE)
 GROUP = re.compile(r"^(\w+): \w+(?:, \w+)*$", re.MULTILINE)
 # In lists of options: what config files share, what `reproduce` alone reads, and subfolders.
@@ -35,14 +35,25 @@ def with_meanings(text: str, command: str) -> str:
         match = re.match(r"( ?)\1(\w+):", line)
         if match and not match[1]:  # an option's own comment, else its group's, else the default's
             name = match[2]
-            group = comments(conf / name / f"{first.get(name)}.yaml")
+            group = comments_of(name, first.get(name, ""))
             group |= comments(conf / "base" / f"{name}.yaml")
-            group |= comments(conf / name / f"{chosen.get(name)}.yaml")
+            group |= comments_of(name, chosen.get(name, ""))
         known = (group if match[1] else top) if match else {}
         meaning = known.get(match[2]) if match else None
         line = re.sub(r": \?\?\?$", ": (required)", line)
         lines.append(f"{line}  # {meaning}" if meaning else line)
     return head + mark + "\n".join(lines)
+
+
+def comments_of(group: str, option: str) -> dict[str, str]:
+    """Those of an option's file, a plugin's too, and of the options that it starts from."""
+    if option not in group_options(group):
+        return {}
+    path = option_file(group, option)
+    found: dict[str, str] = {}
+    for name in STARTS_FROM.findall(path.read_text(encoding="utf-8")):
+        found |= comments_of(group, name)
+    return found | comments(path)
 
 
 def comments(path: Path) -> dict[str, str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 from shell import spikerl
 
+from spikerl import plugins
 from spikerl.cli.help import with_meanings
 
 
@@ -37,6 +41,33 @@ def test_a_comment_is_that_of_the_option_chosen() -> None:
         "algo:\n  name: bc\n  gamma: 0.99  # unused: nothing looks ahead\n"
         "  batch_size: 1  # transitions of an update: over all workers, with scaling=weak of each\n"
         "neuron:\n  name: plif\n  surrogate: rect  # triangle, sigmoid, atan\n"
+    )
+
+
+def test_an_option_of_a_plugin_has_its_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those of the option that it starts from, not the default's."""
+    (tmp_path / "conf" / "algo").mkdir(parents=True)
+    text = "defaults:\n  - bc\n  - _self_\n\nname: mine\npower: 1.0 # of the error\n"
+    (tmp_path / "conf" / "algo" / "mine.yaml").write_text(text)
+    package = ModuleType("extras")
+    package.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(plugins.loaded, "extras", package)
+    assert with_meanings("algo:\n  name: mine\n  gamma: 0.99\n  power: 1.0\n", "train") == (
+        "algo:\n  name: mine\n  gamma: 0.99  # unused: nothing looks ahead\n"
+        "  power: 1.0  # of the error\n"
+    )
+
+
+def test_a_comment_says_what_a_key_means() -> None:
+    """Not that it is as of an option which is not shown."""
+    keys = "actor:\n  name: cnn\n  channels_first: false\n  pixel_max: 1.0\n  prune: null\n"
+    assert with_meanings(keys, "train") == (
+        "actor:\n  name: cnn\n  channels_first: false  # observations are (height, width, C)\n"
+        "  pixel_max: 1.0  # that observations are divided by\n"
+        "  prune: null  # share of each matrix of weights that is 0 from the first step on, those"
+        " nearest to 0\n"
     )
 
 
