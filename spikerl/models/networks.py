@@ -93,15 +93,17 @@ def build_actor(
     dtype: torch.dtype = torch.float32,
     kernel: str = "reference",
 ) -> Actor:
+    kind: Any = ACTORS.part(config.actor)
     if isinstance(config.actor, MLPConfig):
-        return MLPActor(obs_dim, act_dim, config.actor, dtype=dtype, kernel=kernel)
+        actor: Actor = kind(obs_dim, act_dim, config.actor, dtype=dtype, kernel=kernel)
+        return actor
     encoder, neuron, decoder = config.encoder, config.neuron, config.decoder
     if encoder is None or neuron is None or decoder is None:
         raise ValueError("a spiking actor needs an encoder, a neuron and a decoder")
-    assert isinstance(config.actor, PopSANConfig)
-    return SpikingActor(
+    actor = kind(
         obs_dim, act_dim, config.actor, encoder, neuron, decoder, dtype=dtype, kernel=kernel
     )
+    return actor
 
 
 def build_sequence(
@@ -113,11 +115,14 @@ def build_sequence(
     folded: bool = False,
 ) -> SequenceActor:
     """`folded`: what acts, its normalisation in its weights."""
+    kind: Any = ACTORS.part(config.actor)
     if isinstance(config.actor, TransformerConfig):
-        return Transformer(obs_dim, act_dim, config.actor, kernel=kernel)
-    if not isinstance(config.actor, SpikeformerConfig) or config.neuron is None:
+        actor: SequenceActor = kind(obs_dim, act_dim, config.actor, kernel=kernel)
+        return actor
+    if config.neuron is None:
         raise ValueError("a spikeformer needs a neuron")
-    return Spikeformer(obs_dim, act_dim, config.actor, config.neuron, kernel=kernel, folded=folded)
+    actor = kind(obs_dim, act_dim, config.actor, config.neuron, kernel=kernel, folded=folded)
+    return actor
 
 
 def build_network(

@@ -15,6 +15,9 @@ from shell import refusal, spikerl
 
 from spikerl import plugins
 from spikerl.config.yaml_file import conf_folder
+from spikerl.models.actor import MLPActor, SpikingActor
+from spikerl.models.actor_config import MLPConfig, PopSANConfig
+from spikerl.models.networks import ACTORS, build_actor
 from spikerl.reporting.cell_config import composed
 from spikerl.runs.policies import load_policy
 from spikerl.snn.neurons import NEURONS, CubaLIF, LIFConfig
@@ -111,3 +114,23 @@ def test_a_policy_needs_the_plugin_that_has_only_the_name_of_its_parts(
     assert own.neuron is not None
     builders.toy_policy(replace(own, neuron=replace(own.neuron, name="slow_lif"))).save(tmp_path)
     assert json.loads((tmp_path / "policy.json").read_text())["plugins"] == {"renames_parts": "2.5"}
+
+
+class OwnSpiking(SpikingActor):
+    pass
+
+
+class OwnDense(MLPActor):
+    pass
+
+
+def test_an_actor_is_of_the_class_that_was_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of spikerl's own with the same config, which would train in its place unsaid."""
+    monkeypatch.setitem(ACTORS.options, "own_spiking", (PopSANConfig, OwnSpiking))
+    monkeypatch.setitem(ACTORS.options, "own_dense", (MLPConfig, OwnDense))
+    spiking = builders.spiking(builders.POPULATION)
+    spiking = replace(spiking, actor=replace(spiking.actor, name="own_spiking"))
+    assert type(build_actor(spiking, 3, 1)) is OwnSpiking
+    config = MLPConfig(name="own_dense", hidden_sizes=[2], lr=0.1)
+    dense = replace(spiking, actor=config, encoder=None, neuron=None, decoder=None)
+    assert type(build_actor(dense, 3, 1)) is OwnDense
