@@ -73,12 +73,13 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     if not request.env_id:
         check_confirmed(request.run, policy.task, None)
     env = proof.known_env(policy, request.run, request.env_id)
-    described = contract.describe(request.format, policy, form.dt)
-    described |= form.facts(policy)
-    described["made_from"] = {
-        "run": shown(Path(request.run)), "policy": request.policy, "sha256": weights
-    }  # fmt: skip
-    described["support"] = {group: str(verdict) for group, verdict in verdicts.items()}
+    made_from = {"run": shown(Path(request.run)), "policy": request.policy, "sha256": weights}
+    described = {
+        **contract.describe(request.format, policy, form.dt),
+        **form.facts(policy),
+        "made_from": made_from,
+        "support": {group: str(verdict) for group, verdict in verdicts.items()},
+    }
     # Nothing lies at its place before it is proven.
     with TemporaryDirectory(prefix="spikerl-export-") as scratch:
         written = Path(scratch) / f"policy.{request.format}"
@@ -104,11 +105,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         remedy = f"{error.strerror or error}; nothing was kept"
         raise BadRequest("file", shown(file), remedy) from error
     print(f"{shown(file)}: {len(content)} bytes; contract: {shown(beside)}")
-    print(
-        f"{proven['observations']} observations reproduced: {proven['spikes_compared']} spikes"
-        f" equal, actions within {proven['largest_action_difference']:.1e};"
-        f" set aside for rounding: {proven['set_aside']}"
-    )
+    print_proof(proven)
     if form.emulated is not None:
         print_approximation(proven)
     if env is None:
@@ -122,6 +119,14 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             f" {proven['return_mean_of_policy']:.1f} over {several(request.episodes, 'episode')}"
         )
     return DONE
+
+
+def print_proof(proven: dict[str, Any]) -> None:
+    print(
+        f"{proven['observations']} observations reproduced: {proven['spikes_compared']} spikes"
+        f" equal, actions within {proven['largest_action_difference']:.1e};"
+        f" set aside for rounding: {proven['set_aside']}"
+    )
 
 
 def print_approximation(proven: dict[str, Any]) -> None:
