@@ -78,14 +78,14 @@ class Registry(Generic[C, P]):
     def __init__(self, group: str, **options: tuple[type[C], type[P]]) -> None:
         self.group = group
         self.options: dict[str, tuple[type[C], type[P]]] = dict(options)
-        self.registered_in: dict[str, str] = {}  # the modules that called `register`
+        self.registered_in = dict.fromkeys(options, __name__)  # by which module first
 
     def register(self, name: str, config: type[C], part: type[P]) -> None:
         """Add an option. A plugin calls this when it is imported; its conf/ has the values."""
         if self.options.get(name, (config, part)) != (config, part):
             raise ValueError(f"{self.group}={name} is registered already")
         self.options[name] = (config, part)
-        self.registered_in[name] = sys._getframe(1).f_globals["__name__"]
+        self.registered_in.setdefault(name, sys._getframe(1).f_globals["__name__"])
 
     def parse(self, data: Any) -> C:
         """The validated config of the option that `data` names."""

@@ -112,9 +112,11 @@ def test_a_registry() -> None:
     machines: Registry[Part, Machine] = Registry("part", b=(Part, Machine), a=(Part, Machine))
     assert machines.parse(FITS) == Part(**FITS)
     assert machines.part(Part(**FITS)) is Machine
+    own = machines.modules(Part(**FITS))
     for data in ({"name": "c"}, {}, "a", None, ["a"]):
         assert refusal(machines.parse, data).args[2] == "one of a, b"
-    machines.register("a", Part, Machine)  # the same once more
+    machines.register("a", Part, Machine)  # the same once more, which makes it nobody else's
+    assert machines.modules(Part(**FITS)) == own
     machines.register("c", Part, Machine)
     assert machines.parse({**FITS, "name": "c"}) == Part(**{**FITS, "name": "c"})
     with pytest.raises(ValueError, match="part=a is registered already"):
