@@ -214,6 +214,6 @@ def film_names(request: EvalRequest) -> list[str]:
     env_id, aim = request.env_id, request.target_return
     best = "best_" if request.policy == "best" else ""
     of = f"_{quote(env_id, safe='')}" if env_id else ""
-    of += "" if aim is None else f"_return{aim:g}"
+    of += "" if aim is None else f"_return{repr(aim).removesuffix('.0')}"
     of += "_spikes" if request.video == "spikes" else ""
     return [f"{best}seed{request.seed}_episode{i}{of}.mp4" for i in range(request.episodes)]

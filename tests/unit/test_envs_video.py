@@ -163,6 +163,8 @@ def test_films_of_other_episodes_have_other_names(run: Path) -> None:
     assert film_names(request) == [
         f"best_seed3_episode{i}_ALE%2FPong-v5_return-21_spikes.mp4" for i in (0, 1)
     ]
+    request.target_return = 1234567.5  # every digit of it: another aims at 1234567
+    assert "_return1234567.5_" in film_names(request)[0]
 
 
 def test_spikes_are_drawn_in() -> None:
