@@ -161,6 +161,8 @@ class Evaluator:
                     raise
                 self.note = f"note: {len(self.envs)} episodes at a time, as {error.args[2]}"
                 break
+        # Not the policy's: what `env_id` names may have fractions where that has bytes.
+        self.obs_dtype = np.uint8 if any(env.obs_bytes for env in self.envs) else np.float64
 
     def run(
         self, policy: Acting, evaluation: int, stop_signal: Callable[[], int] = lambda: 0
@@ -247,7 +249,7 @@ class Evaluator:
         step, fired, carried = 0, 0.0, policy.carried()
         while running:
             watch.look()
-            seen.add(obs[running].astype(policy.task.obs_dtype, copy=False))
+            seen.add(obs[running].astype(self.obs_dtype, copy=False))
             step += 1
             # The batch keeps its size to the end: products of other sizes round differently.
             act = policy.task.to_env(policy.act(obs, generator, carried))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import closing
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from builders import INVERTED_PENDULUM
@@ -59,19 +60,34 @@ def test_what_is_thinned_out_is_let_go() -> None:
     assert sum((one if one.base is None else one.base).nbytes for one in seen.held) <= 1000
 
 
-def test_images_are_held_as_bytes() -> None:
+class Shown(gym.Env[np.ndarray, np.ndarray]):
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+
+    def __init__(self, seen: list[float], dtype: Any) -> None:
+        self.seen = np.array(seen, dtype)
+        self.observation_space = gym.spaces.Box(0, 255, (2,), dtype)
+
+    def reset(self, **_: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        return self.seen, {}
+
+    def step(self, _: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        return self.seen, 1.0, False, True, {}
+
+
+@pytest.mark.parametrize(("dtype", "seen"), [("uint8", [0, 255]), ("float64", [0.5, 254.5])])
+def test_images_are_held_as_bytes(
+    dtype: str, seen: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not those of an environment that has fractions, be the policy of one that has bytes."""
     bounds = np.ones(1)
     task = Task("Nowhere-v0", (2,), (1,), -bounds, bounds, 3, obs_bytes=True)
-    seen = np.array([0.0, 255.0])  # as `CheckedEnv` gives them
-    env: Any = SimpleNamespace(
-        reset=lambda seed: (seen, {}), step=lambda act: (seen, 1.0, False, True, {})
-    )
-    with closing(Evaluator(INVERTED_PENDULUM, 1, 0)) as made, closing(made.envs[0]):
-        made.envs = [env]
+    monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
+    gym.register("Shown-v0", lambda: Shown(seen, dtype), max_episode_steps=3)
+    env = replace(INVERTED_PENDULUM, name="gym", version=None, id="Shown-v0")
+    with closing(Evaluator(env, 1, 0)) as made:
         rows = made.observations(policy_of(config(), task))
-        made.envs = []
-    assert rows.dtype == np.uint8
-    assert rows.tolist() == [[0, 255]]
+    assert rows.dtype == dtype
+    assert rows.tolist() == [seen]
 
 
 @pytest.mark.parametrize(("entries", "rows"), [(12, 3), (3, 1)])
