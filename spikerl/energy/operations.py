@@ -142,8 +142,11 @@ def of_policy(policy: Policy, obs_BO: Tensor, generator: torch.Generator) -> Ope
 
 def check(actor: Actor) -> None:
     """Refuse an actor with a part whose operations are not known."""
-    if isinstance(actor, MLPActor):
+    if type(actor) is MLPActor:
         return
+    if type(actor) is not SpikingActor:
+        remedy = f"the operations of {type(actor).__name__} are not known; leave ops out"
+        raise BadRequest("ops", "true", remedy)
     parts: list[tuple[Any, bool]] = [
         (actor.encoder, type(actor.encoder) in ENCODERS),
         (actor.decoder, type(actor.decoder) in DECODERS),

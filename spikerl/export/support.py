@@ -7,7 +7,9 @@ from typing import Any
 
 from spikerl.errors import BadRequest
 from spikerl.export.contract import DECODERS, ENCODERS, NEURONS
+from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.actor_config import ActorConfig, MLPConfig
+from spikerl.models.networks import ACTORS
 from spikerl.snn.conv import ConvConfig
 from spikerl.snn.decoders import DecoderConfig
 from spikerl.snn.encoders import EncoderConfig
@@ -103,6 +105,8 @@ def early_exit_verdict(format: str) -> Verdict:
 
 def verdicts(format: str, config: ActorConfig, exits_early: bool = False) -> dict[str, Verdict]:
     """By the config group of each part, and of an early exit where there is one."""
+    if ACTORS.part(config.actor) not in (SpikingActor, MLPActor):
+        return {"actor": Verdict(REFUSED, "a plugin's equation is not known here")}
     if isinstance(config.actor, ConvConfig):
         return {"actor": Verdict(REFUSED, "no format has its convolutions here")}
     if isinstance(config.actor, MLPConfig):

@@ -66,7 +66,8 @@ class Policy:
         return self.network
 
     def _one_action(self) -> kernels.cpu.OneAction | None:
-        if not isinstance(self.network, SpikingActor) or self.task.choices is not None:
+        # A plugin's own class may decide otherwise.
+        if type(self.network) is not SpikingActor or self.task.choices is not None:
             return None
         return kernels.one_action(self.network.kernel, self.network, self.task)
 

@@ -10,11 +10,15 @@ from types import ModuleType
 from typing import Any
 
 import builders
+import numpy as np
 import pytest
 from shell import refusal, spikerl
+from torch import Tensor
 
 from spikerl import plugins
 from spikerl.config.yaml_file import conf_folder
+from spikerl.energy import operations
+from spikerl.export import support
 from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.actor_config import MLPConfig, PopSANConfig
 from spikerl.models.networks import ACTORS, build_actor
@@ -117,7 +121,8 @@ def test_a_policy_needs_the_plugin_that_has_only_the_name_of_its_parts(
 
 
 class OwnSpiking(SpikingActor):
-    pass
+    def forward(self, *given: Any, **others: Any) -> Tensor:
+        return 0.5 * super().forward(*given, **others)
 
 
 class OwnDense(MLPActor):
@@ -134,3 +139,21 @@ def test_an_actor_is_of_the_class_that_was_registered(monkeypatch: pytest.Monkey
     config = MLPConfig(name="own_dense", hidden_sizes=[2], lr=0.1)
     dense = replace(spiking, actor=config, encoder=None, neuron=None, decoder=None)
     assert type(build_actor(dense, 3, 1)) is OwnDense
+
+
+def test_an_actor_of_another_class_decides_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What knows spikerl's own classes alone, which have their config, leaves it alone."""
+    monkeypatch.setitem(ACTORS.options, "own_spiking", (PopSANConfig, OwnSpiking))
+    config = builders.spiking(builders.POPULATION)
+    config = replace(config, actor=replace(config.actor, name="own_spiking"))
+    builders.toy_policy(config).save(tmp_path)
+    policy = load_policy(tmp_path)
+    obs = np.linspace(1.0, 5.0, policy.task.obs_dim)
+    assert policy(obs).tolist() == policy(obs[None])[0].tolist()
+    said = refusal(operations.check, policy.actor)
+    assert str(said) == "ops=true: the operations of OwnSpiking are not known; leave ops out"
+    assert str(refusal(support.check, "c", policy.config)) == (
+        "format=c: cannot hold actor=own_spiking: a plugin's equation is not known here"
+    )
