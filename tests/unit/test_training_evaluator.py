@@ -82,7 +82,7 @@ def test_images_are_held_as_bytes(
     bounds = np.ones(1)
     task = Task("Nowhere-v0", (2,), (1,), -bounds, bounds, 3, obs_bytes=True)
     monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
-    gym.register("Shown-v0", lambda: Shown(seen, dtype), max_episode_steps=3)
+    gym.register("Shown-v0", lambda **_: Shown(seen, dtype), max_episode_steps=3)
     env = replace(INVERTED_PENDULUM, name="gym", version=None, id="Shown-v0")
     with closing(Evaluator(env, 1, 0)) as made:
         rows = made.observations(policy_of(config(), task))
