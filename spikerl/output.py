@@ -92,8 +92,12 @@ def only_answers() -> Iterator[None]:
         sys.stdout.flush()
         _answers = Stream(os.dup(1), "utf-8")
         os.dup2(2, 1)
-    with redirect_stdout(sys.stderr):
-        yield
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if not isinstance(_answers, Stream):
+            _answers = None
 
 
 @contextmanager

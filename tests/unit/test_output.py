@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,15 @@ def test_a_second_answer_reaches_standard_output_too() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == '{"a": 1}\n{"a": 2}\n'
     assert done.stderr == "loud\nloud\n"
+
+
+def test_what_comes_after_goes_where_standard_output_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with output.only_answers():
+        pass
+    later = StringIO()
+    monkeypatch.setattr(sys, "stdout", later)
+    output.answer({"a": 1})
+    assert later.getvalue() == '{"a": 1}\n'
 
 
 # --- what users' code does to the program's own streams and to its end ----------------------------
