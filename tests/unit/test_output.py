@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,7 @@ def test_a_second_answer_reaches_standard_output_too() -> None:
 def test_what_comes_after_goes_where_standard_output_is(monkeypatch: pytest.MonkeyPatch) -> None:
     with output.only_answers():
         pass
-    later = StringIO()
+    later = io.StringIO()
     monkeypatch.setattr(sys, "stdout", later)
     output.answer({"a": 1})
     assert later.getvalue() == '{"a": 1}\n'
