@@ -17,6 +17,7 @@ from torch import Tensor
 from spikerl.config.build import Config
 from spikerl.envs.make import make_env, task_of
 from spikerl.runs.checkpoint import save_checkpoint, verified
+from spikerl.training.state import load_checkpoint, shard_of
 from spikerl.training.trainer import Trainer
 
 
@@ -37,7 +38,7 @@ class Workers:
         facts["reset_seed_bits"] = first.seed_bits
         run_in_threads(
             [
-                partial(save_checkpoint, run, t.world, t.shard(), t.learner_state(), facts,
+                partial(save_checkpoint, run, t.world, shard_of(t), t.learner_state(), facts,
                         t.policy.files()) for t in self.trainers
             ]
         )  # fmt: skip
@@ -46,7 +47,7 @@ class Workers:
         found = verified(run, print)
         for trainer in self.trainers:
             trainer.replay.rows.fill_(float("nan"))
-            assert trainer.load(found) == []
+            assert load_checkpoint(trainer, found) == []
 
     def rows(self) -> Tensor:
         """The replays' rows in the order of steps, and of environments within one."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from spikerl.errors import DONE, BadRequest, nearest
 from spikerl.files import absolute, shown
+from spikerl.output import several
 from spikerl.reporting.records import Run, run_folders
 from spikerl.reporting.render import missing_extra
 from spikerl.reporting.side_by_side import SideBySide, render_runs
@@ -56,9 +57,8 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         written = render_runs(
             side_by_side, Path(request.out), left_out, request.hours, request.core_hours
         )
-        print(
-            f"{shown(absolute(request.out))}: {len(side_by_side.runs)} runs; {', '.join(written)}"
-        )
+        runs = several(len(side_by_side.runs), "run")
+        print(f"{shown(absolute(request.out))}: {runs}; {', '.join(written)}")
         for line in left_out:
             print(f"left out: {line}")
         if not request.watch or not side_by_side.going_on:

@@ -88,7 +88,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         print(f"note: {line}")
     if request.clean:
         gone = readable(sum(freed.values()))
-        print(f"freed {gone}: replay and checkpoints of {len(freed)} finished runs")
+        print(f"freed {gone}: replay and checkpoints of {several(len(freed), 'finished run')}")
     return DONE
 
 

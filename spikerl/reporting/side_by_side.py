@@ -11,6 +11,7 @@ from urllib.parse import quote
 from spikerl.energy import modelled
 from spikerl.errors import BadRequest
 from spikerl.files import write_text
+from spikerl.output import several
 from spikerl.reporting import curves, numbers, operations, page, statistics, tables
 from spikerl.reporting.notes import provenance
 from spikerl.reporting.page import Card, Picture
@@ -80,9 +81,9 @@ class SideBySide:
         for which in by_values:
             alike.setdefault(self._name(which), []).append(which)
         named: dict[str, list[Run]] = {}
-        for name, several in alike.items():
-            for which in several:
-                longer = ", ".join([name, *self._apart(which, several)])
+        for name, same in alike.items():
+            for which in same:
+                longer = ", ".join([name, *self._apart(which, same)])
                 unique = longer if longer not in named else f"{longer} ({len(named) + 1})"
                 named[unique] = by_values[which]
         return named
@@ -227,7 +228,7 @@ def write_all(
     if len(report.runs) > 1 and report.varied:
         sections.append(Section("Settings that differ", report.settings(names)))
     pictures, written = draw(report, folder)
-    title = f"{len(report.runs)} runs"
+    title = several(len(report.runs), "run")
     notes = [f"groups are set apart by {', '.join(report.group_by) or 'nothing'}"]
     notes += operations.notes(report.runs)
     if again := report.again:
@@ -279,7 +280,7 @@ def draw(report: SideBySide, folder: Path) -> tuple[list[Picture], list[str]]:
         written += keep(folder, name, title, figure, pictures, kinds=("svg",))
     for path in folder.glob("inside_*.svg"):  # of tasks that an earlier report had
         if path.name not in written:
-            path.unlink()
+            path.unlink(missing_ok=True)
     return pictures, written
 
 

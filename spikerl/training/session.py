@@ -38,6 +38,7 @@ from spikerl.signals import signal_name
 from spikerl.training.announcement import announce, nothing_learned
 from spikerl.training.epoch_row import Row
 from spikerl.training.exactness import computed_by, inexact_because
+from spikerl.training.state import load_checkpoint, shard_of
 from spikerl.training.trainer import Trainer
 
 FEW = 3  # warnings of one kind, at a time
@@ -184,7 +185,7 @@ class Session:
     def restore(self, checkpoint: Checkpoint) -> list[str]:
         """What begins anew; nothing in the folder has changed so far."""
         try:
-            return self.trainer.load(checkpoint)
+            return load_checkpoint(self.trainer, checkpoint)
         except (EnvironmentFailed, MemoryError):
             raise
         except Exception as error:  # a checkpoint of another run, or a forged one, raises any
@@ -273,7 +274,7 @@ class Session:
         learner = trainer.learner_state()
         policy = trainer.policy.files() if self.is_rank0 else {}
         policy |= {f"best/{name}": content for name, content in self.best.items()}
-        save_checkpoint(run, self.world, trainer.shard(), learner, facts, policy)
+        save_checkpoint(run, self.world, shard_of(trainer), learner, facts, policy)
         self.committed = trainer.step
         self.world.run_on_all(self.publish)  # as slow as a disk can be
 

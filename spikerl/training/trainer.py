@@ -1,4 +1,4 @@
-"""The training loop: act, store, update, evaluate. It writes no file, and reads a checkpoint alone.
+"""The training loop: act, store, update, evaluate. It touches no file.
 
 Shape legend   N environments, A action entries.
 """
@@ -6,9 +6,8 @@ Shape legend   N environments, A action entries.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -29,14 +28,12 @@ from spikerl.models.actor_config import CareBNConfig, PopSANConfig
 from spikerl.models.normalizer import RunningNorm
 from spikerl.models.policy import Policy
 from spikerl.models.spikeformer import Spikeformer
-from spikerl.runs.checkpoint import Checkpoint, Shard, check_fit
 from spikerl.seeding import RESET_BITS, Streams, reset_seed
 from spikerl.training.epoch_row import Row, WorkerEpoch, epoch_row
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.learner import batch_share, build_learner
 from spikerl.training.offline import store_dataset
-from spikerl.training.progress import Progress, progress_of, since
-from spikerl.training.resize import share_of
+from spikerl.training.progress import Progress, since
 from spikerl.types import Task
 
 # Up to so many environments a worker acts on the CPU, whatever device it learns on: an action there
@@ -341,82 +338,10 @@ class Trainer:
         norm = {f"norm.{name}": tensor for name, tensor in self.norm.state().items()}
         return {**self.algo.state(), **norm}
 
-    def shard(self) -> Shard:
-        """The part of a checkpoint that is this worker's own."""
-        envs = self.envs.state()
-        tensors = {f"stream.{name}": tensor for name, tensor in self.streams.state().items()}
-        tensors |= {f"envs.{name}": tensor for name, tensor in envs.items()}
-        tensors["norm.pending"] = torch.from_numpy(self.norm.pending_rows())
-        notes = {"progress": asdict(self.progress), "exact": bool(envs)}
-        return Shard(tensors, notes, self.replay)
-
-    def load(self, checkpoint: Checkpoint) -> list[str]:
-        """Go on from `checkpoint`; what begins anew, beside what other workers change.
-
-        With another number of workers than wrote it, each takes what is its environments', and the
-        random streams begin anew, as they do on another kind of device, whose generators have
-        another state. One that is none of this run raises almost anything.
-        """
-        anew: list[str] = []
-        saved = checkpoint.learner()
-        check_fit(saved, self.learner_state())
-        for name, tensor in self.algo.state().items():
-            tensor.copy_(saved[name])
-        self.algo.refresh()
-        self.norm.load(with_prefix("norm.", saved))
-        bits = checkpoint.manifest.get("reset_seed_bits", 63)  # as the run began
-        if bits not in (RESET_BITS, 63):
-            raise ValueError(f"its resets have seeds of {bits} bits")
-        self.seed_bits = self.evaluator.seed_bits = bits
-        rank, size = self.world.rank, self.world.size
-        if checkpoint.workers != size:
-            parts = [checkpoint.worker(old) for old in range(checkpoint.workers)]
-            tensors, notes = share_of(parts, rank, size, self.config.num_envs)
-            self.streams.restart(self.run.seed, rank, checkpoint.step)
-        else:
-            tensors, notes = checkpoint.worker(rank)
-            anew += self.load_streams(with_prefix("stream.", tensors), checkpoint.step)
-        self.progress = progress_of(notes["progress"], checkpoint.step)
-        self.algo.updates = self.progress.updates
-        self.algo.total_updates = self.updates_by(self.run.total_steps)
-        self.schedule(self.last_update())
-        if isinstance(self.algo.actor, Spikeformer) and self.algo.updates:
-            self.algo.actor.schedule((self.algo.updates - 1) / self.algo.total_updates)
-        pending = tensors["norm.pending"]
-        if (pending.dtype, pending.shape[1:]) != (torch.float64, (self.task.obs_dim,)):
-            raise ValueError(f"its norm.pending is {pending.dtype} {tuple(pending.shape)}")
-        self.norm.pending = [pending.numpy()]
-        checkpoint.fill_replay(rank, size, self.replay)
-        if notes["exact"]:
-            envs, own = with_prefix("envs.", tensors), self.envs.state()
-            games = [name for name in own if name.endswith(".game")]  # MinAtar's
-            check_fit(envs, own, texts=games)
-            self.envs.load(envs)
-        else:
-            self.reset_due = True
-            if not self.offline:  # which only evaluates in them
-                anew.append("environments of this kind, which go on from a reset")
-        return anew
-
-    def load_streams(self, streams: Mapping[str, Tensor], step: int) -> list[str]:
-        """What of the random streams begins anew."""
-        own = self.streams.state()
-        if own.keys() == streams.keys() and any(len(own[k]) != len(streams[k]) for k in own):
-            self.streams.restart(self.run.seed, self.world.rank, step)
-            return ["random streams, which are others on this kind of device"]
-        check_fit(streams, own)
-        self.streams.load(streams)
-        return []
-
     def close(self) -> None:
         with ExitStack() as stack:  # each, whatever becomes of the other
             stack.callback(self.evaluator.close)
             stack.callback(self.envs.close)
-
-
-def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, by the rest of their names."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def crossed(before: int, now: int, interval: int) -> bool:

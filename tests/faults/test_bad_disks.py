@@ -28,6 +28,7 @@ from spikerl.files import Journal
 from spikerl.runs import folder as run_folder
 from spikerl.runs.checkpoint import save_checkpoint, verified
 from spikerl.training.session import Session
+from spikerl.training.state import shard_of
 from spikerl.training.trainer import Trainer
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
@@ -126,7 +127,7 @@ def test_a_full_disk_is_freed(whole: Undisturbed, small_disk: Path) -> None:
     (run / ".lock").unlink()
     fill(small_disk)
     said = spikerl("runs", f"path={small_disk}", "clean=true")
-    assert "replay and checkpoints of 1 finished runs\n" in said.out
+    assert "replay and checkpoints of 1 finished run\n" in said.out
     assert "keeps its replay" not in said.out
     assert not (run / "checkpoints").exists()
     assert whole.equals(run)
@@ -274,9 +275,9 @@ def disk_of_one_refuses_or_is_slow(world: World, run: str) -> None:
         for first in (0, 4) if step == 80 else ():
             act = Failing(errno.EIO, first) if world.rank == 1 else Failing(0, 10**9)
             with before_each_call(act), pytest.raises(DiskError, match=r"^worker 1: Input/output"):
-                save_checkpoint(Path(run), world, trainer.shard(), *parts)
+                save_checkpoint(Path(run), world, shard_of(trainer), *parts)
             assert verified(Path(run), print).step == 40
-        save_checkpoint(Path(run), world, trainer.shard(), *parts)
+        save_checkpoint(Path(run), world, shard_of(trainer), *parts)
         assert verified(Path(run), print).step == step
     trainer.close()
 

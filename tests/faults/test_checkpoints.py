@@ -20,6 +20,7 @@ from spikerl.files import make_folder
 from spikerl.runs import checkpoint
 from spikerl.runs.checkpoint import KEEP, remove_newer, save_checkpoint, verified
 from spikerl.runs.policies import find_policy
+from spikerl.training.state import load_checkpoint, shard_of
 from spikerl.training.trainer import Trainer
 
 CAPACITY = 70  # each checkpoint adds 50 rows: the ring wraps around in every second one
@@ -41,14 +42,14 @@ def save(trainer: Trainer, run: Path, **facts: int) -> None:
 def save_into(trainer: Trainer, run: Path, **facts: int) -> None:
     facts |= {"step": trainer.step, "epoch": trainer.progress.epoch, "world_size": 1}
     learner = trainer.learner_state()
-    save_checkpoint(run, ALONE, trainer.shard(), learner, facts, trainer.policy.files())
+    save_checkpoint(run, ALONE, shard_of(trainer), learner, facts, trainer.policy.files())
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """All that training goes on from; the replay by row number."""
     replay = trainer.replay
     held = replay.between(replay.added - replay.size, replay.added)
-    shard = trainer.shard().tensors
+    shard = shard_of(trainer).tensors
     return {k: t.clone() for k, t in {**trainer.learner_state(), **shard, "rows": held}.items()}
 
 
@@ -85,7 +86,7 @@ class Saved:
         found = verified(run, reports.append)
         assert found.step in steps, reports
         self.other.replay.rows.fill_(float("nan"))
-        assert self.other.load(found) == []
+        assert load_checkpoint(self.other, found) == []
         assert_same(self.other, self.states[found.step])
         return found.step
 
@@ -150,7 +151,7 @@ def test_killed_before_any_call(saved: Saved, tmp_path: Path) -> None:
     for place in left[:: len(left) // 8]:  # such a run goes on, and nothing piles up
         found = verified(place, print)
         remove_newer(found)
-        saved.other.load(found)
+        load_checkpoint(saved.other, found)
         if found.step == saved.last:
             next(saved.other.epochs())
             assert_same(saved.other, saved.states[saved.trainer.step])
@@ -240,7 +241,7 @@ def test_a_ring_that_turned_over_between_checkpoints(saved: Saved, tmp_path: Pat
             next(epochs)
         save(trainer, tmp_path)
         found = verified(tmp_path, print)
-        saved.other.load(found)
+        load_checkpoint(saved.other, found)
         assert_same(saved.other, state_of(trainer))
     assert trainer.replay.added == 7 * EPOCH > 4 * CAPACITY
     trainer.close()

@@ -398,7 +398,7 @@ def test_more_steps_are_refused_only_where_they_are_typed(
     assert command.main(request, []) == 0
     said = capsys.readouterr()
     assert said.err.startswith(f"{folder} was done at 40 steps, not 50")
-    assert "small: 1 runs, 1 done, 0 begun" in said.out
+    assert "small: 1 run, 1 done, 0 begun" in said.out
     error = refusal(command.main, {**request, "total_steps": 60}, [])
     assert str(error).startswith(f"total_steps=60: {folder} was done at 40 steps, not 60")
 

@@ -37,6 +37,7 @@ from spikerl.envs.make import make_env, task_of
 from spikerl.runs.checkpoint import Shard, save_checkpoint, verified
 from spikerl.snn.encoders import EncoderConfig, PopulationConfig
 from spikerl.training.evaluator import Evaluation, Evaluator
+from spikerl.training.state import load_checkpoint, shard_of
 from spikerl.training.trainer import Trainer
 
 HOPPER = EnvConfig(
@@ -65,7 +66,7 @@ def new_trainer(training: Config) -> Trainer:
 
 
 def state(trainer: Trainer) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Tensor]]:
-    shard: Shard = trainer.shard()
+    shard: Shard = shard_of(trainer)
     assert shard.notes["exact"]
     held = trainer.replay.between(trainer.replay.added - trainer.replay.size, trainer.replay.added)
     return copy.deepcopy((trainer.learner_state(), held, shard.tensors))
@@ -193,11 +194,11 @@ def test_each_rule_repeats_itself_and_resumes(rule: str, tmp_path: Path) -> None
         part = finish(first, upto=2)
         facts = {"step": first.step, "world_size": 1, "reset_seed_bits": first.seed_bits}
         save_checkpoint(
-            tmp_path, ALONE, first.shard(), first.learner_state(), facts, first.policy.files()
+            tmp_path, ALONE, shard_of(first), first.learner_state(), facts, first.policy.files()
         )
     disturb()
     with closing(new_trainer(training)) as second:
-        assert second.load(verified(tmp_path, lambda damage: None)) == []
+        assert load_checkpoint(second, verified(tmp_path, lambda damage: None)) == []
         rest = finish(second)
     check_same_training(whole, rest)
     assert whole.rows == part.rows + rest.rows
@@ -303,7 +304,7 @@ def test_saving_and_showing_in_between_changes_no_bit() -> None:
     training = short(total_steps=100, encoder=POISSON)
 
     def look(trainer: Trainer) -> None:
-        trainer.shard()
+        shard_of(trainer)
         trainer.learner_state()
         trainer.policy(np.zeros(4))
 

@@ -79,4 +79,4 @@ def test_a_short_run_that_fails() -> None:
     request = ["table=popsan_table1", "rows=popsan_td3", "columns=Hopper", "seeds=1"]
     said = spikerl("reproduce", *request, "total_steps=1000", "plan=true")
     assert said.status == 0
-    assert "1 runs, unknown, from other rows: a short run failed" in said.out
+    assert "1 run, unknown, from other rows: a short run failed" in said.out

@@ -51,7 +51,7 @@ def test_a_plan_says_what_conversions_lack(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     said = spikerl(*TABLE, "rows=convert_5_hard", "columns=Ant", "seeds=[0]", "plan=true")
     dense = "outputs/reproduced/popsan_table1/dense_td3/Ant/seed0"
-    line = f"  convert_5_hard: 1 runs, 0 s, of which 1 lack what they convert: {dense}"
+    line = f"  convert_5_hard: 1 run, 0 s, of which 1 without what is converted: {dense}"
     assert said.out.splitlines()[1] == line
 
 

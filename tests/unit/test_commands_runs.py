@@ -203,7 +203,7 @@ def test_cleaning() -> None:
     assert said.status == 0
     gone = 3000 + len('{"schema": 3}')
     assert said.out.splitlines()[-1] == (
-        f"freed {gone / 1000:.3g} kB: replay and checkpoints of 1 finished runs"
+        f"freed {gone / 1000:.3g} kB: replay and checkpoints of 1 finished run"
     )
     after = tree(Path("outputs"))
     removed = {name for name in before if name not in after}

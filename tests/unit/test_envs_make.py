@@ -20,6 +20,7 @@ from spikerl.envs.config import EnvConfig
 from spikerl.envs.make import DEFAULT_EPISODE_STEPS, make_env, task_of
 from spikerl.errors import BadRequest, EnvironmentFailed, NonFinite
 from spikerl.training.evaluator import Evaluator
+from spikerl.training.state import shard_of
 from spikerl.training.trainer import Trainer
 
 AT = 23
@@ -215,7 +216,7 @@ def test_a_process_that_is_gone_when_a_checkpoint_is_due(
         if signal_ == signal.SIGKILL:
             processes[0].join(10)
         with pytest.raises(EnvironmentFailed, match=f"^step 3: Counter-v0 {said}"):
-            trainer.shard()
+            shard_of(trainer)
     assert not any(process.is_alive() for process in processes)
 
 

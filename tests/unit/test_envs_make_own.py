@@ -27,6 +27,7 @@ from spikerl.envs.vector import make_envs
 from spikerl.errors import BadRequest, EnvironmentFailed, Interrupted
 from spikerl.runs.policies import load_policy
 from spikerl.training.evaluator import Evaluator
+from spikerl.training.state import shard_of
 from spikerl.training.trainer import Trainer
 from spikerl.types import Task
 
@@ -397,4 +398,4 @@ def test_it_finds_itself_in_its_folder_and_we_in_ours(tmp_path: Path) -> None:
 def test_a_generator_of_the_older_kind_does_not_hinder_a_commit() -> None:
     with trainer_of(own("OldGenerator")) as trainer:
         trainer.advance()
-        assert trainer.shard().notes["exact"] is False
+        assert shard_of(trainer).notes["exact"] is False

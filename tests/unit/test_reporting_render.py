@@ -413,7 +413,7 @@ def test_watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", go_on)
     said = spikerl("report", "runs=a", "watch=true")
     assert said.status == 0
-    assert said.out.count("1 runs; ") == 2
+    assert said.out.count("1 run; ") == 2
     assert looks == [report.WATCH_S] * 2
 
 

@@ -18,6 +18,7 @@ from spikerl.envs.make import make_env, task_of
 from spikerl.files import checksum
 from spikerl.runs import checkpoint
 from spikerl.runs.checkpoint import check_fit, remove_unreferenced
+from spikerl.training.state import load_checkpoint, shard_of
 from spikerl.training.trainer import Trainer
 from spikerl.types import Row
 
@@ -58,12 +59,12 @@ def test_replay_rows_that_no_segment_holds(tmp_path: Path) -> None:
             trainer.advance()
         facts = {"step": trainer.step, "epoch": 0, "world_size": 1}
         state, files = trainer.learner_state(), trainer.policy.files()
-        save_checkpoint(tmp_path, ALONE, trainer.shard(), state, facts, files)
+        save_checkpoint(tmp_path, ALONE, shard_of(trainer), state, facts, files)
         found = verified(tmp_path, print)
-        trainer.load(found)
+        load_checkpoint(trainer, found)
         found.manifest["segments"].clear()
         with pytest.raises(ValueError, match="its replay lacks rows"):
-            trainer.load(found)
+            load_checkpoint(trainer, found)
 
 
 def test_a_second_one_of_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

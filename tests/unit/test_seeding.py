@@ -16,6 +16,7 @@ from transitions_env import CounterEnv, registered
 from spikerl.envs.make import make_env, task_of
 from spikerl.runs.checkpoint import Checkpoint, save_checkpoint
 from spikerl.seeding import reset_seed, seed_for
+from spikerl.training.state import load_checkpoint, shard_of
 from spikerl.training.trainer import Trainer
 
 
@@ -67,13 +68,13 @@ def test_a_run_goes_on_with_the_seeds_that_it_began_with(
         facts["reset_seed_bits"] = bits
     with closing(trainer_of()) as trainer:
         save_checkpoint(
-            tmp_path, trainer.world, trainer.shard(), trainer.learner_state(), facts, {}
+            tmp_path, trainer.world, shard_of(trainer), trainer.learner_state(), facts, {}
         )
     with closing(trainer_of()) as resumed:
         seeds: list[int] = []
         monkeypatch.setattr(resumed.envs, "reset", seeds.extend)
         name = next((tmp_path / "checkpoints").glob("step_*")).name
-        resumed.load(Checkpoint.open(tmp_path, name))
+        load_checkpoint(resumed, Checkpoint.open(tmp_path, name))
         resumed.reset_if_due()
         resumed.reset_if_due()  # once
         assert seeds == [seed_for(0, "env", 0, 0) % 2 ** (bits or 63)]
@@ -86,12 +87,12 @@ def test_on_another_kind_of_device_the_streams_begin_anew(tmp_path: Path) -> Non
     facts["reset_seed_bits"] = 31
     with closing(trainer_of()) as trainer:
         other = {"stream.update": torch.zeros(16, dtype=torch.uint8)}
-        shard = trainer.shard()
+        shard = shard_of(trainer)
         shard = replace(shard, tensors={**shard.tensors, **other})
         save_checkpoint(tmp_path, trainer.world, shard, trainer.learner_state(), facts, {})
     with closing(trainer_of()) as resumed:
         name = next((tmp_path / "checkpoints").glob("step_*")).name
-        anew = resumed.load(Checkpoint.open(tmp_path, name))
+        anew = load_checkpoint(resumed, Checkpoint.open(tmp_path, name))
         assert "random streams, which are others on this kind of device" in anew
         for stream in ("explore", "sample", "update"):
             wanted = torch.Generator().manual_seed(seed_for(0, stream, 0, 0)).get_state()
@@ -112,10 +113,10 @@ def test_a_checkpoint_that_no_run_wrote(
     facts = {"step": 0, "epoch": 0, "world_size": 1, "wall_s": 0.0, "metrics_bytes": 0}
     facts["reset_seed_bits"] = bits
     with closing(trainer_of()) as trainer:
-        shard = trainer.shard()
+        shard = shard_of(trainer)
         shard = replace(shard, tensors={**shard.tensors, "norm.pending": pending})
         save_checkpoint(tmp_path, trainer.world, shard, trainer.learner_state(), facts, {})
     with closing(trainer_of()) as resumed:
         name = next((tmp_path / "checkpoints").glob("step_*")).name
         with pytest.raises(ValueError, match=line):
-            resumed.load(Checkpoint.open(tmp_path, name))
+            load_checkpoint(resumed, Checkpoint.open(tmp_path, name))

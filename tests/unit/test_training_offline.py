@@ -40,6 +40,7 @@ from spikerl.models.normalizer import RunningNorm, moments_of
 from spikerl.models.policy import Policy
 from spikerl.runs.checkpoint import save_checkpoint, verified
 from spikerl.training.offline import store_dataset
+from spikerl.training.state import load_checkpoint, shard_of
 from spikerl.training.trainer import Trainer
 
 LENGTHS = (5, 3, 6)
@@ -240,7 +241,7 @@ def test_a_resized_run_learns_until_its_end(dataset: Dataset, tmp_path: Path) ->
         save(tmp_path, [one])
     with workers(config, 2, None) as both:
         for trainer in both:
-            assert trainer.load(verified(tmp_path, print)) == []
+            assert load_checkpoint(trainer, verified(tmp_path, print)) == []
             assert trainer.algo.total_updates == 65
 
 
@@ -267,7 +268,7 @@ def test_another_number_of_workers_takes_the_same_sequences(
         held = [rewards(one) for one in both]
         save(tmp_path, both)
     with workers(sequences(4), 1, None) as (one,):
-        assert one.load(verified(tmp_path, print)) == []
+        assert load_checkpoint(one, verified(tmp_path, print)) == []
         rows = [held[k % 4 // 2][k // 4 * 2 + k % 2] for k in range(12)]
         assert rewards(one) == rows
         conditioning = one.policy.config.conditioning
@@ -279,7 +280,7 @@ def save(run: Path, trainers: list[Trainer]) -> None:
     facts = {"step": trainers[0].step, "world_size": len(trainers), "reset_seed_bits": 31}
     calls: list[Callable[[], None]] = [
         partial(
-            save_checkpoint, run, t.world, t.shard(), t.learner_state(), facts, t.policy.files()
+            save_checkpoint, run, t.world, shard_of(t), t.learner_state(), facts, t.policy.files()
         )
         for t in trainers
     ]
@@ -291,7 +292,7 @@ def test_another_number_of_workers_takes_the_same_rows(dataset: Dataset, tmp_pat
         save(tmp_path, [one])
     with workers(training(num_envs=4), 2, None) as both:
         for trainer in both:
-            assert trainer.load(verified(tmp_path, print)) == []
+            assert load_checkpoint(trainer, verified(tmp_path, print)) == []
         assert rewards(both[0]) == [0.0, 1.0, 4.0, 1000.0, 2000.0, 2001.0]
         assert rewards(both[1]) == [2.0, 3.0, 1001.0, 1002.0, 2002.0, 2003.0]
 
@@ -321,7 +322,7 @@ def test_resumed_it_is_the_uninterrupted_run(
         save(tmp_path, [first])
     torch.rand(3)
     with closing(Trainer(config, task)) as second:
-        assert second.load(verified(tmp_path, print)) == []
+        assert load_checkpoint(second, verified(tmp_path, print)) == []
         rest = list(second.epochs())
     assert second.world is ALONE
     mine, theirs = second.learner_state(), whole.learner_state()
@@ -345,7 +346,7 @@ def test_a_slope_that_moves_is_evaluated_where_it_was(dataset: Dataset, tmp_path
         save(tmp_path, [first])
         row = next(first.epochs())
     with closing(Trainer(config, task)) as second:
-        assert second.load(verified(tmp_path, print)) == []
+        assert load_checkpoint(second, verified(tmp_path, print)) == []
         assert next(second.epochs())["window_fraction"] == row["window_fraction"]
 
 

@@ -33,6 +33,7 @@ from spikerl.training import evaluator
 from spikerl.training.epoch_row import Row
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.learner import batch_share
+from spikerl.training.state import shard_of
 from spikerl.training.trainer import Trainer
 
 W, N = 3, 6
@@ -246,7 +247,7 @@ def test_a_checkpoint_gives_each_worker_back_what_is_its_own(tmp_path: Path) -> 
         rows = [t.replay.rows[: t.replay.size] for t in new.trainers]
         assert apart(rows)
         for ours, theirs in zip(new.trainers, old.trainers, strict=True):
-            mine, written = ours.shard(), theirs.shard()
+            mine, written = shard_of(ours), shard_of(theirs)
             assert json.dumps(mine.notes) == json.dumps(written.notes)
             assert mine.tensors.keys() == written.tensors.keys()
             for name, tensor in written.tensors.items():

@@ -19,7 +19,7 @@ from spikerl.config.yaml_file import group_options
 from spikerl.errors import DONE, FAILED, BadRequest, Stopped, stop_status
 from spikerl.files import shown
 from spikerl.machine import cores
-from spikerl.output import duration
+from spikerl.output import duration, several
 from spikerl.reporting.cell_config import config_of
 from spikerl.reporting.render import missing_extra, render_table
 from spikerl.reporting.results import seeds_of
@@ -153,7 +153,8 @@ def tell_plan(
     todo = {cell: state for cell, state in states.items() if state.word != "done"}
     left = sum(s.total_steps - s.step for c, s in todo.items() if c.command == "train")
     begun = sum(state.step > 0 for state in todo.values())
-    print(f"{table.name}: {len(states)} runs, {len(states) - len(todo)} done, {begun} begun")
+    runs = several(len(states), "run")
+    print(f"{table.name}: {runs}, {len(states) - len(todo)} done, {begun} begun")
     measured: dict[str, float] = {}
     for row in table.rows:
         own = [cell for cell in todo if cell.row == row]
@@ -163,7 +164,7 @@ def tell_plan(
         coming = {cell.folder for cell in states}
         lacking = [c for c in own if not ready(c, total_steps) and c.source not in coming]
         if lacking:
-            note = f", of which {len(lacking)} lack what they convert: {lacking[0].source}"
+            note = f", of which {len(lacking)} without what is converted: {lacking[0].source}"
         if own[0].command == "train" and not any(c.row == row and states[c].wall_s for c in states):
             print(f"  {row}: a short run on {own[0].column} ...", file=sys.stderr)
             if speed := measured_seconds_per_step(own[0], plugins):
@@ -173,9 +174,9 @@ def tell_plan(
                 note = ", from other rows: a short run failed"
         each = [cell_left_s(states, cell, measured) for cell in own]
         whole = None if None in each else sum(seconds or 0.0 for seconds in each)
-        print(f"  {row}: {len(own)} runs, {duration(whole)}{note}", flush=True)
+        print(f"  {row}: {several(len(own), 'run')}, {duration(whole)}{note}", flush=True)
     whole = left_s(states, jobs, measured)
-    print(f"{left} steps to go, {jobs} runs side by side: {duration(whole)}")
+    print(f"{left} steps to go, {several(jobs, 'run')} side by side: {duration(whole)}")
 
 
 def tell_rest(states: Mapping[Cell, State]) -> None:
