@@ -17,11 +17,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spikerl import output
 from spikerl.children import safe_path
-from spikerl.cli.compose import deferred, module_of, split
+from spikerl.cli.compose import deferred, module_of
 from spikerl.cli.explain import beside, explain, say, wrong
 from spikerl.cli.help import with_meanings
 from spikerl.cli.jobs import refusals
 from spikerl.cli.sweep import Sweep
+from spikerl.cli.words import split
 from spikerl.config.typed import PATHS
 from spikerl.config.yaml_file import conf_folder, quoted, searchpath
 from spikerl.errors import (

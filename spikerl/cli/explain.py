@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from omegaconf import ListConfig, OmegaConf
 
-from spikerl.cli.compose import default_config, known_keys, split, unquoted
 from spikerl.cli.help import comments
+from spikerl.cli.keys import default_config, known_keys
+from spikerl.cli.words import split, unquoted
 from spikerl.config.typed import PATHS, readable
 from spikerl.config.yaml_file import NAME, conf_folder, group_options, option_file
 from spikerl.errors import WRONG, BadRequest, nearest

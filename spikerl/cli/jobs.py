@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spikerl.cli.compose import split, unquoted
+from spikerl.cli.words import split, unquoted
 from spikerl.config.typed import PATHS
 from spikerl.config.yaml_file import conf_folder, group_options, searchpath
 from spikerl.errors import BadRequest

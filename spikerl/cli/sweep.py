@@ -20,11 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from spikerl.children import SAFE, safe_path
-from spikerl.cli.compose import RESUMABLE, chosen, unquoted
+from spikerl.cli.done import done, made_with
 from spikerl.cli.jobs import (
     alone,
     check_distinct,
@@ -34,7 +33,7 @@ from spikerl.cli.jobs import (
     folder_name,
     varied_keys,
 )
-from spikerl.config.yaml_file import NOT_CARRIED, read_config
+from spikerl.cli.words import unquoted
 from spikerl.distributed import hosts, launchers
 from spikerl.errors import (
     BY_DESIGN,
@@ -53,14 +52,9 @@ from spikerl.files import absolute, hold, lock_file, read_json, shown
 from spikerl.output import duration, results
 from spikerl.runs.differences import differences
 from spikerl.runs.rows import MAX_BYTES
-from spikerl.schema import dotted
 
 STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 KEEPS_FOLDERS = ("train", "import", "reproduce")  # their sweeps have one, too
-# What an import takes from its file.
-SETTLED = (
-    "actor", "encoder.pop_size", "decoder.pop_size", "algo.norm_clip", "algo.norm_interval",
-)  # fmt: skip
 
 
 class Sweep:
@@ -172,7 +166,7 @@ class Sweep:
         try:
             if stopped and not hosts.submitted():
                 outcome |= {"status": stopped[0], "error": "not started: the sweep was stopped"}
-            elif (folder / "manifest.json").exists() and self.done(config, folder):
+            elif (folder / "manifest.json").exists() and done(self.command, config, folder):
                 outcome |= {"status": DONE, "note": "done already"}
             else:
                 with safe_path(self.safe), results() as own:
@@ -199,18 +193,6 @@ class Sweep:
             sys.exit(PREEMPTED)  # it is this job that goes on later, and notes how it ended
         self.note(outcome)
         return result(outcome)["return"] if outcome["status"] == DONE else None
-
-    def done(self, config: Any, folder: Path) -> bool:
-        """Whether an earlier sweep has done this job; a training that only began is resumed."""
-        try:
-            manifest = dict(read_json(folder / "manifest.json", MAX_BYTES))
-            ended = manifest["status"] == "done"
-        except (OSError, ValueError, TypeError, KeyError):
-            remedy = "has no readable manifest.json; remove the folder, and the job begins anew"
-            raise BadRequest("run_dir", folder, remedy) from None
-        if self.command == "import":
-            check_imported(config, folder, manifest.get("imported_from"))
-        return trained(config, folder, ended) if self.command == "train" else ended
 
     def note(self, outcome: dict[str, Any]) -> None:
         if not launchers.is_first():
@@ -386,54 +368,3 @@ def over_seeds(jobs: Sequence[dict[str, Any]], measure: str) -> list[str]:
         for name, returns in groups.items()
         if len(returns) > 1
     ]
-
-
-def made_with(folder: Path) -> str | None:
-    """The command that made this run or dataset, as it says; None where it says none."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        return str(read_json(folder / "manifest.json", MAX_BYTES)["command"])
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        return str(read_json(folder / "data/metadata.json", MAX_BYTES)["recipe"]["command"])
-    return None
-
-
-def trained(config: Any, folder: Path, ended: bool) -> bool:
-    """Whether the run has gone as far as `config` asks; if not, have `config` resume it."""
-    free = {*RESUMABLE, *NOT_CARRIED} - {"kernel", "kernel.path", "energy", "energy.file"}
-    asked, had = check_same(config, folder, free)
-    if ended and had["total_steps"] >= asked["total_steps"]:
-        return True
-    config.resume, config.run_dir = str(folder), None
-    here = [key for key in ("device", "threads") if asked[key] not in (None, had[key])]
-    typed = [f"{key}=" for key in here]
-    if asked["world_size"] is not None:
-        typed.append(f"world_size={asked['world_size']}")
-    for override in chosen(folder, typed):
-        key, _, value = override.partition("=")
-        plain = None if value == "null" else int(value) if value.isdecimal() else value
-        OmegaConf.update(config, "kernel.name" if key == "kernel" else key, plain)
-    return False
-
-
-def check_imported(config: Any, folder: Path, sources: list[str] | None) -> None:
-    """Refuse a policy that came from other files, or with other settings, than `config` has."""
-    keys = ("popsan", "dense", "stats")
-    given = {key: config[key] for key in keys if config[key] not in (None, "none")}
-    files = {key: shown(absolute(str(file))) for key, file in given.items()}  # as recorded
-    if list(files.values()) != sources:
-        key = next((key for key, file in files.items() if file not in (sources or ())), "stats")
-        made = f"{folder} was imported from {', '.join(sources or ['nothing'])}"
-        raise BadRequest(key, config[key], f"{made}; give another run_dir")
-    check_same(config, folder, {*RESUMABLE, *NOT_CARRIED, *SETTLED, *keys})
-
-
-def check_same(config: Any, folder: Path, free: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings asked for and those of the run in `folder`, which differ in `free` keys only."""
-    asked = dict(dotted(OmegaConf.to_container(config, resolve=True)))
-    had = dict(dotted(read_config(folder / "config.yaml")))
-    for key in [*asked, *had]:
-        within = [key == other or key.startswith(f"{other}.") for other in free]
-        if not any(within) and asked.get(key) != had.get(key):
-            remedy = f"{folder} was made with {had.get(key)}; give another run_dir"
-            raise BadRequest(key, asked.get(key), remedy)
-    return asked, had

@@ -10,7 +10,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from shell import refusal, spikerl
 
-from spikerl.cli.compose import deferred, expand, known_keys, split, unquoted
+from spikerl.cli.compose import deferred, expand
+from spikerl.cli.keys import known_keys
+from spikerl.cli.words import split, unquoted
 from spikerl.config.yaml_file import conf_folder, group_options, quoted
 from spikerl.kernels import build
 

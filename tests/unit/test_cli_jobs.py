@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 from shell import SHORT, refusal, spikerl, tree
 
+from spikerl.cli import done
 from spikerl.cli import sweep as sweeps
 from spikerl.cli.compose import expand
 from spikerl.cli.jobs import LONGEST_NAME, choices, combinations, count, folder_name
@@ -242,5 +243,5 @@ def test_a_job_goes_on_with_the_threads_that_are_typed(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(json.dumps(had))
     for typed, left in ((None, 3), (2, 2)):
         config = OmegaConf.create({**had, "threads": typed})
-        assert not sweeps.trained(config, tmp_path, ended=False)
+        assert not done.trained(config, tmp_path, ended=False)
         assert (config.threads, config.num_envs, config.resume) == (left, 1, str(tmp_path))

@@ -16,7 +16,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from spikerl.algos import ALGOS
-from spikerl.cli.compose import commands, expand, split
+from spikerl.cli.compose import commands, expand
+from spikerl.cli.words import split
 from spikerl.config.run import RunConfig
 from spikerl.config.yaml_file import conf_folder
 from spikerl.distributed.world import BACKENDS
