@@ -10,6 +10,7 @@ from spikerl.kernels.nets import SpikingNet
 from spikerl.snn.decoders import RateDecoder
 from spikerl.snn.encoders import (
     AnalogEncoder,
+    Encoder,
     PoissonEncoder,
     PopulationEncoder,
     TanhPopulationEncoder,
@@ -53,16 +54,16 @@ def why_no_matrix(layers: Iterable[Linear]) -> str | None:
     return None if plain else "convolutions, which run in PyTorch"
 
 
-def events(net: SpikingNet, i: int) -> bool:
-    """Whether kernel=cpu forms layer i's products from lists of its inputs' spikes, where it runs
+def events(layer: Linear, source: Encoder | Neuron, steps: int, dtype: torch.dtype) -> bool:
+    """Whether kernel=cpu forms a layer's products from lists of its inputs' spikes, where it runs
     layer by layer: those of a neuron or encoder of which it is known that they are 0 or 1.
     """
-    if i > 0:
-        spikes = why_no_scan(net.neurons[i - 1]) is None
+    if isinstance(source, Neuron):
+        spikes = why_no_scan(source) is None
     else:
-        spikes = type(net.encoder) in COVERED_ENCODERS and net.encoder.spikes
-    plain = net.dtype == torch.float32 and why_no_matrix([net.layers[i]]) is None
-    few = net.spike_steps <= MAX_STEPS and len(net.layers[i].weight_IN) <= MAX_INPUTS
+        spikes = type(source) in COVERED_ENCODERS and source.spikes
+    plain = dtype == torch.float32 and why_no_matrix([layer]) is None
+    few = steps <= MAX_STEPS and len(layer.weight_IN) <= MAX_INPUTS
     return spikes and plain and few
 
 

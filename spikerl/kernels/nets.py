@@ -12,7 +12,7 @@ from spikerl.snn.batchnorm import CaReBN, Rows
 from spikerl.snn.decoders import Decoder, ILCDecoder
 from spikerl.snn.early_exit import EarlyExit
 from spikerl.snn.encoders import Encoder
-from spikerl.snn.linear import Linears, ListOf
+from spikerl.snn.linear import Linear, Linears, ListOf
 from spikerl.snn.neurons import Neuron
 
 
@@ -52,7 +52,8 @@ class Parts(NamedTuple):
 
     # The first layer's drive by observations, (T, B, N), or (1, B, N) where all steps get the same.
     first: Callable[[SpikingNet, Tensor, torch.Generator | None], Tensor]
-    drive: Callable[[SpikingNet, int, Tensor], Tensor]  # the same of layer i by spikes
+    # The same of any other layer by a neuron's spikes (T, B, I), in a product of that type.
+    drive: Callable[[Linear, Neuron, Tensor, torch.dtype], Tensor]
     scan: Callable[[Neuron, Tensor], Tensor]  # spikes (T, B, N) of a layer from its drive
     # The same of neurons that the decoder connects.
     connected_scan: Callable[[Neuron, Tensor, ILCDecoder], Tensor]

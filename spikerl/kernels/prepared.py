@@ -14,7 +14,13 @@ from spikerl.kernels.build import Critic, Net, Neurons, Pointer
 from spikerl.kernels.coverage import EQUATIONS, events, why_layered, why_no_matrix
 from spikerl.kernels.nets import DenseNet, SpikingNet, ValueNet
 from spikerl.snn.decoders import RateDecoder
-from spikerl.snn.encoders import AnalogEncoder, PopulationEncoder, TanhPopulationEncoder
+from spikerl.snn.encoders import (
+    AnalogEncoder,
+    Encoder,
+    PopulationEncoder,
+    TanhPopulationEncoder,
+)
+from spikerl.snn.linear import Linear
 from spikerl.snn.neurons import PLIF, Neuron
 from spikerl.snn.surrogates import SURROGATES
 
@@ -63,28 +69,26 @@ class PreparedActor:
 
 
 class PreparedLayer:
-    """Layer `i` alone, with the encoder where it is the first."""
+    """One layer, with the encoder where `source`, which its inputs' spikes come from, is one."""
 
-    def __init__(self, net: SpikingNet, i: int) -> None:
-        layer, encoder = net.layers[i], net.encoder
-        self.params = [layer.weight_IN, layer.bias_N]
-        fields = [encoder.mean_OP, encoder.std_OP] if isinstance(encoder, PopulationEncoder) else []
-        read = [*(fields if i == 0 else []), *self.params]
-        self.fused = events(net, i) and all(map(plain, read))
+    def __init__(
+        self, layer: Linear, source: Encoder | Neuron, steps: int, dtype: torch.dtype
+    ) -> None:
+        fields = [source.mean_OP, source.std_OP] if isinstance(source, PopulationEncoder) else []
+        self.params = [*fields, layer.weight_IN, layer.bias_N]
+        self.fused = events(layer, source, steps, dtype) and all(map(plain, self.params))
         if not self.fused:
             return
         self.widths = np.array(layer.weight_IN.shape, np.int32)
-        self.weights, self.biases = (pointers([p.data_ptr()]) for p in self.params)
+        self.weights, self.biases = (pointers([p.data_ptr()]) for p in self.params[-2:])
         self.net = Net(
-            spike_steps=net.spike_steps, layers=1, widths=self.widths.ctypes.data,
+            spike_steps=steps, layers=1, widths=self.widths.ctypes.data,
             weights=ctypes.addressof(self.weights), biases=ctypes.addressof(self.biases),
         )  # fmt: skip
-        if i == 0:
-            assert isinstance(encoder, PopulationEncoder)
-            self.params = read
-            self.net.obs_dim, self.net.pop_size = encoder.mean_OP.shape
+        if isinstance(source, PopulationEncoder):
+            self.net.obs_dim, self.net.pop_size = source.mean_OP.shape
             self.net.mean, self.net.std = addresses(fields)
-            self.net.encoder_threshold = encoder.config.threshold
+            self.net.encoder_threshold = source.config.threshold
 
 
 class PreparedCritic:

@@ -20,7 +20,7 @@ from spikerl.kernels.nets import DenseNet, Parts, SpikingNet, ValueNet
 from spikerl.snn.batchnorm import BATCH, ROWS, RUNNING, Rows
 from spikerl.snn.decoders import ILCDecoder
 from spikerl.snn.early_exit import EarlyExit
-from spikerl.snn.linear import product
+from spikerl.snn.linear import Linear, product
 from spikerl.snn.neurons import Neuron, ResidualIF, State
 from spikerl.types import Batch
 
@@ -47,7 +47,7 @@ def early_actions(
     """Actions (B, A), spike step by spike step up to the last at which one is undecided."""
     x_TBK = net.encoder(obs_BO, net.spike_steps, generator)
     constant = len(x_TBK) == 1
-    first_TBN = normed(net, 0, drive(net, 0, x_TBK[:1]))
+    first_TBN = normed(net, 0, _drive(net, 0, x_TBK[:1]))
     states: list[State | None] = [None] * len(net.neurons)
     spikes_TBN: list[Tensor] = []
     act_TBA: list[Tensor] = []
@@ -57,7 +57,9 @@ def early_actions(
         x_BI = x_TBK[0 if constant else t]
         for i, neuron in enumerate(net.neurons):
             known = i == 0 and (constant or t == 0)
-            drive_BN = (first_TBN if known else normed(net, i, drive(net, i, x_BI.unsqueeze(0))))[0]
+            drive_BN = (first_TBN if known else normed(net, i, _drive(net, i, x_BI.unsqueeze(0))))[
+                0
+            ]
             state = states[i] or neuron.initial(drive_BN)
             if lateral := _lateral(net, i):
                 drive_BN = drive_BN + lateral(state.spikes_BN)
@@ -89,13 +91,12 @@ def act(output_BA: Tensor, squash: bool) -> Tensor:
 
 def first(net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
     """The first layer's drive."""
-    return drive(net, 0, net.encoder(obs_BO, net.spike_steps, generator))
+    return _drive(net, 0, net.encoder(obs_BO, net.spike_steps, generator))
 
 
-def drive(net: SpikingNet, i: int, x_TBI: Tensor) -> Tensor:
-    """What the inputs of layer `i` give its neurons, (T, B, N), in one product."""
-    layer = product(x_TBI.flatten(0, 1), net.layers[i], net.dtype)
-    return layer.unflatten(0, (len(x_TBI), -1))
+def drive(layer: Linear, neuron: Neuron, x_TBI: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a neuron's spikes give the next layer, (T, B, N)."""
+    return _driven(layer, x_TBI, dtype)
 
 
 def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ def layer_spikes(
             x_TBN = parts.scan(neuron, drive_TBN)
         yield x_TBN
         if i < len(net.neurons) - 1:
-            drive_TBN = parts.drive(net, i + 1, x_TBN)
+            drive_TBN = parts.drive(net.layers[i + 1], neuron, x_TBN, net.dtype)
 
 
 @torch.no_grad()
@@ -196,7 +197,7 @@ def record(
     layers = [net.encoder(obs_BO, net.spike_steps, generator)]
     states = []
     for i, neuron in enumerate(net.neurons):
-        drive_TBN = normed(net, i, drive(net, i, layers[-1]))
+        drive_TBN = normed(net, i, _drive(net, i, layers[-1]))
         states.append(_states(neuron, drive_TBN, _lateral(net, i)))
         layers.append(_spikes(states[-1]))
     return layers, states
@@ -216,7 +217,7 @@ def decide(
     residuals = []
     for i, neuron in enumerate(net.neurons):
         assert isinstance(neuron, ResidualIF)
-        drive_TBN = normed(net, i, drive(net, i, x))
+        drive_TBN = normed(net, i, _drive(net, i, x))
         begin = neuron.initial(drive_TBN[0], carried.residuals[i] if carried.residuals else None)
         states = _states(neuron, drive_TBN, _lateral(net, i), begin)
         residuals.append(neuron.residual(begin, states))
@@ -364,6 +365,15 @@ def normed(
     if len(net.norms):
         drive_TBN = net.norms[i](drive_TBN, moments, rows)
     return drive_TBN.expand(net.spike_steps, -1, -1)
+
+
+def _drive(net: SpikingNet, i: int, x_TBI: Tensor) -> Tensor:
+    """What the inputs of layer `i` give its neurons, (T, B, N)."""
+    return _driven(net.layers[i], x_TBI, net.dtype)
+
+
+def _driven(layer: Linear, x_TBI: Tensor, dtype: torch.dtype) -> Tensor:
+    return product(x_TBI.flatten(0, 1), layer, dtype).unflatten(0, (len(x_TBI), -1))
 
 
 def _connected(net: SpikingNet, i: int) -> ILCDecoder | None:

@@ -70,16 +70,21 @@ class Block(nn.Module):
         self.neurons = ListOf[Neuron](made(neuron) for _ in range(7))
 
     def forward(self, x_TMD: Tensor, there_BK: Tensor, training: bool, kernel: Parts) -> Tensor:
-        scan, rows = kernel.scan, kernel.rows
+        scan = kernel.scan
         first, *qkv, attended, before, between = self.neurons
         shape = (len(x_TMD), *there_BK.shape, x_TMD.shape[-1])
+
+        def through(layer: NormedLinear, neuron: Neuron, spikes_TMI: Tensor) -> Tensor:
+            drive_TMN = kernel.drive(layer.linear, neuron, spikes_TMI, spikes_TMI.dtype)
+            return layer.normed(drive_TMN, training, kernel.rows)
+
         s = scan(first, x_TMD)
         parts = zip(qkv, (self.query, self.key, self.value), strict=True)
-        q, k, v = (scan(neuron, layer(s, training, rows)).view(shape) for neuron, layer in parts)
+        q, k, v = (scan(neuron, through(layer, first, s)).view(shape) for neuron, layer in parts)
         drive = self.attention(q, k, v, there_BK).flatten(1, 2)
-        x_TMD = x_TMD + self.out(scan(attended, drive), training, rows)
-        s = scan(between, self.wide(scan(before, x_TMD), training, rows))
-        return x_TMD + self.narrow(s, training, rows)
+        x_TMD = x_TMD + through(self.out, attended, scan(attended, drive))
+        s = scan(between, through(self.wide, before, scan(before, x_TMD)))
+        return x_TMD + through(self.narrow, between, s)
 
 
 class Spikeformer(nn.Module):

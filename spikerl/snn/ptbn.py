@@ -46,8 +46,8 @@ class NormedLinear(nn.Module):
         nn.init.zeros_(self.linear.bias_N)
         self.norm = None if threshold is None else PTBN(outputs, threshold)
 
-    def forward(self, x_TMI: Tensor, training: bool = False, rows: Rows = ROWS) -> Tensor:
-        x_TMN = self.linear(x_TMI.flatten(0, 1)).view(*x_TMI.shape[:2], self.linear.outputs)
+    def normed(self, x_TMN: Tensor, training: bool = False, rows: Rows = ROWS) -> Tensor:
+        """What is made of x W + b."""
         return x_TMN if self.norm is None else self.norm(x_TMN, training, rows)
 
     def folded(self) -> dict[str, Tensor]:

@@ -27,6 +27,8 @@ from spikerl.models.actor_config import MLPConfig
 from spikerl.models.critic import Critics
 from spikerl.snn.decoders import ILCDecoder
 from spikerl.snn.early_exit import EarlyExit
+from spikerl.snn.encoders import Encoder
+from spikerl.snn.neurons import Neuron
 from spikerl.types import Batch, Task
 
 KERNEL = f"cpu/{native.supported_paths()[0]}"
@@ -285,8 +287,8 @@ def test_a_layers_drive_for_fewer_steps_than_the_networks() -> None:
     actor = an_actor()
     spikes = (torch.rand(2, 6, 24) > 0.5).float()  # of 5 steps
     with torch.no_grad():
-        expected = reference.drive(actor, 1, spikes)
-        torch.testing.assert_close(CPU.drive(actor, 1, spikes), expected)
+        given = actor.layers[1], actor.neurons[0], spikes, torch.float32
+        torch.testing.assert_close(CPU.drive(*given), reference.drive(*given))
 
 
 def test_an_early_exit_that_is_learned_through() -> None:
@@ -322,7 +324,10 @@ def test_more_inputs_than_a_list_can_name(monkeypatch: pytest.MonkeyPatch) -> No
     assert fused(actor)
     monkeypatch.setattr(coverage, "MAX_INPUTS", 20)
     assert coverage.why_layered(actor) == "more than 20 inputs"
-    assert [coverage.events(actor, i) for i in range(3)] == [False, False, True]
+    sources: list[Encoder | Neuron] = [actor.encoder, actor.neurons[0], actor.neurons[1]]
+    pairs = zip(actor.layers, sources, strict=True)
+    listed = [coverage.events(layer, source, 5, torch.float32) for layer, source in pairs]
+    assert listed == [False, False, True]
 
 
 def test_blocks_of_each_thread() -> None:

@@ -137,7 +137,7 @@ def test_rows_of_a_normalisation(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", ["pssa", "tssa"])
 def test_a_spikeformer(path: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trained and acting, with neurons and normalisations of the kernel."""
+    """Trained and acting, with products, neurons and normalisations of the kernel."""
     made, steps, normalised = network(kind, layers=2), contexts(6), []
     assert isinstance(made, Spikeformer)
     made.schedule(1.0)  # batch normalisation alone
@@ -148,6 +148,10 @@ def test_a_spikeformer(path: str, kind: str, monkeypatch: pytest.MonkeyPatch) ->
         normalised.append(given)
         return ROWS.normalise(*given)
 
+    def in_pytorch(*given: object) -> Tensor:
+        raise AssertionError(given)
+
+    monkeypatch.setattr(reference, "drive", in_pytorch)  # which `made` no longer looks up
     rows = kernel.parts.rows._replace(normalise=normalise)
     monkeypatch.setattr(kernel, "parts", kernel.parts._replace(rows=rows))
     results = []
@@ -224,10 +228,12 @@ def test_what_is_no_spike_runs_in_pytorch() -> None:
     torch.manual_seed(3)
     actor = popsan(4, 2, [9, 8], decoder=membrane_config())
     wide = copy.deepcopy(actor).double()
-    assert events(actor, 0)
-    assert events(actor, 1)
+    first, second, _ = actor.layers
+    assert events(first, actor.encoder, 5, torch.float32)
+    assert events(second, actor.neurons[0], 5, torch.float32)
+    assert not events(second, actor.neurons[0], 5, torch.bfloat16)
     actor.neurons = ListOf(Doubled(CUBA_LIF) for _ in actor.layers)
-    assert not events(actor, 1)
+    assert not events(second, actor.neurons[0], 5, torch.float32)
     with torch.no_grad():
         for layer in actor.layers:
             layer.weight_IN.mul_(4.0)

@@ -29,6 +29,7 @@ from spikerl.kernels.prepared import (
 from spikerl.snn.batchnorm import ROWS, Rows
 from spikerl.snn.decoders import ILCDecoder
 from spikerl.snn.encoders import PoissonEncoder, PopulationEncoder
+from spikerl.snn.linear import Linear
 from spikerl.snn.neurons import PLIF, Neuron
 
 
@@ -57,18 +58,18 @@ class LayerCalls:
 
     def first(self, net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) -> Tensor:
         """As `reference.first`."""
-        layer = PreparedLayer(net, 0)
+        layer = PreparedLayer(net.layers[0], net.encoder, net.spike_steps, net.dtype)
         if not covered(layer, obs_BO) or obs_BO.requires_grad:
             return reference.first(net, obs_BO, generator)
         check_shape(obs_BO, len(obs_BO), layer.net.obs_dim)
         return self.driven(layer, *encoded(net, obs_BO, generator), None)
 
-    def drive(self, net: SpikingNet, i: int, x_TBI: Tensor) -> Tensor:
+    def drive(self, layer: Linear, neuron: Neuron, x_TBI: Tensor, dtype: torch.dtype) -> Tensor:
         """As `reference.drive`."""
-        layer = PreparedLayer(net, i)
-        if not covered(layer, x_TBI) or x_TBI.shape[::2] != (net.spike_steps, layer.widths[0]):
-            return reference.drive(net, i, x_TBI)
-        return self.driven(layer, None, None, x_TBI)
+        ready = PreparedLayer(layer, neuron, len(x_TBI), dtype)
+        if not covered(ready, x_TBI) or x_TBI.shape[-1] != ready.widths[0]:
+            return reference.drive(layer, neuron, x_TBI, dtype)
+        return self.driven(ready, None, None, x_TBI)
 
     def driven(
         self,
