@@ -21,7 +21,7 @@ class BadRequest(ValueError):
 
 
 class Exists(BadRequest):
-    """What was to be made is there; the value is its folder."""
+    """What was to be made is there; the value is its folder or file."""
 
 
 class DiskError(OSError):

@@ -34,12 +34,17 @@ def done(command: str, config: Any, folder: Path) -> bool:
     return trained(config, folder, ended) if command == "train" else ended
 
 
-def made_with(folder: Path) -> str | None:
-    """The command that made this run or dataset, as it says; None where it says none."""
+def made_with(made: Path) -> str | None:
+    """The command that made this run, dataset or exported file, as it says; None where it says
+    none.
+    """
     with suppress(OSError, ValueError, TypeError, KeyError):
-        return str(read_json(folder / "manifest.json", MAX_BYTES)["command"])
+        return str(read_json(made / "manifest.json", MAX_BYTES)["command"])
     with suppress(OSError, ValueError, TypeError, KeyError):
-        return str(read_json(folder / "data/metadata.json", MAX_BYTES)["recipe"]["command"])
+        return str(read_json(made / "data/metadata.json", MAX_BYTES)["recipe"]["command"])
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        contract = made.with_name(f"{made.name}.json")
+        return str(read_json(contract, MAX_BYTES)["made_from"]["command"])
     return None
 
 

@@ -176,8 +176,8 @@ class Sweep:
                 outcome |= own
         except (BadRequest, OmegaConfBaseException) as error:
             command = shlex.join(["spikerl", self.command, *alone(overrides)])
-            if isinstance(error, Exists) and made_with(folder := Path(error.args[1])) == command:
-                outcome |= {"status": DONE, "note": "done already", "folder": str(folder)}
+            if isinstance(error, Exists) and made_with(made := Path(error.args[1])) == command:
+                outcome |= {"status": DONE, "note": "done already", "folder": str(made)}
             else:
                 outcome |= {"status": WRONG, "error": explain(error)}
                 print(f"spikerl: {outcome['error']}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from spikerl.config.yaml_file import check_confirmed
-from spikerl.errors import DONE, FAILED, BadRequest
-from spikerl.export import contract, proof, support
+from spikerl.errors import DONE, FAILED, BadRequest, Exists
+from spikerl.export import contract, proof, reading, support
 from spikerl.export.formats import FORMATS
 from spikerl.files import (
     checksum,
@@ -69,11 +70,16 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         raise BadRequest("file", file, "give the name of a file")
     beside = file.with_name(f"{file.name}.json")
     check_name(file, beside, request.format)
-    check_free(file, beside)
+    check_free(file, beside, weights)
     if not request.env_id:
         check_confirmed(request.run, policy.task, None)
     env = proof.known_env(policy, request.run, request.env_id)
-    made_from = {"run": shown(Path(request.run)), "policy": request.policy, "sha256": weights}
+    made_from = {
+        "command": shlex.join(argv),
+        "run": shown(Path(request.run)),
+        "policy": request.policy,
+        "sha256": weights,
+    }
     described = {
         **contract.describe(request.format, policy, form.dt),
         **form.facts(policy),
@@ -98,7 +104,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             print(f"spikerl: format={request.format}: {line}", file=sys.stderr)
             return FAILED
     described |= {"file": file.name, "sha256": checksum(content), "bytes": len(content)}
-    check_free(file, beside)  # another may have been quicker
+    check_free(file, beside, weights)  # another may have been quicker
     try:
         publish(file, content, beside, json_bytes({**described, "proof": proven}))
     except OSError as error:
@@ -172,17 +178,24 @@ def check_name(file: Path, beside: Path, form: str) -> None:
         raise BadRequest("file", shown(file), f"{remedy}; give a name that ends in .{form}")
 
 
-def check_free(file: Path, beside: Path) -> None:
+def check_free(file: Path, beside: Path, weights: str) -> None:
     for path in (file, beside):
         if os.path.lexists(path):
-            raise BadRequest(
-                "file", shown(path), "it exists already; remove it, or give another file"
-            )
+            kind = Exists if holds(file, weights) else BadRequest
+            raise kind("file", shown(path), "it exists already; remove it, or give another file")
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
         remedy = f"{shown(file.parent)} is not a folder that can be written to; give another file"
         raise BadRequest("file", shown(file), remedy)
     if reason := why_no_name(partial_of(beside)):  # the longest that is written
         raise BadRequest("file", shown(file), f"{reason}; give another file")
+
+
+def holds(file: Path, weights: str) -> bool:
+    """Whether it is whole, and of these weights: a run that went on has others."""
+    try:
+        return bool(reading.read(file).contract["made_from"]["sha256"] == weights)
+    except (BadRequest, KeyError, TypeError):
+        return False
 
 
 def publish(file: Path, content: bytes, beside: Path, described: bytes) -> None:

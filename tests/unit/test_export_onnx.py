@@ -62,5 +62,6 @@ def test_export(tmp_path: Path) -> None:
     assert names == {"run", "small.onnx", "small.onnx.json"}
     weights = (run / "policy.safetensors").read_bytes()
     assert json.loads((tmp_path / "small.onnx.json").read_text())["made_from"] == {
-        "run": str(run), "policy": "last", "sha256": hashlib.sha256(weights).hexdigest()
+        "command": f"spikerl export run={run} format=onnx file={file}",
+        "run": str(run), "policy": "last", "sha256": hashlib.sha256(weights).hexdigest(),
     }  # fmt: skip

@@ -185,6 +185,29 @@ def test_both_files_or_none(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["policy.c"]
 
 
+def test_a_sweep_that_is_started_again_does_what_is_missing(tmp_path: Path) -> None:
+    run = saved(policy_of(config(), task()), tmp_path / "run")
+    typed = ["export", "-m", f"run={run}", "format=nir,loihi"]
+    assert spikerl(*typed).status == 0
+    for file in (run / "policy.loihi", run / "policy.loihi.json"):
+        file.unlink()
+    before = (run / "policy.nir").read_bytes()
+    said = spikerl(*typed)
+    assert (said.status, said.err) == (0, "")
+    assert said.out.count("done already") == 1
+    assert (run / "policy.nir").read_bytes() == before
+    assert (run / "policy.loihi").is_file()
+    refusal = "it exists already; remove it, or give another file"
+    said = spikerl(*typed, "seed=1")  # other words
+    assert (said.status, said.err.count(refusal)) == (2, 2)
+    (run / "policy.nir").write_bytes(b"damaged")
+    said = spikerl(*typed)
+    assert (said.status, said.err.count(refusal), said.out.count("done already")) == (1, 1, 1)
+    policy_of(config(), task(), seed=1).save(run)  # it trained on
+    said = spikerl(*typed)
+    assert (said.status, said.err.count(refusal)) == (2, 2)
+
+
 def test_a_normaliser_that_needs_more_than_float32(tmp_path: Path) -> None:
     policy = policy_of(config(), task())
     policy.norm = RunningNorm(3, 3.0)
