@@ -269,4 +269,4 @@ def table(env_id: str, episodes: int, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def line(name: str, cells: Sequence[str]) -> str:
-    return f"{name:<28}" + "".join(f"{cell:>22}" for cell in cells)
+    return f"{name:<32}" + "".join(f"{cell:>22}" for cell in cells)

@@ -100,7 +100,9 @@ def test_a_dense_policy(folder: Path) -> None:
     assert facts["after"]["spikes"] is facts["after"]["spike_steps"] is None
     assert facts["after"]["acs"] == 0
     assert facts["after"]["macs"] <= facts["before"]["macs"] / 2
-    assert "spikes                                           -" in said.out
+    rows = said.out.splitlines()[:-1]
+    assert f"{'spikes':<32}{'-':>22}{'-':>22}" in rows
+    assert {len(row) for row in rows} == {32 + 2 * 22}
     weights = connections(load_policy("small").actor)
     assert all(int((w == 0).sum()) >= w.numel() // 2 for w in weights.values())
 
