@@ -44,6 +44,9 @@ class EarlyExit:
         if type(decoder) not in READ_AT_ANY_STEP:
             remedy = f"decoder={decoder.config.name} reads all spike steps at once; leave it out"
             raise BadRequest("early_exit", self.threshold, remedy)
+        if spike_steps == 1:
+            remedy = "the policy has a single spike step, which nothing ends earlier; leave it out"
+            raise BadRequest("early_exit", self.threshold, remedy)
         if self.steps >= spike_steps:
             remedy = f"the policy has {spike_steps} spike steps; give less than that"
             raise BadRequest("exit_steps", self.steps, remedy)

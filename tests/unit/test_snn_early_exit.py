@@ -163,6 +163,11 @@ def test_refusals() -> None:
     actor = popsan()
     error = refusal(EarlyExit(threshold=0.1, steps=6).check, actor.decoder, 6)
     assert str(error) == "exit_steps=6: the policy has 6 spike steps; give less than that"
+    error = refusal(EarlyExit(threshold=0.1, steps=1).check, actor.decoder, 1)
+    assert str(error) == (  # no number of exit_steps would do
+        "early_exit=0.1: the policy has a single spike step, which nothing ends earlier; leave it"
+        " out"
+    )
     learned = popsan(encoder=DIRECT, decoder=DecoderConfig(name="learned"))
     error = refusal(EarlyExit(threshold=0.1, steps=1).check, learned.decoder, 6)
     assert "decoder=learned reads all spike steps at once" in str(error)
