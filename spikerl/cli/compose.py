@@ -51,7 +51,7 @@ def usage() -> str:
             *lines,
             "",
             "spikerl COMMAND --help lists its groups, options and keys.",
-            "spikerl train env=HalfCheetah algo.random_steps=1000 total_steps=20000: a first look.",
+            "spikerl train env=HalfCheetah algo.random_steps=1000 total_steps=20000: a first run.",
         ]
     )
 

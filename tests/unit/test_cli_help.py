@@ -33,14 +33,15 @@ def test_a_comment_is_that_of_the_option_chosen() -> None:
     td3 = "algo:\n  name: td3\n  gamma: 0.99\n  tau: 0.005\n"
     assert with_meanings(td3, "train") == (
         "algo:\n  name: td3\n  gamma: 0.99  # discount of a step\n"
-        "  tau: 0.005  # share of the online weights in the target's, at each of its updates\n"
+        "  tau: 0.005  # weight of the online network in each update of its target network\n"
     )
     bc = "algo:\n  name: bc\n  gamma: 0.99\n  batch_size: 1\n"
     bc += "neuron:\n  name: plif\n  surrogate: rect\n"
     assert with_meanings(bc, "train") == (
-        "algo:\n  name: bc\n  gamma: 0.99  # unused: nothing looks ahead\n"
-        "  batch_size: 1  # transitions of an update: over all workers, with scaling=weak of each\n"
-        "neuron:\n  name: plif\n  surrogate: rect  # triangle, sigmoid, atan\n"
+        "algo:\n  name: bc\n  gamma: 0.99  # unused: nothing is bootstrapped\n"
+        "  batch_size: 1  # transitions of an update: over all workers; with scaling=weak, of each"
+        " worker\nneuron:\n  name: plif\n"
+        "  surrogate: rect  # gradient of a spike: rect, triangle, sigmoid, atan\n"
     )
 
 
@@ -55,7 +56,7 @@ def test_an_option_of_a_plugin_has_its_comments(
     package.__path__ = [str(tmp_path)]
     monkeypatch.setitem(plugins.loaded, "extras", package)
     assert with_meanings("algo:\n  name: mine\n  gamma: 0.99\n  power: 1.0\n", "train") == (
-        "algo:\n  name: mine\n  gamma: 0.99  # unused: nothing looks ahead\n"
+        "algo:\n  name: mine\n  gamma: 0.99  # unused: nothing is bootstrapped\n"
         "  power: 1.0  # of the error\n"
     )
 
