@@ -13,23 +13,28 @@ from spikerl.commands.bench.fixtures import TRAINED_ACTIVE_SHARES, TRAINED_RATES
 from spikerl.config.build import build
 from spikerl.config.yaml_file import conf_folder
 from spikerl.models.actor import SpikingActor
-from spikerl.training.start import task_for
+from spikerl.training.start import dataset_of, task_for
 from spikerl.training.trainer import Trainer
 
 RANDOM_STEPS = 2000
 
 
 def trainer_of(keys: list[str]) -> Trainer:
-    """With one thread, and with this many transitions of random actions in its replay."""
-    first = RANDOM_STEPS + 1
-    own = [f"algo.learning_starts={first}", f"algo.random_steps={first}", "threads=1", "device=cpu"]
+    """With one thread, and with this many transitions of random actions in its replay; of an
+    offline algorithm with those of `dataset=`.
+    """
+    first, own = RANDOM_STEPS + 1, ["threads=1", "device=cpu", "energy=none"]
+    offline = any(key.startswith("dataset=") for key in keys)
+    if not offline:
+        own += [f"algo.learning_starts={first}", f"algo.random_steps={first}"]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        composed = compose("train", [*own, "energy=none", *keys])
+        composed = compose("train", [*own, *keys])
     data: Any = OmegaConf.to_container(composed, resolve=True)
     config = build(data)
     torch.set_num_threads(1)
-    trainer = Trainer(config, task_for(config))
-    for _ in range(RANDOM_STEPS):
+    task = task_for(config)
+    trainer = Trainer(config, task, dataset=dataset_of(config, task))
+    for _ in range(0 if offline else RANDOM_STEPS):
         trainer.advance()
     return trainer
 

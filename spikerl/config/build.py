@@ -164,7 +164,8 @@ def build(raw: Mapping[str, Any]) -> Config:
 def why_layered(actor: ActorConfig, dtype: torch.dtype) -> str | None:
     """Why kernel=cpu runs such an actor layer by layer; None where one call runs all of it."""
     if isinstance(actor.actor, SequenceConfig):
-        return f"actor={actor.actor.name}, whose products run in PyTorch"
+        parts = "attention runs" if actor.neuron else "products run"
+        return f"actor={actor.actor.name}, whose {parts} in PyTorch"
     with torch.device("meta"):
         net = build_actor(actor, least_obs(actor), 1, dtype=dtype)
     if isinstance(net, SpikingActor):

@@ -324,7 +324,7 @@ def test_why_layer_by_layer(default: dict[str, Any]) -> None:
     ]
     sequences = build(changed(with_number(default, "actor.window"), device="cpu"))
     assert sequences.resolved.kernel.reason == (
-        "a C++ compiler is there; layer by layer because of actor=spikeformer, whose products run"
+        "a C++ compiler is there; layer by layer because of actor=spikeformer, whose attention runs"
         " in PyTorch"
     )
 
