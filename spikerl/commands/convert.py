@@ -33,7 +33,7 @@ from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.actor_config import MOST_SPIKE_STEPS, MLPConfig
 from spikerl.models.networks import build_actor
 from spikerl.models.policy import Policy
-from spikerl.output import add_results
+from spikerl.output import add_results, several
 from spikerl.runs import folder as run_folder
 from spikerl.runs.policies import find_policy, load_policy
 from spikerl.runs.policy_env import env_of
@@ -131,9 +131,10 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
     add_results(folder=str(folder))
     scales = ", ".join(f"{value:.3g}" for value in reached)
     spike_steps, alpha = choices[best]
-    carried = f", alpha {alpha:g}" if any(request.alpha) else ""
+    chosen = several(spike_steps, "spike step")
+    chosen += f", alpha {alpha:g}" if any(request.alpha) else ""
     print(
-        f"{dense.task.env_id}: {spike_steps} spike steps{carried}, {request.reset} reset;"
+        f"{dense.task.env_id}: {chosen}, {request.reset} reset;"
         f" activations reach {scales} on {len(seen)} observations; run folder: {shown(folder)}"
     )
     return DONE

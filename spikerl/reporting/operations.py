@@ -8,11 +8,12 @@ from spikerl.energy import modelled
 from spikerl.energy.modelled import Constants, Energy
 from spikerl.energy.operations import Operations
 from spikerl.energy.synapses import Count
+from spikerl.output import several
 from spikerl.reporting.records import Run
 
 
 def lines(ops: Operations) -> list[str]:
-    steps = f", {ops.spike_steps} spike steps each" if ops.spike_steps else ""
+    steps = f", {several(ops.spike_steps, 'spike step')} each" if ops.spike_steps else ""
     if ops.early_exit:
         steps = f", {ops.steps_taken:.2f} of {ops.spike_steps} spike steps"
     twin = "-".join(str(size) for size in ops.twin.sizes)
