@@ -1,4 +1,4 @@
-"""`python -m spikerl`, which puts the current folder first on the path."""
+"""`python -m spikerl`, without the current folder on the path, where -m puts it first."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Python processes that this program starts import nothing from the folder that they stand in.
+"""Python processes that this program starts import nothing from their working folder.
 
 `python -m` and `python -c` put that folder first on the path, and what lies there, such as a
 queue.py or an untrusted run folder, takes the place of what was meant. `python -P` does not.
@@ -17,10 +17,11 @@ SAFE = "PYTHONSAFEPATH"
 
 @contextmanager
 def safe_path(safe: str | None = "1") -> Iterator[None]:
-    """Meanwhile Python processes that others start (multiprocessing, joblib, submitit) are so, too.
+    """Inside, the same holds for Python processes that libraries start (multiprocessing, joblib,
+    submitit).
 
-    Not for longer, and with `safe` None as it was before: a script that somebody's code starts
-    finds what lies beside it.
+    Afterwards the variable is restored, and with `safe` None it is unset inside: a script that
+    users' code starts has to find the modules beside it.
     """
     before = os.environ.get(SAFE)
     try:
@@ -31,7 +32,7 @@ def safe_path(safe: str | None = "1") -> Iterator[None]:
 
 
 def set_variable(name: str, value: str | None) -> None:
-    """What processes started from now on find in their environment; None: nothing."""
+    """Set an environment variable for processes started from now on; None unsets it."""
     if value is None:
         os.environ.pop(name, None)
     else:

@@ -21,11 +21,11 @@ class BadRequest(ValueError):
 
 
 class Exists(BadRequest):
-    """What was to be made is there; the value is its folder or file."""
+    """What was to be made exists already; the value is its folder or file."""
 
 
 class DiskError(OSError):
-    """A disk refused what all workers needed; each of them raises the same."""
+    """A read or write failed on one of the workers; each of them raises the same error."""
 
 
 class NonFinite(RuntimeError):
@@ -41,7 +41,7 @@ class RendezvousFailed(RuntimeError):
 
 
 class Stopped(Exception):
-    """A signal ended what is begun anew when its run goes on; `number` is the signal's."""
+    """The signal `number` stopped work that is not kept in part, such as an evaluation."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -49,23 +49,23 @@ class Stopped(Exception):
 
 
 def stop_status(number: int) -> int:
-    """How the program ends that was stopped by this signal."""
+    """The exit status of a program that this signal stopped."""
     return INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
 
 def first_line(error: BaseException) -> str:
-    """What it says, in one line; its kind where it says nothing."""
+    """The first line of the error's message, at most 300 characters, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def with_notes(error: Exception) -> str:
-    """What it says, and what was noted on its way."""
+    """The error's message, or the name of its class, and the notes that were added to it."""
     return "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal, such as Ctrl-C's, that ends what runs at once; a KeyboardInterrupt that is none of
-    these is an environment's.
+    """A signal, such as Ctrl-C's, that ends the work at once. A KeyboardInterrupt of any other
+    class was raised by an environment.
     """
 
     def __init__(self, number: int = signal.SIGINT) -> None:
@@ -74,11 +74,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 def nearest(word: str, known: Sequence[str], of_many: str = "--help lists what there is") -> str:
-    """The remedy for a name that is none of the known ones; `of_many`: too many to be listed."""
+    """The remedy for a name that is not known; `of_many` is used if too many are known."""
     near = difflib.get_close_matches(word, known, 3, 0.6)
     group, _, tail = word.rpartition(".")
     same = [name for name in known if name.rpartition(".")[2] == tail][:3]
-    if group or not near:  # another group's may be meant
+    if group or not near:  # a key of another group may be meant
         near = same or [name for name in near if "." in name or not group]
     if near:
         return f"did you mean {' or '.join(near)}?"
@@ -89,5 +89,5 @@ def disk_is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-# Their message says all.
+# Errors whose message is all that is printed, without a traceback.
 BY_DESIGN = (RendezvousFailed, DiskError, EnvironmentFailed, NonFinite, MemoryError)

@@ -18,28 +18,27 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-# What a file system answers that lacks a call: Lustre, CIFS, FUSE and others, each in its way.
+# Errors of file systems that lack a call: Lustre, CIFS, FUSE and others, each in its way.
 LACKING = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOLCK}
 
 
 def absolute(path: str) -> Path:
-    """A path as the user means it, wherever an environment's code will go; `~` is a home.
-
-    zsh, cron and YAML leave a `~` behind a `=` as it is.
+    """The absolute path, as an environment's code may change the working folder; `~` is expanded,
+    which zsh, cron and YAML do not do behind a `=`.
     """
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def shown(path: Path) -> str:
-    """As short as it can be typed: from the current folder on, if it lies below that."""
-    with suppress(OSError):  # of a folder that was removed
+    """The path as short as it can be typed: relative to the current folder, if it lies below."""
+    with suppress(OSError):  # the current folder was removed
         if path.is_relative_to(here := os.getcwd()) and path != Path(here):
             return str(path.relative_to(here))
     return str(path)
 
 
 def write_synced(path: Path, content: bytes | memoryview) -> str:
-    """A file in a folder that nobody reads yet; the checksum of its content."""
+    """Write a file in a folder that nobody reads yet, and sync it; return its checksum."""
     with path.open("wb") as f:
         f.write(content)
         f.flush()
@@ -48,14 +47,14 @@ def write_synced(path: Path, content: bytes | memoryview) -> str:
 
 
 def partial_of(path: Path) -> Path:
-    """What it is called until it is whole, by this call alone: other machines and containers have
-    the same numbers of processes.
+    """The hidden name of a file or folder until it is complete, unique to this call: a process id
+    is not, as other machines and containers have the same ones.
     """
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
 
 
 def why_no_name(path: Path) -> str | None:
-    """Why nothing in that folder, which is there, can have this name: it is too long."""
+    """Why nothing in its folder, which exists, can have this name (it is too long), or None."""
     try:
         path.lstat()
     except FileNotFoundError:
@@ -66,7 +65,7 @@ def why_no_name(path: Path) -> str | None:
 
 
 def write_atomic(path: Path, content: bytes | memoryview) -> str:
-    """The same in place of what has this name; on failure nothing is left."""
+    """Write and sync a file in place of what has this name; on failure no partial file is left."""
     partial = partial_of(path)
     try:
         digest = write_synced(partial, content)
@@ -80,7 +79,7 @@ def write_atomic(path: Path, content: bytes | memoryview) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """In UTF-8; what a file's name has that is none is written as an escape."""
+    """Write in UTF-8; bytes of a file's name that are not UTF-8 are written as escapes."""
     write_atomic(path, text.encode(errors="backslashreplace"))
 
 
@@ -94,25 +93,27 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def there(path: Path) -> bool:
-    """Whether something has that name, so far as can be seen: where nothing can, it is assumed."""
+    """Whether something has that name; True where an error keeps us from knowing."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError:  # which reading it will name
+    except OSError:  # reading it will raise the same
         return True
     return True
 
 
 def make_folder(path: Path) -> None:
-    """Below one that exists: what went away is not begun anew. Several may make it at once."""
+    """Make a folder below one that exists, as a removed run must not come back. Several processes
+    may call this at once.
+    """
     if not path.is_dir():
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """A regular file of at most `most` bytes; an OSError says what else it is.
+    """Read a regular file of at most `most` bytes; an OSError for anything else.
 
     A pipe would make the reader wait for ever, a device or a sparse file fill its memory.
     """
@@ -123,19 +124,19 @@ def read_bytes(path: Path, most: int) -> bytes:
             raise OSError(f"{path.name} is not a regular file")
         if status.st_size > most:
             raise OSError(f"{path.name} is larger than {most} bytes")
-        return f.read(status.st_size)  # not `most`, which would be reserved
+        return f.read(status.st_size)  # with `most` so much memory would be reserved
 
 
 def read_json(path: Path, most: int) -> Any:
-    """Checked data whose numbers are finite; an OSError or a ValueError where it is none."""
+    """Read JSON as `parse_json` checks it; OSError or ValueError where the file holds none."""
     return parse_json(read_bytes(path, most))
 
 
 def parse_json(text: bytes) -> Any:
-    """As `json_bytes` wrote it: no NaN, no infinity, no 1e999, no nesting without end."""
+    """Parse JSON as `json_bytes` writes it; ValueError for NaN, infinity, 1e999 or deep nesting."""
     try:
         data = json.loads(text, parse_constant=_finite, parse_float=_finite)
-        if b"\\ud" in text.lower():  # half of a pair, which no file and no terminal takes
+        if b"\\ud" in text.lower():  # a lone surrogate, which cannot be encoded
             json.dumps(data, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it nests too deep") from None
@@ -161,13 +162,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def hold(folder: Path) -> IO[str] | str:
-    """The folder's lock, held until it is closed or the process ends; or who holds it, in words."""
+    """The folder's lock, held until it is closed or the process ends; or, as text, who has it."""
     file = (folder / ".lock").open("a+", encoding="utf-8")
     if not lock_file(file):
         with file:
             file.seek(0)
             return file.read().strip() or "another process"
-    with suppress(OSError):  # a full disk takes no words, and nothing of them is to wait for it
+    with suppress(OSError):  # unbuffered: a full disk may refuse the text, which is optional
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
     return file
@@ -195,7 +196,7 @@ def warn_once(text: str) -> None:
 
 
 def link_to(path: Path, to: str) -> None:
-    """A symbolic link in place of what has this name; a text file of it where there are none."""
+    """Put a link in place of what has this name, or a file with the target's name if links fail."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
     try:
@@ -205,7 +206,7 @@ def link_to(path: Path, to: str) -> None:
             raise
         warn_once(f"links cannot be made here: {path.name} is a file that holds a name")
         write_synced(partial, to.encode())
-    if path.is_dir() and not path.is_symlink():  # of a copy that follows links, such as scp -r's
+    if path.is_dir() and not path.is_symlink():  # in a copy, as scp -r follows links
         shutil.rmtree(path)
     os.replace(partial, path)
     sync_folder(path.parent)
@@ -221,7 +222,7 @@ def checksum_of(path: Path) -> str:
 
 
 class Journal:
-    """A file that grows. What the disk refuses is kept, and written in order with what follows."""
+    """A file that grows. What cannot be written is kept, and written in order with what follows."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -232,14 +233,14 @@ class Journal:
         self.pending += content
 
     def write(self, *, sync: bool) -> None:
-        """A file that went away is not begun anew: it would lack what came before."""
+        """Write what is pending; OSError if the file was removed: a new one would lack the rest."""
         if not self.pending:
             return
         new = os.O_CREAT if self.length == 0 else 0
         with os.fdopen(os.open(self.path, os.O_WRONLY | new, 0o666), "wb") as f:
             if os.fstat(f.fileno()).st_size < self.length:
                 raise OSError(errno.EIO, "it lost what it held", str(self.path))
-            f.seek(self.length)  # over what an earlier attempt left
+            f.seek(self.length)  # over what a failed attempt left
             f.write(self.pending)
             f.truncate()
             f.flush()

@@ -2,8 +2,8 @@
 
 What is watched: torch's default type and device, gradients, autocast, deterministic algorithms and
 threads; numpy's error state; warning filters; whether the processor takes denormal numbers for 0
-(libraries built with -ffast-math switch that on as they are loaded); what shows an exception that
-nobody caught; the working directory; and who receives the signals that stop a run.
+(libraries built with -ffast-math switch that on as they are loaded); the hook for uncaught
+exceptions; the working directory; and the handlers of the signals that stop a run.
 
 Not watched: the states of global random generators, as nothing here draws from them, and what no
 call can put back, such as environment variables that a library has read.
@@ -11,7 +11,7 @@ call can put back, such as environment variables that a library has read.
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # `signal` makes enums of what this says: slow
+import _signal  # type: ignore[import-not-found]  # `signal` turns its results into enums: slow
 import os
 import signal
 import sys
@@ -46,7 +46,7 @@ class Settings(NamedTuple):
 
 
 def settings() -> Settings:
-    """Those of this moment; a microsecond."""
+    """The current settings; reading them takes a microsecond."""
     try:
         folder = os.getcwd()
     except OSError:
@@ -78,7 +78,7 @@ def _set_deterministic(to: Settings) -> None:
 
 
 def _set_filters(to: Settings) -> None:
-    warnings.resetwarnings()  # which also makes warnings look at their filters anew
+    warnings.resetwarnings()  # also discards what warnings cached of the filters
     filters: Any = warnings.filters
     filters[:] = to.filters
 
@@ -91,7 +91,7 @@ def _set_folder(to: Settings) -> None:
 
 def _set_handlers(to: Settings) -> None:
     for number, handler in zip(STOPS, to.handlers, strict=True):
-        if handler is not None:  # one that no Python code installed
+        if handler is not None:  # None if C code installed it
             signal.signal(number, handler)
 
 
@@ -110,7 +110,7 @@ SET: dict[str, Callable[[Settings], Any]] = {
     "folder": _set_folder,
     "handlers": _set_handlers,
 }
-# What users' code does not get back: resizing a thread pool is slow, and signals are the run's.
+# Settings not given back to users' code: resizing a thread pool is slow, signals are the run's.
 OURS = ("threads", "handlers")
 
 
@@ -120,11 +120,11 @@ def change(now: Settings, to: Settings) -> None:
             SET[name](to)
 
 
-_theirs: Settings | None = None  # where they differ from ours
+_theirs: Settings | None = None  # settings that users' code left, where they differ from ours
 
 
 class UserCode:
-    """Inside runs code of the user, with the settings that it left; afterwards ours are back."""
+    """A context for users' code: inside, the settings that it left last; afterwards, ours again."""
 
     __slots__ = ("ours", "pid")
 
@@ -144,16 +144,16 @@ class UserCode:
 
 
 def end_if_forked(pid: int) -> None:
-    """End this process unless it is `pid`: users' code forked it and let it come back, and all that
-    follows, the run's files too, is its parent's.
+    """End this process unless its id is `pid`: users' code forked it and let it return here, but
+    the run and its files belong to the parent alone.
     """
     if os.getpid() != pid:
         if sys.exc_info()[0] is not None:
-            traceback.print_exc(file=sys.__stderr__)  # each line of which is written at once
+            traceback.print_exc(file=sys.__stderr__)  # line-buffered, as _exit flushes nothing
         os._exit(1)
 
 
 def keep_theirs() -> None:
-    """Leave this process to users' code."""
+    """Set what users' code left, in a process that from now on runs nothing else."""
     if _theirs is not None:
         change(settings(), _theirs)

@@ -1,4 +1,4 @@
-"""The machine: its device, its cores, what of them a run uses; and the versions of what runs."""
+"""The machine's device and cores, how much of them a run uses, and the versions of software."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ GROUPS, CGROUP = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def cores() -> int:
-    """Cores that this process may run on, and a container's quota pays for."""
+    """Cores that this process may run on, at most as many as a container's quota allows."""
     known = hasattr(os, "sched_getaffinity")
     here = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     return max(min(here, int(cpu_quota())), 1)
 
 
 def cpu_quota(groups: Path = GROUPS, root: Path = CGROUP) -> float:
-    """Processor seconds a second that the control groups of this process may use, at most 4096.
+    """Processor seconds per second that the control groups of this process may use, at most 4096.
 
     cgroup v2 says so in cpu.max, v1 in two files.
     """
@@ -42,8 +42,8 @@ def cpu_quota(groups: Path = GROUPS, root: Path = CGROUP) -> float:
 
 
 def control_groups(names: Sequence[str], groups: Path, root: Path) -> Iterator[Path]:
-    """The folders of this process's control groups, and of their parents, which limit it too: with
-    cgroup v1, of those that have one of these `names`.
+    """The folders of this process's control groups, and of their parents, which limit it too; of
+    cgroup v1, only those of the controllers with these `names`.
     """
     with suppress(OSError):
         for line in groups.read_text().splitlines():
@@ -56,19 +56,19 @@ def control_groups(names: Sequence[str], groups: Path, root: Path) -> Iterator[P
 
 
 def _quota_of(group: Path) -> float:
-    """Infinite where it sets none."""
+    """The quota of one control group; infinite where it sets none."""
     try:
         limit = group / "cpu.max"
         names = [] if limit.exists() else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         words = [(group / name).read_text() for name in names] or limit.read_text().split()
         quota, period = map(float, words)
-    except (OSError, ValueError):  # the word max among them
+    except (OSError, ValueError):  # also for the word max
         return math.inf
     return quota / period if quota > 0 and period > 0 else math.inf
 
 
 def resolve_device(asked: str) -> Resolved:
-    """`auto`, `cpu`, `cuda` or `cuda:N` to a device that exists here."""
+    """Resolve `auto`, `cpu`, `cuda` or `cuda:N` to a device that exists here."""
     if asked == "auto":
         if torch.cuda.is_available():
             return Resolved("cuda:0", "a CUDA device is there")
@@ -85,21 +85,21 @@ def resolve_device(asked: str) -> Resolved:
 
 
 def current_device(choice: str) -> torch.device:
-    """That device; a GPU is made the current one, on which graphs are recorded."""
+    """The device of this name; a GPU also becomes the current one, on which graphs are recorded."""
     device = torch.device(choice)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
-# Rows of a batch up to which a second thread of the library's calls gains at most a fifth on idle
-# cores, and loses a tenth on busy ones: measured at 100 (docs/NEGATIVE.md).
+# Rows of a batch up to which a second thread in calls of the C++ library gains at most a fifth on
+# idle cores, and loses a tenth on busy ones: measured at 100 (docs/NEGATIVE.md).
 ONE_THREAD_ROWS = 128
 
 
 def resolve_threads(asked: int | None, workers: int, rows: int | None = None) -> Resolved:
-    """Threads of each of the workers that share this process's cores: by default its share; one
-    where updates are calls of the library on few `rows` (None: they are not).
+    """Threads of each of the `workers` that share this process's cores: by default an equal share,
+    or one where an update is a call of the C++ library on few `rows` (None: it is not).
     """
     if asked is not None:
         return Resolved(str(asked), "requested")
@@ -143,7 +143,7 @@ PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "hydra-core", "omegaconf")
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of python, spikerl and of every package that numbers depend on, as first asked."""
+    """Versions of python, spikerl and of every package that numbers depend on, read once."""
     installed = {"python": platform.python_version()}
     for package in ("spikerl", *PACKAGES):
         try:
@@ -166,7 +166,7 @@ def git_state() -> dict[str, str | bool | None]:
 
 @cache
 def code_version() -> str | None:
-    """The commit, and the checksum of what was changed since; None where it is not known."""
+    """The commit, and a checksum of uncommitted changes; None where no commit is known."""
     if (commit := git_state()["commit"]) is None:
         return None
     changes = _git(ROOT, "diff", "HEAD", "--", "spikerl", "conf")

@@ -1,4 +1,4 @@
-"""Standard output: one that is there, takes every character, and holds only what was asked."""
+"""Standard output that exists, accepts every character, and holds only what was asked for."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import IO, Any, TypeVar
 
 T = TypeVar("T")
 _answers: IO[str] | None = None  # where `answer` writes, if not to standard output
-_results: dict[str, Any] = {}  # of the job that runs
+_results: dict[str, Any] = {}  # of the job that is running
 
 
 class Unwritten(OSError):
-    """Standard output took no more."""
+    """Standard output could not be written to."""
 
 
 class Stream(io.TextIOWrapper):
-    """A stream whose reader may go away, which ends no command and fails none."""
+    """A stream that discards what follows once its reader is gone, so that no command fails."""
 
     def __init__(self, number: int, encoding: str | None = None) -> None:
         file = open(number, "wb", closefd=False)  # noqa: SIM115
-        # What its encoding lacks is shown as its number.
+        # Characters that the encoding lacks are written as escapes.
         super().__init__(file, encoding, "backslashreplace", line_buffering=os.isatty(number))
 
     def write(self, text: str) -> int:
@@ -34,7 +34,7 @@ class Stream(io.TextIOWrapper):
         self._try(super().flush, None)
 
     def close(self) -> None:
-        """Only what is left is written: users' code may close it, and the run has more to say."""
+        """Flush only: users' code may close the stream, and the run has more to print."""
         self.flush()
 
     def _try(self, act: Callable[[], T], otherwise: T) -> T:
@@ -48,18 +48,21 @@ class Stream(io.TextIOWrapper):
 
 
 def prepare() -> None:
-    """Before anything is printed or opened: no file ever becomes standard output or error."""
+    """Replace the standard streams; open closed ones, as a file would else get their numbers.
+
+    To be called before anything is printed or opened.
+    """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
-        except OSError:  # closed by who started us; the lowest number that is free is taken
+        except OSError:  # closed by our parent; open takes the lowest free number
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = Stream(1, getattr(sys.stdout, "encoding", None))
     sys.stderr = Stream(2, getattr(sys.stderr, "encoding", None))
 
 
 def finish(status: int) -> int:
-    """Write what is left; the exit status."""
+    """Flush standard output; return `status`, or 1 if that was 0 and the flush failed."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -68,14 +71,14 @@ def finish(status: int) -> int:
 
 
 def unwritten(error: OSError) -> int:
-    """Say that standard output took no more; the exit status."""
+    """Report that standard output could not be written to; return the exit status."""
     print(f"spikerl: standard output: {error.strerror}", file=sys.stderr)
     discard(sys.stdout)
     return 1
 
 
 def discard(stream: IO[str]) -> None:
-    """Nobody reads it any more."""
+    """Discard what is written to the stream from now on, as nobody reads it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -83,12 +86,12 @@ def discard(stream: IO[str]) -> None:
 def only_answers() -> Iterator[None]:
     """Standard output is for `answer` alone: whatever else is printed goes to standard error.
 
-    So do C code, processes that are started meanwhile, and what is printed as the program exits.
+    This includes the output of C code, of processes started inside, and of the program's exit.
     """
     global _answers
     if not isinstance(sys.stdout, Stream):
         _answers = sys.stdout
-    elif not isinstance(_answers, Stream):  # which the first job of a sweep opens for all
+    elif not isinstance(_answers, Stream):  # opened by the first job of a sweep, for all
         sys.stdout.flush()
         _answers = Stream(os.dup(1), "utf-8")
         os.dup2(2, 1)
@@ -102,7 +105,7 @@ def only_answers() -> Iterator[None]:
 
 @contextmanager
 def results() -> Iterator[dict[str, Any]]:
-    """What the command that runs inside says, for the table of a sweep."""
+    """What the command inside passes to `add_results`, for the table of a sweep."""
     global _results
     _results = {}
     yield _results
@@ -117,7 +120,7 @@ def several(count: int, noun: str) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """As short as it can be read."""
+    """A length of time in short, with one unit."""
     if seconds is None:
         return "unknown"
     if seconds < 60:

@@ -1,4 +1,4 @@
-"""Parts of one's own: packages that register neurons, encoders, algorithms when they are imported.
+"""Plugins: packages of users that register neurons, encoders or algorithms when imported.
 
 A package that `plugins=[...]` names may bring a folder conf/, whose groups join those of spikerl.
 Packages are imported by name, from where Python finds installed packages or from PYTHONPATH.
@@ -22,10 +22,10 @@ loaded: dict[str, ModuleType] = {}
 
 
 def load(names: Sequence[str]) -> None:
-    """Import what the user has typed; a file's word alone is not enough, see `check_typed`."""
+    """Import packages that the user typed; that a file names them is not enough (`check_typed`)."""
     if not names:
         return
-    from spikerl.isolation import UserCode  # with torch, which takes a while
+    from spikerl.isolation import UserCode  # imports torch, which takes a while
 
     for name in names:
         if name in loaded:
@@ -37,14 +37,14 @@ def load(names: Sequence[str]) -> None:
                 loaded[name] = import_module(name)
         except Interrupted:
             raise
-        except BaseException as error:  # its own code raises any
+        except BaseException as error:  # the package may raise anything
             reason = first_line(error)
             remedy = f"cannot be imported ({reason}); install it, or name its folder in PYTHONPATH"
             raise BadRequest("plugins", name, remedy) from error
 
 
 def check_typed(source: Path, names: Any, typed: Sequence[str]) -> None:
-    """Refuse a file that names packages to import, unless the same were typed."""
+    """Refuse a file that names packages to import, unless the user typed the same names."""
     if names and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
         raise BadRequest("plugins", names, f"{source} has it; give a list of packages")
     if names and names != list(typed):
@@ -54,14 +54,14 @@ def check_typed(source: Path, names: Any, typed: Sequence[str]) -> None:
 
 
 def conf_folders() -> list[Path]:
-    """Where the packages that were imported have config groups; a module of one file has none."""
+    """The conf/ folders of the imported packages; a module of one file has none."""
     packages = [module for module in loaded.values() if getattr(module, "__path__", None)]
     folders = (Path(package.__path__[0]) / "conf" for package in packages)
     return [folder for folder in folders if folder.is_dir()]
 
 
 def versions_of(modules: Iterable[str]) -> dict[str, str]:
-    """The packages of these modules, beside spikerl, with their versions."""
+    """The packages, other than spikerl, that these modules belong to, with their versions."""
     packages = {module.partition(".")[0] for module in modules} - {__package__}
     return {package: _version(package) for package in sorted(packages)}
 

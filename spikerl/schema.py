@@ -19,7 +19,7 @@ from omegaconf.errors import (
 from spikerl.errors import BadRequest, first_line
 
 T = TypeVar("T")
-MOST_WIDTH = 1 << 20  # of a layer, a population: no product of sizes overflows
+MOST_WIDTH = 1 << 20  # of a layer or a population, so that no product of sizes overflows
 FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127  # replay and networks hold no larger number
 
 
@@ -47,7 +47,7 @@ def parse(schema: type[T], data: Mapping[str, Any], *, key: str = "") -> T:
         expected = kind.__name__ if isinstance(kind, type) else str(kind)
         expected = expected.replace(" | None", ", or null")
         raise BadRequest(f"{prefix}{field}", value, f"expected {expected}") from None
-    except OverflowError:  # a whole number of hundreds of digits, where a float is due
+    except OverflowError:  # an integer of hundreds of digits where a float is expected
         remedy = "one of its numbers is too large; give less than 1e308"
         raise BadRequest(key or "config", "...", remedy) from None
     except OmegaConfBaseException as error:
@@ -78,7 +78,7 @@ class Registry(Generic[C, P]):
     def __init__(self, group: str, **options: tuple[type[C], type[P]]) -> None:
         self.group = group
         self.options: dict[str, tuple[type[C], type[P]]] = dict(options)
-        self.registered_in = dict.fromkeys(options, __name__)  # by which module first
+        self.registered_in = dict.fromkeys(options, __name__)  # module that registered each
 
     def register(self, name: str, config: type[C], part: type[P]) -> None:
         """Add an option. A plugin calls this when it is imported; its conf/ has the values."""
@@ -99,7 +99,7 @@ class Registry(Generic[C, P]):
         return self.options[config.name][1]
 
     def modules(self, config: Any) -> set[str]:
-        """Those that the option's name and its two classes come from."""
+        """The modules that registered the option's name and that define its two classes."""
         classes = {kind.__module__ for kind in self.options[config.name]}
         return classes | {self.registered_in.get(config.name, __name__)}
 

@@ -1,4 +1,4 @@
-"""Randomness has a name: every stream is seeded from (run seed, stream, index), none is global."""
+"""Named random streams: each is seeded from (run seed, stream, index), and none is global."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def seed_for(run_seed: int, stream: str, *index: int) -> int:
 
 
 def reset_seed(bits: int, run_seed: int, stream: str, *index: int) -> int:
-    """The low `bits` of that seed, for an environment's reset.
+    """The low `bits` of `seed_for`'s seed, for an environment's reset.
 
-    RESET_BITS of them: numpy's older generators and libraries in C take no more. Runs of version
-    0.1 were begun with all 63.
+    New runs take RESET_BITS of them, as numpy's older generators and libraries in C accept no
+    more; runs of version 0.1 were begun with all 63.
     """
     return seed_for(run_seed, stream, *index) & ((1 << bits) - 1)
 
@@ -54,7 +54,7 @@ class Streams:
         self.update = generator_for(run_seed, "update", worker, device=device)
 
     def restart(self, run_seed: int, worker: int, resumed_at: int) -> None:
-        """Streams that no worker has drawn from, for a run whose number of workers changed."""
+        """Begin streams that no worker has drawn from, where a resume cannot load the old ones."""
         for name, generator in vars(self).items():
             generator.manual_seed(seed_for(run_seed, name, worker, resumed_at))
 

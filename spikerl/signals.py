@@ -1,4 +1,4 @@
-"""The signals that stop a run, and who hears them."""
+"""The signals that stop a run, and how they are handled."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 def listened_to() -> list[signal.Signals]:
-    """What stops a run, without the end of the terminal that nohup has it ignore."""
+    """The signals that stop a run, without SIGHUP where nohup has it ignored."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in STOPS if not (ignored and number == signal.SIGHUP)]
 
 
 def signal_name(number: int) -> str:
-    """Those between SIGRTMIN and SIGRTMAX have none."""
+    """The signal's name, or its number where it has none, as between SIGRTMIN and SIGRTMAX."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -30,7 +30,7 @@ def signal_name(number: int) -> str:
 def handled(
     handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]
 ) -> Iterator[None]:
-    """Meanwhile `handler` hears these signals."""
+    """Inside, `handler` receives these signals."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -41,9 +41,10 @@ def handled(
 
 @contextmanager
 def stop_signals(passed_on: Callable[[], int | None] | None = None) -> Iterator[Callable[[], int]]:
-    """For a loop to ask: the first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C so far, 0 before one.
+    """Yield a function that gives the first SIGTERM, SIGUSR1, SIGHUP or Ctrl-C so far, or 0.
 
-    A second Ctrl-C ends at once. `passed_on`, of a worker: what its parent has got before.
+    A Ctrl-C after another signal raises Interrupted at once. `passed_on`, given in a worker,
+    returns the signal that its parent received before, or None.
     """
     received: list[int] = []
 

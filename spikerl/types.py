@@ -1,4 +1,4 @@
-"""Words that every layer shares.
+"""Data types that every level shares.
 
 Shape legend   B batch, K steps of a context, O observation entries, A action entries,
                W columns of an observation, C columns of a row.
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Of an episode, so that each evaluation ends.
+# Bounds every episode, so that each evaluation ends.
 MAX_EPISODE_STEPS = 1_000_000
 
 
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     """Transitions as the losses see them; truncation is deliberately not a field."""
 
     obs: Tensor  # (B, O) normalised
-    # (B, A) in [-1, 1]; of discrete actions the largest entry is the one that was taken
+    # (B, A) in [-1, 1]; of discrete actions the largest entry marks the one that was taken
     act: Tensor
     rew: Tensor  # (B,)
     next_obs: Tensor  # (B, O) normalised; the true successor, never a reset observation
@@ -47,10 +47,10 @@ class Contexts(NamedTuple):
     """The last K steps of B moments of an episode, the newest last; padding stands before them."""
 
     obs: Tensor  # (B, K, O) normalised
-    act: Tensor  # (B, K, A) in [-1, 1], taken there; of the newest it may not be known yet
-    togo: Tensor  # (B, K) return from there to the episode's end, recorded or aimed at
+    act: Tensor  # (B, K, A) in [-1, 1], taken at that step; the newest may not be known yet
+    togo: Tensor  # (B, K) return from that step to the episode's end, recorded or aimed at
     time: Tensor  # (B, K) int64, steps since the episode began
-    there: Tensor  # (B, K) bool; where it is false everything else is 0
+    there: Tensor  # (B, K) bool; false for padding, where every other field is 0
 
 
 class Entry(NamedTuple):
@@ -58,7 +58,7 @@ class Entry(NamedTuple):
 
     path: tuple[str | int, ...]  # keys and indices, from the outside in
     shape: tuple[int, ...]
-    start: int | None = None  # of a Discrete, which is flat as one-hot (n,): its least value
+    start: int | None = None  # the least value of a Discrete, which is flat as one-hot (n,)
 
     @property
     def size(self) -> int:
@@ -97,7 +97,7 @@ def flat(layout: Sequence[Entry], obs: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Row:
-    """How a replay holds a transition, as C float32: obs next_obs act rew terminated last discount.
+    """A transition as a replay holds it, C float32: obs next_obs act rew terminated last discount.
 
     Observations of bytes lie four to a column, as bits that are never read as numbers.
     """
@@ -145,7 +145,7 @@ class Row:
         return columns.contiguous().view(torch.uint8)[..., : self.obs_dim].float()
 
     def packed(self, rows: np.ndarray) -> np.ndarray:
-        """Rows (..., C) of this kind, of those that hold observations as numbers."""
+        """Rows (..., C) of this kind, made of rows that hold observations as numbers."""
         plain = Row(self.obs_dim, self.act_dim)
         obs, next_obs, rest = np.split(rows, [plain.obs_width, plain.act_start], -1)
         return np.concatenate([self.pack(obs), self.pack(next_obs), rest], -1)
@@ -157,7 +157,7 @@ class Task:
 
     Inside the program every action lies in [-1, 1]; `to_env` is the only place where it gets the
     environment's units, each entry with its own bounds. Where the environment's actions are
-    numbers, an action has an entry for each of them, and the largest is the one that is meant.
+    discrete, an action has an entry for each of them, and the largest is the one that is meant.
     """
 
     env_id: str
@@ -179,7 +179,7 @@ class Task:
 
     @property
     def obs_dtype(self) -> type[np.generic]:
-        """Of observations that are recorded; bytes take an eighth of what numbers do."""
+        """The type of recorded observations; bytes take an eighth of the space of float64."""
         return np.uint8 if self.obs_bytes else np.float64
 
     @property
@@ -195,8 +195,8 @@ class Task:
         return "continuous" if self.choices is None else "discrete"
 
     def to_env(self, act: np.ndarray) -> np.ndarray:
-        """Map actions (..., A) in [-1, 1] to (..., *act_shape) in the environment's units; where it
-        has numbered actions, values (..., A) of each to the number (...) of the first largest.
+        """Map actions (..., A) in [-1, 1] to (..., *act_shape) in the environment's units; if its
+        actions are discrete, map values (..., A) of them to the number (...) of the first largest.
         """
         if self.choices is not None:
             return np.asarray(act.argmax(-1) + self.choices.start, np.int64)
@@ -208,7 +208,7 @@ class Task:
         return scaled.reshape(*act.shape[:-1], *self.act_shape)
 
     def typed(self, act: np.ndarray) -> np.ndarray:
-        """Actions of the type that the environment's space has; they stay inside it."""
+        """Actions in the type of the environment's space; they stay inside its bounds."""
         return act if self.act_dtype == "float32" else act.astype(self.act_dtype)
 
     @cached_property
