@@ -1,4 +1,4 @@
-"""Composes a command's config with Hydra and calls it: once, or once per job of a sweep."""
+"""Composes a command's config with Hydra and calls the command, once or for each job of a sweep."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ from spikerl.files import absolute
 
 
 def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
-    """The exit status of a request that was expanded; `typed` is what the user wrote."""
+    """The exit status of a command. `args` are the expanded words, `typed` those of the user."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing and exiting
 
     def call(config: DictConfig, own: Sequence[str] = ()) -> int:
-        # `report` repeats a sweep's training by the config of its run.
+        # A training records the words of its whole sweep, as `report` repeats it by its own config.
         return call_command(command, config, own if own and command != "train" else typed)
 
     def explained(error: Exception) -> str:
@@ -67,9 +67,9 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
 def call_command(command: str, config: DictConfig, typed: Sequence[str]) -> int:
     data = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(data, dict)
-    if command != "train":  # whose config is recorded as it was typed
+    if command != "train":  # which records its paths as they were typed
         given = {key: data.get(key) for key in PATHS}
-        words = ("", "none")  # stats=none is an answer, not a file
+        words = ("", "none")  # stats=none is a choice, not a file
         paths = {key: v for key, v in given.items() if isinstance(v, str) and v not in words}
         data |= {key: str(absolute(path)) for key, path in paths.items()}
     main = import_module(module_of(command)).main
@@ -95,7 +95,7 @@ def run_once(
     except BY_DESIGN as error:  # no fault of this program's code
         say(with_notes(error))
         return FAILED
-    except SystemExit:  # somebody's code has no say in how the program ends
+    except SystemExit:  # raised by users' code, which must not choose the exit status
         return FAILED
 
 
@@ -138,12 +138,12 @@ def run_sweep(
 
 
 def show_config(command: str, args: list[str], explained: Callable[[Exception], str]) -> int:
-    """What Hydra prints of a config, for --help, --cfg and --info; nothing is called."""
+    """Print what Hydra says of a config for --help, --cfg or --info; the command is not called."""
     helps, text = not {"--help", "-h"}.isdisjoint(args), io.StringIO()
     try:
         with redirect_stdout(text) if helps else nullcontext():
             by_hydra(command, args, lambda config: None)
-    except SystemExit as ended:  # of --help, and of a --package that is not there
+    except SystemExit as ended:  # by --help, and by a --package that does not exist
         if ended.code:
             return WRONG
     except Exception as error:

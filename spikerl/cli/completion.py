@@ -29,8 +29,8 @@ VALUES = {
 
 
 def offers_for(word: str) -> list[str] | None:
-    """What a word may become whose key takes a path, one of a few values, or an option, of which
-    Hydra knows none in a subfolder; None for others.
+    """Completions of a word `key=...` whose key takes a path, one of a few values, or a group's
+    option (Hydra itself finds no options in subfolders); None for any other word.
     """
     key, equals, value = word.partition("=")
     if not equals:

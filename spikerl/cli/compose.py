@@ -1,4 +1,4 @@
-"""From what was typed to what Hydra composes."""
+"""Turns the words that were typed into overrides and flags that Hydra accepts."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def _first_line(path: Path) -> str:
 
 
 def module_of(command: str) -> str:
-    """Whose `main(data, argv)` does it: WORD.py, or command.py in a folder WORD."""
-    name = "import_popsan" if command == "import" else command  # the word is Python's
+    """The module with a command's `main(data, argv)`: WORD.py, or command.py in a folder WORD."""
+    name = "import_popsan" if command == "import" else command  # a keyword of Python
     folder = (Path(__file__).parents[1] / "commands" / name).is_dir()
     return f"spikerl.commands.{name}.command" if folder else f"spikerl.commands.{name}"
 
@@ -58,7 +58,7 @@ def usage() -> str:
 
 def expand(command: str, args: Sequence[str]) -> list[str]:
     """Refuse what must not reach Hydra; replace config=FILE by the overrides that it stands for."""
-    # Of a key at the top level, which is there, `++` says nothing.
+    # A top-level key exists already, so `++` before any, and `+` before these two, adds nothing.
     args = [re.sub(r"^\+(?=(config|resume)=)|^\+\+(?=\w+=)", "", arg) for arg in args]
     plugins.load(typed_plugins(args))
     overrides, flags = split(args)
@@ -84,7 +84,7 @@ def expand(command: str, args: Sequence[str]) -> list[str]:
 
 
 def _check_experiment(path: Path, args: Sequence[str]) -> None:
-    """Refuse an experiment beside a file that sets all that it does."""
+    """Refuse experiment= beside a config=FILE that sets every key an experiment could set."""
     experiments = [arg for arg in args if arg.startswith("experiment=")]
     if experiments and {*EVERY_RUN} <= read_config(path).keys():
         remedy = f"{path} sets all that an experiment does; leave one of them out"
@@ -92,8 +92,10 @@ def _check_experiment(path: Path, args: Sequence[str]) -> None:
 
 
 def deferred(args: Sequence[str]) -> list[str]:
-    """Of a sweep: a key that a swept option may bring is applied to each job alone, as a choice of
-    one value. Else Hydra would miss it in the config of all jobs, which has no swept option.
+    """The arguments of a sweep, with each key that may come from a swept option as choice(VALUE).
+
+    Hydra then applies the key to each job only. It would otherwise not find the key in the config
+    that it composes before the jobs, which has none of the swept options.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 

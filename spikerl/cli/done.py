@@ -15,14 +15,14 @@ from spikerl.files import absolute, read_json, shown
 from spikerl.runs.rows import MAX_BYTES
 from spikerl.schema import dotted
 
-# What an import takes from its file.
+# Keys that an import takes from the imported file, not from the config.
 SETTLED = (
     "actor", "encoder.pop_size", "decoder.pop_size", "algo.norm_clip", "algo.norm_interval",
 )  # fmt: skip
 
 
 def done(command: str, config: Any, folder: Path) -> bool:
-    """Whether an earlier sweep has done this job; a training that only began is resumed."""
+    """Whether an earlier sweep has done this job; make `config` resume an unfinished training."""
     try:
         manifest = dict(read_json(folder / "manifest.json", MAX_BYTES))
         ended = manifest["status"] == "done"
@@ -35,9 +35,7 @@ def done(command: str, config: Any, folder: Path) -> bool:
 
 
 def made_with(made: Path) -> str | None:
-    """The command that made this run, dataset or exported file, as it says; None where it says
-    none.
-    """
+    """The command that this run, dataset or exported file records as its origin, or None."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         return str(read_json(made / "manifest.json", MAX_BYTES)["command"])
     with suppress(OSError, ValueError, TypeError, KeyError):
@@ -67,7 +65,7 @@ def trained(config: Any, folder: Path, ended: bool) -> bool:
 
 
 def check_imported(config: Any, folder: Path, sources: list[str] | None) -> None:
-    """Refuse a policy that came from other files, or with other settings, than `config` has."""
+    """Refuse a policy that was imported from other files or with other settings than `config`'s."""
     keys = ("popsan", "dense", "stats")
     given = {key: config[key] for key in keys if config[key] not in (None, "none")}
     files = {key: shown(absolute(str(file))) for key, file in given.items()}  # as recorded
@@ -79,7 +77,9 @@ def check_imported(config: Any, folder: Path, sources: list[str] | None) -> None
 
 
 def check_same(config: Any, folder: Path, free: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings asked for and those of the run in `folder`, which differ in `free` keys only."""
+    """The settings asked for and those of the run in `folder`, by dotted keys; refuse those that
+    differ in any key outside `free`.
+    """
     asked = dict(dotted(OmegaConf.to_container(config, resolve=True)))
     had = dict(dotted(read_config(folder / "config.yaml")))
     for key in [*asked, *had]:

@@ -1,4 +1,4 @@
-"""Complaints of Hydra and of the program as one line with key, value and remedy."""
+"""Errors of Hydra and of this program as one line with key, value and remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spikerl.config.yaml_file import NAME, conf_folder, group_options, option_fi
 from spikerl.errors import WRONG, BadRequest, nearest
 from spikerl.files import absolute
 
-LONGEST = 1000  # characters of a refusal
+LONGEST = 1000  # characters that are printed of a message
 HYDRAS = {
     "hydra/launcher": ["basic", "joblib", "submitit_local", "submitit_slurm"],
     "hydra/sweeper": ["basic", "optuna"],
@@ -25,7 +25,7 @@ HYDRAS = {
 
 
 def explain(command: str, args: Sequence[str], error: Exception) -> str:
-    """Hydra's or OmegaConf's complaint as one line with key, value and remedy."""
+    """An error of Hydra, OmegaConf or this program as one line with key, value and remedy."""
     text = str(error)
     if isinstance(error, BadRequest):
         return str(_of_experiment(error, args) or _as_typed(error, args))
@@ -61,7 +61,7 @@ def explain(command: str, args: Sequence[str], error: Exception) -> str:
 
 
 def beside(error: BaseException | None) -> str:
-    """A hint, if what could not be imported lies in the current folder."""
+    """A hint, if a module that could not be imported lies in the current folder; else empty."""
     while error and not (isinstance(error, ModuleNotFoundError) and error.name):
         error = error.__cause__
     name = getattr(error, "name", None) or ""
@@ -72,7 +72,7 @@ def beside(error: BaseException | None) -> str:
 
 
 def _meaning(command: str, args: Sequence[str], key: str) -> str | None:
-    """What the config file that has a key says of it."""
+    """The comment on `key` in the config file that has it; None where there is none."""
     group, _, name = key.rpartition(".")
     chosen = {word.partition("=")[0]: unquoted(word.partition("=")[2]) for word in args}
     options = group_options(group) if re.fullmatch(NAME, group) else []
@@ -84,7 +84,7 @@ def _meaning(command: str, args: Sequence[str], key: str) -> str | None:
 
 
 def _each_or_all(command: str, override: str) -> str:
-    """How to give the values that a comma sets apart: to a job each, or together."""
+    """The remedy for values with commas between them: a job for each, or a list of all."""
     key, _, value = override.partition("=")
     default = OmegaConf.select(default_config(command), key, default=None)
     if isinstance(default, ListConfig):
@@ -96,7 +96,7 @@ def _each_or_all(command: str, override: str) -> str:
 
 
 def _meant(command: str, word: str) -> str:
-    """What a word that cannot be read may have been meant for."""
+    """The remedy for a word that cannot be read: what may have been meant."""
     key, equals, value = word.partition("=")
     if equals and value[:1] in ("[", "(", "{"):
         return f"a list is written [A,B], and in quotes if it has spaces: '{key}=[A, B]'"
@@ -108,7 +108,7 @@ def _meant(command: str, word: str) -> str:
 
 
 def _of_experiment(error: BadRequest, args: Sequence[str]) -> BadRequest | None:
-    """Where an experiment sets a key that the option chosen beside it lacks."""
+    """The refusal of a key that an experiment sets but the option chosen with it lacks; or None."""
     key, value, remedy = error.args
     typed = dict(arg.lstrip("+").partition("=")[::2] for arg in args)
     group = str(key).partition(".")[0]
@@ -123,20 +123,20 @@ def _of_experiment(error: BadRequest, args: Sequence[str]) -> BadRequest | None:
 
 
 def _as_typed(error: BadRequest, args: Sequence[str]) -> BadRequest:
-    """With a path as the user wrote it; inside the program all are absolute."""
+    """The error with its path as the user wrote it; inside the program all paths are absolute."""
     key, value, remedy = error.args
     for arg in args:
         name, _, given = arg.partition("=")
         if name != key or key not in PATHS or not value:
             continue
-        for one in (unquoted(given), *given.split(",")):  # of a sweep
+        for one in (unquoted(given), *given.split(",")):  # each value of a sweep
             if str(absolute(one)) == str(value):
                 return BadRequest(key, one, remedy)
     return error
 
 
 def _having(key: str) -> str:
-    """Which options of its group have a key that the chosen one lacks."""
+    """Name the options of the key's group that have it, unlike the chosen one; empty if none."""
     group, _, name = key.rpartition(".")
     line = re.compile(rf"^{re.escape(name)}:", re.MULTILINE)
     options = [
@@ -149,11 +149,12 @@ def _having(key: str) -> str:
 
 def escaped(character: str) -> str:
     code = ord(character)
+    # U+DC80 to U+DCFF are how Python holds bytes that are not UTF-8.
     return f"\\x{code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code:02x}"
 
 
 def say(line: str) -> None:
-    """One line of bounded length, whatever the text holds: some may be from an untrusted file."""
+    """Print one line of bounded length, escaped: parts of it may come from an untrusted file."""
     shown = "".join(c if c.isprintable() else escaped(c) for c in line[:LONGEST])
     shown += "..." * (len(line) > LONGEST)
     print(f"spikerl: {shown}", file=sys.stderr)

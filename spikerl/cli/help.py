@@ -7,18 +7,18 @@ from pathlib import Path
 
 from spikerl.config.yaml_file import conf_folder, group_options, option_file
 
-KEYS = "Keys and their defaults"  # what the list begins with, where groups come before it
+KEYS = "Keys and their defaults"  # heading of Hydra's list of keys, where groups come before it
 COMMENTED = re.compile(r"^(\w+):[^#\n]*# (.+)$", re.MULTILINE)
 DEFAULT = re.compile(r"^  - (\w+): (\w+)$", re.MULTILINE)
-STARTS_FROM = re.compile(r"^  - (\w+)$", re.MULTILINE)  # another file, whose keys it has
+STARTS_FROM = re.compile(r"^  - (\w+)$", re.MULTILINE)  # a file that this one includes
 CHOSEN = re.compile(r"^(\w+):\n(?:  .*\n)*?  name: (\w+)$", re.MULTILINE)
 GROUP = re.compile(r"^(\w+): \w+(?:, \w+)*$", re.MULTILINE)
-# In lists of options: what config files share, what `reproduce` alone reads, and subfolders.
+# Groups to leave out of help: what config files share, what `reproduce` alone reads, subfolders.
 NOT_CHOSEN = re.compile(r"^(?:(?:base|table): \w+, |\w+/\w+: ).*\n", re.MULTILINE)
 
 
 def with_meanings(text: str, command: str) -> str:
-    """Hydra's text for a command, each key that a comment explains with that comment."""
+    """Hydra's help text for a command, with the comments of conf/ behind the keys."""
     text = NOT_CHOSEN.sub("", text)
     head, mark, keys = text.partition(KEYS) if KEYS in text else ("", "", text)
     # Hydra's list has neither the options of plugins nor those of subfolders as they are typed.
@@ -46,7 +46,7 @@ def with_meanings(text: str, command: str) -> str:
 
 
 def comments_of(group: str, option: str) -> dict[str, str]:
-    """Those of an option's file, a plugin's too, and of the options that it starts from."""
+    """The comments by key of an option's file, also a plugin's, and of the options it includes."""
     if option not in group_options(group):
         return {}
     path = option_file(group, option)

@@ -20,12 +20,14 @@ from spikerl.config.typed import PATHS
 from spikerl.config.yaml_file import conf_folder, group_options, searchpath
 from spikerl.errors import BadRequest
 
-LONGEST_NAME = 200  # bytes; a file's name may have 255, and a hidden folder's is longer
-MOST_COMPOSED = 64  # jobs; of more, each value is tried once
+LONGEST_NAME = 200  # bytes; names may have 255, and a folder's is longer while it is being filled
+MOST_COMPOSED = 64  # jobs; in a larger sweep each value is checked in one job only
 
 
 def choices(args: Sequence[str]) -> list[list[str]] | None:
-    """What each override stands for, one job taking one of each; None where a sweeper decides."""
+    """The values of each override; a job takes one of each. None where a sweeper chooses them, or
+    Hydra will refuse an override.
+    """
     overrides = [arg for arg in split(args)[0] if not arg.startswith("hydra")]
     if any(arg.startswith("hydra/sweeper=") for arg in args):
         return None
@@ -34,19 +36,19 @@ def choices(args: Sequence[str]) -> list[list[str]] | None:
         return [_values(override) for override in parsed]
     except BadRequest:
         raise
-    except Exception:  # also of a number or a nesting that is too much
+    except Exception:  # also a number or a nesting that is too large for the parser
         return None  # Hydra will say what is wrong with it
 
 
 def check_distinct(choices: Sequence[Sequence[str]], *, folders: bool) -> None:
-    """Two jobs that are the same run would pass for two results; and where each keeps a folder,
-    those of a/b and a_b would be one, as its name has no "/".
+    """Refuse two jobs that would be the same run, as they would pass for two results; and, if jobs
+    keep `folders`, values such as a/b and a_b, whose folders would have the same name.
     """
     keys = [values[0].partition("=")[0] for values in choices]
     for place, values in enumerate(choices):
         for number, override in enumerate(values):
             key, _, value = override.partition("=")
-            if len(values) > 1 and key in keys[place + 1 :]:  # which alone would count
+            if len(values) > 1 and key in keys[place + 1 :]:  # the last alone would count
                 raise BadRequest(key, value, "the key is there again; leave one out")
             if override in values[:number]:
                 raise BadRequest(key, value, "it is there twice; leave one out")
@@ -55,7 +57,7 @@ def check_distinct(choices: Sequence[Sequence[str]], *, folders: bool) -> None:
 
 
 def check_pages(args: Sequence[str], varied: Sequence[str]) -> None:
-    """Each job of `report` writes the same files, and would do so over those of the job before."""
+    """Refuse a sweep of `report` whose jobs would write their files over each other's in `out`."""
     typed = [unquoted(arg.partition("=")[2]) for arg in args if arg.startswith("out=")]
     out = ["outputs/report", *typed][-1]
     others = [key for key in varied if key != "out"]
@@ -69,7 +71,7 @@ def _values(override: Any) -> list[str]:
         return [override.input_line]
     key, value = override.get_key_element(), override.input_line.partition("=")[2]
     if isinstance(override.value(), Glob):
-        # Hydra looks into no folders.
+        # Hydra's glob() does not look into subfolders.
         names = [name for name in group_options(key) if "/" not in name]
         found = override.value().filter(names)
         remedy = f"no option is named so; known: {', '.join(names)}"
@@ -97,7 +99,7 @@ def count(choices: Sequence[Sequence[str]]) -> int:
 
 
 def combinations(choices: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
-    """All of them, or, where they are many, enough that each value comes once."""
+    """All combinations, or, if they are over MOST_COMPOSED, enough of them to have each value."""
     if count(choices) <= MOST_COMPOSED:
         yield from product(*choices)
         return
@@ -106,7 +108,7 @@ def combinations(choices: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
 
 
 def refusals(args: Sequence[str], explain: Callable[[Exception], str]) -> list[str]:
-    """A line for each job of train that is wrong as it was typed, before any of them runs."""
+    """A line for each reason why jobs of train are wrong as typed, before any of them runs."""
     from spikerl.config.build import parse_groups
 
     if (values := choices(args)) is None:
@@ -135,13 +137,13 @@ def _refuse_same(overrides: Sequence[str], others: Sequence[str]) -> None:
 
 
 def alone(overrides: Sequence[str]) -> list[str]:
-    """A job's overrides as they are typed without -m: Hydra has paths in quotes."""
+    """A job's overrides as they are typed without -m: paths without the quotes that Hydra needs."""
     pairs = [(override, *override.partition("=")[::2]) for override in overrides]
     return [f"{key}={unquoted(value)}" if key in PATHS else o for o, key, value in pairs]
 
 
 def folder_name(name: str) -> str:
-    """One that a file system takes: what is too long ends in its hash."""
+    """The folder name of a job; a name too long for a file system is cut and ends in its hash."""
     whole = name.replace("/", "_")
     if len(whole.encode()) <= LONGEST_NAME:
         return whole

@@ -1,4 +1,4 @@
-"""What a command takes where nothing is typed: its default config, and the keys of it."""
+"""A command's default config, and its keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from spikerl.config.yaml_file import conf_folder
 
 
 def default_config(command: str) -> Any:
-    """What the command's config is where nothing is typed."""
+    """The command's config as Hydra composes it without overrides."""
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):

@@ -66,9 +66,9 @@ def run(args: Sequence[str]) -> int:
             hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(commands())}"
             return wrong(f"{command}: no such command; {hint}")
         expanded = expand(command, typed)
-        from spikerl.cli.call import compose_and_call  # with Hydra, which takes a while
+        from spikerl.cli.call import compose_and_call  # imports Hydra, which takes a while
 
-        # A training listens itself, and until then may wait in C++, where no handler is called.
+        # A training sets its own handlers; until then it may wait in C++, where Python runs none.
         numbers = [n for n in listened_to() if n != signal.SIGINT and command != "train"]
         with handled(_interrupt, numbers):
             return compose_and_call(command, expanded, typed)
@@ -84,7 +84,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def check_text(args: Sequence[str]) -> None:
-    """Refuse bytes that are no UTF-8, which no config and no record could hold."""
+    """Refuse words or a current folder that are not UTF-8, as no config or record can hold them."""
     try:
         here = os.getcwd()
     except OSError:
@@ -99,5 +99,5 @@ def check_text(args: Sequence[str]) -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """Told apart from what an environment raises."""
+    """Raise Interrupted, which no environment raises as it might a KeyboardInterrupt."""
     raise Interrupted(number)

@@ -1,4 +1,4 @@
-"""What must not reach Hydra: it would trip over it, ignore it, or run somebody's code."""
+"""Refuses what Hydra would fail on or ignore, and settings by which it would run other code."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ REFUSED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name",
 # What is accepted of Hydra's settings; others can name code to run: callbacks, logging, the search
 # path.
 HYDRA = r"\+{0,2}hydra(/(launcher|sweeper)|\.(launcher|sweeper)(\.\w+)+)"
-NO_NAME = r"[-+]?([0-9._]+(e[-+]?\d+)?|inf|nan)|null|true|false"  # what Hydra reads as no text
-OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra passes over
-# Actors, and the groups that they have no part of.
+NO_NAME = r"[-+]?([0-9._]+(e[-+]?\d+)?|inf|nan)|null|true|false"  # what Hydra does not read as text
+OPTIONAL = ("experiment", "table")  # groups whose unknown options Hydra ignores
+# Pairs of patterns: actors, and overrides of groups that these actors do not have.
 UNREAD = (
     (
         r"actor=(mlp|cnn|transformer)|experiment=(dense/[^,]*|proxy_target/ann)",
@@ -36,7 +36,7 @@ def check_flags(command: str, flags: Sequence[str]) -> None:
         if arg.startswith("-") and flag not in (*FLAGS, *REFUSED_FLAGS):
             raise BadRequest(flag, "", f"no such flag; {_without_dashes(command, flag)}")
         if "=" in arg and flag in FLAGS and flag not in VALUED:
-            own = flag.lstrip("-") in known_keys(command)  # as `run` is of some
+            own = flag.lstrip("-") in known_keys(command)  # such as `run` of some commands
             remedy = _without_dashes(command, flag) if own else "takes no value"
             raise BadRequest(flag, arg.partition("=")[2], remedy)
         if flag in REFUSED_FLAGS:
@@ -58,7 +58,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 
 def _check_choice(key: str, value: str) -> None:
-    """Refuse a choice that Hydra would trip over, or ignore, as it does for an optional group."""
+    """Refuse a choice that Hydra would fail on, or ignore, as it does for an optional group."""
     if not key:
         raise BadRequest(key, value, "cannot be read; write key=value")
     if not os.path.isdir(conf_folder() / key) or "(" in value:  # choice(...), glob(...)
@@ -73,7 +73,7 @@ def _check_choice(key: str, value: str) -> None:
 
 
 def check_read(args: Sequence[str]) -> None:
-    """Refuse groups that the chosen actor does not have."""
+    """Refuse overrides of groups that the chosen actor does not have."""
     chosen = [arg for arg in args if arg.startswith("actor=")]
     for actor in chosen or [arg for arg in args if arg.startswith("experiment=")]:
         for pattern, groups in UNREAD:
@@ -85,7 +85,7 @@ def check_read(args: Sequence[str]) -> None:
 
 
 def _without_dashes(command: str, flag: str) -> str:
-    """Users of other programs write --env X."""
+    """The remedy for an unknown flag, such as --env X, which other programs have."""
     name = flag.lstrip("-").replace("-", "_")
     if name in ("help", "cfg", "multirun") or name not in known_keys(command):
         return nearest(flag, FLAGS)

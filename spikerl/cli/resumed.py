@@ -1,4 +1,4 @@
-"""A run that is resumed: what may change of it, and what it keeps of what it chose."""
+"""Resuming a run: the settings that may change, and the choices that it keeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_BYTES = 1 << 28  # of a manifest.json
 
 
 def check_resume(args: Sequence[str], sweeps: bool, run: Path) -> None:
-    """Refuse what is not a run folder, and to change what a resumed run computes."""
+    """Refuse what is not a run folder, and overrides that change what a resumed run computes."""
     if not os.path.isfile(run / "manifest.json"):
         why = "is not a run folder (it has no manifest.json)"
         raise BadRequest("resume", run, why if os.path.isdir(run) else "no such folder")
@@ -32,17 +32,19 @@ def check_resume(args: Sequence[str], sweeps: bool, run: Path) -> None:
         if key == "env.id":
             env = read_config(run / "config.yaml").get("env")
             if isinstance(env, dict) and env.get("id") == unquoted(value):
-                continue  # it confirms a module to import
+                continue  # typed to confirm the module that it imports
         if key not in RESUMABLE:
             remedy = f"a resumed run keeps it; only {', '.join(RESUMABLE[1:])} can change"
             raise BadRequest(key, value, remedy)
 
 
 def chosen(run: Path, typed: Sequence[str]) -> list[str]:
-    """What the run chose at its start: a resume on another day must not choose anew.
+    """Overrides that keep what the run chose at its start, so that a later resume does not choose
+    anew; none for a key that was `typed`, or where the manifest cannot be read.
 
-    On another device another kernel has to run, on another processor perhaps another path of it;
-    other workers have another share of the cores, and more than one no graphs.
+    The kernel is kept unless a device or kernel was typed, or no GPU is there for it; its path,
+    unless this processor lacks it or it is `graphs` and there are several workers; the number of
+    threads, unless the number of workers changed.
     """
     given = dict(arg.partition("=")[::2] for arg in typed)
     try:
@@ -73,13 +75,13 @@ def chosen(run: Path, typed: Sequence[str]) -> list[str]:
 
 
 def _sees_a_gpu() -> bool:
-    import torch  # a second, which a request that is refused need not wait for
+    import torch  # takes a second, which a refused request need not wait for
 
     return torch.cuda.is_available()
 
 
 def _runs_here(path: str, run: Path) -> bool:
-    """Whether the C++ kernel keeps its path: not one that nobody named and the processor lacks."""
+    """Whether the C++ kernel keeps its path: not one that "auto" chose and this processor lacks."""
     from spikerl.kernels.build import PATHS, supported_paths
 
     kernel = read_config(run / "config.yaml").get("kernel")

@@ -54,7 +54,7 @@ from spikerl.runs.differences import differences
 from spikerl.runs.rows import MAX_BYTES
 
 STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
-KEEPS_FOLDERS = ("train", "import", "reproduce")  # their sweeps have one, too
+KEEPS_FOLDERS = ("train", "import", "reproduce")  # commands whose jobs and sweeps keep a folder
 
 
 class Sweep:
@@ -74,8 +74,8 @@ class Sweep:
         answers: bool = False,
     ) -> None:
         """`total` is how many jobs there will be, if that is known. A root that the user has not
-        `named` gets a number where another sweep has its name. `answers`: standard output is for
-        those of the jobs alone.
+        `named` gets a number if it exists already. With `answers`, standard output holds only the
+        JSON answers of the jobs.
         """
         self.id, self.pid = uuid.uuid4().hex, os.getpid()
         self.command, self.keep = command, command in KEEPS_FOLDERS
@@ -95,11 +95,11 @@ class Sweep:
             raise BadRequest("run_dir", root, f"{reason}; give another run_dir") from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "held": None}  # the process that made it owns the folder
+        return {**vars(self), "held": None}  # the lock stays with the process that took it
 
     @property
     def screen(self) -> IO[str]:
-        """Where it says how its jobs go."""
+        """The stream that progress and the table are printed to."""
         return sys.stderr if self.answers else sys.stdout
 
     @classmethod
@@ -130,7 +130,7 @@ class Sweep:
             raise BadRequest("run_dir", root, "is a run; a sweep needs a folder of its own")
         sweep = cls(root, varied, total, command=command, named=bool(named))
         if submitted:
-            os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # which a run knows
+            os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # on which a run saves and stops
             print(f"jobs are submitted; what they say: {sweep.root}/.submitit/*/*_log.out")
         return sweep
 
@@ -140,11 +140,11 @@ class Sweep:
         call: Callable[[Any, Sequence[str]], int],
         explain: Callable[[Exception], str],
     ) -> float | None:
-        """Run one job, whatever becomes of it, and note how it ended; `call` also gets what would
-        be typed for this job alone.
+        """Run one job and note how it ended, also if it fails; `call` also gets the overrides that
+        would be typed for this job alone.
 
-        What a sweeper is to maximise: the return of the best evaluation, or of the one that `eval`
-        made; None if the job failed.
+        Return what a sweeper maximises: the return of the best evaluation, or of the one that
+        `eval` made; None if the job failed.
         """
         from hydra.core.hydra_config import HydraConfig
 
@@ -171,7 +171,7 @@ class Sweep:
             else:
                 with safe_path(self.safe), results() as own:
                     if os.getpid() != self.pid and not hosts.submitted():
-                        os.environ["SPIKERL_JOB"] = name  # which its lines begin with
+                        os.environ["SPIKERL_JOB"] = name  # a prefix of the lines that it prints
                     outcome["status"] = call(config, alone(overrides))
                 outcome |= own
         except (BadRequest, OmegaConfBaseException) as error:
@@ -190,19 +190,19 @@ class Sweep:
             outcome |= {"status": FAILED, "error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()
         if outcome["status"] == PREEMPTED and hosts.requeued():
-            sys.exit(PREEMPTED)  # it is this job that goes on later, and notes how it ended
+            sys.exit(PREEMPTED)  # the scheduler will run this job again, to note its outcome
         self.note(outcome)
         return result(outcome)["return"] if outcome["status"] == DONE else None
 
     def note(self, outcome: dict[str, Any]) -> None:
         if not launchers.is_first():
-            return  # a launcher made several workers of this job
+            return  # one of several workers that a launcher started for this job
         self.own[outcome["job"]] = {**outcome, "sweep": self.id}
         try:
             with (self.root / "jobs.jsonl").open("a", encoding="utf-8") as f:
                 lock_file(f, wait=True)  # or machines would write over each other's lines
                 f.write(json.dumps(self.own[outcome["job"]]) + "\n")
-        except OSError as error:  # a full disk stops no job
+        except OSError as error:  # a full disk must not stop a job
             print(f"spikerl: {self.root}/jobs.jsonl: {error.strerror or error}", file=sys.stderr)
 
     def progress(self) -> str:
@@ -258,13 +258,13 @@ class Sweep:
         return stopped[0] if stopped else int(set(statuses) != {DONE})
 
     def mixed(self, jobs: Sequence[dict[str, Any]]) -> str | None:
-        """What the runs of the table differ in beside what the sweep varies."""
+        """A line on what the table's runs differ in beside what the sweep varies, or None."""
         runs = [Path(job["folder"]) for job in jobs if self.keep and job["return"] is not None]
-        # An experiment sets keys of every group.
+        # An experiment may set any key, so where it varies, configs are not compared.
         return differences(runs, None if "experiment" in self.varied else self.varied)
 
     def discard(self) -> None:
-        """Leave things as they were: no job began."""
+        """Restore the folder as it was before this sweep, of which no job has run."""
         for name, content in self.before.items():
             path = self.root / name
             if content:
@@ -274,18 +274,18 @@ class Sweep:
         if self.root in self.made:
             shutil.rmtree(self.root / ".submitit", ignore_errors=True)
             (self.root / ".lock").unlink(missing_ok=True)
-        with suppress(OSError):  # somebody else put something there
+        with suppress(OSError):  # not empty, as somebody else put something there
             for folder in self.made if self.keep else [self.root]:
                 folder.rmdir()
 
     def noted(self) -> list[dict[str, Any]]:
-        """What the jobs of this sweep have noted so far, the last word of each."""
+        """The latest note of each job of this sweep."""
         path = self.root / "jobs.jsonl"
         content = path.read_bytes() if path.exists() else b""
         lines = content[len(self.before["jobs.jsonl"]) :].splitlines()
         last: dict[Any, dict[str, Any]] = {}
         for line in lines:
-            with suppress(ValueError):  # a full disk took half of it
+            with suppress(ValueError):  # a line that was cut short by a full disk
                 job = json.loads(line)
                 if job["sweep"] == self.id:
                     last[job["job"]] = job
@@ -308,7 +308,7 @@ class Sweep:
 
 
 def own_folder(root: Path, named: bool) -> Path:
-    """The folder, made if need be, or one beside it where a sweep of this second has that."""
+    """Make the folder if need be; where it exists and was not `named`, a numbered one beside it."""
     if named:
         root.mkdir(parents=True, exist_ok=True)
         return root
@@ -322,12 +322,12 @@ def own_folder(root: Path, named: bool) -> Path:
 
 
 def best_first(job: dict[str, Any]) -> tuple[Any, ...]:
-    """The order of a task's jobs: those without a return come last."""
+    """The sort key of a job: its task, then its return, highest first, and no return last."""
     return job["task"], job["return"] is None, -(job["return"] or 0.0)
 
 
 def owned(root: Path) -> IO[str]:
-    """The lock by which a sweep owns its folder until its process ends."""
+    """Lock a sweep's folder until this process ends; refuse if another process has the lock."""
     held = hold(root)
     if isinstance(held, str):
         raise BadRequest("run_dir", root, f"{held} sweeps there; give another run_dir, or wait")
@@ -335,26 +335,27 @@ def owned(root: Path) -> IO[str]:
 
 
 def result(job: dict[str, Any]) -> dict[str, Any]:
-    """The task and the return of a job: what it gave, or what its run folder says."""
+    """The task and the return of a job, from its summary.json, or if it has none, from its note."""
     summary = Path(job["folder"]) / "summary.json"
     known = job
     if job["status"] != WRONG:
         with suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
             known = dict(read_json(summary, MAX_BYTES))
-    task = known.get("env_id", "~")  # after all names of tasks
+    task = known.get("env_id", "~")  # sorts after all names of tasks
     return {"task": task, "return": known.get("eval_return", known.get("best_eval_return"))}
 
 
 def end_pool() -> None:
-    """End the processes of hydra/launcher=joblib, which joblib keeps for calls that never come."""
+    """End the processes of hydra/launcher=joblib, which joblib keeps alive for further calls."""
     if loky := sys.modules.get("joblib.externals.loky"):
         loky.get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
 
 
 def over_seeds(jobs: Sequence[dict[str, Any]], measure: str) -> list[str]:
-    """A line for each setting that several seeds have done: mean and deviation over them.
+    """A line for each setting that several seeds have finished: mean and standard deviation.
 
-    What was stopped has other steps; a job that a sweeper chose again is no other run.
+    Stopped jobs are left out, as they made fewer steps; jobs of the same name count once, as a
+    sweeper may choose one again.
     """
     groups: dict[str, list[float]] = {}
     for name, job in {job["name"]: job for job in jobs}.items():

@@ -34,7 +34,7 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def unquoted(value: str) -> str:
-    """What Hydra reads of it: a backslash counts before a quote, and at the end."""
+    """A quoted value as Hydra reads it: backslashes escape only before a quote or at the end."""
     if not re.fullmatch(r"(['\"]).*\1", value):
         return value
     escaped = rf"(\\+)({value[0]}|\Z)"
