@@ -47,7 +47,7 @@ GROUPS = ("env", *ACTOR_GROUPS, "algo", "precision", "kernel", "backend", "energ
 
 @dataclass(kw_only=True)
 class Choices:
-    """What every "auto" came to, and why; written into the manifest."""
+    """What each "auto" or named choice resolved to, and why; written into the manifest."""
 
     device: Resolved
     threads: Resolved
@@ -68,18 +68,18 @@ class Config:
     backend: BackendConfig
     energy: EnergyConfig
     resolved: Choices
-    own_products: bool  # PyTorch makes none, whose sums depend on the number of threads
+    own_products: bool  # no product is PyTorch's, whose sums depend on the number of threads
     world_size: int
     raw: dict[str, Any]
 
     @property
     def num_envs(self) -> int:
-        """Over all workers; by default one each."""
+        """The environments of all workers together; by default one for each worker."""
         return self.run.num_envs or self.world_size
 
     @property
     def last_step(self) -> int:
-        """total_steps, or the next that all environments together come to."""
+        """total_steps, rounded up to a multiple of num_envs unless the run is offline."""
         if isinstance(self.algo, OfflineConfig):
             return self.run.total_steps
         return -(-self.run.total_steps // self.num_envs) * self.num_envs
@@ -114,7 +114,7 @@ def parse_groups(raw: Mapping[str, Any]) -> Parsed:
         backend=BACKENDS.parse(raw["backend"]),
         energy=METERS.parse(raw["energy"]),
     )
-    for key in ("kwargs", "wrappers"):  # or no resume could give them back
+    for key in ("kwargs", "wrappers"):  # refuse what a resume could not read back
         quoted(getattr(parsed.env, key), f"env.{key}")
     check_together(parsed.algo, parsed.actor)
     check_critics(parsed.algo, parsed.precision)
@@ -136,7 +136,7 @@ def build(raw: Mapping[str, Any]) -> Config:
         raise refusal
     no_graphs = "{}={}".format(*refusal.args) if refusal else None
     chosen = kernels.resolve(kernel, device.choice, layered, no_graphs)
-    whole = chosen.choice.startswith("cpu/") and layered is None  # PyTorch makes no product
+    whole = chosen.choice.startswith("cpu/") and layered is None  # no product is PyTorch's
     whole &= precision.critic_dtype == torch.float32 and isinstance(algo, OffPolicyConfig)
     rows = algo.batch_size if whole else None
     resolved = Choices(

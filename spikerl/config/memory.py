@@ -1,4 +1,4 @@
-"""What a run needs of memory at the least, so that a size that cannot be is refused by name.
+"""The least memory that a run needs, so that a size that cannot fit is refused by its key.
 
 Shape legend   O observation entries, A action entries.
 """
@@ -46,7 +46,7 @@ def check_memory(config: Config, task: Task) -> None:
         raise BadRequest(key, config.raw[group][name], remedy)
 
 
-LIMITS = ("memory.max", "memory.limit_in_bytes")  # of a control group, in its two versions
+LIMITS = ("memory.max", "memory.limit_in_bytes")  # files of a control group, in cgroup v2 and v1
 
 
 def memory(groups: Path = GROUPS, root: Path = CGROUP) -> int:
@@ -61,12 +61,15 @@ def memory(groups: Path = GROUPS, root: Path = CGROUP) -> int:
 
 
 def least_bytes(config: Config, task: Task) -> dict[str, int]:
-    """By the key that it grows with; of several machines each holds its share of the rows."""
+    """What a run needs on this machine at the least, by the config key that each part grows with.
+
+    Of the rows of the replay, each of several machines holds an equal share.
+    """
     algo, actor = config.algo, config.actor.actor
     if isinstance(actor, SequenceConfig):
         return sequence_bytes(actor, algo.batch_size)
     O, A = task.obs_dim, task.act_dim  # noqa: E741
-    with torch.device("meta"):  # where it takes none
+    with torch.device("meta"):  # where it takes no memory
         net = build_actor(config.actor, algo.inputs(O, A), algo.outputs(A))
     hidden = "actor.hidden_sizes"
 
@@ -86,7 +89,7 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
     rows = min(algo.capacity(), config.run.total_steps) // config.run.nnodes
     if isinstance(algo, OfflineConfig):
         rows = 0  # a dataset's size is checked where it is opened
-    # Of a batch each row may be several, or an update take several batches.
+    # A batch is repeated target_samples times; an update takes proxy_steps batches.
     times = [name for name in ("target_samples", "proxy_steps") if hasattr(algo, name)]
     several = times[0] if times else "batch_size"
     at_once = algo.batch_size * math.prod(getattr(algo, name) for name in times)
@@ -106,7 +109,7 @@ def least_bytes(config: Config, task: Task) -> dict[str, int]:
 
 
 def sequence_bytes(actor: SequenceConfig, batch_size: int) -> dict[str, int]:
-    """A block has 12 D^2 weights, and 12 D entries of a token between them."""
+    """The same for an actor over sequences: a block has 12 D^2 weights, 12 D entries per token."""
     D, each = actor.dim, 3  # tokens of a step
     if isinstance(actor, SpikeformerConfig):
         each = actor.spike_steps

@@ -12,7 +12,7 @@ from spikerl.runs.loggers import check_loggers
 from spikerl.runs.policies import CHOICES
 from spikerl.schema import check_seed
 
-MOST = 4096  # environments, workers, threads: a config file starts no more processes
+MOST = 4096  # environments, workers, threads, as a config file could ask for any number
 
 
 @dataclass(kw_only=True)
@@ -72,7 +72,7 @@ class RunConfig:
         self.check_nodes()
 
     def check_nodes(self) -> None:
-        """Several machines are named whole, one not at all."""
+        """Refuse node_rank and rdzv for one machine; for several, demand them and world_size."""
         nodes = self.nnodes
         if nodes < 1:
             raise BadRequest("nnodes", nodes, "give at least 1")

@@ -1,4 +1,4 @@
-"""What of a config does not go together, or not with the task."""
+"""Refuses settings that do not fit each other, the number of workers, or the task."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from spikerl.types import Task
 
 
 def check_shares(run: RunConfig, algo: AlgoConfig, world_size: int) -> None:
-    """Refuse what cannot be shared out over the workers."""
+    """Refuse sizes that cannot be divided among the workers."""
     most = max(64, 4 * cores()) * run.nnodes
-    if world_size > most and not ranked():  # an untrusted file starts no thousands of processes
+    if world_size > most and not ranked():  # a file must not start thousands of processes
         raise BadRequest("world_size", world_size, f"give at most {most} here")
     num_envs = run.num_envs or world_size
     if num_envs % world_size and run.resume:
@@ -61,9 +61,9 @@ def check_actions(algo: AlgoConfig, task: Task) -> None:
 
 
 def check_image(actor: ActorConfig, task: Task) -> None:
-    """Refuse observations whose height and width stand elsewhere than the actor looks for them."""
+    """Refuse observations whose height and width are not the dimensions that the actor expects."""
     config, shape = actor.actor, task.obs_shape
-    if not isinstance(config, ConvConfig) or len(shape) == 1:  # flat ones do not tell
+    if not isinstance(config, ConvConfig) or len(shape) == 1:  # flat: it shows no layout
         return
     size, first = tuple(config.image), config.channels_first
     fits = {False: shape[:2] == size, True: shape[-2:] == size}
@@ -90,7 +90,7 @@ def check_dataset(run: RunConfig, algo: AlgoConfig) -> None:
 
 
 def check_together(algo: AlgoConfig, actor: ActorConfig) -> None:
-    """Refuse what does not go together."""
+    """Refuse an algorithm and an actor, or a neuron's settings, that do not fit each other."""
     neuron = actor.neuron
     if neuron and neuron.surrogate_slope_end is not None and not neuron.slope_moves:
         remedy = f"surrogate={neuron.surrogate} has no slope; give null, or another surrogate"
@@ -107,7 +107,7 @@ def check_together(algo: AlgoConfig, actor: ActorConfig) -> None:
 
 
 def check_critics(algo: AlgoConfig, precision: PrecisionConfig) -> None:
-    """Refuse a format of critics alone where there are none."""
+    """Refuse a precision that differs for critics only, where the algorithm has none."""
     if precision.actor == "fp32" != precision.critic and not isinstance(algo, CriticsConfig):
         remedy = f"algo={algo.name} has no critics, whose format it is; leave it out"
         raise BadRequest("precision", precision.name, remedy)
@@ -116,7 +116,9 @@ def check_critics(algo: AlgoConfig, precision: PrecisionConfig) -> None:
 def check_sequence(
     algo: AlgoConfig, actor: ActorConfig, env: EnvConfig, precision: PrecisionConfig
 ) -> None:
-    """Refuse a network over sequences without the algorithm that trains one, and the reverse."""
+    """Refuse a network over sequences without the algorithm that trains one, and the reverse; also
+    settings that these algorithms do not read.
+    """
     name = actor.actor.name
     learns = isinstance(algo, DecisionTransformerConfig)
     if isinstance(actor.actor, SequenceConfig) != learns:
@@ -139,7 +141,7 @@ def check_sequence(
 def why_no_graphs(
     run: RunConfig, algo: AlgoConfig, actor: ActorConfig, world_size: int
 ) -> BadRequest | None:
-    """What stands against a round of updates as one CUDA graph, if anything does."""
+    """The reason why a round of updates cannot run as one CUDA graph, or None."""
     if not ALGOS.part(algo).has_graphs:
         fit = [name for name, (_, learner) in ALGOS.options.items() if learner.has_graphs]
         remedy = f"graphs are of {', '.join(fit)}; use kernel=triton alone"

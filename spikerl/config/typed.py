@@ -6,21 +6,21 @@ import re
 
 from spikerl.config.yaml_file import counted, quoted
 
-# Values that are taken as they are typed: a sweep names its folders with '=' and ','.
+# Keys of paths, which are taken literally: the folders of a sweep have '=' and ',' in their names.
 PATHS = ("run_dir", "init_from", "resume", "config", "run", "popsan", "dense", "stats", "path",
          "energy.file", "file", "runs", "out", "dataset")  # fmt: skip
 
 
 def for_hydra(arg: str, sweeps: bool = False) -> str:
     """The override with a path in quotes, brackets around loggers, and counts as whole numbers."""
-    # Its keys are the environment's, so Hydra knows none of them.
+    # Its keys are the environment's; as Hydra's config has none of them, they are added by `++`.
     arg = re.sub(r"^(?=env\.kwargs(\.|=\{))", "++", arg)
     return _whole_numbers(_literal(arg, sweeps))
 
 
 def _literal(arg: str, sweeps: bool) -> str:
-    """Quotes around a path, in which many characters would mean something to Hydra and 1e3 is a
-    number; brackets around a list of loggers.
+    """The override with quotes around a path, as Hydra would interpret many characters in it and
+    read 1e3 as a number, or with brackets around a list of loggers.
     """
     key, _, value = arg.partition("=")
     if key == "logger" and not value.startswith("["):
@@ -32,7 +32,7 @@ def _literal(arg: str, sweeps: bool) -> str:
 
 
 def _whole_numbers(arg: str) -> str:
-    """total_steps=1M and the like as Hydra has them; also where a sweep lists several."""
+    """Counts such as total_steps=1M as whole numbers, also each in a list of a sweep."""
     key, _, value = arg.partition("=")
     if not re.fullmatch(r"[\w.+,]+", value):
         return arg
@@ -44,6 +44,6 @@ def readable(override: str) -> bool:
 
     try:
         OverridesParser.create().parse_override(override)
-    except Exception:  # its own, and those of a number or a nesting that is too much
+    except Exception:  # the parser's, or of a number or a nesting that is too large for it
         return False
     return True

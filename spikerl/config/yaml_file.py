@@ -1,6 +1,6 @@
 """A config file as plain data, and the overrides that make Hydra compose the same.
 
-The file may be untrusted: it is only ever values.
+The file may be untrusted, so it can set nothing but values.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 1 << 17  # some forty times a run's config.yaml
 NAME = r"[A-Za-z][A-Za-z0-9_]*"  # of a key
-ARGUMENT = r"[A-Za-z_][A-Za-z0-9_-]*"  # of one in what others' code is given
+ARGUMENT = r"[A-Za-z_][A-Za-z0-9_-]*"  # of a key among arguments for users' code
 # Where a run was started from or kept is not part of what it computes.
 NOT_CARRIED = ("run_dir", "resume", "config", "nnodes", "node_rank", "rdzv")
-# Keys whose values are numbers of something.
+# Keys whose values are counts.
 COUNTS = re.compile(r"(?:^|[._])(?:steps|interval|capacity|starts|episodes|envs|size|per_epoch)$")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-# Whole, as no option has their keys: arguments of others' code, and what is asked of joules.
+# Values that are passed on whole, as no config file of ours has their keys: arguments for users'
+# code, and the return that energy_to asks for.
 PLAIN = ("env.kwargs", "env.wrappers", "energy_to")
-# What the config.yaml of every run has, of all versions.
+# Keys that the config.yaml of every run has, whatever version wrote it.
 EVERY_RUN = (
     "env", "actor", "algo", "precision", "backend", "energy", "seed", "total_steps",
     "steps_per_epoch", "eval_episodes", "num_envs", "scaling", "deterministic",
@@ -47,7 +48,7 @@ def conf_folder() -> Path:
 
 
 def searchpath() -> list[str]:
-    """What makes Hydra search the conf/ folders of plugins, too."""
+    """The override that makes Hydra search the conf/ folders of plugins too; empty without any."""
     folders = [quoted(folder.as_uri()) for folder in plugins.conf_folders()]
     return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
 
@@ -70,7 +71,7 @@ def read_config(path: Path) -> dict[Any, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Without aliases, by which a small file can stand for a huge one."""
+        """Refuses huge integers, and aliases, by which a small file can stand for a huge one."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
@@ -83,12 +84,12 @@ def read_config(path: Path) -> dict[Any, Any]:
                 raise yaml.YAMLError("numbers have 63 bits")
             return number
 
-    if os.path.isdir(path):  # Path's own raises for a name that is too long
+    if os.path.isdir(path):  # Path.is_dir() raises for a name that is too long
         raise BadRequest("config", path, f"is a folder; give {path}/config.yaml")
     Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
     try:
         data = yaml.load(read_bytes(path, MAX_BYTES).decode(), Loader)
-    except Exception as error:  # its scalars raise almost anything: !!int x, 2020-13-45
+    except Exception as error:  # scalars such as `!!int x` or 2020-13-45 raise almost anything
         reason = first_line(error)
         raise BadRequest("config", path, f"cannot be read: {reason}") from None
     if not isinstance(data, dict):
@@ -101,7 +102,7 @@ def overrides_of(path: Path, typed: Sequence[str], *, resumes: bool = False) -> 
 
     The file is data: no interpolation, no code, no Hydra settings, no path that leads out of the
     working folder. A group whose option the user chooses anew takes that option's values, not the
-    file's. A run that `resumes` has its weights, and does not read what it was started from.
+    file's. Where a run `resumes`, the paths that it was started from are left out: it has weights.
     """
     data = read_config(path)
     groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
@@ -140,11 +141,11 @@ def overrides_of(path: Path, typed: Sequence[str], *, resumes: bool = False) -> 
 
 
 def counted(key: str, value: Any) -> Any:
-    """What counts something as a whole number, however it is written: 1e6, 1_000_000, 1M, 10k."""
+    """The value of a key that counts, as a whole number if it is one: 1e6, 1_000_000, 1M, 10k."""
     counts = COUNTS.search(key) and not key.lstrip("+").startswith(PLAIN)
     if not counts or not isinstance(value, str | float):
         return value
-    # Nothing with zeros before it, as the end of 1,000 is.
+    # No leading zeros: a sweep over 1,000 is over 1 and 000, and 000 is not a count.
     number = r"((?:0|[1-9][\d_]*)(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([kKMG]?)"
     match = re.fullmatch(number, str(value))
     if match is None:
@@ -190,7 +191,7 @@ def _check_paths(leaves: Sequence[tuple[str, Any]], path: Path) -> None:
 
 
 def leads_out(value: Any) -> bool:
-    """Whether a path that leads out of the working folder is among the arguments."""
+    """Whether `value` is or holds a path that leads out of the working folder."""
     if isinstance(value, dict | list):
         return any(map(leads_out, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str) and (value[:1] in ("/", "~") or ".." in Path(value).parts)
@@ -210,14 +211,14 @@ def check_confirmed(run: str, task: Task, typed: str | None) -> None:
 def config_for(
     target: str, run: str, task: Task, typed: str | None, plugins: Sequence[str]
 ) -> dict[str, Any]:
-    """A run's config, for a folder that is made from its policy; `typed`: the environment's id, as
-    `check_confirmed` asks for it.
+    """The config of `run`, changed for a folder `target` that is made from its policy. `typed` is
+    the environment id that the user typed to confirm it, for `check_confirmed`.
     """
     path = Path(run) / "config.yaml"
     raw = read_config(path)
     check_confirmed(run, task, typed)
     named = [f"env.id={task.env_id}", f"plugins=[{','.join(plugins)}]"]
-    overrides_of(path, named, resumes=True)  # which refuses what is not plain data
+    overrides_of(path, named, resumes=True)  # called only to refuse what is not plain data
     own = {"run_dir": shown(Path(target)), "plugins": list(plugins)}
     began = {"resume": None, "config": None, "init_from": None, "init_policy": "last"}
     return {**raw, **began, **own}
@@ -233,7 +234,7 @@ def _refusal(key: str, value: Any, path: Path) -> BadRequest:
 
 
 def quoted(value: Any, key: str = "config") -> str:
-    """The value of `key` in Hydra's override grammar."""
+    """`value` in Hydra's override grammar; `key` is named where it is not plain data."""
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     if isinstance(value, list):
