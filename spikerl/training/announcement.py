@@ -27,7 +27,7 @@ def nothing_learned(algo: AlgoConfig) -> str:
 
 
 def announce(config: Config, trainer: Trainer, command: Sequence[str]) -> list[str]:
-    """What `command` is about to run and what each worker has of it, and every choice made."""
+    """Lines on what `command` is about to run, each worker's share of it, and every choice made."""
     run, size, algo = config.run, trainer.world.size, config.algo
     rows = [share(algo.batch_size, rank, size) for rank in range(size)]
     if run.scaling == "weak":
@@ -36,7 +36,7 @@ def announce(config: Config, trainer: Trainer, command: Sequence[str]) -> list[s
     task, resolved = trainer.task, vars(config.resolved)
 
     def why(name: str, resolved: Resolved) -> str:
-        """Nobody typed what a resumed run keeps."""
+        """The reason for a choice: "as before", not "requested", if a resumed run keeps it."""
         typed = any(re.match(rf"{name}(\.\w+)?=", arg) for arg in command)
         if not run.resume or typed or name not in ("device", "threads", "kernel"):
             return resolved.reason
@@ -58,7 +58,7 @@ def announce(config: Config, trainer: Trainer, command: Sequence[str]) -> list[s
     if trainer.updates_by(config.last_step) == 0:
         lines.append(nothing_learned(algo))
     elif trainer.algo.random_steps > max(config.last_step - config.num_envs, 0):
-        # At which all environments begin their last step.
+        # Compared with the step at which all environments begin their last step.
         steps = f"algo.random_steps={trainer.algo.random_steps}"
         said = f"warning: all actions of this run are random ({steps}); give less"
         lines.append(f"{said}, or more total_steps")

@@ -18,12 +18,12 @@ Row = dict[str, Any]
 
 
 class WorkerEpoch(NamedTuple):
-    """What one worker did."""
+    """What one worker did in an epoch."""
 
     returns: Sequence[float]  # of the episodes that ended
-    sums: Mapping[str, tuple[float, float]]  # of its updates' metrics, and of their weights
+    sums: Mapping[str, tuple[float, float]]  # by metric: weighted sum over its updates, weights
     train_s: float
-    cpu_s: float | None  # of processor; None where environments have processes of their own
+    cpu_s: float | None  # of processor time; None where environments have processes of their own
     trained: Reading  # joules
     evaluated: Reading
 
@@ -35,7 +35,7 @@ def epoch_row(
     algo: Learner,
     energy_source: str,
 ) -> Row:
-    """`p`: this worker's; what of it enters here is the same on all."""
+    """The row of an epoch. Of `p`, this worker's, only what is the same on all workers is read."""
     cpu_s = [worker.cpu_s for worker in workers if worker.cpu_s is not None]
     returns = [ret for worker in workers for ret in worker.returns]
     sums = [worker.sums for worker in workers]

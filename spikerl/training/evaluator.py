@@ -35,9 +35,9 @@ from spikerl.types import Contexts, Task
 SIDE_BY_SIDE = 10  # episodes that run together, as one batch through the actor
 ASK_S = 0.5  # seconds between the moments at which workers ask each other whether to stop
 PROBED = 1024  # observations, evenly spaced over all episodes, that firing is measured on
-PROBED_ENTRIES = 1 << 22  # and of large ones no more than have so many entries
-SEEN_BYTES = 1 << 28  # of observations that are held for that
-LOOKED_AT = 20  # of so many decisions one, where a decision sees those before it
+PROBED_ENTRIES = 1 << 22  # in all of them together, so that there are fewer large ones
+SEEN_BYTES = 1 << 28  # of observations that are held to choose them from
+LOOKED_AT = 20  # firing is measured on one of so many decisions of a policy over sequences
 
 
 @dataclass
@@ -48,9 +48,9 @@ class Evaluation:
     lengths: list[int]
     activity: Activity | None
     probed: Tensor  # this worker's normalised observations that firing is measured on, (M, O)
-    operations: Operations | None  # on the same; None where they are not known
-    decision: dict[str, float | None]  # of them, over all workers: modelled.PER_DECISION
-    # Spikes of all layers per decision, over all decisions; None where none depends on another.
+    operations: Operations | None  # on the same observations; None: not known
+    decision: dict[str, float | None]  # their modelled.PER_DECISION, over all workers
+    # Spikes of all layers per decision, mean over all; None if no state is carried between them.
     carried_spikes: float | None = None
 
     @property
@@ -89,7 +89,7 @@ class Acting(Protocol):
 class StopWatch:
     """Ends an evaluation on all workers alike, once a signal reached any of them: raises Stopped.
 
-    Workers take other numbers of steps, so they ask each other by the clock, until all are done.
+    Workers make different numbers of steps, so they ask each other by the clock until all are done.
     """
 
     def __init__(self, world: World, stop_signal: Callable[[], int]) -> None:
@@ -97,7 +97,7 @@ class StopWatch:
         self.due = time.monotonic() + ASK_S
 
     def look(self) -> None:
-        """Between any two steps."""
+        """Call this between steps; it asks the other workers every ASK_S seconds."""
         if time.monotonic() >= self.due:
             self._ask(done=False)
 
@@ -106,7 +106,7 @@ class StopWatch:
             pass
 
     def _ask(self, *, done: bool) -> bool:
-        """Whether all are done."""
+        """Exchange signals with all workers; whether all of them are done."""
         mine = torch.tensor([self.stop_signal(), done], dtype=torch.int64)
         signals, ends = torch.stack(self.world.gather(mine)).unbind(1)
         if number := int(signals.max()):
@@ -140,9 +140,9 @@ class Seen:
 
 
 class Evaluator:
-    """Runs episodes on environments that it keeps; training never sees them, nor the reverse.
+    """Runs episodes on environments of its own, which training never uses.
 
-    With several workers, worker i mod W runs episode i; all get the whole result, by index.
+    Of W workers, worker i mod W runs episode i; all get the whole result, ordered by episode.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Evaluator:
                     raise
                 self.note = f"note: {len(self.envs)} episodes at a time, as {error.args[2]}"
                 break
-        # Not the policy's: what `env_id` names may have fractions where that has bytes.
+        # Not by the policy's task: the one that `env_id` names may have fractions, not bytes.
         self.obs_dtype = np.uint8 if any(env.obs_bytes for env in self.envs) else np.float64
 
     def run(
@@ -172,7 +172,7 @@ class Evaluator:
         Raises Stopped on all workers once `stop_signal` gives a signal's number on one.
         """
         watch = StopWatch(self.world, stop_signal)
-        key = (evaluation, self.world.rank, 0)  # longer than an episode's, so never the same
+        key = (evaluation, self.world.rank, 0)  # an episode's is shorter, so never the same
         generator = generator_for(self.run_seed, "eval", *key, device=policy.device)
         episodes, seen, fired, contexts = [], Seen(SEEN_BYTES), 0.0, list[Contexts]()
         for numbers in self._waves():
@@ -182,7 +182,7 @@ class Evaluator:
             episodes += list(zip(numbers, returns, lengths, strict=True))
         watch.finish()
         probed = self._probed(policy, seen)
-        # Single observations do not tell the firing of one that carries its state over.
+        # How a policy fires that carries its state over cannot be measured on single observations.
         carried = policy.carried()
         carries = isinstance(carried, Carried)
         assert self.world.size == 1 or not carries
@@ -212,7 +212,7 @@ class Evaluator:
         return seen.rows()
 
     def close(self) -> None:
-        with ExitStack() as stack:  # each, whatever becomes of the others
+        with ExitStack() as stack:  # each is closed, even if closing another fails
             for env in self.envs:
                 stack.callback(env.close)
 
@@ -235,9 +235,10 @@ class Evaluator:
         seen: Seen,
         contexts: list[Contexts] | None = None,
     ) -> tuple[list[float], list[int], float]:
-        """Returns, lengths, and the spikes of a policy whose decisions depend on those before.
+        """Run an episode per seed: returns, lengths, and the spikes of a policy that carries its
+        state over.
 
-        To `seen` observations are added, to `contexts` some of what a policy over sequences saw.
+        Adds observations to `seen`, and some of what a policy over sequences saw to `contexts`.
         """
         envs = self.envs[: len(seeds)]
         where = f"evaluation, reset: {policy.task.env_id}"

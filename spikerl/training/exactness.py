@@ -11,12 +11,12 @@ from spikerl.distributed.world import World
 from spikerl.runs.checkpoint import Checkpoint
 from spikerl.training.trainer import Trainer, crossed
 
-REORDER = ("kernel", "threads", "backend", "GPU")  # others add in another order
+REORDER = ("kernel", "threads", "backend", "GPU")  # a change of these changes the order of sums
 SETTINGS_ONLY = ("hydra-core", "omegaconf")  # packages that compute no number of a run
 
 
 def computed_by(config: Config, world: World) -> dict[str, Any]:
-    """What numbers depend on beside the settings; a checkpoint says it of those before it."""
+    """What a run's numbers depend on besides its settings; each checkpoint records it."""
     chosen, hardware = config.resolved, machine.describe()
     versions = machine.versions()
     return {
@@ -34,8 +34,8 @@ def computed_by(config: Config, world: World) -> dict[str, Any]:
 def inexact_because(
     checkpoint: Checkpoint, now: Mapping[str, Any], config: Config, trainer: Trainer
 ) -> list[str]:
-    """Why numbers differ from `checkpoint` on from those of a run that was never stopped; of none,
-    the resume is exact. `now`: what computes from here on.
+    """Why numbers from `checkpoint` on will differ from those of a run that was never stopped; if
+    there is no reason, the resume is exact. `now`: `computed_by` of the run that goes on.
     """
     size, had, was = trainer.world.size, checkpoint.workers, checkpoint.manifest.get("computed_by")
     reasons = []
@@ -45,7 +45,7 @@ def inexact_because(
         )
     if not isinstance(was, dict):
         return [*reasons, "an earlier version of this program saved it"]
-    summed_alike = size < 3 and had == size  # of two numbers there is one sum
+    summed_alike = size < 3 and had == size  # two numbers have one sum in either order
     reasons += _computed_otherwise(was, now, config, summed_alike=summed_alike)
     reasons += _scheduled_otherwise(was, config)
     return [*reasons, *_evaluated_amid(config, trainer)]
@@ -77,12 +77,12 @@ def _scheduled_otherwise(was: Mapping[str, Any], config: Config) -> Iterator[str
 
 
 def _evaluated_amid(config: Config, trainer: Trainer) -> Iterator[str]:
-    """A run that ends amid an epoch evaluates there, and its next epoch begins there."""
+    """The reason if the checkpoint ended a run within an epoch: its next epoch begins there."""
     step = trainer.step
     before = step - (1 if trainer.offline else config.num_envs)
     on_time = crossed(before, step, config.run.steps_per_epoch)
     began = 0 < step == trainer.progress.first_step
     if began and step < config.run.total_steps and not on_time:
-        # Offline updates that are made at once, with one noise or cost of spikes, end there.
+        # Offline, updates that are made in one call share noise and spike cost; a call ends there.
         updates = ", and updates may" * trainer.offline
         yield f"an evaluation in mid-epoch, at step {step}: later ones differ{updates}"

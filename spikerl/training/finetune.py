@@ -1,13 +1,13 @@
-"""A compressed actor learns to act as it did before, where it takes itself.
+"""A compressed actor learns to act as it did before, on observations that its actions lead to.
 
-loss       mean (pi(s) - a)^2, over batch and entries: a the actions before (values, where actions
-           are discrete)
-s          drawn from what the policy before observes, and after each of ROUNDS - 1 equal parts of
-           the steps from what the compressed one observes then, too (DAgger, Ross et al., 2011,
-           arXiv:1011.0686)
+loss       mean (pi(s) - a)^2, over batch and entries; a are the actions of the actor before
+           compression (values, where actions are discrete)
+s          drawn from observations of the policy before compression and, after each of ROUNDS equal
+           parts of the steps but the last, also from those of the compressed policy at that time
+           (DAgger, Ross et al., 2011, arXiv:1011.0686)
 update     Adam, at a rate that falls evenly from RATE to 0; pruned weights stay 0
-grid       where a matrix is quantised, the actor acts with s q, Adam moves numbers w, and the
-           gradient by s q is taken for that by w (straight-through); s stays what it was
+grid       where a matrix is quantised, the actor acts with s q, Adam updates numbers w, and the
+           gradient with respect to s q stands for that to w (straight-through); s is constant
 
 Shape legend   M observations, B batch, O observation entries, A action entries.
 """
@@ -40,11 +40,11 @@ def finetune(
     *,
     squash: bool = True,
 ) -> list[float]:
-    """Change `actor`, which was compressed as `done` says; the loss of each step.
+    """Train `actor`, which was compressed as `done` says, in place; return the loss of each step.
 
-    `observe`: observations (M, O), in round 0 of the policy before, then of this actor. `goal`:
-    what they ask for, (M, A). `unpruned`: of the parameters, 0 for those that were pruned. Raises
-    NonFinite if a loss was.
+    `observe` maps a round to observations (M, O): in round 0 those of the policy before
+    compression, then of this actor. `goal` maps observations to the actions to imitate, (M, A).
+    `unpruned` is 0 for each parameter that was pruned. Raises NonFinite if a loss is not finite.
     """
     obs_MO = observe(0)
     act_MA = goal(obs_MO)

@@ -23,7 +23,7 @@ def batch_share(config: Config, world: World) -> tuple[int, float]:
     if config.run.scaling == "weak":
         return size, 1.0 / world.size
     rows = share(size, world.rank, world.size)
-    # A rollout is cut into minibatches, so that all have as many.
+    # Workers cut their rollouts into minibatches, equally many on all of them.
     equal = ALGOS.part(config.algo).on_policy
     return rows, 1.0 / world.size if equal else rows / size
 
@@ -36,7 +36,7 @@ def build_learner(
     device: torch.device,
     init: Policy | None = None,
 ) -> Learner:
-    """`generator`: of its updates. `init`: a policy whose weights the actor begins with."""
+    """Build a run's learner. `generator`: for its updates. `init`: its actor's first weights."""
     algo, precision, kernel = config.algo, config.precision, config.resolved.kernel.choice
     learner = ALGOS.part(algo)
     with initialising(config.run.seed):

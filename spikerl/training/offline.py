@@ -17,13 +17,13 @@ from spikerl.models.normalizer import RunningNorm, moments_of
 def store_dataset(
     dataset: Dataset, config: Config, algo: Learner, replay: Replay, norm: RunningNorm, rank: int
 ) -> None:
-    """Give `norm` the moments of all that was recorded, unless it has those of another run, and
-    `replay` worker `rank`'s share.
+    """Put worker `rank`'s share of the dataset into `replay`, and the moments of all of it into
+    `norm`, unless that has those of another run.
 
-    Transition k is environment k mod N's, as if N of them had made the dataset in turn; what
-    is left over, fewer than N, is not learned from. Where sequences are learned from, each has
-    as many that follow each other, with returns to go and times in place of their rewards and
-    discounts; so an episode that is cut between two keeps its returns.
+    Transition k is stored for environment k mod N, as if N of them had recorded the dataset in
+    turn; the fewer than N that are left over are not learned from. For an algorithm that learns
+    from sequences, each environment gets a block of consecutive transitions, with returns to go
+    and times in place of rewards and discounts; so an episode cut between two keeps its returns.
     """
     each, total = replay.width, config.num_envs
     sequences = algo if isinstance(algo, DecisionTransformer) else None

@@ -22,15 +22,15 @@ class Progress:
     step: int = 0  # over all workers
     updates: int = 0
     epoch: int = 0
-    train_s: float = 0.0  # spent in this epoch before a resume
-    cpu_s: float | None = 0.0  # of processor in this epoch, this process's; None: not known
-    energy: list[Any] | None = None  # and its Reading, as plain data
-    eval_energy: list[Any] | None = None  # the same of its evaluation, which a stop ended
+    train_s: float = 0.0  # seconds of training in this epoch, up to the last window that ended
+    cpu_s: float | None = 0.0  # this process's processor time in this epoch; None: not known
+    energy: list[Any] | None = None  # Reading of training in this epoch, as plain data
+    eval_energy: list[Any] | None = None  # the same of its evaluation, which a stop may have ended
     first_step: int = 0  # of this epoch
     first_update: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     returns: list[float] = field(default_factory=list)  # of this worker's finished episodes
-    sums: dict[str, tuple[float, float]] = field(default_factory=dict)  # and weights, of metrics
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)  # of metrics, and of weights
 
     def next_epoch(self) -> None:
         self.sums, self.returns, self.train_s, self.cpu_s = {}, [], 0.0, 0.0
@@ -38,12 +38,12 @@ class Progress:
         self.first_step, self.first_update = self.step, self.updates
 
     def add(self, metrics: list[dict[str, torch.Tensor]], weight: float) -> None:
-        """Add the metrics of some updates, of that share of their batches; here the host waits for
-        the device, once.
+        """Add the metrics of some updates; `weight` is this worker's share of their batches. The
+        host waits for the device here.
         """
         for name in dict.fromkeys(key for m in metrics for key in m):
             values = torch.stack([m[name] for m in metrics if name in m]).double()
-            values = values[values.isfinite()]  # fp16: an update that was dropped may have others
+            values = values[values.isfinite()]  # fp16: an update that was dropped may have a NaN
             if not len(values):
                 continue
             total, weights = self.sums.get(name, (0.0, 0.0))
@@ -53,7 +53,7 @@ class Progress:
 
 
 def progress_of(data: Mapping[str, Any], step: int) -> Progress:
-    """What a checkpoint of that step holds of it; a ValueError unless each number is one."""
+    """The progress in a checkpoint of that step; ValueError unless its numbers are sound."""
     progress = Progress(**({"cpu_s": None} | dict(data)))  # older checkpoints do not have it
     sums = [number for pair in progress.sums.values() for number in pair]
     spent, reasons = [progress.train_s, progress.cpu_s or 0.0], list[str]()
@@ -76,6 +76,6 @@ def since(before: list[Any] | None, reading: Reading) -> Reading:
 
 
 def mean_of(workers: Sequence[Mapping[str, tuple[float, float]]], name: str) -> float | None:
-    """A metric's mean over all updates, of each worker's sums; None where no update had it."""
+    """A metric's mean over all updates, from each worker's sums; None where no update had it."""
     parts = [sums[name] for sums in workers if name in sums]
     return sum(total for total, _ in parts) / sum(weight for _, weight in parts) if parts else None

@@ -1,4 +1,4 @@
-"""A run that goes on with another number of workers: who takes what of the old workers' shards.
+"""A resume with another number of workers: what each takes from the old workers' shards.
 
 Environment i of N is worker i // (N / W)'s, however many workers W there are.
 """
@@ -18,7 +18,7 @@ Part = tuple[dict[str, Tensor], dict[str, Any]]  # of a worker: tensors, plain n
 
 def share_of(parts: Sequence[Part], rank: int, size: int, num_envs: int) -> Part:
     """What worker `rank` of `size` goes on from: the states of its environments and their
-    observations that wait for the normaliser; of the epoch in progress, worker 0 takes all.
+    observations that wait for the normaliser. The sums of the epoch in progress go to worker 0.
 
     Random streams are left out: they begin anew.
     """
@@ -41,7 +41,7 @@ def share_of(parts: Sequence[Part], rank: int, size: int, num_envs: int) -> Part
             }
     progress = merge_progress([notes["progress"] for _, notes in parts])
     if rank > 0:
-        # All have what devices have spent, which counts once: no device seems to begin here.
+        # All keep the readings, which count once per device, so that no device seems to begin here.
         progress |= {"train_s": 0.0, "cpu_s": 0.0, "returns": [], "sums": {}}
     return tensors, {"progress": progress, "exact": exact}
 
@@ -50,7 +50,7 @@ def merge_progress(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The workers' progress as one."""
     sums = {}
     for name in dict.fromkeys(name for part in parts for name in part["sums"]):
-        # A worker that came with a resize may have had no update with it yet.
+        # A worker that a resize added may not have had an update with this metric yet.
         totals, weights = zip(*(part["sums"].get(name, (0.0, 0)) for part in parts), strict=True)
         sums[name] = (sum(totals), sum(weights))
     return {

@@ -72,9 +72,9 @@ class Session:
         self.best: dict[str, bytes] = {}  # the files of the policy that evaluated best so far
         self.best_return = -math.inf
         self.summary: dict[str, Any] = {}
-        self.stuck: set[int] = set()  # layers that were said to hardly learn
-        self.coarse: set[int] = set()  # entries of observations that were said to lose digits
-        self.caveats = 0  # of the meter's, said
+        self.stuck: set[int] = set()  # layers already reported to hardly learn
+        self.coarse: set[int] = set()  # entries of observations already reported to lose digits
+        self.caveats = 0  # how many of the meter's have been reported
         self.idle_w = None if config.run.resume else trainer.idle_power()
         restored: list[str] = []
         try:
@@ -104,7 +104,7 @@ class Session:
         world.run_on_all(self.flush)
 
     def start(self, run_dir: str, command: Sequence[str]) -> Path:
-        """A new folder, which appears whole, with checkpoint 0 from all workers."""
+        """Make the run folder, which appears once it is whole, with checkpoint 0 of all workers."""
         named = self.config.run.run_dir is not None
         partial = Path(self.world.broadcast(str(partial_of(Path(run_dir)))))
 
@@ -124,7 +124,7 @@ class Session:
             return self.world.run_on_all(appear)[0]
 
     def resume(self, command: Sequence[str], restart_reason: str | None) -> list[str]:
-        """Take the newest checkpoint that verifies, on all workers; what was restored."""
+        """Load the newest checkpoint that verifies, on all workers; lines on what was restored."""
         notes: list[str] = []
 
         def choose() -> str:
@@ -183,24 +183,24 @@ class Session:
         return computed_by(self.config, self.world)
 
     def restore(self, checkpoint: Checkpoint) -> list[str]:
-        """What begins anew; nothing in the folder has changed so far."""
+        """Load `checkpoint`; return what begins anew. Nothing in the folder has changed so far."""
         try:
             return load_checkpoint(self.trainer, checkpoint)
         except (EnvironmentFailed, MemoryError):
             raise
-        except Exception as error:  # a checkpoint of another run, or a forged one, raises any
+        except Exception as error:  # a checkpoint of another run may raise anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             remedy = f"its {checkpoint.folder.name} does not fit this run ({reason})"
             raise BadRequest("resume", self.folder, remedy) from error
 
     def restore_best(self, checkpoint: Checkpoint) -> None:
-        """What was best when `checkpoint` was committed, not by rows that are discarded."""
+        """Take the best policy and return as of `checkpoint`, without rows that are discarded."""
         rows = read_rows(self.folder / "metrics.jsonl")
         returns = [row["eval_return"] for row in rows if row["eval_return"] is not None]
         self.best, self.best_return = checkpoint.best(), max(returns, default=-math.inf)
 
     def keep_best(self, row: Row) -> None:
-        """The policy that was just evaluated, if no evaluation before reached its return."""
+        """Keep the policy that was just evaluated, if its return is higher than all before."""
         if row["eval_return"] is not None and row["eval_return"] > self.best_return:
             self.best, self.best_return = self.trainer.policy.files(), row["eval_return"]
 
@@ -213,7 +213,7 @@ class Session:
                     self.keep_best(row)
                     self.record(row)
                 self.commit(self.folder)
-            # Stopped amid an epoch or its evaluation, or before its row was saved.
+            # It was stopped within an epoch or its evaluation, or before the row was saved.
             if self.committed != trainer.step or trainer.evaluation_due():
                 self.commit(self.folder)
             return self.finish()
@@ -245,7 +245,7 @@ class Session:
         self.caveats = len(self.trainer.meter.caveats)
 
     def commit(self, run: Path) -> None:
-        """Save what there is, or say why not: the next commit makes up for it."""
+        """Save, or print why that failed; the next commit then saves all that this one did not."""
         try:
             self.save(run)
         except DiskError as error:
@@ -276,10 +276,10 @@ class Session:
         policy |= {f"best/{name}": content for name, content in self.best.items()}
         save_checkpoint(run, self.world, shard_of(trainer), learner, facts, policy)
         self.committed = trainer.step
-        self.world.run_on_all(self.publish)  # as slow as a disk can be
+        self.world.run_on_all(self.publish)  # which may take as long as a slow disk
 
     def publish(self) -> None:
-        """Bring the services that show the run to what is committed."""
+        """Send what is committed to the services that show the run."""
         if self.log:
             for text in self.log.publish():
                 self.say(text)
@@ -312,7 +312,7 @@ class Session:
         return code
 
     def write_results(self, status: str) -> None:
-        """The files that say how the run ended; a policy even where no checkpoint holds it."""
+        """Write the files that say how the run ended; its policy even if no checkpoint holds it."""
         if not self.is_rank0:
             return
         self.trainer.policy.save(self.folder)
@@ -338,7 +338,7 @@ class Session:
         self.flush()
 
     def report_unsaved(self, reason: str) -> None:
-        """The training is done, but not all of it is on the disk."""
+        """Report that training has ended, but that not all of it is saved."""
         line = f"step {self.trainer.step} could not be saved: {reason}; spikerl train"
         line += f" resume={shown(self.folder)} goes on from step {self.committed}"
         self.record_failure(line + "\n")
@@ -349,11 +349,11 @@ class Session:
         print(f"spikerl: {line}", file=sys.stderr)
 
     def record_failure(self, text: str) -> None:
-        """Leave word of a failure, as far as the disk lets us."""
+        """Record a failure in the run folder, as far as the disk allows."""
         with suppress(OSError):
             self.end("failed")
         with suppress(OSError):
-            if not (self.folder / "error.txt").exists():  # by a machine that knew it before
+            if not (self.folder / "error.txt").exists():  # by a machine that knew the cause before
                 write_text(self.folder / "error.txt", text)
 
     def summarise(self) -> None:

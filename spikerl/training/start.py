@@ -91,8 +91,8 @@ def read_init(source: str, config: Config, task: Task) -> Policy:
 
 
 def default_folder(config: Config, kind: str | None = None) -> str:
-    """`kind` stands in the place of the algorithm, where none trained the policy."""
-    env = config.env  # whose id may be another's than its group is named after
+    """A dated folder; `kind` takes the place of the algorithm, where none trained the policy."""
+    env = config.env  # its id may be of another task than its option is named after
     own = env.name.startswith(re.sub(r"-v\d+$", "", env.id))
     name = env.name if own else env.id
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

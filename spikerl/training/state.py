@@ -1,4 +1,4 @@
-"""What a checkpoint holds of one worker's trainer, and a trainer that goes on from one."""
+"""The state of one worker's trainer as a checkpoint holds it: taken, and restored."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def shard_of(trainer: Trainer) -> Shard:
 
 
 def load_checkpoint(trainer: Trainer, checkpoint: Checkpoint) -> list[str]:
-    """Go on from `checkpoint`; what begins anew, beside what other workers change.
+    """Restore the trainer from `checkpoint`; return what begins anew, apart from what a different
+    number of workers changes.
 
-    With another number of workers than wrote it, each takes what is its environments', and the
-    random streams begin anew, as they do on another kind of device, whose generators have
-    another state. One that is none of this run raises almost anything.
+    If another number of workers wrote it, each takes the parts of its own environments, and the
+    random streams begin anew; so they do on another kind of device, as its generators have another
+    state. A checkpoint of another run may raise almost anything.
     """
     anew: list[str] = []
     saved = checkpoint.learner()
@@ -70,13 +71,13 @@ def load_checkpoint(trainer: Trainer, checkpoint: Checkpoint) -> list[str]:
         trainer.envs.load(envs)
     else:
         trainer.reset_due = True
-        if not trainer.offline:  # which only evaluates in them
+        if not trainer.offline:  # which only evaluates in its environments
             anew.append("environments of this kind, which go on from a reset")
     return anew
 
 
 def load_streams(trainer: Trainer, streams: Mapping[str, Tensor], step: int) -> list[str]:
-    """What of the random streams begins anew."""
+    """Load the random streams; return which of them begin anew."""
     own = trainer.streams.state()
     if own.keys() == streams.keys() and any(len(own[k]) != len(streams[k]) for k in own):
         trainer.streams.restart(trainer.run.seed, trainer.world.rank, step)

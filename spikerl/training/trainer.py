@@ -55,8 +55,8 @@ class Trainer:
         device: torch.device | None = None,
         dataset: Dataset | None = None,
     ) -> None:
-        """`device`: this worker's own, where several share what was resolved. `dataset`: what an
-        offline algorithm learns from, unless a checkpoint is loaded, which holds it.
+        """`device`: this worker's own, where workers are spread over several GPUs. `dataset`: what
+        an offline algorithm learns from; None if a checkpoint will be loaded, which holds it.
         """
         self.config, self.run, self.task, self.world = config, config.run, task, world
         self.dataset, self.offline = dataset, isinstance(config.algo, OfflineConfig)
@@ -72,7 +72,7 @@ class Trainer:
         self.algo = build_learner(c, task, self.streams.update, world, device, init)
         self.init_actor = init.config if init else None
         self.norm = RunningNorm(task.obs_dim, algo.norm_clip)
-        if init is not None:  # of a dataset it then takes no moments
+        if init is not None:  # it then takes no moments of a dataset
             self.norm.load(init.norm.state())
         if self.acting_on != device and not self.offline:
             auto = kernels.KernelConfig(name="auto", path=None)
@@ -88,7 +88,7 @@ class Trainer:
         if dataset is not None:
             store_dataset(dataset, c, self.algo, self.replay, self.norm, world.rank)
         self.envs = make_envs(c.env, own_envs, task)
-        self.seed_bits = RESET_BITS  # of resets
+        self.seed_bits = RESET_BITS  # of the seeds of resets
         self.reset_due = False
         self.reset_envs()
         try:
@@ -107,7 +107,7 @@ class Trainer:
 
     @property
     def policy(self) -> Policy:
-        """What is evaluated and saved."""
+        """The policy that is evaluated and saved."""
         config, actor = self.algo.inference(self.config.actor, self.task.act_dim)
         return Policy(self.task, config, actor, self.norm)
 
@@ -116,7 +116,7 @@ class Trainer:
         return Sampler(self.replay, self.streams.sample, self.norm.normalize)
 
     def reset_if_due(self) -> None:
-        """Of environments that a resume cannot restore, in the thread that made them."""
+        """Reset environments that a resume could not restore, in the thread that made them."""
         if self.reset_due:
             self.reset_due = False
             self.reset_envs(self.step)
@@ -134,8 +134,8 @@ class Trainer:
     ) -> Iterator[Row]:
         """Train to `total_steps`, yielding a row per epoch, the same on every worker.
 
-        Ends early, between updates, once `stop_signal` gives a signal's number on any worker. Amid
-        an evaluation it ends at once: the run that goes on begins with that evaluation.
+        Ends early, between updates, once `stop_signal` gives a signal's number on any worker. An
+        evaluation is broken off at once; the resumed run begins with it.
         """
         p = self.progress
         self.reset_if_due()
@@ -174,13 +174,13 @@ class Trainer:
         else:
             self.act()
         try:
-            if self.algo.on_policy:  # before the normaliser changes what its observations were
+            if self.algo.on_policy:  # before the normaliser, which its rollout used, changes
                 self.make_updates(before)
             # Offline, every advance ends where workers meet.
             interval = 1 if self.offline else algo.norm_interval or SYNC_INTERVAL
             if crossed(before, self.step, interval):
                 self.synchronise(stop_signal())
-            elif self.world.size == 1:  # which has nobody to agree with
+            elif self.world.size == 1:  # no other worker has to agree
                 self.stopping = stop_signal()
             if not self.algo.on_policy:
                 self.make_updates(before)
@@ -189,7 +189,9 @@ class Trainer:
             raise NonFinite(f"step {self.step}: {error}") from error
 
     def steps_ahead(self) -> int:
-        """Steps of an offline run up to where workers meet, an epoch ends, or the run does."""
+        """Steps that an offline run makes at once: up to where workers meet, spikes begin to cost,
+        the actor is recalibrated, or the epoch or the run ends.
+        """
         if isinstance(self.config.algo, DecisionTransformerConfig):
             return 1  # an update may take a second, and a signal waits for it
         every, actor = [SYNC_INTERVAL, self.run.steps_per_epoch], self.config.actor.actor
@@ -197,14 +199,14 @@ class Trainer:
             every.append(actor.recalibration_interval)
         ends = [each - self.step % each for each in every] + [self.run.total_steps - self.step]
         if isinstance(actor, PopSANConfig) and self.step < actor.spike_cost_start - 1:
-            ends.append(actor.spike_cost_start - 1 - self.step)  # the last that costs nothing
+            ends.append(actor.spike_cost_start - 1 - self.step)  # the last without a cost
         return min(ends)
 
     def act(self) -> None:
         """One step in every environment, stored with its true successors."""
         algo, explore = self.config.algo, self.streams.explore
         obs_NO = self.envs.obs
-        self.algo.step = self.step  # of schedules
+        self.algo.step = self.step  # for its schedules
         if self.step < self.algo.random_steps:
             shape = (len(obs_NO), self.task.act_dim)
             uniform = torch.rand(
@@ -223,7 +225,7 @@ class Trainer:
             raise NonFinite(f"step {self.step + 1}: {error}; env.reward_scale={scale}") from error
         if algo.norm_interval is not None:
             self.norm.add(steps.obs)
-        self.progress.step += len(steps.rew) * self.world.size  # all have as many environments
+        self.progress.step += len(steps.rew) * self.world.size  # each has as many environments
         self.progress.returns += [episode.ret for episode in self.envs.finished]
         self.envs.finished.clear()
 
@@ -258,7 +260,7 @@ class Trainer:
         return step if due else 0
 
     def recalibrate(self, before: int) -> None:
-        """Where drives are normalised, measure their moments anew when that is due."""
+        """Where drives are batch-normalised, measure their moments anew when that is due."""
         config, actor = self.config.actor.actor, self.algo.actor
         if not isinstance(config, CareBNConfig) or config.recalibration_interval is None:
             return
@@ -277,7 +279,9 @@ class Trainer:
         return self.config.algo.updates_due(step, self.batches)
 
     def updates_by(self, step: int) -> int:
-        """Updates that will have been made then; before a resize there were others."""
+        """Updates that will have been made by `step`: those so far, whose number a resize may have
+        changed, and those due until then.
+        """
         return self.algo.updates + self.updates_due(step) - self.updates_due(self.step)
 
     def evaluate_epoch(self, stop_signal: Callable[[], int] = lambda: 0) -> Row:
@@ -298,7 +302,7 @@ class Trainer:
         return epoch_row(p, everyone, evaluation, self.algo, self.meter.source)
 
     def start_window(self) -> None:
-        self.world.barrier()  # windows of all workers are of one span of time
+        self.world.barrier()  # so that the windows of all workers span the same time
         self.meter.begin("train")
         self.clock = time.perf_counter()
 
@@ -312,14 +316,14 @@ class Trainer:
         return reading
 
     def count_cpu(self) -> None:
-        """Add this process's processor time since the last count, saving and all."""
+        """Add this process's processor time since the last count, that of saving included."""
         now = time.process_time()
         if self.progress.cpu_s is not None:
             self.progress.cpu_s += now - self.cpu_clock
         self.cpu_clock = now
 
     def idle_power(self) -> float | None:
-        """Watts before anything runs, all workers waiting together."""
+        """Watts before anything runs, measured while all workers wait; None where not measured."""
         self.world.barrier()
         readings = self.world.gather_objects(tuple(self.meter.idle()))
         return power(merge([Reading(*reading) for reading in readings]))
@@ -339,7 +343,7 @@ class Trainer:
         return {**self.algo.state(), **norm}
 
     def close(self) -> None:
-        with ExitStack() as stack:  # each, whatever becomes of the other
+        with ExitStack() as stack:  # each is closed, even if closing the other fails
             stack.callback(self.evaluator.close)
             stack.callback(self.envs.close)
 
