@@ -44,8 +44,8 @@ from spikerl.types import Row
 
 SCHEMA = 3  # 3: segments are named by the number of workers too
 KEEP = 3
-FILE = r"(best/)?[a-z0-9_]+\.(safetensors|json)"  # of a checkpoint
-# A run's own files that are half written as .NAME.*.partial; others write into its folder, too.
+FILE = r"(best/)?[a-z0-9_]+\.(safetensors|json)"  # names of files of a checkpoint
+# Files that a run first writes as .NAME.*.partial; other partial files may be of other programs.
 WHOLE = (
     "config.yaml", "manifest.json", "summary.json", "evaluation.json", "error.txt",
     "discarded.jsonl", "loggers.json", "metrics.prom", "policy.json", "policy.safetensors",
@@ -72,10 +72,11 @@ def save_checkpoint(
     facts: Mapping[str, Any],
     policy: Mapping[str, bytes],
 ) -> None:
-    """Save, all workers together. `learner`, `facts` and `policy`, its files and those of best/,
-    are written by rank 0; of the others, `facts["step"]` alone is read.
+    """Save a checkpoint; all workers call this together. Rank 0 writes `learner`, `facts` and
+    `policy`, the policy's files and those of best/; of the others' only `facts["step"]` is read.
 
-    DiskError: a disk refused. What was there before stays, and the next call makes up for it.
+    DiskError: a write failed on one of them. Earlier checkpoints stay, and the next call saves
+    what this one did not.
     """
     root = run / "checkpoints"
     name = f"step_{facts['step']:010d}"
@@ -137,7 +138,7 @@ def save_checkpoint(
     except DiskError:
         if world.rank == 0:
             with suppress(OSError):
-                remove_unreferenced(run)  # room for the others
+                remove_unreferenced(run)  # gives the room back
         raise
     replay.saved = replay.added
 
@@ -152,7 +153,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, run: Path, name: str) -> Checkpoint:
-        """One that `verified` chose."""
+        """Open a checkpoint that `verified` chose."""
         folder = run / "checkpoints" / name
         return cls(run, folder, read_json(folder / "manifest.json", MAX_BYTES))
 
@@ -162,11 +163,11 @@ class Checkpoint:
 
     @property
     def workers(self) -> int:
-        """How many wrote it."""
+        """The number of workers that wrote it."""
         return int(self.manifest["world_size"])
 
     def best(self) -> dict[str, bytes]:
-        """The files of the best policy so far; none where no evaluation had been."""
+        """The files of the best policy so far; empty before the first evaluation."""
         named = [name for name in self.manifest["files"] if name.startswith("best/")]
         return {Path(name).name: (self.folder / name).read_bytes() for name in named}
 
@@ -183,7 +184,7 @@ class Checkpoint:
         fill_replay(self.run, self.manifest["segments"], rows, rank, size, replay)
 
     def steps_of(self, env: int, num_envs: int, row: Row) -> tuple[int, list[np.ndarray]]:
-        """The rows of an environment's steps, mapped, as `segments.steps_of` gives them."""
+        """The rows of an environment's steps, memory-mapped: see `segments.steps_of`."""
         return steps_of(self.run, self.manifest["segments"], env, num_envs, row)
 
 
@@ -238,8 +239,8 @@ def _folders(run: Path) -> list[Path]:
 
 
 def _last_segments(run: Path, saved: int) -> dict[str, str] | None:
-    """Those that the last commit names; None if it, or one of them, is not there, or if together
-    they do not reach to row number `saved`.
+    """The segments, with checksums, that the newest checkpoint names; None if there is none, if a
+    segment is missing, or if together they do not reach row number `saved`.
     """
     manifest = _known_manifest(folder) if (folder := next(iter(_folders(run)), None)) else None
     if manifest is None or not all((run / path).is_file() for path in manifest["segments"]):
@@ -249,7 +250,7 @@ def _last_segments(run: Path, saved: int) -> dict[str, str] | None:
 
 
 def _known_manifest(folder: Path) -> dict[str, Any] | None:
-    """None where it cannot be read now, too."""
+    """As `_read_manifest`, but None also where the file cannot be read now."""
     try:
         return _read_manifest(folder)
     except OSError:
@@ -257,7 +258,7 @@ def _known_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """None where it is missing or was damaged."""
+    """A checkpoint's manifest; None if missing or damaged, OSError if it cannot be read now."""
     try:
         manifest = read_json(folder / "manifest.json", MAX_BYTES)
         if manifest.pop("seal", None) != _checksum(manifest):
@@ -274,7 +275,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _check(manifest: Mapping[str, Any]) -> None:
-    """A ValueError unless it names only what lies in the run."""
+    """Raise ValueError unless its counts are sound and all that it names lies in the run."""
     counts = (manifest["step"], manifest["world_size"] - 1, manifest.get("metrics_bytes", 0))
     if not all(type(count) is int and 0 <= count < 1 << 63 for count in counts):
         raise ValueError("step, world_size or metrics_bytes")
@@ -288,9 +289,9 @@ def _check(manifest: Mapping[str, Any]) -> None:
 def check_fit(
     saved: Mapping[str, Tensor], own: Mapping[str, Tensor], texts: Collection[str] = ()
 ) -> None:
-    """A ValueError unless `saved` can take the place of `own`, and is finite.
+    """Raise ValueError unless `saved` can take the place of `own`, and is finite.
 
-    `texts` are those that may have another length.
+    `texts` names tensors that may have another length.
     """
     if odd := saved.keys() ^ own.keys():
         raise ValueError(f"it lacks {min(odd)}, or this run does")

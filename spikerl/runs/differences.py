@@ -1,4 +1,4 @@
-"""In what runs differ whose results stand side by side."""
+"""What sets runs apart whose results are shown side by side."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from spikerl.files import read_json
 from spikerl.runs.rows import MAX_BYTES
 from spikerl.schema import dotted
 
-# Of a config: what names a run, and what does not change what it computes.
+# Keys of a config that name a run, or do not change what it computes.
 NAMES = ("run_dir", "resume", "config", "threads", "nnodes", "node_rank", "rdzv", "max_restarts",
          "logger", "keep_replay")  # fmt: skip
 
 
 def differences(folders: Sequence[Path], varied: Set[str] | None = None) -> str | None:
-    """A line that says in what runs differ whose results stand side by side, or None: in code,
-    versions and machine, and in config beyond the `varied` keys (None: in any).
+    """A line that says in what the runs differ, or None: in code, versions and machine, and in keys
+    of their configs other than the `varied` ones (None: configs are not compared).
     """
     records = [_record(folder, configs=varied is not None) for folder in folders]
     values: dict[str, set[str]] = {}  # of those that have a key: older runs lack some

@@ -40,17 +40,17 @@ def number(value: float | None) -> str:
 
 
 def epoch_line(row: Mapping[str, Any], total_steps: int, spent: float | None = None) -> str:
-    """`spent`: joules of the run so far."""
+    """An epoch as a line; `spent`: joules of the run so far."""
     so_far = "" if spent is None or spent == row.get("energy_j") else f", {number(spent)} J so far"
     critics = row["critic_loss"] is not None or row["actor_loss"] is None
-    loss = "critic_loss" if critics else "actor_loss"  # of algorithms without
+    loss = "critic_loss" if critics else "actor_loss"  # of algorithms without critics
     return (
         f"epoch {row['epoch']}  step {row['step']}/{total_steps}"
         f"  eval {number(row['eval_return'])} +- {number(row['eval_return_std'])}"
         f"  train {number(row['train_return'])}  {loss} {number(row[loss])}"
         f"  q {number(row['q_mean'])}  firing {number(row['firing_rate'])}"
         f"  {number(row['env_steps_per_s'])} steps/s  {row['wall_s']:.0f} s"
-        f"  {energy_text(row).partition(' (')[0]}{so_far}"  # source, or why none: above and below
+        f"  {energy_text(row).partition(' (')[0]}{so_far}"  # source or reason: on other lines
     )
 
 
@@ -60,7 +60,7 @@ REASON = 60  # characters of why nothing was measured
 def energy_text(row: Mapping[str, Any]) -> str:
     """Joules and watts of an epoch, and what measured them; a dash and why, where there are none.
 
-    A file's path stands in the first lines.
+    The path of a meter that is a file is left out: the first lines of a run have it.
     """
     source = str(row.get("energy_source", "none"))
     if row.get("energy_j") is None:
@@ -86,7 +86,7 @@ def spent_text(summary: Mapping[str, Any]) -> str:
 
 
 def idle_line(watts: float | None) -> list[str]:
-    """What a run says before it begins."""
+    """The line on idle power that a run prints before it begins, if that was measured."""
     return [] if watts is None else [f"idle power before the run: {number(watts)} W"]
 
 
@@ -110,16 +110,16 @@ def stuck_layers(row: Mapping[str, Any]) -> dict[int, str]:
 
 
 class Screen(Console):
-    """Standard output, whose reader may go away; it is drawn on only where it is a terminal.
+    """A console on standard output, whose reader may go away.
 
-    rich takes FORCE_COLOR for one.
+    It counts as a terminal only if it is one; rich would take FORCE_COLOR for one.
     """
 
     def __init__(self, **settings: Any) -> None:
         drawn = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
         super().__init__(force_terminal=drawn, **settings)
 
-    def on_broken_pipe(self) -> None:  # which ends the program otherwise
+    def on_broken_pipe(self) -> None:  # in place of ending the program
         self.quiet = True
         discard(sys.stdout)
 
@@ -127,7 +127,7 @@ class Screen(Console):
 class View:
     """Shows one run. `progress` is cheap: it draws at most a few times a second.
 
-    An output that cannot be written to, as its disk is full, stops no run.
+    An output that cannot be written to, such as a file on a full disk, does not stop the run.
     """
 
     INTERVAL = 0.25  # seconds between redraws on a terminal
@@ -153,7 +153,7 @@ class View:
         self.stage: Stage | None = None
         self.title = title
         self.live: Live | None = None
-        # Of a sweep whose jobs run side by side, each on the same screen.
+        # The name of this job, where jobs of a sweep run side by side and share a screen.
         self.job = os.environ.get("SPIKERL_JOB")
         if self.console.is_terminal and not self.job:
             self.bar = Progress(
@@ -177,7 +177,7 @@ class View:
         known = [ret for ret in (self.best, row["eval_return"]) if ret is not None]
         self.best = max(known, default=None)
         self.line(epoch_line(row, self.total_steps, self.spent))
-        if self.live:  # of which the last picture stays
+        if self.live:  # the last picture stays on the screen
             self._draw(self.live, row["step"])
 
     @property

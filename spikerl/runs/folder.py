@@ -40,7 +40,7 @@ from spikerl.runs.rows import MAX_BYTES
 def check_free(target: str, *, named: bool, key: str = "run_dir", dated: bool = False) -> None:
     """Refuse early, before anything is built, what `create` would refuse late.
 
-    `dated`: without a name, the folder has one that no other has.
+    `dated`: the remedy also offers to give no name, for a folder with a dated name of its own.
     """
     folder = Path(target)
     if named and os.path.lexists(folder):
@@ -60,7 +60,7 @@ def check_free(target: str, *, named: bool, key: str = "run_dir", dated: bool = 
 def fill_partial(
     partial: Path, target: str, raw: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> IO[str]:
-    """Fill the hidden folder with what does not need the workers; its lock."""
+    """Make the hidden folder and fill it with what needs no workers; return its lock."""
     remove_abandoned(partial.parent)
     try:
         partial.mkdir(parents=True)
@@ -77,8 +77,8 @@ def fill_partial(
 
 @contextmanager
 def removed_after(partial: Path) -> Iterator[None]:
-    """In the end the hidden folder goes, if it is still there, and those above it that were made
-    meanwhile and are empty.
+    """On exit, remove the hidden folder if it is still there, and the folders above it that were
+    made inside the context and are empty.
     """
     made = [folder for folder in partial.parents if not os.path.lexists(folder)]
     try:
@@ -91,10 +91,10 @@ def removed_after(partial: Path) -> Iterator[None]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what runs left that were killed before theirs appeared: nobody holds its lock."""
+    """Remove hidden folders left by runs that were killed before they began: none is locked."""
     for partial in folder.glob(".*.partial"):
         with suppress(OSError), (partial / ".lock").open(encoding="utf-8") as file:
-            if file.read():  # else its owner is about to take it
+            if file.read():  # if empty, its owner is about to lock it
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(partial)
 
@@ -124,7 +124,7 @@ def create(
     *,
     named: bool,
 ) -> Path:
-    """A whole folder at once, for a single process."""
+    """Make a run folder that appears whole, from a single process; `fill` adds its own files."""
     partial = partial_of(Path(target))
     with removed_after(partial), fill_partial(partial, target, raw, manifest):
         try:
@@ -172,8 +172,8 @@ def read_manifest(folder: Path, *, key: str) -> dict[str, Any]:
 
 
 def folders_below(root: str | Path) -> Iterator[Path]:
-    """The run folders at or below one, as their manifest.json says, and folders that may not be
-    listed, which may be some. Nothing is looked for in a run, behind links or in hidden folders.
+    """The run folders at or below `root`, which have a manifest.json, and folders that cannot be
+    listed, which may be such. Not searched are runs, hidden folders, and what links lead to.
     """
     unlisted: list[Path] = []
     walk = os.walk(root, onerror=lambda error: unlisted.append(Path(error.filename)))
@@ -186,18 +186,18 @@ def folders_below(root: str | Path) -> Iterator[Path]:
 
 
 def check_own(folder: Path) -> None:
-    """Refuse to write into a folder of which a part lies elsewhere, as an untrusted one may.
+    """Refuse to resume in a folder that holds links or special files, as an untrusted one may.
 
     Through a link, a resume would add to somebody's file, cut it, or remove folders.
     """
-    # The second where a run was killed while it made the first.
+    # The second is left where a run was killed while it made the first.
     links = [folder / "checkpoints" / name for name in ("latest", ".latest.partial")]
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(place, name)
             mode = path.lstat().st_mode
             if path in links and stat.S_ISLNK(mode):
-                continue  # which names one beside it, or is made anew
+                continue  # which names a checkpoint beside it, or is made anew
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 what = "a link" if stat.S_ISLNK(mode) else "neither file nor folder"
                 remedy = f"its {path.relative_to(folder)} is {what}; put there what it stands for"
@@ -227,7 +227,7 @@ def lock(folder: Path, *, within_s: float = 0.0) -> IO[str]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process runs it, or may, where files cannot be locked; the lock stays as it is."""
+    """Whether a process runs it, or where files cannot be locked, may; the lock stays as it is."""
     try:
         with (folder / ".lock").open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -239,13 +239,13 @@ def is_held(folder: Path) -> bool:
 
 
 def for_going_on(folder: Path) -> list[Path]:
-    """What a run that is done needs only to go on."""
+    """The parts of a finished run's folder that only a resume needs."""
     parts = (folder / "replay", folder / "checkpoints")
     return [part for part in parts if os.path.lexists(part)]
 
 
 def free(folder: Path) -> int:
-    """Remove the replay and the checkpoints of a finished run; how many bytes.
+    """Remove the replay and the checkpoints of a finished run; return how many bytes they had.
 
     Its policies, record and results stay; it can be evaluated, and started from, not resumed.
     """
@@ -262,7 +262,7 @@ def free(folder: Path) -> int:
     except OSError as error:
         if not disk_is_full(error):
             raise
-        shutil.rmtree(there.pop(0))  # the room that is needed to say so
+        shutil.rmtree(there.pop(0))  # makes room to record it
         update_manifest(folder, freed=now())
     for part in there:
         shutil.rmtree(part)
@@ -270,14 +270,14 @@ def free(folder: Path) -> int:
 
 
 def write_total_steps(folder: Path, total_steps: int) -> None:
-    """How far the run goes from now on, for resumes that do not say it again."""
+    """Record how far the run goes from now on, for later resumes that do not give total_steps."""
     path = folder / "config.yaml"
     text = read_bytes(path, MAX_BYTES).decode()
     write_text(path, re.sub(r"(?m)^total_steps: .*$", f"total_steps: {total_steps}", text))
 
 
 def remove_results(folder: Path) -> None:
-    """Remove what says how the run ended, which it goes beyond; log.txt keeps why it failed."""
+    """Remove the results of a run that goes on; what error.txt says is kept in log.txt."""
     error = folder / "error.txt"
     if error.exists():
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
@@ -290,7 +290,7 @@ def remove_results(folder: Path) -> None:
 
 
 def write_best(folder: Path, files: Mapping[str, bytes]) -> None:
-    """The policy that evaluated best; policy.json comes last, by which it is looked for."""
+    """Write the policy that evaluated best; policy.json comes last, as readers look for that."""
     for name, content in sorted(files.items(), reverse=True):
         make_folder(folder / "best")
         write_atomic(folder / "best" / name, content)

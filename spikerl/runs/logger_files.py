@@ -19,7 +19,7 @@ from spikerl.runs.loggers import numbers, tagged
 def framed(data: bytes) -> bytes:
     """A record of an event file: length, data, and a masked CRC-32C behind each.
 
-    As tensorboard's RecordWriter writes it, whose import takes a tenth of a second.
+    The same as tensorboard's RecordWriter makes, whose import takes a tenth of a second.
     """
     length = struct.pack("<Q", len(data))
     return b"".join(part + struct.pack("<I", masked_crc32c(part)) for part in (length, data))
@@ -47,7 +47,7 @@ def crc32c_table() -> tuple[int, ...]:
 class Events(Journal):
     """A file of TensorBoard events.
 
-    Its own writer does this in a thread, which dies with the first write that fails.
+    TensorBoard's own writer does this in a thread, which dies with the first write that fails.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -56,7 +56,7 @@ class Events(Journal):
         name = f"events.out.tfevents.{int(time.time()):010d}.{platform.node()}.{getpid()}.0"
         super().__init__(folder / name)
         self.event(file_version="brain.Event:2")
-        # Later steps in earlier files were discarded.
+        # Has TensorBoard drop later steps in earlier files, which were discarded.
         self.event(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
     def event(self, **content: Any) -> None:
@@ -114,14 +114,14 @@ class Gauges:
         for char, escaped in (("\\", r"\\"), ('"', r"\""), ("\n", r"\n")):
             name = name.replace(char, escaped)
         self.run = f'run="{name}"'
-        self.pending: str | None = ""  # of an epoch that was discarded
+        self.pending: str | None = ""  # empties the file of an epoch that was discarded
         for row in rows[-1:]:
             self.row(row)
 
     def row(self, row: Mapping[str, Any]) -> None:
         lines, last = [], ""
         for name, layer, number in numbers(row):
-            gauge = "spikerl_" + re.sub(r"\W", "_", name, flags=re.ASCII)  # of a plugin's algorithm
+            gauge = "spikerl_" + re.sub(r"\W", "_", name, flags=re.ASCII)  # a plugin may name it
             if gauge != last:
                 lines.append(f"# HELP {gauge} {name} of metrics.jsonl, of the last epoch")
                 lines.append(f"# TYPE {gauge} gauge")

@@ -50,7 +50,7 @@ TAGS = {
     "energy_eval_j": "energy/eval_joules",
     "power_w": "energy/watts",
 }
-WITH_ENCODER = ("layer_firing_rates",)  # layer 0; the other lists begin with layer 1
+WITH_ENCODER = ("layer_firing_rates",)  # from layer 0 on; other lists begin with layer 1
 SERVICES = ("wandb", "mlflow")
 NAMES = ("tensorboard", "csv", "prometheus", *SERVICES)
 

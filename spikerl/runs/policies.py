@@ -37,8 +37,8 @@ def find_policy(run: Path, policy: str = "last", *, key: str) -> Path:
     if policy not in CHOICES:
         raise BadRequest("policy", policy, f"give {' or '.join(CHOICES)}")
     folders, root = [run], run / "checkpoints"
-    with suppress(OSError, ValueError):  # a name that cannot be one
-        # Not by `latest`, which a run that was killed may have left behind.
+    with suppress(OSError, ValueError):  # not a valid path
+        # Not by `latest`, which is out of date where a run was killed before renewing it.
         folders += sorted(root.glob("step_*"), reverse=True)
     if policy == "best":
         folders = [folder / "best" for folder in folders]

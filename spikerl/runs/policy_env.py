@@ -11,7 +11,7 @@ from spikerl.types import Task
 
 
 def env_of(task: Task, run: str, env_id: str | None) -> tuple[EnvConfig, CheckedEnv]:
-    """The policy's task, or `env_id` with its other settings, and one environment of it.
+    """The config of the policy's environment, with `env_id` as its id if given, and one of these.
 
     A BadRequest names `run` or `env_id`, whichever of the two it is that cannot be made, or has
     other observations or actions.

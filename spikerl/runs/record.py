@@ -30,7 +30,7 @@ class RunLog:
         self.views: list[Events | Gauges | Table] = []
         self.services: list[Service] = []
         past = read_rows(folder / "metrics.jsonl")
-        for name in ("metrics.csv", "metrics.prom"):  # of rows since discarded, or not to follow
+        for name in ("metrics.csv", "metrics.prom"):  # of rows since discarded, or no longer wanted
             with suppress(OSError):
                 (folder / name).unlink()
         for name in loggers:
@@ -43,7 +43,7 @@ class RunLog:
             else:
                 kind = Wandb if name == "wandb" else Mlflow
                 self.services.append(kind(folder, config or {}))
-        for row in past:  # of which the end may not have been sent
+        for row in past:  # the last of which may not have been sent
             for service in self.services:
                 service.row(row)
 
@@ -56,8 +56,8 @@ class RunLog:
         self.log.add(f"{datetime.now().isoformat(' ', 'seconds')} {text}\n".encode())
 
     def write(self) -> int:
-        """What came since the last time; the length of metrics.jsonl. OSError: not yet, or not all
-        of it. What only views it waits for the next time where it cannot be written.
+        """Write what came since the last call; return the length of metrics.jsonl. OSError if that
+        is not all written; where log.txt or a view cannot be written, the next call does it.
         """
         for view in (self.log, *self.views):
             with suppress(OSError):
@@ -66,7 +66,7 @@ class RunLog:
         return self.metrics.length
 
     def publish(self) -> list[str]:
-        """Send what is committed to services; what there is to say of them."""
+        """Send what is committed to services; return lines to print about them."""
         return [text for service in self.services if (text := service.publish())]
 
     def close(self, status: str) -> None:

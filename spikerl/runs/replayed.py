@@ -17,12 +17,12 @@ from spikerl.types import Task
 
 
 def episodes(checkpoint: Checkpoint, task: Task, num_envs: int) -> Iterator[tuple[Recorded, bool]]:
-    """Environment by environment, and whether each goes from a reset to its end; its rewards are
-    those that learning saw. A ValueError: the rows are not those of such a run.
+    """Episodes, environment by environment, and whether each is whole, from a reset to its end; the
+    rewards are those that learning saw. ValueError if the rows are not those of such a run.
 
-    The files are mapped: what is in memory is an episode, and one environment's share of a file.
-    What has no end is cut off: the last episode, and one after which the run went on from a reset.
-    What has no beginning is the oldest of a replay that has overwritten it.
+    Files are memory-mapped: an episode, and one environment's share of a file, are in memory. The
+    end is missing of the last episode, and of one after which the run went on from a reset; the
+    beginning, of the oldest in a replay that has overwritten it.
     """
     row = task.row
     for env in range(num_envs):
@@ -47,14 +47,14 @@ def episodes(checkpoint: Checkpoint, task: Task, num_envs: int) -> Iterator[tupl
 
 
 def cut(parts: Iterable[np.ndarray], obs_width: int) -> Iterator[np.ndarray]:
-    """Rows (T, C) after which an episode ended, or the next row does not follow; an observation has
-    W = `obs_width` columns.
+    """Rows (T, C), cut after each that ends an episode or that the next row does not follow; an
+    observation has W = `obs_width` columns.
     """
     held: np.ndarray | None = None
     for part in parts:
         rows = part if held is None else np.concatenate([held, part])
         seen, then = rows[1:, :obs_width], rows[:-1, obs_width : 2 * obs_width]
-        follows = (seen.view(np.int32) == then.view(np.int32)).all(1)  # bits: they may be bytes
+        follows = (seen.view(np.int32) == then.view(np.int32)).all(1)  # as bits: they may be bytes
         ends = np.flatnonzero((rows[:-1, -2] > 0.0) | ~follows) + 1
         *whole, held = np.split(rows, ends)
         yield from whole

@@ -15,8 +15,8 @@ MAX_BYTES = 1 << 28  # of a file that is read whole; a record of 100 000 epochs 
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a record that may be growing: a line without an end is not there yet. A
-    ValueError names the line that is no row.
+    """The rows of a record that may be growing: a last line without its end is left out. ValueError
+    names a line that is not a row.
     """
     if not path.exists():
         return []
@@ -25,7 +25,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(folder: Path, length: int) -> list[dict[str, Any]]:
-    """Cut metrics.jsonl back to the commit; the rows beyond it, which go to discarded.jsonl."""
+    """Cut metrics.jsonl back to the commit's `length`; return the rows beyond, which are moved to
+    discarded.jsonl.
+    """
     path = folder / "metrics.jsonl"
     content = read_bytes(path, MAX_BYTES)
     if len(content) < length:
@@ -35,7 +37,7 @@ def cut_back(folder: Path, length: int) -> list[dict[str, Any]]:
     discarded = folder / "discarded.jsonl"
     before = read_bytes(discarded, MAX_BYTES) if discarded.exists() else b""
     rows = b"".join(whole)
-    if not before.endswith(rows):  # else an earlier resume was killed before it cut
+    if not before.endswith(rows):  # else an earlier resume moved them, and was killed before it cut
         write_text(discarded, (before + rows).decode("utf-8"))
     if len(content) != length:
         with path.open("r+b") as f:
@@ -50,7 +52,7 @@ def seconds_beyond(rows: Sequence[Mapping[str, Any]], wall_s: float) -> float:
 
 
 def check_record(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Refuse a record that does not lead up to the commit which says these `facts`."""
+    """Refuse a record that does not agree with `facts`, a checkpoint's manifest."""
     step, length, wall_s = facts["step"], facts.get("metrics_bytes"), facts.get("wall_s")
     try:
         if type(length) is not int or length < 0 or not _finite(wall_s):
@@ -80,7 +82,7 @@ def _rows(content: bytes, name: str) -> list[dict[str, Any]]:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """None where it is none, such as what a power cut leaves of one."""
+    """The row that a line holds; None if it is not one, such as what a power cut leaves of it."""
     try:
         row = parse_json(line)
     except ValueError:

@@ -25,7 +25,7 @@ from spikerl.types import Row
 
 
 class Segment(NamedTuple):
-    """Rows `start` to `stop` of those that a worker ever stored, of one among `workers`."""
+    """Rows `start` to `stop` of all that worker `worker` of `workers` ever stored."""
 
     worker: int
     workers: int
@@ -43,7 +43,7 @@ class Segment(NamedTuple):
         return cls(worker, workers, start, stop, kind == "u8")
 
     def of(self, row: Row, rows: np.ndarray) -> np.ndarray:
-        """Its rows (..., C) as `row` says; observations of bytes were once held as numbers."""
+        """Its rows (..., C) in the layout `row`; older segments hold bytes as numbers."""
         held = replace(row, obs_bytes=self.obs_bytes)
         if rows.shape[-1] != held.columns or self.obs_bytes > row.obs_bytes:
             raise ValueError("its replay holds other observations or actions")
@@ -51,7 +51,7 @@ class Segment(NamedTuple):
 
 
 def append_segment(run: Path, world: World, replay: Replay) -> dict[str, str]:
-    """Write the rows that came since the last segment; its path below the run, and checksum."""
+    """Write the rows that came since the last segment; return its path in the run, and checksum."""
     start = max(replay.saved, replay.added - replay.capacity)
     if start == replay.added:
         return {}
@@ -65,7 +65,7 @@ def append_segment(run: Path, world: World, replay: Replay) -> dict[str, str]:
 
 
 def reaches(path: str, world: World, replay: Replay) -> bool:
-    """Whether a replay still holds a row of the segment; they all hold the same steps."""
+    """Whether the replays, which all hold the same steps, still hold a row of the segment."""
     segment = Segment.parse(path)
     return segment.stop * segment.workers > (replay.added - replay.capacity) * world.size
 
@@ -80,12 +80,12 @@ def fill_replay(
     steps = total // (width * size)
     replay.added = replay.saved = steps * width
     replay.reserve(replay.size)
-    replay.rows[: replay.size] = math.nan  # so that one that no segment holds is noticed
+    replay.rows[: replay.size] = math.nan  # so that a row that no segment holds is noticed
     oldest = max(0, replay.added - replay.capacity) // width
     for path in paths:
         segment = Segment.parse(path)
         theirs = width * size // segment.workers
-        offset = rank * width - segment.worker * theirs  # of our first environment from theirs
+        offset = rank * width - segment.worker * theirs  # from their first environment to ours
         mine = slice(max(offset, 0), max(min(offset + width, theirs), 0))
         first, last = segment.start // theirs, segment.stop // theirs
         if mine.start >= mine.stop or last <= oldest:
@@ -104,8 +104,8 @@ def fill_replay(
 def steps_of(
     run: Path, paths: Iterable[str], env: int, num_envs: int, row: Row
 ) -> tuple[int, list[np.ndarray]]:
-    """The rows of an environment, (T, C) of each segment, mapped; the number of its step that
-    the first is of. A ValueError where rows are missing in between, or are of another kind.
+    """The number of an environment's first step that is held, and its rows, memory-mapped: (T, C)
+    for each segment. ValueError if rows are missing in between, or are of another kind.
     """
     parts: dict[int, np.ndarray] = {}
     for path in paths:

@@ -18,13 +18,13 @@ from spikerl.files import read_json, write_json
 from spikerl.runs.loggers import tagged
 from spikerl.schema import dotted
 
-STATE = "loggers.json"  # of each service: which run of it this is, and the last step sent
+STATE = "loggers.json"  # by service: the id that this run has there, and the last step sent
 MAX_BYTES = 1 << 16
 PARAMS = 100  # that MLflow accepts at once
 
 
 class Service:
-    """A run of a service, which may be away: what it did not get, it gets with the next commit."""
+    """A run at a service, which may be unreachable: what it missed is sent at the next commit."""
 
     name: str
 
@@ -37,7 +37,7 @@ class Service:
 
     @property
     def group(self) -> str | None:
-        """A sweep's jobs stand side by side."""
+        """The name by which a service shows a sweep's jobs together; None outside of sweeps."""
         parent = self.folder.absolute().parent
         return parent.name if (parent / "jobs.jsonl").exists() else None
 
@@ -45,7 +45,7 @@ class Service:
         self.pending.append(row)
 
     def publish(self) -> str | None:
-        """Send what is committed; what there is to say of it, once."""
+        """Send what is committed; return a line if the service began to fail, or works again."""
         said, self.failure = self.failure, None
         try:
             if not self.opened:
@@ -57,7 +57,7 @@ class Service:
                     self.send(row)
                     self.state["step"] = row["step"]
                 del self.pending[0]
-        except Exception as error:  # a service raises anything: away, full, not logged in
+        except Exception as error:  # a service may raise anything: away, full, not logged in
             reason = (str(error).splitlines() or [""])[0]
             self.failure = f"{type(error).__name__}: {reason}"
         if self.state["id"] is not None:  # what it got before it failed is not sent again
@@ -74,7 +74,7 @@ class Service:
                 self.end(status)
 
     def open(self) -> None:
-        """Begin or go on with the run of the id in `state`."""
+        """Begin a run, or go on with the one whose id is in `state`."""
         raise NotImplementedError
 
     def send(self, row: Mapping[str, Any]) -> None:
@@ -124,7 +124,7 @@ class Mlflow(Service):
             self.state["id"] = run.info.run_id
         else:
             self.client.update_run(self.state["id"], status="RUNNING")
-        there = self.client.get_run(self.state["id"]).data.params  # all, or it went away meanwhile
+        there = self.client.get_run(self.state["id"]).data.params  # all, unless it failed meanwhile
         params = [Param(k, str(v)[:500]) for k, v in dotted(self.config) if k not in there]
         for i in range(0, len(params), PARAMS):
             self.client.log_batch(self.state["id"], params=params[i : i + PARAMS])
@@ -142,7 +142,7 @@ class Mlflow(Service):
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    """Nothing where it is not as it was written: then a service gets a new run."""
+    """What is stored of each service; empty if it is damaged, and then each gets a new run."""
     try:
         state = read_json(folder / STATE, MAX_BYTES)
         sound = {

@@ -10,7 +10,7 @@ from spikerl.energy.meter import JOULES_PER_KWH, joules_to_reach, power_over, to
 
 
 def seconds_discarded(resumed: object) -> float:
-    """What discarded rows had taken, as the resumes of a manifest say, which may hold anything."""
+    """Seconds that discarded rows took, by the resumes of a manifest, which may hold anything."""
     events = resumed if isinstance(resumed, list) else []
     seconds = [event.get("discarded_s") for event in events if isinstance(event, dict)]
     return math.fsum(s for s in seconds if type(s) is float and 0.0 < s < math.inf)
@@ -21,7 +21,7 @@ def summary_of(
     discarded: Sequence[Mapping[str, Any]],
     energy_to: Mapping[str, float] | None,
 ) -> dict[str, Any]:
-    """Of the rows of metrics.jsonl and those of discarded work.
+    """The summary of `rows`, those of metrics.jsonl, and of the rows of discarded work.
 
     Returns are of evaluations. Joules are of all rows, discarded ones too, and null where one was
     not measured; those up to a return are of the rows that led there.
