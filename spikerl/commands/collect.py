@@ -38,7 +38,7 @@ from spikerl.seeding import RESET_BITS, reset_seed, seed_for
 from spikerl.signals import signal_name, stop_signals
 from spikerl.types import Task
 
-LAST = {"random": "last", "replay": "last"}  # the policy that says what the task is
+LAST = {"random": "last", "replay": "last"}  # policies that only say what the task is
 
 
 @dataclass(kw_only=True)
@@ -81,10 +81,10 @@ class CollectRequest:
 
 
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
-    """`spikerl collect`: a folder that is whole, or none."""
+    """`spikerl collect`: makes a whole dataset folder, or none; the exit status."""
     request = parse(CollectRequest, data)
     check_extra()
-    # A run that goes on meanwhile has other policies later.
+    # Found once: a run that goes on meanwhile saves other policies.
     folder = find_policy(Path(request.run), LAST.get(request.policy, request.policy), key="run")
     policy, made = load_policy(folder), acted(request, folder)
     if request.noise and policy.task.choices is not None:
@@ -115,7 +115,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
 
 
 def environment(request: CollectRequest, policy: Policy) -> CheckedEnv:
-    """The one that the policy was trained on."""
+    """The environment that the policy was trained on; refuse another by env_id."""
     task = policy.task
     _, env = env_of(task, request.run, request.env_id)
     if task_of(env).env_id != task.env_id:
@@ -132,7 +132,7 @@ def collect(
     made: Mapping[str, Any],
     stop_signal: Callable[[], int],
 ) -> tuple[list[float], int]:
-    """Record into a hidden folder and rename it; returns of whole episodes, and all steps."""
+    """Record into a hidden folder and rename it; returns of whole episodes, and number of steps."""
     target = Path(request.dataset)
     partial = partial_of(target)
     run_folder.remove_abandoned(partial.parent)
@@ -170,7 +170,7 @@ def record(
     writer: Writer,
     stop_signal: Callable[[], int],
 ) -> list[float]:
-    """Episode i starts from seed (seed, i); undiscounted returns of whole episodes."""
+    """Record new episodes, i from seed (seed, i); the undiscounted returns of whole ones."""
     draws = np.random.default_rng(seed_for(request.seed, "explore"))
     returns = []
     most_episodes, most_steps = request.episodes or math.inf, request.steps or math.inf
@@ -191,7 +191,7 @@ def record(
             act = policy.task.to_env(behave(request, policy, obs[-1], draws, carried)[None])[0]
             where = f"{episode}, step {len(acts) + 1}: {policy.task.env_id}"
             with asked(where):
-                next_obs, rew, terminated, truncated, _ = env.step(act.copy())  # may change it
+                next_obs, rew, terminated, truncated, _ = env.step(act.copy())  # may write to it
             check_finite(where, next_obs, rew)
             if carried is not None:
                 carried.reward(rew)
@@ -224,14 +224,14 @@ def behave(
     elif request.noise:
         act = np.clip(act + request.noise * draws.standard_normal(size), -1.0, 1.0)
     if isinstance(carried, History):
-        carried.acted(act[None])  # what is done, which later decisions see
+        carried.acted(act[None])  # the action taken, which later decisions see
     return act
 
 
 def recipe(
     request: CollectRequest, policy: Policy, made: Mapping[str, Any], returns: list[float]
 ) -> dict[str, Any]:
-    """How to make it again, and what from."""
+    """What the dataset was made from, and how to make it again."""
     return {
         "run": shown(Path(request.run)),
         "policy": request.policy,
@@ -246,7 +246,7 @@ def recipe(
 
 
 def acted(request: CollectRequest, folder: Path) -> dict[str, Any]:
-    """What the actions of a policy, read from `folder`, depend on."""
+    """What the recorded actions depend on: the policy's files in `folder`, and the request."""
     return {
         "policy_sha256": {
             name: checksum_of(folder / name) for name in ("policy.json", "policy.safetensors")
@@ -261,7 +261,7 @@ def acted(request: CollectRequest, folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StoredSteps:
-    """What a run stored while it learned from steps of its own."""
+    """The replay that a run stored while it learned from its own steps."""
 
     run: Path
     checkpoint: Checkpoint
@@ -271,7 +271,7 @@ class StoredSteps:
 
     @classmethod
     def of(cls, request: CollectRequest) -> StoredSteps:
-        """BadRequest: it has none, or still changes it."""
+        """The newest checkpoint's; BadRequest if there is none, or a process trains the run."""
         run = Path(request.run)
         manifest = run_folder.read_manifest(run, key="run")
         if freed := manifest.get("freed"):
@@ -292,7 +292,7 @@ class StoredSteps:
         return cls(run, checkpoint, num_envs, env.reward_scale, seed)
 
     def write(self, task: Task, writer: Writer, stop_signal: Callable[[], int]) -> list[float]:
-        """Every episode that the newest checkpoint holds; undiscounted returns of whole ones."""
+        """Record every episode in the checkpoint; the undiscounted returns of whole ones."""
         returns = []
         try:
             for played, whole in episodes(self.checkpoint, task, self.num_envs):
@@ -304,7 +304,7 @@ class StoredSteps:
                 returns += [float(rew.sum())] * whole
         except ValueError as error:
             raise BadRequest("run", self.run, str(error)) from None
-        except FileNotFoundError:  # of a run that was resumed, or cleaned, after it was looked at
+        except FileNotFoundError:  # the run was resumed or cleaned meanwhile
             remedy = "its replay was removed meanwhile; collect again once no process trains it"
             raise BadRequest("run", self.run, remedy) from None
         if not writer.steps:

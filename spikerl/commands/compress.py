@@ -1,4 +1,4 @@
-"""`spikerl compress`: a smaller policy, and what that does to its return, work and energy."""
+"""`spikerl compress`: a smaller policy, and its return, operations and energy beside the old."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from spikerl.snn.early_exit import EarlyExit
 from spikerl.training.evaluator import Evaluator
 from spikerl.training.finetune import finetune
 
-TIMED = 256  # decisions
-PIECE = 1024  # observations
-STORED_BITS = 32  # of what is not quantised
+TIMED = 256  # decisions whose time is measured
+PIECE = 1024  # observations in a piece
+STORED_BITS = 32  # of a number that is not quantised
 
 
 @dataclass(kw_only=True)
@@ -70,7 +70,7 @@ class CompressRequest:
 
     @property
     def target(self) -> str:
-        """The folder to make."""
+        """The folder to make: run_dir, or the run's with what is done to it in its name."""
         if self.run_dir is not None:
             return self.run_dir
         each = self.bits if isinstance(self.bits, list) else [self.bits]
@@ -84,14 +84,14 @@ class CompressRequest:
 
 
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
-    """`spikerl compress`: a run folder with the smaller policy."""
+    """`spikerl compress`: makes a run folder with the smaller policy; the exit status."""
     request = parse(CompressRequest, data)
     before = load_policy(request.run, policy=request.policy)
     typed, plugins = request.env_id, request.plugins
     raw = config_for(request.target, request.run, before.task, typed, plugins)
     trained = raw.get("actor")
     kind = trained.get("name") if isinstance(trained, dict) else trained
-    if before.config.actor.name != kind:  # normalised drives, folded
+    if before.config.actor.name != kind:  # its batch normalisation was folded
         raw |= {group: part for group, part in asdict(before.config).items() if part is not None}
     run_folder.check_free(request.target, named=True)
     after, unpruned = compress(before, request)
@@ -135,7 +135,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
 
 
 def compress(policy: Policy, request: CompressRequest) -> tuple[Policy, Tensor]:
-    """Another policy: pruned, then quantised; which of its parameters are not pruned."""
+    """A pruned, then quantised copy of `policy`; and by parameter, 0 if it is pruned, else 1."""
     actor = deepcopy(policy.actor)
     if policy.compression is not None:
         remedy = "it is compressed already; give the run that it was made from"
@@ -164,7 +164,7 @@ def compress(policy: Policy, request: CompressRequest) -> tuple[Policy, Tensor]:
         done.early_exit.check(actor.decoder, actor.spike_steps)
     if request.prune is not None:
         prune(actor, request.prune)
-    unpruned = nonzero(actor)  # by training, too
+    unpruned = nonzero(actor)  # also what training pruned
     if done.bits:
         done.scales = quantise(actor, done.bits)
     smaller = Policy(policy.task, policy.config, actor, policy.norm)
@@ -175,7 +175,7 @@ def compress(policy: Policy, request: CompressRequest) -> tuple[Policy, Tensor]:
 def relearn(
     before: Policy, after: Policy, unpruned: Tensor, env: EnvConfig, request: CompressRequest
 ) -> list[float]:
-    """Fine-tune, in other episodes than those that are compared; the loss of each step."""
+    """Fine-tune on other episodes than those that are compared; the loss of each step."""
     assert request.finetune is not None
     assert after.compression is not None
     squash, generator = before.task.choices is None, generator_for(request.seed, "update")
@@ -198,9 +198,9 @@ def relearn(
 def actions(
     actor: Actor, obs_MO: Tensor, generator: torch.Generator, squash: bool = True
 ) -> Tensor:
-    """What an actor says of any number of observations, in pieces of bounded memory.
+    """An actor's actions on any number of observations, in pieces that bound the memory.
 
-    A random encoder draws for all at once: in pieces its draws would be others.
+    A random encoder gets all at once, as its draws would differ in pieces.
     """
     random = isinstance(actor, SpikingActor) and actor.encoder.random
     # No short piece at the end: products of few rows round differently.
@@ -209,7 +209,7 @@ def actions(
 
 
 def measure(policy: Policy, env: EnvConfig, request: CompressRequest) -> dict[str, Any]:
-    """Return, work and modelled energy of one policy."""
+    """Return, operations and modelled energy of one policy."""
     with closing(Evaluator(env, request.episodes, request.seed)) as evaluator:
         result = evaluator.run(policy, 0)
     ops = result.operations
@@ -232,7 +232,7 @@ def measure(policy: Policy, env: EnvConfig, request: CompressRequest) -> dict[st
 
 
 def act_us(policy: Policy, probed_BO: Tensor) -> float:
-    """Microseconds of one decision on this machine, the median of some."""
+    """Microseconds that a decision takes on this machine, the median of at most TIMED."""
     mean, std = policy.norm.exact_mean_std
     raw_BO = (probed_BO[:TIMED].double() * std + mean).numpy().reshape(-1, *policy.task.obs_shape)
     times = []
@@ -243,7 +243,7 @@ def act_us(policy: Policy, probed_BO: Tensor) -> float:
     return median(times) * 1e6
 
 
-# What is printed of a row, and how.
+# What is printed of a measured policy: its title, key and format.
 SHOWN = {
     "us to act, measured here": ("act_us", ",.1f"),
     "spike steps": ("spike_steps", ".2f"),
@@ -259,7 +259,7 @@ SHOWN = {
 
 
 def table(env_id: str, episodes: int, rows: list[dict[str, Any]]) -> list[str]:
-    """Per decision, mean over observations of the episodes."""
+    """The lines that are printed; their numbers are per decision, means over observations."""
     returns = [f"{row['return_mean']:,.1f} +- {row['return_std']:,.1f}" for row in rows]
     text = [line(env_id, ["before", "after"]), line(f"return, n={episodes}", returns)]
     for name, (key, form) in SHOWN.items():

@@ -2,14 +2,14 @@
 
 Every ReLU becomes an integrate-and-fire neuron (no leak, threshold 1) whose firing rate over T
 spike steps stands for its activation. So that rates of up to 1 cover what the activations reach,
-each layer's weights are scaled by what the layers around it reach on observations of the policy's
-own episodes (threshold balancing: Diehl et al., 2015; a percentile of it: Rueckauer et al., 2017,
-arXiv:1612.04052). reset=soft keeps what lies above the threshold, and loses less.
+each layer's weights are scaled by the activations that it and the layer below reach on observations
+of the policy's own episodes (threshold balancing: Diehl et al., 2015; with a percentile: Rueckauer
+et al., 2017, arXiv:1612.04052). reset=soft keeps what lies above the threshold, and loses less.
 
-CRPI's (ICML 2026): threshold=neuron balances each neuron by what it alone reaches, start=0.5 begins
+From CRPI (ICML 2026): threshold=neuron scales each neuron by its own activations, start=0.5 begins
 a decision at half the threshold, and alpha carries a share of what is left in a membrane on to the
-next decision (`residual_if` in spikerl/snn/neurons.py). Several alpha or spike_steps are evaluated
-beside each other, and the one of the highest return is kept.
+next decision (`residual_if` in spikerl/snn/neurons.py). If several alpha or spike_steps are given,
+each combination is evaluated, and the one of the highest return is kept.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ class ConvertRequest:
 
 
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
-    """`spikerl convert`: a run folder with the spiking policy."""
+    """`spikerl convert`: makes a run folder with the spiking policy; the exit status."""
     request = parse(ConvertRequest, data)
-    # A run that goes on meanwhile has other policies later.
+    # Found once: a run that goes on meanwhile saves other policies.
     found = find_policy(Path(request.run), key="run")
     dense, weights = load_policy(found), checksum_of(found / "policy.safetensors")
     if not isinstance(dense.actor, MLPActor) or dense.config.actor.name != "mlp":
@@ -95,7 +95,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         raise BadRequest("run", request.run, remedy)
     choices = list(product(request.spike_steps, request.alpha))
     raws = [spiking_config(dense, request, *choice) for choice in choices]
-    built = [configs.parse_groups(raw) for raw in raws]  # whatever machine it was trained on
+    built = [configs.parse_groups(raw) for raw in raws]  # without what depends on the machine
     run_folder.check_free(request.run_dir, named=True)
     env, probe = env_of(dense.task, request.run, request.env_id)
     probe.close()
@@ -150,9 +150,8 @@ def compare(
     policies: Sequence[Policy],
     choices: Sequence[tuple[int, float]],
 ) -> list[dict[str, Any]]:
-    """Returns and spikes of each on the same episodes, others than thresholds come from; printed.
-
-    Spikes are those of all hidden neurons per decision.
+    """Returns and spikes of each policy on the same episodes, which differ from those that the
+    thresholds come from; also printed. Spikes are of all hidden neurons, per decision.
     """
     measured = []
     print(f"{'spike_steps':>11} {'alpha':>6} {'return':>10} {'+-':>8} {'spikes':>8}")
@@ -177,7 +176,7 @@ def compare(
 def spiking_config(
     dense: Policy, request: ConvertRequest, spike_steps: int, alpha: float
 ) -> dict[str, Any]:
-    """The run's config with a spiking actor."""
+    """The config of the dense run, with a spiking actor in place of its own."""
     typed, plugins = request.env_id, request.plugins
     raw = config_for(request.run_dir, request.run, dense.task, typed, plugins)
     actor = dense.config.actor
@@ -208,9 +207,10 @@ def spiking_config(
 def convert(
     dense: MLPActor, spiking: SpikingActor, obs_BO: Tensor, percentile: float, own: bool = False
 ) -> list[float]:
-    """Give `spiking` the weights of `dense`; what each hidden layer's activations reach.
+    """Give `spiking` the scaled weights of `dense`; return the largest scale of each hidden layer.
 
-    `own`: each neuron is scaled by what it alone reaches, else all by what their layer does.
+    A scale is the given percentile of activations on `obs_BO`: of each neuron's with `own`, else
+    of the largest in the layer, one scale for all of its neurons.
     """
     assert isinstance(spiking.decoder, LinearDecoder)
     *hidden, last = dense.layers
@@ -221,7 +221,7 @@ def convert(
             most = torch.stack([torch.quantile(x_B, percentile / 100.0) for x_B in x.T])
         else:
             most = torch.quantile(x.amax(1), percentile / 100.0)
-        # One that is silent on all observations keeps its weights.
+        # A neuron or layer that is silent on all observations keeps its weights.
         most = torch.where(most > 0.0, most, 1.0)
         scale(source, target, below, most)
         reached.append(float(most.max()))
@@ -231,7 +231,9 @@ def convert(
 
 
 def scale(source: Linear, target: Linear, below: Tensor, most: Tensor) -> None:
-    """Inputs and outputs become shares of what they reach, of each or of all."""
+    """Scale weights for inputs in units of `below` and outputs in units of `most`: scalars, or one
+    for each neuron.
+    """
     most_64, dtype = most.double(), source.weight_IN.dtype
     target.weight_IN.copy_(source.weight_IN * (below.double().unsqueeze(-1) / most_64).to(dtype))
     target.bias_N.copy_(source.bias_N * (1.0 / most_64).to(dtype))

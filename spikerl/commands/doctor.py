@@ -1,4 +1,4 @@
-"""What this machine has, and why what is missing is missing."""
+"""`spikerl doctor`: what this machine has, and why other parts are missing."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def environments() -> Iterator[Finding]:
             env.reset(seed=0)
             env.close()
             yield Finding(part, shown, True, f"{env.size} observations")
-        except Exception as error:  # whatever is wrong with an installation is what we report
+        except Exception as error:  # any fault of an installation is to be reported
             detail = error.args[2] if isinstance(error, BadRequest) else str(error)
             yield Finding(part, shown, False, detail)
 

@@ -55,7 +55,7 @@ class EvalRequest:
 
 
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
-    """`spikerl eval`."""
+    """`spikerl eval`: the exit status."""
     request = parse(EvalRequest, data)
     try:
         with stop_signals() as stop_signal:
@@ -70,7 +70,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
 def evaluate(
     request: EvalRequest, stop_signal: Callable[[], int]
 ) -> tuple[Policy | FilePolicy, str, Evaluation, list[Path]]:
-    """The policy, the environment's id, how the episodes went, and the videos of them."""
+    """The policy, the environment's id, the evaluation, and the videos of its episodes."""
     policy = file_policy(request) if os.path.isfile(request.run) else run_policy(request)
     env_id = request.env_id or policy.task.env_id
     if not request.env_id:
@@ -148,13 +148,13 @@ def report(
 
 
 def aim_of(policy: Policy | FilePolicy) -> dict[str, float]:
-    """The return that it aims at, if it does."""
+    """The return that a policy aims at, if it is conditioned on one."""
     aim = policy.config.conditioning if isinstance(policy, Policy) else None
     return {"target_return": aim.target_return} if aim else {}
 
 
 def run_policy(request: EvalRequest) -> Policy:
-    """Of a run folder."""
+    """The policy of a run folder."""
     if request.sha256 is not None:
         remedy = "it is an exported file's, and run names none; leave it out"
         raise BadRequest("sha256", request.sha256, remedy)
@@ -167,7 +167,7 @@ def run_policy(request: EvalRequest) -> Policy:
 
 
 def file_policy(request: EvalRequest) -> FilePolicy:
-    """Of an exported file, which runs in its own interpreter."""
+    """The policy of an exported file, which the interpreter of its format runs."""
     for key, plain, remedy in (
         ("target_return", None, "an exported file aims at none; leave it out"),
         ("policy", "last", "an exported file holds one policy; leave it out"),
@@ -187,7 +187,7 @@ def file_policy(request: EvalRequest) -> FilePolicy:
 
 
 def film(request: EvalRequest, evaluator: Evaluator, policy: Policy) -> list[Path]:
-    """Have the evaluator's environments film their episodes; the files that there will be."""
+    """Have the evaluator's environments film their episodes; the paths of the coming videos."""
     folder = Path(request.run) / "videos"
     if not folder.parent.is_dir():
         raise BadRequest("video", request.video, "videos are put into a run folder; give run=RUN")
@@ -210,7 +210,7 @@ def film(request: EvalRequest, evaluator: Evaluator, policy: Policy) -> list[Pat
 
 
 def film_names(request: EvalRequest) -> list[str]:
-    """Other episodes have other names, in a sweep or in a later call."""
+    """Names of video files, different for different episodes of a sweep or of later calls."""
     env_id, aim = request.env_id, request.target_return
     best = "best_" if request.policy == "best" else ""
     of = f"_{quote(env_id, safe='')}" if env_id else ""

@@ -55,10 +55,10 @@ class ExportRequest:
 
 
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
-    """`spikerl export`."""
+    """`spikerl export`: the exit status."""
     request = parse(ExportRequest, data)
     form = FORMATS[request.format]
-    # A run that goes on meanwhile has other policies later.
+    # Found once: a run that goes on meanwhile saves other policies.
     folder = find_policy(Path(request.run), request.policy, key="run")
     policy, weights = policy_of(request, folder), checksum_of(folder / "policy.safetensors")
     exits_early = policy.compression is not None and policy.compression.early_exit is not None
@@ -86,12 +86,12 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         "made_from": made_from,
         "support": {group: str(verdict) for group, verdict in verdicts.items()},
     }
-    # Nothing lies at its place before it is proven.
+    # The file appears at its place only once it is proven.
     with TemporaryDirectory(prefix="spikerl-export-") as scratch:
         written = Path(scratch) / f"policy.{request.format}"
         form.write(policy, written)
         content = written.read_bytes()
-        # As a reader has it: from JSON.
+        # As a reader will have it, from JSON.
         reread = json.loads(json_bytes(described))
         interpreter = form.interpreter(written, reread, Path(scratch))
         try:
@@ -104,7 +104,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
             print(f"spikerl: format={request.format}: {line}", file=sys.stderr)
             return FAILED
     described |= {"file": file.name, "sha256": checksum(content), "bytes": len(content)}
-    check_free(file, beside, weights)  # another may have been quicker
+    check_free(file, beside, weights)  # another process may have been quicker
     try:
         publish(file, content, beside, json_bytes({**described, "proof": proven}))
     except OSError as error:
@@ -168,8 +168,8 @@ def policy_of(request: ExportRequest, folder: Path) -> Policy:
 
 
 def check_name(file: Path, beside: Path, form: str) -> None:
-    """Refuse names that a run may give to files of its own, which then pass for what they are not:
-    of a run that still trains, a contract policy.json would be its final policy.
+    """Refuse names that a run may give to files of its own, as these would be taken for the run's:
+    in a run that still trains, a contract policy.json would pass for its final policy.
     """
     runs = ("manifest.json", "config.yaml")
     in_run = any(all((p / name).is_file() for name in runs) for p in file.absolute().parents)
@@ -186,12 +186,12 @@ def check_free(file: Path, beside: Path, weights: str) -> None:
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
         remedy = f"{shown(file.parent)} is not a folder that can be written to; give another file"
         raise BadRequest("file", shown(file), remedy)
-    if reason := why_no_name(partial_of(beside)):  # the longest that is written
+    if reason := why_no_name(partial_of(beside)):  # the longest name that is written
         raise BadRequest("file", shown(file), f"{reason}; give another file")
 
 
 def holds(file: Path, weights: str) -> bool:
-    """Whether it is whole, and of these weights: a run that went on has others."""
+    """Whether the exported file is whole and of these weights: a run that went on has others."""
     try:
         return bool(reading.read(file).contract["made_from"]["sha256"] == weights)
     except (BadRequest, KeyError, TypeError):
@@ -199,7 +199,7 @@ def holds(file: Path, weights: str) -> bool:
 
 
 def publish(file: Path, content: bytes, beside: Path, described: bytes) -> None:
-    """Both or none."""
+    """Write the file and its contract: both or none."""
     write_atomic(beside, described)
     try:
         write_atomic(file, content)

@@ -22,7 +22,7 @@ from spikerl.types import Task
 
 
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
-    """`spikerl import`."""
+    """`spikerl import`: the exit status."""
     files = {key: data.pop(key) for key in ("popsan", "dense", "stats")}
     given = [key for key in ("popsan", "dense") if files[key] is not None]
     if len(given) != 1:
@@ -62,7 +62,9 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
 
 
 def statistics(given: Any, foreign: Foreign) -> tuple[np.ndarray, np.ndarray] | None:
-    """What the observations are normalised with; a forgotten file is not a decision against it."""
+    """Mean and variance that normalise observations, or None. If the policy saw normalised ones,
+    None has to be typed as stats=none: the file may have been forgotten.
+    """
     if given is None and foreign.normalises:
         remedy = "such a policy sees normalised observations; give its MEAN_VAR.p, or stats=none"
         raise BadRequest("stats", None, remedy)
@@ -77,7 +79,7 @@ def statistics(given: Any, foreign: Foreign) -> tuple[np.ndarray, np.ndarray] | 
 
 
 def settle(data: dict[str, Any], foreign: Foreign, *, normalises: bool) -> None:
-    """Give the config the sizes of the policy; refuse parts that its weights are none of."""
+    """Set the sizes of the policy in the config; refuse parts that do not fit its weights."""
     if not normalises:
         data["algo"] |= {"norm_clip": None, "norm_interval": None}
     if foreign.kind == "dense":
@@ -102,7 +104,7 @@ def settle(data: dict[str, Any], foreign: Foreign, *, normalises: bool) -> None:
 def check_typed(
     argv: Sequence[str], asked: dict[str, Any], settled: dict[str, Any], foreign: Foreign
 ) -> None:
-    """Refuse what was typed where the file decides, and says something else."""
+    """Refuse typed settings that contradict what the imported file decides."""
     had, now = dict(dotted(asked)), dict(dotted(settled))
     for arg in argv:
         key, _, value = arg.lstrip("+").partition("=")

@@ -17,7 +17,7 @@ from spikerl.reporting.render import missing_extra
 from spikerl.reporting.side_by_side import SideBySide, render_runs
 from spikerl.schema import parse
 
-WATCH_S = 5.0  # seconds between looks
+WATCH_S = 5.0  # seconds between looks at the runs
 
 
 @dataclass(kw_only=True)
@@ -86,7 +86,7 @@ def read(request: ReportRequest) -> tuple[SideBySide, list[str]]:
 
 
 def changed(folders: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """What differs once a run has gone on."""
+    """Times and sizes of the runs' records, which differ once a run has gone on."""
     names = ("metrics.jsonl", "manifest.json")
     paths = [folder / name for folder in folders for name in names]
     stats = [(path, path.stat()) for path in paths if path.exists()]

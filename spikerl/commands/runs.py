@@ -1,4 +1,4 @@
-"""`spikerl runs`: which runs there are, how they stand, and what room they take."""
+"""`spikerl runs`: which runs there are, their state, and the space that they take."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ class RunsRequest:
 
 @dataclass
 class Run:
-    """What is listed of a run; None where its files do not say it."""
+    """A run as it is listed; None for what its files do not say."""
 
     run: str
     env_id: str
-    state: str  # as in the manifest, or lost: it says running, and nobody runs it
+    state: str  # as in the manifest, or lost: it says running, but no process runs it
     steps: int | None
     last_return: float | None
     best_return: float | None
-    joules: float | None  # those of discarded work included
+    joules: float | None  # including those of discarded work
     size_bytes: int
     age_s: float  # since it ended, or since its record grew
 
 
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
-    """`spikerl runs`."""
+    """`spikerl runs`: the exit status."""
     request = parse(RunsRequest, data)
     root = Path(request.path)
     if not root.is_dir():
@@ -120,7 +120,7 @@ def size_of(folder: Path) -> int:
     total = 0
     for place, _, files in os.walk(folder):
         for name in files:
-            with suppress(OSError):  # a run that goes on removes some
+            with suppress(OSError):  # a run that goes on removes files
                 total += Path(place, name).lstat().st_size
     return total
 
@@ -135,7 +135,7 @@ def last_change(folder: Path, manifest: dict[str, Any]) -> float:
 
 
 def clean(folders: Sequence[Path]) -> tuple[dict[Path, int], list[str]]:
-    """The bytes that each finished run gave back, and why others did not."""
+    """Free finished runs: the bytes that each gave back, and why some did not."""
     freed, not_freed = {}, []
     for folder in folders:
         if not is_done(folder) or not run_folder.for_going_on(folder):
@@ -160,7 +160,7 @@ def is_done(folder: Path) -> bool:
 
 
 def check_policies(folder: Path) -> None:
-    """A BadRequest where one cannot be read while the run's checkpoints may have it whole."""
+    """Refuse a run with a policy that cannot be read, as its checkpoints may have it whole."""
     if not (folder / "checkpoints").exists():
         return
     for place in (folder, folder / "best"):
@@ -197,6 +197,6 @@ def readable(size: int) -> str:
 
 def age(seconds: float) -> str:
     for (unit, name), (below, _) in pairwise([*UNITS, (0.0, "")]):
-        if seconds >= unit - below / 2:  # or rounded up to it
+        if seconds >= unit - below / 2:  # or is rounded up to it
             return f"{seconds / unit:.0f} {name}"
     return "0 s"

@@ -51,7 +51,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
         raise BadRequest("neuron.alpha", config.actor.neuron.alpha, remedy)
     task = task_for(config)
     check_memory(config, task)
-    if not settings.resume:  # which goes on as it began
+    if not settings.resume:  # a resumed run goes on as it began
         check_image(config.actor, task)
     check_read(argv, config, task)
     if settings.init_from:
@@ -92,10 +92,10 @@ def launch_workers(config: Config, target: str, argv: Sequence[str]) -> int:
             unmet = isinstance(lost, launch.Apart)
             if left == 0 or lost.stopping or lost.request or unmet:
                 return record_lost_worker(lost, folder, begun=begun)
-            if folder:  # which has all that the run was started from
+            if folder:  # it has all that the run was started from
                 spec["raw"] = {**config.raw, "resume": folder, "init_from": None, "dataset": None}
             spec["after"] = str(lost)
-            if workers.nnodes > 1:  # where nothing is left of those who met before
+            if workers.nnodes > 1:  # a port that no earlier process used
                 workers = replace(workers, port=workers.port + 1)
             print(f"spikerl: {lost}; restarting all ({left} of {settings.max_restarts} restarts"
                   " were left)", file=sys.stderr)  # fmt: skip
@@ -118,7 +118,7 @@ def workers_of(config: Config) -> launch.Workers:
 
 
 def check_launch(config: Config) -> None:
-    """Refuse what belongs to the launcher that starts the workers."""
+    """Refuse settings that are up to the launcher that starts the workers."""
     settings = config.run
     if ranked():
         if settings.max_restarts > 0:
@@ -133,22 +133,22 @@ def check_launch(config: Config) -> None:
 
 
 def run_in_worker(spec: Mapping[str, Any], shared_dir: Path) -> int:
-    """A worker that `train` launched."""
+    """Run one of the workers that `train` launched; the exit status."""
     config = build(spec["raw"])
     return run(config, task_for(config), spec["target"], spec["command"], shared_dir, spec["after"])
 
 
 def record_lost_worker(lost: WorkerLost, run: str | None, *, begun: bool = True) -> int:
-    """Record that a worker was lost; what the run had committed can be resumed.
+    """Record that a worker was lost, and say how to resume from the last commit; the exit status.
 
-    A run that is to be resumed, and whose workers have not `begun`, stays as it was.
+    A resumed run whose workers have not `begun` is left as it was.
     """
     cause = str(lost)
     if run is not None:
         folder = Path(run)
         if begun:
-            # Worker 0 of several machines may hold it a little longer than this one's workers live;
-            # a process that resumed it meanwhile keeps it.
+            # Worker 0 on another machine may hold the folder a little after the workers here end.
+            # A process that has resumed the run meanwhile keeps it.
             with suppress(OSError, BadRequest), run_folder.lock(folder, within_s=launch.SHUTDOWN_S):
                 run_folder.update_manifest(folder, status="failed", ended=run_folder.now())
                 if not known_elsewhere(folder / "error.txt", cause):
@@ -159,7 +159,7 @@ def record_lost_worker(lost: WorkerLost, run: str | None, *, begun: bool = True)
 
 
 def known_elsewhere(error: Path, cause: str) -> bool:
-    """Whether another machine has told the cause, of which this one may know nothing."""
+    """Whether another machine has recorded the cause, of which this one may know less."""
     said = error.read_text(encoding="utf-8").splitlines()[-1:] if error.exists() else []
     told = [line for line in said if line.startswith("worker ")]
     lost_others = LOST_OTHERS in cause
@@ -176,12 +176,12 @@ def run(
 ) -> int:
     """One worker's part of a run; all of them return the same status.
 
-    `shared_dir` is the launching parent's, if there is one; `after`: why it launches the run again.
+    `shared_dir` is the launching parent's, if there is one; `after` is why it restarted the run.
     """
     torch.set_num_threads(int(config.resolved.threads.choice))
-    # As torch.use_deterministic_algorithms, which also imports torch's compiler: a second.
+    # Like torch.use_deterministic_algorithms, which takes a second to import torch's compiler.
     torch.set_deterministic_debug_mode("error" if config.run.deterministic else "default")
-    if config.run.deterministic:  # what cuBLAS needs for it, read when it is first used
+    if config.run.deterministic:  # which cuBLAS needs for that, and reads at its first use
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = own_device(config.resolved.device.choice)
     choice = config.resolved.backend.choice
@@ -192,7 +192,7 @@ def run(
             announce_folder(shared_dir, folder)
 
     if config.env.vectorizer == "async":
-        start_server()  # which takes a while
+        start_server()  # which imports meanwhile
     with stop_signals(partial(stop_requested, shared_dir) if shared_dir else None) as stop_signal:
         trainer, status = None, None
         try:
@@ -210,14 +210,14 @@ def run(
                 if trainer is not None:
                     trainer.close()
             except EnvironmentFailed:
-                if status is not None:  # else something else failed first
+                if status is not None:  # else an earlier error is raised
                     raise
             finally:
                 leave()
 
 
 def check_read(argv: Sequence[str], config: Config, task: Task) -> None:
-    """Refuse typed keys that change nothing; a file may hold them."""
+    """Refuse typed keys that change nothing; in a config file they are accepted."""
     discrete = task.kind == "discrete"
     unread = config.algo.unread(discrete)
     remedies = {f"algo.{key}": remedy for key, remedy in unread.items()} | config.actor.unread()
@@ -232,7 +232,7 @@ def check_read(argv: Sequence[str], config: Config, task: Task) -> None:
 
 
 def finished(folder: Path, config: Config) -> bool:
-    """Whether there is nothing left to do; says so. Refuses what cannot go on."""
+    """Whether the run has nothing left to do (then a line says so); refuse what cannot go on."""
     record = run_folder.read_manifest(folder, key="resume")
     held = read_config(folder / "config.yaml")
     if lacking := [key for key in EVERY_RUN if key not in held]:

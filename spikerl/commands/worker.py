@@ -1,6 +1,6 @@
 """One worker of a run: python -m spikerl.commands.worker SHARED_DIR [PID].
 
-The elastic agent starts it, whose process it names, or mpiexec, which cannot know its own.
+It is started by the elastic agent, whose process id is PID, or by mpiexec, without a PID.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def layers_of(inputs: int, sizes: Sequence[int]) -> nn.ModuleList:
 
 
 class Loop:
-    """TD3 as both write it: one module after the other, one parameter after the other."""
+    """TD3 as both programs write it: one module after the other, one parameter after the other."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class Loop:
                 p_target.data.copy_(TAU * p.data + (1 - TAU) * p_target.data)
 
     def train(self, env: CheckedEnv) -> Iterator[None]:
-        """Act, store, and make the updates that became due; yields after each step."""
+        """Act, store, and make the updates that became due; yield after each step."""
         space = env.action_space
         assert isinstance(space, gym.spaces.Box)
         scale = float(space.high.flat[0])
@@ -226,7 +226,7 @@ def draw(rows: dict[str, np.ndarray], filled: int, batch_size: int, device: torc
 
 
 def popsan_loop(source: SpikingActor, obs_dim: int, act_dim: int, algo: TD3Config) -> Loop:
-    """With the weights of `source`, on its device."""
+    """The PopSAN baseline, with the weights of `source`, on its device."""
     actor = PopSANActor(source).to(source.layers[0].weight_IN.device)
     return Loop(actor, obs_dim, act_dim, 1e-4, algo)
 
@@ -242,15 +242,15 @@ def dense_loop(
     return Loop(actor, obs_dim, act_dim, 1e-3, algo)
 
 
-# Standard deviation of a layer's drive, if its inputs fired independently. With it, the shares of
-# inputs that fire at all and of voltages inside the surrogate window are those of the published
-# HalfCheetah policy, within a fifth.
+# Standard deviation of a layer's drive, if its inputs fire independently. With this value, the
+# shares of inputs that fire at all and of voltages inside the surrogate window are within a fifth
+# of those of the published HalfCheetah policy.
 DRIVE_STD = 1.0
 
 
 @torch.no_grad()
 def set_firing_rates(actor: SpikingActor, rates: list[float], obs_BO: Tensor) -> None:
-    """Draw weights anew so that each layer fires at its rate of `rates`, the encoder's first.
+    """Draw new weights with which each layer fires at its rate in `rates`, the encoder's first.
 
     The time of event-driven code depends on how many spikes there are, and networks of random
     weights fire 4 to 20 times less than trained ones.

@@ -1,4 +1,4 @@
-"""How fast this machine acts, updates and trains: spiking beside dense, beside two baselines."""
+"""`spikerl bench`: times acting, updates and training, also of dense networks and baselines."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ from spikerl.training.start import task_for
 from spikerl.training.trainer import Trainer
 from spikerl.types import Batch
 
-MOST_ROWS = 1 << 20  # rows of a batch, and rounds
+MOST_ROWS = 1 << 20  # of a batch; also the most rounds
 REPLAY = 100_000  # rows that are stored at most
 PARTS = ("acting", "update", "training", "proxy", "workers", "exchange", "start")
 NEURON: dict[str, Any] = {
@@ -66,7 +66,7 @@ NEURON: dict[str, Any] = {
 }  # fmt: skip
 LIF = LIFConfig(name="lif", **NEURON)
 CUBA_LIF = CubaLIFConfig(name="cuba_lif", current_decay=0.5, **NEURON)
-# Proxy Target's neurons, steps of the proxy before each of the critics, the proxy's layers.
+# Of Proxy Target: neurons, proxy steps before each step of the critics, widths of the proxy.
 PROXIES = ((LIF, 3, [512, 512]), (CUBA_LIF, 3, [800, 600]), (LIF, 1, [512, 512]))
 
 
@@ -97,7 +97,7 @@ class BenchRequest:
 
 
 def main(data: dict[str, Any], argv: Sequence[str]) -> int:
-    """`spikerl bench`."""
+    """`spikerl bench`: the exit status."""
     own = BenchRequest.__dataclass_fields__
     request = parse(BenchRequest, {key: data.pop(key) for key in own})
     if data["world_size"] is not None:
@@ -172,7 +172,7 @@ class Bench(BenchFixtures):
     # --- what is timed ----------------------------------------------------------------------------
 
     def acting(self) -> list[Benchmark]:
-        """One action from one raw observation, or from one normalised one."""
+        """One action: of the policy from a raw observation, of actors from a normalised one."""
         row = self.obs[:1]
         raw = row[0].double().cpu().numpy()
         kernel, task = self.kernel, self.task
@@ -217,7 +217,7 @@ class Bench(BenchFixtures):
         return roofline(self.actor, critic, delay, self.request.batches, self.device)
 
     def update(self, batch: int) -> list[Benchmark]:
-        """One TD3 update: a critic step, and every second time all the rest."""
+        """One TD3 update: a critic step, and once in policy_delay updates all the rest."""
         O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
         rows = self.batch(UPDATES_PER_TURN * batch)
         batches = [Batch(*each) for each in zip(*(f.split(batch) for f in rows), strict=True)]
@@ -248,7 +248,7 @@ class Bench(BenchFixtures):
         ]
 
     def loops(self, algo: TD3Config) -> dict[str, Loop]:
-        """Both baselines, with networks as wide as those that are timed."""
+        """Both baselines, with networks as wide as those of this program that are timed."""
         O, A = self.task.obs_dim, self.task.act_dim  # noqa: E741
         return {
             "popsan loop": popsan_loop(self.actor, O, A, algo),
@@ -313,7 +313,7 @@ class Bench(BenchFixtures):
         return benchmarks
 
     def workers(self, part: str) -> Results:
-        """What takes several workers."""
+        """The parts `workers` and `exchange`, which take several processes."""
         r = self.request
         job = bench_workers.Job(part=part, batch=r.batches[-1], rounds=r.rounds, run=r.run)
         return bench_workers.measure(self.config, job, r.world_sizes, self.progress)

@@ -1,4 +1,4 @@
-"""What is timed: an actor that fires as a trained one does, and learners that train it."""
+"""What bench times: an actor that fires like a trained one, and learners that train it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from spikerl.snn.neurons import NeuronConfig
 from spikerl.training.start import task_for
 from spikerl.types import Batch
 
-# Of the encoder and of each layer, in the HalfCheetah policy that PopSAN's authors published, as
-# `spikerl eval` measures them.
+# Firing rates of the encoder and of each layer in the HalfCheetah policy that PopSAN's authors
+# published, as `spikerl eval` measures them.
 TRAINED_RATES = [0.196, 0.329, 0.509, 0.710]
-TRAINED = "trained rates"  # weights at which an actor fires so
+TRAINED = "trained rates"  # names weights with these rates
 # Shares of the units of a critic's hidden layers that are not 0, after 80 000 steps of HalfCheetah:
 # 0.40 to 0.42 and 0.23 to 0.28, in four critics of two runs.
 TRAINED_ACTIVE_SHARES = [0.41, 0.27]
@@ -39,7 +39,7 @@ UPDATES_PER_TURN = 20
 
 
 class BenchFixtures:
-    """`device`: this worker's own, where several share what was resolved."""
+    """Actors, learners and batches to time. `device`: this worker's own, if there are several."""
 
     def __init__(
         self, config: Config, run: str | None = None, device: torch.device | None = None
@@ -62,7 +62,7 @@ class BenchFixtures:
         self.obs, self.actor = self.obs.to(self.device), self.actor.to(self.device)
 
     def given_actor(self) -> tuple[SpikingActor, str]:
-        """The actor that is timed, and where its weights are from."""
+        """The actor that is timed, and a word for where its weights are from."""
         if self.run is not None:
             policy = load_policy(self.run)
             if policy.task.obs_dim != self.task.obs_dim or policy.task.act_dim != self.task.act_dim:
@@ -76,7 +76,7 @@ class BenchFixtures:
         return self.actor_at_trained_rates(self.config.actor), TRAINED
 
     def actor_at_trained_rates(self, config: ActorConfig) -> SpikingActor:
-        """An actor that fires as a trained one does."""
+        """An actor that fires like a trained one."""
         actor = build_actor(config, self.task.obs_dim, self.task.act_dim)
         assert isinstance(actor, SpikingActor)
         hidden = len(actor.layers) - 1
@@ -85,7 +85,7 @@ class BenchFixtures:
         return actor
 
     def spiking(self, kernel: str, neuron: NeuronConfig | None = None) -> SpikingActor:
-        """A copy of the actor that runs in `kernel`; one of other neurons, if given."""
+        """A copy of the actor that runs in `kernel`; with `neuron`, an actor of such neurons."""
         config, source = self.config.actor, self.actor
         if neuron is not None:
             config = replace(config, neuron=neuron)

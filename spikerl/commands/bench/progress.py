@@ -43,7 +43,7 @@ class BenchProgress:
         self.bar.stop()
 
     def part(self, title: str, rounds: int = 0) -> None:
-        """What begins, and of how many rounds; 0 where they cannot be counted."""
+        """Show which part begins, and its number of rounds; 0 where they cannot be counted."""
         self.title, self.rounds, self.done = title, rounds, 0
         for task in self.bar.task_ids:
             self.bar.remove_task(task)
@@ -53,7 +53,7 @@ class BenchProgress:
         self.bar.refresh()
 
     def after_round(self) -> None:
-        """The first call is of the round that is not counted."""
+        """Show how many rounds are done; the first call follows the round that is not counted."""
         if not self.bar.disable:
             self.bar.update(self.bar.task_ids[0], completed=self.done, refresh=True)
         elif time.monotonic() - self.shown > self.INTERVAL:

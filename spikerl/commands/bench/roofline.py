@@ -17,7 +17,7 @@ from spikerl.models.critic import Critics
 @dataclass(kw_only=True)
 class Roofline:
     product_gflops: dict[str, float]  # of large float32 products, by library
-    copy_gb_s: float  # read and written, 64 MB
+    copy_gb_s: float  # of 64 MB, bytes read and written
     update_gflop: dict[int, float]  # dense arithmetic of an update, by batch
 
 
@@ -43,7 +43,7 @@ def product_gflops(device: torch.device) -> dict[str, float]:
 
     PyTorch's are MKL's, which on AMD's processors run at half the rate of oneDNN's or less.
     """
-    width = 512 if device.type == "cpu" else 4096  # enough to keep it busy
+    width = 512 if device.type == "cpu" else 4096  # enough to keep the device busy
     left, right = torch.randn(2, width, width, device=device).unbind()
     products: dict[str, Callable[[], object]] = {"PyTorch": lambda: torch.mm(left, right)}
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -59,8 +59,8 @@ def product_gflops(device: torch.device) -> dict[str, float]:
 def flops_per_row(actor: SpikingActor | MLPActor, critic: Critics, policy_delay: int) -> float:
     """Multiplications and additions of the products of one TD3 update, for each row of its batch.
 
-    A pass back costs what the pass forward does for the inputs and once more for the weights; the
-    first layer's inputs need none, but for the critic's actions.
+    A backward pass costs as much as the forward pass for the gradients of inputs, and as much again
+    for those of weights. The first layer's inputs need no gradient, except the critic's actions.
     """
     steps = actor.spike_steps if isinstance(actor, SpikingActor) else 1
     layers = [layer.weight_IN.shape for layer in actor.layers]
@@ -69,7 +69,7 @@ def flops_per_row(actor: SpikingActor | MLPActor, critic: Critics, policy_delay:
     critic_layers = [2.0 * i * n for i, n in pairwise(widths)]
     one_critic, its_inputs = sum(critic_layers), sum(critic_layers[1:])
     critic_step = 2 * one_critic + 2 * (2 * one_critic + its_inputs)  # target; loss and gradients
-    # A spiking layer's first inputs have a gradient too, which is one product for all steps.
+    # The inputs of a spiking actor's first layer need one too, one product for all steps.
     first = 2.0 * layers[0][0] * layers[0][1]
     to_inputs = actor_forward - steps * first
     to_inputs += first if isinstance(actor, SpikingActor) else 0.0

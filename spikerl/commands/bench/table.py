@@ -60,7 +60,7 @@ def milliseconds(value: float) -> str:
 
 
 def roofline_lines(roofline: dict[str, Any]) -> list[str]:
-    """The rates that were measured, and the least time of dense updates at the highest."""
+    """The rates that were measured, and the least time of dense updates at the highest rate."""
     rates = roofline["product_gflops"]
     libraries = ", ".join(f"{library} {rate:.0f}" for library, rate in rates.items())
     lines = [

@@ -1,7 +1,7 @@
 """Times of benchmarks that take turns.
 
-Each is timed once a round, so that whatever else the machine does slows all of them alike; what
-counts are ratios of medians.
+Each is timed once a round, so that whatever else the machine does slows all of them alike. Results
+are compared as ratios of medians.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Ratios = dict[str, dict[str, float]]
 
 @dataclass(kw_only=True)
 class Measurement:
-    """Times of one benchmark's repetitions, each in ms."""
+    """The times of one benchmark: median and least of its rounds, in ms for one repetition."""
 
     what: str
     kernel: str
@@ -53,7 +53,7 @@ class Results:
 
 @dataclass
 class Benchmark:
-    """`call` does the thing `times` times."""
+    """A call to be timed, which does `what` as often as `times` says."""
 
     what: str
     kernel: str
@@ -76,7 +76,7 @@ def run_interleaved(
     before_turn: Callable[[], object] = do_nothing,
     after_round: Callable[[], object] = do_nothing,
 ) -> list[Measurement]:
-    """Time each benchmark once a round; a round before them, with cold caches, is not counted."""
+    """Time each benchmark once a round; a first round, with cold caches, is not counted."""
     times: list[list[float]] = [[] for _ in benchmarks]
     for round_ in range(rounds + 1):
         for benchmark, own in zip(benchmarks, times, strict=True):
@@ -92,7 +92,7 @@ def run_interleaved(
 
 
 def compare(measurements: Sequence[Measurement], kernel: str) -> Ratios:
-    """The spiking actor under `kernel` over each baseline and over this program's dense actor.
+    """Ratios of the spiking actor under `kernel` to each baseline and this program's dense actor.
 
     The measurements are of the same work with the same batch.
     """

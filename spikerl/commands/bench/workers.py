@@ -1,6 +1,6 @@
 """The time of an update with several workers, of its exchanges, and of exchanges alone.
 
-Every turn begins behind a barrier, and rank 0's clock counts. The time that an update spends in
+Every turn begins after a barrier, and is timed by rank 0. The time that an update spends in
 exchanges includes the wait for the slowest worker.
 """
 
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(frozen=True)
 class TimedWorld(World):
-    """Keeps the times that its sums took."""
+    """A world that records how long each of its sums takes."""
 
     sum_ms: list[float] = field(default_factory=list)
 
@@ -75,7 +75,7 @@ def now(tensor: Tensor) -> float:
 
 
 def measure(config: Config, job: Job, sizes: list[int], progress: BenchProgress) -> Results:
-    """Each number of workers over each backend that there is for them."""
+    """Measure each number of workers over each backend that is available for it."""
     results, device = Results(), config.resolved.device.choice
     for size in sizes:
         for backend in ("nccl", "gloo", "mpi") if device != "cpu" else ("gloo", "mpi"):
@@ -113,7 +113,7 @@ def launch_workers(config: Config, job: Job, backend: str, size: int) -> dict[st
 
 
 def run_in_worker(spec: Mapping[str, Any]) -> int:
-    """A worker that `measure` launched."""
+    """Run one of the workers that `measure` launched; the exit status."""
     config, job = configs.build(spec["raw"]), Job(**spec["bench"])
     device = own_device(config.resolved.device.choice)
     world = join(config.resolved.backend.choice, device, config.backend.timeout_s)
@@ -133,7 +133,7 @@ def run_in_worker(spec: Mapping[str, Any]) -> int:
 
 
 class Worker:
-    """One of the workers; all take the same turns."""
+    """One of the workers, which all time the same benchmarks in turn."""
 
     def __init__(self, config: Config, job: Job, world: World, device: torch.device) -> None:
         self.config, self.job, self.world, self.device = config, job, world, device
@@ -156,7 +156,7 @@ class Worker:
         return [replace(m, world_size=self.world.size) for m in measurements]
 
     def measure_sums(self) -> None:
-        """Sums of vectors of several lengths, and nothing else."""
+        """Time sums of vectors of several lengths alone."""
         benchmarks = []
         for length in LENGTHS:
             times = max(2, min(50, LENGTHS[-1] // length))
@@ -168,7 +168,7 @@ class Worker:
         self.results.measurements = self.time(benchmarks)
 
     def measure_updates(self) -> None:
-        """Updates, weak and strong; their exchanges alone; and an update of one worker."""
+        """Time updates with weak and strong scaling, exchanges alone, and updates of one worker."""
         job, size = self.job, self.world.size
         fixtures = BenchFixtures(self.config, job.run, self.device)
         kernel, weights, delay = fixtures.kernel, fixtures.weights, fixtures.algo.policy_delay
@@ -222,13 +222,13 @@ class Worker:
         for name, turns in exchange_ms.items():
             update_ = times[f"update, {name}"]
             benchmark = exchange(f"exchanges, {name}", do_nothing)
-            # The first turn is of the round that is not counted.
+            # The first turn belongs to the round that is not counted.
             part = measurement(benchmark, turns[1:], 1)
             part = replace(part, batch=update_.batch, world_size=size)
             measurements.append(part)
             title = f"updates per second of {size} workers, {name} / one alone"
             ratios[title] = ratio(one.median_ms, update_.median_ms)
-            # One exchange of the normaliser belongs to so many updates.
+            # How many updates there are for each exchange of the normaliser.
             fewer = size if name.startswith("weak") else 1
             interval = fixtures.algo.norm_interval or SYNC_INTERVAL
             updates = interval * fixtures.algo.updates_per_step / fewer

@@ -1,4 +1,4 @@
-"""The cells of a table as they are done: claimed, started, resumed, evaluated, tidied.
+"""The work on a table's cells: they are claimed, started, resumed, evaluated, tidied.
 
 What a cell still needs is read from its folder alone, so a killed process leaves nothing to repair.
 A cell belongs to whoever holds the lock beside its folder: this process and the run that it
@@ -29,7 +29,7 @@ from spikerl.runs import folder as run_folder
 from spikerl.signals import signal_name
 
 PROGRAM = [*PYTHON, "-m", "spikerl"]
-EPISODES = 20  # of the final policy, from its file
+EPISODES = 20  # in an evaluation of the final policy's file
 MAX_BYTES = 1 << 20
 
 
@@ -47,7 +47,7 @@ def read_folder(folder: Path) -> Run | None:
 
 
 def trained(cell: Cell, total_steps: int) -> bool:
-    """Done, and not to be trained any further; a run without checkpoints cannot be."""
+    """Whether the cell's run is done, and cannot or need not be trained any further."""
     run = read(cell)
     if run is None or run.status != "done":
         return False
@@ -57,13 +57,13 @@ def trained(cell: Cell, total_steps: int) -> bool:
 
 
 def goes_on(cell: Cell, total_steps: int) -> bool:
-    """Whether what the cell is made from is to be trained further."""
+    """Whether the run that the cell is converted from is to be trained further."""
     source = read_folder(cell.source) if cell.source else None
     return source is not None and _resumable(source, cell.times_steps * total_steps)
 
 
 def outdated(cell: Cell, run: Run) -> bool:
-    """Whether a conversion is of another policy than its source has now."""
+    """Whether a conversion was made from another policy than its source has now."""
     assert cell.source is not None
     made_of, policy = run.manifest.get("converted_sha256"), cell.source / "policy.safetensors"
     return made_of is not None and policy.is_file() and made_of != checksum_of(policy)
@@ -75,7 +75,7 @@ def _resumable(run: Run, total_steps: int) -> bool:
 
 
 def shorter(cell: Cell, total_steps: int) -> str | None:
-    """What to say of a result that has fewer steps than asked for, and stays as it is."""
+    """A note if the result has fewer steps than asked for and cannot be trained further."""
     run = read(cell) if cell.command == "train" and trained(cell, total_steps) else None
     if run is None or run.step >= (wanted := cell.times_steps * total_steps):
         return None
@@ -94,7 +94,7 @@ def done(cell: Cell, total_steps: int) -> bool:
 
 
 def next_command(cell: Cell, total_steps: int) -> list[str] | None:
-    """What the cell, whose source is done, needs next; None if it is done itself."""
+    """The next command for the cell, whose source must be done; None if the cell is done."""
     if trained(cell, total_steps):
         if evaluation_of(cell).exists():
             return None
@@ -110,7 +110,7 @@ def next_command(cell: Cell, total_steps: int) -> list[str] | None:
 
 
 def clear(folder: Path) -> None:
-    """Remove a conversion that is of another policy, or what a kill left of one."""
+    """Remove a conversion that was made from another policy, or remains of one that was killed."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -134,7 +134,7 @@ def claim(cell: Cell) -> IO[str] | None:
 
 
 def naming(plugins: Sequence[str]) -> list[str]:
-    """What a command is given so that it imports them."""
+    """The override with which a command imports these plugins, if there are any."""
     return [f"plugins=[{','.join(plugins)}]"] * bool(plugins)
 
 
@@ -147,7 +147,7 @@ class Job:
         self.doing = ""
 
     def start(self, command: Sequence[str]) -> None:
-        """A process in a session of its own: a Ctrl-C reaches it through us alone, once."""
+        """Start the command in a session of its own: it gets a Ctrl-C from us alone, once."""
         self.doing = command[0]
         environment = dict(os.environ)
         if self.device is not None:
@@ -177,7 +177,7 @@ class Job:
             self.process.send_signal(number)
 
     def keep_evaluation(self) -> None:
-        """What `spikerl eval` printed, as a file of the cell."""
+        """Save what `spikerl eval` printed as the cell's evaluation."""
         printed = parse_json(read_bytes(self.output("out"), MAX_BYTES))
         write_json(evaluation_of(self.cell), printed)
 
@@ -207,20 +207,20 @@ def _settle(parent: int, nice: int) -> None:
     die_with_parent(parent, signal.SIGTERM)
     if nice:
         os.nice(nice)
-        # Between sessions the scheduler weighs their groups, whatever the priority within one.
+        # Linux weighs sessions as groups, whatever the priority of a process within one.
         with suppress(OSError):
             Path("/proc/self/autogroup").write_text(str(nice), encoding="ascii")
 
 
 def tidy(cell: Cell) -> None:
-    """Drop what only serves to go on; where it cannot be dropped, the cell is done all the same."""
+    """Remove what only a resume needs; if that fails, the cell is done all the same."""
     with suppress(OSError, BadRequest):
         run_folder.free(cell.folder)
 
 
 def check(table: Table, cells: Sequence[Cell], total_steps: int) -> None:
-    """Refuse folders that hold other runs than the table's, or longer ones, before anything starts;
-    and what cannot be composed.
+    """Refuse, before anything starts, cells whose config cannot be composed, and folders with runs
+    that have other settings than the table's, or more steps.
     """
     for cell in cells:
         run = read(cell)

@@ -103,7 +103,7 @@ def main(data: dict[str, Any], argv: Sequence[str]) -> int:
 
 
 def check_name(table: Table, argv: Sequence[str]) -> None:
-    """Refuse another file's name, as a copy of it has: that table's results lie in the folder."""
+    """Refuse a table that names another file, as a copy may: it would use the other's folder."""
     for arg in argv:
         key, _, option = arg.lstrip("+").partition("=")
         if key == "table" and (option := option.strip("'\"")) != table.name:
@@ -111,7 +111,7 @@ def check_name(table: Table, argv: Sequence[str]) -> None:
 
 
 def selected(table: Table, request: ReproduceRequest) -> list[Cell]:
-    """Every seed's first cells come first, so that a table is soon filled by few seeds."""
+    """The cells asked for, seed by seed, so that every cell of the table soon has some seeds."""
     rows = select(list(table.rows), request.rows, key="rows")
     columns = select(list(table.columns), request.columns, key="columns")
     seeds = seeds_of(request.seeds, table.protocol)
@@ -124,7 +124,7 @@ def selected(table: Table, request: ReproduceRequest) -> list[Cell]:
 
 
 def slots_of(jobs: int | None, cells: Sequence[Cell]) -> list[str | None]:
-    """A slot for each run that goes on at a time: the name of its GPU, or None on processors."""
+    """A slot for each run that may go on at a time: the name of its GPU, or None on processors."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     gpus = named.split(",") if named else [str(i) for i in range(count)]
@@ -147,8 +147,8 @@ def tell_plan(
     total_steps: int,
     plugins: Sequence[str],
 ) -> None:
-    """How many runs, how many steps, and about how long: as what was run of each row went, or a
-    short run where nothing was.
+    """Print how many runs and steps are left, and about how long they take: by the speed of each
+    row's runs so far, or if there are none, of a short run.
     """
     todo = {cell: state for cell, state in states.items() if state.word != "done"}
     left = sum(s.total_steps - s.step for c, s in todo.items() if c.command == "train")
@@ -180,7 +180,7 @@ def tell_plan(
 
 
 def tell_rest(states: Mapping[Cell, State]) -> None:
-    """What did not become a result, and why."""
+    """Print which cells have no result, and why."""
     for cell, state in states.items():
         if state.word == "failed":
             print(f"{cell.name}: failed: {state.note}")

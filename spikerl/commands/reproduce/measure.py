@@ -1,4 +1,4 @@
-"""How fast a cell's run would go on this machine, by a short one that is thrown away."""
+"""Measures how fast a cell's run would be on this machine, by a short run that is discarded."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from spikerl.reporting.table_file import Cell
 from spikerl.signals import stop_signals
 
 POLL = 0.05  # seconds
-STEPS = 800  # of an epoch, a multiple of the workers that tables have
+STEPS = 800  # of an epoch; a multiple of the tables' numbers of workers
 
 
 def measured_seconds_per_step(cell: Cell, plugins: Sequence[str]) -> float | None:
-    """Of a rollout with its update, or of the third of three epochs, the first without updates;
-    evaluations left out. None: the run failed.
+    """Seconds of a rollout with its updates, or of the last of three epochs, of which the first has
+    no updates, per step; evaluations are left out. None: the run failed.
 
-    Replay and normaliser are as good as empty, and neurons fire as in the beginning.
+    The replay is nearly empty, the normaliser too, and neurons fire as at the start of training.
     """
     config = config_of(cell)
     rollout = config.get("algo.rollout_steps")
@@ -44,11 +44,11 @@ def measured_seconds_per_step(cell: Cell, plugins: Sequence[str]) -> float | Non
             return None
         rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = json.loads(rows[-1])
-    return 1.0 / float(last["env_steps_per_s"] or last["updates_per_s"])  # offline a step is one
+    return 1.0 / float(last["env_steps_per_s"] or last["updates_per_s"])  # offline: step = update
 
 
 def finished(command: list[str]) -> int:
-    """The exit status of a process that ends when this one is told to: Stopped, then."""
+    """Run a command to its end; the exit status. A signal to this process kills it: Stopped."""
     with stop_signals() as stop_signal:
         process = subprocess.Popen(
             command,

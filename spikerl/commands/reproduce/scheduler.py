@@ -1,4 +1,4 @@
-"""Does the cells of a table, several side by side; shares them with other processes that do."""
+"""Runs the cells of a table, several at a time; other processes may work on the same table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POLL = 0.2  # seconds
 
 
 class Scheduler:
-    """All cells that were selected, and the jobs that do them; `run` gives the exit status."""
+    """All cells that were selected, and the jobs that run them; `run` returns the exit status."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Scheduler:
         *,
         slots: Sequence[str | None],  # one job each: a GPU's name, or None
         nice: int,
-        keep: bool,  # what a done cell needs to go on
+        keep: bool,  # what a done cell needs to be resumed
         plugins: Sequence[str] = (),
     ) -> None:
         self.total_steps, self.screen, self.nice, self.keep = total_steps, screen, nice, keep
@@ -46,7 +46,7 @@ class Scheduler:
         self.waiting = list(cells)
         self.jobs: list[Job] = []
         self.states = states_of(cells, total_steps)
-        self.stopping = 0  # the signal
+        self.stopping = 0  # the last signal, 0 before one
         self.unsent: list[int] = []  # signals that the jobs have not got yet
 
     def run(self) -> int:
@@ -56,7 +56,7 @@ class Scheduler:
                 while self.step():
                     time.sleep(POLL)
             finally:
-                for job in self.jobs:  # an error of ours stops them as well
+                for job in self.jobs:  # also if this process ends by an error
                     job.signal(signal.SIGTERM)
                 self.draw()
                 self.screen.close()
@@ -68,7 +68,7 @@ class Scheduler:
         return PREEMPTED if "stopped" in words else DONE
 
     def step(self) -> bool:
-        """Look at every job and slot once; whether anything is left to wait for."""
+        """Look at every job and slot once; return whether anything is left to wait for."""
         while self.unsent:
             number = self.unsent.pop(0)
             for job in self.jobs:
@@ -91,7 +91,7 @@ class Scheduler:
         self.screen.draw(self.states, left_s(self.states, slots, measured={}))
 
     def start(self) -> None:
-        """Fill the free slots with cells that nobody holds."""
+        """Fill the free slots with cells that no other process has claimed."""
         for cell in list(self.waiting):
             if not self.free:
                 return
@@ -126,11 +126,11 @@ class Scheduler:
             self.screen.event(f"{cell.name}: {what}")
         try:
             job.start([*command, *self.plugins])
-        except OSError as error:  # a disk that is full, or may not be written to
+        except OSError as error:  # the disk is full, or cannot be written to
             self.end(job, "failed", f"{error.filename}: {error.strerror}")
 
     def ended(self, job: Job, status: int) -> None:
-        """Go on with the cell whose process ended with `status`, if it went well."""
+        """Go on with a cell whose process has ended, if its `status` says that it succeeded."""
         if status in (PREEMPTED, INTERRUPTED) or (self.stopping and status < 0):
             self.end(job, "stopped")
             return
@@ -146,7 +146,7 @@ class Scheduler:
             self.go_on(job)
 
     def end(self, job: Job, word: str, reason: str = "") -> None:
-        """Give the job's slot and its cell free; say what became of it if it did anything."""
+        """Free the job's slot and cell; print how it ended, if it started a process."""
         self.jobs.remove(job)
         self.free.append(job.device)
         state = self.states[job.cell] = look(job.cell, word, self.total_steps, reason)
@@ -166,7 +166,7 @@ class Scheduler:
 
 
 def ready(cell: Cell, total_steps: int) -> bool:
-    """Whether what the cell is made from is done, and not to be trained further."""
+    """Whether the run that the cell is converted from, if any, is done and not trained further."""
     if cell.source is None:
         return True
     if not (cell.source / "policy.json").exists():
@@ -176,11 +176,11 @@ def ready(cell: Cell, total_steps: int) -> bool:
 
 
 def look(cell: Cell, word: str, total_steps: int, note: str = "") -> State:
-    """The cell's state as its folder has it."""
+    """The cell's state, by what is in its folder."""
     total = cell.times_steps * total_steps
     try:
         run = read(cell)
-    except BadRequest:  # as it is while it appears
+    except BadRequest:  # as may be while the folder appears
         run = None
     if run is None:
         return State(word, 0, total, None, None, note)
@@ -193,7 +193,7 @@ def states_of(cells: Sequence[Cell], total_steps: int) -> dict[Cell, State]:
 
 
 def left_s(states: Mapping[Cell, State], slots: int, measured: Mapping[str, float]) -> float | None:
-    """Of all cells that are neither done nor failed, so many at a time; None where unknown."""
+    """Seconds left for all cells neither done nor failed, `slots` at a time; None if unknown."""
     each = [
         cell_left_s(states, cell, measured)
         for cell, state in states.items()
@@ -202,14 +202,14 @@ def left_s(states: Mapping[Cell, State], slots: int, measured: Mapping[str, floa
     known = [seconds for seconds in each if seconds is not None]
     if len(known) < len(each):
         return None
-    return max([sum(known) / slots, *known])  # the longest is one run
+    return max([sum(known) / slots, *known])  # a single run cannot be shared out
 
 
 def cell_left_s(
     states: Mapping[Cell, State], cell: Cell, measured: Mapping[str, float]
 ) -> float | None:
     if cell.command == "convert":
-        return 0.0  # seconds, beside hours
+        return 0.0  # seconds, while trainings take hours
     speed = seconds_per_step(states, cell, measured)
     state = states[cell]
     return None if speed is None else speed * max(state.total_steps - state.step, 0)
@@ -218,8 +218,8 @@ def cell_left_s(
 def seconds_per_step(
     states: Mapping[Cell, State], cell: Cell, measured: Mapping[str, float]
 ) -> float | None:
-    """Of what was run of the cell's row and column, else of its row, else as it was `measured` for
-    the row, else of all that was run; None if nothing was.
+    """The speed of runs so far in the cell's row and column, else in its row; else as `measured`
+    for the row; else of all runs. None if there are none.
     """
     row = {other for other in states if other.row == cell.row}
     column = {other for other in row if other.column == cell.column}

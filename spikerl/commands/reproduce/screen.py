@@ -24,18 +24,18 @@ SHOWN = 30  # rows of a screen
 
 
 class State(NamedTuple):
-    """Where a cell is."""
+    """How far a cell is."""
 
     word: str  # of STATES
     step: int
     total_steps: int
     best: float | None  # return
-    wall_s: float | None  # up to that step
+    wall_s: float | None  # seconds up to that step
     note: str = ""
 
     @property
     def left_s(self) -> float | None:
-        """At its own speed so far."""
+        """Seconds left at its own speed so far; None before it has one."""
         if not self.wall_s or not self.step:
             return None
         return self.wall_s / self.step * max(self.total_steps - self.step, 0)
@@ -48,7 +48,7 @@ def summary(states: Mapping[Cell, State], left_s: float | None) -> str:
 
 
 class Screen:
-    """Shows states every so often; `event` is for what happens once."""
+    """Shows all states now and then; `event` prints what happens once."""
 
     INTERVAL = 1.0
     PLAIN_INTERVAL = 60.0
