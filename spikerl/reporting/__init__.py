@@ -1,1 +1,1 @@
-"""What runs gave, for people: statistics, a paper's tables, curves, and pages."""
+"""Results of runs, for people to read: statistics, a paper's tables, curves, and pages."""

@@ -1,4 +1,4 @@
-"""The config that a table's cell is to have, and what sets a run apart from it."""
+"""The config that a table's cell asks for, and how a run's differs from it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from spikerl.reporting.records import Run
 from spikerl.reporting.table_file import Cell
 from spikerl.schema import dotted
 
-# Where a run is kept and placed, how far it goes, and which packages give its parts.
+# Keys that may differ: where a run is kept and computed, how far it goes, and its plugins.
 FREE = ("threads", "total_steps", "device", "world_size", "backend", "max_restarts", "plugins",
         *NOT_CARRIED)  # fmt: skip
 
 
 def apart(cell: Cell, run: Run) -> list[str]:
-    """The settings in which a run is another than the cell's.
+    """The settings in which a run differs from its cell.
 
-    Keys that only one of the two configs has are of another version of the program, not another
-    setting, and set nothing apart.
+    Keys that only one of the two configs has come from another version of the program, and do not
+    count as a difference.
     """
     if cell.command == "train":
         return differing(config_of(cell), run.settings)
     try:
         typed = shlex.split(str(run.manifest.get("command")))
-    except ValueError:  # no command of this program's
+    except ValueError:  # not a command that this program recorded
         typed = []
     return [override for override in cell.overrides if override not in typed]
 
@@ -49,7 +49,7 @@ def config_of(cell: Cell) -> dict[str, str]:
 
 @cache
 def composed(overrides: tuple[str, ...]) -> Mapping[str, str]:
-    """What these overrides of a training give; a BadRequest where Hydra refuses them."""
+    """A training's config with these overrides, by dotted keys; BadRequest if Hydra refuses."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -57,7 +57,7 @@ def composed(overrides: tuple[str, ...]) -> Mapping[str, str]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        ours = GlobalHydra.instance().is_initialized()  # it has composed our own config
+        ours = GlobalHydra.instance().is_initialized()  # for the command that is running
         conf = str(conf_folder())
         with nullcontext() if ours else initialize_config_dir(conf, version_base="1.3"):
             typed = [for_hydra(override) for override in overrides]

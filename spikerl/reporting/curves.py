@@ -18,29 +18,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's, told apart by most eyes, then others.
+# Okabe and Ito's palette for colour-blind readers, then others.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555",
            "#882255", "#117733", "#999933")  # fmt: skip
-STYLES = ("-", "--", ":", "-.")  # of further lines, where the colours come again
-MARKS = ("o", "s", "^", "D")  # the same of points
+STYLES = ("-", "--", ":", "-.")  # for lines beyond the number of colours
+MARKS = ("o", "s", "^", "D")  # the same for points
 REPETITIONS = 2_000  # of a band's bootstrap, at each of its points
 POINTS = 100  # of a curve over time or joules, whose runs share no points
 ACROSS = {"step": "steps", "wall": "hours", "joules": "joules"}
-WIDE, HIGH, PER_LINE = 3.4, 2.7, 5  # inches of a panel, panels side by side
-LETTERS, MARK = 15, 8  # of a legend in an inch; what a line's mark takes
-LEGEND_LINE = 0.17  # inches
-SPREAD = 10.0  # of the largest to the smallest point, beyond which their axis is logarithmic
+WIDE, HIGH, PER_LINE = 3.4, 2.7, 5  # inches of a panel; panels in a line, at most
+LETTERS, MARK = 15, 8  # letters per inch of a legend; width of a line's mark, in letters
+LEGEND_LINE = 0.17  # inches of a line in a legend
+SPREAD = 10.0  # ratio of the largest to the smallest x beyond which the axis is logarithmic
 
 Line = tuple[Array, Array]  # x and y of one run
 Panel = Mapping[str, Sequence[Line]]  # by label, a line for each seed
-Point = tuple[float | None, float]  # of one run; None: it has no such number
+Point = tuple[float | None, float]  # x and y of one run; x is None if it has no such number
 
 
 def band(lines: Sequence[Line], *, shared: bool) -> tuple[Array, Array, Array, Array]:
-    """x, the mean over seeds, and its interval; NaN where one seed is all there is.
+    """x, the mean over seeds, and both ends of its interval, NaN where only one seed is known.
 
-    Runs that `shared` their points are averaged there, over those that reached a point, between
-    their own by interpolation. Others are interpolated as far as the shortest of them goes.
+    With `shared`, x are the points of all runs, and at each the mean is over the runs that reach
+    it, interpolated between their own points. Else x are POINTS points up to where the first of
+    the runs ends.
     """
     lines = [line for line in lines if len(line[0])]
     if not lines:
@@ -94,7 +95,7 @@ def curves(panels: Mapping[str, Panel], across: str, ylabel: str) -> Figure | No
 
 
 def _look(i: int) -> dict[str, Any]:
-    """Of the line number i in a picture."""
+    """Colour and style of line number `i` in a picture."""
     turn, colour = divmod(i, len(COLOURS))
     return {"color": COLOURS[colour], "linestyle": STYLES[turn % len(STYLES)]}
 
@@ -115,7 +116,7 @@ def scatter(
 ) -> Figure | None:
     """Every run as a point, and the mean of a label's with a cross; None where there is none.
 
-    `lines`: a label whose runs have no x is a line at their mean; else it is not drawn.
+    With `lines`, a label whose runs have no x is drawn as a line at their mean y.
     """
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -146,7 +147,7 @@ def scatter(
             if len(known) > 1:
                 ax.plot(*known.mean(0), "x", color=colour, markersize=9, markeredgewidth=2)
             every += known[:, 0].tolist()
-        ax.xaxis.set_major_locator(MaxNLocator(4))  # as many as fit, however long
+        ax.xaxis.set_major_locator(MaxNLocator(4))  # few enough for long numbers
         if min(every) > 0.0 and max(every) > SPREAD * min(every):
             ax.set_xscale("log")
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -193,14 +194,14 @@ def _grid(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
 
 
 def _plain(text: str) -> str:
-    """A dollar begins no formula."""
+    """Escape dollars, which would begin a formula."""
     return text.replace("$", r"\$")
 
 
 def _legend(
     figure: Figure, axes: Sequence[Axes], panels: Sequence[Mapping[str, Sequence[Any]]] = ()
 ) -> None:
-    """One below all; how many runs a label has in the `panels` that have it stands behind it."""
+    """Add a legend below all axes; behind a label stands how many runs it has in a panel."""
     handles: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
@@ -220,7 +221,7 @@ def _legend(
 
 
 def _several(counts: set[int]) -> str:
-    """Of runs, in each panel."""
+    """The numbers of runs in each panel as text, empty if there is one run in each."""
     least, most = min(counts, default=1), max(counts, default=1)
     if most == 1:
         return ""
@@ -228,7 +229,7 @@ def _several(counts: set[int]) -> str:
 
 
 def encoded(figure: Figure, kind: str) -> bytes:
-    """As `svg` or `png`, the same bytes for the same numbers."""
+    """The figure as `svg` or `png`; the same numbers always give the same bytes."""
     from matplotlib import rc_context
 
     out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What stands below a table: sources, caveats, and what made its runs."""
+"""The notes below a table: sources, caveats, and what made its runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spikerl.reporting.results import Results
 
 
 def differing(runs: Sequence[Run], *path: str) -> list[str]:
-    """The different values of an entry of the manifests, of each start and each resume."""
+    """The different values at `path` in the manifests, over every start and every resume."""
     seen: dict[str, None] = {}
     for run in runs:
         for value in attempts(run):
@@ -22,7 +22,7 @@ def differing(runs: Sequence[Run], *path: str) -> list[str]:
 
 
 def attempts(run: Run) -> list[Any]:
-    """What the start and each resume say of the code, packages and machine that they ran on."""
+    """The records of its start and of each resume: the code, packages and machine of each."""
     resumed = run.manifest.get("resumed")
     events = resumed if isinstance(resumed, list) else []
     return [
@@ -32,7 +32,7 @@ def attempts(run: Run) -> list[Any]:
 
 
 def provenance(runs: Sequence[Run]) -> list[str]:
-    """What made these runs, and a warning where that is mixed."""
+    """Commits, versions and machines of these runs, and a warning where they are mixed."""
     if not runs:
         return ["no run has begun yet"]
     commits = differing(runs, "git", "commit")

@@ -9,10 +9,10 @@ PM = "\N{PLUS-MINUS SIGN}"
 
 
 def steps(count: int | None) -> str:
-    """30k, 1M, 1.025M."""
+    """A number of steps in short: 30k, 1M, 1.025M."""
     if count is None:
         return "-"
-    count -= count % 10 ** max(len(str(count)) - 4, 0)  # four digits, and never more than it is
+    count -= count % 10 ** max(len(str(count)) - 4, 0)  # four digits, rounded down
     for unit, letter in ((1_000_000, "M"), (1_000, "k")):
         if count >= unit:
             return f"{count / unit:.4g}{letter}"
@@ -28,7 +28,7 @@ def rounded(value: float | None) -> str:
 
 
 def spread(mean: float | None, sd: float | None) -> str:
-    """Both with as many digits as the larger one has."""
+    """Mean and standard deviation, both with the decimals that suit the larger one."""
     if mean is None:
         return "-"
     if sd is None:

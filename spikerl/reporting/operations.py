@@ -33,7 +33,7 @@ def lines(ops: Operations) -> list[str]:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """What a report says of modelled energies, where one of the runs has some."""
+    """A report's note on modelled energies, if any of the runs has some."""
     if all(run.decision("modelled_memory_nj") is None for run in runs):
         return []
     c = modelled.ARITHMETIC

@@ -24,7 +24,7 @@ OVERVIEW = ("run", "task", "status", "seed", "steps", "maximum", "last ten", "fi
             "steps/s", "hours", "joules")  # fmt: skip
 
 
-DECISION = {  # of its policy
+DECISION = {  # titles of a policy's numbers per decision
     "macs": "MACs a decision",
     "acs": "ACs a decision",
     "modelled_45nm_nj": "modelled nJ a decision, arithmetic at 45 nm",
@@ -76,11 +76,14 @@ class Card(NamedTuple):
 
 
 def command_of(run: Run) -> str:
-    """What makes it again, longer as it may have become; of a sweep's training, by its config."""
+    """The command that repeats a run, with the last resume that made it longer.
+
+    For a training of a sweep, it starts from the config of that run alone.
+    """
     events = [event for event in run.manifest.get("resumed") or [] if isinstance(event, dict)]
     resumed = [str(event.get("command")) for event in events]
     first = str(run.manifest.get("command"))
-    # The last says how long it is: an earlier one may have been stopped before its end.
+    # The last one says how long the run is: earlier ones may have been stopped before their end.
     last = [line for line in resumed if " total_steps=" in line][-1:]
     lengths = {word for line in last for word in line.split() if word.startswith("total_steps=")}
     command = "\n".join([first, *(last if lengths - set(first.split()) else [])])
@@ -91,7 +94,7 @@ def command_of(run: Run) -> str:
 
 
 def confirmed(run: Run) -> list[str]:
-    """What is not taken from a config file unless it is typed."""
+    """Overrides that a config file alone is not trusted with, so they have to be typed again."""
     names, env = run.config.get("plugins"), run.config.get("env")
     kwargs = env.get("kwargs") if isinstance(env, dict) else None
     typed = [f"plugins=[{','.join(map(str, names))}]"] if isinstance(names, list) and names else []
@@ -104,7 +107,7 @@ def confirmed(run: Run) -> list[str]:
 
 
 def unbroken(text: str) -> str:
-    """A number and its spread stay on one line."""
+    """Keep a number and its spread on one line."""
     space = "\N{NO-BREAK SPACE}"
     return text.replace(f" {PM} ", f"{space}{PM}{space}")
 
@@ -120,12 +123,12 @@ def significant(value: Any) -> str:
 
 
 def of_a_decision(run: Run, key: str) -> float | None:
-    """As its policy's file was counted, where that was; else as pictures have it."""
+    """A number per decision: counted with the policy's file if it was, else as in the pictures."""
     return number(run.evaluation[key]) if key in run.evaluation else run.decision(key)
 
 
 def facts(run: Run) -> Grid:
-    """What a run says of itself at its end, and its policy's file."""
+    """The numbers of a run's last epoch, and those of its policy's file."""
     git = run.manifest.get("git")
     commit = git.get("commit") if isinstance(git, dict) else None
     lines = [

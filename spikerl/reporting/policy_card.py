@@ -12,8 +12,8 @@ from spikerl.reporting.tables import markdown_grid
 
 
 def policy_card(run: Run, label: str) -> str:
-    """The card, as markdown, of a run whose policy's file was evaluated; without what is not known,
-    as a policy that was made from another has no training.
+    """The card, as Markdown, of a run whose policy's file was evaluated. What is not known is left
+    out, such as the training of a policy that was made from another one.
     """
     of_the_file, of_the_last_epoch = facts(run)[1:3], facts(run)[3:]
     trained = [

@@ -37,7 +37,7 @@ METRIC_NAMES = {
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run folder says: its config, manifest and records."""
+    """A run folder as it was read: its config, manifest and records."""
 
     folder: Path
     config: dict[str, Any]
@@ -48,7 +48,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path, *, key: str = "runs") -> Run:
-        """BadRequest where it is none, or cannot be read."""
+        """Read a run folder; BadRequest if it is not one, or cannot be read."""
         manifest = read_manifest(folder, key=key)
         try:
             config = read_config(folder / "config.yaml")
@@ -84,12 +84,12 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Of its last evaluation; 0 before the first."""
+        """The step of its last evaluation; 0 before the first."""
         return int(self.evaluated[-1]["step"]) if self.evaluated else 0
 
     @property
     def trained_to(self) -> int | None:
-        """Steps that it was trained for; None of a policy that was made from another one."""
+        """Steps that it was trained for; None if its policy was made from another one."""
         return int(self.rows[-1]["step"]) if self.rows else None
 
     def score(self, metric: str) -> float | None:
@@ -101,8 +101,8 @@ class Run:
         return number(self.evaluation.get("return_mean"))
 
     def within(self, hours: float, across: str = "wall") -> tuple[float, int] | None:
-        """Its last evaluation of the first so many hours, of wall or "cpu" time, and at which step
-        that was; None where it has not run so long, or had none by then.
+        """Return and step of its last evaluation in the first `hours` of "wall" or "cpu" time; None
+        if it has not run that long, or had no evaluation by then.
         """
         spent = self.spent(across)
         if not spent or not spent[-1] >= hours:
@@ -112,10 +112,10 @@ class Run:
         return (float(rows[-1]["eval_return"]), int(rows[-1]["step"])) if rows else None
 
     def point(self, keys: Sequence[str]) -> tuple[float | None, float] | None:
-        """Its policy in the end: the sum of `keys`, None unless it has them all, and its return.
+        """The final policy: the sum of its `keys`, None unless all are known, and its return.
 
-        Means over the last ten evaluations; of records that lack one of `keys`, the evaluation of
-        the final policy's file. None where there was neither.
+        Both are means over the last ten evaluations or, if a row lacks one of `keys`, are from the
+        evaluation of the policy's file. None if there is neither.
         """
         rows = self.evaluated[-statistics.LAST :]
         if rows and all(key in row for row in rows for key in keys):
@@ -124,12 +124,12 @@ class Run:
         return None if ret is None else (_mean_sum([self.evaluation], keys), ret)
 
     def decision(self, key: str) -> float | None:
-        """What a decision of its policy takes in the end."""
+        """The number `key` per decision of the final policy; None if it is not known."""
         point = self.point((key,))
         return point[0] if point else None
 
     def last(self, key: str) -> Any:
-        """What the last row says of `key`."""
+        """The value of `key` in the last row; None where there is none."""
         return self.rows[-1].get(key) if self.rows else None
 
     @property
@@ -143,7 +143,7 @@ class Run:
 
     @property
     def energy_source(self) -> str | None:
-        """Where these come from, or why there are none."""
+        """What measured the joules, or why there are none."""
         return source_of([*self.rows, *self.discarded])
 
     @cached_property
@@ -153,13 +153,13 @@ class Run:
         return {key: str(value) for key, value in dotted(own)}
 
     def spent(self, across: str) -> list[float]:
-        """Up to each row: steps, hours ("wall", or "cpu" of processors) or "joules"; NaN from where
-        one is not known.
+        """What was spent up to each row: steps, hours ("wall", or "cpu" of processors) or "joules";
+        NaN where that is not known.
         """
         key = {"step": "step", "wall": "wall_s", "cpu": "cpu_s", "joules": "energy_j"}[across]
         known = [number(row.get(key)) for row in self.rows]
         each = np.array([math.nan if value is None else value for value in known])
-        if across in ("cpu", "joules"):  # which a row has of its own epoch
+        if across in ("cpu", "joules"):  # a row has those of its own epoch
             each = np.cumsum(each)
         spent: list[float] = (each / 3600.0 if key.endswith("_s") else each).tolist()
         return spent
@@ -167,7 +167,7 @@ class Run:
     def curve(self, key: str, across: str = "step") -> tuple[Array, Array]:
         """`key` over what was `spent`, where both are known.
 
-        Of a list, such as what a row has for each layer, `key.i` is an entry.
+        If `key` is a list, such as of numbers for each layer, `key.i` is an entry of it.
         """
         name, _, index = key.partition(".")
         points = []
@@ -180,7 +180,7 @@ class Run:
 
 
 def _mean_sum(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> float | None:
-    """Of these keys, mean over rows; None unless each is known."""
+    """The sum of these keys, mean over rows; None unless each is known in each row."""
     known = values([number(row.get(key)) for row in rows for key in keys])
     return float(known.sum()) / len(rows) if len(known) == len(rows) * len(keys) else None
 
@@ -203,7 +203,7 @@ def number(value: object) -> float | None:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """What `spikerl eval json=true` said of the policy's file; empty where there is none."""
+    """The output of `spikerl eval json=true` for the policy's file; empty if there is none."""
     try:
         evaluation = read_json(path, MAX_BYTES) if path.exists() else {}
     except ValueError as error:
@@ -223,7 +223,7 @@ def run_folders(pattern: str) -> list[Path]:
             "runs", pattern, "no run folder matches; spikerl runs lists those of outputs/"
         )
     once: dict[str, Path] = {}
-    for run in sorted(runs):  # a link to one of them is no other
+    for run in sorted(runs):  # a link to a run is not another run
         once.setdefault(os.path.realpath(run), run)
     return list(once.values())
 

@@ -1,4 +1,4 @@
-"""Everything that is rendered of a table, as files in its folder."""
+"""Renders a table: all files of its folder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from spikerl.reporting.tex import table_tex
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# File, what it is drawn over, and its title.
+# Of each picture: its file, what its x axis is, and its title.
 OVER = (
     ("curves", "step", "Return over steps"),
     ("curves_wall", "wall", "Return over wall time"),
     ("curves_joules", "joules", "Return over joules"),
 )
-# File, what of a policy its return is drawn against, its title, and the axis.
+# Of each picture: its file, the numbers whose sum is its x axis, its title, and the label of x.
 AGAINST = (
     ("against_firing", ("firing_rate",), "Return against firing", "firing rate"),
     ("against_operations", ("macs", "acs"), "Return against operations", "MACs and ACs a decision"),
@@ -38,7 +38,7 @@ AGAINST = (
 
 
 def missing_extra() -> str | None:
-    """The remedy where pictures and pages cannot be made."""
+    """The remedy where pictures and pages cannot be made; None where they can."""
     lacking = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if not lacking:
         return None
@@ -47,7 +47,7 @@ def missing_extra() -> str | None:
 
 
 def render_table(table: Table, total_steps: int, root: Path = ROOT) -> list[str]:
-    """Write what there is of the table below `root` now; the names of the files."""
+    """Write what there is of the table so far into its folder in `root`; the names of the files."""
     folder = root / table.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def write_all(table: Table, results: Results, folder: Path) -> list[str]:
         scores = {table.rows[row].label: results.normalised(row)[0] for row in table.rows}
         title = "Performance profile"
         written += keep(folder, "profiles", title, curves.profiles(scores), pictures)
-        said["notes"] += operations.notes(results.runs)  # its cards have modelled energies
+        said["notes"] += operations.notes(results.runs)  # its cards show modelled energies
         seeds = [(s.cell.name, s.run) for r in results.all for s in r.seeds]
         cards = [Card.of(name, i, run) for i, (name, run) in enumerate(seeds)]
         texts["index.html"] = page.page(table.title, **said, pictures=pictures, cards=cards)
@@ -85,7 +85,7 @@ def write_all(table: Table, results: Results, folder: Path) -> list[str]:
         write_text(folder / name, text)
     for result in results.all:
         for seed in result.seeds:
-            if seed.run.evaluation and seed.cell.folder.is_relative_to(folder):  # its own
+            if seed.run.evaluation and seed.cell.folder.is_relative_to(folder):  # not of another
                 label = table.rows[result.row].label
                 write_text(seed.cell.folder / "POLICY.md", policy_card(seed.run, label))
     return written
@@ -99,9 +99,9 @@ def keep(
     pictures: list[Picture],
     kinds: Sequence[str] = ("svg", "png"),
 ) -> list[str]:
-    """Write a picture, and add it to the page's; the names of its files.
+    """Write a picture, and add it to those of the page; the names of its files.
 
-    Where there is none, what an earlier rendering left is removed.
+    If there is no figure, the files of an earlier rendering are removed.
     """
     files = {kind: folder / f"{name}.{kind}" for kind in kinds}
     if figure is None:
@@ -118,7 +118,7 @@ def keep(
 def over(
     folder: Path, by_task: Mapping[str, Mapping[str, Sequence[Run]]], pictures: list[Picture]
 ) -> list[str]:
-    """The returns as training goes on; the names of the files."""
+    """Draw returns over the course of training; the names of the files."""
     written = []
     for name, across, title in OVER:
         panels = {
@@ -134,14 +134,14 @@ def over(
 def against(
     folder: Path, by_task: Mapping[str, Mapping[str, Sequence[Run]]], pictures: list[Picture]
 ) -> list[str]:
-    """What the policies reach beside what they spend; the names of the files."""
+    """Draw policies' returns against firing, operations and energy; the names of the files."""
     written = []
     for name, keys, title, xlabel in AGAINST:
         panels = {
             task: {label: curves.points_of(runs, keys) for label, runs in labels.items()}
             for task, labels in by_task.items()
         }
-        lines = name == "against_firing"  # a dense actor has none
+        lines = name == "against_firing"  # a dense actor has no firing rate
         figure = curves.scatter(panels, xlabel, "return", lines=lines)
         written += keep(folder, name, title, figure, pictures)
     return written

@@ -1,4 +1,4 @@
-"""What a table's cells amount to: the scores of each row on each column, and sums over columns."""
+"""The results of a table: scores of each row on each column, and aggregates over columns."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Seed:
 
     cell: Cell
     run: Run
-    step: int | None  # that it was trained to, or what it was converted from; None: not known
+    step: int | None  # up to which it, or what it was converted from, was trained; None: not known
 
     def score(self, metric: str) -> float | None:
         if self.cell.command == "convert":  # it has no training to take a maximum over
@@ -55,7 +55,7 @@ class Result:
 
     @cached_property
     def scored(self) -> list[Seed]:
-        """Those that have a score."""
+        """The seeds that have a score in the metric of the protocol."""
         return [seed for seed in self.seeds if seed.score(self.table.protocol.metric) is not None]
 
     def scores(self, metric: str) -> Array:
@@ -81,12 +81,12 @@ class Result:
 
     @property
     def most(self) -> int:
-        """The steps that all of its seeds are to have."""
+        """The steps that each seed should have: those asked for, or the most that one has."""
         return max(self.asked, self.steps[1]) if self.steps else self.asked
 
     @property
     def published(self) -> Published | None:
-        """Where the source has a value of this column."""
+        """The published values of the row, if this column is among them; else None."""
         published = self.table.rows[self.row].published
         return published if published and self.column in published.values else None
 
@@ -108,7 +108,7 @@ class Result:
 
     @property
     def interval(self) -> Interval | None:
-        """Of the interquartile mean."""
+        """The bootstrap interval of the interquartile mean over seeds; None if it is not known."""
         return statistics.bootstrap([self.main], statistics.iqm) if len(self.main) else None
 
     def spent(self, name: str) -> float | None:
@@ -122,16 +122,16 @@ class Aggregate:
     """A row over all columns, relative to the table's baseline row."""
 
     row: str
-    columns: int  # over which the following are
+    columns: int  # how many columns the following are over
     partial: bool  # some of the runs behind them have fewer steps than asked
     iqm: float | None  # of scores over the baseline's mean
     iqm_interval: Interval | None
-    improvement: float | None  # probability of
+    improvement: float | None  # probability of improvement on the baseline
     improvement_interval: Interval | None
 
 
 class Results:
-    """All of a table, as it lies on the disk."""
+    """All results of a table, as its folders hold them."""
 
     def __init__(self, table: Table, total_steps: int, root: Path = ROOT) -> None:
         self.table, self.total_steps, self.root = table, total_steps, root
@@ -141,7 +141,7 @@ class Results:
         }
         whole, asked = table.protocol.total_steps, total_steps
         if any(r.steps and r.steps[1] >= r.asked // asked * whole > r.asked for r in self.all):
-            # A shorter one beside runs of the protocol's steps is measured by these.
+            # Where some runs have the protocol's steps, more than asked, all are measured by these.
             self.total_steps = whole
             self.by_cell = {
                 key: replace(r, asked=r.asked // asked * whole) for key, r in self.by_cell.items()
@@ -157,7 +157,7 @@ class Results:
         return Result(self.table, row, column, times * self.total_steps, read)
 
     def _seed(self, cell: Cell) -> Seed | None:
-        """None of a run that has not begun, cannot be read, or is another than the cell's."""
+        """The cell's run; None if it has not begun, cannot be read, or has other settings."""
         if not there(cell.folder / "manifest.json"):
             return None
         try:
@@ -186,7 +186,7 @@ class Results:
         return [self.by_cell[row, column] for column in self.table.columns]
 
     def published_gain(self, row: str, *, easy: bool = True) -> float | None:
-        """APG of the published values over the published baseline, where both mean the same."""
+        """APG of the row's published values over the baseline's; None if not comparable."""
         base = self.table.rows.get(self.table.baseline or "")
         ours = self.table.rows[row].published
         theirs = base.published if base else None
@@ -206,7 +206,7 @@ class Results:
         return [name for name, c in columns.items() if easy or c.env != EASY]
 
     def partial(self, row: str, *, easy: bool = True) -> bool:
-        """Whether a gain has runs behind it with fewer steps than asked."""
+        """Whether a gain of the row rests on runs with fewer steps than asked."""
         return any(self._pair_is_partial(row, column) for column in self._columns(easy))
 
     def _pair_is_partial(self, row: str, column: str) -> bool:
@@ -214,8 +214,8 @@ class Results:
         return self.by_cell[row, column].partial or self.by_cell[base, column].partial
 
     def _baseline(self, row: str, column: str) -> Array:
-        """What the row's scores are compared with: a maximum with one, a converted policy's one
-        evaluation with that of the policy that it was made from.
+        """The baseline's scores that the row's are compared with. A row of converted policies, with
+        one evaluation each, is compared with that of the baseline's policies of the same seeds.
         """
         base = self.by_cell[self.table.baseline or row, column]
         if self.table.converts(row):
@@ -262,7 +262,7 @@ class Results:
         return [self._aggregate(row) for row in self.table.rows if self._has_scores(row)]
 
     def _iqm_interval(self, row: str) -> Interval | None:
-        """The baseline's mean is part of it, and drawn anew too."""
+        """The interval of a row's normalised IQM; the baseline's mean is resampled, too."""
         if row == self.table.baseline:
             return statistics.bootstrap(self.normalised(row)[0], statistics.iqm)
         columns = self._shared(row)
@@ -289,13 +289,15 @@ class Results:
 
 
 def _seeds_beside(folder: Path) -> list[int]:
-    """Those that have a folder, whichever were asked for."""
+    """The seeds that have a folder, whether they were asked for or not."""
     names = [re.fullmatch(r"seed(0|[1-9]\d*)", path.name) for path in folder.parent.glob("seed*")]
     return sorted(int(name[1]) for name in names if name)
 
 
 def seeds_of(asked: Any, protocol: Protocol) -> list[int]:
-    """`seeds=N` are N from the protocol's first on; `seeds=[...]` are those."""
+    """The seeds of `seeds=N`, N from the protocol's first on, or of `seeds=[...]`; for None, those
+    of the protocol.
+    """
     count = protocol.seeds if asked is None else asked
     if type(count) is int and (asked is None or 1 <= count <= MOST_SEEDS):
         return list(range(protocol.first_seed, protocol.first_seed + count))

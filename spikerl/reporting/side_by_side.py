@@ -21,7 +21,7 @@ from spikerl.reporting.tables import Grid, Section
 from spikerl.reporting.tex import grid_tex
 
 IN_WINDOW = "in the surrogate window"
-# Of each epoch, what is drawn over steps, with its title.
+# The numbers of an epoch that are drawn over steps, with their titles.
 INSIDE = {
     "train_return": "return of training episodes",
     "critic_loss": "critic loss",
@@ -32,8 +32,8 @@ INSIDE = {
     "env_steps_per_s": "steps/s",
     "power_w": "watts",
 }
-NAMED = 4  # settings in a group's name
-FIRST = ("algo.name", "actor.name")  # of them, and then other names
+NAMED = 4  # settings in a group's name, at most
+FIRST = ("algo.name", "actor.name")  # of these settings, then those that end in .name
 
 
 class SideBySide:
@@ -47,8 +47,8 @@ class SideBySide:
 
     @cached_property
     def varied(self) -> list[str]:
-        """The keys of configs that have several values among the runs that have them: what older
-        runs lack, or another part does, whose name differs, sets none apart.
+        """The keys of configs that have several values among the runs that have them. A key that a
+        run lacks does not set it apart: it is older, or has another part, whose name differs.
         """
         values: dict[str, set[str]] = {}
         for run in self.runs:
@@ -57,7 +57,7 @@ class SideBySide:
         return [key for key, several in values.items() if len(several) > 1]
 
     def _of_the_task(self, key: str) -> bool:
-        """Whether a key of the environment goes with the task: the same in all runs of one."""
+        """Whether an environment's key goes with the task: all runs of a task have one value."""
         by_task: dict[str, set[str]] = {}
         for run in self.runs:
             if key in run.settings:
@@ -66,7 +66,7 @@ class SideBySide:
 
     @property
     def again(self) -> int:
-        """How many runs are another's task, seed and settings once more."""
+        """How many runs repeat the task, seed and settings of another."""
         counted = [run for run in self.runs if run.score("max_average") is not None]
         each = {(run.env_id, *sorted(run.settings.items())) for run in counted}
         return len(counted) - len(each)
@@ -95,7 +95,7 @@ class SideBySide:
         return ", ".join([*given[:NAMED], *more]) or "all runs"
 
     def _apart(self, which: Sequence[Any], alike: Sequence[Sequence[Any]]) -> list[str]:
-        """Some of what sets a group apart from those that have its name."""
+        """At most NAMED settings in which a group differs from others that have its name."""
         columns = zip(self.group_by, which, zip(*alike, strict=True), strict=True)
         differ = [(key, value) for key, value, values in columns if len(set(map(str, values))) > 1]
         return [f"{key}={'-' if value is None else value}" for key, value in differ[:NAMED]]
@@ -119,11 +119,11 @@ class SideBySide:
         return self._scored(lambda run: run.within(hours, across))
 
     def of_files(self) -> Grid:
-        """Of the policies that the runs ended with, from their files."""
+        """Returns of the final policies of runs, from their files."""
         return self._grid(_file_text)
 
     def intervals(self) -> Grid:
-        """Of each group on each task: the interquartile mean of maxima, and its interval."""
+        """For each group and task: the interquartile mean of maxima, and its interval."""
         return self._grid(_interval_text)
 
     def _scored(self, score: Callable[[Run], tuple[float, int] | None]) -> Grid:
@@ -136,7 +136,7 @@ class SideBySide:
         return lines
 
     def settings(self, names: Sequence[str]) -> Grid:
-        """What differs, a line for each run."""
+        """The settings that differ, a line for each run."""
         lines = [["", *self.varied]]
         for name, run in zip(names, self.runs, strict=True):
             lines.append([name, *(run.settings.get(key, "-") for key in self.varied)])
@@ -161,7 +161,7 @@ def _interval_text(runs: Sequence[Run]) -> str:
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """What sets their folders apart: the parts below the folder that all share."""
+    """Names of runs: their paths below the folder that all share."""
     parts = [run.folder.absolute().parts for run in runs]
     shared = 0
     shortest = min(len(part) for part in parts) - 1
@@ -274,11 +274,11 @@ def draw(report: SideBySide, folder: Path) -> tuple[list[Picture], list[str]]:
                     for group, runs in by_task[task].items()}
             for key, title in keys.items()
         }  # fmt: skip
-        name = "inside_" + quote(task, safe="")  # no two tasks have one
+        name = "inside_" + quote(task, safe="")  # so that names stay different
         figure = curves.curves(panels, "step", "")
         title = f"{task}: losses, firing, speed"
         written += keep(folder, name, title, figure, pictures, kinds=("svg",))
-    for path in folder.glob("inside_*.svg"):  # of tasks that an earlier report had
+    for path in folder.glob("inside_*.svg"):  # of tasks in an earlier report
         if path.name not in written:
             path.unlink(missing_ok=True)
     return pictures, written

@@ -29,7 +29,7 @@ def last_ten_mean(numbers: Sequence[float]) -> float:
 
 
 def sd(scores: Array) -> float | None:
-    """Sample standard deviation; None of a single score."""
+    """Sample standard deviation; None for a single score."""
     return float(np.std(scores, ddof=1)) if len(scores) > 1 else None
 
 
@@ -47,7 +47,7 @@ def bootstrap(
     repetitions: int = REPETITIONS,
     seed: int = 0,
 ) -> Interval | None:
-    """95 % percentile interval of `statistic`, seeds drawn anew within each task.
+    """95 % percentile interval of `statistic`, seeds resampled within each task.
 
     `statistic` maps (R, N) to (R,). None where a task has one seed: nothing is known of its spread.
     """
@@ -59,9 +59,9 @@ def bootstrap(
 
 
 def relative_interval(ours: Sequence[Array], theirs: Sequence[Array]) -> Interval | None:
-    """95 % bootstrap interval of the interquartile mean of ours, 1 + (x - b) / |b| with b the mean
-    of theirs, both drawn anew within each task; None where one has one seed, or a drawn b is 0,
-    which nothing can be a share of.
+    """95 % bootstrap interval of the interquartile mean of our scores relative to theirs, 1 + (x -
+    b) / |b| with b the mean of theirs, both resampled within each task; None if a task has one
+    seed, or a resampled b is 0, of which nothing can be a share.
     """
     if any(len(task) < 2 for task in (*ours, *theirs)):
         return None
@@ -84,7 +84,7 @@ def _interval(values_R: Array) -> Interval:
 
 
 def bootstrap_means(scores_SE: Array, *, repetitions: int) -> tuple[Array, Array] | None:
-    """95 % intervals of the mean over seeds at each of E evaluations; None of a single seed."""
+    """95 % intervals of the mean over seeds at each of E evaluations; None for a single seed."""
     count = len(scores_SE)
     if count < 2:
         return None
@@ -102,13 +102,15 @@ def _times(count: int, repetitions: int, rng: np.random.Generator) -> NDArray[np
 
 
 def probability_of_improvement(ours: Sequence[Array], theirs: Sequence[Array]) -> float:
-    """P(ours > theirs) for a seed of each on one task, ties half; the mean over tasks."""
+    """P(ours > theirs) for a seed of each on one task, ties count half; the mean over tasks."""
     pairs = zip(ours, theirs, strict=True)
     return float(np.mean([_better(x, y).mean() for x, y in pairs]))
 
 
 def improvement_interval(ours: Sequence[Array], theirs: Sequence[Array]) -> Interval | None:
-    """Its 95 % bootstrap interval, stratified by task and by side; None where one has one seed."""
+    """95 % bootstrap interval of the probability of improvement, stratified by task and by side;
+    None if a task has one seed on a side.
+    """
     if any(len(task) < 2 for task in (*ours, *theirs)):
         return None
     rng = np.random.default_rng(0)
@@ -133,7 +135,7 @@ def performance_profile(tasks: Sequence[Array], levels: Sequence[float]) -> Arra
 def average_performance_gain(scores: Sequence[float], baseline: Sequence[float]) -> float | None:
     """APG of Proxy Target (arXiv:2505.24161) in percent: the mean over tasks of (s - b) / |b|.
 
-    None where a baseline is 0, which nothing can be a share of.
+    None where a baseline is 0, of which nothing can be a share.
     """
     if 0.0 in baseline:
         return None

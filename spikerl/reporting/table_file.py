@@ -22,7 +22,7 @@ from spikerl.schema import parse
 ROOT = Path("outputs/reproduced")
 MOST_SEEDS = 1000
 NAME = r"[A-Za-z0-9][A-Za-z0-9_]*"
-# What names a run or places it is the cell's, not the table's.
+# Keys that a table cannot override, as its cells set them: they name a run or place it.
 PLACED = ("env", "env.version", "env.id", "seed", "total_steps", "run_dir", "resume", "config",
           "init_from", "dataset", "threads", "experiment")  # fmt: skip
 
@@ -54,15 +54,15 @@ class Published:
 
 @dataclass(kw_only=True)
 class Row:
-    """One of `experiment`, `same_as` and `convert` says whose runs its cells are; or none does."""
+    """`experiment`, `same_as` or `convert` says which runs its cells are; else it has no cells."""
 
     label: str
     experiment: str | None = None
-    same_as: str | None = None  # TABLE/ROW: they are that table's
-    convert: str | None = None  # they are made by `spikerl convert` from this row's
+    same_as: str | None = None  # TABLE/ROW: its cells are those of that row
+    convert: str | None = None  # its cells are made by `spikerl convert` from those of this row
     overrides: list[str] = field(default_factory=list)
     times_steps: int = 1  # its runs have so many times the protocol's steps
-    columns: list[str] | None = None  # that it has cells in; null: in all
+    columns: list[str] | None = None  # in which it has cells; null: in all
     published: Published | None = None
 
 
@@ -81,7 +81,7 @@ class _Head:
     name: str
     title: str
     source: str
-    baseline: str | None = None  # the row that gains are over
+    baseline: str | None = None  # the row to which gains are relative
     aggregate: str | None = None  # what the published aggregate is called
     caveats: list[str] = field(default_factory=list)
 
@@ -103,7 +103,7 @@ class Table(_Head):
         return wanted is None or column in wanted
 
     def owner(self, row: str) -> tuple[Table, str]:
-        """The table and row whose cells a row's are."""
+        """The table and row that a row's cells belong to."""
         same_as = self.rows[row].same_as
         if same_as is None:
             return self, row
@@ -111,7 +111,7 @@ class Table(_Head):
         return read_table(table), other
 
     def converts(self, row: str) -> bool:
-        """Whether its policies were converted: such a one has no training, and one evaluation."""
+        """Whether the row's policies were converted: each has one evaluation, and no training."""
         owner, name = self.owner(row)
         return owner.rows[name].convert is not None
 
@@ -125,7 +125,7 @@ class Cell:
     seed: int
     folder: Path
     command: str  # train or convert
-    overrides: tuple[str, ...]  # what that command is given, but for its folder and its length
+    overrides: tuple[str, ...]  # of that command, without its folder and total_steps
     times_steps: int
     source: Path | None = None  # what is converted
 
@@ -135,7 +135,7 @@ class Cell:
 
 
 def cell_of(table: Table, row: str, column: str, seed: int, root: Path = ROOT) -> Cell | None:
-    """None where a row has published values alone, or no cell in that column."""
+    """One run of a table; None if the row has published values alone, or no cell in the column."""
     if not table.has(row, column):
         return None
     owner, name = table.owner(row)
@@ -182,7 +182,7 @@ def table_of(data: Mapping[str, Any]) -> Table:
         for name in part:
             if not re.fullmatch(NAME, str(name)):
                 raise BadRequest(f"table.{key}", name, "give a name of letters, digits and _")
-    # Apart, so that a complaint names the keys that are known where the wrong one stands.
+    # Parsed apart, so that an error lists the keys that are known at the place of the wrong one.
     plain = {key: value for key, value in data.items() if key not in (*parts, "protocol")}
     whole = parse(_Head, plain, key="table")
     table = Table(
@@ -205,7 +205,7 @@ def _row(data: Any, key: str) -> Row:
 
 
 def check(table: Table) -> None:
-    """Refuse what would only be noticed after hours, or would print what is not so."""
+    """Refuse what would only be noticed after hours, or make the table print what is false."""
     if not re.fullmatch(NAME, table.name):
         raise BadRequest("table.name", table.name, "give a name of letters, digits and _")
     p = table.protocol
@@ -331,7 +331,7 @@ def _check_published(table: Table, key: str, published: Published) -> None:
 
 
 def _check_overlaps(table: Table) -> None:
-    """Two cells that are the same run would pass for two results."""
+    """Refuse two cells that are the same run, as they would pass for two results."""
     seen: dict[tuple[Any, ...], str] = {}
     for row, r in table.rows.items():
         if r.experiment is None and r.convert is None and r.same_as is None:
@@ -349,7 +349,7 @@ def _check_overlaps(table: Table) -> None:
 
 
 def select(names: Sequence[str], asked: Any, *, key: str) -> list[str]:
-    """Those of a table's rows or columns that were asked for, in the table's order."""
+    """The rows or columns of a table that were asked for, in the table's order."""
     if asked is None:
         return list(names)
     wanted = [asked] if isinstance(asked, str) else asked

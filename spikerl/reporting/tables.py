@@ -25,7 +25,7 @@ WIDTH = 100  # of prose in Markdown
 
 
 def remarks(result: Result) -> list[str]:
-    """What has to stand beside a cell's number."""
+    """What has to be printed beside a cell's number: n, steps if too few, runs that failed."""
     said = [f"n={len(result.scored)}"] if result.scored else []
     if result.partial and result.steps:
         low, high = result.steps
@@ -62,7 +62,7 @@ class Section(NamedTuple):
 def grid(results: Results, metric: str) -> Grid:
     """The table as text, its header first; published values follow the row that they are of."""
     table = results.table
-    gains = {"APG": True} if table.baseline else {}  # and whether EASY counts in them
+    gains = {"APG": True} if table.baseline else {}  # by title, whether EASY counts
     if gains and any(c.env == EASY for c in table.columns.values()):
         gains[f"APG without {EASY}"] = False
     lines = [["", *(table.label(column) for column in table.columns), *gains]]
@@ -91,14 +91,13 @@ def _gain_text(results: Results, row: str, easy: bool) -> str:
 
 
 def _partial(partial: bool) -> str:
-    """Behind a number some of whose runs have fewer steps than asked."""
+    """A mark for a number some of whose runs have fewer steps than asked."""
     return " (partial)" if partial else ""
 
 
 def _has_place(results: Results, row: str, metric: str) -> bool:
-    """The main table has every row that can be run, the others those that were.
-
-    A metric that only published values have is nobody else's.
+    """Whether a row's own results are in the table of `metric`: in the main one if the row can be
+    run, in others if it was. A metric that only published values have is left to those.
     """
     if metric not in METRICS:
         return False
@@ -121,7 +120,7 @@ def aggregate_grid(results: Results) -> Grid:
 
 
 def after(results: Results, core_hours: float) -> Grid:
-    """Returns at equal processor time, of the runs that took so much."""
+    """Returns after equal processor time, of the runs that took that much."""
 
     def text(result: Result) -> str:
         runs = [seed.run for seed in result.seeds]
@@ -131,7 +130,7 @@ def after(results: Results, core_hours: float) -> Grid:
 
 
 def _rows_with(results: Results, text: Callable[[Result], str]) -> Grid:
-    """The rows in which a cell has a text."""
+    """A grid of the rows in which `text` gives a cell more than a dash."""
     table = results.table
     lines = [["", *(table.label(column) for column in table.columns)]]
     for name, row in table.rows.items():
@@ -142,7 +141,7 @@ def _rows_with(results: Results, text: Callable[[Result], str]) -> Grid:
 
 
 def scored_text(runs: Sequence[Run], score: Callable[[Run], tuple[float, int] | None]) -> str:
-    """Of the runs that have a score and the step that it is of: mean and deviation, n, steps."""
+    """Mean and deviation, n, and steps, of the runs that have a score and a step by `score`."""
     there = [scored for run in runs if (scored := score(run)) is not None]
     scores, said = values([s for s, _ in there]), list[str]()
     if there:
@@ -172,7 +171,7 @@ def _aggregate_texts(a: Aggregate) -> list[str]:
 
 
 def sections(results: Results) -> list[Section]:
-    """Those that have a line."""
+    """The sections that have a line."""
     every = [
         *(Section(f"Return: {METRIC_NAMES[m]}", grid(results, m)) for m in METRIC_NAMES),
         *(
@@ -186,7 +185,7 @@ def sections(results: Results) -> list[Section]:
 
 
 def said_of(results: Results) -> dict[str, Any]:
-    """What table.md and the page say of a table, below its title."""
+    """The parts of table.md and of the page below the title."""
     return {
         "lines": [f"{results.table.source}. {asked(results)}"],
         "sections": sections(results),
@@ -238,7 +237,7 @@ FIELDS = ("table", "row", "label", "column", "env_id", "metric", "n", "mean", "s
 
 
 def table_csv(results: Results) -> str:
-    """One line a cell; a difference to the published value where both mean the same."""
+    """A line for each cell, with its difference to the published value if that is comparable."""
     return as_csv(FIELDS, (_csv_cell(results, result) for result in results.all))
 
 
@@ -265,7 +264,7 @@ LONG = ("exp_name", "env_name", "seed", "metric", "env_step", "value")
 
 
 def runs_csv(named: Iterable[tuple[str, Run]]) -> str:
-    """The long form that others exchange: a line for each evaluation of each run."""
+    """The long form that other tools exchange: a line for each evaluation of each run."""
     lines = [
         [name, run.env_id, run.seed, "eval_return", row["step"], row["eval_return"]]
         for name, run in named

@@ -50,5 +50,5 @@ def grid_tex(lines: Grid, comments: Sequence[str]) -> str:
 
 
 def _tex_line(cells: Sequence[str]) -> str:
-    # An empty group, or \\ would take a first cell that begins with [ or * as an option.
+    # The empty group is needed, or \\ would take a first cell that begins with [ or * as an option.
     return "{}" + " & ".join(cell.translate(ESCAPED) for cell in cells) + r" \\"
