@@ -21,7 +21,7 @@ MAX_EPISODE_STEPS = 1_000_000
 
 
 class Resolved(NamedTuple):
-    """What "auto" or a named choice came to, and why; written into the manifest."""
+    """What "auto" or a named choice resolved to, and why; written into the manifest."""
 
     choice: str
     reason: str

@@ -1,4 +1,4 @@
-"""What was typed, word by word: flags with their values, and overrides."""
+"""The words of a command line: flags with their values, and overrides."""
 
 from __future__ import annotations
 

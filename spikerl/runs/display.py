@@ -95,7 +95,7 @@ STUCK = 1e-3
 
 
 def stuck_layers(row: Mapping[str, Any]) -> dict[int, str]:
-    """What to say of each layer, counted from 1, that hardly learns any more."""
+    """A warning for each layer, by its number from 1 on, that hardly learns any more."""
     said = {}
     windows = row["layer_window_fractions"] or []
     for i, share in enumerate(windows):

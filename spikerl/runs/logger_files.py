@@ -35,7 +35,7 @@ def masked_crc32c(data: bytes) -> int:
 
 @cache
 def crc32c_table() -> tuple[int, ...]:
-    """What each byte contributes, by Castagnoli's polynomial."""
+    """The table of CRC-32C by byte, of Castagnoli's polynomial."""
     table = []
     for crc in range(256):
         for _ in range(8):

@@ -1,4 +1,4 @@
-"""What shows a run elsewhere: views of metrics.jsonl, each with every number of it.
+"""Loggers: views of metrics.jsonl for other programs, each with every number of it.
 
 `tensorboard`   events below tb/
 `csv`           metrics.csv, a column for each number by its name in metrics.jsonl

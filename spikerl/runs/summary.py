@@ -1,4 +1,4 @@
-"""What summary.json says of a run's rows."""
+"""The numbers of summary.json, from a run's rows."""
 
 from __future__ import annotations
 

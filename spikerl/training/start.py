@@ -48,7 +48,7 @@ def own_device(choice: str) -> torch.device:
 
 
 def dataset_of(config: Config, task: Task) -> Dataset | None:
-    """What an offline algorithm learns from; a resumed run has it in its checkpoint."""
+    """The dataset of an offline run, or None: a resumed run has its rows in the checkpoint."""
     if config.run.dataset is None or config.run.resume:
         return None
     dataset = Dataset.open(Path(config.run.dataset), task, memory())

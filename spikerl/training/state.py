@@ -41,7 +41,7 @@ def load_checkpoint(trainer: Trainer, checkpoint: Checkpoint) -> list[str]:
         tensor.copy_(saved[name])
     trainer.algo.refresh()
     trainer.norm.load(with_prefix("norm.", saved))
-    bits = checkpoint.manifest.get("reset_seed_bits", 63)  # as the run began
+    bits = checkpoint.manifest.get("reset_seed_bits", 63)  # those that the run began with
     if bits not in (RESET_BITS, 63):
         raise ValueError(f"its resets have seeds of {bits} bits")
     trainer.seed_bits = trainer.evaluator.seed_bits = bits
