@@ -10,7 +10,7 @@ DONE, FAILED, WRONG, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 class BadRequest(ValueError):
-    """The request was wrong: the program ends with status 2 and this line, nothing created."""
+    """The request was wrong: the program prints this line, creates nothing, and exits with 2."""
 
     def __init__(self, key: str, value: object, remedy: str) -> None:
         super().__init__(key, value, remedy)

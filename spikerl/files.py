@@ -124,7 +124,7 @@ def read_bytes(path: Path, most: int) -> bytes:
             raise OSError(f"{path.name} is not a regular file")
         if status.st_size > most:
             raise OSError(f"{path.name} is larger than {most} bytes")
-        return f.read(status.st_size)  # with `most` so much memory would be reserved
+        return f.read(status.st_size)  # read(most) would reserve that much memory
 
 
 def read_json(path: Path, most: int) -> Any:
@@ -233,7 +233,7 @@ class Journal:
         self.pending += content
 
     def write(self, *, sync: bool) -> None:
-        """Write what is pending; OSError if the file was removed: a new one would lack the rest."""
+        """Write what is pending; OSError if the file was removed: a new one would be incomplete."""
         if not self.pending:
             return
         new = os.O_CREAT if self.length == 0 else 0

@@ -48,7 +48,7 @@ class Stream(io.TextIOWrapper):
 
 
 def prepare() -> None:
-    """Replace the standard streams; open closed ones, as a file would else get their numbers.
+    """Replace the standard streams, and open closed ones, whose numbers a file would get else.
 
     To be called before anything is printed or opened.
     """
@@ -120,7 +120,7 @@ def several(count: int, noun: str) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A length of time in short, with one unit."""
+    """A length of time as a short text with one unit."""
     if seconds is None:
         return "unknown"
     if seconds < 60:
@@ -129,7 +129,7 @@ def duration(seconds: float | None) -> str:
 
 
 def answer(data: Any) -> None:
-    """One JSON object, to standard output."""
+    """Print `data` as one line of JSON to standard output."""
     stream = _answers or sys.stdout
     try:
         print(json.dumps(data, allow_nan=False), file=stream, flush=True)

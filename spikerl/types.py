@@ -113,7 +113,7 @@ class Row:
 
     @property
     def act_start(self) -> int:
-        """The action's first column, behind both observations."""
+        """The action's first column, after both observations."""
         return 2 * self.obs_width
 
     @property
@@ -122,7 +122,7 @@ class Row:
 
     @property
     def columns(self) -> int:
-        """C."""
+        """Columns of a row, C."""
         return self.rew_column + 4
 
     @property
@@ -222,7 +222,7 @@ class Task:
 
 
 def _inside(bound: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The float32 nearest to `bound` that does not lie beyond it, seen from `other`."""
+    """The float32 nearest to `bound` among those that lie on it or on the side of `other`."""
     near = bound.astype(np.float32)
     beyond = np.where(other > bound, near < bound, near > bound)
     return np.where(beyond, np.nextafter(near, other.astype(np.float32)), near)

@@ -44,7 +44,7 @@ def compose_and_call(command: str, args: list[str], typed: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing and exiting
 
     def call(config: DictConfig, own: Sequence[str] = ()) -> int:
-        # A training records the words of its whole sweep, as `report` repeats it by its own config.
+        # A sweep's training records the words of the sweep; `report` repeats it by its own config.
         return call_command(command, config, own if own and command != "train" else typed)
 
     def explained(error: Exception) -> str:

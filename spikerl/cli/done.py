@@ -1,4 +1,4 @@
-"""Whether a job of a sweep is done already: its run or dataset is there, made as it asks."""
+"""Whether a job of a sweep is done already: its run or dataset exists, made as the job asks."""
 
 from __future__ import annotations
 

@@ -99,5 +99,5 @@ def check_text(args: Sequence[str]) -> None:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """Raise Interrupted, which no environment raises as it might a KeyboardInterrupt."""
+    """Raise Interrupted, to tell it from a KeyboardInterrupt that an environment raises."""
     raise Interrupted(number)

@@ -244,7 +244,7 @@ class Sweep:
         statuses = [job["status"] for job in jobs]
         root = f"; {shown(self.root)}" if self.keep else ""
         refused = set(statuses) <= {WRONG}
-        statuses += [None] * ((self.total or 0) - len(jobs))  # which a launcher never began
+        statuses += [None] * ((self.total or 0) - len(jobs))  # jobs that a launcher never began
         print(f"{statuses.count(DONE)} of {len(statuses)} jobs done{root}", file=self.screen)
         if refused:
             self.discard()
@@ -322,7 +322,7 @@ def own_folder(root: Path, named: bool) -> Path:
 
 
 def best_first(job: dict[str, Any]) -> tuple[Any, ...]:
-    """The sort key of a job: its task, then its return, highest first, and no return last."""
+    """The sort key of a job: by task, then from the highest return down; without one it is last."""
     return job["task"], job["return"] is None, -(job["return"] or 0.0)
 
 

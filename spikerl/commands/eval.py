@@ -187,7 +187,7 @@ def file_policy(request: EvalRequest) -> FilePolicy:
 
 
 def film(request: EvalRequest, evaluator: Evaluator, policy: Policy) -> list[Path]:
-    """Have the evaluator's environments film their episodes; the paths of the coming videos."""
+    """Have the evaluator's environments film their episodes; the paths of the videos to come."""
     folder = Path(request.run) / "videos"
     if not folder.parent.is_dir():
         raise BadRequest("video", request.video, "videos are put into a run folder; give run=RUN")

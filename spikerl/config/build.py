@@ -68,7 +68,7 @@ class Config:
     backend: BackendConfig
     energy: EnergyConfig
     resolved: Choices
-    own_products: bool  # no product is PyTorch's, whose sums depend on the number of threads
+    own_products: bool  # all products are the kernel's, not PyTorch's, which depend on threads
     world_size: int
     raw: dict[str, Any]
 
@@ -136,7 +136,7 @@ def build(raw: Mapping[str, Any]) -> Config:
         raise refusal
     no_graphs = "{}={}".format(*refusal.args) if refusal else None
     chosen = kernels.resolve(kernel, device.choice, layered, no_graphs)
-    whole = chosen.choice.startswith("cpu/") and layered is None  # no product is PyTorch's
+    whole = chosen.choice.startswith("cpu/") and layered is None  # PyTorch makes no product
     whole &= precision.critic_dtype == torch.float32 and isinstance(algo, OffPolicyConfig)
     rows = algo.batch_size if whole else None
     resolved = Choices(

@@ -1,4 +1,4 @@
-"""The keys at the top level."""
+"""The keys at the top level of a run's config."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spikerl.runs.loggers import check_loggers
 from spikerl.runs.policies import CHOICES
 from spikerl.schema import check_seed
 
-MOST = 4096  # environments, workers, threads, as a config file could ask for any number
+MOST = 4096  # environments, workers or threads, as a config file could ask for any number
 
 
 @dataclass(kw_only=True)

@@ -117,7 +117,7 @@ def check_sequence(
     algo: AlgoConfig, actor: ActorConfig, env: EnvConfig, precision: PrecisionConfig
 ) -> None:
     """Refuse a network over sequences without the algorithm that trains one, and the reverse; also
-    settings that these algorithms do not read.
+    a scale of rewards or a precision that the algorithm does not use.
     """
     name = actor.actor.name
     learns = isinstance(algo, DecisionTransformerConfig)

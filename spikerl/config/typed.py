@@ -32,7 +32,7 @@ def _literal(arg: str, sweeps: bool) -> str:
 
 
 def _whole_numbers(arg: str) -> str:
-    """Counts such as total_steps=1M as whole numbers, also each in a list of a sweep."""
+    """The override with counts such as 1M as whole numbers, also where a sweep lists several."""
     key, _, value = arg.partition("=")
     if not re.fullmatch(r"[\w.+,]+", value):
         return arg

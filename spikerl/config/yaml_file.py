@@ -102,7 +102,7 @@ def overrides_of(path: Path, typed: Sequence[str], *, resumes: bool = False) -> 
 
     The file is data: no interpolation, no code, no Hydra settings, no path that leads out of the
     working folder. A group whose option the user chooses anew takes that option's values, not the
-    file's. Where a run `resumes`, the paths that it was started from are left out: it has weights.
+    file's. With `resumes`, paths that the run was started from are left out: it has its weights.
     """
     data = read_config(path)
     groups = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}

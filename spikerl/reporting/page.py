@@ -1,6 +1,6 @@
 """A page that is one file: tables, pictures and a card for each run, without outside references.
 
-jinja2 is imported here alone, when a page is made. It escapes what runs say of themselves.
+jinja2 is imported only here, when a page is made. It escapes what comes from run folders.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def _entry(value: Any, index: str) -> Any:
 
 
 def number(value: object) -> float | None:
-    """A finite number as it is in JSON; None for anything else."""
+    """`value` as a float, if it is a finite number of JSON; else None."""
     if type(value) not in (int, float):
         return None
     assert isinstance(value, int | float)

@@ -51,7 +51,7 @@ class Result:
     row: str
     column: str
     asked: int  # steps
-    seeds: tuple[Seed, ...]  # those that were begun
+    seeds: tuple[Seed, ...]  # of the runs that were begun
 
     @cached_property
     def scored(self) -> list[Seed]:

@@ -154,7 +154,7 @@ def scored_text(runs: Sequence[Run], score: Callable[[Run], tuple[float, int] | 
 
 
 def spent_grid(results: Results) -> Grid:
-    """Hours of a run and the joules that it was measured to take; means over seeds."""
+    """Hours and measured joules of a run; means over seeds."""
     return _rows_with(results, lambda r: spent_text(r.spent("wall_s"), r.spent("joules")))
 
 

@@ -138,7 +138,7 @@ def save_checkpoint(
     except DiskError:
         if world.rank == 0:
             with suppress(OSError):
-                remove_unreferenced(run)  # gives the room back
+                remove_unreferenced(run)  # frees the space
         raise
     replay.saved = replay.added
 
@@ -210,7 +210,7 @@ def verified(run: Path, report: Callable[[str], None], *, key: str = "resume") -
 
 
 def remove_newer(checkpoint: Checkpoint) -> None:
-    """Remove checkpoints newer than the one that a run goes on from, and what is half written."""
+    """Remove checkpoints newer than the one that a run goes on from, and unfinished files."""
     for folder in _folders(checkpoint.run):
         if folder.name > checkpoint.folder.name:
             shutil.rmtree(folder)
@@ -219,7 +219,7 @@ def remove_newer(checkpoint: Checkpoint) -> None:
 
 
 def remove_unreferenced(run: Path) -> None:
-    """Remove what is half written, and replay segments that no checkpoint names."""
+    """Remove unfinished files, and replay segments that no checkpoint names."""
     for path in [path for pattern in PARTIALS for path in run.glob(pattern)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

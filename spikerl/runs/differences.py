@@ -22,7 +22,7 @@ def differences(folders: Sequence[Path], varied: Set[str] | None = None) -> str 
     of their configs other than the `varied` ones (None: configs are not compared).
     """
     records = [_record(folder, configs=varied is not None) for folder in folders]
-    values: dict[str, set[str]] = {}  # of those that have a key: older runs lack some
+    values: dict[str, set[str]] = {}  # by key, of the runs that have it
     for record in records:
         for key, value in record.items():
             values.setdefault(key, set()).add(value)

@@ -31,7 +31,7 @@ class Stage(Protocol):
 
 
 def number(value: float | None) -> str:
-    """A number as short as it can be read; a dash for what was not measured."""
+    """A number as a short text; a dash for what was not measured."""
     if value is None:
         return "-"
     if isinstance(value, int):

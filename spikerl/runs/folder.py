@@ -100,7 +100,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def move_into_place(partial: Path, target: str, *, named: bool) -> Path:
-    """Rename to a name that nobody has; a dated folder whose second is taken gets a number."""
+    """Rename to a name that is free; a dated folder whose second is taken gets a number."""
     folder = Path(target)
     for number in range(1, 2 if named else 1000):
         place = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")

@@ -1,4 +1,4 @@
-"""The environment that a policy was trained on, made here."""
+"""Makes the environment that a policy was trained on."""
 
 from __future__ import annotations
 

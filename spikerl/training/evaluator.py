@@ -35,8 +35,8 @@ from spikerl.types import Contexts, Task
 SIDE_BY_SIDE = 10  # episodes that run together, as one batch through the actor
 ASK_S = 0.5  # seconds between the moments at which workers ask each other whether to stop
 PROBED = 1024  # observations, evenly spaced over all episodes, that firing is measured on
-PROBED_ENTRIES = 1 << 22  # in all of them together, so that there are fewer large ones
-SEEN_BYTES = 1 << 28  # of observations that are held to choose them from
+PROBED_ENTRIES = 1 << 22  # of all these observations, at most: of large ones there are fewer
+SEEN_BYTES = 1 << 28  # of observations that are held, at most, to choose these from
 LOOKED_AT = 20  # firing is measured on one of so many decisions of a policy over sequences
 
 
@@ -172,7 +172,7 @@ class Evaluator:
         Raises Stopped on all workers once `stop_signal` gives a signal's number on one.
         """
         watch = StopWatch(self.world, stop_signal)
-        key = (evaluation, self.world.rank, 0)  # an episode's is shorter, so never the same
+        key = (evaluation, self.world.rank, 0)  # episodes' keys are shorter, so never the same
         generator = generator_for(self.run_seed, "eval", *key, device=policy.device)
         episodes, seen, fired, contexts = [], Seen(SEEN_BYTES), 0.0, list[Contexts]()
         for numbers in self._waves():

@@ -357,6 +357,6 @@ def fingerprint(tensor: Tensor) -> Tensor:
     """An int64 that depends on every bit of `tensor`: its words, weighted by their positions."""
     words = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     words = torch.nn.functional.pad(words, (0, -len(words) % 8)).view(torch.int64)
-    # Odd, so that no bit is lost.
+    # Odd factors are invertible modulo 2^64, so that no bit is lost.
     odd = torch.arange(1, len(words) + 1, dtype=torch.int64) * 2 - 1
     return (words * odd).sum()

@@ -278,7 +278,7 @@ def set_firing_rates(actor: SpikingActor, rates: list[float], obs_BO: Tensor) ->
 
 @torch.no_grad()
 def set_active_shares(critic: Critics, shares: list[float], obs_BO: Tensor) -> None:
-    """Move biases so that in each hidden layer this share of the units is not 0."""
+    """Move biases so that in each hidden layer its share in `shares` of the units is not 0."""
     act_dim = critic.weights_CIN[0].shape[1] - obs_BO.shape[1]
     act = torch.rand(len(obs_BO), act_dim, device=obs_BO.device) * 2.0 - 1.0
     x = torch.cat([obs_BO, act], -1).expand(2, -1, -1)

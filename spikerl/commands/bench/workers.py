@@ -65,7 +65,7 @@ class TimedWorld(World):
 
 
 def now(tensor: Tensor) -> float:
-    """Seconds, once what computes `tensor` is done."""
+    """The time in seconds, read once the computation of `tensor` is done."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
     return time.perf_counter()
@@ -92,7 +92,7 @@ def measure(config: Config, job: Job, sizes: list[int], progress: BenchProgress)
 
 
 def launch_workers(config: Config, job: Job, backend: str, size: int) -> dict[str, Any]:
-    """The results of rank 0 of so many workers, as plain data."""
+    """Launch `size` workers; the results of rank 0, as plain data."""
     raw = {**config.raw, "threads": 1, "backend": {**config.raw["backend"], "name": backend}}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"

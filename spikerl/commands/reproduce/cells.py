@@ -203,7 +203,7 @@ class Job:
 
 
 def _settle(parent: int, nice: int) -> None:
-    """In the new process: end as on SIGTERM when the parent does, and take the priority."""
+    """In the new process: have it get SIGTERM when the parent ends, and set its priority."""
     die_with_parent(parent, signal.SIGTERM)
     if nice:
         os.nice(nice)
@@ -247,7 +247,7 @@ def check(table: Table, cells: Sequence[Cell], total_steps: int) -> None:
 
 
 def _moves(settings: Mapping[str, str]) -> bool:
-    """Whether something of a run follows a schedule over its length."""
+    """Whether a run's learning rate or slope follows a schedule over total_steps."""
     algo = ALGOS.options.get(settings.get("algo.name", ""))
     if algo is not None and algo[0].anneals:
         return True
@@ -255,7 +255,7 @@ def _moves(settings: Mapping[str, str]) -> bool:
 
 
 def whole_steps(run: Run, total_steps: int) -> int:
-    """Where a run of so many steps ends: its environments step together."""
+    """The step at which a run of `total_steps` ends: its environments step together."""
     num_envs = run.manifest.get("num_envs")
     together = num_envs if type(num_envs) is int and num_envs > 0 else 1
     return -(-total_steps // together) * together
