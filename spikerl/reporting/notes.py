@@ -82,8 +82,8 @@ def notes(results: Results) -> list[str]:
     if converted := [row.label for name, row in table.rows.items() if table.converts(name)]:
         said.append(
             f"{'; '.join(converted)}: for every metric the one evaluation of the converted policy,"
-            " over 20 episodes, compared with that of the policy it was made from; no differences"
-            " to published values are given"
+            " over 20 episodes, compared with the baseline's of the same seeds; no differences to"
+            " published values are given"
         )
     for row in table.rows.values():
         if p := row.published:
