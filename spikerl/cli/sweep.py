@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -33,13 +31,13 @@ from spikerl.cli.jobs import (
     folder_name,
     varied_keys,
 )
+from spikerl.cli.outcomes import STOPPED, outcome_of, over_seeds, print_table, result
 from spikerl.cli.words import unquoted
 from spikerl.distributed import hosts, launchers
 from spikerl.errors import (
     BY_DESIGN,
     DONE,
     FAILED,
-    INTERRUPTED,
     PREEMPTED,
     WRONG,
     BadRequest,
@@ -48,12 +46,10 @@ from spikerl.errors import (
     stop_status,
     with_notes,
 )
-from spikerl.files import absolute, hold, lock_file, read_json, shown
+from spikerl.files import absolute, hold, lock_file, shown
 from spikerl.output import duration, results
 from spikerl.runs.differences import differences
-from spikerl.runs.rows import MAX_BYTES
 
-STOPPED = {PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 KEEPS_FOLDERS = ("train", "import", "reproduce")  # commands whose jobs and sweeps keep a folder
 
 
@@ -222,22 +218,10 @@ class Sweep:
 
     def end(self) -> int:
         """Print what ran, what failed and why, best first; 0 only if every job succeeded."""
-        from rich.console import Console
-        from rich.table import Column, Table
-
         end_pool()
-        jobs = self.outcomes()
+        jobs = [outcome_of(job) for job in self.noted()]
         measure = "eval return" if self.command == "eval" else "best eval return"
-        words = ("job", "status", measure, "reason or folder")
-        table = Table(*(Column(word, overflow="fold") for word in words))
-        for job in sorted(jobs, key=best_first):
-            reached = "-" if job["return"] is None else f"{job['return']:.1f}"
-            known = {DONE: "done", WRONG: "refused", **STOPPED}
-            state = job.get("note") or known.get(job["status"], f"failed ({job['status']})")
-            place = shown(Path(job["folder"])) if os.path.isdir(job["folder"]) else ""
-            table.add_row(job["name"], state, reached, job.get("error") or place)
-        width = None if self.screen.isatty() else 200  # a path that is cut cannot be copied
-        Console(file=self.screen, width=width, markup=False, emoji=False).print(table)
+        print_table(jobs, measure, self.screen)
         for line in (*over_seeds(jobs, measure), self.mixed(jobs)):
             if line:
                 print(line, file=self.screen)
@@ -291,21 +275,6 @@ class Sweep:
                     last[job["job"]] = job
         return list({**last, **self.own}.values())
 
-    def outcomes(self) -> list[dict[str, Any]]:
-        jobs = self.noted()
-        for job in jobs:
-            job |= result(job)
-            if job["status"] is None:
-                job["note"] = "not ended"
-                job["error"] = "lost, or still running; the same command goes on with it"
-            if job["status"] == FAILED and not job.get("error"):
-                error, log = (Path(job["folder"]) / f"{name}.txt" for name in ("error", "log"))
-                there = error.exists()
-                lines = error.read_text(errors="replace").splitlines() if there else []
-                said = "see its log.txt" if log.exists() else "see what it printed"
-                job["error"] = lines[-1] if lines else said
-        return jobs
-
 
 def own_folder(root: Path, named: bool) -> Path:
     """Make the folder if need be; where it exists and was not `named`, a numbered one beside it."""
@@ -321,11 +290,6 @@ def own_folder(root: Path, named: bool) -> Path:
     raise FileExistsError(f"{root} and a thousand others exist")
 
 
-def best_first(job: dict[str, Any]) -> tuple[Any, ...]:
-    """The sort key of a job: by task, then from the highest return down; without one it is last."""
-    return job["task"], job["return"] is None, -(job["return"] or 0.0)
-
-
 def owned(root: Path) -> IO[str]:
     """Lock a sweep's folder until this process ends; refuse if another process has the lock."""
     held = hold(root)
@@ -334,38 +298,7 @@ def owned(root: Path) -> IO[str]:
     return held
 
 
-def result(job: dict[str, Any]) -> dict[str, Any]:
-    """The task and the return of a job, from its summary.json, or if it has none, from its note."""
-    summary = Path(job["folder"]) / "summary.json"
-    known = job
-    if job["status"] != WRONG:
-        with suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
-            known = dict(read_json(summary, MAX_BYTES))
-    task = known.get("env_id", "~")  # sorts after all names of tasks
-    return {"task": task, "return": known.get("eval_return", known.get("best_eval_return"))}
-
-
 def end_pool() -> None:
     """End the processes of hydra/launcher=joblib, which joblib keeps alive for further calls."""
     if loky := sys.modules.get("joblib.externals.loky"):
         loky.get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
-
-
-def over_seeds(jobs: Sequence[dict[str, Any]], measure: str) -> list[str]:
-    """A line for each setting that several seeds have finished: mean and standard deviation.
-
-    Stopped jobs are left out, as they made fewer steps; jobs of the same name count once, as a
-    sweeper may choose one again.
-    """
-    groups: dict[str, list[float]] = {}
-    for name, job in {job["name"]: job for job in jobs}.items():
-        setting = [part for part in name.split(",") if not re.match(r"seed=\d+$", part)]
-        known = job["status"] == DONE and job["return"] is not None
-        if known and len(setting) < len(name.split(",")):
-            groups.setdefault(",".join(setting), []).append(job["return"])
-    return [
-        f"{name or 'all'}: {measure} {statistics.mean(returns):.1f}"
-        f" +- {statistics.stdev(returns):.1f} over {len(returns)} seeds"
-        for name, returns in groups.items()
-        if len(returns) > 1
-    ]

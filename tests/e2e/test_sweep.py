@@ -19,7 +19,8 @@ import pytest
 from shell import SHORT, Said, spikerl, tree
 
 from spikerl.cli.jobs import varied_keys
-from spikerl.cli.sweep import Sweep, best_first
+from spikerl.cli.outcomes import best_first
+from spikerl.cli.sweep import Sweep
 
 FEW = [*SHORT, "total_steps=150"]
 

@@ -17,7 +17,8 @@ from spikerl.cli import done
 from spikerl.cli import sweep as sweeps
 from spikerl.cli.compose import expand
 from spikerl.cli.jobs import LONGEST_NAME, choices, combinations, count, folder_name
-from spikerl.cli.sweep import Sweep, over_seeds
+from spikerl.cli.outcomes import over_seeds
+from spikerl.cli.sweep import Sweep
 from spikerl.output import duration
 
 
