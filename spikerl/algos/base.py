@@ -27,16 +27,16 @@ from spikerl.schema import check_sizes
 
 @dataclass(kw_only=True)
 class AlgoConfig:
-    """What every algorithm has; every count of steps is a total over all environments."""
+    """Keys that every algorithm has; every count of steps is a total over all environments."""
 
-    anneals: ClassVar[bool] = False  # whether its learning rate moves over the length of a run
+    anneals: ClassVar[bool] = False  # whether the learning rate changes in the course of a run
 
     name: str
     batch_size: int
     gamma: float  # discount per step
     norm_interval: int | None  # steps between merges of the observation normaliser; null: none
     norm_clip: float | None  # bound of normalised observations; null: they are not clipped
-    max_grad_norm: float | None  # of each network's gradient; null: gradients are not clipped
+    max_grad_norm: float | None  # bound of the norm of each network's gradient; null: no clipping
 
     def __post_init__(self) -> None:
         self.check("give at least 1", lambda x: x >= 1, "batch_size")
@@ -46,35 +46,35 @@ class AlgoConfig:
         self.check(above, lambda x: x is None or x > 0.0, "norm_clip", "max_grad_norm")
 
     def check(self, remedy: str, holds: Callable[[Any], bool], *keys: str) -> None:
-        """BadRequest for the first of `keys` whose value does not hold."""
+        """Raise BadRequest for the first of `keys` whose value fails the test `holds`."""
         for key in keys:
             if not holds(getattr(self, key)):
                 raise BadRequest(f"algo.{key}", getattr(self, key), remedy)
 
     def unread(self, discrete: bool) -> dict[str, str]:
-        """Keys that change nothing, and what to do instead of giving them."""
+        """Keys that have no effect with these settings, each with a remedy for the user."""
         return {}
 
     def inputs(self, obs_dim: int, act_dim: int) -> int:
-        """Of the actor, for so many entries."""
+        """Number of the actor's inputs for observations and actions of these sizes."""
         return obs_dim
 
     def outputs(self, act_dim: int) -> int:
-        """Of the actor, for so many action entries."""
+        """Number of the actor's outputs for actions of this size."""
         return act_dim
 
     def updates_due(self, step: int, batches: int) -> int:
-        """Updates that belong to the first `step` steps, each of so many batches."""
+        """Number of updates due in the first `step` steps if each one uses `batches` batches."""
         raise NotImplementedError
 
     def capacity(self) -> int:
-        """Transitions that are kept."""
+        """Most transitions that the replay keeps."""
         raise NotImplementedError
 
 
 @dataclass(kw_only=True)
 class CriticsConfig(AlgoConfig):
-    """Of algorithms with critics beside their actor."""
+    """Keys of algorithms that have critics beside their actor."""
 
     critics: ClassVar[int] = 2
 
@@ -102,17 +102,17 @@ def flatten(module: nn.Module) -> Tensor:
 
 
 def normal_like(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of the shape of `like`, and where it lies."""
+    """Standard normal float32 noise with the shape and on the device of `like`."""
     return torch.randn(like.shape, generator=generator, dtype=torch.float32, device=like.device)
 
 
 class Guard:
-    """Notices what is not finite, on the device, and masks writes to weights.
+    """Detects non-finite values on the device and masks writes to weights.
 
-    In fp32 and bf16 every write is masked from the first bad update on, and `check` (after each
-    group of updates) raises and names it. Under fp16 a bad gradient is ordinary: the loss scale was
-    too large. Then the rest of that one update is masked, targets included, and the scale halves;
-    it doubles after `GROWTH_INTERVAL` good updates.
+    In fp32 and bf16 all writes are masked from the first bad update on; `check`, called after each
+    group of updates, raises and gives that update's number. In fp16 a bad gradient is ordinary: the
+    loss scale was too large. The rest of that one update is masked, target networks included, and
+    the scale halves; it doubles after `GROWTH_INTERVAL` good updates in a row.
     """
 
     GROWTH_INTERVAL = 2000
@@ -122,14 +122,14 @@ class Guard:
         first = 65536.0 if scales_loss else 1.0
         self.scale = torch.tensor(first, dtype=torch.float32, device=device)
         self.streak = torch.zeros((), dtype=torch.int64, device=device)  # good updates in a row
-        # 1 while writes are masked; of the type that Adam's function demands
+        # 1 while writes are masked, else 0; float32, as the Adam kernel requires
         self.masked = torch.zeros((), dtype=torch.float32, device=device)
-        # updates that ended masked, since the last check
+        # updates since the last check that ended masked
         self.bad = torch.zeros((), dtype=torch.float32, device=device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # updates, fp16 only
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # bad updates in fp16
 
     def end_update(self) -> None:
-        """Count an update that was bad, and adapt the loss scale."""
+        """Count the update if it was bad; in fp16 also adapt the loss scale and lift the mask."""
         if not self.scales_loss:
             self.bad += self.masked
             return
@@ -144,7 +144,10 @@ class Guard:
         return {"scale": self.scale, "streak": self.streak, "skipped": self.skipped}
 
     def check(self, updates: int) -> None:
-        """Raise if one of the first `updates` was bad; the weights hold their last good values."""
+        """Raise NonFinite if one of the `updates` made so far was bad, or the fp16 scale vanished.
+
+        The weights then hold their last good values.
+        """
         bad = int(self.bad)
         self.bad.zero_()
         if bad:
@@ -156,7 +159,7 @@ class Guard:
 class Optimizer:
     """From a gradient to new weights: sum over workers, unscale, check, clip, Adam.
 
-    `gradient` is what an algorithm fills before each step.
+    An algorithm fills `gradient` before each step.
     """
 
     def __init__(
@@ -171,7 +174,7 @@ class Optimizer:
         kernel: str = "reference",
         unpruned: Tensor | None = None,
     ) -> None:
-        """`unpruned`: of the parameters, 1 for those that are learned, 0 for those that stay 0."""
+        """`unpruned`: for each entry of the flat parameters, 1 if learned, 0 if it stays 0."""
         self.flat, self.unpruned = flatten(module), unpruned
         scale = guard.scale if guard.scales_loss else None
         self.gradient = Gradient(list(module.parameters()), weight=weight, scale=scale)
@@ -180,21 +183,21 @@ class Optimizer:
         zeros = torch.zeros_like(self.flat)
         self.moments = Moments(self.flat, step, zeros, zeros.clone())
         self.guard, self.world, self.kernel = guard, world, kernels.named(kernel)
-        self.weight_decay = 0.0  # of AdamW: a step takes lr times this from what is learned
-        self.held = False  # where it is true, a step leaves the weights as they are
+        self.weight_decay = 0.0  # AdamW: a step subtracts lr * weight_decay * w from each weight w
+        self.held = False  # while true, a step leaves the weights unchanged
 
     def step(self) -> Tensor:
-        """Step, unless something was not finite; the loss over the global batch."""
+        """Take a step unless a value was not finite; returns the loss over the global batch."""
         guard, vector = self.guard, self.gradient.vector
         self.world.sum_(vector)
         if guard.scales_loss:
             vector[:-1] /= guard.scale
         if self.unpruned is not None:
-            # Adam leaves a weight whose gradient was always 0 as it is, to the bit.
+            # Adam leaves a weight whose gradient was always 0 bitwise unchanged.
             vector[:-1] *= self.unpruned
         loss = self.gradient.loss.clone()
         if self.held:
-            # As Adam's function does.
+            # The Adam kernel, which makes this check otherwise, does not run.
             guard.masked.masked_fill_(~torch.isfinite(torch.dot(vector, vector)), 1.0)
             return loss
         params = [p.data for p in self.gradient.params] if self.weight_decay else []
@@ -205,7 +208,7 @@ class Optimizer:
         return loss
 
     def state(self) -> dict[str, Tensor]:
-        """The live tensors of weights, of Adam's moments, and of what pruning left."""
+        """The live tensors: weights, Adam's moments and, after pruning, the mask `unpruned`."""
         pruned = {} if self.unpruned is None else {"kept": self.unpruned}
         return self.moments._asdict() | pruned
 
@@ -215,22 +218,22 @@ N = TypeVar("N", bound=Actor | SequenceActor)
 
 
 class Learner:
-    """An actor and critics, or a network of values, and how they learn; what algorithms share."""
+    """Base class of the algorithms: an actor, perhaps critics, and how they learn."""
 
     config: AlgoConfig
     actor: Actor | SequenceActor
-    acting: Actor | SequenceActor  # explores
-    critic: Critics  # of algorithms that have critics
+    acting: Actor | SequenceActor  # explores: `actor`, or its copy on the CPU
+    critic: Critics  # only algorithms with critics set it
     critic_optimizer: Optimizer
-    acts: tuple[str, ...] = ("continuous",)  # the kinds of actions that it can learn
+    acts: tuple[str, ...] = ("continuous",)  # kinds of actions that the algorithm can learn
     on_policy = False
     has_graphs = False  # whether a round of updates can be one CUDA graph
     random_steps = 0  # the first steps act uniformly at random
-    critic_warmup = 0  # the first updates leave the policy as it is
-    # For schedules; the trainer sets them.
-    step = 0  # of the run, over all workers
-    total_updates = 1  # that the whole run makes
-    metrics: tuple[str, ...] = ()  # of its updates, beside those that all have
+    critic_warmup = 0  # number of first updates that leave the policy unchanged
+    # For schedules; the trainer sets these two.
+    step = 0  # environment steps so far, over all workers
+    total_updates = 1  # updates that the whole run makes
+    metrics: tuple[str, ...] = ()  # names of an update's metrics beyond those of every algorithm
 
     def __init__(
         self,
@@ -246,9 +249,9 @@ class Learner:
         discrete: bool = False,
         unpruned: Tensor | None = None,
     ) -> None:
-        """`unpruned`: of the actor's parameters, as `Optimizer` takes it."""
+        """`unpruned`: for the actor's parameters, as in `Optimizer`."""
         self.config, self.generator, self.world = config, generator, world
-        self.discrete = discrete  # whether actions are
+        self.discrete = discrete  # whether actions are discrete
         kernel = actor.kernel if critic is None else critic.kernel
         self.actor, self.kernel = actor, kernels.named(kernel)
         self.guard = Guard(generator.device, scales_loss=scales_loss)
@@ -260,7 +263,7 @@ class Learner:
             weight=weight,
             kernel=kernel,
         )
-        # What an update depends on and changes, by the names that checkpoints have for it.
+        # By the names under which checkpoints store their state.
         self.optimizers: dict[str, Optimizer] = {}
         if critic is not None:
             assert isinstance(config, CriticsConfig)
@@ -271,15 +274,16 @@ class Learner:
         )
         self.targets: dict[str, Tensor] = {}
         self.acting = actor
-        self.copies: dict[str, Tensor] = {}  # that act on the CPU: their vectors, as `optimizers`
+        # Flat parameters of the copies that act on the CPU, by the names in `optimizers`.
+        self.copies: dict[str, Tensor] = {}
         self.updates = 0
 
     def train(self, sampler: Sampler, gradient_steps: int, batch_size: int) -> list[Metrics]:
-        """So many updates, each on `batch_size` rows that it draws; metrics of each."""
+        """Make up to `gradient_steps` updates, each on `batch_size` rows; returns their metrics."""
         raise NotImplementedError
 
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
-        """Actions to learn from."""
+        """Exploratory actions for these observations, (B, A)."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -287,27 +291,27 @@ class Learner:
         self.guard.check(self.updates)
 
     def state(self) -> dict[str, Tensor]:
-        """The live tensors that an update depends on and changes, beside `updates`."""
+        """The live tensors that updates read and change; the count `updates` is kept apart."""
         parts = {name: optimizer.state() for name, optimizer in self.optimizers.items()}
         parts |= {"guard": self.guard.state(), "target": self.targets}
         return {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
 
     def notes(self) -> list[str]:
-        """What else is to be said before it runs."""
+        """Further lines to print before the run starts."""
         return []
 
     def inference(
         self, config: ActorConfig, act_dim: int
     ) -> tuple[ActorConfig, Actor | SequenceActor | Proposer]:
-        """What is evaluated and saved, of an actor with that config."""
+        """The network to evaluate and save, with its config; `config` is that of the actor."""
         return inference_actor(config, self.actor, act_dim)
 
     def act_on_cpu(self, kernel: str) -> None:
-        """From now on a copy of the actor explores there, run by `kernel`."""
+        """From now on, explore with a copy of the actor on the CPU, run by `kernel`."""
         self.acting = self.add_copy("actor", self.actor, kernel)
 
     def add_copy(self, name: str, network: N, kernel: str) -> N:
-        """A copy of a network on the CPU, which `refresh` gives its weights."""
+        """A copy of `network` on the CPU, whose weights `refresh` updates."""
         own = copy.deepcopy(network)
         own.cpu().requires_grad_(False)
         own.kernel = kernel
@@ -315,6 +319,6 @@ class Learner:
         return own
 
     def refresh(self) -> None:
-        """Give the copies that explore the weights as they are now."""
+        """Copy the current weights into the copies that explore."""
         for name, flat in self.copies.items():
             flat.copy_(self.optimizers[name].flat)

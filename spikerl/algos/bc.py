@@ -1,4 +1,4 @@
-"""Behaviour cloning: the actions of a dataset, learned as they are (Pomerleau, 1988)."""
+"""Behaviour cloning: regression of the policy onto a dataset's actions (Pomerleau, 1988)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class BC(OffPolicy):
     config: BCConfig
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        """Updates with these numbers, each on its share of the rows."""
+        """Make the updates with these numbers, each on an equal share of the rows."""
         optimizer, metrics = self.actor_optimizer, []
         for obs, act in batches(len(numbers), rows.obs, rows.act):
             # Minimise mean (pi(s) - a)^2, over batch and action entries.
@@ -37,7 +37,10 @@ class BC(OffPolicy):
 def add_imitation(
     pi_BA: Tensor, act_BA: Tensor, into: Gradient, weight_B1: Tensor | float = 1.0
 ) -> Tensor:
-    """Add mean w (pi - act)^2, over batch and entries, to the loss; its gradient by `pi`."""
+    """Add mean w (pi - act)^2, over batch and action entries, to the loss.
+
+    Returns the gradient with respect to `pi`, times `into.factor`.
+    """
     error_BA = pi_BA - act_BA
     into.loss += (weight_B1 * error_BA.square()).mean() * into.weight
     return weight_B1 * error_BA * (2.0 / error_BA.numel() * into.factor)

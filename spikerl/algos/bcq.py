@@ -34,9 +34,9 @@ LOG_STD_RANGE = (-4.0, 15.0)
 
 @dataclass(kw_only=True)
 class BCQConfig(OfflineConfig, TargetConfig, CriticsConfig):
-    phi: float  # most that the actor changes a proposed action, in units of half the action range
-    least_weight: float  # lambda, of the lower of two target values; the higher one has the rest
-    target_samples: int  # proposals at a next observation, of which the best is its value
+    phi: float  # largest change of a proposed action, in units of half the action range
+    least_weight: float  # lambda: weight of the lower target value; the higher has 1 - lambda
+    target_samples: int  # proposals at each next observation, valued at the best of them
     act_samples: int  # proposals that the policy chooses from
     vae_hidden_sizes: list[int]
     vae_lr: float
@@ -54,7 +54,7 @@ class BCQConfig(OfflineConfig, TargetConfig, CriticsConfig):
 
 
 class VAE(nn.Module):
-    """The actions of the dataset: encoder (s, a) -> mean and log std of z, decoder (s, z) -> a."""
+    """Model of the dataset's actions: encoder (s, a) -> mean, log std of z; decoder (s, z) -> a."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: list[int]) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class VAE(nn.Module):
         self.decoder = decoder_of(obs_dim, act_dim, hidden_sizes)
 
     def loss(self, obs_BO: Tensor, act_BA: Tensor, generator: torch.Generator) -> Tensor:
-        """mean (decoded - a)^2 + 1/2 KL(N(mean, std) || N(0, 1)), a mean over entries too."""
+        """mean (decoded - a)^2 + 1/2 KL(N(mean, std) || N(0, 1)), means over batch and entries."""
         mean_BZ, raw_BZ = self.encoder(torch.cat([obs_BO, act_BA], 1), squash=False).chunk(2, 1)
         log_std_BZ = raw_BZ.clamp(*LOG_STD_RANGE)
         z_BZ = mean_BZ + log_std_BZ.exp() * normal_like(mean_BZ, generator)
@@ -73,7 +73,7 @@ class VAE(nn.Module):
 
 
 class BCQ(OffPolicy):
-    """The actor is the network xi(s, a) that changes proposed actions."""
+    """The actor is the perturbation network xi(s, a), which adjusts proposed actions."""
 
     config: BCQConfig
     metrics = ("vae_loss",)
@@ -86,7 +86,7 @@ class BCQ(OffPolicy):
         self.optimizers["vae"] = self.optimizer(self.vae, config.vae_lr)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        """Updates with these numbers, each on its share of the rows."""
+        """Make the updates with these numbers, each on an equal share of the rows."""
         c, generator, metrics = self.config, self.generator, []
         vae_opt, actor_opt, decoder = self.optimizers["vae"], self.actor_optimizer, self.vae.decoder
         for fields in batches(len(numbers), *rows):
@@ -110,8 +110,8 @@ class BCQ(OffPolicy):
             # Critics: minimise sum_i mean (Q_i(s, a) - y)^2.
             metric |= self.critic_step(obs, batch.act, q_target)
 
-            # Actor: minimise -mean Q_1(s, clip(d + phi xi(s, d))), d proposed. By the chain rule,
-            # its gradient by the actions is taken back through the actor.
+            # Actor: minimise -mean Q_1(s, clip(d + phi xi(s, d))), d proposed. The chain rule takes
+            # the gradient with respect to the actions back through clip, phi and the actor.
             with torch.no_grad():
                 act = proposed(decoder, obs, generator)
             change, backward = self.actor.vjp(torch.cat([obs, act], 1), generator)
@@ -125,7 +125,7 @@ class BCQ(OffPolicy):
         return metrics
 
     def inference(self, config: ActorConfig, act_dim: int) -> tuple[ActorConfig, Actor | Proposer]:
-        """The actor with what proposes and what chooses."""
+        """The actor together with the decoder that proposes actions and the critic that chooses."""
         c = self.config
         config, change = super().inference(config, act_dim)
         assert isinstance(change, Actor)

@@ -46,7 +46,7 @@ class DDPG(OffPolicy):
         metrics = self.critic_step(rows.obs, rows.act, q_target)
 
         # Actor: minimise -mean Q(s, pi(s)). The kernels differentiate, not autograd: the critic
-        # gives the gradient by the actions, the actor takes it back to its weights.
+        # gives the gradient with respect to the actions, the actor takes it back to its weights.
         act, backward = self.actor.vjp(rows.obs, self.generator)
         grad = self.critic.actor_loss_grad(rows.obs, act, actor_opt.gradient)
         metrics |= backward(grad, actor_opt.gradient)

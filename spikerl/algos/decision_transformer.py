@@ -1,8 +1,8 @@
 """Decision Transformer (Chen et al., NeurIPS 2021, arXiv:2106.01345) and Decision SpikeFormer
-(Huang et al., CVPR 2025, arXiv:2504.03800): the actions of a dataset, learned from the steps before
-them and from the return that followed.
+(Huang et al., CVPR 2025, arXiv:2504.03800): predict a dataset's actions from the preceding steps
+and from the return that followed.
 
-The network decides which of the two it is: `actor=transformer`, or `actor=spikeformer`.
+The network selects one of the two: `actor=transformer` or `actor=spikeformer`.
 
 Shape legend   B batch, K steps of a context, A action entries, T steps of an episode.
 """
@@ -33,9 +33,10 @@ class DecisionTransformerConfig(OfflineConfig):
     anneals: ClassVar[bool] = True
 
     weight_decay: float  # AdamW's
-    warmup_share: float  # of the updates, in which the learning rate rises; then it falls to 0
-    return_scale: float  # what returns to go are divided by
-    target_return: float | None  # of evaluations, in the environment's units; null: the data's best
+    warmup_share: float  # share of the updates over which the learning rate rises; then it falls
+    return_scale: float  # returns to go are divided by this
+    # Return that evaluations aim at, in the environment's units; null: the dataset's best.
+    target_return: float | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +50,7 @@ class DecisionTransformerConfig(OfflineConfig):
         return {"gamma": "returns to go are undiscounted; leave it out"}
 
     def lr_share(self, update: int, total: int) -> float:
-        """Of the learning rate, in update number `update`: up along a line, down along a cosine."""
+        """Factor of the learning rate at update `update`: linear warmup, then a cosine to 0."""
         warmup = self.warmup_share * total
         if update < warmup:
             return min((update + 1) / warmup, 1.0)
@@ -67,12 +68,12 @@ class DecisionTransformer(Learner):
         super().__init__(actor, critic, config, **settings)
         self.lr = self.actor_optimizer.lr
         self.actor_optimizer.weight_decay = config.weight_decay
-        # Of a whole episode of the dataset; where it has none, of a piece of one.
+        # Highest return of a whole episode in the dataset; if it has none, of a piece of one.
         self.best_return = torch.full((), -math.inf, dtype=torch.float64)
-        self.episodes = torch.zeros((), dtype=torch.int64)  # of those
+        self.episodes = torch.zeros((), dtype=torch.int64)  # whole episodes seen
 
     def recorded(self, rew_T: np.ndarray, whole: bool) -> np.ndarray:
-        """Take note of an episode of the dataset; its returns to go, (T,)."""
+        """Record an episode of the dataset (`whole`) or a piece of one; its returns to go, (T,)."""
         togo_T = returns_to_go(rew_T)
         if whole and not self.episodes:
             self.best_return.fill_(-math.inf)  # pieces no longer count
@@ -99,7 +100,7 @@ class DecisionTransformer(Learner):
         error_BKA = self.actor(scaled, self.generator) - steps.act
         total = (error_BKA.square() * steps.there.unsqueeze(2)).sum()
         entries = count.to(total.dtype) * steps.act.shape[2] * optimizer.gradient.weight
-        # What is mixed in at a share of 0 has no gradient any more.
+        # `partly`: layer norms whose share in PTBN has fallen to 0 are not part of the graph.
         optimizer.gradient.differentiate(total / entries, partly=True)
         loss = optimizer.step()
 
@@ -125,7 +126,7 @@ class DecisionTransformer(Learner):
     def inference(
         self, config: ActorConfig, act_dim: int
     ) -> tuple[ActorConfig, SequenceActor | Proposer]:
-        """The network with what it aims at."""
+        """The network, with the target return and its scale in the config."""
         config, actor = super().inference(config, act_dim)
         assert isinstance(actor, SequenceActor)
         aim = ConditionConfig(

@@ -1,8 +1,8 @@
 """DQN, deep Q-learning (Mnih et al., 2015), with double Q-learning (van Hasselt et al., 2016,
 arXiv:1509.06461), the duelling network (Wang et al., 2016, arXiv:1511.06581) and n-step targets.
 
-The network of values is what elsewhere is the actor, before its tanh: with the decoder `voltage` it
-is the spiking one of DSQN (Chen et al., 2022, arXiv:2201.09754). Its greedy action is the policy.
+The configured actor, without its tanh, is the Q network; with the decoder `voltage` it is the
+spiking network of DSQN (Chen et al., 2022, arXiv:2201.09754). The policy takes the greedy action.
 
 Shape legend   B batch, A actions.
 """
@@ -26,10 +26,10 @@ from spikerl.types import Batch
 class DQNConfig(ReplayConfig):
     double: bool  # the online network chooses the action that the target network values
     duelling: bool  # the network gives advantages and a value of the state
-    target_interval: int  # updates between those that change the target network, by tau
-    epsilon_start: float  # share of random actions, which moves evenly to
-    epsilon_end: float  # this
-    epsilon_steps: int  # over the first so many steps
+    target_interval: int  # updates from one change of the target network (by tau) to the next
+    epsilon_start: float  # share of random actions at step 0
+    epsilon_end: float  # share of random actions from epsilon_steps on
+    epsilon_steps: int  # steps over which the share moves linearly between the two
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +56,7 @@ class DQN(OffPolicy):
         self.actor_target = self.add_target("actor", actor)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        """Updates with these numbers, each on its share of the rows."""
+        """Make the updates with these numbers, each on an equal share of the rows."""
         c, optimizer = self.config, self.actor_optimizer
         metrics = []
         for number, fields in zip(numbers, batches(len(numbers), *rows), strict=True):
@@ -92,7 +92,7 @@ class DQN(OffPolicy):
         return metrics
 
     def values(self, output: Tensor) -> Tensor:
-        """Q, (B, A): what the network gives, or, duelling, V + advantage - mean advantage."""
+        """Q, (B, A): the network's output, or, if duelling, V + advantage - mean advantage."""
         if not self.config.duelling:
             return output
         advantage, value = output[:, :-1], output[:, -1:]
@@ -100,14 +100,14 @@ class DQN(OffPolicy):
 
     @property
     def epsilon(self) -> float:
-        """The share of random actions at the present step."""
+        """The share of random actions at the current step."""
         c = self.config
         share = min(self.step / c.epsilon_steps, 1.0)
         return c.epsilon_start + share * (c.epsilon_end - c.epsilon_start)
 
     @torch.no_grad()
     def explore(self, obs: Tensor, generator: torch.Generator) -> Tensor:
-        """One-hot (B, A): the greedy action, or with probability epsilon any."""
+        """One-hot actions (B, A): greedy, or with probability epsilon uniformly random."""
         greedy = self.values(self.acting(obs, generator, squash=False))
         draws = torch.rand(len(obs), 2, generator=generator, dtype=torch.float32, device=obs.device)
         count = greedy.shape[1]

@@ -1,8 +1,8 @@
 """Updates as one CUDA graph: captured once, then launched without Python.
 
-What a graph is made of lies at fixed addresses: the rows are copied there, the random state is
-registered, weights and moments never move. Only the first `WARM_UP` calls run as they are written,
-on a stream of their own as capturing demands; they are updates like any other.
+A graph reads and writes fixed addresses: rows are copied into tensors of its own, the generator's
+state is registered, weights and moments never move. The first `WARM_UP` calls run eagerly, on a
+side stream as CUDA requires before a capture; they are updates like any other.
 
 A test on the CPU covers the data flow, with a recorder that runs the same function over the same
 tensors.
@@ -20,7 +20,8 @@ from spikerl.types import Batch
 WARM_UP = 3
 
 Updates = Callable[[], list[Metrics]]
-# Records a call, without making it; what comes back makes it.
+# Records a call without executing it; returns a function that replays it, and the tensors that
+# receive the metrics of each replay.
 Recorder = Callable[[Updates, torch.Generator], tuple[Callable[[], None], list[Metrics]]]
 
 
@@ -35,7 +36,7 @@ def record_on_gpu(
 
 
 class Graphed:
-    """`update` over rows of one shape."""
+    """Runs `update` as a CUDA graph, for rows that always have the same shapes."""
 
     def __init__(
         self,

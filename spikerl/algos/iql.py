@@ -1,5 +1,5 @@
-"""IQL, implicit Q-learning (Kostrikov et al., 2021, arXiv:2110.06169): only actions of the dataset
-are ever valued.
+"""IQL, implicit Q-learning (Kostrikov et al., 2021, arXiv:2110.06169): the critics evaluate only
+actions that are in the dataset.
 
 Shape legend   B batch.
 """
@@ -20,13 +20,13 @@ from spikerl.models.actor import Actor
 from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
-MOST_WEIGHT = 100.0  # of a transition in the actor's loss
+MOST_WEIGHT = 100.0  # bound of a transition's weight in the actor's loss
 
 
 @dataclass(kw_only=True)
 class IQLConfig(OfflineConfig, TargetConfig, CriticsConfig):
-    expectile: float  # of the actions' values that V(s) is; 0.5: their mean, towards 1: the best
-    beta: float  # how much better actions count in the actor's loss; 0: imitation alone
+    expectile: float  # V(s) is this expectile of the actions' values; 0.5: mean, towards 1: best
+    beta: float  # factor of the advantage in the exponent of the actor's weights; 0: imitation
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +45,7 @@ class IQL(OffPolicy):
         self.optimizers["value"] = self.optimizer(self.value, config.critic_lr)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        """Updates with these numbers, each on its share of the rows."""
+        """Make the updates with these numbers, each on an equal share of the rows."""
         c, metrics, value_opt = self.config, [], self.optimizers["value"]
         actor_opt = self.actor_optimizer
         for fields in batches(len(numbers), *rows):
@@ -78,5 +78,5 @@ class IQL(OffPolicy):
         return metrics
 
     def state_value(self, obs_BO: Tensor) -> Tensor:
-        """V, (B,)."""
+        """V(s), (B,)."""
         return reference.values(self.value, obs_BO, obs_BO.new_empty(len(obs_BO), 0))[0]

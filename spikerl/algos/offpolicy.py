@@ -41,7 +41,7 @@ class ReplayConfig(TargetConfig):
     learning_starts: int  # steps before the first update
     update_interval: int  # steps, after which update_interval * updates_per_step updates are due
     updates_per_step: float
-    n_step: int = 1  # rewards that a target sums before it looks ahead
+    n_step: int = 1  # rewards that a target sums before it bootstraps
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,8 +55,9 @@ class ReplayConfig(TargetConfig):
         return self.replay_capacity
 
     def updates_due(self, step: int, batches: int) -> int:
-        """Those of every update_interval steps, from learning_starts on."""
-        first = -(-max(self.learning_starts, 1) // self.update_interval)  # interval with updates
+        """Updates become due after every update_interval steps, from learning_starts on."""
+        # Number, from 1, of the first interval with updates.
+        first = -(-max(self.learning_starts, 1) // self.update_interval)
         intervals = max(step // self.update_interval - first + 1, 0)
         updates = intervals * self.update_interval * self.updates_per_step / batches
         return int(updates + 1e-6)  # 100 * 0.29 is 28.999...
@@ -64,7 +65,7 @@ class ReplayConfig(TargetConfig):
 
 @dataclass(kw_only=True)
 class OffPolicyConfig(ReplayConfig, CriticsConfig):
-    critic_warmup: int = 0  # the first updates, in which the policy stays as it is
+    critic_warmup: int = 0  # number of first updates that leave the policy unchanged
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,8 +76,8 @@ class OffPolicyConfig(ReplayConfig, CriticsConfig):
 class DelayConfig(AlgoConfig):
     """Delayed policy updates."""
 
-    policy_delay: int = 1  # updates of the critics for each of the actor and all targets
-    first_policy_update: int = 0  # the first update, counted from 0, with such a one
+    policy_delay: int = 1  # critic updates for each update of the actor and the target networks
+    first_policy_update: int = 0  # number, from 0, of the first critic update that includes one
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,9 +89,11 @@ class DelayConfig(AlgoConfig):
 
 @dataclass(kw_only=True)
 class OfflineConfig(AlgoConfig):
-    """Of algorithms that learn from a dataset and never act: a step of the run is one update."""
+    """Keys of algorithms that learn from a dataset and never act; one step of the run is one batch
+    of an update.
+    """
 
-    MOST: ClassVar[int] = 1 << 40  # transitions; the machine's memory bounds them before
+    MOST: ClassVar[int] = 1 << 40  # transitions; memory runs out long before
 
     def updates_due(self, step: int, batches: int) -> int:
         return step // batches
@@ -102,8 +105,8 @@ class OfflineConfig(AlgoConfig):
 class OffPolicy(Learner):
     """Updates from replayed rows, with target networks.
 
-    Target networks change with policy updates alone. The updates up to the next of them are a
-    round: they have the same targets, whose values are then computed in one pass.
+    Target networks change only in policy updates. The updates up to and including the next policy
+    update are a round: they share the target networks, so target values take a single pass.
     """
 
     config: AlgoConfig
@@ -111,9 +114,9 @@ class OffPolicy(Learner):
     acting: Actor
     n_step = 1  # steps that a sampled transition spans
     batches_per_update = 1
-    policy_delay = 1  # actor and targets change on one update of so many:
-    first_policy_update = 0  # on this one first, counted from 0
-    policy_parts: tuple[str, ...] = ("actor",)  # what the first critic_warmup updates leave alone
+    policy_delay = 1  # updates for each change of actor and targets
+    first_policy_update = 0  # number, from 0, of the first update that changes them
+    policy_parts: tuple[str, ...] = ("actor",)  # optimizers held in the first critic_warmup updates
     policy_held = False
 
     def __init__(
@@ -134,17 +137,17 @@ class OffPolicy(Learner):
                 self.graph = Graphed(self.whole_round, self.generator)
 
     def add_target(self, name: str, module: M) -> M:
-        """A target network of a module, which `update_targets` averages."""
+        """A target network for `module`, which `update_targets` moves towards it."""
         target = copy.deepcopy(module).requires_grad_(False)
         self.targets[name] = flatten(target)
         return target
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        """Updates number `numbers`, a round or a part of one, each on its share of the rows."""
+        """Make the updates `numbers`, a round or part of one, each on an equal share of `rows`."""
         raise NotImplementedError
 
     def hold_policy(self, held: bool) -> None:
-        """From here on updates leave the policy as it is, or change it again."""
+        """Make the updates from here on leave the policy unchanged (`held`), or change it again."""
         self.policy_held = held
         for name in self.policy_parts:
             self.optimizers[name].held = held
@@ -173,7 +176,7 @@ class OffPolicy(Learner):
         return metrics
 
     def run_updates(self, rows: Batch, gradient_steps: int) -> list[Metrics]:
-        """So many updates with equal shares of the rows, in order, round by round."""
+        """Make `gradient_steps` updates, round by round, on consecutive equal shares of `rows`."""
         first, metrics = self.updates, []
         last = first + gradient_steps
         ends = [n + 1 for n in range(first, last) if self.is_policy_update(n) or n + 1 == last]
@@ -184,7 +187,7 @@ class OffPolicy(Learner):
             own, held = Batch(*fields), numbers.stop <= self.critic_warmup
             if held != self.policy_held:
                 self.hold_policy(held)
-            # A whole round begins after a policy update.
+            # A whole round follows a policy update, so none begins at update 0.
             whole = self.updates > 0 and len(numbers) == self.policy_delay
             if self.graph is not None and whole and not held:
                 metrics += self.graph(own)
@@ -195,13 +198,13 @@ class OffPolicy(Learner):
         return metrics
 
     def whole_round(self, rows: Batch) -> list[Metrics]:
-        """What one CUDA graph makes."""
+        """The updates that a CUDA graph records: `policy_delay` of them, the policy update last."""
         delay = self.policy_delay
         first = next(n for n in range(1, delay + 1) if self.is_policy_update(n + delay - 1))
         return self.update(rows, range(first, first + delay))
 
     def critic_step(self, obs: Tensor, act: Tensor, q_target: Tensor) -> Metrics:
-        """One step of the critics down sum_i mean (Q_i(s, a) - y)^2."""
+        """One gradient step of the critics on sum_i mean (Q_i(s, a) - y)^2."""
         optimizer = self.critic_optimizer
         q_mean = self.critic.critic_backward(obs, act, q_target, optimizer.gradient)
         return {"critic_loss": optimizer.step(), "q_mean": q_mean}
@@ -219,6 +222,6 @@ class OffPolicy(Learner):
 
 
 def batches(count: int, *fields: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Equal shares of the rows of each field."""
+    """Split the rows of each field into `count` equal shares; yields the fields share by share."""
     size = len(fields[0]) // count
     return zip(*(field.split(size) for field in fields), strict=True)

@@ -1,7 +1,7 @@
 """PPO, proximal policy optimisation (Schulman et al., 2017, arXiv:1707.06347).
 
-Shape legend   T steps, N environments, B rows, A action entries, K entries that have a probability
-each: A of a Gaussian, one of a categorical policy.
+Shape legend   T steps, N environments, B rows, A action entries, K log probabilities of an action:
+A for a Gaussian policy, 1 for a categorical one.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from spikerl.types import Batch
 class PPOConfig(CriticsConfig):
     critics: ClassVar[int] = 1
 
-    rollout_steps: int  # steps, over all environments, that the policy is then updated with
-    epochs: int  # passes over them
-    clip_ratio: float  # the ratio of new to old probability counts up to 1 +- this
+    rollout_steps: int  # steps, over all environments, between updates, which learn from them
+    epochs: int  # passes over a rollout
+    clip_ratio: float  # eps: ratios of new to old probability are clipped to 1 - eps to 1 + eps
     gae_lambda: float
     entropy_coef: float
-    log_std: float  # what the learned log deviation of each action entry starts with
-    target_kl: float | None  # updates stop at 1.5 times this divergence; null: never
-    normalize_advantage: str  # over each minibatch, or over the rollout: minibatch, rollout
-    ratio: str  # joint: of the action; per_entry: of each of its entries, as in PopSAN's code
+    log_std: float  # initial value of the learned log deviation of each action entry
+    target_kl: float | None  # a rollout's updates stop above 1.5 times this KL; null: never
+    normalize_advantage: str  # minibatch: over each minibatch; rollout: over the rollout
+    ratio: str  # joint: one ratio per action; per_entry: one per entry, as in PopSAN's code
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +47,7 @@ class PPOConfig(CriticsConfig):
         self.check("give joint or per_entry", lambda x: x in ("joint", "per_entry"), "ratio")
         if self.normalize_advantage == "minibatch":
             self.check("one row has no deviation: give at least 2", lambda x: x >= 2, "batch_size")
-        # Else a rollout is acted on with moments that it is not learned from with.
+        # A merge inside a rollout would make updates normalise it differently than acting did.
         steps = self.rollout_steps
         whole = f"give a multiple of algo.rollout_steps={steps}, or null"
         self.check(whole, lambda x: x is None or x % steps == 0, "norm_interval")
@@ -62,13 +62,13 @@ class PPOConfig(CriticsConfig):
         return self.rollout_steps
 
     def updates_due(self, step: int, batches: int) -> int:
-        """Behind each rollout, unless the divergence stops them."""
+        """`epochs` passes after each complete rollout; with target_kl, fewer may be made."""
         minibatches = max(self.rollout_steps // (self.batch_size * batches), 1)
         return step // self.rollout_steps * self.epochs * minibatches
 
 
 class LogStd(nn.Module):
-    """The deviation of the policy, which does not depend on the observation."""
+    """The policy's log deviation for each action entry; it does not depend on the observation."""
 
     def __init__(self, act_dim: int, start: float) -> None:
         super().__init__()
@@ -76,13 +76,13 @@ class LogStd(nn.Module):
 
 
 class Gaussian:
-    """N(mean, std) of each action entry, the mean being the actor's action."""
+    """N(mean, std) for each action entry; the mean is the actor's action."""
 
     squash = True
 
     def __init__(self, log_std_A: nn.Parameter) -> None:
         self.log_std_A = log_std_A
-        self.learned = (log_std_A,)  # beside the actor
+        self.learned = (log_std_A,)  # parameters beside those of the actor
 
     def log_prob(self, mean_BA: Tensor, act_BA: Tensor) -> Tensor:
         log_std = self.log_std_A
@@ -94,13 +94,13 @@ class Gaussian:
         return self.log_std_A + 0.5 * math.log(2.0 * math.pi * math.e)
 
     def sample(self, mean_BA: Tensor, generator: torch.Generator) -> Tensor:
-        """It may leave [-1, 1]; the environment clips it."""
+        """Samples may lie outside [-1, 1]; the environment clips them."""
         std = self.log_std_A.exp().to(mean_BA.device)
         return mean_BA + std * normal_like(mean_BA, generator)
 
 
 class Categorical:
-    """The softmax of what the actor gives before its tanh; actions are one-hot."""
+    """Softmax of the actor's outputs before tanh; actions are one-hot."""
 
     squash = False
     learned: tuple[nn.Parameter, ...] = ()
@@ -119,21 +119,21 @@ class Categorical:
 
 
 class Rows(NamedTuple):
-    """What a minibatch is drawn from."""
+    """The rows of a rollout, or of a minibatch of it."""
 
     obs: Tensor  # (B, O)
     act: Tensor  # (B, A)
-    log_prob: Tensor  # (B, K) of the policy that acted, for each entry
+    log_prob: Tensor  # (B, K) under the policy that acted
     advantage: Tensor  # (B,)
-    ret: Tensor  # (B,) what the critic is to say
+    ret: Tensor  # (B,) target of the critic
 
 
 class PPO(Learner):
-    """A Gaussian around the actor's action, or the softmax of its outputs where actions are
-    discrete, which moves within a clip of the policy that acted.
+    """The policy is a Gaussian around the actor's action or, for discrete actions, the softmax of
+    its outputs.
 
-    Every worker has rows of its own environments, and as many; advantages are normalised with
-    moments over all workers, and all stop together.
+    All workers have equally many rows, each of its own environments. Advantages are normalised
+    with moments over all workers, and all workers stop at target_kl together.
     """
 
     config: PPOConfig
@@ -171,15 +171,15 @@ class PPO(Learner):
 
     @torch.no_grad()
     def prepare(self, batch: Batch, last: Tensor, envs: int) -> Rows:
-        """Values, probabilities and advantages under the networks that acted."""
+        """Add log probabilities, advantages and returns, computed with the networks that acted."""
         c = self.config
         value, next_value = self.value(batch.obs), self.value(batch.next_obs)
         rew, values, next_values, terminated, ends = (
             field.unflatten(0, (-1, envs))
             for field in (batch.rew, value, next_value, batch.terminated, last)
         )
-        # Nor does an episode go on where the environments were reset between two rows, as a resume
-        # of those that cannot be restored does.
+        # An episode also ends where a row does not begin at the previous row's next_obs: a resume
+        # resets environments whose state cannot be restored.
         obs, next_obs = (field.unflatten(0, (-1, envs)) for field in (batch.obs, batch.next_obs))
         ends = ends.clone()
         ends[:-1] |= (obs[1:] != next_obs[:-1]).flatten(2).any(-1)
@@ -192,7 +192,7 @@ class PPO(Learner):
         return Rows(batch.obs, batch.act, log_prob, advantage, ret)
 
     def update(self, rows: Rows) -> Metrics | None:
-        """One minibatch; None where the policy is too far from the one that acted."""
+        """Update on one minibatch; None if the KL from the policy that acted is above the limit."""
         c, actor_opt, critic_opt = self.config, self.actor_optimizer, self.critic_optimizer
         pi, advantage = self.pi, rows.advantage
         if c.normalize_advantage == "minibatch":
@@ -241,18 +241,18 @@ class PPO(Learner):
         return metrics
 
     def output(self, actor: Actor, obs: Tensor) -> Tensor:
-        """What the policy's distribution is made of, (B, A)."""
+        """Parameters of the action distribution, (B, A): Gaussian means or logits."""
         return actor(obs, self.generator, self.pi.squash)
 
     def value(self, obs: Tensor) -> Tensor:
         return self.critic(obs, self.no_act(obs))[0]
 
     def no_act(self, obs: Tensor) -> Tensor:
-        """A value is of the observation alone."""
+        """The empty action, (B, 0), of a critic that sees the observation alone."""
         return obs.new_empty(len(obs), 0)
 
     def normalized(self, advantage: Tensor) -> Tensor:
-        """With mean 0 and deviation 1 over the rows of all workers."""
+        """Advantages shifted and scaled to mean 0 and deviation 1 over the rows of all workers."""
         x = advantage.double()
         sums = torch.stack([torch.ones_like(x).sum(), x.sum(), x.square().sum()])
         self.world.sum_(sums)

@@ -1,7 +1,7 @@
 """TD3 with a proxy target (Xu et al., NeurIPS 2025, arXiv:2505.24161).
 
-A dense network that imitates the present spiking actor stands in for its target: a spiking target
-jumps where a spike appears, a dense one moves smoothly.
+A dense network that imitates the current spiking actor replaces the target actor: the actions of a
+spiking target jump whenever a spike appears or vanishes, those of a dense network change smoothly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spikerl.types import Batch
 
 @dataclass(kw_only=True)
 class ProxyTD3Config(TD3Config):
-    proxy_steps: int  # K, steps of the proxy before each critic step, with a batch each
+    proxy_steps: int  # K, proxy steps before each critic step, each on a batch of its own
     proxy_lr: float
     proxy_hidden_sizes: list[int]
 
@@ -50,14 +50,15 @@ class ProxyTD3(OffPolicy):
         self.optimizers["proxy"] = self.optimizer(self.proxy, config.proxy_lr)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        """Updates with these numbers, each on its share of the rows, K batches for the proxy.
+        """Make the updates with these numbers, each on K batches of the rows.
 
-        Critics and actor learn from the last of them.
+        The proxy learns from all K batches, critics and actor from the last.
         """
         c, kernel, proxy = self.config, self.kernel, self.optimizers["proxy"]
         actor_opt = self.actor_optimizer
 
-        # What the proxy imitates. The actor changes with the last of these updates at the earliest.
+        # The actions that the proxy imitates, in one pass: only the last of these updates may
+        # change the actor.
         with torch.no_grad():
             actor_act = self.actor(rows.obs, self.generator)
 
@@ -84,8 +85,8 @@ class ProxyTD3(OffPolicy):
             metric = self.critic_step(batch.obs, batch.act, q_target)
 
             # Delayed policy update: minimise -mean Q_1(s, pi(s)). The kernels differentiate, not
-            # autograd: the critic gives the gradient by the actions, the actor takes it back to its
-            # weights. Then targets <- (1 - tau) targets + tau online.
+            # autograd: the critic gives the gradient with respect to the actions, the actor takes
+            # it back to its weights. Then targets <- (1 - tau) targets + tau online.
             if self.is_policy_update(number):
                 act, backward = self.actor.vjp(batch.obs, self.generator)
                 grad = self.critic.actor_loss_grad(batch.obs, act, actor_opt.gradient)

@@ -18,13 +18,13 @@ from spikerl.types import Batch, Contexts, Row
 
 
 class Replay:
-    """Ring of transitions, a `Row` each.
+    """Ring buffer of transitions, each laid out as a `Row`.
 
-    Normalisation happens at sampling, with the moments of that moment, so that no stored row is
-    ever stale. Memory grows with what is stored.
+    Rows are normalised when they are sampled, with the normaliser's current moments, so no stored
+    row becomes stale. Memory grows with the number of stored rows.
     """
 
-    FIRST = 1 << 14  # rows that there is room for at the start
+    FIRST = 1 << 14  # rows allocated at the start
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class Replay:
     ) -> None:
         self.capacity = capacity
         self.added = 0  # rows ever stored; row k lies at k modulo capacity
-        self.saved = 0  # rows that a checkpoint holds already
-        self.width = width  # environments whose rows come together, in their order
+        self.saved = 0  # rows already held by a checkpoint
+        self.width = width  # environments; each step adds one row per environment, in order
         self.row = Row(obs_dim, act_dim, obs_bytes)
         self.rows = torch.empty(0, self.row.columns, dtype=torch.float32, device=device)
         self.reserve(min(capacity, self.FIRST))
@@ -56,14 +56,14 @@ class Replay:
     ) -> None:
         """Store B transitions: obs and next_obs (B, O), act (B, A), the others (B,).
 
-        NonFinite: a reward is beyond float32, as scaling or a sum of such may make it.
+        Raises NonFinite if a reward, perhaps scaled or summed, exceeds float32's range.
         """
         row = self.row
         rows = np.empty((len(rew), row.columns), np.float32)
         rows[:, : row.obs_width] = row.pack(obs)
         rows[:, row.obs_width : row.act_start] = row.pack(next_obs)
         rows[:, row.act_start : row.rew_column] = act
-        with np.errstate(over="ignore"):  # looked at below
+        with np.errstate(over="ignore"):  # checked below
             rows[:, row.rew_column] = rew
         if not np.isfinite(rows[:, row.rew_column]).all():
             worst = np.abs(rew).max()
@@ -78,16 +78,16 @@ class Replay:
         return min(self.added, self.capacity)
 
     def reserve(self, count: int) -> None:
-        """Have room for so many rows, and for twice as many as before where it has to grow.
+        """Make room for `count` rows; the room at least doubles when it has to grow.
 
-        MemoryError where there is none; what is stored stays.
+        Raises MemoryError if it cannot be allocated; the stored rows remain.
         """
         if count <= len(self.rows):
             return
         count = min(max(count, 2 * len(self.rows)), self.capacity)
         try:
             rows = self.rows.new_empty(count, self.rows.shape[1])
-        except RuntimeError as error:  # torch's, of the CPU and of CUDA
+        except RuntimeError as error:  # torch's error for a failed allocation, on CPU and CUDA
             size = count * self.rows.shape[1] * self.rows.element_size() / 2**30
             text = f"no {size:.3g} GiB for {count} transitions of algo.replay_capacity"
             raise MemoryError(f"{text}={self.capacity}: give less") from error
@@ -95,7 +95,7 @@ class Replay:
         self.rows = rows
 
     def put(self, start: int, rows: Tensor) -> None:
-        """Write rows number `start` onwards; of more than the capacity, the last ones stay."""
+        """Write rows with numbers from `start` on; of more than the capacity only the last ones."""
         start, rows = start + max(0, len(rows) - self.capacity), rows[-self.capacity :]
         head = start % self.capacity
         first = min(len(rows), self.capacity - head)
@@ -105,21 +105,21 @@ class Replay:
             self.rows[: len(rows) - first] = rows[first:]
 
     def restore(self, numbers: Tensor, rows: Tensor) -> None:
-        """Write rows with these numbers, of which it holds as many at once."""
+        """Write rows with these numbers, which the ring must be able to hold at the same time."""
         self.rows[(numbers % self.capacity).to(self.rows.device)] = rows.to(self.rows.device)
 
     def sound(self) -> bool:
-        """Whether every number that it holds is finite."""
+        """Whether every stored number is finite."""
         return bool(self.rows[: self.size, self.row.numbers].isfinite().all())
 
     def interleave(self) -> None:
-        """Take rows that came environment by environment, as many of each, for steps of all."""
+        """Reorder rows that came environment by environment, equally many of each, by step."""
         rows = self.rows[: self.added]
         each = rows.unflatten(0, (self.width, -1))
         rows.copy_(each.transpose(0, 1).flatten(0, 1))
 
     def between(self, start: int, stop: int) -> Tensor:
-        """Rows number `start` to `stop`, which it must still hold."""
+        """Rows with numbers `start` to `stop` - 1, which must still be stored."""
         head, tail = start % self.capacity, start % self.capacity + stop - start
         rows = self.rows[head:tail]
         return (
@@ -133,8 +133,10 @@ class Replay:
         normalize: Callable[[Tensor], Tensor],
         n_step: int = 1,
     ) -> Batch:
-        """Rows drawn with replacement, their observations normalised; of `n_step` steps each, of
-        fewer where an episode ends or its next step is not stored.
+        """Rows drawn with replacement, with normalised observations.
+
+        Each row spans `n_step` steps, or fewer where its episode ends or the next step is not
+        stored.
         """
         index = torch.randint(self.size, (count,), generator=generator, dtype=torch.int64)
         index = index.to(self.rows.device)
@@ -142,12 +144,12 @@ class Replay:
         return self._batch(rows, normalize)[0]
 
     def _over(self, index: Tensor, n_step: int) -> Tensor:
-        """Rows from there over up to `n_step` steps: their rewards' discounted sum, the product of
-        their discounts, and the end of the last of them.
+        """Rows that begin at `index` and span up to `n_step` steps each: the discounted sum of the
+        rewards, the product of the discounts, and next_obs, terminated and last of the last step.
         """
         W, act, rew = self.row.obs_width, self.row.act_start, self.row.rew_column
         newest = self.added - 1
-        number = newest - (newest - index) % self.capacity  # of the last step so far
+        number = newest - (newest - index) % self.capacity  # row number of the last step so far
         whole = self.rows[index]
         end = whole.clone()
         for _ in range(n_step - 1):
@@ -155,7 +157,8 @@ class Replay:
             there = following <= newest
             following = torch.where(there, following, number)
             step = self.rows[following % self.capacity]
-            # It begins where the last one ended: not so after a resume that reset environments.
+            # A step counts only if it continues the one before: the episode did not end there, and
+            # no resume reset the environment.
             there &= self._same(step[:, :W], end[:, W:act]) & (end[:, rew + 2] == 0.0)
             discount = whole[:, -1]
             whole[:, rew] += torch.where(there, discount * step[:, rew], 0.0)
@@ -179,10 +182,10 @@ class Replay:
         generator: torch.Generator,
         normalize: Callable[[Tensor], Tensor],
     ) -> Contexts:
-        """From steps drawn with replacement, the `length` steps that follow, up to their episode's
-        end; where they are fewer, padding comes before.
+        """Contexts of `length` steps from starts drawn with replacement, cut at the episode's end
+        and then padded in front.
 
-        Of rows whose `rew` is a return to go, and whose `discount` is a time.
+        In these rows the reward column holds the return to go and the discount column the time.
         """
         W, act, rew = self.row.obs_width, self.row.act_start, self.row.rew_column
         device = self.rows.device
@@ -191,7 +194,7 @@ class Replay:
         first = first.to(device).unsqueeze(1)
         number = first + self.width * place
         last = self.rows[number.clamp(max=self.added - 1), rew + 2] > 0.0
-        # Of whole numbers: on a GPU a sum of others is not deterministic.
+        # A cumulative sum of integers: on a GPU one of floats is not deterministic.
         ended = (last.cumsum(1) > last) | (number >= self.added)
         missing = ended.sum(1, keepdim=True)
         there = place >= missing
@@ -207,8 +210,8 @@ class Replay:
         )
 
     def newest(self, count: int, normalize: Callable[[Tensor], Tensor]) -> tuple[Batch, Tensor]:
-        """The newest rows as they came, step by step and environment by environment; of each,
-        whether it was its episode's last.
+        """The newest `count` rows in the order of storage (by step, then by environment), and
+        whether each was the last of its episode.
         """
         return self._batch(self.between(self.added - count, self.added), normalize)
 
@@ -223,7 +226,7 @@ class Replay:
 
 
 class Sampler(NamedTuple):
-    """Where the rows of updates come from: drawn with this stream, normalised as they are now."""
+    """Draws rows for updates with its own generator, normalised with the current moments."""
 
     replay: Replay
     generator: torch.Generator

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def returns_to_go(rew_T: np.ndarray) -> np.ndarray:
-    """Of each step of an episode the sum of rewards from there on, undiscounted; float64 (T,)."""
+    """Undiscounted sum of rewards from each step to the end of the episode; float64 (T,)."""
     return np.cumsum(rew_T[::-1].astype(np.float64))[::-1]
 
 
@@ -27,9 +27,9 @@ def gae(
 ) -> Tensor:
     """Generalised advantage estimates (Schulman et al., 2016, arXiv:1506.02438), (T, N).
 
-    delta_t = rew + gamma next_value - value, the next value being that of the true successor,
-    and 0 where the episode terminated; A_t = delta_t + gamma lambda A_{t+1}, without the second
-    term where an episode ended, by termination or truncation (`last`), or the rows do.
+    delta_t = rew + gamma next_value - value, where the next value is that of the true successor,
+    and 0 if the episode terminated. A_t = delta_t + gamma lambda A_{t+1}; the second term is
+    dropped where an episode ended by termination or truncation (`last`) and at the last row.
     """
     delta_TN = rew_TN + torch.where(terminated_TN, 0.0, gamma * next_value_TN) - value_TN
     advantage_TN = torch.empty_like(delta_TN)

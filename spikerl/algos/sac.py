@@ -24,11 +24,11 @@ from spikerl.types import Batch
 
 @dataclass(kw_only=True)
 class SACConfig(OffPolicyConfig, DelayConfig):
-    temperature: float  # alpha, what a unit of entropy is worth; where it is learned, the first
+    temperature: float  # alpha, the weight of the entropy; if it is learned, its initial value
     learn_temperature: bool
-    target_entropy: float | None  # of a learned temperature; null: minus the action's entries
+    target_entropy: float | None  # for a learned temperature; null: minus the number of entries
     temperature_lr: float
-    log_std: str  # separate: a dense network of its own; shared: more outputs of the actor
+    log_std: str  # separate: a dense network of its own; shared: further outputs of the actor
     log_std_hidden_sizes: list[int]  # of the separate network
     log_std_lr: float
     log_std_range: list[float]  # log deviations are clipped to it
@@ -66,8 +66,8 @@ class LogTemperature(nn.Module):
 
 
 class SAC(OffPolicy):
-    """A squashed Gaussian whose mean is the actor's; its log deviation is a dense network's, or
-    comes from more outputs of the actor.
+    """The policy is a squashed Gaussian: the actor gives its mean, a dense network or further
+    outputs of the actor give its log deviation.
     """
 
     config: SACConfig
@@ -100,10 +100,10 @@ class SAC(OffPolicy):
         return self.optimizers["temperature"].flat.exp().squeeze(0)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        """Updates with these numbers, each on its share of the rows.
+        """Make the updates with these numbers, each on an equal share of the rows.
 
-        Policy, temperature and target networks change with the last of them at the earliest, so the
-        target values of all are computed first, in one pass.
+        Only the last of them may change policy, temperature and target networks, so the target
+        values of all are computed first, in one pass.
         """
         alpha = self.temperature
         low, high = self.config.log_std_range
@@ -136,8 +136,8 @@ class SAC(OffPolicy):
         low, high = c.log_std_range
 
         # Actor: minimise mean (alpha log pi(a | s) - min_i Q_i(s, a)), a ~ pi(s). The critics give
-        # the gradient by a, alpha that by log pi; by the chain rule both are taken back to mean
-        # and log std, whose networks take them to their weights.
+        # the gradient with respect to a, alpha is that with respect to log pi; the chain rule takes
+        # both back to mean and log std, and from there to the weights.
         output, mean_backward = self.actor.vjp(obs, self.generator, squash=False)
         if self.log_std:
             mean = output
@@ -173,7 +173,7 @@ class SAC(OffPolicy):
     def gaussian(
         self, actor: Actor, log_std: MLPActor | None, obs: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Mean before tanh, and log deviation before it is clipped."""
+        """Mean before tanh, and log deviation before clipping."""
         output = actor(obs, generator, squash=False)
         mean, raw = (output, log_std(obs, squash=False)) if log_std else output.chunk(2, -1)
         return mean, raw

@@ -48,10 +48,10 @@ class TD3(OffPolicy):
         self.actor_target = self.add_target("actor", actor)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        """Updates with these numbers, each on its share of the rows.
+        """Make the updates with these numbers, each on an equal share of the rows.
 
-        The target networks change with the last of them at the earliest (`run_updates` sees to it),
-        so the target values of all are computed first, in one pass.
+        Only the last of them may change the target networks (`run_updates` ensures that), so the
+        target values of all are computed first, in one pass.
         """
         c, actor_opt = self.config, self.actor_optimizer
 
@@ -71,8 +71,8 @@ class TD3(OffPolicy):
             metric = self.critic_step(obs, act, y)
 
             # Delayed policy update: minimise -mean Q_1(s, pi(s)). The kernels differentiate, not
-            # autograd: the critic gives the gradient by the actions, the actor takes it back to its
-            # weights. Then targets <- (1 - tau) targets + tau online.
+            # autograd: the critic gives the gradient with respect to the actions, the actor takes
+            # it back to its weights. Then targets <- (1 - tau) targets + tau online.
             if self.is_policy_update(number):
                 act, backward = self.actor.vjp(obs, self.generator)
                 grad = self.critic.actor_loss_grad(obs, act, actor_opt.gradient)

@@ -1,5 +1,5 @@
-"""TD3+BC: TD3 on a dataset, whose actor also imitates the actions there (Fujimoto and Gu, 2021,
-arXiv:2106.06860).
+"""TD3+BC: TD3 on a dataset, with an actor that also imitates the dataset's actions (Fujimoto and
+Gu, 2021, arXiv:2106.06860).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from spikerl.types import Batch
 
 @dataclass(kw_only=True)
 class TD3BCConfig(OfflineConfig, TargetConfig, DelayConfig, SmoothingConfig):
-    alpha: float  # what a critic's value weighs against imitation; 0: imitation alone
+    alpha: float  # weight of the critic's value against imitation; 0: imitation alone
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,10 +42,10 @@ class TD3BC(OffPolicy):
         self.actor_target = self.add_target("actor", actor)
 
     def update(self, rows: Batch, numbers: range) -> list[Metrics]:
-        """Updates with these numbers, each on its share of the rows.
+        """Make the updates with these numbers, each on an equal share of the rows.
 
-        The target networks change with the last of them at the earliest, so the target values of
-        all are computed first, in one pass.
+        Only the last of them may change the target networks, so the target values of all are
+        computed first, in one pass.
         """
         c, actor_opt = self.config, self.actor_optimizer
 
