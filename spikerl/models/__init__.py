@@ -1,1 +1,1 @@
-"""Actors, critics, the observation normaliser, and a policy as one artefact."""
+"""Actors, critics, the observation normaliser, and policies, which combine and save them."""

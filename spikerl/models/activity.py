@@ -1,4 +1,4 @@
-"""How a spiking actor fires.
+"""Firing statistics of a spiking actor.
 
 Shape legend   N neurons.
 """
@@ -13,13 +13,13 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Activity:
-    """Counts of each neuron, over observations and spike steps."""
+    """Counts for each neuron, summed over observations and spike steps."""
 
-    spikes: list[Tensor]  # of the encoder, of each hidden layer, of the output: (N,)
-    inside: list[Tensor]  # voltages inside the surrogate window, the same but for the encoder
+    spikes: list[Tensor]  # spikes, (N,) each: encoder, hidden layers, output population
+    inside: list[Tensor]  # voltages inside the surrogate window, likewise without the encoder
     samples: int  # spike steps of all observations
     observations: int
-    encoder_spikes: bool = True  # else it gives currents, whose sums have no meaning here
+    encoder_spikes: bool = True  # False: spikes[0] sums currents and is not a count
 
     def __add__(self, other: Activity) -> Activity:
         spikes = [a + b for a, b in zip(self.spikes, other.spikes, strict=True)]
@@ -30,7 +30,7 @@ class Activity:
 
     @property
     def spike_steps(self) -> float:
-        """Of a decision, mean over observations."""
+        """Spike steps per decision, mean over observations."""
         return self.samples / self.observations
 
     @property
@@ -40,7 +40,7 @@ class Activity:
 
     @property
     def window_fraction(self) -> float:
-        """Of their voltages, those that a gradient passes."""
+        """Share of the hidden and output neurons' voltages that lie in the surrogate window."""
         return float(torch.cat(self.inside).mean()) / self.samples
 
     @property
@@ -51,15 +51,15 @@ class Activity:
 
     @property
     def layer_windows(self) -> list[float]:
-        """Window fractions, without the encoder's."""
+        """Window fraction of each layer, without the encoder."""
         return [float(counts.mean()) / self.samples for counts in self.inside]
 
     @property
     def silent(self) -> list[float]:
-        """Shares of neurons that never fired, without the encoder's."""
+        """Share of neurons that never fired in each layer, without the encoder."""
         return [float((counts == 0).double().mean()) for counts in self.spikes[1:]]
 
     @property
     def saturated(self) -> list[float]:
-        """Shares of neurons that always fired, without the encoder's."""
+        """Share of neurons that always fired in each layer, without the encoder."""
         return [float((counts == self.samples).double().mean()) for counts in self.spikes[1:]]

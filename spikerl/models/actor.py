@@ -42,8 +42,8 @@ class SpikingActor(nn.Module):
         super().__init__()
         self.obs_dim, self.act_dim = obs_dim, act_dim
         self.spike_steps, self.kernel = actor.spike_steps, kernel
-        self.early_exit: EarlyExit | None = None  # of a policy that acts; training has none
-        # Of the layers' products; voltages and thresholds keep the weights' type.
+        self.early_exit: EarlyExit | None = None  # set in loaded policies, never in training
+        # Operands of the layers' products; voltages and thresholds keep the weights' type.
         self.dtype = dtype
         self.encoder = ENCODERS.part(encoder)(encoder, obs_dim, actor.spike_steps)
         hidden = actor.hidden_sizes
@@ -55,32 +55,32 @@ class SpikingActor(nn.Module):
         normed = sizes[1:] if isinstance(actor, CareBNConfig) else []
         self.norms = ListOf[CaReBN](CaReBN(size, neuron.threshold) for size in normed)
         self.decoder = decodes(decoder, act_dim, hidden[-1], actor.spike_steps)
-        self.spike_costs = actor.spike_costs(len(self.layers))  # in the end; empty: nothing
+        self.spike_costs = actor.spike_costs(len(self.layers))  # after warmup; empty: no cost
         self.spike_cost_start = actor.spike_cost_start
         self.spike_cost_warmup = actor.spike_cost_warmup
-        self.spike_cost_L: Tensor | None = None  # now
+        self.spike_cost_L: Tensor | None = None  # current costs, set by `schedule`
 
     def forward(
         self, obs_BO: Tensor, generator: torch.Generator | None = None, squash: bool = True
     ) -> Tensor:
-        """Actions, or what they are the tanh of; `generator` is drawn from only where the encoder
-        is random.
+        """Actions; without `squash`, their values before tanh. Only a random encoder draws from
+        `generator`.
         """
         return kernels.named(self.kernel).actions(self, obs_BO, generator, squash)
 
     def vjp(
         self, obs_BO: Tensor, generator: torch.Generator | None, squash: bool = True
     ) -> tuple[Tensor, Pullback]:
-        """Actions, or what they are the tanh of, and the way back to the parameters' gradient."""
+        """As `forward`, with a function that maps the gradient back to the parameters'."""
         return kernels.named(self.kernel).vjp(self, obs_BO, generator, squash)
 
     def schedule(self, step: int, total_steps: int) -> None:
-        """Give the surrogates their slopes, and spikes their costs, after `step` steps of a run."""
+        """Set the surrogates' slopes and the spike costs for the state after `step` steps."""
         for neuron in self.neurons:
             neuron.schedule(min(step / total_steps, 1.0))
         if not self.spike_costs:
             return
-        if self.spike_cost_L is None:  # one place, from which a recorded update reads it
+        if self.spike_cost_L is None:  # allocated once: CUDA graphs read it at a fixed address
             self.spike_cost_L = self.layers[0].weight_IN.new_zeros(len(self.spike_costs))
         behind = step - self.spike_cost_start
         share = min(behind / self.spike_cost_warmup, 1.0) if self.spike_cost_warmup else 1.0
@@ -95,7 +95,7 @@ class SpikingActor(nn.Module):
 
     @torch.no_grad()
     def recalibrate(self, batches: Iterable[Tensor], generator: torch.Generator | None) -> None:
-        """Measure the moments that drives are normalised with anew, on all these observations."""
+        """Measure the moments of the normalised drives anew, on all these observations."""
         for norm in self.norms:
             norm.begin_recalibration()
         for obs_BO in batches:
@@ -104,7 +104,7 @@ class SpikingActor(nn.Module):
             norm.end_recalibration()
 
     def activity(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Activity:
-        """Over any number of observations, in pieces of bounded memory."""
+        """Firing statistics on any number of observations, which are split to bound memory."""
         activity = None
         for piece in obs_BO.split(1024):
             layers, states = reference.record(self, piece, generator)
@@ -165,6 +165,6 @@ def convolutions(actor: PopSANConfig | MLPConfig, inputs: int) -> list[Linear]:
 
 
 def connections(actor: Actor) -> dict[str, nn.Parameter]:
-    """Its weight matrices by name: no biases, no receptive fields, nothing of a neuron."""
+    """An actor's weight matrices by name, without biases, receptive fields or neuron parameters."""
     fields = ("encoder.mean_OP", "encoder.std_OP")
     return {n: p for n, p in actor.named_parameters() if p.dim() > 1 and n not in fields}

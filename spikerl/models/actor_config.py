@@ -1,4 +1,4 @@
-"""What an actor's config says: one class for each kind, and all of its groups together."""
+"""Config classes of actors: one for each kind, and `ActorConfig` for all groups together."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class PopSANConfig:
     hidden_sizes: list[int]
     spike_steps: int  # T, spike steps per decision
     lr: float  # of the actor's Adam
-    # Of the loss: a layer's cost times the mean number of its spikes per neuron and spike step. One
-    # for all layers, or a list of one for each, the output population last.
+    # Added to the loss: a layer's cost times its mean number of spikes per neuron and spike step. A
+    # number for all layers, or a list with one for each layer, the output population last.
     spike_cost: Any = 0.0
     spike_cost_start: int = 0  # steps before which spikes cost nothing
     spike_cost_warmup: int = 0  # steps, from there on, over which the costs rise from 0
-    prune: float | None = None  # share of each matrix of weights that is 0 from the first step on
+    prune: float | None = None  # share of each weight matrix that is 0 throughout training
 
     def __post_init__(self) -> None:
         check_sizes("actor.hidden_sizes", self.hidden_sizes)
@@ -58,7 +58,7 @@ class PopSANConfig:
         return any(self.spike_cost) if isinstance(self.spike_cost, list) else self.spike_cost > 0.0
 
     def spike_costs(self, layers: int) -> list[float]:
-        """Of each layer; empty where spikes cost nothing."""
+        """The cost of each layer's spikes; empty if spikes cost nothing."""
         given = self.spike_cost
         costs = given if isinstance(given, list) else [given] * layers
         if len(costs) != layers:
@@ -69,10 +69,10 @@ class PopSANConfig:
 
 @dataclass(kw_only=True)
 class CareBNConfig(PopSANConfig):
-    """The same with CaRe-BN between a layer's weights and its neurons (arXiv:2509.23791)."""
+    """PopSAN with CaRe-BN between a layer's weights and its neurons (arXiv:2509.23791)."""
 
-    recalibration_interval: int | None  # steps; null: running moments are only followed
-    recalibration_batches: int  # of algo.batch_size observations
+    recalibration_interval: int | None  # steps between recalibrations; null: none
+    recalibration_batches: int  # batches per recalibration, of algo.batch_size observations each
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +91,7 @@ class MLPConfig:
     name: str
     hidden_sizes: list[int]
     lr: float
-    prune: float | None = None  # as of PopSANConfig
+    prune: float | None = None  # as in PopSANConfig
 
     def __post_init__(self) -> None:
         check_sizes("actor.hidden_sizes", self.hidden_sizes)
@@ -111,7 +111,7 @@ class ConvSANConfig(ConvConfig, PopSANConfig):
 
 @dataclass(kw_only=True)
 class CNNConfig(ConvConfig, MLPConfig):
-    """Their dense twin: ReLU convolutions before the ReLU layers."""
+    """Dense counterpart of `ConvSANConfig`: ReLU convolutions before the ReLU layers."""
 
     def __post_init__(self) -> None:
         MLPConfig.__post_init__(self)
@@ -120,12 +120,12 @@ class CNNConfig(ConvConfig, MLPConfig):
 
 @dataclass(kw_only=True)
 class ProposalConfig:
-    """Of a policy that chooses among proposed actions (`models/proposals.py`)."""
+    """Keys of a policy that chooses among proposed actions (`models/proposals.py`)."""
 
-    samples: int  # n, from which it chooses
-    phi: float  # most that the actor changes one
-    hidden_sizes: list[int]  # of what proposes
-    critic_hidden_sizes: list[int]  # of what chooses
+    samples: int  # n, proposals for each observation
+    phi: float  # largest change of a proposal by the actor, in units of half the action range
+    hidden_sizes: list[int]  # of the decoder that proposes
+    critic_hidden_sizes: list[int]  # of the critic that chooses
 
     def __post_init__(self) -> None:
         check_sizes("proposals.hidden_sizes", self.hidden_sizes)
@@ -136,19 +136,19 @@ class ProposalConfig:
 
 @dataclass(kw_only=True)
 class ActorConfig:
-    """What an actor's shape and arithmetic depend on; a dense actor has no spiking parts, and one
-    over sequences neurons alone.
+    """All settings that an actor's shape and arithmetic depend on. A dense actor has none of the
+    spiking groups; an actor over sequences has at most a neuron.
     """
 
     actor: PopSANConfig | MLPConfig | SequenceConfig
     encoder: EncoderConfig | None
     neuron: NeuronConfig | None
     decoder: DecoderConfig | None
-    proposals: ProposalConfig | None = None  # else the actor's outputs are the actions
-    conditioning: ConditionConfig | None = None  # of a saved policy over sequences
+    proposals: ProposalConfig | None = None  # None: the actor's outputs are the actions
+    conditioning: ConditionConfig | None = None  # only in a saved policy over sequences
 
     def unread(self) -> dict[str, str]:
-        """Keys that change nothing, and what to do instead of giving them."""
+        """Keys that have no effect with these settings, each with a remedy for the user."""
         actor, encoder, neuron, keys = self.actor, self.encoder, self.neuron, dict[str, str]()
         if neuron:
             key = "surrogate_slope" if neuron.surrogate == "rect" else "surrogate_window"
@@ -166,19 +166,20 @@ class ActorConfig:
         return keys
 
     def constants(self) -> dict[str, Any]:
-        """What decides, beside weights, how it acts, by key."""
+        """By key, the constants that together with the weights determine the actions."""
         groups = {"encoder": self.encoder, "neuron": self.neuron, "decoder": self.decoder}
         keys = {f"{g}.{k}": v for g, part in groups.items() if part for k, v in vars(part).items()}
         if isinstance(self.actor, PopSANConfig):
             keys["actor.spike_steps"] = self.actor.spike_steps
-        unused = {"encoder.mean_range", "encoder.var", *self.unread()}  # where weights begin
+        # mean_range and var only set initial weights.
+        unused = {"encoder.mean_range", "encoder.var", *self.unread()}
         if self.neuron and self.neuron.name == "plif":
             unused.add("neuron.voltage_decay")
         unused |= {key for key in keys if key.startswith("neuron.surrogate")}
         return {key: value for key, value in keys.items() if key not in unused}
 
     def shape(self) -> str:
-        """Whatever two actors must share for one to take the other's weights."""
+        """Description of everything that two actors must share to exchange weights."""
         if isinstance(self.actor, SequenceConfig):
             return self.actor.shape()
         text = f"{self.actor.name} {self.actor.hidden_sizes}"
@@ -189,7 +190,7 @@ class ActorConfig:
             text += f" with {self.encoder.name}, {self.neuron.name}, {self.decoder.name}"
             sizes = [getattr(part, "pop_size", None) for part in (self.encoder, self.decoder)]
             text += f", populations {sizes[0]}, {sizes[1]}"
-            if "learned" in (self.encoder.name, self.decoder.name):  # they have weights for each
+            if "learned" in (self.encoder.name, self.decoder.name):  # weights for each spike step
                 assert isinstance(self.actor, PopSANConfig)
                 text += f", {self.actor.spike_steps} spike steps"
         if self.proposals:

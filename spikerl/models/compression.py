@@ -1,14 +1,14 @@
-"""Smaller policies: pruned by magnitude, then quantised, matrix by matrix; decided early.
+"""Smaller policies: pruned by magnitude, then quantised, matrix by matrix; early exit.
 
-prune      of a matrix's n weights, the round(share n) nearest to 0 become 0, of equal ones the
-           first; not where each neuron has a single weight (the populations that `rate`, `membrane`
-           and `ilc` read), which would remove neurons
+prune      the round(share n) of a matrix's n weights nearest to 0 become 0, the first ones if some
+           are equal; not the weights of the output populations of `rate`, `membrane` and `ilc`: a
+           neuron has only one there, and pruning it would remove the neuron
 quantise   w = s q,  q = clip(round(w / s), -Q, Q),  Q = 2^(bits - 1) - 1;  of the scales
            s = j max|w| / (100 Q), j = 1 to 100, the one of the least squared error, the largest if
            there are several; a matrix of zeros has s = 1
 
-Biases, receptive fields and whatever neurons learn stay float32. Products with w = s q are those
-with the integers q, up to rounding.
+Biases, receptive fields and learned neuron parameters stay float32. A product with w = s q equals s
+times the product with the integers q, up to rounding.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from spikerl.snn.early_exit import EarlyExit
 from spikerl.types import Task
 
 BITS = range(2, 17)
-CANDIDATES = 100  # scales
-SCALE_BYTES = 4  # of a quantised matrix, in float32
+CANDIDATES = 100  # scales tried for each matrix
+SCALE_BYTES = 4  # size of a quantised matrix's scale, a float32
 
 
 @dataclass(kw_only=True)
 class Compression:
-    """What was done to a policy, as its policy.json says it."""
+    """How a policy was compressed, as recorded in its policy.json."""
 
-    prune: float | None  # share of each matrix
-    bits: dict[str, int]  # by the names of matrices; empty: none is quantised
-    scales: dict[str, float]  # of the same
+    prune: float | None  # pruned share of each matrix
+    bits: dict[str, int]  # of each quantised matrix, by name; empty: none is quantised
+    scales: dict[str, float]  # s of each quantised matrix, by name
     early_exit: EarlyExit | None
-    finetune: int | None = None  # steps
+    finetune: int | None = None  # steps of fine-tuning
 
     def check(self, actor: Actor, weights: dict[str, Tensor], task: Task) -> None:
-        """ValueError where it does not describe these weights of this actor."""
+        """Raise ValueError unless this describes these weights of this actor."""
         if self.prune is not None and not 0.0 < self.prune < 1.0:
             raise ValueError("compression.prune")
         if self.finetune is not None and self.finetune < 1:
@@ -72,7 +72,10 @@ def prunable(actor: Actor) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def prune(actor: Actor, share: float, key: str = "prune") -> None:
-    """Raises BadRequest, in the name of `key`, where that is none, or all, of a matrix."""
+    """Set that share of each prunable matrix to 0, in place.
+
+    Raises BadRequest for `key` if the share rounds to none or all of a matrix's weights.
+    """
     if not 0.0 < share < 1.0:
         raise BadRequest(key, share, "give a share above 0 and below 1")
     for name, weight in prunable(actor).items():
@@ -85,7 +88,7 @@ def prune(actor: Actor, share: float, key: str = "prune") -> None:
 
 
 def nonzero(actor: Actor) -> Tensor:
-    """Of all parameters in their order, 0 for each weight of 0, which was pruned, else 1."""
+    """Flat mask over all parameters: 0 for each prunable weight that is 0, else 1."""
     weights = prunable(actor)
     each = [p != 0 if n in weights else torch.ones_like(p) for n, p in actor.named_parameters()]
     return torch.cat([own.flatten().float() for own in each])
@@ -95,7 +98,7 @@ def nonzero(actor: Actor) -> Tensor:
 def quantise(
     actor: Actor, bits: Mapping[str, int], scales: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Put each matrix on its grid, of the best scale or of one that is given; the scales."""
+    """Round each matrix to its grid, in place; returns the scales, the best ones if none given."""
     used = {}
     for name, weight in connections(actor).items():
         w = weight.numpy()
@@ -110,22 +113,22 @@ def best_scale(w: np.ndarray, bits: int) -> float:
         return 1.0
     unit = most / (CANDIDATES * (2 ** (bits - 1) - 1))
     candidates = [float(np.float32(j * unit)) for j in range(CANDIDATES, 0, -1)]
-    # A weight so small that its scale is not a float32 has no grid.
+    # Scales below float32's normal range are not used; if all are, s = 1 rounds w to 0.
     usable = [s for s in candidates if s >= float(np.finfo(np.float32).tiny)] or [1.0]
     return min(usable, key=lambda s: float(np.square(np.float64(w) - on_grid(w, s, bits)).sum()))
 
 
 def on_grid(w: np.ndarray, scale: float, bits: int) -> np.ndarray:
-    """Of each weight the nearest that the grid has, float32."""
+    """Each weight rounded to the nearest point of the grid, float32."""
     most = 2 ** (bits - 1) - 1
     integers = np.clip(np.round(np.float64(w) / scale), -most, most)
     return np.asarray(integers.astype(np.float32) * np.float32(scale))
 
 
 def footprints(actor: Actor, bits: Mapping[str, int]) -> tuple[int, int]:
-    """Bytes of all parameters and buffers; the same without weights of 0.
+    """Bytes of all parameters and buffers, stored in full and without the weights of 0.
 
-    Without: each matrix has a bit for each weight that says whether it is there.
+    The second includes, for each matrix, a bit map of the weights that are stored.
     """
     weights = connections(actor)
     stored = sum(p.numel() * p.element_size() for p in [*actor.parameters(), *actor.buffers()])
@@ -138,7 +141,7 @@ def footprints(actor: Actor, bits: Mapping[str, int]) -> tuple[int, int]:
 
 
 def bits_of(actor: Actor, given: object) -> dict[str, int]:
-    """By matrix: one number for all, or a list with one for each."""
+    """Bits by matrix name; `given` is one number for all matrices or a list with one for each."""
     names = list(connections(actor))
     each = given if isinstance(given, list) else [given] * len(names)
     if len(each) != len(names):

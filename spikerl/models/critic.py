@@ -35,7 +35,7 @@ class Critics(nn.Module):
         sizes = [obs_dim + act_dim, *hidden_sizes, 1]
         self.weights_CIN, self.biases_C1N = nn.ParameterList(), nn.ParameterList()
         for i, n in pairwise(sizes):
-            bound = 1.0 / math.sqrt(i)  # what torch gives a linear layer
+            bound = 1.0 / math.sqrt(i)  # as torch initialises a linear layer
             self.weights_CIN.append(uniform(bound, networks, i, n))
             self.biases_C1N.append(uniform(bound, networks, 1, n))
 
@@ -50,13 +50,13 @@ class Critics(nn.Module):
     def critic_backward(
         self, obs_BO: Tensor, act_BA: Tensor, target_B: Tensor, into: Gradient
     ) -> Tensor:
-        """Gradient of the sum of the networks' mean squared errors; the mean value."""
+        """Write the loss sum_c mean_b (Q_c - target)^2 and its gradient; the mean of all values."""
         return kernels.named(self.kernel).critic_backward(self, obs_BO, act_BA, target_B, into)
 
     def actor_loss_grad(
         self, obs_BO: Tensor, act_BA: Tensor, into: Gradient, lowest: bool = False
     ) -> Tensor:
-        """The loss -mean Q_1, or that of the lowest value, the weights held fixed: its gradient by
-        the actions, (B, A).
+        """Write the loss -mean Q_1 (`lowest`: -mean min_c Q_c); returns its gradient with respect
+        to the actions, (B, A). The critics' weights get no gradient.
         """
         return kernels.named(self.kernel).actor_loss_grad(self, obs_BO, act_BA, into, lowest)

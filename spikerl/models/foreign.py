@@ -1,9 +1,9 @@
-"""Policies of other programs, read without running code of theirs.
+"""Reads policies that other programs trained, without running code from their files.
 
 `popsan`      the actors of combra-lab/pop-spiking-deep-rl (Tang et al., arXiv:2010.09635): of TD3
-              and DDPG; of SAC, whose dense network of deviations is left out; of PPO, whose mean
-              gets no action bound
-`ilc_san`     those of lucifer2859/ILC-SAN (Chen et al., arXiv:2401.05444), all connections
+              and DDPG; of SAC, without the dense network of its deviations; of PPO, whose mean is
+              not scaled to the action bounds
+`ilc_san`     the actors of lucifer2859/ILC-SAN (Chen et al., arXiv:2401.05444), all connections
 `dense`       ReLU layers and tanh: l1 l2 l3, fc1 fc2 fc_mu (xuzijie32/ANN2SNN-CRPI,
               arXiv:2601.21778), pi.0 pi.2 pi.4 (ILC-SAN's baseline)
 
@@ -33,18 +33,18 @@ from spikerl.models.pickles import check_torch_file, read_arrays
 from spikerl.models.policy import Policy
 from spikerl.types import Task
 
-# No such code saves how many observations its statistics hold. PopSAN's published policies were
-# trained for this many steps; the number matters only when init_from goes on collecting.
+# These programs do not save how many observations their statistics cover. PopSAN's published
+# policies were trained for this many steps; it matters only when init_from collects further ones.
 POPSAN_OBSERVATIONS = 1_000_000
 MAX_BYTES = 1 << 30
 
-# Names of the layers of a dense actor, in order; of the last one another name may end them.
+# Names of a dense actor's layers, ordered by number, and the name of a last layer without number.
 DENSE = (
     (r"l(\d+)", None),
     (r"fc(\d+)", "fc_mu"),
     (r"pi\.(\d+)", None),
 )
-# What a file holds beside the way from observation to mean action.
+# Tensors in a file that do not take part in mapping an observation to the mean action.
 BESIDE = re.compile(
     r"log_std|log_std_network\.\d+\.(weight|bias)|fc_std\.(weight|bias)"
     r"|neuron\d+\.(thre|act_buffer)"
@@ -53,7 +53,7 @@ BESIDE = re.compile(
 
 @dataclass
 class Foreign:
-    """A policy's parameters by this program's names, and what its file says of it."""
+    """A policy's parameters under this program's names, and what its file implies about it."""
 
     kind: str  # popsan, ilc_san or dense
     weights: dict[str, Tensor]
@@ -62,8 +62,8 @@ class Foreign:
     hidden: list[int]
     encoder: int | None = None  # neurons of one population; None: there are no receptive fields
     decoder: int | None = None
-    normalises: bool = True  # the code that trained it
-    scales: bool = True  # its actions, by the bound of the task
+    normalises: bool = True  # whether the training code normalises observations
+    scales: bool = True  # whether it scales actions by the task's bound
 
     @property
     def described(self) -> str:
@@ -76,7 +76,7 @@ class Foreign:
 
 
 def recognise(weights: Mapping[str, Tensor], path: Path, key: str = "popsan") -> Foreign:
-    """What `weights` are, by their names and shapes; anything inconsistent is refused."""
+    """Identify the actor by its weights' names and shapes; BadRequest if they are inconsistent."""
     foreign = BadRequest(key, path, "is not an actor of a form that is known (see docs/import.md)")
     own = {name: t for name, t in weights.items() if not BESIDE.fullmatch(name)}
     try:
@@ -94,7 +94,7 @@ def recognise(weights: Mapping[str, Tensor], path: Path, key: str = "popsan") ->
 
 
 def _spiking(weights: dict[str, Tensor]) -> Foreign:
-    """A ValueError, KeyError or IndexError unless shapes follow from one another."""
+    """Read a spiking actor; ValueError, KeyError or IndexError unless names and shapes agree."""
     act, one, decoder = weights["decoder.decoder.weight"].shape
     names = layer_names(weights)
     widths = [len(weights[f"{name}.bias"]) for name in names]
@@ -129,7 +129,7 @@ def _spiking(weights: dict[str, Tensor]) -> Foreign:
 
 
 def _dense(weights: dict[str, Tensor]) -> Foreign:
-    """As `_spiking`."""
+    """Read a dense actor; errors as in `_spiking`."""
     for pattern, end in DENSE:
         numbers = sorted({int(m[1]) for n in weights if (m := re.match(pattern + r"\.weight", n))})
         if not numbers:
@@ -150,7 +150,7 @@ def _dense(weights: dict[str, Tensor]) -> Foreign:
 
 
 def translate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """PopSAN's parameter names and shapes to this program's."""
+    """Convert PopSAN's parameter names and shapes to this program's."""
     ours = {
         "decoder.weight_AP": weights["decoder.decoder.weight"][:, 0],
         "decoder.bias_A": weights["decoder.decoder.bias"],
@@ -161,7 +161,7 @@ def translate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def lateral(weights: Mapping[str, Tensor], act: int, size: int) -> dict[str, Tensor]:
-    """ILC-SAN's connections within output populations, each a case of the full matrix and bias.
+    """ILC-SAN's connections within output populations, all kinds as a full matrix and a bias.
 
     That code's `conn` is a convolution with a group for each action entry: its output channel
     a P + q has the weights to neuron q from all P neurons of population a.
@@ -169,7 +169,7 @@ def lateral(weights: Mapping[str, Tensor], act: int, size: int) -> dict[str, Ten
     lateral_APP = torch.zeros(act, size, size, dtype=torch.float32)
     if "snn.conn.weight" in weights:
         lateral_APP = weights["snn.conn.weight"].view(act, size, size).transpose(1, 2).contiguous()
-    elif "snn.weight" in weights:  # from each neuron to itself alone
+    elif "snn.weight" in weights:  # each neuron is connected to itself only
         lateral_APP = torch.diag_embed(weights["snn.weight"].view(act, size))
     nothing = torch.zeros(act * size, dtype=torch.float32)
     bias = weights.get("snn.conn.bias", weights.get("snn.bias", nothing))
@@ -197,7 +197,7 @@ def policy_of(
     stats: tuple[np.ndarray, np.ndarray] | None,
     clip: float | None,
 ) -> Policy:
-    """`stats`: mean and variance of the observations; without, they are seen as they are."""
+    """Build the policy. `stats`: the observations' mean and variance; None: no normalisation."""
     actor = build_actor(config, task.obs_dim, task.act_dim)
     for name, tensor in actor.state_dict().items():
         if name not in foreign.weights or foreign.weights[name].shape != tensor.shape:
@@ -218,9 +218,9 @@ def read_weights(path: Path, key: str = "popsan") -> dict[str, Tensor]:
     _check_file(key, path)
     try:
         check_torch_file(path)
-        with warnings.catch_warnings(action="ignore"):  # of foreign files, which are refused below
+        with warnings.catch_warnings(action="ignore"):  # torch warns of files that fail below
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose text advises to run what the file holds
+    except pickle.UnpicklingError:  # torch's message advises loading that runs the file's code
         raise BadRequest(key, path, "cannot be read as tensors: it holds more") from None
     except Exception as error:  # torch raises many types on a damaged or hostile file
         reason = first_line(error)

@@ -1,4 +1,4 @@
-"""Which network a config means: read from plain data, built, and made ready to act."""
+"""Reads an actor's config from plain data, builds its network, and prepares that for acting."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ACTORS: Registry[Any, Actor | SequenceActor] = Registry(
 
 
 def parse_actor(data: dict[str, Any]) -> ActorConfig:
-    """The actor's part of a config; a dense one has no spiking parts."""
+    """Parse the actor's groups of a config; a dense actor has no spiking groups."""
     actor = ACTORS.parse(data.get("actor"))
     proposals = None
     if (given := data.get("proposals")) is not None:
@@ -70,7 +70,7 @@ def parse_actor(data: dict[str, Any]) -> ActorConfig:
 
 
 def modules_of(config: ActorConfig) -> set[str]:
-    """Those that the options of its groups come from."""
+    """Names of the modules that define or register the options chosen in the actor's groups."""
     registries: list[tuple[Registry[Any, Any], Any]] = [
         (ACTORS, config.actor),
         (ENCODERS, config.encoder),
@@ -81,7 +81,7 @@ def modules_of(config: ActorConfig) -> set[str]:
 
 
 def least_obs(config: ActorConfig) -> int:
-    """Entries of the smallest observation that such an actor takes."""
+    """Entries of the smallest observation that this actor accepts."""
     return config.actor.pixels if isinstance(config.actor, ConvConfig) else 1
 
 
@@ -114,7 +114,7 @@ def build_sequence(
     kernel: str = "reference",
     folded: bool = False,
 ) -> SequenceActor:
-    """`folded`: what acts, its normalisation in its weights."""
+    """`folded`: build the network that acts, with normalisation folded into its weights."""
     kind: Any = ACTORS.part(config.actor)
     if isinstance(config.actor, TransformerConfig):
         actor: SequenceActor = kind(obs_dim, act_dim, config.actor, kernel=kernel)
@@ -133,7 +133,7 @@ def build_network(
     dtype: torch.dtype = torch.float32,
     kernel: str = "reference",
 ) -> Actor | SequenceActor:
-    """What is trained."""
+    """The network as it is trained."""
     if isinstance(config.actor, SequenceConfig):
         return build_sequence(config, obs_dim, act_dim, kernel=kernel)
     return build_actor(config, obs_dim, act_dim, dtype=dtype, kernel=kernel)
@@ -142,9 +142,8 @@ def build_network(
 def inference_actor(
     config: ActorConfig, actor: Actor | SequenceActor, act_dim: int
 ) -> tuple[ActorConfig, Actor | SequenceActor]:
-    """What acts once it is trained: the first `act_dim` outputs, normalisation in the weights.
-
-    The same two where that is what they are.
+    """A trained network as it acts: only its first `act_dim` outputs, normalisation folded into the
+    weights. Returns it with its config; both are unchanged if that is already their form.
     """
     if isinstance(actor, SequenceActor):
         return config, actor.inference()
@@ -178,7 +177,7 @@ def inference_actor(
 
 @torch.no_grad()
 def copy_weights(actor: nn.Module, source: nn.Module) -> None:
-    """Give `actor` the weights of `source`, which may have only its first outputs."""
+    """Copy the weights of `source`, which may have only the first of the actor's outputs."""
     own = actor.state_dict()
     for name, p in source.state_dict().items():
         own[name][tuple(slice(n) for n in p.shape)] = p

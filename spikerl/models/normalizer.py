@@ -13,24 +13,24 @@ from torch import Tensor
 
 from spikerl.errors import NonFinite
 
-MOST = 1 << 53  # observations: beyond, a float64 does not count by ones
+MOST = 1 << 53  # observations; a float64 counts exactly up to here
 EPS = float(np.finfo(np.float32).eps)  # added to the variance, as PopSAN's code does
-# Of a mean, in deviations: float32 then has 12 of its 24 bits left for what varies.
+# Bounds of |mean| / std. Beyond the first, float32 has less than 12 of its 24 bits for what varies;
 FAR = float(1 << 12)
-# And 8: replayed observations, which are stored in float32, are coarse.
+# beyond the second less than 8, and observations replayed in float32 are too coarse.
 TOO_FAR = float(1 << 16)
 AT_ONCE = 1 << 20  # numbers whose moments are computed together; bounds the copies in float64
 
 
 def moments_of(rows_MO: np.ndarray) -> np.ndarray:
-    """Count, mean and variance of observations, (1 + 2 O,); of many only some entries at a time."""
+    """Count, mean and variance of M observations, (1 + 2 O,); large M in groups of entries."""
     count, entries = rows_MO.shape
     if not count:
         return np.zeros(1 + 2 * entries)
-    # A single entry would be summed in another order.
+    # At least two entries at a time: numpy sums a single column in another order.
     parts = min(-(-rows_MO.size // AT_ONCE), max(entries // 2, 1))
     blocks = (np.asarray(part, np.float64) for part in np.array_split(rows_MO, parts, axis=1))
-    with np.errstate(over="ignore", invalid="ignore"):  # `merge` looks
+    with np.errstate(over="ignore", invalid="ignore"):  # `merge` checks the moments
         means, variances = zip(*((block.mean(0), block.var(0)) for block in blocks), strict=True)
     return np.concatenate([[count], *means, *variances])
 
@@ -43,7 +43,7 @@ class RunningNorm:
     """
 
     def __init__(self, obs_dim: int, clip: float | None) -> None:
-        # Normalised observations lie in [-clip, clip]; a number, as files hold numbers.
+        # Normalised observations lie in [-clip, clip]; always a number, as policy files need one.
         self.clip = float(np.finfo(np.float32).max) if clip is None else clip
         self.count = 0
         self.mean_O = np.zeros(obs_dim)
@@ -55,21 +55,21 @@ class RunningNorm:
         self.pending.append(np.array(obs_BO, np.float64))  # a copy: environments reuse their arrays
 
     def pending_rows(self) -> np.ndarray:
-        """What waits to be merged, (M, O)."""
+        """Observations that wait to be merged, (M, O)."""
         return np.concatenate(self.pending) if self.pending else np.empty((0, len(self.mean_O)))
 
     def collect(self) -> np.ndarray:
-        """Take what is pending: its count, mean and variance, (1 + 2 O,)."""
+        """Remove the pending observations; returns their count, mean and variance, (1 + 2 O,)."""
         rows, self.pending = self.pending_rows(), []
         return moments_of(rows)
 
     def merge(self, collected: Sequence[np.ndarray]) -> None:
-        """Take the collected moments of every worker, in rank order, into these.
+        """Merge the moments that every worker collected, in rank order.
 
-        NonFinite: they are not moments any more.
+        Raises NonFinite if the result is not finite, or counts `MOST` or more observations.
         """
         O = len(self.mean_O)  # noqa: E741
-        with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+        with np.errstate(over="ignore", invalid="ignore"):  # checked below
             for part in collected:
                 self._merge_one(int(part[0]), part[1 : 1 + O], part[1 + O : 1 + 2 * O])
         sound = np.isfinite(self.mean_O) & np.isfinite(self.var_O) & (self.var_O >= 0.0)
@@ -94,8 +94,8 @@ class RunningNorm:
     def normalize(self, obs_BO: Tensor) -> Tensor:
         """clip((obs - mean) / sqrt(var + eps)) of float32 or float64 (B, O), in float32.
 
-        Float64 is subtracted as such where a mean lies so far out that float32 would lose digits
-        of what varies (`far`), and is rounded before elsewhere, which is faster.
+        Computed in float64 if some mean is so far from 0 that float32 would lose digits of what
+        varies (`far`), otherwise in float32, which is faster.
         """
         moments = (self.exact_mean_std if self.far else self.mean_std).to(obs_BO.device)
         mean, std = moments
@@ -103,12 +103,12 @@ class RunningNorm:
         return near.to(torch.float32)
 
     def observe(self, obs_BO: np.ndarray, device: torch.device) -> Tensor:
-        """What is seen of raw observations, float32 (B, O)."""
+        """Normalised raw observations, float32 (B, O)."""
         obs = torch.from_numpy(obs_BO.astype(np.float64 if self.far else np.float32))
         return self.normalize(obs.to(device))
 
     def coarse(self) -> dict[int, str]:
-        """What to say of each entry whose digits float32, and so the replay, does not keep."""
+        """A warning for each entry whose variation the float32 replay resolves too coarsely."""
         far = np.flatnonzero(self._varies() & (np.abs(self.mean_O) > TOO_FAR * self._std()))
         return {
             int(i): f"warning: observation entry {i} lies around {self.mean_O[i]:.3g} and deviates"
@@ -122,7 +122,7 @@ class RunningNorm:
         return np.asarray(np.sqrt(self.var_O + EPS))
 
     def _varies(self) -> np.ndarray:
-        """By entry, whether more than what is rounded, or next to `EPS` nothing, varies."""
+        """Per entry, whether its deviation is above rounding errors and not negligible to `EPS`."""
         least = np.maximum(1e-2 * np.sqrt(EPS), 1e-12 * np.abs(self.mean_O))
         return np.asarray(np.sqrt(self.var_O) > least)
 

@@ -1,4 +1,4 @@
-"""Untrusted pickles: nothing in them runs, and nothing is allocated that they do not hold."""
+"""Reads untrusted pickles: runs none of their code and allocates no more than the file's size."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-# What torch writes into a file that is not an archive: three numbers of its own, the state dict,
-# the names of its storages.
+# Pickles in a torch file that is not a zip archive: three headers, then the state dict and the
+# names of its storages.
 HEADERS, PICKLES = 3, 2
 
 
 def check_torch_file(path: Path) -> None:
-    """A ValueError unless what torch would allocate for it lies in it.
+    """Raise ValueError if torch could allocate more for this file than it holds.
 
-    It reserves a storage of the size that a pickle claims, and unpacks what is compressed.
+    torch allocates storages of the size that a pickle states, and unpacks compressed members.
     """
     content = path.read_bytes()
-    zipped = content.startswith(b"PK\x03\x04")  # by which torch knows an archive
+    zipped = content.startswith(b"PK\x03\x04")  # torch's test for an archive
     if zipped != zipfile.is_zipfile(path):
         raise ValueError("it is an archive at one end only")
     if not zipped:
@@ -45,17 +45,19 @@ def check_torch_file(path: Path) -> None:
 
 
 def claimed(stream: io.BytesIO) -> int:
-    """The sum of the numbers in the next pickle, with which its sizes are said."""
+    """The sum of the integers in the next pickle, an upper bound of the sizes it states."""
     total = 0
-    for opcode, argument, _ in pickletools.genops(stream):  # a ValueError where it is cut
+    for opcode, argument, _ in pickletools.genops(stream):  # ValueError if it is truncated
         if isinstance(argument, int) and "PUT" not in opcode.name and "GET" not in opcode.name:
             total += max(argument, 0)
     return total
 
 
 def read_arrays(content: bytes) -> list[np.ndarray]:
-    """The arrays of numbers in a pickled list of them; any other raises almost anything."""
-    for opcode, argument, _ in pickletools.genops(content):  # each name follows an operation
+    """The arrays in a pickled list of numeric arrays; other content may raise any exception."""
+    # An unpickler allocates its memo up to the largest index, which no honest pickle makes larger
+    # than its own length.
+    for opcode, argument, _ in pickletools.genops(content):
         if "PUT" in opcode.name and int(argument or 0) > len(content):
             raise pickle.UnpicklingError("it numbers what it does not hold")
     loaded = _ArraysOnly(io.BytesIO(content)).load()
@@ -65,7 +67,7 @@ def read_arrays(content: bytes) -> list[np.ndarray]:
 
 
 class _Type:
-    """Stands for numpy.dtype: of numpy's own a pickle could change the layout behind its name."""
+    """Replaces numpy.dtype, whose layout a pickle could change without changing its name."""
 
     def __init__(self, code: object, *flags: object) -> None:
         if code not in ("f2", "f4", "f8", "i4", "i8"):
@@ -73,7 +75,7 @@ class _Type:
         self.dtype = np.dtype(str(code))
 
     def __setstate__(self, state: object) -> None:
-        """numpy's: a version, the byte order, then what only types of several fields have."""
+        """Takes numpy's tuple: version, byte order, then items that only structured types set."""
         if not isinstance(state, tuple) or len(state) < 5 or state[2:5] != (None, None, None):
             raise pickle.UnpicklingError("holds an array of other than plain numbers")
         if state[1] not in ("<", ">", "="):
@@ -82,7 +84,7 @@ class _Type:
 
 
 class _Array:
-    """Stands for numpy.ndarray: as an argument, and as what is made of its shape and bytes."""
+    """Replaces numpy.ndarray, both as an argument and as the array built from shape and bytes."""
 
     values: np.ndarray
 
@@ -101,7 +103,7 @@ class _Array:
         return made
 
     def __setstate__(self, state: object) -> None:
-        """numpy's: a version, shape and type, whether columns lie together, and the bytes."""
+        """Takes numpy's tuple: version, shape, type, whether in Fortran order, bytes."""
         if not isinstance(state, tuple) or len(state) != 5:
             raise pickle.UnpicklingError("makes an array of no state")
         _, shape, kind, columns, content = state
@@ -109,7 +111,7 @@ class _Array:
 
 
 def _reconstruct(kind: object, shape: object, code: object) -> _Array:
-    """What protocols up to 4 call first; the array's state follows."""
+    """Protocols up to 4 call this first; the array's state follows."""
     return _Array()
 
 
@@ -120,7 +122,7 @@ def _encode(text: object, encoding: object = "latin1") -> bytes:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Admits what numpy arrays are pickled with, and nothing else: each name is ours here."""
+    """Resolves only the names in pickled numpy arrays, each to a replacement in this module."""
 
     ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy", "ndarray"): _Array,

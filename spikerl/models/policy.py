@@ -50,12 +50,12 @@ class Policy:
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.one_action = self._one_action()
         self.pid = _started_in
-        self.trained_with: dict[str, str] = {}  # versions, where it was loaded from a file
+        self.trained_with: dict[str, str] = {}  # package versions, if loaded from a file
         self.compression: Compression | None = None
 
     @property
     def actor(self) -> Actor:
-        """The network that maps an observation to an action; a BadRequest where none does."""
+        """The network that maps an observation to an action; BadRequest if the policy has none."""
         if isinstance(self.network, Proposer):
             remedy = "its policy chooses among proposed actions, which no network does alone"
             raise BadRequest("algo", "bcq", f"{remedy}; eval, collect and load_policy run it")
@@ -66,7 +66,7 @@ class Policy:
         return self.network
 
     def _one_action(self) -> kernels.cpu.OneAction | None:
-        # A plugin's own class may decide otherwise.
+        # Not a subclass: one from a plugin may compute its actions differently.
         if type(self.network) is not SpikingActor or self.task.choices is not None:
             return None
         return kernels.one_action(self.network.kernel, self.network, self.task)
@@ -84,8 +84,8 @@ class Policy:
         self.one_action = self._one_action()
 
     def carried(self) -> Carried | History | None:
-        """For the decisions of an episode, or of several side by side, where one depends on the one
-        before; None where none does.
+        """A new state to pass to the decisions of an episode, or of several side by side, if they
+        depend on earlier ones; else None.
         """
         if isinstance(self.config.actor, SequenceConfig):
             assert self.config.conditioning is not None
@@ -93,7 +93,7 @@ class Policy:
         return Carried() if self.network.carries else None
 
     def aim(self, target_return: float) -> None:
-        """Ask for that return of an episode from now on, in the environment's units."""
+        """Set the return of an episode to aim at from now on, in the environment's units."""
         if (aimed := self.config.conditioning) is None:
             remedy = "its policy does not depend on a return that it aims at; leave it out"
             raise BadRequest("target_return", target_return, remedy)
@@ -106,19 +106,20 @@ class Policy:
         return f"<Policy of {self.task.env_id}: {self.config.shape()}>"
 
     def __call__(self, obs: Any, carried: Carried | History | None = None) -> np.ndarray:
-        """Actions in the environment's units for one raw observation or a batch of them; where the
-        environment's are dictionaries, such a one, or what it is flat.
+        """Actions in the environment's units for one raw observation or a batch of them; dictionary
+        observations may be given as dictionaries or flat.
 
-        `carried`: of this episode's decisions, `policy.carried()` at its first, where that is not
-        None; `carried.reward(rew)` takes what each of them earned, before the next. Discrete
-        actions are numbers of int64, one (a scalar) for each observation.
+        `carried`: if `policy.carried()` is not None, the object that it returned at the start of
+        this episode; pass each action's reward to `carried.reward(rew)` before the next call.
+        Discrete actions are int64, a scalar for each observation.
 
         Raises TypeError for other than real numbers, ValueError for another shape than (*obs_shape)
         or (B, *obs_shape), a value that is not finite, or a missing `carried` or reward.
         """
         if self.pid != os.getpid():
             leave_thread_pool()
-            self.pid, self.one_action = os.getpid(), self._one_action()  # its lock may be held
+            # Built anew, since a thread may have held the lock of the old one at the fork.
+            self.pid, self.one_action = os.getpid(), self._one_action()
         if self.task.layout and not isinstance(obs, np.ndarray):
             obs = flat(self.task.layout, obs)
         obs = np.asarray(obs)
@@ -146,9 +147,9 @@ class Policy:
         episode_start: np.ndarray | None = None,
         deterministic: bool = True,
     ) -> tuple[np.ndarray, Carried | History | None]:
-        """The action, and what it leaves to the next one where that depends on it, else None.
+        """The action, and the state to pass to the next call, None if decisions are independent.
 
-        As Stable-Baselines3 and the tools around it call a policy. ValueError for
+        Has the signature that Stable-Baselines3 and tools for it expect. Raises ValueError for
         `deterministic=False`: exploration belongs to the algorithm, and is not saved.
         """
         if not deterministic:
@@ -165,8 +166,8 @@ class Policy:
         generator: torch.Generator,
         carried: Carried | History | None = None,
     ) -> np.ndarray:
-        """Actions (B, A) in [-1, 1], or a value of each where they are discrete; `carried` as in a
-        call.
+        """Actions (B, A) in [-1, 1]; for discrete actions, the network's output for each of them.
+        `carried` as in `__call__`.
         """
         obs, squash = self.observe(obs_BO), self.task.choices is None
         if isinstance(self.network, SequenceActor):
@@ -185,18 +186,18 @@ class Policy:
         return act.cpu().numpy()
 
     def observe(self, obs_BO: np.ndarray) -> Tensor:
-        """What the actor sees of raw observations, (B, O)."""
+        """Normalised raw observations, as the actor sees them, (B, O)."""
         return self.norm.observe(obs_BO, self.device)
 
     def activity(self, seen_BO: Tensor, generator: torch.Generator) -> Activity | None:
-        """How it fires on what `observe` gave; None where it is dense, or sees more than that."""
+        """Firing statistics on observations from `observe`; None for dense and sequence actors."""
         if isinstance(self.network, MLPActor | SequenceActor):
             return None
         return self.network.activity(seen_BO, generator)
 
     @torch.no_grad()
     def activity_in(self, steps: Contexts) -> Activity | None:
-        """How one over sequences fires on what its decisions saw; None where it is dense."""
+        """Firing statistics of a spiking sequence actor on these contexts; None for others."""
         if not isinstance(self.network, Spikeformer):
             return None
         spikes, inside = self.network.counts(steps)
@@ -209,7 +210,7 @@ class Policy:
             write_atomic(folder / name, content)
 
     def files(self) -> dict[str, bytes]:
-        """What `save` writes, by name."""
+        """The files that `save` writes, by name."""
         made_with = self.trained_with or versions()
         return to_bytes(
             Saved(self.task, self.config, self.network, self.norm, made_with, self.compression)
@@ -226,8 +227,8 @@ def read_policy(
 
 
 def leave_thread_pool() -> None:
-    """Compute in one thread in a process that was forked: it has none of the threads that the pool
-    of the process before consists of, and would wait for them without end.
+    """Compute in one thread in a forked process: torch's thread pool did not survive the fork, and
+    waiting for its threads would never end.
     """
     global _started_in
     if os.getpid() != _started_in:

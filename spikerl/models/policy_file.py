@@ -42,7 +42,7 @@ class Saved(NamedTuple):
     config: ActorConfig
     network: Actor | SequenceActor | Proposer
     norm: RunningNorm
-    trained_with: dict[str, str]  # versions
+    trained_with: dict[str, str]  # package versions
     compression: Compression | None
 
 
@@ -65,12 +65,12 @@ def to_bytes(saved: Saved) -> dict[str, bytes]:
 
 
 def read_files(folder: Path, *, key: str, kernel: str) -> Saved:
-    """What they hold, on the CPU; a BadRequest of `key` unless all of it is sound."""
+    """Read both files, onto the CPU; BadRequest for `key` unless everything in them is valid."""
     try:
         data = read_json(folder / "policy.json", MAX_BYTES)
         if "${" in json.dumps(data):
             raise ValueError("policy.json refers to something outside it")
-        # Of its own: a file that is mapped ends the process if somebody writes over it.
+        # Not memory-mapped: overwriting a mapped file would crash this process.
         tensors = load(read_bytes(folder / "policy.safetensors", MAX_TENSORS))
     except (OSError, ValueError, KeyError, RecursionError, safetensors.SafetensorError) as error:
         raise BadRequest(key, folder, f"its policy cannot be read: {first_line(error)}") from None
@@ -114,7 +114,7 @@ def read_files(folder: Path, *, key: str, kernel: str) -> Saved:
 
 
 def _current(data: Any, folder: Path, key: str) -> dict[str, Any]:
-    """The JSON in this version's schema, if its plugins are there."""
+    """The JSON; BadRequest unless it has this version's schema and its plugins are installed."""
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         schema = data.get("schema") if isinstance(data, dict) else None
         raise BadRequest(
@@ -134,7 +134,7 @@ def _unsound(
     network: nn.Module,
     task: Task,
 ) -> str | None:
-    """Why the tensors, with as many `others`, are not this policy's; None if they are."""
+    """Why the tensors are not those of this policy, else None; `others`: number of unknown ones."""
     expected = {name: (p.shape, p.dtype) for name, p in network.state_dict().items()}
     if {name: (p.shape, p.dtype) for name, p in weights.items()} != expected:
         return "policy.safetensors does not fit the shapes in policy.json"
@@ -159,7 +159,7 @@ def _read_compression(
     weights: dict[str, Tensor],
     task: Task,
 ) -> Compression:
-    """A TypeError or ValueError names the key that is not sound."""
+    """Read and check; raises TypeError or ValueError with the name of the invalid key."""
     if not isinstance(data, dict):
         raise TypeError("compression")
     compression: Compression = parse(Compression, data, key="compression")
@@ -170,7 +170,7 @@ def _read_compression(
 
 
 def task_data(task: Task) -> dict[str, Any]:
-    """What `read_task` reads."""
+    """The task as plain data, which `read_task` reads."""
     return {
         "env_id": task.env_id,
         "obs_shape": list(task.obs_shape),
@@ -183,7 +183,7 @@ def task_data(task: Task) -> dict[str, Any]:
 
 
 def read_task(data: dict[str, Any]) -> Task:
-    """A KeyError, TypeError, ValueError or OverflowError names the key that is not sound."""
+    """Raises KeyError, TypeError, ValueError or OverflowError with the name of the invalid key."""
     task = Task(
         str(data["env_id"]),
         tuple(int(n) for n in data["obs_shape"]),
@@ -210,14 +210,14 @@ def read_task(data: dict[str, Any]) -> Task:
 
 
 def _parts(config: ActorConfig) -> dict[str, Any]:
-    """The actor's groups, without the keys that only training reads."""
+    """The actor's config groups, without the spike costs and pruning, which only training reads."""
     parts = {group: part for group, part in asdict(config).items() if part is not None}
     actor = parts["actor"].items()
     return parts | {"actor": {k: v for k, v in actor if not k.startswith(("spike_cost", "prune"))}}
 
 
 def _optional(task: Task) -> dict[str, Any]:
-    """What only some tasks have."""
+    """Keys that only some tasks have."""
     layout = [[list(entry.path), list(entry.shape), entry.start] for entry in task.layout]
     every = {
         "act_dtype": task.act_dtype if task.act_dtype != "float32" else None,

@@ -1,7 +1,7 @@
-"""Which number formats the update computes in.
+"""The number formats in which an update computes.
 
 Parameters, optimiser state, membranes, thresholds and losses are float32 under every precision;
-what varies is the operands of the dense products.
+only the operands of the dense products vary.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A policy that chooses: a generative model proposes actions, a network changes them a little, and
-critics say which is the best (BCQ).
+"""A policy that chooses among proposals: a generative model proposes actions, a network adjusts
+them slightly, and a critic selects the best (BCQ).
 
 Shape legend   B batch, O observation entries, A action entries, Z latent entries, n proposals.
 """
@@ -16,7 +16,7 @@ from spikerl.models.critic import Critics
 from spikerl.models.networks import SequenceActor, build_actor, build_sequence
 from spikerl.models.sequence import SequenceConfig
 
-LATENT_BOUND = 0.5  # of latent entries that actions are proposed from
+LATENT_BOUND = 0.5  # bound of the latent entries that proposals are decoded from
 
 
 def latent_dim(act_dim: int) -> int:
@@ -24,7 +24,7 @@ def latent_dim(act_dim: int) -> int:
 
 
 def decoder_of(obs_dim: int, act_dim: int, hidden_sizes: list[int]) -> MLPActor:
-    """Observation and latent entries to an action: ReLU layers and tanh."""
+    """A network from observation and latent entries to an action: ReLU layers and tanh."""
     config = MLPConfig(name="mlp", hidden_sizes=hidden_sizes, lr=1.0)
     return MLPActor(obs_dim + latent_dim(act_dim), act_dim, config)
 
@@ -57,7 +57,7 @@ class Proposer(nn.Module):
 
     @property
     def kernel(self) -> str:
-        """Of the network that changes actions; the others run in PyTorch."""
+        """Kernel of the network that adjusts actions; the other networks run in PyTorch."""
         return self.change.kernel
 
     @kernel.setter
@@ -73,8 +73,8 @@ class Proposer(nn.Module):
         return act[torch.arange(0, len(act), n, device=act.device, dtype=torch.int64) + best_B]
 
     def activity(self, obs_BO: Tensor, generator: torch.Generator | None = None) -> Activity | None:
-        """Of the network that changes actions, on one proposal for each observation; None where it
-        is dense.
+        """Firing statistics of the network that adjusts actions, on one proposal for each
+        observation; None if it is dense.
         """
         if not isinstance(self.change, SpikingActor):
             return None
@@ -85,7 +85,7 @@ class Proposer(nn.Module):
 def build_policy(
     config: ActorConfig, obs_dim: int, act_dim: int, *, kernel: str = "reference"
 ) -> Actor | SequenceActor | Proposer:
-    """What acts in a saved policy."""
+    """The network of a saved policy."""
     proposals = config.proposals
     if isinstance(config.actor, SequenceConfig):
         return build_sequence(config, obs_dim, act_dim, kernel=kernel, folded=True)
@@ -98,7 +98,7 @@ def build_policy(
 
 
 def first_of(critic: Critics, obs_dim: int, act_dim: int, hidden_sizes: list[int]) -> Critics:
-    """The first of several critics alone, its weights as they are now."""
+    """The first of several critics alone, with a copy of its current weights."""
     with torch.device("meta"):
         one = Critics(obs_dim, act_dim, hidden_sizes, networks=1, dtype=critic.dtype)
     first = {name: p[:1].detach().clone() for name, p in critic.state_dict().items()}

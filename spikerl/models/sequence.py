@@ -1,4 +1,4 @@
-"""What policies share that see the last steps of an episode and what return is still to come.
+"""Shared by policies that see the last steps of an episode and the return that is still to come.
 
 Shape legend   B batch, K steps of a context, O observation entries, A action entries.
 """
@@ -18,7 +18,7 @@ from spikerl.types import Contexts
 
 @dataclass(kw_only=True)
 class SequenceConfig:
-    """Of a network of blocks over the steps of a context."""
+    """Keys of a network of blocks over the steps of a context."""
 
     prune: ClassVar[None] = None
 
@@ -42,20 +42,20 @@ class SequenceConfig:
             raise BadRequest(f"actor.{key}", getattr(self, key), remedy)
 
     def unread(self) -> dict[str, str]:
-        """As of `ActorConfig`, by its own keys."""
+        """As `ActorConfig.unread`, with keys relative to the actor."""
         return {}
 
     def shape(self) -> str:
-        """Whatever two such actors must share for one to take the other's weights."""
+        """Description of everything that two such actors must share to exchange weights."""
         return f"{self.name} of {self.layers} layers of {self.dim} over {self.context} steps"
 
 
 @dataclass(kw_only=True)
 class ConditionConfig:
-    """What a saved policy aims at."""
+    """The return that a saved policy aims at."""
 
     target_return: float  # of an episode, in the environment's units
-    return_scale: float  # what the network's returns to go are divided by
+    return_scale: float  # returns to go are divided by this before the network sees them
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.target_return) and abs(self.target_return) <= 1e30):
@@ -66,21 +66,21 @@ class ConditionConfig:
 
 
 class History:
-    """Of B episodes side by side, what a decision sees of those before it.
+    """The contexts of B episodes that run side by side.
 
-    Before each decision but the first of an episode, `reward` takes what the last one earned.
+    Before each decision but an episode's first, `reward` must be given the last action's reward.
     """
 
     def __init__(self, context: int, condition: ConditionConfig) -> None:
         self.context, self.condition = context, condition
         self.steps: Contexts | None = None  # as the newest decision saw them
         self.left_B = torch.zeros(0, dtype=torch.float64)  # return that is still to come
-        self.waiting = False  # for a reward
+        self.waiting = False  # whether the last actions' rewards are missing
 
     def see(self, obs_BO: Tensor, act_dim: int) -> Contexts:
-        """What the next decision sees, on normalised observations.
+        """Append normalised observations; returns the contexts that the next decision sees.
 
-        ValueError: the last one's rewards are missing, or there were other episodes.
+        Raises ValueError if the last rewards are missing or the number of episodes has changed.
         """
         if self.waiting:
             raise ValueError("tell carried.reward(rew) first what the last action earned")
@@ -117,13 +117,13 @@ class History:
         self.left_B = torch.full((count,), self.condition.target_return, dtype=torch.float64)
 
     def acted(self, act_BA: Any) -> None:
-        """What was done, in [-1, 1]."""
+        """Record the actions that were taken, in [-1, 1]."""
         assert self.steps is not None
         self.steps.act[:, -1] = torch.as_tensor(act_BA).to(self.steps.act)
         self.waiting = True
 
     def reward(self, rew_B: Any) -> None:
-        """What the last actions earned, in the environment's units; one number for each episode."""
+        """Record the last actions' rewards, in the environment's units, one for each episode."""
         rew = torch.as_tensor(rew_B, dtype=torch.float64).reshape(-1).cpu()
         if not self.waiting or len(rew) != len(self.left_B):
             raise ValueError(f"{len(rew)} rewards; {len(self.left_B) * self.waiting} are due")
@@ -131,7 +131,7 @@ class History:
         self.waiting = False
 
     def restart(self, which_B: Tensor) -> None:
-        """Forget those of some episodes, which begin anew."""
+        """Clear the contexts of the episodes selected by the mask `which_B`, which begin anew."""
         if self.steps is None:
             return
         for field in self.steps:

@@ -6,8 +6,8 @@ arXiv:2504.03800).
     x = x + norm(W LIF(norm(W LIF(x) + b)) + b)                         in each block
     a = tanh(W mean over spike steps of norm(x) + b)
 
-norm is that of `snn/ptbn.py`. What multiplies spikes are the matrices of the blocks; the embedding
-and the head are dense, and x, which the blocks add to, is real.
+norm is the one in `snn/ptbn.py`. Only the blocks' matrices multiply spikes; the embedding and the
+head are dense, and the residual stream x is real-valued.
 
 Shape legend   T spike steps, B batch, K steps of a context, M = B K tokens, D entries.
 """
@@ -30,7 +30,7 @@ from spikerl.snn.neurons import NEURONS, Neuron, NeuronConfig, State, copy_slope
 from spikerl.snn.ptbn import PTBN, NormedLinear, folded_behind
 from spikerl.types import Contexts
 
-WIDER = 4  # entries between the two layers behind an attention, for each of a token
+WIDER = 4  # width between a block's two feed-forward layers, in units of D
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class SpikeformerConfig(SequenceConfig):
     attention: str  # pssa, tssa
     window: int  # steps that pssa sees
     spike_steps: int  # T, spike steps per decision
-    norm_share: float  # of a run, over which layer normalisation becomes batch normalisation
+    norm_share: float  # share of a run over which layer norm gives way to batch norm
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,8 +65,8 @@ class Block(nn.Module):
         self.wide, self.narrow = NormedLinear(D, WIDER * D, norm), NormedLinear(WIDER * D, D, norm)
         attention = ATTENTIONS[config.attention]
         self.attention = attention(config.context, config.heads, config.window)
-        # Before the queries, keys and values, of each of them, of the attention, and of the two
-        # layers behind it.
+        # Before the projections; of query, key and value; of the attention; before each of the two
+        # feed-forward layers.
         self.neurons = ListOf[Neuron](made(neuron) for _ in range(7))
 
     def forward(self, x_TMD: Tensor, there_BK: Tensor, training: bool, kernel: Parts) -> Tensor:
@@ -102,7 +102,7 @@ class Spikeformer(nn.Module):
         kernel: str = "reference",
         folded: bool = False,
     ) -> None:
-        """`folded`: what acts, without normalisation in its blocks."""
+        """`folded`: the network that acts, its normalisation folded into the weights."""
         super().__init__()
         self.obs_dim, self.act_dim, self.kernel = obs_dim, act_dim, kernel
         self.config, self.neuron = config, neuron
@@ -119,8 +119,8 @@ class Spikeformer(nn.Module):
         generator: torch.Generator | None = None,
         kernel: Parts | None = None,
     ) -> Tensor:
-        """`generator`: given in training alone, where moments are the batch's. `kernel`: what runs,
-        that of `self.kernel` where it is None.
+        """`generator`: given only in training, where moments are those of the batch. `kernel`: None
+        for the parts of `self.kernel`.
         """
         training = generator is not None
         kernel = kernel or kernels.named(self.kernel).parts
@@ -136,8 +136,8 @@ class Spikeformer(nn.Module):
         return act.view(*steps.there.shape, self.act_dim)
 
     def counts(self, steps: Contexts) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each layer of neurons, spikes and voltages inside the surrogate's window, (N,), summed
-        over the spike steps of all tokens that are not padding.
+        """Counts of spikes, and of voltages inside the surrogate window, (N,) for each layer of
+        neurons, summed over the spike steps of all tokens that are not padding.
         """
         there_M = steps.there.flatten()
         spikes, inside = list[Tensor](), list[Tensor]()
@@ -161,7 +161,7 @@ class Spikeformer(nn.Module):
         return [part for part in self.modules() if isinstance(part, TDBN)]
 
     def schedule(self, share: float) -> None:
-        """Set what changes with the share of a run that lies behind."""
+        """Set theta of the norms and the surrogates' slopes after this share of a run."""
         span = self.config.norm_share
         for part in self.modules():
             if isinstance(part, PTBN):
@@ -170,7 +170,7 @@ class Spikeformer(nn.Module):
                 part.schedule(min(share, 1.0))
 
     def inference(self) -> Spikeformer:
-        """What acts: this network with its normalisation in its weights."""
+        """The network as it acts, with normalisation folded into the weights."""
         assert self.norm is not None
         state = {name: p.detach().clone() for name, p in self.state_dict().items()}
         for name, part in self.named_modules():

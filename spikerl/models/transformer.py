@@ -1,9 +1,9 @@
-"""Decision Transformer: the dense twin of `spikeformer.py` (Chen et al., NeurIPS 2021,
+"""Decision Transformer: the dense counterpart of `spikeformer.py` (Chen et al., NeurIPS 2021,
 arXiv:2106.01345).
 
-A step is three tokens, R_t, s_t and a_t, each embedded and added to what is learned for its time;
-the action is read where s_t stands. Blocks are GPT-2's: causal softmax attention and two layers
-with ReLU, each behind a layer normalisation and with dropout before it is added.
+A step is three tokens, R_t, s_t and a_t, each embedded and added to a learned embedding of its
+time; the action is read at the token of s_t. Blocks are GPT-2's: causal softmax attention and two
+layers with ReLU, each after a layer normalisation and with dropout before the residual addition.
 
 Shape legend   B batch, K steps of a context, L = 3 K tokens, D entries, H heads.
 """
@@ -20,14 +20,14 @@ from spikerl.models.sequence import SequenceConfig
 from spikerl.snn.linear import Linear, ListOf
 from spikerl.types import Contexts
 
-WIDER = 4  # entries between the two layers behind an attention, for each of a token
-WEIGHT_STD = 0.02  # of the blocks' first weights
-UNSEEN = -1e4  # score of a token that is not seen
+WIDER = 4  # width between a block's two feed-forward layers, in units of D
+WEIGHT_STD = 0.02  # of the blocks' initial weights
+UNSEEN = -1e4  # attention score of a masked token
 
 
 @dataclass(kw_only=True)
 class TransformerConfig(SequenceConfig):
-    timesteps: int  # times that have entries of their own; later ones share the last
+    timesteps: int  # times with an embedding of their own; later ones share the last
     dropout: float
 
     def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class TransformerConfig(SequenceConfig):
 
 
 def on_tokens(layer: Linear, x: Tensor) -> Tensor:
-    """x W + b of (..., I)."""
+    """x W + b, from (..., I) to (..., N)."""
     y: Tensor = layer(x.flatten(0, -2))
     return y.view(*x.shape[:-1], layer.outputs)
 
@@ -54,7 +54,7 @@ def small(inputs: int, outputs: int) -> Linear:
 
 
 def dropped(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
-    """Without that share of entries, and the others larger; without a generator as it is."""
+    """Dropout: zero a share of the entries and scale up the rest; identity without a generator."""
     if generator is None or share == 0.0:
         return x
     mask = torch.rand(x.shape, generator=generator, dtype=torch.float32, device=x.device) >= share
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
         self.head = Linear(D, act_dim)
 
     def forward(self, steps: Contexts, generator: torch.Generator | None = None) -> Tensor:
-        """`generator`: given in training alone, where entries are dropped."""
+        """`generator`: given only in training, for dropout."""
         B, K = steps.there.shape
         time = self.embed_time[steps.time.clamp(max=self.config.timesteps - 1)]
         tokens = (
@@ -128,5 +128,5 @@ class Transformer(nn.Module):
         """Nothing changes in the course of a run."""
 
     def inference(self) -> Transformer:
-        """What acts."""
+        """The network as it acts: itself."""
         return self
