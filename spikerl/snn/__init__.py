@@ -1,1 +1,1 @@
-"""Spiking neurons, encoders, decoders, and what they are made of."""
+"""Spiking neurons, encoders, decoders and the layers between them."""

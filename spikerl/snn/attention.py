@@ -1,12 +1,12 @@
 """Spike-driven causal attention over the steps of an episode (Huang et al., CVPR 2025,
 arXiv:2504.03800): queries, keys and values are spikes, and there is no softmax.
 
-`pssa`   x_i = q_i * sum_j P_ij (k_j * v_j), of j <= i with i - j < window: P is learned, one for
-         each pair of positions in a context, and begins as 1; * is by entry
-`tssa`   x_i = sum_j (q_i . k_j) v_j, of j <= i: a head's entries of all spike steps stand side by
-         side, so the product sums over both
+`pssa`   x_i = q_i * sum_j P_ij (k_j * v_j), over j <= i with i - j < window: P is learned, one for
+         each pair of positions in a context, and begins as 1; * is entrywise
+`tssa`   x_i = sum_j (q_i . k_j) v_j, over j <= i: a head's entries at all spike steps form one
+         vector, so the dot product sums over both
 
-Both give the drive of one more layer of neurons. Padding takes no part.
+Both give the drive of a further layer of neurons. Padding is masked out.
 
 Shape legend   T spike steps, B batch, K positions of a context, D entries, H heads.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Of spikes (T, B, K, D): the drive (T, B, K, D)."""
+    """From spikes q, k, v (T, B, K, D) to a drive (T, B, K, D)."""
 
     def __init__(self, context: int, heads: int, window: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Attention(nn.Module):
 
 
 class PSSA(Attention):
-    """Positional spiking self-attention; heads change nothing."""
+    """Positional spiking self-attention; the number of heads has no effect."""
 
     def __init__(self, context: int, heads: int, window: int) -> None:
         super().__init__(context, heads, window)
@@ -41,7 +41,7 @@ class PSSA(Attention):
 
 
 class TSSA(Attention):
-    """Temporal spiking self-attention; it has no window."""
+    """Temporal spiking self-attention; `window` has no effect."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, there_BK: Tensor) -> Tensor:
         queries, keys, values = (self.by_head(x) for x in (q, k, v))
@@ -59,7 +59,7 @@ class TSSA(Attention):
 
 
 def seen(like: Tensor, window: int) -> Tensor:
-    """1 where a place, a row, sees another, else 0; (K, K), where `like` (..., K, K) lies."""
+    """Mask (K, K): 1 if position i (row) sees position j (column), else 0; `like`: (..., K, K)."""
     place = torch.arange(like.shape[-1], dtype=torch.int64, device=like.device)
     behind = place.unsqueeze(1) - place
     return ((behind >= 0) & (behind < window)).to(like.dtype)

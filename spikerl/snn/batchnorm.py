@@ -1,13 +1,13 @@
 """Batch normalisation of a spiking layer's drive.
 
-Moments are over the batch and all spike steps, of all workers. What acts uses running moments, with
-which it is an affine map that folds into the layer's weights.
+Moments are over the batch and all spike steps, of all workers. A network that acts uses running
+moments; the normalisation is then an affine map, which folds into the layer's weights.
 
 `CaReBN` (Xu et al., ICLR 2026, arXiv:2509.23791): each update moves the running moments by a Kalman
-gain, so that they follow quickly while the network changes and average while it stands still; now
-and then they are measured anew on many replayed observations (recalibration).
+gain, so that they follow quickly while the network changes and average while it does not; at
+intervals they are measured anew on many replayed observations (recalibration).
 `TDBN` (Zheng et al., AAAI 2021, arXiv:2011.05280): gamma begins at the threshold, beta at 0; each
-update moves the running moments by a tenth of the way.
+update moves the running moments a tenth of the way towards the batch's.
 
 Shape legend   T spike steps, B batch, N neurons, M = T B.
 """
@@ -28,28 +28,30 @@ RUNNING, BATCH, RECALIBRATE = "running", "batch", "recalibrate"  # which moments
 
 
 def fixed(value: Tensor) -> nn.Parameter:
-    """A parameter that no gradient reaches."""
+    """A parameter that is not learned."""
     return nn.Parameter(value, requires_grad=False)
 
 
 def alone(total: Tensor) -> None:
-    """The sum over one worker."""
+    """In-place sum over workers for a single worker: nothing to do."""
 
 
 class Rows(NamedTuple):
-    """What of a normalisation goes over every row of a drive (T, B, N); kernels may be faster."""
+    """The operations of a normalisation that read every row of a drive (T, B, N); kernels replace
+    them with faster ones.
+    """
 
-    sums: Callable[[Tensor], Tensor]  # of x and of its squares, (2 N,) in float64
+    sums: Callable[[Tensor], Tensor]  # sums of x and of its squares, (2 N,) in float64
     affine: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (x - mean) factor + beta
-    # z = (x - mean) inverse, and z gamma + beta: of x, mean, inverse, gamma, beta
+    # z = (x - mean) inverse, and z gamma + beta; arguments x, mean, inverse, gamma, beta
     normalise: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    gradient_sums: Callable[[Tensor, Tensor], Tensor]  # of g and of g z, (2, N)
-    # factor (g - mean of g - z mean of g z): of g, z, factor and the two means (2, N)
+    gradient_sums: Callable[[Tensor, Tensor], Tensor]  # sums of g and of g z, (2, N)
+    # factor (g - mean of g - z mean of g z); arguments g, z, factor and both means as (2, N)
     gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def _sums(x_TBN: Tensor) -> Tensor:
-    """From moments in the drive's own type, which needs no copy of it in float64."""
+    """Computed from moments in the drive's own type, to avoid a float64 copy of the drive."""
     count = x_TBN[..., 0].numel()
     mean = x_TBN.sum((0, 1)) / count
     within = (x_TBN - mean).square_().sum((0, 1)).double()
@@ -82,9 +84,9 @@ ROWS = Rows(_sums, _affine, _normalise, _gradient_sums, _gradient)
 class BatchNorm(nn.Module):
     """y = gamma (x - mean) / sqrt(var + eps) + beta.
 
-    The running moments are parameters that no gradient reaches, so that whatever copies, averages
-    or saves a network's parameters has them too. They move in the forward pass: also where the
-    update is then dropped, as its gradient is not finite.
+    The running moments are parameters that are not learned, so that code which copies, averages or
+    saves a network's parameters includes them. They move in the forward pass, even if the update is
+    later dropped because its gradient is not finite.
     """
 
     def __init__(self, neurons: int, gamma: float, beta: float) -> None:
@@ -94,7 +96,7 @@ class BatchNorm(nn.Module):
         self.mean_N = fixed(torch.zeros_like(start))
         self.var_N = fixed(torch.ones_like(start))
         self.sum_: Callable[[Tensor], None] = alone  # over workers, in place
-        self.held = False  # where it is true, a batch leaves the running moments as they are
+        self.held = False  # while true, batches leave the running moments unchanged
 
     def forward(self, drive_TBN: Tensor, moments: str = RUNNING, rows: Rows = ROWS) -> Tensor:
         if moments == RUNNING:
@@ -113,7 +115,7 @@ class BatchNorm(nn.Module):
 
     @torch.no_grad()
     def sums(self, drive_TBN: Tensor, rows: Rows) -> Tensor:
-        """Rows, sums and sums of squares over all workers, (1 + 2 N,) in float64."""
+        """Number of rows, sums and sums of squares over all workers, (1 + 2 N,) in float64."""
         sums = rows.sums(drive_TBN)
         total = torch.cat([sums.new_full((1,), drive_TBN[..., 0].numel()), sums])
         self.sum_(total)
@@ -126,17 +128,17 @@ class BatchNorm(nn.Module):
         return mean.to(like.dtype), var.to(like.dtype)
 
     def follow(self, mean: Tensor, var: Tensor, samples: Tensor, spike_steps: int) -> None:
-        """Move the running moments towards those of a batch of so many samples."""
+        """Move the running moments towards those of a batch of `samples` observations."""
         raise NotImplementedError
 
     @torch.no_grad()
     def factor(self) -> Tensor:
-        """What the affine map by the running moments multiplies with, (N,)."""
+        """The factor of the affine map with the running moments, (N,)."""
         return self.gamma_N * (self.var_N + EPS).rsqrt()
 
     @torch.no_grad()
     def folded(self, weight_IN: Tensor, bias_N: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's weights and biases with this map, by the running moments, in them."""
+        """The layer's weights and biases with the affine map of the running moments folded in."""
         factor = self.factor()
         return weight_IN * factor, (bias_N - self.mean_N) * factor + self.beta_N
 
@@ -144,10 +146,11 @@ class BatchNorm(nn.Module):
 class CaReBN(BatchNorm):
     def __init__(self, neurons: int, threshold: float) -> None:
         super().__init__(neurons, 0.5 * threshold, 0.5 * threshold)
-        # Expected squares of what the running moments are off by.
+        # Expected squared errors of the running moments.
         self.mean_error_N = fixed(torch.zeros_like(self.mean_N))
         self.var_error_N = fixed(torch.zeros_like(self.mean_N))
-        self.measured = torch.zeros(1 + 2 * neurons, dtype=torch.float64)  # while recalibrating
+        # Sums accumulated during a recalibration, as `sums` returns them.
+        self.measured = torch.zeros(1 + 2 * neurons, dtype=torch.float64)
 
     def forward(self, drive_TBN: Tensor, moments: str = RUNNING, rows: Rows = ROWS) -> Tensor:
         if moments == RECALIBRATE:
@@ -157,7 +160,7 @@ class CaReBN(BatchNorm):
 
     @torch.no_grad()
     def follow(self, mean: Tensor, var: Tensor, samples: Tensor, spike_steps: int) -> None:
-        """By a Kalman gain; the spike steps of a sample are taken for one."""
+        """Move by a Kalman gain, counting all spike steps of an observation as one sample."""
         freedom = (samples - 1.0).clamp(min=1.0)
         noise = var / freedom, 2.0 * var.square() / freedom  # variances of the batch's moments
         for running, error, new, own in (
@@ -166,7 +169,7 @@ class CaReBN(BatchNorm):
         ):
             off = new - running
             error.mul_(MEMORY).add_((1.0 - MEMORY) * off.square())
-            # Where neither is above 0 the feature is constant, and there is nothing to follow.
+            # If both are 0 the feature is constant, and there is nothing to follow.
             total = error + own
             running.add_(torch.where(total > 0.0, error / total, 0.0) * off)
 
@@ -186,14 +189,14 @@ class TDBN(BatchNorm):
 
     @torch.no_grad()
     def follow(self, mean: Tensor, var: Tensor, samples: Tensor, spike_steps: int) -> None:
-        """By a tenth; the variance is the unbiased one."""
+        """Move by `MOMENTUM` towards the batch's mean and unbiased variance."""
         rows = samples * spike_steps
         self.mean_N.add_(MOMENTUM * (mean - self.mean_N))
         self.var_N.add_(MOMENTUM * (var * (rows / (rows - 1.0).clamp(min=1.0)) - self.var_N))
 
 
 class _Normalise(torch.autograd.Function):
-    """With moments that depend on the rows of every worker."""
+    """Normalisation whose gradient includes that the moments depend on the rows of all workers."""
 
     @staticmethod
     def forward(
@@ -219,7 +222,7 @@ class _Normalise(torch.autograd.Function):
         normal, factor_N, count = ctx.saved_tensors
         (grad,) = grads
         own = ctx.rows.gradient_sums(grad, normal)
-        beta, gamma = own.clone()  # of this worker's rows; the gradient is summed with the others
+        beta, gamma = own.clone()  # this worker's part; gradients are summed over workers later
         ctx.sum_(own)
         x = ctx.rows.gradient(grad, normal, factor_N, own / count.to(own.dtype))
         return x, gamma, beta, None, None, None, None, None

@@ -13,25 +13,25 @@ from torch import Tensor, nn
 from spikerl.errors import BadRequest
 from spikerl.snn.linear import Linear
 
-MOST = 16  # layers, pixels of a kernel's side
+MOST = 16  # bound on the number of layers and on a kernel's side in pixels
 
 
 def positions(size: tuple[int, int], kernel: int, stride: int) -> tuple[int, int]:
-    """Height and width of what comes out of a convolution without padding."""
+    """Height and width of the output of a convolution without padding."""
     height, width = size
     return (height - kernel) // stride + 1, (width - kernel) // stride + 1
 
 
 @dataclass(kw_only=True)
 class ConvConfig:
-    """Of what takes images, as the keys of `actor`: one entry of each list for each layer."""
+    """Keys of `actor` for image observations; lists but `image` have one entry for each layer."""
 
     image: list[int]  # height and width of an observation, whose other entries are channels
     channels_first: bool  # observations are (C, height, width); else (height, width, C)
     filters: list[int]
-    kernel_sizes: list[int]  # of squares
+    kernel_sizes: list[int]  # side of each square kernel
     strides: list[int]
-    pixel_max: float = 1.0  # that observations are divided by
+    pixel_max: float = 1.0  # observations are divided by this
 
     def check(self) -> None:
         sizes = {"image": self.image, "filters": self.filters, "kernel_sizes": self.kernel_sizes}
@@ -57,7 +57,9 @@ class ConvConfig:
         return math.prod(self.image)
 
     def layers(self, inputs: int) -> list[Linear]:
-        """The convolutions, for so many inputs; BadRequest where they are not such images."""
+        """The convolutions for observations of `inputs` entries; BadRequest if the image's size
+        does not divide that number.
+        """
         channels, rest = divmod(inputs, self.pixels)
         if rest:
             height, width = self.image
@@ -77,10 +79,10 @@ class ConvConfig:
 
 
 class Conv(Linear):
-    """x, times `scale`, is cut into patches of kernel x kernel positions, and W maps each,
+    """Cuts x times `scale` into patches of kernel x kernel positions, each of which W maps from
     (C kernel kernel) to F.
 
-    What comes out is an image again, flat as (height, width, F). No padding, as in DQN's networks.
+    The output is again an image, flat as (height, width, F). No padding, as in DQN's networks.
     """
 
     def __init__(
@@ -101,11 +103,11 @@ class Conv(Linear):
         self.outputs = math.prod(positions(size, kernel, stride)) * filters
 
     def rows(self, x_BI: Tensor) -> Tensor:
-        """What W maps, (B P, C kernel kernel)."""
+        """The scaled patches that W multiplies, (B P, C kernel kernel)."""
         return self.patches(x_BI * self.scale if self.scale != 1.0 else x_BI)
 
     def patches(self, x_BI: Tensor) -> Tensor:
-        """(B P, C kernel kernel)."""
+        """The patches of an image, (B P, C kernel kernel)."""
         if self.channels_first:
             x = x_BI.unflatten(1, (self.channels, *self.size))
         else:

@@ -3,14 +3,14 @@
 Shape legend   T spike steps, B batch, N neurons of the last layer, A action entries, P neurons of
 one population.
 
-`rate`       an output population for each action entry; an affine map of its mean firing rate
-`membrane`   the same map at every spike step charges a membrane that never fires: its last, mean
-             or extreme value (ILC-SAN)
+`rate`       an output population for each action entry; an affine map of its mean firing rates
+`membrane`   the same map at every spike step charges a membrane that never fires; reads its last,
+             mean or extreme value (ILC-SAN)
 `ilc`        `membrane`, and connections within each output population (ILC-SAN)
 `learned`    a learned matrix over all spike steps of the last hidden layer (ACSF)
 `linear`     an affine map of the last hidden layer's mean firing rates (converted networks)
-`voltage`    the same map at every spike step charges a membrane that never fires: its last, mean
-             or largest voltage (DSQN)
+`voltage`    the same map at every spike step charges a membrane that never fires; reads its last,
+             mean or largest voltage (DSQN)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from spikerl.snn.linear import Linear, uniform
 
 @dataclass(kw_only=True)
 class DecoderConfig:
-    """Of a decoder without settings: `learned`, `linear`."""
+    """Config of a decoder without settings: `learned`, `linear`."""
 
     name: str
 
@@ -135,7 +135,7 @@ class MembraneDecoder(RateDecoder):
 
 
 class ILCDecoder(MembraneDecoder):
-    """`lateral` is what an output neuron gets from its population's spikes one spike step ago."""
+    """`lateral` is the drive of output neurons by their population's spikes one spike step ago."""
 
     def __init__(self, config: MembraneConfig, act_dim: int, hidden: int, spike_steps: int) -> None:
         super().__init__(config, act_dim, hidden, spike_steps)
@@ -184,7 +184,7 @@ class VoltageDecoder(LinearDecoder):
 class LearnedDecoder(Decoder):
     """The learned matrix decoder of the adaptive coding framework (2211.11760), two affine maps.
 
-    The first takes the spikes of all spike steps to as many values as there are neurons.
+    The first maps the spikes of all spike steps to one value for each neuron.
     """
 
     def __init__(self, config: DecoderConfig, act_dim: int, hidden: int, spike_steps: int) -> None:

@@ -2,10 +2,10 @@
 
 Shape legend   B batch, A action entries.
 
-With a_t the action that the decoder makes of the first t of T spike steps, the decision is a_e, e
-the first t above k at which |a_t - a_(t-j)| < threshold for every action entry and j = 1 to k;
-where there is none, e = T. RAPID-RL (arXiv:2109.08231) ends a decision early over the layers of a
-network; this does over spike steps, and each observation by itself.
+Let a_t be the action decoded from the first t of T spike steps. The decision is a_e, where e is the
+first t above k at which |a_t - a_(t-j)| < threshold for every action entry and j = 1 to k, or T if
+there is none. RAPID-RL (arXiv:2109.08231) exits early along the layers of a network; this exits
+along spike steps, for each observation by itself.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from spikerl.snn.decoders import (
     RateDecoder,
 )
 
-# They read any number of spike steps.
+# Decoders that can read any number of spike steps.
 READ_AT_ANY_STEP = (RateDecoder, LinearDecoder, MembraneDecoder, ILCDecoder)
 
 
 @dataclass(kw_only=True)
 class EarlyExit:
-    threshold: float  # of an action's change, in [-1, 1]
-    steps: int  # k, spike steps over which it must have stayed
+    threshold: float  # bound on the change of each action entry, which lies in [-1, 1]
+    steps: int  # k, spike steps over which the change must have stayed below it
 
     def __post_init__(self) -> None:
         if not self.threshold > 0.0:
@@ -40,7 +40,7 @@ class EarlyExit:
             raise BadRequest("exit_steps", self.steps, "give at least 1")
 
     def check(self, decoder: Decoder, spike_steps: int) -> None:
-        """Refuse a network that has no actions on the way, or that ends no earlier."""
+        """Refuse a decoder that needs all spike steps, and settings that can never exit early."""
         if type(decoder) not in READ_AT_ANY_STEP:
             remedy = f"decoder={decoder.config.name} reads all spike steps at once; leave it out"
             raise BadRequest("early_exit", self.threshold, remedy)
@@ -52,7 +52,7 @@ class EarlyExit:
             raise BadRequest("exit_steps", self.steps, remedy)
 
     def settled(self, act_BA: Sequence[Tensor]) -> Tensor:
-        """Where, (B,), the last of the actions of the spike steps so far ends the decision."""
+        """Mask (B,) of decisions that end now; `act_BA`: the action at each spike step so far."""
         *before, last = act_BA[-1 - self.steps :]
         settled = last.new_full(last.shape[:1], len(before) == self.steps).bool()
         for act in before:

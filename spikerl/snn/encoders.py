@@ -1,8 +1,8 @@
-"""From normalised observations to what drives the first layer.
+"""From normalised observations to the inputs of the first layer.
 
 Shape legend   T spike steps, B batch, O observation entries, P neurons of one population, K inputs.
 
-An encoder gives (T, B, K), or (1, B, K) where every spike step gets the same.
+An encoder returns (T, B, K), or (1, B, K) if every spike step gets the same.
 
 `population`        Gaussian receptive fields, deterministic spikes (PopSAN)
 `poisson`           the same fields, spikes drawn at every spike step (PopSAN)
@@ -28,7 +28,7 @@ from spikerl.snn.surrogates import straight_through
 
 @dataclass(kw_only=True)
 class EncoderConfig:
-    """Of an encoder without settings: `direct`, `learned`."""
+    """Config of an encoder without settings: `direct`, `learned`."""
 
     name: str
 
@@ -39,8 +39,8 @@ class PopulationConfig(EncoderConfig):
 
     pop_size: int  # P, neurons per observation entry
     mean_range: list[float]  # centres start evenly spaced over it; a single one in its middle
-    var: float  # width squared that every neuron starts with
-    threshold: float  # of deterministic spikes: fires strictly above, loses as much on a spike
+    var: float  # initial squared width of every receptive field
+    threshold: float  # for deterministic spikes: a neuron fires above it, and a spike subtracts it
 
     def __post_init__(self) -> None:
         if not 1 <= self.pop_size <= MOST_WIDTH:
@@ -53,10 +53,10 @@ class PopulationConfig(EncoderConfig):
 
 
 class Encoder(nn.Module):
-    """Gives `outputs` inputs of the first layer for `obs_dim` entries."""
+    """Maps `obs_dim` observation entries to `outputs` inputs of the first layer."""
 
-    spikes = False  # else currents
-    random = False  # draws from the generator
+    spikes = False  # whether the outputs are spikes; else they are currents
+    random = False  # whether it draws from the generator
     outputs: int
 
     def __init__(self, config: EncoderConfig, obs_dim: int, spike_steps: int) -> None:
@@ -82,12 +82,12 @@ class PopulationEncoder(Encoder):
     def __init__(self, config: PopulationConfig, obs_dim: int, spike_steps: int) -> None:
         super().__init__(config, obs_dim, spike_steps)
         low, high = config.mean_range
-        if config.pop_size == 1:  # of which linspace has the first alone
+        if config.pop_size == 1:  # linspace would return `low`
             low = high = 0.5 * (low + high)
         shape = (obs_dim, config.pop_size)
         mean_OP, std_OP = (torch.empty(shape, dtype=torch.float32) for _ in range(2))
-        # On the device "meta" sizes, which a file may name, must take no memory, and torch imports
-        # its compiler in linspace.
+        # On the device "meta", sizes from an untrusted file must allocate nothing, and linspace
+        # would import torch's compiler.
         if not mean_OP.is_meta:
             mean_OP.copy_(torch.linspace(low, high, config.pop_size, dtype=torch.float32))
             std_OP.fill_(math.sqrt(config.var))
@@ -95,11 +95,11 @@ class PopulationEncoder(Encoder):
         self.outputs = self.mean_OP.numel()
 
     def squash(self, obs_BO: Tensor) -> Tensor:
-        """What the receptive fields see."""
+        """The values to which the receptive fields respond."""
         return obs_BO
 
     def activity(self, obs_BO: Tensor) -> Tensor:
-        """A, (B, K)."""
+        """Activity A of the receptive fields, (B, K)."""
         distance = self.squash(obs_BO).unsqueeze(-1) - self.mean_OP
         return torch.exp(-0.5 * distance.pow(2) / self.std_OP.pow(2)).flatten(1)
 
@@ -133,7 +133,7 @@ class PoissonEncoder(PopulationEncoder):
     random = True
 
     def uniform(self, batch: int, spike_steps: int, generator: torch.Generator | None) -> Tensor:
-        """u, (T, B, K)."""
+        """The random numbers u, (T, B, K)."""
         shape, mean = (spike_steps, batch, self.mean_OP.numel()), self.mean_OP
         return torch.rand(shape, generator=generator, dtype=mean.dtype, device=mean.device)
 
@@ -147,7 +147,7 @@ class PoissonEncoder(PopulationEncoder):
 
 
 class AnalogEncoder(PopulationEncoder):
-    """A itself, at every spike step."""
+    """The activity A itself, as a current at every spike step."""
 
     spikes = False
 
@@ -173,7 +173,7 @@ class DirectEncoder(Encoder):
 class LearnedEncoder(Encoder):
     """The learned matrix coder of the adaptive coding framework (Qin, IJCAI 2023, 2211.11760).
 
-    One affine map of the observation gives O currents for each spike step.
+    An affine map of the observation gives O currents for each spike step.
     """
 
     def __init__(self, config: EncoderConfig, obs_dim: int, spike_steps: int) -> None:

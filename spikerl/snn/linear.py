@@ -20,7 +20,7 @@ def uniform(bound: float, *shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """x W + b. A row of W belongs to one input, so that an input that fires adds one row."""
+    """x W + b. W is input-major: each spiking input adds one contiguous row of W."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Linear(nn.Module):
         self.outputs = outputs
 
     def rows(self, x: Tensor) -> Tensor:
-        """What W multiplies."""
+        """The rows that W multiplies."""
         return x
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class ListOf(nn.ModuleList, Generic[M]):
 
 
 class Linears(ListOf[Linear]):
-    """Linear layers between widths that follow each other, `first` before them."""
+    """Linear layers between consecutive sizes, after the layers `first`."""
 
     def __init__(self, sizes: Sequence[int], first: Sequence[Linear] = ()) -> None:
         behind = [first[-1].outputs, *sizes[1:]] if first else sizes

@@ -1,9 +1,9 @@
-"""Membrane equations. A step is a function of drive and state; nothing here remembers anything.
+"""Membrane equations. A step is a function of drive and state; the modules keep no state.
 
 Shape legend   B batch, N neurons.
 
 With drive x, voltage v, spikes o = [v > th], and r(v, o) = v (1 - o) for reset=hard, v - th o for
-reset=soft (on the right-hand sides, values of the spike step before):
+reset=soft (on the right-hand sides, v and o are those of the previous spike step):
 
 `lif`        v = dv r(v, o) + x
     elsewhere: Proxy Target "LIF"; snnTorch `Leaky(reset_delay=False)`, SpikingJelly
@@ -42,15 +42,15 @@ from spikerl.snn.surrogates import SURROGATES, reach, spike
 
 @dataclass(kw_only=True)
 class NeuronConfig:
-    """What every neuron has."""
+    """Keys that every neuron has."""
 
     name: str
     threshold: float  # fires strictly above it
     reset: str  # hard: to 0 (dynamic: to theta_r); soft: by the threshold
     surrogate: str  # what stands in for a spike's derivative: rect, triangle, sigmoid, atan
     surrogate_window: float  # of rect: 1 where |voltage - threshold| < this
-    surrogate_slope: float  # of the others
-    surrogate_slope_end: float | None  # the slope moves evenly to this over the run; null: it stays
+    surrogate_slope: float  # of the other surrogates
+    surrogate_slope_end: float | None  # slope reached linearly at the run's end; null: constant
 
     def __post_init__(self) -> None:
         for key in ("threshold", "surrogate_window", "surrogate_slope"):
@@ -89,7 +89,7 @@ class CubaLIFConfig(LIFConfig):
 
 @dataclass(kw_only=True)
 class PLIFConfig(LIFConfig):
-    """LIF whose `voltage_decay` is learned, one for each layer, from this value on."""
+    """LIF whose `voltage_decay` is learned, one for each layer; the key is its initial value."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,7 +103,7 @@ class ALIFConfig(LIFConfig):
     """LIF whose threshold rises with its own spikes (Bellec et al., 2018, arXiv:1803.09574)."""
 
     adaptation: float  # beta, by how much a spike raises the threshold
-    adaptation_decay: float  # share of that kept from one spike step to the next
+    adaptation_decay: float  # share of the adaptation kept from one spike step to the next
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,10 +113,10 @@ class ALIFConfig(LIFConfig):
 
 @dataclass(kw_only=True)
 class ResidualIFConfig(NeuronConfig):
-    """Integrate-and-fire that begins a decision with what the one before left (CRPI, ICML 2026)."""
+    """Integrate-and-fire whose residual carries over to the next decision (CRPI, ICML 2026)."""
 
-    start: float  # voltage that a decision begins with, as a share of the threshold
-    alpha: float  # share of the residual that is carried on; 0: decisions know nothing of another
+    start: float  # initial voltage of a decision, as a share of the threshold
+    alpha: float  # share of the residual that is carried over; 0: decisions are independent
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,10 +132,10 @@ class DynamicConfig(NeuronConfig):
     """Second-order dynamic neuron (Zhang et al., AAAI 2022, MDC-SAN)."""
 
     current_decay: float
-    theta_v: float  # of the voltage in the recovery variable's change
-    theta_u: float  # of the recovery variable in it, subtracted
+    theta_v: float  # coefficient of the voltage in the recovery variable's change
+    theta_u: float  # coefficient of the recovery variable in its own change, subtracted
     theta_r: float  # voltage that a spike resets to
-    theta_s: float  # what a spike adds to the recovery variable
+    theta_s: float  # increment of the recovery variable by a spike
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,14 +147,14 @@ class DynamicConfig(NeuronConfig):
 class State(NamedTuple):
     voltage_BN: Tensor
     spikes_BN: Tensor
-    # (B, N) each: a current (cuba_lif), an adaptation (alif), current and recovery (dynamic)
+    # (B, N) each: a current (lif, cuba_lif), an adaptation (alif), current and recovery (dynamic)
     others: tuple[Tensor, ...] = ()
 
 
 class Neuron(nn.Module):
-    """One layer's neurons. The reset is applied on entry: one that fired starts from there."""
+    """One layer's neurons. A spike's reset is applied at the beginning of the next step."""
 
-    others = 0  # how many tensors a state has beside voltage and spikes
+    others = 0  # number of tensors in a state beside voltage and spikes
 
     def __init__(self, config: NeuronConfig) -> None:
         super().__init__()
@@ -176,22 +176,22 @@ class Neuron(nn.Module):
         raise NotImplementedError
 
     def excess(self, state: State) -> Tensor:
-        """How far a voltage lies above its threshold."""
+        """How far the voltages lie above their thresholds."""
         return state.voltage_BN - self.config.threshold
 
     def passes(self, state: State) -> Tensor:
-        """Where a gradient passes: the surrogate's window."""
+        """Mask of voltages inside the surrogate's window."""
         return self.excess(state).abs() < reach(self.config.surrogate, self.scale)
 
     def schedule(self, share: float) -> None:
-        """Give the surrogate its slope after this share of the run."""
+        """Set the surrogate's slope for the state after this share of the run."""
         c = self.config
         if c.slope_moves:
             assert c.surrogate_slope_end is not None
             self.scale = c.surrogate_slope + share * (c.surrogate_slope_end - c.surrogate_slope)
 
     def kept(self, state: State) -> Tensor:
-        """The voltage after the reset."""
+        """The voltages after the reset."""
         if self.config.reset == "hard":
             return state.voltage_BN * (1.0 - state.spikes_BN)
         return state.voltage_BN - self.config.threshold * state.spikes_BN
@@ -201,14 +201,14 @@ class Neuron(nn.Module):
 
 
 def copy_slopes(to: nn.Module, source: nn.Module) -> None:
-    """Surrogates as `source` has them, in `to`: a slope that moves is no part of a state."""
+    """Copy the surrogates' current slopes from `source`; state dicts do not include them."""
     of_each = [[part for part in net.modules() if isinstance(part, Neuron)] for net in (to, source)]
     for neuron, other in zip(*of_each, strict=True):
         neuron.scale = other.scale
 
 
 class CubaLIF(Neuron):
-    """`cuba_lif`; `lif` is the same with a current that keeps nothing."""
+    """`cuba_lif`, and `lif` as the case current_decay = 0."""
 
     config: LIFConfig
     others = 1
@@ -274,7 +274,7 @@ class ResidualIF(Neuron):
         return State(voltage, self.fire(voltage - self.config.threshold))
 
     def residual(self, begin: State, states: list[State]) -> Tensor:
-        """What the next decision begins with beside its start, (B, N)."""
+        """The residual r that is added to the next decision's initial voltage, (B, N)."""
         c, half = self.config, 0.5 * self.config.threshold
         n_BN = torch.stack([state.spikes_BN for state in states]).sum(0)
         gained_BN = self.kept(states[-1]) - begin.voltage_BN

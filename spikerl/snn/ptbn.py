@@ -2,9 +2,10 @@
 
     y = theta tdLN(x) + (1 - theta) tdBN(x)
 
-tdLN normalises a token's own entries, tdBN an entry over batch, tokens and spike steps; both begin
-with gamma = the neurons' threshold. theta falls evenly from 1 to 0 over the first updates of a run.
-What acts has tdBN by its running moments alone, an affine map that folds into the layer beside it.
+tdLN normalises over a token's entries, tdBN each entry over batch, tokens and spike steps; in both,
+gamma begins as the neurons' threshold. theta falls linearly from 1 to 0 over the first part of a
+run. A network that acts uses tdBN alone, with running moments: an affine map that folds into the
+adjacent layer.
 
 Shape legend   T spike steps, M tokens, I inputs, N outputs.
 """
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from spikerl.snn.batchnorm import BATCH, ROWS, RUNNING, TDBN, Rows
 from spikerl.snn.linear import Linear
 
-WEIGHT_STD = 0.02  # of the first weights before a normalisation
+WEIGHT_STD = 0.02  # of the initial weights of layers that are normalised
 
 
 class PTBN(nn.Module):
-    """`theta` is given from outside, by whoever knows how far training is."""
+    """`theta` is set from outside, as training proceeds (`Spikeformer.schedule`)."""
 
     def __init__(self, neurons: int, threshold: float) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class PTBN(nn.Module):
 
 
 class NormedLinear(nn.Module):
-    """norm(x W + b); without a threshold x W + b alone, which the former folds into."""
+    """norm(x W + b); with threshold None x W + b alone, the form after folding."""
 
     def __init__(self, inputs: int, outputs: int, threshold: float | None) -> None:
         super().__init__()
@@ -47,11 +48,11 @@ class NormedLinear(nn.Module):
         self.norm = None if threshold is None else PTBN(outputs, threshold)
 
     def normed(self, x_TMN: Tensor, training: bool = False, rows: Rows = ROWS) -> Tensor:
-        """What is made of x W + b."""
+        """Apply the norm, if there is one, to x W + b."""
         return x_TMN if self.norm is None else self.norm(x_TMN, training, rows)
 
     def folded(self) -> dict[str, Tensor]:
-        """The state of one without a norm that does the same as this one does when it acts."""
+        """State of a layer without norm that is equivalent to this one when it acts."""
         assert self.norm is not None
         weight, bias = self.norm.bn.folded(self.linear.weight_IN, self.linear.bias_N)
         return {"linear.weight_IN": weight, "linear.bias_N": bias}
@@ -59,7 +60,7 @@ class NormedLinear(nn.Module):
 
 @torch.no_grad()
 def folded_behind(norm: PTBN, layer: Linear) -> dict[str, Tensor]:
-    """The state of a linear layer that has what is normalised before it in its own weights."""
+    """State of `layer` with the normalisation of its inputs folded into its weights."""
     bn = norm.bn
     factor_I = bn.factor()
     offset_I = bn.beta_N - bn.mean_N * factor_I

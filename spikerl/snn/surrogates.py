@@ -1,4 +1,4 @@
-"""Spikes forward, a smooth stand-in for their derivative backward."""
+"""Spikes in the forward pass, a surrogate for their derivative in the backward pass."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The stand-ins, of x = voltage - threshold. `rect` has a window w, the others a slope k and area 1
-# (SpikingJelly's Sigmoid, ATan and PiecewiseQuadratic with alpha = k).
+# The surrogates, functions of x = voltage - threshold. `rect` has a window w, the others a slope k
+# and area 1 (SpikingJelly's PiecewiseQuadratic, Sigmoid and ATan with alpha = k).
 SURROGATES = ("rect", "triangle", "sigmoid", "atan")
 
 
