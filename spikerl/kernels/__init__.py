@@ -1,7 +1,7 @@
-"""Who does the arithmetic of an update: one implementation of the same operations for each kernel.
+"""The arithmetic of an update: each kernel is an implementation of the same operations.
 
 `reference` defines them, and every other kernel is tested against it. A kernel's name is
-`reference`, `triton`, `triton/graphs` or `cpu/PATH`, PATH being a set of processor instructions.
+`reference`, `triton`, `triton/graphs` or `cpu/PATH`, where PATH is a set of processor instructions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from spikerl.types import Batch, Resolved, Task
 class Kernel(Protocol):
     """Shapes: observations (B, O), actions (B, A) in [-1, 1], values (C, B)."""
 
-    parts: Parts  # of networks that run layer by layer
+    parts: Parts  # for networks that run layer by layer
 
     def actions(
         self, net: SpikingNet, obs: Tensor, generator: torch.Generator | None, squash: bool = ..., /
@@ -80,7 +80,7 @@ class Kernel(Protocol):
 @dataclass(kw_only=True)
 class KernelConfig:
     name: str
-    path: str | None  # of cpu: amx, avx512, avx2, portable; null: the best. Of triton: graphs
+    path: str | None  # cpu: amx, avx512, avx2, portable; null: the best. triton: graphs, or null
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -109,10 +109,10 @@ def resolve(
     layered: str | None = None,
     no_graphs: str | None = "no updates",
 ) -> Resolved:
-    """The kernel that runs, and why; what it needs is built here, before any worker starts.
+    """The kernel to run, and why; its library is built here, before any worker starts.
 
-    `layered`: why no call covers the whole actor. `no_graphs`: what keeps a round of updates from
-    being one CUDA graph.
+    `layered`: why the actor runs layer by layer rather than in one call; None if it does not.
+    `no_graphs`: what prevents a round of updates from being one CUDA graph; None: nothing.
     """
     if config.name == "reference":
         return Resolved("reference", "requested")
@@ -127,7 +127,7 @@ def resolve(
             raise BadRequest("kernel", "cpu", f"{unbuilt}; use kernel=auto")
         return Resolved("reference", unbuilt)
     reason = "requested" if config.name == "cpu" else "a C++ compiler is there"
-    if unbuilt:  # a compiler older than the processor
+    if unbuilt:  # the compiler is older than the processor
         reason += f"; not {paths[0]}: {unbuilt}"
     if layered:
         reason += f"; layer by layer because of {layered}"
@@ -135,7 +135,7 @@ def resolve(
 
 
 def here(name: str, device: str) -> str:
-    """A kernel of another machine, or what stands for it on this one."""
+    """The kernel `name`, or if this machine cannot run it, the one that `auto` chooses here."""
     kind, _, path = name.partition("/")
     if kind != "cpu" or native.first_built([p for p in native.supported_paths() if p == path])[0]:
         return name
@@ -173,7 +173,9 @@ def named(name: str) -> Kernel:
 
 
 def one_action(name: str, net: SpikingNet, task: Task) -> cpu.OneAction | None:
-    """How `net` acts on one raw observation without a tensor; None where the kernel has no way."""
+    """A function from one raw observation to an action, without tensors; None if the kernel has
+    none for `net`.
+    """
     kind, _, path = name.partition("/")
     alone = kind == "cpu" and fused(net) and not net.encoder.random
     return cpu.OneAction(cpu.kernel(path), net, task) if alone else None

@@ -26,7 +26,7 @@ from spikerl.files import lock_file
 SOURCES = Path(__file__).resolve().parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fopenmp")
 AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma", "popcnt")
-# What each path is compiled with, and what a processor must have for it; the best comes first.
+# The compiler flags and the required processor flags of each path; the best path comes first.
 PATHS = {
     "amx": (
         tuple(f"-m{x}" for x in (*AVX512, "avx512bf16", "amx-tile", "amx-bf16")),
@@ -36,17 +36,17 @@ PATHS = {
     "avx2": (("-mavx2", "-mfma", "-mpopcnt"), {"avx2", "fma", "popcnt"}),
     "portable": ((), set[str]()),
 }
-LIMIT_S = 300.0  # of one source
+LIMIT_S = 300.0  # time limit for a compiler call
 Pointer = ctypes.c_void_p
 Count = ctypes.c_int64
 
 
 class Unbuilt(Exception):
-    """The kernels cannot be built or loaded here; the text says why, in a line."""
+    """The kernels cannot be built or loaded here; the message gives the reason in one line."""
 
 
 class Neurons(ctypes.Structure):
-    """`struct Neurons` of the source."""
+    """Mirrors `struct Neurons` of the C++ sources."""
 
     _fields_ = [
         *((n, ctypes.c_int32) for n in ("equation", "surrogate")),
@@ -57,7 +57,7 @@ class Neurons(ctypes.Structure):
 
 
 class Net(ctypes.Structure):
-    """`struct Net` of the source."""
+    """Mirrors `struct Net` of the C++ sources."""
 
     _fields_ = [
         *((n, ctypes.c_int32) for n in ("obs_dim", "pop_size", "act_dim", "out_pop_size")),
@@ -72,13 +72,13 @@ class Net(ctypes.Structure):
 
 
 class Units(ctypes.Structure):
-    """`struct Units` of the source."""
+    """Mirrors `struct Units` of the C++ sources."""
 
     _fields_ = [(n, Pointer) for n in ("low", "half_range", "min", "max")]
 
 
 class Critic(ctypes.Structure):
-    """`struct Critic` of the source."""
+    """Mirrors `struct Critic` of the C++ sources."""
 
     _fields_ = [
         *((n, ctypes.c_int32) for n in ("networks", "layers", "obs_dim", "act_dim")),
@@ -96,13 +96,13 @@ def supported_paths() -> list[str]:
 
 @cache
 def library(path: str) -> ctypes.CDLL:
-    """The kernels for one path, built if need be. Raises Unbuilt."""
+    """The kernels for one path, built if necessary. Raises Unbuilt."""
     if path == "amx" and not _may_use_tiles():
         raise Unbuilt("the operating system does not give out AMX tiles")
     compiler = _compiler()
     command = [*compiler, *FLAGS, *PATHS[path][0]]
     source = b"".join(path.read_bytes() for path in _sources(".cpp", ".h"))
-    # A home folder may be shared by machines on which the same would not run.
+    # A home folder may be shared with machines that cannot run the same library.
     made_by = [_output([*compiler, "--version"]), platform.machine(), *platform.libc_ver()]
     if any("native" in word for word in compiler):
         made_by += sorted(_processor_flags())
@@ -127,7 +127,7 @@ def library(path: str) -> ctypes.CDLL:
 
 
 def first_built(paths: Sequence[str]) -> tuple[str | None, str]:
-    """The first that can be built here, if any; why the best one could not, if so."""
+    """The first path that can be built here, or None; why the best could not be built, or ""."""
     why = ""
     for path in paths:
         try:
@@ -210,19 +210,19 @@ def _build(command: list[str], built: Path) -> None:
 
         list(pool.map(compiled, sources, objects))
         _succeed([*command, "-shared", *objects, "-o", str(target)])
-        with target.open("rb") as file:  # or a power cut could leave an empty one
+        with target.open("rb") as file:  # else a power cut could leave an empty library
             os.fsync(file.fileno())
         target.replace(built)
 
 
 def _remove_leftovers(built: Path) -> None:
-    """The folders of builds that were killed."""
+    """Remove the temporary folders of builds that were killed."""
     for folder in built.parent.glob(f"{built.stem}-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sources(*kinds: str) -> list[Path]:
-    """Without what an editor leaves beside them."""
+    """Source files with these suffixes; excludes backup files of editors."""
     return sorted(p for p in SOURCES.iterdir() if p.suffix in kinds and p.is_file())
 
 
@@ -230,7 +230,7 @@ def _succeed(command: list[str]) -> None:
     done = _run(command)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        line = next((s for s in said if "error" in s), said[0])  # other languages have other words
+        line = next((s for s in said if "error" in s), said[0])  # messages may be translated
         raise Unbuilt(f"{shlex.join(command[:1])} failed: {line.strip()}")
 
 
@@ -238,7 +238,7 @@ def _compiler() -> list[str]:
     said = os.environ.get("CXX", "")
     try:
         named = shlex.split(said)
-    except ValueError as error:  # a quotation without an end
+    except ValueError as error:  # an unclosed quotation
         raise Unbuilt(f"CXX={said}: {first_line(error).lower()}") from None
     for candidate in [named] if named else [["g++"], ["clang++"], ["c++"]]:
         if shutil.which(candidate[0]):
@@ -248,14 +248,14 @@ def _compiler() -> list[str]:
 
 
 def _cache_folder() -> Path:
-    """A folder that only this user can write to: what lies in it is code."""
+    """The cache folder, which only this user may write to, since code is loaded from it."""
     root = os.environ.get("SPIKERL_CACHE") or os.environ.get("XDG_CACHE_HOME")
     try:
         folder = Path(root).absolute() if root else Path.home() / ".cache"
         folder = folder / "spikerl"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-    except (OSError, RuntimeError) as error:  # the second from a user whom nobody knows
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         raise Unbuilt(f"no cache folder ({error}); name one with SPIKERL_CACHE=FOLDER") from None
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         why = "can be written to by others; name another with SPIKERL_CACHE=FOLDER"
@@ -265,7 +265,9 @@ def _cache_folder() -> Path:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Gives whether nobody else builds; without locks several may, and the last one's stays."""
+    """Wait for the lock; yields whether it is held. A file system without locks may see several
+    builds at once, of which the last one's library stays.
+    """
     with path.open("w") as file, path.open("w") as other:
         lock_file(file, wait=True)
         yield not lock_file(other)
@@ -277,13 +279,13 @@ def _processor_flags() -> set[str]:
     except OSError:
         return set()
     lines = (line.partition(":") for line in text.splitlines())
-    words = ("flags", "Features")  # of x86-64, and of Arm
+    words = ("flags", "Features")  # on x86-64, on Arm
     return next((set(value.split()) for key, _, value in lines if key.strip() in words), set())
 
 
 def _may_use_tiles() -> bool:
-    """Ask for the matrix units' registers, which Linux gives a process on request only."""
-    arch_prctl, request, tiles = 158, 0x1023, 18  # of x86-64
+    """Ask for the AMX tile registers, which Linux gives a process only on request."""
+    arch_prctl, request, tiles = 158, 0x1023, 18  # x86-64's numbers
     try:
         return bool(ctypes.CDLL(None).syscall(arch_prctl, request, tiles) == 0)
     except (AttributeError, OSError):

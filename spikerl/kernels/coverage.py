@@ -1,4 +1,6 @@
-"""What the compiled kernels cover; the rest runs in PyTorch, and the manifest says so."""
+"""Which networks and layers the compiled kernels cover; others run in PyTorch, as the manifest
+records.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,15 @@ from spikerl.snn.encoders import (
 from spikerl.snn.linear import Linear
 from spikerl.snn.neurons import ALIF, PLIF, CubaLIF, Dynamic, Neuron, ResidualIF
 
-MAX_LAYERS, MAX_STEPS = 16, 32  # of csrc/spiking.h and csrc/neurons.h
-MAX_INPUTS = 1 << 23  # of a layer: lists of spikes have 24 bits for each
+MAX_LAYERS, MAX_STEPS = 16, 32  # as in csrc/spiking.h and csrc/neurons.h
+MAX_INPUTS = 1 << 23  # of a layer: lists of spikes store an input's number in 24 bits
 COVERED_ENCODERS = (PopulationEncoder, PoissonEncoder, TanhPopulationEncoder, AnalogEncoder)
-# The numbers that `with_neuron` of csrc/neurons.h gives a neuron with a reset. Surrogates have
-# their places in snn.surrogates.SURROGATES.
+# The numbers of `with_neuron` in csrc/neurons.h for a neuron and its reset. A surrogate's number is
+# its index in snn.surrogates.SURROGATES.
 EQUATIONS: dict[tuple[type[Neuron], str], int] = {
     (CubaLIF, "hard"): 0,
     (CubaLIF, "soft"): 1,
-    (ResidualIF, "soft"): 1,  # from a voltage of its own on
+    (ResidualIF, "soft"): 1,  # with an initial voltage of its own
     (PLIF, "hard"): 2,
     (PLIF, "soft"): 3,
     (ALIF, "hard"): 4,
@@ -36,7 +38,7 @@ EQUATIONS: dict[tuple[type[Neuron], str], int] = {
 
 
 def why_no_scan(neuron: Neuron) -> str | None:
-    """Why kernel=cpu does not run a layer's neurons over all spike steps; None where it does."""
+    """Why kernel=cpu does not run a layer's neurons over all spike steps; None if it does."""
     if (type(neuron), neuron.config.reset) not in EQUATIONS:
         return f"neuron={neuron.config.name}, which runs in PyTorch"
     return None
@@ -49,14 +51,14 @@ def triton_scans(neuron: Neuron) -> bool:
 
 
 def why_no_matrix(layers: Iterable[Linear]) -> str | None:
-    """Why no kernel runs such layers' products; None where each does."""
+    """Why the kernels do not compute these layers' products; None if they do."""
     plain = all(type(layer) is Linear for layer in layers)
     return None if plain else "convolutions, which run in PyTorch"
 
 
 def events(layer: Linear, source: Encoder | Neuron, steps: int, dtype: torch.dtype) -> bool:
-    """Whether kernel=cpu forms a layer's products from lists of its inputs' spikes, where it runs
-    layer by layer: those of a neuron or encoder of which it is known that they are 0 or 1.
+    """Whether kernel=cpu, when it runs layer by layer, computes a layer's products from lists of
+    input spikes; `source`, the neuron or encoder that fires them, must be known to give 0 or 1.
     """
     if isinstance(source, Neuron):
         spikes = why_no_scan(source) is None
@@ -68,7 +70,7 @@ def events(layer: Linear, source: Encoder | Neuron, steps: int, dtype: torch.dty
 
 
 def why_layered(net: SpikingNet) -> str | None:
-    """Why kernel=cpu runs a network layer by layer; None where one call runs all of it."""
+    """Why kernel=cpu runs a network layer by layer; None if one call runs all of it."""
     encoder, decoder = net.encoder, net.decoder
     if net.dtype != torch.float32:
         return f"products in {str(net.dtype).removeprefix('torch.')}"

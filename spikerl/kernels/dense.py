@@ -16,8 +16,8 @@ def relu_values(
 ) -> Tensor:
     """The values (C, B) of C networks with ReLU layers and one output each, for the same inputs.
 
-    Products have operands in `dtype`; values and gradients are in the parameters' type. It is one
-    node of the graph, written out: with one column, a matrix product is slow.
+    Products have operands in `dtype`; values and gradients are in the parameters' type. Forward and
+    backward are written out, because matrix products with a single column are slow.
     """
     values: Tensor = _ReLUValues.apply(x_BI, dtype, *weights_CIN, *biases_C1N)
     return values
@@ -44,8 +44,8 @@ class _ReLUValues(torch.autograd.Function):
         layers = len(saved) // 2
         inputs, weights = saved[:layers], saved[layers:]
         wants_x, _, wants_params, *_ = ctx.needs_input_grad
-        grad = grad_CB.to(weights[0].dtype).unsqueeze(-1)  # of a layer's outputs, (C, B, N)
-        grads: list[Tensor] = []  # of weights and biases, the last layer's first
+        grad = grad_CB.to(weights[0].dtype).unsqueeze(-1)  # gradient of layer outputs, (C, B, N)
+        grads: list[Tensor] = []  # bias and weight of each layer, the last layer first
         for i in reversed(range(layers)):
             if wants_params:
                 bias = grad.sum(1, keepdim=True)

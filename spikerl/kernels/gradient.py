@@ -1,4 +1,4 @@
-"""Where an algorithm's gradient goes, and what Adam keeps."""
+"""Where gradients are collected, and the state of Adam."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class Gradient:
-    """The gradient of a loss by a network's parameters, in one vector whose last entry is the loss.
+    """The gradient with respect to a network's parameters, and the loss as the vector's last entry.
 
-    One collective then carries both, and whoever computes it writes each part where it belongs.
-    With several workers a loss is the mean over this worker's rows, and what is written is
-    `weight`, their share of the global batch, times the loss and its gradient: summed over
-    workers, those of the mean over the global batch. `scale`, if any, multiplies the gradient
-    alone (fp16). Parameters that are not learned keep entries of 0.
+    A single collective thus sums both, and code that computes them writes each part in place. With
+    several workers, a loss is the mean over this worker's rows, and the loss and its gradient are
+    stored times `weight`, this worker's share of the global batch: the sum over workers belongs to
+    the mean over the global batch. `scale` (fp16) multiplies the gradient only. Parameters that are
+    not learned keep entries of 0.
     """
 
     def __init__(
@@ -32,8 +32,8 @@ class Gradient:
         self.slots = [piece.view(p.shape) for p, piece in learned]
         self.loss = last.view(())
         self.whole = self.vector.new_tensor(weight)
-        # Code that is not Python fills a place for each parameter; what is not learned has one that
-        # nobody reads.
+        # The C++ library writes a gradient for every parameter; for those that are not learned it
+        # goes to memory that nobody reads.
         self.unread = [torch.empty_like(p) for p in params if not p.requires_grad]
         spare = iter(self.unread)
         at = [
@@ -45,25 +45,25 @@ class Gradient:
 
     @property
     def factor(self) -> Tensor:
-        """What a loss is multiplied with before it is differentiated."""
+        """The factor by which a loss is multiplied before it is differentiated."""
         return self.whole if self.scale is None else self.scale * self.weight
 
     def differentiate(self, loss: Tensor, *, partly: bool = False) -> None:
-        """Differentiate `loss`, which depends on the parameters; `partly`: on some of them."""
+        """Write the loss and its gradient; `partly`: it may not depend on all parameters."""
         pieces = torch.autograd.grad(loss, self.params, self.factor, materialize_grads=partly)
         torch._foreach_copy_([*self.slots, self.loss], [*pieces, loss.detach() * self.weight])
 
 
-# Of the gradient of a network's output, `pull(grad, into)` makes that of the parameters. What the
-# network adds to the loss itself it adds to `into`, whose loss stands there already, and gives back
-# by name: this worker's mean.
+# `pull(grad, into)` maps the gradient of a network's output to that of its parameters, written to
+# `into`. A loss of the network's own (spikes) is added to `into.loss`, which must be set already;
+# this worker's mean of it is returned by name.
 Pullback = Callable[[Tensor, Gradient], dict[str, Tensor]]
 
 
 def by_autograd(output: Tensor, own_loss: Tensor | None = None) -> tuple[Tensor, Pullback]:
-    """A network's output, and the way back through its graph.
+    """A network's output, detached, and the pullback through its graph.
 
-    `own_loss`: what its spikes cost, in the same graph.
+    `own_loss`: the cost of its spikes, in the same graph.
     """
 
     def pull(grad: Tensor, into: Gradient) -> dict[str, Tensor]:
@@ -79,13 +79,13 @@ def by_autograd(output: Tensor, own_loss: Tensor | None = None) -> tuple[Tensor,
     return output.detach(), pull
 
 
-# Of the gradients by samples (B, A) and by their log probabilities (B,), it makes those by mean and
-# by log deviation.
+# Maps gradients with respect to samples (B, A) and their log probabilities (B,) to those with
+# respect to mean and log deviation.
 SamplePullback = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Moments(NamedTuple):
-    """What Adam changes in a step: vectors of all parameters of a network, and its count."""
+    """What a step of Adam changes: flat weights and moments of a network, and the step count."""
 
     weights: Tensor
     step: Tensor

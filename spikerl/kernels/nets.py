@@ -1,4 +1,6 @@
-"""What kernels read of networks; and `Parts`, the steps of a layer that a kernel may replace."""
+"""The interfaces of networks that kernels use, and `Parts`, the operations on a layer that kernels
+replace.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ class SpikingNet(Protocol):
     dtype: torch.dtype  # of the layers' products
     encoder: Encoder
     layers: Linears
-    neurons: ListOf[Neuron]  # of each layer
-    norms: ListOf[CaReBN]  # of each layer, or none
+    neurons: ListOf[Neuron]  # one for each layer
+    norms: ListOf[CaReBN]  # one for each layer, or empty
     decoder: Decoder
-    spike_cost_L: Tensor | None  # of each layer now; None: spikes cost nothing
+    spike_cost_L: Tensor | None  # current cost for each layer; None: spikes cost nothing
     early_exit: EarlyExit | None
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -48,13 +50,13 @@ class DenseNet(Protocol):
 
 
 class Parts(NamedTuple):
-    """What a kernel that runs layer by layer brings; drives are those before a normalisation."""
+    """A kernel's operations on a layer; drives are those before a normalisation."""
 
-    # The first layer's drive by observations, (T, B, N), or (1, B, N) where all steps get the same.
+    # The first layer's drive from observations, (T, B, N), or (1, B, N) if all steps get the same.
     first: Callable[[SpikingNet, Tensor, torch.Generator | None], Tensor]
-    # The same of any other layer by a neuron's spikes (T, B, I), in a product of that type.
+    # Any other layer's drive from the spikes (T, B, I) of that neuron, with operands of that type.
     drive: Callable[[Linear, Neuron, Tensor, torch.dtype], Tensor]
     scan: Callable[[Neuron, Tensor], Tensor]  # spikes (T, B, N) of a layer from its drive
-    # The same of neurons that the decoder connects.
+    # The same for an output population whose neurons the decoder connects.
     connected_scan: Callable[[Neuron, Tensor, ILCDecoder], Tensor]
-    rows: Rows  # of a normalisation
+    rows: Rows  # the operations of a normalisation

@@ -31,7 +31,7 @@ def fused(net: SpikingNet) -> bool:
 
 
 class PreparedActor:
-    """Where `fused` is false it holds only what `moved` compares."""
+    """A spiking actor; if `fused` is false, only what `moved` compares is set."""
 
     def __init__(self, net: SpikingNet) -> None:
         self.params = list(net.parameters())
@@ -62,14 +62,16 @@ class PreparedActor:
         )  # fmt: skip
 
     def moved(self, net: SpikingNet) -> bool:
-        """Whether its parameters lie elsewhere, or are others: `load_state_dict(assign=True)`."""
+        """Whether it must be prepared anew: parameters were replaced (as `load_state_dict` does
+        with `assign=True`) or moved, or early exit or the surrogate's slope changed.
+        """
         same = unchanged(self.owners) and net.early_exit is self.early_exit
-        same &= not self.fused or self.neuron.scale == self.scale  # which a schedule changes
+        same &= not self.fused or self.neuron.scale == self.scale  # a schedule changes it
         return not same or addresses(self.params) != self.at
 
 
 class PreparedLayer:
-    """One layer, with the encoder where `source`, which its inputs' spikes come from, is one."""
+    """One layer, and the encoder if that is the `source` of its input spikes."""
 
     def __init__(
         self, layer: Linear, source: Encoder | Neuron, steps: int, dtype: torch.dtype
@@ -92,7 +94,7 @@ class PreparedLayer:
 
 
 class PreparedCritic:
-    """`first` is the first of the networks alone; products of bf16 take matrix units."""
+    """Critics: `all` networks, and the `first` alone. bf16 products need `tiles`, AMX units."""
 
     def __init__(self, net: ValueNet, act_dim: int, tiles: bool) -> None:
         self.params = [*net.weights_CIN, *net.biases_C1N]
@@ -134,7 +136,7 @@ Owners = list[tuple[dict[str, Any], str, Any]]
 
 
 def owners(net: Any) -> Owners:
-    """Where a module keeps each parameter, and which one is there."""
+    """For each parameter in `net`: the dictionary that holds it, its name there, and itself."""
     modules: list[nn.Module] = list(net.modules())
     return [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
 
@@ -146,12 +148,14 @@ def unchanged(owners: Owners) -> bool:
 def covered(
     ready: PreparedActor | PreparedLayer | PreparedCritic | PreparedDense, *inputs: Tensor
 ) -> bool:
-    """Whether the library runs it on these, if their shapes are right: see `check_shape`."""
+    """Whether the library runs it on these inputs, provided that `check_shape` accepts them."""
     return ready.fused and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in inputs)
 
 
 def check_shape(given: Tensor, *shape: int) -> None:
-    """A ValueError where the library would read beyond a tensor, or PyTorch would repeat it."""
+    """Raise ValueError for another shape: the library would read out of bounds, and PyTorch would
+    broadcast.
+    """
     if given.shape != shape:
         raise ValueError(f"a tensor of shape {tuple(given.shape)} where {shape} is due")
 
@@ -169,7 +173,7 @@ def pointers(at: Sequence[int]) -> ctypes.Array[Any]:
 
 
 def constants(neuron: Neuron) -> Neurons:
-    """What its equation and its surrogate read; a learned decay is another for each layer."""
+    """Constants of equation and surrogate; a learned decay is passed separately for each layer."""
     c = neuron.config
     places = {
         "equation": EQUATIONS[type(neuron), c.reset],

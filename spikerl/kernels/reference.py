@@ -1,4 +1,4 @@
-"""The definition in plain PyTorch: layer by layer, one matrix product for all spike steps.
+"""The kernels' definition in plain PyTorch: layer by layer, one matrix product for all spike steps.
 
 Shape legend   T spike steps, B batch, O observation entries, I inputs, N neurons, A actions,
 C critics side by side.
@@ -27,16 +27,16 @@ from spikerl.types import Batch
 
 @dataclass
 class Carried:
-    """What one decision leaves to the next of B episodes side by side; as it is: a first one's."""
+    """What B episodes side by side carry from one decision to the next; empty at their start."""
 
-    residuals: list[Tensor] = field(default_factory=list)  # (B, N) of each layer
-    fired_B: Tensor | None = None  # spikes of all layers in that decision
+    residuals: list[Tensor] = field(default_factory=list)  # (B, N) for each layer
+    fired_B: Tensor | None = None  # number of spikes of all layers in the last decision
 
     def reward(self, rew_B: object) -> None:
-        """Take what the decisions earned, which changes none that follow."""
+        """Accept rewards, as `History.reward` does; they have no effect here."""
 
     def restart(self, which_B: Tensor) -> None:
-        """Forget those of some episodes, which begin anew."""
+        """Clear the state of the episodes selected by the mask `which_B`, which begin anew."""
         for residual_BN in self.residuals:
             residual_BN[which_B] = 0.0
 
@@ -44,7 +44,7 @@ class Carried:
 def early_actions(
     net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None, exit: EarlyExit
 ) -> Tensor:
-    """Actions (B, A), spike step by spike step up to the last at which one is undecided."""
+    """Actions (B, A), computed one spike step at a time until all are decided."""
     x_TBK = net.encoder(obs_BO, net.spike_steps, generator)
     constant = len(x_TBK) == 1
     first_TBN = normed(net, 0, _drive(net, 0, x_TBK[:1]))
@@ -75,7 +75,9 @@ def early_actions(
 
 
 def taken(net: SpikingNet, spikes_TBN: Tensor) -> Tensor:
-    """Which spike steps, (T, B, 1), decisions with these spikes of the last layer take."""
+    """Mask (T, B, 1) of the spike steps before each decision's early exit; `spikes_TBN`: those of
+    the last layer.
+    """
     open_TB1 = torch.ones_like(spikes_TBN[..., :1], dtype=torch.bool)
     if net.early_exit is not None:
         act_TBA: list[Tensor] = []
@@ -95,7 +97,7 @@ def first(net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None) ->
 
 
 def drive(layer: Linear, neuron: Neuron, x_TBI: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a neuron's spikes give the next layer, (T, B, N)."""
+    """The drive of a layer, (T, B, N), by the spikes of the neuron before it."""
     return _driven(layer, x_TBI, dtype)
 
 
@@ -105,7 +107,7 @@ def scan(neuron: Neuron, drive_TBN: Tensor) -> Tensor:
 
 
 def connected_scan(neuron: Neuron, drive_TBN: Tensor, decoder: ILCDecoder) -> Tensor:
-    """The same of neurons that get something from each other's spikes."""
+    """As `scan`, for neurons with lateral connections in the decoder."""
     return _spikes(_states(neuron, drive_TBN, decoder.lateral))
 
 
@@ -119,7 +121,7 @@ def actions(
     squash: bool = True,
     parts: Parts = parts,
 ) -> Tensor:
-    """Actions (B, A) in [-1, 1]; before tanh, unless they are to be squashed."""
+    """Actions (B, A) in [-1, 1]; without `squash`, their values before tanh."""
     if net.early_exit is not None and squash:
         return early_actions(net, obs_BO, generator, net.early_exit)
     return act(outputs(net, obs_BO, generator, parts), squash)
@@ -132,9 +134,9 @@ def vjp(
     squash: bool = True,
     parts: Parts = parts,
 ) -> tuple[Tensor, Pullback]:
-    """Actions, and the way back from their gradient to the parameters'.
+    """Actions, and the pullback from their gradient to the parameters'.
 
-    Where spikes cost something, it adds that to the loss: sum_l cost_l mean_tbn spikes_l.
+    If spikes have a cost, the pullback adds it to the loss: sum_l cost_l mean_tbn spikes_l.
     """
     if net.spike_cost_L is None:
         return by_autograd(act(outputs(net, obs_BO, generator, parts, BATCH), squash))
@@ -151,7 +153,7 @@ def outputs(
     parts: Parts = parts,
     moments: str = RUNNING,
 ) -> Tensor:
-    """What the decoder makes of the last layer's spikes, (B, A)."""
+    """The decoder's outputs from the last layer's spikes, (B, A)."""
     return net.decoder(spikes(net, obs_BO, generator, parts, moments))
 
 
@@ -175,7 +177,7 @@ def layer_spikes(
 ) -> Iterator[Tensor]:
     """Each layer's spikes (T, B, N).
 
-    `moments`: which ones normalise a layer's drive, where one is normalised.
+    `moments`: the kind of moments that normalise drives, if the network has norms.
     """
     drive_TBN = parts.first(net, obs_BO, generator)
     for i, neuron in enumerate(net.neurons):
@@ -193,7 +195,7 @@ def layer_spikes(
 def record(
     net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None
 ) -> tuple[list[Tensor], list[list[State]]]:
-    """What the encoder gives, then the spikes (T, B, N) of each layer; each layer's states."""
+    """The encoder's output followed by each layer's spikes (T, B, N), and each layer's states."""
     layers = [net.encoder(obs_BO, net.spike_steps, generator)]
     states = []
     for i, neuron in enumerate(net.neurons):
@@ -211,7 +213,7 @@ def decide(
     carried: Carried,
     squash: bool = True,
 ) -> Tensor:
-    """As `actions`, of neurons that carry residuals on; `carried` becomes the next decision's."""
+    """As `actions`, for neurons that carry residuals over; updates `carried` in place."""
     x = net.encoder(obs_BO, net.spike_steps, generator)
     fired_B = torch.zeros(len(obs_BO), dtype=torch.float64, device=obs_BO.device)
     residuals = []
@@ -236,8 +238,8 @@ def values(critic: ValueNet, obs_BO: Tensor, act_BA: Tensor) -> Tensor:
 def td_target(
     critic: ValueNet, rows: Batch, act_BA: Tensor, bonus_B: Tensor | None = None
 ) -> Tensor:
-    """Target values (B,): the lowest critic's value of the next observations and `act`, and what
-    is added to that.
+    """Target values (B,), from the lowest critic value of next observations and `act`, plus the
+    bonus.
     """
     lowest_B = values(critic, rows.next_obs, act_BA).amin(0)
     return rows.td_target(lowest_B if bonus_B is None else lowest_B + bonus_B)
@@ -261,8 +263,8 @@ def squashed(
 def squashed_vjp(
     mean_BA: Tensor, log_std_BA: Tensor, noise_BA: Tensor, low: float, high: float
 ) -> tuple[Tensor, Tensor, SamplePullback]:
-    """As `squashed`, and the way back: from gradients by a and log pi(a) to those by mean and log
-    std.
+    """As `squashed`, and the pullback from gradients with respect to a and log pi(a) to those with
+    respect to mean and log std.
     """
     inputs = mean_BA.detach().requires_grad_(), log_std_BA.detach().requires_grad_()
     outputs = squashed(*inputs, noise_BA, low, high)
@@ -276,14 +278,14 @@ def squashed_vjp(
 
 
 def add_clipped_noise(act_BA: Tensor, noise_BA: Tensor, std: float, bound: float) -> Tensor:
-    """act + clip(std noise, -bound, bound), clipped to [-1, 1]; it may overwrite the noise."""
+    """act + clip(std noise, -bound, bound), clipped to [-1, 1]; kernels may overwrite the noise."""
     return (act_BA + (noise_BA * std).clamp(-bound, bound)).clamp(-1.0, 1.0)
 
 
 def critic_backward(
     critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, target_B: Tensor, into: Gradient
 ) -> Tensor:
-    """Gradient of sum_c mean_b (Q_c - target)^2; the mean of all values."""
+    """Write the loss sum_c mean_b (Q_c - target)^2 and its gradient; the mean of all values."""
     value_CB = values(critic, obs_BO, act_BA)
     into.differentiate((value_CB - target_B).square().mean(1).sum())
     return value_CB.detach().mean()
@@ -292,7 +294,9 @@ def critic_backward(
 def actor_loss_grad(
     critic: ValueNet, obs_BO: Tensor, act_BA: Tensor, into: Gradient, lowest: bool = False
 ) -> Tensor:
-    """The loss -mean_b Q_1, or -mean_b min_c Q_c; its gradient by the actions, (B, A)."""
+    """Write the loss -mean_b Q_1 (`lowest`: -mean_b min_c Q_c); returns its gradient with respect
+    to the actions, (B, A).
+    """
     act_BA = act_BA.detach().requires_grad_()
     x_BI = torch.cat([obs_BO, act_BA], -1)
     networks = None if lowest else 1
@@ -304,7 +308,7 @@ def actor_loss_grad(
 
 
 def dense_actions(net: DenseNet, obs_BO: Tensor, squash: bool = True) -> Tensor:
-    """Actions (B, A): ReLU layers and tanh; before tanh, unless they are to be squashed."""
+    """Actions (B, A): ReLU layers and tanh; without `squash`, their values before tanh."""
     x = obs_BO
     *hidden, last = net.layers
     for layer in hidden:
@@ -313,12 +317,14 @@ def dense_actions(net: DenseNet, obs_BO: Tensor, squash: bool = True) -> Tensor:
 
 
 def dense_vjp(net: DenseNet, obs_BO: Tensor, squash: bool = True) -> tuple[Tensor, Pullback]:
-    """As `vjp`, of a dense network."""
+    """As `vjp`, for a dense network."""
     return by_autograd(dense_actions(net, obs_BO, squash))
 
 
 def mse_backward(net: DenseNet, obs_BO: Tensor, goal_BA: Tensor, into: Gradient) -> None:
-    """Gradient of the mean squared error of the actions from `goal`, over batch and entries."""
+    """Write the mean squared error of the actions from `goal`, over batch and entries, and its
+    gradient.
+    """
     into.differentiate((dense_actions(net, obs_BO) - goal_BA).square().mean())
 
 
@@ -332,13 +338,13 @@ def adam(
 ) -> None:
     """One step of Adam with a gradient whose last entry is the loss.
 
-    The gradient is first scaled to a norm of at most `max_norm`. If something is not finite,
-    `masked` becomes 1; where it is, nothing else changes. The step is the function below
-    torch.optim.Adam(fused=True), whose own bookkeeping takes longer than that. `piece`: entries
-    that it is given as a tensor of their own.
+    The gradient is first scaled to a norm of at most `max_norm`. If an entry is not finite,
+    `masked` becomes 1; while it is 1, weights and moments stay unchanged. Calls the function below
+    torch.optim.Adam(fused=True), whose own bookkeeping takes longer than the step itself. `piece`:
+    split the vectors into tensors of so many entries for that function.
     """
     grad, step = gradient[:-1], moments.step
-    # The sum of squares is finite only if every entry is; NaN is below nothing.
+    # The sum of squares is finite only if every entry is; comparing NaN gives False.
     finite = torch.dot(gradient, gradient) < math.inf
     masked.masked_fill_(~finite, 1.0)
     if max_norm < math.inf:
@@ -361,14 +367,14 @@ def polyak(target: Tensor, online: Tensor, tau: float, masked: Tensor) -> None:
 def normed(
     net: SpikingNet, i: int, drive_TBN: Tensor, moments: str = RUNNING, rows: Rows = ROWS
 ) -> Tensor:
-    """The drive of layer `i` at every spike step, normalised where it is to be."""
+    """The drive of layer `i`, normalised if the network has norms, expanded to all spike steps."""
     if len(net.norms):
         drive_TBN = net.norms[i](drive_TBN, moments, rows)
     return drive_TBN.expand(net.spike_steps, -1, -1)
 
 
 def _drive(net: SpikingNet, i: int, x_TBI: Tensor) -> Tensor:
-    """What the inputs of layer `i` give its neurons, (T, B, N)."""
+    """The drive of layer `i` by its inputs, (T, B, N)."""
     return _driven(net.layers[i], x_TBI, net.dtype)
 
 
@@ -377,13 +383,13 @@ def _driven(layer: Linear, x_TBI: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _connected(net: SpikingNet, i: int) -> ILCDecoder | None:
-    """The decoder, where it connects the neurons of layer `i`, which is its output population."""
+    """The decoder, if it connects the neurons of layer `i`, the output population; else None."""
     last = i == len(net.neurons) - 1
     return net.decoder if last and isinstance(net.decoder, ILCDecoder) else None
 
 
 def _lateral(net: SpikingNet, i: int) -> Callable[[Tensor], Tensor] | None:
-    """What the neurons of layer `i` get from their own spikes."""
+    """The function from the spikes of layer `i` to the drive they give each other, if any."""
     connected = _connected(net, i)
     return connected.lateral if connected is not None else None
 
@@ -394,7 +400,7 @@ def _states(
     lateral: Callable[[Tensor], Tensor] | None = None,
     begin: State | None = None,
 ) -> list[State]:
-    """One layer's states at every spike step; `begin`: where they begin, if not at rest."""
+    """One layer's states at every spike step; `begin`: the initial state, None for rest."""
     state, states = begin or neuron.initial(drive_TBN[0]), []
     for drive_BN in drive_TBN:
         if lateral is not None:

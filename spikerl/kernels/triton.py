@@ -52,7 +52,7 @@ __all__ = [
     "vjp",
 ]
 
-BLOCK = 256  # neurons of one program
+BLOCK = 256  # neurons per Triton program
 
 
 def actions(
@@ -86,11 +86,11 @@ parts: Parts = reference.parts._replace(scan=scan)
 def adam(moments: Moments, gradient: Tensor, lr: float, max_norm: float, masked: Tensor) -> None:
     """As `reference.adam`.
 
-    PyTorch's function gives 65 536 entries of a tensor to one block of threads, so that a small
-    network keeps a few multiprocessors busy and the others idle; of small tensors it takes up to
-    36 in one launch, a block each.
+    PyTorch's function gives 65 536 entries of a tensor to one block of threads, so a small network
+    keeps only a few multiprocessors busy. Splitting the vectors helps: the function takes up to 36
+    small tensors in one launch, each with a block of its own.
     """
-    piece = max(4096, 16 * -(-len(gradient) // 512))  # a multiple of what a vector holds
+    piece = max(4096, 16 * -(-len(gradient) // 512))  # a multiple of a vector register's entries
     reference.adam(moments, gradient, lr, max_norm, masked, piece)
 
 
@@ -101,7 +101,7 @@ class _Scan(torch.autograd.Function):
         spikes = torch.empty_like(drive_TBN)
         voltage = torch.empty_like(drive_TBN, dtype=torch.float32)
         grid = (triton.cdiv(neurons, BLOCK),)
-        with torch.cuda.device_of(drive_TBN):  # Triton launches on the current one
+        with torch.cuda.device_of(drive_TBN):  # Triton launches on the current device
             _forward[grid](drive_TBN, spikes, voltage, neurons, *constants[:3], steps, BLOCK)
         ctx.save_for_backward(voltage)
         ctx.constants = constants

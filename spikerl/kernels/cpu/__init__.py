@@ -1,7 +1,7 @@
 """All operations on the CPU in C++: `spikerl/kernels/csrc`, built for one set of instructions.
 
 `kernels/coverage.py` says which networks run in one call, and which layer by layer. Critics and
-dense networks in float32 are covered whole; others are PyTorch's.
+dense networks in float32 run in one call; others run in PyTorch, except critics in bf16 on amx.
 """
 
 from __future__ import annotations
@@ -27,5 +27,5 @@ class CPUKernel(NetworkCalls, DenseCalls, StepCalls):
 
 @cache
 def kernel(path: str) -> CPUKernel:
-    """Raises native.Unbuilt where it cannot be built or loaded."""
+    """The kernels of one path; raises native.Unbuilt if they cannot be built or loaded."""
     return CPUKernel(path)

@@ -1,4 +1,4 @@
-"""Memory that one call of the library leaves for the next."""
+"""Memory blocks that calls of the library reuse."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from torch import Tensor
 
 
 class BlockCache(threading.local):
-    """What was used last still lies in a processor's cache. Each thread has blocks of its own."""
+    """Gives out the block released last first, as it may still be in the processor's cache. Each
+    thread has blocks of its own.
+    """
 
-    KEPT = 16  # blocks
+    KEPT = 16  # most free blocks kept
 
     def __init__(self) -> None:
-        self.free: list[Tensor] = []  # the one given last comes first
+        self.free: list[Tensor] = []  # released last comes first
 
     def acquire(self, size: int) -> Tensor:
         for i, block in enumerate(self.free):

@@ -20,7 +20,10 @@ from spikerl.types import Batch
 
 
 def takes(ready: PreparedCritic, obs_BO: Tensor, act_BA: Tensor, *numbers_B: Tensor) -> bool:
-    """Whether the library runs it, with numbers of each row. A ValueError: their shapes differ."""
+    """Whether the library runs the critic on these inputs; `numbers_B` have one number per row.
+
+    Raises ValueError if it could but a shape is wrong.
+    """
     if not covered(ready, obs_BO, act_BA, *numbers_B):
         return False
     batch = len(obs_BO)
@@ -39,7 +42,7 @@ def takes_obs(ready: PreparedDense, obs_BO: Tensor) -> bool:
 
 
 class DenseCalls:
-    """`tiles`: whether products of bf16 take matrix units."""
+    """`tiles`: whether bf16 products run on the AMX matrix units."""
 
     def __init__(self, lib: ctypes.CDLL, tiles: bool) -> None:
         self.lib, self.tiles = lib, tiles
@@ -135,7 +138,7 @@ class DenseCalls:
     def dense_forward(
         self, ready: PreparedDense, obs_BO: Tensor, saved: Tensor | None, squash: bool
     ) -> Tensor:
-        """Actions; `saved` takes what the way back needs."""
+        """Actions; `saved`, if given, receives what the backward pass needs."""
         act = obs_BO.new_empty(len(obs_BO), ready.widths[-1])
         self.lib.spikerl_dense_forward(
             ready.net, len(obs_BO), obs_BO.data_ptr(), act.data_ptr(),
@@ -156,7 +159,7 @@ class DenseCalls:
 
         def pull(grad_BA: Tensor, into: Gradient) -> dict[str, Tensor]:
             check_shape(grad_BA, *act.shape)
-            room, grad = saved.pop(), grad_BA.float().contiguous()  # a second one finds nothing
+            room, grad = saved.pop(), grad_BA.float().contiguous()  # fails at a second call
             self.lib.spikerl_dense_backward(
                 ready.net, batch, obs.data_ptr(), act.data_ptr() if squash else None,
                 grad.data_ptr(), room.data_ptr(), into.at, torch.get_num_threads(),

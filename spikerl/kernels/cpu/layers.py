@@ -1,4 +1,4 @@
-"""One layer at a time: products of spikes and weights by events, and neurons' scans.
+"""One layer at a time: event-driven products of spikes and weights, and neurons' scans.
 
 Shape legend   T spike steps, B batch, I inputs, N neurons, M = B N.
 """
@@ -36,9 +36,9 @@ from spikerl.snn.neurons import PLIF, Neuron
 def encoded(
     net: SpikingNet, obs_BO: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What the receptive fields see, and what a random encoder draws."""
+    """The inputs of the receptive fields, and the random numbers of a Poisson encoder."""
     encoder = net.encoder
-    assert isinstance(encoder, PopulationEncoder)  # the caller has looked
+    assert isinstance(encoder, PopulationEncoder)  # the caller has checked that
     uniform = None
     if isinstance(encoder, PoissonEncoder):
         uniform = encoder.uniform(len(obs_BO), net.spike_steps, generator)
@@ -46,7 +46,7 @@ def encoded(
 
 
 class LayerCalls:
-    """What is not covered runs in PyTorch."""
+    """The operations on one layer; inputs that the library does not cover run in PyTorch."""
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         self.lib = lib
@@ -78,7 +78,7 @@ class LayerCalls:
         uniform_TBI: Tensor | None,
         spikes_TBI: Tensor | None,
     ) -> Tensor:
-        """The layer's drive (T, B, N) by the spikes that its encoder makes, or by these."""
+        """The layer's drive (T, B, N) by `spikes_TBI`, or if None, by its encoder's spikes."""
         if torch.is_grad_enabled():
             drive_TBN: Tensor = _Drive.apply(
                 self, layer, obs_BO, uniform_TBI, spikes_TBI, *layer.params
@@ -95,7 +95,7 @@ class LayerCalls:
         uniform_TBI: Tensor | None,
         spikes_TBI: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The drive, and what the way back needs."""
+        """The drive, and a block with what the backward pass needs."""
         if spikes_TBI is not None:
             spikes_TBI = spikes_TBI.contiguous()
         given = obs_BO if spikes_TBI is None else spikes_TBI[0]
@@ -195,7 +195,7 @@ class _Drive(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_TBN: Tensor) -> tuple[Tensor | None, ...]:
         obs_BO, *params = ctx.saved_tensors
-        saved, ctx.saved = ctx.saved, None  # a second backward pass finds nothing, and fails
+        saved, ctx.saved = ctx.saved, None  # a second backward pass fails
         grads, grad_TBN = [torch.empty_like(p) for p in params], grad_TBN.contiguous()
         steps, batch, _ = grad_TBN.shape
         by_spike = None

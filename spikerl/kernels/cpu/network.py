@@ -1,4 +1,4 @@
-"""A spiking network in one call, driven by events; forward, and back.
+"""A whole spiking network in one event-driven call, forward and backward.
 
 Shape legend   T spike steps, B batch, O observation entries, K encoder neurons, A actions.
 """
@@ -32,21 +32,21 @@ from spikerl.types import Task
 
 
 class NetworkCalls(LayerCalls):
-    """Networks that no call covers run layer by layer."""
+    """The operations on whole networks; those that no single call covers run layer by layer."""
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         super().__init__(lib)
         self.actors: WeakKeyDictionary[SpikingNet, PreparedActor] = WeakKeyDictionary()
 
     def prepare(self, net: SpikingNet) -> PreparedActor:
-        """The network as the library reads it, made again when its tensors have moved."""
+        """The network as the library reads it, prepared anew when its tensors have moved."""
         ready = self.actors.get(net)
         if ready is None or ready.moved(net):
             ready = self.actors[net] = PreparedActor(net)
         return ready
 
     def takes(self, ready: PreparedActor, obs_BO: Tensor) -> bool:
-        """Whether the library runs it. A ValueError: the shape is another."""
+        """Whether the library runs the network on `obs_BO`; ValueError if the shape is wrong."""
         if not covered(ready, obs_BO):
             return False
         check_shape(obs_BO, len(obs_BO), ready.net.obs_dim)
@@ -79,7 +79,7 @@ class NetworkCalls(LayerCalls):
         saved: Tensor | None,
         squash: bool,
     ) -> Tensor:
-        """Actions; `saved` takes what `backward` needs."""
+        """Actions; `saved`, if given, receives what `backward` needs."""
         batch = len(obs_BO)
         act = obs_BO.new_empty(batch, ready.net.act_dim)
         self.lib.spikerl_forward(
@@ -107,8 +107,8 @@ class NetworkCalls(LayerCalls):
     ) -> None:
         """Write each parameter's gradient to its address in the list at `at`.
 
-        `act_BA`: the actions, where they were squashed. `by_spike_L`: of the loss, what each spike
-        of a layer adds to it.
+        `act_BA`: the actions if they were squashed, else None. `by_spike_L`: for each layer, the
+        gradient of the spike loss with respect to a single spike.
         """
         self.lib.spikerl_backward(
             ready.net, len(obs_BO), obs_BO.data_ptr(), poisson,
@@ -117,13 +117,13 @@ class NetworkCalls(LayerCalls):
         )  # fmt: skip
 
     def count_spikes(self, ready: PreparedActor, batch: int, saved: Tensor) -> Tensor:
-        """Spikes of each layer over all samples and steps, of what `forward` saved."""
+        """Number of spikes in each layer over all samples and steps, from what `forward` saved."""
         counts_L = torch.empty(ready.net.layers, dtype=torch.int64)
         self.lib.spikerl_count_spikes(ready.net, batch, saved.data_ptr(), counts_L.data_ptr())
         return counts_L
 
     def saved_block(self, ready: PreparedActor, batch: int) -> Tensor:
-        """For what `forward` saves."""
+        """A block for what `forward` saves."""
         return blocks.acquire(-(-self.lib.spikerl_saved_bytes(ready.net, batch) // 4))
 
     def vjp(
@@ -133,7 +133,7 @@ class NetworkCalls(LayerCalls):
         generator: torch.Generator | None,
         squash: bool = True,
     ) -> tuple[Tensor, Pullback]:
-        """As `reference.vjp`, without autograd where one call covers the network."""
+        """As `reference.vjp`, without autograd if one call covers the network."""
         ready = self.prepare(net)
         if not self.takes(ready, obs_BO) or net.early_exit is not None:
             return reference.vjp(net, obs_BO, generator, squash, self.parts)
@@ -143,12 +143,12 @@ class NetworkCalls(LayerCalls):
 
         def pull(grad_BA: Tensor, into: Gradient) -> dict[str, Tensor]:
             check_shape(grad_BA, *act.shape)
-            room = saved.pop()  # a second way back finds nothing, and fails
+            room = saved.pop()  # fails at a second call
             added, by_spike_L = {}, None
             if net.spike_cost_L is not None:
-                spikes_L = torch.from_numpy(ready.widths[1:]).long()  # of int32 they could overflow
+                spikes_L = torch.from_numpy(ready.widths[1:]).long()  # int32 could overflow
                 spikes_L = spikes_L * (len(obs_BO) * net.spike_steps)
-                by_spike_L = net.spike_cost_L / spikes_L  # a spike is this share of the loss
+                by_spike_L = net.spike_cost_L / spikes_L  # what one spike adds to the loss
                 loss = (by_spike_L * self.count_spikes(ready, len(obs_BO), room)).sum()
                 into.loss += loss * into.weight
                 added = {"spike_loss": loss}
@@ -163,14 +163,14 @@ class NetworkCalls(LayerCalls):
 
 
 class OneAction:
-    """Actions of one network for one raw observation at a time, without a tensor.
+    """Actions of one network for one raw observation at a time, without tensors.
 
-    What `actions` and `Task.to_env` compute, at a fifth of the cost of getting there.
+    Computes what `actions` and `Task.to_env` do, at a fifth of their overhead.
     """
 
     def __init__(self, kernel: NetworkCalls, net: SpikingNet, task: Task) -> None:
         self.kernel, self.net = kernel, net
-        self.lock = threading.Lock()  # threads that act share the two arrays
+        self.lock = threading.Lock()  # acting threads share the two arrays
         self.obs_O, self.act_A = np.empty(task.obs_dim), np.empty(task.act_dim, np.float32)
         self.ready = kernel.prepare(net)
         self.places = Pointer(self.obs_O.ctypes.data), Pointer(self.act_A.ctypes.data)
@@ -178,10 +178,10 @@ class OneAction:
         self.units = Units(*(array.ctypes.data for array in self.kept))
 
     def __call__(self, obs_O: np.ndarray, norm_2O: Tensor, clip: float) -> np.ndarray | None:
-        """The action (A,) in the environment's units; None where the observation is not finite, or
-        the network became one that the library does not run.
+        """The action (A,) in the environment's units; None if the observation is not finite, or if
+        the network has changed into one that the library does not run.
 
-        `norm_2O`: mean and standard deviation that the observation is normalised with.
+        `norm_2O`: mean and standard deviation by which the observation is normalised.
         """
         with self.lock:
             self.obs_O[:] = obs_O
@@ -192,7 +192,7 @@ class OneAction:
             return self.act_A.copy() if self.run(norm_2O.data_ptr(), clip) else None
 
     def run(self, norm: int, clip: float) -> bool:
-        """The library's call, from array to array; False: the observation is not finite."""
+        """Compute `act_A` from `obs_O`; False if the observation is not finite."""
         obs, act = self.places
         net, units = self.ready.net, self.units
         return bool(self.kernel.lib.spikerl_act(net, units, obs, norm, clip, act))
@@ -221,7 +221,7 @@ class _Actions(torch.autograd.Function):
     def backward(ctx: Any, grad_BA: Tensor) -> tuple[Tensor | None, ...]:
         obs_BO, act_BA, *params = ctx.saved_tensors
         grads = [torch.empty_like(p) for p in params]
-        saved, ctx.saved = ctx.saved, None  # a second backward pass finds nothing, and fails
+        saved, ctx.saved = ctx.saved, None  # a second backward pass fails
         places, grad_BA = pointers(addresses(grads)), grad_BA.contiguous()
         act, at = act_BA if ctx.squash else None, ctypes.addressof(places)
         ctx.kernel.backward(ctx.ready, obs_BO, ctx.poisson, act, grad_BA, saved, at)

@@ -1,4 +1,4 @@
-"""Samples of a policy, and steps of a network's weights.
+"""Sampling of actions, and update steps of a network's weights.
 
 Shape legend   B batch, A actions.
 """
