@@ -7,8 +7,8 @@
 
 namespace {
 
-// Gradients of all layers' weights, and of the encoder's activities, (B, K0p), which are returned; from those of the
-// actions. A spike at step t passes encoder_weight[t] of its gradient on to the activity.
+// Computes the gradients of all layers' weights from those of the actions; returns the gradients of the encoder's
+// activities, (B, K0p), which are sums over steps t of the spikes' gradients with weights encoder_weight[t].
 const float* backward_events(const Activations& acts, const float* encoder_weight, const ActionGradients& actions,
                              const Gradients& out, Scratch& memory, int threads) {
     const Net& net = *acts.net;
@@ -17,7 +17,7 @@ const float* backward_events(const Activations& acts, const float* encoder_weigh
     // Gradients of the drives of two consecutive layers.
     float *above = memory.array<float>(B * T * widest), *below = memory.array<float>(B * T * widest);
     int32_t* active_steps = memory.array<int32_t>(B * widest);
-    float* by_decay = memory.array<float>(B);  // gradients by a layer's decay
+    float* by_decay = memory.array<float>(B);  // each sample's gradient of a layer's voltage_decay
     const int64_t Np = padded(net.widths[net.layers]);
     const int last = net.layers - 1;
     actions.decoder_backward(acts, out, [&](int64_t b, const float* grad_spikes) {
@@ -64,9 +64,10 @@ void backward(const Net& net, int64_t B, const float* obs, bool poisson, const A
 
 extern "C" {
 
-// Gradients of all parameters, `grads`: the encoder's means and standard deviations, each layer's weights and biases,
-// each layer's decay where it is learned, the decoder's; `saved` as spikerl_forward left it; `act` is null where that
-// did not squash, `by_spike` (layers), the gradient by each spike of a layer, where spikes cost nothing.
+// Writes the gradients of all parameters to `grads`: the encoder's means and standard deviations, each layer's weights
+// and biases, each layer's decay if it is learned, the decoder's weights and biases. `saved` is as spikerl_forward left
+// it. `act` is null if that did not squash. `by_spike` (layers), the gradient of the spike cost with respect to one
+// spike of each layer, is null if spikes cost nothing.
 void spikerl_backward(const Net* net, int64_t B, const float* obs, int poisson, const float* act, const float* grad_act,
                       const float* by_spike, char* saved, float* const* grads, int threads) {
     backward(*net, B, obs, poisson, {act, grad_act, by_spike}, saved, Gradients(*net, grads), threads);

@@ -1,4 +1,4 @@
-// Shared by the backward pass over events and that on AMX.
+// Shared by the event-driven backward pass and the one on AMX.
 
 #pragma once
 #include <utility>
@@ -11,7 +11,7 @@ namespace {
 struct Gradients {
     float *mean, *std;
     float* const* layers;
-    float* const* decay_logits;  // of each layer, where neurons learn their decays
+    float* const* decay_logits;  // one for each layer if neurons learn their decays
     float *out_weight, *out_bias;
     Gradients(const Net& net, float* const* grads)
         : mean(grads[0]), std(grads[1]), layers(grads + 2), decay_logits(layers + 2 * net.layers) {
@@ -21,7 +21,7 @@ struct Gradients {
     float* weight(int layer) const { return layers[2 * layer]; }
     float* bias(int layer) const { return layers[2 * layer + 1]; }
 
-    // From the gradients by a layer's decay, of each sample.
+    // Writes the gradient of a layer's decay logit from `by_decay` (B), each sample's gradient of its voltage_decay.
     void put_decay(const Activations& acts, int layer, const float* by_decay) const {
         if (!acts.net->decay_logits) return;
         const float decay = acts.neurons[layer].voltage_decay;
@@ -31,20 +31,20 @@ struct Gradients {
     }
 };
 
-// Actions (null where they are not squashed) and their gradient, (B, A). What the spikes themselves cost: the gradient
-// by each spike of a layer, for every layer; null where they cost nothing.
+// Actions (null if they are not squashed) and their gradient, (B, A); `by_spike` (layers): the gradient of the spike
+// cost with respect to a single spike of each layer, null if spikes cost nothing.
 struct ActionGradients {
     const float *act, *grad, *by_spike;
 
-    // Adds it to the gradients of a layer's spikes, of which each of `rows` rows has `count` neurons.
+    // Adds the spike cost's gradient to the gradients of a layer's spikes, `rows` rows of `count` neurons.
     void add_cost(int layer, float* grad_spikes, int64_t rows, int64_t stride, int64_t count) const {
         if (!by_spike) return;
         for (int64_t row = 0; row < rows; row++)
             for (int64_t n = 0; n < count; n++) grad_spikes[row * stride + n] += by_spike[layer];
     }
 
-    // The decoder's gradients; calls `f(b, grad_spikes)` with the gradient of the last layer's spikes, (Np), which is
-    // the same at each step.
+    // Writes the decoder's gradients; calls `f(b, grad_spikes)` for each sample with the gradient of the last layer's
+    // spikes, (Np), which is the same at each step.
     template <class F>
     void decoder_backward(const Activations& acts, const Gradients& out, F f) const {
         const Net& net = *acts.net;

@@ -5,15 +5,15 @@
 
 namespace {
 
-// Neurons ordered by how many steps of a chunk have a gradient, most first: those with at least s of them are the first
-// `count[s]`.
+// Neurons ordered by how many of a chunk's first steps may have a gradient, most first: those with at least s such
+// steps are the first `count[s]`.
 struct ActiveNeurons {
     int32_t count[CHUNK + 1];
     const int32_t* neurons;
     const float* grad;  // of the drive at the chunk's first step
 };
 
-// Appends to `neurons`, which is written a whole vector at a time.
+// Writes the list to `neurons`, a whole vector at a time.
 inline ActiveNeurons list_active(const int32_t* active_steps, int64_t N, int first, int steps, int32_t* neurons,
                           const float* grad) {
     ActiveNeurons out{{}, neurons, grad};
@@ -62,8 +62,8 @@ void multiply_active(const ActiveNeurons& active, const float* weights, int64_t 
         for (int j = 0; j < V; j++) store(out + t * Kp + j * W, sums[t][j]);
 }
 
-// A layer's weights by neuron, in blocks of V vectors of inputs from k on, (blocks, N, V W), zero beyond K; the first
-// input beyond the blocks.
+// Packs a layer's weights by neuron, in blocks of V vectors of inputs from k on, (blocks, N, V W), zero beyond K;
+// returns the first input beyond the blocks.
 template <int V>
 int64_t pack_by_neuron(const Layer& l, int64_t k, float* out) {
     for (; padded(l.K) - k >= V * W; k += V * W)
@@ -71,15 +71,15 @@ int64_t pack_by_neuron(const Layer& l, int64_t k, float* out) {
     return k;
 }
 
-// Gradients of the inputs of a block of samples, `out` (samples, rows, Kp), from those of its drives, (rows, Np) for
-// each sample.
+// Gradients of a layer's inputs for a block of samples, `out` (samples, rows, Kp), from those of its drives, (rows, Np)
+// for each sample.
 struct InputGradients {
     Scratch memory;
     const Layer& l;
     const int64_t rows, chunks, Kp;
     const float* by_neuron;
     float* const out;
-    float* const summed;  // (samples, Np): drives' gradients, where they are the same product for all steps
+    float* const summed;  // (samples, Np): drive gradients summed over the steps, if a single product is formed of them
     ActiveNeurons* const active;
     int32_t* const neurons;
 
@@ -126,7 +126,7 @@ struct InputGradients {
 
     void run(int64_t count) { run_blocks<1>(run_blocks<BLOCK>(0, count), count); }
 
-    // Of `summed`, in which few neurons have no gradient.
+    // Multiplies `summed` as a dense matrix, since few of its entries are 0.
     void run_dense(int64_t count) {
         int64_t k = 0;
         for (; Kp - k >= BLOCK * W; k += BLOCK * W) multiply<BLOCK>(count, k);
@@ -156,7 +156,7 @@ inline void scatter(Events events, const float* grad, int64_t Np, float* block) 
     }
 }
 
-// Puts gradients of weights, (K, V W), and of biases where those of neurons n to n + V W belong.
+// Copies the gradients of weights, `block` (K, V W), and of biases of neurons n to n + V W to their places.
 template <int V>
 void put_columns(const Layer& l, int64_t n, const float* block, const vec* bias, float* grad_weight, float* grad_bias) {
     const int64_t width = V * W, count = std::min(width, l.N - n);
@@ -200,8 +200,8 @@ void weight_gradients(const Activations& acts, int layer, const Layer& l, int64_
     put_columns<V>(l, n, block, bias, grad_weight, grad_bias);
 }
 
-// The same of a layer that is driven by the same currents at every step: `by_input` (K, Bp) are its inputs, `summed`
-// (B, Np) its drives' gradients over all steps.
+// The same for a layer driven by equal currents at every step: `by_input` (K, Bp) are its inputs, `summed` (B, Np) its
+// drive gradients summed over the steps.
 template <int V>
 void weight_gradients(const Layer& l, int64_t n, int64_t B, const float* by_input, const float* summed,
                       float* grad_weight, float* grad_bias) {
@@ -256,9 +256,9 @@ inline void weight_gradients(const Activations& acts, int layer, const Layer& l,
     }
 }
 
-// Calls `f(b, grad)` with the gradients of a sample's inputs, from those of its drives, (B, T, Np): (T, Kp), over the
-// steps that each neuron of a sample has a gradient at, `active_steps` (B, steps_stride); or, with `step_weight`, (Kp),
-// their sum over the steps with these weights.
+// Calls `f(b, input_grad)` for each sample with the gradients of its inputs, from those of its drives, `grad`
+// (B, T, Np). They are (T, Kp), computed from the first `active_steps` (B, steps_stride) steps of each neuron; or, with
+// `step_weight` (T), their sum over the steps with these weights, (Kp).
 template <class F>
 void input_gradients(const Layer& l, int64_t B, int64_t T, const float* grad, const int32_t* active_steps,
                      int64_t steps_stride, const float* step_weight, int threads, F f) {

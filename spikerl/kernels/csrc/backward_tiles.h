@@ -9,8 +9,8 @@ namespace {
 
 constexpr int64_t TILES_PER_PASS = 8;  // tiles of samples whose spikes and gradients fit the second-level cache
 
-// Spikes as a left operand of inputs by (samples, steps): 16 samples at one step are half a depth block, and the halves
-// of a tile's steps follow each other from `half` on. Words are (count, Kp).
+// Packs spikes as a left operand whose rows are inputs and whose depth is (steps, samples): 16 samples at one step are
+// half a depth block, and the halves for the T steps follow each other from `half` on. `words`: (count, Kp).
 void pack_spikes_by_input(const int32_t* words, int64_t K, int64_t count, int T, int64_t half, Operand<1> out) {
     const int64_t Kp = padded(K);
     alignas(64) int32_t square[SIDE * SIDE];
@@ -99,7 +99,8 @@ Operand<PLANES> pack_weights_by_output(const Layer& l, Scratch& memory) {
     return packed;
 }
 
-// Gradients of the drives of the layer below, from those of this layer's, and by its decay, (B).
+// Gradients of the drives of the layer below, `out`, from those of this layer, `grad`; `by_decay` (B): each sample's
+// gradient of the lower layer's voltage_decay.
 void drive_gradients(const Activations& acts, int layer, const Layer& l, const ActionGradients& actions,
                      DriveGradients grad, DriveGradients out, float* by_decay, int threads) {
     const int64_t B = acts.samples, T = grad.T, square = SIDE * SIDE, tiles = tiles_of(B);
@@ -156,8 +157,8 @@ const float* backward_tiles(const Activations& acts, const float* encoder_weight
     const int64_t B = acts.samples, rows = tiles_of(B) * SIDE, T = net.spike_steps, square = SIDE * SIDE;
     const int64_t widest = widest_layer(net);
     float *above = memory.array<float>(rows * T * widest), *below = memory.array<float>(rows * T * widest);
-    float* summed = memory.array<float>(rows * widest);  // drives' gradients, weighted by step
-    float* by_decay = memory.array<float>(B);             // gradients by a layer's decay
+    float* summed = memory.array<float>(rows * widest);  // drive gradients, summed with the steps' weights
+    float* by_decay = memory.array<float>(B);             // each sample's gradient of a layer's voltage_decay
     std::memset(by_decay, 0, B * sizeof(float));
     const int last = net.layers - 1;
     const DriveGradients last_grad{above, T, tiles_of(net.widths[net.layers])};

@@ -25,9 +25,9 @@ struct OnTiles {
 };
 #endif
 
-constexpr int64_t MAX_LISTED = 128;  // float32 samples up to which packing weights for AMX costs more than lists do
+constexpr int64_t MAX_LISTED = 128;  // largest float32 batch for which lists are faster than packing weights for AMX
 
-// Calls `f` with the faster way for such a batch. It does not depend on the numbers: equal calls give the same bits.
+// Calls `f` with the faster way for a batch of this size. The values have no influence: equal calls give equal bits.
 template <class F>
 void dispatch([[maybe_unused]] const Critic& critic, [[maybe_unused]] int64_t B, F f) {
 #if HAS_TILES
@@ -59,8 +59,8 @@ void parallel_rows(const std::vector<Network>& nets, int64_t multiple, int threa
     }
 }
 
-// Gradients of all weights and biases, from those before the ReLUs and of the outputs. Those of layer l's weights go to
-// grads[stride l], those of its biases to grads[stride l + bias].
+// Gradients of all weights and biases, from the gradients before the ReLUs and of the outputs. Those of layer l's
+// weights go to grads[stride l], those of its biases to grads[stride l + bias].
 template <class Way>
 void parameter_gradients(Way way, const std::vector<Network>& nets, float* const* grads, int stride, int bias,
                          int threads) {
@@ -81,7 +81,7 @@ void parameter_gradients(Way way, const std::vector<Network>& nets, float* const
         }
 }
 
-// The lowest of the networks' values of sample b; NaN is the lowest, so that it is not hidden.
+// The lowest of the networks' values of sample b; NaN counts as the lowest, so that it is not hidden.
 inline float lowest_value(const std::vector<Network>& nets, int64_t b) {
     float lowest = nets[0].values[b];
     for (const Network& net : nets)
@@ -103,8 +103,8 @@ void spikerl_values(const Critic* critic, int64_t B, const float* obs, const flo
     });
 }
 
-// target (B) = rew + discount times the lowest value over networks of observations and actions, and `bonus` (null: 0),
-// which count only where `terminated` is 0.
+// target (B) = rew + discount (lowest value over networks of observations and actions + bonus), without the second term
+// where `terminated` is not 0; a null `bonus` is 0.
 void spikerl_td_target(const Critic* critic, int64_t B, const float* obs, const float* act, const float* rew,
                        const float* discount, const uint8_t* terminated, float* target, const float* bonus, int threads) {
     dispatch(*critic, B, [&](auto way) {
@@ -120,7 +120,7 @@ void spikerl_td_target(const Critic* critic, int64_t B, const float* obs, const 
 }
 
 // `loss`: `weight` times the sum over networks of the mean squared error; `grads`: its gradients, of all layers'
-// weights and then of all biases; `mean`: that of all values.
+// weights and then of all biases; `mean`: the mean of all values.
 void spikerl_critic_backward(const Critic* critic, int64_t B, const float* obs, const float* act, const float* target,
                              float weight, float* const* grads, float* loss, float* mean, int threads) {
     dispatch(*critic, B, [&](auto way) {
@@ -143,7 +143,8 @@ void spikerl_critic_backward(const Critic* critic, int64_t B, const float* obs, 
     });
 }
 
-// The mean over samples of the lowest value over networks; grad_act (B, A): `weight` times its gradient by the actions.
+// Returns the mean over samples of the lowest value over networks; grad_act (B, A): `weight` times its gradient with
+// respect to the actions.
 float spikerl_actor_loss_grad(const Critic* critic, int64_t B, const float* obs, const float* act, float weight,
                     float* grad_act, int threads) {
     double sum = 0.0;
@@ -153,7 +154,7 @@ float spikerl_actor_loss_grad(const Critic* critic, int64_t B, const float* obs,
         parallel_rows(nets, way.row_multiple, threads, way.forward);
         for (int64_t b = 0; b < B; b++) {
             const float lowest = lowest_value(nets, b);
-            int equal = 0;  // which share the gradient
+            int equal = 0;  // networks with the lowest value, which share the gradient
             for (const Network& net : nets) equal += net.values[b] == lowest;
             const float share = equal ? weight / (float(B) * float(equal)) : lowest;  // NaN equals none
             for (const Network& net : nets) net.grad[b] = net.values[b] == lowest || !equal ? share : 0.0f;
@@ -173,8 +174,8 @@ int64_t spikerl_dense_saved_bytes(const Critic* critic, int64_t B) {
     return saved.used;
 }
 
-// Outputs (B, M) of one network for observations (B, O), or with `squash` their tanh. `saved` is null where no gradient
-// is wanted.
+// Outputs (B, M) of one network for observations (B, O), or with `squash` their tanh. `saved` is null if no backward
+// pass follows.
 void spikerl_dense_forward(const Critic* critic, int64_t B, const float* obs, float* act, char* saved, bool squash,
                            int threads) {
     dispatch(*critic, B, [&](auto way) {
@@ -186,8 +187,8 @@ void spikerl_dense_forward(const Critic* critic, int64_t B, const float* obs, fl
     });
 }
 
-// `grads`: the gradients of each layer's weights and biases, from `grad` (B, M), that of what spikerl_dense_forward gave.
-// `act` (B, M) is that where it was squashed, else null.
+// `grads`: the gradients of each layer's weights and biases, from `grad` (B, M), the gradient of the outputs of
+// spikerl_dense_forward. `act` (B, M): these outputs if they were squashed, else null.
 void spikerl_dense_backward(const Critic* critic, int64_t B, const float* obs, const float* act, const float* grad,
                             char* saved, float* const* grads, int threads) {
     dispatch(*critic, B, [&](auto way) {
@@ -200,8 +201,8 @@ void spikerl_dense_backward(const Critic* critic, int64_t B, const float* obs, c
     });
 }
 
-// `loss`: `weight` times the mean squared error of those actions from `goal` (B, M); `grads`: its gradients, of each
-// layer's weights and biases.
+// `loss`: `weight` times the mean squared error of the squashed outputs from `goal` (B, M); `grads`: its gradients, of
+// each layer's weights and biases.
 void spikerl_mse_backward(const Critic* critic, int64_t B, const float* obs, const float* goal, float weight,
                           float* const* grads, float* loss, int threads) {
     dispatch(*critic, B, [&](auto way) {

@@ -1,8 +1,8 @@
-// Dense ReLU networks, several of one shape side by side, and their gradients: values of (observation, action), one
-// output each; or actions, the tanh of a network's outputs.
+// Dense ReLU networks, several of one shape side by side, and their gradients. They give values of (observation,
+// action), one output each, or actions, the tanh of a network's outputs.
 //
-// Their products are formed over lists of the units that are not 0 (critics_lists.h), or on AMX (critics_tiles.h). A
-// sum is formed in one order whatever the number of threads.
+// Products are formed over lists of the units that are not 0 (critics_lists.h), or on AMX (critics_tiles.h). The order
+// of a sum does not depend on the number of threads.
 //
 // Shapes   C networks, B samples, O observation and A action entries, I inputs and N outputs of a layer, M outputs of a
 //          network. Weights are (C, I, N). Rows of units are padded to whole panels (Ip, Np).
@@ -17,10 +17,10 @@ extern "C" {
 
 struct Critic {
     int32_t networks, layers, obs_dim, act_dim;
-    const int32_t* widths;  // layers + 1: of the input, of every hidden layer, and of the outputs
+    const int32_t* widths;  // (layers + 1): of the input, of every hidden layer, and of the outputs
     const float* const* weights;
     const float* const* biases;
-    int32_t planes;  // of a number in a product: 3 is float32; 1 is bf16, which only AMX has
+    int32_t planes;  // bf16 planes of a number in a product: 3 for float32; 1 for bf16, which needs AMX
 };
 }
 
@@ -54,7 +54,7 @@ struct Layer {
     const float *weight, *bias;
 };
 
-// What a call computes of one network.
+// One network in a call: its inputs, units, values and gradients.
 struct Network {
     const Critic* critic;
     int64_t c, B;
@@ -68,7 +68,7 @@ struct Network {
         const int64_t I = critic->widths[l], N = critic->widths[l + 1];
         return {I, N, whole_panels(N), critic->weights[l] + c * I * N, critic->biases[l] + c * N};
     }
-    // What a layer reads, and the stride of its rows.
+    // A layer's input, and the stride between its rows.
     const float* input(int64_t l) const { return l ? hidden[l - 1] : x; }
     int64_t input_stride(int64_t l) const { return l ? whole_panels(critic->widths[l]) : critic->widths[0]; }
     int64_t last() const { return critic->layers - 1; }
@@ -77,13 +77,13 @@ struct Network {
 
 enum GradientsOf { NOTHING, INPUTS, PARAMETERS };
 
-// Values (B, Np) of a hidden layer's units: whole tiles are read and written.
+// Size of the array for a hidden layer's units (B, Np), with W more rows because whole tiles are read and written.
 inline int64_t hidden_size(const Critic& critic, int64_t l, int64_t B) {
     return (B + W) * whole_panels(critic.widths[l + 1]);
 }
 
-// The networks with memory for a call that forms such gradients, and their input (B, O + A). Where another call is to
-// read them or has written them, hidden units lie in `saved`.
+// The networks, with memory for a call that computes these gradients, and their input (B, O + A). Unless it is null,
+// `saved` holds the hidden units, which a forward call leaves there for a backward call.
 inline std::vector<Network> prepare(const Critic& critic, int64_t B, const float* obs, const float* act,
                                     GradientsOf gradients, bool lists, Scratch& memory, char* saved = nullptr) {
     Arena own(saved);
@@ -129,7 +129,7 @@ inline void last_forward(const Network& net, int64_t from, int64_t to) {
     for (int64_t b = from; b < to; b++)
         for (int64_t m = 0; m < M; m++) {
             vec sum = {};
-            for (int64_t k = 0; k < layer.I; k += W)  // not to Ip: on AMX hidden units further on are not set
+            for (int64_t k = 0; k < layer.I; k += W)  // not up to Ip: on AMX, hidden units beyond are not set
                 sum += load(net.hidden.back() + b * Ip + k) * load(weight + m * Ip + k);
             float value = layer.bias[m];
             for (int k = 0; k < W; k++) value += sum[k];

@@ -1,5 +1,5 @@
-// A hidden unit that is 0 adds nothing to the next layer and has no gradient. Each sample lists the units that are not;
-// all products but the first layer's are formed over such lists, as a spiking layer's are over its events.
+// A hidden unit that is 0 adds nothing to the next layer and has no gradient. Each sample lists its units that are not
+// 0; all products but the first layer's are formed over these lists, as those of a spiking layer are over its events.
 
 #pragma once
 #include "critics.h"
@@ -9,7 +9,7 @@ namespace by_lists {
 
 constexpr int64_t ROW_MULTIPLE = 1;     // threads share rows in multiples of this
 constexpr int64_t PART = 128;           // rows of a panel that fit the first-level cache
-constexpr int ROWS = W == 16 ? 14 : 6;  // of a dense product: with two vectors each, most of the registers
+constexpr int ROWS = W == 16 ? 14 : 6;  // of a dense product at once: with two vectors each, most of the registers
 
 // Columns n to n + PANEL of a layer's weights, for inputs `from` to `to`, (to - from, PANEL), zero beyond N.
 void pack(const Layer& l, int64_t from, int64_t to, int64_t n, float* panel) {
@@ -68,7 +68,7 @@ void forward(const Network& net, int64_t from, int64_t to) {
     for (int64_t l = 0; l < net.last(); l++) {
         const Layer layer = net.layer(l);
         Scratch memory;
-        // Rows to a whole vector of inputs: a list names inputs beyond the last where those are NaN.
+        // Has rows for whole vectors of inputs: a list includes inputs beyond the last one if the padding is NaN.
         float* panel = memory.array<float>(padded(layer.I) * PANEL);
         float* out = net.hidden[l] + from * layer.Np;
         if (l == 0) {
@@ -150,7 +150,7 @@ void weight_gradients(const Network& net, int64_t l, int64_t from, int64_t to, f
     const Layer layer = net.layer(l);
     const float* input = net.input(l);
     const int64_t B = net.B, outputs = to - from, input_stride = net.input_stride(l);
-    // By output, the samples that have a gradient. Appends to rows side by side write whole vectors: hence the W.
+    // For each output, the samples that have a gradient. The stride has W entries more, as appends write whole vectors.
     const int64_t stride = padded(B) + W;
     Scratch memory;
     const Lists by_output = Lists::allocate(memory, padded(outputs), stride);
@@ -162,7 +162,7 @@ void weight_gradients(const Network& net, int64_t l, int64_t from, int64_t to, f
         vec bias = {};
         for (int64_t b = 0; b < B; b += W) {
             const int64_t rows = std::min<int64_t>(W, B - b);
-            transpose(own + b * layer.Np, layer.Np, square, W);  // of rows beyond the last too
+            transpose(own + b * layer.Np, layer.Np, square, W);  // includes rows beyond the last
             for (int64_t r = 0; r < rows; r++) bias += load(own + (b + r) * layer.Np);
             for (int64_t k = 0; k < W; k++) {
                 const vec v = load(square + k * W);

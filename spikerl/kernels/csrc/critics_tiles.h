@@ -1,4 +1,4 @@
-// Products of ReLU networks on AMX, dense: P planes of every number.
+// Dense products of ReLU networks on AMX, with P planes for every number.
 
 #pragma once
 #include <type_traits>

@@ -1,4 +1,4 @@
-// Receptive fields: activities, the spikes that they make, and the way back.
+// Receptive fields: their activities, the encoder's spikes, and the backward pass.
 
 #pragma once
 #include "spiking.h"
@@ -13,7 +13,7 @@ inline void encode(const Activations& acts, int64_t b, const float* obs, const f
     const int64_t K = net.widths[0], Kp = padded(K);
     float* activity = acts.activity + b * Kp;
     int32_t* words = acts.words[0] + b * Kp;
-    store(activity + Kp - W, vec{});  // the padding: what lies in memory may be denormal, and slow
+    store(activity + Kp - W, vec{});  // clears the padding, whose old values may be denormal, and slow
     for (int64_t o = 0, k = 0; o < net.obs_dim; o++)
         for (int64_t p = 0; p < net.pop_size; p++, k++) activity[k] = obs[o];
     float last_mean[W] = {}, last_std[W], last_uniform[W] = {};  // the last vectors, padded
@@ -46,9 +46,9 @@ inline void encode(const Activations& acts, int64_t b, const float* obs, const f
     }
 }
 
-// What a spike's gradient at each step counts in that of its neuron's activity, dA = sum over t of w_t d(spike t), as
-// it passes unchanged to the voltage: w_t = dv_t / dA = sum over i <= t of (1 - threshold)^i for the deterministic
-// coder, and 1 for Poisson. Currents are the activity itself: 1.
+// Weights w_t of the spikes' gradients in the gradient of their neuron's activity, dA = sum over t of w_t d(spike t).
+// A spike's gradient passes unchanged to the voltage, so w_t = dv_t / dA = sum over i <= t of (1 - threshold)^i for the
+// deterministic coder. w_t = 1 for the Poisson coder, and for currents, which are the activity itself.
 struct EncoderWeights {
     float of[MAX_STEPS];
     EncoderWeights(const Net& net, bool poisson) {

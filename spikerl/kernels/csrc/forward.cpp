@@ -19,7 +19,7 @@ inline void run_scans(const Activations& acts, int layer, int64_t b, int64_t n, 
         store(words + j * W, scan(acts.neurons[layer], T, drive + j * W, stride, voltage + j * W, Np));
 }
 
-// Neurons n to n + V W of the first layer, of samples `from` to `to`, driven by the same currents at every step.
+// Runs neurons n to n + V W of the first layer for samples `from` to `to`, driven by equal currents at every step.
 template <int V, class Columns>
 void run_currents(const Activations& acts, int64_t from, int64_t to, int64_t n, const Columns& columns,
                   const float* bias) {
@@ -33,7 +33,7 @@ void run_currents(const Activations& acts, int64_t from, int64_t to, int64_t n, 
     }
 }
 
-// Rate decoder: what one sample's first `steps` spike steps give.
+// Rate decoder: one sample's action from its first `steps` spike steps.
 void decode_first(const Activations& acts, int64_t b, int steps, float* act, bool squash) {
     const Net& net = *acts.net;
     const int32_t* words = acts.words[net.layers] + b * padded(net.widths[net.layers]);
@@ -47,8 +47,8 @@ void decode_first(const Activations& acts, int64_t b, int steps, float* act, boo
     }
 }
 
-// The action of the first spike step at which it has settled. All steps were computed: their words cost little more
-// than those of some, and which steps are read does not change what they hold.
+// The action of the first spike step at which it has settled (early exit), or of the last. All steps have been
+// computed: whole words cost little more than parts of them, and a step's spikes do not depend on later steps.
 void decode(const Activations& acts, int64_t b, float* act, bool squash) {
     const Net& net = *acts.net;
     if (!net.exit_steps || !squash) return decode_first(acts, b, net.spike_steps, act, squash);
@@ -80,7 +80,7 @@ void run_layer(const Activations& acts, int layer, const Layer& l, int64_t from,
 }
 
 // Encodes and decodes blocks of samples, and in between calls `run_layers(activations, from, to)`. Activations lie in
-// `saved` where a backward pass follows.
+// `saved` if a backward pass follows.
 template <class F>
 void for_each_block(const Net& net, int64_t B, const float* obs, const float* uniform, float* act, char* saved,
                     bool squash, int threads, F run_layers) {
@@ -129,14 +129,14 @@ void forward(const Net& net, int64_t B, const float* obs, const float* uniform, 
 
 extern "C" {
 
-// From an action in [-1, 1] to the environment's units: low + (act + 1) half_range, between the bounds.
+// From an action in [-1, 1] to the environment's units: low + (act + 1) half_range, clipped to [min, max].
 struct Units {
     const double *low, *half_range;
     const float *min, *max;
 };
 
 // One action (A), in the environment's units, from one raw observation (O): (obs - norm[0]) / norm[1], clipped to
-// [-bound, bound], then the network. False, and no action, where the observation is not finite.
+// [-bound, bound], then the network. Returns false, without an action, if the observation is not finite.
 bool spikerl_act(const Net* net, const Units* units, const double* obs, const float* norm, float bound, float* act) {
     const int64_t O = net->obs_dim;
     Scratch memory;
@@ -160,7 +160,7 @@ int64_t spikerl_saved_bytes(const Net* net, int64_t B) {
 }
 
 // act (B, A) from normalised observations (B, O). With `uniform` (T, B, K0) the encoder is a Poisson coder; `saved` is
-// null where no gradient is wanted; without `squash`, act is that before tanh.
+// null if no backward pass follows; without `squash`, act holds the values before tanh.
 void spikerl_forward(const Net* net, int64_t B, const float* obs, const float* uniform, float* act,
                      char* saved, bool squash, int threads) {
     forward(*net, B, obs, uniform, act, saved, squash, threads);

@@ -114,9 +114,9 @@ struct Layers {
             copy_padded(net.biases[i], l.N, l.Np, bias);
             copy_padded(l.weight + (l.K - 1) * l.N, l.N, l.Np, last);
             l.bias = bias, l.last = last;
-            if (packs_all || 2 * l.N < l.Np) {  // of few columns, a vector from the second last row leaves it too
+            if (packs_all || 2 * l.N < l.Np) {  // with few columns, a vector from the second last row leaves it too
                 float* packed = memory.array<float>(l.K * l.Np);
-                const int64_t end = l.Np / (BLOCK * W) * (BLOCK * W);  // of whole blocks
+                const int64_t end = l.Np / (BLOCK * W) * (BLOCK * W);  // end of the whole blocks
                 pack(l, 0, end, BLOCK * W, packed);
                 pack(l, end, l.Np, W, packed + end * l.K);
                 l.packed = packed;
@@ -126,7 +126,7 @@ struct Layers {
     }
 };
 
-// Calls `f(V, n, columns)` for every block of V vectors of a layer's columns from n on; the first column beyond them.
+// Calls `f(V, n, columns)` for every block of V vectors of a layer's columns from n on; returns the first column left.
 template <int V, class F>
 int64_t for_each_columns(const Layer& l, int64_t n, F f) {
     for (; l.Np - n >= V * W; n += V * W)

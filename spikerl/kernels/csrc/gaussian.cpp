@@ -1,4 +1,4 @@
-// A Gaussian whose samples are squashed by tanh, as SAC draws actions from: samples, log probabilities, and gradients.
+// SAC's policy, a Gaussian whose samples are squashed by tanh: samples, log probabilities, and gradients.
 
 #include <cmath>
 
@@ -18,7 +18,7 @@ inline vec log1p_of(vec x) {
     return p * z * s + s * 2.0f;
 }
 
-// W entries: actions, terms of log pi without what is the same for all, and how far u is from the mean.
+// For W entries: actions, their terms of log pi without the constant, and `spread`, u - mean.
 inline void sample(const float* mean, const float* log_std, const float* noise, float low, float high, float* act,
                    float* term, float* spread) {
     vec l = load(log_std);
@@ -37,10 +37,10 @@ inline void sample(const float* mean, const float* log_std, const float* noise, 
 
 extern "C" {
 
-// act (B, A) = tanh(u) with u = mean + exp(log_std) noise, log_std clipped to [low, high]; log_prob (B) that of the
-// actions, the sum over entries of
+// act (B, A) = tanh(u) with u = mean + exp(log_std) noise, log_std clipped to [low, high]; log_prob (B): the log
+// probability of each action, the sum over entries of
 //     -noise^2 / 2 - log_std - log(2 pi) / 2 - log(1 - tanh(u)^2),   log(1 - tanh(u)^2) = 2 (log 2 - |u| - log(1 + exp(-2 |u|))).
-// `spread` (B, A) takes u - mean, for the way back.
+// `spread` (B, A) receives u - mean, for the backward pass.
 void spikerl_squashed(int64_t B, int64_t A, const float* mean, const float* log_std, const float* noise, float low,
                       float high, float* act, float* log_prob, float* spread) {
     const int64_t n = B * A, whole = n / W * W;
@@ -64,8 +64,8 @@ void spikerl_squashed(int64_t B, int64_t A, const float* mean, const float* log_
     }
 }
 
-// Gradients by mean and log_std (B, A) from those by actions (B, A) and log_prob (B). By u, that of log_prob is
-// 2 tanh(u); a log_std outside [low, high] has none.
+// Gradients with respect to mean and log_std (B, A) from those with respect to actions (B, A) and log_prob (B):
+// d log_prob / du = 2 tanh(u); a log_std outside [low, high] has no gradient.
 void spikerl_squashed_backward(int64_t B, int64_t A, const float* log_std, const float* act, const float* spread,
                                const float* by_act, const float* by_log_prob, float low, float high, float* by_mean,
                                float* by_log_std) {

@@ -1,4 +1,4 @@
-// One layer at a time, for networks that no call covers whole: products of spikes and weights, and neurons' scans.
+// One layer at a time, for networks that no single call covers: products of spikes and weights, and neurons' scans.
 
 #include "backward_events.h"
 #include "encoder.h"
@@ -13,8 +13,8 @@ void pack_words(const float* spikes, int64_t stride, int64_t K, int T, int32_t* 
         for (int64_t k = 0; k < K; k++) words[k] |= int32_t(uint32_t(spikes[k] > 0.5f) << t);
 }
 
-// Drives' gradients of one sample, (T, Np), from rows of N with `stride` between steps; the number of steps up to the
-// last at which a neuron has one, (Np).
+// Copies the drive gradients of one sample to `to` (T, Np), from rows of N with `stride` between steps; `active_steps`
+// (Np): the number of steps up to the last at which a neuron's gradient is not 0.
 void take_gradients(const float* grad, int64_t stride, int64_t N, int T, float* to, int32_t* active_steps) {
     const int64_t Np = padded(N);
     std::memset(active_steps, 0, Np * sizeof(int32_t));
@@ -27,13 +27,13 @@ void take_gradients(const float* grad, int64_t stride, int64_t N, int T, float* 
     }
 }
 
-// The output population of intralayer connections (ILC-SAN): A populations of P neurons, N = A P. Neuron q of one gets
-// bias[q] at every spike step, and weight[p, q] at the one behind a spike of neuron p of its population.
+// An output layer with intralayer connections (ILC-SAN): A populations of P neurons, N = A P. A neuron q receives
+// bias[q] at every spike step, and weight[p, q] at the step after a spike of neuron p of its population.
 struct Connections {
     int64_t A, P;
     const float *weight, *bias;  // (A, P, P), (N)
 
-    // to (N) = what spikes (N) bring; without spikes the bias alone.
+    // to (N) = bias plus the weights from the neurons that fired in `spikes` (N); with null the bias alone.
     void bring(const float* spikes, float* to) const {
         std::memcpy(to, bias, A * P * sizeof(float));
         for (int64_t n = 0; spikes && n < A * P; n++)
@@ -41,7 +41,7 @@ struct Connections {
                 for (int64_t q = 0; q < P; q++) to[n / P * P + q] += weight[n * P + q];
     }
 
-    // From what the drives' gradients (N) of a step are to the spikes (N) of the one before, which are added to.
+    // Adds what a step's drive gradients (N) contribute to the gradients of the previous step's spikes (N).
     void back(const float* grad, float* grad_spikes) const {
         for (int64_t n = 0; n < A * P; n++) {
             float sum = 0.0f;
@@ -60,8 +60,8 @@ int64_t spikerl_drive_saved_bytes(const Net* net, int64_t B) {
     return Activations(net, B, false, true, nullptr).memory.used;
 }
 
-// The drive (T, B, N) of a net's only layer by its inputs' spikes: those that its encoder makes of observations (B, O),
-// with `uniform` (T, B, K) as a Poisson coder, or, where `obs` is null, `spikes` (T, B, K), each 0 or 1.
+// The drive (T, B, N) of a net's only layer by its input spikes: those of the encoder for observations (B, O), which
+// with `uniform` (T, B, K) is a Poisson coder; or, if `obs` is null, `spikes` (T, B, K), each 0 or 1.
 void spikerl_drive(const Net* net, int64_t B, const float* obs, const float* uniform, const float* spikes, float* drive,
                    char* saved, int threads) {
     const Layers layers(*net, B > MAX_UNPACKED);
@@ -88,8 +88,8 @@ void spikerl_drive(const Net* net, int64_t B, const float* obs, const float* uni
     }
 }
 
-// Gradients from those of the drive, (T, B, N): `grads` of the encoder's means and standard deviations, where `obs` is
-// not null, and of the weights and biases; `grad_spikes` (T, B, K) where `obs` is null.
+// Gradients from those of the drive, (T, B, N). `grads`: of the encoder's means and standard deviations, unless `obs`
+// is null, then of the weights and biases. `grad_spikes` (T, B, K): of the input spikes, if `obs` is null.
 void spikerl_drive_back(const Net* net, int64_t B, const float* obs, int poisson, const float* grad, char* saved,
                         float* const* grads, float* grad_spikes, int threads) {
     const Activations acts(net, B, false, true, saved);
@@ -124,7 +124,7 @@ void spikerl_scan(const Neurons* neurons, int steps, int64_t M, const float* dri
     }
 }
 
-// Gradients of the drive (T, M) from those of the spikes. Returns the gradient by voltage_decay, where that is learned.
+// Gradients of the drive (T, M) from those of the spikes. Returns the gradient of voltage_decay if that is learned.
 float spikerl_scan_back(const Neurons* neurons, int steps, int64_t M, const float* grad, const float* voltage,
                         float* out, int threads) {
     Scratch memory;
@@ -137,7 +137,7 @@ float spikerl_scan_back(const Neurons* neurons, int steps, int64_t M, const floa
     return float(sum);
 }
 
-// As spikerl_scan, of connected neurons of B samples: drive, spikes (T, B, N); voltage (B, T, Np).
+// As spikerl_scan, for connected neurons of B samples: drive, spikes (T, B, N); voltage (B, T, Np).
 void spikerl_connected_scan(const Neurons* neurons, int steps, int64_t B, int64_t A, int64_t P, const float* weight,
                             const float* bias, const float* drive, float* spikes, float* voltage) {
     const Connections connections{A, P, weight, bias};
@@ -166,7 +166,8 @@ void spikerl_connected_scan(const Neurons* neurons, int steps, int64_t B, int64_
     });
 }
 
-// The way back, `out` (T, B, N), and the gradients of weight and bias. Returns that by voltage_decay.
+// Backward pass of spikerl_connected_scan: the gradients of the drive, `out` (T, B, N), of weight and of bias. Returns
+// the gradient of voltage_decay if that is learned.
 float spikerl_connected_scan_back(const Neurons* neurons, int steps, int64_t B, int64_t A, int64_t P,
                                   const float* weight, const float* grad, const float* spikes, const float* voltage,
                                   float* out, float* grad_weight, float* grad_bias) {

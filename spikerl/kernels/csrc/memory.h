@@ -1,4 +1,4 @@
-// The one bump allocator: arrays lie one after the other, each from the start of a cache line. None is zeroed.
+// A bump allocator: arrays follow each other, each from the start of a cache line. None is zeroed.
 
 #pragma once
 #include <cstdint>
@@ -22,7 +22,7 @@ struct Arena {
 
     explicit Arena(char* block_ = nullptr, int64_t size_ = INT64_MAX) : block(block_), size(block_ ? size_ : 0) {}
 
-    // Null where the block is too small.
+    // Null if the block is too small.
     template <class X>
     X* array(int64_t count) {
         const int64_t offset = used;
@@ -32,8 +32,8 @@ struct Arena {
 };
 
 // Arrays of the calling thread, which live as long as the Scratch that made them. The thread keeps one block for all of
-// them. An array that does not fit has memory of its own; the block grows to the most that was used at once as soon as
-// nothing lies in it, so that repeated calls allocate nothing.
+// them. An array that does not fit has memory of its own; once the block is empty, it grows to the most that was used
+// at once, so that repeated calls allocate nothing.
 class Scratch {
     struct Stack {
         std::unique_ptr<CacheLine[]> block;
@@ -52,7 +52,7 @@ class Scratch {
   public:
     Scratch() {
         if (before > 0 || stack.most <= stack.arena.size) return;
-        stack.block.reset();  // first: the two need not exist at once
+        stack.block.reset();  // first, so that the old block and the new one do not exist at once
         stack.block.reset(new CacheLine[cache_lines(stack.most)]);
         stack.arena = Arena(stack.block[0].bytes, stack.most);
     }

@@ -1,9 +1,10 @@
 // Neurons over all spike steps of a decision: one scan forward and one back, whose neuron and surrogate are template
 // arguments. The equations are those of spikerl/snn/neurons.py and spikerl/snn/surrogates.py.
 //
-// A neuron is a struct, the state of W neurons before a spike step. `step(k, x)` makes of their drive x a voltage v and
-// the `threshold` that it is compared with. `Back` goes from the last spike step to the first, over voltages alone, as
-// what else a neuron has follows from them: from the gradient of the spikes of a step to that of the drive.
+// A neuron struct holds the state of W neurons before a spike step. `step(k, x)` computes from their drive x the
+// voltage v and the `threshold` to compare it with. `Back` goes from the last spike step to the first, and maps the
+// gradient of a step's spikes to that of its drive; it needs only the voltages, from which the rest of the state
+// follows.
 
 #pragma once
 #include <cmath>
@@ -12,7 +13,7 @@
 
 extern "C" {
 
-// Constants of the neurons of a layer. Those that a neuron does not have are not read.
+// Constants of a layer's neurons. Those that an equation does not have are not read.
 struct Neurons {
     int32_t equation, surrogate;  // numbers of `with_neuron` and `with_surrogate`
     float current_decay, voltage_decay, threshold;
@@ -27,7 +28,7 @@ namespace {
 
 constexpr int MAX_STEPS = 32;  // spike steps, the bits of a word
 
-// --- surrogates: grad times a spike's derivative by `excess`, voltage - threshold; `passes` where that is not 0 --------
+// --- surrogates: grad times d spike / d excess, excess = voltage - threshold; `passes`: lanes where that is not 0 ----
 
 struct Rect {
     float window;
@@ -205,7 +206,7 @@ inline __attribute__((always_inline)) void with_neuron(const Neurons& k, F f) {
 inline ivec scan(const Neurons& neurons, int steps, const float* drive, int64_t drive_stride, float* voltage,
                  int64_t stride) {
     ivec word = {};
-    const Neurons k = neurons;  // which what is stored cannot change
+    const Neurons k = neurons;  // a copy, which the stores below cannot alias
     with_neuron(k, [&](auto neuron) __attribute__((always_inline)) {
         for (int t = 0; t < steps; t++) {
             neuron.step(k, load(drive + t * drive_stride));
@@ -218,14 +219,14 @@ inline ivec scan(const Neurons& neurons, int steps, const float* drive, int64_t 
 }
 
 // Gradients of the drive of `count` neurons, `out` (T, Np), from those of their spikes, `grad`: (T, Np), or, where
-// `stride` is 0, (Np) for every t. Beyond the last step at which the surrogate passes something a neuron has no
-// gradient: `active_steps` (Np) is the number of steps up to it, unless null. Returns the gradient by voltage_decay,
-// summed over the neurons, where that is learned.
+// `stride` is 0, (Np) for every t. After the last step at which the surrogate passes a gradient, a neuron has none:
+// `active_steps` (Np), unless null, receives the number of steps up to that one. Returns the gradient of voltage_decay,
+// summed over the neurons, if that is learned.
 __attribute__((noinline)) float scan_back(const Neurons& neurons, int steps, int64_t count, int64_t Np,
                                           const float* grad, int64_t stride, const float* voltage, float* out,
                                           int32_t* active_steps) {
     float decay = 0.0f;
-    const Neurons k = neurons;  // which what is stored cannot change
+    const Neurons k = neurons;  // a copy, which the stores below cannot alias
     with_neuron(k, [&](auto neuron) __attribute__((always_inline)) {
         with_surrogate(k, [&](auto surrogate) __attribute__((always_inline)) {
             for (int64_t n = 0; n < count; n += W) {

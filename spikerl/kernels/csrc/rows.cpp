@@ -1,11 +1,11 @@
-// Batch normalisation of drives: what is computed with every row of x (R, N), and sums over the rows.
+// Batch normalisation of drives: operations on every row of x (R, N), and sums over the rows.
 
 #include "memory.h"
 #include "vectors.h"
 
 extern "C" {
 
-// Of x and of its squares: sums (2, N).
+// sums (2, N): the sums over rows of x and of its squares.
 void spikerl_row_sums(int64_t R, int64_t N, const float* x, double* sums) {
     double *sum = sums, *square = sums + N;
     std::memset(sums, 0, 2 * N * sizeof(double));
@@ -37,7 +37,7 @@ void spikerl_row_normalise(int64_t R, int64_t N, const float* x, const float* me
         }
 }
 
-// Of g and of g z: sums (2, N).
+// sums (2, N): the sums over rows of g and of g z.
 void spikerl_row_gradient_sums(int64_t R, int64_t N, const float* g, const float* z, float* sums) {
     Scratch memory;
     double *sum = memory.array<double>(2 * N), *product = sum + N;

@@ -1,7 +1,7 @@
-// All-reduce over the processes of one machine in memory that they share: for each rank the number of rounds in which
-// it has written, then two slots for each rank, used in turn. A rank writes a round's vector only after it has read all
-// vectors of the round before; a slot is therefore not overwritten before all have read it. All ranks add in the order
-// of ranks: the sums are the same bits everywhere.
+// All-reduce over the processes of one machine through shared memory, which holds, for each rank, the number of rounds
+// that it has written, then two slots for each rank, used alternately. A rank writes a round's vector only after it has
+// read all vectors of the round before, so no slot is overwritten before all ranks have read it. All ranks add in the
+// order of ranks: the sums are bitwise equal everywhere.
 
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -54,7 +54,7 @@ void wake(std::atomic<uint32_t>*) {}
 #endif
 
 constexpr int SPINS = 2000;           // some tens of microseconds
-constexpr long WAIT_NS = 20'000'000;  // of one wait in the kernel
+constexpr long WAIT_NS = 20'000'000;  // length of one futex wait
 
 template <class X>
 void sum(const SharedMemory& shared, uint32_t round, int own, char* out) {
@@ -93,8 +93,8 @@ void spikerl_shm_write(char* base, int rank, int ranks, int64_t bytes, uint32_t 
     wake(&written);
 }
 
-// `out`, the vector that this process has written, becomes the sum over all, and the result is -1; or `out` stays, and
-// the result is a rank that has not written its vector within the wait.
+// Replaces `out`, the vector that this process has written, by the sum over all ranks and returns -1; or leaves `out`
+// unchanged and returns a rank that did not write its vector within the wait.
 int spikerl_shm_sum(char* base, int own, int ranks, int64_t bytes, uint32_t round, char* out, bool is_double) {
     const SharedMemory shared(base, ranks, bytes);
     for (int rank = 0; rank < ranks; rank++) {

@@ -1,12 +1,13 @@
-// A population-coded spiking actor on the CPU, driven by events.
+// A population-coded spiking actor on the CPU, event-driven.
 //
 // The spikes of a neuron over the T spike steps of a decision are the bits of one word. The weights of inputs with
 // equal words are summed first, and the sum is added to the drive at each step of that word: no product with 0 is
 // formed, and a weight is read once however often its input fires. The backward pass reads the same lists for weight
-// gradients, and forms an input's gradient only at the steps at which its voltage lies inside the surrogate window.
+// gradients, and sums input gradients over those neurons alone that still have a gradient: a neuron has none after its
+// last step inside the surrogate window.
 //
-// Every source is compiled once for each instruction set; the vector width follows from the flags. Sums over a batch
-// are formed in one order whatever the number of threads, so that results are the same bits.
+// Every source is compiled once for each instruction set; the vector width follows from the flags. The order of sums
+// over a batch does not depend on the number of threads, so results are bitwise equal.
 //
 // Shapes   B samples, T spike steps, K inputs and N neurons of a layer, O observation entries, A actions.
 //          Weights are input-major (K, N). Rows of neurons are padded to whole vectors (Kp, Np).
@@ -61,15 +62,15 @@ struct Net {
     int32_t obs_dim, pop_size, act_dim, out_pop_size, spike_steps, layers;
     float encoder_threshold;
     Neurons neurons;
-    const float* const* decay_logits;  // of each layer, where the neurons learn their voltage_decay; else null
-    const int32_t* widths;  // layers + 1: of the encoder and of every layer
+    const float* const* decay_logits;  // one for each layer if the neurons learn their voltage_decay; else null
+    const int32_t* widths;  // (layers + 1): of the encoder and of every layer
     const float *mean, *std;
     const float* const* weights;
     const float* const* biases;
     const float *out_weight, *out_bias;
     int32_t analog;         // whether the encoder gives its activities at every spike step; else spikes
     int32_t squashes;       // whether spikerl_act applies tanh to the observation; for batches the caller does
-    int32_t exit_steps;     // an action that stayed within the threshold over as many steps is the decision; 0: the last
+    int32_t exit_steps;     // k of early exit, see snn/early_exit.py; 0: the decision is the last step's action
     float exit_threshold;
 };
 }
@@ -103,7 +104,7 @@ struct Activations {
     const Net* net;
     Neurons neurons[MAX_LAYERS];
     int64_t samples, chunks;
-    bool for_backward;               // else voltages are not read, and all samples share one place for them
+    bool for_backward;               // else voltages are not read later, and all samples share one place for them
     bool has_events;
     float* activity;                 // (B, K0p) of the encoder
     int32_t* words[MAX_LAYERS + 1];  // (B, Kp) of the encoder and of every layer
@@ -135,7 +136,7 @@ struct Activations {
         return {counts[layer] + row, segments[layer] + row * (K + 1), inputs[layer] + row * K};
     }
 
-    // On AMX, voltages of W neurons and W samples form a block (T, W, W): where that of sample b and neuron n begins.
+    // On AMX, voltages of W samples and W neurons form a block (T, W, W): the place of sample b and neuron n at step 0.
     int64_t square_offset(int layer, int64_t b, int64_t n) const {
         const int64_t Np = padded(net->widths[layer + 1]);
         return ((b / W * (Np / W) + n / W) * net->spike_steps * W + b % W) * W;
@@ -150,15 +151,15 @@ struct Layer {
     const float* weight;            // (K, N)
     const float* bias = nullptr;    // (Np)
     const float* last = nullptr;    // the last row of `weight`, padded: vectors may not read beyond its end
-    const float* packed = nullptr;  // null where weights are used as they are
+    const float* packed = nullptr;  // null if weights are used in place
 
     Layer(const Net& net, int layer)
         : K(net.widths[layer]), N(net.widths[layer + 1]), Np(padded(N)), weight(net.weights[layer]) {}
     Layer() = default;
 };
 
-// Columns of a layer's weights as they are: row k begins at `first + k * stride`, except that of the last row there is
-// a copy, which may be read to the end of a whole vector.
+// Columns of a layer's weights in place: row k begins at `first + k * stride`. Only the last row is a padded copy, as
+// whole vectors are read.
 struct UnpackedColumns {
     const float* first;
     int64_t stride;

@@ -9,8 +9,8 @@
 
 namespace {
 
-// While it lives, denormal numbers (below 1e-38) are 0. The mean of a weight without a gradient decays into them and,
-// rounded, stays there; each costs as much as some hundred normal numbers.
+// While it lives, denormal numbers (below 1e-38) are 0. Adam's mean of a weight without a gradient decays into them and
+// stays there by rounding; each costs as much as some hundred normal numbers.
 struct NoDenormals {
 #if defined(__SSE2__)
     const unsigned before = _mm_getcsr();
@@ -52,8 +52,8 @@ inline vec sqrt_lanes(vec x) {
 extern "C" {
 
 // One step of Adam (betas 0.9, 0.999; eps 1e-8; Kingma and Ba, 2015) with a gradient (n), which the loss follows in
-// memory. The gradient is first clipped to a norm of `max_norm`, which may be infinite. Where gradient or loss is not
-// finite, `masked` becomes 1; where `masked` is 1, nothing else changes.
+// memory. The gradient is first clipped to a norm of `max_norm`, which may be infinite. If gradient or loss is not
+// finite, `masked` becomes 1; if `masked` is 1, nothing else changes.
 void spikerl_adam(int64_t n, float* weights, float* grad, float* mean, float* square, float* step, float lr,
                   float max_norm, float* masked) {
     const NoDenormals no_denormals;
@@ -87,7 +87,7 @@ void spikerl_add_clipped_noise(int64_t n, const float* act, float* noise, float 
     for (int64_t i = 0; i < n; i++) noise[i] = clip(act[i] + clip(noise[i] * std, -bound, bound), -1.0f, 1.0f);
 }
 
-// target <- (1 - tau) target + tau online, unless masked; by the nearer end, so that a tau of 1 copies.
+// target <- (1 - tau) target + tau online, unless masked; computed from the nearer end, so that tau = 1 copies exactly.
 void spikerl_polyak(int64_t n, float* target, const float* online, float tau, const float* masked) {
     if (*masked > 0.0f) return;
     for_each(

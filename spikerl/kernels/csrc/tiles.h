@@ -1,10 +1,10 @@
 // Matrix products on AMX: tiles of 16 x 32 bf16 numbers, sums in float32.
 //
 // A float32 number is the sum of three bf16 numbers, its planes: the number rounded to 8 bits, the remainder rounded to
-// 8 bits, and the last 8 bits. A spike is a bf16 number. A product of spikes and float32 weights is therefore exact in
-// 3 tile products, and one of two float32 matrices takes 6: the terms left out are below 2^-25 of each product, as the
-// second and third planes are below 2^-9 and 2^-18 of a number. With one plane, rounded to nearest, a product is that
-// of bf16 matrices.
+// 8 bits, and the last 8 bits. A spike is exactly a bf16 number. Spikes times float32 weights thus take 3 tile
+// products, which are exact, and two float32 matrices take 6: the terms left out are below 2^-25 of each product, as
+// the second and third planes are below 2^-9 and 2^-18 of a number. With one plane, rounded to nearest, the product is
+// one of bf16 matrices.
 //
 // A left operand is stored as tiles of 16 rows and 32 columns, (row tiles, depth blocks, planes, 16, 32), a right one
 // as pairs of neighbouring rows, (column tiles, depth blocks, planes, 16, 16, 2); both are zero beyond the matrix.
@@ -103,7 +103,7 @@ inline void store_planes(__m512 a, __m512 b, bf16* out) {
     for (int p = 0; p < P; p++) _mm512_store_si512(out + p * SIZE, Pack()(first[p], second[p]));
 }
 
-// Turns tiles of a left operand into those of a right operand, and back: the transpose of their pairs.
+// Converts tiles of a left operand to those of a right operand, and back, by transposing pairs of numbers.
 template <int P>
 void transpose_tiles(int64_t tiles, Operand<P> out) {
     for (int64_t i = 0; i < tiles; i++)

@@ -1,4 +1,4 @@
-// Vectors as wide as the registers of the instruction set that this is compiled for.
+// Vectors as wide as the registers of the target instruction set.
 
 #pragma once
 #include <algorithm>
@@ -70,7 +70,7 @@ inline uint32_t lane_bits(ivec mask) {
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// For every mask of 8 lanes the lanes that it selects, a byte each, from the lowest byte on.
+// For every mask of 8 lanes, the numbers of the lanes that it selects, a byte each, from the lowest byte on.
 struct SelectedLanes {
     uint64_t of[256];
     constexpr SelectedLanes() : of() {
@@ -146,7 +146,7 @@ inline void transpose_padded(const float* from, int64_t I, int64_t N, int64_t wi
 
 // to (width), a multiple of W = up to `width` of from (count), zero beyond `count`.
 inline void copy_padded(const float* from, int64_t count, int64_t width, float* to) {
-    if (count >= width) {  // a call of memcpy takes longer
+    if (count >= width) {  // faster than a call of memcpy
         for (int64_t i = 0; i < width; i += W) store(to + i, load(from + i));
     } else {
         std::memcpy(to, from, count * sizeof(float));
