@@ -1,4 +1,4 @@
-"""An environment whose every answer is checked before learning sees it."""
+"""An environment wrapper that checks every result before learning sees it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from spikerl.errors import EnvironmentFailed, Interrupted
 from spikerl.isolation import UserCode, end_if_forked
 from spikerl.types import Entry, flat
 
-REAL = "biuf"  # numpy's kinds of numbers
+REAL = "biuf"  # numpy's dtype kinds of real numbers
 
 
 class CheckedEnv(gym.Wrapper[np.ndarray, Any, Any, Any]):
-    """Observations as flat float64 arrays that are the caller's own, and no infos.
+    """Returns observations as flat float64 copies, and empty infos.
 
-    EnvironmentFailed: the environment raised anything at all, be it SystemExit, or returned what is
-    no number, or of another shape than it said. Only Ctrl-C passes.
+    Raises EnvironmentFailed if the environment raises any exception, including SystemExit, or
+    returns non-numbers or another shape than its space's. Only Ctrl-C passes through.
 
-    Environments may reuse their observation array; a copy keeps a final observation from being
+    Environments may reuse their observation array; the copy keeps a final observation from being
     overwritten by the reset that follows it.
     """
 
@@ -68,7 +68,7 @@ class CheckedEnv(gym.Wrapper[np.ndarray, Any, Any, Any]):
         except Interrupted:
             raise
         except BaseException as error:
-            if self.failed:  # which was said, and this is what comes of it
+            if self.failed:  # a consequence of the failure that was already reported
                 return
             name = self.spec.id if self.spec else "the environment"
             raise EnvironmentFailed(f"close: {name} {describe_raised(error)}") from error
@@ -82,15 +82,15 @@ class CheckedEnv(gym.Wrapper[np.ndarray, Any, Any, Any]):
         if not isinstance(error, EnvironmentFailed):
             failure = EnvironmentFailed(describe_raised(error))
             failure.__cause__ = error
-        # From a process of its own, no other trace of it arrives.
+        # Text, because a traceback does not survive the way out of a process of its own.
         failure.trace = "".join(traceback.format_exception(error))  # type: ignore[attr-defined]
         raise failure
 
     @property
     def snapshot(self) -> Snapshot | None:
-        """Its exact state, None where its kind is unknown; assigning one goes on from there.
+        """The environment's exact state, None if its kind is unknown; assigning one restores it.
 
-        A property, because `set_attr` is what gives each environment of a vector its own value.
+        A property, because a vector's `set_attr` gives each environment its own value.
         """
         return snapshot(self.env)
 
@@ -131,7 +131,7 @@ def _scalar(what: str, value: Any, kinds: str = REAL) -> Any:
 def message_of(error: BaseException) -> str:
     try:
         return (str(error).strip().splitlines() or [""])[0][:300]
-    except BaseException:  # its own code, too
+    except BaseException:  # an exception's __str__ may be the user's code
         return ""
 
 
@@ -144,9 +144,9 @@ def describe_raised(error: BaseException) -> str:
 
 
 def layout_of(space: gym.Space[Any], path: tuple[str | int, ...] = ()) -> tuple[Entry, ...]:
-    """How a dictionary's or tuple's entries follow each other when flat; empty for a Box.
+    """The order of a dictionary's or tuple's entries in the flat observation; empty for a Box.
 
-    ValueError: an entry cannot be flattened.
+    Raises ValueError if an entry cannot be flattened.
     """
     if isinstance(space, gym.spaces.Dict | gym.spaces.Tuple):
         parts: Any = space.spaces

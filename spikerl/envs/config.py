@@ -1,4 +1,4 @@
-"""The group env."""
+"""The config group `env`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from spikerl.envs.wrappers import check_wrappers
 from spikerl.errors import BadRequest
 from spikerl.types import MAX_EPISODE_STEPS
 
-MADE_WITH = {"id", "max_episode_steps"}  # what has keys of its own
+MADE_WITH = {"id", "max_episode_steps"}  # arguments of gym.make that have keys of their own
 
 
 @dataclass(kw_only=True)
 class EnvConfig:
     name: str
-    version: str | None  # v5, v4: the id is NAME-VERSION; null where `id` is given whole
+    version: str | None  # v5, v4: the id is NAME-VERSION; null if `id` is given in full
     id: str
     max_episode_steps: int | None  # null: the environment's own limit
     vectorizer: str  # sync: all in this process; async: one process each, for slow environments
@@ -25,7 +25,7 @@ class EnvConfig:
     action_bounds: str = "each"
     kwargs: dict[str, Any] | None = None  # of the environment's constructor
     wrappers: list[Any] | None = None  # Gymnasium's, from the inside out
-    reward_scale: float = 1.0  # what learning sees of a reward; returns are in the task's units
+    reward_scale: float = 1.0  # factor of rewards in learning; returns are in the task's units
 
     def __post_init__(self) -> None:
         if self.action_bounds not in ("each", "first"):
@@ -48,7 +48,7 @@ class EnvConfig:
 
 
 def finite(value: Any) -> bool:
-    """Whether all numbers in it are, however deep they lie."""
+    """Whether all floats in `value`, at any depth of nesting, are finite."""
     values = [value]
     while values:
         one = values.pop()

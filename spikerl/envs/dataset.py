@@ -2,7 +2,7 @@
 
 FOLDER/data/metadata.json, and FOLDER/data/main_data.hdf5 whose group episode_i holds observations
 (T + 1, *obs_shape), actions (T, *act_shape), rewards, terminations and truncations (T,). A folder
-may be untrusted: nothing in it executes, no link in HDF5 is followed, and every size, type and
+may be untrusted: nothing in it is executed, no link in HDF5 is followed, and every size, type and
 number is checked before it is used.
 
 Shape legend   T steps of an episode, O observation entries, A action entries.
@@ -39,40 +39,40 @@ METADATA, MAIN = "data/metadata.json", "data/main_data.hdf5"
 VERSION = "0.5.4"  # of Minari, whose format this is
 MAX_BYTES = 1 << 24  # of metadata.json
 FIELDS = ("observations", "actions", "rewards", "terminations", "truncations")
-SHUFFLE, GZIP, CHECKSUM = 2, 1, 3  # HDF5's filters that are read
+SHUFFLE, GZIP, CHECKSUM = 2, 1, 3  # accepted HDF5 filters
 FILTERS = (SHUFFLE, GZIP, CHECKSUM)  # in the order in which h5py applies them
 CHECKSUM_BYTES = 4
-DEFLATED = 1032  # to how many bytes one may be unpacked, at most
-MARGIN = 1 << 20  # bytes, for what HDF5 writes beside the numbers
-ROUNDING = 1e-5  # by which an action may lie outside its bounds, in units of half its range
+DEFLATED = 1032  # largest ratio of unpacked to packed size in deflate
+MARGIN = 1 << 20  # bytes for what HDF5 writes beside the numbers
+ROUNDING = 1e-5  # tolerance for actions outside their bounds, in units of half their range
 
 
 class Recorded(NamedTuple):
     """One episode, whole or cut off."""
 
     obs: np.ndarray  # (T + 1, O), of the task's obs_dtype
-    act: np.ndarray  # (T, A) in [-1, 1]; one-hot where actions are discrete
+    act: np.ndarray  # (T, A) in [-1, 1]; one-hot for discrete actions
     rew: np.ndarray  # (T,)
     terminated: np.ndarray  # (T,) bool
     truncated: np.ndarray  # (T,) bool
-    whole: bool = True  # from a reset to its end; one of another program counts as whole
+    whole: bool = True  # from a reset to its end; other programs' episodes count as whole
 
     def steps(self) -> Steps:
-        """Its transitions; the last one ends it, whether or not a flag says so."""
+        """The transitions; the last one ends the episode, whether or not a flag says so."""
         last = self.terminated | self.truncated
         last[-1] = True
         return Steps(self.obs[:-1], self.act, self.rew, self.obs[1:], self.terminated, last)
 
 
 def check_extra() -> None:
-    """BadRequest where h5py is not installed."""
+    """Raise BadRequest if h5py is not installed."""
     if find_spec("h5py") is None:
         remedy = "h5py is not installed; pip install 'spikerl[offline]'"
         raise BadRequest("dataset", "hdf5", remedy)
 
 
 class Writer:
-    """Episodes on their way into `folder`, which is nobody's yet."""
+    """Writes episodes into `folder`, a new folder that nobody else uses yet."""
 
     def __init__(self, folder: Path, task: Task) -> None:
         self.folder, self.task, self.spec = folder, task, environment_of(task)
@@ -83,9 +83,9 @@ class Writer:
 
     def add(self, seed: int | None, obs: np.ndarray, act: np.ndarray, rew: np.ndarray,
             terminated: np.ndarray, truncated: np.ndarray, whole: bool = True) -> None:  # fmt: skip
-        """An episode; `obs` (T + 1, O), `act` as the environment got it, the others (T,).
+        """Write an episode; `obs` (T + 1, O), `act` in the environment's units, the others (T,).
 
-        `whole`: it is not a piece of one. `seed`: of its reset, where that had one.
+        `whole`: it is not a piece of an episode. `seed`: that of its reset, if any.
         """
         obs = obs.astype(self.task.obs_dtype, copy=False)
         self._check_room(obs.nbytes + act.nbytes + rew.nbytes)
@@ -102,13 +102,13 @@ class Writer:
         self.steps += len(rew)
 
     def _check_room(self, needed: int) -> None:
-        """An OSError in time: HDF5 cannot close a file of which it has not written all."""
+        """Raise OSError before the disk is full, when HDF5 could no longer close its file."""
         if shutil.disk_usage(self.folder).free < 2 * needed + MARGIN:
             self.file.close()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def finish(self, name: str, recipe: Mapping[str, Any]) -> None:
-        """Write what the dataset is; `recipe`: how it was made."""
+        """Write the metadata, which completes the dataset; `recipe`: how it was made."""
         self.file.close()
         size = (self.folder / MAIN).stat().st_size
         low, high = (0, 255) if self.task.obs_bytes else (-math.inf, math.inf)
@@ -120,7 +120,7 @@ class Writer:
             "jpeg_encoding": False,
             "total_episodes": self.episodes,
             "total_steps": self.steps,
-            "dataset_size": round(size / 1e6, 1),  # MB, as Minari has it
+            "dataset_size": round(size / 1e6, 1),  # MB, as in Minari
             "observation_space": box(low, high, self.task.obs_shape, dtype),
             "action_space": action_space(self.task),
             "env_spec": self.spec,
@@ -132,7 +132,7 @@ class Writer:
 
 
 def environment_of(task: Task) -> str:
-    """Gymnasium's specification of it as JSON; a ValueError where it is not data."""
+    """Gymnasium's specification of the task as JSON; ValueError if that cannot be serialised."""
     spec = copy.deepcopy(gym.spec(task.env_id))
     spec.kwargs = {**spec.kwargs, **task.env_kwargs}
     spec.max_episode_steps = task.max_episode_steps
@@ -144,7 +144,7 @@ def environment_of(task: Task) -> str:
 
 
 def box(low: Any, high: Any, shape: Sequence[int], dtype: str) -> str:
-    """A Box as Minari writes it."""
+    """A Box space in Minari's JSON."""
     bounds = {
         name: np.broadcast_to(np.reshape(bound, shape) if np.ndim(bound) else bound, shape).tolist()
         for name, bound in (("low", low), ("high", high))
@@ -166,11 +166,13 @@ class Dataset:
     folder: Path
     task: Task
     lengths: tuple[int, ...]  # steps of each episode
-    sha256: str  # of its numbers
+    sha256: str  # of main_data.hdf5
 
     @classmethod
     def open(cls, folder: Path, task: Task, most_bytes: int) -> Dataset:
-        """BadRequest: there is none, it is damaged, another task's, or larger than `most_bytes`."""
+        """Open and check; BadRequest if it is missing, damaged, of another task, or larger than
+        `most_bytes` in memory.
+        """
         check_extra()
         main = folder / MAIN
         with refusing(folder):
@@ -201,7 +203,7 @@ class Dataset:
         return sum(self.lengths)
 
     def episodes(self) -> Iterator[Recorded]:
-        """One after another; a BadRequest for the first number that cannot be."""
+        """The episodes in order; BadRequest at the first invalid number."""
         with refusing(self.folder), opened(self.folder / MAIN) as file:
             for i, length in enumerate(self.lengths):
                 group = member(file, f"episode_{i}")
@@ -210,14 +212,14 @@ class Dataset:
                 yield recorded(group, self.task)
 
     def check(self) -> None:
-        """Read all of it."""
+        """Read all episodes, so that every number is checked."""
         for _ in self.episodes():
             pass
 
 
 @contextmanager
 def refusing(folder: Path) -> Iterator[None]:
-    """What a file that may be anybody's raises, as a BadRequest."""
+    """Turn whatever an untrusted file raises into a BadRequest."""
     try:
         yield
     except BadRequest:
@@ -236,7 +238,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def check_task(metadata: Mapping[str, Any], task: Task) -> None:
-    """A ValueError unless it was recorded on that task."""
+    """Raise ValueError unless the dataset was recorded on that task."""
     spec = json.loads(metadata.get("env_spec") or "null")
     if not isinstance(spec, dict) or not isinstance(spec.get("id"), str):
         raise ValueError("its metadata.json names no environment (env_spec)")
@@ -266,7 +268,7 @@ def same(theirs: str, ours: str) -> bool:
 
 
 def groups_of(file: Any, metadata: Mapping[str, Any]) -> Iterator[Any]:
-    """Its episodes in their order."""
+    """The file's episodes in order; ValueError if their number is not that of the metadata."""
     count = metadata.get("total_episodes")
     if type(count) is not int or count < 1 or len(file) != count:
         raise ValueError(f"it holds {len(file)} episodes; metadata.json says {count!s:.20}")
@@ -275,7 +277,7 @@ def groups_of(file: Any, metadata: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def member(group: Any, name: str) -> Any:
-    """What lies in the file itself by that name."""
+    """The member of `group` by that name; ValueError if it is missing or a link."""
     h5py: Any = import_module("h5py")
     if name not in group or type(group.get(name, getlink=True)) is not h5py.HardLink:
         raise ValueError(f"{group.name.strip('/') or 'it'} lacks {name}, or it is a link")
@@ -283,7 +285,9 @@ def member(group: Any, name: str) -> Any:
 
 
 def length_of(group: Any, task: Task) -> int:
-    """Steps of an episode whose fields have the shapes and types of the task's."""
+    """Number of steps of an episode; ValueError unless its fields fit the task and are stored in an
+    accepted way.
+    """
     h5py: Any = import_module("h5py")
     if not isinstance(group, h5py.Group):
         raise ValueError(f"{group.name} is not a group")
@@ -300,10 +304,10 @@ def length_of(group: Any, task: Task) -> int:
         if data.shape != shape:
             raise ValueError(f"{group.name} has {name} {data.shape}; {shape} are needed")
         filters, outside = filters_of(data), data.id.get_create_plist().get_external_count()
-        known = [one for one in FILTERS if one in filters]  # each once, and in that order
+        known = [one for one in FILTERS if one in filters]  # each at most once, in that order
         if data.is_virtual or outside or filters != known:
             raise ValueError(f"{group.name} has {name} that lie elsewhere, or in a code of others")
-        unpacked = math.prod(data.chunks or ()) * data.dtype.itemsize  # to read any of it
+        unpacked = math.prod(data.chunks or ()) * data.dtype.itemsize  # HDF5 reads whole chunks
         too_large = unpacked > max(data.nbytes, MARGIN)
         if too_large or data.nbytes > DEFLATED * data.id.get_storage_size():
             raise ValueError(
@@ -313,14 +317,14 @@ def length_of(group: Any, task: Task) -> int:
 
 
 def filters_of(data: Any) -> list[int]:
-    """What its numbers went through, in that order."""
+    """The HDF5 filters that the numbers went through, in order."""
     made = data.id.get_create_plist()
     return [made.get_filter(i)[0] for i in range(made.get_nfilters())]
 
 
 def check_pieces(data: Any) -> None:
-    """A ValueError unless each piece unpacks into the room that it has. HDF5 compares no sizes: it
-    takes the memory that a longer piece needs, and reads what lies behind a shorter one.
+    """Raise ValueError unless each chunk unpacks to exactly its size. HDF5 does not compare sizes:
+    it allocates whatever a longer chunk needs, and reads beyond the end of a shorter one.
     """
     if data.chunks is None:
         return
@@ -340,11 +344,11 @@ def check_pieces(data: Any) -> None:
 
 
 def recorded(group: Any, task: Task) -> Recorded:
-    """An episode that `length_of` accepted; a ValueError where a number of it cannot be."""
+    """Read an episode that `length_of` accepted; ValueError if a number in it is invalid."""
     for name in FIELDS:
         check_pieces(group[name])
     obs, act, rew, terminated, truncated = (group[name][()] for name in FIELDS)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is beyond float64 is refused below
+    with np.errstate(over="ignore", invalid="ignore"):  # overflow is refused below
         if task.obs_bytes and not are_bytes(obs):
             what = "observations that are no whole numbers from 0 to 255"
             raise ValueError(f"{group.name} has {what}")
@@ -360,7 +364,7 @@ def recorded(group: Any, task: Task) -> Recorded:
 
 
 def inside(act: np.ndarray, task: Task, where: str) -> np.ndarray:
-    """The environment's actions as (T, A) in [-1, 1]; what `Task.to_env` maps back."""
+    """The environment's actions as (T, A) in [-1, 1], the inverse of `Task.to_env`."""
     if task.choices is not None:
         one_hot = act[:, None] == np.array(task.choices)
         if not one_hot.any(-1).all():

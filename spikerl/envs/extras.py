@@ -1,4 +1,4 @@
-"""Tasks of packages that are extras of this program."""
+"""Tasks from packages that are optional extras of this program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import gymnasium as gym
 
-# What an id begins with: the module that such tasks need, and the extra that brings it.
+# By the beginning of a task's id: the module that it needs, and the extra that installs it.
 EXTRAS = {
     "ALE/": ("ale_py", "atari"),
     "MinAtar/": ("minatar", "minatar"),
@@ -16,12 +16,12 @@ GAMES = ("asterix", "breakout", "freeway", "seaquest", "space_invaders")
 
 
 def needs(env_id: str) -> tuple[str, str] | None:
-    """The module and the extra of such a task; None where it needs none."""
+    """The module and the extra that a task needs; None if it needs none."""
     return next((extra for start, extra in EXTRAS.items() if env_id.startswith(start)), None)
 
 
 def why_missing(env_id: str) -> str | None:
-    """What installs the package that such a task lacks; None where nothing is missing."""
+    """Which module a task lacks and how to install it; None if nothing is missing."""
     needed = needs(env_id)
     if needed is None or find_spec(needed[0]) is not None:
         return None
@@ -30,8 +30,8 @@ def why_missing(env_id: str) -> str | None:
 
 
 def register_ale(env_id: str) -> None:
-    """Atari's games, if this is one: ale_py registers them where it is imported, and else says who
-    it is on stderr.
+    """Register Atari's games if this is one: importing ale_py does so. The logger mode keeps ALE
+    from printing a banner on stderr.
     """
     if env_id.startswith("ALE/"):
         import ale_py
@@ -40,7 +40,7 @@ def register_ale(env_id: str) -> None:
 
 
 def register_minatar() -> None:
-    """Under the names that MinAtar has for them: Gymnasium no longer asks packages for theirs."""
+    """Register MinAtar's games under its own names; Gymnasium no longer loads package plugins."""
     for game in GAMES:
         name = game.title().replace("_", "")
         for version, minimal in enumerate((False, True)):

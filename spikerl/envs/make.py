@@ -1,5 +1,5 @@
-"""Environments: any registered Gymnasium task with Box observations, or dictionaries of them, and
-bounded Box or Discrete actions.
+"""Makes environments: any registered Gymnasium task with Box observations, or dictionaries of them,
+and bounded Box or Discrete actions.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from spikerl.errors import BadRequest, Interrupted
 from spikerl.isolation import UserCode
 from spikerl.types import MAX_EPISODE_STEPS, Task
 
-# For an environment that sets no limit of its own, so that every episode ends.
+# Limit for environments that set none of their own, so that every episode ends.
 DEFAULT_EPISODE_STEPS = 1000
 UNREGISTERED = "is not a registered environment"
 
 
 def make_env(config: EnvConfig) -> CheckedEnv:
-    """One environment; what cannot be made or trained on is a BadRequest that names the remedy."""
+    """Make one environment; BadRequest with a remedy if it cannot be made or trained on."""
     _quiet_mujoco()
     if missing := extras.why_missing(config.id):
         raise BadRequest("env.id", config.id, missing)
@@ -44,7 +44,7 @@ def make_env(config: EnvConfig) -> CheckedEnv:
         near = difflib.get_close_matches(config.id, known, 3, 0.4)
         hint = f"nearest: {', '.join(near)}" if near else f"{len(known)} are registered"
         raise BadRequest(key, value, f"{config.id} {UNREGISTERED}; {hint}") from None
-    except BaseException as error:  # its own code raises any, and calls sys.exit
+    except BaseException as error:  # the environment's code may raise anything, even SystemExit
         plain = message_of(error) if isinstance(error, Exception) else ""
         reason = plain or describe_raised(error)
         remedy = f"{config.id} cannot be made here: {reason}"
@@ -55,7 +55,7 @@ def make_env(config: EnvConfig) -> CheckedEnv:
 
 
 def _made(config: EnvConfig, key: str, value: str | None) -> CheckedEnv:
-    with warnings.catch_warnings():  # its advice on versions, once for each environment
+    with warnings.catch_warnings():  # Gymnasium warns of old versions, once per environment
         warnings.filterwarnings("ignore", module=r"gymnasium\.")
         env: gym.Env[Any, Any] = gym.make(
             config.id,
@@ -63,7 +63,7 @@ def _made(config: EnvConfig, key: str, value: str | None) -> CheckedEnv:
             disable_env_checker=True,
             **(config.kwargs or {}),
         )
-        if _step_limit(env) is None:  # where gym.make has one: below what may repeat actions
+        if _step_limit(env) is None:  # placed as by gym.make: inside wrappers that repeat actions
             env = gym.wrappers.TimeLimit(env, DEFAULT_EPISODE_STEPS)
         try:
             env = wrapped(env, config.wrappers or [])
@@ -80,7 +80,7 @@ def _made(config: EnvConfig, key: str, value: str | None) -> CheckedEnv:
 
 
 def task_of(env: CheckedEnv) -> Task:
-    """What a policy must know of `env`."""
+    """The description of `env` that a policy needs."""
     space = env.action_space
     assert env.spec is not None
     limit = _step_limit(env)

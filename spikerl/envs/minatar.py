@@ -10,13 +10,13 @@ from minatar.gym import BaseEnv
 
 from spikerl.envs.snapshot import Restorable, Snapshot
 
-FIXED = ("random", "channels", "action_map")  # what no step changes, or is kept apart
-MOST = 1 << 20  # of any count or place in a game
+FIXED = ("random", "channels", "action_map")  # fields that no step changes, or kept separately
+MOST = 1 << 20  # bound of any count or position in a restored game
 
 
-class MinAtar(BaseEnv, Restorable):  # type: ignore[misc]  # it has no types
-    """An episode begins without a last action: its own repeats it with a probability of 0.1, and so
-    would carry one episode's into the next.
+class MinAtar(BaseEnv, Restorable):  # type: ignore[misc]  # the package has no types
+    """A MinAtar game whose reset clears the last action. MinAtar repeats the last action with
+    probability 0.1, which would otherwise carry over from one episode to the next.
     """
 
     def reset(
@@ -27,14 +27,14 @@ class MinAtar(BaseEnv, Restorable):  # type: ignore[misc]  # it has no types
         return obs, info
 
     def inner_state(self) -> Snapshot:
-        """`mersenne`: the generator's words and the place in them. `game`: all else, as JSON."""
+        """`mersenne`: the generator's words and its position. `game`: all else, as JSON."""
         mersenne = self.game.random.get_state(legacy=False)["state"]
         words = np.append(mersenne["key"].astype(np.int64), mersenne["pos"])
         text = json.dumps(self._fields(), default=lambda number: number.tolist())
         return {"mersenne": words, "game": np.frombuffer(text.encode(), np.uint8).copy()}
 
     def restore_inner(self, state: Snapshot) -> None:
-        """A ValueError if it is not a state of this game, which is then as it was."""
+        """Restore; ValueError if it is not a state of this game, which is then unchanged."""
         words = state["mersenne"]
         if not (words[:-1] >> 32 == 0).all() or not 0 <= words[-1] <= 624:
             raise ValueError("the snapshot's random state is none")
@@ -58,8 +58,8 @@ class MinAtar(BaseEnv, Restorable):  # type: ignore[misc]  # it has no types
 
 
 def _like(own: Any, given: Any, name: str) -> Any:
-    """What a field that now holds `own` may be given: a number, a map of numbers, or a list of
-    things, each of some numbers or None.
+    """`given` as a new value for a field that now holds `own`: a number, a map of numbers, or a
+    list of objects of numbers or None; ValueError if it does not fit.
     """
     if isinstance(own, np.ndarray):
         rows = given if isinstance(given, list) and _numbers(given, 2) else []

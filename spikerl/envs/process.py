@@ -1,7 +1,7 @@
 """Environments in processes of their own.
 
-They are forked by a server: a process without threads, which has imported what they need. One that
-is forked while other threads run (torch's, BLAS's) may wait for them for ever.
+They are forked by a server, a process without threads that has imported what they need. A process
+that is forked while other threads run (torch's, BLAS's) may wait for them forever.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ CONTEXT = "forkserver"
 
 
 def start_server() -> None:
-    """Let it import while the caller goes on; a second call does nothing."""
+    """Start the fork server, which imports while the caller goes on; a second call does nothing."""
     set_here = {
         "SPIKERL_ENVS_OF": str(os.getpid()),
         "SPIKERL_ENVS_SAFE_PATH": "" if "PYTHONSAFEPATH" in os.environ else "1",
-        "PYTHONSAFEPATH": "1",  # it imports nothing from where it stands
-        # Of a run that was killed, semaphores are left, which multiprocessing's tracker removes.
+        "PYTHONSAFEPATH": "1",  # import nothing from the working directory
+        # A killed run leaves semaphores; multiprocessing's tracker removes them, with a warning.
         "PYTHONWARNINGS": "ignore",
     }
     before = {name: os.environ.get(name) for name in set_here}
@@ -59,22 +59,22 @@ def start_server() -> None:
 
 
 class Processes(AsyncVectorEnv):
-    """Gymnasium's vector of processes, forked where no threads are, which always ends."""
+    """Gymnasium's vector of processes, forked by the server, and ended in every case."""
 
     def __init__(self, makers: Sequence[Callable[[], CheckedEnv]], **settings: Any) -> None:
         start_server()
-        # At exit multiprocessing sends SIGTERM, which they ignore, and waits.
+        # At exit multiprocessing sends SIGTERM, which the processes ignore, and would wait.
         self.kill_at_exit = partial(_kill_all_of, ref(self))
         atexit.register(self.kill_at_exit)
         super().__init__(makers, context=CONTEXT, worker=_work, **settings)
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
         try:
-            if terminate:  # one that hangs does not answer
+            if terminate:  # a hanging process does not answer
                 self.kill_at_exit()
             super().close_extras(timeout, terminate)
         except (EOFError, OSError) as error:
-            self.kill_at_exit()  # or those that were not told would be waited for
+            self.kill_at_exit()  # join would wait for processes that were not told to close
             for process in self.processes:
                 process.join()
             raise EnvironmentFailed("close: lost a process: it was killed or crashed") from error
@@ -85,22 +85,22 @@ class Processes(AsyncVectorEnv):
 
     def _raise_if_errors(self, successes: Iterable[bool]) -> None:
         if not all(successes):
-            with warnings.catch_warnings():  # the error says all, once
+            with warnings.catch_warnings():  # the error already says everything
                 warnings.simplefilter("ignore")
                 super()._raise_if_errors(successes)
 
 
 def maker(config: EnvConfig) -> Callable[[], CheckedEnv]:
-    """What makes an environment in any process, also one that this process alone has registered."""
+    """A function that makes the environment in any process, even if only this one registered it."""
     spec = gym.registry.get(config.id)
     return partial(_make, config, spec, os.getpid())
 
 
 def _make(config: EnvConfig, spec: Any, parent: int) -> CheckedEnv:
-    if os.getpid() == parent:  # the vector makes one in its own process too, to see the spaces
+    if os.getpid() == parent:  # the vector also makes one in its own process, to get the spaces
         return make_env(config)
     die_with_parent()
-    for number in STOPS:  # the parent's to answer; what the environment starts has them as usual
+    for number in STOPS:  # the parent answers them; unlike SIG_IGN, handlers are not inherited
         signal.signal(number, _ignore)
     if spec is not None:
         gym.registry.setdefault(config.id, spec)
@@ -119,7 +119,7 @@ def _kill_all_of(vector: ref[Processes]) -> None:
 
 
 def _work(*arguments: Any) -> None:
-    """An environment's process; it ends without a word when the run has, however that ended."""
+    """Run an environment's process; it ends silently when the run's process has ended."""
     try:
         _async_worker(*arguments)
     except (EOFError, ConnectionError):

@@ -1,4 +1,4 @@
-"""Imported first, and only, by the server that forks processes for environments (`process`)."""
+"""Imported only, and first, by the server that forks processes for environments (`process`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from spikerl.signals import STOPS
 
 die_with_parent(int(os.environ.pop("SPIKERL_ENVS_OF")))
 for number in STOPS:
-    signal.signal(number, signal.SIG_IGN)  # they are the run's to answer
-if os.environ.pop("SPIKERL_ENVS_SAFE_PATH"):  # it was set for the server alone
+    signal.signal(number, signal.SIG_IGN)  # the run answers them
+if os.environ.pop("SPIKERL_ENVS_SAFE_PATH"):  # PYTHONSAFEPATH was set for the server alone
     os.environ.pop("PYTHONSAFEPATH", None)
 
 import spikerl.envs.process  # noqa: E402, F401  # and with it all that environments need

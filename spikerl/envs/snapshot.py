@@ -3,20 +3,20 @@
 What a snapshot holds:
 - `kind`: the environment's class, as UTF-8.
 - `random`: the words of its random generator; resets draw from it.
-- `elapsed`: the steps that each time limit has counted.
+- `elapsed`: the number of steps that each time limit has counted.
 - MuJoCo: `model`, the compiler's signature; `integration`, MuJoCo's integration state (time,
   positions, velocities, activations, controls, warm start of the solver, applied forces, ...);
-  `xpos` and `xipos`, where the bodies were before the last substep. Ant and Reacher-v4 (xpos) and
-  Humanoid (xipos) read these before they step, and no later state gives them back.
-- Classic control: `state`, Pendulum's angle and speed, and what CartPole, Acrobot and MountainCar
-  call theirs; CartPole: `beyond`, steps since its pole fell, -1 while it stands.
-- MinAtar: `mersenne` and `game`, spikerl/envs/minatar.py.
+  `xpos` and `xipos`, the positions of the bodies before the last substep. Ant and Reacher-v4 (xpos)
+  and Humanoid (xipos) read these before they step, and they cannot be computed from the rest.
+- Classic control: `state`, that of Pendulum (angle and speed), CartPole, Acrobot or MountainCar;
+  CartPole: `beyond`, steps since its pole fell, -1 while it stands.
+- MinAtar: `mersenne` and `game`, see spikerl/envs/minatar.py.
 
-Left out, because nothing reads it before it is computed anew: all else in MjData, goals (they are
-in the positions), the spaces' generators (nothing samples a space), what is only drawn.
+Left out, because it is computed anew before anything reads it: all else in MjData, goals (which are
+among the positions), the spaces' generators (nothing samples a space), and rendering.
 
-Arrays are numpy's, not tensors: between processes numpy sends bytes, torch a handle on shared
-memory that dies with its sender. Their types are those that torch and safetensors have too.
+Arrays are numpy's, not tensors: numpy sends bytes between processes, torch a handle on shared
+memory that becomes invalid when its sender ends. Their types exist in torch and safetensors too.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ INTEGRATION = int(mujoco.mjtState.mjSTATE_INTEGRATION)  # type: ignore[attr-defi
 SLEEP = int(mujoco.mjtEnableBit.mjENBL_SLEEP)  # type: ignore[attr-defined]
 READ_BEFORE_STEP = ("xpos", "xipos")
 WORD = (1 << 64) - 1
-# Their state's entries.
+# Number of entries of their states.
 CLASSIC = {PendulumEnv: 2, CartPoleEnv: 4, AcrobotEnv: 4, MountainCarEnv: 2}
 STATELESS = (
     *(ClipReward, FlattenObservation, RescaleAction),
@@ -56,22 +56,24 @@ STATELESS = (
 
 
 class Restorable(gym.Env[Any, Any]):
-    """An environment of this program that says itself what it keeps between steps."""
+    """An environment of this program that saves and restores its own inner state."""
 
     def inner_state(self) -> Snapshot:
         raise NotImplementedError
 
     def restore_inner(self, state: Snapshot) -> None:
-        """A ValueError says why a state does not fit; the environment is then as it was."""
+        """Restore; ValueError says why a state does not fit, and then nothing has changed."""
         raise NotImplementedError
 
 
 def snapshot(env: gym.Env[Any, Any]) -> Snapshot | None:
-    """None where the kind is unknown, or before the first reset: then go on from a reset."""
+    """The exact state; None if the kind is unknown or before the first reset, when the caller must
+    go on from a reset.
+    """
     layers = _layers(env)
     if layers is None or not layers.started:
         return None
-    inner = _inner(layers.base)  # first: what is not known is not touched
+    inner = _inner(layers.base)  # first, since np_random of an unknown kind must not be touched
     random = None if inner is None else _words(layers.base.np_random)
     if random is None or inner is None:
         return None
@@ -80,9 +82,9 @@ def snapshot(env: gym.Env[Any, Any]) -> Snapshot | None:
 
 
 def restore(env: gym.Env[Any, Any], state: Snapshot) -> None:
-    """Bring `env`, fresh or used, to where `snapshot` was taken; it may step without a reset.
+    """Bring `env`, fresh or used, to the state of a snapshot; it may then step without a reset.
 
-    A ValueError says why a state does not fit; `env` is then as it was.
+    ValueError says why a state does not fit; `env` is then unchanged.
     """
     layers = _layers(env)
     inner = None if layers is None else _inner(layers.base)
@@ -127,7 +129,7 @@ class _Layers(NamedTuple):
 
 
 def _layers(env: gym.Env[Any, Any]) -> _Layers | None:
-    """None where a wrapper may keep something that is not known here."""
+    """The base environment and its wrappers; None if a wrapper may have state unknown here."""
     limits, orders = [], []
     while isinstance(env, gym.Wrapper):
         if type(env) is TimeLimit:
@@ -141,7 +143,7 @@ def _layers(env: gym.Env[Any, Any]) -> _Layers | None:
 
 
 def _inner(base: gym.Env[Any, Any]) -> Snapshot | None:
-    """What the environment itself keeps between steps; None where that is not known."""
+    """The environment's own state between steps; None if it is not known."""
     if isinstance(base, Restorable):
         return base.inner_state()
     if type(base) in CLASSIC:
@@ -171,7 +173,9 @@ def _kind(base: gym.Env[Any, Any]) -> np.ndarray:
 
 
 def _words(generator: np.random.Generator) -> np.ndarray | None:
-    """PCG64 as six words: two 128-bit numbers, low words first, and a kept 32-bit draw."""
+    """PCG64's state as six words: two 128-bit numbers, low words first, whether a 32-bit draw is
+    buffered, and that draw. None for other generators.
+    """
     if type(generator.bit_generator) is not np.random.PCG64:
         return None
     whole = generator.bit_generator.state
@@ -193,7 +197,7 @@ def _generator(words: np.ndarray) -> np.random.Generator:
 
 
 def _check_fit(state: Snapshot, own: Snapshot) -> None:
-    """`own` is what a snapshot of the same environment looks like."""
+    """Raise ValueError unless `state` has the form of `own`, a snapshot of the environment."""
     if "kind" in state and not np.array_equal(state["kind"], own["kind"]):
         raise ValueError(f"the snapshot is of {_text(state)}, the environment is {_text(own)}")
     if missing := sorted(own.keys() - state.keys()):
@@ -207,7 +211,7 @@ def _check_fit(state: Snapshot, own: Snapshot) -> None:
     for name, want in own.items():
         got = state[name]
         if name == "game" and got.dtype == np.uint8 and got.ndim == 1:
-            continue  # a text, as long as it is
+            continue  # a text, of any length
         if (got.dtype, got.shape) != (want.dtype, want.shape):
             raise ValueError(
                 f"the snapshot's {name} is {got.dtype} {got.shape}, not {want.dtype} {want.shape}"

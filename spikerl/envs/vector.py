@@ -25,14 +25,14 @@ from spikerl.isolation import UserCode
 from spikerl.schema import FLOAT32_MAX
 from spikerl.types import Task
 
-PATIENCE_S = 300.0  # for one step of environments in processes of their own
+PATIENCE_S = 300.0  # time limit for one step of environments in processes of their own
 
 
 class Steps(NamedTuple):
     """True transitions of one vector step, M of them: M is N unless environments were resetting."""
 
     obs: np.ndarray  # (M, O) float64
-    act: np.ndarray  # (M, A) as it was asked for
+    act: np.ndarray  # (M, A) as requested, before clipping
     rew: np.ndarray  # (M,) float64
     next_obs: np.ndarray  # (M, O) true successors, never reset observations
     terminated: np.ndarray  # (M,) bool
@@ -47,8 +47,8 @@ class Episode(NamedTuple):
 class Envs:
     """N environments stepped together, whatever their autoreset mode.
 
-    Under SAME_STEP the successor of a last step is found in `final_obs`. Under NEXT_STEP the step
-    after a last step only resets: it is not a transition and yields no row.
+    Under SAME_STEP the true successor of an episode's last step is in `final_obs`. Under NEXT_STEP
+    the step after it only resets: that is not a transition and yields no row.
     """
 
     def __init__(self, vector: VectorEnv[Any, Any, Any], task: Task) -> None:
@@ -68,7 +68,7 @@ class Envs:
         self._check("observation", self.obs)
 
     def step(self, act: np.ndarray) -> Steps:
-        """Act with (N, A); what lies outside [-1, 1] is clipped."""
+        """Step with actions (N, A), which are clipped to [-1, 1]."""
         actions = self.task.to_env(act)
         obs, rew, terminated, truncated, info = self._ask(lambda: self._step(actions))
         live = ~self.resetting
@@ -98,7 +98,7 @@ class Envs:
         return int(self.vector.num_envs)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on; empty where an environment cannot be saved."""
+        """Everything that the next step depends on; empty if an environment cannot be saved."""
         snapshots = self._ask(self._snapshots)
         if any(one is None for one in snapshots) or not self.same_step:
             return {}
@@ -109,7 +109,7 @@ class Envs:
         return {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where `state` was taken, after any reset."""
+        """Restore `state`, after a reset with any seeds."""
         arrays = {name: tensor.numpy().copy() for name, tensor in state.items()}
         self.obs, self.returns = arrays.pop("obs"), arrays.pop("returns")
         self.lengths = arrays.pop("lengths")
@@ -147,7 +147,7 @@ class Envs:
         return self.vector.call("snapshot")  # type: ignore[attr-defined]
 
     def _ask(self, act: Callable[[], Any]) -> Any:
-        """What the environments answer; EnvironmentFailed names the step, whatever they raise."""
+        """The environments' answer; whatever they raise becomes EnvironmentFailed with the step."""
         try:
             return act()
         except BaseException as error:
@@ -169,7 +169,7 @@ class Envs:
 
 @contextmanager
 def asked(where: str) -> Iterator[None]:
-    """Around a call of an environment: EnvironmentFailed says `where`, whatever that raises."""
+    """Guard a call of an environment: an exception becomes EnvironmentFailed that says `where`."""
     try:
         with UserCode():
             yield
@@ -178,13 +178,13 @@ def asked(where: str) -> Iterator[None]:
 
 
 def check_finite(where: str, obs: np.ndarray, rew: float = 0.0) -> None:
-    """NonFinite says `where` an environment gave what no return and no dataset may hold."""
+    """Raise NonFinite that says `where` if a value is NaN, infinite or beyond float32."""
     if not (abs(rew) <= FLOAT32_MAX and (np.abs(obs) <= FLOAT32_MAX).all()):
         raise NonFinite(f"{where} gave a NaN or infinity")
 
 
 def describe_error(error: BaseException) -> str:
-    """What an environment did, after its name."""
+    """What an environment did, as the predicate of a sentence about it."""
     if isinstance(error, EnvironmentFailed):
         return str(error)
     if isinstance(error, TimeoutError | multiprocessing.TimeoutError):

@@ -1,7 +1,7 @@
-"""Pictures of episodes: one MP4 for each, drawn without a screen.
+"""Videos of episodes: one MP4 for each, rendered without a screen.
 
-MuJoCo draws through OpenGL, for which a machine without a screen has EGL or, in software alone,
-OSMesa. Neither changes an episode.
+MuJoCo renders through OpenGL, which without a screen is provided by EGL or, in software, by OSMesa.
+Rendering does not change an episode.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from spikerl.files import make_folder
 from spikerl.models.actor import SpikingActor
 from spikerl.models.policy import Policy
 
-BACKENDS = {"egl": "libegl1", "osmesa": "libosmesa6"}  # and Debian's package of each
+BACKENDS = {"egl": "libegl1", "osmesa": "libosmesa6"}  # with Debian's package for each
 PROBE = "from mujoco.{0} import GLContext as C; c = C(8, 8); c.make_current(); c.free()"
 PATIENCE_S = 60.0
-FRAMES_PER_S = 30  # where an environment says nothing
-BAR = 120  # pixels of a layer all of whose neurons fire
-ROW = 16  # pixels of a line
+FRAMES_PER_S = 30  # if an environment does not specify it
+BAR = 120  # length in pixels of the bar for a firing rate of 1
+ROW = 16  # height in pixels of a line
 
 Rates = Callable[[np.ndarray], list[float | None]]
 
 
 def choose_backend() -> str:
-    """Who draws MuJoCo's pictures; in MUJOCO_GL, where it is looked for."""
+    """Choose the backend that renders MuJoCo's frames, and put it into MUJOCO_GL."""
     asked = os.environ.get("MUJOCO_GL", "").lower()
     if asked == "glfw":  # on a screen
         return asked
@@ -54,7 +54,9 @@ def choose_backend() -> str:
 
 
 def why_not(name: str) -> str | None:
-    """Tried in a process of its own: what has failed once cannot be tried again in the same."""
+    """Why a backend does not work here, or None. Tried in a process of its own, because after a
+    failure no other backend can be tried in the same process.
+    """
     if name not in BACKENDS:
         return f"MUJOCO_GL is {name}, which is none of {', '.join(BACKENDS)}"
     command = [*PYTHON, "-c", PROBE.format(name)]
@@ -72,7 +74,7 @@ def why_not(name: str) -> str | None:
 
 
 def check_video(env: CheckedEnv) -> None:
-    """Refuse what cannot be drawn, before an episode is run."""
+    """Raise BadRequest if the environment cannot be rendered, before an episode is run."""
     if find_spec("imageio_ffmpeg") is None:
         raise BadRequest("video", "true", "imageio-ffmpeg is missing; pip install 'spikerl[video]'")
     name = env.spec.id if env.spec else "this environment"
@@ -84,7 +86,7 @@ def check_video(env: CheckedEnv) -> None:
         draws(env)
         env.reset(seed=0)
         picture = env.render()
-    except Exception as error:  # a library that is missing, or a driver
+    except Exception as error:  # a missing library or driver
         reason = first_line(error)
         raise BadRequest("video", "true", f"{name} cannot be drawn here: {reason}") from error
     if not isinstance(picture, np.ndarray) or picture.ndim != 3 or picture.shape[2] != 3:
@@ -92,23 +94,23 @@ def check_video(env: CheckedEnv) -> None:
 
 
 def draws(env: CheckedEnv) -> None:
-    """Have an environment give its pictures as arrays."""
+    """Make an environment render frames as arrays."""
     inner: Any = env.unwrapped
     inner.render_mode = "rgb_array"
     if not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
-        # pygame's library, with which Gymnasium's own tasks draw, prints an error as it looks for
-        # a screen.
+        # SDL, with which Gymnasium's own tasks render through pygame, would print an error when it
+        # finds no screen.
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 
 def rates_of(policy: Policy) -> Rates:
-    """How each layer of a spiking policy fires on one observation; of a dense one nothing."""
+    """A function from an observation to each layer's firing rate; empty for a dense policy."""
 
     def rates(obs: np.ndarray) -> list[float | None]:
         actor = policy.actor
         if not isinstance(actor, SpikingActor):
             return []
-        # Of its own: what is drawn changes no action.
+        # A generator of its own, so that filming does not change actions.
         generator = torch.Generator(policy.device).manual_seed(0)
         return actor.activity(policy.observe(obs[None]), generator).layers
 
@@ -116,10 +118,10 @@ def rates_of(policy: Policy) -> Rates:
 
 
 class Filmed(gym.Wrapper[np.ndarray, Any, Any, Any]):
-    """An environment whose every episode becomes a file, complete or absent."""
+    """An environment that films episodes to files, each of which is complete or absent."""
 
     def __init__(self, env: CheckedEnv, paths: Sequence[Path], rates: Rates | None) -> None:
-        """`paths`: of its episodes, in order; `rates`: draw them and the return, too."""
+        """`paths`: one for each of the first episodes; `rates`: also draw these and the return."""
         super().__init__(env)
         draws(env)
         self.paths, self.rates = list(paths), rates
@@ -174,7 +176,7 @@ class Filmed(gym.Wrapper[np.ndarray, Any, Any, Any]):
         os.replace(self.partial, path)
 
     def close(self) -> None:
-        if self.film is not None:  # its episode did not end
+        if self.film is not None:  # the episode did not end
             self.film.close()
             with suppress(OSError):
                 self.partial.unlink()
@@ -182,7 +184,7 @@ class Filmed(gym.Wrapper[np.ndarray, Any, Any, Any]):
 
 
 def pictures_in(path: Path) -> int:
-    """How many a reader finds; whoever wrote them says nothing of a disk that was full."""
+    """The number of frames in a file; the writer does not report a full disk."""
     import imageio_ffmpeg
 
     try:
@@ -192,7 +194,7 @@ def pictures_in(path: Path) -> int:
 
 
 def annotated(picture: np.ndarray, total: float, rates: Sequence[float | None]) -> np.ndarray:
-    """The return so far, and a bar for the firing rate of each layer, the encoder being layer 0."""
+    """Draw the return so far and a bar for each layer's firing rate; layer 0 is the encoder."""
     from PIL import Image, ImageDraw
 
     image = Image.fromarray(picture)

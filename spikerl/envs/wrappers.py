@@ -1,8 +1,8 @@
 """Gymnasium's own wrappers, by name and with plain arguments.
 
-Only those that map what passes through them, and remember nothing from one episode to the next: an
-evaluation, a resume and a loaded policy then see the same task. None of them writes files, opens
-windows or calls functions, since a name may come from somebody else's file.
+Accepts only wrappers that transform what passes through them and keep nothing from one episode to
+the next, so that an evaluation, a resume and a loaded policy see the same task. None of them writes
+files, opens windows or calls functions, since names may come from an untrusted file.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ INSTEAD = {
     "NormalizeReward": "env.reward_scale scales by a constant",
     "TimeLimit": "set env.max_episode_steps",
 }
-MOST = 10_000  # of a whole number among the arguments: frames, steps, pixels
-MOST_VALUES = 4_000_000  # of a shape
+MOST = 10_000  # bound of an integer argument: frames, steps, pixels
+MOST_VALUES = 4_000_000  # bound of the product of a shape
 
 
 class MaxAndSkip(gym.wrappers.MaxAndSkipObservation[Any, Any, Any]):
-    """Where an episode ends amid a step, this sees the frames of that step alone. Gymnasium's has
-    those of the step before, of another episode too, in the place of what did not come any more.
+    """Takes the maximum over frames of the current step alone, also if an episode ends within it.
+    Gymnasium's wrapper then includes stale frames of earlier steps, even of another episode.
     """
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -64,7 +64,7 @@ OWN = {"MaxAndSkipObservation": MaxAndSkip}
 
 
 def check_wrappers(wrappers: Sequence[Any]) -> None:
-    """BadRequest for what is not a list of accepted wrappers."""
+    """Raise BadRequest unless these are accepted wrappers with arguments of accepted sizes."""
     for one in wrappers:
         name, arguments = _parts(one)
         if name not in ACCEPTED:
@@ -86,7 +86,7 @@ def wrapped(env: gym.Env[Any, Any], wrappers: Sequence[Any]) -> gym.Env[Any, Any
         try:
             plain = {key: _argument(name, value) for key, value in arguments.items()}
             env = (OWN.get(name) or getattr(gym.wrappers, name))(env, **plain)
-        except Exception as error:  # each checks its arguments in its own way
+        except Exception as error:  # each wrapper checks its arguments in its own way
             reason = first_line(error)
             if isinstance(error, gym.error.DependencyNotInstalled):
                 reason = "it needs opencv; pip install 'spikerl[atari]'"
@@ -103,7 +103,7 @@ def _parts(one: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _argument(wrapper: str, value: Any) -> Any:
-    """A list as the wrapper wants it: bounds as an array, a shape as a tuple."""
+    """A list as the wrapper requires it: bounds as an array, a shape as a tuple."""
     if not isinstance(value, list | tuple):
         return value
     return np.array(value, np.float32) if wrapper.startswith("Rescale") else tuple(value)
