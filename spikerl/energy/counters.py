@@ -1,8 +1,8 @@
-"""What counts joules: Zeus over NVML and RAPL, or a recorded trace of power.
+"""Sources of joules: Zeus, which reads NVML and RAPL, or a recorded trace of power.
 
 Devices are named gpu:<uuid>, cpu:<host>:<package> and dram:<host>:<package>. A counter covers its
-whole device, whoever else uses it; NVML's move every 20 to 100 ms, so windows last a second or
-more. Zeus (zeus-ml under its present name) is imported only where it has something to read.
+whole device, including other users; NVML's change every 20 to 100 ms, so windows should last a
+second or more. Zeus (formerly zeus-ml) is imported only if it has something to read.
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ KINDS = ("gpu:", "cpu:", "dram:")
 # Where Zeus looks for RAPL: the system's folder, or the one that is mounted into a container.
 RAPL_FOLDERS = [Path("/sys/class/powercap/intel-rapl"),
                 Path("/zeus_sys/class/powercap/intel-rapl")]  # fmt: skip
-# NVML's counters move every 20 to 100 ms, RAPL's every millisecond, both with what a read takes.
+# NVML's counters change every 20 to 100 ms, RAPL's every millisecond; both plus the time of a read.
 LEAST_S = {"gpu": 1.0, "cpu": 0.05}
 TICK_S = {"gpu": 0.2, "cpu": 0.01}
-# RAPL's counters wrap, and Zeus notices within a second: a window that begins before it does gets
-# the whole range of the counter too. 1000 W is the most that Zeus expects of a package as well.
+# RAPL's counters wrap, which Zeus notices within a second; a window that begins in between has the
+# counter's whole range added. 1000 W is also the most that Zeus expects of a package.
 MOST_W = {"gpu": math.inf, "cpu": 1000.0}
 MAX_TRACE_BYTES = 8 << 20
 MAX_TRACE_VALUE = 1e12  # seconds or watts: products stay far from overflow
 
 
 class Counters(Protocol):
-    """Both methods may raise."""
+    """Energy counters of some devices; `begin` and `end` may raise."""
 
-    devices: set[str]  # what every window must bring; the meter adds what one has brought
-    least_s: float  # seconds of the shortest window that it tells well
-    tick_s: float  # seconds in which it moves, if it works
-    most_w: float  # of a device: a window that has more is a fault of the counter
+    devices: set[str]  # expected in every window; the meter adds devices that a window had
+    least_s: float  # seconds of the shortest window that is measured well
+    tick_s: float  # seconds within which a working counter changes
+    most_w: float  # power of a device above which the counter is at fault
 
     def begin(self, window: str, now: float) -> None: ...
     def end(self, window: str, now: float) -> Mapping[str, float]: ...
 
     def caveat(self, began: float, now: float) -> str | None:
-        """What there is to say of the joules of such a window."""
+        """A remark on the joules of a window from `began` to `now`, if there is one."""
 
 
 class Measurable(NamedTuple):
-    gpus: dict[int, str]  # Zeus's index to UUID; the one GPU or none
+    gpus: dict[int, str]  # Zeus's index to UUID; one GPU or none
     packages: dict[int, str]  # Zeus's index to host:package
     reasons: dict[str, str]  # why "gpu" or "cpu" is empty
 
 
 class NoCounter(Exception):
-    """Why a kind of device cannot be measured here."""
+    """The reason why a kind of device cannot be measured here."""
 
 
 def find(device: torch.device) -> Measurable:
-    """The counters of a worker on `device` that is its host's local rank 0."""
+    """The counters that a worker on `device` can read if it is its host's local rank 0."""
     devices: dict[str, dict[int, str]] = {"gpu": {}, "cpu": {}}
     reasons = {}
     for kind, look in (("gpu", partial(_gpu, device)), ("cpu", _packages)):
@@ -84,7 +84,7 @@ def _gpu(device: torch.device) -> dict[int, str]:
         raise NoCounter(f"the run is on {device}" if on else "no NVIDIA GPU is visible")
     import pynvml  # type: ignore[import-untyped]  # nvidia-ml-py, which Zeus needs too
 
-    # torch counts devices in CUDA's order, Zeus in NVML's; the UUID is what both know.
+    # torch numbers devices in CUDA's order, Zeus in NVML's; the UUID identifies one for both.
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     pynvml.nvmlInit()
     try:
@@ -92,7 +92,7 @@ def _gpu(device: torch.device) -> dict[int, str]:
         with suppress(pynvml.NVMLError_NotSupported):
             if pynvml.nvmlDeviceGetMigMode(handle)[0]:
                 raise NoCounter("the GPU is in MIG mode, whose slices have no energy counter")
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # raises where there is none
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # raises if there is no counter
         return {pynvml.nvmlDeviceGetIndex(handle): uuid}
     except pynvml.NVMLError as error:
         raise NoCounter(f"no energy counter for GPU-{uuid} (MIG has none): {error}") from None
@@ -105,7 +105,7 @@ def _packages() -> dict[int, str]:
     if folder is None:
         raise NoCounter(f"no RAPL ({RAPL_FOLDERS[0]} is absent)")
     zones = [z for z in folder.glob("intel-rapl:*") if z.name.split(":")[1].isdecimal()]
-    zones.sort(key=lambda zone: int(zone.name.split(":")[1]))  # Zeus counts zones so
+    zones.sort(key=lambda zone: int(zone.name.split(":")[1]))  # the order of Zeus's indices
     names = {i: (zone / "name").read_text().strip() for i, zone in enumerate(zones)}
     # A zone that is not a package (psys) contains packages and would count them twice.
     packages = {i: name for i, name in names.items() if name.startswith("package-")}
@@ -121,11 +121,11 @@ def _packages() -> dict[int, str]:
 
 
 class ZeusCounters:
-    """A ZeusMonitor of GPUs or of packages; a trial window shows whether it can read, and what.
+    """A ZeusMonitor of GPUs or of packages; a trial window shows whether and what it can read.
 
     For RAPL, Zeus starts a process per zone that notices when the counter wraps. Each imports the
     program's main module again, as `__mp_main__`, and outlives a program that SIGKILL ended unless
-    that module has it die with its parent.
+    that module makes it die with its parent.
     """
 
     def __init__(self, kind: str, names: dict[int, str]) -> None:
@@ -140,16 +140,16 @@ class ZeusCounters:
             self.monitor = ZeusMonitor(gpu_indices=gpus, cpu_indices=packages)
         self.begin("trial", 0.0)
         time.sleep(self.tick_s)
-        # Memory is demanded where it counts: some machines' zones never do.
+        # Expect memory only if it counted in the trial: on some machines its counter never moves.
         self.devices |= {device for device, j in self.end("trial", 0.0).items() if j > 0}
 
     def begin(self, window: str, now: float) -> None:
-        # The meter has synchronised: Zeus would take its index of the GPU for torch's.
+        # The meter has synchronised; Zeus would use its GPU index as if it were torch's.
         self.monitor.begin_window(window, sync_execution=False, restart=True)
 
     def end(self, window: str, now: float) -> dict[str, float]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of zeros, which the meter handles
+            warnings.simplefilter("ignore")  # warnings of zeros, which the meter handles
             m = self.monitor.end_window(window, sync_execution=False)
         energies = {"gpu": m.gpu_energy, "cpu": m.cpu_energy, "dram": m.dram_energy}
         return {
@@ -170,7 +170,7 @@ class ZeusCounters:
 
 @contextmanager
 def _every_gpu_visible() -> Iterator[None]:
-    """Zeus counts within CUDA_VISIBLE_DEVICES and fails on UUIDs there; without it, as NVML."""
+    """Unset CUDA_VISIBLE_DEVICES: Zeus then numbers GPUs as NVML does, and fails on no UUIDs."""
     visible = os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     try:
         yield
@@ -180,7 +180,7 @@ def _every_gpu_visible() -> Iterator[None]:
 
 
 class Trace(NamedTuple):
-    """Power over time: linear between its rows, and repeated when it is over."""
+    """Power over time, linear between rows, and repeated from its end on."""
 
     seconds: np.ndarray  # (N,) rising, from 0
     watts: dict[str, np.ndarray]  # (N,) by device
@@ -196,7 +196,7 @@ class Trace(NamedTuple):
 
 
 class ReplayCounters:
-    """Worker i has the trace's GPU i (modulo their number), local rank 0 also what is no GPU."""
+    """Local rank i reads the trace's GPU i (modulo their number), rank 0 also all other devices."""
 
     least_s = tick_s = 0.0
     most_w = math.inf
@@ -226,7 +226,7 @@ class ReplayCounters:
 
 
 def read_trace(path: str) -> Trace:
-    """A CSV: a header of `t_s` and one column per device, then two rows or more of numbers.
+    """Read a CSV: a header of `t_s` and one column per device, then two or more rows of numbers.
 
     t_s,gpu:0,cpu:node1:0
     0.0,71.5,30

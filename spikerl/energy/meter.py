@@ -1,8 +1,8 @@
 """Joules of a window of work by device: measured, or missing with a reason; never 0 or a guess.
 
-Each worker opens a meter for its own CUDA device; local rank 0's also reads its host's processor
-packages and their memory. `merge` puts the workers' readings together, and `energy_row` makes of
-them the energy keys of a row of metrics.jsonl.
+Each worker opens a meter for its own CUDA device; that of local rank 0 also reads its host's
+processor packages and their memory. `merge` combines the workers' readings, and `energy_row`
+derives from them the energy keys of a row of metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -53,23 +53,23 @@ METERS: Registry[EnergyConfig, None] = Registry(
 
 
 JOULES_PER_KWH = 3.6e6
-IDLE_S = 0.05  # seconds of the window before a run, or as many as a counter needs
-LATE_S = 1.0  # by which a counter is read after its window ended, at most
+IDLE_S = 0.05  # seconds of the idle window before a run, unless a counter needs more
+LATE_S = 1.0  # longest delay from a window's end to the reading of a counter
 
 
 class Reading(NamedTuple):
-    """One window. A device is in `joules`, or in `missing`, or was never to be measured."""
+    """One window. A device is in `joules` or in `missing`, or was not meant to be measured."""
 
     seconds: float
-    # By device: above 0, or 0 where the window was too short for its counter to move. Sums over
-    # windows count that, and are missing themselves where it is all that they have.
+    # By device: above 0, or 0 if the window was too short for the counter to change. Sums over
+    # windows include such zeros, but a sum of zeros alone is missing.
     joules: dict[str, float]
     missing: dict[str, str]  # by device, why this window lacks it
-    # By device, of the window that its joules are of, where that is another worker's.
+    # In a merged reading, by device: seconds of the worker's window that its joules come from.
     lasted: Mapping[str, float] | None = None
 
     def as_data(self) -> list[Any]:
-        """What a checkpoint keeps: the window as one worker's own."""
+        """The window as a checkpoint stores it, as if of a single worker."""
         return [self.seconds, self.joules, self.missing]
 
     def seconds_of(self, device: str) -> float:
@@ -77,7 +77,7 @@ class Reading(NamedTuple):
 
 
 class Meter:
-    """Windows by name, which may overlap; whatever goes wrong in one, it only lacks devices."""
+    """Measures named windows, which may overlap; an error only makes a window lack devices."""
 
     def __init__(
         self,
@@ -89,9 +89,9 @@ class Meter:
     ) -> None:
         self.source = source
         self.gaps: dict[str, str] = {}  # devices that work but have no counter
-        self.caveats: list[str] = []  # what there is to say of windows so far, each once
+        self.caveats: list[str] = []  # remarks on the windows so far, each once
         self._counters = list(counters)
-        self._settle = settle  # waits for the work that was handed to the device
+        self._settle = settle  # waits for the device's pending work
         self._clock = clock
         self._begun: dict[str, tuple[float, dict[int, str]]] = {}
 
@@ -118,7 +118,7 @@ class Meter:
                     read = {d: float(j) for d, j in counters.end(window, now).items()}
             except Exception as error:
                 trouble[i] = one_line(error)
-            # A counter that stands still gives 0, one that wraps a negative difference or too much.
+            # A counter that does not change gives 0, one that wraps a negative or too large value.
             most = counters.most_w * (now - began + LATE_S)
             good = {d: j for d, j in read.items() if math.isfinite(j) and 0 < j <= most}
             counters.devices |= good.keys()
@@ -141,13 +141,13 @@ class Meter:
         return self.end("idle")
 
     def _settled(self) -> float:
-        with suppress(Exception):  # an error of the device's own shows in the training
+        with suppress(Exception):  # training reports the device's own errors
             self._settle()
         return self._clock()
 
 
 def resolve(config: EnergyConfig, *, device: torch.device) -> Resolved:
-    """What a host's local rank 0 will measure and why not more, without starting Zeus."""
+    """What a host's local rank 0 will measure, and why not more; does not start Zeus."""
     if config.name == "none":
         return Resolved("none", "requested")
     if config.name == "replay":
@@ -166,7 +166,7 @@ def open_meter(
     local_rank: int,
     clock: Callable[[], float] = time.monotonic,
 ) -> Meter:
-    """One worker's meter; BadRequest where energy=zeus or energy=replay cannot be had."""
+    """One worker's meter; BadRequest if energy=zeus or energy=replay is not possible."""
     if config.name == "none":
         return Meter("none: requested", clock=clock)
     if config.name == "replay":
@@ -178,7 +178,7 @@ def open_meter(
     counters: list[Counters] = []
     for kind, names in (("gpu", gpus), ("cpu", packages)):
         try:
-            if names:  # a monitor of its own: the failure of one kind is not the other's
+            if names:  # a monitor for each kind, so that one may fail without the other
                 counters.append(ZeusCounters(kind, names))
         except Exception as error:
             reasons[kind] = f"{kind}: Zeus could not start: {one_line(error)}"
@@ -189,14 +189,14 @@ def open_meter(
         return Meter(source, counters, clock=clock)
     settle = partial(torch.cuda.synchronize, device)
     meter = Meter(source, counters, settle=settle, clock=clock)
-    if "gpu" in reasons:  # it works uncounted: the processors must not pass for the whole
+    if "gpu" in reasons:  # the GPU works uncounted: the processors alone must not pass as the total
         meter.gaps[f"gpu:{platform.node()}:{device}"] = reasons["gpu"]
     return meter
 
 
 def merge(readings: Sequence[Reading]) -> Reading:
-    """One window of all workers, in rank order: each device once, from the first that has it, above
-    0 if any has.
+    """One window from those of all workers, in rank order: each device once, from the first worker
+    with a value above 0, else the first with any.
     """
     joules: dict[str, float] = {}
     missing: dict[str, str] = {}
@@ -211,9 +211,9 @@ def merge(readings: Sequence[Reading]) -> Reading:
 
 
 def power(*windows: Reading) -> float | None:
-    """Watts: the sum of every device's mean power over the windows, each over its own seconds.
+    """Watts: the sum over devices of the mean power in the windows, each over its own seconds.
 
-    None unless each window has each device, of which there must be one.
+    None unless there is a device, every window has every device, and each used energy.
     """
     devices = dict.fromkeys(d for w in windows for d in (*w.joules, *w.missing))
     watts = []
@@ -228,7 +228,7 @@ def power(*windows: Reading) -> float | None:
 
 
 def consecutive(first: Reading, second: Reading) -> Reading:
-    """Two windows, one after the other, as one; a device that either lacks is missing."""
+    """Two windows, one after the other, as one; a device that one of them lacks is missing."""
     joules = {d: j + second.joules[d] for d, j in first.joules.items() if d in second.joules}
     missing = {**first.missing, **second.missing}
     for device in {*first.joules, *second.joules} - joules.keys():
@@ -237,11 +237,11 @@ def consecutive(first: Reading, second: Reading) -> Reading:
 
 
 def energy_row(train: Reading, evaluation: Reading, source: str) -> dict[str, Any]:
-    """The energy keys of an epoch's row, of merged readings.
+    """The energy keys of an epoch's row, from merged readings.
 
-    `energy_cpu_j` is processors and their memory. A sum is null if one of its devices, known from
-    either window, is not in a window that it covers: no part passes for the whole. `energy_source`
-    says where `energy_j` comes from, or why it is null; `power_w` is the mean power.
+    `energy_cpu_j` includes processors and their memory. A sum is null if a device that either
+    window knows is missing in a window that the sum covers, so that no part passes as the total.
+    `energy_source` says where `energy_j` comes from or why it is null; `power_w` is the mean power.
     """
     missing = {**evaluation.missing, **train.missing}
     devices = list(dict.fromkeys([*train.joules, *evaluation.joules, *missing]))
@@ -272,7 +272,7 @@ def energy_row(train: Reading, evaluation: Reading, source: str) -> dict[str, An
 
 
 def total_joules(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Of all these rows of metrics.jsonl; null unless each was measured."""
+    """Sum over these rows of metrics.jsonl; None unless every one was measured."""
     joules = [row.get("energy_j") for row in rows]
     measured = [j for j in joules if j is not None]
     return math.fsum(measured) if measured and len(measured) == len(joules) else None
@@ -288,7 +288,7 @@ def source_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def power_over(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
-    """Mean power over all these rows, null unless each was measured; the highest of one."""
+    """Mean power over these rows, None unless every one was measured, and the highest of a row."""
     watts = [row["power_w"] for row in rows if row.get("power_w")]
     if not watts or len(watts) < len(rows):
         return None, max(watts, default=None)
@@ -298,7 +298,7 @@ def power_over(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float |
 
 
 def joules_to_reach(rows: Sequence[Mapping[str, Any]], eval_return: float) -> float | None:
-    """Up to the first row whose evaluation returned `eval_return` or more, that row included."""
+    """Joules up to and including the first row whose evaluation reached `eval_return`, if any."""
     for i, row in enumerate(rows):
         if row.get("eval_return") is not None and row["eval_return"] >= eval_return:
             return total_joules(rows[: i + 1])

@@ -1,6 +1,6 @@
-"""Energies that follow from counted operations and published constants. Nothing here is measured.
+"""Energies modelled from counted operations and published constants. Nothing here is measured.
 
-All in nJ per decision. Null: the constants do not cover what that part of the policy does.
+All are in nJ per decision. None: the constants do not cover what that part of the policy does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from spikerl.energy.synapses import Count
 
 
 class Energy(NamedTuple):
-    """Of synaptic operations, of neurons, of encoder and decoder; of the dense twin."""
+    """Energy of synaptic operations, neurons, encoder and decoder; and of the dense twin."""
 
     synapses: float | None
     neurons: float | None
@@ -24,21 +24,21 @@ class Energy(NamedTuple):
 
     @property
     def total(self) -> float | None:
-        """Of the policy, without its dense twin."""
+        """Energy of the policy, without its dense twin."""
         return _sum([self.synapses, self.neurons, self.coding])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """pJ for each operation; `exp`, `tanh` and random numbers have no published constant."""
+    """pJ per operation; `exp`, `tanh` and random numbers have no published constant."""
 
     name: str
     source: str
     mac: float | None
     ac: float
-    update: float | None  # of a neuron; null: nothing is known of it
-    spike: float = 0.0  # sent
-    update_by_arithmetic: bool = False  # an update costs the MACs and ACs that it consists of
+    update: float | None  # update of a neuron; None: unknown
+    spike: float = 0.0  # sending a spike
+    update_by_arithmetic: bool = False  # an update costs its MACs and ACs
 
 
 ARITHMETIC = Constants(
@@ -54,7 +54,7 @@ SETS = (
     Constants(
         name="proxy_target",
         source="arXiv:2505.24161, Table 2",
-        # Rounded to 3.97 there. What the table prints agrees with 3.967931 to 3.967954 alone.
+        # Rounded to 3.97 there. The energies in the table only fit 3.967931 to 3.967954.
         mac=3.96794,
         ac=0.077,
         update=None,
@@ -70,11 +70,11 @@ SETS = (
 )
 DRAM_PJ_PER_BIT, ON_CHIP_PJ_PER_BIT = 20.0, 0.25
 MEMORY_SOURCE = "after arXiv:2409.08290"
-BITS = 8  # of weights, membranes and activations in the account of memory
+BITS = 8  # of weights, membranes and activations when memory traffic is modelled
 
 
 def by_constants(ops: Operations, constants: Constants) -> Energy:
-    """What the policy, and its dense twin, cost if an operation costs what these say."""
+    """Energy of the policy and its dense twin with these costs per operation."""
     spikes = sum(part.spikes for part in ops.parts) * constants.spike
     return Energy(
         _sum(_synapses(part, constants) for part in ops.layers),
@@ -85,11 +85,11 @@ def by_constants(ops: Operations, constants: Constants) -> Energy:
 
 
 def memory(ops: Operations, bits: int = BITS) -> Energy:
-    """Traffic alone: a weight fetched for each operation, each membrane read and written.
+    """Energy of memory traffic alone: a weight fetched per operation, membranes read and written.
 
     `bits`: of membranes and activations, and of weights that are not quantised.
-    Arithmetic on integers of 8 bits adds less than 0.2 % to it (45 nm: 0.2 pJ a product, 0.03 an
-    addition, beside 160 pJ for the weight).
+    Arithmetic on 8-bit integers would add less than 0.2 % (45 nm: 0.2 pJ per product and 0.03 pJ
+    per addition, compared with 160 pJ for the weight).
     """
     activations = 0.0 if ops.spike_steps else _activations(ops.twin, bits)
     return Energy(
@@ -101,20 +101,21 @@ def memory(ops: Operations, bits: int = BITS) -> Energy:
 
 
 def twin_memory(twin: DenseTwin, bits: int) -> float:
-    """Every weight fetched once, every activation moved once."""
+    """Memory energy if every weight is fetched once and every activation is moved once."""
     return twin.macs * bits * DRAM_PJ_PER_BIT * 1e-3 + _activations(twin, bits)
 
 
 def twin_bits(spike_steps: int) -> int:
-    """Bits that tell as many levels apart as there are counts of spikes in T steps, 0 to T."""
+    """Bits for as many levels as there are possible spike counts in T steps, 0 to T."""
     return math.ceil(math.log2(spike_steps + 1))
 
 
 def break_even(ops: Operations, dense_nj: float) -> float | None:
-    """Rate of the synapses used below which the policy's memory traffic costs less than this.
+    """The rate (share of synapses used) below which the policy's memory traffic costs less than
+    `dense_nj`.
 
-    E(rate) = rate * (every synapse behind a spiking input, at every spike step, a weight fetched)
-    + the rest, as it was counted. Null: not even silence costs less, or nothing spikes.
+    E(rate) = rate * (a weight fetched for every synapse of a spiking input at every spike step)
+    + the rest, as counted. None: even rate 0 does not cost less, or nothing spikes.
     """
     nj = DRAM_PJ_PER_BIT * 1e-3
     most = sum(part.synapses.most_acs * (part.bits or BITS) for part in ops.layers) * nj
@@ -130,7 +131,7 @@ def break_even(ops: Operations, dense_nj: float) -> float | None:
 
 
 def per_decision(ops: Operations) -> dict[str, float | None]:
-    """What the whole policy does and costs."""
+    """Operations and modelled energies of the whole policy."""
     return {
         "macs": sum(part.synapses.macs for part in ops.parts),
         "acs": sum(part.synapses.acs for part in ops.parts),
@@ -139,11 +140,11 @@ def per_decision(ops: Operations) -> dict[str, float | None]:
     }
 
 
-PER_DECISION = ("macs", "acs", "modelled_45nm_nj", "modelled_memory_nj")  # its keys
+PER_DECISION = ("macs", "acs", "modelled_45nm_nj", "modelled_memory_nj")  # keys of per_decision
 
 
 def mean(parts: Sequence[tuple[int, Mapping[str, float | None]]]) -> dict[str, float | None]:
-    """Of what was counted `per_decision` over so many observations each; null where one is."""
+    """Means of `per_decision` results, weighted by their observations; None if any is None."""
     total = sum(observations for observations, _ in parts)
     means: dict[str, float | None] = dict.fromkeys(PER_DECISION)
     for key in means if parts else ():
@@ -153,7 +154,7 @@ def mean(parts: Sequence[tuple[int, Mapping[str, float | None]]]) -> dict[str, f
 
 
 def facts(ops: Operations) -> dict[str, Any]:
-    """Counts and what is modelled from them, as plain data."""
+    """Counts, and the energies modelled from them, as plain data."""
     energies = {c.name: {**stated(c, ops), **_named(by_constants(ops, c))} for c in SETS}
     return {
         **per_decision(ops),
@@ -193,13 +194,13 @@ def facts(ops: Operations) -> dict[str, Any]:
 
 
 def twins(ops: Operations) -> dict[int, float]:
-    """Memory traffic of the dense twin: with the policy's bits, and with as few as T says."""
+    """By bits, the dense twin's memory energy: with the policy's bits, and with `twin_bits(T)`."""
     bits = {ops.bits or BITS, *([twin_bits(ops.spike_steps)] if ops.spike_steps else [])}
     return {b: twin_memory(ops.twin, b) for b in sorted(bits, reverse=True)}
 
 
 def stated(c: Constants, ops: Operations) -> dict[str, Any]:
-    """The constants behind a set's energies; an update is one of the policy's neurons."""
+    """The constants of a set, with the update energy of the policy's neurons, and its source."""
     stated = {"mac": c.mac, "ac": c.ac, "update": c.update, "spike": c.spike or None}
     if c.update_by_arithmetic and ops.spike_steps:
         macs, acs, _ = ops.layers[0].update
@@ -217,7 +218,7 @@ def _part(part: Count) -> dict[str, float]:
 
 
 def _times(number: float, pj: float | None) -> float | None:
-    """In nJ; nothing costs nothing, whatever it would have cost."""
+    """Energy in nJ; 0 for no operations, even if their cost is unknown."""
     if not number:
         return 0.0
     return None if pj is None else number * pj * 1e-3
@@ -251,7 +252,7 @@ def _fetched(part: Count, bits: int) -> float:
 
 
 def _states(part: Count, bits: int) -> float:
-    """Read and written at each update."""
+    """Energy of states, each read and written at every update."""
     return part.updates * part.update.states * 2 * bits * ON_CHIP_PJ_PER_BIT * 1e-3
 
 

@@ -1,4 +1,4 @@
-"""What a policy computes for one decision, counted on observations that it met.
+"""The operations of a policy per decision, counted on observations that it met.
 
 Shape legend   T spike steps, B observations, I inputs, N neurons, A action entries.
 """
@@ -42,7 +42,7 @@ class DenseTwin:
 
     @property
     def linear(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of what comes behind the convolutions."""
+        """Inputs and outputs of each layer after the convolutions."""
         return list(pairwise(self.sizes))[len(self.convolutions) :]
 
     @property
@@ -55,26 +55,26 @@ class DenseTwin:
 
     @property
     def footprint_bytes(self) -> int:
-        """Of weights and biases in float32."""
+        """Bytes of weights and biases in float32."""
         parameters = sum(own for _, own in self.convolutions)
         return 4 * (parameters + sum((i + 1) * n for i, n in self.linear))
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Of one policy; encoder and decoder are null in a dense one."""
+    """Counts for one policy; encoder and decoder are None in a dense one."""
 
     encoder: Count | None
     layers: list[Count]
     decoder: Count | None
-    early_exit: Count | None  # what it takes to find out that an action has settled
+    early_exit: Count | None  # the cost of finding out that an action has settled
     observations: int
     spike_steps: int | None
-    steps_taken: float | None  # of the spike steps, mean over observations
+    steps_taken: float | None  # spike steps until the decision, mean over observations
     activation_sparsity: float  # 1 - share of activations that are not zero
     connection_sparsity: float  # share of weights that are zero
     footprint_bytes: int  # of all parameters and buffers
-    packed_bytes: int  # the same without weights of 0: a bit for each says which they are
+    packed_bytes: int  # the same without weights of 0, which a bit map marks
     twin: DenseTwin
 
     @property
@@ -88,17 +88,17 @@ class Operations:
 
     @property
     def bits(self) -> int | None:
-        """Of the widest weights; null: they are not quantised."""
+        """Bits of the widest weights; None if they are not quantised."""
         return max((part.bits for part in self.parts if part.bits), default=None)
 
     @property
     def network(self) -> Synapses:
-        """Of the layers between encoder and decoder."""
+        """Synaptic operations of the layers between encoder and decoder."""
         return add(*(part.synapses for part in self.layers))
 
     @property
     def rate(self) -> float | None:
-        """Share of the synapses behind spiking inputs that a spike step uses."""
+        """Share of the synapses with spiking inputs that are used at a spike step."""
         return self.network.acs / self.network.most_acs if self.network.most_acs else None
 
 
@@ -110,9 +110,9 @@ def count(
     bits: Mapping[str, int] | None = None,
     squash: bool = True,
 ) -> Operations:
-    """Operations on normalised observations, some thousands.
+    """Count operations on some thousand normalised observations.
 
-    `bits`: of quantised weights. `squash`: the outputs' tanh is taken.
+    `bits`: those of quantised weights, by name. `squash`: whether tanh is applied to the outputs.
     """
     check(actor)
     bits, weights = bits or {}, connections(actor)
@@ -131,7 +131,7 @@ def count(
 
 
 def of_policy(policy: Policy, obs_BO: Tensor, generator: torch.Generator) -> Operations | None:
-    """The same of a policy; None where its operations are not known."""
+    """As `count`, for a policy; None if its operations are not known."""
     try:
         check(policy.actor)
     except BadRequest:
@@ -141,7 +141,7 @@ def of_policy(policy: Policy, obs_BO: Tensor, generator: torch.Generator) -> Ope
 
 
 def check(actor: Actor) -> None:
-    """Refuse an actor with a part whose operations are not known."""
+    """Raise BadRequest for an actor with a part whose operations are not known."""
     if type(actor) is MLPActor:
         return
     if type(actor) is not SpikingActor:
@@ -166,7 +166,7 @@ def _kind(neuron: Neuron) -> tuple[type[Neuron], type[NeuronConfig]]:
 
 
 def _widest(bits: Mapping[str, int], *parts: str) -> int | None:
-    """Of the weights whose names begin so."""
+    """The most bits among quantised weights whose names begin with one of `parts`."""
     return max((b for name, b in bits.items() if name.startswith(parts)), default=None)
 
 
@@ -241,7 +241,7 @@ def _spiking(
         parts[-1] = replace(parts[-1], name="output")
     read_at = _widest({n: b for n, b in bits.items() if "lateral" not in n}, "decoder.")
     if isinstance(actor.decoder, decoders.ILCDecoder):
-        # What a spike step gets are the spikes of the one before it; the first gets none.
+        # Lateral inputs are the spikes of the previous spike step; the first step has none.
         before = torch.cat([torch.zeros_like(x[:1]), x[:-1]]) * taken_TB1
         lateral = through(before, actor.decoder.lateral_APP.flatten(0, 1), True, steps)
         both = _widest(bits, f"layers.{len(parts) - 1}.", "decoder.lateral")

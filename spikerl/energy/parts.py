@@ -1,6 +1,6 @@
-"""What each neuron, encoder and decoder does, and what it takes to stop early.
+"""The operations of each neuron, encoder and decoder, and of early exit.
 
-A part that has no entry here is refused where operations are counted.
+Operations are not counted for actors with a part that has no entry here (`operations.check`).
 
 Shape legend   T spike steps, B observations, I inputs, N neurons, A action entries.
 """
@@ -17,7 +17,7 @@ from spikerl.energy.synapses import NO_SYNAPSES, Count, Synapses, Update, add, t
 from spikerl.models.actor import SpikingActor
 from spikerl.snn import decoders, encoders, neurons
 
-# By module and config: a plugin's neuron may have the config of another.
+# By module and config class: a plugin's neuron may use the config class of another.
 NEURON_UPDATES: dict[tuple[type[neurons.Neuron], type[neurons.NeuronConfig]], Update] = {
     (neurons.CubaLIF, neurons.LIFConfig): Update(1, 1, 1),
     (neurons.CubaLIF, neurons.CubaLIFConfig): Update(2, 1, 2),
@@ -28,13 +28,13 @@ NEURON_UPDATES: dict[tuple[type[neurons.Neuron], type[neurons.NeuronConfig]], Up
 }
 INTEGRATE_AND_FIRE = Update(0, 2, 1)
 COMPARISON = Update(0, 1, 0)
-DISTANCE = Update(0, 2, 0)  # of two actions, and whether it is below a threshold
+DISTANCE = Update(0, 2, 0)  # a difference of two actions, and its comparison with a threshold
 COUNTER = Update(0, 1, 1)
 LEAKY = Update(1, 0, 1)
 
 
 def _fields(encoder: Any) -> Count:
-    """(s - mean) squared, times a constant, exp: two products for each neuron, once."""
+    """exp of a constant times (s - mean)^2: two products for each neuron, once per decision."""
     products = 2.0 * encoder.outputs
     return Count("encoder", Synapses(products, products), functions=encoder.outputs)
 
@@ -50,7 +50,7 @@ def _tanh_population(encoder: Any, obs_BO: Tensor, steps: float) -> Count:
 
 
 def _poisson(encoder: Any, obs_BO: Tensor, steps: float) -> Count:
-    """A random number and a comparison for each neuron and spike step; the other side stays."""
+    """A random number, compared with the activity, for each neuron and spike step."""
     part, draws = _fields(encoder), encoder.outputs * steps
     functions = part.functions + draws
     return replace(part, updates=draws, update=COMPARISON, functions=functions)
@@ -69,7 +69,7 @@ def _learned_encoder(encoder: Any, obs_BO: Tensor, steps: float) -> Count:
 
 
 def _counted(decoder_weight_IN: Tensor, spikes_TBN: Tensor) -> Count:
-    """A counter for each neuron, then a product for each count that is not zero."""
+    """A counter update for each spike, then products with each count that is not zero."""
     synapses = through(spikes_TBN.sum(0), decoder_weight_IN, False)
     spikes = float(spikes_TBN.sum()) / spikes_TBN.shape[1]
     return Count("decoder", synapses, updates=spikes, update=COUNTER)
@@ -127,14 +127,14 @@ DECODERS: dict[type[decoders.Decoder], Callable[[Any, Tensor, float], Count]] = 
 def early_exit(
     actor: SpikingActor, spikes_TBN: Tensor, taken_TB1: Tensor, bits: int | None
 ) -> Count | None:
-    """The action at each spike step before the last taken, and its distance from the k before it.
+    """The actions at each spike step before the last taken, and their distances from the k before.
 
-    The membrane of `membrane` and `ilc` has it at every spike step; the others read their counters.
+    `membrane` and `ilc` have an action at every spike step anyway; the others read their counters.
     """
     if actor.early_exit is None:
         return None
     decoder, k = actor.decoder, actor.early_exit.steps
-    read_TB1 = taken_TB1[1:]  # spike step t, counted from 1, is read apart if t + 1 is taken
+    read_TB1 = taken_TB1[1:]  # step t, counted from 1, needs a read of its own if t + 1 is taken
     reads = float(read_TB1.sum()) / read_TB1.shape[1]
     counts_TBN = spikes_TBN.cumsum(0)[:-1] * read_TB1
     synapses = NO_SYNAPSES
@@ -150,5 +150,5 @@ def early_exit(
 
 
 def _by_input(weight_AP: Tensor) -> Tensor:
-    """Connections (N, 1) of populations that reach an action entry each."""
+    """The weights as connections (N, 1): each neuron reaches only its own action entry."""
     return weight_AP.reshape(-1, 1)

@@ -1,9 +1,9 @@
-"""What one part of a network does for one decision, and how synapses are counted.
+"""Operations of one part of a network per decision, and how synaptic operations are counted.
 
 Synaptic operations are NeuroBench's (Yik et al., 2025, arXiv:2304.04640): a product with an input
-that is not a spike is a multiply-accumulate (MAC), a weight that a spike adds an accumulate (AC),
-and weights and inputs of zero count only as dense operations. Biases count nowhere. A current that
-is the same at every spike step is multiplied once.
+that is not a spike is a multiply-accumulate (MAC), adding a weight because of a spike an accumulate
+(AC); weights and inputs of zero count only as dense operations. Biases are not counted. A current
+that is the same at every spike step is multiplied once.
 
 Shape legend   B observations, I inputs, N neurons.
 """
@@ -18,11 +18,11 @@ from torch import Tensor
 
 
 class Update(NamedTuple):
-    """The arithmetic of one update of a membrane or counter; comparisons are additions."""
+    """The arithmetic of one update of a membrane or counter; a comparison counts as an AC."""
 
     macs: int
     acs: int
-    states: int  # numbers that it keeps from one spike step to the next
+    states: int  # numbers kept from one spike step to the next
 
 
 NO_UPDATE = Update(0, 0, 0)
@@ -31,7 +31,7 @@ NO_UPDATE = Update(0, 0, 0)
 class Synapses(NamedTuple):
     """Synaptic operations per decision."""
 
-    dense: float = 0.0  # with no weight and no input of zero
+    dense: float = 0.0  # if no weight and no input were zero
     macs: float = 0.0
     acs: float = 0.0
     most_acs: float = 0.0  # if every input fired at every spike step
@@ -42,7 +42,7 @@ NO_SYNAPSES = Synapses()
 
 @dataclass(frozen=True)
 class Count:
-    """One part of a network, per decision: all T spike steps, mean over observations."""
+    """Operations of one part of a network per decision: all spike steps, mean over observations."""
 
     name: str
     synapses: Synapses = NO_SYNAPSES
@@ -50,7 +50,7 @@ class Count:
     update: Update = NO_UPDATE
     spikes: float = 0.0
     functions: float = 0.0  # exp and tanh, and random numbers drawn
-    bits: int | None = None  # of its weights, the widest; null: they are not quantised
+    bits: int | None = None  # of its widest weights; None: they are not quantised
 
 
 def add(*parts: Synapses) -> Synapses:
@@ -64,10 +64,10 @@ def through(
     calls: float | None = None,
     patches: Callable[[Tensor], Tensor] | None = None,
 ) -> Synapses:
-    """Of inputs (..., B, I) through connections; a matrix may hold the fan-out of each input.
+    """Synaptic operations of inputs x (..., B, I) with these weights; only their zeros matter.
 
-    `calls`: how often an observation's inputs come; null: as often as they stand in x.
-    `patches`: what a convolution sees, with the same connections at each place of an image.
+    `calls`: how often each observation's inputs are applied; None: as often as x holds them.
+    `patches`: of a convolution, cuts inputs into the patches that share these weights.
     """
     batch = x.shape[-2]
     calls = x[..., 0].numel() / batch if calls is None else calls
