@@ -1,4 +1,4 @@
-"""The machine among others: what of it is this process's own, and how the others are reached."""
+"""One machine among others: which of its resources a process has, and how others are reached."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
 
 
 def workers_here(world_size: int, nnodes: int = 1) -> int:
-    """How many of a run's workers are on this machine, as far as their launcher said."""
+    """Number of a run's workers on this machine, as the launcher said or evenly distributed."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size // nnodes))
 
 
 def has_own(share: str) -> bool:
-    """Whether Slurm gave this process alone the cores, or the GPUs, that it sees."""
+    """Whether Slurm gave the cores, or the GPUs, that this process sees to it alone."""
     step = os.environ
     tasks = step.get("SLURM_STEP_NUM_TASKS", "1")
-    # Workers that are no tasks, as those of torchrun within one, share what their task has.
+    # Workers that are not tasks themselves, as with torchrun in a task, share their task's.
     if tasks == "1" or step.get("WORLD_SIZE", tasks) != tasks:
         return False
     if share == "gpus":
@@ -34,7 +34,7 @@ def has_own(share: str) -> bool:
 def interface_to(host: str) -> str | None:
     """The network interface through which this machine reaches `host`; None if it has no IPv4.
 
-    gloo would take the one that the machine's own name leads to, which may be the loopback.
+    gloo would take the interface of the machine's own name, which may be the loopback.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -46,7 +46,7 @@ def interface_to(host: str) -> str | None:
             request = struct.pack("256s", name.encode()[:15])
             try:
                 answer = fcntl.ioctl(probe, SIOCGIFADDR, request)
-            except OSError:  # it has no address
+            except OSError:  # the interface has no address
                 continue
             if socket.inet_ntoa(answer[20:24]) == mine:
                 return name
@@ -59,7 +59,10 @@ def submitted() -> bool:
 
 
 def requeued() -> bool:
-    """Whether this job, told to stop, is back in Slurm's queue; not if it was cancelled."""
+    """Put this job, which was told to stop, back into Slurm's queue, unless it was cancelled.
+
+    Returns whether that was done.
+    """
     if not submitted():
         return False
     job = os.environ["SLURM_JOB_ID"]
@@ -69,7 +72,7 @@ def requeued() -> bool:
 
 
 def is_endpoint(text: str) -> bool:
-    """Whether it is HOST:PORT as it can be asked for."""
+    """Whether `text` is a valid HOST:PORT."""
     host, _, port = text.rpartition(":")
     try:
         host.encode("idna")
@@ -79,7 +82,7 @@ def is_endpoint(text: str) -> bool:
 
 
 def cannot_listen(host: str, port: int) -> str | None:
-    """Why the first machine cannot be met at `host`:`port`, if so."""
+    """Why this machine, the first, cannot listen at `host`:`port`; None if it can."""
     try:
         family, *_, address = socket.getaddrinfo(host, port)[0]
         with socket.socket(family) as listener:
@@ -91,7 +94,7 @@ def cannot_listen(host: str, port: int) -> str | None:
 
 
 def cannot_reach(host: str, port: int, within_s: float) -> str | None:
-    """Why nobody was met at `host`:`port`, if so."""
+    """Why nobody could be reached at `host`:`port` in that time; None if someone was."""
     deadline = time.monotonic() + within_s
     while True:
         try:

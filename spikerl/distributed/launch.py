@@ -1,7 +1,7 @@
-"""Workers as subprocesses under PyTorch's elastic agent, or mpiexec, watched from the parent.
+"""Runs workers as subprocesses, under PyTorch's elastic agent or mpiexec, watched by the parent.
 
-Workers are in sessions of their own, so the parent passes signals on, and all ask the kernel to die
-with their parents.
+Workers are in sessions of their own, so the parent forwards signals to them, and every worker asks
+the kernel to kill it when its parent ends.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 THREADS = "OMP_NUM_THREADS"
-SHUTDOWN_S = 4  # how long survivors of a lost worker may take before they are killed
+SHUTDOWN_S = 4  # time for the survivors of a lost worker to end before they are killed
 
 
 class Apart(WorkerLost):
-    """The machines did not meet, so that no worker started."""
+    """The machines did not meet, so no worker started."""
 
     apart = True
 
@@ -59,8 +59,9 @@ class Apart(WorkerLost):
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """How many there are, of how many threads, and where: on this machine, number `node_rank` of
-    `nnodes`, which meet at `host`, machine 0, and a `port` there (0: any, nobody else is to know).
+    """The number of workers, the threads of each, and their machines: this one is number
+    `node_rank` of `nnodes`, which meet at `host`, an address of machine 0, and `port` (0: any free
+    one, for a single machine).
     """
 
     size: int
@@ -74,9 +75,9 @@ class Workers:
 
 
 def launch(spec: dict[str, Any], workers: Workers, *, stoppable: bool = True) -> int:
-    """Run this machine's workers on `spec`; the run's exit status. Raises WorkerLost.
+    """Run this machine's workers on `spec`; returns the run's exit status. Raises WorkerLost.
 
-    `stoppable`: they end by themselves after a signal. Others are killed at a Ctrl-C.
+    `stoppable`: the workers end by themselves after a signal; others are killed at a Ctrl-C.
     """
     spec = {**spec, THREADS: os.environ.get(THREADS)}
     start = run_under_mpiexec if workers.backend == "mpi" else run_under_agent
@@ -86,9 +87,9 @@ def launch(spec: dict[str, Any], workers: Workers, *, stoppable: bool = True) ->
     ):
         shared_dir = Path(name)
         (shared_dir / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-        # Of the size that it will have, as the disk may be full when the run is done.
+        # Written now at its final size, because the disk may be full when the run is done.
         (shared_dir / "result").write_text(result_text(FAILED))
-        os.environ[THREADS] = str(workers.threads)  # which libraries read as they are loaded
+        os.environ[THREADS] = str(workers.threads)  # libraries read it when they are loaded
         try:
             if failures := start(shared_dir, workers):
                 raise first_failure(failures, shared_dir, workers.size)
@@ -106,7 +107,7 @@ def launch(spec: dict[str, Any], workers: Workers, *, stoppable: bool = True) ->
 
 
 def run_under_agent(shared_dir: Path, workers: Workers) -> dict[int, int]:
-    """Exit statuses of workers that failed, by rank."""
+    """Run the workers; returns the exit statuses of those that failed, by rank."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -123,12 +124,12 @@ def run_under_agent(shared_dir: Path, workers: Workers) -> dict[int, int]:
         rdzv_endpoint=f"{workers.host}:{workers.port}",
         rdzv_configs={"rank": workers.node_rank, "timeout": int(workers.timeout_s)},
         max_restarts=0,
-        signals_to_handle="",  # they are passed on instead
-        # On one machine the agent would look up its own name, which may lead nowhere.
+        signals_to_handle="",  # forward_signals does that
+        # On one machine the agent would resolve its own name, which may fail.
         local_addr=None if several else "127.0.0.1",
         logs_specs=DefaultLogsSpecs(log_dir=str(shared_dir)),
     )
-    if hasattr(config, "shutdown_timeout"):  # torch 2.11 has none: it gives survivors 30 s
+    if hasattr(config, "shutdown_timeout"):  # not in torch 2.11, which gives survivors 30 s
         config.shutdown_timeout = SHUTDOWN_S
     python, *flags = PYTHON
     worker = (*flags, "-m", "spikerl.commands.worker", str(shared_dir), str(os.getpid()))
@@ -137,7 +138,7 @@ def run_under_agent(shared_dir: Path, workers: Workers) -> dict[int, int]:
     try:
         store = meet(shared_dir, workers) if several else None
         elastic_launch(config, python)(*worker)
-        del store  # which the agents use, too
+        del store  # kept alive until here, because the agents use it too
     except ChildFailedError as error:
         return {rank: int(failure.exitcode) for rank, failure in error.failures.items()}
     except DistError as error:
@@ -148,7 +149,7 @@ def run_under_agent(shared_dir: Path, workers: Workers) -> dict[int, int]:
 
 
 def meet(shared_dir: Path, workers: Workers) -> TCPStore:
-    """Wait for the other machines here, as the agents would hear no signal while they do."""
+    """Wait for the other machines; the agents would not react to signals while they wait."""
     from torch.distributed import TCPStore
 
     first, host, port = workers.node_rank == 0, workers.host, workers.port
@@ -156,7 +157,7 @@ def meet(shared_dir: Path, workers: Workers) -> TCPStore:
     deadline = time.monotonic() + within_s
     with handled(_stop, listened_to()):
         if (number := stop_requested(shared_dir)) is not None:
-            raise Stopped(number)  # it came before
+            raise Stopped(number)  # a signal that came before `handled`
         why = hosts.cannot_listen(host, port) if first else hosts.cannot_reach(host, port, within_s)
         if why:
             raise Apart(workers, why)
@@ -175,12 +176,12 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def kill_hung_workers(shared_dir: Path, over: threading.Event) -> None:
-    """Kill workers that outlive another's failure because they hang: the agent gives them 30 s."""
+    """Kill workers that hang after another's failure, for which the agent would wait 30 s."""
     while not over.wait(0.2):
         if any(shared_dir.glob("failure.*")) and not over.wait(SHUTDOWN_S):
             failed = {rank_in(path) for path in shared_dir.glob("failure.*")}
             for path in shared_dir.glob("pid.*"):
-                # One that failed is gone, and its number may be another's by now.
+                # A failed worker is gone, and its process id may have been reused.
                 if rank_in(path) not in failed:
                     with suppress(ProcessLookupError):
                         os.kill(int(read(path)), signal.SIGKILL)
@@ -188,7 +189,9 @@ def kill_hung_workers(shared_dir: Path, over: threading.Event) -> None:
 
 
 def run_under_mpiexec(shared_dir: Path, workers: Workers) -> dict[int, int]:
-    """The same under MPI, where one that fails ends all: only the one that did so is known."""
+    """As `run_under_agent`, under MPI, where the first failure ends all workers and is the only one
+    reported.
+    """
     start = mpi.mpiexec(workers.size)
     assert start is not None  # the config was checked
     command = [*start, *PYTHON, "-m", "spikerl.commands.worker", str(shared_dir)]
@@ -204,7 +207,7 @@ def run_under_mpiexec(shared_dir: Path, workers: Workers) -> dict[int, int]:
     )
     threading.Thread(target=end_all_with_one, args=(process, shared_dir), daemon=True).start()
     assert process.stdout is not None
-    over = False  # whether mpiexec speaks of a worker that failed, of which one line will tell
+    over = False  # whether mpiexec's own report of a failure began; it is replaced by one line
     for line in process.stdout:
         over = over or bool(mpi.LAST_WORDS.match(line) and any_failed(shared_dir))
         if not over:
@@ -220,10 +223,10 @@ def run_under_mpiexec(shared_dir: Path, workers: Workers) -> dict[int, int]:
 
 
 def end_all_with_one(process: subprocess.Popen[str], shared_dir: Path) -> None:
-    """End mpiexec, and with it all workers, when one of them ended badly.
+    """End mpiexec, and with it all workers, when one of them failed.
 
-    MPICH's does so itself only if it sees the worker's connection close before its output does, and
-    if the worker had joined the others.
+    MPICH's mpiexec does so itself only if it sees the worker's connection close before its output,
+    and if the worker had joined the others.
     """
     while process.poll() is None:
         time.sleep(0.1)
@@ -236,17 +239,17 @@ def end_all_with_one(process: subprocess.Popen[str], shared_dir: Path) -> None:
 
 @contextmanager
 def forward_signals(shared_dir: Path) -> Iterator[None]:
-    """Meanwhile what stops a run reaches every worker; a second Ctrl-C ends at once."""
+    """Within this context, signals that stop a run reach every worker; a second Ctrl-C raises."""
     seen: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         if seen and number == signal.SIGINT:
             raise Interrupted
         seen.append(number)
-        with suppress(OSError):  # a full disk: those that listen already get the signal
+        with suppress(OSError):  # a full disk: workers that listen still get the signal below
             write(shared_dir / "stop", str(number))
         for path in shared_dir.glob("pid.*"):
-            with suppress(ProcessLookupError):  # it has just ended
+            with suppress(ProcessLookupError):  # the worker has just ended
                 os.kill(int(read(path)), number)
 
     with handled(pass_on, listened_to()):
@@ -254,14 +257,14 @@ def forward_signals(shared_dir: Path) -> Iterator[None]:
 
 
 def run_worker(shared_dir: Path, parent: int, run: Callable[[dict[str, Any]], int]) -> int:
-    """A worker's life: die with the parent, run the spec, report a failure."""
+    """Run a worker: make it die with its parent, run the spec, report a failure."""
     die_with_parent(parent)
     for number in STOPS:  # until the run listens, and again while it reports a failure
         signal.signal(number, signal.SIG_IGN)
     rank = int(os.environ.get("RANK", "0"))  # mpiexec -n 1 gives none
     write(shared_dir / f"pid.{rank}", str(os.getpid()))
     spec = json.loads(read(shared_dir / "spec.json"))
-    set_variable(THREADS, spec[THREADS])  # or a worker would take it for the user's word
+    set_variable(THREADS, spec[THREADS])  # else the run would take it for the user's setting
     try:
         status = run(spec)
     except Exception as error:
@@ -269,5 +272,5 @@ def run_worker(shared_dir: Path, parent: int, run: Callable[[dict[str, Any]], in
         mpi.abort()
         return FAILED
     with (shared_dir / "result").open("r+") as file:
-        file.write(result_text(status))  # they all say the same
+        file.write(result_text(status))  # all workers write the same
     return DONE

@@ -1,7 +1,7 @@
 """Which launcher started this process, if one did: torchrun, mpiexec or srun.
 
-Each says so by a set of variables, which a shell that it started hands on to whatever is typed
-there. A set is believed when it is whole, consistent, and of several processes.
+Each launcher sets a group of environment variables, which a shell started by it also passes on to
+unrelated commands. A group counts only if it is complete, consistent, and of several processes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from spikerl.errors import BadRequest
 
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
-# What MPICH's and Open MPI's mpiexec tell a process: its rank, how many there are, and the same of
-# its machine, which Slurm's own MPI launcher leaves out.
+# Variables of MPICH's and Open MPI's mpiexec: rank and number of processes, then the same on this
+# machine; the latter two are not set by Slurm's own MPI launcher.
 MPI = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -27,13 +27,13 @@ SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"
 
 
 def ranked() -> bool:
-    """Whether a launcher, this program among them, has given this process a rank."""
+    """Whether a launcher, which may be this program, has given this process a rank."""
     adopt()
     return "RANK" in os.environ
 
 
 def several() -> bool:
-    """Whether it has, among others."""
+    """Whether this process is one of several ranked ones."""
     return ranked() and int(os.environ["WORLD_SIZE"]) > 1
 
 
@@ -43,10 +43,10 @@ def is_first() -> bool:
 
 
 def adopt() -> None:
-    """Leave one whole set of ranks in the environment, as torchrun gives it, or none.
+    """Reduce the environment to one complete set of torchrun's variables, or none.
 
-    A variable without its fellows is ignored, and a line says so. A set that contradicts itself is
-    a BadRequest.
+    Variables of an incomplete set are removed with a message. An inconsistent set raises
+    BadRequest.
     """
     env = os.environ
     _ignore((n for n in (*TORCH, *MEETING, *sum(MPI, ()), *SLURM) if env.get(n) == ""), "is empty")
@@ -68,12 +68,13 @@ def adopt() -> None:
             _ignore([name for name in TORCH if name in env], f"comes without {lacking[0]}")
     if step := _step():
         if "RANK" not in env:
-            # Steps of one job may run side by side; a port below those that systems give out.
+            # Each step gets a port of its own, as steps of a job may run at the same time; it is
+            # below the range of ports that systems assign.
             place = 37 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])
             env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
             env.setdefault("MASTER_PORT", str(20000 + place % 10000))
             env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": str(step)}
-        if "LOCAL_RANK" not in env:  # an MPI under srun says no more than the rank
+        if "LOCAL_RANK" not in env:  # MPI under srun only sets rank and size
             counts = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
             env["LOCAL_RANK"] = env["SLURM_LOCALID"]
             env["LOCAL_WORLD_SIZE"] = str(counts[int(env["SLURM_NODEID"])])
@@ -84,9 +85,9 @@ def adopt() -> None:
 
 
 def mpi_set() -> tuple[str, str, str, str] | None:
-    """The names of what mpiexec told this process, if it started it among others.
+    """The names of mpiexec's variables, if it started this process as one of several.
 
-    Not if torchrun did so inside of it, which gave other ranks and a place to meet.
+    None if torchrun, running under mpiexec, started it with other ranks and a place to meet.
     """
     env = os.environ
     for names in MPI:
@@ -99,7 +100,7 @@ def mpi_set() -> tuple[str, str, str, str] | None:
 
 
 def _step() -> int | None:
-    """Of how many tasks the step is that this process is one of, if of several."""
+    """Number of tasks of the Slurm step that this process is a task of; None unless several."""
     env = os.environ
     if env.get(SLURM[0], "1") == "1":
         return None
@@ -150,7 +151,7 @@ def _number(name: str) -> int:
 
 
 def _ignore(names: Iterable[str], why: str) -> None:
-    """Take variables out of the environment, so that nobody reads them, and say so."""
+    """Remove variables from the environment, so that nothing reads them, with a message."""
     ignored = {name: os.environ.pop(name) for name in list(names)}
     if ignored:
         said = " ".join(f"{name}={value}" for name, value in ignored.items())
@@ -158,7 +159,7 @@ def _ignore(names: Iterable[str], why: str) -> None:
 
 
 def first_host(nodes: str) -> str:
-    """Of a list as Slurm writes it: node[07-12],gpu3."""
+    """The first host in a list in Slurm's notation, such as node[07-12],gpu3."""
     match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
     if match is None:
         raise BadRequest("SLURM_STEP_NODELIST", nodes, "Slurm gives a list of nodes here; unset it")
@@ -166,6 +167,6 @@ def first_host(nodes: str) -> str:
 
 
 def tasks_per_node(counts: str) -> list[int]:
-    """How many each node has, from a list as Slurm writes it: 4(x2),3."""
+    """Tasks on each node, from a list in Slurm's notation: 4(x2),3 is 4, 4, 3."""
     counts_and_times = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
     return [int(count) for count, times in counts_and_times for _ in range(int(times or 1))]

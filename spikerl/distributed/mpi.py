@@ -1,4 +1,4 @@
-"""How mpiexec is called, and how its workers part; nothing heavy is imported here."""
+"""The mpiexec command, and how MPI workers end; mpi4py is imported only on use."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from spikerl.errors import first_line
 
 EXTRA = "pip install 'spikerl[mpi]' brings mpi4py and MPICH"
 
-# How mpiexecs begin to speak of a worker that failed; others may print such lines, too.
+# Beginnings of mpiexec's reports of a failed worker; other programs may print such lines too.
 LAST_WORDS = re.compile(r"={20}|-{20}|Abort\(\d+\)|application called MPI_Abort")
 
 
 def _mpi() -> ModuleType:
-    """The library, which only workers initialise: an error of theirs ends the whole process."""
+    """mpi4py's MPI module, not initialised: only workers do that, as MPI errors end a process."""
     import mpi4py
 
     mpi4py.rc.initialize = False
@@ -28,7 +28,7 @@ def _mpi() -> ModuleType:
 
 
 def missing() -> str | None:
-    """Why there is no MPI here, if so, and what brings it."""
+    """Why MPI is not usable here and how to install it; None if it is usable."""
     try:
         _mpi()
     except ImportError:
@@ -39,42 +39,42 @@ def missing() -> str | None:
 
 
 def library() -> str:
-    """The name and version of the MPI library; `missing` has said that there is one."""
+    """The name and version of the MPI library; only call it if `missing` returned None."""
     return " ".join(_mpi().Get_library_version().split("\n")[0].split())
 
 
 def mpiexec(workers: int) -> list[str] | None:
-    """The command that starts so many workers on this machine; None where there is none."""
+    """The command that starts `workers` processes on this machine; None without an mpiexec."""
     beside = Path(sys.executable).parent / "mpiexec"
     executable = str(beside) if beside.exists() else shutil.which("mpiexec")
     if executable is None:
         return None
     more = []
-    # In a job of Slurm both would start them through srun, on all machines of the job.
+    # Within a Slurm job both would otherwise use srun, and start workers on all its machines.
     if library().startswith("MPICH"):
         more = ["-launcher", "fork", "-rmk", "user"]
     if library().startswith("Open MPI"):
         os.environ |= {"PRTE_MCA_plm": "^slurm", "PRTE_MCA_ras": "^slurm"}
-        # It refuses more workers than cores, and to run as root, unless told.
+        # By default it refuses more workers than cores, and to run as root.
         more = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
         os.environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return [executable, "-n", str(workers), *more]
 
 
 def joined() -> bool:
-    """Whether this process met others over MPI."""
+    """Whether this process has joined others over MPI and not left them."""
     mpi = getattr(sys.modules.get("mpi4py"), "MPI", None)
     return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
 
 
 def leave() -> None:
-    """Leave the others, all together; mpiexec takes one that does not for a failed one."""
+    """Leave the others, a collective call; mpiexec treats a worker that does not as failed."""
     if joined():
         _mpi().Finalize()
 
 
 def abort() -> None:
-    """End all workers, where they met over MPI: left alone, the others would wait for ever."""
+    """End all workers if they joined over MPI; otherwise the others would wait forever."""
     if joined():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,6 +1,6 @@
 """Collectives over MPI: a c10d process group over mpi4py, since PyTorch's wheels have no MPI.
 
-Everything that runs over gloo or nccl runs over it. Tensors on a GPU go through the host.
+All of this program's exchanges over gloo or nccl also run over it. GPU tensors go through the host.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch._C._distributed_c10d import HashStore, Work
 from torch.distributed import DistNetworkError
 from torch.futures import Future
 
-NAME = "mpi4py"  # c10d has a backend "mpi" of its own, which is not built into its wheels
+NAME = "mpi4py"  # c10d's own backend is called "mpi"; wheels are built without it
 
 
 def join(timeout: timedelta) -> None:
-    """Meet the other workers."""
+    """Join the other workers."""
     import mpi4py
 
     mpi4py.rc.initialize = True
@@ -32,7 +32,7 @@ def join(timeout: timedelta) -> None:
     comm = MPI.COMM_WORLD
     if NAME not in dist.Backend.backend_list:
         dist.Backend.register_backend(NAME, _create, devices=["cpu", "cuda"])
-    store = HashStore()  # of its own: MPI needs none to meet
+    store = HashStore()  # not shared, since MPI needs no store to meet
     dist.init_process_group(NAME, store=store, rank=comm.rank, world_size=comm.size,
                             timeout=timeout)  # fmt: skip
 
@@ -42,7 +42,7 @@ def _create(store: Any, rank: int, size: int, timeout: timedelta) -> MPIGroup:
 
 
 class _Done(Work):
-    """What a collective returns; it has happened."""
+    """The handle of a collective, which has already finished."""
 
     def __init__(self, result: Any) -> None:
         super().__init__()
@@ -102,17 +102,17 @@ class MPIGroup(dist.ProcessGroup):
         return _Done([])
 
     def finish(self, request: Any) -> None:
-        """Wait for it, but not for ever."""
+        """Wait for a request to finish; DistNetworkError after the timeout."""
         start = time.monotonic()
         while not request.Test():
             waited = time.monotonic() - start
             if waited > self.timeout_s:
                 text = f"a worker did not come to a collective within {self.timeout_s:g} s"
                 raise DistNetworkError(text)
-            if waited > 1e-3:  # it is late; leave the core to whoever computes
+            if waited > 1e-3:  # late: leave the core to workers that compute
                 time.sleep(1e-4)
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """The tensor itself where MPI can read it, else a copy."""
+    """The tensor itself if MPI can read it, else a copy."""
     return tensor.detach().cpu().contiguous()

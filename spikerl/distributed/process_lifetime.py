@@ -1,4 +1,4 @@
-"""No process outlives the one that started it, however that one ended."""
+"""Makes sure that no process outlives the one that started it, however that one ended."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from pathlib import Path
 from spikerl.distributed.launchers import mpi_set
 
 PR_SET_PDEATHSIG = 1
-STRAY_S = 5.0  # that threads may take to end when all else is done
+STRAY_S = 5.0  # time for other threads to end when all else is done
 
 
 def die_if_spawned() -> None:
-    """In a process that multiprocessing spawned, which imports its parent's main module anew.
+    """Call `die_with_parent` in a process that multiprocessing spawned.
 
-    Zeus starts one for each processor counter and would leave them behind if the run were killed.
+    Such a process imports its parent's main module anew. Zeus starts one for each processor
+    counter and would leave them behind if the run were killed.
     """
     if multiprocessing.parent_process() is not None:
         die_with_parent()
@@ -28,7 +29,7 @@ def die_if_spawned() -> None:
 def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> None:
     """Have the kernel signal this process when its parent ends, even by SIGKILL (Linux only).
 
-    `parent` is the process that it should have: if that one ended before we could ask, we end too.
+    `parent`: the expected parent's id; if it has ended already, this process exits at once.
     """
     if sys.platform != "linux":
         return
@@ -38,9 +39,10 @@ def die_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> 
 
 
 def die_with_launcher() -> None:
-    """In a process that torchrun or mpiexec started, which when killed would leave it behind.
+    """Call `die_with_parent` if torchrun or mpiexec started this process, since these leave their
+    processes behind when they are killed.
 
-    What another parent starts may be meant to outlive it, and Slurm ends its own.
+    Processes of other parents may be meant to outlive them, and Slurm ends its own.
     """
     env = os.environ
     if ("TORCHELASTIC_RUN_ID" in env and "RANK" in env) or mpi_set():
@@ -48,7 +50,9 @@ def die_with_launcher() -> None:
 
 
 def end_despite_threads(status: int) -> None:
-    """Call this last: Python would wait for ever for a thread of users' code that never ends."""
+    """Exit even if a thread of users' code never ends, for which Python would wait forever. Call
+    this last.
+    """
     timer = threading.Timer(STRAY_S, _end, [status])
     timer.daemon = True
     timer.start()
@@ -63,9 +67,10 @@ def _end(status: int) -> None:
 
 
 def watched(shared_dir: Path) -> int:
-    """Go on in a child, whose parent tells how it ended if not well; the parent's process id.
+    """Fork: the child goes on, and the parent only reports how the child ended if it failed.
 
-    mpiexec does not say which of the workers failed.
+    Returns the parent's process id, in the child. Needed because mpiexec does not report which of
+    the workers failed.
     """
     parent, rank = os.getpid(), os.environ.get("RANK", "0")  # mpiexec -n 1 gives none
     child = os.fork()

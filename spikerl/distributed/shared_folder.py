@@ -1,8 +1,8 @@
-"""What the workers of a run and the process that launched them tell each other.
+"""Messages between the workers of a run and the process that launched them.
 
-They share a temporary folder: `spec.json` (what to run), `pid.RANK`, `stop` (a signal that the
-parent got), `failure.RANK` (why a worker failed), `ended.RANK` (how it ended, under mpiexec, if not
-well), `folder` (the run's, once it trains), `result` (the exit status).
+They are files in a shared temporary folder: `spec.json` (what to run), `pid.RANK`, `stop` (a signal
+that the parent got), `failure.RANK` (why a worker failed), `ended.RANK` (a failed worker's exit
+status, under mpiexec), `folder` (the run's folder, once it trains), `result` (the exit status).
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from spikerl.signals import signal_name
 
 LOST_PEER = ("gloo/transport", "Connection closed", "Connection reset", "Broken pipe")
 LATE = ("did not come", "Timed out", "timeout")
-LOST_OTHERS = "lost the others"  # what a worker says that knows no more
+LOST_OTHERS = "lost the others"  # reported by a worker that knows no other cause
 
 
 class WorkerLost(RuntimeError):
     """A worker failed or was killed; the message names its rank and the cause.
 
-    `folder` is the run's, if it had begun to train; `stopping`, whether it had been told to stop.
+    `folder`: the run's folder, if training had begun; `stopping`: the run had been told to stop.
     """
 
     folder: str | None = None
     stopping = False
     apart = False  # whether the workers did not meet, so that nothing began
-    trace = ""  # of the worker, where it left one
-    request: list[str] | None = None  # key, value and remedy where it found a request wrong
+    trace = ""  # the worker's traceback, if it left one
+    request: list[str] | None = None  # key, value and remedy if the worker raised BadRequest
 
 
 def write(path: Path, text: str) -> None:
-    """A message, whole or not at all."""
+    """Write a message atomically."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)
 
 
 def read(path: Path) -> str:
-    """Empty if there is none."""
+    """The message at `path`, empty if there is none."""
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def result_text(status: int) -> str:
-    """Of the size that any status has."""
+    """An exit status as text of constant size."""
     return f"{status:3d}"
 
 
@@ -61,7 +61,7 @@ def rank_in(path: Path) -> int:
 
 
 def stop_requested(shared_dir: Path) -> signal.Signals | None:
-    """The last signal that the parent has passed on, which a worker may have been too early for."""
+    """The last signal that the parent forwarded; a worker may have started too late to get it."""
     number = read(shared_dir / "stop")
     return signal.Signals(int(number)) if number else None
 
@@ -80,7 +80,7 @@ def write_failure(shared_dir: Path, rank: int, error: BaseException) -> None:
 
     first = (str(error).splitlines() or [""])[0]
     alone = isinstance(error, dist.DistError) or any(w in str(error) for w in LOST_PEER)
-    place = r"\[[^]]*\] "  # in PyTorch's sources
+    place = r"\[[^]]*\] "  # a source location, with which PyTorch begins its messages
     reason = {
         "error": f"{LOST_OTHERS}: " + re.sub(place, "", first).partition(". ")[0]
         if alone
@@ -97,11 +97,11 @@ def write_failure(shared_dir: Path, rank: int, error: BaseException) -> None:
 
 
 def first_failure(failures: dict[int, int], shared_dir: Path, world_size: int) -> WorkerLost:
-    """Rank and cause of what went wrong first.
+    """Rank and cause of the original failure.
 
-    A lost worker makes the others fail in a collective, and they may be noticed before it: so a
-    worker that was killed comes first, then one that failed on its own account. But one that the
-    others waited for in vain was killed after that, and so was one beside a failed environment.
+    A lost worker makes the others fail in a collective, perhaps earlier than its own end is
+    noticed. Therefore a worker that was killed comes first, then one that failed by itself. Before
+    both come timeouts and failed environments, after which hanging workers are killed.
     """
 
     def report(rank: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Sums over the workers of one machine, in memory that they share.
+"""Sums over the workers of one machine, through shared memory.
 
-An all-reduce over gloo on one machine costs 0.4 to 1.8 ms whatever its size, up to half an update;
-here it costs two copies.
+On one machine, an all-reduce over gloo takes 0.4 to 1.8 ms whatever its size, up to half of the
+time of an update; here it takes two copies.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from spikerl.kernels import build as native
 FOLDER = "/dev/shm"
 MACHINE = Path("/proc/sys/kernel/random/boot_id")
 
-Gather = Callable[[Any], list[Any]]  # everybody's plain data in rank order, by other means
+Gather = Callable[[Any], list[Any]]  # gathers all workers' plain data, in rank order
 
 
 class ShmAllReduce:
-    """A buffer in shared memory for each size of vector, made when first needed."""
+    """All-reduce with a shared buffer for each size of vector, created when first needed."""
 
     def __init__(self, rank: int, size: int, gather: Gather, timeout_s: float) -> None:
         path, why = native.first_built(native.supported_paths())
@@ -39,7 +39,7 @@ class ShmAllReduce:
         self.buffers: dict[int, SharedBuffer | None] = {}
 
     def sum_(self, tensor: Tensor) -> bool:
-        """Replace a tensor by its sum over workers; False, and nothing, where that cannot be."""
+        """Replace a tensor by its sum over workers; False, with no effect, if not possible here."""
         plain = tensor.device.type == "cpu" and tensor.is_contiguous()
         if not plain or tensor.dtype not in (torch.float32, torch.float64):
             return False
@@ -63,7 +63,7 @@ class ShmAllReduce:
         return True
 
     def open(self, length: int) -> SharedBuffer | None:
-        """None, for all, where one of them cannot have it."""
+        """Create or open the buffer for that many bytes; None on all workers if one fails."""
         total = self.lib.spikerl_shm_bytes(self.size, length)
         buffer = _create(total, self.rank) if self.rank == 0 else None
         name = self.gather(buffer.name if buffer else None)[0]
@@ -73,9 +73,9 @@ class ShmAllReduce:
 
 
 class SharedBuffer:
-    """A file without a name that all map; each holds a lock on its byte as long as it lives.
+    """An unnamed file that all workers map; each locks the byte of its rank while it lives.
 
-    So that the others notice, whatever ended it, that they wait in vain.
+    The kernel releases the lock however a worker ends, so that the others stop waiting for it.
     """
 
     def __init__(self, handle: int, total: int, rank: int) -> None:
@@ -86,7 +86,7 @@ class SharedBuffer:
         self.name = (f"/proc/{os.getpid()}/fd/{handle}", os.fstat(handle).st_ino)
 
     def is_gone(self, rank: int) -> bool:
-        """Whether the worker of this rank holds its lock no more."""
+        """Whether the worker of this rank no longer holds its lock."""
         try:
             fcntl.lockf(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         except OSError:
@@ -98,7 +98,7 @@ class SharedBuffer:
 def open_shm_allreduce(
     rank: int, size: int, gather: Gather, timeout_s: float
 ) -> ShmAllReduce | None:
-    """None, for all, where they are not on one machine or it has not what this needs."""
+    """None on all workers unless they are on one machine that has what this needs."""
     machine, sums = None, None
     try:
         machine = MACHINE.read_text()
@@ -107,14 +107,14 @@ def open_shm_allreduce(
         pass
     everyone = gather((machine, sums is not None))
     agreed = all(each == (everyone[0][0], True) for each in everyone)
-    # In containers of one machine they may not reach each other's memory.
+    # Workers in different containers of a machine may not reach each other's memory.
     return sums if agreed and sums and sums.open(8) else None
 
 
 def _create(total: int, rank: int) -> SharedBuffer | None:
     try:
         handle = os.open(FOLDER, os.O_TMPFILE | os.O_RDWR, 0o600)
-        os.posix_fallocate(handle, 0, total)  # now, rather than SIGBUS when memory is short later
+        os.posix_fallocate(handle, 0, total)  # else a lack of memory would be a SIGBUS later
     except OSError:
         return None
     return SharedBuffer(handle, total, rank)
@@ -126,5 +126,5 @@ def _open(name: tuple[str, int], total: int, rank: int) -> SharedBuffer | None:
         handle = os.open(path, os.O_RDWR)
     except OSError:
         return None
-    # In another container the path may lead elsewhere.
+    # In another container the path may lead to another file.
     return SharedBuffer(handle, total, rank) if os.fstat(handle).st_ino == inode else None

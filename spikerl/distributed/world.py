@@ -1,4 +1,4 @@
-"""The workers of one run, seen from inside one of them: every exchange between them is here."""
+"""The workers of one run, as seen by one of them: all exchanges between them are here."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from spikerl.schema import Registry
 from spikerl.types import Resolved
 
 TIMEOUT_S = 600.0
-PATIENCE_S = 0.2  # after which workers tell each other that a disk is slow
+PATIENCE_S = 0.2  # interval at which workers that wait for a disk report to each other
 T = TypeVar("T")
 
 
 def share(total: int, rank: int, size: int) -> int:
-    """What worker `rank` gets of `total` things: as even as possible, the first get one more."""
+    """Worker `rank`'s share of `total` items: as even as possible, the first get one more."""
     return total // size + (rank < total % size)
 
 
 @dataclass(kw_only=True)
 class BackendConfig:
     name: str
-    timeout_s: float = TIMEOUT_S  # an exchange that takes longer has lost a worker
+    timeout_s: float = TIMEOUT_S  # an exchange that takes longer counts as a lost worker
 
     def __post_init__(self) -> None:
         if not 1 <= self.timeout_s <= 1e6:
@@ -46,7 +46,7 @@ BACKENDS: Registry[BackendConfig, None] = Registry(
 
 
 def resolve_world_size(asked: int | None) -> int:
-    """What was asked for, or what a launcher started; the two must agree."""
+    """The number of workers asked for or started by a launcher; BadRequest if they differ."""
     started = int(os.environ["WORLD_SIZE"]) if ranked() else None
     if asked is not None and started is not None and asked != started:
         remedy = f"the launcher started {started} workers; leave world_size out"
@@ -57,7 +57,7 @@ def resolve_world_size(asked: int | None) -> int:
 def resolve_backend(
     config: BackendConfig, device: str, world_size: int, nnodes: int = 1
 ) -> Resolved:
-    """What carries the collectives, and why."""
+    """The backend for collectives, and why."""
     here = 1 if hosts.has_own("gpus") else hosts.workers_here(world_size, nnodes)
     gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
     if config.name == "nccl" and not gpus:
@@ -87,17 +87,17 @@ def resolve_backend(
 
 @dataclass(frozen=True)
 class World:
-    """Rank `rank` of `size` workers; alone, every exchange is the identity.
+    """Rank `rank` of `size` workers; with one worker, every exchange is the identity.
 
-    Results are the same bits on every worker: sums are made once and distributed, what is gathered
-    is in rank order.
+    Results are bitwise equal on all workers: a sum is computed once and distributed, or by all in
+    the same order, and gathered values are in rank order.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    exchange: str = "cpu"  # the device on which the backend wants gathered tensors
-    shm: ShmAllReduce | None = None  # where all are on one machine and its CPU
+    exchange: str = "cpu"  # the device on which the backend requires gathered tensors
+    shm: ShmAllReduce | None = None  # if all workers run on the CPU of one machine
 
     def sum_(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over workers, in one collective."""
@@ -114,7 +114,7 @@ class World:
         return [part.to(tensor.device) for part in gathered]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every worker's plain data, in rank order; for what happens once an epoch."""
+        """Every worker's plain data, in rank order; slow, for exchanges once an epoch."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
@@ -134,10 +134,10 @@ class World:
             dist.barrier()
 
     def run_on_all(self, act: Callable[[], T]) -> list[T]:
-        """Every worker's result of `act`, which uses the disk, in rank order.
+        """Run `act`, which uses the disk, on every worker; returns the results in rank order.
 
-        Where one was refused, by the disk or as a BadRequest, all raise it. A slow one takes as
-        long as it likes: the others hear from it meanwhile, so that no exchange times out.
+        If one worker's disk fails or `act` raises BadRequest there, all raise that. It may take any
+        time: workers keep reporting to each other meanwhile, so that no exchange times out.
         """
 
         def tell() -> tuple[Any, Any, str | None]:
@@ -168,20 +168,20 @@ ALONE = World()
 
 
 def reason(error: OSError) -> str:
-    """What the disk said, and of which file."""
+    """The system's error message, with the file's name."""
     said = error.strerror or str(error)
     return f"{said}: {error.filename}" if error.filename else said
 
 
 def join(backend: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> World:
-    """Meet the other workers, as the launcher's environment variables say."""
+    """Join the other workers, as the launcher's environment variables say."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     exchange = str(device) if backend == "nccl" else "cpu"
     if size > 1 and backend == "mpi":
         mpi_group.join(timedelta(seconds=timeout_s))
     elif size > 1:
         bound = device if backend == "nccl" else None
-        # gloo would look up this machine's own name, which may lead elsewhere, or nowhere.
+        # gloo would resolve this machine's own name, which may fail or give another address.
         alone = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
         other = "127.0.0.1" if alone else os.environ["MASTER_ADDR"]
         if interface := hosts.interface_to(other):
@@ -189,7 +189,7 @@ def join(backend: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> Wo
         timeout = timedelta(seconds=timeout_s)
         try:
             dist.init_process_group(backend, timeout=timeout, device_id=bound)
-        except RuntimeError as error:  # and the kinds of it that torch.distributed has
+        except RuntimeError as error:  # the base of torch.distributed's errors
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             why = first_line(error)
             raise RendezvousFailed(
@@ -201,7 +201,7 @@ def join(backend: str, device: torch.device, timeout_s: float = TIMEOUT_S) -> Wo
 
 
 def share_memory(world: World, timeout_s: float = TIMEOUT_S) -> World:
-    """With sums in shared memory, if all workers are on one machine."""
+    """The world with sums through shared memory, if all workers are on one machine."""
     if world.size == 1:
         return world
     shm = open_shm_allreduce(world.rank, world.size, world.gather_objects, timeout_s)
