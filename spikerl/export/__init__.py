@@ -1,1 +1,1 @@
-"""Policies as files for other programs and machines, each proven to act as the policy does."""
+"""Exports policies to files for other programs and machines, each proven to act as the policy."""

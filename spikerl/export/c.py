@@ -1,7 +1,7 @@
 """Format `c`: one C99 file, `void policy(const float *obs, float *act)`.
 
-Event-driven: a layer's drive is its bias and the rows of those inputs that fired. The weights are
-constants of the file; what neurons keep is in static arrays, so nothing is allocated.
+Event-driven: a layer's drive is its bias plus the weight rows of the inputs that fired. Weights are
+constants in the file, and neurons' states are static arrays, so nothing is allocated.
 
 Shape legend   T spike steps, B observations, N neurons of a layer, O observation entries, A action
 entries.
@@ -26,7 +26,7 @@ from spikerl.models.actor import MLPActor, SpikingActor
 from spikerl.models.policy import Policy
 
 FLAGS = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-O2"]
-SECONDS = 600  # that a compiler may take
+SECONDS = 600  # time limit for the compiler
 
 HEAD = """\
 /* The policy of {env_id}, written by spikerl.
@@ -39,7 +39,7 @@ HEAD = """\
 #include <math.h>
 """
 
-# What a caller's arrays must hold, and how much POLICY_SPIKES gives in a call.
+# Sizes of the caller's arrays, and numbers of spike steps and neurons that POLICY_SPIKES reports.
 SIZES = """
 #define POLICY_OBS {obs}
 #define POLICY_ACT {act}
@@ -47,14 +47,14 @@ SIZES = """
 #define POLICY_NEURONS {neurons}
 """
 
-# The spikes of a layer at a spike step, for whoever defines it before this file.
+# A hook, called with the spikes of a layer at a spike step if it is defined before this file.
 TRACE = """
 #ifndef POLICY_SPIKES
 #define POLICY_SPIKES(layer, step, spikes, n)
 #endif
 """
 
-# By name, as what a file does not call is left out of it.
+# Functions by name; a file contains only those that it calls.
 HELPERS = {
     "add": """
 static void add(float *sum, const float *row, int n)
@@ -97,7 +97,7 @@ static void set(float *to, const float *from, int n)
 
 
 def check_here() -> None:
-    """BadRequest where the proof cannot be made."""
+    """Raise BadRequest if there is no C compiler for the proof."""
     compiler()
 
 
@@ -105,7 +105,7 @@ def compiler() -> list[str]:
     said = os.environ.get("CC", "")
     try:
         named = shlex.split(said)
-    except ValueError as error:  # a quotation without an end
+    except ValueError as error:  # an unclosed quotation
         remedy = f"CC={said}: {first_line(error).lower()}; give it a command"
         raise BadRequest("format", "c", remedy) from None
     for candidate in [named] if named else [["cc"], ["gcc"], ["clang"]]:
@@ -126,7 +126,7 @@ def source(policy: Policy) -> str:
     mean, std = policy.norm.mean_std
     spiking = isinstance(actor, SpikingActor)
     network = f"{actor.spike_steps} spike steps." if isinstance(actor, SpikingActor) else "Dense."
-    # An id is from a file; one that ends the comment would continue as code.
+    # The id may be untrusted: one that ended the C comment would continue as code.
     env_id = "".join(c for c in task.env_id if c.isascii() and (c.isalnum() or c in "-_.: "))
     head = HEAD.format(env_id=env_id, obs=task.obs_dim, act=task.act_dim, network=network)
     steps, neurons = size_of(actor)
@@ -162,14 +162,14 @@ def source(policy: Policy) -> str:
 
 
 def size_of(actor: MLPActor | SpikingActor) -> tuple[int, int]:
-    """Spike steps, and the neurons whose spikes are seen at each; zeros where it is dense."""
+    """Number of spike steps, and of neurons reported at each; zeros for a dense actor."""
     if not isinstance(actor, SpikingActor):
         return 0, 0
     encoder = actor.encoder.outputs if actor.encoder.spikes else 0
     return actor.spike_steps, encoder + sum(layer.bias_N.numel() for layer in actor.layers)
 
 
-# Runs the file, which it includes unchanged, on many observations.
+# C code that includes the exported file unchanged and runs it on many observations.
 HARNESS = """\
 #include <stddef.h>
 
@@ -207,7 +207,7 @@ void run(int count, const float *obs, float *act, unsigned char *spikes)
 
 
 class Interpreter:
-    """The file, compiled and called."""
+    """Compiles the file with the harness and calls it."""
 
     def __init__(self, path: Path, contract: dict[str, Any], scratch: Path) -> None:
         self.obs = int(np.prod(contract["obs_shape"]))

@@ -1,6 +1,6 @@
-"""What an actor is in C: its constants, its static arrays and the statements of a decision.
+"""Generates an actor's C code: its constants, static arrays and the statements of a decision.
 
-Event-driven: a layer's drive is its bias and the rows of those inputs that fired.
+Event-driven: a layer's drive is its bias plus the weight rows of the inputs that fired.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from spikerl.snn.encoders import LearnedEncoder, PopulationEncoder, TanhPopulati
 from spikerl.snn.linear import Linear
 from spikerl.snn.neurons import ALIF, PLIF, CubaLIF, Dynamic, Neuron
 
-SPARSE = 0.25  # below this share of weights that are not 0 those alone are stored, with indices
+SPARSE = 0.25  # share of nonzero weights below which only these are stored, with indices
 
 
 def number(value: float) -> str:
-    """A float constant; nine digits give every float32 back exactly."""
+    """A C float constant; nine digits identify every float32 exactly."""
     text = f"{np.float32(value):.9g}"
     return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
 
@@ -44,7 +44,7 @@ def array(name: str, values: Tensor | np.ndarray, kind: str = "float") -> str:
 
 
 class Rows:
-    """A layer's weights by input, as constants; without the zeros where there are many."""
+    """A layer's weight rows, one for each input, as constants; sparse if there are many zeros."""
 
     def __init__(self, k: int, layer: Linear) -> None:
         weight_IN = layer.weight_IN.detach().numpy()
@@ -63,7 +63,7 @@ class Rows:
         ]
 
     def add(self, to: str, factor: str | None = None) -> str:
-        """The statement that adds the row of input i, times `factor` if there is one."""
+        """The C statement that adds the row of input i, times `factor` if given, to array `to`."""
         k, n = self.k, self.n
         scaled, times = ("_scaled", f", {factor}") if factor else ("", "")
         if not self.sparse:
@@ -101,13 +101,13 @@ class SpikingSource:
         self.sizes = [layer.bias_N.numel() for layer in actor.layers]
         self.constants: list[str] = []
         self.state: list[str] = []
-        self.steps: list[str] = []  # of one spike step t
+        self.steps: list[str] = []  # statements of a spike step t
         self.body: list[str] = ["int t;"]
         self.encoder()
         for k, neuron in enumerate(actor.neurons):
             self.layer(k, neuron)
         exit = actor.early_exit
-        # How many spike steps the decoder reads.
+        # Number of spike steps that the decoder has read, as C code.
         self.read = "(float)(t + 1)" if exit else number(actor.spike_steps)
         after = self.decoder(len(self.sizes) - 1)
         if exit:
@@ -119,13 +119,15 @@ class SpikingSource:
         self.body += ["}", *after]
 
     def zeroed(self, name: str, n: int, kind: str = "float") -> None:
-        """A static array that each call begins with zeros."""
+        """Declare a static array that is set to zeros at the beginning of each call."""
         self.state.append(f"static {kind} {name}[{n}];\n")
         zero = "0.0f" if kind == "float" else "0"
         self.body.append(f"for (i = 0; i < {n}; i++) {name}[i] = {zero};")
 
     def encoder(self) -> None:
-        """Gives `drive0`, the first layer's drive: at each spike step, or once if constant."""
+        """Generate the computation of `drive0`, the first layer's drive, at each spike step, or
+        once if it is constant.
+        """
         encoder, n0 = self.actor.encoder, self.sizes[0]
         rows, size = Rows(0, self.actor.layers[0]), self.actor.encoder.outputs
         self.constants += rows.constants
@@ -220,7 +222,7 @@ class SpikingSource:
         self.steps.append(f"POLICY_SPIKES({index}, t, fired{k}, {n});")
 
     def equation(self, k: int, n: int, neuron: Neuron, drive: str) -> list[str]:
-        """One neuron's spike step; see snn/neurons.py for each."""
+        """The statements of one neuron's spike step; equations as in snn/neurons.py."""
         v, fired, c = f"voltage{k}[i]", f"fired{k}[i]", neuron.config
         threshold = number(c.threshold)
         if isinstance(neuron, Dynamic):
@@ -267,7 +269,9 @@ class SpikingSource:
         ]
 
     def decoder(self, k: int) -> list[str]:
-        """Reads `fired` of the last layer at each spike step; the lines that follow the last."""
+        """Generate the reading of the last layer's `fired` at each spike step; returns the
+        statements that follow the last step.
+        """
         decoder, n, acts = self.actor.decoder, self.sizes[k], self.actor.act_dim
         if isinstance(decoder, MembraneDecoder):
             return self.membrane(decoder, k)
@@ -315,7 +319,7 @@ class SpikingSource:
         ]
 
     def early_exit(self, exit: EarlyExit) -> None:
-        """Leaves the loop over spike steps; see snn/early_exit.py."""
+        """Generate the exit from the loop over spike steps; see snn/early_exit.py."""
         acts, k = self.actor.act_dim, exit.steps
         self.state.append(f"static float each[{self.actor.spike_steps * acts}];\n")
         self.body.append("int settled;")

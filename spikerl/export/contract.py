@@ -1,4 +1,4 @@
-"""What a reader of an exported file must know: a JSON file beside it.
+"""The contract of an exported file: a JSON file beside it with all that a reader must know.
 
 Shape legend   O observation entries, P neurons of one population, A action entries.
 """
@@ -17,12 +17,12 @@ from spikerl.models.policy_file import task_data
 from spikerl.snn.decoders import LinearDecoder, RateDecoder
 from spikerl.snn.encoders import PopulationEncoder
 
-SCHEMA = 2  # 2: everything that an evaluation needs
+SCHEMA = 2  # 2: includes everything that an evaluation needs
 
 NORMALIZER = "x = min(max((obs - mean) / std, -clip), clip)"
 ACTION = "act = min(max(low + (tanh(y) + 1) * half_range, least), most)"
 SPIKES = "at each of T spike steps: v += A; o = [v > threshold]; v -= threshold * o"
-# Of the parts whose equations are known here; those of a plugin are not.
+# Equations of the built-in parts; those of plugins are unknown and not exported.
 ENCODERS = {
     "population": f"A = exp(-(x - mean)^2 / (2 std^2)); {SPIKES}",
     "poisson": "at each of T spike steps o = [u < exp(-(x - mean)^2 / (2 std^2))], u uniform",
@@ -61,7 +61,7 @@ EARLY_EXIT = (
 
 
 def describe(format: str, policy: Policy, dt: float | None) -> dict[str, Any]:
-    """All but what is known only when the file is written and proven."""
+    """The contract, except what is known only after the file is written and proven."""
     task, config, actor = policy.task, policy.config, policy.actor
     low, half_range, least, most = task.units
     mean, std = policy.norm.mean_std
@@ -83,7 +83,7 @@ def describe(format: str, policy: Policy, dt: float | None) -> dict[str, Any]:
             "most": most.tolist(),
         },
     }
-    if task.layout:  # of the dictionary that an observation is
+    if task.layout:  # observations are dictionaries
         data["obs_layout"] = [entry._asdict() for entry in task.layout]
     if isinstance(actor, MLPActor):
         data["network"] = "ReLU layers; y is the last layer's output"
@@ -116,14 +116,14 @@ def describe(format: str, policy: Policy, dt: float | None) -> dict[str, Any]:
 
 
 def encoder_arrays(encoder: object) -> dict[str, Any]:
-    """Its receptive fields, (O, P), for a format whose file begins behind the encoder."""
+    """The encoder's receptive fields, (O, P), for formats whose file does not contain them."""
     if not isinstance(encoder, PopulationEncoder):
         return {}
     return {"mean": plain(encoder.mean_OP), "std": plain(encoder.std_OP)}
 
 
 def decoder_arrays(decoder: object) -> dict[str, Any]:
-    """Its weights, (A, P) of populations or (N, A) of `linear`, and bias, (A,)."""
+    """The decoder's weights, (A, P) for populations or (N, A) for `linear`, and bias, (A,)."""
     if isinstance(decoder, RateDecoder):
         return {"weight": plain(decoder.weight_AP), "bias": plain(decoder.bias_A)}
     assert isinstance(decoder, LinearDecoder)

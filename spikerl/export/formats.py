@@ -1,4 +1,4 @@
-"""The formats, and what each is made and read with."""
+"""The export formats, and the functions that write and read each."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from spikerl.models.policy import Policy
 
 
 def anything(policy: Policy) -> None:
-    """Of a format that has no limits."""
+    """`check_policy` of a format without limits."""
 
 
 def nothing() -> None:
-    """Of a format that needs no more than is always installed."""
+    """`check_here` of a format that needs no optional packages."""
 
 
 class Format(NamedTuple):
-    check_here: Callable[[], None]  # BadRequest where something that it needs is not installed
+    check_here: Callable[[], None]  # BadRequest if something that the format needs is missing
     write: Callable[[Policy, Path], None]
     interpreter: Callable[[Path, dict[str, Any], Path], proof.Interpreter]
-    dt: float | None = None  # seconds of a spike step, where the format has time
-    check_policy: Callable[[Policy], None] = anything  # BadRequest where it cannot hold that much
-    facts: Callable[[Policy], dict[str, Any]] = lambda policy: {}  # more for the contract
-    emulated: proof.Reference | None = None  # what its file must do, if not what the policy does
+    dt: float | None = None  # seconds of a spike step, if the format has physical time
+    check_policy: Callable[[Policy], None] = anything  # BadRequest if the policy does not fit
+    facts: Callable[[Policy], dict[str, Any]] = lambda policy: {}  # further keys of the contract
+    emulated: proof.Reference | None = None  # the file's reference, if not the policy itself
 
 
 FORMATS = {

@@ -1,6 +1,6 @@
-"""What an exported network leaves to the machine around it, as its contract says: numpy, float64.
-
-Normaliser and encoder come before the first layer, decoder and action scaling behind the last.
+"""The parts of a policy that an exported network leaves to its host, as the contract describes
+them, in numpy and float64: normaliser and encoder before the first layer, decoder and action
+scaling after the last.
 
 Shape legend   T spike steps, B observations, N neurons of the last layer, O observation entries, P
 neurons of one population, A action entries.
@@ -18,10 +18,12 @@ DECODERS = ("rate", "linear", "membrane", "ilc")
 
 
 class Host:
-    """Reads a contract, whose arrays `contract.encoder_arrays` and `decoder_arrays` gave."""
+    """Computes a contract's encoder and decoder from its arrays (`contract.encoder_arrays`,
+    `contract.decoder_arrays`).
+    """
 
     def __init__(self, contract: dict[str, Any]) -> None:
-        """A KeyError, TypeError or ValueError names what the contract lacks or garbles."""
+        """Raises KeyError, TypeError or ValueError with the name of a missing or invalid key."""
         self.steps = int(contract["spike_steps"])
         n, a = contract["normalizer"], contract["action"]
         self.mean_O, self.std_O = array(n, "mean"), array(n, "std")
@@ -31,7 +33,7 @@ class Host:
         )
         encoder = contract["encoder"]
         self.encoder = encoder["name"]
-        self.encodes = self.encoder in ("population", "tanh_population")  # else it gives currents
+        self.encodes = self.encoder in ("population", "tanh_population")  # spikes, else currents
         self.inputs = len(self.mean_O)
         if self.encoder in ("population", "tanh_population", "analog"):
             self.centre_OP, self.width_OP = array(encoder, "mean"), array(encoder, "std")
@@ -39,7 +41,7 @@ class Host:
             fields = self.centre_OP.shape
             if self.width_OP.shape != fields or fields[:-1] != self.mean_O.shape:
                 raise ValueError("encoder, whose arrays do not fit")
-            if not self.width_OP.all():  # its square alone is used, so it may be below 0
+            if not self.width_OP.all():  # may be negative, since only its square is used
                 raise ValueError("encoder.std")
             self.inputs = self.centre_OP.size
         elif self.encoder != "direct":
@@ -61,7 +63,7 @@ class Host:
         self.sizes = contract["sizes"]
 
     def check_layers(self, widths: list[int]) -> None:
-        """A ValueError unless a file's layers are those of the contract."""
+        """Raise ValueError unless the layers of a file are those of the contract."""
         described = (self.sizes["encoder"], self.sizes["layers"])
         if described != (self.inputs, widths) or widths[-1] != self.outputs:
             raise ValueError("its layers are not those of its contract")
@@ -86,12 +88,12 @@ class Host:
         return np.stack(spikes)
 
     def actions(self, spikes_TBN: np.ndarray) -> np.ndarray:
-        """In the environment's units, float32 (B, A)."""
+        """Actions in the environment's units, float32 (B, A)."""
         act = self.low + (np.tanh(self.decode(spikes_TBN)) + 1.0) * self.half_range
         return np.minimum(np.maximum(act, self.least), self.most).astype(np.float32)
 
     def decode(self, spikes_TBN: np.ndarray) -> np.ndarray:
-        """y, (B, A)."""
+        """The decoder's outputs y, (B, A), before tanh."""
         if self.decoder == "linear":
             return spikes_TBN.mean(0) @ self.weight + self.bias_A
         spikes_TBAP = spikes_TBN.reshape(*spikes_TBN.shape[:2], *self.weight.shape)
@@ -110,7 +112,7 @@ class Host:
 
 
 def check_outside(contract: dict[str, Any], task: Task) -> None:
-    """A ValueError unless normaliser and action scaling, which every contract has, fit the task."""
+    """Raise ValueError unless normaliser and action scaling, in every contract, fit the task."""
     for group, keys, size in (
         ("normalizer", ("mean", "std"), task.obs_dim),
         ("action", ("low", "half_range", "least", "most"), task.act_dim),
@@ -127,7 +129,7 @@ def check_outside(contract: dict[str, Any], task: Task) -> None:
 def array(data: dict[str, Any], key: str) -> np.ndarray:
     try:
         values = np.array(data[key], np.float64)
-    except (TypeError, ValueError):  # a ragged one, or words
+    except (TypeError, ValueError):  # ragged, or not numbers
         raise ValueError(f"{key}, which is not an array of numbers") from None
     if not np.isfinite(values).all():
         raise ValueError(f"{key}, which is not finite")

@@ -1,18 +1,18 @@
 """Format `loihi`: the spiking layers in the integers of Intel's first Loihi chip.
 
-A layer has one scale s: its threshold is an integer s th, weights and biases are s w to the nearest
-even integer of 9 bits with sign, as the chip drops the lowest bit of weights of mixed sign. Biases
-are the synapses of a neuron that always fires. The current keeps (4096 - du - 1) / 4096 of itself,
-the voltage (4096 - dv) / 4096, du and dv of 12 bits.
+A layer has one scale s: its threshold is the integer s th, weights and biases are s w rounded to
+even integers of 9 bits with sign, as the chip drops the lowest bit of weights of mixed sign. Biases
+are synapses from a neuron that always fires. The current keeps (4096 - du - 1) / 4096 of its value,
+the voltage (4096 - dv) / 4096, where du and dv have 12 bits.
 
 u = wrap(u (4096 - du - 1) >> 12 + a << 6)      24 bits, the shift towards zero
 v = clip(v (4096 - dv) >> 12 + u)               |v| < 2^23
-o = [v > vth << 6], then v = 0                  vth of 17 bits; a is the sum of weights that act
+o = [v > vth << 6], then v = 0                  vth of 17 bits; a is the sum of active weights
 
 These are the rules of Lava's models that are bit-accurate with the chip (lava-nc/lava,
 proc/lif/models.py, proc/dense/models.py, utils/weightutils.py). Here they are computed layer by
-layer in float64, which holds such integers exactly; `loihi_chip` computes them again, from the
-file, in integers and in the order in which the chip does.
+layer in float64, which represents such integers exactly; `loihi_chip` computes them independently,
+from the file, in integers and in the chip's order.
 
 Shape legend   T spike steps, B observations, I inputs, N neurons of a layer, A action entries,
 P neurons of one population.
@@ -35,16 +35,16 @@ from spikerl.models.policy import Policy
 from spikerl.snn.decoders import ILCDecoder
 from spikerl.snn.neurons import PLIF, CubaLIF, Neuron
 
-LARGEST_WEIGHT = 254  # even: what a synapse of mixed sign holds above 0
+LARGEST_WEIGHT = 254  # largest even integer in a synapse of mixed sign
 LARGEST_THRESHOLD = 2**17 - 1
-UNITY = 4096  # of decays
+UNITY = 4096  # 1.0 in the fixed-point decays
 HALF_RANGE = 2.0**23  # of u and v
 
-# Davies et al., IEEE Micro 2018; of a core, nengo-loihi's block.py.
+# Davies et al., IEEE Micro 2018; limits of a core as in nengo-loihi's block.py.
 CORES = 128
 CORE_NEURONS = 1024
 CORE_INPUTS = CORE_OUTPUTS = 4096  # axons
-CORE_SYNAPSES = 2**20 // 8  # of 8 bits each, without the headers of their lists
+CORE_SYNAPSES = 2**20 // 8  # of 8 bits each, not counting the headers of their lists
 
 EQUATION = (
     "u = wrap24(toward_zero(u (4096 - du - 1) / 4096) + 64 a);"
@@ -61,7 +61,7 @@ TIMING = (
 
 @dataclass
 class Layer:
-    """What the chip holds of one; weights act on u in units of 64."""
+    """The integers of a layer on the chip; weights act on u in units of 64."""
 
     weight_IN: np.ndarray  # int64, even
     bias_N: np.ndarray
@@ -72,7 +72,7 @@ class Layer:
     scale: float  # integers for one unit of the policy's voltage
 
     def tensors(self, k: int) -> dict[str, np.ndarray]:
-        """By their names in the file; of weights half, as their lowest bit is 0."""
+        """The file's tensors by name; weights are stored halved, as their lowest bit is 0."""
         named = {"weight": self.weight_IN, "bias": self.bias_N, "lateral": self.lateral_APP}
         halves = {n: (w // 2).astype(np.int8) for n, w in named.items() if w is not None}
         numbers = {n: np.array([getattr(self, n)], np.int32) for n in ("vth", "du", "dv")}
@@ -80,7 +80,7 @@ class Layer:
 
 
 def check_policy(policy: Policy) -> None:
-    """BadRequest where one chip is too small for it, or its integers for the weights."""
+    """Raise BadRequest if the policy needs more than one chip, or larger integers for weights."""
     actor = policy.actor
     assert isinstance(actor, SpikingActor)
     cores_of(actor)
@@ -94,10 +94,11 @@ def cores_of(actor: SpikingActor) -> int:
 
 
 def cores(sizes: list[int], lateral: int = 0) -> int:
-    """How many the encoder's neurons and the layers take; `lateral` inputs more for the last.
+    """Number of cores that encoder and layers need; BadRequest if the chip is too small.
 
-    The encoder's are there to send on what the host computed. A core with few neurons of a layer
-    sends to as many cores as its outgoing axons reach.
+    `lateral`: further inputs of the last layer. The encoder's neurons only relay the spikes that
+    the host computed. A core's outgoing axons limit how many of its neurons can reach all cores of
+    the next layer.
     """
     used, receivers = 0, 1
     for k in reversed(range(len(sizes))):
@@ -130,7 +131,7 @@ def quantised(actor: SpikingActor) -> list[Layer]:
         every = [weight, bias] if lateral is None else [weight, bias, lateral]
         largest = max(float(np.abs(w).max()) for w in every)
         threshold = neuron.config.threshold
-        # A whole number of thresholds' integers: the threshold itself is not rounded.
+        # The scale is chosen such that the scaled threshold is an integer and needs no rounding.
         vth = LARGEST_THRESHOLD
         if largest > 0.0:
             vth = int(min(threshold * LARGEST_WEIGHT / largest, LARGEST_THRESHOLD))
@@ -150,7 +151,7 @@ def exact(tensor: torch.Tensor) -> np.ndarray:
 
 
 def decays(neuron: Neuron) -> tuple[int, int]:
-    """du and dv, the nearest to the shares that are kept."""
+    """du and dv for the decays nearest to those of the neuron."""
     if isinstance(neuron, PLIF):
         voltage, current = float(neuron.decay_logit.detach().double().sigmoid()), 0.0
     else:
@@ -169,7 +170,7 @@ def write(policy: Policy, path: Path) -> None:
 
 
 def facts(policy: Policy) -> dict[str, Any]:
-    """For the contract."""
+    """Further keys of the contract."""
     actor = policy.actor
     assert isinstance(actor, SpikingActor)
     return {
@@ -187,9 +188,9 @@ def facts(policy: Policy) -> dict[str, Any]:
 
 @torch.no_grad()
 def emulated(policy: Policy, obs_BO: np.ndarray) -> proof.Recorded:
-    """What the policy does in these integers, with its own encoder and decoder.
+    """The policy's spikes and actions with these integers, and its own encoder and decoder.
 
-    Observations are set aside where rounding decides a spike of the encoder.
+    Observations for which rounding decides a spike of the encoder are set aside.
     """
     actor = policy.actor
     assert isinstance(actor, SpikingActor)

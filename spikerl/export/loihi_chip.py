@@ -1,7 +1,7 @@
-"""An emulator of Loihi's integers, bit by bit, that reads a file of format `loihi`.
+"""A bit-accurate emulator of Loihi's integer arithmetic that reads a file of format `loihi`.
 
-It keeps the chip's clock: at a chip step every neuron takes what arrived, updates itself and sends
-its spikes, which act one chip step later. See `loihi` for the rules.
+It follows the chip's clock: at a chip step every neuron takes the spikes that arrived, updates its
+state and sends its own spikes, which act one chip step later. See `loihi` for the rules.
 
 Shape legend   T spike steps, B observations, I inputs, N neurons of a layer, A action entries,
 P neurons of one population.
@@ -17,14 +17,14 @@ from safetensors.numpy import load
 
 from spikerl.export.host import Host
 
-MOST_INPUTS = 4096  # of a core; sums of as many weights are exact in float32
+MOST_INPUTS = 4096  # of a core; sums of that many weights are exact in float32
 
 
 class Cells:
-    """One layer of neurons, with what leads to them."""
+    """One layer of neurons and their incoming synapses."""
 
     def __init__(self, tensors: dict[str, np.ndarray], k: int, inputs: int) -> None:
-        """A KeyError or ValueError where the tensors are not of such a layer."""
+        """Raises KeyError or ValueError unless the tensors are those of such a layer."""
         self.weight_IN = synapses(tensors[f"{k}.weight"])
         self.bias_N = doubled(tensors[f"{k}.bias"])
         if self.weight_IN.shape != (inputs, *self.bias_N.shape) or self.bias_N.ndim != 1:
@@ -58,10 +58,10 @@ class Cells:
 
 
 class Interpreter:
-    """The chip with its host."""
+    """The chip together with its host."""
 
     def __init__(self, path: Path, contract: dict[str, Any], scratch: Path) -> None:
-        """A KeyError or ValueError where the file is not of this format, or not of its contract."""
+        """Raises KeyError or ValueError unless the file has this format and fits its contract."""
         self.host = Host(contract)
         tensors = load(path.read_bytes())
         self.steps = int(tensors["spike_steps"][0])
@@ -85,7 +85,7 @@ class Interpreter:
         silence = np.zeros(encoded_TBN.shape[1:], bool)
         for layer in self.layers:
             layer.rest(len(obs_BO))
-        sent = [silence, *(layer.fired for layer in self.layers)]  # at the chip step before
+        sent = [silence, *(layer.fired for layer in self.layers)]  # in the previous chip step
         counted: list[list[np.ndarray]] = [[] for _ in self.layers]
         for step in range(self.steps + len(self.layers)):
             now = [encoded_TBN[step] if step < self.steps else silence]
@@ -103,26 +103,26 @@ class Interpreter:
 
 
 def synapses(halves: np.ndarray) -> np.ndarray:
-    """Weights (I, N) from as many inputs as float32 adds exactly."""
+    """Weights (I, N); ValueError if there are more inputs than float32 adds exactly."""
     if len(halves) > MOST_INPUTS:
         raise ValueError(f"weights from {len(halves)} inputs")
     return doubled(halves)
 
 
 def doubled(halves: np.ndarray) -> np.ndarray:
-    """As float32, which adds them fast."""
+    """The weights of which a file holds the halves, as float32 for fast sums."""
     if halves.dtype != np.int8:
         raise ValueError(f"weights of {halves.dtype}")
     return 2.0 * halves.astype(np.float32)
 
 
 def number(array: np.ndarray, bits: int) -> int:
-    """A register's."""
+    """The unsigned number in a register; ValueError unless it has at most that many bits."""
     if array.shape != (1,) or array.dtype != np.int32 or not 0 <= array[0] < 2**bits:
         raise ValueError(f"a register of other than {bits} bits")
     return int(array[0])
 
 
 def shifted(product: np.ndarray) -> np.ndarray:
-    """Right by 12 bits, towards zero."""
+    """Shift right by 12 bits, rounding towards zero."""
     return np.sign(product) * (np.abs(product) >> 12)

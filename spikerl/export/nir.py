@@ -7,8 +7,8 @@ first and the voltage from the new current:
                 with tau = dt / (1 - decay), w_in = tau_syn / dt, r = tau_mem / dt
 `lif`, `plif`   LIF: tau dv/dt = v_leak - v + r I, with r = tau / dt
 
-All fire strictly above v_threshold and are then set to v_reset = 0. What comes before the first
-layer (normaliser, encoder) and behind the last (decoder, action) is in the contract.
+All fire strictly above v_threshold and are then set to v_reset = 0. The parts before the first
+layer (normaliser, encoder) and after the last (decoder, action) are in the contract.
 
 Shape legend   T spike steps, B observations, N neurons of a layer.
 """
@@ -30,11 +30,11 @@ from spikerl.models.policy import Policy
 from spikerl.snn.neurons import PLIF, CubaLIF, CubaLIFConfig, Neuron
 
 DT = 1e-4  # seconds; the step that snnTorch's reader assumes
-DEFLATED = 1032  # to how many bytes one may be unpacked, at most
+DEFLATED = 1032  # largest ratio of unpacked to packed size in deflate
 
 
 def check_here() -> None:
-    """BadRequest where the package is not installed."""
+    """Raise BadRequest if the package is not installed."""
     if find_spec("nir") is None:
         remedy = "nir is not installed; pip install 'spikerl[nir]'"
         raise BadRequest("format", "nir", remedy)
@@ -57,7 +57,7 @@ def write(policy: Policy, path: Path) -> None:
 
 
 def neurons(nir: Any, neuron: Neuron, n: int) -> Any:
-    """One layer's, arrays of its shape."""
+    """One layer's neurons as a NIR node, with arrays of shape (n,)."""
 
     def all_of(value: float) -> np.ndarray:
         return np.full(n, value, np.float32)
@@ -85,18 +85,18 @@ def neurons(nir: Any, neuron: Neuron, n: int) -> Any:
 
 
 class Interpreter:
-    """NIR's equations by Euler's steps, in float64; encoder and decoder as the contract says."""
+    """NIR's equations in Euler steps, in float64; encoder and decoder as in the contract."""
 
     def __init__(self, path: Path, contract: dict[str, Any], scratch: Path) -> None:
-        """A ValueError where the file holds another graph than `write` makes, or none."""
+        """Raises ValueError unless the file holds a graph of the form that `write` makes."""
         nir: Any = import_module("nir")
         check_content(path)
         graph = nir.read(path)
         self.host, self.dt = Host(contract), float(contract["dt"])
-        if self.host.decoder == "ilc":  # whose lateral connections no graph here has
+        if self.host.decoder == "ilc":  # graphs of this form have no lateral connections
             raise ValueError("decoder.name")
         following = dict(graph.edges)
-        if len(following) < len(graph.edges):  # as of neurons that feed themselves too
+        if len(following) < len(graph.edges):  # for example recurrent connections
             raise ValueError("it has nodes with more than one successor")
         name, self.layers, width = following["input"], [], self.host.inputs
         while name != "output":
@@ -139,7 +139,7 @@ class Interpreter:
 
 
 def check_layer(nir: Any, weights: Any, cells: Any, inputs: int) -> int:
-    """Neurons of a layer; a ValueError unless its parts fit each other and `inputs`."""
+    """Number of neurons of a layer; ValueError unless its parts fit each other and `inputs`."""
     if type(weights) is not nir.Affine or type(cells) not in (nir.LIF, nir.CubaLIF):
         raise ValueError("it has nodes that no exported policy has")
     n = len(weights.bias)
@@ -154,7 +154,7 @@ def check_layer(nir: Any, weights: Any, cells: Any, inputs: int) -> int:
 
 
 def check_content(path: Path) -> None:
-    """A ValueError where HDF5 would read another file, or claims more than the file can hold."""
+    """Raise ValueError if HDF5 would read other files, or data larger than the file can hold."""
     h5py: Any = import_module("h5py")
     size = path.stat().st_size
     claimed, seen = 0, set()

@@ -1,7 +1,7 @@
-"""Format `onnx`: one graph from raw observations to actions, its spike steps one after another.
+"""Format `onnx`: one graph from raw observations to actions, with the spike steps unrolled.
 
-It has the operators that every runtime has, in float32; the batch may have any size. What an
-encoder or a layer fires at spike step t is called `spikes_LAYER_t`.
+It uses operators that every runtime has, in float32; the batch may have any size. The spikes of an
+encoder or a layer at spike step t are called `spikes_LAYER_t`.
 
 Shape legend   T spike steps, B observations, N neurons of a layer, O observation entries, A action
 entries.
@@ -33,18 +33,19 @@ from spikerl.snn.encoders import LearnedEncoder, PopulationEncoder, TanhPopulati
 from spikerl.snn.linear import Linear
 from spikerl.snn.neurons import ALIF, PLIF, CubaLIF, Dynamic, Neuron
 
-OPSET, IR_VERSION = 17, 8  # of 2022: what runtimes on small machines read
+OPSET, IR_VERSION = 17, 8  # of 2022, which runtimes on small machines can read
 PACKAGES = ("onnx", "onnxruntime")
-# What `write` uses, and all that is accepted: each costs about what its values take.
+# Operators that `write` uses; no others are accepted, as the cost of these is bounded by the sizes
+# of their values.
 OPERATORS = {
     "Abs", "Add", "Cast", "Clip", "Concat", "Div", "Exp", "Flatten", "Greater", "MatMul", "Max",
     "Min", "Mul", "Relu", "Sub", "Sum", "Tanh", "Unsqueeze", "Where",
 }  # fmt: skip
-MOST_VALUES = 1 << 20  # that one of them has, of one observation
+MOST_VALUES = 1 << 20  # bound of the entries of an operator's output, per observation
 
 
 def check_here() -> None:
-    """BadRequest where a package is not installed."""
+    """Raise BadRequest if a package is not installed."""
     for package in PACKAGES:
         if find_spec(package) is None:
             remedy = f"{package} is not installed; pip install 'spikerl[onnx]'"
@@ -78,18 +79,18 @@ def write(policy: Policy, path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-Value = str | float | np.ndarray | Tensor  # a name, or a constant
+Value = str | float | np.ndarray | Tensor  # the name of a value, or a constant
 
 
 class Graph:
-    """Nodes in the order of their use; every value has a name."""
+    """Builds a graph: nodes in the order of execution, with a name for every value."""
 
     def __init__(self, onnx: Any) -> None:
         self.onnx = onnx
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
-        self.names: dict[Any, str] = {}  # of constants that are there already
-        self.alive: list[Value] = []  # so that no other gets the id of one
+        self.names: dict[Any, str] = {}  # of existing constants, by value or id
+        self.alive: list[Value] = []  # keeps constants alive, so that their ids are not reused
 
     def op(self, kind: str, *inputs: Value, name: str | None = None, **settings: Any) -> str:
         name = name or f"{kind.lower()}_{len(self.nodes)}"
@@ -112,7 +113,7 @@ class Graph:
         return self.op("Add", self.op("MatMul", x, layer.weight_IN), layer.bias_N)
 
     def fired(self, excess: str, name: str | None = None) -> str:
-        """1 where it is above 0."""
+        """1 where `excess` is above 0, else 0."""
         above = self.op("Greater", excess, 0.0)
         return self.op("Cast", above, name=name, to=self.onnx.TensorProto.FLOAT)
 
@@ -131,7 +132,7 @@ def dense(graph: Graph, actor: MLPActor, x: str) -> str:
 
 
 def spiking(graph: Graph, actor: SpikingActor, x: str) -> str:
-    """What the decoder gives, (B, A)."""
+    """The decoder's outputs, (B, A)."""
     below = encoded(graph, actor, x)
     first = int(actor.encoder.spikes)
     for k, neuron in enumerate(actor.neurons):
@@ -145,7 +146,7 @@ def spiking(graph: Graph, actor: SpikingActor, x: str) -> str:
 
 
 def encoded(graph: Graph, actor: SpikingActor, x: str) -> list[str]:
-    """What drives the first layer at each spike step."""
+    """The inputs of the first layer at each spike step."""
     encoder, steps = actor.encoder, actor.spike_steps
     if isinstance(encoder, LearnedEncoder):
         n = encoder.outputs
@@ -177,7 +178,7 @@ def encoded(graph: Graph, actor: SpikingActor, x: str) -> list[str]:
 def scan(
     graph: Graph, neuron: Neuron, drives: list[str], name: str, lateral: ILCDecoder | None
 ) -> list[str]:
-    """One layer's spikes at each spike step; see snn/neurons.py for the equations."""
+    """One layer's spikes at each spike step; equations as in snn/neurons.py."""
     c = neuron.config
     zero = graph.op("Mul", drives[0], 0.0)
     voltage, spikes, current, other = zero, zero, zero, zero
@@ -263,13 +264,13 @@ def decoded(graph: Graph, actor: SpikingActor, spikes: list[str]) -> str:
 
 
 class Interpreter:
-    """The file as onnxruntime runs it."""
+    """Runs the file in onnxruntime."""
 
     def __init__(self, path: Path, contract: dict[str, Any], scratch: Path) -> None:
-        """A ValueError where the file is of another make than `write`'s."""
+        """Raises ValueError unless the file has the form that `write` makes."""
         onnx: Any = import_module("onnx")
         content = path.read_bytes()
-        model = onnx.load_model_from_string(content)  # and no other file
+        model = onnx.load_model_from_string(content)  # reads no other files
         check_graph(onnx, model)
         self.session = session(content)
         self.steps = contract.get("spike_steps", 0)
@@ -278,7 +279,7 @@ class Interpreter:
         while self.steps and f"spikes_{len(self.layers)}_0" in written:
             k = len(self.layers)
             self.layers.append([f"spikes_{k}_{t}" for t in range(self.steps)])
-        # The same file with spikes as outputs.
+        # The same graph with spikes as additional outputs.
         kind = onnx.TensorProto.FLOAT
         for name in (name for names in self.layers for name in names):
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
@@ -295,7 +296,9 @@ class Interpreter:
 
 
 def check_graph(onnx: Any, model: Any) -> None:
-    """A ValueError where it has parts that `write` does not make, or values of unknown size."""
+    """Raise ValueError if the graph has parts that `write` does not make, or values whose size is
+    unknown or too large.
+    """
     graph, domains = model.graph, {opset.domain for opset in model.opset_import}
     own = {attribute.type for node in graph.node for attribute in node.attribute}
     plain = own <= {onnx.AttributeProto.INT}  # axis, to; none is a graph
@@ -311,7 +314,7 @@ def check_graph(onnx: Any, model: Any) -> None:
     for node in graph.node:
         for name in node.output:
             dims = known[name].shape.dim if name in known else []
-            # The first may be the batch's.
+            # The first dimension may be the batch, whose size is unknown.
             sizes = [d.dim_value for d in dims[1:]] + [max(d.dim_value, 1) for d in dims[:1]]
             if not dims or min(sizes) < 1 or math.prod(sizes) > MOST_VALUES:
                 raise ValueError("it has values whose size is not known, or too large")
@@ -321,5 +324,5 @@ def session(model: bytes) -> Any:
     runtime: Any = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors alone
+    options.log_severity_level = 3  # errors only
     return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

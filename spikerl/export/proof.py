@@ -1,4 +1,4 @@
-"""That a file acts as the policy does: the same spikes, the same actions, a return of its own.
+"""Proof that a file acts as the policy does: same spikes, same actions, and its measured return.
 
 Shape legend   T spike steps, B observations, N neurons of a layer, O observation entries, A action
 entries.
@@ -31,36 +31,36 @@ from spikerl.snn.encoders import Encoder, PopulationEncoder
 from spikerl.training.evaluator import Evaluator
 from spikerl.types import Task
 
-LEAST, MOST = 1000, 3000  # observations that are reproduced
-MOST_RECORDED = 12_000  # of which so many are not decided by rounding
-MOST_EPISODES = 2048  # that are run for them
+LEAST, MOST = 1000, 3000  # observations compared: at least, and at first at most
+MOST_RECORDED = 12_000  # bound of observations tried until LEAST are not decided by rounding
+MOST_EPISODES = 2048  # bound of the episodes run for them
 TOLERANCE = 1e-6  # of actions, relative to the larger bound
-MOST_TOLERANCE = 1e-4  # of dense ones, however far rounding takes the policy's own
-# Voltages nearer to their threshold, relative to the layer's largest, are decided by the order in
-# which float32 numbers are added, which differs between the policy's own kernels too.
+MOST_TOLERANCE = 1e-4  # bound for dense actors, whose tolerance follows from their rounding
+# If a voltage is closer than this to its threshold, relative to the layer's largest voltage, the
+# order of float32 additions decides the spike; it differs between the policy's own kernels too.
 ROUNDING = 2.0**-18
 PIECE = 128  # observations whose spikes are counted at once
 
 
 class ProofFailed(RuntimeError):
-    """The file does not act as the policy."""
+    """The file does not act as the policy does."""
 
 
 class Interpreter(Protocol):
-    """Runs a written file."""
+    """Runs an exported file."""
 
     def spikes(self, obs_BO: np.ndarray) -> list[np.ndarray]:
-        """Whether they fire, (T, B, N): of the encoder, unless it gives currents; of each layer."""
+        """Spikes, (T, B, N) each: of the encoder unless it gives currents, then of each layer."""
 
     def actions(self, obs_BO: np.ndarray) -> np.ndarray:
-        """In the environment's units, float32 (B, A)."""
+        """Actions in the environment's units, float32 (B, A)."""
 
 
 @dataclass
 class Recorded:
-    """What the policy does; observations whose spikes rounding decides are set aside.
+    """The policy's spikes and actions, without observations for which rounding decides a spike.
 
-    Its actions are those that its spikes (dense: observations) give in float64.
+    Actions are computed in float64 from the spikes (for a dense actor, from the observations).
     """
 
     obs_BO: np.ndarray  # float32
@@ -70,7 +70,7 @@ class Recorded:
     tolerance: float = TOLERANCE
 
 
-# What a file must reproduce of raw observations, float32 (B, O).
+# Computes what a file must reproduce on raw observations, float32 (B, O).
 Reference = Callable[[Policy, np.ndarray], "Recorded"]
 
 
@@ -82,11 +82,12 @@ def prove(
     seed: int,
     emulated: Reference | None = None,
 ) -> dict[str, Any]:
-    """What was compared, for the contract; ProofFailed names the first difference.
+    """Compare the file with the policy; returns the results for the contract. Raises ProofFailed
+    with the first difference.
 
-    `env`: None where the environment is unknown; observations are then drawn. `emulated`: of a
-    format that only approximates the policy, what its file must do; how far that is from what the
-    policy does is then measured.
+    `env`: None if the environment is unknown; observations are then drawn. `emulated`: for a format
+    that only approximates the policy, computes what its file must do; the difference from the
+    policy is then measured too.
     """
     recorded = record(policy, env, episodes, seed, emulated)
     spikes = file.spikes(recorded.obs_BO)
@@ -119,9 +120,10 @@ def prove(
 
 @torch.no_grad()
 def against_policy(policy: Policy, file: Recorded, act_BA: np.ndarray) -> dict[str, Any]:
-    """How an approximation differs: the share of each layer's spikes, and actions.
+    """How an approximation differs from the policy: share of differing spikes by layer, actions.
 
-    Also on observations that rounding decides: they are of the policy, and nothing is proven here.
+    Includes observations for which rounding decides a spike of the policy, since nothing is proven
+    here.
     """
     assert isinstance(policy.actor, SpikingActor)
     x = policy.norm.normalize(torch.from_numpy(file.obs_BO))
@@ -137,14 +139,14 @@ def against_policy(policy: Policy, file: Recorded, act_BA: np.ndarray) -> dict[s
 
 
 class InUnits(Task):
-    """Of actions that have the environment's units already."""
+    """A task whose actions are already in the environment's units."""
 
     def to_env(self, act: np.ndarray) -> np.ndarray:
         return self.typed(act.reshape(*act.shape[:-1], *self.act_shape))
 
 
 class FilePolicy:
-    """Acts by a file alone; the task says what its environment is."""
+    """A policy that acts with an exported file alone; `task` describes its environment."""
 
     def __init__(
         self,
@@ -173,14 +175,14 @@ class FilePolicy:
         return act_BA
 
     def carried(self) -> None:
-        """Its decisions depend on one observation each."""
+        """None: a decision depends on a single observation."""
 
     def observe(self, obs_BO: np.ndarray) -> Tensor:
-        """Raw, as the file normalises."""
+        """Raw observations, since the file itself normalises."""
         return torch.from_numpy(obs_BO.astype(np.float32))
 
     def activity(self, seen_BO: Tensor, generator: torch.Generator) -> Activity | None:
-        """None where it is dense, or does not say how many spike steps it took."""
+        """Firing statistics; None for a dense file, or if the number of steps taken is unknown."""
         if self.exits_early:
             return None
         counts: list[Tensor] = []
@@ -203,7 +205,7 @@ def record(
     seed: int,
     reference: Reference | None = None,
 ) -> Recorded:
-    """At least LEAST observations, of as many steps and episodes as that takes."""
+    """Record at least LEAST observations, from as many steps and episodes as that takes."""
     most = MOST
     while True:
         obs_BO = observations(policy, env, episodes, seed)
@@ -224,7 +226,7 @@ def record(
 
 
 def observations(policy: Policy, env: EnvConfig | None, episodes: int, seed: int) -> np.ndarray:
-    """Raw, float32 (B, O)."""
+    """Raw observations, float32 (B, O)."""
     if env is None:
         rng = np.random.default_rng(seed_for(seed, "eval"))
         drawn = rng.standard_normal((MOST_RECORDED + 1, policy.task.obs_dim))
@@ -238,11 +240,11 @@ def observations(policy: Policy, env: EnvConfig | None, episodes: int, seed: int
 def recorded_of(policy: Policy, obs_BO: np.ndarray) -> Recorded:
     actor = policy.actor
     x = policy.norm.normalize(torch.from_numpy(obs_BO))
-    exact = deepcopy(actor).double()  # so that a difference is the file's rounding alone
+    exact = deepcopy(actor).double()  # so that differences are due to the file's rounding alone
     if not isinstance(actor, SpikingActor) or not isinstance(exact, SpikingActor):
         exact.dtype = torch.float64
         recorded = Recorded(obs_BO, [], in_units(policy, exact(x.double())), 0)
-        # Of its kernel and of the reference: where sums cancel, another order is another error.
+        # With the actor's kernel and the reference: if sums cancel, errors depend on their order.
         acts = [in_units(policy, act) for act in (actor(x), reference.dense_actions(actor, x))]
         rounded = max(float(difference_of(policy.task, recorded, act).max()) for act in acts)
         tolerance = min(max(TOLERANCE, 2.0 * rounded), MOST_TOLERANCE)
@@ -263,14 +265,16 @@ def recorded_of(policy: Policy, obs_BO: np.ndarray) -> Recorded:
 
 
 def decoded(policy: Policy, spikes_TBN: Tensor) -> np.ndarray:
-    """Actions (B, A) of the last layer's spikes, so that a difference is the file's rounding."""
+    """Actions (B, A) from the last layer's spikes, in float64, so that differences are due to the
+    file's rounding.
+    """
     assert isinstance(policy.actor, SpikingActor)
     decoder = deepcopy(policy.actor.decoder).double()
     return in_units(policy, decoder(spikes_TBN.double()).tanh())
 
 
 def decided(actor: SpikingActor, spikes_TBN: Tensor, taken_TB1: Tensor) -> tuple[Tensor, Tensor]:
-    """Actions in [-1, 1], and where, (B,), rounding decides at which spike step they settled."""
+    """Actions in [-1, 1], and a mask (B,) where rounding decides the spike step of the exit."""
     near = torch.zeros(spikes_TBN.shape[1], dtype=torch.bool)
     exit = actor.early_exit
     if exit is None:
@@ -286,12 +290,12 @@ def decided(actor: SpikingActor, spikes_TBN: Tensor, taken_TB1: Tensor) -> tuple
 
 
 def in_units(policy: Policy, act_BA: Tensor) -> np.ndarray:
-    task = replace(policy.task, act_dtype="float32")  # as files give them
+    task = replace(policy.task, act_dtype="float32")  # the type of actions from files
     return task.to_env(act_BA.numpy()).reshape(act_BA.shape)
 
 
 def encoder_near(encoder: Encoder, x_BO: Tensor, spike_steps: int) -> Tensor:
-    """Where an encoder's voltage comes that near to its threshold, (B,)."""
+    """Mask (B,) where an encoder's voltage comes within rounding of its threshold."""
     near = torch.zeros(len(x_BO), dtype=torch.bool)
     if isinstance(encoder, PopulationEncoder) and encoder.spikes:
         threshold, activity = encoder.config.threshold, encoder.activity(x_BO)
@@ -323,7 +327,7 @@ def compare_spikes(recorded: Recorded, spikes: list[np.ndarray]) -> None:
 
 
 def compare_actions(task: Task, recorded: Recorded, act_BA: np.ndarray) -> float:
-    """The largest difference, relative to the larger bound of its entry."""
+    """Largest difference, relative to the larger bound of its entry; ProofFailed if too large."""
     if act_BA.shape != recorded.act_BA.shape:
         raise ProofFailed(f"its actions are {act_BA.shape}")
     difference = difference_of(task, recorded, act_BA)
@@ -343,7 +347,7 @@ def difference_of(task: Task, recorded: Recorded, act_BA: np.ndarray) -> np.ndar
 
 
 def known_env(policy: Policy, run: str, env_id: str | None) -> EnvConfig | None:
-    """The policy's environment, None where it is not registered here."""
+    """The policy's environment, None if it is not registered here."""
     try:
         env, probe = env_of(policy.task, run, env_id)
     except BadRequest as error:

@@ -1,4 +1,4 @@
-"""An exported file, read back with its contract: both are checked before either is used."""
+"""Reads an exported file with its contract; both are checked before either is used."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST_STEPS = 1000
 
 @dataclass
 class Exported:
-    """A file whose content is what its contract says, and which nothing has run yet."""
+    """A file whose content matches its contract, and which has not been run yet."""
 
     path: Path
     content: bytes
@@ -40,7 +40,7 @@ class Exported:
         return str(self.contract["format"])
 
     def policy(self) -> FilePolicy:
-        """Ready to act; BadRequest where its format is not installed or the file is not sound.
+        """The file, ready to act; BadRequest if its format is not installed or the file is invalid.
 
         C is compiled here and runs as code of this process.
         """
@@ -50,7 +50,7 @@ class Exported:
         except BadRequest as error:
             raise BadRequest("run", self.path, error.args[2]) from None
         try:
-            # The content that was checked, whatever becomes of the file.
+            # Use the content that was checked, as the file may change.
             with TemporaryDirectory(prefix="spikerl-eval-") as folder:
                 file = Path(folder) / f"policy.{self.format}"
                 file.write_bytes(self.content)
@@ -71,7 +71,7 @@ class Exported:
 
 
 def read(path: Path) -> Exported:
-    """BadRequest where the file or the contract beside it is missing, foreign or damaged."""
+    """Read and check; BadRequest if the file or its contract is missing, foreign or damaged."""
     beside = path.with_name(f"{path.name}.json")
     if not beside.is_file():
         remedy = f"is not a run folder, and no exported file: {beside.name} is not beside it"
@@ -102,7 +102,7 @@ def read(path: Path) -> Exported:
         if not all(text.isprintable() for text in trained_with.values()):
             raise ValueError("trained_with, which cannot be printed")
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        # Of a value of another kind Python says what it cannot do with it.
+        # For a value of a wrong type, Python's message would not name the key.
         plain = isinstance(error, KeyError | ValueError)
         what = first_line(error) if plain else "a value, which is of another kind than its key says"
         remedy = f"{beside.name} lacks or garbles {what}; export it again"
@@ -111,7 +111,7 @@ def read(path: Path) -> Exported:
 
 
 def check_acts(file: Interpreter, task: Task) -> None:
-    """Almost any error where it does not act on any number of observations: some show only then."""
+    """Act on batches of two sizes, as some faults only show then; may raise almost any error."""
     for batch in (1, 3):
         obs_BO = np.zeros((batch, task.obs_dim), np.float32)
         shapes = [
@@ -123,7 +123,7 @@ def check_acts(file: Interpreter, task: Task) -> None:
 
 
 def check_sizes(contract: dict[str, Any]) -> None:
-    """A KeyError, TypeError or ValueError where they are not sizes of a policy."""
+    """Raise KeyError, TypeError or ValueError unless the contract's sizes are those of a policy."""
     sizes = contract["sizes"]
     every = list(sizes["layers"])
     if "spike_steps" in contract:

@@ -1,4 +1,4 @@
-"""What each format can hold of a policy, and why not the rest: the only list of it."""
+"""Which parts of a policy each format can hold, and why not the others; the only such list."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Verdict:
 
 
 YES = Verdict(FAITHFUL)
-INSIDE = {"nir": "the graph", "loihi": "the chip"}  # what a contract has the surroundings of
+INSIDE = {"nir": "the graph", "loihi": "the chip"}  # what encoder and decoder lie outside of
 
 
 def neuron_verdict(format: str, name: str, reset: str, decays: tuple[float, ...] = ()) -> Verdict:
-    """`decays`: the shares that are kept, where they are known."""
+    """`decays`: the neuron's decays that are fixed by the config."""
     if name not in NEURONS:
         return Verdict(REFUSED, "a plugin's equation is not known here")
     if name == "residual_if":
@@ -104,7 +104,7 @@ def early_exit_verdict(format: str) -> Verdict:
 
 
 def verdicts(format: str, config: ActorConfig, exits_early: bool = False) -> dict[str, Verdict]:
-    """By the config group of each part, and of an early exit where there is one."""
+    """Verdicts by the config group of each part, and on the early exit if there is one."""
     if ACTORS.part(config.actor) not in (SpikingActor, MLPActor):
         return {"actor": Verdict(REFUSED, "a plugin's equation is not known here")}
     if isinstance(config.actor, ConvConfig):
@@ -127,7 +127,7 @@ def verdicts(format: str, config: ActorConfig, exits_early: bool = False) -> dic
 
 
 def check(format: str, config: ActorConfig, exits_early: bool = False) -> dict[str, Verdict]:
-    """The verdicts; BadRequest where a part is refused, by its name."""
+    """The verdicts; BadRequest that names a part if it is refused."""
     parts: dict[str, Any] = vars(config)
     answers = verdicts(format, config, exits_early)
     for group, verdict in answers.items():
