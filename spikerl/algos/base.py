@@ -1,4 +1,4 @@
-"""What every algorithm shares: the step from a gradient to new weights."""
+"""Shared by every algorithm: its config, and the step from a gradient to new weights."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class Optimizer:
         zeros = torch.zeros_like(self.flat)
         self.moments = Moments(self.flat, step, zeros, zeros.clone())
         self.guard, self.world, self.kernel = guard, world, kernels.named(kernel)
-        self.weight_decay = 0.0  # AdamW: a step subtracts lr * weight_decay * w from each weight w
+        self.weight_decay = 0.0  # AdamW: a step subtracts lr * weight_decay * w from each learned w
         self.held = False  # while true, a step leaves the weights unchanged
 
     def step(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What algorithms that replay transitions share: when updates are due, and their batches."""
+"""Shared by algorithms that replay transitions: when updates are due, and their batches."""
 
 from __future__ import annotations
 

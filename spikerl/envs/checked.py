@@ -136,7 +136,7 @@ def message_of(error: BaseException) -> str:
 
 
 def describe_raised(error: BaseException) -> str:
-    """What an environment raised, in one line, and where."""
+    """One line that says what an environment raised, and where."""
     message = f": {line}" if (line := message_of(error)) else ""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if len(frames) > 1 else ""

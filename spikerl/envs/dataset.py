@@ -36,7 +36,7 @@ from spikerl.schema import FLOAT32_MAX
 from spikerl.types import MAX_EPISODE_STEPS, Task
 
 METADATA, MAIN = "data/metadata.json", "data/main_data.hdf5"
-VERSION = "0.5.4"  # of Minari, whose format this is
+VERSION = "0.5.4"  # the version of Minari whose format this is
 MAX_BYTES = 1 << 24  # of metadata.json
 FIELDS = ("observations", "actions", "rewards", "terminations", "truncations")
 SHUFFLE, GZIP, CHECKSUM = 2, 1, 3  # accepted HDF5 filters

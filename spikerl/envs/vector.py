@@ -184,7 +184,7 @@ def check_finite(where: str, obs: np.ndarray, rew: float = 0.0) -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """What an environment did, as the predicate of a sentence about it."""
+    """What an environment did, as a predicate: the caller puts the environment's name before it."""
     if isinstance(error, EnvironmentFailed):
         return str(error)
     if isinstance(error, TimeoutError | multiprocessing.TimeoutError):

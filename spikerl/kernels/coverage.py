@@ -21,7 +21,7 @@ from spikerl.snn.linear import Linear
 from spikerl.snn.neurons import ALIF, PLIF, CubaLIF, Dynamic, Neuron, ResidualIF
 
 MAX_LAYERS, MAX_STEPS = 16, 32  # as in csrc/spiking.h and csrc/neurons.h
-MAX_INPUTS = 1 << 23  # of a layer: lists of spikes store an input's number in 24 bits
+MAX_INPUTS = 1 << 23  # per layer: lists of spikes store an input's number in 24 bits
 COVERED_ENCODERS = (PopulationEncoder, PoissonEncoder, TanhPopulationEncoder, AnalogEncoder)
 # The numbers of `with_neuron` in csrc/neurons.h for a neuron and its reset. A surrogate's number is
 # its index in snn.surrogates.SURROGATES.

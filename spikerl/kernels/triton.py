@@ -1,7 +1,7 @@
 """Neurons on a GPU: a layer's scan over all spike steps in one kernel, forward and backward.
 
-Products stay with PyTorch, one for all spike steps of a layer. Drives may be float32, bfloat16 or
-float16; currents, membranes and their comparison are float32.
+PyTorch computes the products, one for all spike steps of a layer. Drives may be float32, bfloat16
+or float16; currents, membranes and the comparison with the threshold are float32.
 
 Shape legend   T spike steps, B batch, N neurons, M = B N.
 """

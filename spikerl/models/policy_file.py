@@ -30,7 +30,7 @@ from spikerl.models.sequence import SequenceConfig
 from spikerl.schema import parse
 from spikerl.types import MAX_EPISODE_STEPS, Entry, Task
 
-SCHEMA = 3  # 2: weights are input-major; 3: neurons have a reset and a choice of surrogate
+SCHEMA = 3  # 2: input-major weights; 3: neurons have a reset and a choice of surrogate
 MAX_BYTES = 1 << 20  # of a policy.json; action bounds take most of it
 MAX_TENSORS = 1 << 30
 

@@ -47,8 +47,8 @@ class NeuronConfig:
     name: str
     threshold: float  # fires strictly above it
     reset: str  # hard: to 0 (dynamic: to theta_r); soft: by the threshold
-    surrogate: str  # what stands in for a spike's derivative: rect, triangle, sigmoid, atan
-    surrogate_window: float  # of rect: 1 where |voltage - threshold| < this
+    surrogate: str  # substitute for a spike's derivative: rect, triangle, sigmoid, atan
+    surrogate_window: float  # of rect, whose value is 1 where |voltage - threshold| < this
     surrogate_slope: float  # of the other surrogates
     surrogate_slope_end: float | None  # slope reached linearly at the run's end; null: constant
 
@@ -159,7 +159,7 @@ class Neuron(nn.Module):
     def __init__(self, config: NeuronConfig) -> None:
         super().__init__()
         self.config = config
-        self.scale = config.surrogate_slope  # of the surrogate
+        self.scale = config.surrogate_slope  # the surrogate's slope, or window for rect
         if config.surrogate == "rect":
             self.scale = config.surrogate_window
 

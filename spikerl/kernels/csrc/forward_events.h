@@ -114,7 +114,7 @@ struct Layers {
             copy_padded(net.biases[i], l.N, l.Np, bias);
             copy_padded(l.weight + (l.K - 1) * l.N, l.N, l.Np, last);
             l.bias = bias, l.last = last;
-            if (packs_all || 2 * l.N < l.Np) {  // with few columns, a vector from the second last row leaves it too
+            if (packs_all || 2 * l.N < l.Np) {  // with few columns, a vector from the second last row crosses the end
                 float* packed = memory.array<float>(l.K * l.Np);
                 const int64_t end = l.Np / (BLOCK * W) * (BLOCK * W);  // end of the whole blocks
                 pack(l, 0, end, BLOCK * W, packed);
