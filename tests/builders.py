@@ -79,7 +79,7 @@ def alif_config(**changes: Any) -> ALIFConfig:
 
 
 def dynamic_config(**changes: Any) -> DynamicConfig:
-    """Not the published thetas, but binary fractions."""
+    """With thetas that are not the published ones but binary fractions, whose sums are exact."""
     own = {"theta_v": -0.25, "theta_u": 0.5, "theta_r": 0.125, "theta_s": 0.25}
     return DynamicConfig(**({**NEURON, "name": "dynamic", "current_decay": 0.5} | own | changes))
 
@@ -89,13 +89,13 @@ def neuron_of(config: NeuronConfig) -> Neuron:
 
 
 def with_neurons(actor: SpikingActor, config: NeuronConfig) -> SpikingActor:
-    """The same network with other neurons."""
+    """`actor` itself, its neurons replaced."""
     actor.neurons = ListOf(neuron_of(config) for _ in actor.layers)
     return actor
 
 
 def fill(module: nn.Module, values: dict[str, Any]) -> None:
-    """Give some of its parameters these values."""
+    """Set the parameters that `values` names to its values."""
     with torch.no_grad():
         for name, value in values.items():
             module.get_parameter(name).copy_(torch.tensor(value))
@@ -300,7 +300,7 @@ def small_config(
     scaling: str = "strong",
     **algo: Any,
 ) -> Config:
-    """A run of seconds: small networks, and every interval short."""
+    """The config of a run that takes seconds: small networks, and every interval short."""
     settings = {
         "batch_size": 10,
         "critic_hidden_sizes": [16],
@@ -357,7 +357,7 @@ def small_config(
 
 
 def with_run(config: Config, **changes: Any) -> Config:
-    """The same with other keys of the top level."""
+    """A copy of `config` with other values of keys at the top level."""
     return replace(config, run=replace(config.run, **changes))
 
 

@@ -1,4 +1,4 @@
-"""A clock that tests set, and a meter's window on it."""
+"""A clock that tests set, and a meter's reading over a window of that clock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from spikerl.energy.meter import Meter, Reading
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock in seconds, which moves only when a test changes `now`."""
 
     now = 1001.25
 

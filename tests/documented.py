@@ -1,4 +1,4 @@
-"""The commands that pages give, as words, and the values that their placeholders stand for."""
+"""The commands that documentation pages show, as words, with values for their placeholders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import IntervalSweep
 LAUNCHER = r"(?:(?:srun|mpiexec|torchrun)\b.*? )?"
 COMMAND = re.compile(rf"(?:\$ )?(?:[A-Z]+=\S+ )?{LAUNCHER}(?:-m )?(?:scripts/)?spikerl ([a-z].*)")
 SBATCH = re.compile(r"sbatch .*?scripts/slurm\.sbatch \S+ (.*)")
-# What pages write for a value that the reader chooses.
+# Placeholders that pages write where the reader chooses a value, and a value for each.
 PLACEHOLDERS = {
     "S": "0", "W": "2", "T": "25", "R": "hard", "K": "4.0", "ENV": "Hopper", "...": "c",
 }  # fmt: skip
@@ -38,7 +38,7 @@ def lines(text: str) -> Iterator[tuple[str, str]]:
 
 
 def commands_in(text: str) -> list[str]:
-    """What follows `spikerl`, of every command in a block or a span of code."""
+    """The text after `spikerl` of every command in a block or a span of code."""
     code: list[str] = []
     rest: list[str] = []
     for kind, line in lines(text):
@@ -64,7 +64,7 @@ def variants(command: str) -> Iterator[list[str]]:
 
 
 def jobs(overrides: list[str]) -> Iterator[tuple[str, ...]]:
-    """Overrides of jobs in which every value of a sweep occurs; of an interval its start."""
+    """Overrides of jobs in which every value of a sweep occurs; of an interval, only its start."""
     choices = []
     for override in OverridesParser.create().parse_overrides(overrides):
         key, value = override.get_key_element(), override.value()

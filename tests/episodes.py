@@ -1,4 +1,4 @@
-"""Runs of one environment, row by row, in a form that compares bit for bit."""
+"""The steps of an environment as rows of bytes, to be compared bit for bit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def random_actions(space: gym.Space[Any], count: int, seed: int) -> np.ndarray:
 
 
 def rows(env: CheckedEnv, actions: Iterable[np.ndarray]) -> list[tuple[bytes, bool, bool]]:
-    """One row a step: the observation, the one after a reset if there was one, the reward; ends."""
+    """For each step: the bytes of its observation, of its reward and, where an episode ends, of the
+    next one's first observation; whether it terminated; whether it was truncated.
+    """
     found = []
     for action in actions:
         obs, rew, terminated, truncated, _ = env.step(action)
@@ -49,6 +51,6 @@ def rows(env: CheckedEnv, actions: Iterable[np.ndarray]) -> list[tuple[bytes, bo
 
 
 def through_file(state: Snapshot) -> Snapshot:
-    """What comes back from safetensors."""
+    """`state` as it is after it was written with safetensors and read again."""
     tensors = {name: torch.from_numpy(array) for name, array in state.items()}
     return {name: tensor.numpy() for name, tensor in load(save(tensors)).items()}

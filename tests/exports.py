@@ -1,4 +1,4 @@
-"""Small policies to export, of an environment that is registered nowhere unless one is named."""
+"""Small policies to export; unless a test names an environment, theirs is registered nowhere."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DIRECT = EncoderConfig(name="direct")
 
 
 def population(name: str) -> PopulationConfig:
-    """Of wide fields near 0."""
+    """A population encoder with wide receptive fields near 0."""
     fields: dict[str, Any] = {
         "pop_size": 4,
         "mean_range": [-1.0, 1.0],
@@ -59,7 +59,7 @@ def config(hidden: list[int] | None = None, **parts: Any) -> ActorConfig:
 DENSE = dense_config([12, 9])
 
 
-# What every format but NIR can hold.
+# Policies that can be exported to every format but NIR.
 POLICIES: dict[str, ActorConfig] = {
     "popsan": config(),
     "converted": config(
@@ -81,7 +81,9 @@ POLICIES: dict[str, ActorConfig] = {
 
 
 def policy_of(config: ActorConfig, task: Task, seed: int = 0) -> Policy:
-    """Random weights that make its neurons fire, and a normaliser that is not the identity."""
+    """A policy with random weights, large enough that its neurons fire, and a normaliser that is
+    not the identity.
+    """
     torch.manual_seed(seed)
     actor = build_actor(config, task.obs_dim, task.act_dim)
     with torch.no_grad():
@@ -103,7 +105,7 @@ def saved(policy: Policy, folder: Path) -> Path:
 
 
 def exported(policy: Policy, format: str, folder: Path) -> Path:
-    """The file with its contract, as `spikerl export` leaves them, but without a proof."""
+    """Write a file and its contract as `spikerl export` does, but without a proof."""
     form, file = FORMATS[format], folder / f"policy.{format}"
     form.write(policy, file)
     described = contract.describe(format, policy, form.dt) | form.facts(policy)
@@ -113,7 +115,7 @@ def exported(policy: Policy, format: str, folder: Path) -> Path:
 
 
 def rewritten(file: Path, content: bytes | None = None, **changes: Any) -> Path:
-    """The same file with other content, or another contract that still names its sha256."""
+    """Give the file other content, or its contract other entries; the contract names its sha256."""
     file.write_bytes(file.read_bytes() if content is None else content)
     beside = file.with_name(f"{file.name}.json")
     data = json.loads(beside.read_text()) | {"sha256": checksum(file.read_bytes())} | changes
@@ -122,11 +124,11 @@ def rewritten(file: Path, content: bytes | None = None, **changes: Any) -> Path:
 
 
 def small(folder: Path, format: str, parts: ActorConfig | None = None) -> Path:
-    """An exported policy of a task that can be evaluated."""
+    """An exported policy of Pendulum-v1, which can be evaluated."""
     return exported(policy_of(parts or config(), task(3, 1, "Pendulum-v1")), format, folder)
 
 
 def confirmed(file: Path) -> list[str]:
-    """What `spikerl eval` takes for this file, which may be code."""
+    """The arguments with which `spikerl eval` runs this file: it may be code, so its sha256 too."""
     described = json.loads(file.with_name(f"{file.name}.json").read_text())
     return [f"run={file}", f"sha256={described['sha256']}"]

@@ -1,4 +1,4 @@
-"""A machine whose counters are made up: Zeus, NVML with one GPU, RAPL's folders."""
+"""Fake energy counters: Zeus, NVML with one GPU, and the folders of RAPL."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ UUID = "8b2f0000-0000-0000-0000-000000000001"
 
 
 class FakeZeus:
-    """Stands for zeus.monitor; `energies` are what the next end_window calls give."""
+    """Replaces zeus.monitor; `energies` is what the next calls of end_window return."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -61,7 +61,7 @@ class FakeNVML(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("pynvml")
-        self.mig: bool | None = False  # None: a GPU that knows no MIG
+        self.mig: bool | None = False  # None: a GPU that does not support MIG
         self.counter = True
         self.open = 0
 
@@ -91,7 +91,7 @@ class FakeNVML(ModuleType):
 
 
 def make_rapl(folder: Path) -> Path:
-    """Two packages, the first with memory, after a zone that is the whole system."""
+    """A zone for the whole system and two for packages, the first with a zone for its memory."""
     zones = {"0": "psys", "2": "package-0", "10": "package-1-die-0", "2/intel-rapl:2:0": "dram"}
     for number, name in zones.items():
         zone = folder / f"intel-rapl:{number}"

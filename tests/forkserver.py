@@ -1,4 +1,4 @@
-"""Processes forked from one that has imported what a run needs, which saves seconds each."""
+"""Processes forked from one that has imported what a run needs, which saves each one seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SERVER.set_forkserver_preload(
 
 
 def command(home: Path, *args: str, **environ: str) -> Said:
-    """`spikerl ARGS` in the folder `home`, to its end."""
+    """Run `spikerl ARGS` in the folder `home` until it ends."""
     out, err = home.parent / f"{home.name}.out", home.parent / f"{home.name}.err"
     for file in (out, err):
         file.write_text("")
@@ -38,5 +38,5 @@ def enter(home: Path, out: Path, err: Path, args: tuple[str, ...], environ: dict
     from spikerl.cli.main import run
 
     torch.set_num_threads(1)
-    mp.set_start_method("fork", force=True)  # as a command has it, not as this process was made
+    mp.set_start_method("fork", force=True)  # as in a command; this process came from a forkserver
     sys.exit(run(list(args)))

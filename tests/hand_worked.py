@@ -13,7 +13,8 @@ from spikerl.snn.decoders import RateConfig
 from spikerl.snn.encoders import PopulationConfig
 
 FIELD: dict[str, Any] = {"pop_size": 1, "mean_range": [0.0, 0.0], "var": 0.5, "threshold": 0.999}
-SEEN, UNSEEN = [0.0, 50.0], [50.0, 50.0]  # the first entry at its field's centre; both far away
+# Observations: the first entry at its field's centre, so that it fires; both far away.
+SEEN, UNSEEN = [0.0, 50.0], [50.0, 50.0]
 HIDDEN = {"layers.0.weight_IN": [[1.0, 0.0], [1.0, 1.0]], "layers.0.bias_N": [0.0, 0.0]}
 
 
@@ -22,9 +23,9 @@ def encoder(name: str = "population") -> PopulationConfig:
 
 
 def spiking(**parts: Any) -> SpikingActor:
-    """Two entries, two hidden neurons, two spike steps; of the first layer one weight is 0.
+    """Two entries, two hidden neurons, two spike steps; one weight of the first layer is 0.
 
-    Where the first entry alone fires, at both spike steps, so does the first hidden neuron alone.
+    If only the first entry fires, at both spike steps, so does only the first hidden neuron.
     """
     settings: dict[str, Any] = {
         "encoder": encoder(),
@@ -37,7 +38,9 @@ def spiking(**parts: Any) -> SpikingActor:
 
 
 def rate_decoded(**parts: Any) -> SpikingActor:
-    """Of the output's three neurons the first fires twice, the third (0.375, 0.656) once."""
+    """For SEEN, the first of three output neurons fires twice, the second never, the third once:
+    its voltages are 0.375 and 0.656.
+    """
     actor = spiking(decoder=RateConfig(name="rate", pop_size=3), **parts)
     output = {"layers.1.weight_IN": [[1.0, 0.0, 0.375], [1.0, 1.0, 1.0]]}
     fill(actor, output | {"layers.1.bias_N": [0.0] * 3, "decoder.weight_AP": [[2.0, 1.0, 0.0]]})

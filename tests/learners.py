@@ -1,4 +1,4 @@
-"""Learners of `spikerl train KEY=VALUE...` that can make updates at once, to be timed."""
+"""Trainers of `spikerl train KEY=VALUE...` whose next call can be an update, to be timed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ RANDOM_STEPS = 2000
 
 
 def trainer_of(keys: list[str]) -> Trainer:
-    """With one thread, and with this many transitions of random actions in its replay; of an
-    offline algorithm with those of `dataset=`.
+    """A trainer with one thread, whose replay holds RANDOM_STEPS transitions of random actions or,
+    for an offline algorithm, the transitions of `dataset=`.
     """
     first, own = RANDOM_STEPS + 1, ["threads=1", "device=cpu", "energy=none"]
     offline = any(key.startswith("dataset=") for key in keys)
@@ -40,7 +40,7 @@ def trainer_of(keys: list[str]) -> Trainer:
 
 
 def fire_as_trained(trainer: Trainer) -> None:
-    """The actor fires, and the critics' units are active, as often as trained ones."""
+    """Make the actor's neurons fire, and the critics' units be active, as often as trained ones."""
     seen = trainer.sampler.batch(256).obs
     if isinstance(trainer.algo.actor, SpikingActor):
         set_firing_rates(trainer.algo.actor, TRAINED_RATES, seen)

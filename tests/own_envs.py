@@ -1,4 +1,4 @@
-"""Environments of one's own, a few lines each, as users write them."""
+"""Environments such as users write, a few lines each, registered as CLASS-v0."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-LATE = 30  # the step at which something happens
+LATE = 30  # the step after which some of the environments raise or set handlers
 
 
 class Base(gym.Env[Any, Any]):
@@ -24,7 +24,7 @@ class Base(gym.Env[Any, Any]):
 
     @property
     def parent(self) -> int:
-        """The process that forked its own."""
+        """The parent of the process in which the environment runs."""
         return os.getppid()
 
     def obs(self) -> Any:
@@ -41,7 +41,7 @@ class Base(gym.Env[Any, Any]):
 
 
 class Raises(Base):
-    """What it is told to raise, where it is told to."""
+    """Raises the exception that `what` names in the method that `where` names."""
 
     def __init__(self, where: str, what: str) -> None:
         super().__init__()
@@ -72,14 +72,14 @@ class Raises(Base):
 
 class Unprintable(Exception):
     def __init__(self) -> None:
-        super().__init__("no plain", "arguments", lambda: 0)  # which no other process can read
+        super().__init__("no plain", "arguments", lambda: 0)  # a lambda cannot be pickled
 
     def __str__(self) -> str:
         raise SystemExit
 
 
 class Handlers(Base):
-    """As libraries with windows do: it answers signals itself."""
+    """Replaces the handlers of signals by its own, as window libraries do."""
 
     def step(self, action: Any) -> Any:
         if self.t == LATE:
@@ -89,7 +89,7 @@ class Handlers(Base):
 
 
 class Wanders(Base):
-    """Works in a folder of its own, and needs to find itself there."""
+    """Changes the working folder, and fails at a step in any other folder."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Wanders(Base):
 
 
 class Learned(Base):
-    """Dynamics in torch, in float64, with products that several threads make."""
+    """Computes in torch with float64 as default, matrices large enough for several threads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Learned(Base):
 
 
 class Takes(Base):
-    """Takes a setting."""
+    """Has one required argument, and takes any others."""
 
     def __init__(self, mass: float, **others: Any) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Takes(Base):
 
 
 class Goal(Base):
-    """Observations in a dictionary."""
+    """Observations are dictionaries of arrays, numbers and tuples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Goal(Base):
 
 
 class Half(Base):
-    """Actions of float16."""
+    """Actions are of float16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Half(Base):
 
 
 class Moves(Base):
-    """Numbered actions, whose meaning it looks up."""
+    """Discrete actions, used as keys of a dictionary, so that they must be hashable."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Moves(Base):
 
 
 class Doubles(Base):
-    """It changes the array that it is given."""
+    """Changes the action array that it is given."""
 
     def step(self, action: Any) -> Any:
         action *= 2.0
@@ -178,7 +178,7 @@ class Doubles(Base):
 
 
 class Only(Base):
-    """A robot, of which there is one."""
+    """Can exist only once at a time in a process, as if it drove a real robot."""
 
     alive = 0
 
@@ -193,7 +193,7 @@ class Only(Base):
 
 
 class OldGenerator(Base):
-    """Its generator is of numpy's older kind."""
+    """Its random generator is a RandomState, numpy's older kind."""
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         self.np_random = np.random.RandomState(seed)  # type: ignore[assignment]
@@ -202,7 +202,7 @@ class OldGenerator(Base):
 
 
 class Scalars(Base):
-    """One number to see and one to give, neither in an array."""
+    """The observation and the action are each one number, of shape ()."""
 
     def __init__(self) -> None:
         super().__init__()

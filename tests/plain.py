@@ -1,4 +1,4 @@
-"""A learner's networks as torch.nn has them, for updates written the usual way."""
+"""A learner's networks as modules of torch.nn, for reference updates written in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spikerl.types import Batch
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """New tensors are of it: what rounding leaves open in float32 is decided."""
+    """Make float64 the default type: in float32, rounding may decide comparisons."""
     torch.set_default_dtype(torch.float64)
     try:
         yield
@@ -29,7 +29,7 @@ L = TypeVar("L", bound=Learner)
 
 
 def doubled(learner: L) -> L:
-    """The same with float64 in all its networks, where a program has float32."""
+    """`learner` itself, all its networks in float64; the program itself has float32."""
     parts = {"temperature": "log_temperature"}
     for name, old in learner.optimizers.items():
         module: nn.Module = getattr(learner, parts.get(name, name))
@@ -59,13 +59,13 @@ def q_networks(critics: Critics) -> nn.ModuleList:
 
 
 def dense(actor: MLPActor) -> nn.Sequential:
-    """Its actions before tanh."""
+    """The actor's layers; the network returns actions before tanh."""
     layers = list(actor.layers)
     return relu_net([x.weight_IN for x in layers], [x.bias_N for x in layers])
 
 
 class Fire(nn.Module):
-    """A spike where a voltage is above the threshold."""
+    """A spike (1.0) where a voltage is above the threshold of 0.5."""
 
     def forward(self, voltage_BN: Tensor) -> Tensor:
         return (voltage_BN > 0.5).float()
@@ -104,21 +104,21 @@ class Spiking(nn.Module):
 
 
 def cut_weights(weights: list[Tensor], draw: torch.Generator) -> None:
-    """Three tenths of the weights become 0."""
+    """Set three tenths of the weights to 0, drawn at random."""
     with torch.no_grad():
         for w in weights:
             w[torch.rand(w.shape, generator=draw) < 0.3] = 0.0
 
 
 def values(nets: nn.ModuleList, *inputs: Tensor) -> Tensor:
-    """(C, B)."""
+    """The values by C networks for a batch of B, of shape (C, B)."""
     return torch.stack([net(torch.cat(inputs, 1)).squeeze(1) for net in nets])
 
 
 def descend(
     loss: Tensor, *optimisers: torch.optim.Optimizer, max_norm: float | None = None
 ) -> None:
-    """A step of each down the same loss; `max_norm` is of each one's gradient."""
+    """Let each optimiser make a step on the same loss; `max_norm` limits each one's gradient."""
     parts = [adam.param_groups[0]["params"] for adam in optimisers]
     grads = iter(torch.autograd.grad(loss, [p for part in parts for p in part]))
     for adam, part in zip(optimisers, parts, strict=True):
@@ -130,7 +130,9 @@ def descend(
 
 
 def length(adam: torch.optim.Optimizer) -> float:
-    """Of the gradient of its last step; a step alone would be the same for a multiple of it."""
+    """The norm of the gradient at the last step; the step alone would not show it, as Adam makes
+    the same step for any multiple of a gradient.
+    """
     return torch.cat([p.grad.flatten() for p in adam.param_groups[0]["params"]]).norm().item()
 
 
@@ -144,7 +146,7 @@ def linears(*nets: nn.Module) -> list[nn.Linear]:
 
 
 def flat(net: nn.Module) -> Tensor:
-    """Every parameter, as this program orders them: all weights before all biases in critics."""
+    """All parameters in spikerl's order: in critics, all weights come before all biases."""
     if isinstance(net, nn.ModuleList):
         each = [linears(one) for one in net]
         weights = [torch.stack([x.weight.T for x in layer]) for layer in zip(*each, strict=True)]
@@ -158,7 +160,7 @@ def flat(net: nn.Module) -> Tensor:
 
 
 def transitions(count: int, dtype: torch.dtype, seed: int = 1) -> Batch:
-    """Of 3 observation and 2 action entries; every fifth ends its episode."""
+    """Random transitions with 3 observation and 2 action entries; every fifth ends its episode."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

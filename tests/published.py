@@ -1,4 +1,4 @@
-"""The policy that the authors of PopSAN published, which is not part of this repository."""
+"""Where a policy lies that the authors of PopSAN published; it is not part of this repository."""
 
 from __future__ import annotations
 

@@ -24,7 +24,9 @@ def task_for(env: EnvConfig) -> Task:
 
 
 def episode(steps: int, first: float = 0.0, terminated: bool = True) -> Fields:
-    """Of InvertedPendulum: observations count from `first`, actions go from bound to bound."""
+    """An episode of InvertedPendulum: observations count up from `first`, actions go from the lower
+    bound to the upper.
+    """
     ends = np.arange(steps) == steps - 1
     return {
         "observations": first + np.arange((steps + 1) * 4, dtype=np.float64).reshape(-1, 4),
@@ -41,7 +43,7 @@ def write(
     touch: Callable[[Any], None] = lambda file: None,
     **metadata: Any,
 ) -> Path:
-    """A dataset of InvertedPendulum-v5; `touch` changes its file, `metadata` what describes it."""
+    """A dataset of InvertedPendulum-v5; `touch` changes its HDF5 file, `metadata` its metadata."""
     h5py: Any = import_module("h5py")
     (folder / "data").mkdir(parents=True)
     with h5py.File(folder / "data" / "main_data.hdf5", "w") as file:

@@ -1,4 +1,4 @@
-"""Small networks over sequences, contexts for them, and the same networks written the usual way.
+"""Small networks over sequences, contexts for them, and the same networks in plain PyTorch.
 
 Shape legend   T spike steps, B batch, K steps of a context, D entries of a token, H heads.
 """
@@ -50,7 +50,7 @@ def decision_config(**changes: Any) -> DecisionTransformerConfig:
 
 
 def actor_config(kind: str = "pssa") -> ActorConfig:
-    """Of one block."""
+    """The config of an actor of one block."""
     if kind == "dense":
         dense = transformer_config(layers=1)
         return ActorConfig(actor=dense, encoder=None, neuron=None, decoder=None)
@@ -59,7 +59,7 @@ def actor_config(kind: str = "pssa") -> ActorConfig:
 
 
 def network(kind: str = "pssa", **changes: Any) -> Spikeformer | Transformer:
-    """Of 3 observation and 2 action entries."""
+    """A network for 3 observation and 2 action entries."""
     torch.manual_seed(3)
     if kind == "dense":
         return Transformer(3, 2, transformer_config(**changes))
@@ -83,7 +83,7 @@ def learner(made: Spikeformer | Transformer, **settings: Any) -> DecisionTransfo
 
 
 def contexts(count: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Contexts:
-    """Of 5 steps; one has them all, others up to three less."""
+    """Contexts of 5 steps; every fourth is full, the others lack their first one to three steps."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -110,7 +110,7 @@ class Rect(torch.autograd.Function):
 
 
 def lif(drive: list[Tensor]) -> list[Tensor]:
-    """Spike steps as a list."""
+    """The spikes of a LIF layer; `drive` and the result have an entry for each spike step."""
     voltage, spikes, out = 0.0 * drive[0], 0.0 * drive[0], []
     for x in drive:
         voltage = 0.25 * voltage * (1.0 - spikes) + x
@@ -125,7 +125,7 @@ class PlainSpikeformer(nn.Module):
     def __init__(self, source: Spikeformer) -> None:
         super().__init__()
         self.c, self.theta = source.config, 0.0
-        self.names: dict[str, str] = {}  # of its parts, by those of the source
+        self.names: dict[str, str] = {}  # the names of its parts, by the names in the source
         self.parts = nn.ModuleDict()
         self.positions = nn.ParameterDict()
         for path, part in source.named_modules():
@@ -203,7 +203,7 @@ class PlainSpikeformer(nn.Module):
         return torch.tanh(self.parts["head"](mean))
 
     def state_of(self, name: str) -> Tensor:
-        """What a parameter of the source is here."""
+        """The counterpart here of the parameter `name` of the source."""
         path, _, last = name.rpartition(".")
         key = path.replace(".", "_")
         if last == "position_KK":
@@ -243,7 +243,7 @@ class PlainTransformer(nn.Module):
         x = p["embed_norm"](x)
         causal = torch.ones(3 * K, 3 * K, dtype=torch.bool).tril()
         seen = causal & steps.there.repeat_interleave(3, 1)[:, None, None, :]
-        seen = seen | torch.eye(3 * K, dtype=torch.bool)  # padding, of which nothing is asked
+        seen = seen | torch.eye(3 * K, dtype=torch.bool)  # for padding, whose output is not used
         for i in range(self.c.layers):
             b = f"blocks_{i}"
             q, k, v = p[f"{b}_qkv"](p[f"{b}_norms_0"](x)).chunk(3, 2)
@@ -254,7 +254,7 @@ class PlainTransformer(nn.Module):
         return torch.tanh(p["head"](p["norm"](x)[:, 1::3]))
 
     def state_of(self, name: str) -> Tensor:
-        """What a parameter of the source is here."""
+        """The counterpart here of the parameter `name` of the source."""
         path, _, last = name.rpartition(".")
         if last == "embed_time":
             return self.time.data

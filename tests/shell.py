@@ -1,4 +1,4 @@
-"""`spikerl` as it is typed, run in this process; and what that changed on disk."""
+"""Run `spikerl ARGS` in this process, as if typed in a shell; and list what is on the disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from spikerl.cli import main as cli
 from spikerl.errors import BadRequest
 
-# A training of a second, with 250 updates.
+# A training that takes a second and makes 250 updates.
 SHORT = [
     "env=InvertedPendulum",
     "env.max_episode_steps=30",
@@ -39,7 +39,7 @@ class Said(NamedTuple):
 
     @property
     def line(self) -> str:
-        """The one line that a refused request gets."""
+        """The one line of a refused request, without `spikerl: `; asserts that it was refused."""
         assert self.status == 2, self
         assert not self.out
         assert self.err.startswith("spikerl: ")
@@ -48,11 +48,11 @@ class Said(NamedTuple):
 
 
 def spikerl(*args: str) -> Said:
-    """What the command says; an exception that would end the program gives status 1."""
+    """The status and the output of `spikerl ARGS`; an exception that leaves it gives status 1."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["spikerl"])
-        patch.setenv("HYDRA_FULL_ERROR", "1")  # which the program sets
+        patch.setenv("HYDRA_FULL_ERROR", "1")  # the program sets it too; the patch undoes that
         try:
             status = cli.run(args)
         except Exception as error:

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 
-import forkserver  # noqa: F401  which starts the workers
+import forkserver  # noqa: F401  sets what the process that starts the workers has imported
 from torch.multiprocessing.spawn import start_processes
 
 from spikerl.distributed.world import TIMEOUT_S

@@ -1,8 +1,8 @@
-"""Cells of a small table, and a program in the place of `spikerl` that does them in moments.
+"""The cells of a small table, and a program that runs them in place of `spikerl`, in moments.
 
-Run as a script, this is that program. Of a run it writes what others read: config, manifest,
-record, policy; each row is a commit. A return is 100 seed + step. A run with seed 1 fails at step
-30 while the working folder has a file `fail`.
+Run as a script, this file is that program. It writes the files of a run that `reproduce` reads:
+config, manifest, record and policy. Each row is final once written. The return of a row is
+100 seed + step. A run with seed 1 fails at step 30 while the working folder has a file `fail`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-SECONDS = 0.05  # of an epoch
-EPOCH = 10
+SECONDS = 0.05  # that an epoch takes
+EPOCH = 10  # steps
 
 
 def main(command: str, *args: str) -> int:
@@ -76,7 +76,7 @@ def status(folder: Path, word: str, **facts: str) -> None:
 
 
 def note(folder: Path, what: str) -> None:
-    """Which process did what, in order."""
+    """Append a line to the file `events`: what was done to which run, and this process's parent."""
     line = f"{what} {folder.parts[-3]}/{folder.parts[-2]}/{folder.name} {os.getppid()}\n"
     with open("events", "a") as f:
         f.write(line)
@@ -101,7 +101,7 @@ TABLE = {
 
 
 def run_cells(jobs: int = 2, total_steps: int = 50) -> tuple[int, dict[Any, Any]]:
-    """Do the table in the working folder; the exit status, and the states of its cells."""
+    """Run the table's cells in the working folder; the exit status, and the states of the cells."""
     from rich.console import Console
 
     from spikerl.commands.reproduce import cells, scheduler
@@ -127,7 +127,9 @@ COUNTED = {"firing_rate": 0.25, "macs": 1.0, "acs": 2.5, "modelled_45nm_nj": 30.
 def write_run(
     folder: Path, *, algo: str = "td3", seed: int = 0, counted: bool = False, **facts: Any
 ) -> Path:
-    """A run folder with two evaluations, as before operations were counted in them, or since."""
+    """A run folder with two evaluations; with `counted`, operations were counted in them, which
+    earlier versions did not do.
+    """
     folder.mkdir(parents=True)
     manifest = {"status": "done", "env_id": "Ant-v5", "command": "spikerl train env=Ant"}
     (folder / "manifest.json").write_text(json.dumps(manifest | facts))

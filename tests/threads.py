@@ -1,4 +1,4 @@
-"""Workers as threads of one process: all that they exchange, without starting any."""
+"""Workers as threads of one process, which exchange data without starting other processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class Table:
-    """Where each lays down what it has and takes what the others have."""
+    """A list with a place for each worker: each writes its own value, then reads all."""
 
     def __init__(self, size: int) -> None:
         self.places: list[Any] = [None] * size
@@ -56,6 +56,6 @@ def worlds(size: int) -> list[World]:
 
 
 def run_in_threads(calls: list[Callable[[], Result]]) -> list[Result]:
-    """Each in a thread of its own; an error of one leaves none waiting for long."""
+    """Run each call in a thread of its own; if one fails, the others wait at most 60 s for it."""
     with ThreadPoolExecutor(len(calls)) as pool:
         return [done.result() for done in [pool.submit(call) for call in calls]]

@@ -1,4 +1,4 @@
-"""All workers of a run as trainers that share one process.
+"""The workers of a run as trainers in the threads of one process.
 
 Shape legend   N environments, T steps of each.
 """
@@ -50,7 +50,7 @@ class Workers:
             assert load_checkpoint(trainer, found) == []
 
     def rows(self) -> Tensor:
-        """The replays' rows in the order of steps, and of environments within one."""
+        """The replays' rows, ordered by step and, within a step, by environment."""
         assert all(t.replay.added * len(self.trainers) == t.step for t in self.trainers)
         held = [t.replay.between(t.replay.added - t.replay.size, t.replay.added).unflatten(
             0, (-1, t.replay.width)) for t in self.trainers]  # fmt: skip
@@ -68,7 +68,7 @@ class Workers:
         return found
 
     def pending(self) -> Tensor:
-        """Observations that wait for the normaliser, in the same order."""
+        """Observations that the normaliser has not merged yet, by step, then by environment."""
         waiting = [
             t.norm.pending_rows().reshape(-1, len(t.envs), t.task.obs_dim) for t in self.trainers
         ]

@@ -1,4 +1,4 @@
-"""Environments whose every number is known beforehand, so that a transition can only be right.
+"""Environments whose every number is known beforehand, so that tests can check each transition.
 
 Shape legend   A action entries.
 """
@@ -13,13 +13,14 @@ import numpy as np
 from spikerl.envs.config import EnvConfig
 from spikerl.envs.vector import Envs
 
-# Each dimension has bounds of its own, neither alike nor symmetric.
+# The bounds differ between the two entries, and none are symmetric.
 LOW = np.array([-1.0, 0.0], np.float32)
 HIGH = np.array([3.0, 0.5], np.float32)
-# Ends of all kinds, single steps among them: length, then t terminated, x truncated, b both.
+# Episodes with all kinds of ends, some of one step: length, then t terminated, x truncated, b both.
 SCRIPT = "3t 1x 4x 1t 2b 1b 5t 2x"
 
-Fault = tuple[str, int, float]  # what is spoilt, on which of its occasions (from 1), the value
+# What is spoilt ("reward", "observation" or "reset"), at which time (from 1), the wrong value.
+Fault = tuple[str, int, float]
 
 
 def parse(script: str) -> list[tuple[int, str]]:
@@ -27,9 +28,9 @@ def parse(script: str) -> list[tuple[int, str]]:
 
 
 class CounterEnv(gym.Env[np.ndarray, np.ndarray]):
-    """Observes [step, episode] in one array that it overwrites; the reward spells the action.
+    """Observes [step, episode] in one array that it overwrites; the reward encodes the action.
 
-    `script` says how the episodes end, in turn and then from the beginning again.
+    `script` gives the lengths and ends of the episodes, in turn; after the last, it starts over.
     """
 
     def __init__(self, script: str = SCRIPT, fault: Fault | None = None) -> None:
@@ -39,8 +40,8 @@ class CounterEnv(gym.Env[np.ndarray, np.ndarray]):
         self.obs = np.zeros(2)
         self.steps, self.episode = 0, -1
         self.lived = 0  # steps over all episodes
-        self.seeds: list[int | None] = []  # one a reset
-        self.received: list[list[float]] = []  # one a step
+        self.seeds: list[int | None] = []  # one for each reset
+        self.received: list[list[float]] = []  # actions, one for each step
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -71,15 +72,15 @@ class CounterEnv(gym.Env[np.ndarray, np.ndarray]):
 
 
 def spell(first: float, second: float) -> float:
-    """A whole number that tells both apart, where `first` counts in 32nds and `second` in 256ths.
+    """A whole number that encodes both values, `first` a multiple of 1/32, `second` of 1/256.
 
-    Sums of it are exact, and it fits a float32.
+    It fits a float32, and sums of it are exact.
     """
     return 32.0 * first + 1000.0 * 256.0 * second
 
 
 class BoxesEnv(gym.Env[Any, Any]):
-    """Any spaces; it never ends an episode, and keeps the last action."""
+    """Has any spaces; never ends an episode, and keeps the last action."""
 
     def __init__(self, obs: gym.Space[Any], act: gym.Space[Any]) -> None:
         self.observation_space, self.action_space = obs, act
@@ -105,8 +106,8 @@ class BoxesEnv(gym.Env[Any, Any]):
 
 
 def get_attr(envs: Envs, name: str) -> tuple[Any, ...]:
-    """Of each environment."""
-    vector: Any = envs.vector  # both kinds have it, their base class does not
+    """The attribute `name` of each environment."""
+    vector: Any = envs.vector  # both kinds have get_attr, their base class does not
     return tuple(vector.get_attr(name))
 
 
@@ -117,7 +118,7 @@ def config(name: str, *, vectorizer: str = "sync", limit: int | None = None) -> 
 
 
 def registered(name: str, entry: Any, limit: int | None = None, **kwargs: Any) -> EnvConfig:
-    """Make NAME-v0 known to gymnasium, once or anew."""
+    """The config of NAME-v0, after registering it, again if need be, with gymnasium."""
     gym.registry.pop(f"{name}-v0", None)
     gym.register(f"{name}-v0", entry_point=entry, max_episode_steps=limit, kwargs=kwargs)
     return config(name)
