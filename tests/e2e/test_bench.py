@@ -1,4 +1,4 @@
-"""`spikerl bench`, briefly and with small networks: what it says, not how fast anything is."""
+"""`spikerl bench`, briefly and with small networks: what it reports, not how fast anything is."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_proxies() -> None:
 
 
 def exchanges() -> list[str]:
-    """Over what two workers can exchange here."""
+    """The ways in which two workers can exchange data on this machine."""
     shared = ["shared memory"] if os.access("/dev/shm", os.W_OK) else []
     return [*shared, "gloo"] + ([] if mpi.missing() else ["mpi"])
 
@@ -105,7 +105,8 @@ def test_two_workers() -> None:
         }
     assert sizes == expected
     assert bool(mpi.missing()) == ("mpi, 2 workers" in answer["left_out"])
-    # The last backend's own normaliser's exchange, one in 50 steps: 50 updates, or 25.
+    # The exchange of the normaliser, measured with the last backend, comes once in 50 steps; these
+    # have 50 updates, or with weak scaling 25.
     for scaling, updates in (("weak", 25), ("strong", 50)):
         name = f"{scaling} over {exchanges()[-1]}"
         merging = measurements["exchange of the normaliser"]["median_ms"] / updates

@@ -1,4 +1,4 @@
-"""More requests that are refused: one line, status 2, and the disk as it was."""
+"""More requests that are refused: one line, status 2, and nothing changed on the disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from shell import SHORT, spikerl, tree
 
-LONG = "x" * 300  # more than a file's name may have
+LONG = "x" * 300  # more characters than a file name may have
 CHECKPOINTS = "checkpoints/step_0000000300"
 
 
@@ -35,7 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a test asks for, nothing here may change."""
+    """Run the test in `home`, and assert that it changed nothing there."""
     monkeypatch.chdir(home)
     before = tree(home)
     yield
@@ -130,7 +130,7 @@ def test_refused(typed: str, line: str) -> None:
 
 @pytest.mark.parametrize("key", ["algo", "seed", "eval_episodes"])
 def test_a_config_that_was_cut(key: str, home: Path, tmp_path: Path) -> None:
-    """Not the defaults stand in for what is lacking."""
+    """It is refused: defaults must not take the place of the missing keys."""
     run = tmp_path / "run"
     copytree(home / "run", run, symlinks=True)
     lines = (run / "config.yaml").read_text().splitlines(keepends=True)
@@ -152,7 +152,7 @@ def test_a_package_that_is_not_there() -> None:
     assert "nothing" in said.err
 
 
-# --- policies that do not fit what they are asked for ------------------------------------------
+# --- policies that do not fit the request ------------------------------------------------------
 
 
 def copy_of(run: Path, to: Path, **changes: Any) -> Path:
@@ -204,7 +204,7 @@ def test_a_module_is_imported_only_when_it_is_typed(
 
 
 def test_damaged_policies(home: Path, tmp_path: Path) -> None:
-    """A handful of what the unit tests try, as the command sees it."""
+    """A few of the damages that the unit tests try, through the commands."""
     run = copy_of(home / "run", tmp_path / "run")
     tensors = load_file(run / "policy.safetensors")
     first = next(name for name in tensors if name.endswith("weight_IN"))
@@ -223,7 +223,7 @@ def test_damaged_policies(home: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-# --- through a process, where stderr is what the system has ------------------------------------
+# --- in a process of its own, whose stderr also gets what libraries write ----------------------
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_damaged_policies(home: Path, tmp_path: Path) -> None:
     ],
 )
 def test_no_library_adds_a_line(typed: str, line: str, tmp_path: Path) -> None:
-    """Gymnasium's advice on versions, torch's on pickles, Hydra's files."""
+    """Neither Gymnasium's advice on versions nor torch's on pickles; and no files from Hydra."""
     import pickle
 
     (tmp_path / "STATS").write_bytes(pickle.dumps([np.zeros(3), np.ones(3)], 4))

@@ -1,4 +1,4 @@
-"""Every published setting trains: its file composes, and its networks learn from a few updates."""
+"""Every file in conf/experiment composes, and a few updates change its networks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def actor(folder: Path) -> dict[str, torch.Tensor]:
     return load_policy(folder).network.state_dict()
 
 
-# What makes runs of such rules short, and their updates.
+# For each kind of algorithm: settings that make a run short, and the updates that it then makes.
 FEW = {
     "ppo": (
         ["algo.rollout_steps=60", "algo.norm_interval=60", "algo.batch_size=20", "algo.epochs=2"],
@@ -37,7 +37,7 @@ FEW = {
 }  # fmt: skip
 
 
-# Large networks, and second kinds of what another has.
+# Slow ones: they have large networks, or differ little from another experiment.
 LONG = ("dsformer/tssa", "dense/dqn_minatar", "proxy_target/clif", "dense/dqn_ram_pong",
         "dense/dqn_atari")  # fmt: skip
 
@@ -50,16 +50,16 @@ LONG = ("dsformer/tssa", "dense/dqn_minatar", "proxy_target/clif", "dense/dqn_ra
     ],
 )
 def test_experiments_learn(name: str) -> None:
-    """Each published setting with the networks that it has, for a few updates."""
+    """Each experiment with its own networks, for a few updates; only td3_4000 has smaller ones."""
     sequences = name.startswith("dsformer/") or name.endswith("/decision_transformer")
     offline = name.startswith("offline/") or name.endswith("/bcq") or sequences
     short, updates = FEW["ppo" if name.endswith("ppo") else "offline" if offline else "replaying"]
     steps = updates if offline else 60
-    if name.endswith(("lunarlander", "atari")):  # a quarter of an update at each step
-        updates = 2 if name.endswith("lunarlander") else 1  # of eight environments, of one
+    if name.endswith(("lunarlander", "atari")):  # a quarter of an update for each step
+        updates = 2 if name.endswith("lunarlander") else 1  # with eight environments; with one
     if offline:
         write(Path("d"), [episode(9)])
-    if name == "spikerl/td3_4000":  # is for GPUs: gigabytes of checkpoints
+    if name == "spikerl/td3_4000":  # it is for GPUs, and its checkpoints take gigabytes
         short = [*short, "actor.hidden_sizes=[400,400]", "algo.critic_hidden_sizes=[400,400]"]
     few = [f"total_steps={steps}", f"steps_per_epoch={steps}", "eval_episodes=1",
            "env.max_episode_steps=20", "threads=1", "energy=none", "world_size=1"]  # fmt: skip
@@ -69,7 +69,7 @@ def test_experiments_learn(name: str) -> None:
     assert row["updates"] == updates
     none = name == "offline/bc" or sequences
     assert row["critic_loss"] is None if none else np.isfinite(row["critic_loss"])
-    # No actor beside what the loss is of.
+    # These algorithms have one network, and no loss of an actor.
     alone = "dqn" in name or name.startswith("dsqn/") or name == "care_bn/ram_pong"
     assert row["actor_loss"] is None if alone else np.isfinite(row["actor_loss"])
     first, last = actor(Path("run/checkpoints/step_0000000000")), actor(Path("run"))

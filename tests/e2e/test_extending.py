@@ -1,4 +1,4 @@
-"""docs/extending.md: its listings make a package that is installed and trains."""
+"""docs/extending.md: its listings form a package that can be installed, and its parts train."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Say = Callable[..., Said]
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the package that the page shows is installed."""
+    """The folder into which the package that the page shows was installed."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     listings = re.findall(r"```\w+\n# (\S+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     assert len(listings) == 8
@@ -111,7 +111,7 @@ def test_a_plugin_that_is_not_there(say: Say) -> None:
 
 @pytest.fixture
 def imported(package: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The package in this process; what it registers is removed again."""
+    """Import the package in this process; afterwards, remove it and what it registered."""
     registries: list[Any] = [NEURONS, ENCODERS, ALGOS]
     before = [dict(registry.options) for registry in registries]
     monkeypatch.syspath_prepend(str(package))
@@ -149,7 +149,7 @@ def test_the_worked_neuron_by_hand() -> None:
 def test_a_registry_and_its_folder_have_the_same_options(
     group: str, registry: Registry[Any, Any]
 ) -> None:
-    """So a part costs a line there and a file here, and neither can be forgotten."""
+    """A new part needs a line in a registry and a file in conf/; neither can be forgotten."""
     files = {path.stem: path for path in (conf_folder() / group).glob("*.yaml")}
     assert sorted(files) == sorted(registry.options)
     for name, path in files.items():

@@ -1,4 +1,4 @@
-"""The wheel: all that is needed and nothing else, at work from another folder."""
+"""The wheel holds all that is needed and nothing else, and works from another folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the sources, as from a fresh checkout."""
+    """A wheel built from a copy of the sources, as from a fresh checkout."""
     sources = tmp_path_factory.mktemp("sources")
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, sources)
@@ -44,14 +44,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel unpacked, which is what installing a pure one does."""
+    """The wheel unpacked, as pip does with a pure-Python one."""
     folder = tmp_path_factory.mktemp("site")
     zipfile.ZipFile(wheel).extractall(folder)
     return folder
 
 
 def installed(site: Path, home: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """The unpacked program in the folder `home`; it comes before any other on the path."""
+    """Run the unpacked program in the folder `home`; no other spikerl on the path is imported."""
     code = (
         "import sys, spikerl; from spikerl.cli.main import main\n"
         f"assert spikerl.__file__.startswith({str(site)!r}), spikerl.__file__\nmain()"
@@ -88,7 +88,7 @@ def test_what_it_asks_for(site: Path) -> None:
 
 
 def test_every_import_is_asked_for() -> None:
-    """Directly, or as what a direct requirement cannot be without."""
+    """By a requirement of its own, or because another requirement always brings it."""
     through = {"yaml": "omegaconf", "pynvml": "zeus", "triton": "torch", "PIL": "imageio"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]

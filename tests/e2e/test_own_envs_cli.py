@@ -1,4 +1,4 @@
-"""What the commands say and do about environments of one's own."""
+"""How the commands treat environments that users write."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_two_workers_name_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_resume_names_what_begins_anew(tmp_path: Path) -> None:
-    """Nobody knows what else such an environment remembers."""
+    """The state of a user's environment cannot be saved, so that it goes on from a reset."""
     run = tmp_path / "r"
     made = spikerl("train", *of("Takes"), "env.kwargs={mass:2.0,more:1}", f"run_dir={run}")
     assert made.status == 0, made

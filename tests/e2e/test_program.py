@@ -21,7 +21,9 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_start_up_leaves_out() -> None:
-    """torch's compiler, sympy and most of tensorboard, which take as long as all else together."""
+    """torch's compiler, sympy and other modules that are slow to import: together they would take
+    as long as all else.
+    """
     heavy = ("torch._inductor", "torch._dynamo", "sympy", "tensorboard.summary", "zeus", "pandas")
     code = f"""
 import sys
@@ -68,7 +70,7 @@ def test_doctor_where_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def process(*args: str) -> subprocess.CompletedProcess[str]:
-    """The program as a process; what it imported of the heavy parts is its last line."""
+    """Run the program in a process; the last line on stderr lists the heavy modules it imported."""
     code = (
         "import sys\nfrom spikerl.cli import main as cli\nsys.argv = ['spikerl', *sys.argv[1:]]\n"
         "try:\n    cli.main()\nfinally:\n    print([m for m in ('hydra', 'torch', 'gymnasium')"

@@ -1,4 +1,4 @@
-"""Every policy that the project keeps acts as its evaluation says, in a fresh clone too."""
+"""Every policy in outputs/reproduced acts as its evaluation.json says, in a fresh clone too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shell import spikerl
 
 ROOT = Path(__file__).resolve().parents[2] / "outputs" / "reproduced"
 KEPT = sorted(path.parent for path in ROOT.glob("*/*/*/seed*/evaluation.json"))
-LAST = {folder.parents[1]: folder for folder in KEPT}  # of each row of a table
+LAST = {folder.parents[1]: folder for folder in KEPT}  # one policy for each row of a table
 CASES = [
     pytest.param(folder, marks=[] if folder in LAST.values() else pytest.mark.slow)
     for folder in KEPT
@@ -23,7 +23,9 @@ def test_there_are_some() -> None:
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda folder: str(folder.relative_to(ROOT)))
 def test_a_kept_policy(folder: Path) -> None:
-    """Episode 0 again; from the same state, but on another machine sums may round otherwise."""
+    """Repeat episode 0, which starts from the same state; on another machine sums may be rounded
+    differently, so the return must only come near the lowest one kept.
+    """
     kept = json.loads((folder / "evaluation.json").read_text())
     seed = f"seed={kept['seed']}"
     said = spikerl("eval", f"run={folder}", "episodes=1", seed, "json=true")
@@ -38,7 +40,9 @@ def test_a_kept_policy(folder: Path) -> None:
 
 @pytest.mark.parametrize("format", ["c", "onnx"])
 def test_a_dense_policy_whose_sums_cancel(format: str, tmp_path: Path) -> None:
-    """At one of these observations float32 is 1.7e-5 away, by the reference and by both files."""
+    """It can be exported, though at one of the observations the actions in float32 are off by
+    1.7e-5, those of the reference as well as those of both files.
+    """
     run = ROOT / "popsan_table1/dense_td3/HalfCheetah/seed0"
     file = tmp_path / f"policy.{format}"
     said = spikerl("export", f"run={run}", f"format={format}", "episodes=1", f"file={file}")

@@ -1,4 +1,4 @@
-"""A bad request: one line that names key, value and remedy, status 2, and no file touched."""
+"""A bad request gets one line that names key, value and remedy, and status 2; no file changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has
 
 
 class Odd(gym.Env[Any, Any]):
-    """Spaces that cannot be trained on, by name."""
+    """An environment with given spaces; those in ODD cannot be trained on."""
 
     def __init__(self, obs: gym.Space[Any] | None = None, act: gym.Space[Any] | None = None):
         box = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -55,11 +55,11 @@ def tree(folder: Path) -> list[tuple[str, bytes | None]]:
 def said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Said:
-    """Make a request that must be refused; the line that it got."""
+    """A function that makes a request, asserts that it is refused, and returns its line."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["spikerl"])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # which the program sets
-    for started in ("run", "launch"):  # so that what is not refused fails here at once
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the program sets it too; the patch undoes that
+    for started in ("run", "launch"):  # a request that is not refused must not start a training
         monkeypatch.setattr(f"spikerl.commands.train.{started}", lambda *args: 0)
 
     def ask(*args: str) -> str:
@@ -78,7 +78,7 @@ def said(
     return ask
 
 
-# What is typed after `train`, how the line begins, and a word of its remedy.
+# What is typed after `train`, how the line begins, and a part of its remedy.
 REFUSED = [
     ("env=HalfCheeta", "env=HalfCheeta: ", "HalfCheetah"),
     ("env=Hoper", "env=Hoper: ", "Hopper"),

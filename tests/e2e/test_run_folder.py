@@ -1,4 +1,4 @@
-"""A run folder's contract, on real trainings of seconds, and what a failure leaves."""
+"""The files of a run folder, after real trainings that take seconds, and after failures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ROW = {
 
 
 class Breaks(gym.Env[np.ndarray, np.ndarray]):
-    """Goes wrong, in the way that it is told, at step 60 of the one instance that gets there."""
+    """Fails at its 60th step as `how` says; only the instance that trains makes so many steps."""
 
     def __init__(self, how: str) -> None:
         self.how, self.steps = how, 0
@@ -255,7 +255,9 @@ def test_init_from(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_init_from_a_policy_without_a_normaliser(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Observations that were normalised would make it another policy."""
+    """A run that normalises or clips observations otherwise is refused: the policy would act
+    differently.
+    """
     raw = "algo.norm_interval=null"
     assert train(raw, "total_steps=20", "run_dir=run") == 0
     capsys.readouterr()
@@ -274,7 +276,7 @@ def test_init_from_a_policy_without_a_normaliser(
 
 
 def test_init_from_a_policy_with_fewer_outputs(tmp_path: Path) -> None:
-    """A saved policy has the mean's outputs of a SAC actor that has deviations too."""
+    """An actor of SAC that also outputs deviations is saved with the outputs of the means alone."""
     sac = ["algo=sac", "algo.log_std=shared"]
     assert train(*sac, "total_steps=100", "run_dir=run") == 0
     assert train(*sac, "total_steps=20", "init_from=run", "run_dir=again", "seed=1") == 0
@@ -285,7 +287,7 @@ def test_init_from_a_policy_with_fewer_outputs(tmp_path: Path) -> None:
 
 
 def outcome(call: Callable[[], int]) -> int:
-    """The exit status; an exception that ends the program gives 1."""
+    """The exit status; 1 for an exception, which would end the program."""
     try:
         return call()
     except Exception:

@@ -1,4 +1,4 @@
-"""Sweeps: a folder per job, a bad job among good ones, and an end that tells."""
+"""Sweeps: a folder per job, bad jobs among good ones, and the table at the end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEW = [*SHORT, "total_steps=150"]
 
 
 class Ends(gym.Env[np.ndarray, np.ndarray]):
-    """Episodes of 10 steps; at step 60 it raises, or has its process told to stop."""
+    """Episodes of 10 steps; at step 60 it raises, or sends its process a signal, or neither."""
 
     observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float64)
     action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -80,7 +80,7 @@ def test_all_good(tmp_path: Path) -> None:
         assert f"seed: {name[5]}\n" in config
         assert f"run_dir: {root / name}\n" in config
         assert json.loads((root / name / "manifest.json").read_text())["status"] == "done"
-    assert said.out.rstrip().endswith("4 of 4 jobs done; s")  # from the current folder on
+    assert said.out.rstrip().endswith("4 of 4 jobs done; s")  # relative to the working folder
 
 
 def test_a_key_that_only_the_swept_options_have(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_bad_job_stops_no_other(tmp_path: Path) -> None:
     assert [status for _, status in jobs(tmp_path / "s")] == [1, 2, 0]
     assert "1 of 3 jobs done" in said.out
     rows = table(said)
-    rows[1][3] = rows[1][3].partition(" (")[0]  # where it was raised, and how to go on
+    rows[1][3] = rows[1][3].partition(" (")[0]  # without the place of the error and the remedy
     assert rows == [
         ["env.id=NEVER-v0", "done", "10.0", "s/env.id=NEVER-v0"],
         ["env.id=RAISES-v0", "failed (1)", "-",
@@ -200,21 +200,21 @@ def test_help_for_a_sweep_leaves_nothing(tmp_path: Path) -> None:
 
 
 def table(said: Said) -> list[list[str]]:
-    """The rows that a sweep ends with."""
+    """The cells of the table that a sweep prints at its end."""
     shown = said.out[said.out.index("reason or folder") :]
     lines = [line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")]
     rows: list[list[str]] = []
     for cells in ([cell.strip() for cell in line] for line in lines):
         if cells[0]:
             rows.append(cells)
-        else:  # what was too long for a line
+        else:  # the rest of a cell that was too long for a line
             rows[-1] = [f"{a} {b}".rstrip() for a, b in zip(rows[-1], cells, strict=True)]
     return rows
 
 
 @pytest.mark.slow
 def test_the_same_sweep_again(tmp_path: Path) -> None:
-    """What is done is skipped and what is new runs, whoever did it; nothing is done twice."""
+    """Jobs that are done are skipped, though an earlier sweep ran them; new jobs run."""
     assert sweep("seed=0,1", "run_dir=s").status == 0
     before = tree(tmp_path / "s" / "seed=1")
     said = sweep("seed=1,2", "run_dir=s")
@@ -228,7 +228,7 @@ def test_the_same_sweep_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_stopped_sweep_again(tmp_path: Path) -> None:
-    """The stopped job is resumed, with what it chose, and those that never began run."""
+    """The stopped job is resumed with its own settings, and jobs that had not begun run."""
     stopping = ["env=gym", "env.id=SIGTERM-v0,NEVER-v0", "run_dir=s"]
     assert sweep(*stopping).status == 75
     gym.registry["SIGTERM-v0"].kwargs["how"] = "NEVER"
@@ -244,7 +244,9 @@ def test_a_stopped_sweep_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_damaged_file_of_a_job_ends_no_sweep(tmp_path: Path) -> None:
-    """A summary is only shown; without a manifest nobody knows how far a job is."""
+    """Damage to a summary does not matter; without a manifest, the state of a job is not known, and
+    the job is refused.
+    """
     assert sweep("seed=0,1,2", "run_dir=s").status == 0
     (tmp_path / "s/seed=0/summary.json").write_text("")
     (tmp_path / "s/seed=1/manifest.json").write_text('{"stat')
@@ -301,7 +303,7 @@ def test_other_commands_sweep_and_leave_no_folder(tmp_path: Path) -> None:
     spread = f"{statistics.mean(both):.1f} +- {statistics.stdev(both):.1f} over 2 seeds"
     assert f"run=a: eval return {spread}\n2 of 4 jobs done\n" in said.out
     assert "spikerl: run=b: no policy there" in said.err
-    asked = spikerl("eval", "-m", *typed, "seed=0,1")  # json=true: objects on stdout alone
+    asked = spikerl("eval", "-m", *typed, "seed=0,1")  # json=true: stdout has JSON objects only
     answers = [json.loads(line) for line in asked.out.splitlines()]
     assert {answer["seed"]: answer["return_mean"] for answer in answers} == means
     assert f"all: eval return {spread}\n2 of 2 jobs done\n" in asked.err
@@ -311,7 +313,7 @@ def test_other_commands_sweep_and_leave_no_folder(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_joblib(tmp_path: Path) -> None:
-    """Two processes at a time, of Hydra's local pool."""
+    """Hydra's joblib launcher runs the jobs, two processes at a time."""
     ids = ("CartPole-v1", "InvertedPendulum-v5", "Swimmer-v5")
     typed = ["env=gym", f"env.id={','.join(ids)}", "hydra/launcher=joblib"]
     said = sweep(*typed, "hydra.launcher.n_jobs=2", "run_dir=s")
@@ -322,7 +324,7 @@ def test_joblib(tmp_path: Path) -> None:
     for env_id, name in zip(ids[1:], names[1:], strict=True):
         summary = json.loads((tmp_path / "s" / name / "summary.json").read_text())
         assert (summary["env_id"], summary["updates"]) == (env_id, 100)
-    left = {thread.name for thread in threading.enumerate()}  # which would delay the end
+    left = {thread.name for thread in threading.enumerate()}  # joblib's would delay the exit
     assert "ExecutorManagerThread" not in left
 
 
@@ -346,7 +348,7 @@ def test_only_multirun_makes_a_sweep(tmp_path: Path) -> None:
 
 
 def test_jobs_that_cannot_be_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a full disk: they run, and the table has them."""
+    """If jobs.jsonl cannot be written, as on a full disk, jobs run and the table shows them."""
 
     def full(file: Any, *, wait: bool) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,4 +1,4 @@
-"""Commands on real runs of a second: what a user types, and what must come of it."""
+"""Commands as a user types them, on real runs that take a second, and their results."""
 
 from __future__ import annotations
 
@@ -57,11 +57,13 @@ def actor(folder: Path) -> dict[str, torch.Tensor]:
     return load_policy(folder).network.state_dict()
 
 
-# --- where a run goes, and what it says of itself ----------------------------------------------
+# --- where a run's folder is, and what it records ----------------------------------------------
 
 
 def test_dated_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two runs of one second do not meet; the name says environment, algorithm, time and seed."""
+    """Two runs started in the same second get folders of their own; a folder's path has the
+    environment, the algorithm, the time and the seed.
+    """
 
     class Noon(datetime):
         @classmethod
@@ -145,7 +147,7 @@ def test_config_with_overrides(run: Path) -> None:
 
 
 def test_load_policy_is_evals_actor(run: Path) -> None:
-    """One episode at a time, by hand: the same returns to the last bit."""
+    """An episode stepped by hand with load_policy has exactly the return that eval reports."""
     said = spikerl("eval", f"run={run}", "episodes=1", "seed=5", "json=true")
     answer = json.loads(said.out)
     assert answer.keys() == {
@@ -214,7 +216,7 @@ def test_eval_changes_nothing(run: Path) -> None:
 def test_a_resumed_runs_policy_is_not_its_old_one(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it ended with does not stand for what it has become since."""
+    """A resumed run that fails leaves no policy or summary of its earlier end behind."""
     shutil.copytree(run, tmp_path / "run", symlinks=True)
     (tmp_path / "run" / "error.txt").write_text("why it failed\n")
 
@@ -239,7 +241,7 @@ def test_a_resumed_runs_policy_is_not_its_old_one(
 
 @pytest.mark.slow
 def test_killed_then_evaluated(tmp_path: Path) -> None:
-    """SIGKILL leaves a folder whose newest checkpoint is a policy."""
+    """After SIGKILL, eval uses the policy of the newest checkpoint."""
     command = [sys.executable, "-m", "spikerl", "train", *SHORT, "total_steps=1000000"]
     with subprocess.Popen([*command, "run_dir=run"], stdout=subprocess.DEVNULL) as process:
         newest = tmp_path / "run" / "checkpoints" / "step_0000000300"

@@ -1,4 +1,4 @@
-"""What version 0.1 left behind: its run resumes to the same numbers, its policy acts as it did."""
+"""A run folder of version 0.1: it resumes to the same numbers, and its policy acts as it did."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEASURED = ("cpu_s", "env_steps_per_s", "updates_per_s", "wall_s")
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    """Without what a clock or a meter says."""
+    """The rows of a run without the fields that depend on a clock."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in row.items() if k not in MEASURED} for row in lines]
 
@@ -56,7 +56,7 @@ def test_a_run_resumes_exactly(resumed: Path) -> None:
 
 
 def test_it_learns_the_same_policy(resumed: Path) -> None:
-    """Another machine's products may round the last bits otherwise."""
+    """The tolerance is for other machines, whose products may round the last bits otherwise."""
     before, theirs, ours = (
         load_file(run / "policy.safetensors") for run in (RUN, RESUMED, resumed)
     )
@@ -69,7 +69,7 @@ def test_it_learns_the_same_policy(resumed: Path) -> None:
 
 
 def test_a_policy_acts_as_it_did() -> None:
-    """The evaluation of epoch 2: returns, and every spike of the actor."""
+    """Repeating the evaluation of epoch 2 gives its return and length, and the firing rates."""
     config = EnvConfig(
         name="InvertedPendulum",
         version="v5",
@@ -79,7 +79,7 @@ def test_a_policy_acts_as_it_did() -> None:
     )
     policy, row = load_policy(RUN), rows(RUN)[1]
     with closing(Evaluator(config, 2, run_seed=5)) as evaluator:
-        evaluator.seed_bits = 63  # as it seeded resets
+        evaluator.seed_bits = 63  # version 0.1 seeded resets with 63 bits
         found = evaluator.run(policy, 2)
     assert (found.mean, found.length) == (row["eval_return"], row["eval_length"])
     assert found.activity is not None
