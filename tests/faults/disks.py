@@ -1,4 +1,4 @@
-"""A disk that refuses: every call by which a run reads or changes it is counted, and some fail."""
+"""Simulated disk errors: calls by which a run reads or changes the disk are counted; some fail."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ TINY = [
     "actor.hidden_sizes=[8]", "algo.critic_hidden_sizes=[8]", "threads=1", "energy=none",
 ]  # fmt: skip
 
+# The calls before which `act` is called; writes to files that io.open opened are added to them.
 CALLS: list[tuple[Any, str]] = [
     (io, "open"),
     *((os, name) for name in ("open", "fsync", "mkdir", "rename", "replace", "symlink")),
@@ -36,7 +37,7 @@ CALLS: list[tuple[Any, str]] = [
 
 
 class Written:
-    """A file whose every write is such a call; `act` may let it write the first half alone."""
+    """A file that calls `act` before each write; if `act` raises OSError, only half is written."""
 
     def __init__(self, file: Any, act: Callable[[str], None]) -> None:
         self.file, self.act = file, act
@@ -61,7 +62,7 @@ class Written:
 
 @contextmanager
 def before_each_call(act: Callable[[str], None]) -> Iterator[None]:
-    """Meanwhile `act` is called, and may raise, before each such call."""
+    """Inside this context, `act` is called, and may raise, before each call of CALLS and write."""
     busy = False
 
     def once(name: str) -> None:
@@ -91,7 +92,7 @@ def before_each_call(act: Callable[[str], None]) -> Iterator[None]:
 
 
 class Failing:
-    """Calls from number `first` to `last`, counted from 0, end with this error."""
+    """An `act` that raises the error `number` at the calls `first` to `last`, counted from 0."""
 
     def __init__(self, number: int, first: int, last: int | None = None) -> None:
         self.number, self.first, self.last = number, first, first if last is None else last
@@ -123,8 +124,8 @@ class Undisturbed:
         return computed(run) == self.computed
 
     def disturbed(self, run: Path, act: Callable[[str], None]) -> tuple[int, Path]:
-        """The status of the same run in `run`, `act` called before each call of its first commit;
-        and a copy of the folder as it was after that.
+        """Run the same in `run`, with `act` called before each call of its first commit; the exit
+        status, and a copy of the folder made after that commit.
         """
         commit, left = Session.commit, run.with_name(f"{run.name}-left")
 
@@ -141,7 +142,7 @@ class Undisturbed:
 
 
 def compose(args: list[str]) -> dict[str, Any]:
-    """The config that `spikerl train ARGS` has."""
+    """The config of `spikerl train ARGS`."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         composed = OmegaConf.to_container(hydra.compose("train", args), resolve=True)
@@ -150,12 +151,12 @@ def compose(args: list[str]) -> dict[str, Any]:
 
 
 class Tried(NamedTuple):
-    """What came of a run whose first commit met `act`."""
+    """The outcome of a run with `act` called before each call of its first commit."""
 
     refused: bool  # whether the commit failed
-    ended: bool  # with status 0, and equal to the undisturbed run
-    resumed: bool  # so did the folder that was left, had the run been killed there
-    clean: bool  # nothing half written is there in the end
+    ended: bool  # whether it ended with status 0, and equal to the undisturbed run
+    resumed: bool  # whether the folder as it was after that commit does the same when resumed
+    clean: bool  # whether no partial file or folder is left at the end
 
 
 def attempt(whole: Undisturbed, run: Path, act: Callable[[str], None]) -> Tried:

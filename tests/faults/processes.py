@@ -1,6 +1,6 @@
 """Runs of `spikerl train` as processes of their own, to be killed and resumed.
 
-A run works in a folder of its own, by which every process that it starts can be found.
+Each run has its own working folder, by which all processes that it starts can be found.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ TINY = [
     "algo.norm_interval=20",
     "algo.replay_capacity=150",
 ]
-# An epoch ends amid a rollout.
+# Epochs of 100 steps end in the middle of a rollout of 80.
 PPO = [*SHORT, "algo.rollout_steps=80", "algo.norm_interval=80", "algo.epochs=2"]
-# What two runs that computed the same may differ in.
+# Fields of rows in which two runs that computed the same may differ.
 SPENT = ("env_steps_per_s", "updates_per_s", "wall_s", "cpu_s", "power_w")
 
 RANK = re.compile(rb"(PMI_)?RANK=")  # from the elastic agent, or from mpiexec
 
 
 class Run:
-    """`spikerl train ARGS` in the folder `home`, started."""
+    """A process that runs `spikerl train ARGS` in the folder `home`."""
 
     def __init__(self, home: Path, *args: str, **environ: str) -> None:
         self.home = home
@@ -62,7 +62,7 @@ class Run:
         return self.process.pid
 
     def wait(self, seconds: float = 100) -> int:
-        """The exit status; negative: the signal that ended it."""
+        """The exit status; if negative, the number of the signal that ended it."""
         self.process.join(seconds)
         status = self.process.exitcode
         if status is None:
@@ -81,11 +81,11 @@ class Run:
         return self.out.read_text() + self.err.read_text()
 
     def begun(self) -> bool:
-        """Whether it trains: its folder is there, or what it resumes is restored."""
+        """Whether it trains: its folder exists or, in a resume, the checkpoint is restored."""
         return "run folder:" in self.out.read_text()
 
     def until(self, reached: Callable[[], object], seconds: float = 100) -> None:
-        """Wait for it while the run goes on."""
+        """Wait until `reached()` is true; fail if the run ends before that."""
         deadline = time.monotonic() + seconds
         while not reached():
             assert self.process.is_alive() or reached(), self.said()
@@ -105,12 +105,12 @@ def _enter(home: str, args: tuple[str, ...], environ: dict[str, str]) -> None:
     from spikerl.cli.main import run
 
     torch.set_num_threads(1)
-    mp.set_start_method("fork", force=True)  # as a command has it, not as this process was made
+    mp.set_start_method("fork", force=True)  # as in a command; this process came from a forkserver
     sys.exit(run(["train", *args]))
 
 
 def train(home: Path, *args: str, **environ: str) -> Run:
-    """A new run in home/run."""
+    """Start a new run in home/run."""
     return Run(home, *(PPO if "algo=ppo" in args else TINY), "run_dir=run", *args, **environ)
 
 
@@ -125,7 +125,7 @@ def rows(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def computed(run: Path) -> tuple[list[dict[str, Any]], bytes]:
-    """All that a run computed: its rows, times and energies aside, and its policy."""
+    """All that a run computed: its rows without times and energies, and its policy."""
     kept = [
         {k: v for k, v in row.items() if k not in SPENT and not k.startswith("energy_")}
         for row in rows(run)
@@ -138,14 +138,14 @@ def record(run: Path, name: str = "manifest.json") -> dict[str, Any]:
 
 
 def living(home: Path) -> list[int]:
-    """The processes that work in `home`; zombies do not."""
+    """The ids of processes whose working folder is `home`; zombies have none."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
                 if os.readlink(entry / "cwd") == str(home):
                     found.append(int(entry.name))
-            except OSError:  # it has ended, or is somebody else's
+            except OSError:  # it has ended, or belongs to another user
                 continue
     return found
 
@@ -162,7 +162,7 @@ def gone(home: Path, within: float = 10) -> float:
 
 
 def rank_of(pid: int) -> str | None:
-    """The rank of a worker; None for any other process, and one that has ended."""
+    """The rank of a worker; None for any other process or one that has ended."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -1,4 +1,4 @@
-"""Runs that are killed at random instants, resumed, and compared with the one never killed."""
+"""Runs that are killed at random instants, resumed, and compared with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ CASES = {
 
 @dataclass
 class Whole:
-    """A case's run that nothing disturbs."""
+    """An undisturbed run of a case, and how long it took."""
 
     home: Path
     args: list[str]
-    start_s: float = 0.0  # until it trains
+    start_s: float = 0.0  # until it trained
     train_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -48,13 +48,13 @@ class Whole:
 
 @dataclass
 class Outcome:
-    kills: list[str] = field(default_factory=list)  # in what it was: starting, restoring, training
+    kills: list[str] = field(default_factory=list)  # when: "starting", "restoring" or "training"
     discarded: int = 0  # rows
-    equal: bool = False
+    equal: bool = False  # to the undisturbed run
 
 
 def soak(whole: Whole, home: Path, chance: random.Random, again: float = 0.5) -> Outcome:
-    """Kill a run at an instant drawn from all of its life, and each resume with odds `again`."""
+    """Kill a run at a random instant, each resume with probability `again`; then let it finish."""
     outcome, folder = Outcome(), home / "run"
     home.mkdir()
     while not outcome.kills or chance.random() < again:
@@ -63,10 +63,10 @@ def soak(whole: Whole, home: Path, chance: random.Random, again: float = 0.5) ->
         if kill(run, whole, chance):
             doing = "restoring" if resumed else "starting"
             outcome.kills.append("training" if run.begun() else doing)
-        elif outcome.kills:  # it had ended by then
+        elif outcome.kills:  # it ended before the kill
             break
         else:
-            shutil.rmtree(folder)  # nothing was left to kill: it begins again
+            shutil.rmtree(folder)  # the run ended before its first kill: try again with a new one
         gone(home)
     last = resume(home) if folder.exists() else train(home, *whole.args)
     assert last.wait() == 0, last.said()
@@ -78,7 +78,10 @@ def soak(whole: Whole, home: Path, chance: random.Random, again: float = 0.5) ->
 
 
 def kill(run: Run, whole: Whole, chance: random.Random) -> bool:
-    """SIGKILL at an instant of the start with odds 1/4, else of the training; whether it landed."""
+    """Send SIGKILL at a random instant: with probability 1/4 of the start, else of the training.
+
+    Returns False if the run ended before that.
+    """
     if chance.random() < 0.25:
         time.sleep(chance.uniform(0, whole.start_s))
     else:

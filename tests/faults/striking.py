@@ -1,8 +1,8 @@
-"""Runs of which a process is killed in a chosen phase.
+"""Runs one of whose processes is killed in a chosen phase.
 
-A worker that comes to the phase leaves its process id in a file and stays there: the others wait
-for it where they next need it, and whoever watches can kill it, or the parent, amid the phase. It
-is put into workers from outside, through a `sitecustomize` that Python imports at its start.
+When a worker comes to the phase, it writes its process id into a file and sleeps. The others wait
+for it where they next need it, and the test kills it, or the parent, in the middle of the phase.
+The code that does so is in a `sitecustomize`, which Python imports when a worker starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from processes import Run, computed, gone, record, resume, rows, train
 
 from spikerl.runs.checkpoint import verified
 
-# Where a worker stays, by phase: before what it does there, and behind it.
+# For each phase, the module and the function before or after whose call a worker sleeps.
 PLACES = {
     "acting": "spikerl.envs.vector Envs.step",
     "update": "spikerl.algos.td3 TD3.update",
@@ -80,8 +80,8 @@ sys.meta_path.insert(0, Finder())
 
 @dataclass(frozen=True)
 class Strike:
-    """SIGKILL to `victim` (a rank, or the parent) when a worker has come to its `call`th time of
-    `phase`, before or `behind` what it then does.
+    """SIGKILL to `victim` (a rank, or "parent") when a worker comes to its call number `call` of
+    the function of `phase`: before that call or, if `behind`, after it.
     """
 
     victim: str
@@ -90,7 +90,7 @@ class Strike:
     behind: bool
 
     def hit(self, home: Path, *args: str) -> Run:
-        """A run that was hit; it may still be about to notice."""
+        """Start a run and kill the victim; the run, which may not have noticed yet."""
         home.mkdir()
         module, name = PLACES[self.phase].split()
         rank = "0" if self.victim == "parent" else self.victim
@@ -105,7 +105,10 @@ class Strike:
         return run
 
     def check(self, home: Path, whole: Path, restarts: int, *args: str) -> str:
-        """What came of it, as documented: an AssertionError says what else did."""
+        """Kill, resume if need be, and compare with the undisturbed run `whole`; a line about it.
+
+        Raises AssertionError if the run does anything but what is documented.
+        """
         run = self.hit(home, *args, f"max_restarts={restarts}")
         folder, ended = home / "run", run.wait()
         gone(home)
@@ -141,9 +144,9 @@ class Strike:
 
 
 def which_call(phase: str, where: float) -> int:
-    """The one that lies at this part of the short run, 0 to 1, behind its first epoch."""
-    epochs = {"evaluation": 4, "checkpoint": 5}  # a checkpoint 0 before them
+    """The number of a call after the first epoch; `where` (0 to 1) says how late in the run."""
+    epochs = {"evaluation": 4, "checkpoint": 5}  # one for each epoch, and a checkpoint at step 0
     if phase in epochs:
         return 2 + int(where * 3) + (phase == "checkpoint")
-    calls = {"acting": 100, "update": 170, "collective": 500}[phase]  # of each worker
+    calls = {"acting": 100, "update": 170, "collective": 500}[phase]  # in each worker
     return int(calls * (0.3 + 0.6 * where))

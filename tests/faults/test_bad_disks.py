@@ -1,4 +1,4 @@
-"""Disks that are full, read-only, slow or gone: training goes on, and nothing there is damaged."""
+"""Disks that are full, read-only, slow or gone: training goes on, and no file is damaged."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 
 @pytest.mark.parametrize("first", range(0, 54, 6))
 def test_a_call_of_a_commit_that_fails(whole: Undisturbed, tmp_path: Path, first: int) -> None:
-    """A sample of what scripts/bad_disk tries."""
+    """A sample of the calls that scripts/bad_disk lets fail."""
     act = Failing(ERRORS[first // 6 % 3], first, first + (first % 4 == 0) * 10**9)
     tried = attempt(whole, tmp_path / "run", act)
     assert act.reached
@@ -69,7 +69,7 @@ def fill(disk: Path) -> None:
 
 
 def at_commits(monkeypatch: pytest.MonkeyPatch, *acts: Callable[[], object]) -> None:
-    """One before each commit, in turn."""
+    """Call the first of `acts` before the first commit, the second before the second, and so on."""
     commit, left = Session.commit, list(acts)
 
     def before(session: Session, run: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_disk_that_stays_full(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One line says so, and the run goes on from its last checkpoint when there is room."""
+    """The run ends with one line; once there is room, a resume goes on from its last checkpoint."""
     run = small_disk / "run"
     at_commits(monkeypatch, nothing, lambda: fill(small_disk))
     assert whole.train(run_dir=str(run)) == 1
@@ -121,7 +121,7 @@ def test_a_disk_that_stays_full(
 
 
 def test_a_full_disk_is_freed(whole: Undisturbed, small_disk: Path) -> None:
-    """Of the checkpoints and the replay of a run that is done."""
+    """`runs clean=true` removes the checkpoints and the replay of a run that is done."""
     run = small_disk / "run"
     assert whole.train(run_dir=str(run)) == 0
     (run / ".lock").unlink()
@@ -154,7 +154,7 @@ sys.exit(run_worker(Path(sys.argv[1]), os.getppid(), run))
 def test_a_temporary_folder_that_is_full_when_workers_end(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What they say, and have saved elsewhere, is heard."""
+    """The launcher still learns their exit status, 75."""
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
 
     def run(shared_dir: Path, workers: launch.Workers) -> dict[int, int]:
@@ -193,7 +193,7 @@ def test_a_temporary_folder_that_is_full_is_a_line(
 def test_a_folder_that_cannot_be_written_is_refused(
     whole: Undisturbed, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A resume on a read-only disk; and a new run on a full one leaves nothing."""
+    """A new run on a full disk, which leaves nothing, and a resume on a read-only one."""
     fill(small_disk)
     with pytest.raises(BadRequest, match=r"run_dir=.*No space left on device"):
         whole.train(run_dir=str(small_disk / "run"))
@@ -212,7 +212,7 @@ def test_a_folder_that_vanishes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It is not begun anew; when it is back the run makes up for all."""
+    """No new folder is made in its place; when it is back, the run saves all that is pending."""
     run, aside = tmp_path / "run", tmp_path / "aside"
     at_commits(monkeypatch, lambda: run.rename(aside), lambda: aside.rename(run))
     assert whole.train(run_dir=str(run)) == 0
@@ -233,7 +233,7 @@ def test_a_folder_that_vanishes(
 def test_views_stop_nothing(
     whole: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """log.txt and TensorBoard cannot be written, and nobody reads what is printed."""
+    """A run ends well though log.txt, TensorBoard's files and standard output cannot be written."""
     run = tmp_path / "run"
 
     def spoil() -> None:
@@ -253,10 +253,10 @@ def test_views_stop_nothing(
 
 
 def disk_of_one_refuses_or_is_slow(world: World, run: str) -> None:
-    """Both workers hear of it, none waits in vain, and the next commit makes up for it."""
+    """Both raise the error of one, or wait while one is slow; the next commit succeeds."""
 
     def slow() -> int:
-        time.sleep(5 * world.rank)  # longer than an exchange may take
+        time.sleep(5 * world.rank)  # longer than timeout_s, the limit of an exchange
         return world.rank
 
     def refused() -> None:
@@ -301,7 +301,7 @@ def test_a_journal_writes_all_in_order_over_what_a_failure_left(tmp_path: Path) 
     journal.write(sync=True)
     journal.add(b"two\n")
     with before_each_call(Failing(errno.ENOSPC, 2)), pytest.raises(OSError, match="write"):
-        journal.write(sync=True)  # after its two opens, half of it
+        journal.write(sync=True)  # its third call, the write, fails after half of the bytes
     path.write_bytes(path.read_bytes() + b"a long rest of an earlier attempt")
     journal.add(b"three\n")
     journal.write(sync=True)

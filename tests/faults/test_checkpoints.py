@@ -46,7 +46,7 @@ def save_into(trainer: Trainer, run: Path, **facts: int) -> None:
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """All that training goes on from; the replay by row number."""
+    """All that training goes on from; the rows of the replay in the order of their numbers."""
     replay = trainer.replay
     held = replay.between(replay.added - replay.size, replay.added)
     shard = shard_of(trainer).tensors
@@ -81,7 +81,7 @@ class Saved:
         return Path(shutil.copytree(self.run, to, symlinks=True))
 
     def check(self, run: Path, *steps: int) -> int:
-        """The step that `run` goes on from, one of `steps`, exactly restored."""
+        """Assert that `run` restores exactly the state at one of `steps`; return that step."""
         reports: list[str] = []
         found = verified(run, reports.append)
         assert found.step in steps, reports
@@ -110,7 +110,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
     ids=["ENOSPC", "EIO", "EACCES", "ENOSPC from it on"],
 )
 def test_a_disk_that_refuses_any_call(saved: Saved, tmp_path: Path, number: int, more: int) -> None:
-    """The one before stays whole, and once there is room again the next is whole too."""
+    """The checkpoint before stays complete, and so is the next one, once calls succeed again."""
     new = saved.trainer.step
     outcomes = []
     for first in range(1000):
@@ -120,7 +120,7 @@ def test_a_disk_that_refuses_any_call(saved: Saved, tmp_path: Path, number: int,
                 save(saved.trainer, run)
         except DiskError:
             outcomes.append(saved.check(run, saved.last, new))
-        else:  # a call that the checkpoint can do without
+        else:  # the failed call was not needed for the checkpoint
             assert saved.check(run, new) == new
         if not failing.reached:
             break
@@ -130,11 +130,11 @@ def test_a_disk_that_refuses_any_call(saved: Saved, tmp_path: Path, number: int,
         shutil.rmtree(run)
     assert first > 45
     assert outcomes[0] == saved.last
-    assert outcomes == sorted(outcomes)  # once committed, it stays
+    assert outcomes == sorted(outcomes)  # calls after the commit leave the new checkpoint valid
 
 
 def test_killed_before_any_call(saved: Saved, tmp_path: Path) -> None:
-    """What is on the disk at each of those moments is what a killed run leaves."""
+    """A copy of the disk before each call is what a run killed then would leave."""
     run = saved.copy(tmp_path / "run")
     left: list[Path] = []
 
@@ -148,7 +148,7 @@ def test_killed_before_any_call(saved: Saved, tmp_path: Path) -> None:
     steps = [saved.check(place, saved.last, saved.trainer.step) for place in left]
     assert steps == sorted(steps)
     assert {*steps} == {saved.last, saved.trainer.step}
-    for place in left[:: len(left) // 8]:  # such a run goes on, and nothing piles up
+    for place in left[:: len(left) // 8]:  # such a run goes on, and leaves no extra files
         found = verified(place, print)
         remove_newer(found)
         load_checkpoint(saved.other, found)
@@ -205,7 +205,9 @@ def test_every_bit_of_the_manifest_counts(saved: Saved, tmp_path: Path) -> None:
 
 
 def test_damaged_replay_reaches_back(saved: Saved, tmp_path: Path) -> None:
-    """A segment that several checkpoints share spoils them all; with none left it is said."""
+    """Damage to a segment that several checkpoints share makes them all invalid; if no checkpoint
+    is left, the run is refused.
+    """
     run = saved.copy(tmp_path / "run")
     shared = f"rows_{saved.last - 2 * EPOCH:012d}_{saved.last - EPOCH:012d}.f32"
     flip(run / "replay" / "worker_0_of_1" / shared)
@@ -220,7 +222,7 @@ def test_damaged_replay_reaches_back(saved: Saved, tmp_path: Path) -> None:
 
 
 def test_segments_are_shared_and_pruned(saved: Saved) -> None:
-    """Written once, kept while a kept checkpoint can reach them."""
+    """Each segment is written once, and kept while a kept checkpoint needs its rows."""
     kept = sorted(int(p.name[5:]) for p in (saved.run / "checkpoints").glob("step_*"))
     assert kept == [saved.last - EPOCH * k for k in reversed(range(KEEP))]
     segments = sorted(p.name for p in saved.run.glob("replay/worker_0_of_1/*"))
@@ -233,7 +235,7 @@ def test_segments_are_shared_and_pruned(saved: Saved) -> None:
 
 
 def test_a_ring_that_turned_over_between_checkpoints(saved: Saved, tmp_path: Path) -> None:
-    """More rows than it holds came since the last checkpoint; only those it holds are written."""
+    """Between checkpoints come more rows than it holds; a checkpoint has just those it holds."""
     trainer = make_trainer()
     epochs = trainer.epochs()
     for wait in (1, 2, 3, 1):
@@ -272,7 +274,7 @@ def test_nothing_is_unpickled(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_went_missing_is_written_again(saved: Saved, tmp_path: Path) -> None:
-    """A segment, the newest checkpoint or every one, under a run that goes on."""
+    """A segment, the newest checkpoint or all checkpoints were removed while the run went on."""
     new, segment = saved.trainer.step, f"rows_{saved.last - EPOCH:012d}_{saved.last:012d}.f32"
     run = saved.copy(tmp_path / "segment")
     (run / "replay" / "worker_0_of_1" / segment).unlink()
@@ -291,7 +293,7 @@ def test_what_went_missing_is_written_again(saved: Saved, tmp_path: Path) -> Non
 def test_a_checkpoint_that_cannot_be_read_now_stays(
     saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of a network that is away: none before it is gone on from."""
+    """Where a file cannot be read for now, as on a network disk, no older checkpoint is used."""
     run = saved.copy(tmp_path / "run")
 
     def away(path: Path, most: int) -> bytes:
@@ -318,7 +320,7 @@ def test_a_run_that_went_away_is_not_begun_anew(saved: Saved, tmp_path: Path) ->
     ],
 )
 def test_rows_that_a_checkpoint_counts(tmp_path: Path, rows: bytes, said: str) -> None:
-    """The one before, which counts fewer of them, is used."""
+    """If they are damaged or missing, the checkpoint before, which counts fewer rows, is used."""
     trainer = make_trainer()
     for i, _ in zip(range(2), trainer.epochs(), strict=False):
         save(trainer, tmp_path, metrics_bytes=9 * (i + 1))
@@ -338,7 +340,7 @@ def test_rows_that_a_checkpoint_counts(tmp_path: Path, rows: bytes, said: str) -
 
 
 def test_a_policy_without_its_link(saved: Saved, tmp_path: Path) -> None:
-    """`latest` is for people; what is broken or missing there is found by name."""
+    """Without a valid link `latest`, the newest checkpoint is found by the names of the folders."""
     run = saved.copy(tmp_path / "run")
     newest_one = run / "checkpoints" / f"step_{saved.last:010d}"
     assert find_policy(run, key="run") == newest_one
@@ -352,7 +354,7 @@ def test_a_policy_without_its_link(saved: Saved, tmp_path: Path) -> None:
 
 
 def test_workers_make_a_folder_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another makes it between the look and the making."""
+    """Another worker makes the folder after this one saw that it did not exist."""
     is_dir = Path.is_dir
 
     def look(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Workers that are killed or fail, and parents too: said in one line, and nothing stays behind."""
+"""Workers or their parent are killed or fail: one line says so, and no process stays behind."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from spikerl.distributed import mpi
 from spikerl.seeding import RESET_BITS, reset_seed
 
 WATTS = 125.0
-# Steps per second go by the slowest worker's seconds, a shared device's joules by rank 0's: of
-# windows of 0.1 s, what it takes to wake a worker on a busy machine is a good part.
+# Tolerance of joules for several workers: steps per second are counted over the slowest worker's
+# seconds, the joules of a shared device over rank 0's. Windows have 0.1 s, of which waking a worker
+# on a busy machine can take a good part.
 TOGETHER = 0.35
-# One worker's two clocks are read one after the other: what a busy machine puts between them.
+# Tolerance for one worker, whose two clocks are read one after the other.
 ALONE = 0.05
-SECONDS = 10  # within which a run that lost somebody must be over
+SECONDS = 10  # within which a run must end after it lost a process
 TWO = ["env=HalfCheetah", "world_size=2", "num_envs=4", "env.vectorizer=async"]
 FAILING = """
 import gymnasium as gym
@@ -49,7 +50,7 @@ gym.register("Fails-v0", Fails, max_episode_steps=1000)
 
 
 def metered(folder: Path) -> list[str]:
-    """A constant power on the only device, which all workers share."""
+    """Arguments for a recorded constant power of the only device, which all workers share."""
     trace = folder / "trace.csv"
     trace.write_text(f"t_s,gpu:0\n0,{WATTS}\n1,{WATTS}\n")
     return ["energy=replay", f"energy.file={trace}"]
@@ -75,13 +76,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone = [arg for arg in TWO if not arg.startswith("world_size")]
     ended = torchrun(home, *alone, *metered(home.parent))
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("done: 400 steps") == 1  # one of them speaks
+    assert ended.stdout.count("done: 400 steps") == 1  # only one worker prints
     assert record(home / "run")["world_size"] == 2
     return home
 
 
 def workers(run: Run) -> dict[str, int]:
-    """Process ids by rank, once the run trains; its environments have processes too."""
+    """The process ids of the workers by rank, once the run has a row; environments are left out."""
     run.until(lambda: run.begun() and len(rows(run.home / "run")) >= 1)
     parents = {pid: rank_of(pid) for pid in living(run.home) if pid != run.pid}
     known = {rank: pid for pid, rank in parents.items() if rank and is_child(pid, run.pid)}
@@ -95,7 +96,7 @@ def is_child(pid: int, parent: int) -> bool:
 
 
 def lose(run: Run, rank: int, size: int) -> None:
-    """Kill a worker: what the run then says, and how soon."""
+    """Kill a worker; check what the run then prints and records, and how soon it ends."""
     pid = workers(run)[str(rank)]
     begun = time.monotonic()
     os.kill(pid, signal.SIGKILL)
@@ -112,7 +113,7 @@ def lose(run: Run, rank: int, size: int) -> None:
     assert error == f"worker {rank} of {size} was killed by SIGKILL"
 
 
-@pytest.mark.slow  # test_restarts kills one, too
+@pytest.mark.slow  # test_restarts.py kills a worker too
 @pytest.mark.parametrize("again", [False, True])
 def test_a_killed_worker_ends_the_run_and_the_rest_can_be_resumed(
     again: bool, whole: Path, tmp_path: Path
@@ -131,7 +132,7 @@ def test_a_killed_worker_ends_the_run_and_the_rest_can_be_resumed(
 
 @pytest.mark.slow
 def test_signals_to_the_parent(whole: Path, tmp_path: Path) -> None:
-    """SIGTERM, Ctrl-C, SIGKILL, one resume after the other."""
+    """SIGTERM, SIGINT and SIGKILL, each followed by a resume."""
     run = train(tmp_path, *TWO, *metered(tmp_path))
     for number, status in ((signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
         run.until(run.begun)
@@ -149,7 +150,7 @@ def test_signals_to_the_parent(whole: Path, tmp_path: Path) -> None:
 
 
 def check_energy(folder: Path, tolerance: float = ALONE) -> None:
-    """Joules are watts times the seconds of each row's windows; the summary has their sum."""
+    """Joules are watts times the seconds of each row's windows; the summary has the joules' sum."""
     spent = rows(folder) + rows(folder, "discarded.jsonl")
     for row in spent:
         assert row["power_w"] == pytest.approx(WATTS, rel=1e-3)
@@ -166,7 +167,7 @@ def check_energy(folder: Path, tolerance: float = ALONE) -> None:
 
 
 def test_energy_of_one_worker(tmp_path: Path) -> None:
-    """Its windows are the wall clock's: an epoch's begins where the one before ended."""
+    """Windows follow each other without gaps, so the joules cover most of the run's wall time."""
     run = train(tmp_path, "env=Hopper", *metered(tmp_path))
     assert run.wait() == 0, run.said()
     check_energy(tmp_path / "run")
@@ -209,7 +210,7 @@ def test_a_killed_launcher_leaves_nobody_behind(launcher: str, tmp_path: Path) -
             assert process.poll() is None, (tmp_path / "said").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert len(living(tmp_path)) >= 2 + 4  # workers and environments, at the least
+        assert len(living(tmp_path)) >= 2 + 4  # at least the workers and the environments
     finally:
         process.kill()
         process.wait()

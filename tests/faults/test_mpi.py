@@ -1,4 +1,4 @@
-"""Workers over MPI: the run that gloo's workers make, and no hang whoever ends."""
+"""Workers over MPI compute the same run as over gloo, and no process hangs when another ends."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def test_mpiexec_and_another_request(tmp_path: Path) -> None:
 
 
 def workers(run: Run, rank: str) -> list[int]:
-    """The process of this rank: mpiexec started its parent, and it starts its environments'."""
+    """The process of the worker of this rank, without its parent, which mpiexec started, and
+    without the processes of its environments, which have the same rank in their environment.
+    """
     ranked = [pid for pid in living(run.home) if rank_of(pid) == rank]
     tops = [pid for pid in ranked if not any(is_child(pid, other) for other in ranked)]
     return [pid for pid in ranked if any(is_child(pid, top) for top in tops)]

@@ -1,4 +1,4 @@
-"""The cells of a table: none is done twice, none is lost, whoever is killed or stopped."""
+"""The cells of a table: none is run twice and none is lost, whichever process is killed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(jobs: int) -> ForkProcess:
-    """Another process that does the table; forked, as it takes seconds to import torch."""
+    """Another process that runs the table; forked, as importing torch anew would take seconds."""
     process = ForkProcess(target=lambda: os._exit(table_runs.run_cells(jobs)[0]))
     process.start()
     return process
@@ -89,7 +89,7 @@ def test_all_cells_then_nothing() -> None:
 
 
 def test_killed_at_random_instants() -> None:
-    """By SIGKILL: the runs stop at a safe point, and whoever comes next waits for them."""
+    """A scheduler is killed: its runs stop at a safe point, and the next one goes on with them."""
     rng = random.Random(0)
     for _ in range(3):
         process = start(2)
@@ -105,7 +105,7 @@ def test_killed_at_random_instants() -> None:
     check_whole()
     began = Counter(name for what, name, _ in events() if what == "started")
     assert began == Counter(TRAINED)
-    assert any(what == "resumed" for what, _, _ in events())  # they did not run on as orphans
+    assert any(what == "resumed" for what, _, _ in events())  # runs ended with their scheduler
 
 
 def test_two_processes_share_the_work() -> None:
@@ -134,7 +134,7 @@ def test_a_stop_is_passed_on(number: int, status: int) -> None:
 
 
 def test_a_stop_while_a_run_is_being_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run gets it once it is there."""
+    """The run gets the signal once its process exists."""
     popen = subprocess.Popen
 
     def interrupted(*args: Any, **settings: Any) -> Any:
@@ -157,7 +157,7 @@ def test_a_failure_stops_no_other() -> None:
     assert (failed.word, failed.note) == ("failed", "ValueError: it fell over (status 1)")
     assert words["popsan/Hopper/seed0"].word == "done"
     assert words["converted/Ant/seed0"].word == "done"
-    assert words["converted/Ant/seed1"].word == "waiting"  # for what failed
+    assert words["converted/Ant/seed1"].word == "waiting"  # for its source, which failed
     Path("fail").unlink()
     assert table_runs.run_cells()[0] == 0  # a failed cell is tried again from where it was
     check_whole()
@@ -165,7 +165,7 @@ def test_a_failure_stops_no_other() -> None:
 
 @pytest.mark.slow
 def test_fewer_steps_first() -> None:
-    """A cell that the protocol will want longer keeps what it goes on from."""
+    """A cell that the protocol wants longer keeps its checkpoints, and goes on from them later."""
     assert table_runs.run_cells(total_steps=20)[0] == 0
     assert (ROOT / "popsan/Ant/seed0/checkpoints").exists()
     assert returns("popsan/Ant/seed1") == [110.0, 120.0]
@@ -174,7 +174,7 @@ def test_fewer_steps_first() -> None:
     assert table_runs.run_cells()[0] == 0
     check_whole()
     assert json.loads((ROOT / "popsan/Ant/seed1/evaluation.json").read_text()) != {}
-    # What was converted is converted again, of the policy that was trained further.
+    # The policy that was trained further is converted again.
     assert made_of("converted/Ant/seed1") == hashlib.sha256(b"50").hexdigest()
 
 
@@ -185,7 +185,7 @@ def made_of(name: str) -> str:
 
 @pytest.mark.slow
 def test_a_sweep_over_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is given to a launcher: each job does its share."""
+    """Each job of a sweep, as given to a launcher, runs its own rows of the table."""
     monkeypatch.setattr(cells, "PROGRAM", [sys.executable, str(Path(table_runs.__file__))])
     request = ["table=popsan_table1", "columns=Ant", "seeds=1", "total_steps=20", "jobs=1"]
     said = spikerl("reproduce", "-m", *request, "rows=[popsan_td3],[dense_td3]")
@@ -216,7 +216,7 @@ def test_a_conversion_waits_for_a_policy_that_is_done() -> None:
 
 
 def test_a_cell_is_held_by_what_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when who started it is gone: else another would start the same beside it."""
+    """The cell's process keeps its lock after the scheduler ended, so that no other starts it."""
     monkeypatch.setattr(cells, "PROGRAM", [sys.executable, "-c", "import time; time.sleep(60)"])
     lock = cells.claim(cell())
     assert lock is not None
@@ -232,7 +232,7 @@ def test_a_cell_is_held_by_what_was_started(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_file_system_without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There a cell is nobody's, and not another's for ever."""
+    """Where locks are not supported, a cell counts as free, not as held by another for ever."""
 
     def flock(file: Any, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -273,7 +273,7 @@ def test_slots(
 
 
 def test_one_place_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Divided by the workers that a run of the table has."""
+    """With runs of several workers, the cores are divided by the most workers of a run."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(command, "cores", lambda: 16)
     assert len(command.slots_of(None, [cell()])) == 16
@@ -317,7 +317,7 @@ def test_a_cell_that_cannot_be_read() -> None:
 
 
 def test_a_place_that_cannot_be_written_to() -> None:
-    """What `out=` says, and where in it."""
+    """The refusal names the key `out` and the place below it."""
     cell = cell_of(table_of(table_runs.TABLE), "popsan", "Ant", 0)
     assert cell
     cell.folder.parents[1].mkdir(parents=True)
@@ -342,7 +342,9 @@ def test_a_process_that_cannot_start_fails_its_cell(monkeypatch: pytest.MonkeyPa
 
 
 def test_packages_set_no_runs_apart() -> None:
-    """Scheduling names them to a run, whose config then has them; composing its cell does not."""
+    """The scheduler adds plugins=[...] to a run's command, so the run's config has the key; the
+    composed config of its cell has not, and the difference must not count.
+    """
     write_run("seed: 0\nplugins: [mine]", "done", 50)
     cells.check(table_of(table_runs.TABLE), [cell()], 50)
     assert cells.naming(["a", "b"]) == ["plugins=[a,b]"]
@@ -370,7 +372,7 @@ def test_what_moved_over_fewer_steps_is_not_gone_on_with(monkeypatch: pytest.Mon
 
 
 def test_a_result_with_fewer_steps_stays_as_it_is() -> None:
-    """Without checkpoints, as results are that come with the sources; with one it is resumed."""
+    """It does without checkpoints, as results in the repository; with one it is resumed."""
     folder = write_run("seed: 0", "done", 40)
     (folder / "evaluation.json").write_text("{}")
     note = (f"{folder} was done at 40 steps, not 50, and kept no checkpoint to go on from; "
@@ -404,7 +406,7 @@ def test_more_steps_are_refused_only_where_they_are_typed(
 
 
 def test_environments_that_step_together_end_where_they_do() -> None:
-    """Eight of them, asked for 50 steps, end at 56; asked for 48 they would not."""
+    """Eight environments end at step 56 if 50 were asked for, but not if 48 were."""
     folder = write_run("seed: 0", "done", 56)
     (folder / "manifest.json").write_text(json.dumps({"status": "done", "num_envs": 8}))
     table = table_of(table_runs.TABLE)
@@ -429,7 +431,7 @@ def test_a_bad_override_is_refused_before_anything_starts() -> None:
 
 
 def test_a_run_that_somebody_else_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table is not done: the same command goes on with it."""
+    """The status is 75: the table is not done, and the same command goes on with it."""
     monkeypatch.setattr(cells, "PROGRAM", [sys.executable, "-c", "import sys; sys.exit(75)"])
     screen = Screen("small", Console(file=io.StringIO()))
     running = Scheduler([cell()], 50, screen, slots=[None], nice=0, keep=True)
@@ -457,7 +459,7 @@ REQUEST: dict[str, Any] = {
 
 
 def test_what_goes_on_is_kept_until_the_protocol_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
-    """20 of 50 steps, then all."""
+    """Checkpoints are kept after 20 of 50 steps, and removed after all 50."""
     monkeypatch.setattr(cells, "PROGRAM", [sys.executable, str(Path(table_runs.__file__))])
     one = {"table": table_runs.TABLE, "rows": ["popsan"], "columns": ["Ant"], "seeds": [0]}
     kept = cell().folder / "checkpoints"

@@ -1,4 +1,4 @@
-"""resume=RUN world_size=W: other workers take up every row, environment and moment, once each.
+"""resume=RUN world_size=W: another number of workers takes over every row and environment once.
 
 Shape legend   N environments, T steps of each.
 """
@@ -38,7 +38,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def check_handed_over(run: Path, old: Workers, new: Workers) -> None:
-    """Through a checkpoint, to the bit."""
+    """Save `old`, load it into `new`, and check that nothing differs by a bit."""
     old.save(run)
     new.load(run)
     held = old.rows()
@@ -56,7 +56,9 @@ def check_handed_over(run: Path, old: Workers, new: Workers) -> None:
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    """4, 2, 4, 1 workers, amid an epoch and between two merges; the ring wraps around."""
+    """4 workers, then 2, 4, 1, 2 and 4, changed in mid-epoch and between merges of the normaliser;
+    the replay wraps around.
+    """
     run, workers = tmp_path, Workers(OFF_POLICY, 4)
     for size, until in ((2, 52), (4, 76), (1, 204), (2, 228), (4, 300)):
         workers.train(until)
@@ -66,12 +68,14 @@ def test_there_and_back(tmp_path: Path) -> None:
         check_handed_over(run, workers, new)
         workers.close()
         workers = new
-    assert workers.first.algo.updates == 260  # bursts of ten at 50, 60, ..., 300
+    assert workers.first.algo.updates == 260  # ten at each of the steps 50, 60, ..., 300
     workers.close()
 
 
 def test_segments_are_those_that_the_replays_reach(tmp_path: Path) -> None:
-    """Whoever wrote them; one that no kept checkpoint reaches is gone."""
+    """Segments that another number of workers wrote count too; one that no kept checkpoint needs is
+    removed.
+    """
     workers = Workers(OFF_POLICY, 4)
     workers.train(40)
     workers.save(tmp_path)
@@ -91,7 +95,7 @@ def test_segments_are_those_that_the_replays_reach(tmp_path: Path) -> None:
 
 
 def test_a_rollout_in_progress(tmp_path: Path) -> None:
-    """PPO's rows stay with their environments: the same advantages, up to sums."""
+    """The rows of PPO's rollout stay with their environments, and all updates are made."""
     algo = ppo_config(rollout_steps=40, norm_interval=40, batch_size=10, critic_hidden_sizes=[16])
     training = replace(OFF_POLICY, algo=algo)
     old, new = Workers(training, 4), Workers(training, 2)
@@ -105,7 +109,7 @@ def test_a_rollout_in_progress(tmp_path: Path) -> None:
 
 
 def test_streams_begin_anew(tmp_path: Path) -> None:
-    """None is another's, nor one that the run drew from before."""
+    """The random streams depend on the rank and the step, so that none repeats another's draws."""
     old, new = Workers(OFF_POLICY, 2), Workers(OFF_POLICY, 4)
     old.train(52)
     check_handed_over(tmp_path, old, new)
@@ -119,11 +123,13 @@ def test_streams_begin_anew(tmp_path: Path) -> None:
 
 
 def test_weak_scaling_goes_on_with_updates_of_the_new_size(tmp_path: Path) -> None:
-    """From then on one update in so many steps, on top of those that were made."""
+    """After the change, there is one update in as many steps as there are workers now, on top of
+    the updates that were made before.
+    """
     training = with_run(OFF_POLICY, scaling="weak")
     old, new = Workers(training, 4), Workers(training, 2)
     old.train(200)
-    made = (200 - 40) // 4  # bursts at 50, 60, ... for the steps since 40
+    made = (200 - 40) // 4  # made at steps 50, 60, ..., 200, for all steps since 40
     assert old.first.algo.updates == made
     check_handed_over(tmp_path, old, new)
     assert new.first.updates_by(400) == made + 200 // 2
@@ -143,13 +149,13 @@ def test_an_epoch_in_progress_weighs_every_update_alike(tmp_path: Path) -> None:
         trainer.progress.energy = [1.0, {f"gpu:{trainer.world.rank % 2}": 5.0}, {}]
     check_handed_over(tmp_path, old, new)
     first, second = (trainer.progress for trainer in new.trainers)
-    assert first.sums == {"critic_loss": (150.0, 60.0)}  # of updates that weigh a quarter each
+    assert first.sums == {"critic_loss": (150.0, 60.0)}  # each worker's updates weigh 1/4
     assert (first.train_s, second.train_s) == (4.0, 0.0)
     assert (first.cpu_s, second.cpu_s) == (8.0, 0.0)
     assert first.energy == [1.0, {"gpu:0": 5.0, "gpu:1": 5.0}, {}]
     assert (second.sums, second.returns) == ({}, [])
-    assert second.energy == first.energy  # which count once
-    three = Workers(OFF_POLICY, 1)  # before the second had an update with a loss
+    assert second.energy == first.energy  # the next merge counts it once
+    three = Workers(OFF_POLICY, 1)  # while the second worker has no sums of losses yet
     check_handed_over(tmp_path, new, three)
     assert three.first.progress.sums == {"critic_loss": (150.0, 60.0)}
     assert three.first.progress.energy == [1.0, {"gpu:0": 5.0, "gpu:1": 5.0}, {}]
@@ -158,14 +164,14 @@ def test_an_epoch_in_progress_weighs_every_update_alike(tmp_path: Path) -> None:
 
 
 def test_what_devices_spent_before_more_workers_came_is_in_the_sum() -> None:
-    """2 workers with a device each, then 4: 100 J each before, 50 J each behind."""
+    """2 workers with a device each used 100 J each; after the change, 4 workers used 50 J each."""
     before = {"updates": 0, "returns": [], "train_s": 1.0, "sums": {}}
     parts = [{**before, "energy": [1.0, {f"gpu:{rank}": 100.0}, {}]} for rank in range(2)]
     energy = Reading(*merge_progress(parts)["energy"])
     after = [Reading(1.0, {f"gpu:{rank}": 50.0}, {}) for rank in range(4)]
     found = merge([consecutive(energy, own) for own in after])
     assert found.joules == {"gpu:0": 150.0, "gpu:1": 150.0}
-    assert set(found.missing) == {"gpu:2", "gpu:3"}  # so that no sum passes for the whole
+    assert set(found.missing) == {"gpu:2", "gpu:3"}  # marks the sum as incomplete
 
 
 ARGS = ["env=HalfCheetah", "env.vectorizer=async"]
@@ -189,7 +195,9 @@ def copy(stopped: Path, to: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_fewer_workers(stopped: Path, tmp_path: Path) -> None:
-    """Also over MPI after a worker was killed, the same; then with as many as before."""
+    """With 2 workers it goes on to the same result over MPI, though one is killed and restarted;
+    then it goes on with 4 again.
+    """
     step = record(stopped / "run" / "checkpoints" / "latest")["step"]
     whole = resume(copy(stopped, tmp_path / "whole"), "world_size=2")
     assert whole.wait() == 0, whole.said()

@@ -1,4 +1,4 @@
-"""max_restarts: a run that lost a worker goes on by itself, and ends as if it had lost none."""
+"""max_restarts: a run that lost a worker restarts by itself, and ends as if it had lost none."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_killed_worker(backend: str, whole: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_request_that_workers_find_is_one(tmp_path: Path) -> None:
-    """As with one worker: status 2, its line alone, no restart, nothing left."""
+    """As with one worker: status 2, only its line on stderr, no restart, and no folder is left."""
     run = train(tmp_path, *TWO, RESTARTS, "actor.prune=0.0001")
     assert run.wait() == 2
     (line,) = run.err.read_text().splitlines()
@@ -78,7 +78,7 @@ def test_what_a_run_was_started_from_may_be_gone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_restart_that_fails_is_recorded(tmp_path: Path) -> None:
-    """Before its workers have told which folder they go on with."""
+    """No checkpoint is valid, so the new workers fail before they report the run's folder."""
     run = train(tmp_path, *TWO, RESTARTS)
     run.until(lambda: run.begun() and rows(run.home / "run"))
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
@@ -133,7 +133,7 @@ def test_no_more_than_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_was_told_to_stop_stays_stopped(tmp_path: Path) -> None:
-    """Also where a worker is killed because it does not hear."""
+    """It does not restart when, after SIGTERM, a worker that does not react is killed."""
     run = train(tmp_path, *TWO, RESTARTS)
     hit(run, "1", signal.SIGSTOP)
     run.send(signal.SIGTERM)

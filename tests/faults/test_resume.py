@@ -1,4 +1,4 @@
-"""A run that was killed or stopped, then resumed, equals the run that never was."""
+"""A run that was killed or stopped, then resumed, equals an undisturbed run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from spikerl.training.evaluator import Evaluator
 from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
 
-SHORT = ("td3", "ppo", pytest.param("workers", marks=pytest.mark.slow))  # all: scripts/soak
+SHORT = ("td3", "ppo", pytest.param("workers", marks=pytest.mark.slow))  # scripts/soak: all
 HOPPER = ["env=Hopper", "num_envs=2"]
 
 
@@ -55,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_signals_commit_within_an_epoch(whole: Path, tmp_path: Path) -> None:
-    """Each of the three in turn; the last resume has its checkpoint in the middle of an epoch."""
+    """The run is stopped by each of three signals in turn, at least once in mid-epoch."""
     ends = {
         signal.SIGTERM: (75, "preempted"),
         signal.SIGUSR1: (75, "preempted"),
@@ -75,7 +75,7 @@ def test_signals_commit_within_an_epoch(whole: Path, tmp_path: Path) -> None:
         run = resume(tmp_path)
     done(run)
     assert steps == sorted(steps)
-    assert all(step % 2 == 0 for step in steps)  # both environments; workers have to agree first
+    assert all(step % 2 == 0 for step in steps)  # both environments have stepped
     assert any(step % 100 for step in steps)
     assert computed(tmp_path / "run") == computed(whole / "run")
     assert not rows(tmp_path / "run", "discarded.jsonl")
@@ -83,7 +83,9 @@ def test_signals_commit_within_an_epoch(whole: Path, tmp_path: Path) -> None:
 
 
 def test_a_finished_run_says_so_and_goes_on_with_more_steps(whole: Path, tmp_path: Path) -> None:
-    """The command as it is typed, then 200 steps more, as if they had been asked for at once."""
+    """A plain resume prints a line and changes nothing; with total_steps it makes 200 steps more,
+    and equals a run with all steps from the start.
+    """
     shutil.copytree(whole / "run", tmp_path / "run", symlinks=True)
     before = computed(tmp_path / "run")
     command = [sys.executable, "-m", "spikerl", "train", f"resume={tmp_path / 'run'}"]
@@ -94,14 +96,16 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(whole: Path, tmp_pat
     longer = resume(tmp_path, "total_steps=600")
     longer.until(longer.begun)
     assert longer.kill(signal.SIGTERM) == 75, longer.said()
-    done(resume(tmp_path))  # as it said, without naming the steps again
+    done(resume(tmp_path))  # the command that it printed, which names no total_steps
     done(train(tmp_path / "longer", *HOPPER, "total_steps=600"))
     assert computed(tmp_path / "run") == computed(tmp_path / "longer" / "run")
     assert len(rows(tmp_path / "run")) == 6
 
 
 def test_rows_beyond_the_commit_are_kept_and_counted(whole: Path, tmp_path: Path) -> None:
-    """Killed between the last row and its commit, and in the middle of writing another row."""
+    """A folder as of a run killed after it wrote the last row but before its commit, and in the
+    middle of writing another row.
+    """
     run = tmp_path / "run"
     shutil.copytree(whole / "run", run, symlinks=True)
     shutil.rmtree(run / "checkpoints" / "step_0000000400")
@@ -119,7 +123,7 @@ def test_rows_beyond_the_commit_are_kept_and_counted(whole: Path, tmp_path: Path
     assert summary["wall_s"] > summary["wall_discarded_s"] + rows(run)[-1]["wall_s"]
 
 
-# While a run commits five times a second, say.
+# Loads the policy again and again while the run commits several times a second.
 LOOK_ON = """
 import sys, time, numpy
 from spikerl import load_policy
@@ -141,7 +145,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     assert f"process {first.pid} on " in line
     assert "is running it; stop that first" in line
     assert (tmp_path / "run" / "manifest.json").read_bytes() == manifest
-    # To look on is allowed, while it writes.
+    # Another process may read the run while it is written.
     answers = subprocess.run(
         [sys.executable, "-c", LOOK_ON, str(tmp_path / "run")], capture_output=True, check=True
     )
@@ -150,14 +154,14 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 def test_rewinding_can_be_interrupted(tmp_path: Path) -> None:
-    """Rows go to discarded.jsonl once, however often the rewind is begun anew."""
+    """Rows are added to discarded.jsonl only once, however often the rewind starts over."""
     metrics = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
     (tmp_path / "discarded.jsonl").write_text(json.dumps({"step": 9}) + "\n")
     metrics.write_text("".join(lines) + '{"step"')
     whole = metrics.read_bytes()
     assert cut_back(tmp_path, len(lines[0])) == [{"step": 2}, {"step": 3}]
-    metrics.write_bytes(whole)  # killed before it was cut
+    metrics.write_bytes(whole)  # as if killed before metrics.jsonl was cut
     assert cut_back(tmp_path, len(lines[0])) == [{"step": 2}, {"step": 3}]
     assert [row["step"] for row in read_rows(metrics)] == [1]
     discarded = read_rows(tmp_path / "discarded.jsonl")
@@ -167,13 +171,13 @@ def test_rewinding_can_be_interrupted(tmp_path: Path) -> None:
 
 
 def test_what_a_run_left_that_was_killed_before_its_folder_appeared(tmp_path: Path) -> None:
-    """The next one beside it removes it, but not what one that lives is about to rename."""
+    """The next run beside it removes its partial folder, but not that of a living process."""
     raw = {"seed": 0}
     partials = [tmp_path / f".run{i}.{100 + i}.partial" for i in range(2)]
     held = [
         run_folder.fill_partial(partial, "run", raw, {"status": "running"}) for partial in partials
     ]
-    held[1].close()  # as its end would
+    held[1].close()  # release its lock, as the end of its process would
     strange = tmp_path / ".mine.partial"
     strange.mkdir()
     run = train(tmp_path, *HOPPER, "total_steps=20", "algo.learning_starts=20")
@@ -191,7 +195,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 def test_killed_while_it_resumes(
     undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before any call by which it takes the folder over, one row beyond the commit in it."""
+    """A resume is killed before any disk call of its rewind, with one row beyond the commit: the
+    folder as it is then resumes to the same result.
+    """
     run = tmp_path / "run"
     left: list[Path] = []
     shutil.copytree(undisturbed.raw["run_dir"], run, symlinks=True)
@@ -236,7 +242,7 @@ def test_an_environment_of_unknown_kind_goes_on_from_a_reset(
 def test_what_else_makes_numbers_others_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another kernel, and more steps where a slope moves over all of them."""
+    """Another kernel, other threads, and more steps, over all of which a slope moves."""
     run = Undisturbed(tmp_path, "neuron.surrogate=atan", "neuron.surrogate_slope_end=4")
     folder = tmp_path / "whole"
     assert record(folder)["resolved"]["kernel"]["choice"] != "reference"
@@ -251,13 +257,14 @@ def test_what_else_makes_numbers_others_is_said(
     assert f"not exact: {kernel}; {slope}" in capsys.readouterr().out
     assert record(folder)["resolved"]["kernel"]["choice"] == "reference"
     assert run.train(resume=str(folder), total_steps=80, kernel=reference, threads=2) == 0
-    assert len(record(folder)["resumed"]) == 1  # it was done
+    assert len(record(folder)["resumed"]) == 1  # the run was done already
     assert run.train(resume=str(folder), total_steps=100, kernel=reference, threads=2) == 0
     threads, _ = record(folder)["resumed"][1]["not_exact_because"].split("; ")
     assert threads == "threads 1 became 2: sums are in another order"
     assert run.train(resume=str(folder), total_steps=120, threads=2) == 0
     assert run.train(resume=str(folder), total_steps=140, threads=1) == 0
-    assert "threads" not in record(folder)["resumed"][3]["not_exact_because"]  # of its own sums
+    # The sums of the kernel do not depend on the number of threads.
+    assert "threads" not in record(folder)["resumed"][3]["not_exact_because"]
 
 
 def test_fewer_steps_than_it_has_are_refused(tmp_path: Path) -> None:
@@ -283,7 +290,7 @@ def test_deterministic_runs_are_equal_bitwise(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_in_mid_epoch_is_said(tmp_path: Path) -> None:
-    """Epochs have 20 steps: 60 end one, 70 do not."""
+    """Epochs have 20 steps: step 60 ends one, step 70 does not."""
     run = Undisturbed(tmp_path)
     folder = tmp_path / "whole"
     for total_steps in (70, 80):
@@ -294,7 +301,7 @@ def test_an_evaluation_in_mid_epoch_is_said(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_that_never_took_place_is_not_said(tmp_path: Path) -> None:
-    """Stopped as the last one begins, in mid-epoch, and then extended."""
+    """The run is stopped as its last evaluation begins, in mid-epoch, and then extended."""
     run = Undisturbed(tmp_path)
     folder = tmp_path / "stopped"
 
@@ -313,8 +320,8 @@ def test_an_evaluation_that_never_took_place_is_not_said(tmp_path: Path) -> None
 def test_why_it_is_not_exact_outlives_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slope moves over all steps. The first resume ends before anything is saved by it, when
-    config.yaml says the new total_steps already.
+    """A slope moves over all steps. The first resume ends before it saves a checkpoint, but when
+    config.yaml has the new total_steps already; the second one must still give the reason.
     """
     run = Undisturbed(tmp_path, "neuron.surrogate=atan", "neuron.surrogate_slope_end=4")
     folder = tmp_path / "whole"
@@ -336,8 +343,8 @@ def test_why_it_is_not_exact_outlives_a_kill(
 def test_a_checkpoint_that_cannot_be_read_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An older one stops no commit, and keeps its replay; the newest may be sound, and is not
-    passed over.
+    """If it is an older one, commits go on, and its segments of the replay are kept; if it is the
+    newest, a resume is refused, as the checkpoint may be intact.
     """
     run = Undisturbed(tmp_path)
     folder = tmp_path / "whole"

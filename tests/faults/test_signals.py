@@ -1,4 +1,4 @@
-"""Signals that stop a run, also where an environment takes them, and one that need not."""
+"""Signals that stop a run, even if an environment sets handlers; SIGHUP does not under nohup."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_run_answers_them_whoever_else_would(
 ) -> None:
     run = train(tmp_path / "home", *TAKES, PYTHONPATH=str(Path(own_envs.__file__).parent))
     metrics = run.home / "run" / "metrics.jsonl"
-    run.until(lambda: metrics.exists() and metrics.read_text())  # it has taken them by then
+    run.until(lambda: metrics.exists() and metrics.read_text())  # its handlers are set by then
     assert run.kill(number) == status
     assert record(run.home / "run")["status"] == state
 
@@ -60,16 +60,16 @@ def test_the_end_of_the_terminal_is_passed_on(tmp_path: Path) -> None:
         assert stop_requested(tmp_path) == signal.SIGHUP
     with stop_signals(
         lambda: stop_requested(tmp_path)
-    ) as stop_signal:  # a worker that had not listened yet
+    ) as stop_signal:  # a worker that installed its handlers later
         assert stop_signal() == signal.SIGHUP
 
 
-# The share of the run sets the slope, on which the measured window_fraction depends.
+# The slope changes over the run, so window_fraction depends on the step at which it is measured.
 SLOPES = ["neuron.surrogate=atan", "neuron.surrogate_slope_end=40", "algo.update_interval=40"]
 
 
 class Strike:
-    """Sends this process a signal before step number `at` of its evaluations."""
+    """Sends this process the signal `number` before step `at` of its evaluations."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.number, self.at, self.steps = 0, 0, 0
@@ -92,7 +92,7 @@ class Strike:
 def test_a_stop_amid_an_evaluation_which_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice amid the first evaluation, then before the first step of the last."""
+    """Stopped twice during the first evaluation, then before the first step of the last one."""
     monkeypatch.chdir(tmp_path)
     strike = Strike(monkeypatch)
     strike.next(0, 0)
@@ -142,7 +142,7 @@ def test_a_stopped_eval_has_no_result(
 
 @pytest.fixture
 def told() -> Iterator[None]:
-    """Where nobody listens to SIGTERM, this process stays."""
+    """Set a handler of SIGTERM that fails the test, in place of the default, which ends pytest."""
 
     def missed(number: int, frame: object) -> None:
         raise AssertionError("nobody listened")
@@ -200,7 +200,7 @@ def test_a_sweep_that_is_stopped_between_two_jobs(
 def test_a_result_that_is_being_written_is_whole_or_absent(
     told: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folders above it, too."""
+    """Here it is absent, and so are the folders above it that were made for it."""
     monkeypatch.chdir(tmp_path)
     assert spikerl("train", *SHORT, "total_steps=1", "run_dir=run").status == 0
     before = tree(tmp_path)

@@ -1,4 +1,4 @@
-"""A real Slurm: srun's ranks, a requeued run, and a sweep through submitit with a bad job."""
+"""On a real Slurm: srun's ranks, a requeued run, and a sweep through submitit with bad jobs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True, scope="module")
 def cluster() -> None:
-    asked = ["sinfo", "-h", "-o", "%T"]  # which waits long for a controller that is not there
+    asked = ["sinfo", "-h", "-o", "%T"]  # it waits long if the controller does not answer
     if shutil.which("sinfo"):
         states = subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.split()
         if states[:1] in (["idle"], ["mixed"]):
@@ -66,9 +66,9 @@ def test_srun_and_a_requeued_run_that_equals_an_undisturbed_one(tmp_path: Path) 
     call(tmp_path, "scancel", "--batch", "--signal=USR1", job)
     until(lambda: state(job) == "PENDING")
     assert record(tmp_path / "run")["status"] == "preempted"
-    now = ["scontrol", "update", f"JobId={job}", "StartTime=now"]  # in place of two minutes later
+    now = ["scontrol", "update", f"JobId={job}", "StartTime=now"]  # not two minutes later
     until(lambda: call(tmp_path, *now).returncode == 0)
-    # squeue says nothing where the controller is busy, too.
+    # squeue also prints nothing if the controller is busy.
     until(lambda: state(job) == "" and record(tmp_path / "run")["status"] == "done")
     out = (tmp_path / "out").read_text()
     assert "resumed at step" in out

@@ -1,4 +1,4 @@
-"""A few of the kills of scripts/kill_matrix."""
+"""Three of the kills that scripts/kill_matrix tries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two machines, as network namespaces with a link between them: one run, and the link is cut."""
+"""A run on two machines, simulated by network namespaces, and what happens if the link is cut."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def link() -> Iterator[None]:
 
 
 def start(home: Path, rank: int, *command: str) -> subprocess.Popen[str]:
-    """One machine's part, which sees neither the other's network nor its processes."""
+    """Run a command on one machine: it sees neither the other's network nor its processes."""
     alone = ["ip", "netns", "exec", NODES[rank], "unshare", "--pid", "--fork", "--kill-child",
              "--mount-proc", sys.executable, "-m"]  # fmt: skip
     home.mkdir(exist_ok=True)
@@ -68,7 +68,7 @@ def torchrun(home: Path, rank: int, *args: str) -> subprocess.Popen[str]:
 def ended(machine: subprocess.Popen[str], status: int) -> tuple[str, str]:
     out, err = machine.communicate(timeout=60)
     assert machine.returncode == status, out + err
-    # That a namespace's machine has no name is said by PyTorch.
+    # Other lines are PyTorch's: it warns that machines in namespaces have no host name.
     return out, "".join(f"{line}\n" for line in err.splitlines() if line.startswith("spikerl:"))
 
 
