@@ -1,6 +1,6 @@
-"""The same 200 updates over any backend; what each worker then has, and how far that differs.
+"""The same 200 updates over any backend; the states of all workers after them, and how they differ.
 
-As a program, one worker of them: backends.py OUT BACKEND, started by mpiexec, with any MPI, or with
+`backends.py OUT BACKEND` is one of the workers: mpiexec of any MPI starts it, or a caller that sets
 the variables that torchrun would set.
 """
 
@@ -33,7 +33,7 @@ State = dict[str, Tensor]
 
 
 def states(out: Path, backend: str, size: int, start: list[str]) -> list[State]:
-    """What each of `size` workers has; `start` begins the command: mpiexec's, then Python."""
+    """Run `size` workers; their states. `start` is the start of the command, ending in a Python."""
     command = [*start, __file__, str(out), backend]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     several = [environ]
@@ -57,7 +57,7 @@ def read(out: Path, backend: str, size: int) -> list[State]:
 
 
 def differ(a: State, b: State) -> float:
-    """The largest difference of a tensor, relative to its largest entry."""
+    """The largest difference of two entries, relative to the largest entry of their tensor."""
     assert a.keys() == b.keys()
     largest = [0.0]
     for name in a:
@@ -81,8 +81,8 @@ def main(out: Path, backend: str) -> None:
 
 
 def train(world: World, out: Path, backend: str) -> None:
-    """One worker's part, and what it then has."""
-    # Bursts of ten at 50, 60, ..., 240 steps.
+    """Train as one worker, then save its learner's state."""
+    # Ten updates at each of the steps 50, 60, ..., 240.
     training = small_config(num_envs=4, total_steps=240, steps_per_epoch=120, eval_episodes=4)
     with closing(make_env(training.env)) as env:
         task = task_of(env)

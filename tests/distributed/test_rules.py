@@ -1,4 +1,4 @@
-"""Each learning rule over workers: the gradients of one process, and the same parameters."""
+"""Each learning rule with two workers: gradients as in one process, and the same parameters."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def learner(
 def check_gradients(
     world: World, kind: type[Learner], config: Any, updates: Updates, **parts: Any
 ) -> None:
-    """After each of three updates: of all networks, with their losses; the weights at the end."""
+    """Two workers have the gradients and losses of one process after each of three updates, for all
+    networks, and the same weights at the end.
+    """
     mine = PARTS[world.rank]
     with float64():
         alone = learner(kind, config, ALONE, 1.0, **copy.deepcopy(parts))
@@ -110,7 +112,7 @@ def replayed(learner: Any, part: slice) -> None:
 
 
 def with_noise(learner: SAC, part: slice) -> None:
-    """Everybody's draws are parts of the same."""
+    """Update with noise that is this worker's part of the noise of the whole batch."""
     draw = torch.Generator().manual_seed(learner.updates)
     noise = lambda like: torch.randn(ROWS, 2, generator=draw)[part]  # noqa: E731
     learner.noise = noise  # type: ignore[method-assign]
@@ -118,13 +120,13 @@ def with_noise(learner: SAC, part: slice) -> None:
 
 
 def of_workers(field: Tensor, world: World) -> Tensor:
-    """The rows of this worker's two environments of four, of five steps."""
+    """The rows of this worker: five steps of two of the four environments."""
     mine = slice(2 * world.rank, 2 * world.rank + 2)
     return field.unflatten(0, (5, 4))[:, mine].flatten(0, 1)
 
 
 def rollout_learned_as_one(world: World, discrete: bool = False, **rules: Any) -> None:
-    """Advantages, their moments, and every gradient of one process with all environments."""
+    """Normalised advantages and all gradients are those of one process with all environments."""
     with float64():
         config = ppo_config(entropy_coef=0.01, **rules)
         alone, ours = (learner(PPO, config, w, 1.0 / w.size, discrete) for w in (ALONE, world))
@@ -143,8 +145,10 @@ def rollout_learned_as_one(world: World, discrete: bool = False, **rules: Any) -
 
 
 def all_stop_together(world: World) -> None:
-    """Rank 1's policy alone has moved: its ratio is exp(-10), its divergence exp(-10) + 9."""
-    for target_kl, stops in ((2.9, True), (3.1, False)):  # the mean is 4.5, the limit 1.5 times it
+    """Only rank 1's policy has moved: its ratio is exp(-10), its divergence exp(-10) + 9, so that
+    the mean of both ranks is 4.5; the limit is 1.5 times target_kl, 4.35 or 4.65.
+    """
+    for target_kl, stops in ((2.9, True), (3.1, False)):
         ppo = learner(PPO, ppo_config(target_kl=target_kl), world, 0.5)
         n = torch.ones(4, dtype=torch.float64)
         obs, act = torch.zeros(4, 3).double(), torch.zeros(4, 2).double()
@@ -179,7 +183,7 @@ RUNS = {
 
 
 def trained_alike(world: World) -> None:
-    """Everything that a rule changes is the same bits everywhere; what each has seen is not."""
+    """Learners have the same bits on all workers, and so have rows; their replays differ."""
     for name, (algo, actor) in RUNS.items():
         env = CARTPOLE if name == "ppo_discrete" else INVERTED_PENDULUM
         training = small_config(
@@ -228,7 +232,7 @@ def test_two_workers() -> None:
     ("config", "weights"), [(ppo_config, [0.5, 0.5]), (sac_config, [17 / 33, 16 / 33])]
 )
 def test_what_a_workers_rows_weigh(config: Callable[..., Any], weights: list[float]) -> None:
-    """A rollout's rows are shared out evenly, whatever the batch is."""
+    """PPO's rows, of a rollout, weigh the same; SAC's are weighed by each worker's share of 33."""
     training = replace(small_config(), algo=config(batch_size=33))
     shares = [batch_share(training, World(rank=rank, size=2)) for rank in range(2)]
     assert [weight for _, weight in shares] == weights

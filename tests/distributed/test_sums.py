@@ -1,4 +1,4 @@
-"""Sums in shared memory: the bits that gloo gives, and what happens when a worker is gone."""
+"""Sums in shared memory: the same bits as gloo's, and what happens when a worker is gone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not os.access(FOLDER, os.W_OK), reason=f"no {FOL
 
 
 def rows(world: World, count: int, length: int, dtype: torch.dtype) -> torch.Tensor:
-    """Everybody's vectors, (count, ranks, length); the same on all."""
+    """The vectors of all workers, (count, ranks, length), drawn alike on each of them."""
     draw = torch.Generator().manual_seed(length)
     return torch.randn(count, world.size, length, generator=draw, dtype=dtype)
 
@@ -33,7 +33,7 @@ def sums_are_exact(world: World) -> None:
             everyone = rows(world, 6, length, dtype)
             for k in range(6):
                 if (k + world.rank) % 3 == 0:
-                    time.sleep(0.002 * world.rank)  # nobody waits for the same worker always
+                    time.sleep(0.002 * world.rank)  # another worker is late each time
                 mine = everyone[k, world.rank].clone()
                 world.sum_(mine)
                 expected = everyone[k, 0].clone()
@@ -62,7 +62,7 @@ def what_has_no_room_takes_gloo(world: World) -> None:
 
 
 def a_machine_without_room(world: World) -> None:
-    """One worker cannot have it, or no more of it: all of them take gloo, and none waits."""
+    """One worker cannot open shared memory, later or from the start: all use gloo, none waits."""
     enter, fresh = sums_module._open, share_memory(replace(world, shm=None))
     assert fresh.shm is not None
     if world.rank == 1:
@@ -76,7 +76,7 @@ def a_machine_without_room(world: World) -> None:
 
 
 def another_machine(world: World) -> None:
-    """Workers that do not run under one kernel share nothing."""
+    """Workers on different machines use no shared memory."""
     if world.rank == 0:
         sums_module.MACHINE = Path("/proc/sys/kernel/ostype")
     assert share_memory(replace(world, shm=None)).shm is None
@@ -98,12 +98,12 @@ def test_sums(size: int) -> None:
 def one_leaves(world: World) -> None:
     world.sum_(torch.ones(10))
     if world.rank == 1:
-        os._exit(0)  # without a word, as SIGKILL
+        os._exit(0)  # without leaving the group, as after SIGKILL
     begun = time.monotonic()
     with pytest.raises(dist.DistNetworkError, match="worker 1 is gone"):
         world.sum_(torch.ones(10))
     assert time.monotonic() - begun < 5
-    os._exit(0)  # there is nobody left to say goodbye to
+    os._exit(0)  # the other worker is gone, so the group cannot be left in order
 
 
 def test_a_worker_that_is_gone_is_noticed() -> None:

@@ -1,4 +1,4 @@
-"""Several workers against one: gradients, parameters, normaliser, evaluation."""
+"""Several workers compared with one: gradients, parameters, normaliser, evaluation."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def learner(world: World, weight: float) -> TD3:
 
 
 def gradients_equal_one_process(world: World, rows: int) -> None:
-    """Uneven shares included: the gradient and the loss are those of the concatenated batch."""
+    """Gradients and losses are those of the whole batch in one process, also for uneven shares."""
     alone = learner(World(), 1.0)
     start = sum(share(rows, r, world.size) for r in range(world.rank))
     mine = slice(start, start + share(rows, world.rank, world.size))
@@ -71,7 +71,7 @@ def gradients_equal_one_process(world: World, rows: int) -> None:
 
 
 def gradients_equal_ddp(world: World) -> None:
-    """Equal shares, since DistributedDataParallel weights workers equally."""
+    """With equal shares, as DistributedDataParallel weighs all workers equally."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     wrapped = DistributedDataParallel(copy.deepcopy(module))
@@ -104,7 +104,7 @@ def normaliser_merges_exactly(world: World) -> None:
     everything = []
     for _ in range(3):
         rows = rng.normal(5.0, 2.0, (world.size, 7, 4))
-        norm.add(rows[world.rank][: 7 - world.rank])  # uneven
+        norm.add(rows[world.rank][: 7 - world.rank])  # each worker adds another number of rows
         norm.merge([part.numpy() for part in world.gather(torch.from_numpy(norm.collect()))])
         everything += [rows[r][: 7 - r] for r in range(world.size)]
     seen = np.concatenate(everything)
@@ -116,7 +116,9 @@ def normaliser_merges_exactly(world: World) -> None:
 
 
 def training_stays_identical(world: World) -> None:
-    """200 updates on a real task; the trainer's own check would raise, and so does ours."""
+    """After 210 updates on a real task, all workers have the same bits; if one bit differs, the
+    trainer's own check raises.
+    """
     training = small_config(num_envs=4, total_steps=240, steps_per_epoch=120, learning_starts=40)
     env = make_env(training.env)
     trainer = Trainer(training, task_of(env), world=world)

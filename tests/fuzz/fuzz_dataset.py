@@ -1,4 +1,4 @@
-"""Datasets that are untrusted."""
+"""Datasets with random damage, as of an untrusted source."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from recorded import episode, task_for, write
 
 from spikerl.envs.dataset import FIELDS, MAIN, METADATA, Dataset
 
-# What h5py says to an odd file that is made here.
+# What h5py may raise while a damaged file is made here.
 UNMADE = (ValueError, TypeError, KeyError, OSError, RuntimeError, OverflowError, MemoryError)
 
 
 def dataset(folder: Path) -> Callable[[Random], bool]:
-    """Odd bytes, odd HDF5, odd descriptions; the checksum mostly follows the damage."""
+    """Damaged bytes, HDF5 fields or metadata; mostly the checksum is that of the damaged file."""
     task = task_for(INVERTED_PENDULUM)
     write(folder / "d", [episode(5), episode(3, 9.0, False)])
     main, metadata = folder / "d" / MAIN, folder / "d" / METADATA
@@ -51,7 +51,9 @@ def dataset(folder: Path) -> Callable[[Random], bool]:
 
 
 def respell(chance: Random, path: Path) -> None:
-    """One to three fields gone, exchanged, elsewhere, or of other types, sizes and filters."""
+    """Remove one to three fields, or replace them by links or by data of other types, sizes and
+    filters.
+    """
     h5py: Any = import_module("h5py")
     with h5py.File(path, "a") as file:
         for _ in range(chance.choice((1, 1, 2, 3))):

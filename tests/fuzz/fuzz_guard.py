@@ -1,4 +1,6 @@
-"""What a case must not do: run code, write outside its folder, take memory or time, or raise."""
+"""Watches a case: it must not run code, write outside its folder, take much memory or time, or
+raise anything but a BadRequest.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ from typing import Any
 
 from spikerl.errors import BadRequest
 
-SECONDS = 10.0  # of one case
+SECONDS = 10.0  # that one case may take
 ROOM = 1 << 30  # address space beyond what the process has
 PEAK = 256 << 20  # by which the resident memory may grow in one case
-# HDF5 asks for as much as a file claims, and fills it only as far as that has bytes.
+# HDF5 reserves as much memory as a file claims, but fills only as much as the file has bytes.
 IMAGE = "memory allocation failed for on disk image buffer"
 
-# What only code that a file brought would do.
+# Audit events that only code from a file would cause.
 RUNS = {
     "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty",
     "os.startfile", "os.kill", "pty.spawn", "subprocess.Popen", "socket.connect", "socket.bind",
@@ -32,19 +34,19 @@ CHANGES = {
     "os.chmod", "os.chown", "shutil.rmtree", "shutil.move", "shutil.copyfile",
 }  # fmt: skip
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-FOREIGN = {"antigravity", "this", "fuzz_foreign", "webbrowser", "pty"}  # no module of ours
+FOREIGN = {"antigravity", "this", "fuzz_foreign", "webbrowser", "pty"}  # never imported here
 
 
 class Hang(BaseException):
-    """Not an Exception, so that the program cannot take it for one of a damaged file."""
+    """Not an Exception, so that no handler for damaged files catches it."""
 
 
 class Ran(BaseException):
-    """A case did what only code does; raised so that it is not done."""
+    """Raised by the audit hook to prevent what a case must not do."""
 
 
 class Watch:
-    """The audit hook, which cannot be taken off, and the folder in which a case may write."""
+    """The audit hook, which cannot be removed again, and the folder in which a case may write."""
 
     def __init__(self) -> None:
         self.folder: str | None = None  # None: not watching
@@ -80,7 +82,7 @@ WATCH = Watch()
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Meanwhile an allocation of gigabytes fails instead of taking the machine."""
+    """Limit the memory: an allocation of gigabytes fails instead of exhausting the machine's."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, before[1]))
@@ -97,8 +99,8 @@ def _ring(number: int, frame: FrameType | None) -> None:
 
 
 def outcome(case: Callable[[], bool], folder: Path) -> str:
-    """`loaded`, `refused`, or what went wrong: a kind, a colon, and what happened."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins from what there is now
+    """`loaded`, `refused`, or what went wrong: its kind, a colon, and a description."""
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak memory to the current one
     WATCH.folder, WATCH.caught = str(folder.resolve()), ""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -110,7 +112,7 @@ def outcome(case: Callable[[], bool], folder: Path) -> str:
         found = f"hang: more than {SECONDS} s"
     except Ran:
         found = "code: "
-    except BaseException as error:  # whatever it is, it is the finding
+    except BaseException as error:  # any other exception is a finding
         found = f"exception: {type(error).__name__}: {error}"[:300]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
@@ -122,7 +124,7 @@ def outcome(case: Callable[[], bool], folder: Path) -> str:
 
 
 def _refused(error: BadRequest) -> str:
-    """A refusal for want of memory came after the allocation, not before."""
+    """`refused`; but a refusal caused by a failed allocation is a finding: it came too late."""
     link: BaseException | None = error
     while link is not None:
         text = str(link).lower()

@@ -25,7 +25,7 @@ NUMBERS = (
 
 
 def mutated(chance: Random, data: bytes) -> bytes:
-    """One to four damages."""
+    """A copy of `data` with one to four random damages."""
     out = bytearray(data)
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         at = chance.randrange(len(out) + 1)
@@ -53,7 +53,7 @@ def mutated(chance: Random, data: bytes) -> bytes:
 
 
 def value(chance: Random, depth: int = 0) -> Any:
-    """Plain data that has no business there."""
+    """Random plain data, to be put where it does not belong."""
     kind = chance.randrange(10)
     if kind < 4:
         return chance.choice(NUMBERS)
@@ -86,7 +86,7 @@ def places(data: Any) -> list[tuple[Any, Any]]:
 
 
 def twisted(chance: Random, data: Any) -> Any:
-    """A copy with one to three entries gone, exchanged, of another type, or new."""
+    """A copy of `data` with one to three entries removed, replaced or added."""
     data = json.loads(json.dumps(data))
     for _ in range(chance.choice((1, 1, 2, 3))):
         found = places(data)
@@ -120,7 +120,7 @@ def damaged(chance: Random, data: bytes) -> bytes:
 
 
 def tensors_file(chance: Random, tensors: dict[str, Tensor]) -> bytes:
-    """safetensors with odd bytes, an odd header, or odd tensors."""
+    """A safetensors file with damaged bytes, a wrong header, or wrong tensors."""
     kind = chance.randrange(3)
     if kind == 0:
         return mutated(chance, save(tensors))
@@ -217,7 +217,7 @@ ARGUMENTS = (
 
 
 def pickle_of(chance: Random) -> bytes:
-    """Opcodes that build up a stack, call and build with what is on it."""
+    """A pickle of random opcodes, which put objects on the stack and call them."""
     out = [b"\x80" + bytes([chance.choice((0, 2, 4, 4, 5, 99))])]
     for _ in range(chance.choice((3, 8, 20, 60))):
         out.append(opcode(chance))
@@ -255,7 +255,7 @@ def opcode(chance: Random) -> bytes:
 
 
 def pickled(chance: Random, honest: Any) -> bytes:
-    """An honest pickle that was damaged, one whose data are odd, or opcodes."""
+    """A pickle of `honest` that is damaged, one of other data, or one of random opcodes."""
     kind = chance.randrange(4)
     if kind == 0:
         return pickle_of(chance)

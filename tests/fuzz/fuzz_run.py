@@ -20,20 +20,23 @@ __all__ = ["TARGETS", "fuzz"]
 ENDS = ("loaded", "refused")
 KEPT = 20  # findings whose files are kept
 
-Findings = list[tuple[int, str, str]]  # case, what it did, its files
+Findings = list[tuple[int, str, str]]  # the case's number, its outcome, the folder of its files
 
 
 def fuzz(
     target: str, numbers: Sequence[int], seed: int, folder: Path, *, seconds: float | None = None
 ) -> tuple[dict[str, int], Findings]:
-    """How often each end came, and the findings; `seconds` without any end the process."""
+    """How often each outcome came, and the findings.
+
+    With `seconds`, 50 cases that take longer than that end the process with a traceback.
+    """
     sandbox = folder / "sandbox"
     sandbox.mkdir(parents=True)
     counts: Counter[str] = Counter()
     findings: Findings = []
     with chdir(sandbox), np.errstate(all="ignore"):
         case = TARGETS[target][0](sandbox)
-        for warm in range(-3, 0):  # what is imported at first use
+        for warm in range(-3, 0):  # before watching: modules are imported at first use
             outcome(lambda: case(Random(f"{target} {warm}")), Path("/"))  # noqa: B023
         with bounded():
             for done, number in enumerate(numbers):

@@ -1,4 +1,4 @@
-"""What is fuzzed: each target makes honest files once, then spoils them and has them read."""
+"""The targets of fuzzing: each makes valid files once, then damages them and has them read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from spikerl.snn.decoders import RateConfig
 from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
 
-Case = Callable[[Random], bool]  # whether it was loaded; a BadRequest: it was refused
+Case = Callable[[Random], bool]  # True: it was loaded; raises BadRequest if it was refused
 TINY = [
     "env=InvertedPendulum", "env.max_episode_steps=9", "total_steps=40", "steps_per_epoch=20",
     "algo.learning_starts=15", "algo.random_steps=10", "algo.batch_size=4",
@@ -56,7 +56,7 @@ FIRST: list[Path] = []
 
 
 def trained(folder: Path) -> Path:
-    """A small run in `folder`, which is the working folder too; it is trained once a process."""
+    """A small run in `folder`, which becomes the working folder; it is trained once per process."""
     os.chdir(folder)
     run = folder / "honest"
     if not FIRST:
@@ -156,7 +156,7 @@ def model(folder: Path) -> Case:
 
 
 def repacked(chance: Random, whole: bytes) -> bytes:
-    """The archive with other members: odd pickles, sizes that are claimed, bombs."""
+    """The archive with other members: damaged pickles, false sizes, zip bombs."""
     out = BytesIO()
     with zipfile.ZipFile(BytesIO(whole)) as honest, zipfile.ZipFile(out, "w") as archive:
         for member in honest.infolist():
@@ -177,7 +177,7 @@ def repacked(chance: Random, whole: bytes) -> bytes:
 
 
 def checkpoint(folder: Path) -> Case:
-    """Spoilt, and mostly with checksums that fit again, which whoever forges one can do, too."""
+    """Damaged checkpoints, mostly with checksums that fit, as a forger could write them."""
     honest = trained(folder)
     training = small_config(
         total_steps=40, steps_per_epoch=20, eval_episodes=1, replay_capacity=30, batch_size=4,
@@ -234,11 +234,11 @@ def rewrite_checksums(kept: Path, run: Path) -> None:
         data["seal"] = hashlib.sha256(text.encode()).hexdigest()
         (kept / "manifest.json").write_text(json.dumps(data))
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError):
-        return  # it is too odd for that
+        return  # the manifest is too damaged to be rewritten
 
 
 def resumed(folder: Path) -> Case:
-    """The files of a run beside its checkpoints; a resume as far as the training."""
+    """Damage to a run's files outside its checkpoints; the steps of a resume up to the training."""
     run = shutil.copytree(trained(folder), folder / "run", symlinks=True)
     names = ("manifest.json", "metrics.jsonl", "discarded.jsonl", "config.yaml")
     files = {name: (run / name).read_bytes() for name in names}
@@ -263,7 +263,7 @@ def resumed(folder: Path) -> Case:
         link = run / "linked"
         link.unlink(missing_ok=True)
         name = chance.choice(names)
-        if chance.random() < 0.05:  # a part of it lies elsewhere
+        if chance.random() < 0.05:  # the folder has a link to another place
             link.symlink_to(chance.choice(("/etc", "/etc/passwd", "../honest", "nowhere")))
         elif chance.random() < 0.05:
             (run / name).unlink()
@@ -318,7 +318,7 @@ YAML = (
 
 
 def config_file(folder: Path) -> Case:
-    """Each as far as Hydra; one in ten as far as the training."""
+    """Each file is composed by Hydra; one in ten is also checked up to the training."""
     whole = (trained(folder) / "config.yaml").read_bytes()
     stand_in()
 
@@ -363,7 +363,9 @@ FLAGS = ("--cfg", "-c", "job", "--resolve", "--help", "-h", "--info", "--package
 
 
 def overrides(folder: Path) -> Case:
-    """Each as far as Hydra; one in ten as far as the training, but for sweeps, which run jobs."""
+    """Overrides are composed by Hydra; one case in ten, unless it is a sweep, also runs the command
+    up to the training.
+    """
     trained(folder)
     stand_in()
 
@@ -383,13 +385,13 @@ def overrides(folder: Path) -> Case:
 
 
 def stand_in() -> None:
-    """In place of the training itself: what is fuzzed is what comes before."""
+    """Replace the training by a function that does nothing: only the steps before it are fuzzed."""
     train.run = lambda *args: 0
     launch.launch = lambda *args: 0
 
 
 def accepts(*args: str) -> bool:
-    """The program's own exit status: 0, or 2 with one line."""
+    """True if the command ends with status 0; BadRequest if with 2 and one line; else a failure."""
     handler = signal.getsignal(signal.SIGINT)
     said = spikerl(*args)
     signal.signal(signal.SIGINT, handler)
@@ -402,7 +404,7 @@ def accepts(*args: str) -> bool:
     raise AssertionError(f"status {said.status} of {args}: {said.err[:300]}")
 
 
-# In hundredths of all cases.
+# Each target with its share of all cases, in percent.
 TARGETS: dict[str, tuple[Callable[[Path], Case], int]] = {
     "policy.json": (policy_json, 20),
     "policy.safetensors": (policy_tensors, 20),

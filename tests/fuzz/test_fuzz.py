@@ -1,4 +1,4 @@
-"""A few hundred odd files of each kind end loaded or refused; scripts/fuzz tries many more."""
+"""Damaged files of each kind are loaded or refused; scripts/fuzz tries many more of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASES = {"run to resume": 60, "checkpoint": 60, "dataset": 60, "config=FILE": 25
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_odd_files(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "run", train.run)  # what a target exchanges is put back
+    monkeypatch.setattr(train, "run", train.run)  # restores what targets replace
     monkeypatch.setattr(launch, "launch", launch.launch)
     monkeypatch.chdir(tmp_path)
     number = CASES.get(target, 150)

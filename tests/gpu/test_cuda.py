@@ -1,4 +1,4 @@
-"""The same arithmetic on a GPU; skipped without one."""
+"""Updates, graphs and replays on a GPU; skipped without one."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ LEARNERS: dict[str, Callable[..., OffPolicy]] = {
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_graphs_agree_with_launches_one_by_one(name: str) -> None:
-    """The noise included: the graph advances the same random stream."""
+    """Noise included: the graph draws from the same random stream."""
     made = []
     for kernel in ("triton", "triton/graphs"):
         torch.manual_seed(0)
@@ -94,7 +94,7 @@ def test_graphs_agree_with_launches_one_by_one(name: str) -> None:
         made.append((learner, metrics))
     (one, metrics), (other, recorded) = made
     assert other.graph is not None
-    assert other.graph.calls == (40 if name == "sac" else 20)  # all but 3 of them launched
+    assert other.graph.calls == (40 if name == "sac" else 20)  # the first 3 launch no graph
     for name, tensor in other.state().items():
         torch.testing.assert_close(tensor, one.state()[name], rtol=1e-4, atol=1e-5)
     assert [m.keys() for m in recorded] == [m.keys() for m in metrics]

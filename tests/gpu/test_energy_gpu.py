@@ -1,4 +1,4 @@
-"""The real counter of a real GPU; skipped without one."""
+"""The energy counter of a real GPU; skipped without one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def work(device: torch.device, seconds: float) -> None:
 
 
 def test_a_live_window_is_above_0_j() -> None:
-    """Work costs more than idling, and no more than a board can draw."""
+    """Work takes more energy than idling, and no more than a board of 3000 W could use."""
     device = torch.device("cuda:0")
     meter = open_meter(EnergyConfig(name="zeus", file=None), device=device, local_rank=0)
     assert meter.source in ("zeus:nvml", "zeus:nvml+rapl")
@@ -61,7 +61,7 @@ def test_a_live_window_is_above_0_j() -> None:
 
 
 def test_a_device_that_was_made_visible_by_uuid() -> None:
-    """Zeus alone fails on this."""
+    """Zeus by itself fails if CUDA_VISIBLE_DEVICES names a UUID."""
     uuid = str(torch.cuda.get_device_properties(0).uuid)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": f"GPU-{uuid}"}
     command = [sys.executable, "-c", PROGRAM]
