@@ -1,6 +1,7 @@
-"""Operations, sparsity and footprint by NeuroBench's own package, on twins of plain modules.
+"""NeuroBench's own package counts the same operations, sparsity and footprint as spikerl, on the
+same networks built of plain torch modules.
 
-The suite does not collect this file, because NeuroBench's datasets bring more than it needs here.
+The suite does not collect this file, because installing NeuroBench brings many packages.
 `pip install neurobench` beside this program, then `pytest tests/numerics/check_neurobench.py`.
 """
 
@@ -53,7 +54,7 @@ def check(actor: Actor, net: nn.Module, obs_BO: Tensor) -> None:
     ):
         assert value == pytest.approx(float(counted[name]), rel=1e-9)
     assert ours.activation_sparsity == pytest.approx(theirs["ActivationSparsity"], rel=1e-9)
-    assert round(ours.connection_sparsity, 4) == theirs["ConnectionSparsity"]  # which they round
+    assert round(ours.connection_sparsity, 4) == theirs["ConnectionSparsity"]  # rounded
     assert ours.footprint_bytes == theirs["Footprint"]
 
 

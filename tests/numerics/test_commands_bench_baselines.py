@@ -1,4 +1,4 @@
-"""The baselines of the benchmark compute what they stand for."""
+"""The baselines of the benchmark compute what their names say: PopSAN's actor, updates of TD3."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def test_weights_that_fire_as_trained_ones_do() -> None:
 
 
 def test_training_with_a_baseline() -> None:
-    """Updates are those of this program with the same keys, be the batch larger than the replay."""
+    """It makes as many updates as spikerl with the same keys, even if the batch is larger than the
+    replay.
+    """
     algo = td3_config(
         batch_size=1000, critic_hidden_sizes=[12], learning_starts=10, update_interval=10,
         updates_per_step=0.5,
@@ -102,7 +104,7 @@ def test_training_with_a_baseline() -> None:
 
 
 def test_a_baseline_trains_on_the_environment_that_was_asked_for() -> None:
-    """With its position, which these arguments add, a hopper has 12 observations."""
+    """These arguments add a position, so that Hopper has 12 observations instead of 11."""
     kwargs = {"exclude_current_positions_from_observation": False}
     hopper = EnvConfig(
         name="Hopper", version="v5", id="Hopper-v5", max_episode_steps=None, vectorizer="sync",

@@ -1,4 +1,4 @@
-"""Restored environments go on bit for bit, on every task; and what a snapshot must hold for it."""
+"""Restored environments go on bit for bit, on every task; a snapshot has just what they need."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ NAMES = [
 ]
 MUJOCO = [f"{name}-{version}" for name in NAMES for version in ("v5", "v4")]
 MUJOCO.remove("Pusher-v4")  # Gymnasium refuses to make it with this MuJoCo
-# What v5 changed of a task is not part of its state; of the two humanoids one will do.
+# Slow and less important: v5 did not change what the state of a task is, and one of the two
+# humanoids is enough.
 LONG = [name for name in MUJOCO if name.endswith("v4") or name == "HumanoidStandup-v5"]
 TASKS = [
     *(pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in MUJOCO),
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*out of date")
 
 
 class Run:
-    """One run of a task: what it said at each step, and its snapshots before some of them."""
+    """One run of a task: the rows of all steps, and snapshots taken before some of the steps."""
 
     def __init__(self, env_id: str, seed: int) -> None:
         self.env = make(env_id, LIMIT)
@@ -85,7 +86,7 @@ def inner(env: CheckedEnv) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("env_id", TASKS[:-1])
 def test_nothing_else_in_the_simulation_is_read(env_id: str) -> None:
-    """All that a snapshot does not hold may be NaN: the next step computes it before reading it."""
+    """All that a snapshot does not hold may be NaN: the next step overwrites it before reading."""
     run = Run(env_id, seed=3)
     env = make(env_id, LIMIT)
     for step, state in run.states.items():
@@ -104,7 +105,9 @@ def test_nothing_else_in_the_simulation_is_read(env_id: str) -> None:
 
 @pytest.mark.parametrize("env_id", TASKS)
 def test_nothing_else_in_python_changes(env_id: str) -> None:
-    """Also for versions of Gymnasium to come: an attribute that changes must be looked at."""
+    """Only the known attributes of an environment change; if a later version of Gymnasium adds one,
+    a snapshot may need it too.
+    """
     env = make(env_id, LIMIT)
     base = env.unwrapped
 
@@ -117,7 +120,7 @@ def test_nothing_else_in_python_changes(env_id: str) -> None:
     rows(env, random_actions(env.action_space, 60, seed=1))
     after = plain()
     changed = {name for name in after if after[name] != before.get(name)}
-    # Pusher draws into init_qpos what the next reset draws again; goals are in qpos.
+    # Each reset of Pusher draws init_qpos anew; cylinder_pos and goal are also in qpos.
     known = {"Pusher": {"init_qpos", "cylinder_pos"}, "Reacher": {"goal"}, "Pendulum": {"state"}}
     assert changed == known.get(env_id.split("-")[0], set())
     assert base.action_space._np_random is None
@@ -136,8 +139,8 @@ def without(part: str, env: CheckedEnv) -> None:
         getattr(inner(env)[1], part)[...] = 0.0
 
 
-# HalfCheetah, the pendulums, Reacher and Swimmer go on without the warm start, tasks that always
-# fall early without the elapsed steps. Positions of bodies matter to the tasks named here alone.
+# HalfCheetah, the pendulums, Reacher and Swimmer need no warm start, and tasks whose episodes all
+# end early need no elapsed steps. Positions of bodies matter only to the tasks named here.
 NEEDED = [
     ("random", "HalfCheetah-v5"),
     ("elapsed", "HalfCheetah-v5"),

@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 
 
 def made(obs: int, act: int, hidden: list[int], steps: int, **kwargs: object) -> SpikingActor:
-    """Weights large enough that every layer fires, at different rates."""
+    """An actor with weights large enough that every layer fires, at different rates."""
     torch.manual_seed(sum(hidden) + steps)
     actor = popsan(obs, act, hidden, spike_steps=steps, **kwargs)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_actions_and_gradients(path: str, encoder: object, size: tuple[Any, ...]
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("size", [SIZES[2], SIZES[3], SIZES[5], SIZES[6]], ids=str)
 def test_what_spikes_cost(path: str, size: tuple[Any, ...]) -> None:
-    """Beside an action's gradient and alone; the loss that stands there already is added to."""
+    """The cost's gradient, with and without that of an action; its loss is added to `into.loss`."""
     *shape, batch = size
     actor = made(*shape, spike_cost=[0.5 + i for i in range(len(shape[2]) + 1)])
     actor.schedule(0, 1)
@@ -107,7 +107,7 @@ def test_what_spikes_cost(path: str, size: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("batch", [1, 7])
 def test_exact_where_sums_are(path: str, batch: int) -> None:
-    """Dyadic weights, and actions of 0: no sum rounds, so that order cannot matter."""
+    """With dyadic weights and actions of 0 no sum is rounded, so that its order does not matter."""
     actor = made(5, 3, [40, 23], 2)
     with_neurons(actor, replace(CUBA_LIF, voltage_decay=0.5))
     draw = torch.Generator().manual_seed(1)
@@ -125,7 +125,7 @@ def test_exact_where_sums_are(path: str, batch: int) -> None:
     assert torch.equal(act, expected)
     compared = 0
     for (name, _), grad, other in zip(actor.named_parameters(), ours, grads, strict=True):
-        if not name.startswith("encoder"):  # whose activities are exponentials
+        if not name.startswith("encoder"):  # its activities are exponentials, which are rounded
             assert torch.equal(grad, other), name
             compared += int(other.count_nonzero())
     assert compared > 150
@@ -148,7 +148,9 @@ def test_layers_that_never_or_always_fire(path: str, bias: float) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_lanes_that_are_no_neurons(path: str) -> None:
-    """A window wider than the threshold holds a resting voltage, that of padding too."""
+    """Lanes that pad a vector have voltage 0, inside a window wider than the threshold: they must
+    add nothing to a gradient.
+    """
     actor = made(2, 1, [5, 3], 5)
     with_neurons(actor, replace(CUBA_LIF, surrogate_window=0.8))
     obs, direction = torch.randn(6, 2), torch.randn(6, 1)
@@ -160,7 +162,7 @@ def test_lanes_that_are_no_neurons(path: str) -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_neurons(decay: float) -> None:
-    """`lif` is the other neuron with a decay of 0; constants that differ from all others."""
+    """`cuba_lif` and `lif` with constants that no other test uses."""
     same: dict[str, Any] = {"voltage_decay": 0.6, "threshold": 0.7, "surrogate_window": 0.4}
     config = replace(CUBA_LIF, current_decay=decay, **same)
     actor = made(6, 2, [31, 18], 6)
@@ -175,7 +177,7 @@ def test_neurons(decay: float) -> None:
 
 
 def test_spikes_that_differ_are_few() -> None:
-    """Sums in another order flip a spike only where a voltage is at its threshold."""
+    """Sums in another order change a spike only where a voltage is very near its threshold."""
     actor = made(17, 6, [256, 256], 5)
     obs = torch.randn(2000, 17).clamp(-3, 3)
     with torch.no_grad():
@@ -203,7 +205,7 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
 
 
 def test_weights_that_moved_are_found() -> None:
-    """A network is prepared once; its tensors may be replaced afterwards."""
+    """The kernel prepares a network once, but uses tensors that replace its own afterwards."""
     actor, other = made(3, 2, [8], 5), made(3, 2, [8], 4)
     actor.kernel = f"cpu/{PATHS[0]}"
     obs = torch.randn(4, 3)
@@ -216,7 +218,7 @@ def test_weights_that_moved_are_found() -> None:
 
 
 def test_two_graphs_at_once() -> None:
-    """What one forward pass saved is not another's."""
+    """A second forward pass does not overwrite what the first one saved for its gradient."""
     actor = made(3, 2, [8], 5)
     actor.kernel = f"cpu/{PATHS[0]}"
     params = list(actor.parameters())
@@ -231,7 +233,7 @@ def test_two_graphs_at_once() -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("steps", [1, 5, 32])
 def test_one_layers_scan(path: str, steps: int) -> None:
-    """What runs where a network is not covered whole."""
+    """The scan of one layer, used where a network cannot run in one call."""
     actor = made(3, 2, [8], steps)
     drive = torch.randn(steps, 7, 13) * 0.5
     weight = torch.randn_like(drive)
@@ -262,7 +264,7 @@ def test_rounded_products_run_layer_by_layer() -> None:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """An empty cache, in memory and on disk; how fast what is built there runs does not matter."""
+    """An empty cache, in memory and on disk; libraries are built fast, without optimisation."""
     monkeypatch.setattr(native, "FLAGS", [{"-O3": "-O0"}.get(flag, flag) for flag in native.FLAGS])
     monkeypatch.setenv("SPIKERL_CACHE", str(tmp_path / "cache"))
     native.library.cache_clear()
@@ -318,7 +320,7 @@ def test_a_compiler_that_fails(
 @pytest.mark.slow
 @pytest.mark.skipif("avx512" not in PATHS, reason="needs a processor with AVX-512")
 def test_a_compiler_older_than_the_processor(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next best path is taken, and it is said; a path that was named is no other."""
+    """kernel=auto takes the next best path and says why; a path that was named is refused."""
     script = fresh / "cxx"
     script.write_text(
         '#!/bin/sh\ncase "$*" in *-m$OLD*) echo \'error: -m?\' >&2; exit 1;; esac\nexec g++ "$@"\n'
@@ -373,7 +375,7 @@ def test_another_device() -> None:
 
 
 def test_the_way_back_is_walked_once() -> None:
-    """What it needs goes back to be used again."""
+    """The memory that a gradient needs is released after it, so that a second call fails."""
     actor = made(4, 2, [8], 5)
     actor.kernel = f"cpu/{PATHS[0]}"
     act, pull = actor.vjp(torch.randn(6, 4), None)
@@ -392,7 +394,7 @@ def test_observations_of_another_format_are_refused() -> None:
 
 
 def test_what_is_not_learned_gets_no_gradient() -> None:
-    """The encoder's; the others' gradients are those of an actor that learns all."""
+    """With a fixed encoder, the other gradients are those of an actor that learns all."""
     actor, obs, found = made(4, 2, [8], 5), torch.randn(6, 4), []
     actor.kernel = f"cpu/{PATHS[0]}"
     for learned in (True, False):
@@ -408,7 +410,7 @@ def test_what_is_not_learned_gets_no_gradient() -> None:
 def test_a_library_of_another_machine_is_not_taken(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of a home folder that two share."""
+    """The cache may be in a home folder that machines of two kinds share."""
     built: list[str] = []
     monkeypatch.setattr(native, "_build", lambda command, path: built.append(path.name))
     for machine in ("x86_64", "aarch64"):

@@ -1,4 +1,4 @@
-"""Critics in C++ against the definition in PyTorch: values, losses and every gradient."""
+"""Critics in C++ against the reference in PyTorch: values, losses and every gradient."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_target_values(path: str, size: tuple[Any, ...]) -> None:
         expected = torch.where(ends, rew, rew + discount * (lowest + bonus))
         torch.testing.assert_close(more, expected)
         torch.testing.assert_close(reference.td_target(critic, batch, act, bonus), expected)
-        for c in range(2):  # a critic that went wrong is not passed over
+        for c in range(2):  # a critic that is NaN is not ignored in the minimum
             critic.biases_C1N[-1].zero_()[c] = float("nan")
             found = kernels.named(f"cpu/{path}").td_target(critic, batch, act)
             assert torch.equal(found.isnan(), ~ends)
@@ -113,7 +113,7 @@ def test_target_values(path: str, size: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("batch", [5, 150])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_seen(path: str, batch: int, bad: float) -> None:
-    """No layer makes a 0 of it, and what one network leaves behind is not the next one's."""
+    """No layer turns it into a 0, and a network with infinite values does not affect the next."""
     critic, rows = made(6, 2, [20], batch)
     rows[1, 0] = bad
     kernel = kernels.named(f"cpu/{path}")
@@ -125,7 +125,7 @@ def test_what_is_not_finite_is_seen(path: str, batch: int, bad: float) -> None:
         wide.biases_C1N[0].fill_(float("inf"))
         kernel.values(wide, wide_rows[:, :6], wide_rows[:, 6:8])
         assert torch.equal(kernel.values(critic, rows[:, :6], rows[:, 6:8])[:, 2:], found[:, 2:])
-        critic.biases_C1N[-1].zero_()[1] = float("nan")  # of two, the second
+        critic.biases_C1N[-1].zero_()[1] = float("nan")  # the second of two critics
     towards = Gradient([torch.zeros(1)])
     kernel.actor_loss_grad(critic, rows[:, :6], rows[:, 6:8], towards, True)
     assert towards.loss.isnan()
@@ -145,7 +145,7 @@ def test_smoothed_actions(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("shift", [-1e3, 1e3], ids=["silent", "all active"])
 def test_layers_of_one_kind(path: str, shift: float) -> None:
-    """Hidden units that are all 0, and units of which none is."""
+    """Hidden units that are all 0, or all active."""
     critic, rows = made(9, 2, [40, 24], 20)
     with torch.no_grad():
         for bias in list(critic.biases_C1N)[:-1]:
@@ -155,12 +155,12 @@ def test_layers_of_one_kind(path: str, shift: float) -> None:
     for one, other in zip(ours, expected, strict=True):
         assert float((one - other).norm()) <= 1e-5 * float(other.norm())
     moved = [float(slot.abs().sum()) > 0 for slot in ours[3:-2]]
-    assert moved == ([True] * 6 if shift > 0 else [False] * 5 + [True])  # its last bias
+    assert moved == ([True] * 6 if shift > 0 else [False] * 5 + [True])  # the last bias
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_exact_on_dyadic_numbers(path: str) -> None:
-    """Where no sum rounds, every bit is the same."""
+    """Where no sum is rounded, every bit is the same."""
     critic, rows = made(5, 3, [24, 17], 16)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_a_regression_by_hand() -> None:
 
 
 def test_the_definition_is_autograds() -> None:
-    """Its gradients are written out; here they are what PyTorch makes of the equations."""
+    """The gradients of the reference, which are written by hand, are those that autograd gives."""
     pairs = list(pairwise([5, 6, 4, 1]))
     draw = torch.Generator().manual_seed(0)
 
@@ -256,7 +256,7 @@ def test_rounded_products_stay_with_pytorch(path: str) -> None:
 
 
 def rounded_by_hand(critic: Critics, rows: Tensor, obs_dim: int) -> list[Tensor]:
-    """What `results` are in float64 if only operands of hidden layers' products are rounded."""
+    """`results` in float64, with only the operands of hidden layers' products rounded to bf16."""
 
     def low(x: Tensor) -> Tensor:
         return x.detach().bfloat16().double()
@@ -298,7 +298,7 @@ def test_rounded_products_on_matrix_units(size: tuple[Any, ...]) -> None:
     expected = rounded_by_hand(critic, rows, size[0])
     ours = results("cpu/amx", critic, rows, size[0])
     for one, other in zip(ours, expected, strict=True):
-        # A number that lies between two of bf16 may be rounded to the other one of them.
+        # An operand between two numbers of bf16 may be rounded to the other one of them.
         assert float((one - other).norm()) <= 2e-3 * float(other.norm()) + 1e-7
     if size[3] == 100:
         full = results("reference", made(*size)[0], rows, size[0])
@@ -325,7 +325,7 @@ def test_values_that_somebody_will_differentiate() -> None:
 
 
 def test_parameters_that_moved() -> None:
-    """Pointers are made anew when the tensors lie elsewhere."""
+    """The kernel renews its pointers when tensors move in memory."""
     critic, rows = made(3, 2, [8], 5)
     critic.kernel = f"cpu/{PATHS[0]}"
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Dense networks in C++ against the definition in PyTorch: outputs and every gradient."""
+"""Dense networks in C++ against the reference in PyTorch: outputs and every gradient."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def made(obs_dim: int, act_dim: int, hidden: list[int], batch: int) -> tuple[MLP
 
 
 def results(kernel: str, net: MLPActor, rows: Tensor, squash: bool) -> list[Tensor]:
-    """Outputs without and with a way back, and the gradients that this gives."""
+    """Outputs without and with a backward pass, and the gradients of that pass."""
     net.kernel = kernel
     obs, grad = rows[:, : net.obs_dim], rows[:, net.obs_dim :]
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_they_are_as_exact_as_float32_is(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("batch", [16, 144])
 def test_exact_on_dyadic_numbers(path: str, batch: int) -> None:
-    """Where no sum rounds, every bit is the same."""
+    """Where no sum is rounded, every bit is the same."""
     net, rows = made(5, 3, [24, 17], batch)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_exact_on_dyadic_numbers(path: str, batch: int) -> None:
 
 @pytest.mark.parametrize("kernel", ["reference", f"cpu/{PATHS[0]}"])
 def test_a_network_by_hand(kernel: str) -> None:
-    """h = relu(2 x + 1), y = 3 h - 1: x = 1 gives 8, x = -1 gives -1 and only its last bias."""
+    """h = relu(2 x + 1), y = 3 h - 1: x = 1 gives 8; x = -1 gives -1, and a gradient only by b2."""
     net = MLPActor(1, 1, MLPConfig(name="mlp", hidden_sizes=[1], lr=1e-3))
     with torch.no_grad():
         for p, value in zip(net.parameters(), (2.0, 1.0, 3.0, -1.0), strict=True):
@@ -165,7 +165,7 @@ def test_other_formats_are_not_read_as_if_they_were_float32() -> None:
 
 
 def test_weights_that_moved() -> None:
-    """Pointers are made anew when the tensors lie elsewhere, or are others."""
+    """The kernel renews its pointers when tensors move in memory or are replaced."""
     net, rows = made(3, 2, [8], 5)
     net.kernel, obs = f"cpu/{PATHS[0]}", rows[:, :3]
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_what_somebody_will_differentiate() -> None:
 
 @pytest.mark.parametrize("kernel", [f"cpu/{path}" for path in PATHS])
 def test_updates_of_sac_with_its_log_deviation(kernel: str) -> None:
-    """Five updates with a dense actor too: losses, weights, moments and targets."""
+    """Five updates, whose actor is dense as well: losses, weights, moments and targets."""
     draw = torch.Generator().manual_seed(9)
 
     def normal(*shape: int) -> Tensor:

@@ -19,7 +19,7 @@ LOW, HIGH = -4.0, 1.5
 
 
 def drawn(rows: int, entries: int) -> tuple[Tensor, ...]:
-    """Means, log deviations on both sides of both bounds, noise, gradients by both outputs."""
+    """Means, log deviations on both sides of both bounds, noise, the gradients by both outputs."""
     draw = torch.Generator().manual_seed(rows * entries)
 
     def normal(*shape: int) -> Tensor:
@@ -41,7 +41,7 @@ def test_by_hand(kernel: str) -> None:
     """At u = 0 tanh has slope 1; at u = 1, from noise 2 and deviation 1/2, 1 - tanh(1)^2; at 20 and
     -200 the action is 1 in float32, and log(1 - tanh(u)^2) is 2 (log 2 - |u|).
 
-    By u, log pi has the gradient 2 tanh(u), and by the log deviation that times std noise, less 1.
+    The gradient of log pi by u is 2 tanh(u); by the log deviation, that times std noise, less 1.
     """
     mean = torch.tensor([[0.0], [0.0], [20.0], [-200.0]])
     log_std = torch.tensor([[0.0], [-math.log(2.0)], [0.0], [0.0]])
@@ -65,7 +65,9 @@ def test_by_hand(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_samples_and_gradients_are_float64s(kernel: str, size: tuple[int, int]) -> None:
-    """float32 has 6e-8 of an entry's terms, which are up to 40 here, and `size[1]` entries."""
+    """float32 rounds each entry's terms, which are up to 40 here, by up to 6e-8 of them; `size[1]`
+    entries are added.
+    """
     given = drawn(*size)
     exact = results(reference, *(x.double() for x in given))
     for one, other in zip(results(kernels.named(kernel), *given), exact, strict=True):
@@ -74,7 +76,7 @@ def test_samples_and_gradients_are_float64s(kernel: str, size: tuple[int, int]) 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_clipped_log_deviation_has_no_gradient(kernel: str) -> None:
-    """At the bounds themselves it has one, as torch.clamp; deviations are those of the bounds."""
+    """At a bound itself it has one, as with torch.clamp; beyond, the deviation is the bound's."""
     log_std = torch.tensor([[LOW - 1.0], [LOW], [HIGH], [HIGH + 1.0]])
     mean, noise = torch.zeros(4, 1), torch.full((4, 1), 0.1)
     act, _, pull = kernels.named(kernel).squashed_vjp(mean, log_std, noise, LOW, HIGH)
@@ -91,7 +93,7 @@ def test_what_is_not_finite_is_seen(kernel: str, bad: float, where: str) -> None
     if where == "log_std" and bad == math.inf:
         return  # it is clipped
     given = {name: torch.full((3, 7), 0.5) for name in ("mean", "log_std", "noise")}
-    for entry in (1, 6):  # within a vector, and beyond the last whole one
+    for entry in (1, 6):  # within a vector register, and after the last full one
         given[where].fill_(0.5)[2, entry] = bad
         inputs = (given["mean"], given["log_std"], given["noise"])
         act, log_prob, pull = kernels.named(kernel).squashed_vjp(*inputs, LOW, HIGH)

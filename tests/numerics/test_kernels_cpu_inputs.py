@@ -1,5 +1,5 @@
-"""What the C++ library is given: it reads as far as it is told, so that shapes, formats and places
-are looked at before it is called. What it does not take runs in PyTorch, with the same numbers.
+"""Inputs of the C++ library. It trusts the sizes that it is given, so shapes, types and devices are
+checked before it is called; inputs that it does not take run in PyTorch, with the same results.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def some_critics() -> tuple[Critics, Batch]:
     )
 
 
-# --- shapes: a ValueError, and no number of PyTorch's repetition ----------------------------------
+# --- wrong shapes raise a ValueError; they are not broadcast as in PyTorch ------------------------
 
 
 @pytest.mark.parametrize("shape", [(4,), (6, 3), (6, 5), (6, 1), (2, 6, 4)], ids=str)
@@ -82,7 +82,7 @@ def test_observations_of_a_network_that_runs_layer_by_layer() -> None:
 
 @pytest.mark.parametrize("made", [an_actor, a_dense_net])
 def test_gradients_of_actions(made: Callable[[], SpikingActor | MLPActor]) -> None:
-    """Of another format they are read as numbers; the block is still there after a refusal."""
+    """A gradient of another type is converted; after a refused call, a correct one still works."""
     net, obs, found = made(), torch.randn(6, 4), []
     for direction in (torch.ones(6, 2), torch.ones(6, 2, dtype=torch.float64)):
         into = Gradient(list(net.parameters()))
@@ -144,7 +144,7 @@ def test_gradients_of_samples() -> None:
         pull(torch.ones(6, 2), torch.ones(1))
 
 
-# --- what PyTorch does instead --------------------------------------------------------------------
+# --- inputs that run in PyTorch instead -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["rew", "discount"])
@@ -196,7 +196,7 @@ def test_noise(noise: Tensor) -> None:
 
 
 def test_averages() -> None:
-    """The target is what is written, at 1 / 2 the mean of both."""
+    """The result is written into the target; with tau = 1 / 2 it is the mean of both."""
     masked = torch.zeros(())
     online = torch.arange(8.0)
     target = torch.zeros(4)
@@ -218,7 +218,7 @@ def test_tensors_that_are_elsewhere(made: Callable[[], SpikingActor | MLPActor])
 
 
 def strided(param: nn.Parameter) -> nn.Parameter:
-    """The same numbers, every second of a row."""
+    """The same numbers in memory with a gap after each, so not contiguous."""
     return nn.Parameter(torch.stack([param.data, torch.zeros_like(param)], -1)[..., 0])
 
 
@@ -261,7 +261,7 @@ def test_rows_of_a_normalisation_under_other_strides() -> None:
     ids=["weight", "bias", "decoder"],
 )  # fmt: skip
 def test_a_parameter_that_was_replaced(owner: Callable[[Any], tuple[nn.Module, str]]) -> None:
-    """Not the first of its network; the old one is still there, at its address."""
+    """The kernel uses the new one, though it is not the first parameter of its network."""
     actor, obs = an_actor(), torch.randn(6, 4)
     with torch.no_grad():
         before = actor(obs)
@@ -292,7 +292,7 @@ def test_a_layers_drive_for_fewer_steps_than_the_networks() -> None:
 
 
 def test_an_early_exit_that_is_learned_through() -> None:
-    """An action's gradient is of the steps that it took; an update learns from all."""
+    """The gradient of an action is of the spike steps that it took; an update uses all steps."""
     actor, obs, found = an_actor(), torch.randn(6, 4), []
     actor.early_exit = EarlyExit(threshold=0.3, steps=1)
     for kernel in ("reference", KERNEL):
@@ -318,7 +318,7 @@ def test_one_action_of_a_network_that_is_covered_no_more() -> None:
 
 
 def test_more_inputs_than_a_list_can_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """24 bits of a word are an input's number."""
+    """A list of spikes has 24 bits for the number of an input."""
     assert coverage.MAX_INPUTS << 8 <= 1 << 31
     actor = an_actor()
     assert fused(actor)

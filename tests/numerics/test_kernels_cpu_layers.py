@@ -52,7 +52,7 @@ ACTORS = {
 
 
 def directions(actor: SpikingActor, kernel: str, batch: int = 21) -> dict[str, Tensor]:
-    """Actions, and each parameter's gradient."""
+    """The actions, and the gradient of each parameter."""
     draw = torch.Generator().manual_seed(2)
     obs, direction = torch.randn(batch, 4, generator=draw), torch.randn(batch, 2, generator=draw)
     actor.kernel = kernel
@@ -91,7 +91,7 @@ def test_networks(path: str, kind: str) -> None:
 
 
 def test_normalised_drives() -> None:
-    """A bias before a normalisation has a gradient of 0, or what is left of one by rounding."""
+    """A bias before a normalisation has a gradient of 0, apart from rounding."""
     torch.manual_seed(3)
     actor = SpikingActor(4, 2, care_bn_config([37, 18]), TANH, CUBA_LIF, RATE)
     twin = copy.deepcopy(actor)
@@ -129,7 +129,7 @@ def test_rows_of_a_normalisation(path: str) -> None:
     ]
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
-    wide = x.double()  # which C++ does not read
+    wide = x.double()  # C++ does not take float64
     assert torch.equal(rows.affine(wide, *wide[0, :3]), ROWS.affine(wide, *wide[0, :3]))
     assert torch.equal(rows.sums(wide), ROWS.sums(wide))
 
@@ -137,7 +137,7 @@ def test_rows_of_a_normalisation(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", ["pssa", "tssa"])
 def test_a_spikeformer(path: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trained and acting, with products, neurons and normalisations of the kernel."""
+    """Training and acting use the kernel's products, neurons and normalisations."""
     made, steps, normalised = network(kind, layers=2), contexts(6), []
     assert isinstance(made, Spikeformer)
     made.schedule(1.0)  # batch normalisation alone
@@ -151,7 +151,7 @@ def test_a_spikeformer(path: str, kind: str, monkeypatch: pytest.MonkeyPatch) ->
     def in_pytorch(*given: object) -> Tensor:
         raise AssertionError(given)
 
-    monkeypatch.setattr(reference, "drive", in_pytorch)  # which `made` no longer looks up
+    monkeypatch.setattr(reference, "drive", in_pytorch)  # `made` does not look it up any more
     rows = kernel.parts.rows._replace(normalise=normalise)
     monkeypatch.setattr(kernel, "parts", kernel.parts._replace(rows=rows))
     results = []
@@ -165,7 +165,7 @@ def test_a_spikeformer(path: str, kind: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("neuron", [CUBA_LIF, plif_config(reset="soft"), alif_config()])
 def test_connected_neurons(neuron: NeuronConfig) -> None:
-    """Exactly: every number is a binary fraction, and two steps keep them in 24 bits."""
+    """The results are equal, as all numbers are binary fractions that fit 24 bits for two steps."""
     decoder = ILCDecoder(membrane_config(name="ilc", pop_size=3), 2, 0, 2)
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
 
 
 def test_a_second_way_back_fails() -> None:
-    """What it needs has gone back to be used again."""
+    """The memory that a gradient needs is released after the first one."""
     actor = popsan(4, 2, [9], decoder=membrane_config())
     actor.kernel = f"cpu/{PATHS[0]}"
     loss = actor(torch.randn(5, 4)).sum()
@@ -216,7 +216,7 @@ def test_more_spike_steps_than_a_word_has_bits_run_in_pytorch() -> None:
 
 
 class Doubled(CubaLIF):
-    """Somebody's own, whose spikes are 0 or 2."""
+    """A neuron as a user may write, whose spikes are 0 or 2."""
 
     def step(self, drive_BN: Tensor, state: State) -> State:
         after = super().step(drive_BN, state)
@@ -224,7 +224,7 @@ class Doubled(CubaLIF):
 
 
 def test_what_is_no_spike_runs_in_pytorch() -> None:
-    """A neuron that is not known, and weights of another format than products."""
+    """Outputs of a neuron that the kernel does not know; and weights of float64."""
     torch.manual_seed(3)
     actor = popsan(4, 2, [9, 8], decoder=membrane_config())
     wide = copy.deepcopy(actor).double()

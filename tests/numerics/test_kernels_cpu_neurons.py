@@ -51,7 +51,7 @@ def one_thread() -> Iterator[None]:
 
 
 def made(config: NeuronConfig, analog: bool, steps: int = 6) -> SpikingActor:
-    """Odd widths, and weights large enough that every layer fires."""
+    """An actor with odd widths, and weights large enough that every layer fires."""
     torch.manual_seed(steps)
     encoder = ANALOG if analog else POPULATION
     actor = popsan(5, 2, [37, 18], spike_steps=steps, encoder=encoder, neuron=config)
@@ -82,7 +82,7 @@ def compare(actor: SpikingActor, path: str, batch: int) -> None:
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("config", [*HARD, *SOFT], ids=name)
 def test_in_one_call(config: NeuronConfig, surrogate: str) -> None:
-    """Behind spikes, and behind the currents of an analog encoder."""
+    """With an encoder that gives spikes, and with the analog one, which gives currents."""
     for analog in (False, True):
         actor = made(replace(config, surrogate=surrogate), analog)
         assert fused(actor)
@@ -110,7 +110,7 @@ def test_currents_of_any_number_of_samples_and_steps(batch: int, steps: int) -> 
 @pytest.mark.parametrize("surrogate", ["rect", "triangle"])
 @pytest.mark.parametrize("config", [*HARD, *SOFT], ids=name)
 def test_exact_where_nothing_rounds(path: str, surrogate: str, config: NeuronConfig) -> None:
-    """Constants, drives and gradients are binary fractions, which so few steps keep in 24 bits."""
+    """Constants, drives and gradients are binary fractions, which fit 24 bits after few steps."""
     given: dict[str, Any] = {"surrogate": surrogate, "surrogate_slope": 1.0}
     if hasattr(config, "voltage_decay"):
         given["voltage_decay"] = 0.5
@@ -133,7 +133,7 @@ def test_exact_where_nothing_rounds(path: str, surrogate: str, config: NeuronCon
 @pytest.mark.parametrize("steps", [1, 32])
 @pytest.mark.parametrize("config", [*HARD[2:], *SOFT[2:]], ids=name)
 def test_one_layers_scan(steps: int, config: NeuronConfig) -> None:
-    """Constants that differ from all others."""
+    """With constants that no other test uses."""
     if config.name == "dynamic":
         config = replace(config, threshold=0.7, theta_r=0.03, theta_s=0.4, theta_u=0.3)  # type: ignore[call-arg]
     neuron = built(replace(config, surrogate="sigmoid", surrogate_slope=3.0))
@@ -153,12 +153,14 @@ def test_one_layers_scan(steps: int, config: NeuronConfig) -> None:
 
 
 def test_an_adaptive_neuron_by_hand() -> None:
-    """th 0.5, beta 0.5, da 0.5, dv 0.5, slope 1 of `triangle`, drives 1, 1, 0.25.
+    """Threshold 0.5, adaptation 0.5, both decays 0.5, slope 1 of `triangle`, drives 1, 1, 0.25.
 
-    a 0, 1, 0.5; thresholds 0.5, 1, 0.75; voltages 1, 1 (behind a reset), 0.75: the first spikes.
-    Voltages are 1/2, 0 and 0 above, so the derivatives are 1/2, 1, 1. Of the sum of all spikes,
-    from the last on: ge 1, gv 1, ga -1/2; kept 1/2, the spike 1 - 1/2 - 1/2 = 0, gv 1/2, ga -1/4;
-    kept 1/4, the spike 1 - 1/4 - 1/4 = 1/2, ge 1/4 = gv, as a neuron that fired is reset.
+    Adaptations are 0, 1, 0.5; thresholds 0.5, 1, 0.75; voltages 1, 1 (after a reset), 0.75: only
+    the first step spikes. Voltages are 1/2, 0 and 0 above their thresholds, so the derivatives of
+    spikes are 1/2, 1, 1. The sum of all spikes has these gradients by the spike s, the voltage v
+    and the adaptation a, from the last step back: step 3: s 1, v 1, a -1/2; step 2: s 1 - 1/2 (by
+    a) - 1/2 (by the reset) = 0, v 1/2, a -1/4; step 1: s 1 - 1/4 - 1/4 = 1/2, v 1/2 * 1/2 = 1/4,
+    as the neuron fired and none of its voltage is kept.
     """
     config = alif_config(surrogate="triangle", surrogate_slope=1.0)
     x = torch.tensor([1.0, 1.0, 0.25]).view(3, 1, 1).requires_grad_()
@@ -197,7 +199,7 @@ def test_a_learned_decay_is_read_anew() -> None:
 
 
 def test_what_is_covered() -> None:
-    """Each neuron that can be named; residuals that are carried on run layer by layer."""
+    """Every registered neuron runs in one call, unless residuals go over to the next decision."""
     configs = {config.name: config for config in (*SOFT, *HARD)}
     assert sorted(configs) == sorted(NEURONS.options)
     assert sorted(set(EQUATIONS.values())) == list(range(7))

@@ -72,8 +72,8 @@ def test_what_is_not_finite_masks(kernel: str, where: int, bad: float) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_pruned_weight_has_no_step(kernel: str) -> None:
-    """Nor a share of the norm: of (3, 4) with a bound of 1, (0, 1) is left. Adam's first step is
-    the rate, its second the rate times (0.14 / 0.19) / sqrt(1.249 / 1.999).
+    """It has no share of the gradient's norm either: clipping (3, 4) to a norm of 1 gives (0, 1).
+    Adam's first step is the rate, its second the rate times (0.14 / 0.19) / sqrt(1.249 / 1.999).
     """
     net = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_a_pruned_weight_has_no_step(kernel: str) -> None:
         assert net.weight[0, 1].item() == pytest.approx(expected, rel=1e-6)
     optimizer.gradient.vector.copy_(torch.tensor([math.nan, 1.0, 0.0]))
     optimizer.step()
-    assert float(guard.masked) == 1.0  # a gradient that is not finite is noticed there, too
+    assert float(guard.masked) == 1.0  # the gradient of a pruned weight is checked too
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -151,11 +151,11 @@ def test_a_whole_update_is_the_references(kernel: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kernel", CPU)
 def test_a_mean_that_shrinks_does_not_become_denormal(kernel: str) -> None:
-    """Such a number costs hundreds of cycles, and rounding would keep it for ever."""
+    """A denormal number costs hundreds of cycles, and rounding would keep it for ever."""
     ours, masked, none = moments(40), torch.zeros(()), torch.zeros(41)
     ours.exp_avg.fill_(1e-37)
     for _ in range(30):
         kernels.named(kernel).adam(ours, none, 0.01, math.inf, masked)
     smallest = torch.finfo(torch.float32).smallest_normal
     assert all(mean == 0.0 or mean >= smallest for mean in ours.exp_avg.tolist())
-    assert torch.tensor([1e-38]).mul(0.1).item() > 0.0  # the mode is the caller's again
+    assert torch.tensor([1e-38]).mul(0.1).item() > 0.0  # denormals are on again

@@ -1,4 +1,4 @@
-"""The GPU's neurons: under Triton's interpreter here, as compiled where there is a GPU."""
+"""The Triton kernels: run by Triton's interpreter on a CPU, and compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_compiled() -> None:
 @needs_triton
 @pytest.mark.parametrize("entries", [1, 4096, 5001, 140_037, 140_549, 524_288])
 def test_adam_in_pieces(entries: int) -> None:
-    """To the bit; no more pieces than one launch takes."""
+    """It equals the reference to the bit."""
     from spikerl.kernels import triton
 
     def moments() -> Moments:
@@ -71,7 +71,7 @@ def test_a_launch_of_adam_takes_all_pieces(entries: int, monkeypatch: pytest.Mon
     flat = torch.empty(entries + 1, device="meta")
     triton.adam(Moments(flat, flat, flat, flat), flat, 1e-3, 1.0, flat)
     assert -(-entries // seen[0]) <= 36
-    assert seen[0] % 16 == 0  # pieces begin and end where a vector of the widest kind does
+    assert seen[0] % 16 == 0  # so that each piece has whole vectors, even of the widest kind
 
 
 def asked(name: str) -> kernels.KernelConfig:
@@ -104,7 +104,7 @@ def test_graphs_are_chosen_by_auto_alone(
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "spikerl.kernels.triton", raising=False)
-    monkeypatch.delattr(kernels, "triton", raising=False)  # where something has imported it before
+    monkeypatch.delattr(kernels, "triton", raising=False)  # if a test has imported it
     said = kernels.resolve(asked("auto"), "cuda:0")
     assert said == ("reference", "triton is not installed")
     with pytest.raises(BadRequest, match="kernel=triton: triton is not installed; use kernel=auto"):

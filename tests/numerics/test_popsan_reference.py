@@ -1,4 +1,4 @@
-"""Agreement with outputs of the public PopSAN code (Tang et al., CoRL 2020), made by running it."""
+"""Agreement with recorded outputs of the public code of PopSAN (Tang et al., CoRL 2020)."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ HALF_CHEETAH = EnvConfig(
 
 @needs_published_policy
 def test_authors_policy_scores_what_it_scored(imported: Policy) -> None:
-    """The public code returns 9 929 over five episodes."""
+    """With the public code, its mean return over five episodes is 9 929."""
     evaluator = Evaluator(HALF_CHEETAH, 10, run_seed=0)
     result = evaluator.run(imported, 0)
     evaluator.close()
@@ -185,7 +185,7 @@ def public_actions(policy: Policy, obs: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def test_critic_by_hand() -> None:
-    """So that `critic_state` cannot be wrong in the same way as the critic."""
+    """Checks the critic without `critic_state`, which could be wrong in the same way."""
     critic = Critics(1, 1, [1])
     with torch.no_grad():
         for i, (w, b) in enumerate(zip(critic.weights_CIN, critic.biases_C1N, strict=True)):

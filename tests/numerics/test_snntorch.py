@@ -1,12 +1,13 @@
-"""Membranes against snnTorch's, which resets behind a spike where ours resets before the next step.
+"""Membranes compared with snnTorch's, which resets right after a spike; ours, before the next step.
 
-With `reset_delay=False` its membrane is our voltage behind the reset, and the gradient passes the
-reset: `lif` is `Leaky`, `plif` a `Leaky` whose beta is learned, `cuba_lif` is `Synaptic`, hard is
-"zero" and soft is "subtract". A soft reset is the same only below twice the threshold: where the
-threshold is still exceeded behind it, snnTorch subtracts once more.
+With `reset_delay=False` snnTorch's membrane is our voltage after the reset, and the gradient passes
+through the reset: `lif` is `Leaky`, `plif` a `Leaky` whose beta is learned, `cuba_lif` is
+`Synaptic`, a hard reset is "zero", a soft one "subtract". Soft resets agree only below twice the
+threshold: if a voltage still exceeds the threshold after the reset, snnTorch subtracts once more.
 
-By default it resets one step later. A hard `lif` then has the same spikes, but its reset is cut
-from the gradient; what "subtract" takes does not decay, and `Synaptic`'s "zero" drops a current.
+By default snnTorch resets one step later. A hard `lif` then has the same spikes, but its gradient
+does not pass through the reset; with "subtract" the amount subtracted does not decay, and the
+"zero" of `Synaptic` drops a current.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ def theirs(config: NeuronConfig, beta: Tensor, *, reset_delay: bool = False) -> 
 
 
 def random_drive(high: float) -> Tensor:
-    """Of 40 steps and 32 neurons."""
+    """Drives for 40 steps and 4 x 8 neurons, uniform from -0.6 `high` to `high`."""
     draw = torch.Generator().manual_seed(0)
     low = -0.6 * high
     return (low + (high - low) * torch.rand(40, 4, 8, generator=draw)).requires_grad_()
 
 
 def our_run(neuron: Neuron, drive_TBN: Tensor, *, cut: bool = False) -> tuple[Tensor, Tensor]:
-    """Spikes, and voltages behind the reset, which a gradient passes unless it is cut there."""
+    """Spikes, and voltages after the reset; with `cut`, no gradient passes through the reset."""
     state, spikes, kept = neuron.initial(drive_TBN[0]), [], []
     for drive_BN in drive_TBN:
         state = neuron.step(drive_BN, state)
@@ -88,12 +89,13 @@ def backward(spikes_TBN: Tensor) -> None:
 @pytest.mark.parametrize("reset", MECHANISM)
 @pytest.mark.parametrize("name", ["lif", "plif", "cuba_lif"])
 def test_spikes_membranes_and_gradients(name: str, reset: str, kind: str) -> None:
-    """Spikes and membranes to the bit; gradients to rounding."""
+    """Spikes and membranes are equal to the bit, gradients up to rounding."""
     ours = make(name, reset=reset, surrogate=kind)
     logit = dict(ours.named_parameters()).get("decay_logit")
     beta = torch.tensor(0.8) if logit is None else torch.sigmoid(logit.detach())
     other = theirs(ours.config, beta.clone())
-    # The current adds up to twice its drive; 0.8 * 0.5 + 0.59 is below twice the threshold.
+    # The current of cuba_lif can reach twice its drive. At most, a voltage is 0.8 * 0.5 + 0.59,
+    # which is below twice the threshold.
     drive = random_drive(0.295 if name == "cuba_lif" else 0.59)
     theirs_drive = drive.detach().clone().requires_grad_()
 

@@ -1,6 +1,6 @@
 """Stable-Baselines3 on the same rows with the same weights: advantages, densities, whole updates.
 
-Dense networks, of which the program's critics and actors hold the same weights in other places.
+All networks are dense; spikerl's actors and critics hold the same weights in another layout.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ STEPS, ENVS = 25, 4
 
 
 class Spaces(gym.Env[Any, Any]):
-    """All that Stable-Baselines3 wants to know of an environment."""
+    """An environment with spaces alone, which is all that Stable-Baselines3 reads of it here."""
 
     observation_space, action_space = OBS, ACT
 
 
 class Rollout:
-    """Random rows with every kind of end; Stable-Baselines3 is given what it would have stored."""
+    """Random rows with every kind of end; `buffer` has them as Stable-Baselines3 stores them."""
 
     def __init__(self, policy_says: Any, trace: float) -> None:
         draw = np.random.default_rng(0)
@@ -116,7 +116,7 @@ def test_a_gaussian() -> None:
 
 
 def give(linears: list[nn.Linear], weights: list[Tensor], biases: list[Tensor]) -> None:
-    """Weights that have a row for each input."""
+    """Copy weights, with a row for each input, and biases into linear layers."""
     for layer, weight, bias in zip(linears, weights, biases, strict=True):
         layer.weight.data.copy_(weight.detach().T)
         layer.bias.data.copy_(bias.detach().flatten())
@@ -124,7 +124,7 @@ def give(linears: list[nn.Linear], weights: list[Tensor], biases: list[Tensor]) 
 
 @pytest.mark.parametrize("target_kl", [None, 0.004])
 def test_a_rollouts_updates(target_kl: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its PPO clips the gradient of all networks together, so here nothing is clipped."""
+    """No gradient is clipped: Stable-Baselines3's PPO would clip that of all networks together."""
     ours = ppo(entropy_coef=0.01, target_kl=target_kl)
     actor, critic = ours.actor, ours.critic
     theirs = sb3.PPO(
@@ -166,7 +166,7 @@ def test_a_rollouts_updates(target_kl: float | None, monkeypatch: pytest.MonkeyP
     for t in range(STEPS):
         replay.add(*Steps(*(field[t] for field in fields)), discount=0.9)
 
-    # Row t ENVS + n here is row n STEPS + t there.
+    # Row t * ENVS + n of spikerl is row n * STEPS + t of Stable-Baselines3.
     draw, orders = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
 
     def permutation(count: int) -> np.ndarray:
@@ -184,7 +184,7 @@ def test_a_rollouts_updates(target_kl: float | None, monkeypatch: pytest.MonkeyP
     def of(name: str) -> float:
         return float(torch.stack([m[name] for m in found]).mean())
 
-    if target_kl is None:  # where it stops, it counts the minibatch that it does not learn from
+    if target_kl is None:  # else its means include the minibatch at which it stopped
         assert of("critic_loss") == pytest.approx(logged["train/value_loss"], rel=1e-4)
         assert of("entropy") == pytest.approx(-logged["train/entropy_loss"], rel=1e-4)
         assert of("clip_fraction") == pytest.approx(logged["train/clip_fraction"], rel=1e-4)
@@ -199,7 +199,9 @@ def test_a_rollouts_updates(target_kl: float | None, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_updates_of_replayed_rows(learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its SAC draws for the rows' own observations first, and halves the critics' loss."""
+    """Stable-Baselines3's SAC draws noise for observations before that for next observations, and
+    its critics' loss is half of ours.
+    """
     torch.manual_seed(0)
     own = {"log_std": "shared", "learn_temperature": learned, "temperature_lr": 3e-3, "tau": 0.1}
     actor = MLPActor(3, 4, MLPConfig(name="mlp", hidden_sizes=[16, 12], lr=1e-3))
@@ -266,14 +268,14 @@ def test_updates_of_replayed_rows(learned: bool, monkeypatch: pytest.MonkeyPatch
 
 
 class Choices(gym.Env[Any, Any]):
-    """The same with numbered actions."""
+    """The same with discrete actions."""
 
     observation_space, action_space = OBS, gym.spaces.Discrete(2)
 
 
 @pytest.mark.parametrize("clipped", [10.0, 0.01])
 def test_dqn_updates_of_replayed_rows(clipped: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its DQN is neither double nor duelling, and changes its target outside `train`."""
+    """Stable-Baselines3's DQN is neither double nor duelling; its `train` updates no target."""
     torch.manual_seed(0)
     actor = MLPActor(3, 2, MLPConfig(name="mlp", hidden_sizes=[16, 12], lr=1e-3))
     config = dqn_config(max_grad_norm=clipped, target_interval=3)

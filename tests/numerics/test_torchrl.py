@@ -21,15 +21,15 @@ from spikerl.types import Batch
 
 
 def library(name: str) -> Any:
-    """Imported here, not where all workers of the suite collect this file: it takes seconds."""
+    """Import a library in a test, not when each worker of the suite collects: it takes seconds."""
     module = import_module(name)
-    # It makes "spawn" the default of this process, in which other files' tests run too.
+    # It makes "spawn" the default of this process, which also runs the tests of other files.
     multiprocessing.set_start_method(None, force=True)
     return module
 
 
 class Values(nn.Module):
-    """Q(s, a) or V(s), (B, 1)."""
+    """Q(s, a) or V(s), of shape (B, 1)."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Values(nn.Module):
 
 
 class Spread(nn.Module):
-    """A deviation with which -log p is the mean squared error, but for a constant."""
+    """Adds a deviation with which -log p is the mean squared error, up to a constant."""
 
     def forward(self, mean: Tensor) -> tuple[Tensor, Tensor]:
         return mean, torch.full_like(mean, (mean.shape[-1] / 2.0) ** 0.5)
@@ -107,7 +107,7 @@ def test_td3_bc() -> None:
 
 
 def test_iql() -> None:
-    """Their policy is a Gaussian; with a fixed deviation its loss has the same gradient."""
+    """torchrl's policy is a Gaussian; with a fixed deviation its loss has the same gradient."""
     made = learner(IQL, iql_config())
     mean = nn.Sequential(dense(made.actor), nn.Tanh(), Spread())
     policy = library("torchrl.modules").ProbabilisticActor(
@@ -156,7 +156,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-5}
 
 
 def check(made: Any, loss: Any) -> None:
-    """Weights after all updates, the critics' targets too."""
+    """Compare the weights after all updates, and those of the critics' targets."""
     actor = nn.Sequential(*(nn.Linear(*sizes) for sizes in ((3, 8), (8, 2))))
     params = list(loss.actor_network_params.flatten_keys(".").values())
     for mine, theirs in zip(actor.parameters(), params, strict=True):

@@ -1,4 +1,4 @@
-"""On a CPU a seed decides every bit, and nothing but training moves what is trained."""
+"""On a CPU the seed decides every bit, and only training changes the state of a trainer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ HOPPER = EnvConfig(
     name="Hopper", version="v5", id="Hopper-v5", max_episode_steps=40, vectorizer="sync"
 )
 ENVS = {"InvertedPendulum": INVERTED_PENDULUM, "Hopper": HOPPER}
-# Clocks and meters; all else in a row follows from the seed.
+# Fields that depend on clocks and meters; all others follow from the seed.
 MEASURED = ("cpu_s", "env_steps_per_s", "updates_per_s", "power_w")
 
 
@@ -73,7 +73,7 @@ def state(trainer: Trainer) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Ten
 
 
 def train(training: Config, upto: int | None = None) -> Outcome:
-    """To the end, or through so many epochs."""
+    """Train to the end, or for `upto` epochs."""
     with closing(new_trainer(training)) as trainer:
         return finish(trainer, upto)
 
@@ -94,7 +94,7 @@ def differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Not torch.equal: -0.0 equals 0.0 there."""
+    """Unlike torch.equal, this tells -0.0 from 0.0."""
     a, b = one.numpy(), other.numpy()
     return (a.dtype, a.shape) == (b.dtype, b.shape) and a.tobytes() == b.tobytes()
 
@@ -106,7 +106,7 @@ def check_same_training(one: Outcome, other: Outcome) -> None:
 
 
 def disturb() -> None:
-    """Whatever the process drew before must not matter."""
+    """Change the global random generators, whose states must not matter."""
     torch.manual_seed(int(torch.randint(1 << 30, ())) + 1)
     torch.rand(7)
     np.random.seed(int(torch.randint(1 << 30, ())))
@@ -115,7 +115,7 @@ def disturb() -> None:
 @pytest.mark.parametrize("encoder", [POPULATION, POISSON], ids=lambda e: e.name)
 @pytest.mark.parametrize("env", ENVS.values(), ids=ENVS.keys())
 def test_a_seed_decides_every_bit(env: EnvConfig, encoder: PopulationConfig) -> None:
-    """Environments, random actions and noise included: "unseeded action_space", "never seeded"."""
+    """Environments, random actions and noise included; another seed changes all that is random."""
     training = small_config(
         env=env,
         encoder=encoder,
@@ -152,7 +152,7 @@ REPLAYING: dict[str, Any] = {
     "replay_capacity": 80,
 }
 DQN = {key: value for key, value in REPLAYING.items() if "critic" not in key}
-# Of Config, and of its actor.
+# For each rule, changes of the Config, and of its actor.
 RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sac": ({"algo": sac_config(**REPLAYING, learn_temperature=True)}, {}),
     "ppo": ({"algo": ppo_config(rollout_steps=60, norm_interval=60, batch_size=20)}, {}),
@@ -178,7 +178,7 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def under(rule: str) -> Config:
-    """Two environments, 120 steps in epochs that end amid a rollout."""
+    """Two environments, 120 steps in epochs of 50, which end in the middle of PPO's rollouts."""
     own, parts = RULES[rule]
     training = short(num_envs=2, total_steps=120, steps_per_epoch=50, eval_episodes=1)
     return replace(training, actor=replace(training.actor, **parts), **own)
@@ -186,7 +186,7 @@ def under(rule: str) -> Config:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_each_rule_repeats_itself_and_resumes(rule: str, tmp_path: Path) -> None:
-    """From a checkpoint of the second epoch, which ends amid a rollout."""
+    """It resumes from a checkpoint of the second epoch, which ends in mid-rollout for PPO."""
     training = under(rule)
     whole = train(training)
     disturb()
@@ -217,7 +217,7 @@ def test_each_rule_repeats_itself_and_resumes(rule: str, tmp_path: Path) -> None
 def test_how_often_and_how_long_it_evaluates_changes_no_weight(
     change: dict[str, int], encoder: PopulationConfig
 ) -> None:
-    """Bug 10."""
+    """Evaluations share neither random streams nor environments with training."""
     training = short(encoder=encoder, num_envs=2, total_steps=120, eval_episodes=1)
     plain, changed = train(training), train(with_run(training, **change))
     check_same_training(plain, changed)
@@ -237,10 +237,12 @@ def seen(evaluation: Evaluation) -> list[Any]:
 def test_an_evaluation_moves_nothing_and_repeats_itself(
     env: EnvConfig, encoder: PopulationConfig
 ) -> None:
-    """Bug 10: normaliser, streams, environments, replay and the process's own randomness."""
+    """It changes neither the normaliser, random streams, environments and replay, nor the global
+    random generators.
+    """
     training = small_config(env=env, encoder=encoder, num_envs=2, total_steps=95)
     with closing(new_trainer(training)) as trainer:
-        while trainer.step < 86:  # amid a norm_interval, so that observations are pending
+        while trainer.step < 86:  # within a norm_interval, so that observations are pending
             step = trainer.step
             trainer.act()
             if trainer.step // 10 > step // 10:
@@ -285,7 +287,7 @@ def test_async_environments_train_to_the_same_bits(env: EnvConfig) -> None:
 
 
 def test_stopping_to_look_changes_nothing() -> None:
-    """A loop that its caller breaks off has trained as far as its last row says."""
+    """If the caller leaves the loop over epochs early, training ended where the last row says."""
     training = short(total_steps=120, steps_per_epoch=40)
     whole, part = train(training), train(training, upto=2)
     assert part.rows == whole.rows[:2]
@@ -300,7 +302,7 @@ def run_only(training: Config, look: Callable[[Trainer], None]) -> dict[str, Ten
 
 
 def test_saving_and_showing_in_between_changes_no_bit() -> None:
-    """A live view and a checkpoint read what training is about to use."""
+    """A live view and a checkpoint read the state with which training goes on."""
     training = short(total_steps=100, encoder=POISSON)
 
     def look(trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Run by test_kernels_triton.py in a process of its own, on the CPU under Triton's
+"""Tests that test_kernels_triton.py runs in a process of its own: on a CPU under Triton's
 interpreter, or compiled on a GPU.
 """
 
@@ -43,7 +43,7 @@ def test_scan(neurons: int, steps: int, lif: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_membranes_do_not_round(dtype: torch.dtype) -> None:
-    """Of a rounded drive, the spikes are those that float32 membranes have."""
+    """With drives of bf16 or fp16, spikes are those of membranes in float32."""
     net, draw = popsan(3, 2, [8]), torch.Generator().manual_seed(0)
     drive = (torch.randn(5, 3, 90, generator=draw) * 0.6).to(dtype).requires_grad_()
     weight = torch.randn(drive.shape, generator=draw).to(dtype)
@@ -54,8 +54,8 @@ def test_membranes_do_not_round(dtype: torch.dtype) -> None:
     expected = reference.scan(net.neurons[0], exact)
     assert torch.equal(spikes.float().cpu(), expected)
     (wanted,) = torch.autograd.grad(expected, exact, weight.float())
-    # A gradient is rounded once, when it is stored: to the nearest number, within half a unit of
-    # the last place; the interpreter cuts bfloat16 off instead, within a whole unit.
+    # A gradient is rounded once, when it is stored: to the nearest number, so by half a unit of the
+    # last place at most. The interpreter truncates bfloat16 instead, so by a whole unit at most.
     unit = torch.finfo(dtype).eps
     cuts = dtype == torch.bfloat16 and DEVICE == "cpu"
     rtol = (1.0 if cuts else 0.5) * unit * 1.001
