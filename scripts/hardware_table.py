@@ -1,7 +1,7 @@
 """A policy compressed and exported in every way, as rows of one table.
 
-`python scripts/hardware_table.py FOLDER RUN [EPISODES]` leaves what the commands make in FOLDER,
-takes up what is there already, and prints the rows. It only calls `spikerl compress` and `export`.
+`python scripts/hardware_table.py FOLDER RUN [EPISODES]` only calls `spikerl compress` and `export`,
+which write into FOLDER, except where their results are there already, and prints the rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ COLUMNS = ("return", "spikes", "MACs", "ACs", "updates", "bytes", "nJ, 45nm", "n
 
 
 def made(path: Path, source: str, episodes: str, *typed: str) -> dict[str, Any] | None:
-    """What the command wrote at `path` of that run; None where it refused, and said why."""
+    """The JSON that the command writes at `path`; None if it refused the request, and printed why.
+
+    If the file exists already, it must be of the same run and episodes; the command is not called.
+    """
     if not path.exists():
         command, *more = typed
         with redirect_stdout(io.StringIO()):
@@ -53,7 +56,7 @@ def of_policy(row: dict[str, Any]) -> dict[str, str]:
 
 
 def of_file(contract: dict[str, Any]) -> dict[str, str]:
-    """A file that is proven has its policy's spikes, and with them its operations and energy."""
+    """A file with a proof has the same spikes as its policy, so the same operations and energy."""
     proof, unlike = contract["proof"], contract["proof"].get("spikes_unlike_policy")
     columns = {"return": f"{proof['return_mean']:,.1f}", "bytes": f"{contract['bytes']:,}"}
     if unlike:

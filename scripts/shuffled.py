@@ -1,8 +1,9 @@
-"""Pendulum and CartPole with rewards in random order: the control that nothing can learn from.
+"""Pendulum and CartPole with rewards in random order: a control from which nothing can be learned.
 
-`PYTHONPATH=scripts spikerl train env=gym env.id=shuffled:ShuffledPendulum-v0 ...` trains on it, and
-`spikerl eval run=RUN env_id=Pendulum-v1` says what came of it. CartPole gives 1 at every step, in
-whatever order; here it gives -1 where the pole falls and 0 elsewhere, and that is shuffled.
+`PYTHONPATH=scripts spikerl train env=gym env.id=shuffled:ShuffledPendulum-v0 ...` trains on it;
+`spikerl eval run=RUN env_id=Pendulum-v1` shows the result on the real task. CartPole's reward is 1
+at every step, and shuffling would change nothing; here it is -1 where the pole falls and 0
+elsewhere, and then shuffled.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import Any, SupportsFloat
 
 import gymnasium as gym
 
-HELD = 2000  # rewards, ten episodes of them
+HELD = 2000  # rewards, as many as ten episodes of Pendulum have
 
 
 class Shuffled(gym.Wrapper[Any, Any, Any, Any]):
-    """Each step gives one of the last `HELD` rewards, at random, and keeps its own for later."""
+    """Each step returns a random one of `HELD` stored rewards, in whose place it stores its own."""
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         super().__init__(env)
