@@ -51,7 +51,7 @@ class FakeZeus:
 
 
 class FakeNVML(ModuleType):
-    """One GPU, which NVML counts as its third."""
+    """NVML with one GPU, whose index is 2."""
 
     class NVMLError(Exception):
         pass

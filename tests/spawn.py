@@ -15,7 +15,7 @@ from spikerl.distributed.world import TIMEOUT_S
 def run_workers(
     check: Callable[..., None], world_size: int, seconds: int = 120, timeout_s: float = TIMEOUT_S
 ) -> None:
-    """Call `check(world)` in each worker; an assertion that fails in one fails here."""
+    """Call `check(world)` in each worker; a failure in one of them is raised here."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -151,7 +151,7 @@ def living(home: Path) -> list[int]:
 
 
 def gone(home: Path, within: float = 10) -> float:
-    """The seconds until no process of the run is left."""
+    """Wait until no process of the run is left; return the seconds that took."""
     begun = time.monotonic()
     while left := living(home):
         waited = time.monotonic() - begun

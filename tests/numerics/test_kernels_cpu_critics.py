@@ -51,7 +51,9 @@ def made(obs_dim: int, act_dim: int, hidden: list[int], batch: int) -> tuple[Cri
 
 
 def results(kernel: str, critic: Critics, rows: Tensor, obs_dim: int) -> list[Tensor]:
-    """Values; loss, mean and gradients of a regression; loss and gradient of an ascent."""
+    """The values; the mean value, loss and gradients of a regression; the loss of the actor and its
+    gradient by the actions.
+    """
     critic.kernel = kernel
     obs, act, target = rows[:, :obs_dim], rows[:, obs_dim:-1], rows[:, -1]
     with torch.no_grad():
@@ -180,7 +182,7 @@ def test_exact_on_dyadic_numbers(path: str) -> None:
 
 
 def test_a_regression_by_hand() -> None:
-    """One unit: h = relu(2 x + 1), q = 3 h - 1; x = 1 gives 8, x = -1 gives -1 and no gradient."""
+    """h = relu(2 x + 1), q = 3 h - 1: x = 1 gives 8; x = -1 gives -1, and a gradient only by b2."""
     for kernel in ("reference", f"cpu/{PATHS[0]}"):
         critic = Critics(1, 1, [1], kernel=kernel)
         with torch.no_grad():

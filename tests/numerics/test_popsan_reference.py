@@ -135,8 +135,8 @@ def test_authors_policy_scores_what_it_scored(imported: Policy) -> None:
 def test_authors_policy_acts_as_public_code_does(imported: Policy) -> None:
     """Actions agree to 1e-5 wherever no membrane is within 1e-5 of its threshold.
 
-    The oracle repeats the public code's arithmetic in float64, a neuron at a time over the spike
-    steps; it shares nothing with the kernel.
+    `public_actions` repeats the public code's arithmetic in float64, a layer at a time over the
+    spike steps; it shares no code with the kernel.
     """
     env = make_env(HALF_CHEETAH)
     obs, _ = env.reset(seed=0)

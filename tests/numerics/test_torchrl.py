@@ -1,4 +1,4 @@
-"""torchrl's losses on the same rows, with the same weights and Adam: updates of TD3+BC and IQL."""
+"""Updates of TD3+BC and IQL, compared with torchrl's losses on the same rows, weights and Adam."""
 
 from __future__ import annotations
 
