@@ -1,4 +1,4 @@
-"""Shared by the unit tests."""
+"""Fixtures shared by the unit tests."""
 
 from __future__ import annotations
 

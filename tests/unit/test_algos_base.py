@@ -1,4 +1,4 @@
-"""The door from a gradient to new weights, and the guard in it."""
+"""The step from a gradient to new weights, and the guard that watches it for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_gradient_clipping_by_hand() -> None:
     step.step()
     torch.testing.assert_close(gradient.vector[:-1], torch.tensor([0.6, 0.8]))
     gradient.differentiate((module(torch.tensor([[0.3, 0.4]]))).sum())
-    step.step()  # within the bound: unchanged
+    step.step()  # the norm is within the bound: not clipped
     torch.testing.assert_close(gradient.vector[:-1], torch.tensor([0.3, 0.4]))
 
 
@@ -47,7 +47,7 @@ def test_an_infinite_loss_is_bad_even_where_its_gradient_is_not() -> None:
 
 
 def test_a_held_policy_is_watched_too() -> None:
-    """While critics warm up its weights stay, and a NaN in its loss is named all the same."""
+    """While the critics warm up the policy's weights stay fixed; a NaN in its loss is reported."""
     module = nn.Linear(2, 1)
     guard = Guard("cpu", scales_loss=False)
     step = Optimizer(module, 0.1, guard)
@@ -62,7 +62,7 @@ def test_a_held_policy_is_watched_too() -> None:
 
 
 def test_a_held_policy_is_watched_as_adam_watches() -> None:
-    """1e20 is a number, its square, of which the norm is made, is none."""
+    """A gradient of 1e20 is finite, but its norm is not, as the square overflows float32."""
     module = nn.Linear(2, 1)
     guard = Guard("cpu", scales_loss=False)
     step = Optimizer(module, 0.1, guard)
@@ -86,7 +86,7 @@ def test_fp16_scale_grows_after_enough_good_updates(monkeypatch: pytest.MonkeyPa
 
 
 def test_fp16_that_never_fits_is_an_error() -> None:
-    """From 2^16, 30 halvings leave 2^-14, which is allowed; one more is not."""
+    """From 2^16, 30 halvings leave a loss scale of 2^-14, which is allowed; one more is not."""
     guard = Guard("cpu", scales_loss=True)
     for _ in range(30):
         guard.masked.fill_(1.0)

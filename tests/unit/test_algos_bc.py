@@ -29,7 +29,7 @@ def dense(hidden: int = 8) -> MLPActor:
 
 
 def test_loss_and_gradient_by_hand() -> None:
-    """A policy that says (0, 0) of one transition whose action is (1, -.5)."""
+    """The policy's action is (0, 0), that of the only transition (1, -.5)."""
     actor = dense(1)
     fill(actor, {"layers.1.weight_IN": [[0.0, 0.0]], "layers.1.bias_N": [0.0, 0.0]})
     made, one = learner(actor), torch.tensor([0.0])

@@ -52,11 +52,11 @@ def learner(actor: Actor, **settings: Any) -> BCQ:
 @pytest.mark.parametrize(
     ("phi", "critic_loss", "actor_loss", "slope"),
     [
-        # The actor proposes .5 and changes it by phi .4, its target by phi .2.
-        # a = .7, Q_1 = 2 a - 1 = .4, and dQ_1/da phi (1 - .4^2) = .84 by the last bias.
-        # a' = .6: Q' = 1.2, 1.6, of which .75 and .25 are 1.3; y = 1 + .5 1.3 = 1.65, and 2.
+        # The VAE proposes .5; the actor changes it by phi .4, the target actor by phi .2.
+        # a = .7, Q_1 = 2 a - 1 = .4; by the last bias its slope is dQ_1/da phi (1 - .4^2) = .84.
+        # a' = .6: Q' = 1.2 and 1.6, weighted .75 and .25: 1.3; y = 1 + .5 1.3 = 1.65, and 2.
         (0.5, (1.65**2 + 1.0) / 2 + 0.15**2 / 2, -0.4, -0.84),
-        # a = 1.3, which is clipped to 1, where nothing is gained; a' = .9: Q' = 1.8, 1.9; 1.825.
+        # a = 1.3 is clipped to 1, so the slope is 0; a' = .9: Q' = 1.8 and 1.9, weighted 1.825.
         (2.0, (1.9125**2 + 1.0) / 2 + 0.4125**2 / 2, -1.0, 0.0),
     ],
 )
@@ -69,7 +69,7 @@ def test_losses_by_hand(phi: float, critic_loss: float, actor_loss: float, slope
     fill(made.actor_target, {"layers.1.bias_N": [atanh(0.2)]})
     fill(made.vae.decoder, last | {"layers.1.bias_N": [atanh(0.5)]})
     zeros = {"layers.1.weight_IN": [[0.0] * 4]}
-    fill(made.vae.encoder, zeros | {"layers.1.bias_N": [0.3, -0.1, 0.2, -5.0]})  # -4 at the least
+    fill(made.vae.encoder, zeros | {"layers.1.bias_N": [0.3, -0.1, 0.2, -5.0]})  # -5: clipped to -4
     relu = {"weights_CIN.0": [[[0.0], [1.0]]] * 2, "biases_C1N.0": [[[0.0]]] * 2}  # of the action
     ends = {"weights_CIN.1": [[[2.0]], [[1.0]]]}
     fill(made.critic, relu | ends | {"biases_C1N.1": [[[-1.0]], [[1.0]]]})
@@ -80,18 +80,18 @@ def test_losses_by_hand(phi: float, critic_loss: float, actor_loss: float, slope
         torch.tensor([1.0, 2]),
     )
     (found,) = made.run_updates(Batch(obs, act, rew, obs, rew > 1.5, torch.full((2,), 0.5)), 1)
-    # (.5 - .5)^2 and (.5 - 1)^2; m^2 + s^2 - 1 - log s^2 of (.3, e^.2) and of (-.1, e^-4).
+    # Errors (.5 - .5)^2, (.5 - 1)^2; m^2 + s^2 - 1 - log s^2 of (m, s) = (.3, e^.2), (-.1, e^-4).
     divergence = (0.09 + 1.4918247 - 1.4 + 0.01 + 0.00033546 + 7.0) / 2
     assert float(found["vae_loss"]) == pytest.approx(0.125 + 0.25 * divergence, rel=1e-5)
     assert float(found["critic_loss"]) == pytest.approx(critic_loss, rel=1e-5)
     assert float(found["actor_loss"]) == pytest.approx(actor_loss, rel=1e-5)
     assert made.actor_optimizer.gradient.slots[3].tolist() == pytest.approx([slope], abs=1e-5)
-    # Q of the two rows is 0 and 1, 1.5 and 2.
+    # Q_1 and Q_2 are 0 and 1.5 of the first row, 1 and 2 of the second.
     assert float(found["q_mean"]) == pytest.approx(4.5 / 4)
 
 
 def test_updates_are_those_of_the_papers_code() -> None:
-    """Losses and weights of five updates in float64, from the same draws."""
+    """Losses and weights of five updates agree in float64, with the same random draws."""
     with float64():
         made = doubled(learner(network(), phi=0.3, tau=0.1))
         assert isinstance(made.actor, MLPActor)
@@ -151,10 +151,10 @@ def test_updates_are_those_of_the_papers_code() -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "spiking"])
 def test_two_workers_are_one_with_both_batches(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the same noise: workers draw their own."""
+    """Noise is replaced by functions of the input, since workers otherwise draw their own."""
 
     def proposed(decoder: MLPActor, obs: Tensor, generator: torch.Generator) -> Tensor:
-        turn = torch.arange(len(obs)).unsqueeze(1) % 3  # of the proposals for an observation
+        turn = torch.arange(len(obs)).unsqueeze(1) % 3  # number of the proposal for its observation
         act: Tensor = decoder(torch.cat([obs, torch.sin(turn + obs[:, :1]).expand(-1, 4)], 1))
         return act
 

@@ -1,4 +1,4 @@
-"""DDPG against an independent one written the usual way."""
+"""DDPG against an independent implementation written the usual way."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def learner(kind: str, kernel: str) -> DDPG:
 
 
 def usual(ours: DDPG, batches: list[Batch]) -> tuple[list[float], list[float], list[Tensor]]:
-    """One module, one optimiser, one step after the other; losses, and the actor's weights."""
+    """Plain PyTorch updates, one batch after the other; the losses, and the actor's weights."""
     q, pi = q_networks(ours.critic), copy.deepcopy(ours.actor)
     q_target, pi_target = copy.deepcopy(q), copy.deepcopy(pi)
     q_adam = torch.optim.Adam(q.parameters(), lr=1e-3)
@@ -77,12 +77,12 @@ def test_its_targets_are_not_smoothed() -> None:
     ours = learner("dense", "reference")
     before = ours.generator.get_state()
     ours.run_updates(transitions(8, torch.float32), 1)
-    assert torch.equal(ours.generator.get_state(), before)  # nothing was drawn
+    assert torch.equal(ours.generator.get_state(), before)  # no noise was drawn
 
 
 @pytest.mark.parametrize("kind", ["spiking", "dense"])
 def test_a_copy_that_explores_has_the_actors_weights(kind: str) -> None:
-    """As on a GPU, which learns while the CPU acts; here both are the CPU."""
+    """On a GPU run a copy of the actor explores on the CPU; here both are on the CPU."""
     ours, plain = learner(kind, "reference"), learner(kind, "reference")
     ours.act_on_cpu(KERNELS[1])
     assert ours.acting is not ours.actor

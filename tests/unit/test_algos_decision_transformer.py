@@ -28,7 +28,9 @@ KINDS = ("pssa", "tssa", "dense")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_by_hand(kind: str) -> None:
-    """A network that says 0: of 5 + 4 steps that are there, the mean of squares of actions."""
+    """If the network's actions are 0, the loss is the mean square of the actions of 5 + 4 real
+    steps (the others are padding) of 2 entries.
+    """
     made = learner(network(kind), weight_decay=0.0, max_grad_norm=None)
     fill(made.actor, {"head.weight_IN": [[0.0, 0.0]] * 8, "head.bias_N": [0.0, 0.0]})
     steps = contexts(2)
@@ -39,14 +41,14 @@ def test_loss_and_gradient_by_hand(kind: str) -> None:
     assert float(found["actor_loss"]) == pytest.approx((1.0 + 0.25 + 0.25) / 18)
     names = [name for name, p in made.actor.named_parameters() if p.requires_grad]
     slots = dict(zip(names, made.actor_optimizer.gradient.slots, strict=True))
-    # 2 (0 - a) / 18, summed; the derivative of tanh is 1 at 0.
+    # The sum of 2 (0 - a) / 18 over steps; the derivative of tanh is 1 at 0.
     expected = torch.tensor([-3.0 / 18, 1.0 / 18])
     torch.testing.assert_close(slots["head.bias_N"], expected)
     assert made.updates == 1
 
 
 def test_the_learning_rate_by_hand() -> None:
-    """Of 10 updates two rise; then half a cosine over eight."""
+    """Of 10 updates the rate rises over two, then falls by half a cosine over eight."""
     config = decision_config(warmup_share=0.2)
     shares = [config.lr_share(n, 10) for n in range(11)]
     cosine = [(1 + math.cos(math.pi * n / 8)) / 2 for n in range(9)]
@@ -61,7 +63,9 @@ def test_the_learning_rate_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_updates_are_those_of_plain_pytorch(kind: str) -> None:
-    """Losses, weights and running moments of four updates in float64, two of them mixed."""
+    """Losses, weights and running moments of four updates agree in float64; in the first two a
+    Spikeformer mixes in layer normalisation (theta > 0).
+    """
     with float64():
         source = network(kind).double()
         made = learner(source)
@@ -92,7 +96,7 @@ def test_updates_are_those_of_plain_pytorch(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_workers_are_one_with_both_batches(kind: str) -> None:
-    """Their contexts have other numbers of steps that are there."""
+    """The workers' contexts have different numbers of steps that are no padding."""
     with float64():
         whole = learner(network(kind).double())
         both = [learner(network(kind).double(), world=w, weight=share) for w, share in zip(
@@ -144,7 +148,7 @@ def test_dropout_is_drawn_from_the_run_s_own_stream() -> None:
 
 @pytest.mark.parametrize("kind", ["pssa", "dense"])
 def test_it_learns_the_actions_that_a_return_followed(kind: str) -> None:
-    """The action is the sign of the return to go."""
+    """The recorded action is half the sign of the return to go."""
     made = learner(network(kind, layers=1), weight_decay=0.0)
     made.total_updates = 80
     losses = []
@@ -152,12 +156,14 @@ def test_it_learns_the_actions_that_a_return_followed(kind: str) -> None:
         steps = contexts(16, seed=n)
         sign = 0.5 * steps.togo.sign().unsqueeze(2).expand_as(steps.act)
         losses.append(float(made.update(steps._replace(act=sign))["actor_loss"]))
-    assert losses[0] > 0.25  # as for an action of 0
+    assert losses[0] > 0.25  # an action of 0 would have a loss of 0.25
     assert sum(losses[-5:]) / 5 < 0.14
 
 
 def test_a_warm_up_that_ends_between_updates() -> None:
-    """2.5 updates: 1 / 2.5, 2 / 2.5, at most 1; then half an update of the 7.5 behind."""
+    """A warm-up of 2.5 updates: shares 1 / 2.5, 2 / 2.5 and 1; then the cosine over the remaining
+    7.5 updates, half an update in.
+    """
     config = decision_config(warmup_share=0.25)
     shares = [config.lr_share(n, 10) for n in range(4)]
     cosine = (1 + math.cos(math.pi * 0.5 / 7.5)) / 2

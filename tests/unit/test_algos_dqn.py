@@ -1,4 +1,4 @@
-"""DQN against numbers worked by hand, and against one process where there are two workers."""
+"""DQN against numbers worked by hand, and two workers against one process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def learner(actor: Actor, **settings: Any) -> DQN:
 
 
 def by_hand(last: list[float], target: list[float], **settings: Any) -> DQN:
-    """Values of an observation s > 0 are s times `last`, and s times `target` of the target."""
+    """A DQN whose values of an observation s > 0 are s times `last`, the target's s * `target`."""
     net = dense(len(last), obs_dim=1, hidden=1)
     weights = {"layers.0.weight_IN": [[1.0]], "layers.0.bias_N": [0.0]}
     zero = {"layers.1.bias_N": [0.0] * len(last)}
@@ -53,7 +53,7 @@ def by_hand(last: list[float], target: list[float], **settings: Any) -> DQN:
 
 
 def one_row(terminated: bool = False) -> Batch:
-    """From 1 to 2 by the first of two actions, for half a reward, at a discount of a half."""
+    """A transition from 1 to 2 by the first of two actions: reward 0.5, discount 0.5."""
     obs, act, rew = torch.tensor([[1.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([0.5])
     return Batch(obs, act, rew, 2.0 * obs, torch.tensor([terminated]), torch.tensor([0.5]))
 
@@ -86,7 +86,7 @@ def test_loss_and_target_by_hand(
 
 
 def test_a_gradient_by_hand() -> None:
-    """d loss / d Q is -1 where the error is beyond 1; of the bias of the action taken alone."""
+    """d loss / d Q is -1 where the error is beyond 1, and only for the action that was taken."""
     made = by_hand([1.0, 2.0], [3.0, 1.0])
     gradients: list[torch.Tensor] = []
     step = made.actor_optimizer.step
@@ -97,13 +97,13 @@ def test_a_gradient_by_hand() -> None:
 
     made.actor_optimizer.step = noting  # type: ignore[method-assign]
     made.run_updates(one_row(), 1)
-    weights, biases = [[-1.0]], [-1.0]  # through the weight 1 to the first action
+    weights, biases = [[-1.0]], [-1.0]  # of the first layer, through the weight 1
     assert [g.tolist() for g in gradients] == [weights, biases, [[-1.0, 0.0]], [-1.0, 0.0]]
 
 
 @pytest.mark.parametrize("kernel", ["reference", CPU])
 def test_spikes_cost_what_is_said(kernel: str) -> None:
-    """The loss grows by the cost, half of the firing rate of the one layer."""
+    """The loss grows by spike_cost = 0.5 times the firing rate of the only layer."""
     found = []
     for cost in (0.0, 0.5):
         net = spiking(2, kernel, spike_cost=cost)
@@ -134,7 +134,7 @@ def test_when_and_how_the_target_changes(interval: int, tau: float) -> None:
 
 
 def test_several_updates_at_once_are_as_many_alone() -> None:
-    """Across changes of the target, which end a round."""
+    """Seven updates in one call equal seven calls, across copies to the target every 3 updates."""
     rows = transitions(7 * 8, torch.float32)
     batched, alone = (learner(dense(2), target_interval=3, double=True) for _ in range(2))
     losses = [float(m["critic_loss"]) for m in batched.run_updates(rows, 7)]
@@ -187,7 +187,7 @@ def test_epsilon_by_hand(step: int, epsilon: float) -> None:
 
 
 def test_actions_are_greedy_but_for_epsilon_of_them() -> None:
-    """Of 9000 with 3 actions, epsilon .6: the greedy one .4 + .2 of them, each other .2."""
+    """With 3 actions and epsilon .6, the greedy one has a share of .4 + .2, each other one .2."""
     made = by_hand([1.0, 3.0, 2.0], [0.0] * 3, epsilon_start=0.6, epsilon_end=0.0)
     obs, draw = torch.ones(9000, 1), torch.Generator().manual_seed(0)
     act = made.explore(obs, draw)
@@ -250,7 +250,7 @@ def test_refused(
 
 
 def test_other_numbers_of_actions_are_refused() -> None:
-    """Two actions each; the first is 0 for the one and 5 for the other."""
+    """Both tasks have two actions, numbered from 0 in one and from 5 in the other."""
     none = np.empty(0)
     zero, five = (
         Task("Nowhere-v0", (4,), (), none, none, 9, choices=range(first, first + 2))

@@ -22,7 +22,8 @@ from spikerl.training.learner import build_learner
 from spikerl.training.start import task_for
 from spikerl.types import Batch
 
-# A value that Python reads, a shape that depends on values, data from Python's memory.
+# Operations that hand a value to Python, have a shape that depends on values, or copy data from
+# Python's memory.
 REFUSED = (
     "_local_scalar_dense",
     "equal.default",
@@ -35,7 +36,7 @@ ROWS = 8
 
 
 class Recording(TorchDispatchMode):
-    """Names of the operations that a graph cannot hold."""
+    """Records the names of operations that a graph cannot hold."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +79,8 @@ def recorded(learner: OffPolicy) -> list[str]:
     return recording.seen
 
 
-# On images, from data, with another algorithm than those that are graphs, or as one that is here.
+# Experiments on images, on recorded data, with an algorithm that has no graphs, or that are like
+# another one in EXPERIMENTS.
 OTHERS = ("dqn", "ram_pong", "dsqn/", "ppo", "offline/", "bcq", "dsformer/", "decision_transformer",
           "spikerl/", "_poisson")  # fmt: skip
 EXPERIMENTS = [
@@ -114,8 +116,8 @@ def test_every_algorithm_with_graphs_is_tried() -> None:
         ("", None),
         ("algo=sac algo.update_interval=1", None),  # each update is a round
         ("algo=ddpg algo.update_interval=50 algo.updates_per_step=0.1", None),
-        ("algo.update_interval=3", None),  # 1 2, 3 4 5: updates 3 and 4 are a round
-        ("algo.update_interval=2", "algo.update_interval=2"),  # 0 1, 2 3: none is whole
+        ("algo.update_interval=3", None),  # bursts 1 2, 3 4 5: updates 3 and 4 are a round
+        ("algo.update_interval=2", "algo.update_interval=2"),  # bursts 0 1, 2 3: no whole round
         ("algo.update_interval=6 algo.updates_per_step=0.4", "algo.update_interval=6"),
         ("experiment=proxy_target/lif", "algo.update_interval=1"),
         ("experiment=care_bn", "algo.update_interval=1"),
@@ -133,7 +135,7 @@ def test_what_is_against_graphs(keys: str, against: str | None) -> None:
 
 
 def test_parts_of_plugins_are_no_graphs() -> None:
-    """They may keep in Python what changes from update to update."""
+    """A plugin's code may keep state in Python that changes from update to update."""
     parsed = parse_groups(data_of())
     run = replace(parsed.run, plugins=["mine"])
     refusal = why_no_graphs(run, parsed.algo, parsed.actor, 1)

@@ -40,7 +40,7 @@ def learner(actor: Actor, **settings: Any) -> IQL:
 
 @pytest.mark.parametrize(
     ("beta", "weights"),
-    # min Q' - V is 2 and -1: exp(beta 2) is at most 100.
+    # min Q' - V is 2 and -1; the weights are exp(2 beta) and exp(-beta), clipped at 100.
     [(0.0, [1.0, 1.0]), (0.5, [2.718282, 0.606531]), (3.0, [100.0, 0.049787])],
 )
 def test_losses_by_hand(beta: float, weights: list[float]) -> None:
@@ -48,7 +48,7 @@ def test_losses_by_hand(beta: float, weights: list[float]) -> None:
     fill(actor, {"layers.1.weight_IN": [[0.0]], "layers.1.bias_N": [0.0]})
     made = learner(actor, beta=beta, expectile=0.75, critic_lr=1e-12, critic_hidden_sizes=[1])
     first = {"weights_CIN.0": [[[1.0], [0.0], [0.0], [0.0]]] * 2, "biases_C1N.0": [[[0.0]]] * 2}
-    # Of an observation s: Q_1 = s, Q_2 = 2 s + 1, and of their targets the least is 3 s - 1.
+    # Q_1 = s, Q_2 = 2 s + 1 for an observation s; the smaller of the two target values is 3 s - 1.
     fill(
         made.critic,
         first | {"weights_CIN.1": [[[1.0]], [[2.0]]], "biases_C1N.1": [[[0.0]], [[1.0]]]},
@@ -62,9 +62,9 @@ def test_losses_by_hand(beta: float, weights: list[float]) -> None:
     (found,) = made.run_updates(Batch(obs, act, rew, obs, rew > 1.5, half), 1)
     assert float(found["value_loss"]) == pytest.approx((0.75 * 4.0 + 0.25 * 1.0) / 2)
     assert float(found["imitation_weight"]) == pytest.approx(sum(weights) / 2, rel=1e-5)
-    loss = (weights[0] * 1.0 + weights[1] * 0.25) / 2  # the policy says 0
+    loss = (weights[0] * 1.0 + weights[1] * 0.25) / 2  # the policy's action is 0
     assert float(found["actor_loss"]) == pytest.approx(loss, rel=1e-5)
-    # y = r, as V = 0: (1 - 1)^2 and (3 - 1)^2; (0 - 2)^2 and (1 - 2)^2.
+    # y = r, as V = 0. Errors of Q_1, Q_2: (1 - 1)^2 and (3 - 1)^2; then (0 - 2)^2 and (1 - 2)^2.
     assert float(found["critic_loss"]) == pytest.approx((0.0 + 4.0) / 2 + (4.0 + 1.0) / 2)
     assert float(found["q_mean"]) == pytest.approx((1.0 + 3.0 + 0.0 + 1.0) / 4)
 
@@ -74,7 +74,7 @@ def expectile_loss(excess: Tensor, expectile: float) -> Tensor:
 
 
 def test_updates_are_those_of_plain_pytorch() -> None:
-    """Losses and weights of five updates in float64."""
+    """Losses and weights of five updates agree in float64."""
     with float64():
         made = doubled(learner(network()))
         assert isinstance(made.actor, MLPActor)

@@ -1,4 +1,4 @@
-"""Targets over several steps, by hand, of the algorithms with actor and critics."""
+"""n-step targets by hand, of the off-policy algorithms with an actor and critics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spikerl.models.critic import Critics
 
 
 def three_steps(*, ends: bool) -> Sampler:
-    """Of rewards 1, 2 and 4, after which the episode `ends`; gamma is 0.9."""
+    """A sampler of three steps with rewards 1, 2, 4; gamma 0.9; the third may end the episode."""
     replay = Replay(3, 3, 2, torch.device("cpu"), width=1)
     obs_TNO = np.arange(12.0).reshape(4, 1, 3)
     for i, rew in enumerate([1.0, 2.0, 4.0]):
@@ -37,8 +37,8 @@ def three_steps(*, ends: bool) -> Sampler:
     ],
 )
 def test_targets_over_three_steps(algo: type[OffPolicy], config: OffPolicyConfig) -> None:
-    """Rewards 1, 2, 4 end an episode: with gamma 0.9 targets are 6.04, 5.6 and 4, where critics
-    that say 0 have the square as their loss each.
+    """Rewards 1, 2, 4 end an episode: with gamma 0.9 the targets are 6.04, 5.6 and 4, and the loss
+    of a critic whose value is 0 is the target's square.
     """
     actor, critic = popsan(3, 2, [8]), Critics(3, 2, [8], networks=config.critics)
     made = algo(actor, critic, config, actor_lr=1e-3, generator=torch.Generator())
@@ -51,8 +51,8 @@ def test_targets_over_three_steps(algo: type[OffPolicy], config: OffPolicyConfig
 
 
 def test_a_target_looks_ahead_from_the_third_step() -> None:
-    """Rewards 1, 2, 4 and no end, gamma 0.9, a target that says 10 everywhere: 6.04 + 0.729 * 10
-    from the first step, 5.6 + 0.81 * 10 from the second, 4 + 0.9 * 10 from the last stored.
+    """Rewards 1, 2, 4 without an end, gamma 0.9, and a target critic whose value is 10 everywhere:
+    the targets are 6.04 + 0.729 * 10, 5.6 + 0.81 * 10 and, for the last stored step, 4 + 0.9 * 10.
     """
     actor, critic = popsan(3, 2, [8]), Critics(3, 2, [8])
     td3 = TD3(actor, critic, td3_config(n_step=3), actor_lr=1e-3, generator=torch.Generator())

@@ -52,7 +52,7 @@ def learner(
 
 
 class Rollout:
-    """Rows of every kind of end, acted out by a policy, and what a burst makes of them."""
+    """A rollout of `ppo`'s policy on random data, with terminations, truncations and open ends."""
 
     def __init__(self, ppo: PPO) -> None:
         draw = np.random.default_rng(0)
@@ -78,7 +78,7 @@ class Rollout:
 
 
 def advantages(rollout: Rollout, value: nn.Module, trace: float) -> tuple[Tensor, Tensor]:
-    """Environment by environment, sum by sum; and what the critic is to say."""
+    """Advantages summed term by term, one environment at a time; and the critic's targets."""
     found = torch.zeros(STEPS, ENVS)
     with torch.no_grad():
         now, then = (
@@ -98,7 +98,7 @@ def advantages(rollout: Rollout, value: nn.Module, trace: float) -> tuple[Tensor
 
 
 def minibatches(ppo: PPO, patch: pytest.MonkeyPatch, rollout: Rollout) -> list[Tensor]:
-    """The numbers of the rows of every update that it makes from now on."""
+    """A list to which every later update of `ppo` appends its rows' numbers in the rollout."""
     obs, found = rollout.tensor(rollout.obs[:-1]), []
     update = ppo.update
 
@@ -128,7 +128,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 def usual(pi: Actor, obs: Tensor, act: Tensor, log_std: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of each entry that has a probability, (B, K): its logarithm, and the entropy."""
+    """Log probability and entropy (B, K): K is the action entries if Gaussian, 1 if categorical."""
     if log_std is not None:
         gaussian = Normal(pi(obs), log_std.exp())
         return gaussian.log_prob(act), gaussian.entropy()
@@ -141,7 +141,7 @@ def usual(pi: Actor, obs: Tensor, act: Tensor, log_std: Tensor | None) -> tuple[
 def test_a_rollouts_updates_are_the_usual_ones(
     kind: str, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses, divergences and gradients of each, and all parameters behind the last."""
+    """Each update's losses, divergences and gradients agree, and all parameters after the last."""
     with float64():
         ours = learner(kind, **RULES[rule])
         c, rollout = ours.config, Rollout(ours)
@@ -204,7 +204,7 @@ def test_a_rollouts_updates_are_the_usual_ones(
 
 
 def by_hand(**given: Any) -> PPO:
-    """Of an observation of 1, two actions with probabilities of a quarter and three quarters."""
+    """A PPO that, for an observation of 1, takes its two actions with probability 1/4 and 3/4."""
     own = {"normalize_advantage": "rollout", "critic_hidden_sizes": [1], "clip_ratio": 0.2}
     actor = MLPActor(1, 2, MLPConfig(name="mlp", hidden_sizes=[1], lr=1e-3))
     fill(actor, {"layers.0.weight_IN": [[1.0]], "layers.0.bias_N": [0.0]})
@@ -218,10 +218,11 @@ ENTROPY = 0.25 * math.log(4.0) + 0.75 * math.log(4.0 / 3.0)
 
 
 def test_a_categorical_update_by_hand() -> None:
-    """Twice the second action, whose probability was a half: the ratio is 1.5, the bound 1.2.
+    """Both rows have the second action, whose old probability was 1/2: the ratio is 1.5, clipped
+    at 1.2.
 
-    One row gains, min(1.5, 1.2); one loses, min(-1.5, -1.2). By the logits l the first has no
-    gradient, the second half of 1.5 ([second] - p); the entropy has -p (log p + H).
+    Advantage 1 gives min(1.5, 1.2), advantage -1 gives min(-1.5, -1.2). By the logits, the first
+    has no gradient, the second half of 1.5 ([second] - p), and the entropy -p (log p + H).
     """
     ppo = by_hand(entropy_coef=0.1)
     gradients: list[Tensor] = []
@@ -255,7 +256,7 @@ def test_numbered_actions_are_drawn_as_often_as_they_are_likely() -> None:
 
 
 def test_every_row_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Minibatches of at least batch_size, in another order each epoch and after each rollout."""
+    """Minibatches have at least batch_size rows, in a new order in each epoch and rollout."""
     ppo = learner()
     rollout = Rollout(ppo)
     chosen = minibatches(ppo, monkeypatch, rollout)
@@ -281,12 +282,12 @@ def test_every_row_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_updates_due(batch_size: int, world: int, step: int, updates: int) -> None:
-    """Two epochs of 100 rows behind each rollout; the batch grows with `world`."""
+    """Two epochs follow each rollout of 100 rows; the batch grows with the number of workers."""
     assert ppo_config(batch_size=batch_size).updates_due(step, world) == updates
 
 
 def test_updates_stop_at_the_first_divergence_beyond_the_target() -> None:
-    """1.5 times it; the update that would have been is not made, nor any of later epochs."""
+    """Beyond 1.5 times target_kl neither that update nor any later one of the rollout is made."""
     with float64():
         free = learner()
         kl = [float(m["approx_kl"]) for m in burst(free, Rollout(free))]
@@ -304,7 +305,7 @@ def test_updates_stop_at_the_first_divergence_beyond_the_target() -> None:
 @pytest.mark.parametrize(
     ("given", "key"),
     [
-        ({"norm_interval": 150}, "algo.norm_interval"),  # it would move amid a rollout
+        ({"norm_interval": 150}, "algo.norm_interval"),  # it would change within a rollout
         ({"norm_interval": 50}, "algo.norm_interval"),
         ({"batch_size": 1}, "algo.batch_size"),  # every advantage would be 0
         ({"batch_size": 101}, "algo.batch_size"),
@@ -319,7 +320,7 @@ def test_what_would_not_be_learned_from(given: dict[str, Any], key: str) -> None
 
 @contextmanager
 def trainer_of(**given: Any) -> Iterator[Trainer]:
-    """Rollouts of ten steps of two environments, which observe [step, episode]."""
+    """A trainer with rollouts of ten steps of two environments that observe [step, episode]."""
     own = {"rollout_steps": 20, "norm_interval": 20, "batch_size": 10, "norm_clip": None}
     training = small_config(
         env=COUNTER, num_envs=2, total_steps=60, steps_per_epoch=60, eval_episodes=1
@@ -332,8 +333,8 @@ def trainer_of(**given: Any) -> Iterator[Trainer]:
 
 
 def rollouts(trainer: Trainer, patch: pytest.MonkeyPatch) -> list[tuple[int, Batch, Rows]]:
-    """Train to the end: of each rollout the observations merged before it, its rows, and what a
-    minibatch is drawn from.
+    """Train to the end. For each rollout: the count of observations in the normaliser before it,
+    its rows, and the rows that minibatches are drawn from.
     """
     found = []
     prepare = trainer.algo.prepare  # type: ignore[attr-defined]
@@ -349,7 +350,7 @@ def rollouts(trainer: Trainer, patch: pytest.MonkeyPatch) -> list[tuple[int, Bat
 
 
 def test_a_rollout_is_seen_as_it_was_acted_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It moves the normaliser once it has been learned from."""
+    """A rollout's observations enter the normaliser only after its updates."""
     with trainer_of() as trainer:
         raw: list[np.ndarray] = []
         seen: list[Tensor] = []
@@ -370,10 +371,10 @@ def test_a_rollout_is_seen_as_it_was_acted_on(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_no_advantage_comes_from_behind_a_reset() -> None:
-    """A resume that resets environments: the row before it is not its episode's last."""
+    """A resume that resets environments leaves a row that is not its episode's last before it."""
     ppo = by_hand(gamma=0.5, gae_lambda=1.0, normalize_advantage="minibatch")
     obs = torch.tensor([[0.0], [1.0], [5.0], [6.0]])
-    next_obs = torch.tensor([[1.0], [2.0], [6.0], [7.0]])  # 2 is not followed by 2
+    next_obs = torch.tensor([[1.0], [2.0], [6.0], [7.0]])  # the next row's observation is 5, not 2
     rew, no = torch.tensor([1.0, 10.0, 100.0, 1000.0]), torch.zeros(4, dtype=torch.bool)
     ppo.value = lambda obs: 0.0 * obs[:, 0]  # type: ignore[method-assign]
     act = torch.eye(2)[[0, 1, 0, 1]]
@@ -382,7 +383,9 @@ def test_no_advantage_comes_from_behind_a_reset() -> None:
 
 
 def test_returns_end_in_the_value_of_the_true_successor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind a truncation and behind the rollout; of the same episode, not of the next one."""
+    """After a truncation and at the rollout's end, the value is of the same episode's next
+    observation, not of the next episode's first.
+    """
     with trainer_of(norm_interval=None, gae_lambda=1.0, gamma=0.5, log_std=0.0) as trainer:
         monkeypatch.setattr(trainer.algo, "value", lambda obs: 3.0 * obs[:, 0] + 7.0 * obs[:, 1])
         for _, batch, rows in rollouts(trainer, monkeypatch):
@@ -399,11 +402,11 @@ def test_returns_end_in_the_value_of_the_true_successor(monkeypatch: pytest.Monk
                         follows = 3.0 * (step + 1.0) + 7.0 * episode
                     expected = float(rew[t, n]) + 0.5 * follows
                     assert float(ret[t, n]) == pytest.approx(expected, rel=1e-6, abs=0.05)
-        assert trainer.replay.between(40, 60)[:, 4:6].abs().max() > 1.0  # as they were drawn
+        assert trainer.replay.between(40, 60)[:, 4:6].abs().max() > 1.0  # stored unclipped
 
 
 def test_a_gaussian_draws_for_each_entry() -> None:
-    """mean + e^-1 eps, of a policy whose log deviation is -1."""
+    """With a log deviation of -1, actions are mean + e^-1 eps."""
     ppo = learner(dtype=torch.float32, log_std=-1.0)
     obs = torch.randn(50, 3, generator=torch.Generator().manual_seed(2))
     noise = torch.randn(50, 2, generator=torch.Generator().manual_seed(3))

@@ -36,7 +36,7 @@ from spikerl.models.networks import build_actor
 from spikerl.types import Batch
 
 CPU = f"cpu/{native.supported_paths()[0]}"
-ROWS = 32  # of a batch
+ROWS = 32  # rows of a batch
 
 
 def learner(
@@ -111,9 +111,9 @@ class Usual:
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("kind", ["spiking", "dense"])
 def test_six_updates_are_the_usual_ones(kind: str, steps: int, first: int) -> None:
-    """K batches each: the proxy learns from all, the critics and the actor from the last.
+    """Each update takes K batches: the proxy learns from all, critics and actor from the last.
 
-    Learned from at once, or one after the other.
+    Six updates in one call, and in six calls, agree with plain PyTorch.
     """
     with float64():
         rules: dict[str, Any] = {"proxy_steps": steps, "first_policy_update": first}
@@ -156,7 +156,7 @@ def test_there_is_no_target_actor_and_no_averaged_proxy() -> None:
 
 
 def test_it_imitates_what_acts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where drives are normalised: by the running moments, not by the batch's."""
+    """The proxy's goals are the actions with CaRe-BN's running moments, not with the batch's."""
     torch.manual_seed(0)
     parts = ActorConfig(
         actor=care_bn_config([16]), encoder=POPULATION, neuron=CUBA_LIF, decoder=RATE
@@ -165,7 +165,7 @@ def test_it_imitates_what_acts(monkeypatch: pytest.MonkeyPatch) -> None:
     td3 = ProxyTD3(
         actor, Critics(3, 2, [8]), proxy_td3_config(), actor_lr=1e-3, generator=generator
     )
-    for seed in range(3):  # the moments have begun to move
+    for seed in range(3):  # so that the moments differ from their start
         td3.run_updates(transitions(3 * ROWS, torch.float32, seed), 1)
     rows = transitions(3 * ROWS, torch.float32, 3)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_it_imitates_what_acts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_burst_draws_its_batches_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most 64 at a time, and K for each update."""
+    """Each update takes K = 3 batches, and one draw at most 64: 21, 21 and 8 updates."""
     td3, replay = learner("dense", torch.float32), Replay(100, 3, 2)
     rows = [field.numpy() for field in transitions(100, torch.float32)]
     obs, act, rew, next_obs, terminated, _ = rows
@@ -203,7 +203,7 @@ def test_a_burst_draws_its_batches_together(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_in_a_warm_up_the_proxy_learns_too() -> None:
-    """It imitates the policy that stays."""
+    """While the policy is fixed, the proxy learns to imitate it, and the critics learn."""
     with float64():
         td3 = learner("dense", critic_warmup=2, proxy_steps=1)
         before = {name: own.flat.clone() for name, own in td3.optimizers.items()}

@@ -1,4 +1,4 @@
-"""The replay's memory grows with what it holds; what it cannot have is one line."""
+"""The replay's memory grows with its rows; a size that does not fit is refused in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ h5py = import_module("h5py")
 
 
 def add(replay: Replay, first: int, count: int) -> None:
-    """Rows whose reward is their number."""
+    """Add `count` rows whose reward is their number, from `first` on."""
     numbers = np.arange(first, first + count, dtype=np.float32)
     obs = np.stack([numbers, -numbers], 1)
     flags = np.zeros(count, bool)
@@ -83,7 +83,7 @@ def test_a_large_capacity_is_no_error(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_will_not_fit_is_refused(
     limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the steps of the run, before anything is there."""
+    """The size counts only as many rows as the run has steps; no run folder is made."""
     monkeypatch.chdir(tmp_path)
     Path("groups").write_text("0::/a/b\n")
     monkeypatch.setattr(memory.memory, "__defaults__", (Path("groups"), tmp_path))
@@ -107,13 +107,13 @@ def test_what_will_not_fit_is_refused(
 
 
 def filled(obs_dim: int, capacity: int, *, obs_bytes: bool) -> Replay:
-    """Two environments side by side, whose episodes end now and then; of any bytes, NaN's too."""
+    """Rows of two environments whose episodes end at random; bytes include those of a NaN."""
     rng = np.random.default_rng(0)
     replay = Replay(capacity, obs_dim, 2, width=2, obs_bytes=obs_bytes)
     obs = rng.integers(0, 256, (2, obs_dim)).astype(np.float64)
     for t in range(25):
         following = rng.integers(0, 256, (2, obs_dim)).astype(np.float64)
-        following[0, :4] = [1, 0, 128, 127]  # a NaN that signals, were it a number
+        following[0, :4] = [1, 0, 128, 127]  # a signalling NaN, if read as a float32
         last = rng.random(2) < 0.2
         replay.add(
             obs, rng.random((2, 2)), rng.random(2), following, last & (t % 2 == 0), last, 0.9
@@ -147,7 +147,7 @@ def test_bytes_are_the_same_numbers_in_a_quarter_of_the_room(obs_dim: int) -> No
 def test_a_run_on_bytes_is_the_run_on_their_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same policy to the bit, resumed too, after the ring has wrapped."""
+    """Policies are the same to the bit, a resumed run's too, after the replay has wrapped."""
     monkeypatch.chdir(tmp_path)
     own = [word for word in SHORT if "critic" not in word and not word.startswith("env")]
     own += [
@@ -191,7 +191,7 @@ def test_a_run_on_bytes_is_the_run_on_their_numbers(
     checkpoint.fill_replay(0, 1, held)
     with pytest.raises(ValueError, match="other observations or actions"):
         checkpoint.fill_replay(0, 1, Replay(150, 400, 3))
-    before = Replay(150, 400, 3, obs_bytes=True)  # of a run that held numbers: they are packed
+    before = Replay(150, 400, 3, obs_bytes=True)  # b stored float32: its rows are packed into bytes
     verified(Path("b").absolute(), print).fill_replay(0, 1, before)
     assert held.added == before.added
     assert held.rows.view(torch.int32).equal(before.rows.view(torch.int32))
@@ -204,9 +204,9 @@ Step = tuple[list[float], list[bool], list[bool]]
 
 
 def stored(width: int, capacity: int, steps: list[Step]) -> Replay:
-    """Rewards, terminated and last of each environment, at a discount of a half.
+    """A replay with these rewards, `terminated` and `last` flags of each step; the discount is 0.5.
 
-    An observation is the number of the step and of the environment, and goes on unless it is reset.
+    Observations are [step, environment]; a row after a reset does not follow the one before.
     """
     replay = Replay(capacity, 2, 1, width=width)
     for t, (rew, terminated, last) in enumerate(steps):
@@ -217,7 +217,7 @@ def stored(width: int, capacity: int, steps: list[Step]) -> Replay:
 
 
 def over(replay: Replay, place: int, n_step: int) -> tuple[float, float, float, bool]:
-    """Reward, discount, number of the last step's successor and whether it terminated."""
+    """The n-step row at `place`: reward, discount, step number of the successor, terminated."""
     (row,) = replay._over(torch.tensor([place]), n_step)
     return float(row[5]), float(row[8]), float(row[2]), bool(row[6])
 
@@ -226,7 +226,7 @@ NO = [False, False]
 
 
 def test_rows_of_several_steps_by_hand() -> None:
-    """Of two environments side by side; the second one's first episode is truncated at step 1."""
+    """Rows of two environments alternate; the second one's first episode is truncated at step 1."""
     steps = [
         ([1.0, 10.0], NO, NO),
         ([2.0, 20.0], NO, [False, True]),
@@ -259,7 +259,9 @@ def test_rows_of_several_steps_end_where_environments_were_reset_amid_an_episode
 
 
 def sequences(width: int = 1) -> Replay:
-    """Two episodes of 3 and 2 steps whose rewards, here returns to go, count from 10 and 50."""
+    """Two episodes of 3 and 2 steps whose returns to go, in the rewards' place, are 10, 11, 12 and
+    50, 51.
+    """
     replay = Replay(1 << 40, 2, 1, width=width)
     for first, length in ((10, 3), (50, 2)):
         numbers = np.arange(first, first + length, dtype=np.float32)
@@ -270,7 +272,7 @@ def sequences(width: int = 1) -> Replay:
 
 
 def test_contexts_by_hand() -> None:
-    """Up to the episode's end, behind padding; each first step is drawn."""
+    """Contexts stop at the episode's end, with padding in front; every first step is drawn."""
     replay = sequences()
     found = replay.contexts(200, 3, torch.Generator().manual_seed(0), lambda obs: obs + 1.0)
     expected = {
@@ -293,7 +295,7 @@ def test_contexts_by_hand() -> None:
 
 
 def test_contexts_of_several_environments() -> None:
-    """Their rows, that came one environment after the other, are steps of both."""
+    """Rows that were added one environment after the other are interleaved into steps of both."""
     replay = Replay(1 << 40, 2, 1, width=2)
     for first in (10, 50):
         add_ended(replay, first, 3)
@@ -307,7 +309,7 @@ def test_contexts_of_several_environments() -> None:
 
 
 def add_ended(replay: Replay, first: int, count: int) -> None:
-    """Of one episode that goes on behind what is there."""
+    """Add rows of one episode, without an end, after those of the replay."""
     numbers = np.arange(first, first + count, dtype=np.float32)
     obs, none = np.stack([numbers, -numbers], 1), np.zeros(count, bool)
     replay.add(obs, numbers[:, None], numbers, obs, none, none, discount=np.arange(count))

@@ -33,7 +33,7 @@ from spikerl.models.critic import Critics
 from spikerl.types import Batch
 
 CPU = f"cpu/{native.supported_paths()[0]}"
-LOW, HIGH = -0.15, 0.05  # of log deviations; an untrained network's lie on both sides
+LOW, HIGH = -0.15, 0.05  # bounds of log deviations; an untrained network exceeds both
 
 
 def learner(
@@ -112,7 +112,7 @@ class Usual:
         if self.c.learn_temperature:
             wanted = -2.0 if self.c.target_entropy is None else self.c.target_entropy
             price = -(self.log_alpha * (logp.detach() + wanted)).mean()
-            descend(price, self.alpha_adam, max_norm=None)  # the bound is of networks' gradients
+            descend(price, self.alpha_adam, max_norm=None)  # only gradients of networks are clipped
         return {
             "actor_loss": actor_loss.item(),
             "entropy": -logp.mean().item(),
@@ -133,7 +133,7 @@ class Usual:
 
 
 def lengths(sac: SAC) -> list[float]:
-    """Of the gradients of the last update."""
+    """Norms of the gradients of the last update."""
     steppers = [
         sac.critic_optimizer,
         sac.actor_optimizer,
@@ -162,7 +162,7 @@ RULES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", ["spiking", "dense"])
 def test_six_updates_are_the_usual_ones(kind: str, rule: str) -> None:
-    """Losses and gradients of each update, and all parameters behind the first and the last."""
+    """Each update's losses and gradients agree, and all parameters after the first and the last."""
     with float64():
         ours, rows = learner(kind, **RULES[rule]), transitions(6 * 32, torch.float64)
         usual = Usual(ours)
@@ -181,8 +181,8 @@ def test_six_updates_are_the_usual_ones(kind: str, rule: str) -> None:
 
 @pytest.mark.parametrize("kind", ["spiking", "dense"])
 def test_a_delayed_policy(kind: str) -> None:
-    """Policy, temperature and targets change on the third and sixth update; until then they are
-    the same, so a round's targets are drawn at once.
+    """Policy, temperature and target networks change only on the third and sixth update, so the
+    targets of each round of three updates are computed together.
     """
     with float64():
         rule: dict[str, Any] = {"policy_delay": 3, "first_policy_update": 2}
@@ -216,7 +216,7 @@ def test_the_kernels_updates_are_the_definitions() -> None:
 @pytest.mark.parametrize("log_std", ["separate", "shared"])
 @pytest.mark.parametrize("kind", ["spiking", "dense"])
 def test_a_copy_that_explores_draws_from_the_policy(kind: str, log_std: str) -> None:
-    """tanh(mean + std noise), before and after learning; as on a GPU, the copy acts on the CPU."""
+    """Actions are tanh(mean + std noise) before and after learning; `act_on_cpu` makes the copy."""
     sac = learner(kind, torch.float32, log_std=log_std)
     rows = transitions(4 * 32, torch.float32)
     sac.act_on_cpu(CPU)

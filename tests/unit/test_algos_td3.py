@@ -158,7 +158,7 @@ def test_targets_move_by_exactly_tau() -> None:
 
 
 def target_actions(td3: TD3, rows: Batch) -> list[Tensor]:
-    """What the target critics are asked about while it learns from `rows`."""
+    """The next actions that the target critics get in an update on `rows`."""
     asked: list[Tensor] = []
     td_target = td3.critic_target.td_target
 
@@ -185,7 +185,7 @@ def test_smoothing_noise_is_clipped_then_the_action_is(
     (act,) = target_actions(td3, batch(4000))
     if noise == 1.0:
         assert (act.min().item(), act.max().item()) == pytest.approx((least, most), abs=1e-6)
-    if action == 0.0 and noise == 1.0:  # P(|N(0,1)| >= .5) = .617 of the draws sit on a bound
+    if action == 0.0 and noise == 1.0:  # P(|N(0,1)| >= .5) = .617: the share of draws on a bound
         assert float((act.abs() == 0.5).float().mean()) == pytest.approx(0.617, abs=0.03)
     if noise == 0.1:
         assert float(act.std()) == pytest.approx(0.1, rel=0.05)
@@ -221,7 +221,7 @@ def test_non_finite_never_reaches_the_weights(field: str, bad: float) -> None:
     poisoned = getattr(good, field).clone()
     poisoned.flatten()[3] = bad
     td3.run_updates(good._replace(**{field: poisoned}), 1)
-    td3.run_updates(batch(seed=3), 1)  # and everything after it is masked until somebody looks
+    td3.run_updates(batch(seed=3), 1)  # masked too, as are all updates until check() is called
     assert all(same(before, weights(td3)))
     assert all(same(moments, adam(td3)))
     with pytest.raises(NonFinite, match="update 1:"):
@@ -258,7 +258,7 @@ def test_fp16_skips_a_bad_update_whole_and_halves_the_scale() -> None:
     assert all(same(moments, adam(td3)))
     assert int(td3.guard.skipped) == 1
     assert float(td3.guard.scale) == 32768.0
-    td3.check()  # ordinary under fp16
+    td3.check()  # no error: fp16 skips such updates
     td3.run_updates(batch(seed=2), 1)
     assert not any(same(before, weights(td3)))
     assert int(td3.guard.skipped) == 1
@@ -281,7 +281,7 @@ def test_poisson_update_repeats_with_its_generator() -> None:
 def test_updates_up_to_the_next_change_of_the_targets_share_one_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Learning from five batches at once is learning from one after the other."""
+    """Five updates in one call equal five calls."""
     batched, alone = learner(target_noise=0.0), learner(target_noise=0.0)
     batches = [batch(seed=seed) for seed in range(5)]
     passes, size = [], len(batches[0].rew)
@@ -301,12 +301,12 @@ def test_updates_up_to_the_next_change_of_the_targets_share_one_pass(
     for name, tensor in batched.state().items():
         torch.testing.assert_close(tensor, alone.state()[name], rtol=1e-4, atol=1e-6)
     batched.run_updates(batches[0], 1)
-    assert passes[3:] == [1]  # update 5, and 6 would have been with it
+    assert passes[3:] == [1]  # update 5; a sixth would share its pass
 
 
 @pytest.mark.parametrize("delay", [1, 2, 3])
 def test_a_recorded_update_is_the_update(delay: int) -> None:
-    """What changes lies at fixed addresses: run again from them, it is the next update."""
+    """All changing state is at fixed addresses: a launch of the recorded round is the next one."""
 
     def record(updates: Updates, generator: torch.Generator) -> Any:
         found: list[Metrics] = []
@@ -354,7 +354,7 @@ def test_smoothing_noise_is_each_batchs_own() -> None:
 
 
 def test_a_warm_up_leaves_the_policy_alone() -> None:
-    """Four updates, of which the first and the third would change it; the critics learn in all."""
+    """Of four updates the first and the third would change the policy; critics learn in all."""
     td3, plain = learner(critic_warmup=4), learner()
     before = weights(td3)
     for seed in range(4):
@@ -373,7 +373,7 @@ def test_a_warm_up_leaves_the_policy_alone() -> None:
 
 
 def test_a_warm_up_that_ends_between_changes_of_the_policy() -> None:
-    """Of updates 0 to 4 it covers 0 to 2: the change at 2 is still left out, that at 4 made."""
+    """The warm-up covers updates 0 to 2: the policy does not change at 2, but does at 4."""
     td3 = learner(critic_warmup=3)
     before = weights(td3)
     td3.run_updates(batch(32), 4)

@@ -48,8 +48,8 @@ def learner(actor: Actor, **settings: Any) -> TD3BC:
 
 @pytest.mark.parametrize(
     ("alpha", "weight", "loss"),
-    # Q_1 of the two rows is 2 and -4, so mean Q_1 = -1 and mean |Q_1| = 3; the policy says 0 where
-    # the actions are 1 and -.5: (1 + .25) / 2.
+    # Q_1 of the two rows is 2 and -4, so mean Q_1 = -1 and mean |Q_1| = 3; the policy's actions are
+    # 0, the recorded ones 1 and -.5: (1 + .25) / 2.
     [(0.0, 0.0, 0.625), (3.0, 1.0, 1.625), (2.5, 2.5 / 3.0, 0.625 + 2.5 / 3.0)],
 )
 def test_actor_loss_by_hand(alpha: float, weight: float, loss: float) -> None:
@@ -64,12 +64,12 @@ def test_actor_loss_by_hand(alpha: float, weight: float, loss: float) -> None:
     (found,) = made.run_updates(Batch(obs, act, zero, obs, zero > 0, zero), 1)
     assert float(found["value_weight"]) == pytest.approx(weight)
     assert float(found["actor_loss"]) == pytest.approx(loss)
-    # By the bias of the last layer: Q_1 does not depend on actions; 2 (0 - a) / 2, summed.
+    # Gradient of the last layer's bias, the sum of 2 (0 - a) / 2: Q_1 does not depend on actions.
     assert made.actor_optimizer.gradient.slots[3].tolist() == pytest.approx([-0.5])
 
 
 def test_updates_are_those_of_the_papers_code() -> None:
-    """Losses and weights of seven updates in float64, the policy's at every second."""
+    """Losses and weights of seven updates agree in float64; the policy changes at every second."""
     with float64():
         made = doubled(learner(network(), alpha=2.5))
         assert isinstance(made.actor, MLPActor)
@@ -110,7 +110,7 @@ def test_updates_are_those_of_the_papers_code() -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "spiking"])
 def test_two_workers_are_one_with_both_batches(kind: str) -> None:
-    """The weight of the values too, which is of all rows: each worker's own would differ."""
+    """The weight of the values is computed over all workers' rows, too."""
     whole = learner(network(kind))
     both = [learner(network(kind), world=world, weight=0.5) for world in worlds(2)]
     rows = transitions(16, torch.float32)

@@ -1,4 +1,4 @@
-"""No process that this program starts imports from the folder that it stands in."""
+"""No Python process that this program starts imports modules from its working folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spikerl.distributed import hosts, launch, mpi
 from spikerl.distributed.world import join, leave
 
 ROOT = Path(package.__file__).parents[1]
-# Modules that every start imports, by one way or another.
+# Names of modules that are imported at every start.
 NAMES = ("queue", "typing", "socket", "hydra_plugins", "selectors", "random", "own_tools")
 ENVIRONMENT = """
 import gymnasium as gym
@@ -29,7 +29,7 @@ gym.register("Own-v0", entry_point="gymnasium.envs.mujoco.inverted_pendulum_v5:I
 
 @pytest.fixture
 def poisoned(tmp_path: Path) -> Path:
-    """A folder whose modules note that they were imported; a library beside it."""
+    """A folder with modules that record their import and fail; beside it a users' library."""
     folder = tmp_path / "here"
     folder.mkdir()
     for name in NAMES:
@@ -66,7 +66,7 @@ def test_processes_that_others_start(poisoned: Path, monkeypatch: pytest.MonkeyP
     asks = "import queue"
     with safe_path():
         assert subprocess.run([sys.executable, "-c", asks]).returncode == 0
-        with safe_path(None):  # code of users
+        with safe_path(None):  # as around users' code
             assert subprocess.run([sys.executable, "-c", asks], capture_output=True).returncode
     assert subprocess.run([*PYTHON, "-c", asks]).returncode == 0
     assert "PYTHONSAFEPATH" not in os.environ
@@ -89,7 +89,7 @@ def test_a_sweeps_launcher_starts_safe_processes_and_a_job_does_not(
 
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """How workers were to be started; none are."""
+    """Records the commands that would start workers, and starts none."""
     calls: list[Any] = []
 
     def elastic_launch(config: Any, python: str) -> Any:

@@ -144,7 +144,7 @@ def test_groups_that_the_actor_does_not_have() -> None:
         assert refused("train", typed, "++neuron.threshold=1").startswith("++neuron.threshold=1: ")
     other = ["actor=popsan", "encoder=poisson"]
     assert expand("train", ["config=c.yaml", *other]) == other
-    for both in ("dense/td3,popsan/td3", "popsan/td3,dense/td3"):  # one of the two has it
+    for both in ("dense/td3,popsan/td3", "popsan/td3,dense/td3"):  # only popsan/td3 has an encoder
         sweep = [f"experiment={both}", "encoder=poisson", "-m"]
         assert expand("train", sweep) == sweep
 
@@ -167,7 +167,7 @@ def test_every_dense_experiment_refuses_spiking_parts() -> None:
 
 def write(name: str, data: object) -> None:
     Path(name).parent.mkdir(parents=True, exist_ok=True)
-    Path(name).write_text(json.dumps(data))  # which is YAML, too
+    Path(name).write_text(json.dumps(data))  # JSON is YAML
 
 
 def test_typed_values_come_after_the_files() -> None:
@@ -216,7 +216,9 @@ def test_a_module_to_import_is_typed() -> None:
 
 
 def test_a_path_for_an_environment_is_typed() -> None:
-    """As the refusal says; a file's other arguments stay, another path that it gives does not."""
+    """A config file's path is refused until it is typed; the file's other arguments are kept, but
+    a second path in it is refused.
+    """
     kwargs = {"path": "/a", "speed": 2.0}
     write("c.yaml", {"env": {"name": "gym", "kwargs": kwargs}, "seed": 1})
     refusal = refused("train", "config=c.yaml")
@@ -225,7 +227,7 @@ def test_a_path_for_an_environment_is_typed() -> None:
     typed = ["config=c.yaml", "env.kwargs.path=/a"]
     held = ["env='gym'", "env.name='gym'", "env.kwargs=null", "env.kwargs={speed:2.0}", "seed=1"]
     assert expand("train", typed) == [*held, "++env.kwargs.path=/a"]
-    whole = ["config=c.yaml", "env.kwargs={path: /b}"]  # in place of all that the file gives
+    whole = ["config=c.yaml", "env.kwargs={path: /b}"]  # replaces all env.kwargs of the file
     own = ["env='gym'", "env.name='gym'", "seed=1", "++env.kwargs={path: /b}"]
     assert expand("train", whole) == own
     write("c.yaml", {"env": {"name": "gym", "kwargs": {**kwargs, "other": "/b"}}, "seed": 1})
@@ -284,7 +286,7 @@ def test_requests_follow_each_other_in_one_process() -> None:
 
 
 def test_a_resume_keeps_what_the_run_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On another device another kernel has to run, other workers have other shares of the cores."""
+    """A resume keeps the kernel, unless the device differs, and threads, unless world_size does."""
     choices = {"threads": "3", "kernel": "cpu/avx2", "device": "cpu"}
     chosen = {name: {"choice": choice} for name, choice in choices.items()}
     monkeypatch.setattr(build, "supported_paths", lambda: ["avx2", "portable"])
@@ -302,12 +304,12 @@ def test_a_resume_keeps_what_the_run_chose(tmp_path: Path, monkeypatch: pytest.M
     assert kept("world_size=4") == {"num_envs=4", "world_size=4", *kernel}
     for name, value in (("RANK", "0"), ("MASTER_ADDR", "a"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WORLD_SIZE", "1")  # what torchrun started
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as torchrun sets it
     assert kept() == {"num_envs=4", "world_size=1", *kernel}
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert kept() == {"num_envs=4", "world_size=2", "threads=3", *kernel}
     chosen["device"]["choice"] = "cuda:0"
-    chosen["kernel"]["choice"] = "triton/graphs"  # of one worker
+    chosen["kernel"]["choice"] = "triton/graphs"  # CUDA graphs, for one worker only
     manifest["world_size"] = 1
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     plain = {"kernel=triton", "kernel.path=null"}
@@ -325,7 +327,7 @@ def test_a_resume_keeps_what_the_run_chose(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_resume_on_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path of the C++ kernel that nobody named and that is not there gives way to the best."""
+    """A path of the C++ kernel that was chosen automatically and does not exist here is dropped."""
     chosen = {"device": "cpu", "threads": 1, "kernel": "cpu/avx512"}
     resolved = {name: {"choice": choice} for name, choice in chosen.items()}
     monkeypatch.setattr(build, "supported_paths", lambda: ["avx2", "portable"])
@@ -338,7 +340,7 @@ def test_a_resume_on_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
     same = {"num_envs=3", "threads=1", "world_size=1", "device=cpu"}
     assert kept(None) == {*same, "kernel=cpu"}
-    assert kept("avx512") == {*same, "kernel=cpu", "kernel.path=avx512"}  # which is refused
+    assert kept("avx512") == {*same, "kernel=cpu", "kernel.path=avx512"}  # refused later
     assert kept("avx512", "kernel.path=avx2") == {*same, "kernel.path=avx2"}
     named = {"kernel=reference", "threads=2", "num_envs=3", "world_size=1", "device=cpu"}
     assert kept(None, "kernel=reference", "threads=2") == named
@@ -357,7 +359,9 @@ def test_hydra_settings_that_could_run_code(typed: str) -> None:
 
 
 def test_an_experiment_beside_a_file_that_would_undo_it() -> None:
-    """A small file goes with it, of two whole groups too."""
+    """An experiment is refused beside a file that sets all its keys, but accepted beside a smaller
+    file, even one that names algo and actor.
+    """
     whole = dict.fromkeys(
         ["precision", "backend", "energy", "seed", "total_steps", "steps_per_epoch",
          "eval_episodes", "num_envs", "scaling", "deterministic", "env"], 1

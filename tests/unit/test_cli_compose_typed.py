@@ -38,7 +38,7 @@ def test_numbers_as_overrides() -> None:
     assert expand("train", ["-m", *typed]) == [
         "total_steps=1000000", "algo.replay_capacity=100000,1000", "algo.tau=1e-3",
         "run_dir='1e3'", "-m"]  # fmt: skip
-    own = ["env.kwargs.box_size=2.0", "++env.kwargs.n_steps=1k"]  # an environment's own
+    own = ["env.kwargs.box_size=2.0", "++env.kwargs.n_steps=1k"]  # left as typed
     assert expand("train", own) == ["++env.kwargs.box_size=2.0", "++env.kwargs.n_steps=1k"]
 
 

@@ -1,4 +1,4 @@
-"""Whatever goes wrong in what was typed is one line."""
+"""Whatever is wrong with a typed command, the message is one line."""
 
 from __future__ import annotations
 

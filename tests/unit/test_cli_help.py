@@ -1,4 +1,4 @@
-"""What `--help` says of the keys."""
+"""How `--help` explains the keys."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_each_key_with_its_comment() -> None:
 
 
 def test_a_comment_is_that_of_the_option_chosen() -> None:
-    """The same key means something else to another algorithm; what it says nothing of is td3's."""
+    """A key's comment is taken from the chosen algorithm's file, or else from td3's."""
     td3 = "algo:\n  name: td3\n  gamma: 0.99\n  tau: 0.005\n"
     assert with_meanings(td3, "train") == (
         "algo:\n  name: td3\n  gamma: 0.99  # discount of a step\n"
@@ -48,7 +48,7 @@ def test_a_comment_is_that_of_the_option_chosen() -> None:
 def test_an_option_of_a_plugin_has_its_comments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And those of the option that it starts from, not the default's."""
+    """Keys that a plugin's option inherits have the comments of its base option, not td3's."""
     (tmp_path / "conf" / "algo").mkdir(parents=True)
     text = "defaults:\n  - bc\n  - _self_\n\nname: mine\npower: 1.0 # of the error\n"
     (tmp_path / "conf" / "algo" / "mine.yaml").write_text(text)
@@ -62,7 +62,7 @@ def test_an_option_of_a_plugin_has_its_comments(
 
 
 def test_a_comment_says_what_a_key_means() -> None:
-    """Not that it is as of an option which is not shown."""
+    """A comment does not refer to an option that is not shown."""
     keys = "actor:\n  name: cnn\n  channels_first: false\n  pixel_max: 1.0\n  prune: null\n"
     assert with_meanings(keys, "train") == (
         "actor:\n  name: cnn\n  channels_first: false  # observations are (height, width, C)\n"
@@ -74,10 +74,10 @@ def test_a_comment_says_what_a_key_means() -> None:
 
 @pytest.mark.parametrize("command", ["train", "bench", "eval"])
 def test_help(command: str) -> None:
-    """What is null by default says what it is."""
+    """No key is shown as null without a comment."""
     said = spikerl(command, "--help")
     assert (said.status, said.err) == (0, "")
-    if command != "eval":  # options as they are typed, those of subfolders too
+    if command != "eval":  # options as they are typed, with their subfolder
         assert "\nenv: ALE/Pong, ALE/Pong_pixels, Acrobot, " in said.out
         assert "\nenv/" not in said.out
     assert "  # " in said.out

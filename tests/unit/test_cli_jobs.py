@@ -57,19 +57,19 @@ def test_a_folder_has_one_sweep_at_a_time(tmp_path: Path) -> None:
     assert line.startswith(f"run_dir={tmp_path}/s: process ")
     assert line.endswith(" sweeps there; give another run_dir, or wait")
     assert first.held is not None
-    first.held.close()  # as when its process ends
+    first.held.close()  # released as at the end of its process
     begin("run_dir=s")
 
 
 def test_only_its_own_jobs_count(tmp_path: Path) -> None:
-    """Not those that a launcher of a sweep that was killed still runs there."""
+    """Jobs that the launcher of a killed sweep still runs in the same folder are not counted."""
     before = begin("run_dir=s")
     before.note({"job": 0, "status": 0})
     assert before.held is not None
     before.held.close()
     sweep = begin("run_dir=s")
     before.note({"job": 1, "status": 0})
-    copy = pickle.loads(pickle.dumps(sweep))  # as a launcher makes one
+    copy = pickle.loads(pickle.dumps(sweep))  # as a launcher copies it
     copy.note({"job": 0, "status": None})
     assert [(job["job"], job["status"]) for job in sweep.noted()] == [(0, None)]
     assert copy.held is None
@@ -168,7 +168,7 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep.progress() == "  (0 of 6 ended)"
     sweep.note({"job": 0, "status": 0, "note": "done already"})
     assert sweep.progress() == "  (1 of 6 ended)"
-    sweep.note({"job": 1, "status": 0, "began": 1000.0})  # whatever went on before
+    sweep.note({"job": 1, "status": 0, "began": 1000.0})  # the first that ran
     sweep.note({"job": 2, "status": 1, "began": 1050.0})
     sweep.note({"job": 3, "status": None, "began": 1090.0})
     monkeypatch.setattr(time, "time", lambda: 1100.0)
@@ -186,9 +186,9 @@ def test_over_seeds() -> None:
             for env, seed, value in values]  # fmt: skip
     line = "env=A: return 2.5 +- 2.1 over 2 seeds"
     assert over_seeds(jobs, "return") == [line]
-    stopped = {"name": "env=A,seed=3", "return": 9.0, "status": 75}  # after fewer steps
+    stopped = {"name": "env=A,seed=3", "return": 9.0, "status": 75}  # made fewer steps
     assert over_seeds([*jobs, stopped], "return") == [line]
-    assert over_seeds([*jobs, jobs[0], jobs[2]], "return") == [line]  # chosen again
+    assert over_seeds([*jobs, jobs[0], jobs[2]], "return") == [line]  # repeated jobs count once
     assert over_seeds([{"name": "algo.tau=1", "return": 1.0, "status": 0}] * 2, "return") == []
 
 
@@ -212,7 +212,7 @@ def test_the_table_keeps_tasks_apart(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_what_goes_on_with_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`reproduce` has no run_dir, and its jobs no folder with a log."""
+    """A sweep of `reproduce` has no run_dir, and its jobs have no folder with a log."""
     sweep = Sweep.of("reproduce", ["-m", "table=ours", "rows=[a],[b]"])
     assert sweep is not None
     sweep.note({"job": 0, "name": "rows=[a]", "folder": str(sweep.root / "a"), "status": 1})
@@ -233,7 +233,7 @@ def test_the_folder_is_the_one_that_was_typed(path: str, tmp_path: Path) -> None
 
 
 def test_a_job_goes_on_with_the_threads_that_are_typed(tmp_path: Path) -> None:
-    """And with the run's own where none are."""
+    """Without typed threads, the run's own are kept."""
     chosen = {"device": "cpu", "threads": "3", "kernel": "reference"}
     manifest = {"resolved": {key: {"choice": choice} for key, choice in chosen.items()},
                 "world_size": 1, "num_envs": 1, "status": "preempted"}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What `spikerl bench` times: a run's own actor, where the keys that were typed are its."""
+"""What `spikerl bench` times: a run's own actor, if the typed keys agree with the run's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from spikerl.types import Resolved
 def small_bench() -> Bench:
     request = BenchRequest(parts=[], batches=[12], world_sizes=[], rounds=1, run=None, json=False)
     asked = small_config()
-    asked.resolved.kernel = Resolved("cpu/portable", "requested")  # nothing here runs in it
+    asked.resolved.kernel = Resolved("cpu/portable", "requested")  # no test here runs the kernel
     return Bench(asked, request, BenchProgress())
 
 
@@ -41,7 +41,7 @@ def test_an_actor_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_td3_with_a_proxy_is_refused() -> None:
-    """Its update takes several batches; the part `proxy` times it."""
+    """Its update takes several batches; the benchmark part `proxy` times it instead."""
     asked = small_config()
     asked.algo = proxy_td3_config()
     line = str(refusal(BenchFixtures, asked))

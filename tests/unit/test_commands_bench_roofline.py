@@ -1,4 +1,4 @@
-"""The arithmetic of an update, by hand and by PyTorch's own counter; the libraries' rates."""
+"""Operations of an update, by hand and by PyTorch's own counter; the libraries' rates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from spikerl.types import Batch
 
 
 def test_by_hand() -> None:
-    """Three inputs, of which one is the action, two hidden units; 2 spike steps of 20-3-10."""
+    """Critics with 3 inputs (one is the action) and 2 hidden units; a spiking actor of 20-3-10
+    neurons over 2 spike steps.
+    """
     critic = Critics(2, 1, [2])
     one, back = 2 * (3 * 2 + 2), 2 * 2
     critics = 2 * one + 2 * (2 * one + back)
@@ -33,7 +35,7 @@ def test_by_hand() -> None:
 
 
 def test_as_pytorch_counts() -> None:
-    """But for the critics' last layer, which is not a product of matrices here."""
+    """Within 3 %: PyTorch does not count the critics' last layer, which is no matrix product."""
     actor = MLPActor(17, 6, MLPConfig(name="mlp", hidden_sizes=[64, 64], lr=1e-3))
     critic = Critics(17, 6, [64, 64])
     generator = torch.Generator().manual_seed(0)
@@ -48,7 +50,7 @@ def test_as_pytorch_counts() -> None:
 
 
 def test_rates_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """512^3 multiplications and as many additions, in 2 ms and in 1."""
+    """512^3 multiplications and as many additions, in 2 ms by PyTorch and in 1 ms by oneDNN."""
     seconds = iter([2e-3, 1e-3])
     monkeypatch.setattr(roofline, "_least_s", lambda call, device: (call(), next(seconds))[1])
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)

@@ -1,4 +1,4 @@
-"""Turns, ratios and the table of `spikerl bench`, with times that are given."""
+"""Turns, ratios and the table of `spikerl bench`, with made-up times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spikerl.commands.bench.timing import Benchmark, Measurement, compare, run_i
 
 
 def test_turns_and_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The round with cold caches is not counted; a turn's time is shared by what it does."""
+    """The first round is not counted; a turn's time is divided by its number of repetitions."""
     events: list[str] = []
     now = 0.0
     seconds = {"a": iter([90.0, 1.0, 4.0, 2.0]), "b": iter([90.0, 8.0, 8.0, 8.0])}
@@ -105,7 +105,7 @@ def test_the_longest_rows_fit_80_columns(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line for each part, and now and then one of the rounds that were counted."""
+    """Each part has a line, and INTERVAL seconds apart there is one with the rounds so far."""
     monkeypatch.setattr(BenchProgress, "INTERVAL", -1.0)
     with BenchProgress() as progress:
         progress.part("filling replays")

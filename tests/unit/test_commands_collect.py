@@ -1,4 +1,4 @@
-"""`spikerl collect` as it is typed, and what learns from what it leaves."""
+"""`spikerl collect` as it is typed, and trainings on its datasets."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ OFFLINE = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs with a policy each, on InvertedPendulum for 50 steps at most and on CartPole."""
+    """Two folders with a policy: on InvertedPendulum with at most 50 steps, and on CartPole."""
     root = tmp_path_factory.mktemp("runs")
     for name, env in (("run", INVERTED_PENDULUM), ("cart", CARTPOLE)):
         (root / name).mkdir()
@@ -93,7 +93,7 @@ def test_spaces_of_one_number_without_a_shape() -> None:
 
 
 def test_what_the_policy_does() -> None:
-    """The rows are what the environment gives when the recorded actions are taken again."""
+    """Taking the recorded actions again in the environment gives the recorded rows."""
     said = spikerl("collect", "run=run", "dataset=own", "episodes=3", "seed=5")
     assert said.status == 0, said
     policy, env = library.load_policy("run"), make_env(INVERTED_PENDULUM)
@@ -137,7 +137,7 @@ def test_what_is_recorded_of_it(folder: Path) -> None:
     assert recipe["policy_sha256"] == digests
     assert {"mujoco", "gymnasium", "torch"} <= recipe["versions"].keys()
     last = numbers("told-v3")[-1]
-    assert last["terminations"][-1] or last["truncations"][-1]  # the last one is cut off
+    assert last["terminations"][-1] or last["truncations"][-1]  # cut off at 70 steps
     assert sum(len(one["rewards"]) for one in numbers("told-v3")) == 70
 
 
@@ -160,7 +160,7 @@ def test_less_than_an_episode() -> None:
 
 
 def test_random_actions_are_uniform_within_their_bounds() -> None:
-    """Mean 0 and variance 3^2 / 3 of actions in [-3, 3]."""
+    """Uniform actions in [-3, 3] have mean 0 and variance 3^2 / 3."""
     asked = ["policy=random", "steps=800"]
     assert spikerl("collect", "run=run", "dataset=random", *asked).status == 0
     acts = np.concatenate([one["actions"] for one in numbers("random")])
@@ -170,7 +170,7 @@ def test_random_actions_are_uniform_within_their_bounds() -> None:
 
 
 def test_shares_and_sizes_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a policy that says 0: half of the actions uniform, half of deviation .2 times 3."""
+    """The policy's action is 0: half of the actions are uniform, half have deviation 0.2 * 3."""
     monkeypatch.setattr(
         "spikerl.models.policy.Policy.act", lambda self, obs, *others: np.zeros((len(obs), 1))
     )
@@ -178,16 +178,16 @@ def test_shares_and_sizes_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spikerl("collect", "run=run", "dataset=shares", *asked).status == 0
     acts = np.concatenate([one["actions"] for one in numbers("shares")])
     assert acts.var() == pytest.approx(0.5 * 3.0 + 0.5 * 0.6**2, rel=0.15)
-    # Beyond 1.8, three deviations: 2 in 5 of uniform ones.
+    # Beyond 1.8, which is three deviations, lie 2 in 5 of the uniform actions.
     assert (np.abs(acts) > 1.8).mean() == pytest.approx(0.2, abs=0.05)
 
 
 def test_images_stay_bytes() -> None:
-    """From the reset on: a single number that is no byte would make the whole episode float64."""
+    """Also the first observation, as a single float64 one would make the whole episode float64."""
     bounds = np.ones(1)
     task = Task("Nowhere-v0", (2,), (1,), -bounds, bounds, 3, obs_bytes=True)
     policy, given = policy_of(config(), task), list[np.ndarray]()
-    seen = np.array([0.0, 255.0])  # as `CheckedEnv` gives them
+    seen = np.array([0.0, 255.0])  # float64, as `CheckedEnv` returns it
     env: Any = SimpleNamespace(
         reset=lambda seed: (seen, {}), step=lambda act: (seen, 1.0, False, True, {})
     )
@@ -219,7 +219,9 @@ def test_discrete_actions() -> None:
 
 
 def test_what_environments_do_with_an_action() -> None:
-    """One looks up a number, which needs no array; one doubles the array, and that is its own."""
+    """One environment takes the action as a plain number; one changes the array in place, which
+    must not change the recorded action.
+    """
     for name, rewards in (("Moves", {0: -1.0, 1: -4.0}), ("Doubles", None)):
         env = EnvConfig(name="gym", version=None, id=f"own_envs:{name}-v0", max_episode_steps=None,
                         vectorizer="sync")  # fmt: skip
@@ -284,7 +286,7 @@ def test_what_is_refused_late_leaves_no_folder(
 
 
 def test_a_run_may_go_on_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is recorded is the policy that acted."""
+    """The recorded checksums are of the policy that acted, although the run was removed since."""
     shutil.copytree("run", "goes_on")
     record = collect.record
     acted = {name: Path("run", name).read_bytes() for name in ("policy.json", "policy.safetensors")}
@@ -302,7 +304,7 @@ def test_a_run_may_go_on_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ctrl-C at the third step."""
+    """Ctrl-C at the third step of recording."""
     behave, calls = collect.behave, []
 
     def acting(*args: Any) -> Any:
@@ -377,7 +379,7 @@ def test_training_on_it(folder: Path) -> None:
     assert [(row["step"], row["updates"]) for row in rows] == [(20, 20), (30, 30)]
     assert rows[0]["env_steps_per_s"] is rows[0]["train_return"] is None
     assert rows[0]["updates_per_s"] > 0
-    # A resumed run has the transitions in its checkpoint.
+    # A resumed run does not need the dataset: its checkpoint has the transitions.
     (folder / "learn").rename(folder / "moved")
     said = spikerl("train", "resume=learned", "total_steps=45")
     assert said.status == 0, said
@@ -423,7 +425,7 @@ LEARNS = ["env.max_episode_steps=20", "total_steps=120", "steps_per_epoch=60", "
 
 
 def taken_again(seed: int, env_number: int, acts: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """What an environment of a run gives where these actions are taken, and ends behind each."""
+    """The rows of environment `env_number` of a run with this seed for these actions."""
     env = make_env(replace(INVERTED_PENDULUM, max_episode_steps=20))
     obs, _ = env.reset(seed=reset_seed(RESET_BITS, seed, "env", env_number))
     rows: list[tuple[Any, ...]] = []
@@ -437,7 +439,7 @@ def taken_again(seed: int, env_number: int, acts: list[np.ndarray]) -> dict[str,
 
 @pytest.fixture(scope="module")
 def learned(made: Path) -> Path:
-    """A run of two environments, 60 steps of each, whose learning sees a twentieth of rewards."""
+    """A run of two environments, 60 steps of each, that learns from rewards scaled by 0.05."""
     keys = ["env.reward_scale=0.05", "run_dir=replaying"]
     with chdir(made):
         assert spikerl("train", *SHORT, *LEARNS, *keys).status == 0
@@ -446,7 +448,7 @@ def learned(made: Path) -> Path:
 
 @pytest.mark.usefixtures("learned")
 def test_what_a_run_did_itself() -> None:
-    """Environment by environment, cut at ends; the rewards are the environment's."""
+    """A run's replay becomes episodes of one environment after the other, with unscaled rewards."""
     said = spikerl("collect", "run=replaying", "dataset=replay-v0", "policy=replay")
     assert said.status == 0, said
     found = numbers("replay-v0")
@@ -489,7 +491,7 @@ def test_a_replay_that_has_overwritten_its_beginning() -> None:
     assert sum(lengths) == 40
     border = next(i for i in range(len(lengths)) if sum(lengths[:i]) == 20)
     ends = [bool(one["terminations"][-1]) for one in found]
-    # The first of each environment lacks its beginning, the last its end unless it terminated.
+    # Each environment's first episode lacks its beginning, the last its end unless it terminated.
     count = facts("ring-v0")["recipe"]["whole_episodes"]
     assert count <= len(found) - 2
     with h5py.File("ring-v0/data/main_data.hdf5") as file:
@@ -529,7 +531,7 @@ def test_a_run_that_goes_on_is_left_alone(folder: Path) -> None:
 
 @pytest.mark.usefixtures("learned")
 def test_a_replay_that_is_removed_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a resume, or by `runs clean=true`: the second environment's rows are not there."""
+    """A resume or `runs clean=true` removes the replay before the second environment is read."""
     run = folder / "overtaken"
     shutil.copytree(folder / "replaying", run, symlinks=True)
     add = collect.Writer.add
@@ -564,5 +566,5 @@ def test_a_sweep_that_is_started_again_does_what_is_missing() -> None:
     assert (said.status, said.err) == (0, "")
     assert said.out.count("done already") == 1
     assert facts("again1")["total_episodes"] == 1
-    said = spikerl(*typed[:-1], "episodes=2")  # which are others
+    said = spikerl(*typed[:-1], "episodes=2")  # a different request
     assert (said.status, said.err.count("it exists already; give another dataset")) == (2, 2)

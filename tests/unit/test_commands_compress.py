@@ -1,4 +1,4 @@
-"""`spikerl compress` as it is typed: what is left, what is said, what is refused."""
+"""`spikerl compress` as it is typed: the policies made, the output, the refusals."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_all_of_it(folder: Path) -> None:
     assert list(facts["bits"].values()) == [4, 8, 8, 6]
     before, after = facts["before"], facts["after"]
     assert len(before["returns"]) == len(after["returns"]) == 2
-    # 40 inputs, layers of 12, 9 and 10, one action: 480, 108, 90 and 10 weights; 80 numbers of
-    # fields, 31 biases and 1.
+    # 40 inputs, layers of 12, 9 and 10, one action: 480, 108, 90 and 10 weights; 80 means and
+    # widths of the encoder, 31 biases of layers and 1 of the decoder.
     others = 4 * (80 + 31 + 1)
     assert before["footprint_bytes"] == others + 4 * (480 + 108 + 90 + 10)
     assert after["footprint_bytes"] == others + 240 + 108 + 90 + 8 + 4 * 4
@@ -73,7 +73,7 @@ def test_all_of_it(folder: Path) -> None:
     assert before["spike_steps"] == 5.0
     assert 3.0 <= after["spike_steps"] < 5.0
     assert after["acs"] < before["acs"]
-    # What is evaluated, counted and loaded is what was compared.
+    # `eval` of the folder gives the returns and spike steps of the comparison.
     answer = json.loads(spikerl("eval", f"run={made}", "episodes=2", "ops=true", "json=true").out)
     assert answer["returns"] == after["returns"]
     assert answer["spike_steps"] == after["spike_steps"]
@@ -95,7 +95,7 @@ def test_a_dense_policy(folder: Path) -> None:
     assert said.status == 0, said.err
     facts = json.loads(Path("small/compressed.json").read_text())
     manifest = json.loads(Path("small/manifest.json").read_text())
-    assert facts["run"] == manifest["compressed_from"] == "dense"  # no path of this machine
+    assert facts["run"] == manifest["compressed_from"] == "dense"  # no absolute path
     assert "\nrun_dir: small\n" in Path("small/config.yaml").read_text()
     assert facts["after"]["spikes"] is facts["after"]["spike_steps"] is None
     assert facts["after"]["acs"] == 0
@@ -117,7 +117,7 @@ def test_fine_tuned(folder: Path) -> None:
     assert said.out.startswith("fine-tuned for 20 steps: loss ")
     facts = json.loads(Path(made, "compressed.json").read_text())
     assert facts["finetune"] == 20
-    tuned = load_policy(made)  # which refuses a matrix that is not on its grid
+    tuned = load_policy(made)  # refuses a matrix that is not on its grid
     assert tuned.compression is not None
     assert tuned.compression.finetune == 20
     assert tuned.compression.early_exit is not None
@@ -131,7 +131,7 @@ def test_fine_tuned(folder: Path) -> None:
 
 
 def test_fine_tuning_leaves_a_pruned_policy_pruned(folder: Path) -> None:
-    """One that was trained so (`actor.prune`), and is only quantised here."""
+    """A policy that was pruned in training (`actor.prune`) and is only quantised here."""
     shutil.copytree("spiking", "sparse")
     policy = load_policy("sparse")
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_fine_tuning_leaves_a_pruned_policy_pruned(folder: Path) -> None:
 
 @pytest.mark.parametrize("encoder", ["direct", "poisson"])
 def test_goals_are_asked_for_in_pieces(encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """10 observations in pieces of 4: 4 and 6. Random spikes are drawn for all at once."""
+    """10 observations in pieces of at least 4 are 4 and 6; a random encoder gets all at once."""
     monkeypatch.setattr(compress, "PIECE", 4)
     part = DIRECT if encoder == "direct" else population(encoder)
     actor = build_actor(config(encoder=part), 3, 2)
@@ -209,7 +209,9 @@ def test_a_folder_that_is_there_has_no_dated_other(folder: Path) -> None:
 
 
 def test_a_sweep_keeps_what_it_makes(folder: Path) -> None:
-    """Beside the run, as without -m; the other jobs of one typed folder are refused."""
+    """Jobs without run_dir write beside the run, as without -m; of jobs with the same typed run_dir
+    only the first succeeds.
+    """
     said = spikerl("compress", "-m", "run=dense", "bits=5", "prune=0.5,0.75", "episodes=1")
     assert said.status == 0, said.err
     made = [Path(f"dense_prune{share}_bits5/compressed.json") for share in (0.5, 0.75)]
@@ -233,7 +235,7 @@ def test_normalised_drives_are_folded_first(folder: Path) -> None:
 
 
 def test_a_run_that_began_with_a_best_policy(folder: Path) -> None:
-    """What is made of it has one policy, which `config=` and `init_from=` start from."""
+    """The compressed folder has one policy, so its config names neither init_from nor `best`."""
     shutil.copytree("dense", "began")
     config = yaml.safe_load(Path("began/config.yaml").read_text())
     config |= {"init_from": "gone", "init_policy": "best"}
@@ -244,7 +246,7 @@ def test_a_run_that_began_with_a_best_policy(folder: Path) -> None:
 
 
 def test_it_is_trained_further(folder: Path) -> None:
-    """As numbers like any others: neither grid nor zeros nor early exit are kept."""
+    """Training from it starts with its weights, but keeps neither grid nor zeros nor early exit."""
     assert spikerl("compress", "run=spiking", "run_dir=base", "bits=4", "episodes=1").status == 0
     more = ["total_steps=60", "steps_per_epoch=60", "actor.hidden_sizes=[12,9]"]
     said = spikerl("train", *SHORT, *more, "init_from=base", "run_dir=on")

@@ -1,4 +1,4 @@
-"""A dense policy as spikes: residuals by hand, thresholds of each neuron, and what is kept."""
+"""A dense policy as spikes: residuals by hand, thresholds of each neuron, and the run folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def residual_if(**changes: Any) -> ResidualIFConfig:
 
 
 def one_neuron(spike_steps: int = 2, **changes: Any) -> SpikingActor:
-    """A neuron whose current is the observation, read out as its rate."""
+    """An actor of one neuron whose current is the observation; its rate is the output."""
     parts: dict[str, Any] = {"encoder": DIRECT, "decoder": LINEAR}
     actor = popsan(1, 1, [1], neuron=residual_if(**changes), spike_steps=spike_steps, **parts)
     fill(actor, {"layers.0.weight_IN": [[1.0]], "layers.0.bias_N": [0.0]})
@@ -50,7 +50,7 @@ def one_neuron(spike_steps: int = 2, **changes: Any) -> SpikingActor:
 
 
 def decisions(actor: SpikingActor, *currents: float) -> list[tuple[float, float]]:
-    """Spikes, and the residual that is left, of decisions one after the other."""
+    """Count of spikes and the carried residual of each of several consecutive decisions."""
     carried, found = Carried(), []
     for x in currents:
         act = reference.decide(actor, torch.tensor([[x]]), None, carried)
@@ -62,19 +62,19 @@ def decisions(actor: SpikingActor, *currents: float) -> list[tuple[float, float]
 
 
 def test_residuals_by_hand() -> None:
-    """Threshold 1, two spike steps, alpha = 1/2. From 1/2:
-    0.75: 1.25 fires, 0.25; 1 does not, as it is not above. From 0.5 to 1: 1/2 of 0.5 is carried on.
-    0.75, from 0.75: 1.5 fires, 0.5; 1.25 fires, 0.25. From 0.75 to 0.25: 1/2 of -0.5.
-    -3, from 0.25: without a spike nothing below the start is carried on, as a ReLU has no less.
-    5, from 0.5: 5.5 and 9.5 fire, 8.5 is left: 1/2 of 8 is cut at half the threshold.
-    -0.5, from 1: 0.5, then 0: no spike.
+    """Threshold 1, two spike steps, alpha = 1/2; voltages start at 1/2 plus the carried residual.
+    Current 0.75: 1.25 fires, 0.25 is left; 1 does not fire (a tie). 1/2 of 1 - 0.5 is carried.
+    0.75 from 0.75: 1.5 fires, 0.5; 1.25 fires, 0.25 is left. 1/2 of 0.25 - 0.75 is carried.
+    -3 from 0.25: without a spike no negative residual is carried, as a ReLU gives no less than 0.
+    5 from 0.5: 5.5 and 9.5 fire, 8.5 is left; 1/2 of 8.5 - 0.5 is clipped to half the threshold.
+    -0.5 from 1: 0.5, then 0, no spike.
     """
     expected = [(1.0, 0.25), (2.0, -0.25), (0.0, 0.0), (2.0, 0.5), (0.0, 0.0)]
     assert decisions(one_neuron(), 0.75, 0.75, -3.0, 5.0, -0.5) == expected
 
 
 def test_residuals_are_of_the_threshold() -> None:
-    """Twice the threshold and the current are twice the residual; alpha = 0 carries nothing."""
+    """Twice the threshold and current give twice the residual; alpha = 0 carries nothing."""
     expected = [(1.0, 0.5), (2.0, -0.5), (0.0, 0.0), (2.0, 1.0)]
     assert decisions(one_neuron(threshold=2.0), 1.5, 1.5, -6.0, 10.0) == expected
     assert decisions(one_neuron(alpha=0.0), 0.75, 0.75) == [(1.0, 0.0), (1.0, 0.0)]
@@ -82,8 +82,8 @@ def test_residuals_are_of_the_threshold() -> None:
 
 
 def test_a_negative_residual_is_no_more_than_what_was_fired() -> None:
-    """Threshold 4: from 2 by 4 to 6, which fires, then from 2 by -9 to -7. That is 9 below the
-    start, of which the one spike took 4; the rest a ReLU would not have given either. 1/4 of 4.
+    """Threshold 4: from 2 by 4 to 6, a spike, then from 2 by -9 to -7, which is 9 below the start.
+    One spike accounts for 4 of them; a ReLU would not give the rest. 1/4 of -4 is carried.
     """
     neuron = one_neuron(alpha=0.25, threshold=4.0).neurons[0]
     assert isinstance(neuron, ResidualIF)
@@ -95,19 +95,21 @@ def test_a_negative_residual_is_no_more_than_what_was_fired() -> None:
 
 
 def test_without_residuals_batches_act_as_ever() -> None:
-    """alpha = 0 is a neuron like others: what every kernel runs is what `decide` does."""
+    """With alpha = 0 there is no carried state, so the batch kernels act as `decide` does."""
     actor = one_neuron(alpha=0.0)
     obs = torch.tensor([[0.75], [0.2], [5.0], [-1.0]])
     assert torch.equal(actor(obs), reference.decide(actor, obs, None, Carried()))
 
 
 def test_thresholds_of_each_neuron() -> None:
-    """Activations (2, 8) and (4, 1): at most 4 and 8; then 4 * 0.25 + 8 and less: at most 9, 3."""
+    """First-layer activations (2, 8) and (4, 1): at most 4 and 8 by neuron, 8 by layer. The second
+    layer's are at most 9.
+    """
     dense = MLPActor(2, 1, MLPConfig(name="mlp", hidden_sizes=[2, 1], lr=1e-3))
     fill(dense, {"layers.0.weight_IN": [[2.0, 0.0], [0.0, 1.0]], "layers.0.bias_N": [0.0, 1.0]})
     fill(dense, {"layers.1.weight_IN": [[0.25], [1.0]], "layers.1.bias_N": [0.5]})
     fill(dense, {"layers.2.weight_IN": [[3.0]], "layers.2.bias_N": [0.125]})
-    obs = torch.tensor([[1.0, 7.0], [2.0, 0.0]])  # second layer: 0.5 + 8 + 0.5 = 9, and 2.5
+    obs = torch.tensor([[1.0, 7.0], [2.0, 0.0]])  # second layer: 0.5 + 8 + 0.5 = 9 and 2.5
     spiking = popsan(2, 1, [2, 1], encoder=DIRECT, decoder=LINEAR, neuron=residual_if())
     assert convert(dense, spiking, obs, 100.0, own=True) == [8.0, 9.0]
     first, second = spiking.layers
@@ -122,7 +124,7 @@ def test_thresholds_of_each_neuron() -> None:
 
 @pytest.fixture
 def dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A dense run of an environment that is there."""
+    """A run with a dense actor."""
     monkeypatch.chdir(tmp_path)
     said = spikerl("train", *SHORT, "actor=mlp", "actor.hidden_sizes=[6]", "run_dir=dense",
                    "total_steps=120", "eval_episodes=0")  # fmt: skip
@@ -131,7 +133,9 @@ def dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_is_compared_and_kept(dense: Path) -> None:
-    """A table of every pair; the best is the run folder, whose return is the table's."""
+    """Every pair is in the table; the run folder has the best, and converting a pair alone gives
+    the table's return.
+    """
     own = ["threshold=neuron", "start=0.5", "episodes=2", "percentile=100"]
     said = spikerl(
         "convert", "run=dense", "run_dir=new", "spike_steps=[2,6]", "alpha=[0,0.3]", *own
@@ -149,7 +153,7 @@ def test_what_is_compared_and_kept(dense: Path) -> None:
     policy = library.load_policy("new")
     neuron = policy.config.neuron
     assert (neuron.alpha, neuron.start) == (best["alpha"], 0.5)  # type: ignore[union-attr]
-    for choice in tried:  # the same again, one by one
+    for choice in tried:  # convert with each pair alone
         more = [f"spike_steps={choice['spike_steps']}", f"alpha={choice['alpha']}"]
         folder = f"run_dir=one_{choice['spike_steps']}_{choice['alpha']}"
         assert spikerl("convert", "run=dense", folder, *more, *own).status == 0
@@ -171,7 +175,7 @@ def test_what_is_compared_and_kept(dense: Path) -> None:
 
 
 def test_defaults_are_the_plain_conversion(dense: Path) -> None:
-    """Of a run that a machine with a GPU trained, with other versions."""
+    """The source run was trained on a GPU and with another version of MuJoCo."""
     for file, old, new in (
         ("config.yaml", "device: cpu", "device: cuda:7"),
         ("policy.json", f'"mujoco": "{versions()["mujoco"]}"', '"mujoco": "9.9.9"'),
@@ -186,7 +190,7 @@ def test_defaults_are_the_plain_conversion(dense: Path) -> None:
     assert policy.trained_with["mujoco"] == "9.9.9"
     manifest = json.loads(Path("new/manifest.json").read_text())
     assert "tried" not in manifest
-    assert manifest["converted_from"] == "dense"  # no path of this machine
+    assert manifest["converted_from"] == "dense"  # no absolute path
     assert "\nrun_dir: new\n" in Path("new/config.yaml").read_text()
     (most,) = manifest["activations_reached"]
     ours, theirs = (p.actor.layers[0].weight_IN for p in (policy, source))
@@ -194,7 +198,7 @@ def test_defaults_are_the_plain_conversion(dense: Path) -> None:
 
 
 def test_a_policy_that_carries_on(tmp_path: Path) -> None:
-    """Decisions depend on those before; whoever does not say which they are is told."""
+    """A decision depends on those before, so calling the policy without `carried` is an error."""
     config = ActorConfig(
         actor=popsan_config([4], 3),
         encoder=DIRECT,
@@ -203,7 +207,7 @@ def test_a_policy_that_carries_on(tmp_path: Path) -> None:
     )
     made = policy_of(config, task())
     with torch.no_grad():
-        # 0.5, 0.95, 1.4 fires, 0.85 and then from there 1.3 fires, 0.75, 1.2 fires.
+        # Voltages 0.5, 0.95, 1.4 (fires), 0.85; next decision: 1.3 (fires), 0.75, 1.2 (fires).
         made.actor.layers[0].weight_IN.zero_()
         made.actor.layers[0].bias_N.fill_(0.45)
     policy = library.load_policy(saved(made, tmp_path / "run"))
@@ -222,7 +226,7 @@ def test_a_policy_that_carries_on(tmp_path: Path) -> None:
 
 
 def test_discrete_actions_that_carry_on(tmp_path: Path) -> None:
-    """Of values 100 and 200 the second is chosen; their tanh is 1 and 1."""
+    """Values 100 and 200 are compared without tanh, which would make both 1."""
     config = ActorConfig(
         actor=popsan_config([4], 3),
         encoder=DIRECT,
@@ -277,7 +281,7 @@ def test_a_sweep_keeps_what_it_makes(dense: Path) -> None:
 
 
 def test_a_run_that_goes_on_meanwhile(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is converted is the policy that was read, and so is the checksum."""
+    """The manifest has the checksum of the policy that was read, although its checkpoint moved."""
     first = dense / "checkpoints/step_0000000000"
     for file in dense.glob("policy.*"):
         file.replace(first / file.name)
@@ -298,7 +302,7 @@ def test_a_run_that_goes_on_meanwhile(dense: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_config_imports_nothing(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The policy's own task is made, whatever module the run's config names."""
+    """The environment is made by the policy's task; the module that the config names is ignored."""
     Path("named_by_a_file.py").write_text("")
     monkeypatch.syspath_prepend(".")
     config = dense / "config.yaml"
@@ -312,7 +316,7 @@ def test_a_config_imports_nothing(dense: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_environment_of_another_policy(dense: Path) -> None:
-    """With the same observations and actions."""
+    """Refused even if it has the same observations and actions."""
     said = spikerl("convert", "run=dense", "run_dir=new", "env_id=InvertedPendulum-v4")
     line = "the policy was trained on InvertedPendulum-v5; give that, or leave it out"
     assert said.line == f"env_id=InvertedPendulum-v4: {line}"

@@ -1,4 +1,4 @@
-"""What `spikerl doctor` says of parts that are there or not, and where its reader goes away."""
+"""What `spikerl doctor` reports of parts that are present or missing, and to a closed pipe."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_cache_without_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_outputs_that_lead_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As a link to a disk that is not mounted: no run folder can be made below it."""
+    """`outputs` may be a link to a disk that is not mounted: no run folder can be made there."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").symlink_to(tmp_path / "disk")
     assert doctor.outputs()[2:] == (False, f"{tmp_path}/outputs cannot be written")
@@ -82,7 +82,7 @@ def test_outputs_that_lead_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_reader_that_goes_away(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
-    """As `head` does; the answer is the same."""
+    """A reader such as `head` closes the pipe early; the exit status is the same."""
     findings = [Finding("output", "outputs/", True, "x" * 100_000)]
     monkeypatch.setattr(doctor, "examine", lambda: iter(findings))
     reader, writer = os.pipe()

@@ -1,4 +1,4 @@
-"""Policies of the public PopSAN code: they act as the equations say; what is foreign is refused.
+"""Policies of the public PopSAN code act as its equations say; other files are refused.
 
 Shape legend   T spike steps, B batch, O observation entries, P neurons of one population.
 """
@@ -38,9 +38,9 @@ PENDULUM = Sizes(3, 1, 4, 3, [8, 7])
 
 
 def random_weights(sizes: Sizes, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A state dict as the public code saves it, with populations that overlap and layers that fire.
+    """A state dict as the public code saves it, with overlapping populations.
 
-    Weights and biases are large enough for every layer to fire, often though not always.
+    Weights and biases are large enough that every layer fires often, though not always.
     """
     draw = np.random.default_rng(seed)
     widths = [sizes.obs * sizes.encoder, *sizes.hidden, sizes.act * sizes.decoder]
@@ -60,8 +60,8 @@ def random_weights(sizes: Sizes, seed: int = 0) -> dict[str, torch.Tensor]:
 def popsan(
     weights: Weights, mean: np.ndarray, var: np.ndarray, obs: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """PopSAN in float64 (arXiv:2010.09635): actions in [-1, 1] and, by row, the smallest distance
-    of any membrane from its threshold.
+    """PopSAN in float64 (arXiv:2010.09635): actions in [-1, 1] and, for each row, the smallest
+    distance of any membrane's voltage from its threshold.
     """
     s = np.clip((obs - mean) / np.sqrt(var + np.finfo(np.float32).eps), -3, 3)[:, :, None]
     drive = np.exp(-0.5 * (s - weights["encoder.mean"]) ** 2 / weights["encoder.std"] ** 2)

@@ -1,4 +1,4 @@
-"""A plan measures the rows of which nothing was run."""
+"""A plan measures the speed of rows that have no runs yet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spikerl.commands.reproduce import cells
 from spikerl.commands.reproduce.measure import measured_seconds_per_step
 from spikerl.reporting.table_file import cell_of, read_table
 
-# A program that notes what is asked for, and reaches 4 steps a second in its last epoch.
+# A program that records its arguments, and makes 4 steps a second in its last epoch.
 PROGRAM = """
 import json, pathlib, sys
 args = dict(arg.split("=", 1) for arg in sys.argv[2:])
@@ -42,7 +42,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_short_run(row: str, asked: list[str]) -> None:
-    """One rollout, or an epoch before updates and two with them."""
+    """A short run is one rollout of PPO, or an epoch before the updates and two with them."""
     cell = cell_of(read_table("popsan_algorithms"), row, "Ant", 0)
     assert cell is not None
     assert measured_seconds_per_step(cell, []) == 0.25
@@ -52,7 +52,7 @@ def test_a_short_run(row: str, asked: list[str]) -> None:
 
 
 def test_a_short_run_on_recorded_data() -> None:
-    """Offline a step is an update, and none is random."""
+    """Offline a step is an update; there are no random steps and no learning_starts."""
     cell = cell_of(read_table("offline_own"), "td3_bc", "HalfCheetah_medium", 0)
     assert cell is not None
     assert measured_seconds_per_step(cell, ["mine"]) == 0.25
@@ -64,7 +64,7 @@ def test_a_short_run_on_recorded_data() -> None:
 
 
 def test_a_plan_measures_each_row_once() -> None:
-    """4 steps a second: 1000 steps are 250 s, and 3 runs of them, two at a time, 375 s."""
+    """At 4 steps a second a run of 1000 steps takes 250 s, and 3 runs, two at a time, 375 s."""
     request = ["table=popsan_table1", "rows=popsan_td3", "columns=Ant", "seeds=3", "jobs=2"]
     said = spikerl("reproduce", *request, "total_steps=1000", "plan=true")
     assert said.out.splitlines() == [

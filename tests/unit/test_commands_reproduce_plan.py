@@ -1,4 +1,4 @@
-"""What `spikerl reproduce` says beforehand and meanwhile: plans, time left, the screen."""
+"""What `spikerl reproduce` prints before and during its runs: plans, time left, the screen."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def state(word: str, step: int, wall_s: float | None) -> State:
 
 
 def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of one run took 2 hours for 200 of 1000 steps: 8 hours to go, 10 for the other, which is
-    how long both take side by side.
+    """One run took 2 hours for 200 of its 1000 steps: 8 hours to go. The other run takes 10, and so
+    do both side by side.
     """
     monkeypatch.chdir(tmp_path)
     place = Path("outputs/reproduced/popsan_table1/popsan_td3/Ant")
@@ -56,7 +56,7 @@ def test_a_plan_says_what_conversions_lack(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_short_run_ends_with_who_asked(tmp_path: Path) -> None:
-    """A plan that is stopped leaves no training behind."""
+    """A plan that is stopped ends the training that it started."""
     main, place = threading.main_thread().ident, tmp_path / "pid"
     assert main
     sleeps = f"import os, time; open({str(place)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
@@ -88,13 +88,13 @@ def test_a_screen() -> None:
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     assert "row/column/seed1" in shown
     assert "##########.........." in shown
-    # 80 s for the 150 steps of this row: 26.7 s for 50 more, of one run, which no other shortens.
+    # This row took 80 s for 150 steps: 26.7 s for the 50 that are left of one run.
     assert "3 cells: 1 running, 1 failed, 1 done; time left: 27 s" in shown
     assert shown.index("row/column/seed1") < shown.index("other/column") < shown.index("seed0 ")
 
 
 def test_time_left() -> None:
-    """From the cell's row, else from all rows: 0.6 s a step, of which 50 and 100 are to go."""
+    """The speed is that of the cell's row, else of all rows: 0.6 s a step; 50 and 100 are left."""
     cells = [Cell(row, "column", 0, Path(row), "train", (), 1) for row in ("a", "b")]
     states = {cells[0]: state("running", 50, 30.0), cells[1]: state("waiting", 0, None)}
     assert cell_left_s(states, cells[0], {}) == 30.0
@@ -107,7 +107,7 @@ def test_time_left() -> None:
 
 
 def test_the_own_column_tells_the_time_left() -> None:
-    """1 s a step there; the row's two runs took 2 s a step together."""
+    """The run in the same column took 1 s a step; the row's two runs together took 2 s a step."""
     named = [("x", 0), ("y", 0), ("x", 1)]
     cells = [Cell("a", column, seed, Path(f"{column}{seed}"), "train", (), 1)
              for column, seed in named]  # fmt: skip

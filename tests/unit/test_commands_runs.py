@@ -1,4 +1,4 @@
-"""`spikerl runs` lists what there is, and frees what finished runs need no more."""
+"""`spikerl runs` lists runs, and frees the replays that finished runs no longer need."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def row(step: int, ret: float | None, joules: float | None) -> dict[str, Any]:
 
 
 def make(name: str, status: str, rows: list[dict[str, Any]], *, kept: int = 0) -> Path:
-    """A run folder as far as the list reads it, with `kept` bytes that can be freed."""
+    """A run folder with the files that the list reads, and `kept` bytes that can be freed."""
     folder = Path(name)
     (folder / "checkpoints/step_0000000001").mkdir(parents=True)
     (folder / "checkpoints/step_0000000001/manifest.json").write_text('{"schema": 3}')
@@ -132,7 +132,7 @@ def test_the_table() -> None:
     assert cells[7] == "3 h"
     *_, count, note = said.out.splitlines()
     assert count.startswith("4 runs, ")
-    assert note == "note: outputs/other has no readable manifest.json"  # below which none is sought
+    assert note == "note: outputs/other has no readable manifest.json"  # nothing below it is listed
 
 
 def test_a_damaged_record_is_named() -> None:
@@ -144,7 +144,7 @@ def test_a_damaged_record_is_named() -> None:
 
 
 def test_a_line_without_an_end_is_not_there_yet() -> None:
-    """A run was killed as it wrote one, or is writing it."""
+    """A run that was killed while writing a line, or is writing it, leaves a part of it."""
     some_runs()
     with Path("outputs/Ant/td3/a/metrics.jsonl").open("a") as f:
         f.write('{"epoch": 3, "st')
@@ -167,7 +167,7 @@ def test_a_damaged_manifest_is_named() -> None:
 
 
 def test_a_run_that_goes_away_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one that a sweep or `reproduce` moves: the others are listed."""
+    """A sweep or `reproduce` may move a run while it is read: the others are listed."""
     make("outputs/a", "done", [row(100, 5.0, 2.0)])
     make("outputs/b", "done", [])
 
@@ -219,7 +219,7 @@ def test_cleaning() -> None:
 
 @pytest.mark.parametrize("reason", ["link", "held", "no policy", "damaged", "damaged best"])
 def test_what_is_not_cleaned(reason: str, here: Path) -> None:
-    """Nothing outside a run is removed, nothing of a run that is held, no last policy."""
+    """A replay is kept if it is a link, the run is locked, or a policy is missing or damaged."""
     folder = make("outputs/a", "done", [row(100, 5.0, 2.0)], kept=10)
     held = (folder / ".lock").open("w")
     if reason == "link":
@@ -266,7 +266,7 @@ def test_a_run_that_keeps_no_replay() -> None:
 
 
 def test_a_finished_run_that_is_to_keep_no_replay() -> None:
-    """A resume that has nothing to do says what removes it."""
+    """A resume that has nothing to do prints the command that removes the replay."""
     assert spikerl("train", *SHORT, "run_dir=outputs/a").status == 0
     done = "outputs/a is done at step 300; a larger total_steps trains it further"
     assert spikerl("train", "resume=outputs/a").out == f"{done}\n"
@@ -279,7 +279,7 @@ def test_a_finished_run_that_is_to_keep_no_replay() -> None:
 
 
 def test_a_replay_that_cannot_be_removed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run is done all the same."""
+    """The run is done nevertheless, and a note says why the replay is still there."""
 
     def busy(folder: Path) -> int:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))

@@ -1,4 +1,4 @@
-"""A run of several machines that lost a worker, or is resumed by all of them."""
+"""A run of several machines that lost a worker, or that all machines resume at once."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def lost(text: str) -> WorkerLost:
 
 
 def error_of(run: Path, *told: str) -> str:
-    """What is left when each machine has told its cause, in this order."""
-    (run / "error.txt").write_text(TRACE)  # worker 0's own
+    """The text of error.txt after the machines have recorded their causes in this order."""
+    (run / "error.txt").write_text(TRACE)  # written by worker 0
     for text in told:
         assert record_lost_worker(lost(text), str(run)) == 1
     return (run / "error.txt").read_text()
@@ -53,7 +53,7 @@ def test_worker_0_of_another_machine_still_holds_the_folder(tmp_path: Path) -> N
 
 
 def test_machines_that_resume_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the first one looks whether somebody runs it."""
+    """The run is locked, as while machine 0 checks it; only machine 0 refuses then."""
     monkeypatch.chdir(tmp_path)
     assert spikerl("train", *SHORT, "num_envs=2", "total_steps=2", "run_dir=run").status == 0
     nodes = ["world_size=2", "nnodes=2", "rdzv=127.0.0.1:29500"]
@@ -64,7 +64,7 @@ def test_machines_that_resume_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_belongs_to_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun repeats the command of a new run, which is then refused or begins another one."""
+    """max_restarts is refused under torchrun, which would repeat the command of a new run."""
     given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)

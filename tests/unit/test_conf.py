@@ -1,4 +1,4 @@
-"""What is composed: defaults, experiments, a config file's way there and back, help, completion."""
+"""Composed configs: defaults, experiments, configs saved and read again, help, completion."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from spikerl.config.yaml_file import NOT_CARRIED, conf_folder, group_options
 from spikerl.errors import BadRequest
 
 GROUPS = sorted(folder.name for folder in conf_folder().iterdir() if folder.is_dir())
-# What an option needs beside it.
+# Other keys that an option needs.
 NEEDS = {"env=gym": ["env.id=MountainCarContinuous-v0"], "energy=replay": ["energy.file=t.csv"],
          **{f"algo={name}": ["dataset=d"] for name in ("bc", "td3_bc", "iql", "bcq")},
          "algo=decision_transformer": ["actor=spikeformer", "dataset=d"],
          **{f"actor={name}": ["algo=decision_transformer", "dataset=d"]
             for name in ("spikeformer", "transformer")}}  # fmt: skip
-# What only some machines can run; it composes on all.
+# Options that only some machines can run; they compose on all.
 ELSEWHERE = ("kernel=triton", "backend=nccl", "precision=fp16", "energy=zeus", "energy=replay")
-# `base` is what config files share, a table is a group of `reproduce`.
+# Groups without options of `train`: `base` is shared by config files, `table` is of `reproduce`.
 OTHERS = ("base", "experiment", "table")
 OPTIONS = [f"{g}={o}" for g in GROUPS for o in group_options(g) if g not in OTHERS]
-# Of the tasks, whose files have the same keys, those with values of their own.
+# All options; of the tasks, whose files have the same keys, only some that differ.
 THERE_AND_BACK = [
     option for option in OPTIONS
     if not option.startswith("env=") or option in ("env=gym", "env=Ant", "env=ALE/Pong_pixels")
@@ -84,7 +84,7 @@ def saved(folder: Path, config: dict[str, Any]) -> str:
 def test_default_is_popsan() -> None:
     published = composed("experiment=popsan/td3")
     ours = composed()
-    assert ours.pop("num_envs") is None  # one per worker, and one worker
+    assert ours.pop("num_envs") is None  # null: one per worker
     assert published.pop("num_envs") == 1
     assert ours["env"].pop("action_bounds") == "each"
     assert published["env"].pop("action_bounds") == "first"
@@ -147,7 +147,7 @@ def test_typed_wins_over_config(tmp_path: Path) -> None:
 
 
 def test_where_a_run_was_kept_is_not_carried(tmp_path: Path) -> None:
-    """Nor which machine of how many this was."""
+    """A config file's paths of its run, nnodes and node_rank do not carry over to a new run."""
     old = dict.fromkeys(NOT_CARRIED, "old")
     new = composed(saved(tmp_path, {**composed(), **old}))
     assert {key: new[key] for key in old} == {**dict.fromkeys(old), "nnodes": 1}
@@ -170,7 +170,7 @@ def test_out_of_range(default: DictConfig, key: str, value: str) -> None:
 
 
 def shell(*args: str, **environment: str) -> str:
-    """What the program prints, run as a shell runs it; it must not have imported torch."""
+    """The output of the program in its own process, which must not import torch."""
     code = (
         "import sys; from spikerl.cli import main as cli; status = cli.run(sys.argv[1:]);"
         " assert 'torch' not in sys.modules, 'torch'; sys.exit(status)"
@@ -192,7 +192,7 @@ def test_help() -> None:
     text = shell("train", "--help")
     for group in GROUPS:
         shown = f"\n{group}: " in text or f"\n{group}/" in text
-        # Which only files share, and which `reproduce` alone reads.
+        # `base` is shared by config files, `table` is read by `reproduce` alone.
         assert shown == (group not in ("base", "table")), group
     assert "InvertedDoublePendulum" in text
     assert "steps_per_epoch: 10000" in text

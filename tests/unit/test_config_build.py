@@ -1,4 +1,4 @@
-"""Every number of a config has its bounds; what is built is what was asked for."""
+"""Every number of a config has bounds; the built config has the requested values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from spikerl.snn.encoders import ENCODERS
 from spikerl.snn.neurons import NEURONS
 
 TINY = 1e-300
-# For each number: values just inside its bounds, and just outside.
+# For each number: values just inside its bounds, and values just outside.
 BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "seed": ([0, 2**63 - 1], [-1, 2**63]),
     "total_steps": ([1], [0, -5]),
@@ -71,7 +71,7 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "neuron.adaptation": ([0.0], [-TINY]),
     "neuron.adaptation_decay": ([0.0, 1.0], [-TINY, 1.0000001]),
     "neuron.start": ([0.0, 1.0], [-TINY, 1.0000001]),
-    "neuron.alpha": ([0.0], [-TINY, 1.0000001]),  # a converted policy's may be above 0
+    "neuron.alpha": ([0.0], [-TINY, 1.0000001]),  # above 0 only in converted policies
     "neuron.theta_v": ([-1.0, 0.0], [math.nan]),
     "neuron.theta_u": ([-1.0, 0.0], [math.nan]),
     "neuron.theta_r": ([-1.0, 0.0], [math.nan]),
@@ -146,7 +146,7 @@ BOUNDS: dict[str, tuple[list[Any], list[Any]]] = {
     "actor.timesteps": ([1, 1_000_000], [0, 1_000_001]),
     "actor.dropout": ([0.0, 0.9999999], [-TINY, 1.0]),
 }
-# What a number needs beside it.
+# Other values that a number needs.
 NEEDS: dict[str, dict[str, Any]] = {
     "neuron.surrogate_slope_end": {"neuron__surrogate": "atan"},
     "algo.target_entropy": {"algo__learn_temperature": True},
@@ -165,7 +165,7 @@ SCHEMAS: dict[str, list[type[Any]]] = {
 
 
 def changed(data: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """`data` with values at keys that have __ for a dot."""
+    """A copy of `data` with these values; in the names of keys __ stands for a dot."""
     data = copy.deepcopy(data)
     for key, value in values.items():
         *groups, last = key.split("__")
@@ -201,7 +201,7 @@ def composed(*typed: str) -> dict[str, Any]:
 
 
 def with_number(default: dict[str, Any], key: str) -> dict[str, Any]:
-    """The default config, or where it has no such number, with an option that does."""
+    """The default config, or if it lacks the number `key`, one with an option that has it."""
     group, _, name = key.rpartition(".")
     options = OPTIONS.get(group, {})
     if group == "" or group == "env" or name in numbers(options[default[group]["name"]]):
@@ -276,7 +276,7 @@ def test_training_gets_what_was_asked_for(default: dict[str, Any]) -> None:
 
 
 def test_a_config_from_before_a_key_was_there(default: dict[str, Any]) -> None:
-    """Of a dense run, which `convert` reads as it is."""
+    """`convert` reads configs of dense runs from before algo.critic_warmup existed."""
     actor = {"name": "mlp", "hidden_sizes": [4], "lr": 1e-3}
     algo = {key: value for key, value in default["algo"].items() if key != "critic_warmup"}
     config = build(changed(default, actor=actor, algo=algo))
@@ -285,7 +285,7 @@ def test_a_config_from_before_a_key_was_there(default: dict[str, Any]) -> None:
 
 
 def test_threads(default: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for small batches where updates are the library's calls, else a share of the cores."""
+    """One thread for small batches if the C++ library updates, else a share of the cores."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(machine, "cores", lambda: 6)
 

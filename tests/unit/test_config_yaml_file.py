@@ -1,4 +1,4 @@
-"""Config files of others: what they may not lead to."""
+"""Config files, which may come from others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_config_leads_nowhere_else(key: str, path: str, tmp_path: Path) -> Non
 def test_a_runs_config_composes_as_the_run_did(
     typed: list[str], key: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where keys were added to an option's own, or taken from them."""
+    """Keys that were added to an option's own, or removed from them, are kept."""
     monkeypatch.chdir(tmp_path)
     printed = spikerl("train", *typed, "--cfg", "job").out
     Path("c.yaml").write_text(printed)

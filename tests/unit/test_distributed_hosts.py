@@ -1,4 +1,4 @@
-"""What srun says to a process, and how machines reach each other."""
+"""What srun tells a process in its environment, and how machines reach each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spikerl.errors import BY_DESIGN, RendezvousFailed
 from spikerl.machine import cores
 from spikerl.training.start import own_device
 
-# Task 4 of 5, the second on the second of two nodes, as srun of Slurm 22.05 says it.
+# The environment of task 4 of 5, the second one on the second of two nodes, as in Slurm 22.05.
 STEP = {
     "SLURM_JOB_ID": "407",
     "SLURM_STEP_ID": "2",
@@ -38,7 +38,7 @@ RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "
 
 @pytest.fixture
 def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """To which no launcher has spoken."""
+    """An environment without variables of a launcher."""
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
     return os.environ  # type: ignore[return-value]
 
@@ -59,7 +59,7 @@ def test_a_task_of_a_step(environ: dict[str, str]) -> None:
 
 
 def test_workers_that_do_not_meet(environ: dict[str, str]) -> None:
-    """One line, as is the program's for what is no fault of its code."""
+    """The error is one line without a traceback."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = str(taken.getsockname()[1])
@@ -78,7 +78,7 @@ def test_an_address_that_the_user_gave_stays(environ: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("tasks", ["1", None])
 def test_no_rank(environ: dict[str, str], tasks: str | None) -> None:
-    """A step of one task, as submitit's jobs are, and a batch script, which is not a step."""
+    """No rank in a step of one task, as in submitit's jobs, nor in a batch script (no step)."""
     environ |= STEP | ({"SLURM_STEP_NUM_TASKS": tasks} if tasks else {})
     if tasks is None:
         del environ["SLURM_STEP_NUM_TASKS"]
@@ -111,7 +111,7 @@ def test_tasks_per_node() -> None:
 
 
 def test_own_cores_and_gpus(environ: dict[str, str]) -> None:
-    environ["SLURM_CPUS_ON_NODE"] = str(cores() + 1)  # of which this process sees some
+    environ["SLURM_CPUS_ON_NODE"] = str(cores() + 1)  # more than this process may use
     assert not hosts.has_own("cores")
     environ |= STEP | {"SLURM_CPUS_ON_NODE": str(cores())}
     assert not hosts.has_own("cores")
@@ -124,7 +124,7 @@ def test_own_cores_and_gpus(environ: dict[str, str]) -> None:
 def test_workers_of_torchrun_in_a_task_share_its_cores_and_gpus(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """srun torchrun, one task on each of two machines, four workers in each task."""
+    """`srun torchrun` with one task on each of two machines and four workers in each task."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     cores_here = {"SLURM_CPUS_ON_NODE": "4096", "SLURM_GPUS_PER_TASK": "2"}
     environ |= STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", **cores_here}
@@ -137,7 +137,7 @@ def test_workers_of_torchrun_in_a_task_share_its_cores_and_gpus(
 def test_a_device_for_each_worker_of_a_machine(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of this machine alone: the others have devices of their own."""
+    """nccl is chosen if this machine has a GPU for each of its own workers."""
     seen = 4
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
 
@@ -156,7 +156,7 @@ def test_a_device_for_each_worker_of_a_machine(
 def test_a_worker_alone_has_the_device_that_was_asked_for(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that a launcher started; several take the devices in turn."""
+    """Under a launcher, too; several workers take the devices in turn."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     environ |= dict(zip(RANK, ["0", "1", "0", "1", "127.0.0.1", "29500"], strict=True))

@@ -1,4 +1,4 @@
-"""How a machine's workers start, who hears a signal while they run, which failure is named."""
+"""How a machine's workers start, who gets a signal while they run, which failure is reported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from spikerl.runs.folder import update_manifest
 def test_a_signal_is_passed_on_only_to_workers_that_end_by_it(
     monkeypatch: pytest.MonkeyPatch, stoppable: bool
 ) -> None:
-    """Others are killed as the program ends, by its own answer to a Ctrl-C."""
+    """For workers that are not stoppable the signal handler stays as it is."""
     heard: list[Any] = []
 
     def run(shared_dir: Path, workers: launch.Workers) -> dict[int, int]:
@@ -65,7 +65,7 @@ sys.exit(run_worker(shared_dir, watched(shared_dir), lambda spec: 0))
 
 
 def test_mpiexec_with_one_worker(tmp_path: Path) -> None:
-    """As with max_restarts; it has no rank, as it is no worker among others."""
+    """As with max_restarts. The worker has no rank, since it is the only one."""
     start = mpi.mpiexec(1)
     assert start
     (tmp_path / "spec.json").write_text(json.dumps({launch.THREADS: None}))
@@ -78,7 +78,7 @@ def test_mpiexec_with_one_worker(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("ended.*"))
 
 
-# What Slurm says in a job of two machines.
+# Environment variables of Slurm in a job on two machines.
 JOB = {
     "SLURM_JOB_ID": "7",
     "SLURM_JOB_NODELIST": "node[1-2]",
@@ -96,7 +96,7 @@ def test_mpiexec_starts_workers_on_this_machine_also_in_a_job_of_several() -> No
         [*start, sys.executable, "-c", "import os; print(os.environ['PMI_RANK'])"],
         env={**os.environ, **JOB}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    # mpiexec may pass a digit on before the end of its line.
+    # mpiexec may forward a worker's digit before its newline, so lines may be mixed.
     assert sorted("".join(ended.stdout.split())) == ["0", "1"], ended.stderr
 
 
@@ -119,7 +119,7 @@ def test_lines_that_look_like_mpiexecs_last_words(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """They hide what follows only once a worker has failed."""
+    """After such lines the output is dropped only if a worker has failed."""
     monkeypatch.setattr(mpi, "mpiexec", lambda workers: ["sh", "-c", says, str(tmp_path)])
     monkeypatch.setattr(launch, "end_all_with_one", lambda *_: None)
     workers = launch.Workers(size=2, threads=1, backend="mpi", timeout_s=5)
@@ -143,7 +143,7 @@ def test_an_mpiexec_that_fails_is_heard(
 
 @pytest.fixture
 def machines() -> list[launch.Workers]:
-    """Two of one worker each, which can meet at a free port."""
+    """Two machines with one worker each, and a free port to meet at."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     first = launch.Workers(size=2, threads=1, backend="gloo", timeout_s=30, nnodes=2, port=port)
@@ -175,7 +175,7 @@ def test_a_signal_that_came_before_the_wait(machines: list[launch.Workers], tmp_
 def test_machines_that_meet_and_one_that_does_not_come(
     machines: list[launch.Workers], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "handled", lambda *_: nullcontext())  # threads cannot
+    monkeypatch.setattr(launch, "handled", lambda *_: nullcontext())  # threads cannot set handlers
     with ThreadPoolExecutor(2) as pool:
         met = list(pool.map(lambda machine: launch.meet(tmp_path, machine), machines))
     assert all(store.check(["0", "1"]) for store in met)
@@ -192,7 +192,7 @@ MEETING = ["nnodes=2", "world_size=2", "node_rank=0"]
 def test_machines_that_do_not_meet_have_lost_no_worker(
     machines: list[launch.Workers], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """They start no others at the next port, where machines that come later are not."""
+    """No restart at the next port follows, as late machines would still try the first port."""
     monkeypatch.chdir(tmp_path)
     ports = []
 
@@ -212,7 +212,7 @@ def test_machines_that_do_not_meet_have_lost_no_worker(
 def test_a_resume_whose_workers_do_not_meet_changes_nothing(
     where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Unless they had met before they were started again."""
+    """It does change the run if the workers had met before and were restarted."""
     monkeypatch.chdir(tmp_path)
     assert spikerl("train", *SHORT, "num_envs=2", "total_steps=2", "run_dir=run").status == 0
     update_manifest(Path("run"), status="preempted")

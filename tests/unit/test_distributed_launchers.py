@@ -1,4 +1,4 @@
-"""A launcher is believed when it is whole and consistent; else a line names what is not."""
+"""A launcher's variables count if they are complete and consistent; else one line says why not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEP = {
 
 @pytest.fixture
 def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """To which no launcher has spoken."""
+    """An environment without variables of a launcher."""
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
     return os.environ  # type: ignore[return-value]
 
@@ -57,7 +57,7 @@ def test_what_is_ignored(
     environ |= given
     assert not launchers.ranked()
     assert capsys.readouterr().err == f"spikerl: {line}\n"
-    assert not launchers.ranked()  # which is said once
+    assert not launchers.ranked()  # the line is printed once
     assert capsys.readouterr().err == ""
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & environ.keys()
 
@@ -90,11 +90,11 @@ def test_what_contradicts_itself(given: dict[str, str], line: str, environ: dict
 def test_an_mpi_of_one_process_is_no_launcher(
     environ: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As in an interactive srun, whose shell starts workers of its own."""
+    """An interactive srun sets such variables, but workers are started from its shell."""
     environ |= {"PMI_RANK": "0", "PMI_SIZE": "1", "MPI_LOCALRANKID": "0"}
     assert not launchers.ranked()
     assert launchers.mpi_set() is None
-    # A worker that the elastic agent started there.
+    # A worker that torch's elastic agent started there.
     environ |= {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **MEETING}
     assert launchers.ranked()
     assert resolve_backend(BackendConfig(name="auto"), "cpu", 2).choice == "gloo"

@@ -31,7 +31,7 @@ from spikerl.schema import parse
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 RESULTS = ROOT / "outputs" / "reproduced"
-# Of the cards that a table's rendering writes for its policies, the first.
+# The first of the cards that rendering a table writes for its policies.
 CARDS = [card for t in RESULTS.iterdir() for card in sorted(t.rglob("POLICY.md"))[:1]]
 OTHERS = [*RESULTS.glob("*/*.md"), *CARDS, *(ROOT / "tests").rglob("*.md")]
 PAGES = [ROOT / "README.md", *DOCS, *sorted(OTHERS)]
@@ -39,7 +39,7 @@ WIDTH = 100
 
 
 def validate(data: dict[Any, Any]) -> None:
-    """What `build` refuses of a run's config on any machine."""
+    """The checks of `build` that do not depend on the machine; raises if one fails."""
     known = {f.name for f in fields(RunConfig)}
     parse(RunConfig, {key: value for key, value in data.items() if key in known})
     parse(EnvConfig, data["env"], key="env")
@@ -50,7 +50,7 @@ def validate(data: dict[Any, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that `resume=` and `config=` accept."""
+    """A run folder that `resume=` and `config=` accept."""
     folder = tmp_path_factory.mktemp("run")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
@@ -61,13 +61,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(words: list[str], run: Path) -> None:
-    """Compose what a command composes; raises where it is refused."""
+    """Compose the configs of a command; raises if it is refused."""
     command, *args = words
     assert command in commands(), f"{command} is not a command"
     args = [re.sub(r"^resume=.*", f"resume={run}", arg) for arg in args]
     args = [re.sub(r"^config=.*", f"config={run}/config.yaml", arg) for arg in args]
     overrides, _ = split(expand(command, args))
-    # optuna, which cluster.md tells how to install, is not among what the tests need.
+    # The tests do not need optuna, which cluster.md tells how to install.
     overrides = [arg for arg in overrides if not re.match(r"hydra[/.]sweeper", arg)]
     for job in jobs(overrides):
         check_job(command, job, bool(overrides))
@@ -75,7 +75,7 @@ def check(words: list[str], run: Path) -> None:
 
 @cache
 def check_job(command: str, job: tuple[str, ...], complete: bool) -> None:
-    """`complete`: every key that has no default has been given."""
+    """Check one job; with `complete`, every key without a default must have been given."""
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = compose(command, list(job))
     data = OmegaConf.to_container(config, resolve=True, throw_on_missing=complete)
@@ -90,7 +90,7 @@ def test_commands_are_accepted(page: Path, run: Path) -> None:
     refused = []
     for command in dict.fromkeys(commands_in(page.read_text(encoding="utf-8"))):
         if "plugins=" in command:
-            continue  # test_extending.py runs it with the package that it needs
+            continue  # test_extending.py runs it with its plugin
         for words in variants(command):
             try:
                 check(words, run)
@@ -114,7 +114,7 @@ def test_named_files_are_there(page: Path) -> None:
 
 
 def names_file(span: str) -> bool:
-    """Whether it is written as the name of a source, test or script of this repository."""
+    """Whether `span` is written as the name of a source, test or script of this repository."""
     first, slash, _ = span.partition("/")
     ours = first in ("tests", "spikerl", "conf") or (ROOT / "spikerl" / first).is_dir()
     source = re.search(r"\.(py|cpp|h|yaml)$", span) and (ours or first.startswith("test_"))
@@ -122,7 +122,7 @@ def names_file(span: str) -> bool:
 
 
 def places(name: str) -> list[Path]:
-    """Where a file is that is named from the root, from spikerl/, or alone if it is a test."""
+    """Paths of a file named relative to the root or spikerl/, or by name alone if it is a test."""
     if name.startswith("test_"):
         return list((ROOT / "tests").rglob(name))
     return [path for path in (ROOT / name, ROOT / "spikerl" / name) if path.exists()]

@@ -1,4 +1,4 @@
-"""Joules: what is measured, what is missing and why, and the sums that are made of them."""
+"""Joules: what is measured, what is missing and why, and the sums."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ NO_GPU = "no NVIDIA GPU is visible"
 
 @pytest.fixture(autouse=True)
 def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No counter but those that a test brings, whatever this machine has."""
+    """Hide this machine's energy counters, so that only a test's own are found."""
     monkeypatch.setattr(counters, "RAPL_FOLDERS", [tmp_path / "no-rapl"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("platform.node", lambda: "n1")
@@ -173,7 +173,7 @@ print(json.dumps([meter.source, readings[0].joules, still]))
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """What a process prints that has no counter, then the real Zeus over a made-up RAPL."""
+    """The output of a process without a counter, then with the real Zeus on a made-up RAPL."""
     folder = make_rapl(tmp_path_factory.mktemp("real") / "intel-rapl")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", PROGRAM, str(folder)]
@@ -191,7 +191,7 @@ def test_without_counters_nothing_is_imported_and_it_is_quick(printed: tuple[Any
 
 
 def test_the_real_zeus_reads_a_made_up_rapl_silently(printed: tuple[Any, Any]) -> None:
-    """By package and memory, each microjoule; nothing else on stdout or stderr."""
+    """Joules of packages and memory are exact; Zeus prints nothing."""
     source, joules, still = printed[1]
     assert source == "zeus:rapl"
     names = {name.replace(os.uname().nodename, "n1"): j for name, j in joules.items()}
@@ -203,7 +203,7 @@ def test_the_real_zeus_reads_a_made_up_rapl_silently(printed: tuple[Any, Any]) -
 
 
 def test_packages_are_counted_as_zeus_counts_zones(zeus: FakeZeus, rapl: Path) -> None:
-    """psys contains the packages; zone 10 comes third, after zone 2."""
+    """psys is left out, as it contains the packages; zone 10 comes after zone 2."""
     clock = Clock()
     assert resolve(AUTO, device=CPU) == Resolved("zeus:rapl", NO_GPU)
     assert zeus.calls == []
@@ -271,7 +271,7 @@ def test_what_cannot_be_an_energy_is_missing(zeus: FakeZeus, rapl: Path, wrong: 
 def test_a_counter_that_wrapped_before_its_window_is_not_believed(
     zeus: FakeZeus, rapl: Path
 ) -> None:
-    """Zeus noticed late: 120 J in 2 s, and the counter's whole range. 1000 W are believed."""
+    """Zeus adds the counter's whole range to 120 J in 2 s; 1000 W are accepted."""
     clock = Clock()
     most = {"cpu": {1: 2000.0, 2: 120.0}, "dram": {1: 9.0}}
     zeus.energies |= most
@@ -285,11 +285,11 @@ def test_a_counter_that_wrapped_before_its_window_is_not_believed(
 
 
 def test_memory_that_works_is_known_before_the_first_window(zeus: FakeZeus, rapl: Path) -> None:
-    """A run that was stopped amid an evaluation goes on with a window of training of no length:
-    what it had spent until then, memory included, is not lost with that.
+    """A run that was stopped during an evaluation goes on with an almost empty window of training:
+    the joules spent before, those of memory included, must not get lost in the sum.
     """
     clock = Clock()
-    zeus.energies |= {"cpu": {1: 0.25, 2: 0.25}, "dram": {1: 0.125}}  # while Zeus is tried
+    zeus.energies |= {"cpu": {1: 0.25, 2: 0.25}, "dram": {1: 0.125}}  # counted in the trial window
     meter = open_meter(AUTO, device=CPU, local_rank=0, clock=clock)
     zeus.energies |= {"cpu": {1: 0.0, 2: 0.0}, "dram": {1: 0.0}}
     spent = Reading(60.0, {"cpu:n1:0": 30.0, "cpu:n1:1-die-0": 20.0, "dram:n1:0": 4.0}, {})
@@ -298,7 +298,9 @@ def test_memory_that_works_is_known_before_the_first_window(zeus: FakeZeus, rapl
 
 
 def test_memory_is_demanded_once_it_has_counted(zeus: FakeZeus, rapl: Path) -> None:
-    """Some machines have a memory zone that stays at 0: it must not spoil the packages' sum."""
+    """Memory at 0 J is missing only if it has counted before: on some machines it stays at 0, which
+    must not make the packages' sum null.
+    """
     clock = Clock()
     meter = open_meter(AUTO, device=CPU, local_rank=0, clock=clock)
     zeus.energies |= {"cpu": {1: 1.0, 2: 1.0}, "dram": {1: 0.0}}
@@ -358,7 +360,7 @@ def test_zeus_that_does_not_start(zeus: FakeZeus, rapl: Path, moment: str) -> No
 def test_a_worker_reads_its_own_gpu_and_waits_for_it(
     zeus: FakeZeus, nvml: FakeNVML, monkeypatch: pytest.MonkeyPatch, visible: str | None
 ) -> None:
-    """torch's cuda:1 is NVML's index 2; CUDA_VISIBLE_DEVICES, which Zeus misreads, is as before."""
+    """torch's cuda:1 is NVML's index 2; CUDA_VISIBLE_DEVICES, which Zeus misreads, is restored."""
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     clock = Clock()
@@ -405,13 +407,13 @@ def test_gpu_and_packages_fail_separately(zeus: FakeZeus, nvml: FakeNVML, rapl: 
 def test_windows_too_short_for_their_counter_say_so(
     zeus: FakeZeus, nvml: FakeNVML, rapl: Path
 ) -> None:
-    """A GPU's counter needs a second, a package's a twentieth; each is said once."""
+    """A GPU's counter needs windows of 1 s, a package's 0.05 s; each caveat is noted once."""
     clock, waited = Clock(), list[float]()
     meter = open_meter(AUTO, device=CUDA, local_rank=0, clock=clock)
     zeus.energies |= {"gpu": {2: 100.0}, "cpu": {1: 10.0, 2: 20.0}}
     window(meter, clock, 1.0)
     assert meter.caveats == []
-    assert window(meter, clock, 0.875).joules[f"gpu:{UUID}"] == 100.0  # measured, but rough
+    assert window(meter, clock, 0.875).joules[f"gpu:{UUID}"] == 100.0  # reported, though imprecise
     (said,) = meter.caveats
     assert said.startswith("a window of less than 1 s is short for this machine's gpu counters")
     window(meter, clock, 0.03125)

@@ -55,8 +55,8 @@ def test_merge_takes_each_device_once_from_the_first_rank_that_has_it() -> None:
 
 
 def test_power_is_the_sum_of_every_devices_own() -> None:
-    """10 J in 2 s and 30 J in 3 s are 15 W, whatever the longest window is; 4 and 6 J later: 14 /
-    4 and 36 / 4.
+    """10 J in 2 s and 30 J in 3 s are 5 + 10 W: each device has its own time. With 4 J in 2 s and
+    6 J in 1 s more: 14 / 4 + 36 / 4.
     """
     first = merge([Reading(2.0, {"gpu:a": 10.0}, {}), Reading(3.0, {"gpu:b": 30.0}, {})])
     second = merge([Reading(2.0, {"gpu:a": 4.0}, {}), Reading(1.0, {"gpu:b": 6.0}, {})])
@@ -72,7 +72,7 @@ def test_power_is_the_sum_of_every_devices_own() -> None:
 
 
 class Ticking:
-    """A counter that moves once a second, by 100 J."""
+    """A counter that advances by 100 J once a second."""
 
     least_s = tick_s = 1.0
     most_w = math.inf
@@ -94,7 +94,7 @@ class Ticking:
 @pytest.mark.parametrize(
     ("train_s", "eval_s", "energy_j", "train_j", "eval_j"),
     [
-        (3.5, 0.25, 300.0, 300.0, None),  # the evaluation ends before the counter moves
+        (3.5, 0.25, 300.0, 300.0, None),  # the counter does not move in the evaluation
         (0.25, 3.5, 300.0, None, 300.0),
         (0.25, 0.25, None, None, None),
         (0.75, 0.75, 100.0, None, 100.0),
@@ -104,7 +104,7 @@ def test_a_window_too_short_for_its_counter(
     train_s: float, eval_s: float, energy_j: float | None, train_j: float | None,
     eval_j: float | None,
 ) -> None:  # fmt: skip
-    """What a counter did not see alone is null; a sum that it saw is not lost with it."""
+    """A window in which the counter did not move is null; the sum over both windows is known."""
     clock = Clock()
     clock.now = 0.0
     meter = Meter("zeus:nvml", [Ticking()], clock=clock)
@@ -126,11 +126,11 @@ def test_a_window_too_short_for_its_counter(
 
 
 def test_a_still_counter_is_no_energy() -> None:
-    """In a window that is long enough for it, 0 J are a fault."""
+    """In a window longer than `tick_s`, 0 J mean that the counter does not work."""
     clock = Clock()
     clock.now = 0.0
     still = Ticking()
-    still.tick_s = 0.5  # `least_s` is longer: until there its joules are rough
+    still.tick_s = 0.5  # below `least_s` joules are imprecise
     meter = Meter("zeus:nvml", [still], clock=clock)
     meter.begin("train")
     clock.now = 0.75
@@ -139,7 +139,7 @@ def test_a_still_counter_is_no_energy() -> None:
 
 
 def test_a_sum_says_why_it_is_missing() -> None:
-    """Also where a later row was measured."""
+    """The reason is that of the row without joules, even if a later row has some."""
     lost = {"energy_j": None, "energy_source": "none: gpu:a: lost"}
     good = {"energy_j": 1.0, "energy_source": "zeus:nvml"}
     assert source_of([good, lost, good]) == "none: gpu:a: lost"
@@ -151,7 +151,7 @@ def test_a_sum_says_why_it_is_missing() -> None:
 
 
 def test_power_over_rows() -> None:
-    """100 J at 50 W and 30 J at 10 W: 130 J in 5 s."""
+    """100 J at 50 W take 2 s, 30 J at 10 W take 3 s: 130 J in 5 s are 26 W; the peak is 50 W."""
     rows = [{"energy_j": 100.0, "power_w": 50.0}, {"energy_j": 30.0, "power_w": 10.0}]
     assert power_over(rows) == (26.0, 50.0)
     assert power_over([*rows, {"energy_j": None, "power_w": None}]) == (None, 50.0)
@@ -182,7 +182,7 @@ def test_row_of_one_kind_leaves_the_other_null() -> None:
 
 @pytest.mark.parametrize("lacks", ["train", "evaluation"])
 def test_no_part_passes_for_the_whole(lacks: str) -> None:
-    """The GPU is in one window only: its sums and the whole are null, the packages' are not."""
+    """The GPU was read in one window only: its sum and the total are null, the packages' is not."""
     both, one = {"gpu:a": 8.0, "cpu:n1:0": 2.0}, {"cpu:n1:0": 1.0}
     windows = (one, both) if lacks == "train" else (both, one)
     train, evaluation = (Reading(1.0, joules, {}) for joules in windows)
@@ -207,7 +207,7 @@ def test_joules_over_rows() -> None:
     assert total_joules([{}]) is None
     assert joules_to_reach(rows, 10.0) == 5.0
     assert joules_to_reach(rows, 10.1) == 13.0
-    assert joules_to_reach(rows, 31.0) is None  # its own row was not measured
+    assert joules_to_reach(rows, 31.0) is None  # the row that reaches it was not measured
     assert joules_to_reach(rows, 51.0) is None  # never reached
 
 
@@ -223,8 +223,8 @@ def write_trace(folder: Path, text: str) -> EnergyConfig:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("shared", [True, False])
 def test_known_power_gives_its_joules(tmp_path: Path, world_size: int, shared: bool) -> None:
-    """250 W a GPU, 40 W a package, 8 W its memory, through the whole path; a window of worker r
-    lasts r / 2 s longer than that of worker 0, which alone reads what all share.
+    """Constant 250 W per GPU, 40 W of the package and 8 W of memory give exact joules. Windows of
+    worker r are r / 2 s longer than worker 0's; only worker 0 reads devices that all share.
     """
     gpus = [f"gpu:{i}" for i in range(1 if shared else world_size)]
     header = ",".join(["t_s", *gpus, "cpu:n1:0", "dram:n1:0"])
@@ -238,7 +238,7 @@ def test_known_power_gives_its_joules(tmp_path: Path, world_size: int, shared: b
 
     def measure(name: str, seconds: float) -> Reading:
         for rank, (meter, clock) in enumerate(zip(meters, clocks, strict=True)):
-            clock.now += 0.3  # between the windows: in none of them
+            clock.now += 0.3  # between windows, not measured
             meter.begin(name)
             clock.now += seconds + 0.5 * rank
         return merge([meter.end(name) for meter in meters])
@@ -246,7 +246,7 @@ def test_known_power_gives_its_joules(tmp_path: Path, world_size: int, shared: b
     row = energy_row(measure("train", 12.5), measure("eval", 1.5), meters[0].source)
     assert row["energy_source"] == f"replay:{config.file}"
     exactly: dict[str, Any] = {"rel": 1e-9}
-    more = 250 * sum(0.5 * rank for rank in range(len(gpus)))  # of the longer windows
+    more = 250 * sum(0.5 * rank for rank in range(len(gpus)))  # joules of the additional seconds
     assert row["energy_gpu_j"] == pytest.approx(14 * 250 * len(gpus) + 2 * more, **exactly)
     assert row["energy_cpu_j"] == pytest.approx(14 * 48, **exactly)
     whole = 250 * len(gpus) + 48
@@ -263,7 +263,7 @@ def test_known_power_gives_its_joules(tmp_path: Path, world_size: int, shared: b
         (1, 3, 350.0),  # 100 to 200 W, then 200 W
         (0.5, 1.5, 100.0),
         (0, 1.95, 190.125),  # just before a row
-        (3, 5, 250.0),  # over the end: 200 W, then again 0 to 100 W
+        (3, 5, 250.0),  # past the end the trace repeats: 200 W, then 0 to 100 W
         (0, 40, 6000.0),
         (7.5, 8.25, 103.125),
         (2, 2, 0.0),
@@ -316,7 +316,7 @@ def test_idle_power(tmp_path: Path) -> None:
     assert waited == [0.05]
     none = open_meter(EnergyConfig(name="none", file=None), device=CPU, local_rank=0, clock=clock)
     assert power(none.idle(wait)) is None
-    assert waited == [0.05]  # nobody waits for nothing
+    assert waited == [0.05]  # without a meter there is no wait
 
 
 def test_a_trace_may_count_seconds_from_1970(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_files_that_are_no_traces_are_refused(
 ) -> None:
     binary, pipe = tmp_path / "binary", tmp_path / "pipe"
     binary.write_bytes(b"t_s,gpu:0\xff\n")
-    os.mkfifo(pipe)  # opening it would wait for ever
+    os.mkfifo(pipe)  # opening it would block
     for file, why in (
         (tmp_path / "absent.csv", "no such file"),
         (tmp_path, "no such file"),
@@ -395,7 +395,7 @@ def test_files_that_are_no_traces_are_refused(
 
 
 def test_where_a_sum_of_several_sources_comes_from() -> None:
-    """Of a run that went on elsewhere; where one row has nothing, why."""
+    """Sources are listed if a run went on with another meter; a row without joules says why."""
     rows = [{"energy_j": 1.0, "energy_source": source} for source in ("a", "b", "b")]
     assert source_of(rows) == "a; then b"
     assert source_of([*rows, {"energy_j": None, "energy_source": "none: c"}]) == "none: c"

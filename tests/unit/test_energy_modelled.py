@@ -20,7 +20,9 @@ SETS = {constants.name: constants for constants in modelled.SETS}
 
 @pytest.fixture
 def spiking() -> Operations:
-    """By hand: ACs 2 + 4, updates 4 + 6, spikes 2 + 2 + 3; coding MACs 4 + 1, updates 4 + 3."""
+    """By hand: ACs 2 + 4, updates 4 + 6, spikes 2 + 2 + 3; MACs of encoder and decoder 4 + 1, their
+    updates 4 + 3.
+    """
     return operations.count(rate_decoded(), torch.tensor([SEEN]))
 
 
@@ -37,19 +39,21 @@ def test_constants_by_hand(spiking: Operations) -> None:
 
 
 def test_a_dense_policy_by_hand() -> None:
-    """MACs 1.5 + 1 of 6."""
+    """Of 6 MACs, 1.5 + 1 are by inputs and weights that are not 0."""
     ops = operations.count(dense(), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     got = {name: picojoules(modelled.by_constants(ops, c)) for name, c in SETS.items()}
     assert got["45nm"] == [2.5 * 4.6, 0, 0, 6 * 4.6]
     assert got["loihi"] == [None, 0, 0, None]
-    # 160 pJ a weight of 8 bits; each of 2 + 2 + 1 activations is moved once, for 2 pJ.
+    # 160 pJ per weight of 8 bits; each of 2 + 2 + 1 activations is moved once, for 2 pJ.
     assert picojoules(modelled.memory(ops)) == [2.5 * 160, 5 * 2, 0, 6 * 160 + 5 * 2]
     assert modelled.break_even(ops, 1.0) is None
     assert list(modelled.twins(ops)) == [8]
 
 
 def test_a_decision_by_hand(spiking: Operations) -> None:
-    """Coding included: MACs 4 + 1, of 6 ACs none; energies are the sums of what stands above."""
+    """Encoder and decoder are included: they have all 5 MACs and none of the 6 ACs. Energies are
+    the sums of those in the tests above.
+    """
     coding_45nm, coding_memory = 4 * 4.6 + 4 * 2 * 0.9 + 4.6 + 3 * 0.9, 5 * 160 + 7 * 4
     assert modelled.per_decision(spiking) == {
         "macs": 5,
@@ -72,16 +76,16 @@ def test_workers_count_by_their_observations() -> None:
 
 
 def test_memory_by_hand(spiking: Operations) -> None:
-    """A state of 8 bits, read and written: 4 pJ."""
+    """Reading and writing a state of 8 bits costs 4 pJ."""
     coding = 5 * 160 + (4 + 3) * 4
     twin = 6 * 160 + 5 * 2
     assert picojoules(modelled.memory(spiking)) == [6 * 160, 10 * 4, coding, twin]
     twins = modelled.twins(spiking)
-    assert list(twins) == [8, 2]  # 0, 1 or 2 spikes: 2 bits
+    assert list(twins) == [8, 2]  # bits; 0, 1 or 2 spikes need 2
     assert twins[2] * 1e3 == pytest.approx(6 * 40 + 5 * 0.5)
     rate = modelled.break_even(spiking, twins[8])
     assert rate == pytest.approx((twin - 40 - coding) / (16 * 160))
-    assert modelled.break_even(spiking, twins[2]) is None  # coding alone costs more
+    assert modelled.break_even(spiking, twins[2]) is None  # encoder and decoder alone cost more
     assert modelled.break_even(spiking, 100.0) == 1.0
 
 
@@ -91,7 +95,7 @@ def test_bits_that_tell_counts_of_spikes_apart(spike_steps: int, bits: int) -> N
 
 
 def published(spike_steps: int, rate: float) -> Operations:
-    """The network of that account: 256-128-10, 138 membranes of one state, all inputs spikes."""
+    """Counts of the published 256-128-10 network: 138 membranes of one state, inputs are spikes."""
     most = spike_steps * (256 * 128 + 128 * 10)
     update = Update(1, 1, 1)
     layer = Count("layers", Synapses(most, 0.0, rate * most, most), spike_steps * 138, update)
@@ -113,7 +117,7 @@ def published(spike_steps: int, rate: float) -> Operations:
 
 @pytest.mark.parametrize(("spike_steps", "percent"), [(5, 7.5), (8, 6.25), (10, 5.0)])
 def test_published_break_even_rates(spike_steps: int, percent: float) -> None:
-    """Weights of 8 bits beside a twin of as many bits as T says: about bits / (8 T)."""
+    """Spiking weights have 8 bits, the dense twin's as many as T steps need: about bits / (8 T)."""
     ops = published(spike_steps, 0.3)
     bits = modelled.twin_bits(spike_steps)
     twin = modelled.twins(ops)[bits]
@@ -125,7 +129,7 @@ def test_published_break_even_rates(spike_steps: int, percent: float) -> None:
 
 
 def test_a_twin_of_the_same_bits_gives_higher_rates() -> None:
-    """Where both have weights of 8 bits: about 1 / T."""
+    """If both have weights of 8 bits, the break-even rate is about 1 / T."""
     ops = published(5, 0.3)
     assert modelled.break_even(ops, modelled.twins(ops)[8]) == pytest.approx(0.2, abs=1.5e-4)
 
@@ -153,7 +157,7 @@ def test_table_2_of_proxy_target() -> None:
         energies.append(energy.dense_twin)
     assert sum(macs) / 5 == 71014.4
     assert round(sum(energies) / 5, 2) == 281.78
-    # With the misprint's likeliest reading, 272.33, the printed values average 281.80.
+    # The printed 72.33 was most likely 272.33; with that the printed values would average 281.80.
     assert round(sum(printed for *_, printed in TABLE_2.values()) / 5, 2) == 281.78
     for synaptic_operations, printed in ((158.6e3, 12.21), (144.0e3, 11.09)):
         layer = Count("layers", Synapses(0, 0, synaptic_operations))
@@ -203,7 +207,7 @@ def test_as_text(spiking: Operations) -> None:
 
 
 def test_a_wide_policy_fits_80_columns(spiking: Operations) -> None:
-    """4000 and 4000 hidden neurons, 100 a population, 10 spike steps."""
+    """Two hidden layers of 4000 neurons, with populations of 100 and 10 spike steps."""
     synapses = Synapses(160_000_000, 160_000_000, 160_000_000, 160_000_000)
     wide = Count("hidden 1", synapses, 40_000, Update(2, 1, 2), 40_000, 40_000)
     ops = replace(spiking, layers=[wide], twin=DenseTwin([376, 4000, 4000, 17]))

@@ -25,14 +25,14 @@ def test_a_spiking_network_by_hand() -> None:
     ops = operations.count(rate_decoded(), torch.tensor([SEEN]))
     assert ops.parts == [
         Count("encoder", Synapses(4, 4), 4, Update(0, 2, 1), spikes=2, functions=2),
-        # Two spikes through one weight each; six weights that are not 0, in two spike steps.
+        # Two spikes pass one weight each; three weights that are not 0 count in two spike steps.
         Count("hidden 1", Synapses(8, 0, 2, 6), 4, Update(1, 1, 1), spikes=2),
         Count("output", Synapses(12, 0, 4, 10), 6, Update(1, 1, 1), spikes=3),
-        # Counts 2, 0, 1; weights 2, 1, 0: one product. Three spikes were counted.
+        # Spike counts 2, 0, 1 and weights 2, 1, 0: one product is not 0. Three spikes are counted.
         Count("decoder", Synapses(3, 1), 3, Update(0, 1, 1), functions=1),
     ]
     assert ops.rate == 6 / 16
-    assert ops.activation_sparsity == 0.5  # 5 of 10
+    assert ops.activation_sparsity == 0.5  # 5 of 10 are silent
     assert ops.connection_sparsity == 3 / 13
     assert ops.footprint_bytes == 4 * 23
     assert (ops.observations, ops.spike_steps) == (1, 2)
@@ -51,7 +51,9 @@ def test_counts_are_means_over_observations() -> None:
 
 
 def test_a_dense_network_by_hand() -> None:
-    """(1, 0) gives (1, 0), through one weight; (0, 1) gives relu (-1, 1), through two."""
+    """(1, 0) reaches one weight that is not 0 and gives (1, 0); (0, 1) reaches two and gives
+    relu(-1, 1).
+    """
     ops = operations.count(dense(), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     assert ops.parts == [
         Count("hidden 1", Synapses(4, 1.5)),
@@ -66,7 +68,7 @@ def test_a_dense_network_by_hand() -> None:
 
 @pytest.mark.parametrize("parts", [DENSE, config()], ids=["dense", "spiking"])
 def test_values_are_compared_without_tanh(parts: ActorConfig) -> None:
-    """Two action entries, or the values of two actions."""
+    """Two action entries need two tanhs, the values of two discrete actions none."""
     none = np.empty(0)
     values = replace(task(3, 2), act_shape=(), act_low=none, act_high=none, choices=range(2))
     for own, tanhs in ((task(3, 2), 2), (values, 0)):
@@ -103,11 +105,13 @@ def test_a_neuron_of_ones_own_with_the_config_of_lif_is_refused() -> None:
 
 
 # --- NeuroBench's rules, on plain modules -----------------------------------------------------
-# tests/numerics/check_neurobench.py asks NeuroBench itself.
+# tests/numerics/check_neurobench.py compares with NeuroBench itself.
 
 
 class NeuroBench:
-    """Per call of a layer: ones for what is not 0; AC if all inputs are 0 or 1, else MAC."""
+    """Counts products of nonzero inputs and weights: ACs if all inputs of a call are 0 or 1, else
+    MACs.
+    """
 
     def __init__(self, net: nn.Module) -> None:
         self.macs = self.acs = self.dense = 0.0

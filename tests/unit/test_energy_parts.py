@@ -1,4 +1,4 @@
-"""Operations of encoders, decoders and neurons, against amounts that were worked by hand."""
+"""Operations of encoders, decoders and neurons, against numbers worked by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spikerl.snn.encoders import EncoderConfig
 
 
 def learned_encoder() -> SpikingActor:
-    """Of eight weights, three are not 0; the first entry has two of them."""
+    """A learned encoder with three weights that are not 0, two of them of the first entry."""
     actor = spiking(encoder=EncoderConfig(name="learned"))
     fill(actor, {"encoder.map.weight_IN": [[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]})
     return actor
@@ -46,7 +46,9 @@ def test_encoders(actor: SpikingActor, obs: list[float], expected: tuple[float, 
 
 
 def test_currents_are_multiplied_and_once_if_they_stay() -> None:
-    """The entry that is 0 has two weights, the other one; in two spike steps, learned."""
+    """Constant currents of a direct encoder are multiplied once; a learned encoder's currents,
+    which differ between the two spike steps, at each step.
+    """
     direct = operations.count(spiking(encoder=EncoderConfig(name="direct")), torch.tensor([SEEN]))
     assert direct.layers[0].synapses == Synapses(4, 2)
     assert direct.encoder
@@ -68,12 +70,12 @@ def test_membranes_read_every_spike() -> None:
     output = {"layers.1.weight_IN": [[1.0, 0.0, 0.375], [1.0, 1.0, 1.0]]}
     fill(actor, output | {"layers.1.bias_N": [0.0] * 3, "decoder.weight_AP": [[2.0, 1.0, 0.0]]})
     part = operations.count(actor, torch.tensor([SEEN])).decoder
-    expected = Synapses(6, 0, 2, 4)  # of three spikes, two reach a weight that is not 0
+    expected = Synapses(6, 0, 2, 4)  # two of three spikes reach a weight that is not 0
     assert part == Count("decoder", expected, 2, Update(1, 0, 1), functions=1)
 
 
 def test_lateral_connections_see_the_spikes_before() -> None:
-    """The first neuron's first spike reaches two weights; what fires last reaches nothing."""
+    """The first neuron's first spike reaches two weights; spikes of the last step reach none."""
     actor = decoded("ilc")
     output = {"layers.1.weight_IN": [[1.0, 0.0, 0.375], [1.0, 1.0, 1.0]]}
     lateral = [[[-0.125, 0.0, -0.125], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]]
@@ -82,7 +84,7 @@ def test_lateral_connections_see_the_spikes_before() -> None:
     ops = operations.count(actor, torch.tensor([SEEN]))
     assert ops.layers[1].synapses == Synapses(12 + 18, 0, 4 + 2, 10 + 16)
     assert ops.connection_sparsity == 4 / 22
-    # A layer's synapses are priced at the wider of the two kinds of its weights.
+    # A layer's synapses count with the larger number of bits of its two matrices.
     for wide, narrow in ((8, 4), (4, 8)):
         bits = {"layers.1.weight_IN": wide, "decoder.lateral_APP": narrow, "decoder.weight_AP": 2}
         ops = operations.count(actor, torch.tensor([SEEN]), bits=bits)
@@ -97,7 +99,7 @@ def test_decoders_without_an_output_population() -> None:
     assert [part.name for part in ops.parts] == ["encoder", "hidden 1", "decoder"]
     assert ops.decoder == Count("decoder", Synapses(2, 1), 2, Update(0, 1, 1), functions=1)
     assert ops.twin.sizes == [2, 2, 1]
-    learned = decoded("learned")  # four inputs (two neurons at two spike steps), two values, one
+    learned = decoded("learned")  # 4 inputs (2 neurons, 2 spike steps), 2 values, 1
     over_time = {"decoder.over_time.weight_IN": [[1.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]}
     fill(learned, over_time | {"decoder.over_time.bias_N": [0.0, 0.0]})
     fill(learned, {"decoder.map.weight_IN": [[1.0], [1.0]]})

@@ -1,4 +1,4 @@
-"""Datasets: what is read of them, and what is refused before it is used."""
+"""Datasets: how they are read, and which files are refused before anything is used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def task() -> Task:
 
 
 def reason(folder: Path, task: Task, most_bytes: int = MUCH) -> str:
-    """Why it is refused, at the latest when it is read."""
+    """The reason why the dataset is refused, when it is opened or checked."""
     error = refusal(lambda: Dataset.open(folder, task, most_bytes).check())
     assert error.args[:2] == ("dataset", folder)
     assert "\n" not in str(error)
@@ -44,7 +44,7 @@ def test_what_is_read(task: Task, tmp_path: Path) -> None:
     found = Dataset.open(write(tmp_path / "d", episodes), task, MUCH)
     assert (found.lengths, found.transitions) == ((3, 5), 8)
     first, second = found.episodes()
-    assert first.act.tolist() == [[-1.0], [0.0], [1.0]]  # of bounds -3 and 3
+    assert first.act.tolist() == [[-1.0], [0.0], [1.0]]  # scaled by the bounds -3 and 3
     assert second.act.tolist() == [[-1.0], [-0.5], [0.0], [0.5], [1.0]]
     steps = second.steps()
     assert steps.obs[:, 0].tolist() == [200.0, 204.0, 208.0, 212.0, 216.0]
@@ -77,7 +77,7 @@ def test_discrete_actions_are_read_one_hot(tmp_path: Path) -> None:
 
 
 def test_bytes_are_bytes(task: Task, tmp_path: Path) -> None:
-    """What is no byte would be another number in a replay that packs them."""
+    """Observations of a task of bytes must be bytes, as the replay packs them."""
     pictures = replace(task, obs_bytes=True)
     whole = episode(3) | {"observations": np.arange(16.0).reshape(4, 4) * 17.0}
     as_bytes = whole | {"observations": whole["observations"].astype(np.uint8)}
@@ -140,7 +140,7 @@ def without(name: str) -> Callable[[Any], None]:
 
 
 def elsewhere(file: Any) -> None:
-    """Its numbers would be read from any file of the machine."""
+    """Store the rewards as a link to another file of the machine."""
     del file["episode_0/rewards"]
     outside = [("/etc/passwd", 0, 24)]
     file["episode_0"].create_dataset("rewards", (3,), np.float64, external=outside)
@@ -154,7 +154,7 @@ def virtual(file: Any) -> None:
 
 
 def claiming(steps: int) -> Callable[[Any], None]:
-    """A few kB that say to hold so many steps, and hold none."""
+    """A change that makes a file of a few kB declare `steps` steps without any data."""
 
     def touch(file: Any) -> None:
         del file["episode_0"]
@@ -169,7 +169,7 @@ def claiming(steps: int) -> Callable[[Any], None]:
 
 
 def packed_by(*filters: int) -> Callable[[Any], None]:
-    """Through these of HDF5's filters, one after another."""
+    """A change that stores the rewards with these of HDF5's filters, in this order."""
 
     def touch(file: Any) -> None:
         del file["episode_0/rewards"]
@@ -185,7 +185,7 @@ def packed_by(*filters: int) -> Callable[[Any], None]:
 
 
 def chunked(file: Any) -> None:
-    """Three numbers that are unpacked into 16 MiB to be read."""
+    """Store three rewards in a chunk that takes 16 MiB when it is decompressed."""
     del file["episode_0/rewards"]
     settings = {"maxshape": (None,), "chunks": (1 << 21,), "compression": "gzip"}
     file["episode_0"].create_dataset("rewards", data=np.zeros(3), **settings)
@@ -219,7 +219,7 @@ def test_what_a_file_may_not_hold(
 
 
 def in_pieces(*pieces: bytes, mask: int = 0, **settings: Any) -> Callable[[Any], None]:
-    """Twelve rewards in two pieces of eight and four, which are stored as these bytes."""
+    """A change that stores twelve rewards in chunks of eight, with these bytes as the chunks."""
 
     def touch(file: Any) -> None:
         del file["episode_0/rewards"]
@@ -247,22 +247,24 @@ PLAIN = bytes(64)
         in_pieces(gzipped(8), gzipped(7), **PACKED),
         in_pieces(gzipped(9), gzipped(8), **PACKED),
         in_pieces(gzipped(8), zlib.compress(bytes(1 << 27)), **PACKED),
-        in_pieces(gzipped(8)[:-9], gzipped(8), **PACKED),  # cut
+        in_pieces(gzipped(8)[:-9], gzipped(8), **PACKED),  # cut off
         in_pieces(PLAIN, PLAIN[:-8]),
         in_pieces(PLAIN, PLAIN[:-8], mask=1, **PACKED),
         in_pieces(PLAIN, PLAIN[:-1], shuffle=True),
-        in_pieces(PLAIN, PLAIN, fletcher32=True),  # the last four are then a checksum
+        in_pieces(PLAIN, PLAIN, fletcher32=True),  # without the four bytes of a checksum
         in_pieces(PLAIN, PLAIN + bytes(8), mask=7, **TWICE),
     ],
 )
 def test_a_piece_of_another_size(touch: Callable[[Any], None], task: Task, tmp_path: Path) -> None:
-    """HDF5 would read the memory behind a short one, and unpack 128 MiB where 64 bytes are due."""
+    """HDF5 would read beyond the buffer of a short chunk, and decompress 128 MiB in place of 64
+    bytes.
+    """
     folder = write(tmp_path / "d", [episode(12)], touch)
     assert reason(folder, task) == "/episode_0/rewards has a piece that is not of 64 bytes"
 
 
 def test_pieces_that_are_read(task: Task, tmp_path: Path) -> None:
-    """That no filter went over, and of which one was never written."""
+    """Accepted chunks: those that no filter was applied to, and one that was never written."""
     values = np.arange(16.0).tobytes()
     cases = (
         (in_pieces(values[:64], values[64:], mask=7, **TWICE), list(range(12))),
@@ -334,14 +336,14 @@ def test_no_dataset_and_half_of_one(task: Task, tmp_path: Path) -> None:
 
 
 def test_memory_bounds_it(task: Task, tmp_path: Path) -> None:
-    """Rows of 2 * 4 + 1 + 4 float32 numbers."""
+    """A row takes 2 * 4 + 1 + 4 float32 numbers."""
     folder = write(tmp_path / "d", [episode(300)])
     Dataset.open(folder, task, 300 * 13 * 4)
     assert reason(folder, task, 300 * 13 * 4 - 1).startswith("300 transitions need ")
 
 
 def test_changed_bytes_never_crash(task: Task, tmp_path: Path) -> None:
-    """Read or refused, whatever bytes of it change."""
+    """A file with random bytes changed is either read or refused."""
     folder = write(tmp_path / "d", [episode(3), episode(2)])
     whole = bytearray((folder / MAIN).read_bytes())
     draws = np.random.default_rng(0)
@@ -369,13 +371,13 @@ def written(folder: Path, task: Task) -> None:
 
 
 def test_a_disk_that_is_almost_full(task: Task, tmp_path: Path, monkeypatch: Any) -> None:
-    """An error before HDF5 has what it cannot write; nothing is open behind it."""
+    """An OSError comes before HDF5 gets data that it cannot write; the file is closed properly."""
     room = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: room)
     with pytest.raises(OSError, match="No space left on device"):
         written(tmp_path / "d", task)
     with (tmp_path / "d" / MAIN).open("rb") as file:
-        assert file.read(8) == b"\x89HDF\r\n\x1a\n"  # closed as a whole file
+        assert file.read(8) == b"\x89HDF\r\n\x1a\n"  # HDF5's signature
 
 
 def test_written_and_read_again(task: Task, tmp_path: Path) -> None:
@@ -387,7 +389,7 @@ def test_written_and_read_again(task: Task, tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "d" / METADATA).read_text())
     assert (facts["total_episodes"], facts["total_steps"]) == (2, 8)
     assert facts["recipe"] == {"noise": 0.5}
-    stretched = replace(task, max_episode_steps=7)  # returns differ, transitions do not
+    stretched = replace(task, max_episode_steps=7)  # changes returns, not transitions
     Dataset.open(tmp_path / "d", stretched, MUCH)
 
 
@@ -421,7 +423,7 @@ def test_what_minari_writes(task: Task, tmp_path: Path) -> None:
 
 
 def test_an_action_may_lie_outside_by_rounding(task: Task, tmp_path: Path) -> None:
-    """By 3e-6 of half the range it is the bound; by 3e-5 it is refused."""
+    """An action outside by 3e-6 of half the range becomes the bound; by 3e-5 it is refused."""
     near = write(tmp_path / "near", [other("actions", (1, 0), 3.00001)])
     (found,) = Dataset.open(near, task, MUCH).episodes()
     assert found.act.tolist() == [[-1.0], [1.0], [1.0]]

@@ -1,4 +1,4 @@
-"""Tasks whose packages are extras: what is said without them, and what they are with them."""
+"""Tasks that need optional packages: the message without them, and their spaces with them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_each_game_has_a_file_and_a_name() -> None:
 
 
 class Picture(gym.Env[np.ndarray, int]):
-    """As MinAtar's: a bool for each place and channel; the first observation counts in binary."""
+    """Observations as MinAtar's: a bool for each place and channel, alternating after a reset."""
 
     observation_space = gym.spaces.Box(0.0, 1.0, (2, 2, 3), bool)
     action_space: Any = gym.spaces.Discrete(3)
@@ -108,11 +108,11 @@ def test_the_memory_of_an_atari_game(capfd: pytest.CaptureFixture[str]) -> None:
         assert (obs.min(), obs.max()) == (0.0, 255.0)
     assert (task.obs_shape, task.obs_dim, task.act_dim) == ((128,), 128, 6)
     assert task.max_episode_steps == 27000
-    assert capfd.readouterr() == ("", "")  # the emulator says nothing of itself
+    assert capfd.readouterr() == ("", "")  # the emulator prints nothing
 
 
 def test_the_screen_of_an_atari_game() -> None:
-    """Four grey pictures of 84 x 84, the newest last; bytes."""
+    """Four grey pictures of 84 x 84 bytes, the newest last."""
     with closing(made("ALE/Pong_pixels")) as env:
         task = task_of(env)
         first, _ = env.reset(seed=0)
@@ -127,7 +127,7 @@ def test_the_screen_of_an_atari_game() -> None:
 
 @pytest.mark.parametrize("option", [*GAMES, "LunarLander", "ALE/Pong"])
 def test_an_episode_follows_from_its_seed_alone(option: str) -> None:
-    """Whatever was played before; sticky actions would tell."""
+    """It does not depend on what was played before, even with sticky actions."""
     seen = []
     for before in (0, 1, 7):
         with closing(made(option)) as env:
@@ -147,7 +147,7 @@ def test_an_episode_follows_from_its_seed_alone(option: str) -> None:
 
 
 def test_a_run_of_a_game_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The text of the game's state has another length than after a reset."""
+    """A resume works although the text of the game's state is not as long as after a reset."""
     monkeypatch.chdir(tmp_path)
     short = ["env=MinAtar/Seaquest", "actor=mlp", "algo=dqn", "actor.hidden_sizes=[8]",
              "algo.learning_starts=30", "algo.batch_size=8", "algo.update_interval=10",
@@ -160,7 +160,9 @@ def test_a_run_of_a_game_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_first_action_is_not_the_last_of_the_episode_before() -> None:
-    """All actions are sticky: without one before it, that is none, and the paddle stays."""
+    """All actions are sticky: the first one must not repeat one of the last episode, so the
+    paddle stays.
+    """
     with closing(made("MinAtar/Breakout")) as env:
         game = env.unwrapped.game
         for action in (1, 2):  # left, right

@@ -1,4 +1,4 @@
-"""What an environment may not do, each reported with the step and before anything is stored."""
+"""What an environment must not do: each is reported with the step, before anything is stored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ AT = 23
 
 
 class OddEnv(CounterEnv):
-    """From its step AT on, and at its reset AT, one of what it returns is `odd`."""
+    """From step AT on, part number `part` of what a step returns is `odd`; below 0, a reset's
+    observation.
+    """
 
     def __init__(self, part: int, odd: Any) -> None:
         super().__init__()
@@ -89,7 +91,7 @@ def test_what_it_returns(case: str) -> None:
 
 
 class Bytes(gym.Env[np.ndarray, int]):
-    """Says that its observations are bytes."""
+    """Its observation space is of bytes."""
 
     observation_space = gym.spaces.Box(0, 255, (2,), np.uint8)
     action_space: Any = gym.spaces.Discrete(2)
@@ -156,7 +158,7 @@ class Endless(CounterEnv):
 
 
 def test_every_episode_ends() -> None:
-    env = registered("Endless", Endless)  # it sets no limit
+    env = registered("Endless", Endless)  # without a limit of steps
     gym.registry["Endless-v0"].max_episode_steps = None
     with trainer_of(env) as trainer:
         assert trainer.evaluator.run(trainer.policy, 1).lengths == [DEFAULT_EPISODE_STEPS]
@@ -167,7 +169,7 @@ def test_every_episode_ends() -> None:
     taken = 1
     while not made.step(np.zeros(2, np.float32))[3]:
         taken += 1
-    assert taken == DEFAULT_EPISODE_STEPS // 4  # frames, as where the limit is typed
+    assert taken == DEFAULT_EPISODE_STEPS // 4  # the limit counts frames, like a typed one
 
 
 @pytest.mark.parametrize("limit", [10**6 + 1, 10**15])
@@ -206,7 +208,7 @@ def test_a_process_that_died_or_hangs(
 def test_a_process_that_is_gone_when_a_checkpoint_is_due(
     signal_: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Named as between two steps, and the others end too."""
+    """The error is that of a step, and all other processes end."""
     monkeypatch.setattr(envs, "PATIENCE_S", 1.0)
     env = replace(COUNTER, vectorizer="async")
     with trainer_of(env, num_envs=2) as trainer:

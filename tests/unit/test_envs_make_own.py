@@ -1,4 +1,4 @@
-"""Environments of one's own: what they raise, how they are made, and what they are given."""
+"""Users' own environments: what they raise, how they are made, and what they are given."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_what_is_raised_in_another_process(what: str) -> None:
         trainer_of(env, num_envs=2) as trainer,
     ):
         list(trainer.epochs())
-    assert "own_envs.py" in str(failed.value.__cause__)  # where it was raised there
+    assert "own_envs.py" in str(failed.value.__cause__)  # the environment's traceback
 
 
 @pytest.mark.parametrize("what", RAISED)
@@ -128,7 +128,7 @@ def test_ctrl_c_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torch_runs_in_processes_whose_parent_has_threads() -> None:
-    """A process that is forked beside a running pool of threads waits for it for ever."""
+    """Processes must not be forked from one with a pool of threads: they would hang in torch."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -157,7 +157,7 @@ def test_torch_runs_in_processes_whose_parent_has_threads() -> None:
     ],
 )
 def test_signals_to_all_processes_are_for_the_run_alone(number: int) -> None:
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # of other tests, not a run's own
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # started by other tests
     env = own("Base", vectorizer="async")
     with closing(make_env(env)) as one:
         task = task_of(one)
@@ -186,7 +186,9 @@ kept.reset([0])
 
 @pytest.mark.slow
 def test_a_program_that_leaves_them_open_ends() -> None:
-    """Although they do not answer SIGTERM, which multiprocessing sends and then waits."""
+    """A program ends although its environments' processes ignore SIGTERM, which multiprocessing
+    sends before it waits for them.
+    """
     where = str(Path(own_envs.__file__).parent)
     ended = subprocess.run(
         [sys.executable, "-c", LEAVES, where], timeout=100, capture_output=True, text=True
@@ -242,7 +244,9 @@ def test_wrappers_by_name(tmp_path: Path) -> None:
 
 
 def test_frames_of_a_step_that_an_episode_ends_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four frames the larger of the last two; of fewer, nothing of a step or episode before."""
+    """A step of four frames gives the larger of the last two; a shorter step uses no frame of an
+    earlier step or episode.
+    """
     skipping = {"name": "MaxAndSkipObservation", "skip": 4}
     env = make_env(own("Base", wrappers=[skipping], max_episode_steps=5))
     act = np.zeros(2, np.float32)
@@ -294,7 +298,7 @@ def test_rescaled_tasks_resume_exactly() -> None:
 
 
 def test_dictionary_observations(tmp_path: Path) -> None:
-    flags = [1.0, 0.0, 0.0, 1.0, 0.0]  # at the first step 6 of 5, 6, 7
+    flags = [1.0, 0.0, 0.0, 1.0, 0.0]  # the last three: 6 of 5, 6, 7, at the first step
     with trainer_of(own("Goal")) as trainer:
         trainer.advance()
         layout = [(entry.path, entry.shape, entry.start) for entry in trainer.task.layout]
@@ -334,7 +338,7 @@ def test_a_dictionary_that_its_space_does_not_say(
 
 def test_float16_actions(tmp_path: Path) -> None:
     with trainer_of(own("Half"), total_steps=60, steps_per_epoch=60) as trainer:
-        list(trainer.epochs())  # the environment looks at what it gets
+        list(trainer.epochs())  # the environment checks the dtype
         trainer.policy.save(tmp_path)
     policy = load_policy(tmp_path)
     assert policy(np.zeros(3)).dtype == np.float16

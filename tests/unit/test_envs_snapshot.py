@@ -121,7 +121,7 @@ def test_a_used_simulation_is_a_fresh_one_again() -> None:
 def test_the_random_generator_to_its_last_bit() -> None:
     env = started("Pendulum-v1")
     generator = env.unwrapped.np_random
-    generator.integers(9, dtype=np.uint32)  # half of a 64-bit draw is kept for the next
+    generator.integers(9, dtype=np.uint32)  # the other half of a 64-bit draw is kept
     whole = generator.bit_generator.state
     assert whole["has_uint32"] == 1
     assert whole["state"]["state"] >> 64
@@ -131,7 +131,7 @@ def test_the_random_generator_to_its_last_bit() -> None:
 
 
 class OwnHopper(HopperEnv):
-    """Somebody's task on top of Gymnasium's; what it keeps is not known."""
+    """A user's subclass of Gymnasium's task, which may have more state."""
 
 
 class OwnPendulum(PendulumEnv):
@@ -216,7 +216,7 @@ def misfits(state: Snapshot) -> dict[str, Snapshot]:
         "random is uint64": changed(state, random=state["random"].view(np.uint64)),
         "is of .*AntEnv, the environment is .*HopperEnv": taken(started("Ant-v5")),
         "is of .*PendulumEnv, the environment": taken(started("Pendulum-v1")),
-        # Of the same sizes, so that the class alone tells them apart.
+        # The arrays have the same sizes; only the class differs.
         "is of .*hopper_v4": taken(started("Hopper-v4")),
     }
 
@@ -285,7 +285,7 @@ def test_another_model_of_the_same_class_does_not_fit(tmp_path: Path) -> None:
 
 
 class Restorable(CheckedEnv):
-    """A property, because only `set_attr` gives each environment of a vector its own value."""
+    """Has the snapshot as a property: only `set_attr` passes each environment its own value."""
 
     @property
     def snapshot(self) -> Snapshot | None:

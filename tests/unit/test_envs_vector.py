@@ -27,16 +27,16 @@ from spikerl.types import Task
 
 SCRIPTS = {
     1: [SCRIPT],
-    # The first two steps end episodes in several environments at once, in every way.
+    # In the first two steps several environments terminate, are truncated, or both, at once.
     4: ["1t 1x 2b 3t", "1x 1t 5x", "2t 1b 1x", SCRIPT],
-    3: ["2x", "2t", "2b"],  # all end together, so that a step may hold no transition at all
+    3: ["2x", "2t", "2b"],  # all end together, so a step may have no transition
 }
 TASK = Task("Counter-v0", (2,), (2,), LOW.astype(float), HIGH.astype(float), 100)
 GAMMA = 0.5  # exact as a float32
 
 
 class Row(NamedTuple):
-    """A transition as the scalar loop has it."""
+    """A transition of the scalar loop."""
 
     t: int
     obs: tuple[int, int]
@@ -55,7 +55,7 @@ class Expected(NamedTuple):
 
 
 def grid_actions(steps: int, num_envs: int) -> np.ndarray:
-    """(T, N, A) in [-1, 1], in 64ths, so that every scaled action is exact."""
+    """Actions (T, N, A) in [-1, 1], multiples of 1/64, so that every scaled action is exact."""
     rng = np.random.default_rng(steps * 10 + num_envs)
     return (rng.integers(-64, 65, (steps, num_envs, 2)) / 64).astype(np.float32)
 
@@ -67,7 +67,7 @@ def scalar_loop(scripts: list[str], actions: np.ndarray, *, same_step: bool) -> 
     step, episode, ret, waiting = [0] * n, [0] * n, [0.0] * n, [False] * n
     for t in range(len(actions)):
         for i in range(n):
-            if waiting[i]:  # this step does nothing but reset
+            if waiting[i]:  # this step only resets
                 waiting[i] = False
                 expected.resets[i] += 1
                 continue
@@ -105,10 +105,10 @@ def plain_counter(script: str) -> CheckedEnv:
 def test_every_transition_is_the_scalar_loop_s(
     kind: Any, mode: AutoresetMode, num_envs: int
 ) -> None:
-    """Bugs 1 to 5 and 7: ends told apart, no transition over a reset, no array shared, scaling."""
+    """Bugs 1 to 5 and 7: kinds of ends, no transition across a reset, no shared array, scaling."""
     scripts, actions = SCRIPTS[num_envs], grid_actions(60, num_envs)
     expected = scalar_loop(scripts, actions, same_step=mode == AutoresetMode.SAME_STEP)
-    seeds = [2**62 + 12345 * i for i in range(num_envs)]  # more than a float or an int32 holds
+    seeds = [2**62 + 12345 * i for i in range(num_envs)]  # too large for a float or an int32
     norm, replay = RunningNorm(2, 5.0), Replay(1000, 2, 2)
     kept: list[Steps] = []
     with counters(scripts, kind, mode) as envs:
@@ -116,7 +116,7 @@ def test_every_transition_is_the_scalar_loop_s(
         assert np.array_equal(envs.obs, [[0.0, 0.0]] * num_envs)
         for act in actions:
             steps = envs.step(act)
-            kept.append(steps)  # not copied: what is overwritten later shows below
+            kept.append(steps)  # not copied: a later overwrite would fail below
             replay.add(*steps, discount=GAMMA)
             norm.add(steps.obs)
         received = [list(part) for part in get_attr(envs, "received")]
@@ -176,7 +176,7 @@ def test_the_vectors_that_training_makes_step_alike(vectorizer: str) -> None:
 
 
 def test_truncated_rows_hold_the_true_successor_and_are_not_terminal() -> None:
-    """Bugs 1 and 5, spelt out by hand: an episode cut after its second step."""
+    """Bugs 1 and 5 by hand: an episode that is truncated after its second step."""
     with counters(["2x"], SyncVectorEnv, AutoresetMode.SAME_STEP) as envs:
         envs.reset([0])
         envs.step(np.zeros((1, 2), np.float32))
@@ -240,7 +240,7 @@ def test_samples_are_stored_rows_normalised_with_the_moments_of_now() -> None:
     batch = replay.sample(400, torch.Generator().manual_seed(1), norm.normalize)
 
     k = (fresh.rew / 2).long().tolist()
-    assert set(k) == set(range(30, 80))  # all that it holds, and nothing that was overwritten
+    assert set(k) == set(range(30, 80))  # all rows held, none overwritten
     assert torch.cat([fresh.obs, fresh.next_obs, fresh.act], 1).tolist() == [
         row[:5] for row in packed(k)
     ]

@@ -1,4 +1,4 @@
-"""Videos of evaluations: a file for each episode, and nothing of it changes the episode."""
+"""Videos of evaluations: a file for each episode; filming does not change the episode."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WIDTH, HEIGHT, STEPS = 320, 240, 5
 
 
 class Painted(gym.Env[np.ndarray, np.ndarray]):
-    """Its picture is as bright as the steps that it has made."""
+    """The brightness of its picture grows with the number of steps made."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
     observation_space = gym.spaces.Box(-10.0, 10.0, (3,))
@@ -67,7 +67,7 @@ class Broken(Painted):
 
 @pytest.fixture(autouse=True)
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A policy of the painted environment."""
+    """A folder with a policy for Painted."""
     monkeypatch.chdir(tmp_path)
     for kind in (Painted, Unpainted, Broken):
         gym.register(f"{kind.__name__}-v0", f"{__name__}:{kind.__name__}", max_episode_steps=STEPS)
@@ -91,7 +91,7 @@ def evaluate(*args: str) -> Said:
 
 
 def pictures(path: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """What a reader of films finds: facts and pictures (T, H, W, 3)."""
+    """A film's metadata and its pictures (T, H, W, 3)."""
     import imageio_ffmpeg
 
     reader = imageio_ffmpeg.read_frames(str(path))
@@ -113,7 +113,7 @@ def test_a_file_for_each_episode(run: Path) -> None:
 
 
 def test_a_stop_leaves_whole_films_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 12 episodes 10 run side by side; it comes amid the other two."""
+    """Of 12 episodes the first 10 run side by side; the stop comes during the other two."""
     looks = iter(range(1, 99))
     look = evaluator.StopWatch.look
 
@@ -131,7 +131,7 @@ def test_a_stop_leaves_whole_films_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_screen_is_looked_for() -> None:
-    """Where there is none, C code would say so."""
+    """Without a display nothing looks for one: C code would print an error."""
     program = (
         "import gymnasium as gym\n"
         "from spikerl.envs.video import check_video\n"
@@ -163,7 +163,7 @@ def test_films_of_other_episodes_have_other_names(run: Path) -> None:
     assert film_names(request) == [
         f"best_seed3_episode{i}_ALE%2FPong-v5_return-21_spikes.mp4" for i in (0, 1)
     ]
-    request.target_return = 1234567.5  # every digit of it: another aims at 1234567
+    request.target_return = 1234567.5  # the name has every digit
     assert "_return1234567.5_" in film_names(request)[0]
 
 
@@ -202,7 +202,7 @@ def test_an_episode_that_fails_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_film_that_the_disk_did_not_take_is_none() -> None:
-    """ffmpeg, which may write 1 KiB alone, ends as ever for who only closes its input."""
+    """Files are limited to 1 KiB, so ffmpeg fails; closing its input alone would not show that."""
     unlimited = resource.RLIM_INFINITY
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, unlimited))
@@ -242,7 +242,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_first_that_works_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.setattr(video, "why_not", {"egl": "no device", "osmesa": None}.get)
-    monkeypatch.setenv("MUJOCO_GL", "")  # so that it is put back
+    monkeypatch.setenv("MUJOCO_GL", "")  # so that monkeypatch restores it
     assert video.choose_backend() == "osmesa"
     assert os.environ["MUJOCO_GL"] == "osmesa"
 
@@ -270,7 +270,7 @@ def test_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mujoco() -> None:
-    """In a process of its own: what EGL loads there is not meant for a long life beside others."""
+    """Runs in its own process, so that the libraries that EGL loads stay out of the tests'."""
     program = """
 import gymnasium, numpy
 from spikerl.envs.config import EnvConfig
@@ -290,7 +290,9 @@ print(first.shape, (first != env.render()).any())
 
 
 def test_firing_is_of_what_the_policy_sees() -> None:
-    """Around 1e9 a float32 has steps of 64: there it sees an observation as float64."""
+    """Around 1e9 a float32 has steps of 64, so the policy normalises observations in float64; the
+    rates in a video must be of the same numbers.
+    """
     task = Task("Nowhere-v0", (3,), (1,), np.full(1, -1.0), np.full(1, 1.0), 9)
     config, norm = builders.spiking(builders.POPULATION), RunningNorm(3, 3.0)
     obs = 1e9 + np.random.default_rng(0).normal(0.0, 1.0, (100, 3))

@@ -1,4 +1,4 @@
-"""The C file: compiled as strictly as a compiler can, and run beside the policy."""
+"""The C file: compiled with strict warnings, and compared with the policy."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_it_decides_as_early(name: str, tmp_path: Path) -> None:
     proven = proof.prove(policy, file, None, 1, 0)
     assert proven["observations"] >= 1000
     recorded = proof.record(policy, None, 1, 0)
-    # No spike comes behind the step that decides.
+    # After the deciding step no spikes are recorded.
     steps = policy.actor.activity(policy.norm.normalize(torch.from_numpy(recorded.obs_BO)))
     assert 2.0 < steps.spike_steps < 4.9
     assert recorded.spikes[-1][4].any(1).mean() < 0.9
@@ -81,7 +81,7 @@ def test_it_acts_as_the_policy(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["popsan", "converted", "learned", "dense"])
 def test_weights_of_zero_are_left_out(name: str, tmp_path: Path, monkeypatch: Any) -> None:
-    """The same bits as with them; some inputs have no weight left."""
+    """The actions are the same to the bit as with them, also if some inputs have no weight left."""
     policy = policy_of(POLICIES[name], task())
     prune(policy.actor, 0.8)
     with torch.no_grad():
@@ -119,21 +119,21 @@ def test_by_hand(tmp_path: Path) -> None:
         for key, value in weights.items():
             policy.actor.get_parameter(key).fill_(value)
     file = interpreter(policy, tmp_path)
-    obs = np.array([[3.0]], np.float32)  # normalised: 1
-    # Voltages 0.75, 1.5 (0.5 left), 1.25 (0.25 left), and 1, which is no more than the threshold.
+    obs = np.array([[3.0]], np.float32)  # normalised to 1
+    # Voltages 0.75, 1.5 (0.5 left), 1.25 (0.25 left), and 1, which is not above the threshold.
     assert file.spikes(obs)[0].ravel().tolist() == [False, True, True, False]
-    # rate 1/2: y = 0; the middle between -0.5 and 2
+    # rate 1/2: y = 2 * 0.5 - 1 = 0, the middle between the bounds -0.5 and 2
     assert file.actions(obs).tolist() == [[0.75]]
 
 
 def test_a_dense_file_hides_no_nan(tmp_path: Path) -> None:
-    """As the same network in ONNX, and unlike fmaxf, which would give an action."""
+    """A NaN stays NaN, as in ONNX; with fmaxf for relu it would become an action."""
     file = interpreter(policy_of(POLICIES["dense"], task()), tmp_path)
     assert np.isnan(file.actions(np.array([[np.nan, 0.0, 0.0]], np.float32))).all()
 
 
 def test_a_silent_input_adds_nothing(tmp_path: Path) -> None:
-    """A row of weights that are NaN shows itself only once its input fires."""
+    """A NaN weight has no effect until its input fires."""
     policy = policy_of(config(), task())
     file = tmp_path / "policy.c"
     c.write(policy, file)
@@ -164,7 +164,7 @@ def test_numbers_survive(value: float) -> None:
 
 
 def test_it_stands_beside_other_code(tmp_path: Path) -> None:
-    """Its names are none of the C library's."""
+    """Its names do not clash with those of the C library's headers."""
     beside = tmp_path / "robot.c"
     includes = ["math", "stdio", "stdlib", "string", "time", "unistd", "signal", "sys/socket"]
     lines = "".join(f"#include <{name}.h>\n" for name in includes)
@@ -201,7 +201,7 @@ def test_export(tmp_path: Path) -> None:
 
 
 def test_another_export_was_quicker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As jobs of a sweep that go on side by side."""
+    """A job of a sweep that runs at the same time may write the file first."""
     run = saved(policy_of(config(), task()), tmp_path / "run")
     file, prove = run / "policy.c", proof.prove
 
@@ -221,7 +221,7 @@ def test_another_export_was_quicker(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [("policy", "policy.json"), ("best/policy", "policy.json"), ("error.txt", "error.txt.json")],
 )
 def test_a_run_keeps_its_names(name: str, beside: str, tmp_path: Path) -> None:
-    """While it trains it has no policy.json yet."""
+    """Names of the run's own files are refused, even those that do not exist yet."""
     run = tmp_path / "run"
     for folder in ("best", "checkpoints"):
         (run / folder).mkdir(parents=True)
@@ -298,7 +298,7 @@ def test_a_compiler_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_compiler_for_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As whoever builds for a robot has it in CC."""
+    """CC may be set to a cross compiler for a robot."""
     compiler = tmp_path / "cross-cc"
     compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho robot > "$2"\n')
     compiler.chmod(0o755)

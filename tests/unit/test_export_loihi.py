@@ -1,4 +1,4 @@
-"""The integers of a Loihi file, by hand; what one chip can hold; its proof."""
+"""The integers of a Loihi file, by hand; what fits on one chip; the proof."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def test_the_file_acts_as_its_emulation(
     assert proven["observations"] >= 1000
     encoder, *layers = proven["spikes_unlike_policy"]
     assert encoder == 0.0
-    assert all(0.0 < share < 0.1 for share in layers)  # approximate, and not something else
+    assert all(0.0 < share < 0.1 for share in layers)  # differs, but only a little
     assert 0.0 < proven["mean_action_difference_from_policy"] < 0.05
     rates = [layer.mean() for layer in proof.record(policy, None, 1, 0).spikes]
     assert all(0.01 < rate < 0.99 for rate in rates)
 
 
 def test_integers_by_hand() -> None:
-    """Threshold 1/2, largest weight 1/2: 254 integers for both, and an odd one has no bit."""
+    """Threshold 1/2 and largest weight 1/2 both become 254; odd integers are not available."""
     policy = policy_of(config([2]), task(1, 1))
     actor = policy.actor
     assert isinstance(actor, SpikingActor)
@@ -78,7 +78,7 @@ def test_integers_by_hand() -> None:
         actor.layers[0].bias_N.copy_(torch.tensor([0.4, -0.0008]))
     layer = loihi.quantised(actor)[0]
     assert (layer.vth, layer.du, layer.dv, layer.scale) == (254, 2047, 1024, 508.0)
-    # 508 times them: 254, -127 (a tie), 49.7, -1.5; 203.2, -0.4
+    # Times 508: weights 254, -127 (a tie), 49.7, -1.5; biases 203.2, -0.4
     assert layer.weight_IN[:2].tolist() == [[254, -128], [50, -2]]
     assert layer.bias_N.tolist() == [204, 0]
     halves = layer.tensors(0)
@@ -87,7 +87,7 @@ def test_integers_by_hand() -> None:
 
 
 def test_small_weights_are_limited_by_the_threshold() -> None:
-    """17 bits for the threshold: 131071 for 1/2, so 0.0001 becomes 26."""
+    """The threshold has 17 bits: 1/2 becomes 131071 at most, so 0.0001 becomes 26."""
     actor = policy_of(config([2]), task(1, 1)).actor
     assert isinstance(actor, SpikingActor)
     with torch.no_grad():
@@ -123,7 +123,9 @@ def test_weights_of_many_thresholds() -> None:
     ],
 )
 def test_decays(current: float, voltage: float, registers: tuple[int, int]) -> None:
-    """Kept are (4095 - du) / 4096 and (4096 - dv) / 4096: 0.3 is 1228.8, 0.9 is 3686.4 of them."""
+    """The decays are (4095 - du) / 4096 and (4096 - dv) / 4096; 0.3 is 1228.8 / 4096, 0.9 is
+    3686.4 / 4096.
+    """
     neuron = replace(CUBA_LIF, current_decay=current, voltage_decay=voltage)
     actor = policy_of(config(neuron=neuron), task()).actor
     assert isinstance(actor, SpikingActor)
@@ -137,25 +139,27 @@ def test_lif_has_no_current_to_keep() -> None:
 
 
 def test_lateral_inputs_count_in_the_contract_too() -> None:
-    """490 neurons of 257 inputs fit a core; of 747, 490 more, 175 do: 3, then 1 and 1 before."""
+    """490 neurons of 257 inputs fit on a core; with 490 lateral inputs more (747) only 175 do: 3
+    cores, and one each for the encoder and the hidden layer.
+    """
     lateral = membrane_config(name="ilc", read="last", pop_size=490)
     policy = policy_of(config([256], decoder=lateral), task(3, 1))
     assert loihi.facts(policy)["chip"]["cores"] == 5
 
 
 def test_biases_are_no_inputs_of_a_core(tmp_path: Path) -> None:
-    """17 populations of 256 are more neurons than a core has inputs."""
+    """17 populations of 256 have more biases than a core has inputs, yet the policy can be read."""
     policy = policy_of(config(decoder=replace(RATE, pop_size=256)), task(3, 17))
     acts = reading.read(exported(policy, "loihi", tmp_path)).policy()
     assert acts.act(np.zeros((1, 3)), torch.Generator()).shape == (1, 17)
 
 
 def test_cores_by_hand() -> None:
-    # One each: 510 neurons of 257 inputs fit into 2^17 synapses.
+    # One core per layer: 510 neurons of 257 inputs fit into 2^17 synapses.
     assert loihi.cores([170, 256, 256, 60]) == 4
-    # Of 1025 inputs 127 fit: 9 cores; to 9 cores 455 neurons can send: 3; the encoder's: 1.
+    # 127 neurons of 1025 inputs fit: 9 cores; 455 neurons can send to 9 cores: 3; the encoder: 1.
     assert loihi.cores([10, 1024, 1024]) == 13
-    # 1018 lateral inputs more leave 64 neurons on a core, of which 16 are taken.
+    # With 1018 lateral inputs more, 64 neurons fit on a core: 16 cores.
     assert loihi.cores([10, 1024, 1024], 1018) == 16 + 4 + 1
     assert loihi.cores([4095, 1]) == 5
     assert str(refusal(loihi.cores, [4096, 1])) == (
@@ -235,7 +239,7 @@ def test_export(tmp_path: Path) -> None:
 
 
 def test_a_policy_whose_every_decision_rounding_decides(tmp_path: Path) -> None:
-    """A neuron whose first voltage is its threshold: it does not fire, nor do its integers."""
+    """A neuron's first voltage equals its threshold: it does not fire, in integers neither."""
     policy = policy_of(config(neuron=lif_config(threshold=0.5)), task())
     with torch.no_grad():
         policy.actor.layers[0].weight_IN[:, 0] = 0.0
@@ -252,7 +256,9 @@ def test_a_policy_whose_every_decision_rounding_decides(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The contract has the checksum of the policy that was read, whose checkpoint is gone since."""
+    """The contract has the checksum of the policy that was read, although its checkpoint was
+    removed since.
+    """
     steps, known_env = tmp_path / "run/checkpoints", proof.known_env
     steps.mkdir(parents=True)
     first = saved(policy_of(config(), task()), steps / "step_1")
@@ -286,7 +292,7 @@ def test_a_return_beside_what_is_published(
 
 
 def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One weight whose lowest bit is another."""
+    """The lowest bit of the file's weights is flipped."""
     run = saved(policy_of(config(), task()), tmp_path / "run")
 
     def tensors(layer: loihi.Layer, k: int, own: object = loihi.Layer.tensors) -> object:
@@ -307,7 +313,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
 
 @needs_published_policy
 def test_the_published_policy(tmp_path: Path) -> None:
-    """Its loss on the chip was published as 2.1 %."""
+    """The published loss of return on the chip is 2.1 %."""
     run = tmp_path / "run"
     args = [f"popsan={MODEL}", f"stats={STATS}", "env=HalfCheetah", f"run_dir={run}"]
     assert spikerl("import", *args).status == 0

@@ -1,4 +1,4 @@
-"""The emulator's arithmetic, by hand: it is compared with the layers' own in test_export_loihi."""
+"""The emulator's arithmetic, by hand; test_export_loihi compares it with the layers'."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spikerl.export.loihi_chip import Cells, number, shifted, synapses
 def cells(
     weight: object, bias: object = (0,), vth: int = 150, du: int = 2047, dv: int = 1024
 ) -> Cells:
-    """One layer; weights are twice what is given."""
+    """The cells of one layer; its weights are twice the given ones."""
     halves = np.array(weight, np.int8)
     registers = {"vth": vth, "du": du, "dv": dv}
     tensors: dict[str, np.ndarray] = {
@@ -24,7 +24,7 @@ def cells(
 
 
 def test_a_neuron_by_hand() -> None:
-    """Weight 100, halved current, three quarters of the voltage, threshold 150: in units of 64."""
+    """Weight 100, current decay 1/2, voltage decay 3/4, threshold 150; all are scaled by 64."""
     own, seen = cells([[50]]), []
     for _ in range(4):
         fired = own.step(np.array([[True]]), bias=False)
@@ -62,7 +62,7 @@ def test_decays_round_towards_zero() -> None:
 @pytest.mark.parametrize(
     ("inputs", "weight", "u"),
     [
-        # Up to 2^23 is held.
+        # Sums below 2^23 do not overflow.
         (512, 127, 512 * 254 * 64),
         (517, 127, 517 * 254 * 64 - 2**24),
         (512, -128, 2**23),  # -2^23 wraps to the other end
@@ -80,7 +80,7 @@ def test_the_voltage_saturates() -> None:
     own = cells([[127]] * 500, vth=131071, du=0, dv=0)
     assert not own.step(np.ones((1, 500), bool), bias=False)[0, 0]
     assert own.v[0, 0] == 500 * 254 * 64
-    # What is added is more than 2^23, and still above the threshold behind the limit.
+    # The sum exceeds 2^23; it is limited to that, which is still above the threshold.
     assert own.step(np.zeros((1, 500), bool), bias=False)[0, 0]
     low = cells([[-128]] * 500, vth=131071, du=0, dv=0)
     low.step(np.ones((1, 500), bool), bias=False)

@@ -1,4 +1,4 @@
-"""The NIR file: read back by equations of our own, and by snnTorch."""
+"""The NIR file, run by the equations of these tests and by snnTorch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_it_acts_as_the_policy(name: str, tmp_path: Path) -> None:
 
 
 def test_a_width_below_0_is_its_square(tmp_path: Path) -> None:
-    """A trained one can be: the encoder divides by the square alone."""
+    """A trained width can be negative, since the encoder only uses its square."""
     policy = policy_of(config(), task())
     with torch.no_grad():
         policy.actor.get_parameter("encoder.std_OP")[1, 2] *= -1.0
@@ -73,7 +73,7 @@ def test_a_width_below_0_is_its_square(tmp_path: Path) -> None:
 
 
 def test_published_constants(tmp_path: Path) -> None:
-    """PopSAN's decays 1/2 and 3/4 at dt = 1e-4 s: 0.2 ms and 0.4 ms."""
+    """PopSAN's decays 1/2 and 3/4 at dt = 1e-4 s are time constants of 0.2 ms and 0.4 ms."""
     nir.write(policy_of(config(), task()), tmp_path / "policy.nir")
     graph = reader.read(tmp_path / "policy.nir")
     cells = graph.nodes["neurons_0"]

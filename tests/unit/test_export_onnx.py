@@ -1,4 +1,4 @@
-"""The ONNX file: run by onnxruntime beside the policy."""
+"""The ONNX file, run by onnxruntime and compared with the policy."""
 
 from __future__ import annotations
 

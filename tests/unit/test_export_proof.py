@@ -1,4 +1,4 @@
-"""What is compared, and what is not let through; the table of what each format can hold."""
+"""What the proof compares and refuses; the table of what each format can hold."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PENDULUM = EnvConfig(
 
 
 class Constant:
-    """A file that always pushes as much."""
+    """An exported file with a constant action."""
 
     def spikes(self, obs_BO: np.ndarray) -> list[np.ndarray]:
         return []
@@ -60,7 +60,7 @@ def test_the_return_is_the_files() -> None:
 
 
 def test_the_first_spike_that_differs() -> None:
-    """By observation, then spike step, then layer, then neuron."""
+    """The first in the order of observation, then spike step, then layer, then neuron."""
     ours = [np.zeros((5, 3, 4), bool), np.zeros((5, 3, 2), bool)]
     theirs = [layer.copy() for layer in ours]
     recorded = proof.Recorded(np.zeros((3, 1)), ours, np.zeros((3, 1)), 0)
@@ -76,7 +76,7 @@ def test_the_first_spike_that_differs() -> None:
 
 @pytest.mark.parametrize("value", [2.1e-6, -2.1e-6, np.nan])
 def test_actions_to_a_millionth_of_the_larger_bound(value: float) -> None:
-    """The bounds are -0.5 and 2."""
+    """The bounds are -0.5 and 2, so a difference of 2e-6 is allowed."""
     recorded = proof.Recorded(np.zeros((2, 3)), [], np.zeros((2, 2)), 0)
     act = np.array([[0.0, 0.0], [1.9e-6, 0.0]])
     assert proof.compare_actions(task(), recorded, act) == pytest.approx(0.95e-6)
@@ -93,7 +93,7 @@ def test_a_dense_file_may_round_as_its_policy_does(monkeypatch: pytest.MonkeyPat
     obs = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
     recorded = proof.recorded_of(policy, obs)
     own = policy.task.to_env(policy.act(obs, policy.generator))
-    difference = np.abs(own - recorded.act_BA).max() / 2.0  # of the larger bound
+    difference = np.abs(own - recorded.act_BA).max() / 2.0  # relative to the larger bound
     assert difference > 1e-6
     assert recorded.tolerance == pytest.approx(2.0 * difference, rel=1e-3)
     proof.compare_actions(policy.task, recorded, own)
@@ -105,7 +105,7 @@ def test_a_dense_file_may_round_as_its_policy_does(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_kernel_that_rounds_less_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one that adds in another order may: a file may round as the reference does, too."""
+    """The tolerance also covers the rounding of the reference, which a file may have."""
     policy = policy_of(dense_config([64, 64]), task())
     with torch.no_grad():
         for name, p in policy.actor.named_parameters():
@@ -126,7 +126,7 @@ def test_a_kernel_that_rounds_less_than_others(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_rounding_decides_is_set_aside() -> None:
-    """One neuron, driven by the observation: voltage 0.5 + e against a threshold of 0.5."""
+    """One neuron whose voltage is the observation; the threshold is 0.5, rounding is within e."""
     parts = config(
         [1], encoder=DIRECT, neuron=lif_config(), decoder=DecoderConfig(name="linear")
     )  # fmt: skip
@@ -143,7 +143,7 @@ def test_what_rounding_decides_is_set_aside() -> None:
 
 
 def test_an_encoder_that_rounding_decides() -> None:
-    """At the centre of its field it charges 1 at once: a tie with a threshold of 1."""
+    """At the centre of its field the neuron's drive is 1, a tie with its threshold of 1."""
     fields = PopulationConfig(
         name="population", pop_size=1, mean_range=[0.0, 0.0], var=0.5, threshold=1.0
     )
@@ -157,7 +157,7 @@ def test_an_encoder_that_rounding_decides() -> None:
 
 
 def test_more_are_recorded_where_rounding_decides_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third is left: 500 of 1500, which is too few, and 1000 of 3000."""
+    """A third of the observations is usable: 500 of 1500 are too few, 1000 of 3000 enough."""
     monkeypatch.setattr(proof, "MOST", 1500)
 
     def third(policy: Policy, obs_BO: np.ndarray) -> proof.Recorded:
@@ -171,7 +171,7 @@ def test_more_are_recorded_where_rounding_decides_most(monkeypatch: pytest.Monke
 
 
 def test_too_few_observations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three episodes' 60, six's 120, and that is all."""
+    """Three episodes have 60 steps, and six, which are the most, 120."""
     monkeypatch.setattr(proof, "MOST_EPISODES", 6)
     policy = policy_of(config(), task(3, 1, "Pendulum-v1"))
     with pytest.raises(proof.ProofFailed, match=r"^1[0-2]\d observations were .* 1000 are needed"):
@@ -179,7 +179,7 @@ def test_too_few_observations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_both_files_or_none(tmp_path: Path) -> None:
-    (tmp_path / "policy.c").mkdir()  # so that no file can take its place
+    (tmp_path / "policy.c").mkdir()  # a folder, which no file can replace
     with pytest.raises(OSError, match=r"policy\.c"):
         publish(tmp_path / "policy.c", b"x", tmp_path / "policy.c.json", b"{}")
     assert [path.name for path in tmp_path.iterdir()] == ["policy.c"]
@@ -198,7 +198,7 @@ def test_a_sweep_that_is_started_again_does_what_is_missing(tmp_path: Path) -> N
     assert (run / "policy.nir").read_bytes() == before
     assert (run / "policy.loihi").is_file()
     refusal = "it exists already; remove it, or give another file"
-    said = spikerl(*typed, "seed=1")  # other words
+    said = spikerl(*typed, "seed=1")  # a different request
     assert (said.status, said.err.count(refusal)) == (2, 2)
     (run / "policy.nir").write_bytes(b"damaged")
     said = spikerl(*typed)
@@ -223,11 +223,11 @@ def test_a_file_without_a_name(tmp_path: Path) -> None:
     assert line == "file=/: give the name of a file"
 
 
-@pytest.mark.parametrize("length", [300, 245])  # that of the contract beside it is longer
+@pytest.mark.parametrize("length", [300, 245])  # 245: the contract's name is too long
 def test_a_name_that_is_too_long(
     length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is refused before any work."""
+    """The name is refused before the policy is run."""
     monkeypatch.setattr("spikerl.commands.export.proof.known_env", None)
     run = saved(policy_of(config(), task()), tmp_path / "run")
     file = tmp_path / ("x" * length)
@@ -262,7 +262,7 @@ def test_a_plugin_is_refused() -> None:
 
 
 def table_of_support() -> list[str]:
-    """All of it as lines of Markdown."""
+    """The support of all parts by all formats, as lines of Markdown."""
     rows: list[tuple[str, list[support.Verdict]]] = []
     for name in NEURONS:
         for reset in {"dynamic": ("hard",), "residual_if": ("soft",)}.get(name, ("hard", "soft")):
@@ -294,14 +294,14 @@ def test_the_page_has_every_key_of_a_contract() -> None:
     spiking, dense = (policy_of(actor, task()) for actor in (config(), DENSE))
     assert isinstance(spiking.actor, SpikingActor)
     spiking.actor.early_exit = EarlyExit(threshold=0.1, steps=1)
-    keys = {"made_from", "support", "proof", "file", "sha256", "bytes"}  # of the command
+    keys = {"made_from", "support", "proof", "file", "sha256", "bytes"}  # added by the command
     for format, policy in (("c", spiking), ("loihi", spiking), ("c", dense)):
         keys |= {*contract.describe(format, policy, None), *FORMATS[format].facts(policy)}
     assert {key for key in keys if f"`{key}`" not in page} == set()
 
 
 def test_spikes_are_counted_over_all_pieces() -> None:
-    """Of 200 observations the first 100 fire, none of them in the second piece of 128."""
+    """The first 100 of 200 observations fire, all in the first piece of 128."""
 
     class Fires(Constant):
         def spikes(self, obs_BO: np.ndarray) -> list[np.ndarray]:
@@ -316,7 +316,7 @@ def test_spikes_are_counted_over_all_pieces() -> None:
 
 @pytest.mark.parametrize(("threshold", "near"), [(5e-7, True), (0.1, False)])
 def test_an_early_exit_that_rounding_decides(threshold: float, near: bool) -> None:
-    """Without spikes no action moves."""
+    """Without spikes actions do not change: only a threshold as small as rounding is in doubt."""
     actor = rate_decoded(spike_steps=4)
     actor.early_exit = EarlyExit(threshold=threshold, steps=1)
     taken = torch.ones(4, 1, 1, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Exported files that are evaluated, as the policy is."""
+"""Evaluations of exported files, compared with those of the policy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_it_is_evaluated_as_the_policy_is(format: str, tmp_path: Path) -> None:
         assert said.status == 0, said
         answers.append(json.loads(said.out))
     policy, own = answers
-    counted = [name for name in policy if name not in own]  # of a file nothing is counted
+    counted = [name for name in policy if name not in own]  # no operations of a file
     assert counted == ["macs", "acs", "modelled_45nm_nj", "modelled_memory_nj", "operations",
                        "modelled_energy", "modelled_memory"]  # fmt: skip
     assert list(own) == [name for name in policy if name not in counted]
@@ -71,7 +71,7 @@ def test_encoders_that_fire_nothing_and_dense_ones(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
 def test_of_a_file_that_decides_early_no_firing_is_said(tmp_path: Path) -> None:
-    """Spike steps that it left out would count as silent ones."""
+    """No firing rate is given, as the spike steps that are skipped would count as silent."""
     policy = policy_of(config(), task(3, 1, "Pendulum-v1"))
     assert isinstance(policy.actor, SpikingActor)
     early = policy.actor.early_exit = EarlyExit(threshold=0.3, steps=1)
@@ -128,7 +128,7 @@ def test_options_that_make_no_sense_for_a_file(typed: str, line: str, tmp_path: 
 
 
 def test_the_task_survives(tmp_path: Path) -> None:
-    """With a dictionary's layout, arguments and an action type of its own."""
+    """A task with a layout of dictionary observations, arguments and another action dtype."""
     layout = (Entry(("a", 0), (2,)), Entry(("b",), (1,), -1))
     own = Task(
         "Pendulum-v1", (3,), (1, 1), np.array([-2.0]), np.array([1.0]), 7, "float16",

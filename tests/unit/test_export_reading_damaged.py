@@ -124,7 +124,7 @@ def test_numbers_that_nothing_can_act_by(
 ) -> None:
     file = small(tmp_path, "loihi")
     part = json.loads((tmp_path / "policy.loihi.json").read_text())[group]
-    if key == "std":  # one of all fields
+    if key == "std":  # of one receptive field
         part[key][0][0], value = value, part[key]
     rewritten(file, **{group: part | {key: value}})
     assert line in str(refusal(lambda: reading.read(file).policy()))
@@ -195,7 +195,7 @@ def onnx_line(file: Path, change: Any) -> str:
 
 
 def test_an_onnx_file_with_other_operators(tmp_path: Path) -> None:
-    """One that makes a value of any size from a small constant."""
+    """ConstantOfShape makes a tensor of any size from a small constant."""
     file, helper = small(tmp_path, "onnx"), onnx_package.helper
 
     def expands(model: Any) -> None:
@@ -207,7 +207,7 @@ def test_an_onnx_file_with_other_operators(tmp_path: Path) -> None:
 
 
 def test_an_onnx_file_whose_values_grow(tmp_path: Path) -> None:
-    """A column times a row."""
+    """A column times a row is a matrix of 10^10 numbers."""
     file, helper = small(tmp_path, "onnx"), onnx_package.helper
 
     def grows(model: Any) -> None:
@@ -231,7 +231,7 @@ def test_an_onnx_file_that_names_another_file(tmp_path: Path) -> None:
 
 
 def test_an_onnx_file_that_cannot_act(tmp_path: Path) -> None:
-    """Found out before an episode begins."""
+    """Refused when it is read, before an episode begins."""
     file = small(tmp_path, "onnx")
 
     def renamed(model: Any) -> None:
@@ -338,7 +338,7 @@ def test_a_nir_file_of_another_network(tmp_path: Path) -> None:
 
 
 def test_a_nir_file_of_another_contract(tmp_path: Path) -> None:
-    """Of 12 inputs in place of 30; of hidden layers in another order."""
+    """The file has other inputs, or hidden layers in another order, than its contract."""
     file = small(tmp_path, "nir")
     for number, parts in enumerate((config(encoder=population("population")), config([9, 12]))):
         (other := tmp_path / str(number)).mkdir()

@@ -1,4 +1,4 @@
-"""File systems that lack something: held is not the same as not supported."""
+"""File systems that lack a call: a lock that is held differs from locks not being supported."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def syncs_no_folder(number: int) -> Any:
 
 
 def test_writers_of_one_number_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On two machines that share a disk."""
+    """Two processes with the same id, on machines that share a disk, write the same file."""
     monkeypatch.setattr(os, "getpid", lambda: 7)
     path, written = tmp_path / "f", files.write_synced
 
@@ -130,7 +130,7 @@ def test_a_run_where_all_of_them_are_lacking(
     said = spikerl("train", *SHORT, "run_dir=r", "total_steps=150")
     assert (said.status, said.err.count("spikerl: warning: ")) == (0, 3), said
     assert (tmp_path / "r/checkpoints/latest").read_text() == "step_0000000150"
-    for name in ("policy.json", "policy.safetensors"):  # the newest checkpoint has them, too
+    for name in ("policy.json", "policy.safetensors"):  # so that the newest checkpoint's are used
         (tmp_path / "r" / name).unlink()
     assert spikerl("eval", "run=r", "episodes=1").status == 0
     said = spikerl("train", "resume=r", "total_steps=300")
@@ -140,7 +140,7 @@ def test_a_run_where_all_of_them_are_lacking(
 
 @pytest.fixture
 def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache folder with no kernel, and a compiler that takes no time."""
+    """A cache folder without a kernel, and a build that takes no time."""
     monkeypatch.setenv("SPIKERL_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "_build", lambda command, built: built.write_bytes(b""))
     monkeypatch.setattr(build, "_declare", lambda lib: None)
@@ -170,7 +170,7 @@ def test_a_cache_that_cannot_be_used_is_no_traceback(
 def test_what_a_killed_build_left_is_removed(
     locks: bool, unbuilt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the next build, if a lock tells that nobody else builds there."""
+    """The next build removes it, but only if a lock shows that no other build is running."""
     compiler = unbuilt / "cxx"
     compiler.write_text("#!/bin/sh\n[ $1 = --version ] || exec sleep 2\n")
     compiler.chmod(0o755)
@@ -201,7 +201,7 @@ def test_a_compiler_that_takes_too_long(unbuilt: Path, monkeypatch: pytest.Monke
 def test_a_library_in_a_cache_that_cannot_be_written_to(
     unbuilt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a container's image: what is there is used, what is not has a remedy."""
+    """As in a container's image: a library that exists is used; else the error has a remedy."""
     name = build.library("portable")
     build.library.cache_clear()
     real = os.access
@@ -214,7 +214,7 @@ def test_a_library_in_a_cache_that_cannot_be_written_to(
 
 
 def test_a_processors_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They tell machines apart for which -march=native is not the same; Arm has another word."""
+    """The flags distinguish machines on which -march=native differs; Arm calls them Features."""
     for word in ("flags", "Features"):
         text = f"processor\t: 0\n{word}\t: fp asimd\n"
         monkeypatch.setattr(Path, "read_text", lambda path, text=text: text)
@@ -241,7 +241,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=r"regular|larger|directory"):
             read_bytes(path, 100)
     (tmp_path / "small").write_bytes(b"x")
-    assert read_bytes(tmp_path / "small", 1 << 50) == b"x"  # of which nothing is reserved
+    assert read_bytes(tmp_path / "small", 1 << 50) == b"x"  # reserves no such memory
 
 
 def test_what_cannot_be_seen_may_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

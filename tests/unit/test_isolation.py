@@ -1,4 +1,4 @@
-"""Settings of the process that users' code changes, and tensors whose types do not depend on it."""
+"""Settings of the process that users' code changes, and tensors' dtypes despite such changes."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_what_they_change_is_put_back(name: str, tmp_path: Path) -> None:
         theirs = look()
     assert theirs != ours
     assert look() == ours
-    with UserCode():  # they go on where they were, but for what is the run's alone
+    with UserCode():  # their settings are back, except the run's own
         assert look() == (ours if name == "threads" or name.startswith("SIG") else theirs)
     assert look() == ours
 
@@ -122,7 +122,7 @@ def test_a_handler_that_they_need_themselves_stays() -> None:
 
 
 class Settled(CounterEnv):
-    """Changes everything, when it is made, reset or stepped."""
+    """Changes all settings when it is made, reset or stepped, as `when` says."""
 
     when = ""
 
@@ -195,7 +195,7 @@ MAKERS = {
     *("arange", "linspace", "logspace", "eye"),
 }
 GENERATORS = ("SeedSequence", "PCG64", "Generator", "default_rng")
-OWN_PROCESS = "bench"  # runs no code of others
+OWN_PROCESS = "bench"  # runs no users' code
 SOURCES = [p for p in Path(spikerl.__file__).parent.rglob("*.py") if OWN_PROCESS not in p.parts]
 
 
@@ -218,7 +218,7 @@ def test_every_tensor_that_is_made_has_a_type() -> None:
 
 
 def test_nothing_draws_from_a_global_generator() -> None:
-    """Which users' code seeds as it likes; `initialising` forks and seeds the one it draws from."""
+    """Users' code may seed global generators; `initialising` seeds a fork of one to draw from."""
     drawn = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"}
     for path in SOURCES:
         for name, call in calls(path):
@@ -231,7 +231,7 @@ def test_nothing_draws_from_a_global_generator() -> None:
 
 
 def test_settings_of_the_processor_are_seen() -> None:
-    """As a library built with -ffast-math leaves them: DAZ and FTZ of MXCSR, at its loading."""
+    """Loading a library built with -ffast-math sets DAZ and FTZ of the register MXCSR."""
     assert settings().flushes is False
     torch.set_flush_denormal(True)
     assert settings().flushes is True
@@ -239,7 +239,7 @@ def test_settings_of_the_processor_are_seen() -> None:
 
 
 class Forks(CounterEnv):
-    """Its child comes back from the step, or raises there."""
+    """Forks in a step; the child returns from the step or raises in it."""
 
     how, status = "", 0
 
@@ -257,7 +257,7 @@ CAME_BACK = 7
 
 @pytest.mark.parametrize("how", ["returns", "raises"])
 def test_a_forked_child_that_comes_back_ends(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own too, where no UserCode is."""
+    """The child ends with status 1 instead of returning to the run."""
     monkeypatch.setattr(Forks, "how", how)
     ours = os.getpid()
     with closing(make_env(registered("Forks", Forks, limit=9))) as env:

@@ -30,7 +30,7 @@ def limits(root: Path, files: dict[str, str]) -> Path:
         ("0::/\n", {}, 4096),
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000",
                        "cpu.max": "800000 100000"}, 3),
-        # A container that sees its own group as the root, and its path as the host's.
+        # A container whose own group is mounted as the root, while the path is the host's.
         ("0::/docker/x\n", {"cpu.max": "200000 100000"}, 2),
         ("3:memory:/m\n1:cpu,cpuacct:/a\n", {
             "cpu,cpuacct/a/cpu.cfs_quota_us": "250000\n",
@@ -77,7 +77,7 @@ def test_threads(
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     monkeypatch.setattr(machine, "cores", lambda: 6)
     assert machine.resolve_threads(asked, 2) == (choice, reason)
-    if choice == "3":  # of the default alone
+    if choice == "3":  # only if neither is set
         small = ("1", "batches of 128 gain little from more")
         assert machine.resolve_threads(None, 2, 128) == small
         assert machine.resolve_threads(None, 2, 129) == (choice, reason)
@@ -90,7 +90,9 @@ def test_threads(
 def test_what_workers_are_given_is_not_the_users_word(
     given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a sweep's jobs, the second would have the first one's threads."""
+    """OMP_NUM_THREADS is set for workers and restored, or a sweep's second job would take it for
+    the user's.
+    """
     monkeypatch.setenv("OMP_NUM_THREADS", "0")
     set_variable("OMP_NUM_THREADS", given)
     seen: list[Any] = []
@@ -111,7 +113,7 @@ def test_what_workers_are_given_is_not_the_users_word(
 def test_code_is_a_commit_and_what_was_changed_since(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the program and its configs; the same changes have the same name."""
+    """Only changes of the program and its configs count; the same changes give the same name."""
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     (tmp_path / "spikerl").mkdir()
     for name in ("spikerl/a.py", "notes.md"):

@@ -1,4 +1,4 @@
-"""What spikes cost in an actor's loss: by hand, against autograd, and in every algorithm."""
+"""The cost of spikes in an actor's loss: by hand, against autograd, and in every algorithm."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ def test_two_neurons_by_hand(kernel: str) -> None:
     """Two spike steps of v = 0.75 v (1 - o) + x, o = [v > 0.5], every voltage inside the window.
 
     One neuron has x = 0.75: v = 0.75, 0.75, and fires twice. The other has 0.25: v = 0.25, 0.4375.
-    Half of what could fire does, at a cost of 3: a loss of 1.5, and 3 / 4 by each spike. Back
-    through time, with kept = 0.75 * 0.75 and kept v for the reset:
-    0.75 + (0.75 - 0.5625 * 0.75) = 1.078125 for the first, whose spike cuts the way through v;
+    2 of 4 possible spikes at a cost of 3 are a loss of 1.5, with a gradient of 3 / 4 by each.
+    Back through time that is 0.75 * 0.75 = 0.5625 through the decay, unless the spike reset v,
+    and -0.5625 v through the reset:
+    0.75 + (0.75 - 0.5625 * 0.75) = 1.078125 for the first neuron, which is reset;
     0.75 + (0.75 - 0.5625 * 0.25) + 0.5625 = 1.921875 for the second.
     """
     parts: dict[str, Any] = {"encoder": DIRECT, "neuron": lif_config(), "decoder": LINEAR}
@@ -65,13 +66,13 @@ def test_two_neurons_by_hand(kernel: str) -> None:
 
 
 def fired(v: Tensor) -> Tensor:
-    """A step at 0.5 whose derivative is that of v inside (0, 1), and 0 elsewhere."""
+    """A step at 0.5 whose derivative is 1 for v in (0, 1), and 0 elsewhere."""
     through = torch.where((v - 0.5).abs() < 0.5, v, v.detach())
     return (v > 0.5).to(v.dtype) + through - through.detach()
 
 
 def rates(actor: SpikingActor, obs: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Mean rates (B, N) of the last layer, and of each layer its mean, of cuba_lif neurons."""
+    """Rates (B, N) of the last layer of cuba_lif neurons, and the mean rate of each layer."""
     layers = list(actor.layers)
     c = [torch.zeros(len(obs), len(layer.bias_N)) for layer in layers]
     v, o = [x.clone() for x in c], [x.clone() for x in c]
@@ -87,7 +88,7 @@ def rates(actor: SpikingActor, obs: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def test_against_autograd() -> None:
-    """Of the whole loss, in float64, with a cost for each layer; one of them is free."""
+    """Gradients of the whole loss in float64, with a cost for each layer; one cost is 0."""
     with float64():
         torch.manual_seed(0)
         costs = [0.7, 0.0, 1.9]
@@ -121,7 +122,7 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_algorithm_adds_it_to_its_own_loss(rule: str) -> None:
-    """A first update with a cost and one without differ by the cost's gradient, and by its loss."""
+    """First updates with and without a cost differ in loss and gradient by those of the cost."""
     config: Any = RULES[rule]
     found: list[tuple[Any, list[Tensor]]] = []
     with float64():
@@ -153,7 +154,7 @@ def test_every_algorithm_adds_it_to_its_own_loss(rule: str) -> None:
     added = metrics["actor_loss"] - without["actor_loss"]
     torch.testing.assert_close(added, metrics["spike_loss"], rtol=1e-12, atol=1e-14)
     for one, other, own in zip(ours, plain, spiking, strict=True):
-        difference = torch.zeros_like(one) if own is None else own  # the decoder's
+        difference = torch.zeros_like(one) if own is None else own  # the decoder has none
         torch.testing.assert_close(one - other, difference, rtol=1e-9, atol=1e-12)
 
 
@@ -165,7 +166,7 @@ def test_every_algorithm_adds_it_to_its_own_loss(rule: str) -> None:
     ],
 )
 def test_schedule(warmup: int, expected: dict[int, float]) -> None:
-    """From step 100 on. The costs stay in one place, where a recorded update reads them."""
+    """Costs begin at step 100. Their tensor stays at one address, where CUDA graphs read it."""
     actor = popsan(1, 1, [2], spike_cost=[4.0, 8.0], spike_cost_start=100, spike_cost_warmup=warmup)
     places = set()
     for step, share in expected.items():
@@ -177,7 +178,7 @@ def test_schedule(warmup: int, expected: dict[int, float]) -> None:
 
 
 def test_layers_that_there_are() -> None:
-    """The output population is one; a decoder that reads the last hidden layer has none."""
+    """Each layer has a cost, and so has an output population; a linear decoder has none."""
     for changes, layers in (({}, 3), ({"decoder": membrane_config()}, 3), ({"decoder": LINEAR}, 2)):
         actor = popsan(1, 1, [2, 2], spike_cost=0.5, **changes)
         assert actor.spike_costs == [0.5] * layers
@@ -216,7 +217,7 @@ def test_a_dense_actor_has_no_spikes(tmp_path: Path) -> None:
 
 
 def test_a_run(tmp_path: Path) -> None:
-    """The metric is there, null before the first update; the policy says nothing of the cost."""
+    """The metric is null before the first update; the policy's file does not have the cost."""
     run = tmp_path / "run"
     said = spikerl(
         "train", *SHORT, f"run_dir={run}", "algo.learning_starts=160", "actor.spike_cost=0.5"
@@ -225,6 +226,6 @@ def test_a_run(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     before, *after = [row["spike_loss"] for row in rows]
     assert before is None
-    assert all(0.0 < loss < 1.0 for loss in after)  # below 0.5 for each of two layers
+    assert all(0.0 < loss < 1.0 for loss in after)  # at most 0.5 for each of two layers
     policy = json.loads((run / "policy.json").read_text())
     assert policy["actor"].keys() == {"name", "hidden_sizes", "spike_steps", "lr"}

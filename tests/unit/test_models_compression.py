@@ -1,4 +1,4 @@
-"""Pruning and quantising by hand, and what a policy's file says of it."""
+"""Pruning and quantising by hand, and their record in a policy's file."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def array(values: Any) -> np.ndarray:
 
 
 def test_a_grid_by_hand() -> None:
-    """Three bits: -3 to 3 quarters. -1.6 quarters are -2, 0.4 are 0, and 3.6 are clipped."""
+    """Three bits are -3 to 3 quarters: -1.6 quarters become -2, 0.4 become 0, 3.6 are clipped."""
     w = array([[0.9, -0.4], [0.1, -5.0]])
     assert on_grid(w, 0.25, 3).tolist() == [[0.75, -0.5], [0.0, -0.75]]
 
 
 def test_a_scale_by_hand() -> None:
-    """Of 1 and 99 times 0.3 at two bits, (1 - s)^2 + 99 (0.3 - s)^2 is least at s = 0.307."""
+    """For 1 and 99 times 0.3, at two bits, (1 - s)^2 + 99 (0.3 - s)^2 is least at s = 0.307."""
     w = array([1.0] + 99 * [0.3])
     assert best_scale(w, 2) == np.float32(0.31)
-    assert best_scale(array([0.75, -0.5, 0.25]), 3) == 0.25  # without error, at the largest
+    assert best_scale(array([0.75, -0.5, 0.25]), 3) == 0.25  # exact, 3 steps to the largest
     assert best_scale(np.zeros(3, np.float32), 8) == 1.0
-    # The largest weight is 127 steps of eight bits, or 32767 of sixteen.
+    # With eight bits the largest weight is 127 steps, with sixteen bits 32767.
     assert best_scale(array([127.0, 1.0, -64.0]), 8) == 1.0
     assert best_scale(array([-32767.0, 5.0]), 16) == 1.0
 
@@ -69,8 +69,8 @@ def test_quantise_takes_every_matrix() -> None:
     assert list(scales) == names
     assert scales["layers.0.weight_IN"] == 1.0
     assert actor.layers[0].weight_IN.tolist() == [[1.0, 0.0], [1.0, 1.0]]
-    # In sevenths of f: 4 (1 - f)^2 + (3 f / 7 - 0.375)^2 is 0.002870, 0.002828, 0.003625 at f = 1,
-    # 0.99, 0.98.
+    # With a scale of f / 7 the error 4 (1 - f)^2 + (3 f / 7 - 0.375)^2 is 0.002870, 0.002828 and
+    # 0.003625 at f = 1, 0.99 and 0.98.
     scale = np.float32(scales["layers.1.weight_IN"])
     assert scale == np.float32(0.99 / 7)
     assert actor.layers[1].weight_IN[0].tolist() == [7 * scale, 0.0, 3 * scale]
@@ -79,14 +79,14 @@ def test_quantise_takes_every_matrix() -> None:
 
 
 def test_pruning_by_hand() -> None:
-    """Half of four: 0.5 and the first of the two weights of size 1."""
+    """Half of four weights go: 0.5 and the first of the two of size 1."""
     actor = dense()
     fill(actor, {"layers.0.weight_IN": [[3.0, -1.0], [0.5, 1.0]]})
     fill(actor, {"layers.1.weight_IN": [[-2.0], [0.25]]})
     prune(actor, 0.5)
     assert actor.layers[0].weight_IN.tolist() == [[3.0, 0.0], [0.0, 1.0]]
     assert actor.layers[1].weight_IN.tolist() == [[-2.0], [0.0]]
-    # Weights, biases, weights, bias.
+    # In the order weights, biases, weights, bias.
     assert nonzero(actor).tolist() == [1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0]
 
 
@@ -95,7 +95,7 @@ def test_a_population_keeps_its_neurons() -> None:
     prune(actor, 0.5)
     assert actor.layers[1].weight_IN.tolist() == [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
     assert connections(actor)["decoder.weight_AP"].tolist() == [[2.0, 1.0, 0.0]]
-    # Two layers' weights and biases, then the decoder's, whose weight of 0 was not pruned.
+    # Two layers' weights and biases, then the decoder's, which is not pruned: its 0 counts.
     kept = [0.0, 0.0, 1.0, 1.0, *[1.0] * 2, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, *[1.0] * 3, *[1.0] * 4]
     assert nonzero(actor).tolist()[-19:] == kept
 
@@ -126,11 +126,11 @@ def test_a_list_of_bits_that_does_not_fit() -> None:
 
 
 def test_footprints_by_hand() -> None:
-    """23 numbers, of which 13 are weights: 4, 6 and 3; 3, 5 and 2 of them are not 0."""
+    """Of 23 numbers 13 are weights, in matrices of 4, 6 and 3, of which 3, 5 and 2 are not 0."""
     actor = rate_decoded()
     others = 4 * 10
     assert footprints(actor, {}) == (others + 4 * 13, others + 4 * 10 + (1 + 1 + 1))
-    # 24, 36 and 9 bits are 3, 5 and 2 bytes, and 18, 30 and 6 are 3, 4 and 1; 3 scales.
+    # 24, 36 and 9 bits take 3, 5 and 2 bytes; packed, 18, 30 and 6 take 3, 4 and 1; and 3 scales.
     bits = bits_of(actor, [6, 6, 3])
     assert footprints(actor, bits) == (others + 10 + 12, others + 8 + 3 + 12)
 

@@ -1,4 +1,4 @@
-"""Policies of other programs act as their equations say, and what is none of them is refused.
+"""Policies of other programs act as their equations say; other files are refused.
 
 Shape legend   B batch, O observation entries, A action entries, P neurons of one population.
 """
@@ -23,13 +23,13 @@ from spikerl.errors import BadRequest
 from spikerl.models.foreign import recognise
 
 Weights = dict[str, np.ndarray]
-OBS, ACT, ENCODER, DECODER, HIDDEN = 3, 1, 4, 3, [8, 7]  # Pendulum's, whose bound is 2
+OBS, ACT, ENCODER, DECODER, HIDDEN = 3, 1, 4, 3, [8, 7]  # for Pendulum, with the action bound 2
 HOPPER = 11, 3
 MEAN, VAR = np.array([0.5, -0.5, 1.0]), np.array([0.4, 0.6, 9.0])
 
 
 def spiking(seed: int, obs: int = OBS, act: int = ACT, encoder: int = ENCODER) -> Weights:
-    """A state dict as PopSAN's code saves it, whose layers fire, often though not always."""
+    """A state dict as PopSAN's code saves it; its layers fire often, though not always."""
     draw = np.random.default_rng(seed)
     widths = [obs * encoder or obs, *HIDDEN, act * DECODER]
     names = ["snn.hidden_layers.0", "snn.hidden_layers.1", "snn.out_pop_layer"]
@@ -47,11 +47,11 @@ def spiking(seed: int, obs: int = OBS, act: int = ACT, encoder: int = ENCODER) -
 
 
 def connected(weights: Weights, kind: str, act: int = ACT) -> Weights:
-    """What ILC-SAN's code adds to them for one of its --connections."""
+    """The weights with those that ILC-SAN's code adds for one of its --connections."""
     draw = np.random.default_rng(7)
     population = act * DECODER
     conv = draw.normal(size=(population, 1, DECODER)).astype(np.float32).astype(np.float64)
-    if kind in ("no-self", "lateral"):  # whose forward pass writes zeros there
+    if kind in ("no-self", "lateral"):  # its forward pass sets these to 0
         for a in range(act):
             for j in range(DECODER):
                 conv[a * DECODER + j, 0, j] = 0.0
@@ -71,7 +71,7 @@ def connected(weights: Weights, kind: str, act: int = ACT) -> Weights:
 
 
 def within(weights: Weights, fired: np.ndarray) -> np.ndarray:
-    """What an output neuron gets of its own population's spikes, loop by loop."""
+    """Currents of output neurons from the spikes of their own populations, in plain loops."""
     got = np.zeros_like(fired)
     for neuron in range(fired.shape[1]):
         first = neuron // DECODER * DECODER
@@ -86,8 +86,8 @@ def within(weights: Weights, fired: np.ndarray) -> np.ndarray:
 def act_by_hand(
     weights: Weights, seen: np.ndarray, read: str = "rate", encode: str = "spikes"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean actions before any bound, in float64, from what the encoder sees; and, by row, how near
-    any membrane comes to its threshold.
+    """Unbounded mean actions in float64 for normalised observations `seen`; and, for each row, the
+    smallest distance of any membrane from its threshold.
     """
     drive = seen
     if "encoder.mean" in weights:
@@ -162,7 +162,7 @@ def agree(wanted: np.ndarray, margin: np.ndarray, obs: np.ndarray, bound: float)
 
 
 def test_sac(folder: Path) -> None:
-    """Its deterministic action is the tanh of the spiking network's, whatever the deviations."""
+    """The deterministic action is the tanh of the spiking network's output, without deviations."""
     weights = spiking(0)
     layers = {
         "log_std_network.0.weight": np.ones((8, 3)), "log_std_network.0.bias": np.ones(8),
@@ -176,7 +176,7 @@ def test_sac(folder: Path) -> None:
 
 
 def test_ppo(folder: Path) -> None:
-    """That code never updates its statistics, clips nothing and does not scale actions."""
+    """PopSAN's PPO never updates its statistics, does not clip observations nor scale actions."""
     weights = spiking(1, *HOPPER)
     save(weights | {"log_std": np.full(3, -0.5)})
     said = bring("popsan=m.pt", "env=Hopper")
@@ -184,7 +184,7 @@ def test_ppo(folder: Path) -> None:
         "Hopper-v5: [8, 7] hidden, populations 4 and 3; observations are not normalised;"
         " run folder: run\n"
     )
-    obs = some_obs(HOPPER[0]) * 2.5  # many of which another normaliser would clip
+    obs = some_obs(HOPPER[0]) * 2.5  # a normaliser would clip many
     wanted, margin = act_by_hand(weights, obs.astype(np.float32).astype(np.float64))
     agree(wanted, margin, obs, 1.0)
     config = OmegaConf.load("run/config.yaml")
@@ -206,7 +206,7 @@ def test_without_clipping(folder: Path) -> None:
 
 
 def test_without_statistics(folder: Path) -> None:
-    """It is said, not forgotten."""
+    """Without statistics the import is refused, unless stats=none says that there are none."""
     weights = spiking(3)
     save(weights)
     refused = spikerl("import", "popsan=m.pt", "env=Pendulum", "run_dir=run")
@@ -224,7 +224,7 @@ def test_without_statistics(folder: Path) -> None:
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_statistics_of_every_protocol(protocol: int, order: Any, folder: Path) -> None:
-    """The fifth is the default of Python 3.14."""
+    """All protocols of pickle can be read; the fifth is the default of Python 3.14."""
     from spikerl.models.foreign import read_stats
 
     big = np.array([1.5, -2.0, 3.0], ">f8")
@@ -237,7 +237,7 @@ def test_statistics_of_every_protocol(protocol: int, order: Any, folder: Path) -
 
 
 class Frombuffer:
-    """Pickles as a call of numpy's function with these arguments."""
+    """An object whose pickle calls numpy's _frombuffer with these arguments."""
 
     def __init__(self, *args: object) -> None:
         self.args = args
@@ -288,7 +288,7 @@ def test_connections(kind: str, folder: Path) -> None:
     ("read", "args"),
     [
         ("mean", ["decoder=ilc", "decoder.read=mean"]),
-        ("rate", ["decoder=ilc", "decoder.read=mean", "decoder.voltage_decay=0"]),  # its fr-mlp
+        ("rate", ["decoder=ilc", "decoder.read=mean", "decoder.voltage_decay=0"]),  # "fr-mlp"
     ],
 )
 def test_what_is_read(read: str, args: list[str], folder: Path) -> None:
@@ -358,7 +358,7 @@ def test_a_dense_baseline_with_statistics(folder: Path) -> None:
 
 
 def test_what_is_imported_goes_on(folder: Path) -> None:
-    """It is evaluated, converted to spikes, and its config starts a run with its weights."""
+    """An imported policy can be evaluated, converted to spikes, and trained further."""
     save(dense(["l1", "l2", "l3"], [3, 6, 5, 1]))
     said = spikerl("import", "dense=m.pt", "env=Pendulum")
     assert said.status == 0
@@ -380,7 +380,7 @@ def test_what_is_imported_goes_on(folder: Path) -> None:
 
 @pytest.mark.parametrize("command", ["convert run_dir=new", "eval", "export format=c"])
 def test_paths_that_an_environment_is_given_are_confirmed(folder: Path, command: str) -> None:
-    """An untrusted run may name any file."""
+    """A run from somebody else may pass any file to its environment, so env_id must confirm it."""
     save(dense(["l1", "l2", "l3"], [3, 6, 5, 1]))
     assert spikerl("import", "dense=m.pt", "env=Pendulum", "run_dir=run").status == 0
     policy, config = Path("run/policy.json"), Path("run/config.yaml")

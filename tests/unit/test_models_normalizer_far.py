@@ -1,4 +1,4 @@
-"""Observations whose mean lies far out keep the digits of what varies."""
+"""Normalised observations keep their precision where the mean is large against the deviation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_near_means_are_subtracted_in_float32() -> None:
 
 @pytest.mark.parametrize("steps", [1, 400])
 def test_what_does_not_vary_changes_nothing(steps: int) -> None:
-    """A mass of 8.9 is 25 000 deviations away, when the deviation is that of rounding."""
+    """A constant, such as a mass of 8.9, is not `far`, although its deviation is only rounding."""
     norm = RunningNorm(1, clip=5.0)
     for _ in range(steps):
         norm.add(np.full((7, 1), 8.9))
@@ -58,7 +58,7 @@ def test_what_does_not_vary_changes_nothing(steps: int) -> None:
 
 
 def test_replayed_rows_are_centred_exactly() -> None:
-    """1.7e9 is not a float32 number of its own; the mean is not rounded to one."""
+    """The mean 1.7e9 + 37 is no float32 number; it is subtracted without being rounded to one."""
     norm = norm_of(waves(1.7e9 + 37.0))
     stored = torch.tensor([[1.7e9]], dtype=torch.float32)
     deviation = np.sqrt(np.linspace(-1.0, 1.0, 50).var() + 2.0**-23)

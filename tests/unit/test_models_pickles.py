@@ -1,4 +1,4 @@
-"""Untrusted files: nothing in them runs, nothing in them allocates what they do not hold."""
+"""Untrusted files: their code is never run, and no more memory is allocated than they have data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("little_memory")
 
 
 class Calls:
-    """Pickles as a call of `function`."""
+    """An object whose pickle calls `function`."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self.function, self.args = function, args
@@ -31,7 +31,7 @@ class Calls:
 
 
 def reconstruct(*args: Any) -> Calls:
-    function: Any = np.ndarray(0).__reduce__()[0]  # numpy's own, of a private module
+    function: Any = np.ndarray(0).__reduce__()[0]  # numpy's, in a private module
     return Calls(function, *args)
 
 
@@ -47,7 +47,7 @@ def global_call(module: str, name: str, argument: str) -> bytes:
 
 
 def of_type(state: str, shape: int) -> bytes:
-    """Two arrays of 16 bytes by `_frombuffer`, of f8 with that state."""
+    """A pickle of two arrays of 16 bytes by `_frombuffer`; their dtype is f8 with this state."""
     f8 = b"cnumpy\ndtype\n(Vf8\n\x89\x88tR"
     kind = f8 + state.encode().replace(b"F8", f8) + b"b"
     size = b"J" + shape.to_bytes(4, "little") + b"\x85"
@@ -56,7 +56,7 @@ def of_type(state: str, shape: int) -> bytes:
 
 
 PLAIN = "(K\x03V<\nNNNK\x08K\x08K\x00t"
-# Of 500 f8 each, at the size of one: numpy reads what lies behind the bytes.
+# Elements of 500 f8 with the size of one f8: numpy would read beyond the bytes.
 SUBARRAY = "(K\x03V<\n(F8(M\xf4\x01ttNNK\x08K\x08K\x00t"
 STATS = {
     "subarray": of_type(SUBARRAY, 1000),
@@ -120,7 +120,7 @@ def test_honest_stats(protocol: int, dtype: str, tmp_path: Path) -> None:
 
 
 def test_types_by_their_state(tmp_path: Path) -> None:
-    """The plain form of what is refused above."""
+    """The ordinary form of the dtypes that are refused above can be read."""
     (tmp_path / "s.p").write_bytes(of_type(PLAIN, 2))
     assert [a.tolist() for a in read_stats(tmp_path / "s.p")] == [[0.0, 0.0]] * 2
 
@@ -168,7 +168,7 @@ def test_weights(name: str, zipped: bool, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_weights_with_an_archive_behind(tmp_path: Path) -> None:
-    """torch reads what is before it, as the first bytes say."""
+    """Refused: by the first bytes torch would read the weights before the archive."""
     path = tmp_path / "m.pt"
     torch.save(state(), path, _use_new_zipfile_serialization=False)
     with zipfile.ZipFile(path, "a") as archive:

@@ -38,7 +38,7 @@ def test_one_observation_or_many(name: str, tmp_path: Path) -> None:
 
 
 def test_actions_are_the_actors_in_the_environments_units(tmp_path: Path) -> None:
-    """Equation by equation, for the dense actor."""
+    """The dense actor's equations, written out."""
     policy = toy_policy(DENSE)
     policy.save(tmp_path)
     tensors = {k: t.double().numpy() for k, t in load_file(tmp_path / "policy.safetensors").items()}

@@ -1,4 +1,4 @@
-"""A policy's files: what is read acts as before; nothing in them runs or leads elsewhere."""
+"""A policy's files: a loaded policy acts as before; files run no code and refer to no others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert (after.norm.count, after.norm.clip) == (50, 2.5)
     np.testing.assert_array_equal(after.norm.mean_O, before.norm.mean_O)
-    for _ in range(2):  # a Poisson encoder goes on from the same generator
+    for _ in range(2):  # a Poisson encoder draws on from the same state
         np.testing.assert_array_equal(after(OBS), before(OBS))
 
 
@@ -48,7 +48,7 @@ def test_a_copy_of_a_copy_has_the_same_bytes(name: str, tmp_path: Path) -> None:
     second.mkdir()
     toy_policy(CONFIGS[name]).save(first)
     data = json.loads((first / "policy.json").read_text())
-    data["versions"]["mujoco"] = "0.1"  # as if it came from elsewhere
+    data["versions"]["mujoco"] = "0.1"  # as of another machine
     (first / "policy.json").write_text(json.dumps(data))
     load_policy(first).save(second)
     assert json.loads((second / "policy.json").read_text()) == data

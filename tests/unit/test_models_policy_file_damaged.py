@@ -1,4 +1,4 @@
-"""A policy's files, damaged or hostile: a BadRequest that names the folder, and nothing else."""
+"""Damaged or hostile files of a policy raise only a BadRequest that names the folder."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_truncated(run: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["policy.json", "policy.safetensors"])
 def test_flipped(run: Path, name: str) -> None:
-    """A flip may go unseen, in a weight's low bits for one; it is refused or it loads and acts."""
+    """A file with a flipped bit is refused, or loads and acts, as after a flip in a weight."""
     whole = (run / name).read_bytes()
     places = {*range(0, min(len(whole), 900), 7), *range(0, len(whole), len(whole) // 50)}
     for place in sorted(places):
@@ -160,7 +160,7 @@ def test_json(run: Path, key: str, value: Any) -> None:
 
 
 def test_each_key_is_needed(run: Path) -> None:
-    """Normaliser, action scaling, environment and versions among them: nothing is guessed."""
+    """No key has a default, not those of normaliser, action scaling, environment and versions."""
     data = json.loads((run / "policy.json").read_text())
     assert {"env_id", "act_low", "act_high", "norm_clip", "versions"} < data.keys()
     for key in data:

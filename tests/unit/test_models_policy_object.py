@@ -54,7 +54,7 @@ OBS = np.random.default_rng(2).normal(3.0, 4.0, (9, 4))
 def test_a_copy_acts_alike(name: str, way: str) -> None:
     policy = make(name)
     policy.trained_with = {"torch": "0.1"}
-    policy(OBS)  # a Poisson encoder's copy goes on where its generator stands
+    policy(OBS)  # a copy has the state of a Poisson encoder's generator
     twin = copy.deepcopy(policy) if way == "deepcopy" else pickle.loads(pickle.dumps(policy))
     for obs in (OBS, OBS[0], OBS[1]):
         np.testing.assert_array_equal(twin(obs), policy(obs))
@@ -75,7 +75,7 @@ def test_a_copy_is_no_view() -> None:
 
 
 def test_a_pickle_of_another_processor() -> None:
-    """Its kernel is not there; what runs instead acts alike."""
+    """The kernel named in the pickle does not exist here; its replacement acts the same."""
     policy = make("popsan")
     assert isinstance(policy.actor, SpikingActor)
     policy.actor.kernel = "cpu/strange"
@@ -131,7 +131,7 @@ def in_a_child(work: Any, seconds: float = 30.0) -> int | None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("name", ["popsan", "mlp"])
 def test_a_forked_child_acts(name: str, tmp_path: Path) -> None:
-    """It has none of the threads that the pool of its parent consists of."""
+    """A forked child can act, although the threads of its parent's pool do not exist in it."""
     policy = make(name)
     policy.save(tmp_path)
     batch = np.repeat(OBS, 300, 0)
@@ -139,7 +139,7 @@ def test_a_forked_child_acts(name: str, tmp_path: Path) -> None:
     torch.set_num_threads(2)
     try:
         wanted = policy(batch)
-        torch.ones(1 << 20).sum()  # so that the pool is there, whichever kernel acts
+        torch.ones(1 << 20).sum()  # starts the pool, whichever kernel acts
 
         def acts() -> bool:
             return np.allclose([policy(batch), load_policy(tmp_path)(batch)], wanted, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Number formats: which products use them, what stays in float32, what is refused."""
+"""Number formats: which products use them, which values stay in float32, what is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_spiking_products_round_and_membranes_do_not(dtype: torch.dtype) -> None:
-    """Voltages are what float32 dynamics make of one rounded product, to the last bit."""
+    """Voltages equal float32 dynamics on the rounded products, to the last bit."""
     torch.manual_seed(0)
     low, full = popsan(4, 2, [32], dtype=dtype), popsan(4, 2, [32])
     full.load_state_dict(low.state_dict())
@@ -47,7 +47,7 @@ def test_spiking_products_round_and_membranes_do_not(dtype: torch.dtype) -> None
         o = (v > 0.5).float()
         assert torch.equal(voltages[0][t], v)
     plain, _ = reference.record(full, obs, None)
-    assert torch.equal(plain[0], spikes[0])  # the encoder has no product
+    assert torch.equal(plain[0], spikes[0])  # the encoder multiplies nothing in this format
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -69,7 +69,7 @@ def test_critic_is_close_and_parameters_stay_float32(dtype: torch.dtype) -> None
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 @pytest.mark.parametrize("actor", ["fp32", "same"])
 def test_updates_learn_in_low_precision(name: str, actor: str) -> None:
-    """The critics fit a fixed target as they do in fp32; every state stays in float32."""
+    """The critics fit a fixed target as in fp32; the optimisers' state stays in float32."""
     losses = {}
     for which in ("fp32", name):
         config = precision(which, which if actor == "same" else "fp32")

@@ -1,4 +1,4 @@
-"""A policy that chooses among proposed actions: what it chooses, and what can be done with it."""
+"""A policy that chooses among proposed actions: its choice, and the commands that take it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def chooser(samples: int, phi: float = 0.3) -> Policy:
 
 
 def test_it_takes_the_best_of_those_that_it_draws() -> None:
-    """Drawn again from the same generator, one after another."""
+    """The action equals the best of the same draws, evaluated one after another."""
     policy = chooser(5)
     net = policy.network
     assert isinstance(net, Proposer)
@@ -70,7 +70,7 @@ OFFLINE = [w for w in SHORT if not w.startswith(("algo.learn", "algo.random", "t
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a dataset, and a run of each kind of actor."""
+    """A folder with a dataset, and a run of each kind of actor."""
     made = tmp_path_factory.mktemp("bcq")
     write(made / "d", [episode(30)])
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Policies over sequences: the history of an episode, their files, and what refuses them."""
+"""Policies over sequences: an episode's history, their files, and commands that refuse them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def policy(kind: str = "pssa") -> Policy:
     config.conditioning = AIM
     task = task_for(INVERTED_PENDULUM)
     network = build_sequence(config, task.obs_dim, task.act_dim, folded=True)
-    with torch.no_grad():  # so that something fires
+    with torch.no_grad():  # so that neurons fire
         for p in network.parameters():
             p.mul_(3.0)
     return Policy(task, config, network, RunningNorm(task.obs_dim, 3.0))
@@ -47,7 +47,7 @@ def test_the_history_of_two_episodes_by_hand() -> None:
     history.reward([1.0, -3.0])
     steps = history.see(torch.tensor([[2.0], [20.0]]), 1)
     assert rows(steps.obs) == [[0.0, 1.0, 2.0], [0.0, 10.0, 20.0]]
-    assert rows(steps.togo) == [[0.0, 3.5, 3.0], [0.0, 3.5, 5.0]]  # 7, 7 - 1, 7 + 3, halved
+    assert rows(steps.togo) == [[0.0, 3.5, 3.0], [0.0, 3.5, 5.0]]  # halves of 7, 7 - 1 and 7 + 3
     assert steps.time.tolist() == [[0, 0, 1], [0, 0, 1]]
     assert steps.there.tolist() == [[False, True, True]] * 2
     torch.testing.assert_close(steps.act[:, :, 0], torch.tensor([[0.0, 0.1, 0], [0, 0.2, 0]]))
@@ -79,7 +79,7 @@ def test_a_policy_acts_from_what_it_saw_before(kind: str) -> None:
         carried.reward(1.5)
     togo = torch.tensor([0, 0, 7.0, 5.5, 4.0]) / 2.0
     before = torch.zeros(5, 1)
-    before[2:4, 0] = torch.tensor(np.array(acts[:2]).ravel() / 3.0)  # of bounds of 3
+    before[2:4, 0] = torch.tensor(np.array(acts[:2]).ravel() / 3.0)  # scaled by the bounds of 3
     seen = torch.cat([torch.zeros(2, 4), made.observe(obs)])
     there = torch.tensor([False, False, True, True, True])
     steps = Contexts(seen, before, togo, torch.tensor([0, 0, 0, 1, 2]), there)
@@ -177,7 +177,7 @@ TINY = ["env=InvertedPendulum", "env.max_episode_steps=30", "actor.dim=8", "acto
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a dataset, and a run of each kind of network."""
+    """A folder with a dataset, and a run of each kind of network."""
     made = tmp_path_factory.mktemp("sequences")
     write(made / "d", [episode(30), episode(8, 100.0)])
     with pytest.MonkeyPatch.context() as patch:
@@ -186,7 +186,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             run = f"run_dir={name.rpartition('/')[2]}"
             said = spikerl("train", f"experiment={name}", *TINY, run)
             assert said.status == 0, said
-            # 100 + 101 + ... + 107
+            # 100 + 101 + ... + 107 = 828
             assert "aim at a return of 828 (the best of the dataset)" in said.out
     return made
 
@@ -250,7 +250,7 @@ def test_a_dense_policy_aims_at_nothing(folder: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("changes", [{"random_share": 1.0}, {"noise": 0.5}, {}])
 def test_what_is_recorded_is_what_later_decisions_see(changes: dict[str, float]) -> None:
-    """Whatever `collect` made of the action."""
+    """Later decisions see the recorded actions, with the noise that `collect` added."""
     fields = {"noise": 0.0, "random_share": 0.0} | changes
     request = CollectRequest(run="r", dataset="d", policy="last", episodes=1, steps=None, seed=0,
                              env_id=None, plugins=[], **fields)  # fmt: skip

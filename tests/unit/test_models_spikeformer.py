@@ -1,4 +1,4 @@
-"""Decision SpikeFormer: what acts does what was trained, and depends on what it may depend on."""
+"""Decision SpikeFormer: it acts as it was trained, and sees neither later steps nor padding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spikerl.snn.neurons import Neuron
 
 
 def trained(kind: str, dtype: torch.dtype = torch.float64) -> Spikeformer:
-    """With moments of some batches."""
+    """A Spikeformer whose running moments are those of some batches."""
     made = network(kind)
     assert isinstance(made, Spikeformer)
     made = made.to(dtype)
@@ -43,7 +43,7 @@ def test_actions_are_those_of_plain_pytorch(kind: str, theta: float) -> None:
     made = network(kind)
     assert isinstance(made, Spikeformer)
     plain, steps = PlainSpikeformer(made), contexts(6)
-    made.schedule(0.5 * (1.0 - theta))  # of which norm_share is a half
+    made.schedule(0.5 * (1.0 - theta))  # theta reaches 0 at norm_share = 1/2
     plain.theta = theta
     torch.testing.assert_close(made(steps, torch.Generator()), plain(steps), rtol=1e-4, atol=1e-5)
 
@@ -71,7 +71,7 @@ def test_theta_falls_evenly() -> None:
 @torch.no_grad()
 def test_a_decision_sees_neither_what_follows_nor_padding(kind: str) -> None:
     made = network(kind).inference()
-    steps = contexts(4)  # of the last, two are there
+    steps = contexts(4)  # the last context has two steps
     acts = made(steps)
     later = steps._replace(obs=steps.obs.clone(), act=steps.act.clone(), togo=steps.togo.clone())
     later.obs[:, 4], later.togo[:, 4], later.act[:, 3:] = 9.0, 9.0, 0.5
@@ -80,7 +80,7 @@ def test_a_decision_sees_neither_what_follows_nor_padding(kind: str) -> None:
     torch.testing.assert_close(changed[:, :4][before_it], acts[:, :4][before_it])
     assert not torch.equal(changed[:, 4], acts[:, 4])
     before = steps._replace(obs=steps.obs.clone())
-    before.obs[3, :2] = 9.0  # which is not there
+    before.obs[3, :2] = 9.0  # padding
     torch.testing.assert_close(made(before)[3, 3:], acts[3, 3:])
     for field in ("obs", "act", "togo"):
         other = steps._replace(**{field: getattr(steps, field) * 3.0 + 0.5})
@@ -88,7 +88,7 @@ def test_a_decision_sees_neither_what_follows_nor_padding(kind: str) -> None:
 
 
 def test_counts_by_hand() -> None:
-    """The first layer's drive is the embedding, the same at three spike steps."""
+    """The first layer's drive is the embedding, constant over three spike steps."""
     made = network()
     assert isinstance(made, Spikeformer)
     made, steps = made.inference(), contexts(4)

@@ -1,4 +1,6 @@
-"""Imports go downward only, and what computes touches no file, clock, Hydra or process group."""
+"""Imports go to lower levels only; modules that compute use no file, clock, Hydra or process
+group.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import pytest
 import spikerl
 
 ROOT = Path(spikerl.__file__).parent
-# Folders, and the modules that stand beside them, from the bottom to the top.
+# Folders and top-level modules, from the lowest level to the highest.
 LEVELS = [
     "types errors seeding schema files children signals output machine isolation plugins",
     "snn",
@@ -29,10 +31,10 @@ LEVELS = [
     "__main__ __init__",
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names.split()}
-# What a library that computes has no business with.
+# Modules that code which computes must not import.
 OUTSIDE = {"os", "pathlib", "time", "hydra", "torch.distributed"}
 COMPUTES = ("snn", "kernels", "algos")
-BUILDS = "spikerl.kernels.build"  # a compiler's output lies in a file
+BUILDS = "spikerl.kernels.build"  # exempt: a compiler writes files
 
 
 def modules() -> dict[str, Path]:
@@ -49,7 +51,7 @@ MODULES = modules()
 
 
 def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Every import below `node`, inside functions too, but none for the type checker alone."""
+    """Every import below `node`, in functions too, except those for the type checker only."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             for other in child.orelse:
@@ -61,7 +63,7 @@ def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 
 def imported(source: str) -> Iterator[str]:
-    """Full names; `from spikerl import x` and `from spikerl.x import y` name the module x."""
+    """Full names of imported modules; `from spikerl import x` imports the module spikerl.x."""
     for statement in statements(ast.parse(source)):
         if isinstance(statement, ast.Import):
             yield from (alias.name for alias in statement.names)
@@ -74,7 +76,7 @@ def imported(source: str) -> Iterator[str]:
 
 
 def folder(module: str) -> str:
-    """What has a level: the first name below the package."""
+    """The first name below the package, which has a level."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
@@ -107,13 +109,13 @@ def test_the_checks_see_what_they_should() -> None:
     assert seen == ["typing", "spikerl.commands.train", module, module, "os.path"]
 
 
-# Unit tests of what is not a module of the package.
+# Unit tests of things that are not modules of the package.
 OF_OTHERS = ("conf", "docs", "module_levels", "scripts")
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in Path(__file__).parent.glob("test_*.py")))
 def test_unit_tests_are_named_after_the_module_that_they_test(name: str) -> None:
-    """test_FOLDER_MODULE.py, and a word more where a module has several such files."""
+    """Names are test_FOLDER_MODULE.py, with a word more if a module has several such files."""
     words = [module.replace(".", "_").removeprefix("spikerl_") for module in MODULES]
     words += [word.removesuffix("_command") for word in words]  # commands/bench/command.py
     folders = {folder(module) for module in MODULES if module.count(".") > 1}

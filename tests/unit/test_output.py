@@ -1,4 +1,4 @@
-"""What reaches standard output, whatever the shell, the environment and the reader do."""
+"""Standard output has only answers, whatever the shell, the environment or the reader does."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(package.__file__).parents[1]
 
 
 class Talks(gym.Env[np.ndarray, np.ndarray]):
-    """It prints; it also leaves the folder that the run was started in."""
+    """It prints, and changes the working directory."""
 
     observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float64)
     action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -92,7 +92,7 @@ def test_code_in_c_and_what_is_printed_at_exit_are_none_either() -> None:
 
 
 def test_a_second_answer_reaches_standard_output_too() -> None:
-    """As of a sweep's second job."""
+    """A sweep's second job prints a second answer."""
     program = (
         "from spikerl import output\n"
         "output.prepare()\n"
@@ -137,7 +137,7 @@ def test_a_stream_that_is_closed_goes_on() -> None:
     (0.6, 0, ""),
 ])  # fmt: skip
 def test_a_thread_does_not_keep_the_program(seconds: float, status: int, said: str) -> None:
-    """For longer than a while; one that ends by itself changes no status."""
+    """The program waits STRAY_S for a thread; one that ends by then does not change the status."""
     program = (
         "import threading, time\n"
         "from spikerl.distributed import process_lifetime as lifetime\n"
@@ -168,7 +168,7 @@ def test_the_command_ends_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_whose_reader_went_away(number: int, tmp_path: Path) -> None:
-    """Of its output, or of its errors, closed or gone."""
+    """Standard output or standard error is a broken pipe, or closed."""
     typed = " ".join([*SHORT, "total_steps=150"])
     gone = "| true" if number == 1 else "2>&1 >/dev/null | true"
     done = shell(

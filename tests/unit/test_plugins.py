@@ -1,4 +1,4 @@
-"""What `plugins=[...]` may name."""
+"""Modules that `plugins=[...]` may name."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_tables_cell_has_a_plugins_option(
 def test_a_copied_table_has_a_name_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else it would be rendered over the table that it was copied from."""
+    """With the old name it would overwrite the rendering of the original table."""
     folder = tmp_path / "brings_table" / "conf" / "table"
     folder.mkdir(parents=True)
     (tmp_path / "brings_table" / "__init__.py").touch()
@@ -82,7 +82,7 @@ def test_a_policy_needs_the_plugin_that_has_only_a_config_of_its_parts(
 ) -> None:
     @dataclass(kw_only=True)
     class StrictConfig(LIFConfig):
-        """Of spikerl's own neuron; a plugin's may refuse what that accepts."""
+        """A config of spikerl's own neuron that may refuse more values."""
 
     StrictConfig.__module__ = "strict_parts.neurons"
     package = ModuleType("strict_parts")
@@ -104,7 +104,7 @@ def test_a_policy_needs_the_plugin_that_has_only_a_config_of_its_parts(
 def test_a_policy_needs_the_plugin_that_has_only_the_name_of_its_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of spikerl's own neuron, whose conf/ the plugin has other values for."""
+    """The plugin registers spikerl's own neuron under another name."""
     monkeypatch.setattr(NEURONS, "options", dict(NEURONS.options))
     (tmp_path / "renames_parts.py").write_text(
         "from spikerl.snn.neurons import NEURONS\n"
@@ -130,7 +130,7 @@ class OwnDense(MLPActor):
 
 
 def test_an_actor_is_of_the_class_that_was_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not of spikerl's own with the same config, which would train in its place unsaid."""
+    """spikerl's own actor with the same config class must not be built in its place."""
     monkeypatch.setitem(ACTORS.options, "own_spiking", (PopSANConfig, OwnSpiking))
     monkeypatch.setitem(ACTORS.options, "own_dense", (MLPConfig, OwnDense))
     spiking = builders.spiking(builders.POPULATION)
@@ -144,7 +144,7 @@ def test_an_actor_is_of_the_class_that_was_registered(monkeypatch: pytest.Monkey
 def test_an_actor_of_another_class_decides_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What knows spikerl's own classes alone, which have their config, leaves it alone."""
+    """Fast paths, operations and exports, made for spikerl's own classes, are not applied to it."""
     monkeypatch.setitem(ACTORS.options, "own_spiking", (PopSANConfig, OwnSpiking))
     config = builders.spiking(builders.POPULATION)
     config = replace(config, actor=replace(config.actor, name="own_spiking"))

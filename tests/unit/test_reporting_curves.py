@@ -1,4 +1,4 @@
-"""Pictures of many lines: each can be told from the others, and the legend leaves room for them."""
+"""Plots of many lines: all lines look different, and the legend leaves room for the panel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_forty_lines() -> None:
     figure = curves.curves({"Ant-v5": panel}, "step", "return")
     assert figure is not None
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # matplotlib's where nothing is left for the panel
+        warnings.simplefilter("error")  # matplotlib warns if no room is left
         assert curves.encoded(figure, "png").startswith(b"\x89PNG")
     (ax,) = figure.axes
     assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 40
@@ -24,7 +24,7 @@ def test_forty_lines() -> None:
 
 
 def test_as_many_points() -> None:
-    """Twenty labels are twenty looks; how many runs a label has is said of all panels."""
+    """Twenty labels have different markers; the legend has the counts of runs of all panels."""
     panel: dict[str, list[curves.Point]] = {
         str(i): [(1.0 + i, 2.0), (2.0 + i, 3.0)] for i in range(20)
     }
@@ -42,7 +42,7 @@ def test_as_many_points() -> None:
 
 
 def test_runs_of_other_evaluations_make_no_zigzag() -> None:
-    """Between its own points a run is interpolated; before its first it is not there."""
+    """Between its own evaluations a run is interpolated; before its first it does not count."""
     lines = [
         (np.array([10.0, 20.0]), np.array([1000.0, 1000.0])),
         (np.array([5.0, 10.0, 15.0, 20.0]), np.full(4, 2000.0)),

@@ -1,4 +1,4 @@
-"""Cards of runs, and the page that they stand on."""
+"""The page of a report, and its cards of runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spikerl.reporting.records import Run
 
 
 def test_what_repeats_a_run(tmp_path: Path) -> None:
-    swept = "spikerl compress -m run=r bits=4,8"  # which no training makes again
+    swept = "spikerl compress -m run=r bits=4,8"  # no `train` command repeats it
     typed = ("spikerl train seed=0", "spikerl train -m seed=0,1", swept)
     for name, command in zip("abc", typed, strict=True):
         write_run(tmp_path / name, command=command)
@@ -28,7 +28,9 @@ def test_what_repeats_a_run(tmp_path: Path) -> None:
 
 
 def test_what_repeats_a_job_of_a_sweep_is_typed_again(tmp_path: Path) -> None:
-    """What no config file may lead to by itself; an entry that is none is passed over."""
+    """The command types what a config file may not set by itself; a `resumed` entry that is no
+    mapping is ignored.
+    """
     run = Run.read(write_run(tmp_path / "a[1]", command="spikerl train -m x=1,2", resumed=["x"]))
     run.config.update(
         dataset="../d 0",

@@ -1,4 +1,4 @@
-"""What stands beside a policy."""
+"""POLICY.md, the card beside a policy."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def test_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_that_became_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last length is the run's: the one before was not reached. The first's is said once."""
+    """Only the last typed total_steps counts, as the one before was not reached; if it is that of
+    the first command, there is no resume.
+    """
     monkeypatch.chdir(tmp_path)
     evaluated(Path("a"))
     path = Path("a/manifest.json")
@@ -76,11 +78,11 @@ def test_a_run_that_became_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_operations_are_of_the_file_that_it_stands_beside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The evaluations of the training, whose mean is 1, were of other policies."""
+    """Evaluations during training, whose mean is 1, were of other policies."""
     monkeypatch.chdir(tmp_path)
     evaluated(Path("a"))
     path = Path("a/evaluation.json")
-    counted = {"macs": 3.0, "modelled_memory_nj": None}  # the latter is not known of it
+    counted = {"macs": 3.0, "modelled_memory_nj": None}  # null: not known
     path.write_text(json.dumps(json.loads(path.read_text()) | counted))
     card = policy_card(Run.read(Path("a")), "PopSAN TD3")
     lines = {"| MACs a decision | 1.0 |": "| MACs a decision | 3.0 |",
@@ -94,11 +96,11 @@ def test_operations_are_of_the_file_that_it_stands_beside(
 def test_a_table_writes_those_of_its_own_policies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`ours` shows another table's runs, and leaves their folders alone."""
+    """Rendering `ours`, which shows another table's runs, writes no cards into their folders."""
     monkeypatch.chdir(tmp_path)
     rows = Path("outputs/reproduced/popsan_table1/popsan_td3/Ant")
     evaluated(rows / "seed0")
-    write_run(rows / "seed1")  # it has no evaluation of its file yet
+    write_run(rows / "seed1")  # its policy's file is not evaluated yet
     render_table(read_table("ours"), 1000)
     assert not list(tmp_path.rglob("POLICY.md"))
     render_table(read_table("popsan_table1"), 1000)

@@ -1,4 +1,4 @@
-"""What is read of run folders, drawn, and shown on a page."""
+"""Run folders as they are read, plotted, and shown on a page."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_run(tmp_path: Path) -> None:
 
 
 def test_discarded_work_was_spent(tmp_path: Path) -> None:
-    """As `spikerl runs` and summary.json count it."""
+    """Discarded rows count in the joules, as in `spikerl runs` and summary.json."""
     folder = write_run(tmp_path / "a")
     (folder / "discarded.jsonl").write_text('{"step": 300, "eval_return": 9e9, "energy_j": 4.0}\n')
     run = Run.read(folder)
@@ -57,7 +57,7 @@ def test_discarded_work_was_spent(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
-    """Half of a line was written; nothing was evaluated in the row before."""
+    """The last line is incomplete, and the row before has no evaluation."""
     folder = write_run(tmp_path / "a")
     rows = ['{"step": 100, "eval_return": null}', '{"step": 200, "eval_r']
     (folder / "metrics.jsonl").write_text("\n".join(rows))
@@ -98,15 +98,15 @@ def test_run_folders(tmp_path: Path) -> None:
     assert run_folders(f"{tmp_path}/*") == [a, b]
     assert run_folders(str(tmp_path / "y")) == [b]
     (tmp_path / "y2").symlink_to(tmp_path / "y")
-    assert run_folders(f"{tmp_path}/y*") == [b]  # a link to a run is that run
-    assert run_folders(str(a)) == [a]  # as it is written: as a pattern it is another name
+    assert run_folders(f"{tmp_path}/y*") == [b]  # a link is not listed twice
+    assert run_folders(str(a)) == [a]  # its literal name; as a pattern it would not match
     for nothing in ("z*", "z"):
         said = str(refusal(run_folders, str(tmp_path / nothing)))
         assert said.endswith("no run folder matches; spikerl runs lists those of outputs/")
 
 
 def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be a run: it is among those that are read, and reading it says why it cannot be."""
+    """It may be a run, so it is listed; the error comes when it is read."""
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     listed = os.scandir
 
@@ -139,7 +139,7 @@ def line(*points: tuple[float, float]) -> curves.Line:
 
 
 def test_band_of_shared_points() -> None:
-    """The second seed ends early: from there on the mean is the first's, and has no interval."""
+    """After the second seed's end the mean is the first's alone, without an interval."""
     lines = [line((1, 0.0), (2, 2.0), (3, 4.0)), line((1, 2.0), (2, 2.0))]
     x, mean, low, high = curves.band(lines, shared=True)
     assert (x.tolist(), mean.tolist()) == ([1, 2, 3], [1.0, 2.0, 4.0])
@@ -148,7 +148,7 @@ def test_band_of_shared_points() -> None:
 
 
 def test_band_over_time() -> None:
-    """Interpolated, from where both have begun to where the shorter one ends."""
+    """The band is interpolated, from where both have begun to where the shorter one ends."""
     lines = [line((0, 0.0), (10, 10.0)), line((2, 4.0), (6, 8.0))]
     x, mean, _, _ = curves.band(lines, shared=False)
     assert (x[0], x[-1]) == (2.0, 6.0)
@@ -172,7 +172,7 @@ def test_pictures_are_the_same_bytes() -> None:
 
 
 def test_a_policy_beside_what_it_spends(tmp_path: Path) -> None:
-    """Means over the last ten evaluations; of an older record, what its policy's file gave."""
+    """Means over the last ten evaluations; if rows lack a number, it is that of evaluation.json."""
     folder = write_run(tmp_path / "a")
     rows = [
         {"step": i, "eval_return": float(i), "macs": 2.0 * i, "acs": 10.0, "firing_rate": None}
@@ -180,7 +180,7 @@ def test_a_policy_beside_what_it_spends(tmp_path: Path) -> None:
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = Run.read(folder)
-    assert run.point(("macs",)) == (15.0, 7.5)  # of 3 to 12
+    assert run.point(("macs",)) == (15.0, 7.5)  # means of evaluations 3 to 12
     assert run.point(("macs", "acs")) == (25.0, 7.5)
     assert run.point(("firing_rate",)) == (None, 7.5)
     assert run.decision("acs") == 10.0
@@ -188,13 +188,13 @@ def test_a_policy_beside_what_it_spends(tmp_path: Path) -> None:
     (folder / "evaluation.json").write_text('{"return_mean": 4.0, "modelled_45nm_nj": 3.0}')
     assert Run.read(folder).point(("modelled_45nm_nj",)) == (3.0, 4.0)
     assert Run.read(folder).point(("modelled_45nm_nj", "modelled_memory_nj")) == (None, 4.0)
-    rows[5]["macs"] = None  # one that was not known
+    rows[5]["macs"] = None  # one unknown value
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert Run.read(folder).decision("macs") is None
 
 
 def test_returns_at_equal_time(tmp_path: Path) -> None:
-    """Evaluations after 3600 s and 7200 s; what has not run so long has no part in it."""
+    """Evaluations are after 3600 s and 7200 s; a run that did not take so long is left out."""
     runs = [Run.read(write_run(tmp_path / str(seed), seed=seed)) for seed in range(2)]
     assert runs[0].within(1.0) == (1000.0, 100)
     assert runs[0].within(1.5) == (1000.0, 100)
@@ -208,13 +208,13 @@ def test_returns_at_equal_time(tmp_path: Path) -> None:
     assert report.after(1.5)[1:] == [["all runs", "1000 \u00b1 1 (n=2, 100 steps)"]]
     assert report.after(2.1)[1:] == [["all runs", "-"]]
     failed = Run.read(write_run(tmp_path / "2", seed=2, status="failed"))
-    failed.rows.pop()  # after an hour
+    failed.rows.pop()  # it failed after an hour
     said = "1000 \u00b1 1 (n=2, 100 steps, 1 failed)"
     assert SideBySide([*runs, failed], None).after(1.5)[1:] == [["all runs", said]]
 
 
 def test_points() -> None:
-    """A dense label is a line where it has no x, or is not there."""
+    """A label without x is a horizontal line, or is left out with lines=False."""
     dense: list[curves.Point] = [(None, 4.0), (None, 8.0)]
     panel: dict[str, list[curves.Point]] = {
         "spiking": [(1.0, 5.0), (3.0, 7.0)], "dense": dense, "none": [],
@@ -250,7 +250,7 @@ def test_groups(tmp_path: Path) -> None:
     text = (changed / "config.yaml").read_text()
     (changed / "config.yaml").write_text(text.replace("algo:", "aaa: 1\nalgo:"))
     newer = [*runs, Run.read(changed)]
-    assert SideBySide(newer, None).group_by == ["algo.name"]  # what older runs lack is none
+    assert SideBySide(newer, None).group_by == ["algo.name"]  # a key older runs lack is ignored
     (changed / "config.yaml").write_text(text.replace("algo:", "aaa: 2\nalgo:"))
     assert SideBySide([*newer, Run.read(changed)], None).group_by == ["algo.name", "aaa"]
     for name, scale in (("small", 0.1), ("large", 10)):
@@ -258,7 +258,7 @@ def test_groups(tmp_path: Path) -> None:
         folder = write_run(tmp_path / name, algo="sac")
         (folder / "config.yaml").write_text(own)
     scaled = [Run.read(tmp_path / name) for name in ("small", "large")]
-    assert SideBySide(scaled, None).group_by == ["env.reward_scale"]  # of one task
+    assert SideBySide(scaled, None).group_by == ["env.reward_scale"]  # both have the same task
     assert list(SideBySide(runs, ["seed"]).groups) == ["seed=0", "seed=1"]
     assert list(SideBySide(runs, []).groups) == ["all runs"]
     assert names_of(runs) == ["td30", "td31", "sac0"]
@@ -266,7 +266,7 @@ def test_groups(tmp_path: Path) -> None:
 
 
 def test_runs_that_failed_are_counted(tmp_path: Path) -> None:
-    """Those without any evaluation, too."""
+    """Failed runs without any evaluation are counted, too."""
     runs = [Run.read(write_run(tmp_path / f"{seed}", seed=seed)) for seed in range(2)]
     for run in runs:
         run.manifest["status"] = "failed"
@@ -277,7 +277,7 @@ def test_runs_that_failed_are_counted(tmp_path: Path) -> None:
 
 
 def test_returns_of_policies_files(tmp_path: Path) -> None:
-    """All that there is of a converted policy; no section where no file was evaluated."""
+    """A converted policy has only the return of its file; without one there is no section."""
     runs = [Run.read(write_run(tmp_path / f"{seed}", seed=seed)) for seed in range(3)]
     section = "## Return: of the policy's file"
     render_runs(SideBySide(runs, None), tmp_path / "out", [])
@@ -337,7 +337,7 @@ def test_the_same_run_twice_is_said(tmp_path: Path) -> None:
     render_runs(SideBySide(runs, None), tmp_path / "out", [])
     line = "warning: 2 of the runs have seed and settings of another; n counts them"
     assert line in (tmp_path / "out" / "table.md").read_text()
-    compressed = write_run(tmp_path / "compressed")  # whose settings are its source's
+    compressed = write_run(tmp_path / "compressed")  # its config is its source's
     (compressed / "metrics.jsonl").write_text("")
     assert SideBySide([*runs[:2], Run.read(compressed)], None).again == 0
 
@@ -350,7 +350,7 @@ def test_a_resumed_run_is_repeated_by_both_commands(tmp_path: Path) -> None:
 
 
 def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page that refers to nothing outside, whatever a run says of itself."""
+    """The page refers to nothing outside itself, whatever the runs' manifests contain."""
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "runs" / "a", command="<script>alert('x')</script> http://there")
     write_run(tmp_path / "runs" / "b", algo="sac", seed=1, counted=True,
@@ -399,7 +399,7 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_watching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is rendered again once a run has gone on, and for the last time when none does."""
+    """A report is rendered again when a run has changed, and ends when no run is running."""
     monkeypatch.chdir(tmp_path)
     folder = write_run(tmp_path / "a", status="running")
     looks: list[float] = []

@@ -1,4 +1,4 @@
-"""Statistics against numbers that were worked out by hand, or published."""
+"""Statistics against numbers that were worked by hand, or published."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def mean(scores: s.Array) -> s.Array:
 def test_of_one_seed() -> None:
     returns = [9.0, *range(1, 13)]
     assert s.max_average(returns) == 12.0
-    assert s.last_ten_mean(returns) == 7.5  # 3 to 12
+    assert s.last_ten_mean(returns) == 7.5  # of 3 to 12
     assert s.last_ten_mean([1.0, 2.0]) == 1.5
     assert s.sd(array(1.0, 2.0, 3.0, 4.0)) == pytest.approx(np.sqrt(5.0 / 3.0))
     assert s.sd(array(1.0)) is None
@@ -29,9 +29,9 @@ def test_of_one_seed() -> None:
     ("scores", "expected"),
     [
         ([5.0], 5.0),
-        ([1.0, 2.0, 30.0], 11.0),  # a quarter of three is none
+        ([1.0, 2.0, 30.0], 11.0),  # a quarter of three values rounds to none
         ([100.0, 1.0, 2.0, -50.0], 1.5),
-        ([0.0, 10.0, 1.0, 2.0, 3.0, 4.0, 5.0, 99.0], 3.5),  # 2, 3, 4, 5
+        ([0.0, 10.0, 1.0, 2.0, 3.0, 4.0, 5.0, 99.0], 3.5),  # the mean of 2, 3, 4, 5
     ],
 )
 def test_iqm(scores: list[float], expected: float) -> None:
@@ -40,7 +40,7 @@ def test_iqm(scores: list[float], expected: float) -> None:
 
 
 def test_bootstrap_is_the_binomial() -> None:
-    """Of ten draws from 0 and 1, P(at most 1) is 0.011, P(at most 2) 0.055: 0.2 to 0.8."""
+    """Ten draws from 0 and 1: P(at most 1) = 0.011 and P(at most 2) = 0.055, so 0.2 to 0.8."""
     scores = array(*[0.0] * 5, *[1.0] * 5)
     assert s.bootstrap([scores], mean) == (0.2, 0.8)
     assert s.bootstrap([scores * 100 + 7], mean) == (27.0, 87.0)
@@ -50,13 +50,13 @@ def test_bootstrap_draws_within_a_task() -> None:
     zeros, ones = array(0.0, 0.0, 0.0), array(1.0, 1.0, 1.0)
     assert s.bootstrap([zeros, ones], mean) == (0.5, 0.5)
     low, high = s.bootstrap([np.concatenate([zeros, ones])], mean) or (0.0, 0.0)
-    assert [low, high] == pytest.approx([1 / 6, 5 / 6])  # pooled, it varies
+    assert [low, high] == pytest.approx([1 / 6, 5 / 6])  # pooled scores vary
 
 
 def test_bootstrap_is_seeded() -> None:
     scores = np.random.default_rng(3).normal(size=7)
     first = s.bootstrap([scores], s.iqm)
-    np.random.seed(5)  # the global stream has no part in it
+    np.random.seed(5)  # the global generator is not used
     assert s.bootstrap([scores], s.iqm) == first
     assert s.bootstrap([scores], s.iqm, repetitions=1000, seed=1) != s.bootstrap(
         [scores], s.iqm, repetitions=1000, seed=2
@@ -71,7 +71,7 @@ def test_one_seed_has_no_interval() -> None:
 
 
 def test_one_seed_among_several_leaves_no_interval() -> None:
-    """A single seed would be drawn again and again, as if it were certain."""
+    """Bootstrapping a single seed always draws the same score, as if it were certain."""
     two, one = array(1.0, 2.0), array(3.0)
     assert s.bootstrap([two, one], mean) is None
     assert s.improvement_interval([two, one], [two, two]) is None
@@ -89,12 +89,12 @@ def test_intervals_of_curves() -> None:
 
 def test_probability_of_improvement() -> None:
     ours, theirs = array(1.0, 3.0), array(0.0, 1.0, 2.0)
-    # 1 beats 0 and ties with 1: 1.5 of 3; 3 beats all: 4.5 of 6.
+    # 1 beats 0 and ties with 1: 1.5 of 3. 3 beats all 3. Together 4.5 of 6.
     assert s.probability_of_improvement([ours], [theirs]) == 0.75
     assert s.probability_of_improvement([theirs], [ours]) == 0.25
     assert s.probability_of_improvement([ours, array(0.0)], [theirs, array(9.0)]) == 0.375
     low, high = s.improvement_interval([ours], [theirs]) or (0.0, 0.0)
-    # Ours are both 1 a quarter of the time, theirs both at least 1 in 8 of 27 cases.
+    # Both of ours are 1 in a quarter of the draws, all of theirs at least 1 in 8 of 27.
     assert 0.0 < low < 0.5
     assert high == 1.0
 
@@ -106,7 +106,7 @@ def test_performance_profile() -> None:
     ]  # fmt: skip
 
 
-# Proxy Target, Table 1: InvertedDoublePendulum, Ant, HalfCheetah, Hopper, Walker2d.
+# Returns of Proxy Target, Table 1: InvertedDoublePendulum, Ant, HalfCheetah, Hopper, Walker2d.
 ANN = [7503, 4770, 10857, 3410, 4340]
 
 
@@ -137,13 +137,13 @@ def test_no_gain_over_a_baseline_of_zero() -> None:
 
 
 def test_an_interval_has_95_percent() -> None:
-    """Of eight draws from 0 and 1, P(0) is 0.004, P(at most 1) 0.035: 90 % would begin at 2 / 8."""
+    """Eight draws from 0 and 1: P(0) = 0.004, P(at most 1) = 0.035; 90 % would begin at 2 / 8."""
     assert s.bootstrap([array(*[0.0] * 4, *[1.0] * 4)], mean) == (0.125, 0.875)
 
 
 def test_the_baselines_mean_is_drawn_anew() -> None:
-    """1 and 3 have the mean 1, 2 or 3, a quarter, a half and a quarter of the time: over it 2 is
-    2 / 1, 2 / 2 or 2 / 3. Below 0 -2 is better than -3 by a third, worse than -1 by 1.
+    """Draws from 1 and 3 have the mean 1, 2 or 3 with probabilities 1/4, 1/2, 1/4; 2 relative to it
+    is 2 / 1, 2 / 2 or 2 / 3. Below 0, -2 is better than -3 by a third, and worse than -1 by 1.
     """
     both, low = array(2.0, 2.0), 1.0 - 1.0 / 3.0
     assert s.relative_interval([both], [array(1.0, 3.0)]) == pytest.approx((low, 2.0))
@@ -153,7 +153,7 @@ def test_the_baselines_mean_is_drawn_anew() -> None:
 
 
 def test_no_interval_over_a_mean_that_may_be_zero() -> None:
-    """Of two draws from 0 and 4 both are 0 a quarter of the time: nothing is a share of that."""
+    """Both draws from 0 and 4 are 0 with probability 1/4, and nothing can be relative to 0."""
     assert s.relative_interval([array(1.0, 2.0)], [array(0.0, 4.0)]) is None
     assert s.relative_interval([array(1.0, 2.0)], [array(-1.0, 1.0)]) is None
     both = [array(1.0, 2.0)] * 2

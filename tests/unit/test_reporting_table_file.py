@@ -1,4 +1,4 @@
-"""Table files: every one that is shipped, and what is refused of a wrong one."""
+"""Table files: every one that is shipped, and the refusals of wrong ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_help_lists_them() -> None:
 
 
 def test_values_of_the_source() -> None:
-    """A sample, typed from the papers' tables a second time."""
+    """A sample of values, typed again from the papers' tables."""
     popsan = read_table("popsan_table1").rows
     assert popsan["popsan_td3"].published is not None
     assert popsan["popsan_td3"].published.values["Walker2d"] == [4995, 682]
@@ -84,7 +84,7 @@ def test_a_row_may_leave_columns_out() -> None:
     assert cell_of(table, "dense", "Ant", 0) is None
     assert cell_of(table, "dense", "Hopper", 0) is not None
     assert cell_of(table, "spiking", "Ant", 0) is not None
-    sparse = read_table("sparsity")  # of which a row has no cell in one column
+    sparse = read_table("sparsity")  # one of its rows leaves a column out
     other = table_of(
         {
             **BASE,
@@ -238,7 +238,7 @@ def test_selection() -> None:
 
 
 def test_a_cell_is_composed_as_its_run_is() -> None:
-    """Else what `reproduce` has run would be of other settings when it is called again."""
+    """Else `reproduce`, called again, would take its own runs for those of other settings."""
     data = yaml.safe_load((conf_folder() / "table" / "ours.yaml").read_text())
     data["protocol"]["overrides"] = ["algo.replay_capacity=1e5", "algo.random_steps=20k",
                                      "logger=csv", "env.kwargs.x=2"]  # fmt: skip
@@ -267,7 +267,7 @@ def test_unknown_table() -> None:
 
 
 def overridden() -> list[tuple[str, ...]]:
-    """What rows and columns change of an experiment, each once, on whichever task."""
+    """All different overrides of experiments by rows and columns, each once, on some task."""
     cells = [
         cell_of(table, row, column, 0)
         for table in map(read_table, NAMES)
