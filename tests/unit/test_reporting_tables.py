@@ -1,4 +1,4 @@
-"""What a table's files say of its cells: numbers worked by hand, n, steps, failures, sources."""
+"""Rendered tables: numbers worked by hand, n, steps, failures, sources."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def write(
     row: str, column: str, seed: int, returns: list[float], status: str = "done", **facts: Any
 ) -> Path:
-    """A cell with an evaluation every 1000 steps."""
+    """A run of a cell, with an evaluation every 1000 steps."""
     folder = Path(f"outputs/reproduced/small/{row}/{column}/seed{seed}")
     folder.mkdir(parents=True)
     manifest = {"status": status, "env_id": f"{column}-v4", "command": "spikerl train", **facts}
@@ -99,7 +99,7 @@ def column(lines: tables.Grid, name: str) -> list[str]:
 
 
 def test_returns_at_equal_processor_time() -> None:
-    write("spiking", "Ant", 0, [100.0, 200.0, 300.0])  # an evaluation every 0.05 h of a processor
+    write("spiking", "Ant", 0, [100.0, 200.0, 300.0])  # one evaluation every 0.05 h
     write("spiking", "Ant", 1, [400.0, 500.0])
     write("dense", "InvertedDoublePendulum", 0, [600.0])
     protocol = {**DATA["protocol"], "core_hours": [0.05, 0.1, 1.0]}
@@ -113,7 +113,7 @@ def test_returns_at_equal_processor_time() -> None:
         ["", "Ant-v4", "InvertedDoublePendulum-v4"],
         ["50 % PopSAN & co", "350 \u00b1 212 (n=2, 2k steps)", "-"],
     ]
-    assert "Return after 1 h of processor time" not in sections  # no run took so long
+    assert "Return after 1 h of processor time" not in sections  # no run was that long
 
 
 def test_nothing_has_run() -> None:
@@ -151,7 +151,7 @@ def test_steps_asked_of_what_has_not_run() -> None:
 
 
 def test_a_seed_that_was_not_asked_for_is_there() -> None:
-    """What is rendered is what lies on the disk."""
+    """All runs on the disk are rendered, also of seeds that were not asked for."""
     write("spiking", "Ant", 17, [5.0, 6.0])
     text = tables.cell_text(results(2000).by_cell["spiking", "Ant"], "max_average")
     assert text == "6.0 (n=1)"
@@ -194,7 +194,7 @@ def test_a_gain_over_runs_that_go_on_says_so() -> None:
 
 
 def test_a_short_trial_beside_whole_runs_is_marked() -> None:
-    """Whatever total_steps was typed for it."""
+    """Runs shorter than the protocol are marked, even if total_steps was typed."""
     write("spiking", "Ant", 0, [100.0, 200.0, 300.0])
     write("spiking", "Ant", 1, [400.0])
     write("dense", "Ant", 0, [500.0])
@@ -214,7 +214,7 @@ def test_a_gain_without_a_column_is_not_partial_by_it() -> None:
 
 
 def test_aggregates() -> None:
-    """Over the baseline's mean: 2, 1 on Ant and 1.1, 1.1: of the four the middle two are 1.1."""
+    """Relative to the baseline's mean: 2 and 1 on Ant, 1.1 twice on the pendulum; IQM 1.1."""
     fill()
     spiking, dense = results().aggregates
     assert (spiking.row, spiking.columns) == ("spiking", 2)
@@ -247,14 +247,14 @@ def test_csv() -> None:
     }  # fmt: skip
     assert (ant["difference"], ant["steps_min"], ant["steps_asked"]) == ("-75.0", "3000", "3000")
     assert (ant["energy_j"], ant["wall_s"]) == ("1500.0", "1080.0")
-    # A value of other tasks, of another metric, off a figure, has no difference.
+    # A published value of other tasks, of another metric, or from a figure gives no difference.
     dense = table["dense", "Ant"]
     assert (dense["published"], dense["published_from_figure"]) == ("200.0", "True")
     assert dense["difference"] == ""
 
 
 def test_what_was_converted_is_not_compared() -> None:
-    """It has no training to take a maximum over: one evaluation stands for every metric."""
+    """A converted policy has no training curve: its one evaluation is the value of every metric."""
     published = {**DATA["rows"]["spiking"]["published"], "metric": "last_ten_mean"}
     converted = {"label": "converted", "convert": "dense", "published": published}
     protocol = {**DATA["protocol"], "metric": "last_ten_mean"}
@@ -263,7 +263,7 @@ def test_what_was_converted_is_not_compared() -> None:
     had = results(rows={**DATA["rows"], "converted": converted}, protocol=protocol)
     cell = cells(tables.table_csv(had))["converted", "Ant"]
     assert (cell["mean"], cell["published"], cell["difference"]) == ("250.0", "300.0", "")
-    # Of the dense policy's file 200, whatever its best evaluation was, and other seeds' files.
+    # Compared with 200, the evaluation of the dense policy's file of the same seed.
     for seed, ret in ((0, 200.0), (1, 800.0)):
         dense = write("dense", "Ant", seed, [100.0, 400.0, 200.0])
         evaluation = {"return_mean": ret, "returns": [ret]}
@@ -279,7 +279,9 @@ def test_what_was_converted_is_not_compared() -> None:
 
 
 def test_an_interval_over_the_baseline_draws_its_mean_anew() -> None:
-    """Of 1 and 3 the mean is 1, 2 or 3: 2 and 2 are 2, 1 or 2 / 3 of it. Its own row is over 2."""
+    """Draws from 1 and 3 have the mean 1, 2 or 3, so 2 and 2 are 2, 1 or 2 / 3 of it. The
+    baseline's own row is relative to its fixed mean 2.
+    """
     for seed, theirs in enumerate((1.0, 3.0)):
         write("spiking", "Ant", seed, [2.0])
         write("dense", "Ant", seed, [theirs])
@@ -319,7 +321,7 @@ def test_converted_rows_share_a_note() -> None:
 
 
 def test_a_metric_that_only_published_values_have() -> None:
-    """The row's own runs have no such score, and no line there."""
+    """The row's own runs have no score by this metric, so only published values have a line."""
     fill()
     (lines,) = (s.grid for s in tables.sections(results()) if "smoothed curve" in s.title)
     label = "dense, published (v3, n=5, read off a figure)"
@@ -329,7 +331,7 @@ def test_a_metric_that_only_published_values_have() -> None:
 def test_runs_of_other_settings_are_left_out_and_named() -> None:
     write("dense", "Ant", 0, [100.0])
     (write("dense", "Ant", 1, [900.0]) / "config.yaml").write_text("seed: 1\nactor: {lr: 1.0e-9}\n")
-    (write("dense", "Ant", 7, [900.0]) / "config.yaml").write_text("seed: 0\n")  # seed 0, copied
+    (write("dense", "Ant", 7, [900.0]) / "config.yaml").write_text("seed: 0\n")  # a copy of seed 0
     write("dense", "Ant", 2, [900.0]).rename("outputs/reproduced/small/dense/Ant/seed00")
     had = results()
     assert column(tables.grid(had, "max_average"), "Ant-v4")[-1] == "100 (n=1, 1k of 3k steps)"
@@ -352,7 +354,7 @@ def test_runs_of_one_column_have_one_dataset() -> None:
 def test_runs_that_cannot_be_read_are_named() -> None:
     write("dense", "Ant", 0, [100.0])
     (write("dense", "Ant", 1, [900.0]) / "metrics.jsonl").write_text("{\n")
-    (write("dense", "Ant", 2, [900.0]) / "manifest.json").unlink()  # not begun
+    (write("dense", "Ant", 2, [900.0]) / "manifest.json").unlink()  # never began
     had = results()
     assert column(tables.grid(had, "max_average"), "Ant-v4")[-1].startswith("100 (n=1, ")
     line = "left out: dense/Ant/seed1: its record or config: line 1 of metrics.jsonl is not a row"
@@ -367,7 +369,7 @@ def test_a_conversion_of_a_shorter_run_says_so() -> None:
     rows = {"dense": DATA["rows"]["dense"], "c": {"label": "c", "convert": "dense"}}
     had = results(rows=rows)
     ant = column(tables.grid(had, "max_average"), "Ant-v4")
-    assert ant[1] == "250 \u00b1 0 (n=3, 2k of 3k steps)"  # of two the source is not there
+    assert ant[1] == "250 \u00b1 0 (n=3, 2k of 3k steps)"  # two lack their source
     cell = cells(tables.table_csv(had))["c", "Ant"]
     assert (cell["steps_min"], cell["steps_max"]) == ("2000", "2000")
 
@@ -449,11 +451,11 @@ def test_everything_is_rendered() -> None:
     assert page.count('class="card"') == 8
     for path in folder.glob("dense/Ant/*/metrics.jsonl"):
         path.write_text("")
-    assert "profiles.svg" in render_table(table, 3000)  # of the other column
+    assert "profiles.svg" in render_table(table, 3000)  # the other column has runs
     for path in folder.glob("*/*/*/metrics.jsonl"):
         path.write_text("")
     render_table(table, 3000)
-    assert not list(folder.glob("*.svg"))  # pictures of what is no longer there
+    assert not list(folder.glob("*.svg"))  # plots without data are removed
 
 
 @pytest.mark.parametrize(
@@ -478,7 +480,7 @@ def test_seeds() -> None:
 
 
 def test_joules_name_every_device_that_measured_them() -> None:
-    """A run that went on on another machine counts both."""
+    """If a run went on with another machine's meter, both devices are named."""
     folder = write("dense", "Ant", 0, [100.0, 200.0])
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     sources = ["zeus:rapl:/sys/a", "zeus:nvml+rapl"]

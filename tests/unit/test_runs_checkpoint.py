@@ -1,4 +1,4 @@
-"""Checkpoints of another run, or that lack something."""
+"""Checkpoints: incomplete ones, two of the same step, and replays with gaps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_tensors_of_another_run(odd: dict[str, torch.Tensor]) -> None:
 
 
 def test_what_is_half_written(tmp_path: Path) -> None:
-    """The run's own goes; what others are writing into its folder meanwhile stays."""
+    """Partial files of the run itself are removed, those of exports and videos are kept."""
     own = ["manifest.json", "policy.safetensors", "best/policy.json", "checkpoints/latest",
            "replay/worker_0_of_1/rows_0_1.f32"]  # fmt: skip
     others = ["policy.onnx", "policy.onnx.json", "videos/seed0_episode0.mp4"]
@@ -68,7 +68,7 @@ def test_replay_rows_that_no_segment_holds(tmp_path: Path) -> None:
 
 
 def test_a_second_one_of_the_same_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed before and after each rename, there is one of that step; the last one counts."""
+    """If saving is killed before its first rename the old checkpoint counts, else the new one."""
     from spikerl.distributed.world import ALONE
     from spikerl.runs.checkpoint import Shard, remove_newer, save_checkpoint, verified
 
@@ -121,7 +121,7 @@ def test_a_manifest_names_nothing_outside_its_folder(tmp_path: Path) -> None:
 
 
 def test_steps_with_a_gap(tmp_path: Path) -> None:
-    """Steps 0 and 1, then 4 and 5, of 2 + 1 + 4 columns."""
+    """The replay has steps 0 and 1, then 4 and 5, with 2 + 1 + 4 columns."""
     paths = [f"replay/worker_0_of_1/rows_{rows}.f32" for rows in ("0_2", "4_6")]
     (tmp_path / "replay/worker_0_of_1").mkdir(parents=True)
     for path in paths:

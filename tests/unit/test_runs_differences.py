@@ -1,4 +1,4 @@
-"""Results side by side: a line says what sets their runs apart beyond what was varied."""
+"""Results side by side: a line names the differences of runs besides the keys that vary."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ APART: list[tuple[dict[str, Any], set[str] | None, str | None]] = [
     ({"algo": {"name": "td3", "tau": 0.2}}, {"algo.tau"}, None),
     ({"algo": {"name": "td3", "tau": 0.2}}, {"al", "algo.t"}, "algo.tau"),
     ({"algo": {"name": "sac"}}, {"seed"}, "algo.name"),
-    ({"algo": {"name": "td3"}}, {"seed"}, None),  # as of before there was algo.tau
+    ({"algo": {"name": "td3"}}, {"seed"}, None),  # from before algo.tau existed
 ]
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines where output is a file, a panel on a terminal."""
+"""The output of a run: lines if it goes to a file, a panel on a terminal."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_resumed_run_keeps_its_best(clock: Clock) -> None:
 
 
 def test_the_loss_of_an_epoch() -> None:
-    """The critics', where there are some, whether they have learned or not."""
+    """The line has the critics' loss, or the actor's if there is none."""
     for critic, actor, shown in (
         (None, None, "critic_loss -"), (None, 2.5, "actor_loss 2.5"), (1.5, 2.5, "critic_loss 1.5"),
     ):  # fmt: skip

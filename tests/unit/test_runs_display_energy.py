@@ -1,4 +1,4 @@
-"""Joules are on the screen, and the panel that is left behind shows the end."""
+"""Joules are on the screen, and the panel that is left at the end has the last numbers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_energy(changes: dict[str, Any], text: str) -> None:
 
 def test_the_joules_so_far_stand_beside_an_epochs() -> None:
     assert epoch_line(ROW, 2000, 5000.0).endswith("  energy 1234.6 J 45.7 W, 5000.0 J so far")
-    assert epoch_line(ROW, 2000, 1234.56).endswith("  energy 1234.6 J 45.7 W")  # the first epoch
+    assert epoch_line(ROW, 2000, 1234.56).endswith("  energy 1234.6 J 45.7 W")  # first epoch
     assert epoch_line({**ROW, **NOT_MEASURED}, 2000, None).endswith("  energy -")
 
 
@@ -65,11 +65,11 @@ class Stage:
 
 
 def panel(*rows: dict[str, Any], stage: Stage | None = None) -> str:
-    """What a run leaves on the terminal, in one line."""
+    """The text that a run leaves on the terminal, as one line."""
     file = io.StringIO()
     view = View("t", 2000, console=Console(file=file, force_terminal=True, width=90))
     if stage:
-        view.shown = -1e9  # as if it had been a while
+        view.shown = -1e9  # so that the panel is drawn at once
         view.progress(stage)
     for row in rows:
         view.epoch(row)
@@ -133,6 +133,6 @@ def test_a_run_without_an_update_says_so(tmp_path: Path, monkeypatch: pytest.Mon
     assert said.status == 0, said.err
     lines = said.out.splitlines()
     warned = [line for line in lines if line.startswith("warning: this run makes no update")]
-    assert len(warned) == 2  # before and after
+    assert len(warned) == 2  # at the start and at the end
     assert lines[-1] == warned[-1]
     assert lines[-2].endswith(" s, energy - (none: requested)")

@@ -1,4 +1,4 @@
-"""A run folder that a resume may write into."""
+"""Run folders: how they are made, and the order in which their files are written and removed."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_a_resume_writes_through_no_link(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 250, f"{'x' * 300}/run", f"new/{'x' * 300}"])
 def test_a_name_that_is_too_long(name: str, tmp_path: Path) -> None:
-    """Longer than 255 bytes, as `.NAME.PROCESS.12345678.partial` at least."""
+    """Longer than 255 bytes, also in the form `.NAME.PROCESS.12345678.partial` of a new folder."""
     target = str(tmp_path / name)
     line = str(refusal(run_folder.check_free, target, named=True))
     assert line == f"run_dir={target}: File name too long; give another run_dir"
 
 
 def test_processes_of_one_number_that_begin_at_once(tmp_path: Path) -> None:
-    """As in two containers: one is refused, and the other's run is whole."""
+    """Processes in two containers may have one id: one is refused, the other's run is whole."""
     target = str(tmp_path / "run")
 
     def beside(partial: Path) -> None:
@@ -53,7 +53,7 @@ def test_processes_of_one_number_that_begin_at_once(tmp_path: Path) -> None:
 def test_policy_json_is_there_only_with_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes last, and goes first."""
+    """policy.json is written last and removed first."""
     seen: list[str] = []
     write, unlink = run_folder.write_atomic, Path.unlink
 
@@ -76,7 +76,7 @@ def test_policy_json_is_there_only_with_its_weights(
 
 
 def test_what_is_freed_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in between, the run is not taken for one that can go on."""
+    """The manifest says `freed` before files are removed: a run killed in between cannot go on."""
     for name in ("manifest.json", "policy.json"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "checkpoints").mkdir()

@@ -1,4 +1,4 @@
-"""Views of a run: every number of metrics.jsonl, and steps that never go back."""
+"""Views of a run have every number of metrics.jsonl, and their steps never go back."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def test_every_number_reaches_tensorboard(tmp_path: Path) -> None:
     assert {tag: e.value for tag, e in first.items()} == pytest.approx(TAGGED, rel=1e-6)
     assert {e.step for e in first.values()} == {300}
     later = {tag for tag in first if len(events.Scalars(tag)) > 1}
-    assert later == {"time/total_timesteps", "layers/firing_rate/1"}  # what is null is nothing
+    assert later == {"time/total_timesteps", "layers/firing_rate/1"}  # nulls are left out
 
 
 def test_records_of_events_are_tensorboards() -> None:
-    assert masked_crc32c(b"") == 0xA282EAD8  # the mask of 0
+    assert masked_crc32c(b"") == 0xA282EAD8  # 0, masked
     assert (
         masked_crc32c(b"123456789") == 0xC78AB0E5
-    )  # RFC 3720: E3069283, turned by 15 bits, and the mask
+    )  # RFC 3720: E3069283, rotated by 15 bits, plus the mask
     for data in (b"", b"spikes", bytes(range(256)) * 3):
         theirs = io.BytesIO()
         RecordWriter(theirs).write(data)
@@ -84,7 +84,7 @@ def test_csv(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0, ["csv"])
     log.row(row(100, energy_source="none: requested", train_return=None, layer_silent=[0.5, 0.25]))
     log.write()
-    log.row(row(200, train_return=0.1, layer_silent=[0.0, 1.0]))  # a column more
+    log.row(row(200, train_return=0.1, layer_silent=[0.0, 1.0]))  # one more column
     log.row(row(300, train_return=None, layer_silent=[0.0, 1.0]))
     log.write()
     assert (tmp_path / "metrics.csv").read_text() == (
@@ -95,7 +95,7 @@ def test_csv(tmp_path: Path) -> None:
 
 
 def test_gauges_by_hand(tmp_path: Path) -> None:
-    """Of the last row alone; what is null is absent, and so are words."""
+    """Gauges are of the last row only; nulls and text are left out."""
     folder = tmp_path / 'a "b" \\ c'
     folder.mkdir()
     log = RunLog(folder, 0, ["prometheus"])
@@ -125,15 +125,15 @@ spikerl_layer_silent{{{run},layer="2"}} 1e-05
     assert path.read_text() == expected
     before = path.stat().st_ino
     log.write()
-    assert path.stat().st_ino == before  # nothing new
+    assert path.stat().st_ino == before  # not written again
     log.row(row(300, energy_j=1.5))
     log.write()
-    assert path.stat().st_ino != before  # another file in its place, which is whole
+    assert path.stat().st_ino != before  # replaced by a complete file
     assert f"\nspikerl_energy_j{{{run}}} 1.5\n" in path.read_text()
 
 
 def test_a_gauge_has_a_name_that_a_collector_takes(tmp_path: Path) -> None:
-    """Else it takes none of the file. A plugin's algorithm names its metrics as it likes."""
+    """A plugin may name its metrics freely, but a collector rejects a file with an invalid name."""
     log = RunLog(tmp_path, 0, ["prometheus"])
     log.row({"loss/q-1": 2.5})
     log.write()
@@ -145,7 +145,7 @@ def test_a_gauge_has_a_name_that_a_collector_takes(tmp_path: Path) -> None:
 
 
 def test_gauges_go_back_with_the_run(tmp_path: Path) -> None:
-    """To the last row that was not discarded; to nothing, where all were."""
+    """After a resume, gauges are of the last row that was not discarded, if there is one."""
     log = RunLog(tmp_path, 0, ["prometheus"])
     for step in (100, 200):
         log.row(row(step))
@@ -159,7 +159,7 @@ def test_gauges_go_back_with_the_run(tmp_path: Path) -> None:
 
 
 def test_csv_that_cannot_be_read(tmp_path: Path) -> None:
-    """It ends no training, and is whole once it can be written."""
+    """An unusable metrics.csv does not stop the run, and is complete once it can be written."""
     log = RunLog(tmp_path, 0, ["csv"])
     log.row(row(100))
     log.write()
@@ -179,7 +179,7 @@ def test_a_run_without_tensorboard_does_not_import_it() -> None:
 
 
 def test_csv_of_a_resumed_run(tmp_path: Path) -> None:
-    """What it discarded is not in it, nor is what was half written."""
+    """Rows that the resume discarded, and a partial line, are not in the file."""
     first = RunLog(tmp_path, 0, ["csv"])
     first.row(row(100))
     committed = first.write()
@@ -206,7 +206,7 @@ def test_csv_of_a_run_that_lost_all_its_rows(tmp_path: Path) -> None:
 
 
 def test_no_file_of_a_logger_that_a_resume_leaves_out(tmp_path: Path) -> None:
-    """A collector would read its numbers for those of the run as it is."""
+    """Files of loggers that a resume leaves out are removed, since their numbers would be old."""
     first = RunLog(tmp_path, 0, ["csv", "prometheus"])
     first.row(row(100))
     first.write()

@@ -1,4 +1,4 @@
-"""The policies of a run folder: which one is meant, and on which device it acts."""
+"""The policies of a run folder: which one is chosen, and on which device it acts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ OBS = np.random.default_rng(2).normal(3.0, 4.0, (9, 4))
 
 
 def test_the_final_policy_before_a_checkpoints(tmp_path: Path) -> None:
-    """And of those the newest one's, also where `latest` is behind, as after a kill."""
+    """Without a final policy the newest checkpoint's counts, even if `latest` is older, as after a
+    kill.
+    """
     for name in ("step_0000000001", "step_0000000002"):
         newest = tmp_path / "checkpoints" / name
         newest.mkdir(parents=True)

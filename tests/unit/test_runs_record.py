@@ -1,4 +1,4 @@
-"""A run's record, over a resume."""
+"""A run's record before and after a resume."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_steps_of_the_views_never_go_back(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         first.row({"step": step, "eval_return": float(step)})
     first.write()
-    for name in (tmp_path / "tb").iterdir():  # as if it were of a second before
+    for name in (tmp_path / "tb").iterdir():  # as of an earlier second
         name.rename(name.with_name(name.name.replace("tfevents.1", "tfevents.0")))
     second = RunLog(tmp_path, 2)
     for step in (3, 4, 5):
@@ -33,7 +33,7 @@ def test_steps_of_the_views_never_go_back(tmp_path: Path) -> None:
 def test_the_record_is_on_disk_before_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Written, and cut back to its first line, of 12 bytes."""
+    """The record is synced when written, and when cut back to its first line (12 bytes)."""
     seen: list[str] = []
     fsync = os.fsync
 

@@ -1,4 +1,4 @@
-"""Where the rows of an environment are cut."""
+"""How the rows of an environment are cut into episodes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from spikerl.types import Task
 
 
 def rows(*steps: tuple[float, float, bool]) -> np.ndarray:
-    """Of one observation and no action entry: obs next_obs rew terminated last discount."""
+    """Rows with one observation entry, no action: obs next_obs rew terminated last discount."""
     return np.array([[obs, following, 0.0, 0.0, last, 1.0] for obs, following, last in steps])
 
 
 def test_behind_ends_and_where_a_row_does_not_follow() -> None:
-    """An end that comes last in a file, an episode over two files, and a run reset amid one."""
+    """Cuts are after an end, also at the end of a file, and at a reset, but not between files."""
     files = [
         rows((1, 2, False), (2, 3, True), (7, 8, False)),
         rows((8, 9, False), (20, 21, False), (21, 22, True)),
-        rows((22, 23, True)),  # it begins where the last one ended, by chance
+        rows((22, 23, True)),  # starts by chance where the last episode ended
     ]
     found = [piece[:, 0].tolist() for piece in cut(files, 1)]
     assert found == [[1, 2], [7, 8], [20, 21], [22]]
@@ -33,7 +33,7 @@ def test_nothing_gives_nothing() -> None:
 
 @pytest.mark.parametrize(("first", "whole"), [(0, True), (7, False)])
 def test_the_oldest_lacks_its_beginning_where_that_was_overwritten(first: int, whole: bool) -> None:
-    """The second one goes from a reset to its end; the third has no end."""
+    """The oldest is whole only if row 0 is held; the second is whole; the third has no end."""
 
     class Held:
         def steps_of(self, *which: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Records that do not lead up to their commit."""
+"""Records whose rows do not match their commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What services get of a run: what is committed, once, also where they were away."""
+"""Services get every committed row once, even if they could not be reached for a while."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def row(step: int) -> dict[str, Any]:
 
 
 class Remote(Service):
-    """A service that keeps what it got, and is away while `away`."""
+    """A service that keeps the steps it got, and cannot be reached while `away`."""
 
     name = "wandb"
     got: list[int]
@@ -63,7 +63,7 @@ def test_a_service_gets_what_is_committed(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_resumed_run_goes_on_in_a_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row 200 was committed, and not sent; 300 was sent, and then thrown away."""
+    """Row 200 was committed but not sent, 300 was sent and then discarded."""
     log, service = remote(tmp_path, monkeypatch)
     log.row(row(100))
     log.write()
@@ -98,7 +98,7 @@ def test_a_service_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert log.publish() == [
         "warning: logger=wandb did not get all (ConnectionError: no route); metrics.jsonl has it"
     ]
-    assert log.publish() == []  # said once
+    assert log.publish() == []  # warned once
     log.row(row(200))
     monkeypatch.setattr(Remote, "away", False)
     log.write()
@@ -109,7 +109,7 @@ def test_a_service_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_service_that_goes_away_in_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It got row 100 and lacks 200; the resumed run is the same one there, and goes on with 200."""
+    """It got row 100 but not 200; the resumed run has the same id there, and goes on with 200."""
     log, service = remote(tmp_path, monkeypatch)
     send = Remote.send
 
@@ -157,9 +157,9 @@ def train(*args: str) -> Path:
 
 
 def stop_and_go_on(logger: str) -> list[dict[str, Any]]:
-    """A run of two sessions; its rows."""
+    """Train, resume in a second session, and return the rows."""
     train(f"logger={logger}", "run_dir=r")
-    # In a process of its own, as a resume is: wandb knows each run once in a process.
+    # In its own process, as wandb can open a run only once in a process.
     command = [sys.executable, "-m", "spikerl", "train", "resume=r", "total_steps=450"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -170,7 +170,7 @@ def stop_and_go_on(logger: str) -> list[dict[str, Any]]:
 
 
 def records(content: bytes) -> Iterator[bytes]:
-    """Of an offline run's file: 7 bytes, then, for each, a checksum, its length and a type."""
+    """Records of wandb's offline file: after 7 bytes, each has a checksum, a length and a type."""
     at = 7
     while at < len(content):
         length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
@@ -203,7 +203,7 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 history.append((record.history.step.num, values))
     assert [step for step, _ in history] == [r["step"] for r in rows]
     assert [v for _, v in history] == pytest.approx([r["eval_return"] for r in rows])
-    ((run_id, project, name),) = runs  # the second session is of the same run
+    ((run_id, project, name),) = runs  # both sessions are one run
     assert (project, name) == ("spikerl", "r")
     assert json.loads(Path("r/loggers.json").read_text()) == {"wandb": {"id": run_id, "step": 450}}
 
@@ -247,7 +247,7 @@ def init(**settings):
 
 @pytest.mark.slow
 def test_a_slow_service_loses_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others wait for it longer than an exchange may take."""
+    """The other workers wait longer than timeout_s for the worker that sends to the service."""
     monkeypatch.chdir(tmp_path)
     Path("own").mkdir()
     Path("own/wandb.py").write_text(SLOW)
@@ -259,7 +259,7 @@ def test_a_slow_service_loses_no_worker(tmp_path: Path, monkeypatch: pytest.Monk
 def test_mlflow_gets_parameters_that_it_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It went away when the run was there, and before its parameters were."""
+    """The service failed after the run was created and before its parameters were sent."""
     tracking = import_module("mlflow.tracking")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")

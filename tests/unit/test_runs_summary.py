@@ -1,4 +1,4 @@
-"""What summary.json says of a run, of rows written by hand."""
+"""The numbers of summary.json, from rows written by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = [row(5.0, 100.0, 50.0), row(None, 30.0, 10.0), row(20.0, 50.0, 25.0), row
 
 
 def test_a_run() -> None:
-    """200 J in 8 s, and 16 J that were spent on work that was thrown away."""
+    """The rows have 200 J in 8 s; a discarded row has 16 J more."""
     assert summary_of(ROWS, [row(1.0, 16.0, 99.0)], {"return": 6.0}) == {
         "evaluations": 3,
         "last_eval_return": 10.0,
@@ -36,14 +36,14 @@ def test_a_run() -> None:
 
 
 def test_seconds_that_were_thrown_away() -> None:
-    """Of two resumes, an earlier version's, and what a forged manifest may hold."""
+    """Two resumes count; entries of an earlier version or a forged manifest do not."""
     odd = [{}, 7, {"discarded_s": "1"}, {"discarded_s": -3.0}, {"discarded_s": float("nan")}]
     assert seconds_discarded([{"discarded_s": 2.5}, *odd, {"discarded_s": 0.25}]) == 2.75
     assert seconds_discarded(None) == 0.0
 
 
 def test_what_is_not_known_is_null() -> None:
-    """Never reached; reached, but not measured up to there; not asked for; nothing at all."""
+    """null if the return was not reached, if a row before lacks joules, or if there are no rows."""
     assert summary_of(ROWS, [], {"return": 20.5})["energy_to"]["energy_j"] is None
     gap = [row(5.0, None, None), *ROWS[1:]]
     found = summary_of(gap, [], {"return": 6.0})
@@ -63,6 +63,6 @@ def test_goals_that_are_none(value: str) -> None:
 
 
 def test_the_last_ten() -> None:
-    """3 to 12."""
+    """The mean of 3 to 12."""
     rows = [row(float(n), None, None) for n in range(1, 13)]
     assert summary_of(rows, [], None)["last_ten_mean_eval_return"] == 7.5

@@ -1,4 +1,4 @@
-"""Plain data into dataclasses: what fits comes out typed, what does not is named."""
+"""Plain data parsed into dataclasses: errors name the key that does not fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spikerl.schema import Registry, parse
 
 @dataclass(kw_only=True)
 class Part:
-    parts: ClassVar[int] = 7  # no key
+    parts: ClassVar[int] = 7  # not a key
 
     name: str
     count: int
@@ -108,14 +108,14 @@ class Machine:
 
 
 def test_a_registry() -> None:
-    """It refuses names that it does not have, and a second owner of one that it has."""
+    """A registry refuses unknown names, and to register a name again with another class."""
     machines: Registry[Part, Machine] = Registry("part", b=(Part, Machine), a=(Part, Machine))
     assert machines.parse(FITS) == Part(**FITS)
     assert machines.part(Part(**FITS)) is Machine
     own = machines.modules(Part(**FITS))
     for data in ({"name": "c"}, {}, "a", None, ["a"]):
         assert refusal(machines.parse, data).args[2] == "one of a, b"
-    machines.register("a", Part, Machine)  # the same once more, which makes it nobody else's
+    machines.register("a", Part, Machine)  # again, with the same class
     assert machines.modules(Part(**FITS)) == own
     machines.register("c", Part, Machine)
     assert machines.parse({**FITS, "name": "c"}) == Part(**{**FITS, "name": "c"})

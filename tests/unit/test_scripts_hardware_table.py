@@ -1,4 +1,4 @@
-"""scripts/hardware_table.py takes up what is there, of the run that it is given."""
+"""scripts/hardware_table.py reuses existing results of the given run."""
 
 from __future__ import annotations
 

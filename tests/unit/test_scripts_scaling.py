@@ -1,4 +1,4 @@
-"""scripts/scaling finds the constants that made its measurements, and works out what follows."""
+"""scripts/scaling fits the constants of made-up measurements, and predicts speeds from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def measurement(what: str, ms: float, **more: Any) -> dict[str, Any]:
 
 
 def measured() -> dict[str, Any]:
-    """On 2 cores: 5 us, 50 us where cores are shared, 4 GB/s; updates of 1 ms + 20 us a row."""
+    """Measurements on 2 cores with latencies of 5 us, or 50 us if workers share cores, 4 GB/s, and
+    updates of 1 ms + 20 us a row.
+    """
     found = []
     for way, form in FORMS.items():
         for w in (2, 4, 8):
@@ -33,7 +35,7 @@ def measured() -> dict[str, Any]:
             turns, latency = w / 2, 5e-3 if w == 2 else 50e-3
             for n in (1, 1024, 65536, 1 << 20):
                 ms = turns * (latencies * latency + vectors * 4 * n / 4e6)
-                ms = 99.0 if n == 1 else ms  # which is left out
+                ms = 99.0 if n == 1 else ms  # ignored by the fit
                 found.append(measurement(f"sum of {n} numbers over {way}", ms, world_size=w))
     for batch in (25, 100):
         found.append(measurement("update", 1.0 + 0.02 * batch, batch=batch))
@@ -53,7 +55,7 @@ def test_constants_and_what_follows(tmp_path: Path) -> None:
         assert ": 5 us, 50 us where workers share cores, 4 GB/s; errors: median 0%" in line
     assert "update: 1 ms + 20 us a row; errors: median 0%" in said
     assert "a step beside its update: 0.5 ms" in said
-    # 4 workers in shared memory, batch 100: 1.5 sums of 578 and 502 kB.
+    # 4 workers in shared memory, batch 100: on average 1.5 sums an update, of 578 and 502 kB.
     sums = 1.5 * 4 * 5e-3 + 5 * 4 * (144_387 + 125_395 / 2) / 4e6
     strong, weak = 3.5 / (0.5 / 4 + 1.0 + 0.02 * 25 + sums), 4 * 3.5 / (3.5 + sums)
     rows = said[said.index("hidden 256, batch 100: steps") :].splitlines()

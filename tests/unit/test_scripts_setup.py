@@ -1,4 +1,4 @@
-"""scripts/setup: what happens to a .venv that is there when the requirements have changed."""
+"""scripts/setup: what it does with an existing .venv when the requirements have changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PIP = '#!/bin/sh\necho "$PIP_CONSTRAINT $*" >>pip_calls\n'
-# Makes what `python -m venv .venv` makes, as far as setup looks, with the stub of pip.
+# A stub of Python whose `-m venv` makes the files that setup checks, with the stub of pip.
 PYTHON = f"""#!/bin/sh
 [ "$1" = -m ] || exec {sys.executable} "$@"
 mkdir -p .venv/bin
@@ -29,7 +29,7 @@ def program(path: Path, text: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder with setup, its two files of requirements, and stubs of a Python and its pip."""
+    """A folder with setup, its two files of requirements, and stubs of Python and pip."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "setup", tmp_path / "scripts")
     (tmp_path / "pyproject.toml").write_text("one")
@@ -40,7 +40,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def setup(checkout: Path) -> list[str]:
-    """What pip was called with."""
+    """Run setup; the arguments of its calls of pip."""
     env = {**os.environ, "PYTHON": str(checkout / "python")}
     done = subprocess.run([checkout / "scripts" / "setup"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

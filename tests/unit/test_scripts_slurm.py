@@ -1,4 +1,4 @@
-"""scripts/slurm.sbatch with a srun of our own: what a job types that was requeued."""
+"""scripts/slurm.sbatch with a stub of srun: the commands of a job and of a requeued one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ gym.register("Own-v0", entry_point="gymnasium.envs.mujoco.inverted_pendulum_v5:I
 
 
 def with_tools(tmp_path: Path, **scripts: str) -> dict[str, str]:
-    """The environment of a job whose srun and so on are these."""
+    """The environment of a job with these scripts as srun and other tools."""
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
     for name, text in scripts.items():
@@ -29,7 +29,7 @@ def with_tools(tmp_path: Path, **scripts: str) -> dict[str, str]:
 
 
 def typed_by_job(tmp_path: Path, *args: str) -> tuple[list[str], list[str]]:
-    """What srun was given, behind its own flag and the program; the lines that the job said."""
+    """The arguments of srun after its flag and the program; the lines that the job printed."""
     given = 'printf "%s\\n" "$@" >srun.args'
     environ = with_tools(tmp_path, srun=given, squeue="echo RUNNING")
     said = subprocess.run(
@@ -40,7 +40,7 @@ def typed_by_job(tmp_path: Path, *args: str) -> tuple[list[str], list[str]]:
 
 
 def test_a_job_and_the_same_job_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment of one's own has to be confirmed, which nobody is there to type."""
+    """A resume must confirm a user's own environment, so the requeued job passes env.id itself."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib/own_slurm.py").write_text(MODULE)
@@ -48,7 +48,7 @@ def test_a_job_and_the_same_job_again(tmp_path: Path, monkeypatch: pytest.Monkey
     given = [*SHORT, "env=gym", "env.id=own_slurm:Own-v0", "total_steps=150"]
     first, said_first = typed_by_job(tmp_path, "a run", *given)
     assert first == ["train", "run_dir=a run", *given]
-    assert len(said_first) == 1  # how it ended
+    assert len(said_first) == 1  # the exit status
     assert spikerl(*first).status == 0
     given[-1] = "total_steps=160"
     again, said_again = typed_by_job(tmp_path, "a run", *given)
@@ -74,7 +74,7 @@ def test_the_environment_is_confirmed_in_quotes_too(
 
 
 def test_a_sweep_needs_no_confirmation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same command, as submitit gives it again, has the environment's name."""
+    """submitit repeats the whole command, which names the environment."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_sweep.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
@@ -89,11 +89,11 @@ def test_a_sweep_needs_no_confirmation(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_step_that_ends_as_it_is_told_to_stop(
     status: int, requeued: bool, tmp_path: Path
 ) -> None:
-    """Its own status counts, not that of the wait which the signal ended."""
+    """The step's status counts, not that of `wait`, which the signal interrupts."""
     srun = f"trap 'exit {status}' USR1; sleep 1; echo up; for i in {{1..99}}; do sleep 0.1; done"
     environ = with_tools(tmp_path, srun=srun, squeue="echo RUNNING", scontrol="echo requeued")
     slow = tmp_path / "slow"
-    slow.write_text('kill() { builtin kill "$@" && sleep 0.5; }\n')  # the step has ended by then
+    slow.write_text('kill() { builtin kill "$@" && sleep 0.5; }\n')  # so that the step ends first
     with subprocess.Popen(
         ["bash", str(SCRIPT), "run"], cwd=tmp_path, env={**environ, "BASH_ENV": str(slow)},
         stdout=subprocess.PIPE, text=True,

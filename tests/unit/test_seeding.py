@@ -1,4 +1,4 @@
-"""Seeds of resets: what environments take, and what runs began with."""
+"""Seeds of resets: the number of bits that environments accept, and its record in runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from spikerl.training.trainer import Trainer
 
 
 class LegacyEnv(CounterEnv):
-    """Seeds numpy's older generator, as dm_control's tasks do, and C code of 31 bits."""
+    """Accepts seeds of 31 bits only, like C code, and seeds numpy's legacy generator, like
+    dm_control.
+    """
 
     seen: ClassVar[list[int]] = []
 
@@ -76,13 +78,13 @@ def test_a_run_goes_on_with_the_seeds_that_it_began_with(
         name = next((tmp_path / "checkpoints").glob("step_*")).name
         load_checkpoint(resumed, Checkpoint.open(tmp_path, name))
         resumed.reset_if_due()
-        resumed.reset_if_due()  # once
+        resumed.reset_if_due()  # the second call does nothing
         assert seeds == [seed_for(0, "env", 0, 0) % 2 ** (bits or 63)]
         assert resumed.evaluator.seed_bits == resumed.seed_bits == (bits or 63)
 
 
 def test_on_another_kind_of_device_the_streams_begin_anew(tmp_path: Path) -> None:
-    """A CUDA generator's state has 16 bytes."""
+    """Random streams restart if the checkpoint has a CUDA generator's state, which is 16 bytes."""
     facts = {"step": 0, "epoch": 0, "world_size": 1, "wall_s": 0.0, "metrics_bytes": 0}
     facts["reset_seed_bits"] = 31
     with closing(trainer_of()) as trainer:

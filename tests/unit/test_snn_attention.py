@@ -1,4 +1,4 @@
-"""Spike-driven attention, both forms, by hand."""
+"""Both forms of spike-driven attention, by hand."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from spikerl.snn.attention import PSSA, TSSA
 
 
 def spikes(rows: list[list[list[int]]]) -> Tensor:
-    """(T, K, D) as lists, to one context (T, 1, K, D)."""
+    """Lists (T, K, D) as the tensor of one context, (T, 1, K, D)."""
     return torch.tensor(rows, dtype=torch.float32).unsqueeze(1)
 
 
 ALL = torch.ones(1, 3, dtype=torch.bool)
 K = spikes([[[1, 0], [1, 1], [1, 1]]])
-V = spikes([[[1, 1], [1, 1], [0, 1]]])  # k v: (1, 0), (1, 1), (0, 1)
+V = spikes([[[1, 1], [1, 1], [0, 1]]])  # products k v: (1, 0), (1, 1), (0, 1)
 Q = spikes([[[1, 1], [1, 1], [0, 1]]])
 
 
 def test_pssa_by_hand() -> None:
-    """Place 2 does not see place 0, which lies behind its window; entries above 9 are not seen."""
+    """Place 2 does not see place 0, outside its window; the entries 99 must have no effect."""
     made = PSSA(3, 1, window=2)
     assert made.position_KK.tolist() == [[1.0] * 3] * 3
     fill(made, {"position_KK": [[1.0, 99.0, 99.0], [2.0, 3.0, 99.0], [99.0, 4.0, 5.0]]})
-    # 1 (1, 0);  2 (1, 0) + 3 (1, 1);  q = (0, 1) of 4 (1, 1) + 5 (0, 1)
+    # 1 (1, 0);  2 (1, 0) + 3 (1, 1);  4 (1, 1) + 5 (0, 1), masked by q = (0, 1)
     assert made(Q, K, V, ALL).tolist() == [[[[1.0, 0.0], [5.0, 3.0], [0.0, 9.0]]]]
     padded = torch.tensor([[False, True, True]])
     assert made(Q, K, V, padded).tolist() == [[[[0.0, 0.0], [3.0, 3.0], [0.0, 9.0]]]]
@@ -46,7 +46,7 @@ def test_tssa_by_hand() -> None:
     both = torch.ones(1, 2, dtype=torch.bool)
     # q_0 k_0 = 1; q_1 k_0 = 2, q_1 k_1 = 1;  v_0 = (1, 0), v_1 = (1, 1)
     # x_0 = 1 (1, 0);  x_1 = 2 (1, 0) + 1 (1, 1)
-    made = TSSA(2, 1, window=1)  # which has no window
+    made = TSSA(2, 1, window=1)  # TSSA ignores the window
     assert made(q, k, v, both).tolist() == [[[[1.0], [3.0]]], [[[0.0], [1.0]]]]
     padded = torch.tensor([[False, True]])
     assert made(q, k, v, padded).tolist() == [[[[0.0], [1.0]]], [[[0.0], [1.0]]]]

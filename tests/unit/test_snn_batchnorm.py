@@ -1,4 +1,4 @@
-"""CaRe-BN by hand, against torch's batch normalisation, over workers, and in a whole network."""
+"""CaRe-BN by hand, against torch's batch normalisation, over workers, and in an actor."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def random_norm(neurons: int) -> CaReBN:
 
 
 def random_drive(*shape: int) -> Tensor:
-    """Of features with means and widths of their own."""
+    """Random drives; each feature has its own mean and width."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(*shape, generator=draw, dtype=torch.float64)
     return (x + torch.arange(shape[-1])) * torch.linspace(0.1, 2.0, shape[-1])
@@ -58,13 +58,13 @@ def moments(drive_TBN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_batch_moments_by_hand() -> None:
-    """Over both spike steps; gamma and beta begin at half a threshold of 1/2."""
+    """Moments are over both spike steps; gamma and beta start at 0.25, half the threshold."""
     normal = (DRIVE - 3.0) / math.sqrt(2.0 + 1e-5)
     torch.testing.assert_close(norm_of(1)(DRIVE, BATCH), 0.25 * normal + 0.25, rtol=1e-12, atol=0)
 
 
 def test_running_moments_by_hand() -> None:
-    """y = gamma (x - mean) / sqrt(var + eps) + beta; they do not move."""
+    """y = gamma (x - mean) / sqrt(var + eps) + beta; the running moments do not change."""
     norm = norm_of(1, gamma_N=[3.0], beta_N=[-1.0], mean_N=[0.5], var_N=[0.25])
     expected = 3.0 * (DRIVE - 0.5) / math.sqrt(0.25 + 1e-5) - 1.0
     torch.testing.assert_close(norm(DRIVE), expected, rtol=1e-12, atol=0)
@@ -81,7 +81,7 @@ def test_kalman_gain_by_hand() -> None:
     norm(DRIVE, BATCH)
     p_mean, p_var = 0.2 * 9.0, 0.2 * 1.0
     mean, var = 3.0 * p_mean / (p_mean + 1.0), 1.0 + p_var / (p_var + 4.0)
-    assert norm.mean_N.item() == pytest.approx(mean, rel=1e-7)  # a float32 0.25 was the start
+    assert norm.mean_N.item() == pytest.approx(mean, rel=1e-7)  # it starts in float32
     assert norm.var_N.item() == pytest.approx(var, rel=1e-7)
 
     norm(DRIVE - 4.0, BATCH)
@@ -96,7 +96,7 @@ def test_kalman_gain_by_hand() -> None:
 @pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("value", [0.0, 0.3, 1e7 / 3])
 def test_a_constant_feature_stays_finite(value: float, batch: int) -> None:
-    """Its output is beta, it passes nothing back, and its moments are its value and 0."""
+    """Its output is beta, its gradient is 0, and its moments are its value and 0."""
     norm = norm_of(1)
     x = torch.full((1, batch, 1), value, dtype=torch.float64, requires_grad=True)
     for _ in range(2):
@@ -126,7 +126,7 @@ def test_output_and_gradient_are_torchs() -> None:
 
 
 def in_step(workers: list[CaReBN], work: Callable[[int], object]) -> None:
-    """Every worker's `work`, in a thread of its own; their sums wait for each other."""
+    """Run `work` of each worker in its own thread; sums wait for all workers."""
     barrier = threading.Barrier(len(workers), timeout=60)
     parts: list[Tensor] = [torch.empty(0)] * len(workers)
 
@@ -150,7 +150,7 @@ def in_step(workers: list[CaReBN], work: Callable[[int], object]) -> None:
 
 
 def test_workers_normalise_as_one() -> None:
-    """5 and 3 rows: outputs, gradients and running moments of one process with all 8."""
+    """Workers with 5 and 3 rows have the outputs, gradients and moments of one with all 8."""
     whole, weight = random_norm(3), random_drive(4, 8, 3).flip(0)
     workers = [copy.deepcopy(whole) for _ in range(2)]
     x = random_drive(4, 8, 3).requires_grad_()
@@ -188,9 +188,11 @@ def recalibrate(norm: CaReBN, batches: list[Tensor]) -> list[Tensor]:
 
 
 def test_recalibration_measures_all_batches_at_once() -> None:
-    """Not their moments' mean; behind the first, a pass uses the moments of all so far."""
+    """Moments are of all rows, not means of batches' moments; meanwhile each batch is normalised by
+    the moments of all so far.
+    """
     norm = random_norm(3)
-    recalibrate(norm, [torch.randn(4, 8, 3)])  # of which nothing is left
+    recalibrate(norm, [torch.randn(4, 8, 3)])  # must have no effect
     first, second = recalibrate(norm, BATCHES)
     everything = torch.cat([batch.flatten(0, 1) for batch in BATCHES]).unsqueeze(0)
     mean, var = moments(everything)
@@ -222,7 +224,7 @@ def test_folded_weights_give_the_same_drive() -> None:
 
 
 def actor_and_config(act_dim: int, **changes: Any) -> tuple[SpikingActor, ActorConfig]:
-    """In float64, where rounding moves no voltage over its threshold; of moments that were met."""
+    """An actor with CaRe-BN in float64, so that rounding moves no voltage across its threshold."""
     parts: dict[str, Any] = {"encoder": POPULATION, "neuron": CUBA_LIF, "decoder": RATE} | changes
     config = ActorConfig(actor=care_bn_config([16, 12]), **parts)
     actor = build_actor(config, 3, act_dim, dtype=torch.float64).double()
@@ -249,7 +251,7 @@ def test_an_update_normalises_by_its_batch_and_acting_by_the_running_moments() -
 
 
 def test_an_actors_recalibration() -> None:
-    """The first layer's moments are those of its drive over all observations and spike steps."""
+    """The first layer's moments are of its drive over all observations and spike steps."""
     torch.manual_seed(0)
     actor, _ = actor_and_config(2)
     obs = observations(40)
@@ -265,7 +267,7 @@ def test_an_actors_recalibration() -> None:
     "parts", [{}, {"neuron": plif_config(), "decoder": membrane_config(name="ilc")}]
 )
 def test_what_is_deployed_acts_the_same(parts: dict[str, Any]) -> None:
-    """Without CaRe-BN, and without the last of three outputs."""
+    """The inference actor has no CaRe-BN, and not the last of three outputs, but acts the same."""
     torch.manual_seed(0)
     actor, config = actor_and_config(3, **parts)
     actor.recalibrate(observations(64).split(32), None)
@@ -280,7 +282,7 @@ def test_what_is_deployed_acts_the_same(parts: dict[str, Any]) -> None:
 
 
 def test_what_is_deployed_has_the_slopes_of_what_is_trained() -> None:
-    """By which an evaluation counts the voltages that a gradient passes."""
+    """Evaluations use the surrogate's slope to count voltages inside its window."""
     moving = replace(CUBA_LIF, surrogate="triangle", surrogate_slope=2.0, surrogate_slope_end=8.0)
     actor, config = actor_and_config(3, neuron=moving)
     actor.schedule(50, 100)

@@ -1,4 +1,4 @@
-"""Convolutions against torch's own; images of both layouts; what the networks are made of."""
+"""Convolutions against torch's own, images of both layouts, and networks with convolutions."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def config(kind: str, **changes: Any) -> ActorConfig:
 
 
 def torchs(layer: Conv, stride: int) -> nn.Conv2d:
-    """The same as torch's own."""
+    """The layer as torch's Conv2d."""
     size = (layer.kernel, layer.kernel)
     conv = nn.Conv2d(layer.channels, layer.weight_IN.shape[1], size, stride)
     conv.weight.data = layer.weight_IN.detach().T.reshape(conv.weight.shape).clone()
@@ -77,7 +77,7 @@ def test_pixels_are_scaled_once() -> None:
 @pytest.mark.parametrize("channels_first", [False, True])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (2, 2), (3, 2), (5, 1)])
 def test_a_layer_is_torchs(kernel: int, stride: int, channels_first: bool) -> None:
-    """And so are its gradients; (height, width, filters) comes out, flat."""
+    """Output, flat (height, width, filters), and gradients are those of torch's Conv2d."""
     torch.manual_seed(0)
     layer = Conv(4, 3, (5, 6), kernel, stride, channels_first=channels_first)
     conv, image = torchs(layer, stride), torch.randn(7, 4, 5, 6)
@@ -96,7 +96,7 @@ def test_a_layer_is_torchs(kernel: int, stride: int, channels_first: bool) -> No
 
 
 def by_torch(x: Tensor, convs: list[nn.Conv2d]) -> list[Tensor]:
-    """Activations behind each ReLU, (B, height, width, F) flat."""
+    """Activations after each ReLU, flat (height, width, F) of each row."""
     found = []
     for conv in convs:
         x = torch.relu(conv(x))
@@ -121,10 +121,10 @@ def test_a_dense_network_is_torchs(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", ["reference", CPU])
 def test_spikes_by_hand(kernel: str) -> None:
-    """One place, one filter: the sum of nine entries drives it; .75 v at rest, threshold .5.
+    """One place and one filter, driven by the sum of nine entries; decay .75, threshold .5.
 
-    A drive of .3 gives voltages .3, .525 (a spike), .3, .525; they drive the hidden neuron with 1,
-    which fires as often; V = V / 2 + o / 2: 0, .5, .25, .625.
+    A drive of .3 gives voltages .3, .525 (a spike), .3, .525; each spike drives the hidden neuron
+    with 1, which fires as often. The output is V = V / 2 + o / 2: 0, .5, .25, .625.
     """
     one = {"image": [3, 3], "filters": [1], "kernel_sizes": [3], "strides": [1]}
     net = build_actor(config("conv", **one, hidden_sizes=[1]), 9, 1, kernel=kernel)
@@ -192,9 +192,9 @@ def test_where_height_and_width_stand(shape: tuple[int, ...], first: bool, line:
 
 @pytest.mark.parametrize("kind", ["cnn", "conv"])
 def test_operations_are_counted_at_every_place(kind: str) -> None:
-    """3 x 4 places of 2 x 9 inputs and 4 filters, 1 x 2 of 4 x 4 and 3, then 6 x 7 and 7 x 3.
+    """Products: 3 x 4 places of 2 x 9 inputs by 4 filters, 1 x 2 of 4 x 4 by 3, 6 x 7 and 7 x 3.
 
-    What is effective, by torch's convolution of what is not 0.
+    Effective ones are counted by torch's convolution of 1 for each number that is not 0.
     """
     torch.manual_seed(0)
     actor = build_actor(config(kind, pixel_max=4.0), 60, 3)
@@ -235,7 +235,7 @@ def test_what_does_not_know_them_says_so(kind: str) -> None:
 
 
 class Stripes(gym.Env[np.ndarray, int]):
-    """A row or a column of a picture is lit: the action says which, in episodes of one step."""
+    """A row or a column of the image is lit; the action must tell which. Episodes have one step."""
 
     observation_space = gym.spaces.Box(0.0, 1.0, (5, 5, 2), bool)
     action_space: Any = gym.spaces.Discrete(2)
@@ -264,7 +264,7 @@ SPIKING = ["encoder=direct", "neuron=lif", "decoder=voltage", "actor.spike_steps
 
 @pytest.mark.parametrize("kind", ["conv", "cnn"])
 def test_a_run_and_its_policy(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learned, saved, resumed and loaded: actions of raw pictures are those of the run."""
+    """A run learns the task, can be resumed, and its loaded policy acts well on raw images."""
     monkeypatch.chdir(tmp_path)
     own = [*OWN, f"actor={kind}", "actor.lr=1e-2", "run_dir=run", "algo.epsilon_steps=100"]
     own += SPIKING if kind == "conv" else []

@@ -43,13 +43,13 @@ def membrane(read: str, decay: float) -> Decoder:
 @pytest.mark.parametrize(
     ("read", "decay", "expected"),
     [
-        # charges 1.25, -1.75, .25 and -.25, -.5, .25 leave 1.25, -1.125, -.3125 and
-        # -.25, -.625, -.0625
+        # With decay 1/2, charges 1.25, -1.75, .25 and -.25, -.5, .25 give the voltages
+        # 1.25, -1.125, -.3125 and -.25, -.625, -.0625.
         ("last", 0.5, [-0.3125, -0.0625]),
         ("mean", 0.5, [-0.0625, -0.3125]),
         ("max", 0.5, [1.25, -0.625]),  # farthest from 0, with its sign
         ("last", 1.0, [-0.25, -0.5]),  # the sums
-        ("max", 0.0, [-1.75, -0.5]),  # of the charges themselves
+        ("max", 0.0, [-1.75, -0.5]),  # the charges themselves
     ],
 )
 def test_membrane_by_hand(read: str, decay: float, expected: list[float]) -> None:
@@ -59,7 +59,7 @@ def test_membrane_by_hand(read: str, decay: float, expected: list[float]) -> Non
 
 
 def test_a_tie_of_extremes_is_the_negative_one() -> None:
-    """Charges 1, -2 of a membrane that keeps all: V = 1, -1."""
+    """Charges 1, -2 without a leak: V = 1, -1."""
     made = membrane("max", 1.0)
     fill(made, {"bias_A": 0.0})
     spikes = torch.tensor([[[1.0, 0.0, 0.0, 0.0]], [[0.0, 1.0, 0.0, 0.0]]])
@@ -67,10 +67,10 @@ def test_a_tie_of_extremes_is_the_negative_one() -> None:
 
 
 def test_lateral_connections_by_hand() -> None:
-    """From neuron p to q of the same population, one spike step later; a bias at every step.
+    """Connections from neuron p to q of a population act one spike step later, a bias at each step.
 
-    Without memory of their own (decay 0), four output neurons driven by 1, 0, 0, 0 and a lateral
-    bias of 3/4 on the last. 0 excites 1 and 1 inhibits 0; 3 excites 2 and 2 inhibits 3.
+    Four output neurons without memory (decay 0) are driven by 1, 0, 0, 0, and the last by a
+    lateral bias of 3/4. 0 excites 1 and 1 inhibits 0; 3 excites 2 and 2 inhibits 3.
     """
     actor = popsan(
         1,
@@ -101,14 +101,14 @@ def test_lateral_connections_by_hand() -> None:
 
 
 def test_learned_decoder_by_hand() -> None:
-    """Two neurons, two spike steps: the rows of the first map are (t, n) = 00, 01, 10, 11."""
+    """Two neurons, two spike steps: rows of the first map are (step, neuron) = 00, 01, 10, 11."""
     made = built(DecoderConfig(name="learned"), 1, 2, 2)
     assert isinstance(made, LearnedDecoder)
     over_time = [[1, 10], [2, 20], [3, 30], [4, 40]]
     fill(made.over_time, {"weight_IN": over_time, "bias_N": [0.5, 0.0]})
     fill(made.map, {"weight_IN": [[1.0], [0.25]], "bias_N": [-1.0]})
     spikes = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]]])
-    # the first row fires 00 and 11, the second only 10
+    # The first observation has spikes 00 and 11, the second only 10.
     expected = [[5.5 + 0.25 * 50 - 1.0], [3.5 + 0.25 * 30 - 1.0]]
     assert made(spikes).tolist() == expected
 
@@ -121,7 +121,7 @@ def test_linear_decoder_by_hand() -> None:
 
 
 def test_an_actors_gradient_reaches_its_learned_coders() -> None:
-    """Drives 1/2 and 1/2 are silent and inside the window: the action is tanh of the bias."""
+    """Drives 1/2 and 1/2 cause no spikes but are inside the window: the action is tanh(bias)."""
     actor = popsan(
         2,
         1,
@@ -142,14 +142,14 @@ def test_an_actors_gradient_reaches_its_learned_coders() -> None:
     assert act.item() == pytest.approx(math.tanh(0.25))
     grads = {name: p.grad for name, p in actor.named_parameters()}
     torch.testing.assert_close(grads["decoder.map.bias_N"], torch.tensor([slope]))
-    # a current reaches the action by 2 * 1 + 3 * .5 = 3.5, and 3 * 1
+    # Slopes of the action by the two currents: 2 * 1 + 3 * .5 = 3.5, and 3 * 1.
     expected = [[0.5 * 3.5, 0.5 * 3.0], [0.25 * 3.5, 0.25 * 3.0]]
     torch.testing.assert_close(grads["encoder.map.weight_IN"], slope * torch.tensor(expected))
 
 
 @pytest.mark.parametrize("name", ["linear", "learned"])
 def test_without_an_output_population(name: str) -> None:
-    """The last hidden layer is read."""
+    """These decoders read the last hidden layer."""
     actor = popsan(3, 2, [5, 4], decoder=DecoderConfig(name=name))
     assert [layer.weight_IN.shape[1] for layer in actor.layers] == [5, 4]
     assert actor(torch.zeros(7, 3)).shape == (7, 2)
@@ -158,12 +158,12 @@ def test_without_an_output_population(name: str) -> None:
 @pytest.mark.parametrize(
     ("read", "decay", "expected"),
     [
-        # charges 4, -2, 1 and 1, -5, -3 at half weight leave 2, 0, .5 and .5, -2.25, -2.625
+        # V = V / 2 + charge / 2: 4, -2, 1 and 1, -5, -3 give 2, 0, .5 and .5, -2.25, -2.625.
         ("last", 0.5, [0.5, -2.625]),
         ("mean", 0.5, [2.5 / 3, -4.375 / 3]),
         ("max", 0.5, [2.0, 0.5]),  # the largest, not the farthest from 0
         ("last", 0.0, [1.0, -3.0]),  # the charges themselves
-        ("max", 0.75, [1.0, 0.25]),  # a charge counts a quarter
+        ("max", 0.75, [1.0, 0.25]),  # charges have weight 1/4
     ],
 )
 def test_voltages_of_values_by_hand(read: str, decay: float, expected: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""A decision before the last spike step: beside a plain loop in numpy, in every kernel."""
+"""Decisions before the last spike step, compared with a plain numpy loop, in every kernel."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_each_observation_by_itself() -> None:
 
 @pytest.mark.parametrize("kernel", PATHS)
 def test_one_raw_observation(kernel: str) -> None:
-    """As a batch of it; and an exit that comes later is not overlooked."""
+    """One observation acts as in a batch, and a policy made after early_exit was set uses it."""
     policy = policy_of(POLICIES["popsan"], task())
     actor = policy.actor
     assert isinstance(actor, SpikingActor)
@@ -108,7 +108,7 @@ def test_one_raw_observation(kernel: str) -> None:
 
 
 def test_every_decoder_that_reads_any_number_of_steps() -> None:
-    """The loop over spike steps decides as what is read of all of them."""
+    """Actions equal those that the decoder reads from the spike steps taken."""
     for name in ("converted", "tanh", "plif mean", "alif last", "ilc max"):
         actor = policy_of(POLICIES[name], task()).actor
         assert isinstance(actor, SpikingActor)
@@ -127,7 +127,7 @@ def test_every_decoder_that_reads_any_number_of_steps() -> None:
 
 
 def test_operations_by_hand() -> None:
-    """Both entries far from their fields: nothing fires, so the action settles at step 2 of 4."""
+    """Entries far from all receptive fields: no spikes, so the action settles at step 2 of 4."""
     actor = rate_decoded(spike_steps=4)
     actor.early_exit = EarlyExit(threshold=0.1, steps=1)
     ops = operations.count(actor, torch.tensor([[50.0, 50.0]]))
@@ -136,14 +136,14 @@ def test_operations_by_hand() -> None:
         Count("hidden 1", Synapses(8, 0, 0, 6), 4, Update(1, 1, 1)),
         Count("output", Synapses(12, 0, 0, 10), 6, Update(1, 1, 1)),
         Count("decoder", Synapses(3, 0), 0, Update(0, 1, 1), functions=1),
-        # One action read apart, and one distance.
+        # One additional readout of the action, and one distance.
         Count("early exit", Synapses(3, 0), 1, Update(0, 2, 0), functions=1),
     ]
     assert (ops.spike_steps, ops.steps_taken) == (4, 2.0)
 
 
 def test_operations_of_an_exit_that_never_comes() -> None:
-    """Those of a policy without one, and three actions and two distances (k = 2) more."""
+    """As without an early exit, with three readouts and two distances (k = 2) more."""
     actor = rate_decoded(spike_steps=4)
     # The third output neuron fires at every other spike step.
     builders.fill(actor, {"decoder.weight_AP": [[2.0, 1.0, 1.0]]})
@@ -164,7 +164,7 @@ def test_refusals() -> None:
     error = refusal(EarlyExit(threshold=0.1, steps=6).check, actor.decoder, 6)
     assert str(error) == "exit_steps=6: the policy has 6 spike steps; give less than that"
     error = refusal(EarlyExit(threshold=0.1, steps=1).check, actor.decoder, 1)
-    assert str(error) == (  # no number of exit_steps would do
+    assert str(error) == (  # no value of exit_steps would help
         "early_exit=0.1: the policy has a single spike step, which nothing ends earlier; leave it"
         " out"
     )

@@ -38,7 +38,7 @@ def test_population_centres_and_widths() -> None:
 
 
 def test_one_neuron_has_its_centre_in_the_middle() -> None:
-    """At the lower end, -3, it would have an activity of exp(-9 / 0.3) = 1e-13 at 0."""
+    """With its centre at the lower end, -3, it would have exp(-9 / 0.3) = 1e-13 at 0."""
     made = PopulationEncoder(replace(POPULATION, pop_size=1), 2, 5)
     assert made.mean_OP.tolist() == [[0.0], [0.0]]
     assert made.activity(torch.zeros(1, 2)).tolist() == [[1.0, 1.0]]
@@ -54,7 +54,7 @@ def test_population_activity() -> None:
 
 
 def test_deterministic_spikes_by_hand() -> None:
-    """Activity 0.6: v = .6, 1.2 fires, .801, 1.401 fires, 1.002 fires."""
+    """With activity 0.6, v is .6, 1.2 (fires), .801, 1.401 (fires), 1.002 (fires)."""
     made = encoder(1, POPULATION)
     spikes = constant(made, 0.6)
     assert spikes == [0.0, 1.0, 0.0, 1.0, 1.0]
@@ -65,7 +65,7 @@ def test_deterministic_spikes_by_hand() -> None:
 
 
 def constant(made: PopulationEncoder, activity: float) -> list[float]:
-    """Spikes of a neuron whose Gaussian has this value at 0."""
+    """Spikes of a neuron whose Gaussian has the value `activity` at 0."""
     far = math.sqrt(-2.0 * 0.15 * math.log(activity)) if activity > 0 else 1e9
     with torch.no_grad():
         made.mean_OP.fill_(far)
@@ -74,7 +74,7 @@ def constant(made: PopulationEncoder, activity: float) -> list[float]:
 
 
 def test_straight_through_gradient() -> None:
-    """dv(t)/dA: v(1) = A; v(t+1) = v(t) + A - .999 o(t) with do/dv = 1, so .001 g(t) + 1."""
+    """v(1) = A, v(t+1) = v(t) + A - .999 o(t), do/dv = 1: g = dv/dA is 1, then .001 g(t) + 1."""
     made = encoder(1, POPULATION)
     obs = torch.zeros(1, 1, dtype=torch.float64)
     weight_T = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_tanh_population_is_that_of_a_squashed_observation() -> None:
 
 
 def test_analog_is_the_activity_as_a_current() -> None:
-    """Given once, for every spike step: with a decay of 1/2, v = x, 1.5 x, 1.75 x."""
+    """One current is used at every spike step: with a decay of 1/2, v = x, 1.5 x, 1.75 x."""
     config = replace(POPULATION, name="analog", pop_size=2, mean_range=[-1.0, 1.0], var=0.5)
     neuron = lif_config(voltage_decay=0.5, threshold=10.0)
     actor = popsan(1, 1, [1], spike_steps=3, encoder=config, neuron=neuron)
@@ -156,7 +156,7 @@ def test_direct_is_the_observation() -> None:
 
 
 def test_learned_encoder_by_hand() -> None:
-    """Two entries, three spike steps: the map's outputs 0 and 1 go to the first step, and so on."""
+    """Two entries, three spike steps: outputs 0 and 1 of the map are for the first step, etc."""
     made = built(EncoderConfig(name="learned"), 2, 3)
     weight = [[1, 2, 3, 4, 5, 6], [10, 20, 30, 40, 50, 60]]
     fill(made, {"map.weight_IN": weight, "map.bias_N": [0.5, 0.0, 0.0, 0.0, 0.0, -0.5]})
@@ -167,7 +167,7 @@ def test_learned_encoder_by_hand() -> None:
         [[3.0, 4.0], [36.0, 48.0]],
         [[5.0, 5.5], [60.0, 71.5]],
     ]
-    currents[1, 1, 0].backward()  # of the second step and row, the first current
+    currents[1, 1, 0].backward()  # step 2, row 2, first current
     grad = made.get_parameter("map.weight_IN").grad
     assert grad is not None
     assert grad.tolist() == [[0, 0, 2, 0, 0, 0], [0, 0, 1, 0, 0, 0]]
@@ -175,7 +175,7 @@ def test_learned_encoder_by_hand() -> None:
 
 @pytest.mark.parametrize(("entries", "fields"), [(10**12, 10), (10**6, 10**6)])
 def test_a_shape_alone_takes_no_memory(entries: int, fields: int) -> None:
-    """What a policy's file names is built on the device meta first."""
+    """The shape that a policy's file declares is first built on the device meta."""
     config = replace(POPULATION, pop_size=fields)
     with torch.device("meta"):
         encoder = PopulationEncoder(config, entries, 5)

@@ -1,4 +1,4 @@
-"""Membranes against traces worked by hand, in binary fractions, and how a network of them fires."""
+"""Membranes against traces worked by hand in binary fractions, and networks' firing statistics."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_cuba_lif_by_hand() -> None:
     """c = c/2 + x; v = 3/4 v (1 - o) + c; o = [v > 1/2]."""
     states = run([0.25, 0.25, 0.0, -0.5, 1.0])
     assert other(states) == [0.25, 0.375, 0.1875, -0.40625, 0.796875]
-    # 0.75 * 0.25 + 0.375 = 0.5625 fires; from zero 0.1875; 0.75 * 0.1875 - 0.40625 = -0.265625;
+    # 0.75 * 0.25 + 0.375 = 0.5625 fires; reset: 0.1875; 0.75 * 0.1875 - 0.40625 = -0.265625;
     # 0.75 * -0.265625 + 0.796875 = 0.59765625 fires
     assert voltages(states) == [0.25, 0.5625, 0.1875, -0.265625, 0.59765625]
     assert fired(states) == [0.0, 1.0, 0.0, 0.0, 1.0]
@@ -65,7 +65,7 @@ def test_reset_clears_the_voltage_but_not_the_current() -> None:
 
 
 def test_lif_by_hand() -> None:
-    """v = 3/4 v (1 - o) + x: nothing is left of the drives before."""
+    """v = 3/4 v (1 - o) + x: there is no current that keeps earlier drives."""
     states = run([0.25, 0.25, 0.25, -0.5, 1.0], lif_config())
     assert voltages(states) == [0.25, 0.4375, 0.578125, -0.5, 0.625]
     assert fired(states) == [0.0, 0.0, 1.0, 0.0, 1.0]
@@ -106,7 +106,8 @@ def test_dynamic_by_hand() -> None:
     """v = v'^2 - u' + c;  u = u' - v'/4 - u'/2; a spike sets v' to 1/8 and adds 1/4 to u'."""
     states = run([0.75, 0.0, 0.5, 0.0], dynamic_config())
     assert other(states) == [0.75, 0.375, 0.6875, 0.34375]
-    # the second: 1/64 - 1/4 + 0.375, and 1/4 - 1/32 - 1/8; the third: 0.140625^2 - 0.09375 + 0.6875
+    # Second step: v = 1/64 - 1/4 + 0.375, u = 1/4 - 1/32 - 1/8; third: v = 0.140625^2 - 0.09375
+    # + 0.6875.
     assert voltages(states) == [0.75, 0.140625, 0.613525390625, 0.09765625]
     assert other(states, 1) == [0.0, 0.09375, 0.01171875, 0.099609375]
     assert fired(states) == [1.0, 0.0, 1.0, 0.0]
@@ -143,16 +144,16 @@ def test_gradient_through_time_by_hand() -> None:
 @pytest.mark.parametrize(
     ("reset", "values", "by_decay", "by_drive"),
     [
-        # v = .25, .25, .25, silent: dv3 = v2 + s (1 - v2) v1
+        # v = .25, .25, .25 without spikes: dv3/ds = v2 + s (1 - v2) v1
         ("hard", [0.25, 0.125, 0.125], 0.25 + 0.5 * 0.75 * 0.25, (0.5 * 0.75) ** 2),
-        # v = .75, .625, .3125, the first two fire: dv3 = (v2 - th) + s (1 - th) (v1 - th)
+        # v = .75, .625, .3125; the first two fire: dv3/ds = (v2 - th) + s (1 - th) (v1 - th)
         ("soft", [0.75, 0.5, 0.25], 0.125 + 0.5 * 0.5 * 0.25, (0.5 * 0.5) ** 2),
     ],
 )
 def test_gradient_of_a_learned_decay_by_hand(
     reset: str, values: list[float], by_decay: float, by_drive: float
 ) -> None:
-    """Of o3, by s = sigmoid(w) and by x1; all voltages are inside the window, where do/dv = 1."""
+    """Slopes of o3 by s = sigmoid(w) and by x1; all v are inside the window, where do/dv = 1."""
     xs = drives(*values)
     neuron = neuron_of(plif_config(reset=reset)).double()
     state = neuron.initial(xs[0])
@@ -164,7 +165,7 @@ def test_gradient_of_a_learned_decay_by_hand(
 
 
 def test_gradient_through_an_adaptation_by_hand() -> None:
-    """A first spike would lower o2 through the reset, by v1/2, and by the raised threshold, 1/2."""
+    """o2 depends on o1 by -v1/2 through the reset, and by -1/2 through the raised threshold."""
     x1, x2 = drives(0.25, 0.5)
     neuron = neuron_of(alif_config())
     neuron.step(x2, neuron.step(x1, neuron.initial(x1))).spikes_BN.sum().backward()
@@ -202,7 +203,7 @@ def test_spikes_are_binary_and_layers_see_this_steps_input() -> None:
 
 
 def test_firing_statistics_by_hand() -> None:
-    """Silent hidden layer of 2, output layer of 10 whose bias 2 fires at every step."""
+    """A silent hidden layer of 2; an output layer of 10 that fires at every step (bias 2)."""
     actor = popsan(1, 1, [2], spike_steps=5)
     with torch.no_grad():
         for layer, bias in zip(actor.layers, (0.0, 2.0), strict=True):
@@ -210,7 +211,7 @@ def test_firing_statistics_by_hand() -> None:
             layer.bias_N.fill_(bias)
     rates = reference.spikes(actor, torch.full((3, 1), 50.0), None).mean(0)
     assert torch.equal(rates, torch.ones(3, 10))
-    activity = actor.activity(torch.full((1030, 1), 50.0))  # out of the encoder's reach
+    activity = actor.activity(torch.full((1030, 1), 50.0))  # far from all fields
     assert activity.layers == [0.0, 0.0, pytest.approx(1.0)]
     assert activity.firing_rate == pytest.approx(10 / 12)
     assert activity.window_fraction == 0.0  # |0 - .5| and |2 - .5| are both outside (0, .5)
@@ -231,7 +232,7 @@ def test_firing_statistics_by_hand() -> None:
 
 
 def test_window_is_around_the_adapted_threshold() -> None:
-    """In the trace above, v - 1/2 - a/2 = 1/2, 0, 3/4, -1/8, 11/16; two are inside 1/4."""
+    """In test_alif_by_hand v - 1/2 - a/2 is 1/2, 0, 3/4, -1/8, 11/16: two are within 1/4."""
     actor = popsan(1, 1, [2], neuron=ALIF)
     with torch.no_grad():
         for layer in actor.layers:

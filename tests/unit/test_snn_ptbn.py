@@ -14,8 +14,8 @@ from spikerl.snn.batchnorm import BATCH, TDBN
 from spikerl.snn.linear import Linear
 from spikerl.snn.ptbn import PTBN, NormedLinear, folded_behind
 
-# Two spike steps of two tokens of two entries. Entry 0 has mean 3 and variance 5, entry 1 mean 2
-# and variance 1.
+# Two spike steps of two tokens with two entries. Entry 0 has mean 3 and variance 5, entry 1 has
+# mean 2 and variance 1.
 X = torch.tensor([[[0.0, 1.0], [2.0, 3.0]], [[4.0, 1.0], [6.0, 3.0]]])
 
 
@@ -24,7 +24,7 @@ def batch_normal() -> Tensor:
 
 
 def token_normal() -> Tensor:
-    """Of two entries, -1 and 1 but for eps."""
+    """X normalised over each token's two entries: -1 and 1, apart from eps."""
     half = (X[..., 1] - X[..., 0]) / 2
     up = half / torch.sqrt(half.square() + 1e-5)
     return torch.stack([-up, up], -1)
@@ -32,12 +32,12 @@ def token_normal() -> Tensor:
 
 @pytest.mark.parametrize("theta", [1.0, 0.25, 0.0])
 def test_by_hand(theta: float) -> None:
-    """gamma begins as the threshold of both."""
+    """gamma of both normalisations starts at the threshold."""
     made = PTBN(2, 0.5)
     made.theta = theta
     expected = 0.5 * (theta * token_normal() + (1.0 - theta) * batch_normal())
     torch.testing.assert_close(made(X, training=True), expected, rtol=1e-5, atol=1e-6)
-    # By a tenth from 0 and 1; variances are the unbiased ones, 20/3 and 4/3.
+    # Running moments move by a tenth from 0 and 1; variances are unbiased, 20/3 and 4/3.
     torch.testing.assert_close(made.bn.mean_N.data, torch.tensor([0.3, 0.2]))
     expected = torch.tensor([1.0 + 0.1 * (20 / 3 - 1), 1.0 + 0.1 * (4 / 3 - 1)])
     torch.testing.assert_close(made.bn.var_N.data, expected)
@@ -48,7 +48,7 @@ def test_what_acts_has_running_moments_alone() -> None:
     made.theta = 1.0
     fill(made, {"bn.mean_N": [1.0, 2.0], "bn.var_N": [4.0, 9.0], "bn.beta_N": [0.5, 0.0]})
     y = made(torch.tensor([[[3.0, 5.0]]]), training=False)
-    # .5 (3 - 1) / 2 + .5 and .5 (5 - 2) / 3
+    # gamma (x - mean) / sd + beta: .5 (3 - 1) / 2 + .5 and .5 (5 - 2) / 3
     torch.testing.assert_close(y, torch.tensor([[[1.0, 0.5]]]), rtol=1e-5, atol=0)
     assert made.bn.mean_N.tolist() == [1.0, 2.0]
 
@@ -102,7 +102,7 @@ def test_folded_it_does_the_same() -> None:
     drives = [layer.normed(layer.linear(x.flatten(0, 1)).view(2, 5, 4)) for layer in (plain, made)]
     torch.testing.assert_close(*drives)
     gamma, beta, mean, var = (p[0].item() for p in made.norm.bn.parameters())
-    expected = beta - mean * gamma / math.sqrt(var + 1e-5)  # the layer's own bias begins as 0
+    expected = beta - mean * gamma / math.sqrt(var + 1e-5)  # the layer's bias starts at 0
     assert math.isclose(plain.linear.bias_N[0].item(), expected, rel_tol=1e-5)
 
 

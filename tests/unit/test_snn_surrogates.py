@@ -1,4 +1,4 @@
-"""A spike's stand-in derivative: its formula, its window, its slope over a run."""
+"""Surrogate derivatives of spikes: formulas, window, and slope over a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMOOTH = [kind for kind in SURROGATES if kind != "rect"]
 
 
 def primitive(kind: str, x: Tensor, scale: float) -> Tensor:
-    """The smooth step whose derivative a spike is given."""
+    """The smooth step whose derivative is the surrogate's."""
     if kind == "rect":
         return (x + scale).clamp(0.0, 2.0 * scale)
     if kind == "triangle":
@@ -36,7 +36,7 @@ def test_window_is_open_and_one_inside() -> None:
 
 
 def test_formulas_by_hand() -> None:
-    """At x = 0 and one more point, of slope 2."""
+    """Derivatives with slope 2 at x = 0 and at other points."""
     x = torch.tensor([0.0, 0.25, -0.25, 0.5, 0.75], dtype=torch.float64)
     assert derivative("triangle", x, 2.0).tolist() == [2.0, 1.0, 1.0, 0.0, 0.0]
     x = torch.tensor([0.0, 0.5 * math.log(3.0)], dtype=torch.float64)  # s = 1/2, 3/4
@@ -48,7 +48,7 @@ def test_formulas_by_hand() -> None:
 @pytest.mark.parametrize("kind", SURROGATES)
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_gradient_is_that_of_a_smooth_step(kind: str, scale: float) -> None:
-    """Between kinks (multiples of 1/6), by central differences."""
+    """Compared with central differences, away from kinks at multiples of 1/6."""
     x = (torch.arange(-24, 24, dtype=torch.float64) + 0.5) / 12.0
     x.requires_grad_()
     upstream = torch.linspace(-1.0, 2.0, len(x), dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_a_gradient_passes_within_reach(kind: str) -> None:
     ],
 )
 def test_slope_over_a_run(kind: str, end: float | None, expected: list[float]) -> None:
-    """Start, half and end, in every layer; a spike's gradient follows. Rect's window stays."""
+    """Slopes at the start, half and end of a run, in every layer; rect's window is constant."""
     config = lif_config(surrogate=kind, surrogate_slope=2.0, surrogate_slope_end=end)
     actor = popsan(1, 1, [3], neuron=config)
     for step, scale in zip((0, 20, 40), expected, strict=True):

@@ -1,4 +1,4 @@
-"""The lines that a run begins with."""
+"""The lines that are printed at the start of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spikerl.models.actor_config import PopSANConfig
 from spikerl.snn.encoders import PopulationConfig
 from spikerl.training.announcement import announce, nothing_learned
 
-TRAINER: Any = SimpleNamespace(  # what is announced of one
+TRAINER: Any = SimpleNamespace(  # attributes that `announce` reads
     world=ALONE,
     task=SimpleNamespace(env_id="Some-v1", obs_dim=3, act_dim=1),
     updates_by=lambda steps: steps,
@@ -67,7 +67,7 @@ def test_what_a_resumed_run_keeps_was_not_requested(
 
 @pytest.mark.parametrize(("random_steps", "warned"), [(16, False), (17, True)])
 def test_whether_any_action_is_not_random(random_steps: int, warned: bool) -> None:
-    """Of 8 environments, which begin their last step at step 16 and end at step 24."""
+    """8 environments begin their last step at step 16, so 17 random steps cover all actions."""
     config = small_config(num_envs=8, total_steps=20)
     algo = SimpleNamespace(**{**vars(TRAINER.algo), "random_steps": random_steps})
     lines = announce(config, SimpleNamespace(**{**vars(TRAINER), "algo": algo}), [])  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ def test_what_makes_updates_of_a_run_without_one() -> None:
 
 
 def test_weights_that_act_otherwise_here() -> None:
-    """Neither what only learning reads, nor where learned numbers begin, makes a difference."""
+    """No warning for settings that only learning reads or that are initial values of weights."""
     config = small_config()
     actor = config.actor
     assert isinstance(actor.actor, PopSANConfig)

@@ -1,4 +1,4 @@
-"""An epoch's line, of numbers written by hand."""
+"""An epoch's row, from numbers written by hand."""
 
 from __future__ import annotations
 

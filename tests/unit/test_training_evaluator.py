@@ -1,4 +1,4 @@
-"""What an evaluation keeps of its observations, and counts on them."""
+"""The observations that an evaluation keeps, and the operations that it counts on them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from spikerl.types import Task
 
 
 def test_workers_count_operations_together() -> None:
-    """Each counts on its own observations; all have the mean over all of them."""
+    """Each worker counts on its own observations; all get the mean over all observations."""
     with closing(make_env(INVERTED_PENDULUM)) as env:
         policy = policy_of(config(), task_of(env))
 
@@ -42,7 +42,7 @@ def test_workers_count_operations_together() -> None:
 
 
 def test_observations_that_take_much_are_thinned_out() -> None:
-    """16 bytes each: of 21, at most five at a time, every fourth is left, then every eighth."""
+    """80 bytes hold five observations of 16: every fourth of 21 is kept, then every eighth."""
     seen = Seen(80)
     for first in range(0, 21, 3):
         seen.add(np.array([[n, n] for n in range(first, first + 3)], np.float64))
@@ -53,7 +53,7 @@ def test_observations_that_take_much_are_thinned_out() -> None:
 
 
 def test_what_is_thinned_out_is_let_go() -> None:
-    """What is left is no view of all that there was."""
+    """Kept rows are no views of larger arrays, whose memory would stay in use."""
     seen = Seen(1000)
     for _ in range(100):
         seen.add(np.zeros((10, 5)))
@@ -78,7 +78,9 @@ class Shown(gym.Env[np.ndarray, np.ndarray]):
 def test_images_are_held_as_bytes(
     dtype: str, seen: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But not those of an environment that has fractions, be the policy of one that has bytes."""
+    """Only bytes: if the environment returns fractions they are kept, even if the policy's task
+    has bytes.
+    """
     bounds = np.ones(1)
     task = Task("Nowhere-v0", (2,), (1,), -bounds, bounds, 3, obs_bytes=True)
     monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
@@ -94,7 +96,7 @@ def test_images_are_held_as_bytes(
 def test_few_large_observations_are_probed(
     entries: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of four entries each: three in 12, and one at the least."""
+    """Observations have four entries: 12 allow three of them; at least one is probed."""
     monkeypatch.setattr(evaluator, "PROBED_ENTRIES", entries)
     with closing(make_env(INVERTED_PENDULUM)) as env:
         policy = policy_of(config(), task_of(env))

@@ -1,4 +1,4 @@
-"""What a resume says of why it is not exact."""
+"""The reasons that a resume gives if it is not exact."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def reasons(
     offline: bool = False,
     epoch_began: int = 0,
 ) -> list[str]:
-    """Why a resume is not exact, of a run at step 50 of 60, in the middle of an epoch."""
+    """Why the resume of a run at step 50 of 60, in mid-epoch, is not exact."""
     now = {"kernel": "k", "threads": "1", "GPU": "A", "processor": "p", "torch": "2.1",
            "backend": "gloo", "code": "abc", "total_steps": 60}  # fmt: skip
     config: Any = SimpleNamespace(
@@ -50,7 +50,7 @@ def reasons(
         ({"kernel": "j"}, ["kernel j became k: sums are in another order"]),
         ({"torch": "2.0", "processor": "q"}, ["processor q became p", "torch 2.0 became 2.1"]),
         ({"code": "abd"}, ["code abd became abc"]),
-        ({"code": None, "torch": None, "total_steps": 50}, []),  # not known; nothing moves over it
+        ({"code": None, "torch": None, "total_steps": 50}, []),  # unknown; no schedules
         (None, ["an earlier version of this program saved it"]),
     ],
 )
@@ -70,7 +70,7 @@ def test_what_matters_on_some_devices() -> None:
 
 
 def test_other_workers() -> None:
-    """The sums of two in the place of three are in another order, too."""
+    """A reason that follows from the number of workers is not repeated."""
     workers = "3 workers became 2: random streams and batches differ from here on"
     backend = "backend mpi became gloo: sums are in another order"
     assert reasons({"backend": "mpi"}, size=2, had=3) == [workers, backend]
@@ -84,11 +84,11 @@ def test_sums_of_two_workers_have_no_order() -> None:
 
 
 def test_evaluations_in_mid_epoch() -> None:
-    """Four environments pass the end of the epoch, 49, with their step; an update is a step of an
-    offline run, and those up to the next meeting of workers are made together.
+    """Step 50 is the end of the epoch of 49 steps, as four environments step together. Offline runs
+    evaluate at exact steps, so step 50 is in mid-epoch there.
     """
     assert reasons({}, epoch_began=50) == []
-    assert reasons({}, offline=True) == []  # it took place at step 0
+    assert reasons({}, offline=True) == []  # evaluated at step 0
     assert reasons({}, offline=True, epoch_began=50) == [
         "an evaluation in mid-epoch, at step 50: later ones differ, and updates may"
     ]

@@ -1,4 +1,4 @@
-"""Fine-tuning by hand: one step of Adam, the grid, and what was pruned."""
+"""Fine-tuning by hand: one step of Adam, the grid, and pruned weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from spikerl.training.finetune import finetune
 
 
 def test_a_step_by_hand() -> None:
-    """Adam's first step is the rate, 0.003, against the gradient's sign, whatever its size.
+    """Adam's first step is 0.003, the rate, against the gradient's sign, whatever its size.
 
     The actor gives tanh(0.5 * 0.5 + 0) for (1, 1): its first neuron has 0.5, its second is silent.
-    A larger action asks for larger weights and biases on the way; on a grid of 0.5 the weights
-    are back where they were.
+    The goal 0.9 is larger, so biases grow, while weights are rounded back to the grid of 0.5.
     """
     actor = dense()
     fill(actor, {"layers.0.weight_IN": [[0.5, -0.5], [0.0, -0.5]], "layers.0.bias_N": [0.0, 0.0]})
@@ -29,7 +28,7 @@ def test_a_step_by_hand() -> None:
         prune=0.25, bits=dict.fromkeys(names, 4), scales=dict.fromkeys(names, 0.5), early_exit=None
     )
     kept = torch.ones(9)
-    kept[2] = 0.0  # of the first matrix, the second input's weight to the first neuron
+    kept[2] = 0.0  # the first layer's weight from input 2 to neuron 1
     asked: list[int] = []
 
     def observe(number: int) -> Tensor:
@@ -59,7 +58,7 @@ def test_a_step_by_hand() -> None:
 
 @pytest.mark.parametrize("kernel", ["reference", "cpu"])
 def test_numbers_move_below_the_grid(kernel: str) -> None:
-    """Weights leave one place of the grid for another, though no single step is that long."""
+    """Weights reach other points of the grid, although each step is smaller than its spacing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         actor, goal = popsan(3, 2, [8]), popsan(3, 2, [8]).requires_grad_(False)
@@ -94,7 +93,7 @@ def test_numbers_move_below_the_grid(kernel: str) -> None:
 
 
 def test_the_rate_falls_evenly() -> None:
-    """Of two steps, 0.003 and half of it: the gradient changes by 2 %, Adam's step by less."""
+    """Two steps are 0.003 and half of it: the gradient changes by 2 %, Adam's step by less."""
     actor = dense()
     fill(actor, {"layers.0.weight_IN": [[0.5, -0.5], [0.0, -0.5]], "layers.0.bias_N": [0.0, 0.0]})
     fill(actor, {"layers.1.weight_IN": [[0.5], [0.5]], "layers.1.bias_N": [0.0]})

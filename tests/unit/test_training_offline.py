@@ -1,4 +1,4 @@
-"""A trainer that learns from a dataset: what each worker takes of it, and its exact resume."""
+"""Training from a dataset: each worker's share of it, and the exact resume."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from spikerl.training.state import load_checkpoint, shard_of
 from spikerl.training.trainer import Trainer
 
 LENGTHS = (5, 3, 6)
-FIRST = (0.0, 1000.0, 2000.0)  # of each episode's observations and rewards
+FIRST = (0.0, 1000.0, 2000.0)  # first observation and reward of each episode
 SMALL = {"batch_size": 6, "critic_hidden_sizes": [8]}
 
 
@@ -60,7 +60,7 @@ def sequences(num_envs: int = 1) -> Config:
 
 
 def dropping() -> ActorConfig:
-    """A dense network that draws what it drops."""
+    """A dense network with dropout, which draws random numbers."""
     actor = transformer_config(dropout=0.2, layers=1)
     return ActorConfig(actor=actor, encoder=None, neuron=None, decoder=None)
 
@@ -94,7 +94,7 @@ def test_rows_and_moments(dataset: Dataset) -> None:
         torch.testing.assert_close(one.replay.rows[0], first)
         ends = one.replay.rows[: one.replay.added, -3:-1]
         assert ends[4].tolist() == [1.0, 1.0]  # terminated, and the episode's last
-        assert ends[7].tolist() == [0.0, 1.0]  # cut off
+        assert ends[7].tolist() == [0.0, 1.0]  # truncated
         assert [float(r) for r in rewards(one)] == [
             0, 1, 2, 3, 4, 1000, 1001, 1002, 2000, 2001, 2002, 2003, 2004, 2005,
         ]  # fmt: skip
@@ -106,8 +106,8 @@ def test_rows_and_moments(dataset: Dataset) -> None:
 
 
 def test_images_are_not_copied_as_numbers() -> None:
-    """200 images of 84 x 84 x 4 bytes take 5.6 MB, in float64 45 MB; their moments are the same to
-    the bit.
+    """200 images of 84 x 84 x 4 bytes take 5.6 MB, in float64 they would take 45 MB; the moments
+    are those of the float64 images to the bit.
     """
     size = 84 * 84 * 4
     images = np.random.default_rng(0).integers(0, 256, (201, size), np.uint8)
@@ -153,7 +153,7 @@ def test_rewards_are_scaled_and_observations_left_alone(dataset: Dataset) -> Non
 
 
 def test_rewards_beyond_float32(dataset: Dataset, tmp_path: Path) -> None:
-    """4 times 1e38, and five of 1e38 that are still to come."""
+    """Too large are a reward of 4 times 1e38, and a return to go of five rewards of 1e38."""
     task, config = task_for(INVERTED_PENDULUM), training()
     scaled = replace(config, env=replace(config.env, reward_scale=1e38))
     large = write(tmp_path / "large", [episode(5) | {"rewards": np.full(5, 1e38)}])
@@ -181,7 +181,7 @@ def test_a_policy_of_another_run_keeps_its_normaliser(dataset: Dataset) -> None:
 
 
 def test_workers_share_it_out(dataset: Dataset) -> None:
-    """Of 14 transitions over 4 environments, 12; a worker has those of its two environments."""
+    """4 environments share 12 of 14 transitions; each worker has those of its two."""
     with workers(training(num_envs=4), 2, dataset) as (first, second):
         assert rewards(first) == [0.0, 1.0, 4.0, 1000.0, 2000.0, 2001.0]
         assert rewards(second) == [2.0, 3.0, 1001.0, 1002.0, 2002.0, 2003.0]
@@ -193,7 +193,7 @@ def test_workers_share_it_out(dataset: Dataset) -> None:
 
 
 def returns(first: int, length: int) -> list[int]:
-    """To go, of rewards first, first + 1, ..."""
+    """Returns to go of the rewards first, first + 1, ..."""
     rewards = range(first, first + length)
     return [sum(rewards[i:]) for i in range(length)]
 
@@ -216,7 +216,7 @@ def test_sequences_have_returns_to_go_and_times(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize(("pieces", "best"), [([2], 3003.0), ([0, 1, 2], 12015.0)])
 def test_it_aims_at_a_whole_episode(pieces: list[int], best: float, tmp_path: Path) -> None:
-    """The best of the pieces where there is no other."""
+    """The target is the best return of whole episodes, or of pieces if all episodes are pieces."""
 
     def touch(file: Any) -> None:
         for i in pieces:
@@ -232,7 +232,7 @@ def test_it_aims_at_a_whole_episode(pieces: list[int], best: float, tmp_path: Pa
 
 
 def test_a_resized_run_learns_until_its_end(dataset: Dataset, tmp_path: Path) -> None:
-    """With weak scaling 50 steps of one worker are 50 updates, the 30 that are left 15 of two."""
+    """With weak scaling, 50 steps of one worker are 50 updates, the other 30 of two workers 15."""
     config = replace(sequences(4), run=replace(sequences(4).run, scaling="weak"))
     with workers(config, 1, dataset) as (one,):
         for _ in range(50):
@@ -246,8 +246,8 @@ def test_a_resized_run_learns_until_its_end(dataset: Dataset, tmp_path: Path) ->
 
 
 def test_workers_share_sequences_out(dataset: Dataset) -> None:
-    """Of 14 transitions each of 4 environments has 3 that follow each other, with the returns of
-    episodes that are cut; rows are steps of a worker's environments.
+    """Each of 4 environments has 3 consecutive ones of 14 transitions, with the returns to go of
+    whole episodes; a worker's rows alternate between its environments.
     """
     all_of_them = returns(0, 5) + returns(1000, 3) + returns(2000, 6)
     columns = [all_of_them[i : i + 3] for i in (0, 3, 6, 9)]
@@ -311,7 +311,7 @@ def test_another_number_of_workers_takes_the_same_rows(dataset: Dataset, tmp_pat
 def test_resumed_it_is_the_uninterrupted_run(
     config: Config, dataset: Dataset, tmp_path: Path
 ) -> None:
-    """Updates are as many as steps, and rows end where epochs do; the dataset is not read again."""
+    """A resume equals the uninterrupted run to the bit, without reading the dataset again."""
     task = task_for(INVERTED_PENDULUM)
     with closing(Trainer(config, task, dataset=dataset)) as whole:
         rows = list(whole.epochs())
@@ -333,7 +333,7 @@ def test_resumed_it_is_the_uninterrupted_run(
 
 
 def test_a_slope_that_moves_is_evaluated_where_it_was(dataset: Dataset, tmp_path: Path) -> None:
-    """Stopped before an evaluation, whose windows are of the last update's slope."""
+    """A run stopped before an evaluation evaluates with the slope of its last update."""
     made, task = sequences(), task_for(INVERTED_PENDULUM)
     assert made.actor.neuron is not None
     neuron = replace(
@@ -351,7 +351,7 @@ def test_a_slope_that_moves_is_evaluated_where_it_was(dataset: Dataset, tmp_path
 
 
 def test_workers_of_bcq_stay_the_same(dataset: Dataset) -> None:
-    """Each draws proposals of its own."""
+    """Weights are the same, although each worker draws its own proposals."""
     with workers(training(bcq_config(**SMALL), num_envs=2), 2, dataset) as both:
         run_in_threads([one.advance for one in both])
         run_in_threads([one.check_in_sync for one in both])
@@ -361,7 +361,7 @@ def test_workers_of_bcq_stay_the_same(dataset: Dataset) -> None:
 
 
 def test_memory_is_the_datasets(dataset: Dataset) -> None:
-    """Not that of as many transitions as there are updates."""
+    """Memory is needed for the dataset's transitions, not for one per update."""
     config = training()
     many = replace(config, run=replace(config.run, total_steps=10**15))
     assert least_bytes(many, dataset.task) == least_bytes(config, dataset.task)
@@ -372,10 +372,10 @@ def test_memory_is_the_datasets(dataset: Dataset) -> None:
     [
         (0, {}, 50),
         (50, {}, 10),  # to the epoch's end at 60
-        (60, {}, 20),  # to the run's
+        (60, {}, 20),  # to the run's end
         (0, {"recalibration_interval": 20}, 20),
         (20, {"recalibration_interval": 30}, 10),
-        (0, {"spike_cost": 1.0, "spike_cost_start": 41}, 40),  # the update of step 41 pays first
+        (0, {"spike_cost": 1.0, "spike_cost_start": 41}, 40),  # the cost begins with update 41
         (40, {"spike_cost": 1.0, "spike_cost_start": 41}, 10),
     ],
 )
@@ -390,7 +390,7 @@ def test_how_many_updates_are_made_at_once(
 
 
 def stopped(trainer: Trainer) -> None:
-    """By a SIGTERM that was there from the start."""
+    """Train with a SIGTERM pending from the start."""
     assert list(trainer.epochs(stop_signal=lambda: 15)) == []
 
 
@@ -403,7 +403,7 @@ def stopped(trainer: Trainer) -> None:
 def test_how_many_updates_a_signal_waits_for(
     size: int, made: Config, updates: int, dataset: Dataset
 ) -> None:
-    """Whatever algo.norm_interval is, since nothing is normalised anew; epochs have 60."""
+    """It does not depend on algo.norm_interval, as the normaliser stays fixed; epochs have 60."""
     with workers(made, size, dataset) as those:
         run_in_threads([partial(stopped, t) for t in those])
         assert [(one.step, one.stopping) for one in those] == [(updates, 15)] * size

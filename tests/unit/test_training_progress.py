@@ -10,7 +10,9 @@ from spikerl.training.progress import Progress
 
 
 def test_updates_that_were_dropped_count_in_no_mean() -> None:
-    """Of fp16: 2 and 4, at half a batch; where all were dropped there is no mean."""
+    """Dropped updates of fp16 are NaN or infinite: 2 and 4 count, with weight 0.5; if all were
+    dropped there is no mean.
+    """
     progress = Progress()
     losses = (2.0, math.inf, 4.0, math.nan)
     metrics = [{"critic_loss": torch.tensor(loss), "q_mean": torch.tensor(math.nan)}

@@ -1,4 +1,4 @@
-"""A run while it runs: what it refuses to go on from, and how it goes on."""
+"""Training sessions: resumes, messages and failures."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_a_checkpoint_of_another_run_is_refused_in_a_line(tmp_path: Path) -> Non
 def test_an_evaluation_that_is_stopped_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command that is printed goes on, though the last step went beyond total_steps, and what
-    each attempt spent is kept.
+    """The printed command resumes, although the last step exceeded total_steps, and the time that
+    each attempt spent counts.
     """
     monkeypatch.chdir(tmp_path)
     run, stops, spent = Evaluator.run, [0, 0], []
@@ -69,7 +69,9 @@ def test_an_evaluation_that_is_stopped_twice(
 def test_a_resume_resets_in_the_thread_that_made_the_environments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some environments cannot be used from another; two workers restore in one beside."""
+    """Some environments work only in the thread that made them; with several workers the checkpoint
+    is loaded in another one.
+    """
     monkeypatch.chdir(tmp_path)
     threads: list[int] = []
     reset = Trainer.reset_envs
@@ -112,7 +114,7 @@ def test_a_failed_environment_is_no_wrong_request(
 def test_what_is_said_of_updates_and_of_random_actions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the steps that are taken: eight environments come to 16 where 15 are asked for."""
+    """Messages count the steps taken: eight environments take 16 if 15 are asked for."""
     monkeypatch.chdir(tmp_path)
     ppo = ["algo=ppo", "total_steps=15", "num_envs=8", "algo.rollout_steps=16", "algo.epochs=1",
            "algo.norm_interval=16", "algo.batch_size=8", "steps_per_epoch=16"]  # fmt: skip
@@ -134,7 +136,7 @@ def test_what_is_said_of_updates_and_of_random_actions(
 def test_coarse_entries_are_named_once_and_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two epochs, four entries: the first three, in the first."""
+    """Of four entries the first three are named, once in two epochs."""
     monkeypatch.chdir(tmp_path)
     lines = {n: f"warning: entry {n}" for n in range(4)}
     monkeypatch.setattr(RunningNorm, "coarse", lambda self: lines)
@@ -147,7 +149,7 @@ def test_coarse_entries_are_named_once_and_few_at_a_time(
 def test_a_disk_that_is_full_at_the_first_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is left, of the folders above the run's either."""
+    """No run folder is left, nor folders that were made above it."""
     monkeypatch.chdir(tmp_path)
 
     def full(*parts: Any) -> None:

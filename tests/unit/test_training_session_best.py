@@ -1,4 +1,4 @@
-"""The policy that evaluated best is kept beside the last, and nothing that was discarded is."""
+"""The policy that evaluated best is kept beside the last one, unless its row was discarded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RUN = Path("r")
 
 @pytest.fixture
 def returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What each evaluation in training will return, in order."""
+    """A list of the returns that evaluations in training will have, in order."""
     monkeypatch.chdir(tmp_path)
     script: list[float] = []
     run = Evaluator.run
@@ -52,7 +52,7 @@ def checkpoint(step: int) -> Path:
 
 
 def test_the_best_is_that_of_its_step(returns: list[float]) -> None:
-    returns += [5.0, 9.0, 9.0]  # of equal ones the first
+    returns += [5.0, 9.0, 9.0]  # the first of equal returns is kept
     train(*SHORT, "total_steps=450", "run_dir=r")
     best = files(checkpoint(300))
     assert best != files(checkpoint(450)) == files(RUN)
@@ -80,7 +80,7 @@ def test_eval_and_init_from(returns: list[float]) -> None:
 
 
 def test_before_the_end(returns: list[float]) -> None:
-    """A run that was killed has it in its checkpoint."""
+    """A run that was killed has the best policy in its checkpoint."""
     returns += [5.0, 4.0]
     train(*SHORT, "run_dir=r")
     best = files(RUN / "best")
@@ -92,7 +92,7 @@ def test_before_the_end(returns: list[float]) -> None:
 
 
 def test_it_survives_a_resume(returns: list[float]) -> None:
-    """Also where no checkpoint of its own step is left."""
+    """The best policy is kept even if the checkpoint of its step was removed."""
     returns += [9.0, 1.0, 2.0, 3.0, 4.0, 9.5]
     train(*SHORT, "total_steps=450", "run_dir=r")
     best = files(RUN / "best")
@@ -104,7 +104,7 @@ def test_it_survives_a_resume(returns: list[float]) -> None:
 
 
 def test_a_best_of_discarded_rows_does_not(returns: list[float]) -> None:
-    """Its row is gone: what was best before is best, until another one is."""
+    """If its row was discarded, the best one before counts, until a better one follows."""
     returns += [5.0, 9.0, 4.0]
     train(*SHORT, "run_dir=r")
     assert files(RUN / "best") == files(checkpoint(300))
@@ -117,18 +117,18 @@ def test_a_best_of_discarded_rows_does_not(returns: list[float]) -> None:
     shutil.rmtree(RUN)
     shutil.move("copy", RUN)
     (checkpoint(300) / "manifest.json").write_text("{}")
-    returns[1] = 6.0  # less than what was discarded
+    returns[1] = 6.0  # less than the discarded 9
     train("resume=r", "total_steps=450")
     assert files(RUN / "best") == files(checkpoint(300))
 
 
 def test_a_resumed_run_has_no_best_of_its_end(returns: list[float]) -> None:
-    """Until it ends again, its checkpoint says what is best."""
+    """Until the run ends again, the best policy is that of its checkpoint."""
     returns += [5.0, 9.0]
     train(*SHORT, "run_dir=r")
     from spikerl.runs.folder import remove_results
 
-    for name in ("evaluation.json", "POLICY.md"):  # of the policy's file
+    for name in ("evaluation.json", "POLICY.md"):  # results of the policy's file
         (RUN / name).touch()
     remove_results(RUN)
     assert not list((RUN / "best").iterdir())
@@ -166,7 +166,7 @@ def test_refused(returns: list[float]) -> None:
 def test_learned_coders_have_weights_for_each_spike_step(
     encoder: str, decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of five there; seven have more than those fill, four have no room for them."""
+    """The policy has weights for five spike steps, so a run with seven or four is refused."""
     monkeypatch.chdir(tmp_path)
     parts = {"encoder": EncoderConfig(name=encoder), "decoder": DecoderConfig(name=decoder)}
     saved(policy_of(config([16], **parts), task_for(INVERTED_PENDULUM)), Path("r"))

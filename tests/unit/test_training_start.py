@@ -1,4 +1,4 @@
-"""What a run starts from, and where one goes that names no folder."""
+"""The policy that a run starts from, and the folder of a run without run_dir."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spikerl.training.start import default_folder
     [
         ("InvertedPendulum", "InvertedPendulum-v5", "InvertedPendulum"),
         ("ALE/Pong_pixels", "ALE/Pong-v5", "ALE_Pong_pixels"),
-        ("ALE/Pong_pixels", "ALE/Breakout-v5", "ALE_Breakout-v5"),  # env.id=, beside its group
+        ("ALE/Pong_pixels", "ALE/Breakout-v5", "ALE_Breakout-v5"),  # with env.id= typed
         ("gym", "my_tasks:Track-v0", "my_tasks_Track-v0"),
     ],
 )
@@ -29,7 +29,7 @@ def test_named_after_the_task(name: str, env_id: str, folder: str) -> None:
 
 
 def test_pixels_of_another_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that saw pixels up to 255 divided by it would see others."""
+    """Refused: weights trained on pixels divided by 255 would get pixels of another scale."""
     monkeypatch.chdir(tmp_path)
     own = [word for word in SHORT if "critic" not in word and not word.startswith("env")]
     own += ["env=MinAtar/Breakout", "algo=dqn", "actor=cnn", "actor.filters=[4]", "total_steps=10"]

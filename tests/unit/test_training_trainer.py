@@ -1,4 +1,4 @@
-"""When the trainer acts at random, updates, merges and ends an epoch, against counting by hand.
+"""When the trainer acts at random, updates, merges and ends an epoch, as counted by hand.
 
 Shape legend   N environments, T vector steps, A action entries.
 """
@@ -41,7 +41,7 @@ SCHEDULES = [
     (7, 3, 0.25, 2, 41),
     (20, 5, 0.125, 4, 70),
     (0, 7, 1.5, 3, 50),
-    (100, 10, 1.0, 2, 40),  # it never gets there
+    (100, 10, 1.0, 2, 40),  # learning never starts
     (0, 50, 1.0, 4, 40),
 ]
 
@@ -56,7 +56,7 @@ def trainer_of(env: EnvConfig = COUNTER, **settings: Any) -> Iterator[Trainer]:
 
 
 def calls_at(trainer: Trainer, patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
-    """The trainer's step at each call of a method, which does what it always does."""
+    """A list to which each later call of the method appends the trainer's step."""
     steps: list[int] = []
     original = getattr(owner, name)
 
@@ -105,7 +105,7 @@ def test_updates_come_when_counting_by_hand_says(
         samples = calls_at(trainer, monkeypatch, trainer.replay, "sample")
         rows = list(trainer.epochs())
         assert updates == expected
-        assert samples == sorted(set(expected))  # a burst draws all its batches at once
+        assert samples == sorted(set(expected))  # one draw for all updates at a step
         assert [row["updates"] for row in rows] == [len(expected)]
         assert trainer.algo.updates == trainer.updates_due(trainer.step) == len(expected)
         assert trainer.envs.steps == trainer.replay.added == trainer.step
@@ -120,7 +120,7 @@ def test_updates_come_when_counting_by_hand_says(
         (20, 3, 50, [21, 42, 51]),  # crossed, not hit
         (7, 3, 30, [9, 15, 21, 30]),
         (4, 4, 12, [4, 8, 12]),
-        (2, 5, 15, [5, 10, 15]),  # several a step: one row all the same
+        (2, 5, 15, [5, 10, 15]),  # several epochs in a step: one row
     ],
 )
 def test_epochs_end_where_they_are_crossed(
@@ -158,7 +158,7 @@ def test_the_first_steps_and_no_others_are_random(
 
 
 def test_warm_up_covers_each_dimension_s_own_bounds() -> None:
-    """Bugs 6 and 7: uniform between that dimension's bounds, in every environment its own draw."""
+    """Bugs 6 and 7: uniform within each dimension's bounds; each environment has its own draw."""
     with trainer_of(num_envs=4, total_steps=4000, random_steps=4000, learning_starts=9999) as t:
         while t.step < 4000:
             t.act()
@@ -172,17 +172,17 @@ def test_warm_up_covers_each_dimension_s_own_bounds() -> None:
 
 
 def test_noise_is_drawn_for_every_environment_and_entry() -> None:
-    """Bug 6: one draw for the batch, one for all entries, a bias, no clipping."""
+    """Bug 6: noise was drawn once for all rows or entries, was biased, or was not clipped."""
     settings: dict[str, Any] = {"num_envs": 4, "random_steps": 0, "learning_starts": 9999}
     with trainer_of(explore_noise=0.1, **settings) as t:
-        # One observation for all, so that what differs is the noise.
+        # All rows have the same observation, so only the noise differs.
         obs = torch.zeros(4, 2)
         act = torch.stack([t.algo.explore(obs, t.streams.explore) for _ in range(1000)])
         noise = (act - t.algo.actor(obs, t.streams.update)).transpose(0, 1).detach().numpy()
         for _ in range(200):
             t.act()
         taken = t.replay.between(0, 800)[:, 4:6].reshape(200, 4, 2).numpy()
-        assert len(np.unique(taken[0])) == 8  # the first step starts from equal observations
+        assert len(np.unique(taken[0])) == 8  # equal observations at the first step
     assert np.abs(noise.mean(1)).max() < 0.015
     np.testing.assert_allclose(noise.std(1), 0.1, rtol=0.1)
     check_independent(noise)
@@ -206,7 +206,7 @@ def check_independent(values_NTA: np.ndarray) -> None:
 def test_the_normaliser_merges_when_a_multiple_is_crossed(
     monkeypatch: pytest.MonkeyPatch, interval: int, num_envs: int
 ) -> None:
-    """Bug 11: nothing is counted twice, and between merges nothing moves."""
+    """Bug 11: observations count once, and between merges the moments do not change."""
     steps = vector_steps(num_envs, 60)
     before = [0, *steps][: len(steps)]
     with trainer_of(num_envs=num_envs, total_steps=60, norm_interval=interval) as t:
@@ -255,7 +255,7 @@ FAULTS: list[Fault] = [
 def test_nothing_infinite_gets_past_the_environments(fault: Fault, num_envs: int) -> None:
     what, occasion, _ = fault
     env = registered("Faulty", CounterEnv, limit=99, fault=fault)
-    good = (8 if what == "reset" else occasion) - 1  # vector steps before it
+    good = (8 if what == "reset" else occasion) - 1  # vector steps before the fault
     word = "reward" if what == "reward" else "observation"
     with trainer_of(env, num_envs=num_envs, norm_interval=1, learning_starts=5) as trainer:
         message = f"step {good * num_envs + 1}: Faulty-v0 .*NaN or infinite {word}"
@@ -273,7 +273,7 @@ def test_a_first_observation_that_is_infinite_stops_at_once() -> None:
 
 
 def test_a_reward_that_scaling_takes_beyond_float32() -> None:
-    """Stored, it would be an infinity that no resume accepts."""
+    """It is not stored, as an infinity in the replay would make every resume fail."""
     said = r"^step 1: learning would see a reward of .*, which float32 lacks; env.*_scale=1e\+36$"
     with trainer_of(replace(COUNTER, reward_scale=1e36)) as trainer:
         with pytest.raises(NonFinite, match=said):
@@ -326,14 +326,14 @@ def test_a_decimal_fraction_of_updates_is_not_cut_short() -> None:
 
 
 def test_alone_it_stops_where_it_is_told() -> None:
-    """Workers have to agree first, where the normaliser is merged."""
+    """One process stops at once; several would have to agree, at the next merge."""
     with trainer_of(norm_interval=1000, total_steps=3000) as trainer:
         list(trainer.epochs(stop_signal=lambda: 15 if trainer.step >= 7 else 0))
         assert (trainer.step, trainer.stopping) == (7, 15)
 
 
 def test_pending_observations_are_copies() -> None:
-    """Bug 4: an environment goes on writing into the array it gave."""
+    """Bug 4: an environment may later write into the array that it returned."""
     norm, obs = RunningNorm(2, 5.0), np.ones((1, 2))
     norm.add(obs)
     obs[:] = 7.0
@@ -353,7 +353,9 @@ def test_async_counts_as_sync_does() -> None:
 def test_what_an_evaluation_spent_that_a_stop_ended_is_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """2 J and 1 s a window: of training before the stop and behind it, and of both evaluations."""
+    """Each window has 2 J: epoch 1 has two of training, before and after the stop, and two of
+    evaluation.
+    """
     windows: list[str] = []
     meter: Any = SimpleNamespace(
         source="replay:x",
@@ -375,7 +377,7 @@ def test_what_an_evaluation_spent_that_a_stop_ended_is_counted(
         assert (first["epoch"], first["step"], second["epoch"]) == (1, 10, 2)
         assert (first["energy_train_j"], first["energy_eval_j"]) == (4.0, 4.0)
         assert (second["energy_train_j"], second["energy_eval_j"]) == (2.0, 2.0)
-        assert (first["cpu_s"], second["cpu_s"]) == (4.0, 2.0)  # at each look a second more
+        assert (first["cpu_s"], second["cpu_s"]) == (4.0, 2.0)  # each reading of the clock adds 1 s
 
 
 def test_processor_time_with_environments_elsewhere_is_not_known() -> None:
@@ -387,7 +389,7 @@ def test_processor_time_with_environments_elsewhere_is_not_known() -> None:
 
 @pytest.mark.parametrize(("step", "last"), [(40, 0), (50, 50), (57, 50), (60, 60)])
 def test_slopes_are_those_of_the_last_update(step: int, last: int) -> None:
-    """Updates every 10 steps from 50 on."""
+    """Updates are made every 10 steps, from step 50 on."""
     with trainer_of() as trainer:
         trainer.progress.step = step
         assert trainer.last_update() == last

@@ -1,4 +1,4 @@
-"""actor.prune: what is 0 at the first step is 0 at the last, everywhere."""
+"""actor.prune: weights that are 0 at the first step are 0 at the last, on all paths."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def zeros(actor: Actor) -> dict[str, Tensor]:
 
 
 def test_zeros_stay(tmp_path: Path) -> None:
-    """Of two workers alike, through a checkpoint to the bit, and in the policy's file."""
+    """Zeros are the same in two workers, after a resume, and in the policy's file."""
     config = pruned(0.9)
     workers = Workers(config, 2)
     first = {name: p.detach().clone() for name, p in workers.first.algo.actor.named_parameters()}
@@ -67,13 +67,13 @@ def test_zeros_stay(tmp_path: Path) -> None:
 
 
 def test_nothing_or_all_of_a_matrix() -> None:
-    """The first has 40 x 16 weights, which 0.0001 of are none."""
+    """Refused: the first matrix has 40 x 16 weights, and a share of 0.0001 rounds to none."""
     line = str(refusal(Workers, pruned(1e-4), 1))
     assert line.startswith("actor.prune=0.0001: of the 640 weights of layers.0.weight_IN that is")
 
 
 def test_a_policy_that_was_pruned_more_stays_so(tmp_path: Path) -> None:
-    """Of a matrix of 1, 2, ... whose first nine tenths are 0, half is asked for."""
+    """Nine tenths of the initial matrix are 0 and stay so, although only half is asked for."""
     config, plain = pruned(0.5), small_config()
     workers = Workers(plain, 1)
     task = workers.first.task
@@ -93,7 +93,7 @@ def test_a_policy_that_was_pruned_more_stays_so(tmp_path: Path) -> None:
 
 
 def test_of_trained_weights_the_smallest(tmp_path: Path) -> None:
-    """Those of the policy that a run starts from, not those of a network of its own."""
+    """The smallest weights of the policy that a run starts from are pruned, not of its own."""
     config = pruned(0.5)
     plain = small_config()
     workers = Workers(plain, 1)

@@ -12,7 +12,7 @@ from trainers import Workers
 
 @pytest.mark.parametrize("interval", [None, 10])
 def test_normalised_drives_keep_their_moments(interval: int | None) -> None:
-    """Neither batches nor a recalibration move them until it is over."""
+    """Neither batches nor a recalibration change the moments until the warm-up is over."""
     plain = small_config(total_steps=80, num_envs=1)
     normed = replace(care_bn_config([8]), recalibration_interval=interval)
     td3 = td3_config(
@@ -34,7 +34,7 @@ def test_normalised_drives_keep_their_moments(interval: int | None) -> None:
 
 
 def test_moments_are_measured_anew_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 20, where updates begin, and every 20 steps, on three batches of 8."""
+    """At step 20, where updates begin, and every 20 steps, on three batches of 8."""
     plain = small_config(total_steps=80, num_envs=1)
     normed = replace(care_bn_config([8]), recalibration_interval=20, recalibration_batches=3)
     td3 = td3_config(

@@ -1,4 +1,4 @@
-"""What each worker of a run has of its own, and what is shared out between them.
+"""What is separate for each worker of a run, and what is divided among them.
 
 Shape legend   W workers, N environments.
 """
@@ -54,7 +54,7 @@ def workers() -> Iterator[Workers]:
 
 
 def reset_seed(stream: str, *index: int) -> int:
-    """What an environment is reset with: 31 bits, as some take no more."""
+    """The seed of an environment's reset: 31 bits, as some environments accept no more."""
     return seed_for(7, stream, *index) % 2**31
 
 
@@ -63,7 +63,7 @@ def apart(tensors: list[Tensor]) -> bool:
 
 
 def test_every_environment_of_a_run_has_a_seed_of_its_own(workers: Workers) -> None:
-    """Environment i of N is the same one, however many workers there are."""
+    """Environment i of N has the same seed for any number of workers."""
 
     def seeds() -> list[list[int]]:
         return [own for t in workers.trainers for own in get_attr(t.envs, "seeds")]
@@ -90,7 +90,7 @@ def test_every_worker_has_streams_of_its_own(workers: Workers) -> None:
 def test_processor_time_is_all_workers_together(
     workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1, 2 and 3 s; not known where one worker went on from a checkpoint that does not say."""
+    """1, 2 and 3 s are 6 s; null if one worker's checkpoint does not have its time."""
     monkeypatch.setattr("spikerl.training.trainer.Trainer.count_cpu", lambda self: None)
 
     def row(trainer: Trainer) -> Row:
@@ -110,7 +110,7 @@ def test_processor_time_is_all_workers_together(
 def test_workers_begin_with_the_weights_of_the_seed(workers: Workers) -> None:
     first = workers.first.algo.actor_optimizer.flat
     assert all(torch.equal(t.algo.actor_optimizer.flat, first) for t in workers.trainers)
-    torch.rand(3)  # whatever the process drew before
+    torch.rand(3)  # earlier draws must have no effect
     for seed, same in ((7, True), (8, False)):
         with closing(Workers(config(seed=seed), 1)) as other:
             assert torch.equal(other.first.algo.actor_optimizer.flat, first) == same
@@ -118,7 +118,7 @@ def test_workers_begin_with_the_weights_of_the_seed(workers: Workers) -> None:
 
 @pytest.mark.parametrize("random_steps", [0, 10**6])
 def test_workers_explore_apart(random_steps: int) -> None:
-    """Its first actions are drawn from a worker's own stream, at random or as noise."""
+    """Random actions and noise are drawn from each worker's own stream."""
     with closing(Workers(config(random_steps=random_steps, learning_starts=10**6), W)) as workers:
         workers.train(N)
         acted = []
@@ -156,7 +156,7 @@ def test_workers_learn_from_rows_drawn_with_their_own_stream(
 
         monkeypatch.setattr(trainer.replay, "sample", sampling)
         monkeypatch.setattr(trainer.algo, "run_updates", learning)
-    workers.train(54)  # the first updates are of step 50
+    workers.train(54)  # the first updates are at step 50
     assert sorted(rank for rank, _ in drawn) == [0, 1, 2]
     assert [len(index) for _, index in sorted(drawn, key=lambda pair: pair[0])] == [40, 30, 30]
     assert apart([index[:30] for _, index in drawn])
@@ -187,7 +187,7 @@ def test_a_batch_is_shared_out(
 def test_the_episodes_of_an_evaluation_are_shared_out(
     episodes: int, workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Worker i mod W runs episode i, from its seed; what a Poisson encoder draws is its own."""
+    """Worker i mod W runs episode i with its seed; a Poisson encoder's stream is per worker."""
     drawn: list[int] = []
     wave = Evaluator._wave
 
@@ -213,7 +213,7 @@ def counter_env(env: gym.Env[Any, Any]) -> CounterEnv:
 
 
 def test_all_workers_have_the_evaluation_of_one_process() -> None:
-    """Returns and lengths by episode, and counts over all."""
+    """All have the same returns and lengths of episodes, and counts over all of them."""
     with closing(Workers(config(env=PENDULUM), 1)) as one:
         policy = one.first.policy
     with closing(Evaluator(PENDULUM, 7, 7)) as alone:
@@ -232,7 +232,9 @@ def test_all_workers_have_the_evaluation_of_one_process() -> None:
 
 
 def test_a_checkpoint_gives_each_worker_back_what_is_its_own(tmp_path: Path) -> None:
-    """Rows, environments, streams and what waits to be merged; to as many workers as wrote it."""
+    """With the same number of workers each gets its rows, environments, random streams and pending
+    observations back.
+    """
     made = config(env=INVERTED_PENDULUM)
     with closing(Workers(made, W)) as old, closing(Workers(made, W)) as new:
         old.train(66)
@@ -259,7 +261,7 @@ def test_a_checkpoint_gives_each_worker_back_what_is_its_own(tmp_path: Path) -> 
 def test_episodes_of_all_workers_make_a_rows_mean(
     workers: Workers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every finished episode counts once, whichever worker it ended on; the slowest's time."""
+    """Each finished episode of any worker counts once; speeds are by the slowest one's time."""
     workers.train(N)
     for trainer in workers.trainers:
         trainer.progress.train_s = 100.0 * trainer.world.rank
@@ -272,7 +274,7 @@ def test_episodes_of_all_workers_make_a_rows_mean(
     rows = run_in_threads([trainer.evaluate_epoch for trainer in workers.trainers])
     assert all(row["train_episodes"] == 6 for row in rows)
     assert all(row["train_return"] == (0.0 + 2 * 1.0 + 3 * 2.0) / 6 for row in rows)
-    # Of a batch of ten they have four, three and three rows.
+    # The workers have four, three and three rows of a batch of ten.
     assert all(row["critic_loss"] == pytest.approx((3 * 1.0 + 3 * 2.0) / 10) for row in rows)
     assert all(row["env_steps_per_s"] == pytest.approx(N / 200, rel=0.1) for row in rows)
 
@@ -291,8 +293,8 @@ def test_all_stop_on_a_signal_that_one_received(workers: Workers) -> None:
 def test_all_leave_an_evaluation_on_a_signal_that_one_received(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Worker 2's fourth look between steps, in an evaluation of which worker 0 runs most; then all
-    go on from what they saved, and nothing that they compute is another than without a stop.
+    """Worker 2 gets the signal at its fourth check in an evaluation. All stop, save and resume, and
+    compute the same as without a stop.
     """
     monkeypatch.setattr(evaluator, "ASK_S", 0.0)
     settings = {"total_steps": 120, "steps_per_epoch": 60, "eval_episodes": 4}
@@ -310,7 +312,7 @@ def test_all_leave_an_evaluation_on_a_signal_that_one_received(
     with closing(Workers(made, W)) as whole, closing(Workers(made, W)) as stopped:
         expected = train(whole)
         asked = iter(range(1, 1000))
-        syncs = 60 // 10  # each asks, too
+        syncs = 60 // 10  # each also checks for a signal
         first = train(stopped, lambda: 15 * (next(asked) >= syncs + 4))
         assert next(asked) == syncs + 5
         assert first == [[]] * W
@@ -332,12 +334,12 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 
 def computed(row: Row) -> Row:
-    """A row without times."""
+    """A row without times and speeds."""
     return {k: v for k, v in row.items() if k != "cpu_s" and not k.endswith("_per_s")}
 
 
 def test_a_rollout_is_what_all_workers_have_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """60 steps are 20 of each worker, all of which it learns from: two batches of 10."""
+    """A rollout of 60 steps is 20 of each worker, which learns from all in two batches of 10."""
     rules = {"rollout_steps": 60, "norm_interval": 60, "batch_size": 30, "epochs": 1}
     made = replace(config(), algo=ppo_config(**rules, critic_hidden_sizes=[16]))
     learned: list[int] = []

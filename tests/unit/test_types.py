@@ -1,4 +1,4 @@
-"""Actions inside their bounds, and which environments can be trained on."""
+"""Actions within their bounds, and the environments that can be trained on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def boxes(draw: st.DrawFn) -> gym.spaces.Box:
     pairs = draw(st.lists(st.tuples(edge, edge), min_size=1, max_size=4))
     low, high = (np.array(side, dtype) for side in zip(*map(sorted, pairs), strict=True))
     inward = np.nextafter(low.astype(np.float32), np.float32(np.inf)).astype(np.float64)
-    assume((inward <= high).all())  # a float32 lies inside
+    assume((inward <= high).all())  # some float32 is inside
     return gym.spaces.Box(low, high, dtype=dtype)
 
 
@@ -39,7 +39,7 @@ def boxes(draw: st.DrawFn) -> gym.spaces.Box:
 def test_actions_lie_in_the_box_and_reach_its_edges(
     box: gym.spaces.Box, data: st.DataObject
 ) -> None:
-    """Bug 7: each dimension its own bounds, and rounding never leaves the box."""
+    """Bug 7: each dimension has its own bounds, and rounded actions stay in the box."""
     low, high = box.low.astype(np.float64), box.high.astype(np.float64)
     task = Task("any", (1,), box.shape, low, high, 1)
     entry = st.floats(-1.0, 1.0, width=32) | st.sampled_from([-1.0, 1.0])
@@ -73,7 +73,7 @@ BOX = gym.spaces.Box(-1.0, 1.0, (2,))
 
 
 def test_one_bound_for_all_entries() -> None:
-    """As PopSAN's code has it; what lies beyond an entry's own is the environment's affair."""
+    """As in PopSAN's code, all entries have the first one's bound, even beyond their own."""
     act = gym.spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([3.0, 9.0], np.float32))
     config = registered("OneBound", BoxesEnv, limit=9, obs=BOX, act=act)
     first = replace(config, action_bounds="first")
@@ -152,7 +152,7 @@ def test_every_episode_ends(
 
 
 def test_what_follows_a_terminated_step_counts_for_nothing() -> None:
-    """1 + 0.5 8 = 5, and 1 alone, also where the next value is not finite."""
+    """1 + 0.5 * 8 = 5; after a termination 1, even if the next value is not finite."""
     rew, discount = torch.ones(3), torch.full((3,), 0.5)
     terminated, none = torch.tensor([False, True, True]), torch.empty(3, 0)
     batch = Batch(none, none, rew, none, terminated, discount)
