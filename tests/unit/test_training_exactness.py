@@ -70,7 +70,7 @@ def test_what_matters_on_some_devices() -> None:
 
 
 def test_other_workers() -> None:
-    """A reason that follows from the number of workers is not repeated."""
+    """If 3 workers became 2, another backend is a reason, too: the order of sums differs."""
     workers = "3 workers became 2: random streams and batches differ from here on"
     backend = "backend mpi became gloo: sums are in another order"
     assert reasons({"backend": "mpi"}, size=2, had=3) == [workers, backend]
