@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,17 +22,22 @@ from spikerl.training.session import Session
 from spikerl.training.trainer import Trainer
 
 
-def test_a_checkpoint_of_another_run_is_refused_in_a_line(tmp_path: Path) -> None:
+def restore(folder: Path, learner: Callable[[], None]) -> list[str]:
+    """Have a run go on from a checkpoint that `learner` reads."""
+    checkpoint: Any = SimpleNamespace(folder=folder / "step_7", learner=learner)
+
     class Session_(Session):
-        def __init__(self, trainer: Any) -> None:
-            self.trainer, self.folder = trainer, tmp_path
+        def __init__(self) -> None:
+            self.trainer, self.folder = SimpleNamespace(), folder  # type: ignore[assignment]
 
-    class Broken:
-        def load(self, checkpoint: Any) -> bool:
-            raise RuntimeError("first\nsecond")
+    return Session_().restore(checkpoint)
 
-    named: Any = type("Named", (), {"folder": tmp_path / "step_7"})
-    line = str(refusal(Session_(Broken()).restore, named))
+
+def test_a_checkpoint_of_another_run_is_refused_in_a_line(tmp_path: Path) -> None:
+    def broken() -> None:
+        raise RuntimeError("first\nsecond")
+
+    line = str(refusal(restore, tmp_path, broken))
     assert line == f"resume={tmp_path}: its step_7 does not fit this run (RuntimeError: first)"
 
 
@@ -95,20 +101,12 @@ def test_a_resume_resets_in_the_thread_that_made_the_environments(
     assert threads == [threading.get_ident()] * 2
 
 
-def test_a_failed_environment_is_no_wrong_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Session_(Session):
-        def __init__(self, trainer: Any) -> None:
-            self.trainer, self.folder = trainer, tmp_path
+def test_a_failed_environment_is_no_wrong_request(tmp_path: Path) -> None:
+    def fails() -> None:
+        raise EnvironmentFailed("step 1: Some-v0 raised RuntimeError")
 
-    class Fails:
-        def load(self, checkpoint: Any) -> bool:
-            raise EnvironmentFailed("step 1: Some-v0 raised RuntimeError")
-
-    named: Any = type("Named", (), {"folder": tmp_path / "step_7"})
     with pytest.raises(EnvironmentFailed):
-        Session_(Fails()).restore(named)
+        restore(tmp_path, fails)
 
 
 def test_what_is_said_of_updates_and_of_random_actions(
