@@ -1,4 +1,4 @@
-"""The training loop: act, store, update, evaluate. It touches no file.
+"""The training loop: act, store, update, evaluate. It writes no file.
 
 Shape legend   N environments, A action entries.
 """
